@@ -1,0 +1,122 @@
+"""What a run is made of, as plain dataclasses.
+
+`compose.py` fills them from `conf/` and the command line; nothing below `commands/` sees Hydra's own types.
+No torch here: `sparseft --help` and `--cfg` stay fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+BUNDLED = "bundled:"  # paths that start so lie inside the package (`sparseft/bundled/…`)
+
+
+@dataclass
+class ModelConfig:
+    """A causal language model: a Hugging Face id, a folder, or `bundled:tiny`."""
+
+    name: str = "tiny"
+    path: str = "bundled:tiny"
+    tokenizer: str | None = None  # null: the model's own
+    revision: str | None = None  # of a hub id
+    dtype: str = "auto"  # auto: as stored | float32 | bfloat16 | float16
+    attn_implementation: str | None = None  # null: transformers' choice (sdpa)
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DatasetConfig:
+    """Training examples. With the bundled model a null `train_path` is the bundled set of the family `name`,
+    with any other model it is `hub_path`."""
+
+    name: str = "commonsense"  # oasst1 | commonsense | arithmetic | json | text
+    train_path: str | None = None  # a file (JSON array, JSON lines, parquet, text) or a hub id
+    eval_path: str | None = None
+    hub_path: str | None = None  # the published set, used where train_path is null
+    hub_split: str = "train"
+    eval_fraction: float = 0.05  # of the training examples, when there is no eval_path
+    format: str = "auto"  # auto | alpaca | guanaco | messages | prompt_completion | text
+    max_examples: int | None = None  # the first so many
+    loss_on_prompt: bool = False
+    too_long: str = "cut_answer"  # cut_answer | drop: never the question
+
+
+@dataclass
+class TrainerConfig:
+    """The loop. Steps are optimizer steps; `batch_size` counts sequences per device and micro-step."""
+
+    max_steps: int = -1  # -1: num_epochs decides
+    num_epochs: float = 3.0
+    learning_rate: float | None = None  # null: the method's own default
+    batch_size: int = 1
+    gradient_accumulation: int = 16
+    max_length: int = 512  # tokens
+    warmup_steps: int = 100
+    scheduler: str = "linear"  # any name of transformers' SchedulerType
+    optimizer: str = "adamw_torch"  # any name of transformers' OptimizerNames
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    logging_steps: int = 10
+    eval_steps: int | None = None  # null: before and after training only
+    save_steps: int | None = None  # null: at the end only
+    save_total_limit: int = 2
+    resume: str | None = None  # auto: the last good checkpoint
+
+
+@dataclass
+class HardwareConfig:
+    name: str = "auto"
+    device: str = "auto"  # auto | cpu | cuda
+    num_processes: int = 1
+    zero_stage: int = 0
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass
+class EvalConfig:
+    data_dir: str | None = None  # null: the bundled tests with the bundled model, else the hub's
+    split: str = "test"  # test | validation
+    shots: int | None = None  # null: the task's own number
+    limit: int | None = None  # examples a task
+    batch_size: int | str = 8  # or "auto"
+    num_beams: int = 1
+    max_new_tokens: int = 32
+
+
+@dataclass
+class BenchConfig:
+    methods: list[str] = field(default_factory=lambda: ["floor", "s2ft", "sylva", "lora", "full"])
+    steps: int = 10  # timed steps a method
+    warmup_steps: int = 2
+    batch_size: int = 2
+    length: int = 256  # tokens
+
+
+@dataclass
+class RunConfig:
+    """One composed run. `method` is the config class of `methods/` (S2FTConfig, SylvaConfig, …)."""
+
+    model: ModelConfig
+    dataset: DatasetConfig
+    method_name: str
+    method: Any
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    seed: int = 0
+    sparsity: float | None = None  # null: the method's own default
+    scope: str | None = None  # substring of module names; null: every linear of the decoder layers
+    output_dir: str | None = None  # the run folder; null: outputs/<date>-<time>-<method>-<dataset>
+    cache_dir: str = ".cache/sparseft"
+    overwrite: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `config.yaml`: the groups' names beside their fields, ready for `compose.from_dict`."""
+        content = asdict(self)
+        content["method"] = {"name": content.pop("method_name"), **content["method"]}
+        return content

@@ -1,0 +1,24 @@
+"""The two kinds of failure a user can meet."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """The input was wrong: one sentence saying what, where and what was expected (exit code 2)."""
+
+
+class RunError(RuntimeError):
+    """The work failed while running: what happened and what is safe (exit code 1)."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the candidate nearest to `name`, or the list of them if none is near."""
+    names = [str(candidate) for candidate in candidates]
+    lowered = {candidate.lower(): candidate for candidate in reversed(names)}
+    close = difflib.get_close_matches(str(name).lower(), list(lowered), n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean '{lowered[close[0]]}'?"
+    return f" Available: {', '.join(sorted(names))}." if names else ""
