@@ -1,0 +1,99 @@
+"""What every method offers, and what the two sparse ones share. No torch at import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sparseft.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparseft.modeling import ModelSpec
+    from sparseft.selection import Budget, Selection
+
+IMPORTANCES = ("random", "weight", "activation", "product", "gradient", "fisher", "sylva")
+IMPORTANCES_WITHOUT_DATA = ("random", "weight")
+ORDERS = ("largest", "smallest", "sampled")
+ALLOCATIONS = ("per_layer", "global")
+DEFAULT_SPARSITY = 0.984
+
+
+def check_choice(field: str, value: object, choices: tuple[Any, ...]) -> None:
+    """Refuses a value outside `choices`, naming the nearest."""
+    if value not in choices:
+        raise UserError(f"{field}={value}: expected one of {', '.join(map(str, choices))}.{nearest(value, choices)}")
+
+
+def check_share(field: str, value: float | None) -> None:
+    """Refuses a share outside (0, 1); null passes."""
+    if value is not None and not 0.0 < value < 1.0:
+        raise UserError(f"{field}={value}: expected a share between 0 and 1, both excluded (0.984 freezes 98.4 %).")
+
+
+@dataclass
+class SparseConfig:
+    """What all sparse methods choose by."""
+
+    sparsity: float | None = None  # share of the linear weights in scope that stays frozen
+    scope: str | None = None  # substring of module names; null: every linear of the decoder layers
+    importance: str = "random"  # random | weight | activation | product | gradient | fisher | sylva
+    order: str = "largest"  # largest | smallest | sampled (in proportion to the score)
+    allocation: str = "per_layer"  # per_layer | global
+    num_samples: int = 128  # calibration examples
+    reselect_steps: int = 0  # optimizer steps between selections; 0: never
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raises `UserError` on a value outside its range, naming the field."""
+        check_share("sparsity", self.sparsity)
+        check_choice("method.importance", self.importance, IMPORTANCES)
+        check_choice("method.order", self.order, ORDERS)
+        check_choice("method.allocation", self.allocation, ALLOCATIONS)
+        if self.num_samples < 1:
+            raise UserError(f"method.num_samples={self.num_samples}: expected at least 1 calibration example.")
+        if self.reselect_steps != 0:
+            raise UserError(f"method.reselect_steps={self.reselect_steps}: re-selection is not available yet, use 0.")
+        if self.importance == "sylva":
+            raise UserError(
+                "method.importance=sylva: the second-order importance is not available yet; "
+                "use gradient or fisher (random, weight, activation and product work too)."
+            )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether choosing needs calibration batches."""
+        return self.importance not in IMPORTANCES_WITHOUT_DATA
+
+
+class Method:
+    """One way of fine-tuning: its config, what it trains, and how it converts a model."""
+
+    name: ClassVar[str]
+    config_class: ClassVar[type]
+    sparse: ClassVar[bool] = False  # trains deltas of SparseLinear layers
+    learning_rate: ClassVar[float]  # used where trainer.learning_rate is null
+
+    def accepts(self, config: Any) -> bool:
+        """Whether a config of `config_class` means this method."""
+        return True
+
+    def budget(self, spec: ModelSpec, config: Any) -> Budget:
+        """What may be chosen and how much of it (sparse methods only)."""
+        raise TypeError(f"{self.name} selects nothing")
+
+    def convert(self, model: nn.Module, config: Any, selection: Selection | None) -> nn.Module:
+        """Makes `model` trainable by this method, in place where it can, and returns it."""
+        raise TypeError(f"{self.name} does not convert models")
+
+
+class SparseMethod(Method):
+    """Methods that train deltas on a chosen pattern: they differ in the budget only."""
+
+    sparse = True
+
+    def convert(self, model: nn.Module, config: Any, selection: Selection | None) -> nn.Module:
+        from sparseft.layers import convert
+
+        return convert(model, selection)

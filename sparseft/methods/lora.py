@@ -1,0 +1,108 @@
+"""LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024), through `peft`: the baselines of equal size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparseft.errors import UserError, nearest
+from sparseft.methods.base import DEFAULT_SPARSITY, Method, check_share
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparseft.modeling import ModelSpec
+    from sparseft.selection import Selection
+
+
+@dataclass
+class LoraConfig:
+    """`rank`, or the rank whose parameters are nearest to the share (1 − sparsity) of the weights in scope."""
+
+    sparsity: float | None = None
+    scope: str | None = None  # substring of module names; null: every linear of the decoder layers
+    rank: int | None = None  # null: from sparsity
+    alpha: float | None = None  # null: 2 × rank
+    dropout: float = 0.05
+    targets: list[str] | None = None  # last parts of module names (q_proj, …); null: all linears in scope
+    use_dora: bool = False
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raises `UserError` on a value outside its range, naming the field."""
+        check_share("sparsity", self.sparsity)
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"method.rank={self.rank}: expected at least 1, or null to take it from sparsity.")
+        if self.rank is not None and self.sparsity is not None:
+            raise UserError(f"sparsity={self.sparsity} and method.rank={self.rank} both set the size: give one.")
+        if self.alpha is not None and not self.alpha > 0:
+            raise UserError(f"method.alpha={self.alpha}: expected more than 0.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"method.dropout={self.dropout}: expected a probability from 0 to below 1.")
+        if self.targets is not None and not self.targets:
+            raise UserError("method.targets is empty: name at least one module, or null for all linears in scope.")
+
+
+@dataclass
+class DoraConfig(LoraConfig):
+    """LoRA with trained weight magnitudes."""
+
+    use_dora: bool = True
+
+
+def target_modules(spec: ModelSpec, config: LoraConfig) -> list[str]:
+    """The full names of the linears that get an adapter; a target that matches nothing is refused."""
+    names = list(spec.linears_in(config.scope))
+    if config.targets is None:
+        return names
+    for target in config.targets:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+            raise UserError(f"method.targets: no linear in scope is called '{target}'.{nearest(target, leaves)}")
+    return [
+        name for name in names if any(name == target or name.endswith("." + target) for target in config.targets)
+    ]
+
+
+def rank_for(spec: ModelSpec, config: LoraConfig) -> int:
+    """The rank set, or the one whose parameter count is nearest to (1 − sparsity) × the weights in scope."""
+    if config.rank is not None:
+        return config.rank
+    scope = sum(rows * columns for rows, columns in spec.linears_in(config.scope).values())
+    shapes = [spec.linears[name] for name in target_modules(spec, config)]
+    wanted = (1.0 - (config.sparsity or DEFAULT_SPARSITY)) * scope
+    if config.use_dora:  # a magnitude for each output feature, whatever the rank
+        wanted -= sum(rows for rows, _ in shapes)
+    return max(1, round(wanted / sum(rows + columns for rows, columns in shapes)))
+
+
+class Lora(Method):
+    name = "lora"
+    config_class = LoraConfig
+    learning_rate = 2e-4
+
+    def convert(self, model: nn.Module, config: Any, selection: Selection | None) -> nn.Module:
+        import peft
+        import torch
+
+        from sparseft.modeling import ModelSpec
+
+        spec = ModelSpec.of(model)
+        rank = rank_for(spec, config)
+        peft_config = peft.LoraConfig(
+            task_type=peft.TaskType.CAUSAL_LM,
+            r=rank,
+            lora_alpha=config.alpha if config.alpha is not None else 2 * rank,
+            lora_dropout=config.dropout,
+            target_modules=target_modules(spec, config),
+            use_dora=config.use_dora,
+            fan_in_fan_out=bool(spec.transposed),  # Conv1D keeps its weight as (in, out)
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return peft.get_peft_model(model, peft_config)
+
+
+class Dora(Lora):
+    name = "dora"
+    config_class = DoraConfig
