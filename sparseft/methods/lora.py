@@ -59,9 +59,7 @@ def target_modules(spec: ModelSpec, config: LoraConfig) -> list[str]:
         if not any(name == target or name.endswith("." + target) for name in names):
             leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise UserError(f"method.targets: no linear in scope is called '{target}'.{nearest(target, leaves)}")
-    return [
-        name for name in names if any(name == target or name.endswith("." + target) for target in config.targets)
-    ]
+    return [name for name in names if any(name == target or name.endswith("." + target) for target in config.targets)]
 
 
 def rank_for(spec: ModelSpec, config: LoraConfig) -> int:

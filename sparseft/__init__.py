@@ -1,0 +1,49 @@
+"""sparseft fine-tunes large language models by training a small, well-chosen part of their own weights.
+
+Names below are loaded on first use: importing sparseft imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "S2FTConfig": "sparseft.methods.s2ft",
+    "SylvaConfig": "sparseft.methods.sylva",
+    "LoraConfig": "sparseft.methods.lora",
+    "DoraConfig": "sparseft.methods.lora",
+    "FullConfig": "sparseft.methods.full",
+    "Selection": "sparseft.selection",
+    "compute_selection": "sparseft.methods.selecting",
+    "attach": "sparseft.adapter",
+    "detach": "sparseft.adapter",
+    "merge": "sparseft.adapter",
+    "fuse": "sparseft.adapter",
+    "load_adapter": "sparseft.adapter",
+    "save_adapter": "sparseft.adapter",
+    "set_adapter": "sparseft.adapter",
+    "trainable_parameters": "sparseft.adapter",
+    "SparseLinear": "sparseft.layers",
+    "S2ColumnLinear": "sparseft.layers",
+    "S2RowLinear": "sparseft.layers",
+    "BlockSparseLinear": "sparseft.layers",
+    "UserError": "sparseft.errors",
+    "RunError": "sparseft.errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'sparseft' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,420 @@
+"""Adapters on a model: attach, train, save, load, switch, fuse, merge, detach.
+
+A sparse adapter is patterns and deltas of some modules. The active one is in the weights; the others are parked.
+LoRA and DoRA go through `peft`, behind the same functions.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparseft.adapter_files import read_config, read_sparse, write_full, write_peft, write_sparse
+from sparseft.errors import UserError, nearest
+from sparseft.files import replaced_folder
+from sparseft.fusing import Values, unite
+from sparseft.layers import Pattern, SparseLinear, restore, sparse_layers
+from sparseft.layers.converting import check_modules, replace_module
+from sparseft.methods import get_method, method_of
+from sparseft.methods.selecting import compute_selection
+from sparseft.modeling import ModelSpec, base_fingerprint
+from sparseft.selection import Selection
+
+STATE = "_sparseft"  # the attribute of an attached model that holds its State
+DEFAULT = "default"
+
+
+@dataclass
+class Adapter:
+    """A named adapter: its patterns by module and kind, and what `adapter_config.json` says of it."""
+
+    patterns: dict[str, dict[str, Pattern]]
+    method: str
+    method_config: dict[str, Any]
+
+
+@dataclass
+class State:
+    """What an attached model remembers: its base, the adapters, which one is active, and the flags to put back."""
+
+    method: str
+    fingerprint: str
+    base_model: str
+    requires_grad: dict[str, bool]
+    sparse: bool = True
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: str | None = None
+    method_config: dict[str, Any] = field(default_factory=dict)
+
+
+def state_of(model: nn.Module) -> State | None:
+    """The state of an attached model, or null of a plain one."""
+    return getattr(model, STATE, None)
+
+
+def _require_state(model: nn.Module) -> State:
+    state = state_of(model)
+    if state is None:
+        raise UserError("the model has no adapter: attach one or load one first.")
+    return state
+
+
+def _new_state(model: nn.Module, method: str) -> State:
+    return State(
+        method=method,
+        fingerprint=base_fingerprint(model),
+        base_model=getattr(model, "name_or_path", "") or "",
+        requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
+    )
+
+
+def attach(model: nn.Module, config: Any, selection: Selection | None = None) -> nn.Module:
+    """Makes a plain model trainable by the method that `config` configures, and returns it.
+
+    Sparse methods convert in place; without a selection only importance random or weight can choose one here.
+    LoRA and DoRA return peft's wrapper around the model.
+
+    Raises:
+        UserError: a value out of range, a selection that does not fit, a model that is attached already.
+    """
+    method = method_of(config)
+    config.validate()
+    if state_of(model) is not None or sparse_layers(model):
+        raise UserError("the model has an adapter already: detach or merge it first.")
+    if not method.sparse:
+        if selection is not None:
+            raise UserError(f"method {method.name} takes no selection.")
+        state = _new_state(model, method.name)
+        state.sparse, state.active, state.method_config = False, DEFAULT, asdict(config)
+        model = method.convert(model, config, None)
+        setattr(model, STATE, state)
+        return model
+    spec = ModelSpec.of(model)
+    if selection is None:
+        if config.needs_data:
+            raise UserError(
+                f"importance '{config.importance}' needs data: pass selection=compute_selection(model, config, "
+                "batches), or use importance random or weight."
+            )
+        selection = compute_selection(model, config)
+    if not selection.modules:
+        raise UserError("the selection is empty, so nothing would be trained.")
+    if selection.block_size is None:
+        selection.block_size = getattr(config, "block_size", None)
+    check_modules(model, selection.modules, spec.linears)
+    state = _new_state(model, method.name)
+    method.convert(model, config, selection)
+    _remember(model, state, DEFAULT, asdict(config))
+    return model
+
+
+def _remember(model: nn.Module, state: State, name: str, method_config: dict[str, Any]) -> None:
+    patterns = {module: layer.patterns for module, layer in sparse_layers(model).items() if layer.patterns}
+    state.adapters[name] = Adapter(patterns, state.method, method_config)
+    state.active, state.method_config = name, method_config
+    setattr(model, STATE, state)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trainable_count(model: nn.Module) -> int:
+    """How many weights train: the part of an edge block outside its weight does not count."""
+    deltas = {id(p.delta) for layer in sparse_layers(model).values() for p in layer.patterns.values()}
+    others = sum(p.numel() for p in trainable_parameters(model).values() if id(p) not in deltas)
+    return others + sum(layer.trainable_entries for layer in sparse_layers(model).values())
+
+
+# ---- saving ----
+
+
+def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
+    """Writes an adapter (the active one, or `name`) into the folder `path`, whole or not at all.
+
+    LoRA and DoRA leave peft's own files, full fine-tuning a Hugging Face model folder.
+    """
+    state = _require_state(model)
+    name = name or state.active
+    if name is None:
+        raise UserError("no adapter is active: name the one to save.")
+    header = {"base_model": state.base_model, "base_fingerprint": state.fingerprint}
+    if not state.sparse:
+        header |= {"method": state.method, "method_config": state.method_config}
+        known = [DEFAULT] if state.method == "full" else list(model.peft_config)
+        if name not in known:
+            raise UserError(f"no adapter is called '{name}'.{nearest(name, known)}")
+        with replaced_folder(path) as aside:
+            if state.method == "full":
+                write_full(model, header, aside)
+            else:
+                write_peft(model, name, header, aside)
+        return Path(path)
+    _check_name(state, name)
+    adapter = state.adapters[name]
+    layers = sparse_layers(model)
+    shapes = {module: (layers[module].out_features, layers[module].in_features) for module in adapter.patterns}
+    values = {
+        module: {kind: Values(p.index, p.delta.detach(), p.block_size) for kind, p in kinds.items()}
+        for module, kinds in adapter.patterns.items()
+    }
+    with replaced_folder(path) as aside:
+        write_sparse(values, shapes, header | {"method": adapter.method, "method_config": adapter.method_config}, aside)
+    return Path(path)
+
+
+# ---- loading ----
+
+
+def load_adapter(model: nn.Module, path: str | Path, name: str = DEFAULT) -> nn.Module:
+    """Loads an adapter folder onto a plain or attached model, makes it the active one, and returns the model.
+
+    A sparse adapter is refused where it was made for another base or the files were truncated or altered. A folder
+    that peft made is loaded through peft; the return value is then peft's wrapper.
+    """
+    folder = Path(path)
+    content = read_config(folder)
+    state = state_of(model)
+    if "peft_type" in content:
+        return _load_peft(model, folder, name, content)
+    if content.get("method") == "full":
+        raise UserError(f"{folder}: a whole model, not an adapter: load it as one (model.path={folder}).")
+    if state is not None and not state.sparse:
+        raise UserError(f"{folder}: a sparse adapter cannot be loaded onto a model with {state.method} attached.")
+    values = read_sparse(folder, content)
+    if state is None:
+        state = _new_state(model, str(content.get("method")))
+    if content.get("base_fingerprint") != state.fingerprint:
+        raise UserError(
+            f"{folder}: made for another base model ({content.get('base_model') or 'unknown'}): the weights' "
+            "fingerprints differ."
+        )
+    method_config = content.get("method_config")
+    _install_values(
+        model, state, name, values, folder, str(content.get("method")),
+        method_config if isinstance(method_config, dict) else {},
+    )  # fmt: skip
+    return model
+
+
+def _install_values(
+    model: nn.Module,
+    state: State,
+    name: str,
+    values: dict[str, dict[str, Values]],
+    source: Path | str,
+    method: str,
+    method_config: dict[str, Any],
+) -> None:
+    """Makes patterns of `values`, checks them all against the model, and only then changes it."""
+    spec = ModelSpec.of(model)
+    try:
+        check_modules(model, values, spec.linears)
+        patterns: dict[str, dict[str, Pattern]] = {}
+        for module, kinds in values.items():
+            patterns[module] = {}
+            weight = SparseLinear.weight_of(model.get_submodule(module))
+            for kind, value in kinds.items():
+                try:
+                    pattern = Pattern(kind, value.index, weight, value.block_size)
+                except UserError as error:
+                    raise UserError(f"{module}: {error}") from None
+                if pattern.delta.shape != value.delta.shape:
+                    raise UserError(
+                        f"{module}.{kind}: a delta of shape {tuple(value.delta.shape)} does not fit the model's "
+                        f"{tuple(pattern.delta.shape)}."
+                    )
+                with torch.no_grad():
+                    pattern.delta.copy_(value.delta)
+                patterns[module][kind] = pattern
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    known = state.adapters.get(name)
+    if known is not None and _same_patterns(known.patterns, patterns):
+        # The same entries: the deltas are filled in place, so that an optimizer that holds them stays valid.
+        with torch.no_grad():
+            for module, kinds in patterns.items():
+                for kind, pattern in kinds.items():
+                    known.patterns[module][kind].delta.copy_(pattern.delta)
+        known.method_config = method_config
+    else:
+        state.adapters[name] = Adapter(patterns, method, method_config)
+        if state.active == name:
+            state.active = None
+            _activate(model, {})
+    if state_of(model) is None:
+        model.requires_grad_(False)
+        setattr(model, STATE, state)
+    set_adapter(model, name)
+
+
+def _same_patterns(left: dict[str, dict[str, Pattern]], right: dict[str, dict[str, Pattern]]) -> bool:
+    return left.keys() == right.keys() and all(
+        left[module].keys() == right[module].keys()
+        and all(
+            torch.equal(left[module][kind].index.cpu(), right[module][kind].index.cpu())
+            and left[module][kind].block_size == right[module][kind].block_size
+            for kind in left[module]
+        )
+        for module in left
+    )
+
+
+def _load_peft(model: nn.Module, folder: Path, name: str, content: dict[str, Any]) -> nn.Module:
+    import peft
+
+    state = state_of(model)
+    if state is not None and state.sparse:
+        raise UserError(f"{folder}: a peft adapter cannot be loaded onto a model with sparse layers: detach it first.")
+    own = content.get("sparseft") if isinstance(content.get("sparseft"), dict) else None
+    fresh = state or _new_state(model, str(own["method"]) if own else "lora")
+    if own and own.get("base_fingerprint") != fresh.fingerprint:
+        raise UserError(
+            f"{folder}: made for another base model ({own.get('base_model') or 'unknown'}): the weights' "
+            "fingerprints differ."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # `sparseft`, our own
+            if isinstance(model, peft.PeftModel):
+                if name in model.peft_config:
+                    model.delete_adapter(name)
+                model.load_adapter(str(folder), adapter_name=name, is_trainable=True)
+                model.set_adapter(name)
+            else:
+                model = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=True)
+    except Exception as error:  # peft raises many kinds for a folder that does not fit; all of them are the folder's
+        raise UserError(f"{folder}: peft cannot load it on this model: {str(error).strip().splitlines()[0]}") from error
+    fresh.sparse, fresh.active = False, name
+    fresh.method_config = dict(own["method_config"]) if own else {}
+    setattr(model, STATE, fresh)
+    return model
+
+
+# ---- switching ----
+
+
+def _check_name(state: State, name: str) -> None:
+    if name not in state.adapters:
+        raise UserError(f"no adapter is called '{name}'.{nearest(name, state.adapters)}")
+
+
+def _activate(model: nn.Module, patterns: dict[str, dict[str, Pattern]]) -> None:
+    """Gives every sparse layer its patterns of the adapter, converting modules that have none yet."""
+    layers = sparse_layers(model)
+    for module, layer in layers.items():
+        layer.install(patterns.get(module, {}))
+    for module in patterns.keys() - layers.keys():
+        old = model.get_submodule(module)
+        new = SparseLinear.wrap(old)
+        replace_module(model, old, new)
+        new.install(patterns[module])
+
+
+def set_adapter(model: nn.Module, name: str | None) -> nn.Module:
+    """Makes the adapter `name` the active one; null: the base, bit for bit (deltas are kept)."""
+    state = _require_state(model)
+    if not state.sparse:
+        if state.method == "full":
+            raise UserError("full fine-tuning has no adapters to switch.")
+        if name is None:
+            model.base_model.disable_adapter_layers()
+        else:
+            if name not in model.peft_config:
+                raise UserError(f"no adapter is called '{name}'.{nearest(name, model.peft_config)}")
+            model.base_model.enable_adapter_layers()
+            model.set_adapter(name)
+        state.active = name
+        return model
+    if name is not None:
+        _check_name(state, name)
+    _activate(model, state.adapters[name].patterns if name is not None else {})
+    state.active = name
+    return model
+
+
+def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn.Module:
+    """Adds `name`: the weighted sum of adapters with their patterns united; it becomes the active one."""
+    state = _require_state(model)
+    if not weights:
+        raise UserError("fuse: name at least one adapter with its weight.")
+    if not state.sparse:
+        if state.method == "full":
+            raise UserError("full fine-tuning has no adapters to fuse.")
+        for known in weights:
+            if known not in model.peft_config:
+                raise UserError(f"no adapter is called '{known}'.{nearest(known, model.peft_config)}")
+        model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type="cat")
+        return set_adapter(model, name)
+    for known in weights:
+        _check_name(state, known)
+    shapes = ModelSpec.of(model).linears
+    parts: dict[str, list[tuple[float, dict[str, Values]]]] = defaultdict(list)
+    for known, weight in weights.items():
+        for module, kinds in state.adapters[known].patterns.items():
+            values = {kind: Values(p.index.cpu(), p.delta.detach().cpu(), p.block_size) for kind, p in kinds.items()}
+            parts[module].append((weight, values))
+    united = {module: unite(items, shapes[module]) for module, items in parts.items()}
+    methods = {state.adapters[known].method for known in weights}
+    method = methods.pop() if len(methods) == 1 else state.method
+    sizes = {value.block_size for kinds in united.values() for value in kinds.values() if value.block_size}
+    if len(sizes) > 1:  # an adapter's file has one block size
+        united = {m: unite([(1.0, kinds)], shapes[m], math.gcd(*sizes)) for m, kinds in united.items()}
+    _install_values(model, state, name, united, "fuse", method, {"fused": dict(weights)})
+    return model
+
+
+# ---- leaving ----
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """The plain Hugging Face model with the active adapter's deltas in its weights."""
+    return _leave(model, merged=True)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """The plain Hugging Face model, bit for bit as before `attach`."""
+    return _leave(model, merged=False)
+
+
+def _leave(model: nn.Module, *, merged: bool) -> nn.Module:
+    state = _require_state(model)
+    if state.sparse:
+        restore(model, merged=merged)
+        delattr(model, STATE)
+    elif state.method == "full":
+        if not merged:
+            raise UserError("full fine-tuning keeps no copy of the base: load it again instead of detaching.")
+        delattr(model, STATE)
+    else:
+        model = model.merge_and_unload() if merged else model.unload()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(state.requires_grad.get(name, True))
+    return model
+
+
+def method_name(model: nn.Module) -> str | None:
+    """The name of the method attached, or null."""
+    state = state_of(model)
+    return get_method(state.method).name if state is not None else None
+
+
+__all__ = [
+    "attach",
+    "compute_selection",
+    "detach",
+    "fuse",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "set_adapter",
+    "trainable_parameters",
+]

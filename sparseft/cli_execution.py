@@ -1,0 +1,133 @@
+"""Runs a piece of work as the command line promises: exit codes instead of exceptions, nothing stray on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sparseft.errors import RunError, UserError
+
+DONE = 0
+FAILED = 1
+WRONG_INPUT = 2
+INTERRUPTED = 130
+
+
+@dataclass
+class Outcome:
+    """An exit code, with the result (code 0) or one line about what went wrong."""
+
+    code: int
+    result: Any = None
+    message: str = ""
+
+
+def execute(work: Callable[[], Any], debug: bool = False, guard_stdout: bool = True) -> Outcome:
+    """Runs `work` and turns every exception into an exit code and one line.
+
+    guard_stdout: what `work`, the libraries it calls and its child processes print to stdout goes to stderr.
+    """
+    try:
+        with stdout_to_stderr() if guard_stdout else contextlib.nullcontext():
+            return Outcome(DONE, work())
+    except UserError as error:
+        outcome = Outcome(WRONG_INPUT, message=_one_line(str(error)))
+    except KeyboardInterrupt as error:
+        outcome = Outcome(INTERRUPTED, message="interrupted." + _last_checkpoint(error))
+    except SystemExit as error:  # with a code: a launcher's child that has already said why
+        if isinstance(error.code, int) and error.code:
+            return Outcome(error.code)
+        return Outcome(FAILED, message=_one_line(str(error.code or "ended early, without a result")))
+    except BrokenPipeError as error:
+        if not guard_stdout:  # the reader of our output went away: not our failure
+            discard_stdout()
+            return Outcome(DONE)
+        outcome = Outcome(FAILED, message=_describe(error))
+    except Exception as error:
+        outcome = Outcome(FAILED, message=_describe(error))
+        if not debug:
+            outcome.message += " (--debug shows the traceback)"
+    if debug and outcome.code != INTERRUPTED:
+        traceback.print_exc(file=sys.stderr)
+    return outcome
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Sends stdout to stderr, also what C code and child processes write to file descriptor 1."""
+    original = sys.stdout
+    original.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        original.flush()  # what was written through a kept reference to sys.stdout still belongs to stderr
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def emit(text: str) -> None:
+    """Prints a result on stdout; a reader that went away (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        discard_stdout()
+
+
+def flush_stdout() -> None:
+    """Flushes stdout before the interpreter does, which would report a closed pipe as an ignored exception."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_stdout()
+
+
+def discard_stdout() -> None:
+    """Points stdout at nothing, so that what is still buffered can be flushed."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def to_json(result: Any) -> str:
+    """One line of strict JSON: NaN and infinities become null, paths and other path-like objects text."""
+    return json.dumps(_strict(result), allow_nan=False, ensure_ascii=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _strict(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item") and not isinstance(value, str | int):  # a numpy or torch scalar
+        return _strict(value.item())
+    return value
+
+
+def _describe(error: BaseException) -> str:
+    message = _one_line(str(error))
+    if not isinstance(error, RunError):
+        message = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return message + _last_checkpoint(error)
+
+
+def _last_checkpoint(error: BaseException) -> str:
+    checkpoint = getattr(error, "last_checkpoint", None)
+    return f" The last good checkpoint is {checkpoint}." if checkpoint else ""
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

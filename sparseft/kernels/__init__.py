@@ -1,0 +1,1 @@
+"""The sparse arithmetic: `reference.py` in plain torch, importable everywhere."""

@@ -1,0 +1,21 @@
+"""Linear layers that train a pattern of their own weight, and the conversion of whole models."""
+
+from __future__ import annotations
+
+from sparseft.layers.base import SparseLinear, write_back
+from sparseft.layers.blocks import BlockSparseLinear
+from sparseft.layers.converting import convert, restore, sparse_layers
+from sparseft.layers.pattern import Pattern
+from sparseft.layers.structured import S2ColumnLinear, S2RowLinear
+
+__all__ = [
+    "BlockSparseLinear",
+    "Pattern",
+    "S2ColumnLinear",
+    "S2RowLinear",
+    "SparseLinear",
+    "convert",
+    "restore",
+    "sparse_layers",
+    "write_back",
+]

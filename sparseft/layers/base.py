@@ -1,0 +1,307 @@
+"""`SparseLinear`: a frozen weight plus small fp32 deltas on patterns of its own entries.
+
+The weight's selected entries always hold *base + delta*, rounded once from fp32, so that the forward pass is the frozen
+model's single product. The backward pass computes the dense input gradient, and the weight gradient on the patterns
+only (partial back-propagation, S2FT §3.3). A write-back after each optimizer step (torch's global step hook) keeps
+weight and deltas together.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sparseft.kernels import reference
+from sparseft.layers.pattern import Pattern, as_index
+
+_LIVE: weakref.WeakSet[SparseLinear] = weakref.WeakSet()  # every sparse layer there is
+
+
+class _SparseProduct(torch.autograd.Function):
+    """y = x Wᵀ + b with the weight gradient on the patterns only.
+
+    The deltas enter for their gradients' sake: their values are already in the weight.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, transposed, size, rows, rows_delta, columns, columns_delta, blocks, needed,
+                position, blocks_delta):  # fmt: skip
+        y = _product(x, weight, bias, transposed)
+        saved = [weight, rows, columns, blocks, position]
+        # Rows need all of x, which is shared with the layer's siblings; the others only a slice, in its own storage.
+        whole = rows is not None or (blocks is not None and needed is None)
+        saved.append(x if whole else None)
+        saved.append(x.index_select(-1, columns).to(y.dtype) if columns is not None else None)
+        if blocks is not None and not whole:
+            x_blocks = reference.to_blocks(x.reshape(-1, x.shape[-1]), size).index_select(1, needed)
+            saved.append(x_blocks.reshape(x_blocks.shape[0], -1).to(y.dtype))
+        else:
+            saved.append(None)
+        ctx.save_for_backward(*saved)
+        ctx.transposed, ctx.size = transposed, size
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        weight, rows, columns, blocks, position, x, x_columns, x_blocks = ctx.saved_tensors
+        grad_x = rows_grad = columns_grad = blocks_grad = None
+        if ctx.needs_input_grad[0]:
+            w = weight.to(grad_output.dtype)
+            grad_x = grad_output @ (w.t() if ctx.transposed else w)
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        if x is not None:
+            x = x.reshape(-1, x.shape[-1]).to(grad.dtype)
+        if rows is not None:
+            rows_grad = reference.rows_gradient(grad, x, rows).float()
+        if columns is not None:
+            x_columns = x_columns.reshape(-1, x_columns.shape[-1])
+            columns_grad = reference.columns_gradient(grad, x_columns.to(grad.dtype)).float()
+        if blocks is not None:
+            x_side, at = (x, blocks[:, 1]) if x_blocks is None else (x_blocks.to(grad.dtype), position)
+            blocks_grad = reference.blocks_gradient(grad, x_side, blocks[:, 0], at, ctx.size).float()
+        return grad_x, None, None, None, None, None, rows_grad, None, columns_grad, None, None, None, blocks_grad
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if not transposed:
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])  # as Conv1D computes it, so that a fresh attach changes no bit
+    y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+class SparseLinear(nn.Module):
+    """A linear layer `y = x Wᵀ + b`, W (out, in), that trains fp32 deltas on patterns of its frozen weight.
+
+    Its patterns are child modules named `rows`, `columns` and `blocks`, so that parameters are called
+    `<module>.rows.delta` and so on, as in adapter files. Without a pattern it is a frozen linear layer.
+    `transposed` layers keep their weight as (in, out), as Conv1D does; indices always mean the logical (out, in).
+    """
+
+    sparseft_linear = True
+    weight: nn.Parameter
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
+                 *, transposed: bool = False) -> None:  # fmt: skip
+        super().__init__()
+        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+        if bias:
+            empty = torch.empty(out_features, device=device, dtype=dtype)
+            self.bias = nn.Parameter(empty, requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        self._original: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
+        self.reset_parameters()
+        _LIVE.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _LIVE.add(self)  # copies made by deepcopy and pickle take part in the write-back too
+
+    def reset_parameters(self) -> None:
+        """As `nn.Linear` initialises itself; only of use where the layer stands alone."""
+        if self.weight.is_meta:
+            return
+        nn.init.kaiming_uniform_(self.logical_weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def wrap(cls, linear: nn.Module) -> SparseLinear:
+        """A layer around the very parameters of an `nn.Linear` or `Conv1D`, with no pattern yet."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.transposed = type(linear).__name__ == "Conv1D"
+        rows, columns = linear.weight.shape
+        layer.in_features, layer.out_features = (rows, columns) if layer.transposed else (columns, rows)
+        layer.weight = linear.weight
+        layer.register_parameter("bias", linear.bias)
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        layer._original = (linear,)
+        layer.train(linear.training)
+        _LIVE.add(layer)
+        return layer
+
+    @staticmethod
+    def weight_of(linear: nn.Module) -> Tensor:
+        """The logical weight (out, in) of a plain or sparse linear: a view, without gradient."""
+        if isinstance(linear, SparseLinear):
+            return linear.logical_weight
+        weight = linear.weight.detach()
+        return weight.t() if type(linear).__name__ == "Conv1D" else weight
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The module that this layer replaced, if any."""
+        return self._original[0] if self._original else None
+
+    @property
+    def logical_weight(self) -> Tensor:
+        """The weight as (out, in): a view, without gradient."""
+        weight = self.weight.detach()
+        return weight.t() if self.transposed else weight
+
+    @property
+    def patterns(self) -> dict[str, Pattern]:
+        """The patterns in use, by kind."""
+        return {kind: self._modules[kind] for kind in reference.KINDS if self._modules.get(kind) is not None}
+
+    @property
+    def delta(self) -> nn.Parameter:
+        """The delta of a layer with one pattern."""
+        return self._only().delta
+
+    @property
+    def base_values(self) -> Tensor:
+        """The base's entries of a layer with one pattern."""
+        return self._only().base_values
+
+    def _only(self) -> Pattern:
+        patterns = self.patterns
+        if len(patterns) != 1:
+            raise TypeError(f"the layer has {len(patterns)} patterns: use .patterns")
+        return next(iter(patterns.values()))
+
+    @property
+    def trainable_entries(self) -> int:
+        """Entries of the weight that train; the part of an edge block outside the weight does not count."""
+        shape = (self.out_features, self.in_features)
+        return sum(
+            reference.trainable_entries(p.kind, p.index.cpu(), shape, p.block_size) for p in self.patterns.values()
+        )
+
+    def add_pattern(self, kind: str, index: Any, block_size: int | None = None) -> Pattern:
+        """Trains the entries that `index` names, from a weight that holds the base's values there."""
+        if kind in self.patterns:
+            raise ValueError(f"the layer already trains {kind}")
+        pattern = Pattern(kind, as_index(kind, index), self.logical_weight, block_size)
+        self.add_module(kind, pattern)
+        return pattern
+
+    @torch.no_grad()
+    def install(self, patterns: dict[str, Pattern]) -> dict[str, Pattern]:
+        """Puts the base back, takes `patterns` instead of the present ones, writes them, and returns the old."""
+        self.restore_base()
+        old = self.patterns
+        for kind in old:
+            del self._modules[kind]
+        for kind, pattern in patterns.items():
+            pattern.take_base(self.logical_weight)
+            self.add_module(kind, pattern)
+        self.write_back()
+        return old
+
+    @torch.no_grad()
+    def restore_base(self) -> None:
+        """Writes the base's own values, bit for bit; the deltas stay as they are."""
+        for pattern in self.patterns.values():
+            reference.scatter_(
+                self.logical_weight, pattern.kind, pattern.index, pattern.base_values, pattern.block_size
+            )
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Writes base + delta into the weight, rounded once from fp32."""
+        patterns = list(self.patterns.values())
+        if not patterns or self.weight.is_meta:
+            return
+        weight = self.logical_weight
+        if len(patterns) == 1:
+            pattern = patterns[0]
+            values = (pattern.base_values.float() + pattern.delta).to(weight.dtype)
+            reference.scatter_(weight, pattern.kind, pattern.index, values, pattern.block_size)
+        else:  # patterns may overlap (fused adapters): add them up in fp32, round once
+            total = weight.float()
+            for p in patterns:
+                reference.scatter_(total, p.kind, p.index, p.base_values.float(), p.block_size)
+            for p in patterns:
+                values = reference.gather(total, p.kind, p.index, p.block_size) + p.delta
+                reference.scatter_(total, p.kind, p.index, values, p.block_size)
+            for p in patterns:
+                values = reference.gather(total, p.kind, p.index, p.block_size).to(weight.dtype)
+                reference.scatter_(weight, p.kind, p.index, values, p.block_size)
+        for pattern in patterns:
+            pattern.written_version = pattern.delta._version
+
+    def _write_if_stale(self) -> None:
+        if any(pattern.stale for pattern in self.patterns.values()):
+            self.write_back()
+
+    def forward(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
+        if not torch.compiler.is_compiling():
+            self._write_if_stale()  # deltas changed by other means than an optimizer's step
+        if not torch.is_grad_enabled() or not any(p.delta.requires_grad for p in self.patterns.values()):
+            return _product(x, self.weight, self.bias, self.transposed)
+        rows, columns, blocks = (self._modules.get(kind) for kind in reference.KINDS)
+        needed = blocks.columns_needed(self.in_features) if blocks is not None else None
+        return _SparseProduct.apply(
+            x,
+            self.weight,
+            self.bias,
+            self.transposed,
+            blocks.block_size if blocks is not None else None,
+            rows.index if rows is not None else None,
+            rows.delta if rows is not None else None,
+            columns.index if columns is not None else None,
+            columns.delta if columns is not None else None,
+            blocks.index if blocks is not None else None,
+            needed[0] if needed is not None else None,
+            needed[1] if needed is not None else None,
+            blocks.delta if blocks is not None else None,
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        dtype = self.weight.dtype
+        super()._apply(fn, recurse)
+        if self.weight.dtype != dtype:
+            self.write_back()  # base and delta were cast apart: their sum is rounded once again from fp32
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        self._write_if_stale()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        plain = prefix + "weight" in state_dict and not any(
+            f"{prefix}{kind}.delta" in state_dict for kind in self.patterns
+        )
+        if plain:  # a plain checkpoint's weight is a new base
+            for pattern in self.patterns.values():
+                pattern.take_base(self.logical_weight)
+                with torch.no_grad():
+                    pattern.delta.zero_()
+                pattern.written_version = pattern.delta._version
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return text + (", transposed=True" if self.transposed else "")
+
+
+def write_back(layers: Iterable[SparseLinear]) -> None:
+    """Writes every layer's base + delta into its weight."""
+    for layer in layers:
+        layer.write_back()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """torch's global step hook: writes the layers whose deltas this optimizer holds."""
+    if not _LIVE:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    write_back(layer for layer in list(_LIVE) if any(id(pattern.delta) in held for pattern in layer.patterns.values()))
+
+
+register_optimizer_step_post_hook(_after_step)

@@ -1,0 +1,115 @@
+"""`Pattern`: which entries of one weight train, with their base values and deltas."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.errors import UserError
+from sparseft.kernels import reference
+
+# Save the needed column blocks of x when they are at most this share of it: a larger slice of its own costs more than
+# x itself does, which the siblings of the layer (q, k, v; gate, up) and the norm before it share.
+SLICE_SHARE = 0.5
+
+
+class Pattern(nn.Module):
+    """The trained entries of one kind: `index` (int64), `base_values` (the weight's dtype), `delta` (fp32).
+
+    `index` is (k,) for rows and columns and (n, 2) for blocks, in the order of the checkpoint; the values have the
+    shapes of `kernels/reference.py`. Casting the model leaves `delta` in fp32.
+    """
+
+    sparseft_pattern = True  # how modules below this one tell deltas from the base's parameters
+
+    def __init__(self, kind: str, index: Tensor, weight: Tensor, block_size: int | None = None) -> None:
+        super().__init__()
+        self.kind = kind
+        self.block_size = block_size
+        check_index(kind, index, tuple(weight.shape), block_size)
+        index = index.to(device=weight.device, dtype=torch.int64)
+        shape = reference.values_shape(kind, index, tuple(weight.shape), block_size)
+        self.register_buffer("index", index)
+        self.register_buffer("base_values", _gather(weight, kind, index, block_size))
+        self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
+        self.written_version = self.delta._version
+        self._columns: tuple[Tensor, Tensor] | None = None  # blocks: the unique block columns, each block's among them
+
+    def take_base(self, weight: Tensor) -> None:
+        """Reads `base_values` anew from a weight (out, in) that holds the base's entries."""
+        self.to(weight.device)
+        self.base_values = _gather(weight, self.kind, self.index, self.block_size)
+
+    def columns_needed(self, in_features: int) -> tuple[Tensor, Tensor] | None:
+        """For blocks: (unique block columns, each block's position among them), or null where x itself is saved."""
+        if self._columns is None or self._columns[0].device != self.index.device:
+            unique, position = torch.unique(self.index[:, 1], return_inverse=True)
+            self._columns = (unique, position)
+        total = math.ceil(in_features / self.block_size)
+        return self._columns if len(self._columns[0]) <= SLICE_SHARE * total else None
+
+    @property
+    def stale(self) -> bool:
+        """Whether `delta` was changed in place since the weight was last written."""
+        return self.delta._version != self.written_version
+
+    def _apply(self, fn, recurse: bool = True):
+        def keep_fp32(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            is_delta = tensor is self.delta or tensor is self.delta.grad
+            # The device moves, the precision stays: a delta in bf16 would lose small updates.
+            return tensor.to(result.device) if is_delta and result.dtype != tensor.dtype else result
+
+        super()._apply(keep_fp32, recurse)
+        self._columns = None
+        self.written_version = self.delta._version
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if any(key.startswith(prefix) for key in state_dict):  # else a plain weight is loaded: SparseLinear handles it
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            self._columns = None
+
+    def extra_repr(self) -> str:
+        size = f", block_size={self.block_size}" if self.kind == "blocks" else ""
+        return f"{len(self.index)}{size}, trainable={self.delta.numel()}"
+
+
+def _gather(weight: Tensor, kind: str, index: Tensor, block_size: int | None) -> Tensor:
+    if weight.is_meta:
+        return weight.new_empty(reference.values_shape(kind, index, tuple(weight.shape), block_size))
+    return reference.gather(weight.detach(), kind, index, block_size)
+
+
+def as_index(kind: str, index: Any) -> Tensor:
+    """The caller's indices as an int64 tensor on the CPU: (k,), or (n, 2) for blocks."""
+    tensor = torch.as_tensor(index)
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        raise UserError(f"{kind}: expected integer indices, got {tensor.dtype}.")
+    return tensor.to(device="cpu", dtype=torch.int64)
+
+
+def check_index(kind: str, index: Tensor, shape: tuple[int, int], block_size: int | None) -> None:
+    """Raises `UserError` where indices have the wrong shape, repeat, or lie outside a weight of `shape` (out, in)."""
+    if kind == "blocks":
+        if block_size is None or block_size < 1:
+            raise UserError(f"blocks: expected a block_size of at least 1, got {block_size}.")
+        if index.dim() != 2 or index.shape[1] != 2:
+            raise UserError(f"blocks: expected pairs (block row, block column), got shape {tuple(index.shape)}.")
+        limits = [math.ceil(shape[0] / block_size), math.ceil(shape[1] / block_size)]
+    else:
+        if index.dim() != 1:
+            raise UserError(f"{kind}: expected a list of indices, got shape {tuple(index.shape)}.")
+        limits = [shape[0] if kind == "rows" else shape[1]]
+    if len(index) == 0:
+        raise UserError(f"{kind}: expected at least one index.")
+    if index.is_meta:
+        return
+    flat = index.reshape(len(index), -1).cpu()
+    if (flat < 0).any() or (flat >= torch.tensor(limits)).any():
+        raise UserError(f"{kind}: an index lies outside 0 … {', '.join(str(limit - 1) for limit in limits)}.")
+    if len(torch.unique(flat, dim=0)) != len(flat):
+        raise UserError(f"{kind}: an index occurs twice.")

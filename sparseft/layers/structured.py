@@ -1,0 +1,50 @@
+"""S2FT's two layers (arXiv 2412.06289, §3.2): dense training of some output or input features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparseft.layers.base import SparseLinear
+
+
+class S2ColumnLinear(SparseLinear):
+    """Trains `rows` of the weight: output features (S2FT's q, k, v, gate and up projections).
+
+    Usable as `nn.Linear` is. `rows` (k,): distinct output features; their delta is (k, in) in fp32.
+    Saves x itself for the backward pass, which siblings that read the same x share.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
+                 *, rows: Sequence[int] | Tensor) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.add_pattern("rows", rows)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, rows: Any) -> S2ColumnLinear:
+        """Converts an `nn.Linear` or `Conv1D`; the layer shares (and training writes) its parameters."""
+        layer = cls.wrap(linear)
+        layer.add_pattern("rows", rows)
+        return layer
+
+
+class S2RowLinear(SparseLinear):
+    """Trains `columns` of the weight: input features (S2FT's o and down projections).
+
+    Usable as `nn.Linear` is. `columns` (k,): distinct input features; their delta is (out, k) in fp32.
+    Saves only `x[..., columns]` for the backward pass, in storage of its own.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
+                 *, columns: Sequence[int] | Tensor) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.add_pattern("columns", columns)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, columns: Any) -> S2RowLinear:
+        """Converts an `nn.Linear` or `Conv1D`; the layer shares (and training writes) its parameters."""
+        layer = cls.wrap(linear)
+        layer.add_pattern("columns", columns)
+        return layer

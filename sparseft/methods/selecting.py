@@ -1,0 +1,88 @@
+"""Config + model + calibration batches -> `Selection`: the pipeline that all sparse methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from sparseft.errors import UserError
+from sparseft.importance import compute_scores
+from sparseft.layers import sparse_layers
+from sparseft.layers.converting import check_modules
+from sparseft.methods import method_of
+from sparseft.methods.base import SparseConfig
+from sparseft.modeling import ModelSpec
+from sparseft.selection import Selection, choose, generator_for
+
+
+def compute_selection(
+    model: nn.Module,
+    config: SparseConfig,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Selection:
+    """Which units of a plain model a sparse method trains; the model is unchanged afterwards.
+
+    Args:
+        model: a Hugging Face causal LM.
+        config: `S2FTConfig` or `SylvaConfig`.
+        batches: dicts as the model takes them (`input_ids`, `attention_mask`, `labels`); at most
+            `config.num_samples` samples are used. Not needed for importance random and weight.
+        progress: called with the number of samples done.
+
+    Raises:
+        UserError: a value out of range, a scope that matches nothing, a budget that cannot be met.
+    """
+    method = method_of(config)
+    if not method.sparse:
+        raise UserError(f"method {method.name} selects nothing, so there is no selection to compute.")
+    config.validate()
+    if sparse_layers(model):
+        raise UserError("the model has sparse layers already: detach or merge them before selecting anew.")
+    spec = ModelSpec.of(model)
+    budget = method.budget(spec, config)
+    check_modules(model, dict.fromkeys(c.module for c in budget.candidates), spec.linears)
+    if config.needs_data and batches is not None:
+        batches = first_samples(batches, config.num_samples)
+    scores = compute_scores(
+        model,
+        budget.candidates,
+        config.importance,
+        seed=config.seed,
+        batches=batches,
+        generator=generator_for,
+        progress=progress,
+    )
+    selection = choose(budget, scores, order=config.order, allocation=config.allocation, seed=config.seed)
+    describe(selection, spec, method.name, config, budget.scope_parameters)
+    return selection
+
+
+def first_samples(batches: Iterable[Mapping[str, Any]], count: int) -> Iterable[Mapping[str, Any]]:
+    """The batches' first `count` samples, cutting the last batch where needed."""
+    left = count
+    for batch in batches:
+        size = len(batch["input_ids"]) if "input_ids" in batch else 0
+        if size > left:
+            batch = {name: value[:left] if hasattr(value, "shape") else value for name, value in batch.items()}
+        yield batch
+        left -= size
+        if left <= 0:
+            return
+
+
+def describe(selection: Selection, spec: ModelSpec, method: str, config: SparseConfig, scope_parameters: int) -> None:
+    """Records in `selection.meta` what was chosen by what, with every module's shape and trainable entries."""
+    trainable = selection.trainable(spec.linears)
+    selection.meta |= {
+        "method": method,
+        "method_config": asdict(config),
+        "scope_parameters": scope_parameters,
+        "total_parameters": spec.total_parameters,
+        "trainable_parameters": sum(trainable.values()),
+        "modules": {name: {"shape": list(spec.linears[name])} for name in selection.modules},
+    }

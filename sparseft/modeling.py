@@ -1,0 +1,278 @@
+"""Loads a Hugging Face causal LM, and says which of its modules plays which role (`ModelSpec`)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.config import BUNDLED, ModelConfig
+from sparseft.errors import UserError, nearest
+
+# Last part of a module's name -> its role. A tuple names the parts of a fused projection in their order.
+ATTENTION_ROLES: dict[str, str | tuple[str, ...]] = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "out_proj": "o",
+    "c_proj": "o",  # GPT-2, below an attention module
+    "qkv_proj": ("q", "k", "v"),  # Phi-3
+    "c_attn": ("q", "k", "v"),  # GPT-2
+}
+MLP_ROLES: dict[str, str | tuple[str, ...]] = {
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "gate_up_proj": ("gate", "up"),  # Phi-3
+    "fc1": "up",  # OPT
+    "fc2": "down",
+    "c_fc": "up",  # GPT-2
+    "c_proj": "down",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+}
+COLUMN_ROLES = ("o", "down")  # their units are input features; every other role's are output features
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The units of one role in one module: `count` runs of `unit` rows or columns, from `start`."""
+
+    module: str
+    layer: int
+    role: str  # q | k | v | o | gate | up | down
+    side: str  # rows (output features) | columns (input features)
+    start: int
+    unit: int  # features a unit: head_dim, or 1
+    count: int
+    other: int  # length of the weight's other side: entries a feature
+
+
+@dataclass
+class ModelSpec:
+    """A decoder's linears with their logical shapes (out, in), its heads, and the slots that S2FT chooses from."""
+
+    linears: dict[str, tuple[int, int]]
+    transposed: set[str]  # modules that store their weight as (in, out)
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int
+    total_parameters: int
+    slots: list[Slot] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)  # 3-D expert parameters, which nothing here trains yet
+
+    @staticmethod
+    def of(model: nn.Module) -> ModelSpec:
+        """Reads a (plain or attached) Hugging Face causal LM; nothing is materialised, so meta models do too."""
+        config = model.config.get_text_config()
+        num_heads = int(config.num_attention_heads)
+        num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
+        prefix, layers = decoder_layers(model)
+        linears: dict[str, tuple[int, int]] = {}
+        transposed: set[str] = set()
+        experts: list[str] = []
+        for index, layer in enumerate(layers):
+            for name, module in layer.named_modules():
+                full_name = f"{prefix}.{index}.{name}"
+                if is_linear(module):
+                    linears[full_name] = logical_shape(module)
+                    if is_transposed(module):
+                        transposed.add(full_name)
+                experts += [f"{full_name}.{n}" for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
+        if not linears:
+            raise UserError(
+                f"No linear layers were found in the {len(layers)} decoder layers under '{prefix}' of "
+                f"{type(model).__name__}, so there is nothing to train sparsely."
+            )
+        head_dim = getattr(config, "head_dim", None)
+        if not head_dim:
+            queries = [shape[0] for name, shape in linears.items() if name.endswith("q_proj")]
+            head_dim = (queries[0] if queries else int(config.hidden_size)) // num_heads
+        spec = ModelSpec(
+            linears=linears,
+            transposed=transposed,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=int(head_dim),
+            num_layers=len(layers),
+            total_parameters=base_parameter_count(model),
+            experts=experts,
+        )
+        for name in linears:
+            spec.slots += spec._slots_of(name, layer=int(name[len(prefix) + 1 :].split(".", 1)[0]))
+        return spec
+
+    def _slots_of(self, name: str, layer: int) -> list[Slot]:
+        rows, columns = self.linears[name]
+        parent, leaf = name.rsplit(".", 2)[-2:]
+        table = ATTENTION_ROLES if "attn" in parent or "attention" in parent else MLP_ROLES
+        roles = table.get(leaf)
+        if roles is None:
+            return []
+        if isinstance(roles, str):
+            side = "columns" if roles in COLUMN_ROLES else "rows"
+            length, other = (columns, rows) if side == "columns" else (rows, columns)
+            unit = self.head_dim if roles in ("q", "k", "v", "o") else 1
+            if length % unit:
+                return []
+            return [Slot(name, layer, roles, side, 0, unit, length // unit, other)]
+        if roles == ("gate", "up"):
+            counts, unit = [rows // 2, rows // 2], 1
+        else:
+            counts, unit = [self.num_heads, self.num_kv_heads, self.num_kv_heads], self.head_dim
+        if sum(counts) * unit != rows:
+            return []
+        starts = [unit * sum(counts[:i]) for i in range(len(counts))]
+        return [
+            Slot(name, layer, role, "rows", start, unit, count, columns)
+            for role, start, count in zip(roles, starts, counts, strict=True)
+        ]
+
+    def linears_in(self, scope: str | None) -> dict[str, tuple[int, int]]:
+        """The linears whose name contains `scope` (null: all); none is a `UserError` that says what there is."""
+        chosen = {name: shape for name, shape in self.linears.items() if scope is None or scope in name}
+        if not chosen:
+            parts = sorted({part for name in self.linears for part in name.split(".") if not part.isdigit()})
+            raise UserError(f"scope={scope} matches no linear of the decoder layers.{nearest(scope or '', parts)}")
+        return chosen
+
+    def slots_in(self, scope: str | None) -> list[Slot]:
+        """The slots of the linears in scope, in the model's order."""
+        names = self.linears_in(scope)
+        return [slot for slot in self.slots if slot.module in names]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether sparseft can train the module's weight: `nn.Linear`, transformers' `Conv1D`, or already converted."""
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return True
+    # Quantised linears subclass nn.Linear but hold packed integers, whose entries cannot be written.
+    return getattr(module, "sparseft_linear", False) or (
+        isinstance(module, nn.Linear) and module.weight.dim() == 2 and module.weight.is_floating_point()
+    )
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored as (in, out)."""
+    return type(module).__name__ == "Conv1D" or bool(getattr(module, "transposed", False))
+
+
+def logical_shape(module: nn.Module) -> tuple[int, int]:
+    """(out features, in features), however the weight is stored."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if is_transposed(module) else (rows, columns)
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers and its name: of the config's length, the one with the most parameters."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    fitting = [item for item in lists if len(item[1]) == count] or lists
+    if not fitting:
+        raise UserError(f"{type(model).__name__} has no list of decoder layers (nn.ModuleList).")
+    return max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base model's own parameters, tied ones once: without the deltas that sparse layers add."""
+    deltas = {id(module.delta) for module in model.modules() if getattr(module, "sparseft_pattern", False)}
+    return ((name, p) for name, p in model.named_parameters() if id(p) not in deltas)
+
+
+def base_parameter_count(model: nn.Module) -> int:
+    """Parameters of the base model, tied ones once."""
+    return sum(p.numel() for _, p in base_parameters(model))
+
+
+def base_fingerprint(model: nn.Module, samples: int = 64) -> str:
+    """A hash over the base weights' names, shapes and `samples` evenly spaced values each.
+
+    Values are rounded to bf16, so that a model loaded in fp32, bf16 or fp16 has the same fingerprint.
+    To be taken before any delta is written.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(base_parameters(model), key=lambda item: item[0]):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        if parameter.is_meta or parameter.numel() == 0:
+            continue
+        flat = parameter.detach().reshape(-1)
+        positions = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
+        values = flat[positions.to(flat.device)].to(torch.bfloat16).float().cpu() + 0.0  # + 0.0: one sign of zero
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def bundled_path(path: str) -> str:
+    """`bundled:tiny` -> the folder inside the package; any other path as it is."""
+    if not path.startswith(BUNDLED):
+        return path
+    folder = Path(__file__).parent / "bundled" / path.removeprefix(BUNDLED)
+    if not folder.exists():
+        known = [entry.name for entry in (Path(__file__).parent / "bundled").iterdir() if entry.is_dir()]
+        raise UserError(f"model.path={path}: nothing of that name is bundled.{nearest(folder.name, known)}")
+    return str(folder)
+
+
+def check_model_path(path: str) -> str:
+    """The folder or hub id to load; a path that looks local and is not there is a `UserError`."""
+    resolved = bundled_path(path)
+    folder = Path(resolved).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.path={path}: the folder has no config.json, so it is no Hugging Face model.")
+        return str(folder)
+    looks_local = resolved.startswith((".", "/", "~")) or resolved.count("/") > 1 or folder.exists()
+    if looks_local:
+        near = nearest(folder.name, os.listdir(folder.parent)) if folder.parent.is_dir() else ""
+        raise UserError(f"model.path={path}: no such folder.{near}")
+    return resolved
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` -> cuda where there is one, else cpu; `cuda` without one is a `UserError`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("hardware.device=cuda: torch finds no CUDA device here; use hardware.device=auto or cpu.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def _load(what: str, path: str, loader, **options):
+    try:
+        return loader(check_model_path(path), **options)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.path={path}: the {what} could not be loaded: {reason}") from error
+
+
+def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Module:
+    """The model on `device`, in evaluation mode, in the dtype asked for (`auto`: as stored)."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, object] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    if config.revision:
+        options["revision"] = config.revision
+    return _load("model", config.path, AutoModelForCausalLM.from_pretrained, **options).to(device).eval()
+
+
+def load_tokenizer(config: ModelConfig):
+    """The tokenizer (`model.tokenizer`, else the model's own)."""
+    from transformers import AutoTokenizer
+
+    options = {"revision": config.revision} if config.revision else {}
+    path = config.tokenizer or config.path
+    return _load(
+        "tokenizer", path, AutoTokenizer.from_pretrained, trust_remote_code=config.trust_remote_code, **options
+    )
