@@ -1,0 +1,35 @@
+"""`sparseft preprocess`: calibration, importance and selection, cached for `train`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparseft import console
+from sparseft.config import RunConfig
+from sparseft.errors import UserError
+from sparseft.methods import METHODS, get_method
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Computes the selection (or finds it in the cache) and returns where it lies."""
+    if not get_method(config.method_name).sparse:
+        sparse = [name for name in METHODS if get_method(name).sparse]
+        raise UserError(f"method={config.method_name} selects nothing to preprocess: use {' or '.join(sparse)}.")
+    from sparseft.commands.preparing import describe_selection, prepare, select
+
+    console.clear_warnings()
+    config.method.validate()
+    prepared = prepare(config)
+    selected = select(config, prepared)
+    describe_selection(selected.selection, config)
+    return {
+        "selection": str(selected.path),
+        "cached": selected.cached,
+        "seconds": selected.seconds,
+        "trainable_parameters": selected.selection.meta["trainable_parameters"],
+    }
+
+
+def render(result: dict[str, Any]) -> None:
+    """The selection's path on stdout."""
+    print(result["selection"])

@@ -1,0 +1,201 @@
+"""Records to examples: which format a data set has, and which parts of a record the loss counts.
+
+| format | keys | loss on |
+| --- | --- | --- |
+| `alpaca` | `instruction`, `output`, optional `input` (LLM-Adapters' `answer` serves evaluation alone) | `output` |
+| `guanaco` | `text` with `### Human:` and `### Assistant:` turns | every assistant turn |
+| `messages` | `messages` or `conversations`: a list of {role, content} (or {from, value}) | every assistant turn |
+| `prompt_completion` | `prompt`, `completion` | `completion` |
+| `text` | `text` | everything |
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_prompt
+from sparseft.data.sources import Records
+from sparseft.errors import UserError, nearest
+
+FORMATS = ("alpaca", "guanaco", "messages", "prompt_completion", "text")
+DETECTION_RECORDS = 16  # how many of the first records decide the format
+
+_EXPECTED = (
+    "expected instruction/output (alpaca), text with '### Human:' and '### Assistant:' turns (guanaco), "
+    "messages (chat), prompt/completion, or text"
+)
+_MARKERS = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
+
+
+@dataclass
+class Example:
+    """One training example before tokenisation.
+
+    The segments' texts joined are the whole text; each says whether it is an answer, that is, whether the loss counts
+    on it. Segments are tokenised separately, so that no token spans the border of prompt and answer.
+    """
+
+    segments: list[tuple[str, bool]]
+    source: str  # file and record, for messages
+    record: int = 0  # index of the record it came from: examples of one record stay on one side of a split
+    closed: bool = False  # the last answer's text ends with an end-of-turn token of its own; no EOS is added then
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.segments)
+
+
+def detect_format(records: Records) -> str:
+    """The format that most of the first records have. UserError if the first record fits none."""
+    if records.plain_text:  # a text file may well talk about "### Human:"; its documents are text all the same
+        return "text"
+    found = Counter(
+        each for each in (_format_of(item) for item in records.items[:DETECTION_RECORDS]) if each is not None
+    )
+    if not found:
+        keys = sorted(str(key) for key in records.items[0])
+        raise UserError(
+            f"{records.where(0)}: the keys ({', '.join(keys)}) fit no known format; {_EXPECTED}."
+            + _misspelt(keys, ("instruction", "output", "text", "messages", "conversations", "prompt", "completion"))
+        )
+    return found.most_common(1)[0][0]
+
+
+def _format_of(item: dict[str, Any]) -> str | None:
+    def has(key: str) -> bool:
+        return item.get(key) is not None
+
+    if isinstance(item.get("messages"), list) or isinstance(item.get("conversations"), list):
+        return "messages"
+    if has("instruction") and has("output"):
+        return "alpaca"
+    if has("prompt") and has("completion"):
+        return "prompt_completion"
+    if isinstance(item.get("text"), str):
+        return "guanaco" if HUMAN in item["text"] and ASSISTANT in item["text"] else "text"
+    return None
+
+
+def check_format(name: str) -> str:
+    """`name` if it is `auto` or a known format, else UserError."""
+    if name not in ("auto", *FORMATS):
+        raise UserError(f"dataset.format: there is no format '{name}'.{nearest(name, ('auto', *FORMATS))}")
+    return name
+
+
+def convert(records: Records, format: str) -> list[Example]:
+    """The examples of all records in `format` (any of FORMATS but `messages`, which `chat.py` renders).
+
+    Raises UserError naming file and record for one that lacks a key, has no text in it, or an empty answer.
+    """
+    build = _BUILDERS[format]
+    examples = []
+    for index, item in enumerate(records.items):
+        where = records.where(index)
+        example = Example(build(item, where), where, index)
+        check_encodable(example)
+        examples.append(example)
+    return examples
+
+
+def check_encodable(example: Example) -> None:
+    """Refuses half a surrogate pair, which JSON's \\u escapes can spell but no tokenizer can encode."""
+    for text, _ in example.segments:
+        if text.isascii():
+            continue
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            character = f"\\u{ord(text[error.start]):04x}"
+            raise UserError(
+                f"{example.source}: the text holds half a surrogate pair ({character}), no character."
+            ) from error
+
+
+def _alpaca(item: dict[str, Any], where: str) -> list[tuple[str, bool]]:
+    instruction = _text(item, "instruction", where, "alpaca")
+    if not instruction.strip():
+        raise UserError(f"{where}: 'instruction' is empty; an alpaca record needs a question.")
+    given = "" if item.get("input") is None else _text(item, "input", where, "alpaca")
+    output = _answer(item, "output", where, "alpaca")
+    return [(alpaca_prompt(instruction, given), False), (output, True)]
+
+
+def _prompt_completion(item: dict[str, Any], where: str) -> list[tuple[str, bool]]:
+    prompt = _text(item, "prompt", where, "prompt_completion")
+    return [(prompt, False), (_answer(item, "completion", where, "prompt_completion"), True)]
+
+
+def _plain(item: dict[str, Any], where: str) -> list[tuple[str, bool]]:
+    return [(_answer(item, "text", where, "text"), True)]
+
+
+def _guanaco(item: dict[str, Any], where: str) -> list[tuple[str, bool]]:
+    """Cuts at the markers only: joined, the segments are the text exactly, white space and all.
+
+    A prompt ends right after `### Assistant:`, as it does when a model is asked; the space that follows belongs to
+    the answer, where a tokenizer can join it to the first word.
+    """
+    text = _answer(item, "text", where, "guanaco")
+    pieces = _MARKERS.split(text)  # before the first marker, then marker and turn in turns
+    if ASSISTANT not in pieces[1::2]:
+        raise UserError(f"{where}: the guanaco text has no '{ASSISTANT}' turn to learn from.")
+    if HUMAN not in pieces[1::2]:
+        raise UserError(f"{where}: the guanaco text has no '{HUMAN}' turn.")
+    segments: list[tuple[str, bool]] = []
+    prompt = pieces[0]
+    for marker, turn in zip(pieces[1::2], pieces[2::2], strict=True):
+        if marker == HUMAN:
+            prompt += marker + turn
+            continue
+        if not turn.strip():
+            raise UserError(f"{where}: an '{ASSISTANT}' turn is empty; every answer needs text.")
+        segments += [(prompt + marker, False), (turn, True)]
+        prompt = ""
+    if prompt:
+        segments.append((prompt, False))  # a question nobody answered
+    return segments
+
+
+_BUILDERS: dict[str, Callable[[dict[str, Any], str], list[tuple[str, bool]]]] = {
+    "alpaca": _alpaca,
+    "guanaco": _guanaco,
+    "prompt_completion": _prompt_completion,
+    "text": _plain,
+}
+
+
+def _text(item: dict[str, Any], key: str, where: str, format: str) -> str:
+    value = item.get(key)
+    if value is None:
+        keys = sorted(str(each) for each in item if item[each] is not None)
+        raise UserError(
+            f"{where}: the {format} record lacks '{key}' (it has: {', '.join(keys) or 'nothing'})."
+            + _misspelt([each for each in keys if each not in _KNOWN_KEYS], (key,))
+        )
+    if not isinstance(value, str):
+        raise UserError(f"{where}: '{key}' must be text, not {type(value).__name__}.")
+    return value
+
+
+def _answer(item: dict[str, Any], key: str, where: str, format: str) -> str:
+    value = _text(item, key, where, format)
+    if not value.strip():
+        raise UserError(f"{where}: '{key}' is empty; every example needs text to learn from.")
+    return value
+
+
+_KNOWN_KEYS = frozenset(("instruction", "input", "output", "answer", "text", "prompt", "completion"))
+
+
+def _misspelt(keys: list[str], expected: tuple[str, ...]) -> str:
+    """` 'outptu': Did you mean 'output'?` for the first key that is nearly an expected one."""
+    for key in keys:
+        suggestion = nearest(key, expected)
+        if suggestion.startswith(" Did you mean"):
+            return f" '{key}':{suggestion}"
+    return ""

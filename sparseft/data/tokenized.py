@@ -1,0 +1,307 @@
+"""Examples to token ids and labels.
+
+Prompt and answer are tokenised apart and joined, never as one string: a tokenizer may merge the prompt's last
+characters with the answer's first ones, and then the model would be trained on a prompt that evaluation, which
+tokenises the prompt alone, never shows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparseft.data.formats import Example
+from sparseft.errors import UserError
+
+IGNORED = -100  # the label that torch's cross entropy skips
+
+Run = tuple[list[int], bool]  # token ids of one segment, and whether it is an answer
+
+
+class Encoder:
+    """Token ids of segments, such that an example's prompt ids are `tokenizer(prompt).input_ids`.
+
+    `prefix` holds what the tokenizer itself puts before a text (BOS for Llama, nothing for GPT-2 or Qwen2): lm-eval
+    and `generate` feed prompts with the tokenizer's own defaults, so training follows them. What it puts behind a
+    text is left off, because answers follow prompts. `eos` is the end-of-text id, None if the tokenizer has none.
+
+    Segments that continue a text are tokenised without the space that SentencePiece-like tokenizers put before a
+    text (`▁`), as they would be in the middle of one. That needs a fast tokenizer; a slow one is used as it is.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.prefix = _prefix(tokenizer)
+        self.eos: int | None = tokenizer.eos_token_id
+        self._continuing = _without_leading_space(tokenizer)
+        self._added = tuple(
+            str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if str(token)
+        )
+
+    def encode(self, examples: Sequence[Example], *, batch: int = 8192) -> Iterator[list[Run]]:
+        """One list of runs an example, in order; the first run starts with `prefix`. Empty segments are left out."""
+        for start in range(0, len(examples), batch):
+            yield from self._encode_batch(examples[start : start + batch])
+
+    def _encode_batch(self, examples: Sequence[Example]) -> Iterator[list[Run]]:
+        first: list[str] = []
+        later: list[str] = []
+        plan: list[list[tuple[bool, bool]]] = []  # per example and segment: starts a text, is an answer
+        for example in examples:
+            steps = []
+            for text, answer in example.segments:
+                if not text:
+                    continue
+                # An added token (`<|im_start|>`) cuts the text anyway: what follows it is the tokenizer's business.
+                starts = not steps or self._continuing is None or text.startswith(self._added)
+                (first if starts else later).append(text)
+                steps.append((starts, answer))
+            plan.append(steps)
+        first_ids = iter(self._encode_texts(first))
+        later_ids = iter(self._encode_later(later))
+        for steps in plan:
+            runs = [(next(first_ids) if starts else next(later_ids), answer) for starts, answer in steps]
+            # A rendered chat may spell BOS out; it must not stand there twice.
+            if self.prefix and runs and runs[0][0][: len(self.prefix)] != self.prefix:
+                runs.insert(0, (list(self.prefix), False))
+            yield runs
+
+    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no warning about texts longer than the context: they are cut below
+        )
+        return encoded["input_ids"]
+
+    def _encode_later(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return [encoding.ids for encoding in self._continuing.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer puts before any text by default."""
+    probe = "a"
+    full = list(tokenizer(probe)["input_ids"])
+    bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    raise UserError(
+        f"The tokenizer {getattr(tokenizer, 'name_or_path', '')!r} tokenises a text differently with and without "
+        "special tokens, so prompts and answers cannot be joined; expected a causal language model's tokenizer."
+    )
+
+
+def _without_leading_space(tokenizer: Any) -> Any | None:
+    """A `tokenizers.Tokenizer` that puts no space before a text, or None if `tokenizer` puts none itself."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    from tokenizers import Tokenizer
+
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    before = json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
+    spec["normalizer"] = _drop_prepend(spec["normalizer"])
+    _keep_start(spec["pre_tokenizer"])
+    if json.dumps([spec["normalizer"], spec["pre_tokenizer"]]) == before:
+        return None
+    spec["truncation"] = spec["padding"] = None
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def _drop_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    if normalizer is None or normalizer["type"] == "Prepend":
+        return None
+    if normalizer["type"] == "Sequence":
+        kept = [each for each in map(_drop_prepend, normalizer["normalizers"]) if each is not None]
+        return {**normalizer, "normalizers": kept} if kept else None
+    return normalizer
+
+
+def _keep_start(pre_tokenizer: dict[str, Any] | None) -> None:
+    """Turns off, in place, what pre-tokenizers put before a text."""
+    if pre_tokenizer is None:
+        return
+    if pre_tokenizer["type"] == "Sequence":
+        for each in pre_tokenizer["pretokenizers"]:
+            _keep_start(each)
+    elif pre_tokenizer["type"] == "Metaspace":
+        pre_tokenizer["prepend_scheme"] = "never"
+    elif pre_tokenizer["type"] == "ByteLevel":
+        pre_tokenizer["add_prefix_space"] = False
+
+
+class TokenizedDataset:
+    """Token ids and labels of examples: a map-style data set for torch's DataLoader and transformers' Trainer.
+
+    `dataset[i]` is `{"input_ids": list[int], "labels": list[int]}`, both of example i's length; labels are the ids
+    where the loss counts and -100 elsewhere. The first position has no label ever, since nothing predicts it.
+    Kept as flat int32 arrays, so that a hundred thousand examples cost 8 bytes a token.
+    """
+
+    def __init__(self, input_ids: np.ndarray, labels: np.ndarray, offsets: np.ndarray) -> None:
+        """`input_ids`, `labels`: int32 (num_tokens,). `offsets`: int64 (examples + 1,), where each example starts."""
+        assert input_ids.shape == labels.shape and offsets[-1] == len(input_ids)
+        self._input_ids = input_ids
+        self._labels = labels
+        self._offsets = offsets
+
+    @classmethod
+    def from_lists(cls, examples: Iterable[tuple[Sequence[int], Sequence[int]]]) -> TokenizedDataset:
+        """From pairs of input ids and labels."""
+        input_ids, labels, offsets = array("i"), array("i"), array("q", [0])
+        for ids, targets in examples:
+            input_ids.extend(ids)
+            labels.extend(targets)
+            offsets.append(len(input_ids))
+        return cls(np.array(input_ids, np.int32), np.array(labels, np.int32), np.array(offsets, np.int64))
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        position = operator.index(index)
+        if position < 0:
+            position += len(self)
+        if not 0 <= position < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        start, stop = self._offsets[position], self._offsets[position + 1]
+        return {"input_ids": self._input_ids[start:stop].tolist(), "labels": self._labels[start:stop].tolist()}
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._input_ids)
+
+    @property
+    def num_labelled_tokens(self) -> int:
+        return int((self._labels != IGNORED).sum())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (examples,): tokens of each example."""
+        return np.diff(self._offsets)
+
+    def subset(self, indices: Sequence[int]) -> TokenizedDataset:
+        """The examples at `indices`, in that order."""
+        chosen = [slice(self._offsets[index], self._offsets[index + 1]) for index in indices]
+        offsets = np.concatenate([[0], np.cumsum([each.stop - each.start for each in chosen], dtype=np.int64)])
+        empty = np.empty(0, np.int32)
+        input_ids = np.concatenate([empty, *(self._input_ids[each] for each in chosen)])
+        labels = np.concatenate([empty, *(self._labels[each] for each in chosen)])
+        return TokenizedDataset(input_ids, labels, offsets.astype(np.int64))
+
+    def fingerprint(self) -> str:
+        """sha256 over lengths, ids and labels: equal for equal training examples, whatever file they came from."""
+        digest = hashlib.sha256()
+        for values, kind in ((self._offsets, "<i8"), (self._input_ids, "<i4"), (self._labels, "<i4")):
+            digest.update(values.astype(kind, copy=False).tobytes())
+        return digest.hexdigest()
+
+    def example_keys(self) -> list[bytes]:
+        """Each example's ids as bytes, to tell whether two examples are the same."""
+        ids = self._input_ids
+        return [ids[a:b].tobytes() for a, b in zip(self._offsets[:-1], self._offsets[1:], strict=True)]
+
+
+@dataclass
+class Tokenized:
+    """What came of a list of examples."""
+
+    dataset: TokenizedDataset
+    records: list[int]  # per example of `dataset`, the index of the record it came from
+    dropped: int  # examples left out: no answer token fits, or too long with `drop`
+    cut: int  # examples whose end was cut away
+
+
+def tokenize(
+    examples: Sequence[Example],
+    encoder: Encoder,
+    *,
+    max_length: int,
+    too_long: str = "cut_answer",
+    loss_on_prompt: bool = False,
+    chunk: bool = False,
+) -> Tokenized:
+    """Token ids and labels of `examples`, none longer than `max_length` tokens.
+
+    EOS, with loss, follows the last answer unless the text brings its own end; what follows the last answer in an
+    example is left out. `too_long`: `cut_answer` cuts at the end, but a question of which only a part would fit goes
+    whole, and so does an example without room for one answer token; `drop` leaves the whole example out. With `chunk`
+    (plain text) an example becomes consecutive pieces instead, which overlap by one token so that every token but the
+    first is predicted exactly once.
+    """
+    pairs: list[tuple[list[int], list[int]]] = []
+    records: list[int] = []
+    dropped = cut = 0
+    for example, runs in zip(examples, encoder.encode(examples), strict=True):
+        runs = _end(runs, encoder.eos, example.closed)
+        too_many = sum(len(ids) for ids, _ in runs) > max_length
+        if too_many and not chunk:
+            runs = [] if too_long == "drop" else _cut(runs, max_length)
+        ids, labels = _flatten(runs)
+        stride = max_length - 1 if chunk else max(len(ids), 1)
+        kept = 0
+        for start in range(0, max(len(ids) - 1, 1), stride):
+            pair = _label(ids[start : start + max_length], labels[start : start + max_length], loss_on_prompt)
+            if pair is not None:
+                pairs.append(pair)
+                kept += 1
+        records += [example.record] * kept
+        dropped += not kept
+        cut += bool(kept) and too_many and not chunk
+    return Tokenized(TokenizedDataset.from_lists(pairs), records, dropped, cut)
+
+
+def _end(runs: list[Run], eos: int | None, closed: bool) -> list[Run]:
+    """`runs` up to the last answer, with EOS behind it unless it is `closed` or ends with EOS already."""
+    while runs and not (runs[-1][1] and runs[-1][0]):
+        runs = runs[:-1]
+    if not runs or eos is None or closed or runs[-1][0][-1] == eos:
+        return runs
+    return [*runs[:-1], ([*runs[-1][0], eos], True)]
+
+
+def _cut(runs: list[Run], max_length: int) -> list[Run]:
+    """The first `max_length` tokens of `runs`, less what then stands behind the last answer token."""
+    kept: list[Run] = []
+    room = max_length
+    for ids, answer in runs:
+        kept.append((ids[:room], answer))
+        room -= len(kept[-1][0])
+        if room == 0:
+            break
+    return _end(kept, None, closed=True)
+
+
+def _flatten(runs: list[Run]) -> tuple[list[int], list[int]]:
+    ids: list[int] = []
+    labels: list[int] = []
+    for run, answer in runs:
+        ids += run
+        labels += run if answer else [IGNORED] * len(run)
+    return ids, labels
+
+
+def _label(ids: list[int], labels: list[int], loss_on_prompt: bool) -> tuple[list[int], list[int]] | None:
+    """Ids and final labels, or None if no token of an answer can be predicted."""
+    labels = [IGNORED, *labels[1:]]  # nothing stands before the first token to predict it
+    if labels.count(IGNORED) == len(labels):
+        return None
+    return ids, [IGNORED, *ids[1:]] if loss_on_prompt else labels
