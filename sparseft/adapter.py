@@ -7,7 +7,6 @@ LoRA and DoRA go through `peft`, behind the same functions.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,13 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparseft.adapter_files import read_config, read_sparse, write_full, write_peft, write_sparse
+from sparseft.adapter_files import (
+    is_whole_model,
+    load_peft,
+    read_config,
+    read_sparse,
+    write_peft,
+    write_sparse,
+    write_whole,
+)
 from sparseft.errors import UserError, nearest
 from sparseft.files import replaced_folder
 from sparseft.fusing import Values, unite
 from sparseft.layers import Pattern, SparseLinear, restore, sparse_layers
 from sparseft.layers.converting import check_modules, replace_module
-from sparseft.methods import get_method, method_of
+from sparseft.layers.pattern import same_patterns
+from sparseft.methods import method_of
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import ModelSpec, base_fingerprint
 from sparseft.selection import Selection
@@ -48,7 +56,7 @@ class State:
     fingerprint: str
     base_model: str
     requires_grad: dict[str, bool]
-    sparse: bool = True
+    kind: str = "sparse"  # sparse | peft | whole, as Method.kind
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: str | None = None
     method_config: dict[str, Any] = field(default_factory=dict)
@@ -92,7 +100,7 @@ def attach(model: nn.Module, config: Any, selection: Selection | None = None) ->
         if selection is not None:
             raise UserError(f"method {method.name} takes no selection.")
         state = _new_state(model, method.name)
-        state.sparse, state.active, state.method_config = False, DEFAULT, asdict(config)
+        state.kind, state.active, state.method_config = method.kind, DEFAULT, asdict(config)
         model = method.convert(model, config, None)
         setattr(model, STATE, state)
         return model
@@ -147,14 +155,14 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
     if name is None:
         raise UserError("no adapter is active: name the one to save.")
     header = {"base_model": state.base_model, "base_fingerprint": state.fingerprint}
-    if not state.sparse:
+    if state.kind != "sparse":
         header |= {"method": state.method, "method_config": state.method_config}
-        known = [DEFAULT] if state.method == "full" else list(model.peft_config)
+        known = [DEFAULT] if state.kind == "whole" else list(model.peft_config)
         if name not in known:
             raise UserError(f"no adapter is called '{name}'.{nearest(name, known)}")
         with replaced_folder(path) as aside:
-            if state.method == "full":
-                write_full(model, header, aside)
+            if state.kind == "whole":
+                write_whole(model, header, aside)
             else:
                 write_peft(model, name, header, aside)
         return Path(path)
@@ -185,18 +193,15 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = DEFAULT) -> nn.
     state = state_of(model)
     if "peft_type" in content:
         return _load_peft(model, folder, name, content)
-    if content.get("method") == "full":
+    if is_whole_model(folder):
         raise UserError(f"{folder}: a whole model, not an adapter: load it as one (model.path={folder}).")
-    if state is not None and not state.sparse:
+    if state is not None and state.kind != "sparse":
         raise UserError(f"{folder}: a sparse adapter cannot be loaded onto a model with {state.method} attached.")
     values = read_sparse(folder, content)
     if state is None:
         state = _new_state(model, str(content.get("method")))
     if content.get("base_fingerprint") != state.fingerprint:
-        raise UserError(
-            f"{folder}: made for another base model ({content.get('base_model') or 'unknown'}): the weights' "
-            "fingerprints differ."
-        )
+        raise _other_base(folder, content)
     method_config = content.get("method_config")
     _install_values(
         model, state, name, values, folder, str(content.get("method")),
@@ -238,7 +243,7 @@ def _install_values(
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     known = state.adapters.get(name)
-    if known is not None and _same_patterns(known.patterns, patterns):
+    if known is not None and same_patterns(known.patterns, patterns):
         # The same entries: the deltas are filled in place, so that an optimizer that holds them stays valid.
         with torch.no_grad():
             for module, kinds in patterns.items():
@@ -256,47 +261,23 @@ def _install_values(
     set_adapter(model, name)
 
 
-def _same_patterns(left: dict[str, dict[str, Pattern]], right: dict[str, dict[str, Pattern]]) -> bool:
-    return left.keys() == right.keys() and all(
-        left[module].keys() == right[module].keys()
-        and all(
-            torch.equal(left[module][kind].index.cpu(), right[module][kind].index.cpu())
-            and left[module][kind].block_size == right[module][kind].block_size
-            for kind in left[module]
-        )
-        for module in left
-    )
-
-
 def _load_peft(model: nn.Module, folder: Path, name: str, content: dict[str, Any]) -> nn.Module:
-    import peft
-
     state = state_of(model)
-    if state is not None and state.sparse:
+    if state is not None and state.kind == "sparse":
         raise UserError(f"{folder}: a peft adapter cannot be loaded onto a model with sparse layers: detach it first.")
-    own = content.get("sparseft") if isinstance(content.get("sparseft"), dict) else None
-    fresh = state or _new_state(model, str(own["method"]) if own else "lora")
-    if own and own.get("base_fingerprint") != fresh.fingerprint:
-        raise UserError(
-            f"{folder}: made for another base model ({own.get('base_model') or 'unknown'}): the weights' "
-            "fingerprints differ."
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # `sparseft`, our own
-            if isinstance(model, peft.PeftModel):
-                if name in model.peft_config:
-                    model.delete_adapter(name)
-                model.load_adapter(str(folder), adapter_name=name, is_trainable=True)
-                model.set_adapter(name)
-            else:
-                model = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=True)
-    except Exception as error:  # peft raises many kinds for a folder that does not fit; all of them are the folder's
-        raise UserError(f"{folder}: peft cannot load it on this model: {str(error).strip().splitlines()[0]}") from error
-    fresh.sparse, fresh.active = False, name
-    fresh.method_config = dict(own["method_config"]) if own else {}
-    setattr(model, STATE, fresh)
+    own = content["sparseft"] if isinstance(content.get("sparseft"), dict) else {}
+    state = state or _new_state(model, str(own.get("method") or content["peft_type"]).lower())
+    if own and own.get("base_fingerprint") != state.fingerprint:
+        raise _other_base(folder, own)
+    model = load_peft(model, folder, name)
+    state.kind, state.active, state.method_config = "peft", name, dict(own.get("method_config") or {})
+    setattr(model, STATE, state)
     return model
+
+
+def _other_base(folder: Path, content: dict[str, Any]) -> UserError:
+    base = content.get("base_model") or "unknown"
+    return UserError(f"{folder}: made for another base model ({base}): the weights' fingerprints differ.")
 
 
 # ---- switching ----
@@ -322,8 +303,8 @@ def _activate(model: nn.Module, patterns: dict[str, dict[str, Pattern]]) -> None
 def set_adapter(model: nn.Module, name: str | None) -> nn.Module:
     """Makes the adapter `name` the active one; null: the base, bit for bit (deltas are kept)."""
     state = _require_state(model)
-    if not state.sparse:
-        if state.method == "full":
+    if state.kind != "sparse":
+        if state.kind == "whole":
             raise UserError("full fine-tuning has no adapters to switch.")
         if name is None:
             model.base_model.disable_adapter_layers()
@@ -346,8 +327,8 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
     state = _require_state(model)
     if not weights:
         raise UserError("fuse: name at least one adapter with its weight.")
-    if not state.sparse:
-        if state.method == "full":
+    if state.kind != "sparse":
+        if state.kind == "whole":
             raise UserError("full fine-tuning has no adapters to fuse.")
         for known in weights:
             if known not in model.peft_config:
@@ -387,10 +368,10 @@ def detach(model: nn.Module) -> nn.Module:
 
 def _leave(model: nn.Module, *, merged: bool) -> nn.Module:
     state = _require_state(model)
-    if state.sparse:
+    if state.kind == "sparse":
         restore(model, merged=merged)
         delattr(model, STATE)
-    elif state.method == "full":
+    elif state.kind == "whole":
         if not merged:
             raise UserError("full fine-tuning keeps no copy of the base: load it again instead of detaching.")
         delattr(model, STATE)
@@ -399,12 +380,6 @@ def _leave(model: nn.Module, *, merged: bool) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, True))
     return model
-
-
-def method_name(model: nn.Module) -> str | None:
-    """The name of the method attached, or null."""
-    state = state_of(model)
-    return get_method(state.method).name if state is not None else None
 
 
 __all__ = [

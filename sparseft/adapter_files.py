@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def write_sparse(
     write_json(folder / CONFIG, content | {"sha256": file_hash(folder / TENSORS), "modules": modules})
 
 
-def write_full(model: nn.Module, header: dict[str, Any], folder: Path) -> None:
+def write_whole(model: nn.Module, header: dict[str, Any], folder: Path) -> None:
     """Writes a fully fine-tuned model as a Hugging Face folder, with `adapter_config.json` beside its files."""
     model.save_pretrained(folder)
     write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **header, "modules": {}})
@@ -66,6 +67,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: adapter format {content.get('format_version')}, this version reads {FORMAT_VERSION}."
         )
     return content
+
+
+def is_whole_model(folder: Path) -> bool:
+    """Whether an adapter's folder is a Hugging Face model, as full fine-tuning leaves one."""
+    return (folder / "config.json").is_file()
 
 
 def file_hash(path: Path) -> str:
@@ -100,3 +106,22 @@ def read_sparse(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Va
     if not values:
         raise UserError(f"{folder}: the adapter holds no module.")
     return values
+
+
+def load_peft(model: nn.Module, folder: Path, name: str) -> nn.Module:
+    """Loads a folder that peft reads, onto a plain model or peft's wrapper; returns the wrapper, `name` active."""
+    import peft
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # `sparseft`, our own
+            if not isinstance(model, peft.PeftModel):
+                return peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=True)
+            if name in model.peft_config:
+                model.delete_adapter(name)
+            model.load_adapter(str(folder), adapter_name=name, is_trainable=True)
+            model.set_adapter(name)
+            return model
+    except Exception as error:  # peft raises many kinds for a folder that does not fit; all of them are the folder's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: peft cannot load it on this model: {reason}") from error

@@ -37,26 +37,31 @@ def execute(work: Callable[[], Any], debug: bool = False, guard_stdout: bool = T
     try:
         with stdout_to_stderr() if guard_stdout else contextlib.nullcontext():
             return Outcome(DONE, work())
-    except UserError as error:
-        outcome = Outcome(WRONG_INPUT, message=_one_line(str(error)))
-    except KeyboardInterrupt as error:
-        outcome = Outcome(INTERRUPTED, message="interrupted." + _last_checkpoint(error))
-    except SystemExit as error:  # with a code: a launcher's child that has already said why
-        if isinstance(error.code, int) and error.code:
-            return Outcome(error.code)
-        return Outcome(FAILED, message=_one_line(str(error.code or "ended early, without a result")))
-    except BrokenPipeError as error:
-        if not guard_stdout:  # the reader of our output went away: not our failure
+    except BaseException as error:
+        if isinstance(error, BrokenPipeError) and not guard_stdout:  # the reader of our output went away
             discard_stdout()
             return Outcome(DONE)
-        outcome = Outcome(FAILED, message=_describe(error))
-    except Exception as error:
-        outcome = Outcome(FAILED, message=_describe(error))
-        if not debug:
+        outcome = _outcome_of(error)
+        if debug and outcome.code in (FAILED, WRONG_INPUT):
+            traceback.print_exception(error, file=sys.stderr)
+        elif outcome.code == FAILED:
             outcome.message += " (--debug shows the traceback)"
-    if debug and outcome.code != INTERRUPTED:
-        traceback.print_exc(file=sys.stderr)
-    return outcome
+        return outcome
+
+
+def _outcome_of(error: BaseException) -> Outcome:
+    if isinstance(error, UserError):
+        return Outcome(WRONG_INPUT, message=_one_line(str(error)))
+    if isinstance(error, KeyboardInterrupt):
+        return Outcome(INTERRUPTED, message="interrupted." + _last_checkpoint(error))
+    if isinstance(error, SystemExit):
+        if isinstance(error.code, int) and error.code:  # a launcher's child that has already said why
+            return Outcome(error.code)
+        return Outcome(FAILED, message=_one_line(str(error.code or "ended early, without a result")))
+    message = _one_line(str(error))
+    if not isinstance(error, RunError):
+        message = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return Outcome(FAILED, message=message + _last_checkpoint(error))
 
 
 @contextlib.contextmanager
@@ -115,13 +120,6 @@ def _strict(value: Any) -> Any:
     if hasattr(value, "item") and not isinstance(value, str | int):  # a numpy or torch scalar
         return _strict(value.item())
     return value
-
-
-def _describe(error: BaseException) -> str:
-    message = _one_line(str(error))
-    if not isinstance(error, RunError):
-        message = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return message + _last_checkpoint(error)
 
 
 def _last_checkpoint(error: BaseException) -> str:

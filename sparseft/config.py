@@ -94,6 +94,8 @@ class BenchConfig:
     warmup_steps: int = 2
     batch_size: int = 2
     length: int = 256  # tokens
+    width: int | None = None  # with depth: a random Llama of that shape instead of the model
+    depth: int | None = None  # layers
 
 
 @dataclass

@@ -267,12 +267,12 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     """Fills the attached model's trained parameters from an adapter folder that the same method saved, in place."""
     state = state_of(model)
     assert state is not None
-    if state.sparse:
+    if state.kind == "sparse":
         load_adapter(model, folder, state.active or "default")
         return
     from sparseft.files import read_tensors
 
-    if state.method == "full":
+    if state.kind == "whole":
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
             raise UserError(f"{folder}: no model*.safetensors, so this is no fully fine-tuned model.")

@@ -86,7 +86,7 @@ class Job:
 
     def train(self, checkpoint: str | None) -> dict[str, Any]:
         """Trains and returns the summary."""
-        from sparseft.adapter import attach, save_adapter, trainable_count
+        from sparseft.adapter import attach, save_adapter, state_of, trainable_count
         from sparseft.commands.preparing import describe_selection
         from sparseft.data.batches import Collator, padding_id
         from sparseft.modeling import ModelSpec
@@ -95,7 +95,7 @@ class Job:
 
         config, prepared = self.config, self.prepared
         spec = ModelSpec.of(prepared.model)
-        if spec.experts and self.method.name != "full":
+        if spec.experts and self.method.kind != "whole":
             console.warn(
                 f"{len(spec.experts)} expert matrices (3-D parameters such as {spec.experts[0]}) stay frozen: "
                 "training them is not available yet"
@@ -106,7 +106,7 @@ class Job:
             describe_selection(selection, config)
         model = attach(prepared.model, config.method, selection)
         if config.model.path.startswith("bundled:"):
-            model._sparseft.base_model = config.model.path
+            state_of(model).base_model = config.model.path
         trainable = trainable_count(model)
         if selection is None:
             console.log(f"trainable: {trainable:,} parameters of {spec.total_parameters:,} in the model")
@@ -114,7 +114,7 @@ class Job:
         trainer_config = config.trainer
         rate = trainer_config.learning_rate if trainer_config.learning_rate is not None else self.method.learning_rate
         steps = self.total_steps()
-        autocast = prepared.device.type == "cuda" and base_dtype.itemsize == 2 and self.method.name == "full"
+        autocast = prepared.device.type == "cuda" and base_dtype.itemsize == 2 and self.method.kind == "whole"
         arguments = training_arguments(
             trainer_config,
             config.hardware,
@@ -148,7 +148,7 @@ class Job:
             if not math.isfinite(after):
                 raise RunError(f"the evaluation loss after training is {after}: try a lower trainer.learning_rate.")
         save_adapter(model, self.folder / "adapter")
-        if self.method.name == "full":
+        if self.method.kind == "whole":
             prepared.tokenizer.save_pretrained(self.folder / "adapter")
         tokens = trainer.state.num_input_tokens_seen
         return {
@@ -177,7 +177,7 @@ class Job:
 
     def realised_sparsity(self, spec: Any, trainable: int) -> float | None:
         """The share of the weights in scope that stayed frozen; null where every weight trains."""
-        if self.method.name == "full":
+        if self.method.kind == "whole":
             return None
         return 1 - trainable / sum(r * c for r, c in spec.linears_in(self.config.scope).values())
 

@@ -113,3 +113,15 @@ def check_index(kind: str, index: Tensor, shape: tuple[int, int], block_size: in
         raise UserError(f"{kind}: an index lies outside 0 … {', '.join(str(limit - 1) for limit in limits)}.")
     if len(torch.unique(flat, dim=0)) != len(flat):
         raise UserError(f"{kind}: an index occurs twice.")
+
+
+def same_patterns(left: dict[str, dict[str, Pattern]], right: dict[str, dict[str, Pattern]]) -> bool:
+    """Whether two adapters' patterns (by module and kind) train the same entries in the same order."""
+
+    def entries(patterns: dict[str, dict[str, Pattern]]) -> dict[tuple[str, str], Pattern]:
+        return {(module, kind): pattern for module, kinds in patterns.items() for kind, pattern in kinds.items()}
+
+    a, b = entries(left), entries(right)
+    return a.keys() == b.keys() and all(
+        a[key].block_size == b[key].block_size and torch.equal(a[key].index.cpu(), b[key].index.cpu()) for key in a
+    )

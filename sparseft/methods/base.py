@@ -72,8 +72,13 @@ class Method:
 
     name: ClassVar[str]
     config_class: ClassVar[type]
-    sparse: ClassVar[bool] = False  # trains deltas of SparseLinear layers
+    kind: ClassVar[str]  # sparse: deltas of SparseLinear layers | peft: a wrapper of peft's | whole: every weight
     learning_rate: ClassVar[float]  # used where trainer.learning_rate is null
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the method trains deltas on a selection."""
+        return self.kind == "sparse"
 
     def accepts(self, config: Any) -> bool:
         """Whether a config of `config_class` means this method."""
@@ -91,7 +96,7 @@ class Method:
 class SparseMethod(Method):
     """Methods that train deltas on a chosen pattern: they differ in the budget only."""
 
-    sparse = True
+    kind = "sparse"
 
     def convert(self, model: nn.Module, config: Any, selection: Selection | None) -> nn.Module:
         from sparseft.layers import convert

@@ -26,6 +26,7 @@ class FullConfig:
 
 class Full(Method):
     name = "full"
+    kind = "whole"
     config_class = FullConfig
     learning_rate = 2e-5
 

@@ -76,6 +76,7 @@ def rank_for(spec: ModelSpec, config: LoraConfig) -> int:
 
 class Lora(Method):
     name = "lora"
+    kind = "peft"
     config_class = LoraConfig
     learning_rate = 2e-4
 

@@ -1,0 +1,83 @@
+# What a developer types. `make` alone lists it.
+# Everything runs in .venv, made on first use; a later call finds it and starts at once.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OFFLINE := HF_HUB_OFFLINE=1
+ARGS ?=
+
+.PHONY: help
+help: ## list these targets
+	@echo "usage: make TARGET [ARGS='further arguments of the command']"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: quickstart
+quickstart: $(STAMP) ## fine-tune the bundled model offline: preprocess, train, evaluate before and after, report
+	@$(OFFLINE) $(PY) -m sparseft.quickstart $(ARGS)
+
+.PHONY: test
+test: $(STAMP) ## every test that a CPU can run in minutes
+	@$(OFFLINE) $(PY) -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(STAMP) ## the tests that take longer
+	@$(OFFLINE) $(PY) -m pytest -q -m "slow and not gpu" $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(STAMP) ## the tests that need a CUDA device; fails where there is none
+	@$(OFFLINE) SPARSEFT_REQUIRE_GPU=1 $(PY) -m pytest -q -m gpu $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## check style and formatting, change nothing
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+.PHONY: format
+format: $(STAMP) ## sort imports, format, and fix what can be fixed safely
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+.PHONY: bench
+bench: $(STAMP) ## time and memory of a training step, all methods side by side
+	@$(VENV)/bin/sparseft bench train $(ARGS)
+
+.PHONY: install
+install: $(STAMP) ## create .venv and install, no more
+
+.PHONY: clean
+clean: ## remove caches and build products; outputs/ and .venv stay
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# The stamp is newer than what it was installed from, so editing either file installs again. torch goes first and alone:
+# from the constraint pip may then take a CPU build, where one is on offer, before anything else asks for torch.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+		found=; \
+		for candidate in python3.11 python3.12 python3.13 python3; do \
+			if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+				found="$$candidate"; break; \
+			fi; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo "make: no Python 3.11 or newer with the venv module on the PATH." >&2; \
+			echo "      Install one (Debian, Ubuntu: python3.11 and python3.11-venv) and call make again." >&2; \
+			exit 1; \
+		fi; \
+		echo "make: creating $(VENV) with $$("$$found" --version)"; \
+		"$$found" -m venv --clear $(VENV); \
+	fi
+	@echo "make: installing sparseft and what it needs into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) torch
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $(STAMP)
+	@echo "make: installed"

@@ -1,0 +1,211 @@
+"""One training step of every method, side by side.
+
+The methods take turns, so that a machine's slow moments meet all of them. `floor` is the same model frozen, with the
+gradient flowing to the embeddings: what fine-tuning in place cannot beat unless layers need no backward at all.
+No method has dropout; all use the same AdamW.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft import console
+from sparseft.adapter import attach, trainable_count, trainable_parameters
+from sparseft.bench.memory import AllocationCounter, SavedBytes, tensor_bytes
+from sparseft.config import RunConfig
+from sparseft.errors import UserError, nearest
+from sparseft.methods import METHODS, get_method
+from sparseft.modeling import load_model, resolve_device
+
+FLOOR = "floor"
+
+
+@dataclass
+class Contender:
+    """One method's model, optimizer and measurements."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    trainable: int
+    seconds: list[float] = field(default_factory=list)
+    saved_bytes: int = 0
+    peak_bytes: int = 0
+
+
+def random_llama(width: int, depth: int, dtype: torch.dtype, seed: int) -> nn.Module:
+    """A Llama of `width` × `depth` with random weights, heads of 64 and a vocabulary of 2,048."""
+    import transformers
+
+    if width % 64:
+        raise UserError(f"bench.width={width}: expected a multiple of 64, as the heads are 64 wide.")
+    config = transformers.LlamaConfig(
+        hidden_size=width,
+        intermediate_size=-(-width * 8 // 3 // 64) * 64,
+        num_hidden_layers=depth,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        vocab_size=2048,
+        max_position_embeddings=8192,
+    )
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def method_config(name: str, config: RunConfig) -> Any:
+    """The run's own settings for its method, the defaults for the others; nothing that needs data, no dropout."""
+    cls = get_method(name).config_class
+    settings = dataclasses.asdict(config.method) if name == config.method_name else {}
+    for key, value in (("sparsity", config.sparsity), ("scope", config.scope)):
+        if key in {f.name for f in dataclasses.fields(cls)} and value is not None:
+            settings[key] = value
+    made = cls(**settings)
+    if get_method(name).sparse and made.needs_data:
+        made.importance = "random"  # which units train makes no difference to the time
+    if hasattr(made, "dropout"):
+        made.dropout = 0.0
+    if name == "full":
+        made.dtype = "model"
+    return made
+
+
+def contender(name: str, base: nn.Module, config: RunConfig) -> Contender:
+    """A copy of `base` made trainable by the method `name`, with its optimizer."""
+    model = copy.deepcopy(base)
+    if name == FLOOR:
+        model.requires_grad_(False)
+        model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+        return Contender(name, model.train(), None, 0)
+    model = attach(model, method_config(name, config)).train()
+    parameters = list(trainable_parameters(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    return Contender(name, model, optimizer, trainable_count(model))
+
+
+def step(c: Contender, batch: dict[str, Tensor]) -> None:
+    """One optimizer step: forward, backward, update (the floor has no update)."""
+    c.model(**batch, use_cache=False).loss.backward()
+    if c.optimizer is not None:
+        c.optimizer.step()
+        c.optimizer.zero_grad(set_to_none=True)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_memory(c: Contender, batch: dict[str, Tensor], device: torch.device) -> None:
+    """Saved bytes of a forward pass, and the peak of a step: the method's resident tensors plus what the step adds."""
+    saved = SavedBytes(c.model)
+    with saved.counting():
+        loss = c.model(**batch, use_cache=False).loss
+    c.saved_bytes = saved.total
+    loss.backward()
+    if c.optimizer is not None:
+        c.optimizer.zero_grad(set_to_none=True)
+    del loss
+    gc.collect()
+    states = c.optimizer.state.values() if c.optimizer is not None else ()
+    state = [value for entry in states for value in entry.values() if isinstance(value, Tensor)]
+    resident = tensor_bytes([*c.model.parameters(), *c.model.buffers(), *state])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step(c, batch)
+        synchronize(device)
+        c.peak_bytes = resident + torch.cuda.max_memory_allocated(device) - before
+    else:
+        with AllocationCounter() as counter:
+            step(c, batch)
+        c.peak_bytes = resident + counter.peak
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Measures `bench.methods` and returns what `bench.json` holds."""
+    settings = config.bench
+    device = resolve_device(config.hardware.device)
+    for name in settings.methods:
+        if name != FLOOR and name not in METHODS:
+            raise UserError(f"bench.methods: unknown method '{name}'.{nearest(name, [FLOOR, *METHODS])}")
+    if len(set(settings.methods)) != len(settings.methods) or not settings.methods:
+        raise UserError("bench.methods: expected one or more different methods.")
+    if (settings.width is None) != (settings.depth is None):
+        raise UserError("bench.width and bench.depth make a random Llama together: give both or none.")
+    base = _base(config, device)
+    vocabulary = base.config.get_text_config().vocab_size
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if limit and settings.length > limit:
+        raise UserError(f"bench.length={settings.length}: the model's context is {limit} tokens.")
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = torch.randint(vocabulary, (settings.batch_size, settings.length), generator=generator).to(device)
+    batch = {"input_ids": ids, "labels": ids}
+
+    contenders = [contender(name, base, config) for name in settings.methods]
+    parameters = sum(p.numel() for p in base.parameters())
+    dtype = str(base.dtype).removeprefix("torch.")
+    del base
+    shape = f"{settings.batch_size} x {settings.length} tokens"
+    console.log(f"bench: {parameters:,} parameters, {dtype} on {device}, {shape}")
+    rounds = settings.warmup_steps + settings.steps
+    with console.Progress(rounds, "bench", unit="round") as progress:
+        for turn in range(rounds):
+            for c in contenders:
+                synchronize(device)
+                start = time.perf_counter()
+                step(c, batch)
+                synchronize(device)
+                if turn >= settings.warmup_steps:
+                    c.seconds.append(time.perf_counter() - start)
+            progress.update(turn + 1)
+    for c in contenders:
+        measure_memory(c, batch, device)
+    return {
+        "benchmark": "train",
+        "model": config.model.path if settings.width is None else f"llama {settings.width}x{settings.depth}",
+        "parameters": parameters,
+        "dtype": dtype,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "batch_size": settings.batch_size,
+        "length": settings.length,
+        "steps": settings.steps,
+        "methods": {c.name: row(c, contenders, settings.batch_size * settings.length) for c in contenders},
+    }
+
+
+def _base(config: RunConfig, device: torch.device) -> nn.Module:
+    if config.bench.width is None or config.bench.depth is None:
+        return load_model(config.model, device)
+    dtypes = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return random_llama(config.bench.width, config.bench.depth, dtypes[config.model.dtype], config.seed).to(device)
+
+
+def row(c: Contender, contenders: Sequence[Contender], tokens: int) -> dict[str, Any]:
+    """One method's figures; ratios are of median step times."""
+    median = statistics.median(c.seconds)
+    ordered = sorted(c.seconds)
+    ratios = {}
+    for other in contenders:
+        if other.name in (FLOOR, "lora", "full"):
+            ratios[other.name] = median / statistics.median(other.seconds)
+    return {
+        "step_seconds": median,
+        "step_seconds_p20": ordered[int(0.2 * (len(ordered) - 1))],
+        "step_seconds_p80": ordered[round(0.8 * (len(ordered) - 1))],
+        "tokens_per_second": tokens / median,
+        "peak_memory_bytes": c.peak_bytes,
+        "saved_bytes": c.saved_bytes,
+        "trainable_parameters": c.trainable,
+        "ratio_to": ratios,
+    }

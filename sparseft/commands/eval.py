@@ -1,0 +1,216 @@
+"""`sparseft eval`: lm-eval tasks on a run, an adapter or the base model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparseft import console
+from sparseft.config import BUNDLED, ModelConfig, RunConfig
+from sparseft.errors import UserError
+
+
+@dataclass
+class Target:
+    """What is evaluated: a base model, maybe an adapter on it, and where the results go."""
+
+    what: str  # one sentence's subject, as printed and recorded
+    model: ModelConfig
+    adapter: Path | None
+    folder: Path | None  # null: a new folder under outputs/
+
+
+def run(
+    config: RunConfig,
+    *,
+    tasks: Sequence[str],
+    run: str | None = None,
+    adapter: str | None = None,
+    base: bool = False,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Evaluates and writes `eval/<task>.json` and its samples; returns accuracies by task and group."""
+    from sparseft import evaluation, runs
+
+    console.clear_warnings()
+    if not tasks:
+        raise UserError("no task given: name mmlu, commonsense, arithmetic, one of their members or an lm-eval task.")
+    target = find_target(config, run=run, adapter=adapter, base=base, overrides=overrides)
+    data_dir = config.eval.data_dir
+    if data_dir is None and target.model.path.startswith(BUNDLED):
+        data_dir = str(Path(__file__).parents[1] / "bundled" / "data")
+    console.log(f"evaluating {target.what} on {', '.join(tasks)}")
+
+    # Tasks and data first: a wrong name or folder should not wait for the model to load.
+    names = evaluation.expand_tasks(list(tasks), data_dir=data_dir)
+    with Requests() as requests:
+        plan = evaluation.prepare(names, config.eval, data_dir=data_dir, progress=requests)
+        model, tokenizer = load_target(target, config)
+        outcome = evaluation.evaluate(
+            model, tokenizer, names, config.eval, data_dir=data_dir, plan=plan, progress=requests
+        )
+    for warning in outcome["warnings"]:
+        console.warn(warning)
+    folder = target.folder or new_folder(config)
+    header = {
+        "evaluated": target.what,
+        "model": target.model.path,
+        "adapter": str(target.adapter) if target.adapter else None,
+        "adapter_sha256": adapter_hash(target.adapter),
+        "data_dir": config.eval.data_dir,
+        "split": config.eval.split,
+        "commit": runs.package_commit(),
+        "settings": dataclasses.asdict(config.eval),
+    }
+    written = evaluation.write_results(folder, outcome, header)
+    return {
+        "evaluated": target.what,
+        "tasks": outcome["tasks"],
+        "seconds": outcome["seconds"],
+        "files": [str(path) for path in written],
+        "warnings": outcome["warnings"],
+    }
+
+
+def new_folder(config: RunConfig) -> Path:
+    """Where results of a base or an adapter lie: `output_dir`, or a new folder under outputs/."""
+    from sparseft import runs
+
+    if config.output_dir:
+        folder = Path(config.output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"output_dir={config.output_dir}: is a file, not a folder.")
+        return folder
+    return runs.new_folder(f"eval-{runs.timestamp()}")
+
+
+def find_target(
+    config: RunConfig, *, run: str | None, adapter: str | None, base: bool, overrides: Sequence[str] = ()
+) -> Target:
+    """Which base model and adapter are meant; model overrides win over what a run or an adapter names."""
+    from sparseft import runs
+
+    given = [name for name, value in (("--run", run), ("--adapter", adapter), ("--base", base)) if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other: give one of them.")
+    if base:
+        return Target(f"the base model {config.model.path}", config.model, None, None)
+    if adapter is not None:
+        path = Path(adapter).expanduser()
+        if not path.is_dir():
+            raise UserError(f"--adapter {adapter}: no such folder.")
+        if not (path / "adapter_config.json").is_file() and (path / "adapter" / "adapter_config.json").is_file():
+            path = path / "adapter"  # a run folder was given
+        return _with_adapter(f"the adapter {adapter}", config, overrides, path, None)
+    folder = runs.find_run(run) if run is not None else runs.latest_run()
+    latest = "the latest run" if run is None else "the run"
+    if not (folder / "adapter" / "adapter_config.json").is_file():
+        raise UserError(f"{latest} {folder} has no adapter (it did not finish): continue it with trainer.resume=auto.")
+    model = _run_model(folder)
+    return _with_adapter(f"{latest} {folder}", config, overrides, folder / "adapter", folder, model)
+
+
+def _run_model(folder: Path) -> ModelConfig:
+    import yaml
+
+    from sparseft.compose import from_dict
+
+    try:
+        content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}/config.yaml: cannot be read ({error}).") from error
+    return from_dict(content).model
+
+
+def _with_adapter(
+    what: str,
+    config: RunConfig,
+    overrides: Sequence[str],
+    path: Path,
+    folder: Path | None,
+    model: ModelConfig | None = None,
+) -> Target:
+    from sparseft.adapter_files import is_whole_model, read_config
+
+    content = read_config(path)
+    keys = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    if model is None:
+        own = content.get("sparseft") or {}
+        known = content.get("base_model") or own.get("base_model") or content.get("base_model_name_or_path")
+        model = config.model
+        if known and not keys & {"model", "model.path"}:
+            model = dataclasses.replace(config.model, name="adapter", path=str(known))
+    elif "model" in keys:
+        model = config.model
+    changed = {key.removeprefix("model."): None for key in keys if key.startswith("model.")}
+    model = dataclasses.replace(model, **{field: getattr(config.model, field) for field in changed})
+    if is_whole_model(path):
+        tokenizer = None if (path / "tokenizer_config.json").is_file() else model.tokenizer or model.path
+        return Target(what, dataclasses.replace(model, path=str(path), tokenizer=tokenizer), None, folder)
+    return Target(f"{what} (on {model.path})", model, path, folder)
+
+
+def load_target(target: Target, config: RunConfig) -> tuple[Any, Any]:
+    """The model with its adapter in the weights, and the tokenizer."""
+    import transformers
+
+    from sparseft.adapter import load_adapter
+    from sparseft.modeling import load_model, load_tokenizer, resolve_device
+
+    transformers.logging.disable_progress_bar()
+    device = resolve_device(config.hardware.device)
+    tokenizer = load_tokenizer(target.model)
+    model = load_model(target.model, device)
+    if target.adapter is not None:
+        model = load_adapter(model, target.adapter)
+    return model.eval(), tokenizer
+
+
+def adapter_hash(path: Path | None) -> str | None:
+    """SHA-256 of the adapter's tensors."""
+    from sparseft.adapter_files import TENSORS, file_hash
+
+    return file_hash(path / TENSORS) if path is not None and (path / TENSORS).is_file() else None
+
+
+class Requests:
+    """lm-eval's request counts as one progress display at a time."""
+
+    def __init__(self) -> None:
+        self.display: console.Progress | None = None
+        self.what: str | None = None
+
+    def __enter__(self) -> Requests:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the present display."""
+        if self.display is not None:
+            self.display.__exit__(None, None, None)
+            self.display = None
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        if self.display is None or what != self.what or done < self.display.completed:
+            self.close()
+            self.what = what
+            self.display = console.Progress(total, what, unit="request")
+            self.display.__enter__()
+        self.display.update(done)
+
+
+def render(result: dict[str, Any]) -> None:
+    """Accuracies as a table, then where the files lie."""
+    rows = [
+        [name, f"{entry['accuracy']:.4f}" if entry.get("accuracy") is not None else "-",
+         f"{entry['stderr']:.4f}" if entry.get("stderr") is not None else "-",
+         entry.get("samples"), entry.get("shots")]
+        for name, entry in result["tasks"].items()
+    ]  # fmt: skip
+    console.table(f"Evaluated: {result['evaluated']}", ["task", "accuracy", "stderr", "samples", "shots"], rows)
+    print(f"files: {Path(result['files'][0]).parent}")

@@ -1,0 +1,283 @@
+"""Checks configurations against their dataclasses: types, allowed values, ranges. No torch, no Hydra.
+
+Every refusal is a `UserError` that starts with the key and the value seen: `trainer.batch_size=0: expected …`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+from sparseft.config import (
+    BenchConfig,
+    DatasetConfig,
+    EvalConfig,
+    HardwareConfig,
+    ModelConfig,
+    RunConfig,
+    TrainerConfig,
+)
+from sparseft.errors import UserError, nearest
+from sparseft.methods import METHODS
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "dataset": DatasetConfig,
+    "trainer": TrainerConfig,
+    "hardware": HardwareConfig,
+    "eval": EvalConfig,
+    "bench": BenchConfig,
+}
+
+# Spelt out because importing transformers takes seconds; a test holds them equal to the installed library's.
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+)
+OPTIMIZERS = tuple(
+    """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adafactor adamw_anyprecision
+    adamw_torch_4bit adamw_torch_8bit ademamix sgd adagrad adamw_bnb_8bit adamw_8bit ademamix_8bit lion_8bit lion_32bit
+    paged_adamw_32bit paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit
+    rmsprop rmsprop_bnb rmsprop_bnb_8bit rmsprop_bnb_32bit galore_adamw galore_adamw_8bit galore_adafactor
+    galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise lomo adalomo grokadamw
+    schedule_free_radam schedule_free_adamw schedule_free_sgd apollo_adamw apollo_adamw_layerwise
+    stable_adamw""".split()
+)
+
+# Allowed values of the run's own fields; a method's config checks its own in `validate()`.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "dataset.format": ("auto", "alpaca", "guanaco", "messages", "prompt_completion", "text"),
+    "dataset.too_long": ("cut_answer", "drop"),
+    "trainer.scheduler": SCHEDULERS,
+    "trainer.optimizer": OPTIMIZERS,
+    "trainer.resume": ("auto",),
+    "hardware.device": ("auto", "cpu", "cuda"),
+    "hardware.zero_stage": (0, 1, 2, 3),
+    "eval.split": ("test", "validation"),
+}
+
+Rule = tuple[Callable[[Any], bool], str]
+AT_LEAST_0: Rule = (lambda value: value >= 0, "at least 0")
+AT_LEAST_1: Rule = (lambda value: value >= 1, "at least 1")
+ABOVE_0: Rule = (lambda value: value > 0, "more than 0")
+BELOW_1: Rule = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+# Ranges of numbers; null passes where the field allows it at all.
+RANGES: dict[str, Rule] = {
+    "sparsity": (
+        lambda value: 0 < value < 1,
+        "a share between 0 and 1, both excluded (0.984 freezes 98.4 % of the weights in scope)",
+    ),
+    "seed": (lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295"),
+    "dataset.eval_fraction": BELOW_1,
+    "dataset.max_examples": AT_LEAST_1,
+    "trainer.max_steps": (
+        lambda value: value == -1 or value >= 1,
+        "at least 1, or -1 to let trainer.num_epochs decide",
+    ),
+    "trainer.num_epochs": ABOVE_0,
+    "trainer.learning_rate": ABOVE_0,
+    "trainer.batch_size": AT_LEAST_1,
+    "trainer.gradient_accumulation": AT_LEAST_1,
+    "trainer.max_length": AT_LEAST_1,
+    "trainer.warmup_steps": AT_LEAST_0,
+    "trainer.weight_decay": AT_LEAST_0,
+    "trainer.adam_beta1": BELOW_1,
+    "trainer.adam_beta2": BELOW_1,
+    "trainer.max_grad_norm": AT_LEAST_0,
+    "trainer.logging_steps": AT_LEAST_1,
+    "trainer.eval_steps": AT_LEAST_1,
+    "trainer.save_steps": AT_LEAST_1,
+    "trainer.save_total_limit": AT_LEAST_1,
+    "hardware.num_processes": AT_LEAST_1,
+    "eval.shots": AT_LEAST_0,
+    "eval.limit": AT_LEAST_1,
+    "eval.num_beams": AT_LEAST_1,
+    "eval.max_new_tokens": AT_LEAST_1,
+    "bench.steps": AT_LEAST_1,
+    "bench.warmup_steps": AT_LEAST_0,
+    "bench.batch_size": AT_LEAST_1,
+    "bench.length": AT_LEAST_1,
+}
+
+
+@functools.cache
+def field_types(config_class: type) -> dict[str, Any]:
+    """The annotation of each field of a dataclass, resolved, in order."""
+    hints = typing.get_type_hints(config_class)
+    return {entry.name: hints[entry.name] for entry in fields(config_class)}
+
+
+def run_fields() -> dict[str, Any]:
+    """The annotations of the plain top-level settings: `seed`, `sparsity`, `output_dir`, …"""
+    hints = field_types(RunConfig)
+    return {name: hint for name, hint in hints.items() if name not in {*SECTIONS, "method", "method_name"}}
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """`int | str | None` -> `(int, str, NoneType)`; any other annotation alone."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def is_optional(annotation: Any) -> bool:
+    """Whether null is a value of the field."""
+    return type(None) in alternatives(annotation)
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether the field holds text and nothing else (null apart), so that whatever is typed is meant literally."""
+    return set(alternatives(annotation)) - {type(None)} == {str}
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether the field holds a list."""
+    return any(typing.get_origin(option) is list for option in alternatives(annotation))
+
+
+def describe(annotation: Any) -> str:
+    """What a user may write there: "a whole number or null"."""
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    names = [
+        "a list such as [a,b]" if typing.get_origin(option) is list else words.get(option, str(option))
+        for option in alternatives(annotation)
+    ]
+    return " or ".join(names)
+
+
+def show(value: Any) -> str:
+    """A value as one writes it on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(show(item) for item in value) + "]"
+    return str(value)
+
+
+def check_type(key: str, value: Any, annotation: Any) -> Any:
+    """`value` as the field holds it (a whole number becomes a float where one is expected).
+
+    Raises `UserError` where it does not fit. true and false are no numbers, and a number is no text.
+    """
+    for option in alternatives(annotation):
+        if option is Any:
+            return value
+        if option is type(None) and value is None:
+            return None
+        if option is bool and isinstance(value, bool):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise UserError(f"{key}={value}: expected a finite number.")
+            return float(value)
+        if option is float and isinstance(value, str):
+            number = _scientific(value)
+            if number is not None:
+                return number
+        if option is str and isinstance(value, str):
+            if not value.strip():
+                alternative = f"; write {key}=null to leave it out" if is_optional(annotation) else ""
+                raise UserError(f"{key} is empty: expected {describe(annotation)}{alternative}.")
+            return value
+        if typing.get_origin(option) is list and isinstance(value, list | tuple):
+            (item,) = typing.get_args(option)
+            return [check_type(f"{key}[{position}]", entry, item) for position, entry in enumerate(value)]
+    quoting = is_text(annotation) and value is not None and not isinstance(value, dict | list)
+    hint = " (in a YAML file, quote the value)" if quoting else ""
+    raise UserError(f"{key}={show(value)}: expected {describe(annotation)}{hint}.")
+
+
+def _scientific(text: str) -> float | None:
+    """`1e-4` as a number: PyYAML reads it as text for want of a dot."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if "e" in text.lower() and math.isfinite(number) else None
+
+
+def build(config_class: type, content: Any, where: str, source: str = "") -> Any:
+    """An instance of the dataclass from a dict; what is missing keeps its default, what is unknown is refused.
+
+    `where` is the key of the section (`trainer`); `source` ends the message on an unknown key (" in FILE").
+    """
+    assert is_dataclass(config_class)
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected a group of settings{source}, not '{show(content)}'.")
+    hints = field_types(config_class)
+    for name in content:
+        if name not in hints:
+            raise UserError(f"Unknown key '{where}.{name}'{source}.{nearest(str(name), hints)}")
+    missing = [
+        entry.name
+        for entry in fields(config_class)
+        if entry.name not in content and entry.default is MISSING and entry.default_factory is MISSING
+    ]
+    if missing:
+        raise UserError(f"{where}.{missing[0]} is missing{source}: expected {describe(hints[missing[0]])}.")
+    return config_class(**{name: check_type(f"{where}.{name}", value, hints[name]) for name, value in content.items()})
+
+
+def check_choice(key: str, value: Any, choices: Iterable[Any]) -> None:
+    """Refuses a value that is none of `choices`, naming the nearest."""
+    options = list(choices)
+    if value in options:
+        return
+    listed = f": expected one of {', '.join(map(show, options))}" if len(options) <= 12 else " is unknown"
+    begun = [option for option in map(str, options) if value and option.startswith(str(value))]
+    near = f" Did you mean '{begun[0]}'?" if begun else nearest(str(value), map(str, options))
+    if len(options) <= 12 and not near.startswith(" Did you mean"):
+        near = ""  # the list stands there already
+    sweep = (
+        " To sweep over several values add --multirun."
+        if isinstance(value, str) and all(part in map(str, options) for part in value.split(","))
+        else ""
+    )
+    raise UserError(f"{key}={show(value)}{listed}.{sweep or near}")
+
+
+def check(config: RunConfig) -> None:
+    """Refuses values outside their range, then lets the method's config check itself."""
+    for key, choices in CHOICES.items():
+        value = _value(config, key)
+        if value is not None:
+            check_choice(key, value, choices)
+    for key, (holds, expected) in RANGES.items():
+        value = _value(config, key)
+        if value is not None and not holds(value):
+            raise UserError(f"{key}={show(value)}: expected {expected}.")
+    batch_size = config.eval.batch_size
+    if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
+        raise UserError(f"eval.batch_size={batch_size}: expected a whole number of at least 1, or auto.")
+    if not config.bench.methods:
+        raise UserError("bench.methods is empty: name at least one method.")
+    for name in config.bench.methods:
+        check_choice("bench.methods", name, ("floor", *METHODS))
+    if hasattr(config.method, "validate"):
+        config.method.validate()
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)

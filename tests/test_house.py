@@ -1,0 +1,302 @@
+"""The rules of the house, held by reading the source: which way imports point, what stays light, how long files get."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "sparseft"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Low to high. A module imports from lower lines and from its own part, never from its neighbours on a line or above.
+# A part is a module or a folder of the package; `report` covers `report_charts.py` too. A new part must be placed here.
+ORDER = (
+    {"errors"},
+    {"config"},
+    {"console"},
+    {"runs"},
+    {"files"},
+    {"data.prompts"},
+    {"kernels"},
+    {"data", "modeling"},
+    {"importance"},
+    {"selection"},
+    {"layers"},
+    {"methods"},
+    {"fusing"},
+    {"adapter"},
+    {"trainer"},
+    {"evaluation"},
+    {"bench", "report"},
+    {"validation"},
+    {"overrides"},
+    {"compose", "launch"},
+    {"commands"},
+    {"cli"},
+    {"__init__", "__main__", "quickstart"},  # the package's front doors
+)
+RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
+
+# Loaded by `sparseft --help`, `import sparseft` or composing a config: nothing heavy when they are imported.
+LIGHT = re.compile(
+    r"(__init__|__main__|cli|config|compose\w*|overrides|validation|errors|console|runs|report\w*|methods(\.(?!selecting\b)\w+)?|data\.prompts"
+    r"|commands|commands\.report)"
+)
+HEAVY = (
+    "torch transformers peft accelerate datasets lm_eval deepspeed triton hydra omegaconf numpy pandas pyarrow "
+    "safetensors tokenizers huggingface_hub"
+).split()
+
+# Only these may know a method by name: the methods themselves, the comparisons and what shows users an example.
+KNOWS_METHODS = {"methods", "bench", "cli", "commands", "quickstart", "__init__"}
+ALSO_KNOWS = {("config", "s2ft"), ("config", "sylva"), ("config", "lora"), ("importance", "sylva")}
+# config: the benchmark's default list; importance: the score that is called so.
+
+
+def dotted(path: Path) -> str:
+    """`sparseft/data/prompts.py` -> `data.prompts`; a package is named by its folder, the top one `__init__`."""
+    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    if parts[-1] == "__init__" and len(parts) > 1:
+        parts.pop()
+    return ".".join(parts)
+
+
+def part_of(module: str) -> str:
+    """The entry of ORDER that a dotted module below `sparseft` belongs to."""
+    if module in RANK:
+        return module
+    first = module.split(".")[0]
+    if first in RANK:
+        return first
+    prefix = first.split("_")[0]
+    return prefix if prefix in RANK else first
+
+
+def imported(tree: ast.AST, module: str) -> Iterator[tuple[str, int]]:
+    """Every sparseft module that `module` imports anywhere, dotted below the package, and the line."""
+    package = ["sparseft", *module.split(".")]
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*package[: len(package) - node.level], *([base] if base else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        for name in names:
+            first, _, below = name.partition(".")
+            if first != "sparseft" or not below or below == "__version__":  # a fact, not a facility
+                continue
+            parts = below.split(".")
+            known = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+            found = [name for name in known if (PACKAGE / (name.replace(".", "/") + ".py")).exists()
+                     or (PACKAGE / name.replace(".", "/")).is_dir()]  # fmt: skip
+            yield (found[0] if found else parts[0] if len(parts) > 1 else "__init__"), node.lineno
+
+
+def runs_on_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a module that run when it is imported; not what only a type checker reads."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If):
+            checking = "TYPE_CHECKING" in ast.unparse(node.test)
+            yield from runs_on_import(node.orelse if checking else [*node.body, *node.orelse])
+        elif isinstance(node, (ast.Try, ast.With, ast.ClassDef, ast.For, ast.While)):
+            yield from runs_on_import(node.body)
+            for handler in getattr(node, "handlers", []):
+                yield from runs_on_import(handler.body)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def docstrings(tree: ast.Module) -> set[int]:
+    """Ids of the constants that are docstrings."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                found.add(id(first.value))
+    return found
+
+
+def layering_faults(module: str, source: str) -> list[str]:
+    """What is wrong with a module's imports, by ORDER."""
+    part = part_of(module)
+    if part not in RANK:
+        return [f"{module}: not placed in ORDER of tests/test_house.py"]
+    faults = []
+    for target, line in imported(ast.parse(source), module):
+        other = part_of(target)
+        if other not in RANK:
+            faults.append(f"{module}:{line}: imports {target}, which is not placed in ORDER")
+        elif other != part and RANK[other] >= RANK[part]:
+            faults.append(f"{module}:{line}: imports {target}, which is not below {part}")
+    return faults
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_imports_point_one_way(path: Path) -> None:
+    assert not layering_faults(dotted(path), path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "fault"),
+    [
+        ("layers.base", "from sparseft.methods import METHODS", True),
+        ("layers.base", "def f():\n    import sparseft.adapter", True),
+        ("layers.base", "from ..trainer import x", True),
+        ("layers.base", "from sparseft import adapter", True),
+        ("layers.base", "from sparseft import attach", True),  # the front door is above everything
+        ("data.sources", "import sparseft.modeling", True),
+        ("novelty", "", True),
+        ("layers.base", "from sparseft.kernels.reference import x\nfrom . import blocks\nimport torch", False),
+        ("layers.base", "from sparseft.errors import UserError", False),
+        ("kernels.dispatch", "from sparseft.data.prompts import x", False),
+        ("kernels.dispatch", "from sparseft.data.sources import x", True),
+        ("report", "from sparseft.report_charts import x", False),
+    ],
+)
+def test_the_layering_test_sees_what_it_should(module: str, source: str, fault: bool) -> None:
+    assert bool(layering_faults(module, source)) == fault
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_shared_code_names_no_method(path: Path) -> None:
+    module = dotted(path)
+    part = part_of(module)
+    if part in KNOWS_METHODS:
+        return
+    tree = parse(path)
+    skip = docstrings(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and id(node) not in skip and node.value in ("s2ft", "sylva", "lora", "dora"):
+            assert (part, node.value) in ALSO_KNOWS, f"{module}:{node.lineno} knows the method '{node.value}'"
+    for target, line in imported(tree, module):
+        assert not target.startswith("methods.") or target in ("methods.base",), f"{module}:{line} imports {target}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_modules_stay_readable_in_one_sitting(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= 400, f"{dotted(path)} has {lines} lines: split it by idea"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if LIGHT.fullmatch(dotted(path))], ids=dotted)
+def test_light_modules_import_nothing_heavy(path: Path) -> None:
+    for node in runs_on_import(parse(path).body):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        heavy = [name for name in names if name.split(".")[0] in HEAVY]
+        assert not heavy, f"{dotted(path)}:{node.lineno} imports {heavy[0]} when it is imported"
+
+
+def test_importing_light_modules_loads_nothing_heavy() -> None:
+    """The same, by what Python really loads: a light module may reach a heavy one through others."""
+    light = [dotted(path) for path in MODULES if LIGHT.fullmatch(dotted(path)) and dotted(path) != "__main__"]
+    names = ["sparseft" if name == "__init__" else f"sparseft.{name}" for name in light]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names!r}:\n"
+        "    importlib.import_module(name)\n"
+        f"    loaded = [heavy for heavy in {HEAVY!r} if heavy in sys.modules]\n"
+        "    assert not loaded, f'importing {name} loads {loaded}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+# -- the package's papers ---------------------------------------------------------------------------------------------
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def constraints() -> dict[str, str]:
+    """Name (as pip normalises it) -> pinned version."""
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            requirement = Requirement(line)
+            pins[normal(requirement.name)] = str(requirement.specifier).removeprefix("==")
+    return pins
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_one_version_everywhere() -> None:
+    version = project()["version"]
+    done = subprocess.run(
+        [sys.executable, "-c", "import sparseft; print(sparseft.__version__)"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == version, done.stderr
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_tested_versions_lie_within_the_declared_ranges() -> None:
+    pins = constraints()
+    declared = [Requirement(text) for text in project()["dependencies"] + project()["optional-dependencies"]["dev"]]
+    left_open = {"triton", "build", "hatchling"}
+    for requirement in declared:
+        name = normal(requirement.name)
+        if name not in left_open:
+            assert requirement.specifier.contains(pins[name]), f"{requirement} does not allow {name} {pins[name]}"
+
+
+def test_ruff_is_pinned_once() -> None:
+    pinned = set(re.findall(r"ruff==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text()))
+    assert pinned == {constraints()["ruff"]}
+
+
+def test_every_import_is_declared() -> None:
+    """A third-party package that the source imports is a dependency, not one that happens to come with another."""
+    provided = {"lm_eval": "lm-eval", "hydra": "hydra-core", "yaml": "pyyaml"}
+    optional = {"liger_kernel", "bitsandbytes"}
+    declared = {normal(Requirement(text).name) for text in project()["dependencies"]}
+    comes_with = {"tokenizers": "transformers", "huggingface_hub": "transformers", "click": "typer"}
+    comes_with |= {"pyarrow": "datasets", "jinja2": "lm-eval"}
+    for path in MODULES:
+        for node in ast.walk(parse(path)):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for name in {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - optional:
+                if name != "sparseft":
+                    package = comes_with.get(name, provided.get(name, name))
+                    assert normal(package) in declared, f"{dotted(path)}:{node.lineno} imports {name}: not declared"
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:|#", target):
+            assert (path.parent / target.split("#")[0]).exists(), f"{path.name} links to {target}"
+
+
+def test_make_help_lists_every_target() -> None:
+    text = (ROOT / "Makefile").read_text()
+    done = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for target in re.findall(r"^\.PHONY: ([\w-]+)$", text, flags=re.MULTILINE):
+        assert re.search(rf"^  {target} +\S", done.stdout, flags=re.MULTILINE), f"make help leaves out {target}"
