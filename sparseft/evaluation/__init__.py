@@ -1,0 +1,17 @@
+"""Evaluation through lm-eval: MMLU, the commonsense and arithmetic sets, and any task of lm-eval itself.
+
+    tasks = expand_tasks(["mmlu", "boolq"])
+    plan = prepare(tasks, config, data_dir="data")       # reads and checks the data; needs no model
+    outcome = evaluate(model, tokenizer, tasks, config, data_dir="data", plan=plan)
+    write_results(run_folder, outcome, {"evaluated": "..."})
+
+Nothing heavy is imported until `prepare` or `evaluate` runs (or a name has to be looked up in lm-eval).
+"""
+
+from __future__ import annotations
+
+from sparseft.evaluation.results import write_results
+from sparseft.evaluation.run import Plan, evaluate, prepare
+from sparseft.evaluation.tasks import expand_tasks
+
+__all__ = ["Plan", "evaluate", "expand_tasks", "prepare", "write_results"]

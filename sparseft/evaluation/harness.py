@@ -1,0 +1,274 @@
+"""The model as lm-eval sees it, and the surroundings of a run: silence, progress, and nothing left changed.
+
+Imports torch, transformers and lm-eval: import this module only when an evaluation starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+import lm_eval.api.model
+import lm_eval.api.task
+import lm_eval.models.huggingface
+import numpy as np
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
+from tokenizers.processors import TemplateProcessing
+
+from sparseft.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int | None], None]  # (what, done, of how many)
+
+ROOM = 32  # tokens that generation gets at least, at the cost of the prompt's beginning
+CPU_BATCH = 8  # for batch_size=auto on a CPU, where too large a batch ends the process instead of raising
+SEEDS = {"python": 0, "other": 1234}  # lm-eval's own defaults; they matter to tasks that sample
+
+
+class StopAt(transformers.StoppingCriteria):
+    """Ends each row on its own once its generated text holds one of `stops`.
+
+    lm-eval's criterion counts rows as samples, which under beam search (rows are beams) stops whole batches early.
+    """
+
+    def __init__(self, stops: list[str], tokenizer: Any, prompt_length: int) -> None:
+        self.stops, self.tokenizer, self.prompt_length = stops, tokenizer, prompt_length
+        # Two more tokens than the text takes: it may be generated in another split into tokens.
+        self.window = 2 + max(len(tokenizer.encode(stop, add_special_tokens=False)) for stop in stops)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        generated = input_ids[:, self.prompt_length :][:, -self.window :]
+        texts = self.tokenizer.batch_decode(generated)
+        done = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
+
+
+class LanguageModel(HFLM):
+    """lm-eval's Hugging Face model around a loaded one, which stays where it is.
+
+    `truncated` collects the prompts that did not fit the context and lost their beginning.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, max_length: int | None) -> None:
+        if batch_size == "auto" and model.device.type == "cpu":
+            batch_size = CPU_BATCH
+        tokenizer, self.can_pad = _usable(tokenizer, model)
+        limit = resolve_max_length(model.config, tokenizer)
+        super().__init__(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=min(max_length or limit, limit),
+        )
+        self.truncated: set[str] = set()
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = own if isinstance(own, list) else [own]
+        self.ends = sorted({int(end) for end in [*ends, self.tokenizer.eos_token_id] if end is not None})
+
+    def _loglikelihood_tokens(self, requests: list, *args: Any, **kwargs: Any) -> list:
+        for texts, context, continuation in requests:
+            # The last token is only predicted, never read: one more than the context fits.
+            if texts is not None and len(context) + len(continuation) > self.max_length + 1:
+                self.truncated.add(texts[0])
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        for request in requests:
+            request.arguments = (request.args[0], self._fit(*request.args[:2]))
+        batch_size = self.batch_size_per_gpu
+        if not self.can_pad:
+            self.batch_size_per_gpu = 1
+        try:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self.batch_size_per_gpu = batch_size
+
+    def _fit(self, prompt: str, generation: dict[str, Any]) -> dict[str, Any]:
+        """`generation` with `max_gen_toks` cut to what the context leaves after `prompt`.
+
+        lm-eval reserves the full number and cuts the prompt instead, which costs a question its instruction. Here a
+        prompt is cut only where fewer than `ROOM` tokens would be left; in steps of `ROOM`, so that prompts still
+        share batches.
+        """
+        wanted = normalize_gen_kwargs(generation, self.max_gen_toks)["max_gen_toks"]
+        least = max(1, min(wanted, ROOM, self.max_length // 2))
+        left = self.max_length - len(self.tok_encode(prompt))
+        if left < least:
+            self.truncated.add(prompt)
+        allowed = wanted if left >= wanted else max(least, left // ROOM * ROOM)
+        others = {key: value for key, value in generation.items() if key not in _LENGTH_NAMES}
+        return {**others, "max_gen_toks": allowed}
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **generation: Any) -> Any:
+        """Token ids (batch, prompt + generated); `context` (batch, prompt) is padded on the left."""
+        if not generation.get("do_sample"):
+            generation.pop("temperature", None)  # greedy has none, and transformers warns about it
+        end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        texts = [text for text in stop if text and text != end]
+        criteria = [StopAt(texts, self.tokenizer, context.shape[1])] if texts else []
+        return self.model.generate(
+            input_ids=context,
+            # Not max_length: a max_new_tokens in the model's own generation settings would overrule it.
+            max_new_tokens=max_length - context.shape[1],
+            stopping_criteria=transformers.StoppingCriteriaList(criteria),
+            eos_token_id=self.ends or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            **generation,
+        )
+
+
+_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+def _usable(tokenizer: Any, model: Any) -> tuple[Any, bool]:
+    """A copy of the tokenizer with a pad and an EOS token that the model has embeddings for, and whether it can pad.
+
+    A token added only for padding would lie outside the embeddings; a tokenizer without any special token therefore
+    generates one sequence at a time.
+    """
+    if not isinstance(tokenizer, (transformers.PreTrainedTokenizer, transformers.PreTrainedTokenizerFast)):
+        raise UserError(f"Evaluation needs a Hugging Face tokenizer, got {type(tokenizer).__name__}.")
+    tokenizer = copy.deepcopy(tokenizer)
+    _end_open(tokenizer)
+    rows = model.get_input_embeddings().weight.shape[0]
+    names = ("pad_token", "eos_token", "unk_token", "bos_token")
+    tokens = [token for token in (getattr(tokenizer, name) for name in names) if token is not None]
+    usable = [token for token in tokens if tokenizer.convert_tokens_to_ids(token) < rows]
+    if not usable:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>", "eos_token": "<|pad|>"})
+        return tokenizer, False
+    tokenizer.pad_token = usable[0]
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = usable[0]
+    return tokenizer, True
+
+
+def _end_open(tokenizer: Any) -> None:
+    """Makes a tokenizer that ends every text with EOS leave prompts open, as training does; BOS and the like stay."""
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    full = tokenizer("a").input_ids
+    start = next(index for index in range(len(full)) if full[index : index + len(bare)] == bare)
+    if start + len(bare) == len(full):
+        return
+    if not tokenizer.is_fast:
+        raise UserError("The tokenizer ends every text with a special token; set add_eos_token=false in its config.")
+    before = [
+        (token, tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.convert_ids_to_tokens(full[:start])
+    ]
+    template = " ".join([*(token for token, _ in before), "$A"])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=before)
+
+
+@contextlib.contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Runs without gradients and from fixed seeds, and leaves modes, `use_cache` and random states as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    settings = [item for item in (model.config, getattr(model, "generation_config", None)) if item is not None]
+    caches = [(item, item.use_cache) for item in settings if hasattr(item, "use_cache")]
+    try:
+        with torch.no_grad(), seeded(_cuda_devices(model)):
+            # Scoring needs no key/value cache, which costs memory; generation asks for one itself.
+            for item, _ in caches:
+                item.use_cache = False
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for item, use_cache in caches:
+            item.use_cache = use_cache
+
+
+@contextlib.contextmanager
+def seeded(cuda_devices: list[int]) -> Iterator[None]:
+    """Fixed seeds inside; the caller's random states come back. lm-eval draws even while it builds a task."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=cuda_devices):
+            random.seed(SEEDS["python"])
+            np.random.seed(SEEDS["other"])
+            torch.manual_seed(SEEDS["other"])
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+
+
+def _cuda_devices(model: torch.nn.Module) -> list[int]:
+    devices = {parameter.device for parameter in model.parameters()}
+    return sorted({device.index or 0 for device in devices if device.type == "cuda"})
+
+
+@contextlib.contextmanager
+def quiet(progress: Progress | None = None, debug: bool = False) -> Iterator[None]:
+    """Keeps lm-eval off the terminal: its prints and log lines, and its bars, which go to `progress` instead.
+
+    With `debug` the log lines and bars stay; on stdout nothing of lm-eval's ever appears.
+    """
+    printed = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        if not debug:
+            for name in ("lm_eval", "transformers", "datasets"):
+                stack.enter_context(_level(logging.getLogger(name), logging.ERROR))
+            for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
+                stack.enter_context(_bars(module, progress))
+            if not datasets.are_progress_bars_disabled():
+                datasets.disable_progress_bars()
+                stack.callback(datasets.enable_progress_bars)
+        yield
+    for line in printed.getvalue().splitlines():
+        log.debug("lm-eval: %s", line)
+
+
+@contextlib.contextmanager
+def _level(logger: logging.Logger, level: int) -> Iterator[None]:
+    before = logger.level
+    logger.setLevel(max(level, before))
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _bars(module: Any, progress: Progress | None) -> Iterator[None]:
+    """Gives `module` a `tqdm` that reports to `progress`."""
+
+    class Bar:
+        """The part of tqdm's interface that lm-eval uses."""
+
+        def __init__(self, items: Any = None, *_: Any, total: int | None = None, desc: str = "", **__: Any) -> None:
+            self.items, self.desc, self.done = items, desc, 0
+            self.total = len(items) if total is None and hasattr(items, "__len__") else total
+
+        def __iter__(self) -> Iterator[Any]:
+            for item in self.items:
+                yield item
+                self.update()
+
+        def update(self, count: int = 1) -> None:
+            self.done += count
+            if progress is not None and self.desc:  # the bars without a name build one task's prompts: too short
+                progress(self.desc, self.done, self.total)
+
+        def close(self) -> None:
+            pass
+
+    before = module.tqdm
+    module.tqdm = Bar
+    try:
+        yield
+    finally:
+        module.tqdm = before

@@ -1,0 +1,187 @@
+"""MMLU as lm-eval tasks, one a subject, from a folder of csv files or from the hub.
+
+The folder is the authors' own layout: `dev/<subject>_dev.csv`, `val/<subject>_val.csv`, `test/<subject>_test.csv`,
+rows of question, A, B, C, D, answer without a header. The hub's `cais/mmlu` holds the same questions. Prompts follow
+the authors' `evaluate.py` in lm-eval's spelling of it: a header line, the first k dev questions with their answers,
+and the question up to `Answer:`; the continuations " A" … " D" are scored by log-likelihood.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparseft.data.prompts import mmlu_header, mmlu_question
+from sparseft.errors import UserError, nearest
+from sparseft.evaluation.tasks import MMLU, MMLU_CATEGORIES, MMLU_SUBJECTS
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+
+HUB = "cais/mmlu"
+DEFAULT_SHOTS = 5
+LETTERS = ("A", "B", "C", "D")
+FOLDERS = {"dev": "dev", "validation": "val", "test": "test"}  # split: its folder and the end of its file names
+
+
+def find_folder(data_dir: str | Path) -> Path:
+    """The folder that holds `dev/`, `val/` or `test/`: `data_dir` itself or its `mmlu/`; UserError if neither does."""
+    root = Path(data_dir).expanduser()
+    for folder in (root / MMLU, root):
+        if any((folder / name).is_dir() for name in FOLDERS.values()):
+            return folder
+    state = "holds none of them" if root.is_dir() else "does not exist"
+    raise UserError(
+        f"No MMLU data in '{data_dir}' (eval.data_dir): expected dev/, val/ or test/ with <subject>_<split>.csv there "
+        f"or in its mmlu/ folder, which {state}."
+    )
+
+
+def local_subjects(data_dir: str | Path, split: str | None = None) -> list[str]:
+    """The subjects whose csv file of `split` (`test`, `validation`, `dev`; None: any of them) is in the folder,
+    sorted; an empty list where there is no MMLU data at all."""
+    try:
+        folder = find_folder(data_dir)
+    except UserError:
+        return []
+    ends = [FOLDERS[split]] if split else list(FOLDERS.values())
+    found = {path.name.removesuffix(f"_{end}.csv") for end in ends for path in (folder / end).glob(f"*_{end}.csv")}
+    return sorted(found)
+
+
+def select_subjects(requested: list[str], split: str, data_dir: str | None) -> dict[str, list[str]]:
+    """The subjects behind each requested name (`mmlu`, `mmlu_<category>`, `mmlu_<subject>`).
+
+    Raises UserError when the folder lacks the split (saying which it has) or the subject.
+    """
+    if data_dir is None:
+        there = list(MMLU_SUBJECTS)
+    else:
+        folder = find_folder(data_dir)
+        there = local_subjects(data_dir, split)
+        if not there:
+            splits = [name for name in FOLDERS if name != "dev" and local_subjects(data_dir, name)]
+            raise UserError(
+                f"No MMLU questions of split '{split}' in '{folder}': expected {FOLDERS[split]}/<subject>_"
+                f"{FOLDERS[split]}.csv. Splits there: {', '.join(splits) or 'none'} (eval.split=…)."
+            )
+    selected: dict[str, list[str]] = {}
+    for name in requested:
+        part = name.removeprefix(MMLU).removeprefix("_")
+        if not part:
+            selected[name] = there
+        elif part in there:
+            selected[name] = [part]
+        else:
+            selected[name] = [subject for subject in there if subject in MMLU_CATEGORIES.get(part, ())]
+            if not selected[name]:
+                hint = nearest(name, [f"{MMLU}_{subject}" for subject in there])
+                raise UserError(f"No questions for '{name}' of split '{split}' in '{data_dir}'.{hint}")
+    return selected
+
+
+def read_questions(path: Path) -> list[dict[str, Any]]:
+    """The rows of one csv file as `{"question": str, "choices": [str] * 4, "answer": int in 0..3}`.
+
+    The csv module, not pandas: a choice such as `NA` or `1.0` is text, and quoted fields may hold newlines.
+    Raises UserError naming file and line of a bad row.
+    """
+    questions = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file, strict=True)
+            for row in rows:
+                if not row:
+                    continue
+                if len(row) != 6 or row[5].strip() not in LETTERS:
+                    raise UserError(
+                        f"{path}, line {rows.line_num}: expected question, A, B, C, D and the answer's letter, "
+                        f"got {len(row)} fields ending in '{row[-1][:40]}'."
+                    )
+                questions.append(
+                    {"question": row[0], "choices": row[1:5], "answer": LETTERS.index(row[5].strip())},
+                )
+    except FileNotFoundError as error:
+        raise UserError(f"No file '{path}'.") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a csv file in UTF-8: {error}.") from error
+    if not questions:
+        raise UserError(f"{path} holds no question.")
+    return questions
+
+
+def load_subject(subject: str, split: str, shots: int, folder: str | None = None, **metadata: Any) -> dict[str, Any]:
+    """The data sets of one subject, `{"test": …}` for the split asked for and `{"dev": …}` where shots are used.
+
+    lm-eval calls this with the task's `dataset_kwargs` and its `metadata` (which play no part here).
+    """
+    import datasets
+
+    if folder is None:
+        data = _from_hub(subject)
+        loaded = {"test": data[split], **({"dev": data["dev"]} if shots else {})}
+        if shots > len(data["dev"]):
+            raise UserError(f"eval.shots={shots}, but {HUB} has {len(data['dev'])} dev examples of {subject}.")
+        return loaded
+
+    def read(name: str) -> list[dict[str, Any]]:
+        return read_questions(Path(folder) / FOLDERS[name] / f"{subject}_{FOLDERS[name]}.csv")
+
+    loaded = {"test": datasets.Dataset.from_list(read(split))}
+    if shots:
+        path = Path(folder) / "dev" / f"{subject}_dev.csv"
+        if not path.is_file():
+            raise UserError(f"{shots} shots of '{subject}' need '{path}', which is not there; eval.shots=0 needs none.")
+        examples = read("dev")
+        if shots > len(examples):
+            raise UserError(f"eval.shots={shots}, but {path} has {len(examples)} examples.")
+        loaded["dev"] = datasets.Dataset.from_list(examples)
+    return loaded
+
+
+def _from_hub(subject: str) -> Any:
+    """`cais/mmlu` of one subject from the hub or its cache."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(HUB, subject)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # Offline, no such cache, or the hub cannot be reached: all three are for the user to settle.
+        raise UserError(
+            f"MMLU ({HUB}, {subject}) is neither in the Hugging Face cache nor could it be fetched "
+            f"({type(error).__name__}); set eval.data_dir=FOLDER to a folder with dev/, val/ and test/ csv files."
+        ) from error
+
+
+def question_text(doc: dict[str, Any]) -> str:
+    return mmlu_question(doc["question"], doc["choices"])
+
+
+def build_task(subject: str, split: str, shots: int, data_dir: str | None) -> ConfigurableTask:
+    """The lm-eval task `mmlu_<subject>`, its data read and checked."""
+    from lm_eval.api.task import ConfigurableTask
+
+    folder = None if data_dir is None else str(find_folder(data_dir))
+    return ConfigurableTask(
+        config={
+            "task": f"{MMLU}_{subject}",
+            "task_alias": subject,
+            "dataset_path": folder or HUB,
+            "custom_dataset": load_subject,
+            "dataset_kwargs": {"subject": subject, "split": split, "shots": shots, "folder": folder},
+            "test_split": "test",
+            "fewshot_split": "dev" if shots else None,
+            "fewshot_config": {"sampler": "first_n"},
+            "num_fewshot": shots,
+            "output_type": "multiple_choice",
+            "description": mmlu_header(subject),
+            "doc_to_text": question_text,
+            "doc_to_choice": list(LETTERS),
+            "doc_to_target": "answer",
+            "target_delimiter": " ",
+            "fewshot_delimiter": "\n\n",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0},
+        }
+    )
