@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 PLAIN_LINE_SECONDS = 10.0  # at most so long between two plain progress lines
+PLAIN_LINE_PAUSE = 2.0  # at least so long, so that quick loops do not fill the log
 
 _warnings: list[str] = []
 
@@ -92,7 +93,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 
 class Progress:
-    """The progress of a loop, on stderr: a bar on a terminal, otherwise a line every tenth of the way or 10 seconds.
+    """The progress of a loop, on stderr: a bar on a terminal, otherwise plain lines: every tenth of the way
+    (not more often than every 2 seconds), every 10 seconds, and the last.
 
         with Progress(100, "train") as progress:
             progress.update(1, loss=2.31, tokens_per_second=812.0)
@@ -108,6 +110,7 @@ class Progress:
         unit: str = "step",
         initial: int = 0,
         plain_line_seconds: float = PLAIN_LINE_SECONDS,
+        plain_line_pause: float = PLAIN_LINE_PAUSE,
     ) -> None:
         self.total = total
         self.description = description
@@ -116,6 +119,7 @@ class Progress:
         self.completed = initial
         self.fields: dict[str, Any] = {}
         self._plain_line_seconds = plain_line_seconds
+        self._plain_line_pause = plain_line_pause
         self._bar: RichProgress | None = None
         self._task: Any = None
         self._printed: int | None = None  # units done at the last plain line
@@ -143,7 +147,7 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._printed is not None and self._printed != self.completed:
+        elif self.completed > self.initial and self._printed != self.completed:
             self._print_line()
 
     def update(self, completed: int, **fields: Any) -> None:
@@ -155,8 +159,8 @@ class Progress:
             return
         last = self._printed if self._printed is not None else self.initial
         tenth_passed = bool(self.total) and completed * 10 // self.total > last * 10 // self.total
-        waited = time.monotonic() - self._printed_at >= self._plain_line_seconds
-        if tenth_passed or waited:
+        waited = time.monotonic() - self._printed_at
+        if (tenth_passed and waited >= self._plain_line_pause) or waited >= self._plain_line_seconds:
             self._print_line()
 
     def _details(self) -> str:
