@@ -507,7 +507,7 @@ def test_a_table_on_a_terminal_cuts_nothing_off(terminal: Callable) -> None:
 
 
 def test_plain_progress_is_a_line_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.Progress(50, "train", plain_line_seconds=1e9) as progress:
+    with console.Progress(50, "train", plain_line_seconds=1e9, plain_line_pause=0) as progress:
         for step in range(1, 51):
             progress.update(step, loss=2.0 / step, tokens_per_second=12345.6)
     out, err = capsys.readouterr()
@@ -515,6 +515,13 @@ def test_plain_progress_is_a_line_every_tenth(capsys: pytest.CaptureFixture[str]
     assert out == "" and len(lines) == 10
     assert lines[0].startswith("train: 5/50 steps (10 %), loss 0.4, 12,346 tokens/s, 0:00 left")
     assert lines[-1] == "train: 50/50 steps (100 %), loss 0.04, 12,346 tokens/s"
+
+
+def test_plain_progress_of_a_quick_loop_is_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.Progress(50, "calibrate", unit="sample") as progress:
+        for done in range(1, 51):
+            progress.update(done)
+    assert capsys.readouterr().err.splitlines() == ["calibrate: 50/50 samples (100 %)"]
 
 
 def test_plain_progress_by_the_clock(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
