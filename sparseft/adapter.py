@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sparseft.adapter_files import (
+    fuse_peft,
     is_whole_model,
     load_peft,
     read_config,
@@ -115,7 +116,7 @@ def attach(model: nn.Module, config: Any, selection: Selection | None = None) ->
     if not selection.modules:
         raise UserError("the selection is empty, so nothing would be trained.")
     if selection.block_size is None:
-        selection.block_size = getattr(config, "block_size", None)
+        selection = replace(selection, block_size=getattr(config, "block_size", None))
     check_modules(model, selection.modules, spec.linears)
     state = _new_state(model, method.name)
     method.convert(model, config, selection)
@@ -265,6 +266,8 @@ def _load_peft(model: nn.Module, folder: Path, name: str, content: dict[str, Any
     state = state_of(model)
     if state is not None and state.kind == "sparse":
         raise UserError(f"{folder}: a peft adapter cannot be loaded onto a model with sparse layers: detach it first.")
+    if state is not None and state.kind == "whole":
+        raise UserError(f"{folder}: a peft adapter cannot be loaded onto a model with {state.method} attached.")
     own = content["sparseft"] if isinstance(content.get("sparseft"), dict) else {}
     state = state or _new_state(model, str(own.get("method") or content["peft_type"]).lower())
     if own and own.get("base_fingerprint") != state.fingerprint:
@@ -327,13 +330,13 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
     state = _require_state(model)
     if not weights:
         raise UserError("fuse: name at least one adapter with its weight.")
+    for known, weight in weights.items():
+        if not math.isfinite(weight):
+            raise UserError(f"fuse: the weight of '{known}' is {weight}: expected a finite number.")
     if state.kind != "sparse":
         if state.kind == "whole":
             raise UserError("full fine-tuning has no adapters to fuse.")
-        for known in weights:
-            if known not in model.peft_config:
-                raise UserError(f"no adapter is called '{known}'.{nearest(known, model.peft_config)}")
-        model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type="cat")
+        fuse_peft(model, weights, name)
         return set_adapter(model, name)
     for known in weights:
         _check_name(state, known)

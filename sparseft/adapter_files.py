@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.errors import UserError
-from sparseft.files import read_json, read_tensors, split_name
+from sparseft.errors import UserError, nearest
+from sparseft.files import KINDS, read_json, read_tensors, split_name
 from sparseft.fusing import Values
 from sparseft.runs import write_json
 
 FORMAT_VERSION = 1
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+# A whole model's: transformers takes a folder with an adapter_config.json for a peft adapter.
+WHOLE_CONFIG = "sparseft_config.json"
 
 
 def write_sparse(
@@ -43,9 +45,9 @@ def write_sparse(
 
 
 def write_whole(model: nn.Module, header: dict[str, Any], folder: Path) -> None:
-    """Writes a fully fine-tuned model as a Hugging Face folder, with `adapter_config.json` beside its files."""
+    """Writes a fully fine-tuned model as a Hugging Face folder, with `sparseft_config.json` beside its files."""
     model.save_pretrained(folder)
-    write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **header, "modules": {}})
+    write_json(folder / WHOLE_CONFIG, {"format_version": FORMAT_VERSION, **header, "modules": {}})
 
 
 def write_peft(model: nn.Module, name: str, header: dict[str, Any], folder: Path) -> None:
@@ -60,13 +62,18 @@ def write_peft(model: nn.Module, name: str, header: dict[str, Any], folder: Path
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json` of a sparse adapter, a full model or a peft adapter, its format checked."""
-    content = read_json(folder / CONFIG, "adapter")
+    """What a sparse adapter, a full model or a peft adapter says of itself, its format checked."""
+    content = read_json(folder / (WHOLE_CONFIG if (folder / WHOLE_CONFIG).is_file() else CONFIG), "adapter")
     if "peft_type" not in content and content.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{folder}: adapter format {content.get('format_version')}, this version reads {FORMAT_VERSION}."
         )
     return content
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds what `read_config` reads."""
+    return (folder / CONFIG).is_file() or (folder / WHOLE_CONFIG).is_file()
 
 
 def is_whole_model(folder: Path) -> bool:
@@ -98,30 +105,108 @@ def read_sparse(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Va
         for kind, parts in kinds.items():
             if set(parts) != {"index", "delta"}:
                 raise UserError(f"{folder}: {module}.{kind} needs index and delta, got {', '.join(sorted(parts))}.")
-            if parts["index"].is_floating_point() or parts["delta"].dtype != torch.float32:
-                raise UserError(f"{folder}: {module}.{kind} needs an integer index and a float32 delta.")
+            if parts["index"].dtype != torch.int32 or parts["delta"].dtype != torch.float32:
+                raise UserError(f"{folder}: {module}.{kind} needs an int32 index and a float32 delta.")
+            if parts["index"].dim() == 0:
+                raise UserError(f"{folder}: {module}.{kind}.index must be a list of indices, got a single number.")
             if not torch.isfinite(parts["delta"]).all():
                 raise UserError(f"{folder}: {module}.{kind}.delta holds values that are not finite.")
             values[module][kind] = Values(parts["index"].long(), parts["delta"], block_size)
     if not values:
         raise UserError(f"{folder}: the adapter holds no module.")
+    _check_described(folder, content.get("modules"), values)
     return values
 
 
+def _check_described(folder: Path, described: Any, values: dict[str, dict[str, Values]]) -> None:
+    """Raises `UserError` where the tensors are not those that the config's `modules` lists."""
+    if not isinstance(described, dict) or not all(isinstance(info, dict) for info in described.values()):
+        raise UserError(f"{folder}: {CONFIG} needs modules, an object of objects.")
+    for module in described.keys() ^ values.keys():
+        raise UserError(f"{folder}: '{module}' is only in {CONFIG if module in described else TENSORS}.")
+    for module, kinds in values.items():
+        found = {kind: len(value.index) for kind, value in kinds.items()}
+        listed = {kind: described[module][kind] for kind in KINDS if kind in described[module]}
+        if found != listed:
+            raise UserError(f"{folder}: {module} has {found}, but {CONFIG} lists {listed}.")
+
+
 def load_peft(model: nn.Module, folder: Path, name: str) -> nn.Module:
-    """Loads a folder that peft reads, onto a plain model or peft's wrapper; returns the wrapper, `name` active."""
+    """Loads a LoRA (or DoRA) folder that peft reads, onto a plain model or peft's wrapper, whole or not at all.
+
+    Returns the wrapper, with `name` active and the model's training mode kept.
+    """
     import peft
 
+    if (kind := read_json(folder / CONFIG, "adapter").get("peft_type")) != "LORA":
+        raise UserError(f"{folder}: a peft adapter of type {kind}: only LORA (DoRA included) can be loaded.")
+    training, flags = model.training, {n: p.requires_grad for n, p in model.named_parameters()}
+    plain = not isinstance(model, peft.PeftModel)
+    trial = name if plain else "sparseft_trial"  # an adapter of the same name goes only when the new one fits
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # `sparseft`, our own
-            if not isinstance(model, peft.PeftModel):
-                return peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=True)
-            if name in model.peft_config:
-                model.delete_adapter(name)
-            model.load_adapter(str(folder), adapter_name=name, is_trainable=True)
-            model.set_adapter(name)
-            return model
+            for message in ("Unexpected keyword arguments", "The PEFT config's `base_model_name_or_path`"):
+                warnings.filterwarnings("ignore", message=message)  # `sparseft`, our own; a base kept elsewhere
+            if plain:
+                config = peft.PeftConfig.from_pretrained(str(folder))
+                config.inference_mode = False
+                wrapper = peft.get_peft_model(model, config, adapter_name=name)
+            else:
+                wrapper = model
+            result = wrapper.load_adapter(str(folder), adapter_name=trial, is_trainable=plain)
+            for problem, keys in (("lacks", result.missing_keys), ("has unknown", result.unexpected_keys)):
+                if keys:
+                    raise ValueError(f"the file {problem} tensors: {', '.join(keys[:3])}")
+            if not plain:
+                model.delete_adapter(trial)
+                if name in model.peft_config:
+                    model.delete_adapter(name)
+                model.load_adapter(str(folder), adapter_name=name, is_trainable=True)
+                model.set_adapter(name)
     except Exception as error:  # peft raises many kinds for a folder that does not fit; all of them are the folder's
+        if plain:
+            _strip_peft(model, flags)
+        elif trial in model.peft_config:
+            model.delete_adapter(trial)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: peft cannot load it on this model: {reason}") from error
+    return wrapper.train(training)  # peft's new modules would drop out in evaluation mode too
+
+
+def _strip_peft(model: nn.Module, flags: dict[str, bool]) -> None:
+    """Takes half-loaded peft layers out of a model again."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if isinstance(child, BaseTunerLayer):
+                parent._modules[child_name] = child.get_base_layer()
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                parent._modules[child_name] = child.original_module
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags[name])
+
+
+def fuse_peft(model: Any, weights: dict[str, float], name: str) -> None:
+    """Adds the LoRA adapter `name` to peft's wrapper: the exact weighted sum of others, their ranks added up."""
+    from peft.tuners.lora import LoraLayer
+
+    for known in weights:
+        if known not in model.peft_config:
+            raise UserError(f"no adapter is called '{known}'.{nearest(known, model.peft_config)}")
+        if model.peft_config[known].use_dora:
+            raise UserError(f"fuse: '{known}' is a DoRA adapter, whose magnitudes do not add up: merge it instead.")
+    if name in weights:
+        raise UserError(f"fuse: '{name}' cannot be made of itself: name the sum differently.")
+    if name in model.peft_config:
+        model.delete_adapter(name)  # peft would leave the old one as it is
+    training = model.training
+    model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type="cat")
+    model.train(training)
+    model.peft_config[name].use_rslora = False  # inherited from the first part: it would scale by the rank's root
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and name in module.scaling:
+            module.scaling[name] = 1.0

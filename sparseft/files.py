@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,15 +15,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KINDS = ("rows", "columns", "blocks")
+DESCRIPTIONS = ("adapter_config.json", "sparseft_config.json", "selection.json")  # what every folder of ours holds
 
 
 class replaced_folder:
     """`with replaced_folder(path) as aside:` fills a new folder that takes the place of `path` at the end, or never."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.abspath(path))
 
     def __enter__(self) -> Path:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: expected a folder to write, this is a file.")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
@@ -36,12 +40,21 @@ class replaced_folder:
             shutil.rmtree(self.aside, ignore_errors=True)
             return
         if self.path.exists():
+            self._check_ours()
             old = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.old.", dir=self.path.parent))
             self.path.rename(old / "old")
             self.aside.rename(self.path)
             shutil.rmtree(old, ignore_errors=True)
         else:
             self.aside.rename(self.path)
+
+    def _check_ours(self) -> None:
+        """Replaces what such a folder held before, never a folder of the user's other files."""
+        there = list(self.path.iterdir())
+        ours = any(entry.name in DESCRIPTIONS for entry in there) and not any(entry.is_dir() for entry in there)
+        if there and not ours:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            raise UserError(f"{self.path}: the folder holds other files, which would be lost: name a new one.")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ MLP_ROLES: dict[str, str | tuple[str, ...]] = {
     "w3": "up",
     "w2": "down",
 }
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 COLUMN_ROLES = ("o", "down")  # their units are input features; every other role's are output features
 
 
@@ -195,7 +196,8 @@ def base_parameter_count(model: nn.Module) -> int:
 def base_fingerprint(model: nn.Module, samples: int = 64) -> str:
     """A hash over the base weights' names, shapes and `samples` evenly spaced values each.
 
-    Values are rounded to bf16, so that a model loaded in fp32, bf16 or fp16 has the same fingerprint.
+    Values are rounded to bf16, and those below fp16's smallest normal number to zero, so that a checkpoint loaded in
+    fp32 or bf16 has the same fingerprint, and in fp16 too if it is stored in half precision.
     To be taken before any delta is written.
     """
     digest = hashlib.sha256()
@@ -205,7 +207,8 @@ def base_fingerprint(model: nn.Module, samples: int = 64) -> str:
             continue
         flat = parameter.detach().reshape(-1)
         positions = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
-        values = flat[positions.to(flat.device)].to(torch.bfloat16).float().cpu() + 0.0  # + 0.0: one sign of zero
+        values = flat[positions.to(flat.device)].to(torch.bfloat16).float().cpu()
+        values = values.masked_fill(values.abs() < 2.0**-14, 0.0)  # this also leaves one sign of zero
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 
@@ -229,7 +232,9 @@ def check_model_path(path: str) -> str:
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path={path}: the folder has no config.json, so it is no Hugging Face model.")
         return str(folder)
-    looks_local = resolved.startswith((".", "/", "~")) or resolved.count("/") > 1 or folder.exists()
+    if folder.exists():
+        raise UserError(f"model.path={path}: expected a Hugging Face model folder, this is a file.")
+    looks_local = resolved.startswith((".", "/", "~")) or resolved.count("/") > 1
     if looks_local:
         near = nearest(folder.name, os.listdir(folder.parent)) if folder.parent.is_dir() else ""
         raise UserError(f"model.path={path}: no such folder.{near}")
@@ -246,9 +251,12 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _load(what: str, path: str, loader, **options):
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
     try:
         return loader(check_model_path(path), **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -256,15 +264,28 @@ def _load(what: str, path: str, loader, **options):
 
 
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Module:
-    """The model on `device`, in evaluation mode, in the dtype asked for (`auto`: as stored)."""
+    """The model on `device`, in evaluation mode, in the dtype asked for (`auto`: as stored).
+
+    A checkpoint that lacks a weight is a `UserError`: a random one in its place would be trained and never noticed.
+    """
     from transformers import AutoModelForCausalLM
 
+    if config.dtype not in DTYPES:
+        raise UserError(f"model.dtype={config.dtype}: expected {', '.join(DTYPES)}.{nearest(config.dtype, DTYPES)}")
     options: dict[str, object] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     if config.revision:
         options["revision"] = config.revision
-    return _load("model", config.path, AutoModelForCausalLM.from_pretrained, **options).to(device).eval()
+    options["output_loading_info"] = True
+    model, report = _load("model", config.path, AutoModelForCausalLM.from_pretrained, **options)
+    for problem in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, report.get(problem) or [])):
+            raise UserError(
+                f"model.path={config.path}: the checkpoint does not fit its config.json: {len(names)} weights are "
+                f"{problem.removesuffix('_keys')}, {names[0]} for one."
+            )
+    return model.to(device).eval()
 
 
 def load_tokenizer(config: ModelConfig):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseft.errors import UserError
+from sparseft.errors import RunError, UserError
 from sparseft.files import read_json, read_tensors, replaced_folder, split_name
 from sparseft.kernels.reference import KINDS, trainable_entries
 from sparseft.modeling import ModelSpec, Slot
@@ -69,6 +69,8 @@ class Selection:
     def __post_init__(self) -> None:
         modules: dict[str, dict[str, Tensor]] = {}
         for module, kinds in self.modules.items():
+            if not isinstance(kinds, Mapping):
+                raise UserError(f"selection of {module}: expected {{'rows': […]}}, got {type(kinds).__name__}.")
             chosen: dict[str, Tensor] = {}
             for kind, index in kinds.items():
                 if kind == "block_size":
@@ -76,7 +78,12 @@ class Selection:
                     continue
                 if kind not in KINDS:
                     raise UserError(f"selection of {module}: expected {', '.join(KINDS)}, got '{kind}'.")
-                tensor = torch.as_tensor(index)
+                try:
+                    tensor = torch.as_tensor(index)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise UserError(f"selection of {module}: {kind} cannot be read as indices ({error}).") from None
+                if tensor.numel() == 0:
+                    raise UserError(f"selection of {module}: {kind} names no index: leave it out.")
                 if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.is_complex():
                     raise UserError(f"selection of {module}: expected integer {kind}, got {tensor.dtype}.")
                 if tensor.dim() != (2 if kind == "blocks" else 1) or (kind == "blocks" and tensor.shape[1] != 2):
@@ -116,9 +123,11 @@ class Selection:
         folder = Path(folder)
         if self.has_blocks and self.block_size is None:
             raise UserError("a selection of blocks needs its block_size: Selection({…}, block_size=64).")
-        shapes = shapes or {name: tuple(info["shape"]) for name, info in self.meta.get("modules", {}).items()}
+        if shapes is None:
+            known = self.meta.get("modules", {})
+            shapes = {name: tuple(info["shape"]) for name, info in known.items() if "shape" in info}
         modules: dict[str, dict[str, Any]] = {}
-        trainable = self.trainable(shapes) if shapes else {}
+        trainable = self.trainable(shapes) if shapes.keys() >= self.modules.keys() else {}
         for module, kinds in self.modules.items():
             modules[module] = {kind: len(index) for kind, index in kinds.items()}
             if module in trainable:
@@ -156,8 +165,14 @@ class Selection:
             if last != "index":
                 raise UserError(f"{folder}: unexpected tensor '{name}' in a selection.")
             modules[module][kind] = tensor
+        block_size = content.get("block_size")
+        if block_size is not None and (type(block_size) is not int or block_size < 1):
+            raise UserError(f"{folder}: block_size={block_size!r} in selection.json is not a block size.")
+        described = content.get("modules")
+        if not isinstance(described, dict) or not all(isinstance(info, dict) for info in described.values()):
+            raise UserError(f"{folder}: selection.json needs modules, an object of objects.")
         meta = {key: value for key, value in content.items() if key not in ("format_version", "block_size", "digest")}
-        selection = Selection(dict(modules), block_size=content.get("block_size"), meta=meta)
+        selection = Selection(dict(modules), block_size=block_size, meta=meta)
         if selection.digest() != content.get("digest"):
             raise UserError(f"{folder}: selection.safetensors is not the file that selection.json describes (altered).")
         return selection
@@ -258,7 +273,7 @@ def rank_units(scores: Tensor, order: str, generator: torch.Generator) -> Tensor
     """All units, the best first: ties broken by index; `sampled` draws without replacement, in proportion."""
     scores = scores.detach().double().cpu()
     if not torch.isfinite(scores).all():
-        raise RuntimeError("an importance score is not finite")
+        raise RunError("an importance score is not finite: the model's weights or activations overflow.")
     if order == "largest":
         return torch.argsort(scores, descending=True, stable=True)
     if order == "smallest":

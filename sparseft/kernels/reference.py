@@ -109,7 +109,7 @@ def to_blocks(matrix: Tensor, block_size: int) -> Tensor:
     missing = -matrix.shape[1] % block_size
     if missing:
         matrix = F.pad(matrix, (0, missing))
-    return matrix.reshape(matrix.shape[0], -1, block_size)
+    return matrix.reshape(matrix.shape[0], matrix.shape[1] // block_size, block_size)  # no -1: there may be no token
 
 
 def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int) -> Tensor:

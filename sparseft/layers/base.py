@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -34,6 +35,7 @@ class _SparseProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, transposed, size, rows, rows_delta, columns, columns_delta, blocks, needed,
                 position, blocks_delta):  # fmt: skip
         y = _product(x, weight, bias, transposed)
+        ctx.bias_dtype = bias.dtype if bias is not None else None
         saved = [weight, rows, columns, blocks, position]
         # Rows need all of x, which is shared with the layer's siblings; the others only a slice, in its own storage.
         whole = rows is not None or (blocks is not None and needed is None)
@@ -41,7 +43,7 @@ class _SparseProduct(torch.autograd.Function):
         saved.append(x.index_select(-1, columns).to(y.dtype) if columns is not None else None)
         if blocks is not None and not whole:
             x_blocks = reference.to_blocks(x.reshape(-1, x.shape[-1]), size).index_select(1, needed)
-            saved.append(x_blocks.reshape(x_blocks.shape[0], -1).to(y.dtype))
+            saved.append(x_blocks.flatten(1).to(y.dtype))
         else:
             saved.append(None)
         ctx.save_for_backward(*saved)
@@ -49,13 +51,16 @@ class _SparseProduct(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # a slice's own history is not kept, so a second derivative would be wrong without a word
     def backward(ctx, grad_output):
         weight, rows, columns, blocks, position, x, x_columns, x_blocks = ctx.saved_tensors
-        grad_x = rows_grad = columns_grad = blocks_grad = None
+        grad_x = bias_grad = rows_grad = columns_grad = blocks_grad = None
         if ctx.needs_input_grad[0]:
             w = weight.to(grad_output.dtype)
             grad_x = grad_output @ (w.t() if ctx.transposed else w)
         grad = grad_output.reshape(-1, grad_output.shape[-1])
+        if ctx.needs_input_grad[2]:  # frozen unless the caller thawed it
+            bias_grad = grad.sum(0).to(ctx.bias_dtype)
         if x is not None:
             x = x.reshape(-1, x.shape[-1]).to(grad.dtype)
         if rows is not None:
@@ -66,7 +71,7 @@ class _SparseProduct(torch.autograd.Function):
         if blocks is not None:
             x_side, at = (x, blocks[:, 1]) if x_blocks is None else (x_blocks.to(grad.dtype), position)
             blocks_grad = reference.blocks_gradient(grad, x_side, blocks[:, 0], at, ctx.size).float()
-        return grad_x, None, None, None, None, None, rows_grad, None, columns_grad, None, None, None, blocks_grad
+        return grad_x, None, bias_grad, None, None, None, rows_grad, None, columns_grad, None, None, None, blocks_grad
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -115,6 +120,7 @@ class SparseLinear(nn.Module):
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
             nn.init.uniform_(self.bias, -bound, bound)
+        self._take_new_base()
 
     @classmethod
     def wrap(cls, linear: nn.Module) -> SparseLinear:
@@ -183,11 +189,15 @@ class SparseLinear(nn.Module):
         )
 
     def add_pattern(self, kind: str, index: Any, block_size: int | None = None) -> Pattern:
-        """Trains the entries that `index` names, from a weight that holds the base's values there."""
+        """Trains the entries that `index` names too. Raises `UserError` where the index does not fit the weight."""
         if kind in self.patterns:
             raise ValueError(f"the layer already trains {kind}")
-        pattern = Pattern(kind, as_index(kind, index), self.logical_weight, block_size)
-        self.add_module(kind, pattern)
+        self.restore_base()  # what another pattern has learnt is no part of this one's base
+        try:
+            pattern = Pattern(kind, as_index(kind, index), self.logical_weight, block_size)
+            self.add_module(kind, pattern)
+        finally:
+            self.write_back()
         return pattern
 
     @torch.no_grad()
@@ -206,6 +216,8 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def restore_base(self) -> None:
         """Writes the base's own values, bit for bit; the deltas stay as they are."""
+        if self.weight.is_meta:
+            return
         for pattern in self.patterns.values():
             reference.scatter_(
                 self.logical_weight, pattern.kind, pattern.index, pattern.base_values, pattern.block_size
@@ -220,12 +232,12 @@ class SparseLinear(nn.Module):
         weight = self.logical_weight
         if len(patterns) == 1:
             pattern = patterns[0]
-            values = (pattern.base_values.float() + pattern.delta).to(weight.dtype)
+            values = (pattern.base_values + pattern.delta).to(weight.dtype)  # in fp32, or float64 where the base is
             reference.scatter_(weight, pattern.kind, pattern.index, values, pattern.block_size)
         else:  # patterns may overlap (fused adapters): add them up in fp32, round once
-            total = weight.float()
+            total = weight.to(torch.promote_types(weight.dtype, torch.float32))
             for p in patterns:
-                reference.scatter_(total, p.kind, p.index, p.base_values.float(), p.block_size)
+                reference.scatter_(total, p.kind, p.index, p.base_values.to(total.dtype), p.block_size)
             for p in patterns:
                 values = reference.gather(total, p.kind, p.index, p.block_size) + p.delta
                 reference.scatter_(total, p.kind, p.index, values, p.block_size)
@@ -278,12 +290,16 @@ class SparseLinear(nn.Module):
         plain = prefix + "weight" in state_dict and not any(
             f"{prefix}{kind}.delta" in state_dict for kind in self.patterns
         )
-        if plain:  # a plain checkpoint's weight is a new base
-            for pattern in self.patterns.values():
-                pattern.take_base(self.logical_weight)
-                with torch.no_grad():
-                    pattern.delta.zero_()
-                pattern.written_version = pattern.delta._version
+        if plain:
+            self._take_new_base()
+
+    @torch.no_grad()
+    def _take_new_base(self) -> None:
+        """The weight as it is now (a plain checkpoint's, say) is the base: the deltas start anew."""
+        for pattern in self.patterns.values():
+            pattern.take_base(self.logical_weight)
+            pattern.delta.zero_()
+            pattern.written_version = pattern.delta._version
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -36,7 +36,7 @@ class Pattern(nn.Module):
         self.register_buffer("base_values", _gather(weight, kind, index, block_size))
         self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
         self.written_version = self.delta._version
-        self._columns: tuple[Tensor, Tensor] | None = None  # blocks: the unique block columns, each block's among them
+        self._find_columns()
 
     def take_base(self, weight: Tensor) -> None:
         """Reads `base_values` anew from a weight (out, in) that holds the base's entries."""
@@ -45,11 +45,22 @@ class Pattern(nn.Module):
 
     def columns_needed(self, in_features: int) -> tuple[Tensor, Tensor] | None:
         """For blocks: (unique block columns, each block's position among them), or null where x itself is saved."""
-        if self._columns is None or self._columns[0].device != self.index.device:
-            unique, position = torch.unique(self.index[:, 1], return_inverse=True)
-            self._columns = (unique, position)
+        if self._columns is not None and self._columns[0].device != self.index.device:
+            self._find_columns()
+        if self._columns is None:
+            return None
         total = math.ceil(in_features / self.block_size)
         return self._columns if len(self._columns[0]) <= SLICE_SHARE * total else None
+
+    def _find_columns(self) -> None:
+        """Of blocks, ahead of the forward pass: what depends on the index's values cannot be compiled into a graph."""
+        self._columns: tuple[Tensor, Tensor] | None = None
+        if self.kind == "blocks" and not self.index.is_meta:
+            self._columns = torch.unique(self.index[:, 1], return_inverse=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.written_version = -1  # a copy's delta counts its versions anew: to be written once more
 
     @property
     def stale(self) -> bool:
@@ -63,15 +74,17 @@ class Pattern(nn.Module):
             # The device moves, the precision stays: a delta in bf16 would lose small updates.
             return tensor.to(result.device) if is_delta and result.dtype != tensor.dtype else result
 
+        stale = self.stale
         super()._apply(keep_fp32, recurse)
-        self._columns = None
-        self.written_version = self.delta._version
+        self._find_columns()
+        self.written_version = -1 if stale else self.delta._version
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if any(key.startswith(prefix) for key in state_dict):  # else a plain weight is loaded: SparseLinear handles it
             super()._load_from_state_dict(state_dict, prefix, *args)
-            self._columns = None
+            self._find_columns()
+            self.written_version = -1  # with assign=True the delta is another tensor, with versions of its own
 
     def extra_repr(self) -> str:
         size = f", block_size={self.block_size}" if self.kind == "blocks" else ""

@@ -99,7 +99,8 @@ class Lora(Method):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return peft.get_peft_model(model, peft_config)
+            wrapped = peft.get_peft_model(model, peft_config)
+        return wrapped.train(model.training)  # peft's new modules would drop out in evaluation mode too
 
 
 class Dora(Lora):

@@ -1,0 +1,113 @@
+"""The pattern arithmetic of `kernels/reference.py` against loops over single entries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparseft.kernels import reference
+
+# (out, in, block size): non-square, with and without edge blocks, blocks larger than one side
+SHAPES = [(12, 8, 4), (10, 7, 4), (3, 9, 4), (9, 3, 4), (5, 5, 8), (16, 16, 16)]
+
+
+def entries(
+    kind: str, index: Tensor, shape: tuple[int, int], size: int | None
+) -> list[tuple[tuple[int, ...], int, int]]:
+    """(position in the values, row, column) of every entry that the pattern covers, by the definition."""
+    rows, columns = shape
+    found = []
+    for position, item in enumerate(index.tolist()):
+        if kind == "rows":
+            found += [((position, c), item, c) for c in range(columns)]
+        elif kind == "columns":
+            found += [((r, position), r, item) for r in range(rows)]
+        else:
+            assert size is not None
+            for i in range(size):
+                for j in range(size):
+                    r, c = item[0] * size + i, item[1] * size + j
+                    if r < rows and c < columns:
+                        found.append(((position, i, j), r, c))
+    return found
+
+
+def some_index(kind: str, shape: tuple[int, int], size: int) -> Tensor:
+    """Half of the units, unsorted, the last one (an edge block where there is one) among them."""
+    generator = torch.Generator().manual_seed(1)
+    if kind != "blocks":
+        count = shape[0] if kind == "rows" else shape[1]
+        order = torch.randperm(count - 1, generator=generator)[: count // 2]
+        return torch.cat([torch.tensor([count - 1]), order])
+    down, across = -(-shape[0] // size), -(-shape[1] // size)
+    order = torch.randperm(down * across, generator=generator)[: max(1, down * across // 2)]
+    index = torch.unique(torch.cat([order, torch.tensor([down * across - 1])]))
+    return torch.stack([index // across, index % across], dim=1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", reference.KINDS)
+@pytest.mark.parametrize(("rows", "columns", "size"), SHAPES)
+def test_gather_scatter_and_count(rows: int, columns: int, size: int, kind: str, transposed: bool) -> None:
+    storage = torch.randn(columns, rows) if transposed else torch.randn(rows, columns)
+    weight = storage.t() if transposed else storage
+    index = some_index(kind, (rows, columns), size)
+    covered = entries(kind, index, (rows, columns), size)
+
+    values = reference.gather(weight, kind, index, size)
+    assert values.shape == reference.values_shape(kind, index, (rows, columns), size)
+    expected = torch.zeros_like(values)
+    for position, r, c in covered:
+        expected[position] = weight[r, c]
+    assert torch.equal(values, expected)
+    assert reference.trainable_entries(kind, index, (rows, columns), size) == len(covered)
+
+    new = torch.randn_like(values)
+    wanted = weight.clone()
+    for position, r, c in covered:
+        wanted[r, c] = new[position]
+    reference.scatter_(weight, kind, index, new, size)
+    assert torch.equal(storage.t() if transposed else storage, wanted)
+
+
+def test_gather_copies() -> None:
+    weight = torch.zeros(8, 8)
+    for kind, index in (
+        ("rows", torch.tensor([1])),
+        ("columns", torch.tensor([1])),
+        ("blocks", torch.tensor([[0, 1]])),
+    ):
+        reference.gather(weight, kind, index, 4).fill_(1.0)
+    assert not weight.any()
+
+
+@pytest.mark.parametrize("kind", reference.KINDS)
+@pytest.mark.parametrize(("rows", "columns", "size"), SHAPES)
+@pytest.mark.parametrize("tokens", [0, 1, 11])
+def test_gradients_equal_the_dense_product(rows: int, columns: int, size: int, kind: str, tokens: int) -> None:
+    grad, x = torch.randn(tokens, rows, dtype=torch.float64), torch.randn(tokens, columns, dtype=torch.float64)
+    dense = torch.zeros(rows, columns, dtype=torch.float64)
+    for t in range(tokens):
+        dense += torch.outer(grad[t], x[t])
+    index = some_index(kind, (rows, columns), size)
+    if kind == "rows":
+        found = reference.rows_gradient(grad, x, index)
+    elif kind == "columns":
+        found = reference.columns_gradient(grad, x[:, index])
+    else:
+        found = reference.blocks_gradient(grad, x, index[:, 0], index[:, 1], size)
+    expected = torch.zeros(reference.values_shape(kind, index, (rows, columns), size), dtype=torch.float64)
+    for position, r, c in entries(kind, index, (rows, columns), size):
+        expected[position] = dense[r, c]
+    # The part of an edge block outside the weight must be exactly zero: the optimizer and clipping see it.
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert not found[expected == 0].any() or tokens == 0
+
+
+def test_to_blocks_pads_the_last_block_with_zeros() -> None:
+    matrix = torch.arange(1.0, 11.0).reshape(2, 5)
+    assert reference.to_blocks(matrix, 4).tolist() == [
+        [[1, 2, 3, 4], [5, 0, 0, 0]],
+        [[6, 7, 8, 9], [10, 0, 0, 0]],
+    ]
