@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,8 @@ def execute(work: Callable[[], Any], debug: bool = False, guard_stdout: bool = T
 
     guard_stdout: what `work`, the libraries it calls and its child processes print to stdout goes to stderr.
     """
+    if not debug:
+        quiet_libraries()
     try:
         with stdout_to_stderr() if guard_stdout else contextlib.nullcontext():
             return Outcome(DONE, work())
@@ -62,6 +66,19 @@ def _outcome_of(error: BaseException) -> Outcome:
     if not isinstance(error, RunError):
         message = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return Outcome(FAILED, message=message + _last_checkpoint(error))
+
+
+def quiet_libraries() -> None:
+    """Silences what libraries say to their developers: users at the command line can do nothing about it."""
+    if not sys.warnoptions:  # -W and PYTHONWARNINGS are the user's own word
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+    logging.getLogger("DeepSpeed").addFilter(_no_accelerator_line)  # kept when DeepSpeed sets the logger up
+
+
+def _no_accelerator_line(record: logging.LogRecord) -> bool:
+    """Drops DeepSpeed's word on the accelerator it found, which it says when it is imported, used or not."""
+    return "accelerator" not in record.getMessage()
 
 
 @contextlib.contextmanager

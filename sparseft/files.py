@@ -18,6 +18,13 @@ KINDS = ("rows", "columns", "blocks")
 DESCRIPTIONS = ("adapter_config.json", "sparseft_config.json", "selection.json")  # what every folder of ours holds
 
 
+def umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 class replaced_folder:
     """`with replaced_folder(path) as aside:` fills a new folder that takes the place of `path` at the end, or never."""
 
@@ -39,6 +46,9 @@ class replaced_folder:
         if kind is not None:
             shutil.rmtree(self.aside, ignore_errors=True)
             return
+        for file in self.aside.iterdir():  # safetensors writes for the owner alone, whatever the umask
+            if file.is_file():
+                file.chmod(0o666 & ~umask())
         if self.path.exists():
             self._check_ours()
             old = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.old.", dir=self.path.parent))

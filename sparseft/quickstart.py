@@ -42,7 +42,7 @@ def quickstart(overrides: list[str]) -> dict[str, Any]:
     from sparseft.compose import compose
 
     words = [EXPERIMENT, *overrides]
-    say(1, "preprocess: which 16×16 blocks of the weights matter most for the new task?")
+    say(1, "preprocess: which 8×8 blocks of the weights matter most for the new task?")
     selection = preprocess.run(compose("preprocess", words))
 
     say(2, f"the bundled base model before training, on {LEARNT} (new to it) and {KEPT} (learnt already)")

@@ -37,7 +37,7 @@ MARKS = ("config.yaml", "summary.json", "metrics.jsonl", "adapter")
 OWN_FILES = (
     "config.yaml environment.json metrics.jsonl summary.json report.html bench.json "
     "selection/selection.json selection/selection.safetensors "
-    "adapter/adapter_config.json adapter/adapter_model.safetensors adapter/README.md "
+    "adapter/adapter_config.json adapter/sparseft_config.json adapter/adapter_model.safetensors adapter/README.md "
     "adapter/config.json adapter/generation_config.json adapter/chat_template.jinja adapter/special_tokens_map.json "
     "adapter/tokenizer* adapter/vocab.* adapter/merges.txt adapter/model.safetensors adapter/model-*.safetensors "
     "adapter/model.safetensors.index.json "
@@ -123,6 +123,34 @@ def is_run(path: str | Path) -> bool:
     return any((Path(path) / mark).exists() for mark in MARKS)
 
 
+def check_run_folder(output_dir: str | None, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuses, before anything is loaded or made, an `output_dir` that a run cannot use; makes nothing.
+
+    Raises UserError saying why and what would help.
+    """
+    if overwrite and resume:
+        raise UserError("overwrite=true and trainer.resume=auto exclude each other: replace the run or continue it.")
+    if output_dir is None:
+        if resume:
+            raise UserError("trainer.resume needs output_dir=FOLDER: the folder of the run to continue.")
+        return
+    if not str(output_dir).strip():
+        raise UserError("output_dir is empty: expected a folder's path, or null for one of its own under outputs/.")
+    run = Path(output_dir).expanduser()
+    if run.exists() and not run.is_dir():
+        raise UserError(f"output_dir '{run}' is a file: expected a folder, or a path where one can be made.")
+    above = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"cannot write to output_dir '{run}': Not a directory, '{above}' is a file.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to output_dir '{run}': Permission denied in '{above}'.")
+    if is_run(run) and not resume and not overwrite:
+        raise UserError(
+            f"output_dir '{run}' already holds a run: give another folder, continue it with trainer.resume=auto, "
+            "or replace it with overwrite=true."
+        )
+
+
 def prepare_run_folder(
     output_dir: str | None, method: str, dataset: str, *, overwrite: bool = False, resume: bool = False
 ) -> Path:
@@ -130,17 +158,12 @@ def prepare_run_folder(
 
     Without `output_dir`: `outputs/<date>-<time>-<method>-<dataset>`. A folder that already holds a run is refused
     unless `resume` (left as it is) or `overwrite` (the old run's own files are deleted, any others stay).
-    Raises UserError when it cannot be used, saying why and what would help.
+    Raises UserError when it cannot be used, as `check_run_folder` does.
     """
+    check_run_folder(output_dir, overwrite=overwrite, resume=resume)
     if output_dir is None:
-        if resume:
-            raise UserError("trainer.resume needs output_dir=FOLDER: the folder of the run to continue.")
         return new_folder(f"{timestamp()}-{method}-{dataset}")
-    if not str(output_dir).strip():
-        raise UserError("output_dir is empty: expected a folder's path, or null for one of its own under outputs/.")
     run = Path(output_dir).expanduser()
-    if run.exists() and not run.is_dir():
-        raise UserError(f"output_dir '{run}' is a file: expected a folder, or a path where one can be made.")
     try:
         run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run):  # the only reliable answer to "can I write here?"
@@ -148,11 +171,6 @@ def prepare_run_folder(
     except OSError as error:
         raise UserError(f"cannot write to output_dir '{run}': {error.strerror or error}.") from error
     if is_run(run) and not resume:
-        if not overwrite:
-            raise UserError(
-                f"output_dir '{run}' already holds a run: give another folder, continue it with trainer.resume=auto, "
-                "or replace it with overwrite=true."
-            )
         _delete_run(run)
     return run
 

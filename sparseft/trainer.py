@@ -4,126 +4,100 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from torch import Tensor, nn
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from sparseft import console
-from sparseft.adapter import load_adapter, save_adapter, state_of
-from sparseft.config import HardwareConfig, TrainerConfig
-from sparseft.errors import RunError, UserError
+from sparseft.adapter import save_adapter
+from sparseft.errors import RunError
 from sparseft.layers import sparse_layers, write_back
 from sparseft.runs import append_metrics
-
-CHECKPOINTS = "checkpoints"
-
-
-def memory_bytes(device: torch.device, *, peak: bool) -> int:
-    """Memory of the device: allocated by torch on CUDA, the process's resident set on the CPU.
-
-    The CPU's peak is the whole process's since it started: a high-water mark never falls.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
-    with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        key = "VmHWM:" if peak else "VmRSS:"
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-    import resource
-
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if os.uname().sysname == "Darwin" else usage * 1024
+from sparseft.trainer_checkpoints import CHECKPOINTS, checkpoint_steps, last_checkpoint, load_trained, step_of
+from sparseft.trainer_memory import memory_bytes
 
 
-def training_arguments(
-    config: TrainerConfig,
-    hardware: HardwareConfig,
-    *,
-    run: Path,
-    seed: int,
-    device: torch.device,
-    learning_rate: float,
-    total_steps: int,
-    autocast: bool,
-) -> transformers.TrainingArguments:
-    """The Trainer's arguments of a run; steps are optimizer steps."""
-    from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
+class Clock:
+    """Seconds of training: stands still while the run evaluates and saves."""
 
-    from sparseft.errors import nearest
+    def __init__(self) -> None:
+        self._before = 0.0  # seconds up to the last stop
+        self._since: float | None = None  # null: stopped
 
-    for field, value, choices in (
-        ("scheduler", config.scheduler, [str(item.value) for item in SchedulerType]),
-        ("optimizer", config.optimizer, [str(item.value) for item in OptimizerNames]),
-    ):
-        if value not in choices:
-            raise UserError(f"trainer.{field}={value}: unknown.{nearest(value, choices)}")
-    warmup = config.warmup_steps
-    if warmup >= total_steps > 0:
-        warmup = total_steps // 10
-        console.log(f"warm-up: {warmup} steps instead of {config.warmup_steps}, as the run has only {total_steps}")
-    return transformers.TrainingArguments(
-        output_dir=str(run / CHECKPOINTS),
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        max_steps=config.max_steps,
-        num_train_epochs=config.num_epochs,
-        learning_rate=learning_rate,
-        warmup_steps=warmup,
-        lr_scheduler_type=config.scheduler,
-        optim=config.optimizer,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        max_grad_norm=config.max_grad_norm,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,  # a loss that is not finite is shown and stops the run, never averaged away
-        eval_strategy="steps" if config.eval_steps else "no",
-        eval_steps=config.eval_steps,
-        save_strategy="steps",
-        save_steps=config.save_steps or 10**9,  # with 10**9: at the end only
-        save_total_limit=config.save_total_limit,
-        seed=seed,
-        data_seed=seed,
-        bf16=autocast,
-        gradient_checkpointing=hardware.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if hardware.gradient_checkpointing else None,
-        torch_compile=hardware.compile,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-        include_num_input_tokens_seen="non_padding",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        disable_tqdm=True,
-        report_to=[],
-    )
+    @property
+    def seconds(self) -> float:
+        return self._before + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+    def start(self, seconds: float = 0.0) -> None:
+        """Runs on from `seconds`, which a resumed run spent before."""
+        self._before, self._since = seconds, time.monotonic()
+
+    def stop(self) -> None:
+        self._before, self._since = self.seconds, None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        running = self._since is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if running:
+                self.start(self._before)
 
 
 class Trainer(transformers.Trainer):
     """Trains what is trainable of an attached model, and saves only that.
 
-    `run` is the run folder: metrics go to its `metrics.jsonl`, checkpoints to `checkpoints/checkpoint-N/`.
+    `run` is the run folder: metrics go to its `metrics.jsonl`, checkpoints to `checkpoints/checkpoint-N/`, of which
+    the newest `save_total_limit` are kept (null: all).
     """
 
-    def __init__(self, model: nn.Module, args: transformers.TrainingArguments, *, run: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: transformers.TrainingArguments,
+        *,
+        run: Path,
+        save_total_limit: int | None = None,
+        **options: Any,
+    ) -> None:
+        args.output_dir = str(run / CHECKPOINTS)
         super().__init__(model=model, args=args, **options)
         self.run = run
+        self.save_total_limit = save_total_limit
         self.interrupted: str | None = None  # the signal's name
+        self.clock = Clock()
+        # Sum of the micro-steps' losses, each already its share of its step's mean: a step adds that mean.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)
         self._aside: str | None = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(RunCallback(self))
+        self.run_callback = RunCallback(self)
+        self.add_callback(self.run_callback)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-step: forward and backward; returns its share of the step's mean loss over labelled tokens."""
+        loss = super().training_step(*args, **kwargs)
+        self.loss_sum += loss.double()
+        return loss
+
+    def failure(self, message: str) -> RunError:
+        """A RunError that knows the last good checkpoint."""
+        error = RunError(message)
+        error.last_checkpoint = last_checkpoint(self.run)  # type: ignore[attr-defined]
+        return error
 
     # ---- checkpoints: written aside, then renamed ----
 
@@ -131,6 +105,16 @@ class Trainer(transformers.Trainer):
         return self._aside or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # What is kept must be worth going back to: a run that has gone astray stops here.
+        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+            raise self.failure(
+                f"the trained weights are not finite after step {self.state.global_step}, so they are not saved: "
+                "try a lower trainer.learning_rate."
+            )
+        with self.clock.paused():
+            self._save_aside(model, trial)
+
+    def _save_aside(self, model: nn.Module, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,9 +127,9 @@ class Trainer(transformers.Trainer):
         finally:
             shutil.rmtree(self._aside, ignore_errors=True)
             self._aside = None
-        steps = sorted(checkpoint_steps(folder))
-        for step in steps[: -self.args.save_total_limit] if self.args.save_total_limit else []:
-            shutil.rmtree(folder / f"checkpoint-{step}")
+        if self.save_total_limit:
+            for step in checkpoint_steps(folder)[: -self.save_total_limit]:
+                shutil.rmtree(folder / f"checkpoint-{step}")
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -162,12 +146,25 @@ class Trainer(transformers.Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """`{"eval_loss": …}`: the mean loss over all labelled tokens of the evaluation set."""
+        with self.clock.paused():
+            loss = self._evaluation_loss(eval_dataset)
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        # As transformers' own does: it resets `should_evaluate`, else the end of an epoch evaluates once more.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluation_loss(self, eval_dataset: Any) -> float:
         loader = self.get_eval_dataloader(eval_dataset)
         model = self.model
         training = model.training
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        with torch.no_grad():
+        # A second display beside the training's own would tear it, and plain lines are for what takes long.
+        alone = not self.is_in_train and console.is_terminal(sys.stderr)
+        count, done = len(loader.dataset), 0
+        progress = console.Progress(count, "evaluate", unit="example") if alone else contextlib.nullcontext()
+        with torch.no_grad(), progress as display:
             for batch in loader:
                 batch = self._prepare_inputs(batch)
                 labelled = (batch["labels"][:, 1:] != -100).sum()
@@ -175,24 +172,52 @@ class Trainer(transformers.Trainer):
                     loss = model(**batch, use_cache=False).loss
                 if labelled:  # a batch without labels has no loss (NaN)
                     total += torch.stack([loss.double() * labelled, labelled.double()])
+                done += len(batch["labels"])
+                if display is not None:
+                    display.update(done)
         model.train(training)
         total = self.accelerator.reduce(total)
-        metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
-        self.log(dict(metrics))
-        return metrics
+        return (total[0] / total[1]).item()
 
 
-class RunCallback(transformers.TrainerCallback):
-    """Metrics, progress and interrupts of one run."""
+@dataclass
+class Mark:
+    """How far a run is: what a line of metrics is the difference of two of."""
+
+    step: int = 0
+    loss: float = 0.0  # sum of the steps' losses
+    tokens: int = 0
+    seconds: float = 0.0  # of training
+
+
+class RunCallback(transformers.TrainerCallback, ExportableState):
+    """Metrics, progress and interrupts of one run; checkpoints carry its totals, so that a resumed run goes on."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.progress: console.Progress | None = None
         self.grows = trainer.is_world_process_zero()
-        self.mark = (time.monotonic(), 0, 0)  # time, steps and tokens at the last log
+        self.logged = Mark()  # at the last line of metrics
+
+    def now(self) -> Mark:
+        """The totals of the whole run so far, earlier sessions of it included."""
+        state = self.trainer.state
+        loss = self.trainer.accelerator.reduce(self.trainer.loss_sum.clone(), "mean").item()
+        return Mark(state.global_step, loss, int(state.num_input_tokens_seen), self.trainer.clock.seconds)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps (`trainer_state.json`)."""
+        return {"args": {}, "attributes": {"now": asdict(self.now()), "logged": asdict(self.logged)}}
+
+    def restore(self, state: Any) -> None:
+        """Takes up the totals of the checkpoint that `state` was loaded from; a fresh run's are zero."""
+        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self.trainer.loss_sum.fill_(saved["now"]["loss"])
+        self.trainer.clock.start(saved["now"]["seconds"])
+        self.logged = Mark(**saved["logged"])
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.mark = (time.monotonic(), state.global_step, state.num_input_tokens_seen)
+        self.restore(state)
         if self.grows:
             self.progress = console.Progress(state.max_steps, "train", initial=state.global_step)
             self.progress.__enter__()
@@ -201,7 +226,8 @@ class RunCallback(transformers.TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Ends the progress display, also of a run that failed."""
+        """Ends the progress display and the clock, also of a run that failed."""
+        self.trainer.clock.stop()
         if self.progress is not None:
             self.progress.__exit__(None, None, None)
             self.progress = None
@@ -209,83 +235,58 @@ class RunCallback(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.trainer.is_deepspeed_enabled:  # its optimizer updates the deltas behind torch's step hook
             write_back(sparse_layers(self.trainer.model).values())
-        if self.progress is not None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps count too, where they fill no whole logging interval
+        if self.progress is not None and not control.should_log:  # else on_log does, with the loss
             self.progress.update(state.global_step)
+        self._stop_if_interrupted(control)
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        self._stop_if_interrupted(control)
+
+    def _stop_if_interrupted(self, control: Any) -> None:
         if self.trainer.interrupted:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        logs = dict(logs or {})
         record: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
+        logs = logs or {}
         if "eval_loss" in logs:
             self._append(record | {"eval_loss": logs["eval_loss"]})
+            if not math.isfinite(logs["eval_loss"]):
+                raise self.trainer.failure(
+                    f"the evaluation loss is {logs['eval_loss']} at step {state.global_step}"
+                    + (": try a lower trainer.learning_rate." if state.global_step else ", before any training.")
+                )
+            if self.trainer.is_in_train and self.grows:
+                console.log(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
             return
         if "loss" not in logs:  # the Trainer's own summary at the end
             return
-        now = (time.monotonic(), state.global_step, state.num_input_tokens_seen)
-        seconds, steps, tokens = (new - old for new, old in zip(now, self.mark, strict=True))
-        self.mark = now
+        now, last = self.now(), self.logged
+        steps, seconds = now.step - last.step, now.seconds - last.seconds
+        self.logged = now
         record |= {
-            "loss": logs["loss"],
+            "loss": (now.loss - last.loss) / steps,
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
-            "tokens_per_second": tokens / seconds if seconds > 0 else None,
-            "step_seconds": seconds / steps if steps else None,
+            "tokens_per_second": (now.tokens - last.tokens) / seconds if seconds > 0 else None,
+            "step_seconds": seconds / steps,
             "memory_gib": memory_bytes(args.device, peak=False) / 2**30,
         }
         self._append(record)
         if self.progress is not None:
             speed = {"tokens_per_second": record["tokens_per_second"]} if record["tokens_per_second"] else {}
             self.progress.update(state.global_step, loss=record["loss"], **speed)
-        if not math.isfinite(logs["loss"]):
-            raise self.trainer_error(f"the loss is {logs['loss']} at step {state.global_step}: try a lower rate.")
-
-    def trainer_error(self, message: str) -> RunError:
-        """A RunError that knows the last good checkpoint."""
-        error = RunError(message)
-        error.last_checkpoint = last_checkpoint(self.trainer.run)  # type: ignore[attr-defined]
-        return error
+        if not math.isfinite(record["loss"]):
+            raise self.trainer.failure(
+                f"the training loss is {record['loss']} at step {state.global_step}: try a lower trainer.learning_rate."
+            )
 
     def _append(self, record: dict[str, Any]) -> None:
         if self.grows:
             append_metrics(self.trainer.run / "metrics.jsonl", record)
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints in a folder."""
-    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
-    return [int(name.removeprefix("checkpoint-")) for name in names if name.removeprefix("checkpoint-").isdigit()]
-
-
-def last_checkpoint(run: Path) -> str | None:
-    """The newest checkpoint of a run, or null."""
-    folder = run / CHECKPOINTS
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
-
-
-def load_trained(model: nn.Module, folder: Path) -> None:
-    """Fills the attached model's trained parameters from an adapter folder that the same method saved, in place."""
-    state = state_of(model)
-    assert state is not None
-    if state.kind == "sparse":
-        load_adapter(model, folder, state.active or "default")
-        return
-    from sparseft.files import read_tensors
-
-    if state.kind == "whole":
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise UserError(f"{folder}: no model*.safetensors, so this is no fully fine-tuned model.")
-        tensors = {name: tensor for file in files for name, tensor in read_tensors(file, "model").items()}
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-        tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
-        if unexpected or set(missing) - tied:
-            raise UserError(f"{folder}: the weights do not fit the model ({[*unexpected, *missing][0]}).")
-        return
-    import peft
-
-    tensors = read_tensors(folder / "adapter_model.safetensors", "adapter")
-    peft.set_peft_model_state_dict(model, tensors, adapter_name=state.active or "default")
 
 
 @contextlib.contextmanager
@@ -310,14 +311,23 @@ def finish_step_on_signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def train(trainer: Trainer, resume_from: str | None) -> transformers.trainer_utils.TrainOutput:
-    """Runs the loop. Interrupted: saved first, then KeyboardInterrupt, with the checkpoint in `last_checkpoint`."""
-    callback = next(item for item in trainer.callback_handler.callbacks if isinstance(item, RunCallback))
+def train(trainer: Trainer, resume_from: str | None, total_steps: int) -> Mark:
+    """Runs the loop, or what is left of it, and returns the run's totals.
+
+    Interrupted: saved first, then KeyboardInterrupt, with the checkpoint in `last_checkpoint`.
+    """
+    callback = trainer.run_callback
+    if resume_from and step_of(resume_from) >= total_steps:  # the loop would take one step more
+        load_trained(trainer.model, Path(resume_from) / "adapter")
+        trainer.state = transformers.TrainerState.load_from_json(str(Path(resume_from) / "trainer_state.json"))
+        callback.restore(trainer.state)
+        trainer.clock.stop()
+        return callback.now()
     try:
         with finish_step_on_signals(trainer):
-            output = trainer.train(resume_from_checkpoint=resume_from)
+            trainer.train(resume_from_checkpoint=resume_from)
     except torch.OutOfMemoryError as error:
-        raise callback.trainer_error(
+        raise trainer.failure(
             f"the device ran out of memory ({str(error).splitlines()[0]}): lower trainer.batch_size (and raise "
             "trainer.gradient_accumulation) or trainer.max_length, or set hardware.gradient_checkpointing=true."
         ) from error
@@ -327,4 +337,4 @@ def train(trainer: Trainer, resume_from: str | None) -> transformers.trainer_uti
         error = KeyboardInterrupt(trainer.interrupted)
         error.last_checkpoint = last_checkpoint(trainer.run)  # type: ignore[attr-defined]
         raise error
-    return output
+    return callback.now()

@@ -47,8 +47,10 @@ def random_llama(width: int, depth: int, dtype: torch.dtype, seed: int) -> nn.Mo
     """A Llama of `width` × `depth` with random weights, heads of 64 and a vocabulary of 2,048."""
     import transformers
 
-    if width % 64:
+    if width < 64 or width % 64:
         raise UserError(f"bench.width={width}: expected a multiple of 64, as the heads are 64 wide.")
+    if depth < 1:
+        raise UserError(f"bench.depth={depth}: expected at least 1 layer.")
     config = transformers.LlamaConfig(
         hidden_size=width,
         intermediate_size=-(-width * 8 // 3 // 64) * 64,
@@ -143,6 +145,10 @@ def run(config: RunConfig) -> dict[str, Any]:
         raise UserError("bench.methods: expected one or more different methods.")
     if (settings.width is None) != (settings.depth is None):
         raise UserError("bench.width and bench.depth make a random Llama together: give both or none.")
+    if settings.length < 2:
+        raise UserError(
+            f"bench.length={settings.length}: expected at least 2 tokens, as the first predicts the second."
+        )
     base = _base(config, device)
     vocabulary = base.config.get_text_config().vocab_size
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -186,6 +192,9 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def _base(config: RunConfig, device: torch.device) -> nn.Module:
     if config.bench.width is None or config.bench.depth is None:
+        import transformers
+
+        transformers.logging.disable_progress_bar()
         return load_model(config.model, device)
     dtypes = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     return random_llama(config.bench.width, config.bench.depth, dtypes[config.model.dtype], config.seed).to(device)

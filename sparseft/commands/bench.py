@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
+from sparseft.commands import checks
 from sparseft.config import RunConfig
+from sparseft.errors import UserError
 
 
 def run(config: RunConfig, what: str = "train") -> dict[str, Any]:
@@ -17,6 +19,9 @@ def run(config: RunConfig, what: str = "train") -> dict[str, Any]:
     from sparseft.modeling import resolve_device
 
     console.clear_warnings()
+    checks.check_hardware(config)
+    if config.output_dir and Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise UserError(f"output_dir={config.output_dir}: is a file, not a folder.")
     result = importlib.import_module(f"sparseft.bench.{what}").run(config)
     result["environment"] = runs.environment(str(resolve_device(config.hardware.device)), result["dtype"], 1)
     folder = Path(config.output_dir) if config.output_dir else runs.new_folder(f"bench-{runs.timestamp()}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
+from sparseft.commands import checks
 from sparseft.config import BUNDLED, ModelConfig, RunConfig
 from sparseft.errors import UserError
 
@@ -38,10 +39,11 @@ def run(
     console.clear_warnings()
     if not tasks:
         raise UserError("no task given: name mmlu, commonsense, arithmetic, one of their members or an lm-eval task.")
+    checks.check_hardware(config)
     target = find_target(config, run=run, adapter=adapter, base=base, overrides=overrides)
     data_dir = config.eval.data_dir
     if data_dir is None and target.model.path.startswith(BUNDLED):
-        data_dir = str(Path(__file__).parents[1] / "bundled" / "data")
+        data_dir = evaluation.BUNDLED_DATA
     console.log(f"evaluating {target.what} on {', '.join(tasks)}")
 
     # Tasks and data first: a wrong name or folder should not wait for the model to load.
@@ -92,6 +94,7 @@ def find_target(
 ) -> Target:
     """Which base model and adapter are meant; model overrides win over what a run or an adapter names."""
     from sparseft import runs
+    from sparseft.adapter_files import is_adapter
 
     given = [name for name, value in (("--run", run), ("--adapter", adapter), ("--base", base)) if value]
     if len(given) > 1:
@@ -102,12 +105,12 @@ def find_target(
         path = Path(adapter).expanduser()
         if not path.is_dir():
             raise UserError(f"--adapter {adapter}: no such folder.")
-        if not (path / "adapter_config.json").is_file() and (path / "adapter" / "adapter_config.json").is_file():
+        if not is_adapter(path) and is_adapter(path / "adapter"):
             path = path / "adapter"  # a run folder was given
         return _with_adapter(f"the adapter {adapter}", config, overrides, path, None)
     folder = runs.find_run(run) if run is not None else runs.latest_run()
     latest = "the latest run" if run is None else "the run"
-    if not (folder / "adapter" / "adapter_config.json").is_file():
+    if not is_adapter(folder / "adapter"):
         raise UserError(f"{latest} {folder} has no adapter (it did not finish): continue it with trainer.resume=auto.")
     model = _run_model(folder)
     return _with_adapter(f"{latest} {folder}", config, overrides, folder / "adapter", folder, model)
@@ -196,6 +199,8 @@ class Requests:
             self.display = None
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
+        if what.startswith("Tokenizing"):  # over in a moment
+            return
         if self.display is None or what != self.what or done < self.display.completed:
             self.close()
             self.what = what

@@ -11,17 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from sparseft import console
+from sparseft import __version__, console
+from sparseft.commands.checks import check_data, check_model
 from sparseft.config import BUNDLED, RunConfig
 from sparseft.data import calibration_batches, load_datasets
 from sparseft.data.batches import padding_id
 from sparseft.errors import UserError
-from sparseft.methods import get_method
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import (
     ModelSpec,
     base_fingerprint,
-    check_model_path,
     load_model,
     load_tokenizer,
     resolve_device,
@@ -39,23 +38,14 @@ class Prepared:
     device: Any
 
 
-def check_hardware(config: RunConfig) -> None:
-    """Refuses what this version cannot do yet, before anything is loaded."""
-    if config.hardware.num_processes != 1 or config.hardware.zero_stage != 0:
-        raise UserError(
-            f"hardware.num_processes={config.hardware.num_processes}, hardware.zero_stage="
-            f"{config.hardware.zero_stage}: several processes are not available yet; use 1 and 0."
-        )
-
-
 def prepare(config: RunConfig) -> Prepared:
     """Loads tokenizer, data and model, the cheapest to check first, and says what they are."""
+    check_data(config)
+    check_model(config)
     import transformers
 
-    check_hardware(config)
-    device = resolve_device(config.hardware.device)
-    check_model_path(config.model.path)
     transformers.logging.disable_progress_bar()
+    device = resolve_device(config.hardware.device)
     tokenizer = load_tokenizer(config.model)
     data = load_datasets(
         config.dataset,
@@ -74,8 +64,9 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def selection_key(fingerprint: str, data_fingerprint: str, method: str, method_config: Any) -> str:
-    """What a cached selection depends on: base weights, training examples, method, its settings and seed."""
-    content = [fingerprint, data_fingerprint, method, asdict(method_config)]
+    """What a cached selection depends on: base weights, training examples, method, its settings and seed, and the
+    version of the code that chose."""
+    content = [__version__, fingerprint, data_fingerprint, method, asdict(method_config)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -120,25 +111,32 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
     return Selected(selection, path, False, seconds)
 
 
-def describe_selection(selection: Selection, config: RunConfig) -> None:
-    """Says what trains, and warns where it is off by more than a tenth from the share asked for."""
-    trainable = selection.meta["trainable_parameters"]
-    scope, total = selection.meta["scope_parameters"], selection.meta["total_parameters"]
+def describe_trainable(trainable: int, spec: ModelSpec, config: RunConfig, unit: str) -> None:
+    """Says how much trains, and warns where it is off by more than a tenth from the share asked for.
+
+    `unit` is what the method trains whole, so that a share cannot be met exactly.
+    """
+    scope = scope_parameters(spec, config)
     console.log(
         f"trainable: {trainable:,} of {scope:,} weights in scope (sparsity {1 - trainable / scope:.2%} in scope, "
-        f"{1 - trainable / total:.2%} of the whole model)"
+        f"{1 - trainable / spec.total_parameters:.2%} of the whole model)"
     )
-    sparsity = getattr(config.method, "sparsity", None)
+    sparsity = config.method.sparsity
     if sparsity is not None:
         wanted = (1 - sparsity) * scope
         if abs(trainable - wanted) > 0.1 * wanted:
-            unit = f"blocks of {selection.block_size}" if selection.has_blocks else "heads and channels"
             console.warn(
                 f"sparsity {sparsity} asks for {wanted:,.0f} trainable weights; with {unit} it is {trainable:,} "
                 f"(sparsity {1 - trainable / scope:.4f})"
             )
 
 
-def is_sparse(config: RunConfig) -> bool:
-    """Whether the run's method needs a selection."""
-    return get_method(config.method_name).sparse
+def describe_selection(selection: Selection, spec: ModelSpec, config: RunConfig) -> None:
+    """`describe_trainable` of a sparse method's selection."""
+    unit = f"blocks of {selection.block_size}" if selection.has_blocks else "heads and channels"
+    describe_trainable(selection.meta["trainable_parameters"], spec, config, unit)
+
+
+def scope_parameters(spec: ModelSpec, config: RunConfig) -> int:
+    """Linear weights in the method's scope."""
+    return sum(rows * columns for rows, columns in spec.linears_in(getattr(config.method, "scope", None)).values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparseft import console
+from sparseft.commands import checks
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.methods import METHODS, get_method
@@ -15,13 +16,15 @@ def run(config: RunConfig) -> dict[str, Any]:
     if not get_method(config.method_name).sparse:
         sparse = [name for name in METHODS if get_method(name).sparse]
         raise UserError(f"method={config.method_name} selects nothing to preprocess: use {' or '.join(sparse)}.")
-    from sparseft.commands.preparing import describe_selection, prepare, select
-
     console.clear_warnings()
     config.method.validate()
+    checks.check_hardware(config)
+    from sparseft.commands.preparing import describe_selection, prepare, select
+    from sparseft.modeling import ModelSpec
+
     prepared = prepare(config)
     selected = select(config, prepared)
-    describe_selection(selected.selection, config)
+    describe_selection(selected.selection, ModelSpec.of(prepared.model), config)
     return {
         "selection": str(selected.path),
         "cached": selected.cached,

@@ -3,191 +3,238 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.config import RunConfig
-from sparseft.errors import RunError, UserError
+from sparseft.commands import checks, report, resuming
+from sparseft.config import BUNDLED, RunConfig
+from sparseft.errors import UserError
 from sparseft.methods import get_method
+from sparseft.runs import (
+    check_run_folder,
+    environment,
+    link_latest,
+    prepare_run_folder,
+    read_metrics,
+    truncate_metrics,
+    write_json,
+    write_text,
+)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """Fine-tunes as configured and returns `summary.json` with the run's folder."""
-    import transformers
+    """Fine-tunes as configured and returns `summary.json` with the run's folder.
 
-    from sparseft.commands import report
-    from sparseft.commands.preparing import prepare, select
-    from sparseft.compose import to_yaml
-    from sparseft.runs import environment, link_latest, prepare_run_folder, truncate_metrics, write_json, write_text
-
+    The cheap checks come first, and the folder comes into being only once all is checked, loaded and converted, so
+    that a wrong setting leaves nothing behind.
+    """
     console.clear_warnings()
-    resume = config.trainer.resume is not None
-    method = get_method(config.method_name)
     config.method.validate()
-    if config.sparsity is not None and not hasattr(config.method, "sparsity"):
-        console.warn(f"sparsity={config.sparsity} has no effect: method {config.method_name} trains every weight")
-    transformers.set_seed(config.seed)
-    prepared = prepare(config)
-    selected = select(config, prepared) if method.sparse else None
+    checks.check_hardware(config)
+    check_run_folder(config.output_dir, overwrite=config.overwrite, resume=config.trainer.resume is not None)
+    checks.check_data(config)
+    checks.check_model(config)
+    previous = resuming.previous_run(config)
+    job = Job(config, previous)
 
-    # Only now, with everything checked and loaded, does the run's folder come into being.
     folder = prepare_run_folder(
-        config.output_dir, config.method_name, config.dataset.name, overwrite=config.overwrite, resume=resume
+        config.output_dir,
+        config.method_name,
+        config.dataset.name,
+        overwrite=config.overwrite,
+        resume=config.trainer.resume is not None,
     )
     config.output_dir = str(folder)
     link_latest(folder)
-    write_text(folder / "config.yaml", to_yaml(config))
-    dtype = str(next(prepared.model.parameters()).dtype).removeprefix("torch.")
-    write_json(folder / "environment.json", environment(str(prepared.device), dtype, 1))
+    job.describe_itself(folder)
     console.log(f"run: {folder}")
-
-    job = Job(config, prepared, selected, folder)
-    checkpoint = job.resume_point() if resume else None
-    if resume:
-        truncate_metrics(folder / "metrics.jsonl", job.step_of(checkpoint))
-    summary = job.train(checkpoint)
+    if previous is not None:
+        resuming.clean(folder)
+        truncate_metrics(folder / "metrics.jsonl", previous.step)
+        console.log(f"resume: {previous.checkpoint or 'no checkpoint yet, so from the beginning'}")
+    summary = job.train(folder)
     write_json(folder / "summary.json", summary)
     report.run([str(folder)])
     return summary | {"run": str(folder)}
 
 
 class Job:
-    """One training run: attach, measure, train, measure, save."""
+    """One training run. Made: loaded, checked and converted, nothing written. Then `train`: measure, train, save."""
 
-    def __init__(self, config: RunConfig, prepared: Any, selected: Any, folder: Path) -> None:
-        self.config, self.prepared, self.selected, self.folder = config, prepared, selected, folder
-        self.method = get_method(config.method_name)
+    def __init__(self, config: RunConfig, previous: resuming.Previous | None) -> None:
+        import transformers
 
-    def resume_point(self) -> str | None:
-        """The checkpoint to continue from; null: none was written, so the run starts anew in its folder."""
-        from sparseft.trainer import last_checkpoint
-
-        checkpoint = last_checkpoint(self.folder)
-        console.log(f"resume: {checkpoint or 'no checkpoint yet, starting from the beginning'}")
-        return checkpoint
-
-    @staticmethod
-    def step_of(checkpoint: str | None) -> int:
-        """The optimizer step of a checkpoint's folder; -1 for none."""
-        return int(checkpoint.rsplit("-", 1)[1]) if checkpoint else -1
-
-    def selection(self) -> Any:
-        """What trains: on resume the run's own selection, else the cached or computed one."""
-        from sparseft.selection import Selection
-
-        own = self.folder / "selection"
-        if self.config.trainer.resume and (own / "selection.json").is_file():
-            return Selection.load(own)
-        self.selected.selection.save(own)
-        return self.selected.selection
-
-    def train(self, checkpoint: str | None) -> dict[str, Any]:
-        """Trains and returns the summary."""
-        from sparseft.adapter import attach, save_adapter, state_of, trainable_count
-        from sparseft.commands.preparing import describe_selection
-        from sparseft.data.batches import Collator, padding_id
+        from sparseft.adapter import attach, state_of, trainable_count
+        from sparseft.commands.preparing import describe_selection, describe_trainable, prepare
         from sparseft.modeling import ModelSpec
-        from sparseft.runs import read_metrics
-        from sparseft.trainer import Trainer, memory_bytes, train, training_arguments
+        from sparseft.trainer_arguments import check_optimizer, training_arguments
+        from sparseft.trainer_memory import reset_peak_memory
 
-        config, prepared = self.config, self.prepared
-        spec = ModelSpec.of(prepared.model)
-        if spec.experts and self.method.kind != "whole":
-            console.warn(
-                f"{len(spec.experts)} expert matrices (3-D parameters such as {spec.experts[0]}) stay frozen: "
-                "training them is not available yet"
+        self.config, self.previous = config, previous
+        self.method = get_method(config.method_name)
+        transformers.set_seed(config.seed)
+        self.prepared = prepared = prepare(config)
+        reset_peak_memory(prepared.device)
+        if previous is not None:
+            previous.check_data(prepared.data.fingerprint)
+        if config.trainer.eval_steps and prepared.data.eval is None:
+            raise UserError(
+                f"trainer.eval_steps={config.trainer.eval_steps}: there are no evaluation examples; give "
+                "dataset.eval_path=FILE or a dataset.eval_fraction above 0."
             )
-        base_dtype = next(prepared.model.parameters()).dtype
-        selection = self.selection() if self.method.sparse else None
-        if selection is not None:
-            describe_selection(selection, config)
-        model = attach(prepared.model, config.method, selection)
-        if config.model.path.startswith("bundled:"):
-            state_of(model).base_model = config.model.path
-        trainable = trainable_count(model)
-        if selection is None:
-            console.log(f"trainable: {trainable:,} parameters of {spec.total_parameters:,} in the model")
+        self._check_context()
+        self.spec = ModelSpec.of(prepared.model)
+        self.dtype = next(prepared.model.parameters()).dtype
+        if self.spec.experts and self.method.kind != "whole":
+            console.warn(
+                f"{len(self.spec.experts)} expert matrices (3-D parameters such as {self.spec.experts[0]}) stay "
+                "frozen: training them is not available yet"
+            )
+        self.selection_cached: bool | None = None
+        self.selection = self._selection() if self.method.sparse else None
+        self.model = attach(prepared.model, config.method, self.selection)
+        if config.model.path.startswith(BUNDLED):
+            state_of(self.model).base_model = config.model.path
+        self.trainable = trainable_count(self.model)
+        if self.selection is not None:
+            describe_selection(self.selection, self.spec, config)
+        elif hasattr(config.method, "rank"):
+            describe_trainable(self.trainable, self.spec, config, "whole ranks")
+        else:
+            console.log(f"trainable: all {self.trainable:,} parameters of the model")
 
-        trainer_config = config.trainer
-        rate = trainer_config.learning_rate if trainer_config.learning_rate is not None else self.method.learning_rate
-        steps = self.total_steps()
-        autocast = prepared.device.type == "cuda" and base_dtype.itemsize == 2 and self.method.kind == "whole"
-        arguments = training_arguments(
-            trainer_config,
+        given = config.trainer.learning_rate
+        self.learning_rate = given if given is not None else self.method.learning_rate
+        self.total_steps = self._count_steps()
+        self.arguments = training_arguments(
+            config.trainer,
             config.hardware,
-            run=self.folder,
             seed=config.seed,
             device=prepared.device,
-            learning_rate=rate,
-            total_steps=steps,
-            autocast=autocast,
+            learning_rate=self.learning_rate,
+            total_steps=self.total_steps,
+            autocast=prepared.device.type == "cuda" and self.dtype.itemsize == 2 and self.method.kind == "whole",
         )
-        trainer = Trainer(
-            model,
-            arguments,
-            run=self.folder,
-            train_dataset=prepared.data.train,
-            eval_dataset=prepared.data.eval,
-            data_collator=Collator(padding_id(prepared.tokenizer)),
-            processing_class=None,
-        )
-        before = None
-        if prepared.data.eval is not None:
-            recorded = [r for r in read_metrics(self.folder / "metrics.jsonl") if "eval_loss" in r and r["step"] == 0]
-            before = recorded[0]["eval_loss"] if recorded else trainer.evaluate()["eval_loss"]
-            console.log(f"eval loss before: {before:.4f} ({prepared.data.eval_source})")
-        start = time.perf_counter()
-        output = train(trainer, checkpoint)
-        seconds = time.perf_counter() - start
-        after = trainer.evaluate()["eval_loss"] if prepared.data.eval is not None else None
-        if after is not None:
-            console.log(f"eval loss after: {after:.4f}")
-            if not math.isfinite(after):
-                raise RunError(f"the evaluation loss after training is {after}: try a lower trainer.learning_rate.")
-        save_adapter(model, self.folder / "adapter")
-        if self.method.kind == "whole":
-            prepared.tokenizer.save_pretrained(self.folder / "adapter")
-        tokens = trainer.state.num_input_tokens_seen
-        return {
-            "method": config.method_name,
-            "model": config.model.path,
-            "dataset": config.dataset.train_path or config.dataset.name,
-            "sparsity": self.realised_sparsity(spec, trainable),
-            "scope": config.scope,
-            "trainable_parameters": trainable,
-            "scope_parameters": sum(r * c for r, c in spec.linears_in(config.scope).values()),
-            "total_parameters": spec.total_parameters,
-            "steps": trainer.state.global_step,
-            "tokens": tokens,
-            "train_seconds": seconds,
-            "tokens_per_second": tokens / seconds if seconds > 0 else None,
-            "peak_memory_bytes": memory_bytes(prepared.device, peak=True),
-            "train_loss": output.training_loss,
-            "eval_loss_before": before,
-            "eval_loss_after": after,
-            "seed": config.seed,
-            "learning_rate": rate,
-            "selection_cached": self.selected.cached if self.selected else None,
-            "method_config": asdict(config.method),
-            "warnings": console.recorded_warnings(),
-        }
+        check_optimizer(self.arguments, self.model)
 
-    def realised_sparsity(self, spec: Any, trainable: int) -> float | None:
-        """The share of the weights in scope that stayed frozen; null where every weight trains."""
-        if self.method.kind == "whole":
-            return None
-        return 1 - trainable / sum(r * c for r, c in spec.linears_in(self.config.scope).values())
+    def _check_context(self) -> None:
+        """Refuses examples longer than the model's context: learned positions end there, others never saw more."""
+        context = getattr(self.prepared.model.config.get_text_config(), "max_position_embeddings", None)
+        data = self.prepared.data
+        longest = max(int(part.lengths.max()) for part in (data.train, data.eval) if part is not None)
+        if context and longest > context:
+            raise UserError(
+                f"trainer.max_length={self.config.trainer.max_length}: the longest example has {longest} tokens, but "
+                f"the model's context is {context} tokens; use trainer.max_length={context} or less."
+            )
 
-    def total_steps(self) -> int:
+    def _selection(self) -> Any:
+        """What trains: of a run that is continued its own selection, else the cached or computed one."""
+        from sparseft.commands.preparing import select
+        from sparseft.selection import Selection
+
+        if self.previous is not None and self.previous.checkpoint is not None:
+            own = self.previous.folder / "selection"
+            console.log(f"selection: the run's own, {own}")
+            self.selection_cached = True
+            return Selection.load(own)
+        selected = select(self.config, self.prepared)
+        self.selection_cached = selected.cached
+        return selected.selection
+
+    def _count_steps(self) -> int:
         """Optimizer steps of the whole run, as the Trainer counts them."""
         config = self.config.trainer
         if config.max_steps > 0:
             return config.max_steps
         batches = math.ceil(len(self.prepared.data.train) / config.batch_size)
         return math.ceil(config.num_epochs * max(1, math.ceil(batches / config.gradient_accumulation)))
+
+    def describe_itself(self, folder: Path) -> None:
+        """Writes what the run is into its folder: `config.yaml`, `environment.json`, `selection/`."""
+        from sparseft.compose import to_yaml
+
+        write_text(folder / "config.yaml", to_yaml(self.config))
+        data = self.prepared.data
+        facts = {
+            "train": data.train_source,
+            "eval": data.eval_source or None,
+            "format": data.format,
+            "examples": len(data.train),
+            "tokens": data.tokens,
+            "fingerprint": data.fingerprint,
+        }
+        dtype = str(self.dtype).removeprefix("torch.")
+        write_json(folder / "environment.json", environment(str(self.prepared.device), dtype, 1) | {"data": facts})
+        if self.selection is not None and not (self.previous and self.previous.checkpoint):
+            self.selection.save(folder / "selection")
+
+    def train(self, folder: Path) -> dict[str, Any]:
+        """Trains in the run's folder and returns its summary."""
+        import transformers
+
+        from sparseft.adapter import save_adapter
+        from sparseft.commands.preparing import scope_parameters
+        from sparseft.data.batches import Collator, padding_id
+        from sparseft.trainer import Trainer, train
+        from sparseft.trainer_memory import memory_bytes
+
+        config, prepared = self.config, self.prepared
+        trainer = Trainer(
+            self.model,
+            self.arguments,
+            run=folder,
+            save_total_limit=config.trainer.save_total_limit,
+            train_dataset=prepared.data.train,
+            eval_dataset=prepared.data.eval,
+            data_collator=Collator(padding_id(prepared.tokenizer)),
+            processing_class=None,
+        )
+        before = self._eval_loss(trainer, folder, 0)
+        if before is not None:
+            console.log(f"eval loss before: {before:.4f} ({prepared.data.eval_source})")
+        transformers.set_seed(config.seed)  # whatever was drawn before, as by an evaluation, training starts the same
+        done = train(trainer, self.previous.checkpoint if self.previous else None, self.total_steps)
+        after = self._eval_loss(trainer, folder, done.step)
+        if after is not None:
+            console.log(f"eval loss after: {after:.4f}")
+        save_adapter(self.model, folder / "adapter")
+        if self.method.kind == "whole":
+            prepared.tokenizer.save_pretrained(folder / "adapter")
+        scope = scope_parameters(self.spec, config)
+        return {
+            "method": config.method_name,
+            "model": config.model.path,
+            "dataset": config.dataset.train_path or config.dataset.name,
+            "sparsity": None if self.method.kind == "whole" else 1 - self.trainable / scope,
+            "scope": getattr(config.method, "scope", None),
+            "trainable_parameters": self.trainable,
+            "scope_parameters": scope,
+            "total_parameters": self.spec.total_parameters,
+            "steps": done.step,
+            "tokens": done.tokens,
+            "train_seconds": done.seconds,
+            "tokens_per_second": done.tokens / done.seconds if done.seconds > 0 else None,
+            "peak_memory_bytes": memory_bytes(prepared.device, peak=True),
+            "train_loss": done.loss / done.step,
+            "eval_loss_before": before,
+            "eval_loss_after": after,
+            "seed": config.seed,
+            "learning_rate": self.learning_rate,
+            "selection_cached": self.selection_cached,
+            "method_config": asdict(config.method),
+            "warnings": console.recorded_warnings(),
+        }
+
+    def _eval_loss(self, trainer: Any, folder: Path, step: int) -> float | None:
+        """The evaluation loss at the present step: as recorded where it was measured there, else measured now."""
+        if self.prepared.data.eval is None:
+            return None
+        lines = read_metrics(folder / "metrics.jsonl")
+        recorded = [line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == step]
+        return recorded[-1] if recorded else trainer.evaluate()["eval_loss"]
 
 
 def render(result: dict[str, Any]) -> None:
@@ -201,6 +248,3 @@ def render(result: dict[str, Any]) -> None:
         f"model), {result['steps']} steps in {result['train_seconds']:.1f} s"
     )
     print(f"run: {result['run']}")
-
-
-__all__ = ["UserError", "render", "run"]

@@ -11,7 +11,7 @@ Nothing heavy is imported until `prepare` or `evaluate` runs (or a name has to b
 from __future__ import annotations
 
 from sparseft.evaluation.results import write_results
-from sparseft.evaluation.run import Plan, evaluate, prepare
+from sparseft.evaluation.run import BUNDLED_DATA, Plan, evaluate, prepare
 from sparseft.evaluation.tasks import expand_tasks
 
-__all__ = ["Plan", "evaluate", "expand_tasks", "prepare", "write_results"]
+__all__ = ["BUNDLED_DATA", "Plan", "evaluate", "expand_tasks", "prepare", "write_results"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparseft.config import EvalConfig
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+BUNDLED_DATA = str(Path(__file__).parents[1] / "bundled" / "data")
 ARITHMETIC_TOKENS = 256  # the reasoning comes before the number
 FEWSHOT_SEED = 1234  # lm-eval's own default
 BOOTSTRAP = 1000  # resamplings for metrics without a closed standard error (accuracy has one)
@@ -210,7 +212,8 @@ def _add_generated(plan: Plan, requested: list[str], config: EvalConfig, data_di
         plan.facts[name] = {"data": str(data_dir), "split": config.split}
         if name in missing:
             plan.facts[name]["missing"] = missing[name]
-            plan.warnings.append(f"{name}: no {config.split} data of {', '.join(missing[name])} in '{data_dir}'.")
+            if data_dir != BUNDLED_DATA:  # that some members are not bundled is known
+                plan.warnings.append(f"{name}: no {config.split} data of {', '.join(missing[name])} in '{data_dir}'.")
 
 
 def _add_harness(plan: Plan, requested: list[str], config: EvalConfig) -> None:

@@ -1,0 +1,103 @@
+"""Continuing a run: what must be as it was, and where to go on."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparseft.config import RunConfig
+from sparseft.errors import UserError
+from sparseft.runs import is_run, read_json_object
+
+# Settings that a run may be continued with other values of; all others decide what it trains, on what and how, and
+# a checkpoint would silently keep the old ones or mix both.
+FREE = {
+    *("output_dir", "overwrite", "cache_dir", "hardware", "eval", "bench"),
+    *(f"trainer.{name}" for name in "max_steps num_epochs logging_steps eval_steps save_steps".split()),
+    *("trainer.save_total_limit", "trainer.resume"),
+}
+
+
+@dataclass
+class Previous:
+    """The run that is continued."""
+
+    folder: Path
+    checkpoint: str | None  # null: none was written, so the run starts anew in its folder
+
+    @property
+    def step(self) -> int:
+        """The optimizer step to go on from; -1: none, so that all lines of metrics are dropped."""
+        return int(self.checkpoint.rsplit("-", 1)[1]) if self.checkpoint else -1
+
+    def check_data(self, fingerprint: str) -> None:
+        """Refuses other training examples than the run's own, say from a file that has changed since."""
+        path = self.folder / "environment.json"
+        known = (read_json_object(path).get("data") or {}).get("fingerprint") if path.is_file() else None
+        if self.checkpoint and known not in (None, fingerprint):
+            raise UserError(
+                f"the training examples are not those that the run in '{self.folder}' was trained on: did the data "
+                "file or the tokenizer change? Give the same data, or start anew in another output_dir."
+            )
+
+
+def previous_run(config: RunConfig) -> Previous | None:
+    """The run that `trainer.resume=auto` continues, or null where none is asked for or the folder holds none yet.
+
+    Raises UserError where the run was started with other settings than `config`'s.
+    """
+    if config.trainer.resume is None or config.output_dir is None:
+        return None
+    folder = Path(config.output_dir).expanduser()
+    if not is_run(folder):
+        return None
+    from sparseft.trainer_checkpoints import last_checkpoint
+
+    previous = Previous(folder, last_checkpoint(folder))
+    if previous.checkpoint is not None:
+        _check_same(config, folder)
+    return previous
+
+
+def clean(folder: Path) -> None:
+    """Removes what a crash left of a checkpoint that was being written."""
+    for partial in (folder / "checkpoints").glob(".partial-*"):
+        shutil.rmtree(partial)
+
+
+def _check_same(config: RunConfig, folder: Path) -> None:
+    import yaml
+
+    from sparseft.compose import from_dict
+
+    path = folder / "config.yaml"
+    try:
+        old = from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))).to_dict()
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read, so the run cannot be continued ({error}).") from error
+    then, now = _flat(old), _flat(config.to_dict())
+    for key in [*then, *(key for key in now if key not in then)]:
+        if key in FREE or key.split(".")[0] in FREE or then.get(key) == now.get(key):
+            continue
+        raise UserError(
+            f"{key}={_show(now.get(key))}: the run in '{folder}' was started with {_show(then.get(key))}, and a run "
+            "is continued with the settings that it was started with; give that, or another output_dir."
+        )
+
+
+def _flat(content: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": entry for name, entry in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _show(value: Any) -> str:
+    from sparseft.validation import show
+
+    return show(value)

@@ -1,0 +1,244 @@
+"""A symmetric matrix in hierarchical off-diagonal low-rank (HODLR) form: products, quadratic forms, inverse diagonal.
+
+The rows are halved `levels` times. The diagonal blocks of the last level (leaves) are dense. The off-diagonal block of
+each pair of siblings on the way is `Q₁ Σ Q₂ᵀ` of rank r, with orthonormal Q₁, Q₂; its mirror image is not stored.
+
+To treat a whole level as one batch whatever the size, the matrix lives in *slots*: every leaf has the same number c of
+them, so a node of level l owns `c · 2^(levels - l)` consecutive slots, and where n leaves a leaf one row short its last
+slot is empty (zero). `Layout` maps rows to slots.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseft.errors import UserError
+
+# How near the largest singular value of a scaled off-diagonal block may come to 1, where the matrix becomes singular.
+# It is known to about 1e-15, and 1 - s² divides: nearer than this the inverse would lose its fourth digit.
+SINGULAR_MARGIN = 1e-11
+
+# Elements that a product works on at a time (16 MiB in float32): few rounds, and no second matrix of its input's size.
+CHUNK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the n rows of a matrix halved `levels` times lie in `slots` slots, `leaf` of them to a leaf."""
+
+    n: int
+    levels: int
+
+    @property
+    def leaf(self) -> int:
+        return -(-self.n // 2**self.levels)
+
+    @property
+    def slots(self) -> int:
+        return self.leaf * 2**self.levels
+
+    def node(self, level: int) -> int:
+        """Slots of one node of a level (0 is the whole matrix)."""
+        return self.slots >> level
+
+    def index(self) -> Tensor | None:
+        """The slot of each row (n,), int64 on the CPU; null where rows and slots are the same."""
+        if self.slots == self.n:
+            return None
+        sizes = [self.n]
+        for _ in range(self.levels):  # floor and ceiling of the half, so that two leaves differ by one row at most
+            sizes = [half for size in sizes for half in (size // 2, size - size // 2)]
+        return torch.cat([torch.arange(size) + i * self.leaf for i, size in enumerate(sizes)])
+
+    def spread(self, x: Tensor, dim: int) -> Tensor:
+        """Rows -> slots along `dim`; the empty slots hold zeros."""
+        index = self.index()
+        if index is None:
+            return x
+        shape = list(x.shape)
+        shape[dim] = self.slots
+        return x.new_zeros(shape).index_copy_(dim, index.to(x.device), x)
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """Slots -> rows along `dim`."""
+        index = self.index()
+        return x if index is None else x.index_select(dim, index.to(x.device))
+
+
+def truncate_block(
+    block: Tensor,  # (..., s, s)
+    rank: int,
+) -> tuple[Tensor, Tensor]:
+    """The best approximation of rank `rank` of each block -> bases (..., 2, s, rank), singular values (..., rank)."""
+    left, sigma, right = torch.linalg.svd(block)
+    return torch.stack([left[..., :rank], right.mT[..., :rank]], -3), sigma[..., :rank]
+
+
+def truncate_sketch(
+    range_sketch: Tensor,  # (..., s, k): B Ω of a block B (s, s)
+    corange_sketch: Tensor,  # (..., l, s): Ψᵀ B
+    corange_test: Tensor,  # (..., s, l): Ψ
+    rank: int,
+) -> tuple[Tensor, Tensor]:
+    """A near-best approximation of rank `rank` of blocks that were seen once -> as `truncate_block`.
+
+    Tropp, Yurtsever, Udell, Cevher 2017 ("Practical sketching algorithms for low-rank matrix approximation"),
+    algorithms 4 and 7: B ≈ Q X with Q an orthonormal basis of B Ω and X the least-squares solution of Ψᵀ Q X = Ψᵀ B;
+    then the best rank-r approximation of Q X.
+    """
+    basis = torch.linalg.qr(range_sketch)[0]  # (..., s, k)
+    q, r = torch.linalg.qr(corange_test.mT @ basis)  # (..., l, k), (..., k, k)
+    core = torch.linalg.solve_triangular(r, q.mT @ corange_sketch, upper=True)  # (..., k, s)
+    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
+    return torch.stack([basis @ left[..., :rank], right.mT[..., :rank]], -3), sigma[..., :rank]
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """The finished matrix M. Levels are counted from the top: `bases[0]` belongs to the pair of halves."""
+
+    layout: Layout
+    leaves: Tensor  # (2^levels, c, c)
+    bases: list[Tensor]  # of level l: (2^(l-1), 2, node, r): Q₁ and Q₂ of each pair, r <= node
+    sigmas: list[Tensor]  # of level l: (2^(l-1), r), descending, >= 0
+
+    def to(self, device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> Hierarchy:
+        """The matrix times `scale`, elsewhere or in another precision; scaled before it is rounded."""
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(dtype).to(device)
+
+        sigmas = [moved(sigma * scale) for sigma in self.sigmas]
+        return Hierarchy(self.layout, moved(self.leaves * scale), [moved(base) for base in self.bases], sigmas)
+
+    def diagonal(self) -> Tensor:
+        """(n,)"""
+        return self.layout.gather(self.leaves.diagonal(dim1=1, dim2=2).reshape(-1), 0)
+
+    def matmul(self, v: Tensor) -> Tensor:
+        """M v, (n, m) -> (n, m), in the dtype and on the device that the factors and `v` share."""
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+        for columns in self._chunks(v):
+            part = self.layout.spread(v[:, columns], 0)
+            m = part.shape[1]
+            product = torch.bmm(self.leaves, part.reshape(*self.leaves.shape[:2], m)).view(-1, m)
+            for base, sigma in zip(self.bases, self.sigmas, strict=True):
+                pairs, _, node, _ = base.shape
+                inner = base.mT @ part.reshape(pairs, 2, node, m)  # (pairs, 2, r, m)
+                crossed = inner.flip(1) * sigma[:, None, :, None]  # what one half sends the other
+                product.view(pairs, 2, node, m).add_(base @ crossed)
+            out[:, columns] = self.layout.gather(product, 0)
+        return out
+
+    def quadratic(self, v: Tensor) -> Tensor:
+        """vᵢᵀ M vᵢ of every column, (n, m) -> (m,) float64, without another (n, m) matrix."""
+        total = torch.empty(v.shape[1], dtype=torch.float64, device=v.device)
+        for columns in self._chunks(v):
+            part = v[:, columns]
+            # Gradients may be so small that their squares vanish in float32: each column is taken in units of its peak.
+            peak = part.abs().amax(0)
+            peak = torch.where(peak > 0, peak, 1)
+            part = self.layout.spread(part / peak, 0)
+            blocks = part.reshape(*self.leaves.shape[:2], -1)
+            value = (torch.bmm(self.leaves, blocks) * blocks).sum((0, 1))
+            for base, sigma in zip(self.bases, self.sigmas, strict=True):
+                inner = base.mT @ part.reshape(*base.shape[:3], -1)  # (pairs, 2, r, columns)
+                value += 2 * (inner[:, 0] * inner[:, 1] * sigma[:, :, None]).sum((0, 1))
+            total[columns] = value.double() * peak.double().square()
+        return total
+
+    def _chunks(self, v: Tensor) -> list[slice]:
+        """Cuts the columns of `v` so that a product's temporaries stay in the cache."""
+        step = max(1, CHUNK_ELEMENTS // self.layout.slots)
+        return [slice(start, start + step) for start in range(0, v.shape[1], step)]
+
+    def to_dense(self) -> Tensor:
+        """(n, n)"""
+        dense = self.leaves.new_zeros(self.layout.slots, self.layout.slots)
+        for base, sigma in zip(self.bases, self.sigmas, strict=True):
+            for i, block in enumerate((base[:, 0] * sigma[:, None, :]) @ base[:, 1].mT):
+                low, middle, high = (2 * i * block.shape[0] + j * block.shape[0] for j in range(3))
+                dense[low:middle, middle:high] = block
+                dense[middle:high, low:middle] = block.T
+        for i, leaf in enumerate(self.leaves):
+            low, high = i * self.layout.leaf, (i + 1) * self.layout.leaf
+            dense[low:high, low:high] = leaf
+        return self.layout.gather(self.layout.gather(dense, 0), 1)
+
+    def inverse_diagonal(self, damping: float) -> tuple[Tensor, float]:
+        """diag((M + d · mean(diag M) · I)⁻¹) (n,), positive and finite, and the damping d it took.
+
+        d is `damping`, or the first of 10, 100, ... times it with which the matrix is positive definite (after a
+        damping of 0: of 1e-8). Where M has a zero diagonal, the mean is taken as 1.
+        """
+        if not (math.isfinite(damping) and damping >= 0):
+            raise UserError(f"damping is {damping}; expected a finite number that is not negative.")
+        unit = float(self.diagonal().mean())
+        if unit <= 0:
+            unit = 1.0
+        scaled = self.to(self.leaves.device, self.leaves.dtype, 1 / unit)
+        # It ends: the leaves are positive semidefinite up to rounding, and a damping above the sum over the levels of
+        # the largest singular value outweighs everything off the diagonal.
+        trials = (damping * 10**i for i in itertools.count()) if damping else (10.0**i for i in itertools.count(-8))
+        for trial in itertools.chain([damping], trials):
+            inverse = _inverse_diagonal(scaled, trial)
+            if inverse is not None:
+                return self.layout.gather(inverse, 0) / unit, trial
+        raise AssertionError("unreachable: the dampings do not end")
+
+
+def _inverse_diagonal(matrix: Hierarchy, damping: float) -> Tensor | None:
+    """diag((M + damping · I)⁻¹) by slot, or null where that matrix is not positive definite. Bottom up:
+
+    Let M₁, M₂ (damped) be the halves of a node and Q₁ Σ Q₂ᵀ its off-diagonal block. With Cholesky factors
+    Lᵢ Lᵢᵀ = Qᵢᵀ Mᵢ⁻¹ Qᵢ and the singular value decomposition P S Rᵀ = L₁ᵀ Σ L₂ (r × r), the columns of
+    A₁ = M₁⁻¹ Q₁ L₁⁻ᵀ P and A₂ = M₂⁻¹ Q₂ L₂⁻ᵀ R are orthonormal in M₁ and M₂, and Woodbury's identity becomes
+
+        M⁻¹ = [M₁⁻¹ + A₁ G A₁ᵀ, -A₁ H A₂ᵀ; -A₂ H A₁ᵀ, M₂⁻¹ + A₂ G A₂ᵀ],   G = S²/(1 - S²),  H = S/(1 - S²).
+
+    So M is positive definite exactly when M₁ and M₂ are and every S is below 1, and its inverse's diagonal is a sum of
+    positive numbers: nothing cancels. What the levels above need of M⁻¹ is only its product with their bases, which is
+    carried along: memory is O(slots · sum of the ranks), and one level is a handful of batched products.
+    """
+    layout, leaves = matrix.layout, matrix.leaves
+    factor, failed = torch.linalg.cholesky_ex(leaves + damping * torch.eye(layout.leaf).to(leaves))
+    if failed.any():
+        return None
+    diagonal = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).reshape(-1).clone()
+    if not matrix.bases:
+        return diagonal
+
+    bases = torch.cat([base.reshape(layout.slots, -1) for base in matrix.bases], 1)  # (slots, sum of ranks)
+    solved = torch.cholesky_solve(bases.view(len(leaves), layout.leaf, -1), factor).reshape(layout.slots, -1)
+    del bases
+    above = solved.shape[1]
+    for base, sigma in zip(reversed(matrix.bases), reversed(matrix.sigmas), strict=True):
+        pairs, _, node, rank = base.shape
+        above -= rank
+        here = solved[:, above : above + rank].view(pairs, 2, node, rank)  # Mᵢ⁻¹ Qᵢ
+        capacitance = base.mT @ here
+        factor, failed = torch.linalg.cholesky_ex((capacitance + capacitance.mT) / 2)
+        if failed.any():
+            return None
+        left, s, right = torch.linalg.svd((factor[:, 0].mT * sigma[:, None, :]) @ factor[:, 1])
+        if (s >= 1 - SINGULAR_MARGIN).any():
+            return None
+        rotation = torch.stack([left, right.mT], 1)  # P and R, (pairs, 2, r, r)
+        conjugate = torch.linalg.solve_triangular(factor.mT, here, upper=True, left=False) @ rotation  # A₁ and A₂
+        gain = s.square() / ((1 - s) * (1 + s))
+        diagonal.view(pairs, 2, node).add_((conjugate.square() * gain[:, None, None, :]).sum(-1))
+        if above:
+            rest = solved[:, :above].view(pairs, 2, node, above)  # Mᵢ⁻¹ times the bases above, to become M⁻¹ times them
+            first, second = (rotation.mT @ torch.linalg.solve_triangular(factor, base.mT @ rest, upper=False)).unbind(1)
+            # (G, -H; -H, G) by its eigenvectors, the sum and the difference of the halves. Near s = 1 the difference is
+            # divided by almost nothing: its rounding error must reach both halves alike, to stay in a direction that
+            # the levels above hardly see. Products with G and H themselves cost all but the first three digits.
+            even = (first + second) * (-s / (1 + s) / 2)[..., None]
+            odd = (first - second) * (s / (1 - s) / 2)[..., None]
+            rest += conjugate @ torch.stack([even + odd, even - odd], 1)
+    return diagonal

@@ -1,0 +1,92 @@
+"""A run's settings as transformers' Trainer takes them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from sparseft import console
+from sparseft.config import HardwareConfig, TrainerConfig
+from sparseft.errors import UserError, nearest
+
+
+def training_arguments(
+    config: TrainerConfig,
+    hardware: HardwareConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    learning_rate: float,
+    total_steps: int,
+    autocast: bool,
+) -> transformers.TrainingArguments:
+    """The Trainer's arguments of a run, but for its folder; steps are optimizer steps."""
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for field, value, choices in (
+        ("scheduler", config.scheduler, [str(item.value) for item in SchedulerType]),
+        ("optimizer", config.optimizer, [str(item.value) for item in OptimizerNames]),
+    ):
+        if value not in choices:
+            raise UserError(f"trainer.{field}={value}: unknown.{nearest(value, choices)}")
+    warmup = config.warmup_steps
+    if warmup >= total_steps > 0:
+        warmup = total_steps // 10
+        console.log(f"warm-up: {warmup} steps instead of {config.warmup_steps}, as the run has only {total_steps}")
+    return transformers.TrainingArguments(
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        max_steps=config.max_steps,
+        num_train_epochs=config.num_epochs,
+        learning_rate=learning_rate,
+        warmup_steps=warmup,
+        lr_scheduler_type=config.scheduler,
+        optim=config.optimizer,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is not finite is shown and stops the run, never averaged away
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps,
+        save_strategy="steps",
+        save_steps=config.save_steps or 10**9,  # with 10**9: at the end only
+        seed=seed,
+        data_seed=seed,
+        bf16=autocast,
+        torch_compile=hardware.compile,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        report_to=[],
+        **(_activation_checkpointing() if hardware.gradient_checkpointing else {}),
+    )
+
+
+def _activation_checkpointing() -> dict[str, Any]:
+    """The arguments that turn recomputation on, under the name that the installed transformers gives them.
+
+    Not the reentrant kind: it needs an input that requires a gradient, and with frozen embeddings there is none.
+    """
+    names = {field.name for field in fields(transformers.TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def check_optimizer(arguments: transformers.TrainingArguments, model: nn.Module) -> None:
+    """Refuses an optimizer whose package is not installed or that does not fit, before the run's folder exists."""
+    try:
+        transformers.Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except (ImportError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(f"trainer.optimizer={arguments.optim.value}: cannot be used here ({reason}).") from error

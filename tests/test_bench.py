@@ -1,0 +1,241 @@
+"""`sparseft bench train`: its counters against cases counted by hand, and its table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import METHODS, files, refused, sparseft
+from torch import nn
+
+from sparseft.bench.memory import AllocationCounter, SavedBytes, tensor_bytes
+from sparseft.layers import S2ColumnLinear, S2RowLinear
+
+KIB = 1024  # of float32: 256 entries
+
+
+# ---- the counters ----
+
+
+def test_allocations_are_counted_until_they_are_freed() -> None:
+    with AllocationCounter() as counter:
+        a = torch.zeros(256)
+        assert (counter.live, counter.peak) == (KIB, KIB)
+        b = torch.zeros(512)
+        assert (counter.live, counter.peak) == (3 * KIB, 3 * KIB)
+        del a
+        assert (counter.live, counter.peak) == (2 * KIB, 3 * KIB)
+        c = torch.ones(256)
+        assert (counter.live, counter.peak) == (3 * KIB, 3 * KIB)
+        del b, c
+        assert (counter.live, counter.peak) == (0, 3 * KIB)
+
+
+def test_views_and_writes_in_place_allocate_nothing() -> None:
+    outside = torch.zeros(16, 16)
+    with AllocationCounter() as counter:
+        outside.add_(1)
+        outside.t().reshape(-1)[3:]  # one copy, made by reshape and freed with the statement
+        assert (counter.live, counter.peak) == (0, KIB)
+        a = torch.zeros(16, 16)
+        view = a[:4].t()
+        a.mul_(2)
+        torch.mul(a, 2, out=a)
+        assert counter.live == KIB
+        del a
+        assert counter.live == KIB  # the view keeps the storage
+        del view
+        assert counter.live == 0
+
+
+def test_an_intermediate_result_counts_at_the_peak_only() -> None:
+    x = torch.randn(256)
+    with AllocationCounter() as counter:
+        y = (x + 1) * 2 - 3  # two results live at once, at most
+        assert (counter.live, counter.peak) == (KIB, 2 * KIB)
+        del y
+
+
+def test_gradients_are_counted() -> None:
+    weight = nn.Parameter(torch.randn(16, 16))
+    x = torch.randn(1, 16)
+    with AllocationCounter() as counter:
+        (x @ weight).sum().backward()
+        assert counter.live == KIB  # the weight's gradient, nothing else is left
+        weight.grad = None
+        assert counter.live == 0
+    assert counter.peak == KIB + 2 * 4  # with the sum and its gradient of 1; the product was freed before
+
+
+def saved(model: nn.Module, x: torch.Tensor) -> int:
+    counter = SavedBytes(model)
+    with counter.counting():
+        model(x)
+    return counter.total
+
+
+def test_saved_bytes_of_layers_counted_by_hand() -> None:
+    """x is (8, 64) in float32: 2 KiB; parameters and buffers of the model do not count."""
+    x = torch.randn(8, 64, requires_grad=True)
+    linear = nn.Linear(64, 32)
+    assert saved(linear, x) == 8 * 64 * 4  # x, for the weight's gradient
+    assert saved(linear.requires_grad_(False), x) == 0  # frozen: the weight alone, which is the model's own
+    columns = S2RowLinear(64, 32, columns=[3, 5, 60])
+    assert saved(columns, x) == 8 * 3 * 4  # only the slice of x
+    rows = S2ColumnLinear(64, 32, rows=[1, 2])
+    assert saved(rows, x) == 8 * 64 * 4  # all of x
+    assert saved(nn.Sequential(nn.Linear(64, 32), nn.ReLU()), x) == 8 * 64 * 4 + 8 * 32 * 4
+
+
+def test_siblings_share_what_they_save() -> None:
+    class Siblings(nn.Module):
+        def __init__(self, *layers: nn.Module) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum(layer(x) for layer in self.layers)
+
+    x = torch.randn(8, 64, requires_grad=True)
+    assert saved(Siblings(S2ColumnLinear(64, 32, rows=[1]), S2ColumnLinear(64, 32, rows=[2])), x) == 8 * 64 * 4
+    assert saved(Siblings(S2RowLinear(64, 32, columns=[1]), S2RowLinear(64, 32, columns=[2])), x) == 2 * 8 * 4
+
+
+def test_tensor_bytes_counts_storages_once() -> None:
+    a = torch.zeros(256)
+    assert tensor_bytes([a, a[3:], a.view(16, 16), torch.zeros(2, dtype=torch.bfloat16)]) == KIB + 4
+
+
+# ---- the command ----
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A bench of all methods on a random Llama, and the folder it ran in."""
+    folder = tmp_path_factory.mktemp("bench")
+    done = sparseft(
+        folder, "bench", "train", "--json", "bench.width=128", "bench.depth=3", "bench.length=128",
+        "bench.steps=5", "bench.batch_size=2", "bench.methods=[floor,s2ft,sylva,lora,dora,full]", "sparsity=0.9",
+        "method=sylva", "method.block_size=16", "output_dir=out",
+    )  # fmt: skip
+    return folder, done.json
+
+
+def test_bench_leaves_its_file(measured: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = measured
+    assert {name for name in files(folder) if not name.startswith("outputs")} == {"out/bench.json", "out/config.yaml"}
+    stored = json.loads((folder / "out" / "bench.json").read_text())
+    assert result.pop("path") == "out/bench.json"
+    assert stored == result
+    assert result["benchmark"] == "train" and result["model"] == "llama 128x3" and result["dtype"] == "float32"
+    assert result["environment"]["versions"]["torch"]
+    assert list(result["methods"]) == ["floor", "s2ft", "sylva", "lora", "dora", "full"]
+
+
+def test_figures_of_a_bench_are_sane(measured: tuple[Path, dict[str, Any]]) -> None:
+    methods = measured[1]["methods"]
+    for name, entry in methods.items():
+        assert 0 < entry["step_seconds_p20"] <= entry["step_seconds"] <= entry["step_seconds_p80"]
+        assert entry["tokens_per_second"] == pytest.approx(2 * 128 / entry["step_seconds"])
+        for other in ("floor", "lora", "full"):
+            ratio = entry["step_seconds"] / methods[other]["step_seconds"]
+            assert entry["ratio_to"][other] == pytest.approx(ratio), name
+    linears = 3 * (4 * 128 * 128 + 3 * 128 * 384)
+    total = linears + 2 * 2048 * 128 + 7 * 128
+    assert measured[1]["parameters"] == total
+    trainable = {name: entry["trainable_parameters"] for name, entry in methods.items()}
+    assert trainable["floor"] == 0 and trainable["full"] == total
+    for name in ("s2ft", "sylva", "lora", "dora"):
+        assert abs(trainable[name] - 0.1 * linears) < 0.05 * 0.1 * linears, name
+
+
+def test_memory_of_a_bench_against_what_must_be_held(measured: tuple[Path, dict[str, Any]]) -> None:
+    result = measured[1]
+    methods, weights = result["methods"], 4 * result["parameters"]
+    assert methods["floor"]["peak_memory_bytes"] > weights
+    assert methods["full"]["peak_memory_bytes"] > 4 * weights  # weights, gradients and two moments
+    for name in ("s2ft", "sylva", "lora"):
+        trained = 4 * methods[name]["trainable_parameters"]
+        assert weights + 3 * trained < methods[name]["peak_memory_bytes"] < methods["full"]["peak_memory_bytes"], name
+    kept = {name: entry["saved_bytes"] for name, entry in methods.items()}
+    assert kept["s2ft"] < kept["sylva"] and kept["s2ft"] < kept["lora"] and kept["floor"] < kept["lora"]
+    # Beyond the floor, full keeps at most the inputs of q/k/v, o, gate/up and down, of seven norms and of the head.
+    assert 0 < kept["full"] - kept["floor"] <= 2 * 128 * (3 * (3 * 128 + 384) + 8 * 128) * 4
+
+
+def test_columns_save_their_slice_and_no_other_linear_anything() -> None:
+    """What S2FT saves beyond the frozen model is its columns' slices, to the byte."""
+    from sparseft.bench import train as bench
+    from sparseft.compose import compose
+
+    config = compose("bench", ["method=s2ft", "sparsity=0.9"])
+    base = bench.random_llama(128, 2, torch.float32, seed=0)
+    ids = torch.randint(2048, (2, 64))
+    batch = {"input_ids": ids, "labels": ids}
+    kept = {}
+    for name in ("floor", "s2ft"):
+        made = bench.contender(name, base, config)
+        if name == "s2ft":  # where the floor's gradient ends; by itself S2FT's ends at its lowest trained layer
+            made.model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+        bench.measure_memory(made, batch, torch.device("cpu"))
+        kept[name] = made.saved_bytes
+    columns = made.trainable // 128  # o and down have 128 rows each
+    assert columns > 100
+    assert kept["s2ft"] - kept["floor"] == columns * 2 * 64 * 4
+
+
+def test_bench_prints_one_table(in_tmp: Path, model_folder: Any) -> None:
+    done = sparseft(
+        in_tmp, "bench", f"model.path={model_folder()}", "bench.length=32", "bench.steps=2", "bench.warmup_steps=1",
+        "bench.methods=[lora,s2ft]",
+    )  # fmt: skip
+    lines = done.out.splitlines()
+    assert lines[0].startswith(f"Training step: {model_folder()}, ")
+    assert lines[1].split()[:4] == ["method", "step", "ms", "÷"]
+    assert [line.split()[0] for line in lines[3:5]] == ["lora", "s2ft"]
+    path = in_tmp / lines[-1].removeprefix("bench: ")
+    assert path.name == "bench.json" and path.parent.parent.name == "outputs"
+    assert json.loads(path.read_text())["methods"].keys() == {"lora", "s2ft"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_runs_own_method_settings_count(method: str, in_tmp: Path, model_folder: Any) -> None:
+    words = [word for word in METHODS[method] if not word.startswith(("trainer.", "method.roles"))]
+    result = sparseft(
+        in_tmp, "bench", "--json", f"model.path={model_folder()}", f"bench.methods=[{method}]", *words,
+        "bench.length=16", "bench.steps=1", "bench.warmup_steps=0", "scope=mlp" if method != "full" else "seed=0",
+    ).json  # fmt: skip
+    trainable = result["methods"][method]["trainable_parameters"]
+    mlp = 2 * 3 * 48 * 80
+    assert trainable == result["parameters"] if method == "full" else abs(trainable - 0.1 * mlp) < 0.04 * mlp
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["bench.methods=[s2ft,sylvia]"], ["sylvia", "sylva"]),
+        (["bench.methods=[]"], ["bench.methods is empty"]),
+        (["bench.methods=[lora,lora]"], ["bench.methods", "different"]),
+        (["bench.width=128"], ["bench.width and bench.depth", "both or none"]),
+        (["bench.width=100", "bench.depth=1"], ["bench.width=100", "multiple of 64"]),
+        (["bench.width=0", "bench.depth=1"], ["bench.width=0"]),
+        (["bench.width=64", "bench.depth=0"], ["bench.depth=0"]),
+        (["bench.length=100000"], ["bench.length=100000", "512 tokens"]),
+        (["bench.length=1"], ["bench.length=1"]),
+        (["bench.steps=0"], ["bench.steps=0"]),
+        (["hardware.num_processes=2"], ["hardware.num_processes=2"]),
+        (["output_dir=file"], ["output_dir", "is a file"]),
+        (["trian"], ["trian", "train"]),
+        (["scope=nowhere"], ["scope=nowhere"]),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_wrong_benches(words: list[str], parts: list[str], in_tmp: Path) -> None:
+    (in_tmp / "file").write_text("")
+    message = refused(in_tmp, "bench", *words)
+    for part in parts:
+        assert part in message
+    assert files(in_tmp) == {"file"}

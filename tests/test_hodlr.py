@@ -1,0 +1,507 @@
+"""`Hodlr` and the importance made of it, against dense matrices in NumPy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparseft.errors import RunError, UserError
+from sparseft.importance.hodlr import Hodlr, sketch_widths
+from sparseft.importance.second_order import block_scores, entry_importance
+
+SPECTRA = ("flat", "slow", "decaying", "fast", "spiked", "low rank")
+properties = settings(max_examples=40, deadline=None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny products: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def data(n: int, tokens: int, seed: int, decay: float = 1.0) -> torch.Tensor:
+    """(tokens, n) float32 vectors whose second moment has eigenvalues that fall as i^-decay in a random basis."""
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.standard_normal((n, n)))
+    scale = np.arange(1, n + 1) ** (-decay / 2)
+    return torch.from_numpy((rng.standard_normal((tokens, n)) * scale @ basis.T).astype(np.float32))
+
+
+def moment(x: torch.Tensor) -> np.ndarray:
+    x = x.reshape(-1, x.shape[-1]).double().numpy()
+    return x.T @ x / max(1, len(x))
+
+
+def fed(n: int, x: torch.Tensor, **options) -> Hodlr:
+    hodlr = Hodlr(n, **options)
+    hodlr.update(x)
+    return hodlr
+
+
+def off_diagonal(n: int, levels: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of every off-diagonal block above the diagonal, halves rounded down first."""
+    nodes = [(0, n)]
+    for _ in range(levels):
+        halves = [(low, low + (high - low) // 2, high) for low, high in nodes]
+        yield from ((slice(low, middle), slice(middle, high)) for low, middle, high in halves)
+        nodes = [half for low, middle, high in halves for half in ((low, middle), (middle, high))]
+
+
+def relative(found: np.ndarray | torch.Tensor, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(found) - expected) / max(np.linalg.norm(expected), 1e-300))
+
+
+def check_inverse(hodlr: Hodlr, damping: float, tolerance: float = 1e-6) -> None:
+    """The inverse's diagonal is the dense one's, and the damping is the first one that serves."""
+    found = hodlr.inverse_diagonal(damping).numpy()
+    used = hodlr.effective_damping
+    dense = hodlr.to_dense().numpy()
+    unit = np.diag(dense).mean() or 1.0
+    eye = np.eye(hodlr.n)
+    assert found.shape == (hodlr.n,) and np.isfinite(found).all() and (found > 0).all()
+    assert np.linalg.eigvalsh(dense + used * unit * eye)[0] > 0
+    if used > damping:
+        assert round(math.log10(used / damping), 9) % 1 == 0
+        assert np.linalg.eigvalsh(dense + used / 10 * unit * eye)[0] < 1e-9 * unit  # no less would have done
+    np.testing.assert_allclose(found, np.diag(np.linalg.inv(dense + used * unit * eye)), rtol=tolerance)
+
+
+# -- the matrix -------------------------------------------------------------------------------------------------------
+
+
+@properties
+@given(n=st.integers(1, 90), tokens=st.integers(1, 120), seed=st.integers(0, 99))
+def test_without_levels_it_is_the_dense_matrix(n: int, tokens: int, seed: int) -> None:
+    x = data(n, tokens, seed)
+    hodlr = fed(n, x, num_partition=0)
+    assert relative(hodlr.to_dense(), moment(x)) < 1e-6
+    check_inverse(hodlr, 1e-3)
+    assert hodlr.effective_damping == 1e-3
+
+
+@properties
+@given(
+    n=st.one_of(st.integers(1, 100), st.sampled_from([161, 200, 333])),
+    num_partition=st.integers(0, 9),
+    rank=st.integers(1, 12),
+    tokens=st.integers(1, 200),
+    decay=st.sampled_from([0.0, 0.5, 1.0, 2.0, 4.0]),
+    damping=st.sampled_from([1e-1, 1e-3, 1e-5]),
+    seed=st.integers(0, 99),
+)
+def test_the_matrix_its_products_and_its_inverse_agree(
+    n: int, num_partition: int, rank: int, tokens: int, decay: float, damping: float, seed: int
+) -> None:
+    x = data(n, tokens, seed, decay)
+    hodlr = fed(n, x, num_partition=num_partition, rank=rank)
+    dense, exact = hodlr.to_dense().numpy(), moment(x)
+    np.testing.assert_array_equal(dense, dense.T)
+    outside = np.ones((n, n), dtype=bool)  # of every truncated block: the leaves, which are exact
+    for rows, columns in off_diagonal(n, hodlr.levels):
+        outside[rows, columns] = outside[columns, rows] = False
+        assert np.linalg.matrix_rank(dense[rows, columns], tol=1e-9 * np.abs(exact).max()) <= rank
+    np.testing.assert_allclose(dense[outside], exact[outside], atol=1e-6 * np.abs(exact).max())
+
+    v = np.random.default_rng(seed).standard_normal((n, 3))
+    np.testing.assert_allclose(hodlr.matmul(torch.from_numpy(v)), dense @ v, atol=1e-10 * np.abs(dense).sum())
+    assert relative(hodlr.matmul(torch.from_numpy(v).float()), dense @ v) < 1e-4
+    forms = (v * (dense @ v)).sum(0)
+    np.testing.assert_allclose(hodlr.quadratic(torch.from_numpy(v)), forms, atol=1e-10 * np.abs(dense).sum())
+    check_inverse(hodlr, damping)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 333])
+@pytest.mark.parametrize("num_partition", [1, 3, 30])
+def test_any_size_with_levels_and_ranks_beyond_it(n: int, num_partition: int) -> None:
+    x = data(n, 2 * n, seed=n)
+    hodlr = fed(n, x, num_partition=num_partition, rank=2)
+    assert hodlr.levels <= num_partition and n >> hodlr.levels >= min(n, 4)
+    check_inverse(hodlr, 1e-3)
+    if n <= 100:
+        full = fed(n, x, num_partition=num_partition, rank=n + 5)
+        assert relative(full.to_dense(), moment(x)) < 1e-6
+
+
+@pytest.mark.parametrize(("n", "num_partition", "rank"), [(300, 1, 150), (301, 4, 301), (400, 8, 200), (64, 8, 32)])
+def test_full_rank_reproduces_the_matrix(n: int, num_partition: int, rank: int) -> None:
+    x = data(n, n + 50, seed=1, decay=0.3)
+    hodlr = fed(n, x, num_partition=num_partition, rank=rank)
+    assert relative(hodlr.to_dense(), moment(x)) < 1e-6
+    check_inverse(hodlr, 1e-3)
+    assert hodlr.effective_damping == 1e-3  # nothing was cut off, so nothing became indefinite
+
+
+def test_a_rank_that_the_data_really_has_is_found_through_the_sketches() -> None:
+    rng = np.random.default_rng(0)
+    n, rank = 600, 4
+    assert n // 4 > sum(sketch_widths(rank))  # two levels of it are sketched
+    x = torch.from_numpy((rng.standard_normal((900, rank)) @ rng.standard_normal((rank, n))).astype(np.float32))
+    assert relative(fed(n, x, num_partition=6, rank=rank).to_dense(), moment(x)) < 1e-5
+
+
+def block_data(size: int, spectrum: str, rank: int, seed: int) -> torch.Tensor:
+    """(size, 2 · size) vectors: the off-diagonal block of their second moment has exactly this spectrum."""
+    rng = np.random.default_rng(seed)
+    i = np.arange(1, size + 1, dtype=float)
+    values = {
+        "flat": np.ones(size),
+        "slow": i**-0.5,
+        "decaying": i**-1.0,
+        "fast": 0.7**i,
+        "spiked": np.where(i <= rank, 1000.0, 1.0),
+        "low rank": np.where(i <= rank, 1.0, 1e-3 / i),
+    }[spectrum]
+    tokens, left, right = (np.linalg.qr(rng.standard_normal((size, size)))[0] for _ in range(3))
+    return torch.from_numpy((tokens * np.sqrt(values * size) @ np.hstack([left.T, right.T])).astype(np.float32))
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("size", "rank"), [(181, 1), (200, 2), (320, 8)])
+def test_every_block_is_within_half_again_of_the_best_of_its_rank(spectrum: str, size: int, rank: int) -> None:
+    x = block_data(size, spectrum, rank, seed=size)
+    hodlr = fed(2 * size, x, num_partition=4, rank=rank)
+    assert size > sum(sketch_widths(rank))  # the largest block, whose spectrum this is, is sketched
+    dense, exact = hodlr.to_dense().numpy(), moment(x)
+    for rows, columns in off_diagonal(2 * size, hodlr.levels):
+        block = exact[rows, columns]
+        best = np.linalg.norm(np.linalg.svd(block, compute_uv=False)[rank:])
+        # The second term is what the float32 sums have lost.
+        assert np.linalg.norm(dense[rows, columns] - block) <= 1.5 * best + 1e-7 * np.linalg.norm(exact)
+
+
+def test_the_error_falls_with_the_rank() -> None:
+    x = data(512, 1500, seed=3, decay=1.5)
+    x[:, 1:] += 0.8 * x[:, :-1]  # neighbours resemble each other, as low-rank blocks need it
+    exact = moment(x)
+    errors = [relative(fed(512, x, num_partition=5, rank=rank).to_dense(), exact) for rank in (1, 2, 4, 8, 16, 32)]
+    assert all(later < 0.9 * earlier for earlier, later in itertools.pairwise(errors)), errors
+    assert errors[-1] < 0.1 * errors[0]
+
+
+# -- streaming --------------------------------------------------------------------------------------------------------
+
+
+@properties
+@given(
+    n=st.sampled_from([1, 5, 64, 99, 250]),
+    num_partition=st.integers(0, 6),
+    cuts=st.lists(st.integers(0, 300), max_size=8),
+)
+def test_batches_can_be_split_in_any_way(n: int, num_partition: int, cuts: list[int]) -> None:
+    x = data(n, 300, seed=n)
+    whole, split = fed(n, x, num_partition=num_partition), Hodlr(n, num_partition)
+    for low, high in itertools.pairwise([0, *sorted(cuts), 300]):
+        split.update(x[low:high])  # empty ones among them
+    assert split.tokens == 300
+    assert relative(split.to_dense(), whole.to_dense().numpy()) < 1e-5
+    np.testing.assert_allclose(split.inverse_diagonal(1e-1), whole.inverse_diagonal(1e-1), rtol=1e-3)
+
+
+def test_a_batch_longer_than_one_pass_takes() -> None:
+    x = data(40, 10_000, seed=0)
+    assert relative(fed(40, x, rank=40).to_dense(), moment(x)) < 1e-6
+
+
+def test_sums_of_several_ranks_are_one_matrix() -> None:
+    x = data(250, 400, seed=5)
+    parts = [fed(250, part, num_partition=5) for part in x.split([100, 0, 250, 50])]
+    whole = fed(250, x, num_partition=5).to_dense().numpy()
+    reduced = Hodlr(250, 5)
+    reduced.inverse_diagonal()  # a result that must not outlive the reduction
+    for target, *sources in zip(reduced.tensors(), *(part.tensors() for part in parts), strict=True):
+        target.copy_(torch.stack(sources).sum(0))  # what an all-reduce leaves on each rank
+    assert reduced.tokens == 400
+    assert relative(reduced.to_dense(), whole) < 1e-5
+    parts[0].to_dense()
+    for part in parts[1:]:
+        parts[0].merge(part)
+    assert relative(parts[0].to_dense(), whole) < 1e-5
+
+
+def test_saved_sums_continue_where_they_were(tmp_path) -> None:
+    x = data(250, 300, seed=6)
+    hodlr = fed(250, x[:200], num_partition=5)
+    torch.save(hodlr.state_dict(), tmp_path / "sums.pt")
+    hodlr.update(x[200:])
+    loaded = Hodlr(250, 5)
+    loaded.inverse_diagonal()
+    loaded.load_state_dict(torch.load(tmp_path / "sums.pt", weights_only=True))
+    loaded.update(x[200:])
+    assert torch.equal(loaded.to_dense(), hodlr.to_dense()) and loaded.tokens == 300
+
+
+@pytest.mark.parametrize("change", [{"n": 251}, {"num_partition": 4}, {"rank": 2}, {"seed": 1}])
+def test_sums_of_another_layout_are_refused(change: dict[str, int]) -> None:
+    mine, other = Hodlr(250, 5), Hodlr(**({"n": 250, "num_partition": 5} | change))
+    with pytest.raises(ValueError, match="cannot be added"):
+        mine.merge(other)
+    with pytest.raises(ValueError, match="cannot be added"):
+        mine.load_state_dict(other.state_dict())
+
+
+def test_the_seed_decides_and_nothing_else() -> None:
+    x = data(250, 100, seed=7, decay=0.2)
+    first = fed(250, x, seed=3).to_dense()
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert torch.equal(fed(250, x, seed=3).to_dense(), first)
+    assert torch.equal(torch.get_rng_state(), state)  # and the caller's random numbers are not used up
+    assert not torch.equal(fed(250, x, seed=4).to_dense(), first)
+
+
+def test_updating_after_an_inverse_changes_it() -> None:
+    x = data(100, 400, seed=8)
+    hodlr = fed(100, x[:50])
+    early = hodlr.inverse_diagonal()
+    early += 1  # the caller's own
+    assert torch.equal(hodlr.inverse_diagonal() + 1, early)
+    hodlr.update(x[50:])
+    assert relative(hodlr.to_dense(), fed(100, x).to_dense().numpy()) < 1e-5
+    check_inverse(hodlr, 1e-3)
+
+
+# -- what comes in ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_any_floating_dtype(dtype: torch.dtype) -> None:
+    x = data(60, 200, seed=9).to(dtype)
+    assert relative(fed(60, x, rank=60).to_dense(), moment(x)) < 1e-6
+
+
+def test_any_leading_shape_and_stride() -> None:
+    x = data(61, 120, seed=10)
+    expected = fed(61, x).to_dense()
+    for given_ in (x.view(4, 5, 6, 61), x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2]):
+        assert torch.equal(fed(61, given_).to_dense(), expected)
+    one = fed(61, x[0])
+    assert one.tokens == 1 and relative(one.to_dense(), fed(61, x[:1]).to_dense().numpy()) < 1e-6
+
+
+def test_activations_that_carry_a_graph_leave_none_behind() -> None:
+    x = data(61, 20, seed=10).requires_grad_()
+    hodlr = fed(61, x * 1)
+    assert not any(tensor.requires_grad for tensor in hodlr.tensors())
+    assert not hodlr.matmul(x.t()).requires_grad and not hodlr.inverse_diagonal().requires_grad
+
+
+def test_autocast_does_not_reach_the_sums() -> None:
+    x = data(250, 100, seed=11)
+    expected = fed(250, x)
+    v = torch.randn(250, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = fed(250, x)
+        product = inside.matmul(v)
+    assert torch.equal(inside.to_dense(), expected.to_dense())
+    assert torch.equal(product, expected.matmul(v))
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 200])
+@pytest.mark.parametrize("num_partition", [0, 4])
+@pytest.mark.parametrize("value", [0.0, 1.0, -3e3, 1e-9])
+def test_zero_and_constant_inputs_stay_finite(n: int, num_partition: int, value: float) -> None:
+    hodlr = fed(n, torch.full((50, n), value), num_partition=num_partition)
+    np.testing.assert_allclose(hodlr.to_dense(), np.full((n, n), value**2), rtol=1e-5)
+    unit = value**2 or 1.0
+    for damping in (1e-1, 1e-3):
+        check_inverse(hodlr, damping)
+        assert hodlr.effective_damping == damping  # rank 1: nothing is cut off
+        exact = (1 - value**2 / (n * value**2 + damping * unit)) / damping / unit
+        np.testing.assert_allclose(hodlr.inverse_diagonal(damping), exact, rtol=1e-2)
+    hodlr.update(data(n, 50, seed=0))
+    check_inverse(hodlr, 1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("n", [161, 400])
+def test_the_inverse_keeps_its_digits_near_a_singular_matrix(n: int, rank: int) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((50, rank)) @ rng.standard_normal((rank, n))  # all but singular without its damping
+    hodlr = fed(n, torch.from_numpy(x.astype(np.float32)), rank=rank)
+    for damping in (1e-2, 1e-4, 1e-6):
+        check_inverse(hodlr, damping)
+        assert hodlr.effective_damping <= max(damping, 1e-3)
+
+
+def test_without_tokens_the_matrix_is_zero() -> None:
+    hodlr = Hodlr(20)
+    hodlr.update(torch.zeros(0, 20))
+    hodlr.update(torch.zeros(3, 0, 20))
+    assert hodlr.tokens == 0 and not hodlr.to_dense().any() and not hodlr.matmul(torch.ones(20, 2)).any()
+    assert not hodlr.quadratic(torch.ones(20, 2)).any()
+    np.testing.assert_allclose(hodlr.inverse_diagonal(1e-2), 100.0)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e12])
+def test_the_units_of_the_data_do_not_matter(scale: float) -> None:
+    x = data(200, 300, seed=12)
+    plain, scaled = fed(200, x), fed(200, x * scale)
+    np.testing.assert_allclose(scaled.inverse_diagonal() * scale**2, plain.inverse_diagonal(), rtol=1e-4)
+    v = data(7, 200, seed=13)
+    tiny = scaled.quadratic(v * 1e-25) / 1e-50 / scale**2  # squares far below float32's range
+    np.testing.assert_allclose(tiny, plain.quadratic(v), rtol=1e-3, atol=1e-6 * float(plain.quadratic(v).max()))
+
+
+def test_single_vectors() -> None:
+    hodlr = fed(30, data(30, 40, seed=14))
+    v = torch.randn(30)
+    assert torch.equal(hodlr.matmul(v), hodlr.matmul(v[:, None])[:, 0])
+    assert hodlr.matmul(v.bfloat16()).dtype == torch.float32
+
+
+def test_wrong_input_is_refused() -> None:
+    hodlr = Hodlr(10)
+    for wrong in (torch.zeros(4, 11), torch.zeros(10, 4), torch.zeros(())):
+        with pytest.raises(ValueError, match=r"x has shape .*expected \(\.\.\., 10\)"):
+            hodlr.update(wrong)
+    for method in (hodlr.matmul, hodlr.quadratic):
+        with pytest.raises(ValueError, match="expected"):
+            method(torch.zeros(9, 10))
+    for arguments in ({"n": 0}, {"n": 10, "rank": 0}, {"n": 10, "num_partition": -1}, {"n": 10, "rank": 1.5}):
+        with pytest.raises(UserError, match="whole number"):
+            Hodlr(**arguments)
+    for damping in (-1e-3, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="damping"):
+            hodlr.inverse_diagonal(damping)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
+def test_data_that_is_not_finite_is_reported(value: float) -> None:
+    x = data(200, 30, seed=15)
+    x[3, 150] = value
+    with pytest.raises(RunError, match="not finite"):
+        fed(200, x).inverse_diagonal()
+
+
+# -- damping, cost ----------------------------------------------------------------------------------------------------
+
+
+def test_damping_grows_until_the_truncated_matrix_is_positive_definite() -> None:
+    hodlr = fed(200, data(200, 60, seed=16, decay=0.5), num_partition=4)
+    assert hodlr.effective_damping is None
+    dense = hodlr.to_dense().numpy()
+    lowest = np.linalg.eigvalsh(dense)[0] / np.diag(dense).mean()
+    assert lowest < -1e-2  # so this is a case of it
+    check_inverse(hodlr, 1e-4)
+    assert hodlr.effective_damping == pytest.approx(10 ** math.ceil(math.log10(-lowest)))
+    hodlr.inverse_diagonal(50.0)
+    assert hodlr.effective_damping == 50.0
+
+
+def test_no_damping_at_all() -> None:
+    x = data(48, 500, seed=17)
+    hodlr = fed(48, x, rank=48)
+    np.testing.assert_allclose(hodlr.inverse_diagonal(0.0), np.diag(np.linalg.inv(moment(x))), rtol=1e-3)
+    assert hodlr.effective_damping == 0
+    singular = fed(48, x[:5], rank=48)
+    assert (singular.inverse_diagonal(0.0) > 0).all() and singular.effective_damping > 0
+
+
+class LargestTensor(TorchDispatchMode):
+    """The elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_nothing_of_the_dense_size_is_ever_made() -> None:
+    n = 4097
+    x, v = torch.randn(64, n, generator=torch.Generator().manual_seed(0)), torch.ones(n, 8)
+    with LargestTensor() as largest:
+        hodlr = fed(n, x)
+        inverse = hodlr.inverse_diagonal()
+        hodlr.matmul(v)
+        hodlr.quadratic(v)
+    assert largest.elements < n * n / 20
+    assert sum(tensor.numel() for tensor in hodlr.tensors()) < n * n / 10
+    assert torch.isfinite(inverse).all() and (inverse > 0).all()
+
+
+def test_the_number_of_threads_is_the_callers_again() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fed(100, data(100, 50, seed=0)).inverse_diagonal()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- importance -------------------------------------------------------------------------------------------------------
+
+
+def brute_force(gradient: np.ndarray, A: np.ndarray, G: np.ndarray, damping_a: float, damping_g: float) -> np.ndarray:
+    """Scores of all entries (out, in), entry by entry as the definition reads."""
+    inverse_a = np.linalg.inv(A + damping_a * np.diag(A).mean() * np.eye(len(A)))
+    inverse_g = np.linalg.inv(G + damping_g * np.diag(G).mean() * np.eye(len(G)))
+    rows = [max(0.0, g @ A @ g) / inverse_g[o, o] for o, g in enumerate(gradient)]
+    columns = [max(0.0, g @ G @ g) / inverse_a[i, i] for i, g in enumerate(gradient.T)]
+    return np.array([[row * column for column in columns] for row in rows])
+
+
+def brute_blocks(scores: np.ndarray, size: int) -> np.ndarray:
+    rows, columns = (range(0, length, size) for length in scores.shape)
+    return np.array([[scores[r : r + size, c : c + size].sum() for c in columns] for r in rows])
+
+
+def top(scores: np.ndarray, count: int) -> set[int]:
+    return set(np.argsort(-scores.ravel(), kind="stable")[:count].tolist())
+
+
+@pytest.mark.parametrize(("num_partition", "rank"), [(0, 1), (3, 1), (8, 4)])
+@pytest.mark.parametrize(("out", "in_", "size"), [(90, 130, 16), (64, 32, 8), (33, 250, 64), (5, 3, 4)])
+def test_importance_is_the_brute_force_one(num_partition: int, rank: int, out: int, in_: int, size: int) -> None:
+    a, g = data(in_, 200, seed=1), data(out, 200, seed=2) * 1e-5
+    gradient = g.t() @ a / 200
+    A = fed(in_, a, num_partition=num_partition, rank=rank)
+    G = fed(out, g, num_partition=num_partition, rank=rank)
+    O, I = entry_importance(gradient, A, G, damping=1e-3)  # noqa: E741
+    blocks = block_scores(O, I, size)
+
+    exact = num_partition == 0
+    dense = (moment(a), moment(g)) if exact else (A.to_dense().numpy(), G.to_dense().numpy())
+    if exact:
+        assert A.effective_damping == G.effective_damping == 1e-3
+    expected = brute_force(gradient.double().numpy(), *dense, A.effective_damping, G.effective_damping)
+    np.testing.assert_allclose(torch.outer(O, I), expected, rtol=1e-2, atol=1e-5 * expected.max())
+    expected_blocks = brute_blocks(expected, size)
+    assert blocks.shape == expected_blocks.shape == (-(-out // size), -(-in_ // size))
+    np.testing.assert_allclose(blocks, expected_blocks, rtol=2e-3, atol=1e-6 * expected_blocks.max())
+    for count in (1, blocks.numel() // 10, blocks.numel() // 3):
+        assert top(blocks.numpy(), count) == top(expected_blocks, count)
+
+
+def test_importance_is_never_negative() -> None:
+    hodlr = fed(200, data(200, 60, seed=16, decay=0.5), num_partition=4)
+    value, vector = np.linalg.eigh(hodlr.to_dense().numpy())
+    assert value[0] < 0
+    gradient = torch.from_numpy(np.outer(vector[:, 0], vector[:, -1])).float()  # columns along a negative direction
+    O, I = entry_importance(gradient, hodlr, hodlr)  # noqa: E741
+    assert (O >= 0).all() and (I == 0).all()
+
+
+def test_importance_refuses_what_does_not_fit() -> None:
+    A, G = fed(6, data(6, 9, seed=0)), fed(4, data(4, 9, seed=0))
+    with pytest.raises(ValueError, match=r"\(6, 4\); expected \(out, in\) = \(4, 6\)"):
+        entry_importance(torch.zeros(6, 4), A, G)
+    with pytest.raises(RunError, match="not finite"):
+        entry_importance(torch.full((4, 6), float("nan")), A, G)
+    with pytest.raises(UserError, match="block_size"):
+        block_scores(torch.ones(4), torch.ones(6), 0)
