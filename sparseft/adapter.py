@@ -33,10 +33,9 @@ from sparseft.layers.converting import check_modules, replace_module
 from sparseft.layers.pattern import same_patterns
 from sparseft.methods import method_of
 from sparseft.methods.selecting import compute_selection
-from sparseft.modeling import ModelSpec, base_fingerprint
+from sparseft.modeling import STATE, ModelSpec, base_fingerprint, inside_compiled
 from sparseft.selection import Selection
 
-STATE = "_sparseft"  # the attribute of an attached model that holds its State
 DEFAULT = "default"
 
 
@@ -84,6 +83,7 @@ def _new_state(model: nn.Module, method: str) -> State:
     )
 
 
+@inside_compiled
 def attach(model: nn.Module, config: Any, selection: Selection | None = None) -> nn.Module:
     """Makes a plain model trainable by the method that `config` configures, and returns it.
 
@@ -95,8 +95,10 @@ def attach(model: nn.Module, config: Any, selection: Selection | None = None) ->
     """
     method = method_of(config)
     config.validate()
-    if state_of(model) is not None or sparse_layers(model):
+    if state_of(model) is not None or sparse_layers(model) or hasattr(model, "peft_config"):
         raise UserError("the model has an adapter already: detach or merge it first.")
+    if selection is not None and not isinstance(selection, Selection):
+        raise UserError(f"expected a sparseft.Selection, got {type(selection).__name__}: Selection({{…}}) makes one.")
     if not method.sparse:
         if selection is not None:
             raise UserError(f"method {method.name} takes no selection.")
@@ -131,6 +133,7 @@ def _remember(model: nn.Module, state: State, name: str, method_config: dict[str
     setattr(model, STATE, state)
 
 
+@inside_compiled
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -146,6 +149,7 @@ def trainable_count(model: nn.Module) -> int:
 # ---- saving ----
 
 
+@inside_compiled
 def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
     """Writes an adapter (the active one, or `name`) into the folder `path`, whole or not at all.
 
@@ -183,6 +187,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
 # ---- loading ----
 
 
+@inside_compiled
 def load_adapter(model: nn.Module, path: str | Path, name: str = DEFAULT) -> nn.Module:
     """Loads an adapter folder onto a plain or attached model, makes it the active one, and returns the model.
 
@@ -198,6 +203,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = DEFAULT) -> nn.
         raise UserError(f"{folder}: a whole model, not an adapter: load it as one (model.path={folder}).")
     if state is not None and state.kind != "sparse":
         raise UserError(f"{folder}: a sparse adapter cannot be loaded onto a model with {state.method} attached.")
+    if state is None and hasattr(model, "peft_config"):
+        raise UserError(f"{folder}: a sparse adapter cannot be loaded onto a model with peft's layers: merge it first.")
     values = read_sparse(folder, content)
     if state is None:
         state = _new_state(model, str(content.get("method")))
@@ -303,6 +310,7 @@ def _activate(model: nn.Module, patterns: dict[str, dict[str, Pattern]]) -> None
         new.install(patterns[module])
 
 
+@inside_compiled
 def set_adapter(model: nn.Module, name: str | None) -> nn.Module:
     """Makes the adapter `name` the active one; null: the base, bit for bit (deltas are kept)."""
     state = _require_state(model)
@@ -325,6 +333,7 @@ def set_adapter(model: nn.Module, name: str | None) -> nn.Module:
     return model
 
 
+@inside_compiled
 def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn.Module:
     """Adds `name`: the weighted sum of adapters with their patterns united; it becomes the active one."""
     state = _require_state(model)
@@ -369,6 +378,7 @@ def detach(model: nn.Module) -> nn.Module:
     return _leave(model, merged=False)
 
 
+@inside_compiled
 def _leave(model: nn.Module, *, merged: bool) -> nn.Module:
     state = _require_state(model)
     if state.kind == "sparse":
@@ -383,16 +393,3 @@ def _leave(model: nn.Module, *, merged: bool) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, True))
     return model
-
-
-__all__ = [
-    "attach",
-    "compute_selection",
-    "detach",
-    "fuse",
-    "load_adapter",
-    "merge",
-    "save_adapter",
-    "set_adapter",
-    "trainable_parameters",
-]

@@ -168,7 +168,8 @@ def load_peft(model: nn.Module, folder: Path, name: str) -> nn.Module:
             _strip_peft(model, flags)
         elif trial in model.peft_config:
             model.delete_adapter(trial)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        reason = " ".join(line.strip() for line in lines[:2])  # torch's first line of misfits only introduces them
         raise UserError(f"{folder}: peft cannot load it on this model: {reason}") from error
     return wrapper.train(training)  # peft's new modules would drop out in evaluation mode too
 

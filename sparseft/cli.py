@@ -271,7 +271,8 @@ def _usage_error(error: Any) -> int:
         if _is_setting(option.lstrip("-")):
             hint = f" A setting is written without dashes: {option.lstrip('-')}=…"
         else:
-            hint = nearest(option, [name for parameter in context.command.params for name in parameter.opts])
+            options = (name for parameter in context.command.params for name in parameter.opts)
+            hint = nearest(option, [name for name in options if name.startswith("-")])  # arguments have bare names
         message = f"No such option: {option}.{hint}"
     elif "No such command" in message:
         name = message.partition("'")[2].partition("'")[0]

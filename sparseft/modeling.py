@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ ATTENTION_ROLES: dict[str, str | tuple[str, ...]] = {
     "o_proj": "o",
     "out_proj": "o",
     "c_proj": "o",  # GPT-2, below an attention module
+    "dense": "o",  # GPT-NeoX, Bloom, Falcon, Phi
     "qkv_proj": ("q", "k", "v"),  # Phi-3
     "c_attn": ("q", "k", "v"),  # GPT-2
 }
@@ -34,11 +37,16 @@ MLP_ROLES: dict[str, str | tuple[str, ...]] = {
     "fc2": "down",
     "c_fc": "up",  # GPT-2
     "c_proj": "down",
+    "dense_h_to_4h": "up",  # GPT-NeoX, Bloom, Falcon
+    "dense_4h_to_h": "down",
+    "fc_in": "up",  # GPT-J
+    "fc_out": "down",
     "w1": "gate",
     "w3": "up",
     "w2": "down",
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+STATE = "_sparseft"  # the attribute of an attached model that holds `adapter.State`
 COLUMN_ROLES = ("o", "down")  # their units are input features; every other role's are output features
 
 
@@ -74,7 +82,12 @@ class ModelSpec:
     def of(model: nn.Module) -> ModelSpec:
         """Reads a (plain or attached) Hugging Face causal LM; nothing is materialised, so meta models do too."""
         config = model.config.get_text_config()
-        num_heads = int(config.num_attention_heads)
+        num_heads = getattr(config, "num_attention_heads", None)
+        if not isinstance(num_heads, int):
+            raise UserError(
+                f"{type(model).__name__} has no single number of attention heads in its config "
+                f"(num_attention_heads={num_heads}): sparseft trains transformers' decoders built on attention."
+            )
         num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
         prefix, layers = decoder_layers(model)
         linears: dict[str, tuple[int, int]] = {}
@@ -109,6 +122,9 @@ class ModelSpec:
         )
         for name in linears:
             spec.slots += spec._slots_of(name, layer=int(name[len(prefix) + 1 :].split(".", 1)[0]))
+        if config.model_type == "codegen" or not getattr(config, "multi_query", True):  # GPT-BigCode without it
+            # Their fused projections mix q, k and v head by head, so that no run of rows is one of them.
+            spec.slots = [slot for slot in spec.slots if slot.role not in ("q", "k", "v")]
         return spec
 
     def _slots_of(self, name: str, layer: int) -> list[Slot]:
@@ -149,6 +165,19 @@ class ModelSpec:
         """The slots of the linears in scope, in the model's order."""
         names = self.linears_in(scope)
         return [slot for slot in self.slots if slot.module in names]
+
+
+def inside_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets `function(model, …)` take what `torch.compile` made of a model: it works on the model inside, by whose
+    names adapters are kept. A model that stays attached is returned as it was given, compiled."""
+
+    @functools.wraps(function)
+    def call(model: nn.Module, *args: Any, **options: Any) -> Any:
+        inner = getattr(model, "_orig_mod", model)
+        result = function(inner, *args, **options)
+        return model if result is inner and hasattr(inner, STATE) else result
+
+    return call
 
 
 def is_linear(module: nn.Module) -> bool:

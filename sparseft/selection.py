@@ -74,6 +74,11 @@ class Selection:
             chosen: dict[str, Tensor] = {}
             for kind, index in kinds.items():
                 if kind == "block_size":
+                    if self.block_size not in (None, int(index)):
+                        raise UserError(
+                            f"selection of {module}: block_size={index}, but other modules have {self.block_size}: "
+                            "a selection has one block size."
+                        )
                     self.block_size = int(index)
                     continue
                 if kind not in KINDS:
@@ -89,7 +94,7 @@ class Selection:
                 if tensor.dim() != (2 if kind == "blocks" else 1) or (kind == "blocks" and tensor.shape[1] != 2):
                     wanted = "pairs (block row, block column)" if kind == "blocks" else "a list of indices"
                     raise UserError(f"selection of {module}: {kind} must be {wanted}, got {tuple(tensor.shape)}.")
-                chosen[kind] = tensor.to(device="cpu", dtype=torch.int64)
+                chosen[kind] = tensor.to(device="cpu", dtype=torch.int64).contiguous()
             if chosen:
                 modules[module] = chosen
         self.modules = modules
@@ -221,6 +226,11 @@ def sparsity_budget(spec: ModelSpec, roles: list[str], sparsity: float, *, scope
     a layer meets its budget to within one unit of that role.
     """
     slots = [slot for slot in _require_roles(spec, roles, scope) if slot.role in roles]
+    if not slots:
+        raise UserError(
+            "no module in scope has a role that s2ft knows (q, k, v, o, gate, up, down), so it cannot choose heads or "
+            "channels: use method=sylva, whose blocks need no roles."
+        )
     candidates = _candidates(slots, spec)
     scope_parameters = sum(r * c for r, c in spec.linears_in(scope).values())
     weights = sum(slot.count * slot.unit * slot.other for slot in slots)

@@ -361,7 +361,48 @@ def test_tied_weights_are_refused(make_model: Make) -> None:
     with pytest.raises(UserError, match="is tied to"):
         sparseft.attach(model, sparseft.SylvaConfig(importance="random", block_size=8))
     assert_same_state(before, model)
+    with pytest.raises(UserError, match="is tied to"):
+        sparseft.attach(model, sparseft.LoraConfig(rank=2))  # merging it would change the other
+    assert_same_state(before, model)
     sparseft.attach(model, sparseft.S2FTConfig(), Selection({DOWN: {"rows": [0]}}))  # what is not tied trains
+
+
+def test_peft_layers_of_others_are_refused(make_model: Make, good: Path) -> None:
+    import peft
+
+    model = make_model("llama")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for inner in (wrapped, model):
+        for config in (sparseft.S2FTConfig(), sparseft.LoraConfig(rank=2)):
+            with pytest.raises(UserError, match="has an adapter already"):
+                sparseft.attach(inner, config)
+        with pytest.raises(UserError, match="peft's layers"):
+            sparseft.load_adapter(inner, good)
+    sparseft.attach(wrapped.merge_and_unload(), sparseft.S2FTConfig())
+
+
+def test_a_selection_that_is_none_is_refused(make_model: Make) -> None:
+    with pytest.raises(UserError, match="expected a sparseft.Selection, got dict"):
+        sparseft.attach(make_model("llama"), sparseft.S2FTConfig(), {DOWN: {"rows": [0]}})
+
+
+def test_compiled_models(make_model: Make, tmp_path: Path) -> None:
+    compiled = torch.compile(make_model("llama"), backend="eager")
+    config = sparseft.S2FTConfig(d_ratio=0.2)
+    assert sparseft.attach(compiled, config) is compiled
+    parameters = sparseft.trainable_parameters(compiled)
+    assert not any("_orig_mod" in name for name in parameters)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.normal_()
+    sparseft.save_adapter(compiled, tmp_path / "adapter")
+    loaded = sparseft.load_adapter(make_model("llama"), tmp_path / "adapter")
+    assert sparseft.trainable_parameters(loaded).keys() == parameters.keys()
+    sparseft.set_adapter(compiled, None)
+    plain = sparseft.detach(compiled)
+    base = make_model("llama")
+    assert type(plain) is type(base) and plain.state_dict().keys() == base.state_dict().keys()
+    assert all(torch.equal(value, base.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
 def test_a_selection_is_not_changed_by_attaching(make_model: Make) -> None:
@@ -633,8 +674,9 @@ def test_damaged_peft_folders_are_refused(make_model: Make, tmp_path: Path, case
     plain = make_model("llama")
     plain.lm_head.requires_grad_(False)
     before = state(plain)
-    with pytest.raises(UserError, match=str(folder)):
+    with pytest.raises(UserError, match=str(folder)) as refusal:
         sparseft.load_adapter(plain, folder)
+    assert case != "other shape" or "size mismatch for " in str(refusal.value)  # says which
     assert_same_state(before, plain)
     model = sparseft.load_adapter(plain, tmp_path / "good", "kept")
     expected, names = logits(model), set(model.state_dict())

@@ -208,6 +208,7 @@ def test_cfg_as_json_and_with_own_files(tmp_path: Path, capfd: pytest.CaptureFix
         (["export", "x", "--format", "lora", "--out", "y"], ["Unknown format 'lora'", "peft-lora"]),
         (["export", "x", "--out", "y"], ["--format"]),
         (["report", "--format", "html"], ["No such option: --format"]),
+        (["train", "--limit", "3"], ["No such option: --limit. Available: ", "-m. (see sparseft train --help)"]),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])

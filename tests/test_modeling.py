@@ -105,6 +105,24 @@ ARCHITECTURES: dict[str, tuple[Any, int, int, int, dict[str, dict[str, tuple]]]]
             "fc2": {"down": ("columns", 0, 1, 80, 48)},
         },
     ),
+    "phi": (
+        transformers.PhiConfig(**SIZES), 4, 4, 12,
+        {leaf: role for leaf, role in attention(4, 4, 12).items() if leaf != "o_proj"}
+        | {
+            "dense": {"o": ("columns", 0, 12, 4, 48)},
+            "fc1": {"up": ("rows", 0, 1, 80, 48)},
+            "fc2": {"down": ("columns", 0, 1, 80, 48)},
+        },
+    ),
+    "gptj": (
+        transformers.GPTJConfig(vocab_size=64, n_embd=48, n_inner=80, n_layer=2, n_head=4, rotary_dim=4), 4, 4, 12,
+        {leaf: role for leaf, role in attention(4, 4, 12).items() if leaf != "o_proj"}
+        | {
+            "out_proj": {"o": ("columns", 0, 12, 4, 48)},
+            "fc_in": {"up": ("rows", 0, 1, 80, 48)},
+            "fc_out": {"down": ("columns", 0, 1, 80, 48)},
+        },
+    ),
 }  # fmt: skip
 
 
@@ -139,6 +157,40 @@ def test_unknown_roles_leave_blocks_to_train() -> None:
     assert len(spec.linears) == 8 and not [s for s in spec.slots if s.role in ("q", "k", "v")]
     selection = sparseft.compute_selection(meta(config), sparseft.SylvaConfig(importance="random", block_size=16))
     assert selection.modules.keys() == spec.linears.keys()
+
+
+FUSED: dict[str, Any] = {
+    "neox": transformers.GPTNeoXConfig(**SIZES),
+    "bloom": transformers.BloomConfig(vocab_size=64, hidden_size=48, n_layer=2, n_head=4),
+    "falcon": transformers.FalconConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4),
+    "codegen": transformers.CodeGenConfig(vocab_size=64, n_embd=48, n_layer=2, n_head=4, rotary_dim=4),
+    "bigcode": transformers.GPTBigCodeConfig(vocab_size=64, n_embd=48, n_layer=2, n_head=4, multi_query=False),
+}
+
+
+@pytest.mark.parametrize("name", list(FUSED))
+def test_fused_projections_of_another_order_are_left_alone(name: str) -> None:
+    # Their q, k and v lie interleaved: o, up and down can be chosen, rows of q, k and v cannot.
+    model = meta(FUSED[name])
+    spec = ModelSpec.of(model)
+    assert {slot.role for slot in spec.slots} == {"o", "up", "down"}
+    assert all(slot.count == 4 for slot in spec.slots if slot.role == "o")
+    selection = sparseft.compute_selection(model, sparseft.S2FTConfig(sparsity=0.9))
+    assert all("columns" in kinds for kinds in selection.modules.values()) and len(selection.modules) == 4
+    with pytest.raises(UserError, match="no 'q' projection in scope"):
+        sparseft.compute_selection(model, sparseft.S2FTConfig(q_ratio=0.5))
+
+
+def test_without_any_role_s2ft_is_refused() -> None:
+    with pytest.raises(UserError, match="no module in scope has a role that s2ft knows"):
+        sparseft.compute_selection(meta(FUSED["neox"]), sparseft.S2FTConfig(scope="query_key_value"))
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2, state_size=4)
+    for method in (sparseft.S2FTConfig(), sparseft.SylvaConfig(importance="random", block_size=8)):
+        with pytest.raises(UserError, match="MambaForCausalLM has no single number of attention heads"):
+            sparseft.attach(meta(config), method)
 
 
 def test_experts_are_seen(make_model: Callable[..., Any]) -> None:

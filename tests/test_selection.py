@@ -335,6 +335,8 @@ def test_indices_from_the_caller() -> None:
     assert selection.modules["m"]["rows"].dtype == torch.int64 and selection.modules["m"]["rows"].tolist() == [3, 1]
     blocks = Selection({"m": {"blocks": [(0, 1)], "block_size": 8}})
     assert blocks.block_size == 8 and blocks.has_blocks and not selection.has_blocks
+    with pytest.raises(UserError, match="block_size=4, but other modules have 8"):
+        Selection({"m": {"blocks": [(0, 1)], "block_size": 8}, "n": {"blocks": [(0, 1)], "block_size": 4}})
     assert blocks.trainable({"m": (4, 12)}) == {"m": 4 * 4}
 
 
@@ -378,7 +380,8 @@ def test_round_trip(make_model: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def test_round_trip_of_the_callers_own(tmp_path: Path) -> None:
-    own = Selection({"m": {"rows": [3, 1], "blocks": [[0, 1]]}}, block_size=4)
+    strided = torch.tensor([[0, 1], [1, 0]]).t()
+    own = Selection({"m": {"rows": [3, 1], "blocks": [[0, 1]]}, "n": {"blocks": strided}}, block_size=4)
     once = Selection.load(own.save(tmp_path / "one"))
     twice = Selection.load(once.save(tmp_path / "two"))
     assert same(own, twice)

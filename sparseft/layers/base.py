@@ -106,7 +106,11 @@ class SparseLinear(nn.Module):
             self.register_parameter("bias", None)
         self._original: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
         self.reset_parameters()
+        self._join()
+
+    def _join(self) -> None:
         _LIVE.add(self)
+        self.register_load_state_dict_post_hook(_after_load)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -137,7 +141,7 @@ class SparseLinear(nn.Module):
                 parameter.requires_grad_(False)
         layer._original = (linear,)
         layer.train(linear.training)
-        _LIVE.add(layer)
+        layer._join()
         return layer
 
     @staticmethod
@@ -310,6 +314,11 @@ def write_back(layers: Iterable[SparseLinear]) -> None:
     """Writes every layer's base + delta into its weight."""
     for layer in layers:
         layer.write_back()
+
+
+def _after_load(layer: SparseLinear, keys: Any) -> None:
+    """Writes deltas that a state dict brought without their weight: a compiled forward does not look for them."""
+    layer._write_if_stale()
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -84,16 +84,18 @@ class Lora(Method):
         import peft
         import torch
 
+        from sparseft.layers.converting import check_modules
         from sparseft.modeling import ModelSpec
 
         spec = ModelSpec.of(model)
-        rank = rank_for(spec, config)
+        rank, targets = rank_for(spec, config), target_modules(spec, config)
+        check_modules(model, targets, spec.linears)  # merging into a tied weight would change the other too
         peft_config = peft.LoraConfig(
             task_type=peft.TaskType.CAUSAL_LM,
             r=rank,
             lora_alpha=config.alpha if config.alpha is not None else 2 * rank,
             lora_dropout=config.dropout,
-            target_modules=target_modules(spec, config),
+            target_modules=targets,
             use_dora=config.use_dora,
             fan_in_fan_out=bool(spec.transposed),  # Conv1D keeps its weight as (in, out)
         )

@@ -14,10 +14,11 @@ from sparseft.layers import sparse_layers
 from sparseft.layers.converting import check_modules
 from sparseft.methods import method_of
 from sparseft.methods.base import SparseConfig
-from sparseft.modeling import ModelSpec
+from sparseft.modeling import ModelSpec, inside_compiled
 from sparseft.selection import Selection, choose, generator_for
 
 
+@inside_compiled
 def compute_selection(
     model: nn.Module,
     config: SparseConfig,
