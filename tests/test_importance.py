@@ -208,7 +208,9 @@ def test_prompt_tokens_count(make_model: Callable[..., Any]) -> None:
     unmasked = [{**items[0], "labels": items[0]["input_ids"]}]
     assert_same(score(model, candidates, "activation", items), score(model, candidates, "activation", unmasked))
     grads = {}
-    observe(model, ["model.layers.0.mlp.down_proj"], items, lambda n, x, y, g: grads.update({n: g}), gradients=True)
+    observe(
+        model, ["model.layers.0.mlp.down_proj"], items, lambda n, x, y, g, source: grads.update({n: g}), gradients=True
+    )
     (grad,) = grads.values()
     assert grad.shape == (9, 48) and (grad[:3].abs().sum(1) > 0).all()
 

@@ -8,6 +8,7 @@
 | product | weight × activation |
 | gradient | Σ over samples of ‖∇W_u‖₂ |
 | fisher | Σ over samples of ‖∇W_u‖₂² (the empirical Fisher's diagonal, summed over the unit) |
+| sylva | Σ over the unit of O_o · I_i, from the mean gradient and hierarchical second moments (`second_order.py`) |
 
 A sample's gradient is that of its loss, the mean over its labelled tokens.
 """
@@ -16,44 +17,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparseft.errors import UserError
+from sparseft.importance.second_order import SecondOrder, SecondOrderStatistics
 from sparseft.importance.statistics import observe
+from sparseft.importance.units import Unitised, sum_features, sum_units
 from sparseft.kernels.reference import to_blocks
-
-
-class Unitised(Protocol):
-    """What is scored: `selection.Candidate`."""
-
-    module: str
-    kind: str
-    shape: tuple[int, int]
-    start: int
-    unit: int
-    count: int
-
-    @property
-    def key(self) -> str: ...
-
-
-def sum_units(matrix: Tensor, candidate: Unitised) -> Tensor:
-    """Sums a (out, in) matrix over each unit -> (units,)."""
-    if candidate.kind == "blocks":
-        size = candidate.unit
-        by_column = to_blocks(matrix, size).sum(-1)  # (out, block columns)
-        return to_blocks(by_column.t(), size).sum(-1).t().reshape(-1)
-    side = matrix.sum(1) if candidate.kind == "rows" else matrix.sum(0)
-    return sum_features(side, candidate)
-
-
-def sum_features(side: Tensor, candidate: Unitised) -> Tensor:
-    """Sums a vector over output (rows) or input (columns) features over each unit -> (units,)."""
-    stop = candidate.start + candidate.unit * candidate.count
-    return side[candidate.start : stop].reshape(candidate.count, candidate.unit).sum(1)
 
 
 def weight_norms(weight: Tensor, candidate: Unitised) -> Tensor:
@@ -82,11 +55,12 @@ def compute_scores(
     batches: Iterable[Mapping[str, Any]] | None,
     generator: Callable[..., torch.Generator],
     progress: Callable[[int], None] | None = None,
+    second_order: SecondOrder | None = None,
 ) -> dict[str, Tensor]:
     """Scores (units,) in float64 on the CPU, by candidate key.
 
     `generator(seed, *names)` gives the random numbers; `batches` (dicts as the model takes them) are needed by every
-    importance but random and weight. The model is unchanged afterwards.
+    importance but random and weight; `second_order` sets the statistics of sylva. The model is unchanged afterwards.
     """
     if importance == "random":
         return {
@@ -98,17 +72,25 @@ def compute_scores(
         weights = {c.key: weight_norms(_logical(model.get_submodule(c.module)), c).cpu() for c in candidates}
     if importance == "weight":
         return weights
-    if importance not in ("activation", "product", "gradient", "fisher"):
-        raise UserError(f"importance '{importance}' is not available yet.")
     if batches is None:
         raise UserError(f"importance '{importance}' needs calibration batches.")
 
     by_module: dict[str, list[Unitised]] = defaultdict(list)
     for c in candidates:
         by_module[c.module].append(c)
+    if importance == "sylva":
+        statistics = SecondOrderStatistics(second_order or SecondOrder(), seed)
+        observe(model, by_module, batches, statistics, gradients=True, progress=progress)
+        return {
+            key: score
+            for module, members in by_module.items()
+            for key, score in statistics.unit_scores(module, members).items()
+        }
+    if importance not in ("activation", "product", "gradient", "fisher"):
+        raise UserError(f"importance '{importance}' is unknown.")
     totals = {c.key: torch.zeros(c.count, dtype=torch.float64) for c in candidates}
 
-    def observer(name: str, x: Tensor, y: Tensor, grad: Tensor | None) -> None:
+    def observer(name: str, x: Tensor, y: Tensor, grad: Tensor | None, source: str) -> None:
         if grad is None:
             for c in by_module[name]:
                 totals[c.key] += activation_norms(x, y, c).cpu()

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError
 
-# Called with (module name, input (tokens, in), output (tokens, out), output gradient (tokens, out) or null).
-Observer = Callable[[str, Tensor, Tensor, Tensor | None], None]
+# Called with (module name, input (tokens, in), output (tokens, out), output gradient (tokens, out) or null, source).
+# The source is the first module that was given the same input, so that q, k and v (gate and up) share its statistics.
+Observer = Callable[[str, Tensor, Tensor, Tensor | None, str], None]
 
 
 def split_samples(batch: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
@@ -72,15 +73,21 @@ def observe(
     device = next(model.parameters()).device
     modules = {name: model.get_submodule(name) for name in names}
     handles = []
+    # This sample's inputs by their place in memory, each with its first module; held, so that no place is used twice.
+    given: dict[tuple[int, tuple[int, ...]], tuple[str, Tensor]] = {}
 
     def watch(name: str, module: nn.Module):
         def after_forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
             y = output.detach().reshape(-1, output.shape[-1])
             if not gradients:
-                observer(name, x, y, None)
+                observer(name, x, y, None, name)
             elif output.requires_grad:
-                output.register_hook(lambda grad: observer(name, x, y, grad.detach().reshape(-1, grad.shape[-1])))
+                place = (inputs[0].data_ptr(), tuple(inputs[0].shape))
+                source, _ = given.setdefault(place, (name, inputs[0]))
+                output.register_hook(
+                    lambda grad: observer(name, x, y, grad.detach().reshape(-1, grad.shape[-1]), source)
+                )
 
         return module.register_forward_hook(after_forward)
 
@@ -95,6 +102,7 @@ def observe(
         for batch in batches:
             for sample in split_samples(batch):
                 sample = {name: value.to(device) for name, value in sample.items()}
+                given.clear()
                 if gradients:
                     # The first label predicts nothing: the loss is over labels[1:].
                     if not (sample["labels"][:, 1:] != -100).any():

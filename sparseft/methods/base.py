@@ -55,11 +55,6 @@ class SparseConfig:
             raise UserError(f"method.num_samples={self.num_samples}: expected at least 1 calibration example.")
         if self.reselect_steps != 0:
             raise UserError(f"method.reselect_steps={self.reselect_steps}: re-selection is not available yet, use 0.")
-        if self.importance == "sylva":
-            raise UserError(
-                "method.importance=sylva: the second-order importance is not available yet; "
-                "use gradient or fisher (random, weight, activation and product work too)."
-            )
 
     @property
     def needs_data(self) -> bool:

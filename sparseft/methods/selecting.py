@@ -10,6 +10,7 @@ from torch import nn
 
 from sparseft.errors import UserError
 from sparseft.importance import compute_scores
+from sparseft.importance.second_order import SecondOrder
 from sparseft.layers import sparse_layers
 from sparseft.layers.converting import check_modules
 from sparseft.methods import method_of
@@ -57,10 +58,21 @@ def compute_selection(
         batches=batches,
         generator=generator_for,
         progress=progress,
+        second_order=second_order(config),
     )
     selection = choose(budget, scores, order=config.order, allocation=config.allocation, seed=config.seed)
     describe(selection, spec, method.name, config, budget.scope_parameters)
     return selection
+
+
+def second_order(config: SparseConfig) -> SecondOrder:
+    """The settings of the second-order statistics: the config's where it has them, else the defaults."""
+    default = SecondOrder()
+    return SecondOrder(
+        num_partition=getattr(config, "num_partition", default.num_partition),
+        rank=getattr(config, "rank", default.rank),
+        damping=getattr(config, "damping", default.damping),
+    )
 
 
 def first_samples(batches: Iterable[Mapping[str, Any]], count: int) -> Iterable[Mapping[str, Any]]:

@@ -19,7 +19,7 @@ BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
 class SylvaConfig(SparseConfig):
     """Blocks of `block_size` × `block_size` weights, the top share (1 − sparsity) of them by importance."""
 
-    importance: str = "gradient"
+    importance: str = "sylva"
     block_size: int = 64  # 4 | 8 | 16 | 32 | 64 | 128
     num_partition: int = 8  # levels of halving of the second-order statistics; 0: dense
     rank: int = 1  # of their off-diagonal blocks
