@@ -30,6 +30,7 @@ from sparseft.files import replaced_folder
 from sparseft.fusing import Values, unite
 from sparseft.layers import Pattern, SparseLinear, restore, sparse_layers
 from sparseft.layers.converting import check_modules, replace_module
+from sparseft.layers.parking import union
 from sparseft.layers.pattern import same_patterns
 from sparseft.methods import method_of
 from sparseft.methods.selecting import compute_selection
@@ -176,7 +177,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
     layers = sparse_layers(model)
     shapes = {module: (layers[module].out_features, layers[module].in_features) for module in adapter.patterns}
     values = {
-        module: {kind: Values(p.index, p.delta.detach(), p.block_size) for kind, p in kinds.items()}
+        module: {kind: Values(*union(p), p.block_size) for kind, p in kinds.items()}
         for module, kinds in adapter.patterns.items()
     }
     with replaced_folder(path) as aside:
@@ -353,7 +354,7 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
     parts: dict[str, list[tuple[float, dict[str, Values]]]] = defaultdict(list)
     for known, weight in weights.items():
         for module, kinds in state.adapters[known].patterns.items():
-            values = {kind: Values(p.index.cpu(), p.delta.detach().cpu(), p.block_size) for kind, p in kinds.items()}
+            values = {kind: Values(*(v.cpu() for v in union(p)), p.block_size) for kind, p in kinds.items()}
             parts[module].append((weight, values))
     united = {module: unite(items, shapes[module]) for module, items in parts.items()}
     methods = {state.adapters[known].method for known in weights}

@@ -26,6 +26,7 @@ from sparseft.layers import sparse_layers, write_back
 from sparseft.runs import append_metrics
 from sparseft.trainer_checkpoints import CHECKPOINTS, checkpoint_steps, last_checkpoint, load_trained, step_of
 from sparseft.trainer_memory import memory_bytes
+from sparseft.trainer_reselecting import save_active
 
 
 class Clock:
@@ -133,9 +134,10 @@ class Trainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            save_adapter(
-                self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir) / "adapter"
-            )
+            folder = Path(output_dir or self.args.output_dir)
+            model = self.accelerator.unwrap_model(self.model)
+            save_adapter(model, folder / "adapter")
+            save_active(model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model if model is None else model, Path(resume_from_checkpoint) / "adapter")

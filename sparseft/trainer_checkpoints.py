@@ -9,6 +9,7 @@ from torch import nn
 from sparseft.adapter import load_adapter, state_of
 from sparseft.errors import UserError
 from sparseft.files import read_tensors
+from sparseft.trainer_reselecting import load_active
 
 CHECKPOINTS = "checkpoints"
 PREFIX = "checkpoint-"
@@ -38,6 +39,8 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     state = state_of(model)
     assert state is not None
     if state.kind == "sparse":
+        if load_active(model, folder.parent):
+            return
         load_adapter(model, folder, state.active or "default")
         return
     if state.kind == "whole":

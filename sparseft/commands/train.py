@@ -192,6 +192,8 @@ class Job:
             data_collator=Collator(padding_id(prepared.tokenizer)),
             processing_class=None,
         )
+        if getattr(config.method, "reselect_steps", 0):
+            trainer.add_callback(self._reselection(trainer.clock))
         before = self._eval_loss(trainer, folder, 0)
         if before is not None:
             console.log(f"eval loss before: {before:.4f} ({prepared.data.eval_source})")
@@ -227,6 +229,25 @@ class Job:
             "method_config": asdict(config.method),
             "warnings": console.recorded_warnings(),
         }
+
+    def _reselection(self, clock: Any) -> Any:
+        """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time."""
+        from sparseft.data import calibration_batches
+        from sparseft.data.batches import padding_id
+        from sparseft.methods.selecting import reselect
+        from sparseft.trainer_reselecting import Reselection
+
+        method = self.config.method
+
+        def choose(step: int) -> Any:
+            seed = method.seed + step
+            batches = None
+            if method.needs_data:
+                pad = padding_id(self.prepared.tokenizer)
+                batches = calibration_batches(self.prepared.data.train, method.num_samples, seed, pad)
+            return reselect(self.model, method, batches, seed=seed)
+
+        return Reselection(method.reselect_steps, choose, clock)
 
     def _eval_loss(self, trainer: Any, folder: Path, step: int) -> float | None:
         """The evaluation loss at the present step: as recorded where it was measured there, else measured now."""

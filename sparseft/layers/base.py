@@ -214,6 +214,7 @@ class SparseLinear(nn.Module):
         for kind, pattern in patterns.items():
             pattern.take_base(self.logical_weight)
             self.add_module(kind, pattern)
+        self.write_parked()
         self.write_back()
         return old
 
@@ -222,10 +223,22 @@ class SparseLinear(nn.Module):
         """Writes the base's own values, bit for bit; the deltas stay as they are."""
         if self.weight.is_meta:
             return
+        weight = self.logical_weight
         for pattern in self.patterns.values():
-            reference.scatter_(
-                self.logical_weight, pattern.kind, pattern.index, pattern.base_values, pattern.block_size
-            )
+            reference.scatter_(weight, pattern.kind, pattern.index, pattern.base_values, pattern.block_size)
+            if pattern.parked is not None:
+                index, base = pattern.parked.index.to(weight.device), pattern.parked.base.to(weight.device)
+                reference.scatter_(weight, pattern.kind, index, base, pattern.block_size)
+
+    @torch.no_grad()
+    def write_parked(self) -> None:
+        """Writes base + delta of the parked entries: needed only where the weight held the base."""
+        weight = self.logical_weight
+        for pattern in self.patterns.values():
+            if pattern.parked is not None and not weight.is_meta:
+                values = (pattern.parked.base + pattern.parked.delta).to(weight)
+                index = pattern.parked.index.to(weight.device)
+                reference.scatter_(weight, pattern.kind, index, values, pattern.block_size)
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -282,6 +295,7 @@ class SparseLinear(nn.Module):
         dtype = self.weight.dtype
         super()._apply(fn, recurse)
         if self.weight.dtype != dtype:
+            self.write_parked()
             self.write_back()  # base and delta were cast apart: their sum is rounded once again from fp32
         return self
 
@@ -301,6 +315,7 @@ class SparseLinear(nn.Module):
     def _take_new_base(self) -> None:
         """The weight as it is now (a plain checkpoint's, say) is the base: the deltas start anew."""
         for pattern in self.patterns.values():
+            pattern.parked = None
             pattern.take_base(self.logical_weight)
             pattern.delta.zero_()
             pattern.written_version = pattern.delta._version

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError
 from sparseft.kernels import reference
+from sparseft.layers.parking import Parked
 
 # Save the needed column blocks of x when they are at most this share of it: a larger slice of its own costs more than
 # x itself does, which the siblings of the layer (q, k, v; gate, up) and the norm before it share.
@@ -36,12 +37,21 @@ class Pattern(nn.Module):
         self.register_buffer("base_values", _gather(weight, kind, index, block_size))
         self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
         self.written_version = self.delta._version
+        self.parked: Parked | None = None  # entries that trained before (re-selection)
         self._find_columns()
+
+    def set_index(self, index: Tensor, base_values: Tensor) -> None:
+        """Other entries under the same delta, which the weight holds already."""
+        self.index, self.base_values = index, base_values
+        self._find_columns()
+        self.written_version = self.delta._version
 
     def take_base(self, weight: Tensor) -> None:
         """Reads `base_values` anew from a weight (out, in) that holds the base's entries."""
         self.to(weight.device)
         self.base_values = _gather(weight, self.kind, self.index, self.block_size)
+        if self.parked is not None:
+            self.parked.base = _gather(weight, self.kind, self.parked.index.to(weight.device), self.block_size).cpu()
 
     def columns_needed(self, in_features: int) -> tuple[Tensor, Tensor] | None:
         """For blocks: (unique block columns, each block's position among them), or null where x itself is saved."""
@@ -77,11 +87,20 @@ class Pattern(nn.Module):
         stale = self.stale
         super()._apply(keep_fp32, recurse)
         self._find_columns()
+        if self.parked is not None:
+            self.parked.base = self.parked.base.to(self.base_values.dtype)
         self.written_version = -1 if stale else self.delta._version
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.parked is not None:
+            destination |= {f"{prefix}parked_{name}": value for name, value in vars(self.parked).items()}
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if any(key.startswith(prefix) for key in state_dict):  # else a plain weight is loaded: SparseLinear handles it
+            parts = {name: state_dict.pop(f"{prefix}parked_{name}", None) for name in ("index", "delta", "base")}
+            self.parked = None if any(value is None for value in parts.values()) else Parked(**parts)
             super()._load_from_state_dict(state_dict, prefix, *args)
             self._find_columns()
             self.written_version = -1  # with assign=True the delta is another tensor, with versions of its own
@@ -136,5 +155,9 @@ def same_patterns(left: dict[str, dict[str, Pattern]], right: dict[str, dict[str
 
     a, b = entries(left), entries(right)
     return a.keys() == b.keys() and all(
-        a[key].block_size == b[key].block_size and torch.equal(a[key].index.cpu(), b[key].index.cpu()) for key in a
+        a[key].parked is None
+        and b[key].parked is None
+        and a[key].block_size == b[key].block_size
+        and torch.equal(a[key].index.cpu(), b[key].index.cpu())
+        for key in a
     )

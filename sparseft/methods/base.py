@@ -53,8 +53,8 @@ class SparseConfig:
         check_choice("method.allocation", self.allocation, ALLOCATIONS)
         if self.num_samples < 1:
             raise UserError(f"method.num_samples={self.num_samples}: expected at least 1 calibration example.")
-        if self.reselect_steps != 0:
-            raise UserError(f"method.reselect_steps={self.reselect_steps}: re-selection is not available yet, use 0.")
+        if self.reselect_steps < 0:
+            raise UserError(f"method.reselect_steps={self.reselect_steps}: expected 0 (never) or a number of steps.")
 
     @property
     def needs_data(self) -> bool:

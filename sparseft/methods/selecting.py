@@ -65,6 +65,41 @@ def compute_selection(
     return selection
 
 
+def reselect(
+    model: nn.Module,
+    config: SparseConfig,
+    batches: Iterable[Mapping[str, Any]] | None,
+    *,
+    seed: int,
+) -> Selection:
+    """Chooses anew for an attached model, from its weights as they are: in each layer as many units as train now."""
+    spec = ModelSpec.of(model)
+    layers = sparse_layers(model)
+    budget = method_of(config).budget(spec, config)
+    counts = {}
+    for c in budget.candidates:
+        pattern = layers[c.module].patterns.get(c.kind) if c.module in layers else None
+        if pattern is None:
+            continue
+        if c.kind == "blocks":
+            counts[c.key] = len(pattern.index)
+        else:
+            there = (pattern.index >= c.start) & (pattern.index < c.start + c.unit * c.count)
+            counts[c.key] = int(there.sum()) // c.unit
+    budget.candidates = [c for c in budget.candidates if counts.get(c.key)]
+    budget.per_candidate = counts
+    scores = compute_scores(
+        model,
+        budget.candidates,
+        config.importance,
+        seed=seed,
+        batches=first_samples(batches, config.num_samples) if batches is not None else None,
+        generator=generator_for,
+        second_order=second_order(config),
+    )
+    return choose(budget, scores, order=config.order, allocation="per_layer", seed=seed)
+
+
 def second_order(config: SparseConfig) -> SecondOrder:
     """The settings of the second-order statistics: the config's where it has them, else the defaults."""
     default = SecondOrder()

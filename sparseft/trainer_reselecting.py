@@ -1,0 +1,97 @@
+"""Re-selection during training: every so many optimizer steps the layers park their units and take others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from sparseft import console
+from sparseft.adapter_files import read_config, read_sparse
+from sparseft.layers import sparse_layers
+from sparseft.layers.parking import exchange, move_moments, take_up
+from sparseft.selection import Selection
+
+WARMUP_STEPS = 5  # after a re-selection, at most a third of the steps until the next
+ACTIVE = "selection"  # a checkpoint's folder of what trained when it was saved
+
+
+def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = None) -> float:
+    """Trains `selection` from now on, in every layer as many entries as before; returns the share of newcomers.
+
+    With the optimizer, entries that stay keep their moments and newcomers start at zero.
+    """
+    layers = sparse_layers(model)
+    new = total = 0
+    for module, kinds in selection.modules.items():
+        for kind, index in kinds.items():
+            source = exchange(layers[module], kind, index)
+            if optimizer is not None:
+                move_moments(optimizer, layers[module].patterns[kind], source)
+            new += int((source < 0).sum())
+            total += len(source)
+    return new / total
+
+
+class Reselection(transformers.TrainerCallback):
+    """Chooses anew every `steps` optimizer steps; the learning rate then climbs back over a few steps.
+
+    `choose(step)` gives the selection. What happens at a step depends on its number alone, so a resumed run does the
+    same.
+    """
+
+    def __init__(self, steps: int, choose: Callable[[int], Selection], clock: Any = None) -> None:
+        self.steps, self.choose, self.clock = steps, choose, clock
+        self.warmup = min(WARMUP_STEPS, steps // 3)
+        self.rates: list[float] = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+        since = state.global_step % self.steps
+        if state.global_step >= self.steps and since < self.warmup:
+            self.rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * (since + 1) / (self.warmup + 1)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=False):
+            group["lr"] = rate
+        self.rates = []
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        if state.global_step % self.steps == 0 and state.global_step < state.max_steps:
+            with self.clock.paused() if self.clock is not None else contextlib.nullcontext():
+                share = apply_selection(model, self.choose(state.global_step), optimizer)
+            console.log(f"re-selection at step {state.global_step}: {share:.0%} of the units are others than before")
+
+
+def save_active(model: nn.Module, folder: Path) -> None:
+    """Writes what trains at the moment, where re-selection has parked other entries beside it."""
+    layers = sparse_layers(model)
+    patterns = [p for layer in layers.values() for p in layer.patterns.values()]
+    if any(p.parked is not None for p in patterns):
+        sizes = {p.block_size for p in patterns if p.block_size}
+        active = {
+            name: {kind: p.index.cpu() for kind, p in layer.patterns.items()}
+            for name, layer in layers.items()
+            if layer.patterns
+        }
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        Selection(active, block_size=max(sizes, default=None)).save(folder / ACTIVE, shapes)
+
+
+def load_active(model: nn.Module, folder: Path) -> bool:
+    """Continues where `save_active` stood; false where the checkpoint's adapter is all that trains."""
+    if not (folder / ACTIVE).is_dir():
+        return False
+    active = Selection.load(folder / ACTIVE)
+    values = read_sparse(folder / "adapter", read_config(folder / "adapter"))
+    layers = sparse_layers(model)
+    for module, kinds in active.modules.items():
+        for kind, index in kinds.items():
+            value = values[module][kind]
+            take_up(layers[module], kind, index, value.index, value.delta)
+    return True
