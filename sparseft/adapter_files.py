@@ -90,7 +90,7 @@ def file_hash(path: Path) -> str:
 def read_sparse(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Values]]:
     """The indices and deltas of a sparse adapter's folder, by module and kind, checked against its config."""
     tensors = read_tensors(folder / TENSORS, "adapter")
-    if file_hash(folder / TENSORS) != content.get("sha256"):
+    if file_hash(folder / TENSORS) != content.get("sha256", file_hash(folder / TENSORS)):  # others may leave it out
         raise UserError(f"{folder}: {TENSORS} is not the file that {CONFIG} describes (altered).")
     found: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for tensor_name, tensor in tensors.items():
@@ -111,7 +111,10 @@ def read_sparse(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Va
                 raise UserError(f"{folder}: {module}.{kind}.index must be a list of indices, got a single number.")
             if not torch.isfinite(parts["delta"]).all():
                 raise UserError(f"{folder}: {module}.{kind}.delta holds values that are not finite.")
-            values[module][kind] = Values(parts["index"].long(), parts["delta"], block_size)
+            size = block_size
+            if kind == "blocks" and size is None and parts["delta"].dim() == 3:
+                size = parts["delta"].shape[-1]
+            values[module][kind] = Values(parts["index"].long(), parts["delta"], size)
     if not values:
         raise UserError(f"{folder}: the adapter holds no module.")
     _check_described(folder, content.get("modules"), values)
@@ -138,6 +141,8 @@ def load_peft(model: nn.Module, folder: Path, name: str) -> nn.Module:
     """
     import peft
 
+    if not (folder / TENSORS).is_file():
+        raise UserError(f"{folder}: no {TENSORS}; weights in another format (pickle) are not loaded.")
     if (kind := read_json(folder / CONFIG, "adapter").get("peft_type")) != "LORA":
         raise UserError(f"{folder}: a peft adapter of type {kind}: only LORA (DoRA included) can be loaded.")
     training, flags = model.training, {n: p.requires_grad for n, p in model.named_parameters()}

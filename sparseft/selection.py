@@ -266,7 +266,7 @@ def block_budget(spec: ModelSpec, block_size: int, sparsity: float, *, scope: st
         if block_size > rows and block_size > columns:
             raise UserError(
                 f"method.block_size={block_size} is larger than both sides of {name} ({rows}×{columns}): "
-                f"use at most {max(rows, columns)}."
+                f"use at most {1 << (max(rows, columns).bit_length() - 1)}."
             )
         count = math.ceil(rows / block_size) * math.ceil(columns / block_size)
         candidates.append(Candidate(name, "blocks", (rows, columns), 0, block_size, count))

@@ -218,7 +218,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config no JSON": (lambda f: (f / CONFIG).write_text("{"), "cannot be read as JSON"),
     "config a list": (lambda f: (f / CONFIG).write_text("[]"), "expected a JSON object"),
     "other format": (lambda f: edit(f, format_version=7), "adapter format 7"),
-    "no hash": (lambda f: edit(f, sha256=...), "altered"),
     "no fingerprint": (lambda f: edit(f, base_fingerprint=...), "another base"),
     "altered tensor": (lambda f: change_tensors(f, lambda t: t[f"{COLUMNS}.delta"].add_(1)), "altered"),
     "delta missing": (lambda f: rewrite(f, lambda t: t.pop(f"{COLUMNS}.delta")), "needs index and delta"),
@@ -269,7 +268,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "blocks out of range": (replaced(f"{BLOCKS}.index", lambda t: t + 1), "outside"),
     "nan": (replaced(f"{COLUMNS}.delta", lambda t: t * float("nan")), "not finite"),
     "other block size": (lambda f: edit(f, block_size=16), "does not fit|outside"),
-    "no block size": (lambda f: edit(f, block_size=None), "block_size"),
     "block size text": (lambda f: edit(f, block_size="32"), "block_size='32'"),
     "block size true": (lambda f: edit(f, block_size=True), "block_size=True"),
 }  # fmt: skip
@@ -278,6 +276,24 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.fixture(scope="module")
 def good(make_model: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sparseft.save_adapter(attached(make_model("llama")), tmp_path_factory.mktemp("good") / "adapter")
+
+
+def test_the_keys_of_the_format_are_enough(make_model: Make, good: Path, tmp_path: Path) -> None:
+    """Another program may leave out our hash, and the block size that the deltas show."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(good, folder)
+    edit(folder, sha256=..., block_size=...)
+    left, right = (sparseft.load_adapter(make_model("llama"), source) for source in (good, folder))
+    assert_same_state(state(left), right)
+
+
+def test_pickled_peft_weights_are_not_loaded(make_model: Make, tmp_path: Path) -> None:
+    sparseft.save_adapter(sparseft.attach(make_model("llama"), sparseft.LoraConfig(rank=2)), tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora" / TENSORS)
+    torch.save(tensors, tmp_path / "lora" / "adapter_model.bin")
+    (tmp_path / "lora" / TENSORS).unlink()
+    with pytest.raises(UserError, match="pickle"):
+        sparseft.load_adapter(make_model("llama"), tmp_path / "lora")
 
 
 @pytest.mark.parametrize("case", list(DAMAGE))

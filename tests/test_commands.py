@@ -533,6 +533,44 @@ def test_eval_latest_adapter_and_base_say_what_they_evaluate(
     assert table.out.startswith("Evaluated: the latest run run")
 
 
+def test_eval_without_a_run_is_of_the_base_and_says_so(in_tmp: Path, questions: Path, model_folder: Any) -> None:
+    words = ["--limit=1", "--shots=1", f"eval.data_dir={questions}", f"model.path={model_folder()}", "--json"]
+    done = sparseft(in_tmp, "eval", "mmlu", *words)
+    assert done.json["evaluated"] == f"the base model {model_folder()} (there is no run yet)"
+
+
+def test_an_adapter_that_names_no_base_needs_one(
+    world: Path, trained: dict[str, Done], questions: Path, model_folder: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(world / "run-lora" / "adapter", tmp_path / "lora")
+    content = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    del content["sparseft"]
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(content | {"base_model_name_or_path": None}))
+    words = ["mmlu", "--adapter=lora", "--limit=1", "--shots=1", f"eval.data_dir={questions}"]
+    assert "names no base model" in refused(tmp_path, "eval", *words)
+    assert sparseft(tmp_path, "eval", *words, f"model.path={model_folder()}", "--json").json["tasks"]["mmlu"]
+
+
+def test_a_whole_model_takes_no_base(world: Path, trained: dict[str, Done], questions: Path, model_folder: Any) -> None:
+    words = ["mmlu", "--run=run-full", f"eval.data_dir={questions}", f"model.path={model_folder()}"]
+    assert "is a whole model" in refused(world, "eval", *words)
+
+
+def test_the_default_sparsity_missed_is_warned_about(in_tmp: Path, model_folder: Any) -> None:
+    data = write_data(in_tmp)["json"]
+    done = sparseft(
+        in_tmp,
+        "train",
+        "--json",
+        *on(model_folder(), data),
+        "method=sylva",
+        "method.block_size=32",
+        "trainer.max_steps=1",
+    )
+    (warning,) = done.json["warnings"]
+    assert "sparsity 0.984 asks for" in warning and "blocks of 32" in warning
+
+
 def test_eval_uses_the_trained_weights(
     world: Path, questions: Path, trained: dict[str, Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -555,7 +593,6 @@ def test_eval_uses_the_trained_weights(
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["mmlu"], ["no run yet"]),
         (["mmlu", "--run=nowhere"], ["no run 'nowhere'"]),
         (["mmlu", "--run=empty"], ["'empty' holds no run"]),
         (["mmlu", "--adapter=nowhere"], ["--adapter nowhere: no such folder"]),

@@ -26,9 +26,10 @@ def run(config: RunConfig, what: str = "train") -> dict[str, Any]:
     result["environment"] = runs.environment(str(resolve_device(config.hardware.device)), result["dtype"], 1)
     folder = Path(config.output_dir) if config.output_dir else runs.new_folder(f"bench-{runs.timestamp()}")
     folder.mkdir(parents=True, exist_ok=True)
+    result["path"] = str(folder / "bench.json")
     runs.write_json(folder / "bench.json", result)
     runs.write_text(folder / "config.yaml" if not runs.is_run(folder) else folder / "bench.yaml", to_yaml(config))
-    return result | {"path": str(folder / "bench.json")}
+    return result
 
 
 def render(result: dict[str, Any]) -> None:

@@ -108,6 +108,8 @@ def find_target(
         if not is_adapter(path) and is_adapter(path / "adapter"):
             path = path / "adapter"  # a run folder was given
         return _with_adapter(f"the adapter {adapter}", config, overrides, path, None)
+    if run is None and not runs.LATEST.is_symlink() and not runs.LATEST.exists():
+        return Target(f"the base model {config.model.path} (there is no run yet)", config.model, None, None)
     folder = runs.find_run(run) if run is not None else runs.latest_run()
     latest = "the latest run" if run is None else "the run"
     if not is_adapter(folder / "adapter"):
@@ -144,13 +146,17 @@ def _with_adapter(
         own = content.get("sparseft") or {}
         known = content.get("base_model") or own.get("base_model") or content.get("base_model_name_or_path")
         model = config.model
-        if known and not keys & {"model", "model.path"}:
+        if not keys & {"model", "model.path"} and not is_whole_model(path):
+            if not known:
+                raise UserError(f"{path}: the adapter names no base model: give model.path=FOLDER or a hub id.")
             model = dataclasses.replace(config.model, name="adapter", path=str(known))
     elif "model" in keys:
         model = config.model
     changed = {key.removeprefix("model."): None for key in keys if key.startswith("model.")}
     model = dataclasses.replace(model, **{field: getattr(config.model, field) for field in changed})
     if is_whole_model(path):
+        if keys & {"model", "model.path"}:
+            raise UserError(f"{path} is a whole model, so it has no base: leave model and model.path out.")
         tokenizer = None if (path / "tokenizer_config.json").is_file() else model.tokenizer or model.path
         return Target(what, dataclasses.replace(model, path=str(path), tokenizer=tokenizer), None, folder)
     return Target(f"{what} (on {model.path})", model, path, folder)

@@ -121,7 +121,7 @@ def describe_trainable(trainable: int, spec: ModelSpec, config: RunConfig, unit:
         f"trainable: {trainable:,} of {scope:,} weights in scope (sparsity {1 - trainable / scope:.2%} in scope, "
         f"{1 - trainable / spec.total_parameters:.2%} of the whole model)"
     )
-    sparsity = config.method.sparsity
+    sparsity = config.method.wanted_sparsity
     if sparsity is not None:
         wanted = (1 - sparsity) * scope
         if abs(trainable - wanted) > 0.1 * wanted:

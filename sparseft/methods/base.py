@@ -57,6 +57,11 @@ class SparseConfig:
             raise UserError(f"method.reselect_steps={self.reselect_steps}: expected 0 (never) or a number of steps.")
 
     @property
+    def wanted_sparsity(self) -> float | None:
+        """The sparsity that sets the budget: as given or the default; null where something else sets it."""
+        return self.sparsity if self.sparsity is not None else DEFAULT_SPARSITY
+
+    @property
     def needs_data(self) -> bool:
         """Whether choosing needs calibration batches."""
         return self.importance not in IMPORTANCES_WITHOUT_DATA

@@ -28,6 +28,13 @@ class LoraConfig:
     use_dora: bool = False
     seed: int = 0
 
+    @property
+    def wanted_sparsity(self) -> float | None:
+        """The sparsity that sets the rank: as given or the default; null where the rank is given."""
+        if self.rank is not None:
+            return None
+        return self.sparsity if self.sparsity is not None else DEFAULT_SPARSITY
+
     def validate(self) -> None:
         """Raises `UserError` on a value outside its range, naming the field."""
         check_share("sparsity", self.sparsity)
@@ -68,7 +75,7 @@ def rank_for(spec: ModelSpec, config: LoraConfig) -> int:
         return config.rank
     scope = sum(rows * columns for rows, columns in spec.linears_in(config.scope).values())
     shapes = [spec.linears[name] for name in target_modules(spec, config)]
-    wanted = (1.0 - (config.sparsity or DEFAULT_SPARSITY)) * scope
+    wanted = (1.0 - (config.wanted_sparsity or DEFAULT_SPARSITY)) * scope
     if config.use_dora:  # a magnitude for each output feature, whatever the rank
         wanted -= sum(rows for rows, _ in shapes)
     return max(1, round(wanted / sum(rows + columns for rows, columns in shapes)))

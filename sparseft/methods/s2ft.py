@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparseft.errors import UserError
-from sparseft.methods.base import DEFAULT_SPARSITY, SparseConfig, SparseMethod, check_choice
+from sparseft.methods.base import SparseConfig, SparseMethod, check_choice
 
 if TYPE_CHECKING:
     from sparseft.modeling import ModelSpec
@@ -47,6 +47,10 @@ class S2FTConfig(SparseConfig):
         """The ratios that were set, by role."""
         values = {role: getattr(self, field) for field, role in RATIO_FIELDS.items()}
         return {role: value for role, value in values.items() if value is not None}
+
+    @property
+    def wanted_sparsity(self) -> float | None:
+        return None if self.ratios else super().wanted_sparsity
 
     def validate(self) -> None:
         super().validate()
@@ -85,4 +89,4 @@ class S2FT(SparseMethod):
             # A scope that leaves out the default roles still has something to train: all that it holds.
             present = {slot.role for slot in spec.slots_in(config.scope)}
             roles = [role for role in roles if role in present] or [role for role in ROLES if role in present]
-        return sparsity_budget(spec, roles, config.sparsity or DEFAULT_SPARSITY, scope=config.scope)
+        return sparsity_budget(spec, roles, config.wanted_sparsity, scope=config.scope)

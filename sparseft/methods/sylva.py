@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparseft.errors import UserError
-from sparseft.methods.base import DEFAULT_SPARSITY, SparseConfig, SparseMethod, check_choice
+from sparseft.methods.base import SparseConfig, SparseMethod, check_choice
 
 if TYPE_CHECKING:
     from sparseft.modeling import ModelSpec
@@ -44,4 +44,4 @@ class Sylva(SparseMethod):
     def budget(self, spec: ModelSpec, config: SylvaConfig) -> Budget:
         from sparseft.selection import block_budget
 
-        return block_budget(spec, config.block_size, config.sparsity or DEFAULT_SPARSITY, scope=config.scope)
+        return block_budget(spec, config.block_size, config.wanted_sparsity, scope=config.scope)
