@@ -28,8 +28,8 @@ from sparseft.adapter_files import (
 from sparseft.errors import UserError, nearest
 from sparseft.files import replaced_folder
 from sparseft.fusing import Values, unite
-from sparseft.layers import Pattern, SparseLinear, restore, sparse_layers
-from sparseft.layers.converting import check_modules, replace_module
+from sparseft.layers import Pattern, restore, sparse_layers
+from sparseft.layers.converting import check_modules, make_sparse, plain_weight
 from sparseft.layers.pattern import same_patterns
 from sparseft.methods import method_of
 from sparseft.methods.selecting import compute_selection
@@ -227,7 +227,7 @@ def _install_values(
         patterns: dict[str, dict[str, Pattern]] = {}
         for module, kinds in values.items():
             patterns[module] = {}
-            weight = SparseLinear.weight_of(model.get_submodule(module))
+            weight = plain_weight(model, module)
             for kind, value in kinds.items():
                 try:
                     pattern = Pattern(kind, value.index, weight, value.block_size)
@@ -297,10 +297,7 @@ def _activate(model: nn.Module, patterns: dict[str, dict[str, Pattern]]) -> None
     for module, layer in layers.items():
         layer.install(patterns.get(module, {}))
     for module in patterns.keys() - layers.keys():
-        old = model.get_submodule(module)
-        new = SparseLinear.wrap(old)
-        replace_module(model, old, new)
-        new.install(patterns[module])
+        make_sparse(model, module).install(patterns[module])
 
 
 def set_adapter(model: nn.Module, name: str | None) -> nn.Module:

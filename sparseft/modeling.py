@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparseft.config import BUNDLED, ModelConfig
 from sparseft.errors import UserError, nearest
+from sparseft.expert_weights import is_router, other_stacks, stacks
 
 # Last part of a module's name -> its role. A tuple names the parts of a fused projection in their order.
 ATTENTION_ROLES: dict[str, str | tuple[str, ...]] = {
@@ -68,7 +69,8 @@ class ModelSpec:
     num_layers: int
     total_parameters: int
     slots: list[Slot] = field(default_factory=list)
-    experts: list[str] = field(default_factory=list)  # 3-D expert parameters, which nothing here trains yet
+    experts: list[str] = field(default_factory=list)  # 3-D parameters of experts that nothing here can train
+    stacked: set[str] = field(default_factory=set)  # linears that are one expert of a 3-D parameter: no modules
 
     @staticmethod
     def of(model: nn.Module) -> ModelSpec:
@@ -80,14 +82,21 @@ class ModelSpec:
         linears: dict[str, tuple[int, int]] = {}
         transposed: set[str] = set()
         experts: list[str] = []
+        stacked: set[str] = set()
         for index, layer in enumerate(layers):
-            for name, module in layer.named_modules():
+            modules = dict(layer.named_modules())
+            for name, module in modules.items():
                 full_name = f"{prefix}.{index}.{name}"
-                if is_linear(module):
+                owner, _, leaf = name.rpartition(".")
+                if is_linear(module) and not is_router(modules[owner], leaf):
                     linears[full_name] = logical_shape(module)
                     if is_transposed(module):
                         transposed.add(full_name)
-                experts += [f"{full_name}.{n}" for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
+                for parameter, (count, rows, columns) in stacks(module).items():
+                    members = [f"{full_name}.{parameter}.{number}" for number in range(count)]
+                    linears |= dict.fromkeys(members, (rows, columns))
+                    stacked.update(members)
+                experts += [f"{full_name}.{parameter}" for parameter in other_stacks(module)]
         if not linears:
             raise UserError(
                 f"No linear layers were found in the {len(layers)} decoder layers under '{prefix}' of "
@@ -106,6 +115,7 @@ class ModelSpec:
             num_layers=len(layers),
             total_parameters=base_parameter_count(model),
             experts=experts,
+            stacked=stacked,
         )
         for name in linears:
             spec.slots += spec._slots_of(name, layer=int(name[len(prefix) + 1 :].split(".", 1)[0]))
@@ -113,7 +123,8 @@ class ModelSpec:
 
     def _slots_of(self, name: str, layer: int) -> list[Slot]:
         rows, columns = self.linears[name]
-        parent, leaf = name.rsplit(".", 2)[-2:]
+        path = name.rpartition(".")[0] if name in self.stacked else name
+        parent, leaf = path.rsplit(".", 2)[-2:]
         table = ATTENTION_ROLES if "attn" in parent or "attention" in parent else MLP_ROLES
         roles = table.get(leaf)
         if roles is None:
@@ -136,6 +147,11 @@ class ModelSpec:
             Slot(name, layer, role, "rows", start, unit, count, columns)
             for role, start, count in zip(roles, starts, counts, strict=True)
         ]
+
+    def frozen_experts(self, sparse: bool) -> list[str]:
+        """The 3-D parameters of experts that a method leaves as they are; sparse methods train each expert's own."""
+        stacked = [] if sparse else sorted({name.rpartition(".")[0] for name in self.stacked})
+        return self.experts + stacked
 
     def linears_in(self, scope: str | None) -> dict[str, tuple[int, int]]:
         """The linears whose name contains `scope` (null: all); none is a `UserError` that says what there is."""
