@@ -49,7 +49,7 @@ class Slot:
 
     module: str
     layer: int
-    role: str  # q | k | v | o | gate | up | down
+    role: str  # q | k | v | o | gate | up | down; of a linear chosen by its name: its side
     side: str  # rows (output features) | columns (input features)
     start: int
     unit: int  # features a unit: head_dim, or 1
@@ -69,6 +69,7 @@ class ModelSpec:
     num_layers: int
     total_parameters: int
     slots: list[Slot] = field(default_factory=list)
+    layer_of: dict[str, int] = field(default_factory=dict)  # the decoder layer of each linear
     experts: list[str] = field(default_factory=list)  # 3-D parameters of experts that nothing here can train
     stacked: set[str] = field(default_factory=set)  # linears that are one expert of a 3-D parameter: no modules
 
@@ -118,7 +119,8 @@ class ModelSpec:
             stacked=stacked,
         )
         for name in linears:
-            spec.slots += spec._slots_of(name, layer=int(name[len(prefix) + 1 :].split(".", 1)[0]))
+            spec.layer_of[name] = int(name[len(prefix) + 1 :].split(".", 1)[0])
+            spec.slots += spec._slots_of(name, spec.layer_of[name])
         return spec
 
     def _slots_of(self, name: str, layer: int) -> list[Slot]:
@@ -160,6 +162,36 @@ class ModelSpec:
             parts = sorted({part for name in self.linears for part in name.split(".") if not part.isdigit()})
             raise UserError(f"scope={scope} matches no linear of the decoder layers.{nearest(scope or '', parts)}")
         return chosen
+
+    def named_slots(self, rows: list[str], columns: list[str], scope: str | None) -> list[Slot]:
+        """Slots of single features in the linears whose names end in one of the given suffixes (whole parts of a name;
+        an expert goes by its parameter's name). A suffix that matches nothing, or a linear named for both, is a
+        `UserError`.
+        """
+        linears, slots = self.linears_in(scope), []
+        paths = {name: name.rpartition(".")[0] if name in self.stacked else name for name in linears}
+        chosen: dict[str, str] = {}
+        for side, suffixes in (("rows", rows), ("columns", columns)):
+            for suffix in suffixes:
+                ending = [n for n, path in paths.items() if f".{path}".endswith(f".{suffix}") or n == suffix]
+                if not ending:
+                    raise UserError(
+                        f"method.{side}: no linear in scope is called '{suffix}'; found {self.leaves(scope)}."
+                        f"{nearest(suffix, [path.rpartition('.')[2] for path in paths.values()])}"
+                    )
+                for name in ending:
+                    if chosen.setdefault(name, side) != side:
+                        raise UserError(f"method.rows and method.columns both name {name}: choose one side.")
+        for name in (name for name in linears if name in chosen):  # in the model's order
+            out, inner = linears[name]
+            length, other = (out, inner) if chosen[name] == "rows" else (inner, out)
+            slots.append(Slot(name, self.layer_of[name], chosen[name], chosen[name], 0, 1, length, other))
+        return slots
+
+    def leaves(self, scope: str | None) -> str:
+        """The last parts of the names of the linears in scope, for messages: `dense, query_key_value`."""
+        names = (n.rpartition(".")[0] if n in self.stacked else n for n in self.linears_in(scope))
+        return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
     def slots_in(self, scope: str | None) -> list[Slot]:
         """The slots of the linears in scope, in the model's order."""
