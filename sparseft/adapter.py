@@ -30,6 +30,7 @@ from sparseft.files import replaced_folder
 from sparseft.fusing import Values, unite
 from sparseft.layers import Pattern, restore, sparse_layers
 from sparseft.layers.converting import check_modules, make_sparse, plain_weight
+from sparseft.layers.experts import close_experts
 from sparseft.layers.pattern import same_patterns
 from sparseft.methods import method_of
 from sparseft.methods.selecting import compute_selection
@@ -298,6 +299,7 @@ def _activate(model: nn.Module, patterns: dict[str, dict[str, Pattern]]) -> None
         layer.install(patterns.get(module, {}))
     for module in patterns.keys() - layers.keys():
         make_sparse(model, module).install(patterns[module])
+    close_experts(model, idle=True)  # the base's own way of computing, to the bit
 
 
 def set_adapter(model: nn.Module, name: str | None) -> nn.Module:

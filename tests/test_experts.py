@@ -41,10 +41,10 @@ CONFIGS: dict[str, Any] = {
 DOWN = "model.layers.0.mlp.experts.down_proj"
 
 
-def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, config: Any = None) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(MODELS[kind](), dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_config(config or MODELS[kind](), dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
@@ -203,7 +203,10 @@ def test_save_load_switch_fuse(kind: str, tmp_path: Path) -> None:
     sparseft.load_adapter(fresh, tmp_path / "a")
     assert torch.equal(logits(fresh), trained) and trainable_count(fresh) == count
     sparseft.set_adapter(fresh, None)
-    torch.testing.assert_close(logits(fresh), base, atol=1e-5, rtol=1e-5)
+    experts = fresh.model.layers[0].mlp.experts
+    assert torch.equal(logits(fresh), base) and experts.config is fresh.config  # its own implementation too
+    deltas = sparseft.trainable_parameters(fresh)
+    assert not any("experts" in name for name in deltas)
     sparseft.set_adapter(fresh, "default")
     assert torch.equal(logits(fresh), trained)
     sparseft.fuse(fresh, {"default": 1.0})
@@ -307,6 +310,21 @@ def test_what_is_no_expert_is_refused_and_nothing_changes(name: str) -> None:
     with pytest.raises(UserError, match="outside"):
         sparseft.attach(model, CONFIGS["sparsity"], Selection({f"{DOWN}.0": {"columns": [80]}}))
     assert not sparse_layers(model) and type(model.model.layers[0].mlp.experts.down_proj) is torch.nn.Parameter
+
+
+def test_routers_are_never_in_scope() -> None:
+    sizes = {"num_experts": 4, "moe_intermediate_size": 56, "shared_expert_intermediate_size": 40}
+    model = build("mixtral", config=transformers.Qwen2MoeConfig(**SIZES, **sizes))
+    names = ModelSpec.of(model).linears
+    assert type(model.model.layers[0].mlp.shared_expert_gate) is torch.nn.Linear
+    assert {"model.layers.0.mlp.shared_expert.gate_proj", "model.layers.0.mlp.experts.gate_up_proj.3"} <= names.keys()
+    assert not any(name.endswith((".gate", "shared_expert_gate")) for name in names)
+
+
+def test_experts_of_another_layout_stay_frozen_and_are_named() -> None:
+    config = transformers.GptOssConfig(**SIZES, num_local_experts=4, head_dim=12)  # transposed, with biases
+    spec = ModelSpec.of(build("mixtral", config=config))
+    assert len(spec.frozen_experts(True)) == 4 and not spec.stacked
 
 
 def test_lora_leaves_the_experts_alone() -> None:

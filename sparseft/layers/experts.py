@@ -149,9 +149,14 @@ def open_expert(expert: Expert) -> ExpertLinear:
     return layer
 
 
-def close_experts(model: nn.Module) -> None:
-    """Puts every experts module back as it was before `open_expert`; the weights stay as they are."""
+def close_experts(model: nn.Module, *, idle: bool = False) -> None:
+    """Puts every experts module (`idle`: those that train nothing) back as it was before `open_expert`.
+
+    The weights stay as they are; the module computes by its own implementation again.
+    """
     for experts in [module for module in model.modules() if _CONFIG in module.__dict__]:
+        if idle and any(layer.patterns for _, layer in _expert_layers(experts)):
+            continue
         for name in [name for name, child in experts._modules.items() if isinstance(child, ExpertStack)]:
             del experts._modules[name]
             del experts.__dict__[name]
