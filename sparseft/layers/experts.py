@@ -1,9 +1,10 @@
 """Experts kept as one 3-D parameter: each trains a pattern of its own slice, as a `SparseLinear` does of its weight.
 
-transformers' own loop over experts computes `F.linear(state, self.down_proj[expert])`. While experts train, the name
-`down_proj` of the experts module stands for an `ExpertStack`: a module whose children are the layers of single experts
-(so that deltas are named `down_proj.3.columns.delta`) and whose items `F.linear` takes as weights. The 3-D parameter
-stays where it was: names and shapes of the base's `state_dict` do not change.
+transformers' own loop over experts (`eager`) computes `F.linear(state, self.down_proj[expert])`, its default
+`grouped_mm(states, self.down_proj.transpose(-2, -1), offs=...)`. While experts train, the name `down_proj` of the
+experts module stands for an `ExpertStack`: a module whose children are the layers of single experts (so that deltas
+are named `down_proj.3.columns.delta`), whose items `F.linear` takes as weights and whose transpose `grouped_mm` does.
+The 3-D parameter stays where it was: names and shapes of the base's `state_dict` do not change.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from torch.nn import functional as F
 from sparseft.expert_weights import Expert, find_expert, stack_parameter
 from sparseft.kernels import reference
 from sparseft.layers.base import _LIVE, SparseLinear
+from sparseft.layers.experts_grouped import grouped_product
 
 _CONFIG = "_sparseft_config"  # where an opened experts module keeps its own config
+# What may be asked of a stack as of its parameter; a product by another way would lose the deltas' gradient silently.
+_FACTS = ("shape", "dtype", "device", "ndim", "is_meta", "is_cuda", "dim", "size", "numel", "stride", "data_ptr")
+_GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 
 
 class ExpertLinear(SparseLinear):
@@ -45,11 +50,11 @@ class ExpertLinear(SparseLinear):
         """The expert's slice (out, in): a view of the 3-D parameter."""
         return stack_parameter(self._experts[0], self.parameter)[self.number]
 
-    def put_in_place(self) -> None:
+    def put_in_place(self, *, eager: bool = False) -> None:
         """The experts module uses this layer from now on for its expert.
 
-        It computes expert by expert then (transformers' `eager`): its other ways take the 3-D parameter whole, whose
-        gradient would be dense.
+        It goes on computing by `grouped_mm` where that is its way, else expert by expert (`eager`, also on demand):
+        its further ways take the 3-D parameter whole, whose gradient would be dense.
         """
         experts, name = self._experts[0], self.parameter
         stack = experts._modules.get(name)
@@ -57,7 +62,8 @@ class ExpertLinear(SparseLinear):
             if _CONFIG not in experts.__dict__:
                 experts.__dict__[_CONFIG] = experts.config
                 experts.config = copy.copy(experts.config)
-                experts.config._experts_implementation_internal = "eager"
+                if eager or experts.config._experts_implementation != "grouped_mm":
+                    experts.config._experts_implementation_internal = "eager"
                 experts.register_forward_pre_hook(_write_stale)
                 experts.register_load_state_dict_pre_hook(_see_plain)
             stack = ExpertStack(experts, name)
@@ -72,8 +78,7 @@ class ExpertLinear(SparseLinear):
             return y if bias is None else y + bias
 
         if func is not F.linear:
-            name = getattr(func, "__name__", func)
-            raise TypeError(f"an expert that trains sparsely is a weight of F.linear only, the model calls {name}")
+            raise _unknown_use(func)
         return product(*args, **(kwargs or {}))
 
     def _apply(self, fn, recurse: bool = True):
@@ -94,7 +99,7 @@ class ExpertLinear(SparseLinear):
 class ExpertStack(nn.Module):
     """Stands for a 3-D parameter (experts, out, in): `stack[e]` is expert e's layer, or its plain weight.
 
-    What else is asked of it (shape, dtype, device, …) is the parameter's.
+    Its shape, dtype and the like are the parameter's.
     """
 
     def __init__(self, experts: nn.Module, parameter: str) -> None:
@@ -108,12 +113,45 @@ class ExpertStack(nn.Module):
         return layer if layer is not None else stack_parameter(self._experts[0], self.parameter)[index]
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_experts" not in self.__dict__ or name.startswith("_"):
-                raise
+        if name in _FACTS and "_experts" in self.__dict__:
             return getattr(stack_parameter(self._experts[0], self.parameter), name)
+        return super().__getattr__(name)
+
+    def transpose(self, first: int, second: int) -> _Transposed:
+        """The stack as `grouped_mm` takes it: (experts, in, out)."""
+        if {first % 3, second % 3} != {1, 2}:
+            raise _unknown_use("transpose")
+        return _Transposed(self)
+
+    def grouped(self, func: Any, x: Tensor, offs: Tensor) -> Tensor:
+        """The product of all experts with their tokens, by transformers' or torch's function."""
+        layers = {int(number): layer for number, layer in self._modules.items()}
+        return grouped_product(func, x, stack_parameter(self._experts[0], self.parameter).detach(), offs, layers)
+
+
+class _Transposed:
+    """A stack's (experts, in, out) view, of which only the grouped product and the facts can be had."""
+
+    def __init__(self, stack: ExpertStack) -> None:
+        self.stack = stack
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _FACTS or "stack" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(stack_parameter(self.stack._experts[0], self.stack.parameter).transpose(-2, -1), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        options = {name: value for name, value in (kwargs or {}).items() if value is not None}
+        named = getattr(func, "__name__", str(func)).rpartition(".")[2]
+        if named not in _GROUPED or len(args) != 2 or options.keys() != {"offs"} or not isinstance(args[1], cls):
+            raise _unknown_use(func)
+        return args[1].stack.grouped(func, args[0], options["offs"])
+
+
+def _unknown_use(func: Any) -> TypeError:
+    name = getattr(func, "__name__", func)
+    return TypeError(f"experts that train sparsely are weights of F.linear and grouped_mm only, the model calls {name}")
 
 
 def _expert_layers(experts: nn.Module) -> Iterator[tuple[str, ExpertLinear]]:
@@ -138,13 +176,13 @@ def _see_plain(experts: nn.Module, state_dict: Any, prefix: str, *_: Any) -> Non
         layer._plain_loaded = prefix + layer.parameter in state_dict and not deltas
 
 
-def open_expert(expert: Expert) -> ExpertLinear:
+def open_expert(expert: Expert, *, eager: bool = False) -> ExpertLinear:
     """The expert's layer, put in place where it is not yet: without a pattern the model's function is unchanged."""
     stack = expert.experts._modules.get(expert.parameter)
     layer = stack._modules.get(str(expert.number)) if isinstance(stack, ExpertStack) else None
     if layer is None:
         layer = ExpertLinear(expert)
-        layer.put_in_place()
+        layer.put_in_place(eager=eager)
     assert isinstance(layer, ExpertLinear)
     return layer
 
@@ -173,7 +211,7 @@ def opened(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     found = [expert for name in names if (expert := find_expert(model, name)) is not None]
     try:
         for expert in found:
-            open_expert(expert)
+            open_expert(expert, eager=True)
         yield
     finally:
         close_experts(model)
