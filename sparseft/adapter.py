@@ -28,8 +28,9 @@ from sparseft.adapter_files import (
 from sparseft.errors import UserError, nearest
 from sparseft.files import replaced_folder
 from sparseft.fusing import Values, unite
-from sparseft.layers import Pattern, SparseLinear, restore, sparse_layers
-from sparseft.layers.converting import check_modules, replace_module
+from sparseft.layers import Pattern, restore, sparse_layers
+from sparseft.layers.converting import check_modules, make_sparse, plain_weight
+from sparseft.layers.experts import close_experts
 from sparseft.layers.parking import union
 from sparseft.layers.pattern import same_patterns
 from sparseft.methods import method_of
@@ -235,7 +236,7 @@ def _install_values(
         patterns: dict[str, dict[str, Pattern]] = {}
         for module, kinds in values.items():
             patterns[module] = {}
-            weight = SparseLinear.weight_of(model.get_submodule(module))
+            weight = plain_weight(model, module)
             for kind, value in kinds.items():
                 try:
                     pattern = Pattern(kind, value.index, weight, value.block_size)
@@ -305,10 +306,8 @@ def _activate(model: nn.Module, patterns: dict[str, dict[str, Pattern]]) -> None
     for module, layer in layers.items():
         layer.install(patterns.get(module, {}))
     for module in patterns.keys() - layers.keys():
-        old = model.get_submodule(module)
-        new = SparseLinear.wrap(old)
-        replace_module(model, old, new)
-        new.install(patterns[module])
+        make_sparse(model, module).install(patterns[module])
+    close_experts(model, idle=True)  # the base's own way of computing, to the bit
 
 
 @inside_compiled

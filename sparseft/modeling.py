@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparseft.config import BUNDLED, ModelConfig
 from sparseft.errors import UserError, nearest
+from sparseft.expert_weights import is_router, other_stacks, stacks
 
 # Last part of a module's name -> its role. A tuple names the parts of a fused projection in their order.
 ATTENTION_ROLES: dict[str, str | tuple[str, ...]] = {
@@ -56,7 +57,7 @@ class Slot:
 
     module: str
     layer: int
-    role: str  # q | k | v | o | gate | up | down
+    role: str  # q | k | v | o | gate | up | down; of a linear chosen by its name: its side
     side: str  # rows (output features) | columns (input features)
     start: int
     unit: int  # features a unit: head_dim, or 1
@@ -76,7 +77,9 @@ class ModelSpec:
     num_layers: int
     total_parameters: int
     slots: list[Slot] = field(default_factory=list)
-    experts: list[str] = field(default_factory=list)  # 3-D expert parameters, which nothing here trains yet
+    layer_of: dict[str, int] = field(default_factory=dict)  # the decoder layer of each linear
+    experts: list[str] = field(default_factory=list)  # 3-D parameters of experts that nothing here can train
+    stacked: set[str] = field(default_factory=set)  # linears that are one expert of a 3-D parameter: no modules
 
     @staticmethod
     def of(model: nn.Module) -> ModelSpec:
@@ -93,14 +96,21 @@ class ModelSpec:
         linears: dict[str, tuple[int, int]] = {}
         transposed: set[str] = set()
         experts: list[str] = []
+        stacked: set[str] = set()
         for index, layer in enumerate(layers):
-            for name, module in layer.named_modules():
+            modules = dict(layer.named_modules())
+            for name, module in modules.items():
                 full_name = f"{prefix}.{index}.{name}"
-                if is_linear(module):
+                owner, _, leaf = name.rpartition(".")
+                if is_linear(module) and not is_router(modules[owner], leaf):
                     linears[full_name] = logical_shape(module)
                     if is_transposed(module):
                         transposed.add(full_name)
-                experts += [f"{full_name}.{n}" for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
+                for parameter, (count, rows, columns) in stacks(module).items():
+                    members = [f"{full_name}.{parameter}.{number}" for number in range(count)]
+                    linears |= dict.fromkeys(members, (rows, columns))
+                    stacked.update(members)
+                experts += [f"{full_name}.{parameter}" for parameter in other_stacks(module)]
         if not linears:
             raise UserError(
                 f"No linear layers were found in the {len(layers)} decoder layers under '{prefix}' of "
@@ -119,9 +129,11 @@ class ModelSpec:
             num_layers=len(layers),
             total_parameters=base_parameter_count(model),
             experts=experts,
+            stacked=stacked,
         )
         for name in linears:
-            spec.slots += spec._slots_of(name, layer=int(name[len(prefix) + 1 :].split(".", 1)[0]))
+            spec.layer_of[name] = int(name[len(prefix) + 1 :].split(".", 1)[0])
+            spec.slots += spec._slots_of(name, spec.layer_of[name])
         if config.model_type == "codegen" or not getattr(config, "multi_query", True):  # GPT-BigCode without it
             # Their fused projections mix q, k and v head by head, so that no run of rows is one of them.
             spec.slots = [slot for slot in spec.slots if slot.role not in ("q", "k", "v")]
@@ -129,7 +141,8 @@ class ModelSpec:
 
     def _slots_of(self, name: str, layer: int) -> list[Slot]:
         rows, columns = self.linears[name]
-        parent, leaf = name.rsplit(".", 2)[-2:]
+        path = name.rpartition(".")[0] if name in self.stacked else name
+        parent, leaf = path.rsplit(".", 2)[-2:]
         table = ATTENTION_ROLES if "attn" in parent or "attention" in parent else MLP_ROLES
         roles = table.get(leaf)
         if roles is None:
@@ -153,6 +166,11 @@ class ModelSpec:
             for role, start, count in zip(roles, starts, counts, strict=True)
         ]
 
+    def frozen_experts(self, sparse: bool) -> list[str]:
+        """The 3-D parameters of experts that a method leaves as they are; sparse methods train each expert's own."""
+        stacked = [] if sparse else sorted({name.rpartition(".")[0] for name in self.stacked})
+        return self.experts + stacked
+
     def linears_in(self, scope: str | None) -> dict[str, tuple[int, int]]:
         """The linears whose name contains `scope` (null: all); none is a `UserError` that says what there is."""
         chosen = {name: shape for name, shape in self.linears.items() if scope is None or scope in name}
@@ -160,6 +178,36 @@ class ModelSpec:
             parts = sorted({part for name in self.linears for part in name.split(".") if not part.isdigit()})
             raise UserError(f"scope={scope} matches no linear of the decoder layers.{nearest(scope or '', parts)}")
         return chosen
+
+    def named_slots(self, rows: list[str], columns: list[str], scope: str | None) -> list[Slot]:
+        """Slots of single features in the linears whose names end in one of the given suffixes (whole parts of a name;
+        an expert goes by its parameter's name). A suffix that matches nothing, or a linear named for both, is a
+        `UserError`.
+        """
+        linears, slots = self.linears_in(scope), []
+        paths = {name: name.rpartition(".")[0] if name in self.stacked else name for name in linears}
+        chosen: dict[str, str] = {}
+        for side, suffixes in (("rows", rows), ("columns", columns)):
+            for suffix in suffixes:
+                ending = [n for n, path in paths.items() if f".{path}".endswith(f".{suffix}") or n == suffix]
+                if not ending:
+                    raise UserError(
+                        f"method.{side}: no linear in scope is called '{suffix}'; found {self.leaves(scope)}."
+                        f"{nearest(suffix, [path.rpartition('.')[2] for path in paths.values()])}"
+                    )
+                for name in ending:
+                    if chosen.setdefault(name, side) != side:
+                        raise UserError(f"method.rows and method.columns both name {name}: choose one side.")
+        for name in (name for name in linears if name in chosen):  # in the model's order
+            out, inner = linears[name]
+            length, other = (out, inner) if chosen[name] == "rows" else (inner, out)
+            slots.append(Slot(name, self.layer_of[name], chosen[name], chosen[name], 0, 1, length, other))
+        return slots
+
+    def leaves(self, scope: str | None) -> str:
+        """The last parts of the names of the linears in scope, for messages: `dense, query_key_value`."""
+        names = (n.rpartition(".")[0] if n in self.stacked else n for n in self.linears_in(scope))
+        return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
     def slots_in(self, scope: str | None) -> list[Slot]:
         """The slots of the linears in scope, in the model's order."""

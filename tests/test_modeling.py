@@ -197,7 +197,9 @@ def test_experts_are_seen(make_model: Callable[..., Any]) -> None:
     config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=3)
     spec = ModelSpec.of(meta(config))
     assert spec.num_kv_heads == 2 and all(spec.linears[n] for n in spec.linears)
-    assert len(spec.experts) == 4 and all("experts" in name for name in spec.experts)
+    assert spec.experts == [] and spec.frozen_experts(True) == []
+    assert len(spec.frozen_experts(False)) == 4 and len(spec.stacked) == 4 * 3
+    assert all("experts" in name for name in spec.stacked) and spec.stacked < spec.linears.keys()
 
 
 def test_the_spec_of_an_attached_model_is_the_plain_one(make_model: Callable[..., Any]) -> None:

@@ -87,10 +87,11 @@ class Job:
         self._check_context()
         self.spec = ModelSpec.of(prepared.model)
         self.dtype = next(prepared.model.parameters()).dtype
-        if self.spec.experts and self.method.kind != "whole":
+        frozen = self.spec.frozen_experts(self.method.sparse) if self.method.kind != "whole" else []
+        if frozen:
             console.warn(
-                f"{len(self.spec.experts)} expert matrices (3-D parameters such as {self.spec.experts[0]}) stay "
-                "frozen: training them is not available yet"
+                f"{len(frozen)} expert matrices (3-D parameters such as {frozen[0]}) stay frozen: method "
+                f"{config.method_name} does not train them"
             )
         self.selection_cached: bool | None = None
         self.selection = self._selection() if self.method.sparse else None

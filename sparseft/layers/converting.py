@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparseft.errors import UserError, nearest
+from sparseft.expert_weights import find_expert, stack_parameter
 from sparseft.layers.base import SparseLinear
 from sparseft.layers.blocks import BlockSparseLinear
+from sparseft.layers.experts import ExpertLinear, close_experts, open_expert
 from sparseft.layers.structured import S2ColumnLinear, S2RowLinear
 
 if TYPE_CHECKING:
@@ -31,6 +33,23 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
+def plain_weight(model: nn.Module, name: str) -> Tensor:
+    """The logical weight (out, in) of the linear or the expert `name`, plain or sparse: a view, without gradient."""
+    expert = find_expert(model, name)
+    return expert.weight if expert is not None else SparseLinear.weight_of(model.get_submodule(name))
+
+
+def make_sparse(model: nn.Module, name: str) -> SparseLinear:
+    """Puts a sparse layer without a pattern in the place of the linear or the expert `name`, and returns it."""
+    expert = find_expert(model, name)
+    if expert is not None:
+        return open_expert(expert)
+    old = model.get_submodule(name)
+    new = SparseLinear.wrap(old)
+    replace_module(model, old, new)
+    return new
+
+
 def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """The modules of `names` whose weight another module uses too, with that other's parameter name."""
     owners: dict[int, list[str]] = {}
@@ -38,8 +57,12 @@ def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         owners.setdefault(id(parameter), []).append(name)
     tied = {}
     for name in names:
-        weight = model.get_submodule(name).weight
-        others = [owner for owner in owners.get(id(weight), []) if owner != f"{name}.weight"]
+        expert = find_expert(model, name)
+        if expert is not None:
+            own, weight = name.rpartition(".")[0], stack_parameter(expert.experts, expert.parameter)
+        else:
+            own, weight = f"{name}.weight", model.get_submodule(name).weight
+        others = [owner for owner in owners.get(id(weight), []) if owner != own]
         if others:
             tied[name] = others[0]
     return tied
@@ -50,11 +73,12 @@ def check_modules(model: nn.Module, names: Iterable[str], trainable: Iterable[st
     names, known = list(names), set(trainable)
     modules = dict(model.named_modules())
     for name in names:
+        if name in known:  # an expert of a 3-D parameter among them, which is no module
+            continue
         if name not in modules:
             raise UserError(f"the model has no module '{name}'.{nearest(name, known)}")
-        if name not in known:
-            found = type(modules[name]).__name__
-            raise UserError(f"'{name}' is a {found}, not a linear layer of the decoder.{nearest(name, known)}")
+        found = type(modules[name]).__name__
+        raise UserError(f"'{name}' is a {found}, not a linear layer of the decoder.{nearest(name, known)}")
     for name, other in tied_names(model, names).items():
         raise UserError(f"the weight of '{name}' is tied to '{other}': training one would change the other.")
 
@@ -64,13 +88,17 @@ def convert(model: nn.Module, selection: Selection) -> nn.Module:
 
     All or nothing: where one module cannot be converted, the model is left as it was.
     """
-    layers: list[tuple[nn.Module, SparseLinear]] = []
+    layers: list[tuple[nn.Module | None, SparseLinear]] = []
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         for name, kinds in selection.modules.items():
-            old = model.get_submodule(name)
+            expert = find_expert(model, name)
+            old = None if expert is not None else model.get_submodule(name)
             try:
-                new = CLASSES.get(tuple(kinds), SparseLinear).wrap(old)
+                if old is None:
+                    new: SparseLinear = ExpertLinear(expert)
+                else:
+                    new = CLASSES.get(tuple(kinds), SparseLinear).wrap(old)
                 for kind, index in kinds.items():
                     new.add_pattern(kind, index, selection.block_size if kind == "blocks" else None)
             except UserError as error:
@@ -82,7 +110,10 @@ def convert(model: nn.Module, selection: Selection) -> nn.Module:
         raise
     model.requires_grad_(False)
     for old, new in layers:
-        replace_module(model, old, new)
+        if isinstance(new, ExpertLinear):
+            new.put_in_place()
+        else:
+            replace_module(model, old, new)
     return model
 
 
@@ -93,10 +124,13 @@ def restore(model: nn.Module, *, merged: bool) -> nn.Module:
             layer.write_back()
         else:
             layer.restore_base()
+        if isinstance(layer, ExpertLinear):
+            continue
         original = layer.original
         if original is None:
             raise TypeError("a sparse layer that replaced nothing cannot be turned back")
         original.weight, original.bias = layer.weight, layer.bias
         original.train(layer.training)
         replace_module(model, layer, original)
+    close_experts(model)
     return model

@@ -59,7 +59,9 @@ class DoraConfig(LoraConfig):
 
 def target_modules(spec: ModelSpec, config: LoraConfig) -> list[str]:
     """The full names of the linears that get an adapter; a target that matches nothing is refused."""
-    names = list(spec.linears_in(config.scope))
+    names = [name for name in spec.linears_in(config.scope) if name not in spec.stacked]
+    if not names:
+        raise UserError(f"scope={config.scope} holds only experts kept as 3-D parameters, which LoRA does not train.")
     if config.targets is None:
         return names
     for target in config.targets:

@@ -6,7 +6,7 @@ features), of o and down its columns (input features).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparseft.errors import UserError
@@ -30,7 +30,10 @@ RATIO_FIELDS = {
 
 @dataclass
 class S2FTConfig(SparseConfig):
-    """A budget by role (`*_ratio`, shares of heads or channels) or by `sparsity`, spent on `roles`."""
+    """A budget by role (`*_ratio`, shares of heads or channels) or by `sparsity`, spent on `roles`.
+
+    An architecture whose roles are not known trains by names: `rows` and `columns` take the place of `roles`.
+    """
 
     q_ratio: float | None = None
     k_ratio: float | None = None
@@ -40,6 +43,8 @@ class S2FTConfig(SparseConfig):
     u_ratio: float | None = None
     d_ratio: float | None = None
     roles: list[str] | None = None  # what sparsity is spent on; null: o and down, with grouped queries down
+    rows: list[str] | None = None  # instead of roles: linears, by the end of their names, whose output features train
+    columns: list[str] | None = None  # likewise, whose input features train
     layout: str = "gather"  # gather | permuted
 
     @property
@@ -68,6 +73,13 @@ class S2FTConfig(SparseConfig):
             check_choice("method.roles", role, ROLES)
         if self.roles is not None and not self.roles:
             raise UserError(f"method.roles is empty: name at least one of {', '.join(ROLES)}.")
+        named = [field for field in ("rows", "columns") if getattr(self, field) is not None]
+        for field in named:
+            if not getattr(self, field) or not all(getattr(self, field)):
+                raise UserError(f"method.{field} is empty: name at least one linear, or null for none.")
+        if named and (self.ratios or self.roles is not None):
+            other = "ratios" if self.ratios else "method.roles"
+            raise UserError(f"method.{named[0]} and {other} both say what trains: give one of them.")
         check_choice("method.layout", self.layout, ("gather", "permuted"))
         if self.layout == "permuted":
             raise UserError("method.layout=permuted: the permuted layout is not available yet, use gather.")
@@ -81,6 +93,11 @@ class S2FT(SparseMethod):
     def budget(self, spec: ModelSpec, config: S2FTConfig) -> Budget:
         from sparseft.selection import ratio_budget, sparsity_budget
 
+        if config.rows is not None or config.columns is not None:
+            slots = spec.named_slots(config.rows or [], config.columns or [], config.scope)
+            roles = list(dict.fromkeys(slot.role for slot in slots))
+            sparsity = config.wanted_sparsity
+            return sparsity_budget(replace(spec, slots=slots), roles, sparsity, scope=config.scope)
         if config.ratios:
             return ratio_budget(spec, config.ratios, scope=config.scope)
         roles = config.roles

@@ -13,6 +13,7 @@ from sparseft.importance import compute_scores
 from sparseft.importance.second_order import SecondOrder
 from sparseft.layers import sparse_layers
 from sparseft.layers.converting import check_modules
+from sparseft.layers.experts import opened
 from sparseft.methods import method_of
 from sparseft.methods.base import SparseConfig
 from sparseft.modeling import ModelSpec, inside_compiled
@@ -50,16 +51,17 @@ def compute_selection(
     check_modules(model, dict.fromkeys(c.module for c in budget.candidates), spec.linears)
     if config.needs_data and batches is not None:
         batches = first_samples(batches, config.num_samples)
-    scores = compute_scores(
-        model,
-        budget.candidates,
-        config.importance,
-        seed=config.seed,
-        batches=batches,
-        generator=generator_for,
-        progress=progress,
-        second_order=second_order(config),
-    )
+    with opened(model, [c.module for c in budget.candidates]):
+        scores = compute_scores(
+            model,
+            budget.candidates,
+            config.importance,
+            seed=config.seed,
+            batches=batches,
+            generator=generator_for,
+            progress=progress,
+            second_order=second_order(config),
+        )
     selection = choose(budget, scores, order=config.order, allocation=config.allocation, seed=config.seed)
     describe(selection, spec, method.name, config, budget.scope_parameters)
     return selection
