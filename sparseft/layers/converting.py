@@ -10,6 +10,7 @@ from torch import nn
 from sparseft.errors import UserError, nearest
 from sparseft.layers.base import SparseLinear
 from sparseft.layers.blocks import BlockSparseLinear
+from sparseft.layers.order import reorder
 from sparseft.layers.structured import S2ColumnLinear, S2RowLinear
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def restore(model: nn.Module, *, merged: bool) -> nn.Module:
             layer.write_back()
         else:
             layer.restore_base()
+        reorder(layer)
         original = layer.original
         if original is None:
             raise TypeError("a sparse layer that replaced nothing cannot be turned back")

@@ -6,15 +6,18 @@ features), of o and down its columns (input features).
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparseft.errors import UserError
+from sparseft.errors import LayoutWarning, UserError
 from sparseft.methods.base import DEFAULT_SPARSITY, SparseConfig, SparseMethod, check_choice
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sparseft.modeling import ModelSpec
-    from sparseft.selection import Budget
+    from sparseft.selection import Budget, Selection
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 RATIO_FIELDS = {
@@ -65,8 +68,6 @@ class S2FTConfig(SparseConfig):
         if self.roles is not None and not self.roles:
             raise UserError(f"method.roles is empty: name at least one of {', '.join(ROLES)}.")
         check_choice("method.layout", self.layout, ("gather", "permuted"))
-        if self.layout == "permuted":
-            raise UserError("method.layout=permuted: the permuted layout is not available yet, use gather.")
 
 
 class S2FT(SparseMethod):
@@ -86,3 +87,16 @@ class S2FT(SparseMethod):
             present = {slot.role for slot in spec.slots_in(config.scope)}
             roles = [role for role in roles if role in present] or [role for role in ROLES if role in present]
         return sparsity_budget(spec, roles, config.sparsity or DEFAULT_SPARSITY, scope=config.scope)
+
+    def convert(self, model: nn.Module, config: S2FTConfig, selection: Selection | None) -> nn.Module:
+        """As every sparse method does; with `layout: permuted`, a `LayoutWarning` says what stays `gather`, and why."""
+        if config.layout == "gather" or selection is None:
+            return super().convert(model, config, selection)
+        from sparseft.layers import convert_permuted
+        from sparseft.modeling import ModelSpec
+
+        for reason, modules in convert_permuted(model, selection, ModelSpec.of(model)).items():
+            others = f" and {len(modules) - 1} others" if len(modules) > 1 else ""
+            message = f"method.layout=permuted: {modules[0]}{others} stay{'' if others else 's'} gather: {reason}."
+            warnings.warn(message, LayoutWarning, stacklevel=4)  # the caller of attach
+        return model
