@@ -30,7 +30,7 @@ from sparseft.files import replaced_folder
 from sparseft.fusing import Values, unite
 from sparseft.layers import Pattern, SparseLinear, restore, sparse_layers
 from sparseft.layers.converting import check_modules, replace_module
-from sparseft.layers.order import fits_order, reorder
+from sparseft.layers.order import make_way
 from sparseft.layers.pattern import same_patterns
 from sparseft.methods import method_of
 from sparseft.methods.selecting import compute_selection
@@ -295,10 +295,7 @@ def _check_name(state: State, name: str) -> None:
 def _activate(model: nn.Module, patterns: dict[str, dict[str, Pattern]]) -> None:
     """Gives every sparse layer its patterns of the adapter, converting modules that have none yet."""
     layers = sparse_layers(model)
-    moved = [(layer.row_order, layer.column_order, patterns.get(module, {})) for module, layer in layers.items()]
-    if not all(fits_order(kind, rows, columns) for rows, columns, kinds in moved for kind in kinds):
-        for layer in layers.values():  # blocks, say, lie scattered in a permuted weight
-            reorder(layer)
+    make_way(layers, patterns)
     for module, layer in layers.items():
         layer.install(patterns.get(module, {}))
     for module in patterns.keys() - layers.keys():

@@ -291,7 +291,7 @@ def test_state_dicts_and_saved_models_are_in_the_original_order(make_model: Make
     torch.testing.assert_close(logits(loaded), expected_logits, atol=1e-12, rtol=1e-12)
 
 
-def test_copies_casts_and_checkpointing(make_model: Make) -> None:
+def test_copies_and_casts(make_model: Make) -> None:
     model = randomise(sparseft.attach(build(make_model, "qwen2"), PERMUTED, whole_groups("qwen2")))
     expected = logits(model)
     twin = copy.deepcopy(model)
@@ -305,6 +305,27 @@ def test_copies_casts_and_checkpointing(make_model: Make) -> None:
     names = dict(build(make_model, "qwen2").named_parameters())
     left, right = tensors(model), tensors(gather)
     assert_equal({n: left[n] for n in names}, {n: right[n] for n in names})
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning", "ignore:None of the inputs")
+@pytest.mark.parametrize("how", ["compile", "reentrant", "not_reentrant"])
+def test_compiled_and_checkpointed_training_is_the_same(make_model: Make, how: str) -> None:
+    models = [sparseft.attach(build(make_model, "llama"), PERMUTED, whole_groups("llama")) for _ in range(2)]
+    if how == "compile":
+        torch._dynamo.reset()
+        run = torch.compile(models[1], fullgraph=True, backend="aot_eager")
+    else:
+        run = models[1].train()
+        run.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+        run.enable_input_require_grads()
+    for step in range(2):
+        for model, forward in zip(models, (models[0], run), strict=True):
+            optimizer = torch.optim.SGD(sparseft.trainable_parameters(model).values(), lr=0.05)
+            forward(**batch(), use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(logits(models[1]), logits(models[0]), atol=1e-9, rtol=1e-9, msg=f"step {step}")
+    assert (logits(models[0]) - logits(build(make_model, "llama"))).abs().max() > 1e-3
 
 
 # ---- what stays gather ----
@@ -322,7 +343,7 @@ def test_incomplete_groups_stay_and_say_so(make_model: Make) -> None:
         {names.format(i): {"columns": features([4], 12)} for i in range(2)}
         | {"model.layers.0.mlp.down_proj": {"columns": [9]}}
     )
-    said = "model.layers.0.self_attn and 1 others stay gather: the selection does not fill whole key/value groups"
+    said = "model.layers.0.self_attn and 1 more stay gather: the selection does not fill whole key/value groups"
     attach_and_say(model, selection, said)
     layers = sparse_layers(model)
     assert not layers[names.format(0)].reordered and layers["model.layers.0.mlp.down_proj"].reordered

@@ -6,6 +6,7 @@ the *place*, says where each original one is stored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,20 @@ def arrange_entries(layer: SparseLinear, entries: dict[str, Any], prefix: str, *
         tensor = entries.get(prefix + name)
         if parameter is not None and tensor is not None and tensor.shape == parameter.shape:
             entries[prefix + name] = arranged(tensor, rows, columns, transposed=layer.transposed)
+
+
+def make_way(layers: Mapping[str, SparseLinear], patterns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Brings all layers into the original order if any could not train its `patterns` (by module and kind) as it is.
+
+    All, because coupled layers are in one order.
+    """
+    if not all(
+        fits_order(kind, layer.row_order, layer.column_order)
+        for module, layer in layers.items()
+        for kind in patterns.get(module, {})
+    ):
+        for layer in layers.values():
+            reorder(layer)
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ class S2FT(SparseMethod):
         from sparseft.modeling import ModelSpec
 
         for reason, modules in convert_permuted(model, selection, ModelSpec.of(model)).items():
-            others = f" and {len(modules) - 1} others" if len(modules) > 1 else ""
-            message = f"method.layout=permuted: {modules[0]}{others} stay{'' if others else 's'} gather: {reason}."
-            warnings.warn(message, LayoutWarning, stacklevel=4)  # the caller of attach
+            who = f"{modules[0]} stays" if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more stay"
+            message = f"method.layout=permuted: {who} gather: {reason}."
+            warnings.warn(message, LayoutWarning, stacklevel=3)  # the caller of attach
         return model
