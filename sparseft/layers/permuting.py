@@ -188,4 +188,7 @@ def _check_structure(
             if head_norm or "Rotary" in type(module).__name__:
                 continue
         if any(path == "" or is_attention or t.numel() > 1 for t in tensors):
-            raise _Stays(f"{type(module).__name__} in it has weights of its own, which may tell units apart")
+            what = (
+                f"a {type(module).__name__} beside its projections has" if path else "it has, beside its projections,"
+            )
+            raise _Stays(f"{what} weights that may tell units apart")
