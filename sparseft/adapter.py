@@ -31,6 +31,7 @@ from sparseft.fusing import Values, unite
 from sparseft.layers import Pattern, restore, sparse_layers
 from sparseft.layers.converting import check_modules, make_sparse, plain_weight
 from sparseft.layers.experts import close_experts
+from sparseft.layers.order import make_way
 from sparseft.layers.parking import union
 from sparseft.layers.pattern import same_patterns
 from sparseft.methods import method_of
@@ -303,6 +304,7 @@ def _check_name(state: State, name: str) -> None:
 def _activate(model: nn.Module, patterns: dict[str, dict[str, Pattern]]) -> None:
     """Gives every sparse layer its patterns of the adapter, converting modules that have none yet."""
     layers = sparse_layers(model)
+    make_way(layers, patterns)
     for module, layer in layers.items():
         layer.install(patterns.get(module, {}))
     for module in patterns.keys() - layers.keys():

@@ -6,11 +6,13 @@ when something is printed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -33,6 +35,20 @@ def warn(message: str) -> None:
     """A line starting with `warning:` to stderr, also when quiet; kept for `recorded_warnings`."""
     _warnings.append(message)
     _write(f"warning: {message}", style="yellow")
+
+
+@contextlib.contextmanager
+def showing(category: type[Warning]) -> Iterator[None]:
+    """Inside, Python's warnings of `category` are shown as `warn` shows its own; others as they are anyway."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", category)
+        show = warnings.showwarning
+
+        def showwarning(message, raised, *where, **options) -> None:
+            warn(str(message)) if issubclass(raised, category) else show(message, raised, *where, **options)
+
+        warnings.showwarning = showwarning
+        yield
 
 
 def error(message: str) -> None:

@@ -14,6 +14,10 @@ class RunError(RuntimeError):
     """The work failed while running: what happened and what is safe (exit code 1)."""
 
 
+class LayoutWarning(UserWarning):
+    """A part of the model cannot be laid out as asked for, and is trained as it is: the result is the same."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the candidate nearest to `name`, or the list of them if none is near."""
     names = [str(candidate) for candidate in candidates]

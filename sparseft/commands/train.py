@@ -10,7 +10,7 @@ from typing import Any
 from sparseft import console
 from sparseft.commands import checks, report, resuming
 from sparseft.config import BUNDLED, RunConfig
-from sparseft.errors import UserError
+from sparseft.errors import LayoutWarning, UserError
 from sparseft.methods import get_method
 from sparseft.runs import (
     check_run_folder,
@@ -95,7 +95,8 @@ class Job:
             )
         self.selection_cached: bool | None = None
         self.selection = self._selection() if self.method.sparse else None
-        self.model = attach(prepared.model, config.method, self.selection)
+        with console.showing(LayoutWarning):
+            self.model = attach(prepared.model, config.method, self.selection)
         if config.model.path.startswith(BUNDLED):
             state_of(self.model).base_model = config.model.path
         self.trainable = trainable_count(self.model)

@@ -19,6 +19,13 @@ from torch.nn import functional as F
 
 KINDS = ("rows", "columns", "blocks")
 
+Run = tuple[int, int]  # (start, length): consecutive rows or columns, which a view reaches without an index
+
+
+def select(tensor: Tensor, dim: int, at: Tensor | Run) -> Tensor:
+    """The entries `at` of one dimension: a view of a run, a copy otherwise."""
+    return tensor.narrow(dim, *at) if isinstance(at, tuple) else tensor.index_select(dim, at)
+
 
 def values_shape(kind: str, index: Tensor, shape: tuple[int, int], block_size: int | None) -> tuple[int, ...]:
     """The shape of a pattern's values on a weight of `shape` (out, in)."""
@@ -51,8 +58,10 @@ def _full_blocks(weight: Tensor, index: Tensor, block_size: int) -> tuple[Tensor
     return weight.unfold(0, block_size, block_size).unfold(1, block_size, block_size), whole
 
 
-def gather(weight: Tensor, kind: str, index: Tensor, block_size: int | None = None) -> Tensor:
+def gather(weight: Tensor, kind: str, index: Tensor | Run, block_size: int | None = None) -> Tensor:
     """A copy of the pattern's entries of `weight` (out, in), in its dtype."""
+    if isinstance(index, tuple):
+        return select(weight, KINDS.index(kind), index).clone(memory_format=torch.contiguous_format)
     if kind == "rows":
         return weight.index_select(0, index)
     if kind == "columns":
@@ -73,9 +82,11 @@ def gather(weight: Tensor, kind: str, index: Tensor, block_size: int | None = No
     return values
 
 
-def scatter_(weight: Tensor, kind: str, index: Tensor, values: Tensor, block_size: int | None = None) -> None:
+def scatter_(weight: Tensor, kind: str, index: Tensor | Run, values: Tensor, block_size: int | None = None) -> None:
     """Writes the pattern's entries of `weight` (out, in) in place; `values` in the weight's dtype."""
-    if kind == "rows":
+    if isinstance(index, tuple):
+        select(weight, KINDS.index(kind), index).copy_(values)
+    elif kind == "rows":
         weight.index_copy_(0, index, values)
     elif kind == "columns":
         weight.index_copy_(1, index, values)
@@ -94,9 +105,9 @@ def scatter_(weight: Tensor, kind: str, index: Tensor, values: Tensor, block_siz
             part.copy_(values[position, : part.shape[0], : part.shape[1]])
 
 
-def rows_gradient(grad_output: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+def rows_gradient(grad_output: Tensor, x: Tensor, rows: Tensor | Run) -> Tensor:
     """dW[rows, :] (k, in) from grad_output (tokens, out) and x (tokens, in)."""
-    return grad_output.index_select(1, rows).t() @ x
+    return select(grad_output, 1, rows).t() @ x
 
 
 def columns_gradient(grad_output: Tensor, x_columns: Tensor) -> Tensor:

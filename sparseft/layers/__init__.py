@@ -6,6 +6,7 @@ from sparseft.layers.base import SparseLinear, write_back
 from sparseft.layers.blocks import BlockSparseLinear
 from sparseft.layers.converting import convert, restore, sparse_layers
 from sparseft.layers.pattern import Pattern
+from sparseft.layers.permuting import convert_permuted
 from sparseft.layers.structured import S2ColumnLinear, S2RowLinear
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "S2RowLinear",
     "SparseLinear",
     "convert",
+    "convert_permuted",
     "restore",
     "sparse_layers",
     "write_back",

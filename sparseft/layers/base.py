@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparseft.kernels import reference
+from sparseft.layers.order import arrange_entries, fits_order, inverse
 from sparseft.layers.pattern import Pattern, as_index
 
 _LIVE: weakref.WeakSet[SparseLinear] = weakref.WeakSet()  # every sparse layer there is
@@ -36,11 +37,17 @@ class _SparseProduct(torch.autograd.Function):
                 position, blocks_delta):  # fmt: skip
         y = _product(x, weight, bias, transposed)
         ctx.bias_dtype = bias.dtype if bias is not None else None
-        saved = [weight, rows, columns, blocks, position]
+        # Rows and columns are indices, or (start, length) where they are consecutive in the stored weight.
+        ctx.run, rows_index = (rows, None) if isinstance(rows, tuple) else (None, rows)
+        saved = [weight, rows_index, blocks, position]
         # Rows need all of x, which is shared with the layer's siblings; the others only a slice, in its own storage.
         whole = rows is not None or (blocks is not None and needed is None)
         saved.append(x if whole else None)
-        saved.append(x.index_select(-1, columns).to(y.dtype) if columns is not None else None)
+        if isinstance(columns, tuple):
+            own = {"copy": True, "memory_format": torch.contiguous_format}  # a view would keep all of x alive
+            saved.append(reference.select(x, -1, columns).to(y.dtype, **own))
+        else:
+            saved.append(x.index_select(-1, columns).to(y.dtype) if columns is not None else None)
         if blocks is not None and not whole:
             x_blocks = reference.to_blocks(x.reshape(-1, x.shape[-1]), size).index_select(1, needed)
             saved.append(x_blocks.flatten(1).to(y.dtype))
@@ -53,7 +60,8 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # a slice's own history is not kept, so a second derivative would be wrong without a word
     def backward(ctx, grad_output):
-        weight, rows, columns, blocks, position, x, x_columns, x_blocks = ctx.saved_tensors
+        weight, rows, blocks, position, x, x_columns, x_blocks = ctx.saved_tensors
+        rows = rows if ctx.run is None else ctx.run
         grad_x = bias_grad = rows_grad = columns_grad = blocks_grad = None
         if ctx.needs_input_grad[0]:
             w = weight.to(grad_output.dtype)
@@ -65,7 +73,7 @@ class _SparseProduct(torch.autograd.Function):
             x = x.reshape(-1, x.shape[-1]).to(grad.dtype)
         if rows is not None:
             rows_grad = reference.rows_gradient(grad, x, rows).float()
-        if columns is not None:
+        if x_columns is not None:
             x_columns = x_columns.reshape(-1, x_columns.shape[-1])
             columns_grad = reference.columns_gradient(grad, x_columns.to(grad.dtype)).float()
         if blocks is not None:
@@ -88,10 +96,16 @@ class SparseLinear(nn.Module):
     Its patterns are child modules named `rows`, `columns` and `blocks`, so that parameters are called
     `<module>.rows.delta` and so on, as in adapter files. Without a pattern it is a frozen linear layer.
     `transposed` layers keep their weight as (in, out), as Conv1D does; indices always mean the logical (out, in).
+
+    Weight and bias may be stored in another order of rows and columns (`layers/order.py`): `row_order` (out,) and
+    `column_order` (in,) say which original one each stored one is, null that none was moved. Indices and state dicts
+    are in the original order always.
     """
 
     sparseft_linear = True
     weight: nn.Parameter
+    row_order: Tensor | None
+    column_order: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
                  *, transposed: bool = False) -> None:  # fmt: skip
@@ -105,6 +119,7 @@ class SparseLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self._original: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
+        self._original_order()
         self.reset_parameters()
         self._join()
 
@@ -140,6 +155,7 @@ class SparseLinear(nn.Module):
             if parameter is not None:
                 parameter.requires_grad_(False)
         layer._original = (linear,)
+        layer._original_order()
         layer.train(linear.training)
         layer._join()
         return layer
@@ -159,9 +175,14 @@ class SparseLinear(nn.Module):
 
     @property
     def logical_weight(self) -> Tensor:
-        """The weight as (out, in): a view, without gradient."""
+        """The weight as (out, in), in the order in which it is stored: a view, without gradient."""
         weight = self.weight.detach()
         return weight.t() if self.transposed else weight
+
+    @property
+    def reordered(self) -> bool:
+        """Whether the weight is stored in another order than the checkpoint's."""
+        return self.row_order is not None or self.column_order is not None
 
     @property
     def patterns(self) -> dict[str, Pattern]:
@@ -198,7 +219,7 @@ class SparseLinear(nn.Module):
             raise ValueError(f"the layer already trains {kind}")
         self.restore_base()  # what another pattern has learnt is no part of this one's base
         try:
-            pattern = Pattern(kind, as_index(kind, index), self.logical_weight, block_size)
+            pattern = Pattern(kind, as_index(kind, index), self.logical_weight, block_size, self.place_of(kind))
             self.add_module(kind, pattern)
         finally:
             self.write_back()
@@ -207,11 +228,13 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def install(self, patterns: dict[str, Pattern]) -> dict[str, Pattern]:
         """Puts the base back, takes `patterns` instead of the present ones, writes them, and returns the old."""
+        places = {kind: self.place_of(kind) for kind in patterns}
         self.restore_base()
         old = self.patterns
         for kind in old:
             del self._modules[kind]
         for kind, pattern in patterns.items():
+            pattern.put(places[kind])
             pattern.take_base(self.logical_weight)
             self.add_module(kind, pattern)
         self.write_parked()
@@ -225,7 +248,7 @@ class SparseLinear(nn.Module):
             return
         weight = self.logical_weight
         for pattern in self.patterns.values():
-            reference.scatter_(weight, pattern.kind, pattern.index, pattern.base_values, pattern.block_size)
+            reference.scatter_(weight, pattern.kind, pattern.at, pattern.base_values, pattern.block_size)
             if pattern.parked is not None:
                 index, base = pattern.parked.index.to(weight.device), pattern.parked.base.to(weight.device)
                 reference.scatter_(weight, pattern.kind, index, base, pattern.block_size)
@@ -250,17 +273,17 @@ class SparseLinear(nn.Module):
         if len(patterns) == 1:
             pattern = patterns[0]
             values = (pattern.base_values + pattern.delta).to(weight.dtype)  # in fp32, or float64 where the base is
-            reference.scatter_(weight, pattern.kind, pattern.index, values, pattern.block_size)
+            reference.scatter_(weight, pattern.kind, pattern.at, values, pattern.block_size)
         else:  # patterns may overlap (fused adapters): add them up in fp32, round once
             total = weight.to(torch.promote_types(weight.dtype, torch.float32))
             for p in patterns:
-                reference.scatter_(total, p.kind, p.index, p.base_values.to(total.dtype), p.block_size)
+                reference.scatter_(total, p.kind, p.at, p.base_values.to(total.dtype), p.block_size)
             for p in patterns:
-                values = reference.gather(total, p.kind, p.index, p.block_size) + p.delta
-                reference.scatter_(total, p.kind, p.index, values, p.block_size)
+                values = reference.gather(total, p.kind, p.at, p.block_size) + p.delta
+                reference.scatter_(total, p.kind, p.at, values, p.block_size)
             for p in patterns:
-                values = reference.gather(total, p.kind, p.index, p.block_size).to(weight.dtype)
-                reference.scatter_(weight, p.kind, p.index, values, p.block_size)
+                values = reference.gather(total, p.kind, p.at, p.block_size).to(weight.dtype)
+                reference.scatter_(weight, p.kind, p.at, values, p.block_size)
         for pattern in patterns:
             pattern.written_version = pattern.delta._version
 
@@ -281,9 +304,9 @@ class SparseLinear(nn.Module):
             self.bias,
             self.transposed,
             blocks.block_size if blocks is not None else None,
-            rows.index if rows is not None else None,
+            rows.at if rows is not None else None,
             rows.delta if rows is not None else None,
-            columns.index if columns is not None else None,
+            columns.at if columns is not None else None,
             columns.delta if columns is not None else None,
             blocks.index if blocks is not None else None,
             needed[0] if needed is not None else None,
@@ -302,14 +325,33 @@ class SparseLinear(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         self._write_if_stale()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.reordered:
+            arrange_entries(self, destination, prefix, stored=False)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if self.reordered:
+            state_dict = dict(state_dict)  # the caller's own stays as it is
+            arrange_entries(self, state_dict, prefix, stored=True)
         super()._load_from_state_dict(state_dict, prefix, *args)
         plain = prefix + "weight" in state_dict and not any(
             f"{prefix}{kind}.delta" in state_dict for kind in self.patterns
         )
         if plain:
             self._take_new_base()
+
+    def place_of(self, kind: str) -> Tensor | None:
+        """Where each original row (column) is stored, or null where none was moved.
+
+        ValueError where the other side was moved: a pattern's values keep the original order along that one.
+        """
+        if not fits_order(kind, self.row_order, self.column_order):
+            raise ValueError(f"{kind} need the weight's other side in its original order: reorder(layer) first")
+        return inverse({"rows": self.row_order, "columns": self.column_order}.get(kind))
+
+    def _original_order(self) -> None:
+        """No order yet. The buffers move with the layer; checkpoints, in the original order, do not hold them."""
+        self.register_buffer("row_order", None, persistent=False)
+        self.register_buffer("column_order", None, persistent=False)
 
     @torch.no_grad()
     def _take_new_base(self) -> None:

@@ -12,6 +12,7 @@ from sparseft.expert_weights import find_expert, stack_parameter
 from sparseft.layers.base import SparseLinear
 from sparseft.layers.blocks import BlockSparseLinear
 from sparseft.layers.experts import ExpertLinear, close_experts, open_expert
+from sparseft.layers.order import reorder
 from sparseft.layers.structured import S2ColumnLinear, S2RowLinear
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def restore(model: nn.Module, *, merged: bool) -> nn.Module:
             layer.restore_base()
         if isinstance(layer, ExpertLinear):
             continue
+        reorder(layer)
         original = layer.original
         if original is None:
             raise TypeError("a sparse layer that replaced nothing cannot be turned back")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sparseft.expert_weights import Expert, find_expert, stack_parameter
 from sparseft.kernels import reference
-from sparseft.layers.base import _LIVE, SparseLinear
+from sparseft.layers.base import SparseLinear
 from sparseft.layers.experts_grouped import grouped_product
 
 _CONFIG = "_sparseft_config"  # where an opened experts module keeps its own config
@@ -42,8 +42,9 @@ class ExpertLinear(SparseLinear):
         self.register_parameter("bias", None)
         self._original: tuple[nn.Module, ...] = ()
         self._plain_loaded = False
+        self._original_order()
         self.train(expert.experts.training)
-        _LIVE.add(self)
+        self._join()
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -22,11 +22,16 @@ class Pattern(nn.Module):
 
     `index` is (k,) for rows and columns and (n, 2) for blocks, in the order of the checkpoint; the values have the
     shapes of `kernels/reference.py`. Casting the model leaves `delta` in fp32.
+
+    Where the weight is stored in another order, `place` says which stored row (column) each original one is, and
+    `at` is where the entries lie in the stored weight.
     """
 
     sparseft_pattern = True  # how modules below this one tell deltas from the base's parameters
 
-    def __init__(self, kind: str, index: Tensor, weight: Tensor, block_size: int | None = None) -> None:
+    def __init__(
+        self, kind: str, index: Tensor, weight: Tensor, block_size: int | None = None, place: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.block_size = block_size
@@ -34,39 +39,66 @@ class Pattern(nn.Module):
         index = index.to(device=weight.device, dtype=torch.int64)
         shape = reference.values_shape(kind, index, tuple(weight.shape), block_size)
         self.register_buffer("index", index)
-        self.register_buffer("base_values", _gather(weight, kind, index, block_size))
+        self.register_buffer("place", place, persistent=False)
+        self._locate()
+        self.register_buffer("base_values", self._read(weight))
         self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
         self.written_version = self.delta._version
-        self.parked: Parked | None = None  # entries that trained before (re-selection)
-        self._find_columns()
+        self.parked: Parked | None = None  # entries that trained before (re-selection); never in a permuted weight
+
+    def put(self, place: Tensor | None) -> None:
+        """The weight is stored in another order from now on: original row (column) i lies at `place[i]`."""
+        self.place = place
+        self._locate()
+
+    @property
+    def at(self) -> Tensor | reference.Run:
+        """Where the entries lie in the stored weight: (start, length) where consecutive, else as `index` has them."""
+        if self._run is not None:
+            return self._run
+        return self.index if self.place is None else self.place.index_select(0, self.index)
 
     def set_index(self, index: Tensor, base_values: Tensor) -> None:
         """Other entries under the same delta, which the weight holds already."""
         self.index, self.base_values = index, base_values
-        self._find_columns()
+        self._locate()
         self.written_version = self.delta._version
 
     def take_base(self, weight: Tensor) -> None:
         """Reads `base_values` anew from a weight (out, in) that holds the base's entries."""
         self.to(weight.device)
-        self.base_values = _gather(weight, self.kind, self.index, self.block_size)
+        self.base_values = self._read(weight)
         if self.parked is not None:
-            self.parked.base = _gather(weight, self.kind, self.parked.index.to(weight.device), self.block_size).cpu()
+            index = self.parked.index.to(weight.device)
+            self.parked.base = reference.gather(weight.detach(), self.kind, index, self.block_size).cpu()
+
+    def _read(self, weight: Tensor) -> Tensor:
+        if weight.is_meta:
+            return weight.new_empty(reference.values_shape(self.kind, self.index, tuple(weight.shape), self.block_size))
+        return reference.gather(weight.detach(), self.kind, self.at, self.block_size)
 
     def columns_needed(self, in_features: int) -> tuple[Tensor, Tensor] | None:
         """For blocks: (unique block columns, each block's position among them), or null where x itself is saved."""
         if self._columns is not None and self._columns[0].device != self.index.device:
-            self._find_columns()
+            self._locate()
         if self._columns is None:
             return None
         total = math.ceil(in_features / self.block_size)
         return self._columns if len(self._columns[0]) <= SLICE_SHARE * total else None
 
-    def _find_columns(self) -> None:
-        """Of blocks, ahead of the forward pass: what depends on the index's values cannot be compiled into a graph."""
+    def _locate(self) -> None:
+        """Ahead of the forward pass: what depends on the index's values cannot be compiled into a graph."""
         self._columns: tuple[Tensor, Tensor] | None = None
-        if self.kind == "blocks" and not self.index.is_meta:
+        self._run: reference.Run | None = None
+        if self.index.is_meta:
+            return
+        if self.kind == "blocks":
             self._columns = torch.unique(self.index[:, 1], return_inverse=True)
+            return
+        position = self.at
+        start = int(position[0])
+        if torch.equal(position, torch.arange(start, start + len(position), device=position.device)):
+            self._run = (start, len(position))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -86,7 +118,7 @@ class Pattern(nn.Module):
 
         stale = self.stale
         super()._apply(keep_fp32, recurse)
-        self._find_columns()
+        self._locate()
         if self.parked is not None:
             self.parked.base = self.parked.base.to(self.base_values.dtype)
         self.written_version = -1 if stale else self.delta._version
@@ -102,18 +134,12 @@ class Pattern(nn.Module):
             parts = {name: state_dict.pop(f"{prefix}parked_{name}", None) for name in ("index", "delta", "base")}
             self.parked = None if any(value is None for value in parts.values()) else Parked(**parts)
             super()._load_from_state_dict(state_dict, prefix, *args)
-            self._find_columns()
+            self._locate()
             self.written_version = -1  # with assign=True the delta is another tensor, with versions of its own
 
     def extra_repr(self) -> str:
         size = f", block_size={self.block_size}" if self.kind == "blocks" else ""
         return f"{len(self.index)}{size}, trainable={self.delta.numel()}"
-
-
-def _gather(weight: Tensor, kind: str, index: Tensor, block_size: int | None) -> Tensor:
-    if weight.is_meta:
-        return weight.new_empty(reference.values_shape(kind, index, tuple(weight.shape), block_size))
-    return reference.gather(weight.detach(), kind, index, block_size)
 
 
 def as_index(kind: str, index: Any) -> Tensor:

@@ -6,15 +6,18 @@ features), of o and down its columns (input features).
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sparseft.errors import UserError
+from sparseft.errors import LayoutWarning, UserError
 from sparseft.methods.base import SparseConfig, SparseMethod, check_choice
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sparseft.modeling import ModelSpec
-    from sparseft.selection import Budget
+    from sparseft.selection import Budget, Selection
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 RATIO_FIELDS = {
@@ -81,8 +84,8 @@ class S2FTConfig(SparseConfig):
             other = "ratios" if self.ratios else "method.roles"
             raise UserError(f"method.{named[0]} and {other} both say what trains: give one of them.")
         check_choice("method.layout", self.layout, ("gather", "permuted"))
-        if self.layout == "permuted":
-            raise UserError("method.layout=permuted: the permuted layout is not available yet, use gather.")
+        if self.layout == "permuted" and self.reselect_steps:
+            raise UserError("method.layout=permuted and method.reselect_steps exclude each other: use layout=gather.")
 
 
 class S2FT(SparseMethod):
@@ -107,3 +110,16 @@ class S2FT(SparseMethod):
             present = {slot.role for slot in spec.slots_in(config.scope)}
             roles = [role for role in roles if role in present] or [role for role in ROLES if role in present]
         return sparsity_budget(spec, roles, config.wanted_sparsity, scope=config.scope)
+
+    def convert(self, model: nn.Module, config: S2FTConfig, selection: Selection | None) -> nn.Module:
+        """As every sparse method does; with `layout: permuted`, a `LayoutWarning` says what stays `gather`, and why."""
+        if config.layout == "gather" or selection is None:
+            return super().convert(model, config, selection)
+        from sparseft.layers import convert_permuted
+        from sparseft.modeling import ModelSpec
+
+        for reason, modules in convert_permuted(model, selection, ModelSpec.of(model)).items():
+            who = f"{modules[0]} stays" if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more stay"
+            message = f"method.layout=permuted: {who} gather: {reason}."
+            warnings.warn(message, LayoutWarning, stacklevel=3)  # the caller of attach
+        return model
