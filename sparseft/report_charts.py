@@ -57,7 +57,8 @@ def dash(index: int | None) -> str:
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round values (1, 2, 2.5 or 5 times a power of ten) that span [low, high] from outside."""
-    if not low < high:
+    low, high = min(low, high), max(low, high)
+    if low == high:
         spread = abs(low) * 0.1 or 1.0
         low, high = low - spread, high + spread
     raw = (high - low) / max(count, 1)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +27,11 @@ def has_gpu_device() -> bool:
 
 if not has_gpu_device():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter where there is no GPU
+
+# Property tests draw the same cases every time, so that a failure is the change's; SPARSEFT_FUZZ=1 draws others.
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("fuzz", deadline=None)
+hypothesis.settings.load_profile("fuzz" if os.environ.get("SPARSEFT_FUZZ") == "1" else "steady")
 
 KINDS = ("llama", "qwen2", "gpt2")
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, CONTEXT = 96, 48, 80, 2, 128

@@ -212,6 +212,10 @@ def test_no_content_of_the_files_breaks_the_page(tmp_path_factory: pytest.TempPa
     assert not re.search(r"\b(nan|inf)\b", "".join(str(svg) for svg in page.of("path") + page.of("rect")))
 
 
+def test_ticks_of_an_axis_given_backwards() -> None:
+    assert nice_ticks(0.0, -2.0, 8) == nice_ticks(-2.0, 0.0, 8)
+
+
 def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     first = make_run(tmp_path / "a")
     second = make_run(tmp_path / "b", method="beta", trainable_parameters=1024000, eval_loss_after=0.5, seed=7)
