@@ -197,8 +197,8 @@ def bench(
         if what != "train" and not _exists(f"sparseft.bench.{what}"):
             raise UserError(f"'sparseft bench {what}' is not available in this version.")
 
-    def call(module: Any, config: Any, _: list[str]) -> dict[str, Any]:
-        return module.run(config, what=what)
+    def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
+        return module.run(config, what, point, config_dir or [])
 
     return _configured("bench", overrides, Options(multirun, cfg, config_dir, json, debug), call, check)
 

@@ -96,6 +96,9 @@ class BenchConfig:
     length: int = 256  # tokens
     width: int | None = None  # with depth: a random Llama of that shape instead of the model
     depth: int | None = None  # layers
+    # quality: what is trained and compared, each "name: key=value …" on top of the run's own settings
+    variants: list[str] = field(default_factory=lambda: [f"{m}: method={m}" for m in ("s2ft", "sylva", "lora", "full")])
+    seeds: int = 3  # quality: runs a variant
 
 
 @dataclass

@@ -71,6 +71,20 @@ def is_quiet() -> bool:
     return os.environ.get("SPARSEFT_QUIET") == "1"
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, logs and progress are silent, as with `SPARSEFT_QUIET=1`; warnings and errors are not."""
+    before = os.environ.get("SPARSEFT_QUIET")
+    os.environ["SPARSEFT_QUIET"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SPARSEFT_QUIET"]
+        else:
+            os.environ["SPARSEFT_QUIET"] = before
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Whether escape codes are welcome on a stream."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"

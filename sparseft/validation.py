@@ -114,6 +114,7 @@ RANGES: dict[str, Rule] = {
     "bench.warmup_steps": AT_LEAST_0,
     "bench.batch_size": AT_LEAST_1,
     "bench.length": AT_LEAST_1,
+    "bench.seeds": AT_LEAST_1,
 }
 
 

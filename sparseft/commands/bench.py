@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,13 @@ from sparseft.config import RunConfig
 from sparseft.errors import UserError
 
 
-def run(config: RunConfig, what: str = "train") -> dict[str, Any]:
-    """Runs the benchmark `what` and writes `bench.json` into `output_dir` (default `outputs/bench-<date>-<time>`)."""
+def run(
+    config: RunConfig, what: str = "train", words: Sequence[str] = (), config_dirs: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Runs the benchmark `what` and writes `bench.json` into `output_dir` (default `outputs/bench-<date>-<time>`).
+
+    words, config_dirs: what `config` was composed from, which quality puts its variants on top of.
+    """
     from sparseft import runs
     from sparseft.compose import to_yaml
     from sparseft.modeling import resolve_device
@@ -22,18 +29,86 @@ def run(config: RunConfig, what: str = "train") -> dict[str, Any]:
     checks.check_hardware(config)
     if config.output_dir and Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise UserError(f"output_dir={config.output_dir}: is a file, not a folder.")
-    result = importlib.import_module(f"sparseft.bench.{what}").run(config)
-    result["environment"] = runs.environment(str(resolve_device(config.hardware.device)), result["dtype"], 1)
-    folder = Path(config.output_dir) if config.output_dir else runs.new_folder(f"bench-{runs.timestamp()}")
+    module = importlib.import_module(f"sparseft.bench.{what}")
+    if what == "quality":
+        folder = Path(config.output_dir) if config.output_dir else Path(runs.OUTPUTS, f"bench-{runs.timestamp()}")
+        result = module.run(config, trials(config, words, config_dirs, folder / "runs"), _train)
+    else:
+        result = module.run(config)
+        folder = Path(config.output_dir) if config.output_dir else runs.new_folder(f"bench-{runs.timestamp()}")
     folder.mkdir(parents=True, exist_ok=True)
+    result["environment"] = runs.environment(str(resolve_device(config.hardware.device)), result["dtype"], 1)
     result["path"] = str(folder / "bench.json")
     runs.write_json(folder / "bench.json", result)
+    if what == "quality":
+        runs.write_text(folder / "bench.md", module.markdown(result))
     runs.write_text(folder / "config.yaml" if not runs.is_run(folder) else folder / "bench.yaml", to_yaml(config))
     return result
 
 
+def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], folder: Path) -> list[Any]:
+    """`bench.variants` × `bench.seeds`, each composed and checked before the first one runs."""
+    from sparseft.bench.quality import Trial, folder_name
+    from sparseft.compose import compose, to_yaml
+
+    made, names = [], set()
+    variants = [_variant(text) for text in config.bench.variants]
+    if not variants:
+        raise UserError("bench.variants is empty: name at least one variant.")
+    own = [word for word in words if word.partition("=")[0] not in ("bench.variants", "bench.seeds", "output_dir")]
+    for seed in range(config.seed, config.seed + config.bench.seeds):
+        for name, changes in variants:
+            output_dir = folder / folder_name(name, seed)
+            if output_dir in names:
+                raise UserError(f"bench.variants: two variants are called '{name}', or nearly so.")
+            names.add(output_dir)
+            trial = compose("train", [*own, *changes, f"seed={seed}", "overwrite=true"], config_dirs)
+            trial.output_dir = str(output_dir)
+            made.append(Trial(name, seed, trial, to_yaml(trial)))
+    return made
+
+
+def _variant(text: str) -> tuple[str, list[str]]:
+    """`name: key=value …` -> the name and its overrides."""
+    name, colon, rest = text.partition(":")
+    try:
+        changes = shlex.split(rest)
+    except ValueError as error:
+        raise UserError(f"bench.variants: '{text}' has quotes that do not close.") from error
+    if not (colon and name.strip() and changes):
+        raise UserError(f"bench.variants: '{text}' is no variant: expected 'name: key=value …'.")
+    for word in changes:
+        key, equals, _ = word.partition("=")
+        if not equals:
+            raise UserError(f"bench.variants: '{word}' of '{name}' is not a setting: expected key=value.")
+        if key in ("seed", "output_dir", "overwrite"):
+            raise UserError(f"bench.variants: '{name}' sets {key}, which is the benchmark's own.")
+    return name.strip(), changes
+
+
+def _train(config: RunConfig) -> dict[str, Any]:
+    from sparseft.commands import train
+
+    return train.run(config)
+
+
 def render(result: dict[str, Any]) -> None:
     """The table on stdout."""
+    if result["benchmark"] == "quality":
+        _render_quality(result)
+    else:
+        _render_train(result)
+    print(f"bench: {result['path']}")
+
+
+def _render_quality(result: dict[str, Any]) -> None:
+    from sparseft.bench import quality
+
+    title = f"Held-out loss: {result['model']}, {result['dataset']}, {len(result['seeds'])} seeds"
+    console.table(title, quality.COLUMNS, quality.table(result))
+
+
+def _render_train(result: dict[str, Any]) -> None:
     references = [name for name in ("floor", "lora", "full") if name in result["methods"]]
     rows = []
     for name, entry in result["methods"].items():
@@ -55,4 +130,3 @@ def render(result: dict[str, Any]) -> None:
     ratios = [f"÷ {other}" for other in references]
     columns = ["method", "step ms", *ratios, "tokens/s", "peak MiB", "saved MiB", "trainable"]
     console.table(title, columns, rows)
-    print(f"bench: {result['path']}")

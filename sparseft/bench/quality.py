@@ -1,0 +1,135 @@
+"""What training leaves behind: every variant trained with every seed, and the held-out losses side by side.
+
+A trial is an ordinary run in `runs/<variant>-seed<N>`. Interrupted, the benchmark goes on with the trials that are
+missing. The held-out loss is the mean over the labelled tokens of the evaluation examples; its standard deviation is
+the sample's (n - 1), over the seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparseft import console
+from sparseft.config import RunConfig
+from sparseft.errors import UserError
+
+
+@dataclass
+class Trial:
+    """One run of one variant."""
+
+    variant: str
+    seed: int
+    config: RunConfig  # output_dir: the trial's folder
+    text: str  # the config as the run's `config.yaml` holds it
+
+
+def folder_name(variant: str, seed: int) -> str:
+    """A trial's folder: the variant's name without what file systems and shells dislike."""
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', variant).strip('-').lower()}-seed{seed}"
+
+
+def finished(trial: Trial) -> dict[str, Any] | None:
+    """The summary of a trial that has run before, null where it has not, or not to its end.
+
+    UserError where the folder holds a run with other settings.
+    """
+    folder = Path(trial.config.output_dir or "")
+    if not (folder / "config.yaml").is_file():
+        return None
+    if (folder / "config.yaml").read_text() != trial.text:
+        raise UserError(f"{folder} holds a run with other settings: give the benchmark another output_dir.")
+    summary = folder / "summary.json"
+    return json.loads(summary.read_text()) if summary.is_file() else None
+
+
+def run(config: RunConfig, trials: Sequence[Trial], train: Callable[[RunConfig], dict[str, Any]]) -> dict[str, Any]:
+    """Runs the trials that are missing, variant by variant within a seed, and returns what `bench.json` holds."""
+    for trial in trials:
+        if not (trial.config.dataset.eval_path or trial.config.dataset.eval_fraction):
+            raise UserError("bench quality compares held-out losses: give dataset.eval_path or dataset.eval_fraction.")
+    summaries = [finished(trial) for trial in trials]
+    done = sum(summary is not None for summary in summaries)
+    if done:
+        console.log(f"bench: {done} of {len(trials)} runs are there from before")
+    with console.Progress(len(trials), "bench quality", unit="run", initial=done, plain_line_pause=0) as progress:
+        for position, trial in enumerate(trials):
+            if summaries[position] is None:
+                with console.quiet():
+                    summary = train(trial.config)
+                if summary["eval_loss_after"] is None:
+                    raise UserError("bench quality compares held-out losses, and there are no evaluation examples.")
+                summaries[position] = summary
+                done += 1
+                progress.update(done, loss=summary["eval_loss_after"])
+    return {
+        "benchmark": "quality",
+        "model": config.model.path,
+        "dataset": config.dataset.train_path or config.dataset.name,
+        "dtype": config.model.dtype,
+        "seeds": sorted({trial.seed for trial in trials}),
+        "variants": variants(trials, summaries),
+    }
+
+
+def variants(trials: Sequence[Trial], summaries: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Each variant's held-out losses and what they cost, in the order in which the variants were given."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(trial.variant for trial in trials):
+        mine = [s for trial, s in zip(trials, summaries, strict=True) if trial.variant == name]
+        losses = [summary["eval_loss_after"] for summary in mine]
+        rows[name] = {
+            "eval_loss": statistics.fmean(losses),
+            "eval_loss_sd": statistics.stdev(losses) if len(losses) > 1 else None,
+            "eval_losses": losses,
+            "eval_loss_before": statistics.fmean(summary["eval_loss_before"] for summary in mine),
+            "train_loss": statistics.fmean(summary["train_loss"] for summary in mine),
+            "trainable_parameters": round(statistics.fmean(summary["trainable_parameters"] for summary in mine)),
+            "learning_rate": mine[0]["learning_rate"],
+            "train_seconds": statistics.median(summary["train_seconds"] for summary in mine),
+        }
+    return rows
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table as Markdown, with the command and the versions that made it."""
+    environment = result["environment"]
+    versions = ", ".join(
+        f"{name} {environment['versions'][name]}" for name in ("sparseft", "torch", "transformers", "peft")
+    )
+    first = next(iter(result["variants"].values()))
+    lines = [
+        f"`{environment['command_line']}`",
+        "",
+        f"{len(result['seeds'])} seeds, held-out loss before training {first['eval_loss_before']:.4f}; {versions}, "
+        f"{environment['device']}.",
+        "",
+        "| variant | held-out loss | ± sd | trained loss | trainable | learning rate |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += ["| " + " | ".join(row) + " |" for row in table(result)]
+    return "\n".join(lines) + "\n"
+
+
+COLUMNS = ["variant", "held-out loss", "± sd", "trained loss", "trainable", "learning rate"]
+
+
+def table(result: dict[str, Any]) -> list[list[str]]:
+    """The rows under `COLUMNS`, as text."""
+    return [
+        [
+            name,
+            f"{row['eval_loss']:.4f}",
+            f"{row['eval_loss_sd']:.4f}" if row["eval_loss_sd"] is not None else "-",
+            f"{row['train_loss']:.4f}",
+            f"{row['trainable_parameters']:,}",
+            f"{row['learning_rate']:g}",
+        ]
+        for name, row in result["variants"].items()
+    ]
