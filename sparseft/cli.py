@@ -198,7 +198,7 @@ def bench(
             raise UserError(f"'sparseft bench {what}' is not available in this version.")
 
     def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
-        return module.run(config, what, point, config_dir or [])
+        return module.run(config, what=what, words=point, config_dirs=config_dir or [])
 
     return _configured("bench", overrides, Options(multirun, cfg, config_dir, json, debug), call, check)
 

@@ -273,8 +273,8 @@ def check(config: RunConfig) -> None:
         raise UserError(f"eval.batch_size={batch_size}: expected a whole number of at least 1, or auto.")
     if not config.bench.methods:
         raise UserError("bench.methods is empty: name at least one method.")
-    for name in config.bench.methods:
-        check_choice("bench.methods", name, ("floor", *METHODS))
+    for entry in config.bench.methods:
+        check_choice("bench.methods", (entry.split() or [""])[0], ("floor", *METHODS))
     if hasattr(config.method, "validate"):
         config.method.validate()
 

@@ -212,9 +212,97 @@ def test_the_runs_own_method_settings_count(method: str, in_tmp: Path, model_fol
     assert trainable == result["parameters"] if method == "full" else abs(trainable - 0.1 * mlp) < 0.04 * mlp
 
 
+def test_a_contender_may_have_settings_of_its_own(in_tmp: Path) -> None:
+    entries = ["floor", "s2ft d_ratio=0.25 o_ratio=0.5", "lora rank=3", "lora rank=5 scope=mlp", "sylva block_size=8"]
+    methods = sparseft(
+        in_tmp, "bench", "--json", "bench.width=64", "bench.depth=2", "bench.length=16", "bench.steps=1",
+        "sparsity=0.9", "bench.warmup_steps=0", f"bench.methods=[{','.join(map(repr, entries))}]",
+    ).json["methods"]  # fmt: skip
+    assert list(methods) == entries
+    trainable = [entry["trainable_parameters"] for entry in methods.values()]
+    wide = 192  # of the FFN
+    assert trainable[1] == 2 * 64 * (wide // 4 + 64)  # the one head of a layer counts whole
+    assert trainable[2] == 2 * 3 * (4 * (64 + 64) + 3 * (64 + wide)) and trainable[3] == 2 * 5 * 3 * (64 + wide)
+    assert trainable[4] % 64 == 0 and trainable[4] == pytest.approx(0.1 * 2 * (4 * 64 * 64 + 3 * 64 * wide), rel=0.05)
+    assert set(methods["floor"]["ratio_to"]) == {"floor", "lora rank=3", "lora rank=5 scope=mlp"}
+
+
+# ---- quality ----
+
+TRIALS = ("bench", "quality", "model.path=bundled:tiny", "dataset.max_examples=40", "dataset.eval_fraction=0.2",
+          "trainer.max_steps=2", "trainer.gradient_accumulation=1", "trainer.max_length=64", "sparsity=0.9",
+          "bench.seeds=2", "output_dir=out")  # fmt: skip
+VARIANTS = (
+    "bench.variants=['blocks of 8: method=sylva method.importance=random method.block_size=8','LoRA: method=lora']"
+)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("quality")
+    return folder, sparseft(folder, *TRIALS, VARIANTS, "--json").json
+
+
+def test_quality_is_the_mean_and_deviation_of_ordinary_runs(compared: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = compared
+    assert list(result["variants"]) == ["blocks of 8", "LoRA"] and result["seeds"] == [0, 1]
+    for slug, row in zip(("blocks-of-8", "lora"), result["variants"].values(), strict=True):
+        runs = [json.loads((folder / f"out/runs/{slug}-seed{seed}/summary.json").read_text()) for seed in (0, 1)]
+        a, b = (run["eval_loss_after"] for run in runs)
+        assert [run["seed"] for run in runs] == [0, 1] and a != b
+        assert row["eval_losses"] == [a, b] and row["eval_loss"] == pytest.approx((a + b) / 2)
+        assert row["eval_loss_sd"] == pytest.approx(abs(a - b) / 2**0.5)
+        assert row["trainable_parameters"] == runs[0]["trainable_parameters"] > 0
+    table = (folder / "out/bench.md").read_text()
+    assert "| blocks of 8 | " in table and f"{result['variants']['LoRA']['eval_loss']:.4f}" in table
+    assert json.loads((folder / "out/bench.json").read_text()) == result
+
+
+def test_quality_trains_only_the_trials_that_are_missing(compared: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = compared
+    kept, lost = (folder / f"out/runs/{name}/summary.json" for name in ("lora-seed0", "lora-seed1"))
+    lost.unlink()
+    before = kept.stat().st_mtime_ns
+    again = sparseft(folder, *TRIALS, VARIANTS)
+    assert "3 of 4 runs are there from before" in again.err and "Held-out loss: bundled:tiny" in again.out
+    assert kept.stat().st_mtime_ns == before and lost.is_file()
+    stored = json.loads((folder / "out/bench.json").read_text())["variants"]
+    for name, row in result["variants"].items():
+        assert stored[name] | {"train_seconds": 0} == row | {"train_seconds": 0}
+    message = refused(folder, *TRIALS, VARIANTS, "trainer.learning_rate=1e-3")
+    assert "holds a run with other settings" in message and "output_dir" in message
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
+        (["bench.variants=[]"], ["bench.variants is empty"]),
+        (["bench.variants=['method=lora']"], ["method=lora", "name: key=value"]),
+        (["bench.variants=['a: lora']"], ["'lora' of 'a'", "key=value"]),
+        (["bench.variants=['a: method=lroa']"], ["lroa", "lora"]),
+        (["bench.variants=['a: method=lora seed=3']"], ["'a' sets seed"]),
+        (["bench.variants=['a: method=lora','A: method=full']"], ["two variants", "'A'"]),
+        (["bench.variants=['a: method.block_sice=8']"], ["block_sice", "block_size"]),
+        (["dataset.eval_fraction=0"], ["dataset.eval_path", "held-out"]),
+        (["bench.seeds=0"], ["bench.seeds=0"]),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_wrong_comparisons(words: list[str], parts: list[str], in_tmp: Path) -> None:
+    message = refused(in_tmp, "bench", "quality", *words)
+    for part in parts:
+        assert part in message
+    assert files(in_tmp) == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["bench.methods=['lora rnak=16']"], ["lora", "rnak", "rank"]),
+        (["bench.methods=['lora rank']"], ["'rank'", "key=value"]),
+        (["bench.methods=['lora rank=many']"], ["rank", "many"]),
+        (["bench.methods=['floor rank=2']"], ["floor"]),
+        (["bench.methods=['s2ft d_ratio=2']"], ["d_ratio"]),
         (["bench.methods=[s2ft,sylvia]"], ["sylvia", "sylva"]),
         (["bench.methods=[]"], ["bench.methods is empty"]),
         (["bench.methods=[lora,lora]"], ["bench.methods", "different"]),

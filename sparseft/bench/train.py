@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,8 @@ from sparseft import console
 from sparseft.adapter import attach, trainable_count, trainable_parameters
 from sparseft.bench.memory import AllocationCounter, SavedBytes, tensor_bytes
 from sparseft.config import RunConfig
-from sparseft.errors import UserError, nearest
-from sparseft.methods import METHODS, get_method
+from sparseft.errors import UserError
+from sparseft.methods import get_method
 from sparseft.modeling import load_model, resolve_device
 
 FLOOR = "floor"
@@ -64,14 +64,20 @@ def random_llama(width: int, depth: int, dtype: torch.dtype, seed: int) -> nn.Mo
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def method_config(name: str, config: RunConfig) -> Any:
-    """The run's own settings for its method, the defaults for the others; nothing that needs data, no dropout."""
+def method_config(name: str, config: RunConfig, own: Mapping[str, Any] | None = None) -> Any:
+    """The run's own settings for its method, the defaults for the others; nothing that needs data, no dropout.
+
+    `own` are the contender's, which win: with a budget of its own (a rank, ratios) the run's sparsity does not count.
+    """
     cls = get_method(name).config_class
+    own = dict(own or {})
     settings = dataclasses.asdict(config.method) if name == config.method_name else {}
     for key, value in (("sparsity", config.sparsity), ("scope", config.scope)):
         if key in {f.name for f in dataclasses.fields(cls)} and value is not None:
             settings[key] = value
-    made = cls(**settings)
+    made = cls(**settings | own)
+    if own and "sparsity" not in own and getattr(cls(**own), "wanted_sparsity", 0.0) is None:
+        made.sparsity = None
     if get_method(name).sparse and made.needs_data:
         made.importance = "random"  # which units train makes no difference to the time
     if hasattr(made, "dropout"):
@@ -81,17 +87,21 @@ def method_config(name: str, config: RunConfig) -> Any:
     return made
 
 
-def contender(name: str, base: nn.Module, config: RunConfig) -> Contender:
-    """A copy of `base` made trainable by the method `name`, with its optimizer."""
+def contender(entry: str, base: nn.Module, config: RunConfig, own: Mapping[str, Any] | None = None) -> Contender:
+    """A copy of `base` made trainable by the method that `entry` starts with, with its optimizer.
+
+    own: settings of the method, as the rest of the entry gives them.
+    """
+    name = entry.split()[0]
     model = copy.deepcopy(base)
     if name == FLOOR:
         model.requires_grad_(False)
         model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
-        return Contender(name, model.train(), None, 0)
-    model = attach(model, method_config(name, config)).train()
+        return Contender(entry, model.train(), None, 0)
+    model = attach(model, method_config(name, config, own)).train()
     parameters = list(trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    return Contender(name, model, optimizer, trainable_count(model))
+    return Contender(entry, model, optimizer, trainable_count(model))
 
 
 def step(c: Contender, batch: dict[str, Tensor]) -> None:
@@ -134,13 +144,13 @@ def measure_memory(c: Contender, batch: dict[str, Tensor], device: torch.device)
         c.peak_bytes = resident + counter.peak
 
 
-def run(config: RunConfig) -> dict[str, Any]:
-    """Measures `bench.methods` and returns what `bench.json` holds."""
+def run(config: RunConfig, own: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """Measures `bench.methods` and returns what `bench.json` holds.
+
+    own: settings of single entries of `bench.methods`, by entry.
+    """
     settings = config.bench
     device = resolve_device(config.hardware.device)
-    for name in settings.methods:
-        if name != FLOOR and name not in METHODS:
-            raise UserError(f"bench.methods: unknown method '{name}'.{nearest(name, [FLOOR, *METHODS])}")
     if len(set(settings.methods)) != len(settings.methods) or not settings.methods:
         raise UserError("bench.methods: expected one or more different methods.")
     if (settings.width is None) != (settings.depth is None):
@@ -158,7 +168,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     ids = torch.randint(vocabulary, (settings.batch_size, settings.length), generator=generator).to(device)
     batch = {"input_ids": ids, "labels": ids}
 
-    contenders = [contender(name, base, config) for name in settings.methods]
+    contenders = [contender(entry, base, config, (own or {}).get(entry)) for entry in settings.methods]
     parameters = sum(p.numel() for p in base.parameters())
     dtype = str(base.dtype).removeprefix("torch.")
     del base
@@ -206,7 +216,7 @@ def row(c: Contender, contenders: Sequence[Contender], tokens: int) -> dict[str,
     ordered = sorted(c.seconds)
     ratios = {}
     for other in contenders:
-        if other.name in (FLOOR, "lora", "full"):
+        if other.name.split()[0] in (FLOOR, "lora", "full"):
             ratios[other.name] = median / statistics.median(other.seconds)
     return {
         "step_seconds": median,

@@ -11,7 +11,7 @@ from typing import Any
 from sparseft import console
 from sparseft.commands import checks
 from sparseft.config import RunConfig
-from sparseft.errors import UserError
+from sparseft.errors import UserError, nearest
 
 
 def run(
@@ -34,7 +34,7 @@ def run(
         folder = Path(config.output_dir) if config.output_dir else Path(runs.OUTPUTS, f"bench-{runs.timestamp()}")
         result = module.run(config, trials(config, words, config_dirs, folder / "runs"), _train)
     else:
-        result = module.run(config)
+        result = module.run(config, own_settings(config.bench.methods))
         folder = Path(config.output_dir) if config.output_dir else runs.new_folder(f"bench-{runs.timestamp()}")
     folder.mkdir(parents=True, exist_ok=True)
     result["environment"] = runs.environment(str(resolve_device(config.hardware.device)), result["dtype"], 1)
@@ -44,6 +44,33 @@ def run(
         runs.write_text(folder / "bench.md", module.markdown(result))
     runs.write_text(folder / "config.yaml" if not runs.is_run(folder) else folder / "bench.yaml", to_yaml(config))
     return result
+
+
+def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The settings in entries of `bench.methods` such as `lora rank=16`, checked, by entry."""
+    from sparseft import overrides, validation
+    from sparseft.methods import config_class
+
+    own: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        name, *words = entry.split()
+        if not words:
+            continue
+        if name == "floor":
+            raise UserError(f"bench.methods: '{entry}': the floor trains nothing and has no settings.")
+        hints, values = validation.field_types(config_class(name)), {}
+        for word in words:
+            if "=" not in word:
+                raise UserError(f"bench.methods: '{word}' of '{entry}' is not a setting: expected key=value.")
+            override = overrides.parse(word.removeprefix("method."))
+            if override.key not in hints:
+                raise UserError(f"bench.methods: {name} has no setting '{override.key}'.{nearest(override.key, hints)}")
+            text = validation.is_text(hints[override.key])
+            read = overrides.text_value(override) if text else overrides.parsed_value(override, hints[override.key])
+            values[override.key] = read
+        validation.build(config_class(name), values, f"bench.methods: {name}").validate()
+        own[entry] = values
+    return own
 
 
 def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], folder: Path) -> list[Any]:
@@ -109,7 +136,7 @@ def _render_quality(result: dict[str, Any]) -> None:
 
 
 def _render_train(result: dict[str, Any]) -> None:
-    references = [name for name in ("floor", "lora", "full") if name in result["methods"]]
+    references = list(next(iter(result["methods"].values()))["ratio_to"])
     rows = []
     for name, entry in result["methods"].items():
         rows.append(
