@@ -61,6 +61,10 @@ class TrainerConfig:
     max_grad_norm: float = 1.0
     logging_steps: int = 10
     eval_steps: int | None = None  # null: before and after training only
+    eval_task: str | None = None  # scored at each evaluation, on its validation split; at the end on the test split
+    target_score: float | None = None  # training ends once eval_task's accuracy reaches it
+    keep_best: bool = False  # what is left is the best evaluation's adapter (by eval_task, else by loss), not the last
+    best_after: float = 0.0  # share of the steps before which no evaluation counts as the best
     save_steps: int | None = None  # null: at the end only
     save_total_limit: int = 2
     resume: str | None = None  # auto: the last good checkpoint

@@ -45,8 +45,8 @@ OWN_FILES = (
     ".*.partial selection/.*.partial adapter/.*.partial eval/.*.partial eval/before/.*.partial"
 ).split()
 # Whole, as they are: checkpoints, and what a crash left of a folder being replaced.
-OWN_FOLDERS = ("checkpoints/checkpoint-*", ".selection.*", ".adapter.*", "checkpoints/.partial-*")
-INSIDE = re.compile(r"adapter|selection|eval|before|checkpoints|checkpoint-\d+")  # folders inside a run
+OWN_FOLDERS = ("checkpoints/checkpoint-*", ".selection.*", ".adapter.*", "checkpoints/.partial-*", "checkpoints/best")
+INSIDE = re.compile(r"adapter|selection|eval|before|best|checkpoints|checkpoint-\d+")  # folders inside a run
 CONTAINERS = ("selection", "adapter", "eval/before", "eval", "checkpoints")  # removed once empty
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "lm_eval", "deepspeed", "triton", "safetensors")
@@ -188,7 +188,9 @@ def _delete_run(run: Path) -> None:
         for path in run.glob(pattern):
             if path.is_symlink():
                 path.unlink()
-            elif path.is_dir() and re.fullmatch(r"checkpoint-\d+|\.partial-.+|\.(selection|adapter)\..+", path.name):
+            elif path.is_dir() and re.fullmatch(
+                r"checkpoint-\d+|best|\.partial-.+|\.(selection|adapter)\..+", path.name
+            ):
                 shutil.rmtree(path)
     for part in CONTAINERS:
         with contextlib.suppress(OSError):  # not there, or not empty: someone else's files stay

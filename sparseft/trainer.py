@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from sparseft.adapter import save_adapter
 from sparseft.errors import RunError
 from sparseft.layers import sparse_layers, write_back
 from sparseft.runs import append_metrics
+from sparseft.trainer_best import copy_best
 from sparseft.trainer_checkpoints import CHECKPOINTS, checkpoint_steps, last_checkpoint, load_trained, step_of
 from sparseft.trainer_memory import memory_bytes
 from sparseft.trainer_reselecting import save_active
@@ -62,7 +63,8 @@ class Trainer(transformers.Trainer):
     """Trains what is trainable of an attached model, and saves only that.
 
     `run` is the run folder: metrics go to its `metrics.jsonl`, checkpoints to `checkpoints/checkpoint-N/`, of which
-    the newest `save_total_limit` are kept (null: all).
+    the newest `save_total_limit` are kept (null: all). `score()` measures the model on a task; evaluations then carry
+    it beside the loss.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class Trainer(transformers.Trainer):
         *,
         run: Path,
         save_total_limit: int | None = None,
+        score: Callable[[], float] | None = None,
         **options: Any,
     ) -> None:
         args.output_dir = str(run / CHECKPOINTS)
         super().__init__(model=model, args=args, **options)
         self.run = run
         self.save_total_limit = save_total_limit
+        self.score = score
         self.interrupted: str | None = None  # the signal's name
         self.clock = Clock()
         # Sum of the micro-steps' losses, each already its share of its step's mean: a step adds that mean.
@@ -122,6 +126,7 @@ class Trainer(transformers.Trainer):
         self._aside = tempfile.mkdtemp(prefix=".partial-", dir=folder)
         try:
             super()._save_checkpoint(model, trial)
+            copy_best(folder, Path(self._aside) / name)
             if (folder / name).exists():  # the interrupted step was saved already
                 shutil.rmtree(folder / name)
             (Path(self._aside) / name).rename(folder / name)
@@ -140,6 +145,7 @@ class Trainer(transformers.Trainer):
             save_active(model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        copy_best(Path(resume_from_checkpoint), self.run / CHECKPOINTS)
         load_trained(self.model if model is None else model, Path(resume_from_checkpoint) / "adapter")
 
     # ---- evaluation: the mean over all labelled tokens, whatever the batch size ----
@@ -147,10 +153,12 @@ class Trainer(transformers.Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """`{"eval_loss": …}`: the mean loss over all labelled tokens of the evaluation set."""
+        """`{"eval_loss": …}`: the mean loss over all labelled tokens of the evaluation set; with `eval_score` where
+        there is one."""
         with self.clock.paused():
-            loss = self._evaluation_loss(eval_dataset)
-        metrics = {f"{metric_key_prefix}_loss": loss}
+            metrics = {f"{metric_key_prefix}_loss": self._evaluation_loss(eval_dataset)}
+            if self.score is not None:
+                metrics[f"{metric_key_prefix}_score"] = self.score()
         self.log(dict(metrics))
         # As transformers' own does: it resets `should_evaluate`, else the end of an epoch evaluates once more.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -255,14 +263,16 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
         record: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
         logs = logs or {}
         if "eval_loss" in logs:
-            self._append(record | {"eval_loss": logs["eval_loss"]})
+            score = {"eval_score": logs["eval_score"]} if "eval_score" in logs else {}
+            self._append(record | {"eval_loss": logs["eval_loss"]} | score)
             if not math.isfinite(logs["eval_loss"]):
                 raise self.trainer.failure(
                     f"the evaluation loss is {logs['eval_loss']} at step {state.global_step}"
                     + (": try a lower trainer.learning_rate." if state.global_step else ", before any training.")
                 )
             if self.trainer.is_in_train and self.grows:
-                console.log(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
+                shown = "".join(f", score {value:.4f}" for value in score.values())
+                console.log(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}{shown}")
             return
         if "loss" not in logs:  # the Trainer's own summary at the end
             return
@@ -320,6 +330,7 @@ def train(trainer: Trainer, resume_from: str | None, total_steps: int) -> Mark:
     """
     callback = trainer.run_callback
     if resume_from and step_of(resume_from) >= total_steps:  # the loop would take one step more
+        copy_best(Path(resume_from), trainer.run / CHECKPOINTS)
         load_trained(trainer.model, Path(resume_from) / "adapter")
         trainer.state = transformers.TrainerState.load_from_json(str(Path(resume_from) / "trainer_state.json"))
         callback.restore(trainer.state)

@@ -103,6 +103,8 @@ RANGES: dict[str, Rule] = {
     "trainer.max_grad_norm": AT_LEAST_0,
     "trainer.logging_steps": AT_LEAST_1,
     "trainer.eval_steps": AT_LEAST_1,
+    "trainer.target_score": (lambda value: 0 < value <= 1, "an accuracy above 0, at most 1"),
+    "trainer.best_after": BELOW_1,
     "trainer.save_steps": AT_LEAST_1,
     "trainer.save_total_limit": AT_LEAST_1,
     "hardware.num_processes": AT_LEAST_1,
@@ -271,6 +273,15 @@ def check(config: RunConfig) -> None:
     batch_size = config.eval.batch_size
     if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
         raise UserError(f"eval.batch_size={batch_size}: expected a whole number of at least 1, or auto.")
+    trainer = config.trainer
+    if trainer.target_score is not None and not (trainer.eval_task and trainer.eval_steps):
+        raise UserError(
+            f"trainer.target_score={trainer.target_score}: needs trainer.eval_task (whose accuracy it is) and "
+            "trainer.eval_steps."
+        )
+    if (trainer.keep_best or trainer.eval_task) and not trainer.eval_steps:
+        name = "keep_best=true" if trainer.keep_best else f"eval_task={trainer.eval_task}"
+        raise UserError(f"trainer.{name}: needs trainer.eval_steps, the optimizer steps between evaluations.")
     if not config.bench.methods:
         raise UserError("bench.methods is empty: name at least one method.")
     for entry in config.bench.methods:

@@ -16,7 +16,7 @@ from sparseft.runs import is_run, read_json_object
 FREE = {
     *("output_dir", "overwrite", "cache_dir", "hardware", "eval", "bench"),
     *(f"trainer.{name}" for name in "max_steps num_epochs logging_steps eval_steps save_steps".split()),
-    *("trainer.save_total_limit", "trainer.resume"),
+    *("trainer.save_total_limit", "trainer.resume", "trainer.target_score"),
 }
 
 
@@ -61,9 +61,12 @@ def previous_run(config: RunConfig) -> Previous | None:
     return previous
 
 
-def clean(folder: Path) -> None:
-    """Removes what a crash left of a checkpoint that was being written."""
-    for partial in (folder / "checkpoints").glob(".partial-*"):
+def clean(previous: Previous) -> None:
+    """Removes what a crash left of a checkpoint that was being written, and a best adapter that none of them knows."""
+    folder = previous.folder / "checkpoints"
+    if previous.checkpoint is None:
+        shutil.rmtree(folder / "best", ignore_errors=True)
+    for partial in folder.glob(".partial-*"):
         shutil.rmtree(partial)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparseft import console
 from sparseft.commands import checks, report, resuming
+from sparseft.commands.scoring import Scorer
 from sparseft.config import BUNDLED, RunConfig
 from sparseft.errors import LayoutWarning, UserError
 from sparseft.methods import get_method
@@ -51,7 +52,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     job.describe_itself(folder)
     console.log(f"run: {folder}")
     if previous is not None:
-        resuming.clean(folder)
+        resuming.clean(previous)
         truncate_metrics(folder / "metrics.jsonl", previous.step)
         console.log(f"resume: {previous.checkpoint or 'no checkpoint yet, so from the beginning'}")
     summary = job.train(folder)
@@ -85,6 +86,7 @@ class Job:
                 "dataset.eval_path=FILE or a dataset.eval_fraction above 0."
             )
         self._check_context()
+        self.scorer = Scorer(config) if config.trainer.eval_task else None
         self.spec = ModelSpec.of(prepared.model)
         self.dtype = next(prepared.model.parameters()).dtype
         frozen = self.spec.frozen_experts(self.method.sparse) if self.method.kind != "whole" else []
@@ -184,11 +186,13 @@ class Job:
         from sparseft.trainer_memory import memory_bytes
 
         config, prepared = self.config, self.prepared
+        score = self.scorer.on_validation(self.model, prepared.tokenizer) if self.scorer else None
         trainer = Trainer(
             self.model,
             self.arguments,
             run=folder,
             save_total_limit=config.trainer.save_total_limit,
+            score=score,
             train_dataset=prepared.data.train,
             eval_dataset=prepared.data.eval,
             data_collator=Collator(padding_id(prepared.tokenizer)),
@@ -196,17 +200,25 @@ class Job:
         )
         if getattr(config.method, "reselect_steps", 0):
             trainer.add_callback(self._reselection(trainer.clock))
-        before = self._eval_loss(trainer, folder, 0)
-        if before is not None:
-            console.log(f"eval loss before: {before:.4f} ({prepared.data.eval_source})")
+        best = self._best(trainer)
+        trainer.add_callback(best)
+        before = self._evaluation(trainer, folder, 0)
+        self._say("before", before, f" ({prepared.data.eval_source})")
         transformers.set_seed(config.seed)  # whatever was drawn before, as by an evaluation, training starts the same
-        done = train(trainer, self.previous.checkpoint if self.previous else None, self.total_steps)
-        after = self._eval_loss(trainer, folder, done.step)
-        if after is not None:
-            console.log(f"eval loss after: {after:.4f}")
+        done = train(trainer, self.previous.checkpoint if self.previous else None, self._last_step(folder))
+        after = self._evaluation(trainer, folder, done.step)
+        kept = best.take(self.model)
+        if kept is not None:
+            console.log(f"best: the evaluation at step {kept.step}, whose adapter is kept")
+            after = kept
+        self._say("after", after)
         save_adapter(self.model, folder / "adapter")
         if self.method.kind == "whole":
             prepared.tokenizer.save_pretrained(folder / "adapter")
+        test_score = None
+        if self.scorer is not None:
+            test_score = self.scorer.on_test(self.model, prepared.tokenizer, folder, f"the run {folder}")
+            console.log(f"{self.scorer.name}: {test_score:.4f} on the test split")
         scope = scope_parameters(self.spec, config)
         return {
             "method": config.method_name,
@@ -223,14 +235,48 @@ class Job:
             "tokens_per_second": done.tokens / done.seconds if done.seconds > 0 else None,
             "peak_memory_bytes": memory_bytes(prepared.device, peak=True),
             "train_loss": done.loss / done.step,
-            "eval_loss_before": before,
-            "eval_loss_after": after,
+            "eval_loss_before": before.eval_loss if before else None,
+            "eval_loss_after": after.eval_loss if after else None,
             "seed": config.seed,
             "learning_rate": self.learning_rate,
             "selection_cached": self.selection_cached,
             "method_config": asdict(config.method),
             "warnings": console.recorded_warnings(),
+            **({"best_step": kept.step} if kept else {}),
+            **(self._scores(before, after, test_score) if self.scorer else {}),
         }
+
+    def _scores(self, before: Any, after: Any, test_score: float | None) -> dict[str, Any]:
+        assert self.scorer is not None
+        return {
+            "eval_task": self.scorer.name,
+            "eval_score_before": before.eval_score,
+            "eval_score_after": after.eval_score,
+            "test_score": test_score,
+        }
+
+    def _best(self, trainer: Any) -> Any:
+        """What keeps the best evaluation's adapter and ends the training at the target."""
+        from sparseft.trainer_best import Best
+        from sparseft.trainer_checkpoints import CHECKPOINTS
+
+        config = self.config.trainer
+        return Best(
+            trainer.run / CHECKPOINTS,
+            (lambda folder: trainer.save_model(str(folder))) if config.keep_best else None,
+            from_step=math.ceil(config.best_after * self.total_steps),
+            target_score=config.target_score,
+        )
+
+    def _last_step(self, folder: Path) -> int:
+        """Where training ends: also where a run that is continued has reached its target before."""
+        from sparseft.trainer_best import reached
+
+        step = self.previous.step if self.previous else -1
+        seen = recorded(folder, step) if step > 0 else None
+        if seen is not None and reached(self.config.trainer.target_score, seen.eval_score):
+            return step
+        return self.total_steps
 
     def _reselection(self, clock: Any) -> Any:
         """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time."""
@@ -251,13 +297,29 @@ class Job:
 
         return Reselection(method.reselect_steps, choose, clock)
 
-    def _eval_loss(self, trainer: Any, folder: Path, step: int) -> float | None:
-        """The evaluation loss at the present step: as recorded where it was measured there, else measured now."""
+    def _evaluation(self, trainer: Any, folder: Path, step: int) -> Any:
+        """The evaluation at the present step: as recorded where it was measured there, else measured now."""
         if self.prepared.data.eval is None:
             return None
-        lines = read_metrics(folder / "metrics.jsonl")
-        recorded = [line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == step]
-        return recorded[-1] if recorded else trainer.evaluate()["eval_loss"]
+        seen = recorded(folder, step)
+        if seen is None:
+            trainer.evaluate()
+            seen = recorded(folder, step)
+        return seen
+
+    def _say(self, when: str, seen: Any, where: str = "") -> None:
+        if seen is not None:
+            console.log(f"eval loss {when}: {seen.eval_loss:.4f}{where}")
+            if self.scorer is not None:
+                console.log(f"{self.scorer.name} {when}: {seen.eval_score:.4f} on the validation split")
+
+
+def recorded(folder: Path, step: int) -> Any:
+    """The last evaluation in `metrics.jsonl` at `step`, null where there was none."""
+    from sparseft.trainer_best import Evaluation
+
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "eval_loss" in line and line["step"] == step]
+    return Evaluation(step, lines[-1]["eval_loss"], lines[-1].get("eval_score")) if lines else None
 
 
 def render(result: dict[str, Any]) -> None:

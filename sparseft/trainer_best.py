@@ -1,0 +1,112 @@
+"""The best evaluation of a run: its adapter is kept in `checkpoints/best/` and is the one that is left at the end.
+
+Checkpoints carry a copy, so that a resumed run knows the best up to where it goes on, not one from its lost future.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from sparseft import console
+from sparseft.runs import write_json
+from sparseft.trainer_checkpoints import load_trained
+
+BEST = "best"
+NOTE = "best.json"
+
+
+@dataclass
+class Evaluation:
+    """One evaluation: by score (the higher the better) where there is one, else by loss (the lower the better)."""
+
+    step: int
+    eval_loss: float
+    eval_score: float | None = None
+
+    def better_than(self, other: Evaluation | None) -> bool:
+        """Of two that are equal the earlier one stays."""
+        if other is None:
+            return True
+        if self.eval_score is not None and other.eval_score is not None:
+            return self.eval_score > other.eval_score
+        return self.eval_loss < other.eval_loss
+
+
+def read_best(folder: Path) -> Evaluation | None:
+    """What the folder of a best adapter says of its evaluation; null where there is none."""
+    path = folder / BEST / NOTE
+    return Evaluation(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def copy_best(source: Path, target: Path) -> None:
+    """Makes `target/best` what `source/best` is, also where that is nothing; files are linked where they can be."""
+    shutil.rmtree(target / BEST, ignore_errors=True)
+    if (source / BEST).is_dir():
+        shutil.copytree(source / BEST, target / BEST, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # adapters are written aside and renamed, never changed in place
+    except OSError:
+        shutil.copy2(source, target)
+
+
+class Best(transformers.TrainerCallback):
+    """Keeps the adapter of the best evaluation, and ends the training once one reaches `target_score`.
+
+    folder: the run's `checkpoints/`. save(path): writes what is trained as it is now; null: the best is not kept.
+    from_step: evaluations of earlier steps do not count.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        save: Callable[[Path], None] | None,
+        *,
+        from_step: int = 1,
+        target_score: float | None = None,
+    ) -> None:
+        self.folder, self.save, self.from_step, self.target_score = folder, save, max(1, from_step), target_score
+
+    def on_evaluate(self, args, state, control, metrics: Any = None, **kwargs) -> None:
+        seen = Evaluation(state.global_step, metrics["eval_loss"], metrics.get("eval_score"))
+        if seen.step == 0:
+            return
+        if self.save is not None and seen.step >= self.from_step and seen.better_than(read_best(self.folder)):
+            self._keep(seen)
+        if reached(self.target_score, seen.eval_score) and seen.step < state.max_steps:
+            console.log(f"step {seen.step}: score {seen.eval_score:.4f} reaches trainer.target_score, so training ends")
+            control.should_save = control.should_training_stop = True
+
+    def _keep(self, seen: Evaluation) -> None:
+        self.folder.mkdir(exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
+        try:
+            self.save(aside)
+            write_json(aside / NOTE, asdict(seen))
+            shutil.rmtree(self.folder / BEST, ignore_errors=True)
+            aside.rename(self.folder / BEST)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def take(self, model: Any) -> Evaluation | None:
+        """Puts the best adapter into the model; null (and nothing done) where none was kept."""
+        best = read_best(self.folder) if self.save is not None else None
+        if best is not None:
+            load_trained(model, self.folder / BEST / "adapter")
+        return best
+
+
+def reached(target: float | None, score: float | None) -> bool:
+    """Whether a score is what `trainer.target_score` asks for."""
+    return target is not None and score is not None and score >= target
