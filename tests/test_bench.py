@@ -246,12 +246,17 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_quality_is_the_mean_and_deviation_of_ordinary_runs(compared: tuple[Path, dict[str, Any]]) -> None:
     folder, result = compared
     assert list(result["variants"]) == ["blocks of 8", "LoRA"] and result["seeds"] == [0, 1]
+    first: list[float] = []
     for slug, row in zip(("blocks-of-8", "lora"), result["variants"].values(), strict=True):
         runs = [json.loads((folder / f"out/runs/{slug}-seed{seed}/summary.json").read_text()) for seed in (0, 1)]
         a, b = (run["eval_loss_after"] for run in runs)
         assert [run["seed"] for run in runs] == [0, 1] and a != b
         assert row["eval_losses"] == [a, b] and row["eval_loss"] == pytest.approx((a + b) / 2)
         assert row["eval_loss_sd"] == pytest.approx(abs(a - b) / 2**0.5)
+        other = [a - b for a, b in zip(row["eval_losses"], first, strict=True)] if slug == "lora" else [0.0, 0.0]
+        first = row["eval_losses"]
+        assert row["difference"] == pytest.approx(sum(other) / 2)
+        assert row["difference_sd"] == pytest.approx(abs(other[0] - other[1]) / 2**0.5)
         assert row["trainable_parameters"] == runs[0]["trainable_parameters"] > 0
     table = (folder / "out/bench.md").read_text()
     assert "| blocks of 8 | " in table and f"{result['variants']['LoRA']['eval_loss']:.4f}" in table

@@ -1,5 +1,8 @@
 """What training leaves behind: every variant trained with every seed, and the held-out losses side by side.
 
+The seed also decides which examples are held out where `dataset.eval_fraction` splits them off, so the losses of one
+variant spread more than variants differ; the difference to the first variant, taken seed by seed, does not have that.
+
 A trial is an ordinary run in `runs/<variant>-seed<N>`. Interrupted, the benchmark goes on with the trials that are
 missing. The held-out loss is the mean over the labelled tokens of the evaluation examples; its standard deviation is
 the sample's (n - 1), over the seeds.
@@ -81,13 +84,19 @@ def run(config: RunConfig, trials: Sequence[Trial], train: Callable[[RunConfig],
 def variants(trials: Sequence[Trial], summaries: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """Each variant's held-out losses and what they cost, in the order in which the variants were given."""
     rows: dict[str, dict[str, Any]] = {}
+    first: dict[int, float] = {}
     for name in dict.fromkeys(trial.variant for trial in trials):
-        mine = [s for trial, s in zip(trials, summaries, strict=True) if trial.variant == name]
+        pairs = [(trial.seed, s) for trial, s in zip(trials, summaries, strict=True) if trial.variant == name]
+        mine = [summary for _, summary in pairs]
         losses = [summary["eval_loss_after"] for summary in mine]
+        first = first or {seed: summary["eval_loss_after"] for seed, summary in pairs}
+        differences = [summary["eval_loss_after"] - first[seed] for seed, summary in pairs]
         rows[name] = {
             "eval_loss": statistics.fmean(losses),
             "eval_loss_sd": statistics.stdev(losses) if len(losses) > 1 else None,
             "eval_losses": losses,
+            "difference": statistics.fmean(differences),
+            "difference_sd": statistics.stdev(differences) if len(differences) > 1 else None,
             "eval_loss_before": statistics.fmean(summary["eval_loss_before"] for summary in mine),
             "train_loss": statistics.fmean(summary["train_loss"] for summary in mine),
             "trainable_parameters": round(statistics.fmean(summary["trainable_parameters"] for summary in mine)),
@@ -110,14 +119,14 @@ def markdown(result: dict[str, Any]) -> str:
         f"{len(result['seeds'])} seeds, held-out loss before training {first['eval_loss_before']:.4f}; {versions}, "
         f"{environment['device']}.",
         "",
-        "| variant | held-out loss | ± sd | trained loss | trainable | learning rate |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- " * len(COLUMNS) + "|",
     ]
     lines += ["| " + " | ".join(row) + " |" for row in table(result)]
     return "\n".join(lines) + "\n"
 
 
-COLUMNS = ["variant", "held-out loss", "± sd", "trained loss", "trainable", "learning rate"]
+COLUMNS = ["variant", "held-out loss", "± sd", "− first", "± sd", "trained loss", "trainable", "learning rate"]
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:
@@ -127,6 +136,8 @@ def table(result: dict[str, Any]) -> list[list[str]]:
             name,
             f"{row['eval_loss']:.4f}",
             f"{row['eval_loss_sd']:.4f}" if row["eval_loss_sd"] is not None else "-",
+            f"{row['difference']:+.4f}",
+            f"{row['difference_sd']:.4f}" if row["difference_sd"] is not None else "-",
             f"{row['train_loss']:.4f}",
             f"{row['trainable_parameters']:,}",
             f"{row['learning_rate']:g}",
