@@ -102,6 +102,8 @@ class BenchConfig:
     depth: int | None = None  # layers
     # quality: what is trained and compared, each "name: key=value …" on top of the run's own settings
     variants: list[str] = field(default_factory=lambda: [f"{m}: method={m}" for m in ("s2ft", "sylva", "lora", "full")])
+    importances: list[str] = field(default_factory=lambda: ["activation", "gradient", "fisher", "sylva"])  # preprocess
+    samples: int = 8  # preprocess: calibration examples
     seeds: int = 3  # quality: runs a variant
 
 

@@ -227,6 +227,52 @@ def test_a_contender_may_have_settings_of_its_own(in_tmp: Path) -> None:
     assert set(methods["floor"]["ratio_to"]) == {"floor", "lora rank=3", "lora rank=5 scope=mlp"}
 
 
+# ---- preprocess ----
+
+
+def test_the_cost_of_choosing(in_tmp: Path) -> None:
+    done = sparseft(
+        in_tmp, "bench", "preprocess", "--json", "bench.width=128", "bench.depth=4", "bench.length=32",
+        "bench.samples=3", "bench.steps=3", "bench.warmup_steps=1", "method=sylva", "method.block_size=16",
+        "bench.importances=[random,gradient,sylva]", "output_dir=out",
+    )  # fmt: skip
+    result = done.json
+    rows = result["importances"]
+    assert list(rows) == ["forward+backward", "random", "gradient", "sylva"]
+    for row in rows.values():
+        assert 0 < row["seconds_p20"] <= row["seconds"] <= row["seconds_p80"]
+        assert row["ratio"] == pytest.approx(row["seconds"] / rows["forward+backward"]["seconds"])
+    assert rows["random"]["ratio"] < 0.5  # runs no sample at all
+    weights = 4 * result["parameters"]
+    assert rows["forward+backward"]["peak_memory_bytes"] > weights  # every weight's gradient at once
+    layer = 4 * 128 * 384  # the largest gradient of one linear
+    assert layer < rows["gradient"]["peak_memory_bytes"] < weights
+    assert json.loads((in_tmp / "out" / "bench.json").read_text()) == result
+    table = sparseft(
+        in_tmp, "bench", "preprocess", "bench.width=64", "bench.depth=1", "bench.length=8", "bench.samples=1",
+        "bench.steps=1", "bench.warmup_steps=0", "method=s2ft", "bench.importances=[activation]",
+    ).out  # fmt: skip
+    assert table.startswith("Selection: llama 64x1, ") and "\nactivation " in table
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["bench.importances=[fischer]"], ["fischer", "fisher"]),
+        (["method=lora"], ["method=lora", "selects nothing"]),
+        (["bench.samples=0"], ["bench.samples=0"]),
+        (["bench.length=100000"], ["bench.length=100000", "512 tokens"]),
+        (["bench.width=64"], ["both or none"]),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_wrong_costs(words: list[str], parts: list[str], in_tmp: Path) -> None:
+    message = refused(in_tmp, "bench", "preprocess", *words)
+    for part in parts:
+        assert part in message
+    assert files(in_tmp) == set()
+
+
 # ---- quality ----
 
 TRIALS = ("bench", "quality", "model.path=bundled:tiny", "dataset.max_examples=40", "dataset.eval_fraction=0.2",

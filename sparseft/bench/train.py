@@ -153,17 +153,9 @@ def run(config: RunConfig, own: Mapping[str, Mapping[str, Any]] | None = None) -
     device = resolve_device(config.hardware.device)
     if len(set(settings.methods)) != len(settings.methods) or not settings.methods:
         raise UserError("bench.methods: expected one or more different methods.")
-    if (settings.width is None) != (settings.depth is None):
-        raise UserError("bench.width and bench.depth make a random Llama together: give both or none.")
-    if settings.length < 2:
-        raise UserError(
-            f"bench.length={settings.length}: expected at least 2 tokens, as the first predicts the second."
-        )
-    base = _base(config, device)
+    base = base_model(config, device)
+    check_length(config, base)
     vocabulary = base.config.get_text_config().vocab_size
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if limit and settings.length > limit:
-        raise UserError(f"bench.length={settings.length}: the model's context is {limit} tokens.")
     generator = torch.Generator().manual_seed(config.seed)
     ids = torch.randint(vocabulary, (settings.batch_size, settings.length), generator=generator).to(device)
     batch = {"input_ids": ids, "labels": ids}
@@ -200,7 +192,20 @@ def run(config: RunConfig, own: Mapping[str, Mapping[str, Any]] | None = None) -
     }
 
 
-def _base(config: RunConfig, device: torch.device) -> nn.Module:
+def check_length(config: RunConfig, model: nn.Module) -> None:
+    """Refuses a `bench.length` that the model cannot take."""
+    length = config.bench.length
+    if length < 2:
+        raise UserError(f"bench.length={length}: expected at least 2 tokens, as the first predicts the second.")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and length > limit:
+        raise UserError(f"bench.length={length}: the model's context is {limit} tokens.")
+
+
+def base_model(config: RunConfig, device: torch.device) -> nn.Module:
+    """The run's model, or the random Llama of `bench.width` and `bench.depth`."""
+    if (config.bench.width is None) != (config.bench.depth is None):
+        raise UserError("bench.width and bench.depth make a random Llama together: give both or none.")
     if config.bench.width is None or config.bench.depth is None:
         import transformers
 

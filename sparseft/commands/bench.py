@@ -121,10 +121,7 @@ def _train(config: RunConfig) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> None:
     """The table on stdout."""
-    if result["benchmark"] == "quality":
-        _render_quality(result)
-    else:
-        _render_train(result)
+    {"train": _render_train, "preprocess": _render_preprocess, "quality": _render_quality}[result["benchmark"]](result)
     print(f"bench: {result['path']}")
 
 
@@ -133,6 +130,16 @@ def _render_quality(result: dict[str, Any]) -> None:
 
     title = f"Held-out loss: {result['model']}, {result['dataset']}, {len(result['seeds'])} seeds"
     console.table(title, quality.COLUMNS, quality.table(result))
+
+
+def _render_preprocess(result: dict[str, Any]) -> None:
+    from sparseft.bench import preprocess
+
+    title = (
+        f"Selection: {result['model']}, {result['parameters']:,} parameters, {result['dtype']} on {result['device']}, "
+        f"{result['samples']} samples of {result['length']} tokens, median of {result['steps']}"
+    )
+    console.table(title, preprocess.COLUMNS, preprocess.table(result))
 
 
 def _render_train(result: dict[str, Any]) -> None:

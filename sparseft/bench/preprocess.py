@@ -1,0 +1,125 @@
+"""What choosing costs: the calibration and scoring of each importance, against plain forward and backward passes.
+
+The reference is what computing every weight gradient of the same samples takes, in batches of `bench.batch_size`. All
+take turns, so that a machine's slow moments meet all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft import console
+from sparseft.bench.memory import AllocationCounter
+from sparseft.bench.train import base_model, check_length, synchronize
+from sparseft.config import RunConfig
+from sparseft.errors import UserError, nearest
+from sparseft.methods import get_method
+from sparseft.methods.base import IMPORTANCES
+from sparseft.methods.selecting import compute_selection
+from sparseft.modeling import resolve_device
+
+REFERENCE = "forward+backward"
+
+
+def forward_backward(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+    """The loss of every batch and its gradient by every weight, which is dropped again."""
+    for batch in batches:
+        model(**batch, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+
+def run(config: RunConfig, own: Any = None) -> dict[str, Any]:
+    """Measures `bench.importances` with the run's method and returns what `bench.json` holds."""
+    settings = config.bench
+    if not get_method(config.method_name).sparse:
+        raise UserError(f"bench preprocess: method={config.method_name} selects nothing; use method=s2ft or sylva.")
+    for name in settings.importances:
+        if name not in IMPORTANCES:
+            raise UserError(f"bench.importances: unknown importance '{name}'.{nearest(name, IMPORTANCES)}")
+    device = resolve_device(config.hardware.device)
+    model = base_model(config, device)
+    check_length(config, model)
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = torch.randint(vocabulary, (settings.samples, settings.length), generator=generator).to(device)
+    batches = [{"input_ids": part, "labels": part} for part in ids.split(settings.batch_size)]
+
+    work: dict[str, Callable[[], Any]] = {REFERENCE: lambda: forward_backward(model, batches)}
+    for name in settings.importances:
+        method = dataclasses.replace(config.method, importance=name, num_samples=settings.samples)
+        work[name] = lambda method=method: compute_selection(model, method, batches)
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    console.log(
+        f"bench: {parameters:,} parameters, {dtype} on {device}, {settings.samples} samples of {settings.length} tokens"
+    )
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    rounds = settings.warmup_steps + settings.steps
+    with console.Progress(rounds, "bench", unit="round") as progress:
+        for turn in range(rounds):
+            for name, call in work.items():
+                synchronize(device)
+                start = time.perf_counter()
+                call()
+                synchronize(device)
+                if turn >= settings.warmup_steps:
+                    seconds[name].append(time.perf_counter() - start)
+            progress.update(turn + 1)
+    peaks = {name: peak_bytes(call, device) for name, call in work.items()}
+    reference = statistics.median(seconds[REFERENCE])
+    return {
+        "benchmark": "preprocess",
+        "model": config.model.path if settings.width is None else f"llama {settings.width}x{settings.depth}",
+        "parameters": parameters,
+        "dtype": dtype,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "method": config.method_name,
+        "method_config": dataclasses.asdict(config.method),
+        "samples": settings.samples,
+        "batch_size": settings.batch_size,
+        "length": settings.length,
+        "steps": settings.steps,
+        "importances": {
+            name: {
+                "seconds": statistics.median(times),
+                "seconds_p20": sorted(times)[int(0.2 * (len(times) - 1))],
+                "seconds_p80": sorted(times)[round(0.8 * (len(times) - 1))],
+                "ratio": statistics.median(times) / reference,
+                "peak_memory_bytes": peaks[name],  # on top of the model
+            }
+            for name, times in seconds.items()
+        },
+    }
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """The most that `call` has allocated at once, on top of what is there before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with AllocationCounter() as counter:
+        call()
+    return counter.peak
+
+
+COLUMNS = ["importance", "seconds", "÷ forward+backward", "peak MiB on top of the model"]
+
+
+def table(result: dict[str, Any]) -> list[list[str]]:
+    """The rows under `COLUMNS`, as text."""
+    return [
+        [name, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", f"{row['peak_memory_bytes'] / 2**20:,.1f}"]
+        for name, row in result["importances"].items()
+    ]
