@@ -131,3 +131,31 @@ def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_co
     left = to_blocks(grad_output, size).index_select(1, block_rows)  # (tokens, n, B)
     right = to_blocks(x, size).index_select(1, block_columns)
     return torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1))
+
+
+def grouped_blocks_gradient(
+    grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int
+) -> Tensor:
+    """`blocks_gradient` by one larger product for all blocks of a block row, or of a block column: whichever are fewer.
+
+    For the CPU, where one large product is faster than many small ones (1.3 to 3 times on patterns of 60 blocks and
+    more, at 1024 to 4096 features; equal below). It looks at the indices, which a GPU would have to wait for.
+    """
+    rows, columns = block_rows.unique(), block_columns.unique()
+    by_rows = len(rows) < len(columns)
+    keys, one, many, others = (
+        (block_rows, grad_output, x, block_columns) if by_rows else (block_columns, x, grad_output, block_rows)
+    )
+    many = to_blocks(many, size)
+    result = x.new_zeros(len(keys), size, size)
+    order = keys.argsort(stable=True)
+    groups, counts = keys[order].unique_consecutive(return_counts=True)
+    for group, which in zip(groups.tolist(), order.split(counts.tolist()), strict=True):
+        left = many.index_select(1, others[which]).flatten(1)  # (tokens, group's blocks × B)
+        right = one[:, group * size : (group + 1) * size]  # narrower than B at the edge
+        product = (left.t() @ right).view(len(which), size, right.shape[1])
+        if by_rows:
+            result[which, : right.shape[1]] = product.transpose(1, 2)
+        else:
+            result[which, :, : right.shape[1]] = product
+    return result

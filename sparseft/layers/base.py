@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparseft.kernels import reference
+from sparseft.kernels import dispatch, reference
 from sparseft.layers.order import arrange_entries, fits_order, inverse
 from sparseft.layers.pattern import Pattern, as_index
 
@@ -78,7 +78,7 @@ class _SparseProduct(torch.autograd.Function):
             columns_grad = reference.columns_gradient(grad, x_columns.to(grad.dtype)).float()
         if blocks is not None:
             x_side, at = (x, blocks[:, 1]) if x_blocks is None else (x_blocks.to(grad.dtype), position)
-            blocks_grad = reference.blocks_gradient(grad, x_side, blocks[:, 0], at, ctx.size).float()
+            blocks_grad = dispatch.blocks_gradient(grad, x_side, blocks[:, 0], at, ctx.size)
         return grad_x, None, bias_grad, None, None, None, rows_grad, None, columns_grad, None, None, None, blocks_grad
 
 

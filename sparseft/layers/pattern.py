@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import UserError
-from sparseft.kernels import reference
+from sparseft.kernels import dispatch, reference
 from sparseft.layers.parking import Parked
 
 # Save the needed column blocks of x when they are at most this share of it: a larger slice of its own costs more than
@@ -153,6 +153,7 @@ def as_index(kind: str, index: Any) -> Tensor:
 def check_index(kind: str, index: Tensor, shape: tuple[int, int], block_size: int | None) -> None:
     """Raises `UserError` where indices have the wrong shape, repeat, or lie outside a weight of `shape` (out, in)."""
     if kind == "blocks":
+        dispatch.mode()  # a wrong SPARSEFT_KERNELS is said here, not in the first backward pass
         if block_size is None or block_size < 1:
             raise UserError(f"blocks: expected a block_size of at least 1, got {block_size}.")
         if index.dim() != 2 or index.shape[1] != 2:
