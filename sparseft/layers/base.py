@@ -106,6 +106,7 @@ class SparseLinear(nn.Module):
     weight: nn.Parameter
     row_order: Tensor | None
     column_order: Tensor | None
+    keeps_input: bool | None = None  # whether blocks save x itself, not a slice; null: decided for this layer alone
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
                  *, transposed: bool = False) -> None:  # fmt: skip
@@ -297,7 +298,7 @@ class SparseLinear(nn.Module):
         if not torch.is_grad_enabled() or not any(p.delta.requires_grad for p in self.patterns.values()):
             return _product(x, self.weight, self.bias, self.transposed)
         rows, columns, blocks = (self._modules.get(kind) for kind in reference.KINDS)
-        needed = blocks.columns_needed(self.in_features) if blocks is not None else None
+        needed = blocks.columns_needed(self.in_features, self.keeps_input) if blocks is not None else None
         return _SparseProduct.apply(
             x,
             self.weight,
