@@ -97,12 +97,23 @@ def test_gradients_equal_the_dense_product(rows: int, columns: int, size: int, k
         found = reference.columns_gradient(grad, x[:, index])
     else:
         found = reference.blocks_gradient(grad, x, index[:, 0], index[:, 1], size)
+        grouped = reference.grouped_blocks_gradient(grad, x, index[:, 0], index[:, 1], size)
+        torch.testing.assert_close(grouped, found, rtol=1e-12, atol=1e-12)
     expected = torch.zeros(reference.values_shape(kind, index, (rows, columns), size), dtype=torch.float64)
     for position, r, c in entries(kind, index, (rows, columns), size):
         expected[position] = dense[r, c]
     # The part of an edge block outside the weight must be exactly zero: the optimizer and clipping see it.
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert not found[expected == 0].any() or tokens == 0
+
+
+@pytest.mark.parametrize("index", [[[2, 0], [0, 0], [1, 0]], [[1, 3], [1, 0], [1, 2]], [[0, 3], [2, 1]]])
+def test_grouped_by_rows_or_by_columns(index: list[list[int]]) -> None:
+    """Fewer block columns, fewer block rows, as many of both; edge blocks on both sides."""
+    grad, x = torch.randn(6, 11, dtype=torch.float64), torch.randn(6, 14, dtype=torch.float64)
+    rows, columns = torch.tensor(index).unbind(1)
+    found = reference.grouped_blocks_gradient(grad, x, rows, columns, 4)
+    torch.testing.assert_close(found, reference.blocks_gradient(grad, x, rows, columns, 4), rtol=1e-12, atol=1e-12)
 
 
 def test_to_blocks_pads_the_last_block_with_zeros() -> None:

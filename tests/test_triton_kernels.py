@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from sparseft.bench import kernels
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch, reference
 from sparseft.layers import BlockSparseLinear
@@ -340,6 +341,28 @@ def test_the_kernel_compiles_for_cuda(tmp_path: Path) -> None:
         [sys.executable, tmp_path / "compiled.py"], capture_output=True, text=True, env=environment, cwd=root
     )
     assert done.returncode == 0, done.stderr
+
+
+# ---- the benchmark ----
+
+
+def test_the_benchmark_measures_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEFT_KERNELS", "reference")
+    monkeypatch.setattr(kernels, "TRANSFER", {"cpu": 2**16, "cuda": 2**16})
+    rows = kernels.run(
+        DEVICE, shapes=[(64, 128)], tokens=[1, 8], dtypes=[torch.float32], block_sizes=[16], densities=[0.1], repeats=2
+    )
+    assert [(row.shape, row.tokens, row.dtype, row.blocks, row.way) for row in rows] == [
+        ((64, 128), tokens, "float32", 3, "reference") for tokens in (1, 8)
+    ]
+    for row in rows:
+        assert row.density == 3 * 16 * 16 / (64 * 128)
+        assert min(row.kernel_us, row.dense_us, row.bound_us) > 0
+
+
+def test_moved_bytes_by_hand() -> None:
+    """Two block rows and one block column of 4, 10 tokens of 2 bytes each; two blocks of 16 fp32 numbers."""
+    assert kernels.moved_bytes(torch.tensor([[0, 5], [3, 5]]), 4, 10, 2) == 3 * 4 * 10 * 2 + 2 * 16 * 4
 
 
 # ---- on a GPU ----
