@@ -14,6 +14,7 @@ import sparseft
 from sparseft.bench.memory import SavedBytes
 from sparseft.layers import BlockSparseLinear, share_inputs, sparse_layers
 from sparseft.selection import Selection
+from sparseft.trainer_reselecting import apply_selection
 
 TOKENS = 24
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.984, 0.99)
@@ -141,6 +142,15 @@ def test_another_adapter_decides_anew(tmp_path) -> None:
     assert decisions(few) == {"q_proj": True, "k_proj": True}
     sparseft.set_adapter(few, "default")
     assert decisions(few) == {"q_proj": False, "k_proj": False}
+
+
+def test_reselection_decides_anew() -> None:
+    config = sparseft.SylvaConfig(importance="random", block_size=16)
+    q_proj = "model.layers.0.self_attn.q_proj"
+    model = sparseft.attach(llama(), config, Selection({q_proj: {"blocks": [[r, 0] for r in range(8)]}}, block_size=16))
+    assert decisions(model) == {"q_proj": False}
+    apply_selection(model, Selection({q_proj: {"blocks": [[0, c] for c in range(8)]}}, block_size=16))
+    assert decisions(model) == {"q_proj": True}
 
 
 def test_one_norm_for_attention_and_mlp() -> None:
