@@ -28,7 +28,7 @@ from sparseft.adapter_files import (
 from sparseft.errors import UserError, nearest
 from sparseft.files import replaced_folder
 from sparseft.fusing import Values, unite
-from sparseft.layers import Pattern, restore, sparse_layers
+from sparseft.layers import Pattern, restore, share_inputs, sparse_layers
 from sparseft.layers.converting import check_modules, make_sparse, plain_weight
 from sparseft.layers.experts import close_experts
 from sparseft.layers.order import make_way
@@ -310,6 +310,7 @@ def _activate(model: nn.Module, patterns: dict[str, dict[str, Pattern]]) -> None
     for module in patterns.keys() - layers.keys():
         make_sparse(model, module).install(patterns[module])
     close_experts(model, idle=True)  # the base's own way of computing, to the bit
+    share_inputs(model)
 
 
 @inside_compiled

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparseft import console
 from sparseft.adapter_files import read_config, read_sparse
-from sparseft.layers import sparse_layers
+from sparseft.layers import share_inputs, sparse_layers
 from sparseft.layers.parking import exchange, move_moments, take_up
 from sparseft.selection import Selection
 
@@ -34,6 +34,7 @@ def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = Non
                 move_moments(optimizer, layers[module].patterns[kind], source)
             new += int((source < 0).sum())
             total += len(source)
+    share_inputs(model)
     return new / total
 
 
@@ -94,4 +95,5 @@ def load_active(model: nn.Module, folder: Path) -> bool:
         for kind, index in kinds.items():
             value = values[module][kind]
             take_up(layers[module], kind, index, value.index, value.delta)
+    share_inputs(model)
     return True

@@ -85,7 +85,9 @@ def test_gather_copies() -> None:
 @pytest.mark.parametrize("kind", reference.KINDS)
 @pytest.mark.parametrize(("rows", "columns", "size"), SHAPES)
 @pytest.mark.parametrize("tokens", [0, 1, 11])
-def test_gradients_equal_the_dense_product(rows: int, columns: int, size: int, kind: str, tokens: int) -> None:
+def test_gradients_equal_the_dense_product(
+    rows: int, columns: int, size: int, kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grad, x = torch.randn(tokens, rows, dtype=torch.float64), torch.randn(tokens, columns, dtype=torch.float64)
     dense = torch.zeros(rows, columns, dtype=torch.float64)
     for t in range(tokens):
@@ -97,12 +99,42 @@ def test_gradients_equal_the_dense_product(rows: int, columns: int, size: int, k
         found = reference.columns_gradient(grad, x[:, index])
     else:
         found = reference.blocks_gradient(grad, x, index[:, 0], index[:, 1], size)
+        monkeypatch.setattr(reference, "SMALL_BATCH", 0)
+        grouped = reference.grouped_blocks_gradient(grad, x, index[:, 0], index[:, 1], size)
+        torch.testing.assert_close(grouped, found, rtol=1e-12, atol=1e-12)
     expected = torch.zeros(reference.values_shape(kind, index, (rows, columns), size), dtype=torch.float64)
     for position, r, c in entries(kind, index, (rows, columns), size):
         expected[position] = dense[r, c]
     # The part of an edge block outside the weight must be exactly zero: the optimizer and clipping see it.
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert not found[expected == 0].any() or tokens == 0
+
+
+@pytest.mark.parametrize("small", [0, 2**20])
+@pytest.mark.parametrize(
+    ("size", "dtype", "tolerance"),
+    [
+        (4, torch.float64, 1e-12),
+        (4, torch.bfloat16, 1e-6),  # narrow: in fp32
+        (32, torch.float32, 1e-6),
+        (32, torch.bfloat16, 1e-2),  # the result is rounded to bf16
+    ],
+)
+@pytest.mark.parametrize("index", [[[2, 0], [0, 0], [1, 0]], [[1, 3], [1, 0], [1, 2]], [[0, 3], [2, 1]]])
+def test_grouped_by_rows_or_by_columns(
+    index: list[list[int]], size: int, dtype: torch.dtype, tolerance: float, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer block columns, fewer block rows, as many of both; edge blocks on both sides."""
+    monkeypatch.setattr(reference, "SMALL_BATCH", small)
+    torch.manual_seed(0)
+    grad, x = torch.randn(6, 3 * size - 1).to(dtype), torch.randn(6, 4 * size - 2).to(dtype)
+    rows, columns = torch.tensor(index).unbind(1)
+    found = reference.grouped_blocks_gradient(grad, x, rows, columns, size)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = reference.blocks_gradient(grad.double(), x.double(), rows, columns, size)
+    if small and dtype == torch.bfloat16:
+        tolerance = 1e-2
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
 def test_to_blocks_pads_the_last_block_with_zeros() -> None:

@@ -19,6 +19,10 @@ from torch.nn import functional as F
 
 KINDS = ("rows", "columns", "blocks")
 
+# On the CPU: fewer entries in a batched product's gathered operand fit in the cache, so that the batch is faster; and
+# half precision products with a narrower side than this take longer than in fp32, casts included.
+SMALL_BATCH, NARROW = 2**20, 32
+
 Run = tuple[int, int]  # (start, length): consecutive rows or columns, which a view reaches without an index
 
 
@@ -131,3 +135,38 @@ def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_co
     left = to_blocks(grad_output, size).index_select(1, block_rows)  # (tokens, n, B)
     right = to_blocks(x, size).index_select(1, block_columns)
     return torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1))
+
+
+def grouped_blocks_gradient(
+    grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int
+) -> Tensor:
+    """`blocks_gradient` for the CPU, in fp32 (float64 of float64): one product for all blocks of a block column.
+
+    Or of a block row, where fewer of those are touched. Few large products take less time than a batch of many small
+    ones: up to 3 to 4 times less (4096 features, 512 tokens, 5 % of the blocks, B 16), with B 64 1.2 to 1.7 times, for
+    blocks that gather in some rows or columns, as importance chooses them. Scattered at random, groups are small and
+    bf16 can take longer. Where there is little to do, one batched product it is. This looks at the indices' values, for
+    which a GPU would have to wait.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    if len(x) * len(block_rows) * size < SMALL_BATCH:
+        return blocks_gradient(grad_output, x, block_rows, block_columns, size).to(exact)
+    rows, columns = block_rows.unique(), block_columns.unique()
+    by_rows = len(rows) < len(columns)
+    keys, one, many, others = (
+        (block_rows, grad_output, x, block_columns) if by_rows else (block_columns, x, grad_output, block_rows)
+    )
+    dtype = exact if size < NARROW else x.dtype
+    many = to_blocks(many, size)
+    result = x.new_zeros(len(keys), size, size, dtype=exact)
+    order = keys.argsort(stable=True)
+    groups, counts = keys[order].unique_consecutive(return_counts=True)
+    for group, which in zip(groups.tolist(), order.split(counts.tolist()), strict=True):
+        left = many.index_select(1, others[which]).flatten(1).to(dtype)  # (tokens, group's blocks × B)
+        right = one[:, group * size : (group + 1) * size].to(dtype)  # narrower than B at the edge
+        product = (left.t() @ right).view(len(which), size, right.shape[1]).to(exact)
+        if by_rows:
+            result[which, : right.shape[1]] = product.transpose(1, 2)
+        else:
+            result[which, :, : right.shape[1]] = product
+    return result

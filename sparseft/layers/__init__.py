@@ -7,6 +7,7 @@ from sparseft.layers.blocks import BlockSparseLinear
 from sparseft.layers.converting import convert, restore, sparse_layers
 from sparseft.layers.pattern import Pattern
 from sparseft.layers.permuting import convert_permuted
+from sparseft.layers.sharing import share_inputs
 from sparseft.layers.structured import S2ColumnLinear, S2RowLinear
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "convert",
     "convert_permuted",
     "restore",
+    "share_inputs",
     "sparse_layers",
     "write_back",
 ]

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparseft.kernels import reference
+from sparseft.kernels import dispatch, reference
 from sparseft.layers.order import arrange_entries, fits_order, inverse
 from sparseft.layers.pattern import Pattern, as_index
 
@@ -78,7 +78,7 @@ class _SparseProduct(torch.autograd.Function):
             columns_grad = reference.columns_gradient(grad, x_columns.to(grad.dtype)).float()
         if blocks is not None:
             x_side, at = (x, blocks[:, 1]) if x_blocks is None else (x_blocks.to(grad.dtype), position)
-            blocks_grad = reference.blocks_gradient(grad, x_side, blocks[:, 0], at, ctx.size).float()
+            blocks_grad = dispatch.blocks_gradient(grad, x_side, blocks[:, 0], at, ctx.size)
         return grad_x, None, bias_grad, None, None, None, rows_grad, None, columns_grad, None, None, None, blocks_grad
 
 
@@ -106,6 +106,7 @@ class SparseLinear(nn.Module):
     weight: nn.Parameter
     row_order: Tensor | None
     column_order: Tensor | None
+    keeps_input: bool | None = None  # whether blocks save x itself, not a slice; null: decided for this layer alone
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
                  *, transposed: bool = False) -> None:  # fmt: skip
@@ -297,7 +298,7 @@ class SparseLinear(nn.Module):
         if not torch.is_grad_enabled() or not any(p.delta.requires_grad for p in self.patterns.values()):
             return _product(x, self.weight, self.bias, self.transposed)
         rows, columns, blocks = (self._modules.get(kind) for kind in reference.KINDS)
-        needed = blocks.columns_needed(self.in_features) if blocks is not None else None
+        needed = blocks.columns_needed(self.in_features, self.keeps_input) if blocks is not None else None
         return _SparseProduct.apply(
             x,
             self.weight,

@@ -13,6 +13,7 @@ from sparseft.layers.base import SparseLinear
 from sparseft.layers.blocks import BlockSparseLinear
 from sparseft.layers.experts import ExpertLinear, close_experts, open_expert
 from sparseft.layers.order import reorder
+from sparseft.layers.sharing import share_inputs
 from sparseft.layers.structured import S2ColumnLinear, S2RowLinear
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def convert(model: nn.Module, selection: Selection) -> nn.Module:
             new.put_in_place()
         else:
             replace_module(model, old, new)
+    share_inputs(model)
     return model
 
 

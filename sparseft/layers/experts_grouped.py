@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparseft.kernels import reference
+from sparseft.kernels import dispatch, reference
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x (tokens, a), weight (experts, a, b), offs) -> (tokens, b)
 
@@ -72,7 +72,7 @@ def _gradient(grad: Tensor, x: Tensor, part: Part, *, sliced: bool) -> Tensor:
     if part.kind == "columns":
         return reference.columns_gradient(grad, x if sliced else x.index_select(-1, part.index))
     assert part.block_size is not None
-    return reference.blocks_gradient(grad, x, part.index[:, 0], part.index[:, 1], part.block_size)
+    return dispatch.blocks_gradient(grad, x, part.index[:, 0], part.index[:, 1], part.block_size)
 
 
 def grouped_product(func: Any, x: Tensor, weight: Tensor, offs: Tensor, layers: dict[int, Any]) -> Tensor:

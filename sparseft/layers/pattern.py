@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import UserError
-from sparseft.kernels import reference
+from sparseft.kernels import dispatch, reference
 from sparseft.layers.parking import Parked
 
-# Save the needed column blocks of x when they are at most this share of it: a larger slice of its own costs more than
-# x itself does, which the siblings of the layer (q, k, v; gate, up) and the norm before it share.
+# A layer of blocks that stands alone saves the needed column blocks of x when they are at most this share of it: a
+# larger slice of its own may cost more than x itself, which others may save too. In a model `layers/sharing.py` knows.
 SLICE_SHARE = 0.5
 
 
@@ -24,7 +24,8 @@ class Pattern(nn.Module):
     shapes of `kernels/reference.py`. Casting the model leaves `delta` in fp32.
 
     Where the weight is stored in another order, `place` says which stored row (column) each original one is, and
-    `at` is where the entries lie in the stored weight.
+    `at` is where the entries lie in the stored weight. Of blocks, `needed_columns` are the distinct block columns and
+    `position` (n,) each block's place among them.
     """
 
     sparseft_pattern = True  # how modules below this one tell deltas from the base's parameters
@@ -40,6 +41,8 @@ class Pattern(nn.Module):
         shape = reference.values_shape(kind, index, tuple(weight.shape), block_size)
         self.register_buffer("index", index)
         self.register_buffer("place", place, persistent=False)
+        self.register_buffer("needed_columns", None, persistent=False)
+        self.register_buffer("position", None, persistent=False)
         self._locate()
         self.register_buffer("base_values", self._read(weight))
         self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
@@ -77,23 +80,25 @@ class Pattern(nn.Module):
             return weight.new_empty(reference.values_shape(self.kind, self.index, tuple(weight.shape), self.block_size))
         return reference.gather(weight.detach(), self.kind, self.at, self.block_size)
 
-    def columns_needed(self, in_features: int) -> tuple[Tensor, Tensor] | None:
-        """For blocks: (unique block columns, each block's position among them), or null where x itself is saved."""
-        if self._columns is not None and self._columns[0].device != self.index.device:
-            self._locate()
-        if self._columns is None:
+    def columns_needed(self, in_features: int, keeps_input: bool | None = None) -> tuple[Tensor, Tensor] | None:
+        """For blocks: (unique block columns, each block's position among them), or null where x itself is saved.
+
+        `keeps_input` says which; null: as a layer that stands alone decides.
+        """
+        if self.needed_columns is None:
             return None
-        total = math.ceil(in_features / self.block_size)
-        return self._columns if len(self._columns[0]) <= SLICE_SHARE * total else None
+        if keeps_input is None:
+            keeps_input = len(self.needed_columns) > SLICE_SHARE * math.ceil(in_features / self.block_size)
+        return None if keeps_input else (self.needed_columns, self.position)
 
     def _locate(self) -> None:
         """Ahead of the forward pass: what depends on the index's values cannot be compiled into a graph."""
-        self._columns: tuple[Tensor, Tensor] | None = None
+        self.needed_columns = self.position = None
         self._run: reference.Run | None = None
         if self.index.is_meta:
             return
         if self.kind == "blocks":
-            self._columns = torch.unique(self.index[:, 1], return_inverse=True)
+            self.needed_columns, self.position = torch.unique(self.index[:, 1], return_inverse=True)
             return
         position = self.at
         start = int(position[0])
@@ -153,6 +158,7 @@ def as_index(kind: str, index: Any) -> Tensor:
 def check_index(kind: str, index: Tensor, shape: tuple[int, int], block_size: int | None) -> None:
     """Raises `UserError` where indices have the wrong shape, repeat, or lie outside a weight of `shape` (out, in)."""
     if kind == "blocks":
+        dispatch.mode()  # a wrong SPARSEFT_KERNELS is said here, not in the first backward pass
         if block_size is None or block_size < 1:
             raise UserError(f"blocks: expected a block_size of at least 1, got {block_size}.")
         if index.dim() != 2 or index.shape[1] != 2:

@@ -1,0 +1,136 @@
+"""The weight gradient of chosen blocks, timed against the dense one and against what memory allows.
+
+`bound` is the time the device needs to move what any way of computing must move: the strips of the gradient and of the
+input that the blocks touch, read once, and the result, written once, at the bandwidth of a large copy on that device.
+On CUDA the caches are overwritten before each call, so that nothing is read from them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseft.kernels import dispatch
+
+LLAMA_7B = ((4096, 4096), (11008, 4096), (4096, 11008))  # (out, in): attention, gate and up, down
+TRANSFER = {"cuda": 2**29, "cpu": 2**26}  # bytes of the copy that measures the bandwidth: far more than any cache
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One measurement: medians in microseconds."""
+
+    shape: tuple[int, int]  # (out, in)
+    tokens: int
+    dtype: str
+    block_size: int
+    density: float  # as reached
+    blocks: int
+    way: str  # triton | reference
+    kernel_us: float
+    dense_us: float
+    bound_us: float
+
+
+def run(
+    device: torch.device | str,
+    *,
+    shapes: Sequence[tuple[int, int]] = LLAMA_7B,
+    tokens: Sequence[int] = (512, 2048, 8192),
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    block_sizes: Sequence[int] = (16, 64, 128),
+    densities: Sequence[float] = (0.016, 0.05),
+    repeats: int = 20,
+    seed: int = 0,
+) -> list[KernelRow]:
+    """Measures every combination on `device`, blocks drawn at random; kernel and dense product take turns."""
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(seed)
+    timer = Timer(device)
+    bandwidth = measured_bandwidth(timer)
+    rows = []
+    for shape in shapes:
+        for count in tokens:
+            for dtype in dtypes:
+                grad_output, x = (torch.randn(count, n, generator=generator).to(device, dtype) for n in shape)
+                for size in block_sizes:
+                    for density in densities:
+                        index = some_blocks(shape, size, density, generator).to(device)
+                        rows.append(_measure(timer, grad_output, x, index, size, bandwidth, repeats))
+    return rows
+
+
+def _measure(
+    timer: Timer, grad_output: Tensor, x: Tensor, index: Tensor, size: int, bandwidth: float, repeats: int
+) -> KernelRow:
+    shape = (grad_output.shape[1], x.shape[1])
+    rows, columns = index.unbind(1)
+    kernel, dense = timer.medians(
+        [lambda: dispatch.blocks_gradient(grad_output, x, rows, columns, size), lambda: grad_output.t() @ x], repeats
+    )
+    return KernelRow(
+        shape=shape,
+        tokens=len(x),
+        dtype=str(x.dtype).removeprefix("torch."),
+        block_size=size,
+        density=len(index) * size * size / (shape[0] * shape[1]),
+        blocks=len(index),
+        way="reference" if dispatch.kernel_for(x) is None else "triton",
+        kernel_us=kernel * 1e6,
+        dense_us=dense * 1e6,
+        bound_us=moved_bytes(index, size, len(x), x.element_size()) / bandwidth * 1e6,
+    )
+
+
+def some_blocks(shape: tuple[int, int], size: int, density: float, generator: torch.Generator) -> Tensor:
+    """Whole blocks (n, 2) of a weight (out, in), sorted, at random, at least one."""
+    down, across = shape[0] // size, shape[1] // size
+    count = max(1, round(density * down * across))
+    chosen = torch.randperm(down * across, generator=generator)[:count].sort().values
+    return torch.stack([chosen // across, chosen % across], dim=1)
+
+
+def moved_bytes(index: Tensor, size: int, tokens: int, element: int) -> int:
+    """Bytes that must be moved at least: each strip that a block touches once, and the blocks in fp32."""
+    strips = sum(len(side.unique()) for side in index.unbind(1))
+    return strips * size * tokens * element + len(index) * size * size * 4
+
+
+def measured_bandwidth(timer: Timer) -> float:
+    """Bytes a second, reading and writing, of a large copy."""
+    source = torch.zeros(TRANSFER.get(timer.device.type, TRANSFER["cpu"]), dtype=torch.uint8, device=timer.device)
+    target = torch.empty_like(source)
+    return 2 * len(source) / timer.medians([lambda: target.copy_(source)], 10)[0]
+
+
+class Timer:
+    """Seconds of a call on a device: CUDA's own events there, the clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._cache = torch.empty(2**27, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+
+    def medians(self, calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+        """The median of each call's times; they take turns, after two rounds that do not count."""
+        found = [[self.once(call) for call in calls] for _ in range(repeats + 2)][2:]
+        return [statistics.median(times) for times in zip(*found, strict=True)]
+
+    def once(self, call: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        if self._cache is None:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        self._cache.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self.device):
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+        return begin.elapsed_time(end) / 1e3

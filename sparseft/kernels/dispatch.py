@@ -1,0 +1,98 @@
+"""Which way the sparse arithmetic is computed: by Triton kernels on CUDA, in plain torch elsewhere.
+
+The environment variable SPARSEFT_KERNELS says otherwise: `auto` (the default), `triton`, or `reference` (plain torch
+everywhere). triton is imported when its first kernel is needed, so this works where it is not installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sparseft.errors import UserError, nearest
+from sparseft.kernels import reference
+
+VARIABLE = "SPARSEFT_KERNELS"
+CHOICES = ("auto", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The first GPUs (compute capability) that Triton's products know; bf16 came one generation later.
+FIRST_GPU, FIRST_GPU_BF16 = (7, 0), (8, 0)
+
+
+def mode() -> str:
+    """What SPARSEFT_KERNELS asks for; a `UserError` names the choices where it is none of them."""
+    value = os.environ.get(VARIABLE) or "auto"
+    if value not in CHOICES:
+        raise UserError(f"{VARIABLE}={value}: expected one of {', '.join(CHOICES)}.{nearest(value, CHOICES)}")
+    return value
+
+
+@functools.cache
+def _blocks_triton() -> ModuleType | None:
+    """The kernel's module, or null where triton cannot be imported."""
+    try:
+        from sparseft.kernels import blocks_triton
+    except ImportError:
+        return None
+    return blocks_triton
+
+
+def kernel_for(tensor: Tensor) -> ModuleType | None:
+    """The module of the Triton kernel that computes with tensors like this one; null: plain torch does.
+
+    float64 is always computed in plain torch. A `UserError` where SPARSEFT_KERNELS=triton cannot be had.
+    """
+    wanted = mode()
+    if wanted == "reference" or tensor.dtype not in KERNEL_DTYPES:
+        return None
+    if wanted == "auto":
+        return _blocks_triton() if tensor.is_cuda and _gpu_knows(tensor) else None
+    module = _blocks_triton()
+    if module is None:
+        raise UserError(f"{VARIABLE}=triton: triton cannot be imported; install it, or choose auto or reference.")
+    if not tensor.is_cuda and not (tensor.device.type == "cpu" and module.INTERPRETED):
+        raise UserError(
+            f"{VARIABLE}=triton: kernels need CUDA tensors, these are on '{tensor.device.type}'; choose auto or "
+            "reference, or set TRITON_INTERPRET=1 to run them in Triton's interpreter on the CPU."
+        )
+    return module
+
+
+def _gpu_knows(tensor: Tensor) -> bool:
+    if torch.version.hip:
+        return True
+    first = FIRST_GPU_BF16 if tensor.dtype == torch.bfloat16 else FIRST_GPU
+    return torch.cuda.get_device_capability(tensor.device) >= first
+
+
+def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int) -> Tensor:
+    """dW of the blocks (n, B, B) in fp32, from grad_output (tokens, out) and x (tokens, in), which share a dtype.
+
+    Block b is `grad_output[:, block_rows[b]]ᵀ x[:, block_columns[b]]`; columns may count within a slice of x. The part
+    of an edge block outside the operands is zero.
+    """
+    if torch.compiler.is_compiling():  # one operator to the compiler: what is inside depends on indices' values
+        return torch.ops.sparseft.blocks_gradient(grad_output, x, block_rows, block_columns, size)
+    return _blocks_gradient(grad_output, x, block_rows, block_columns, size)
+
+
+def _blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int) -> Tensor:
+    kernel = kernel_for(x)
+    if kernel is not None:
+        return kernel.blocks_gradient(grad_output, x, block_rows, block_columns, size)
+    plain = reference.grouped_blocks_gradient if x.device.type == "cpu" else reference.blocks_gradient
+    return plain(grad_output, x, block_rows, block_columns, size).float()
+
+
+@torch.library.custom_op("sparseft::blocks_gradient", mutates_args=())
+def _blocks_gradient_op(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int) -> Tensor:
+    return _blocks_gradient(grad_output, x, block_rows, block_columns, size)
+
+
+@_blocks_gradient_op.register_fake
+def _(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int) -> Tensor:
+    return x.new_empty(block_rows.shape[0], size, size, dtype=torch.float32)
