@@ -21,7 +21,7 @@ from sparseft.layers.base import _LIVE, SparseLinear
 from sparseft.layers.pattern import Pattern
 
 if TYPE_CHECKING:
-    from sparseft.kernels.adamw_triton import Launch
+    from sparseft.kernels.adamw_triton import Entry, Launch
 
 _REFUSED = ("amsgrad", "maximize", "capturable", "differentiable")
 

@@ -226,6 +226,7 @@ def test_reselection_moves_moments_and_the_tables_follow(kind: str) -> None:
 @pytest.mark.skipif(not BY_KERNEL, reason="only the kernel has tables: this runs in the interpreter's process")
 def test_tables_are_made_once_and_again_when_something_moved() -> None:
     model = zoo()
+    del model["plain"]  # torch's AdamW does not follow a parameter that changes its dtype
     optimizer = SparseAdamW(trained(model), lr=1e-2)
     run(model, optimizer, range(2))
     tables = optimizer._tables
