@@ -128,10 +128,10 @@ class SparseAdamW(torch.optim.AdamW):
         done: set[_Held] = set()
         for launch, places in self._tables.launches:
             done |= self._launch(launch, [candidates[place] for place in places])
-        torch.autograd.graph.increment_version([item.parameter for item in done])
-        torch.autograd.graph.increment_version([item.layer.weight for item in done if item.layer is not None])
-        for item in done:
-            assert item.pattern is not None
+        for item in done:  # autograd must see what the kernel changed behind its back, so that it refuses stale graphs
+            assert item.layer is not None and item.pattern is not None
+            torch.autograd.graph.increment_version(item.parameter)
+            torch.autograd.graph.increment_version(item.layer.weight)
             item.pattern.written_version = item.parameter._version
         return done
 

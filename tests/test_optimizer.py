@@ -379,6 +379,33 @@ def test_the_kernel_does_the_same_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
+COMPILING = """
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from sparseft.kernels import adamw_triton as module
+
+types = {"chunks": "*i32", "table": "*i64", "grads": "*i64", "rates": "*fp32"}
+for kind, weight in ((0, tl.bfloat16), (1, tl.float32), (2, tl.float16)):
+    constants = {"KIND": kind, "WEIGHT": weight, "FIELDS": module.FIELDS, "CHUNK": module.CHUNK}
+    source = ASTSource(module._adamw_kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    assert "cubin" in compile(source, target=GPUTarget("cuda", 80, 32), options=module.OPTIONS).asm
+"""
+
+
+@pytest.mark.skipif(BY_KERNEL, reason="this is the interpreter's process")
+def test_the_kernel_compiles_for_cuda(tmp_path: Path) -> None:
+    """Needs no GPU: the interpreter accepts code that the compiler does not."""
+    pytest.importorskip("triton", minversion="3.3", reason="needs triton with this way to compile")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", COMPILING], env=env, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_the_gpu_as_torch_does(dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ step, have a small table of their own.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from sparseft.kernels.reference import Run
 CHUNK = 2048  # elements of a delta that one program updates
 FIELDS = 13  # int64 numbers that describe one tensor: `_describe`
 RATES = tl.constexpr(7)  # fp32 numbers that each tensor is updated by: `rates`
+OPTIONS = {"enable_fp_fusion": False}  # each product rounded on its own, as in torch's steps
 WEIGHT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LARGEST = 2**31 - CHUNK  # elements of a delta: the kernel counts them in int32
 
@@ -172,8 +174,6 @@ class Launch:
             self._addresses, self._grads = addresses, _upload(addresses, torch.int64, self.device)
         numbers = _upload(rates, torch.float32, self.device)
         arguments = (self.chunks, self.table, self._grads, numbers, self.kind, self.dtype, FIELDS, CHUNK)
-        if self.device.type != "cuda":  # Triton's interpreter
-            _adamw_kernel[(len(self.chunks),)](*arguments)
-            return
-        with torch.cuda.device(self.device):
-            _adamw_kernel[(len(self.chunks),)](*arguments)
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with on_device:  # else Triton's interpreter
+            _adamw_kernel[(len(self.chunks),)](*arguments, **OPTIONS)
