@@ -159,8 +159,8 @@ class SparseAdamW(torch.optim.AdamW):
 
     def _step_by_torch(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """torch's own update: of the kinds that it has for the CPU, the fused one is the fastest."""
-        fused = [p for p in parameters if p.device.type == "cpu" and p.is_floating_point()]
-        other = [p for p in parameters if p.device.type != "cpu" or not p.is_floating_point()]
+        fused = [p for p in parameters if _fuses(p, self.state[p])]
+        other = [p for p in parameters if not _fuses(p, self.state[p])]
         beta1, beta2 = group["betas"]
         for chosen, is_fused in ((fused, True), (other, None)):
             if chosen:
@@ -190,6 +190,15 @@ def _check_group(group: dict[str, Any]) -> None:
             raise UserError(f"SparseAdamW has no {option}: expected {option}=False, or use torch.optim.AdamW.")
     if isinstance(group.get("lr"), Tensor):
         raise UserError("SparseAdamW: expected lr as a number, got a tensor.")
+
+
+def _fuses(parameter: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether torch's fused AdamW for the CPU may take it: that one pairs elements by their place in memory, whatever
+    the strides of gradient and moments."""
+    tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+    return parameter.is_floating_point() and all(
+        t.device.type == "cpu" and t.is_contiguous() and t.dtype == parameter.dtype for t in tensors
+    )
 
 
 def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:

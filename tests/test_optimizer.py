@@ -149,6 +149,33 @@ def test_a_hundred_steps_are_torchs_and_a_write_back(dtype: torch.dtype) -> None
     check_weights(model, bases)
 
 
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks"])
+def test_deltas_of_several_chunks_and_gradients_in_another_layout(kind: str) -> None:
+    """Larger than what one program of the kernel updates; (out, in) = (150, 90)."""
+    torch.manual_seed(0)
+    index = {"rows": torch.randperm(150)[:60], "columns": torch.randperm(90)[:40]}.get(kind)
+    if index is None:
+        index = torch.cartesian_prod(torch.arange(5), torch.arange(3))[torch.randperm(15)]  # of 32: cut on both sides
+    layer = SparseLinear.wrap(nn.Linear(90, 150).to(torch.bfloat16))
+    layer.add_pattern(kind, index, 32 if kind == "blocks" else None)
+    oracle, bases = copy.deepcopy(layer), bases_of(layer)
+    assert layer.delta.numel() > 2 * 2048
+    x = torch.randn(7, 90, dtype=torch.bfloat16)
+    for one, cls in ((layer, SparseAdamW), (oracle, torch.optim.AdamW)):
+        optimizer = cls([one.delta], lr=1e-2)
+        for _ in range(3):
+            with torch.no_grad():
+                one.weight.copy_(bases[""])  # the same input to both: one rounding apart, gradients would differ
+            one.patterns[kind].written_version = one.delta._version
+            one(x).float().square().sum().backward()
+            if one.delta.dim() == 2:
+                one.delta.grad = one.delta.grad.t().contiguous().t()
+            optimizer.step()
+            optimizer.zero_grad()
+    check_alike(layer, oracle)
+    check_weights(layer, bases)
+
+
 def test_groups_schedulers_and_missing_gradients() -> None:
     """Two groups of other settings, rates that change every step, and parameters that have no gradient in some."""
     model = zoo(torch.bfloat16)
