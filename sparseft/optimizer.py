@@ -159,8 +159,10 @@ class SparseAdamW(torch.optim.AdamW):
 
     def _step_by_torch(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """torch's own update: of the kinds that it has for the CPU, the fused one is the fastest."""
-        fused = [p for p in parameters if _fuses(p, self.state[p])]
-        other = [p for p in parameters if not _fuses(p, self.state[p])]
+        fused: list[Tensor] = []
+        other: list[Tensor] = []
+        for parameter in parameters:
+            (fused if _fuses(parameter, self.state[parameter]) else other).append(parameter)
         beta1, beta2 = group["betas"]
         for chosen, is_fused in ((fused, True), (other, None)):
             if chosen:
