@@ -30,6 +30,7 @@ _EXPORTS = {
     "S2ColumnLinear": "sparseft.layers",
     "S2RowLinear": "sparseft.layers",
     "BlockSparseLinear": "sparseft.layers",
+    "SparseAdamW": "sparseft.optimizer",
     "UserError": "sparseft.errors",
     "RunError": "sparseft.errors",
 }

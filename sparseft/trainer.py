@@ -18,11 +18,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
 
 from sparseft import console
 from sparseft.adapter import save_adapter
 from sparseft.errors import RunError
 from sparseft.layers import sparse_layers, write_back
+from sparseft.optimizer import SparseAdamW
 from sparseft.runs import append_metrics
 from sparseft.trainer_best import copy_best
 from sparseft.trainer_checkpoints import CHECKPOINTS, checkpoint_steps, last_checkpoint, load_trained, step_of
@@ -97,6 +99,16 @@ class Trainer(transformers.Trainer):
         loss = super().training_step(*args, **kwargs)
         self.loss_sum += loss.double()
         return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """transformers' own, with its parameter groups; SparseAdamW in AdamW's place where a sparse method trains."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        plain = self.args.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+        if plain and not sharded and self.optimizer_cls_and_kwargs is None and sparse_layers(self.model):
+            _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options.pop("fused", None)
+            self.optimizer_cls_and_kwargs = (SparseAdamW, options)
+        return super().create_optimizer(model)
 
     def failure(self, message: str) -> RunError:
         """A RunError that knows the last good checkpoint."""

@@ -32,6 +32,7 @@ ORDER = (
     {"importance"},
     {"selection"},
     {"layers"},
+    {"optimizer"},
     {"methods"},
     {"fusing"},
     {"adapter"},

@@ -24,6 +24,7 @@ from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.data import Collator, TokenizedDataset
 from sparseft.errors import RunError, UserError
 from sparseft.methods import get_method
+from sparseft.optimizer import SparseAdamW
 from sparseft.trainer import Clock, Trainer, train
 from sparseft.trainer_arguments import check_optimizer, training_arguments
 from sparseft.trainer_checkpoints import checkpoint_steps, last_checkpoint, step_of
@@ -72,6 +73,30 @@ def trainer_of(
 
 def trained(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+
+
+# ---- the optimizer ----
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer", "expected"),
+    [
+        ("s2ft", "adamw_torch", SparseAdamW),
+        ("sylva", "adamw_torch_fused", SparseAdamW),
+        ("s2ft", "sgd", torch.optim.SGD),
+        ("lora", "adamw_torch", torch.optim.AdamW),
+    ],
+)
+def test_sparse_methods_train_by_the_optimizer_that_writes_weights(
+    make_model: Any, tmp_path: Path, method: str, optimizer: str, expected: type
+) -> None:
+    model = attached(make_model("llama"), method)
+    trainer = trainer_of(model, tmp_path, examples(4), optimizer=optimizer, max_steps=1, weight_decay=0.1)
+    made = trainer.create_optimizer()
+    assert type(made) is expected
+    held = {id(p) for group in made.param_groups for p in group["params"]}
+    assert held == {id(p) for p in trainable_parameters(model).values()}
+    assert [group["weight_decay"] for group in made.param_groups] == [0.1, 0.0]  # transformers' own groups
 
 
 # ---- the loop ----

@@ -2,7 +2,7 @@
 
 The methods take turns, so that a machine's slow moments meet all of them. `floor` is the same model frozen, with the
 gradient flowing to the embeddings: what fine-tuning in place cannot beat unless layers need no backward at all.
-No method has dropout; all use the same AdamW.
+No method has dropout; all use AdamW: sparse methods the one that training takes for them, the others torch's fused one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.methods import get_method
 from sparseft.modeling import load_model, resolve_device
+from sparseft.optimizer import SparseAdamW
 
 FLOOR = "floor"
 
@@ -100,7 +101,11 @@ def contender(entry: str, base: nn.Module, config: RunConfig, own: Mapping[str, 
         return Contender(entry, model.train(), None, 0)
     model = attach(model, method_config(name, config, own)).train()
     parameters = list(trainable_parameters(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    optimizer: torch.optim.Optimizer
+    if get_method(name).sparse:  # as training does
+        optimizer = SparseAdamW(parameters, lr=1e-4, weight_decay=0.0)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     return Contender(entry, model, optimizer, trainable_count(model))
 
 

@@ -381,7 +381,7 @@ def _after_load(layer: SparseLinear, keys: Any) -> None:
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """torch's global step hook: writes the layers whose deltas this optimizer holds."""
-    if not _LIVE:
+    if not _LIVE or getattr(optimizer, "writes_weights", False):  # SparseAdamW has written them itself
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     write_back(layer for layer in list(_LIVE) if any(id(pattern.delta) in held for pattern in layer.patterns.values()))
