@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,12 @@ def test_num_samples_limits_the_calibration(make_model: Callable[..., Any]) -> N
     assert few.digest() == alone.digest()
     assert [len(b["input_ids"]) for b in first_samples(iter(batches), 4)] == [4]
     assert [len(b["input_ids"]) for b in first_samples(batches, 100)] == [4, 2]
+    for share in (None, 0.5):  # of training data that only the caller knows: what it hands over is the sample
+        assert [len(b["input_ids"]) for b in first_samples(batches, share)] == [4, 2]
+        replace(config, num_samples=share).validate()
+    for wrong in (0, -3, 0.0, 1.0, 2.5, float("nan")):
+        with pytest.raises(UserError, match="method.num_samples=.*whole number of calibration examples"):
+            replace(config, num_samples=wrong).validate()
 
 
 # ---- determinism ----

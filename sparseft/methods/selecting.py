@@ -34,7 +34,8 @@ def compute_selection(
         model: a Hugging Face causal LM.
         config: `S2FTConfig` or `SylvaConfig`.
         batches: dicts as the model takes them (`input_ids`, `attention_mask`, `labels`); at most
-            `config.num_samples` samples are used. Not needed for importance random and weight.
+            `config.num_samples` samples are used; all, where it is a share of training data that only the caller
+            knows. Not needed for importance random and weight.
         progress: called with the number of samples done.
 
     Raises:
@@ -112,9 +113,9 @@ def second_order(config: SparseConfig) -> SecondOrder:
     )
 
 
-def first_samples(batches: Iterable[Mapping[str, Any]], count: int) -> Iterable[Mapping[str, Any]]:
-    """The batches' first `count` samples, cutting the last batch where needed."""
-    left = count
+def first_samples(batches: Iterable[Mapping[str, Any]], count: float | None) -> Iterable[Mapping[str, Any]]:
+    """The batches' first `count` samples, cutting the last batch where needed; all, where it is a share or null."""
+    left: Any = count if isinstance(count, int) else float("inf")
     for batch in batches:
         size = len(batch["input_ids"]) if "input_ids" in batch else 0
         if size > left:
