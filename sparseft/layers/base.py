@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparseft.kernels import reference
 from sparseft.layers.order import arrange_entries, fits_order, inverse
-from sparseft.layers.pattern import Pattern, as_index
+from sparseft.layers.pattern import Pattern, as_index, version_of
 
 _LIVE: weakref.WeakSet[SparseLinear] = weakref.WeakSet()  # every sparse layer there is
 
@@ -285,7 +285,7 @@ class SparseLinear(nn.Module):
                 values = reference.gather(total, p.kind, p.at, p.block_size).to(weight.dtype)
                 reference.scatter_(weight, p.kind, p.at, values, p.block_size)
         for pattern in patterns:
-            pattern.written_version = pattern.delta._version
+            pattern.written_version = version_of(pattern.delta)
 
     def _write_if_stale(self) -> None:
         if any(pattern.stale for pattern in self.patterns.values()):
@@ -360,7 +360,7 @@ class SparseLinear(nn.Module):
             pattern.parked = None
             pattern.take_base(self.logical_weight)
             pattern.delta.zero_()
-            pattern.written_version = pattern.delta._version
+            pattern.written_version = version_of(pattern.delta)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -43,7 +43,7 @@ class Pattern(nn.Module):
         self._locate()
         self.register_buffer("base_values", self._read(weight))
         self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
-        self.written_version = self.delta._version
+        self.written_version = version_of(self.delta)
         self.parked: Parked | None = None  # entries that trained before (re-selection); never in a permuted weight
 
     def put(self, place: Tensor | None) -> None:
@@ -62,7 +62,7 @@ class Pattern(nn.Module):
         """Other entries under the same delta, which the weight holds already."""
         self.index, self.base_values = index, base_values
         self._locate()
-        self.written_version = self.delta._version
+        self.written_version = version_of(self.delta)
 
     def take_base(self, weight: Tensor) -> None:
         """Reads `base_values` anew from a weight (out, in) that holds the base's entries."""
@@ -107,7 +107,7 @@ class Pattern(nn.Module):
     @property
     def stale(self) -> bool:
         """Whether `delta` was changed in place since the weight was last written."""
-        return self.delta._version != self.written_version
+        return version_of(self.delta) != self.written_version
 
     def _apply(self, fn, recurse: bool = True):
         def keep_fp32(tensor: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class Pattern(nn.Module):
         self._locate()
         if self.parked is not None:
             self.parked.base = self.parked.base.to(self.base_values.dtype)
-        self.written_version = -1 if stale else self.delta._version
+        self.written_version = -1 if stale else version_of(self.delta)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
@@ -140,6 +140,11 @@ class Pattern(nn.Module):
     def extra_repr(self) -> str:
         size = f", block_size={self.block_size}" if self.kind == "blocks" else ""
         return f"{len(self.index)}{size}, trainable={self.delta.numel()}"
+
+
+def version_of(delta: Tensor) -> int:
+    """How often `delta` was changed in place; a tensor made under `torch.inference_mode` keeps no count of it."""
+    return 0 if delta.is_inference() else delta._version
 
 
 def as_index(kind: str, index: Any) -> Tensor:
