@@ -250,8 +250,8 @@ class SparseLinear(nn.Module):
         for pattern in self.patterns.values():
             reference.scatter_(weight, pattern.kind, pattern.at, pattern.base_values, pattern.block_size)
             if pattern.parked is not None:
-                index, base = pattern.parked.index.to(weight.device), pattern.parked.base.to(weight.device)
-                reference.scatter_(weight, pattern.kind, index, base, pattern.block_size)
+                at, base = pattern.stored(pattern.parked.index), pattern.parked.base.to(weight.device)
+                reference.scatter_(weight, pattern.kind, at, base, pattern.block_size)
 
     @torch.no_grad()
     def write_parked(self) -> None:
@@ -260,8 +260,8 @@ class SparseLinear(nn.Module):
         for pattern in self.patterns.values():
             if pattern.parked is not None and not weight.is_meta:
                 values = (pattern.parked.base + pattern.parked.delta).to(weight)
-                index = pattern.parked.index.to(weight.device)
-                reference.scatter_(weight, pattern.kind, index, values, pattern.block_size)
+                at = pattern.stored(pattern.parked.index)
+                reference.scatter_(weight, pattern.kind, at, values, pattern.block_size)
 
     @torch.no_grad()
     def write_back(self) -> None:

@@ -44,7 +44,7 @@ class Pattern(nn.Module):
         self.register_buffer("base_values", self._read(weight))
         self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
         self.written_version = version_of(self.delta)
-        self.parked: Parked | None = None  # entries that trained before (re-selection); never in a permuted weight
+        self.parked: Parked | None = None  # entries that trained before (re-selection)
 
     def put(self, place: Tensor | None) -> None:
         """The weight is stored in another order from now on: original row (column) i lies at `place[i]`."""
@@ -54,9 +54,12 @@ class Pattern(nn.Module):
     @property
     def at(self) -> Tensor | reference.Run:
         """Where the entries lie in the stored weight: (start, length) where consecutive, else as `index` has them."""
-        if self._run is not None:
-            return self._run
-        return self.index if self.place is None else self.place.index_select(0, self.index)
+        return self._run if self._run is not None else self.stored(self.index)
+
+    def stored(self, index: Tensor) -> Tensor:
+        """Where the entries `index` of the checkpoint lie in the stored weight, on the pattern's device."""
+        index = index.to(self.index.device)
+        return index if self.place is None else self.place.index_select(0, index)
 
     def set_index(self, index: Tensor, base_values: Tensor) -> None:
         """Other entries under the same delta, which the weight holds already."""
@@ -69,8 +72,8 @@ class Pattern(nn.Module):
         self.to(weight.device)
         self.base_values = self._read(weight)
         if self.parked is not None:
-            index = self.parked.index.to(weight.device)
-            self.parked.base = reference.gather(weight.detach(), self.kind, index, self.block_size).cpu()
+            at = self.stored(self.parked.index)
+            self.parked.base = reference.gather(weight.detach(), self.kind, at, self.block_size).cpu()
 
     def _read(self, weight: Tensor) -> Tensor:
         if weight.is_meta:

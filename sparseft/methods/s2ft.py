@@ -84,8 +84,6 @@ class S2FTConfig(SparseConfig):
             other = "ratios" if self.ratios else "method.roles"
             raise UserError(f"method.{named[0]} and {other} both say what trains: give one of them.")
         check_choice("method.layout", self.layout, ("gather", "permuted"))
-        if self.layout == "permuted" and self.reselect_steps:
-            raise UserError("method.layout=permuted and method.reselect_steps exclude each other: use layout=gather.")
 
 
 class S2FT(SparseMethod):

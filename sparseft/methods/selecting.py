@@ -14,6 +14,7 @@ from sparseft.importance.second_order import SecondOrder
 from sparseft.layers import sparse_layers
 from sparseft.layers.converting import check_modules
 from sparseft.layers.experts import opened
+from sparseft.layers.order import original_order
 from sparseft.methods import method_of
 from sparseft.methods.base import SparseConfig
 from sparseft.modeling import ModelSpec, inside_compiled
@@ -91,15 +92,16 @@ def reselect(
             counts[c.key] = int(there.sum()) // c.unit
     budget.candidates = [c for c in budget.candidates if counts.get(c.key)]
     budget.per_candidate = counts
-    scores = compute_scores(
-        model,
-        budget.candidates,
-        config.importance,
-        seed=seed,
-        batches=first_samples(batches, config.num_samples) if batches is not None else None,
-        generator=generator_for,
-        second_order=second_order(config),
-    )
+    with original_order(layers.values()):  # units are counted as in the checkpoint
+        scores = compute_scores(
+            model,
+            budget.candidates,
+            config.importance,
+            seed=seed,
+            batches=first_samples(batches, config.num_samples) if batches is not None else None,
+            generator=generator_for,
+            second_order=second_order(config),
+        )
     return choose(budget, scores, order=config.order, allocation="per_layer", seed=seed)
 
 
