@@ -152,7 +152,8 @@ def version_of(delta: Tensor) -> int:
 
 def as_index(kind: str, index: Any) -> Tensor:
     """The caller's indices as an int64 tensor on the CPU: (k,), or (n, 2) for blocks."""
-    tensor = torch.as_tensor(index)
+    # On the CPU also where `torch.device` sets another: a list under the meta device would lose its numbers.
+    tensor = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         raise UserError(f"{kind}: expected integer indices, got {tensor.dtype}.")
     return tensor.to(device="cpu", dtype=torch.int64)
@@ -175,7 +176,7 @@ def check_index(kind: str, index: Tensor, shape: tuple[int, int], block_size: in
     if index.is_meta:
         return
     flat = index.reshape(len(index), -1).cpu()
-    if (flat < 0).any() or (flat >= torch.tensor(limits)).any():
+    if (flat < 0).any() or (flat >= torch.tensor(limits, device="cpu")).any():
         raise UserError(f"{kind}: an index lies outside 0 … {', '.join(str(limit - 1) for limit in limits)}.")
     if len(torch.unique(flat, dim=0)) != len(flat):
         raise UserError(f"{kind}: an index occurs twice.")
