@@ -20,7 +20,7 @@ class LayoutWarning(UserWarning):
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the candidate nearest to `name`, or the list of them if none is near."""
-    names = [str(candidate) for candidate in candidates]
+    names = list(dict.fromkeys(str(candidate) for candidate in candidates))
     lowered = {candidate.lower(): candidate for candidate in reversed(names)}
     close = difflib.get_close_matches(str(name).lower(), list(lowered), n=1, cutoff=0.6)
     if close:

@@ -296,7 +296,9 @@ def rank_units(scores: Tensor, order: str, generator: torch.Generator) -> Tensor
     # Gumbel top-k: log(score) + noise ranks as successive draws in proportion to the score do.
     uniform = torch.rand(len(scores), generator=generator, dtype=torch.float64).clamp_min(1e-300)
     noise = -torch.log(-torch.log(uniform))
-    return torch.argsort(torch.log(scores.clamp_min(0)) + noise, descending=True, stable=True)
+    # Scores of 0 come last, in random order: by index, re-selection would draw the same ones each time.
+    keys = torch.where(scores > 0, torch.log(scores), -1e6) + noise
+    return torch.argsort(keys, descending=True, stable=True)
 
 
 def generator_for(seed: int, *names: str) -> torch.Generator:

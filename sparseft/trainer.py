@@ -238,8 +238,12 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
         self.trainer.clock.start(saved["now"]["seconds"])
         self.logged = Mark(**saved["logged"])
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self.restore(state)
+        # transformers asks the embeddings' output for a gradient where activations are recomputed. Only reentrant
+        # checkpoints need that; it would send the backward pass through every layer below the lowest trained one.
+        if hasattr(model, "disable_input_require_grads"):
+            model.disable_input_require_grads()
         if self.grows:
             self.progress = console.Progress(state.max_steps, "train", initial=state.global_step)
             self.progress.__enter__()

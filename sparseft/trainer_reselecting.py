@@ -11,9 +11,12 @@ import transformers
 from torch import nn
 
 from sparseft import console
+from sparseft.adapter import state_of
 from sparseft.adapter_files import read_config, read_sparse
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.layers.parking import exchange, move_moments, take_up
+from sparseft.layers.permuting import Plan, carry_out, in_stored_order, plan_orders
+from sparseft.modeling import ModelSpec
 from sparseft.selection import Selection
 
 WARMUP_STEPS = 5  # after a re-selection, at most a third of the steps until the next
@@ -26,6 +29,9 @@ def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = Non
     With the optimizer, entries that stay keep their moments and newcomers start at zero.
     """
     layers = sparse_layers(model)
+    plan = _plan(model, selection)
+    if plan is not None:
+        selection = in_stored_order(selection, plan)
     new = total = 0
     for module, kinds in selection.modules.items():
         for kind, index in kinds.items():
@@ -35,7 +41,17 @@ def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = Non
             new += int((source < 0).sum())
             total += len(source)
     share_inputs(model)
+    if plan is not None:
+        carry_out(model, plan)
     return new / total
+
+
+def _plan(model: nn.Module, selection: Selection) -> Plan | None:
+    """The orders that bring what is selected to the front, as at attach; null where the layout is not permuted."""
+    state = state_of(model)
+    if state is None or state.method_config.get("layout") != "permuted":
+        return None
+    return plan_orders(model, selection, ModelSpec.of(model))
 
 
 class Reselection(transformers.TrainerCallback):
@@ -96,4 +112,7 @@ def load_active(model: nn.Module, folder: Path) -> bool:
             value = values[module][kind]
             take_up(layers[module], kind, index, value.index, value.delta)
     share_inputs(model)
+    plan = _plan(model, active)
+    if plan is not None:  # as the uninterrupted run has it, to the bit
+        carry_out(model, plan)
     return True

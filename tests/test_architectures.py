@@ -189,6 +189,8 @@ def test_names_work_where_roles_are_known_too() -> None:
         ),
         ({"columns": ["key_value"]}, "method.columns: no linear in scope is called 'key_value'"),
         ({"rows": ["dense"], "columns": ["attention.dense"]}, "both name gpt_neox.layers.0.attention.dense"),
+        ({"rows": ["nothing"]}, "Available: dense, dense_4h_to_h, dense_h_to_4h, query_key_value[.]$"),
+        ({"rows": "dense"}, "method.rows=dense: expected a list of names"),
         ({"rows": []}, "method.rows is empty"),
         ({"columns": [""]}, "method.columns is empty"),
         ({"rows": ["dense"], "roles": ["up"]}, "method.rows and method.roles both"),

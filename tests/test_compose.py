@@ -107,11 +107,44 @@ def test_the_papers_runs() -> None:
     assert (sylva.method.sparsity, sylva.method.scope) == (0.95, "self_attn")
     assert (sylva.method.num_partition, sylva.method.block_size, sylva.method.num_samples) == (8, 64, 128)
     assert (sylva.trainer.batch_size, sylva.trainer.gradient_accumulation, sylva.trainer.max_length) == (1, 16, 512)
-    for name, rate in (("s2ft_llama2_commonsense", 2e-4), ("s2ft_llama2_arithmetic", 1e-3)):
+    rates = {"commonsense": 2e-4, "arithmetic": 1e-3}
+    for name, rate in {f"s2ft_{m}_{data}": rate for m in ("llama2", "llama3") for data, rate in rates.items()}.items():
         s2ft = make(f"experiment={name}")
-        assert (s2ft.method.o_ratio, s2ft.method.d_ratio, s2ft.method.allocation) == (0.052, 0.02, "global")
         assert s2ft.sparsity is None
         assert (s2ft.trainer.learning_rate, s2ft.trainer.adam_beta2, s2ft.trainer.batch_size) == (rate, 0.95, 16)
+        assert (s2ft.trainer.gradient_accumulation, s2ft.trainer.num_epochs) == (4, 3)
+        assert (s2ft.trainer.max_grad_norm, s2ft.trainer.weight_decay, s2ft.trainer.scheduler) == (1.0, 0.0, "linear")
+        assert s2ft.model.dtype == "bfloat16"
+
+
+SHAPES = {
+    "llama2": ("meta-llama/Llama-2-7b-hf", {"intermediate_size": 11008, "vocab_size": 32000}, 56.6),
+    "llama3": (
+        "meta-llama/Meta-Llama-3-8B",
+        {"intermediate_size": 14336, "vocab_size": 128256, "num_key_value_heads": 8},
+        56.4,
+    ),
+}
+
+
+@pytest.mark.parametrize("data", ["commonsense", "arithmetic"])
+@pytest.mark.parametrize("family", SHAPES)
+def test_the_papers_parameter_counts(family: str, data: str) -> None:
+    """S2FT's presets give the paper's trainable parameters (table 5) on the shapes of the models they name."""
+    import torch
+    import transformers
+
+    from sparseft import compute_selection
+
+    path, shape, millions = SHAPES[family]
+    config = make(f"experiment=s2ft_{family}_{data}")
+    assert config.model.path == path and config.method.allocation == "global"
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.LlamaConfig(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, **shape)
+        )
+    selection = compute_selection(model, config.method)
+    assert round(selection.meta["trainable_parameters"] / 1e6, 1) == millions
 
 
 def test_the_quickstart_needs_no_network() -> None:

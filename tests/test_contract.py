@@ -472,6 +472,26 @@ def test_inputs_that_need_no_adapter(make_model: Make) -> None:
         sparseft.attach(make_model("llama"), {"sparsity": 0.9})
 
 
+@pytest.mark.parametrize("method", ["s2ft", "sylva_32", "mixed"])
+def test_adapters_under_inference_mode(make_model: Make, tmp_path: Path, method: str) -> None:
+    """Tensors made there keep no count of changes, by which a layer sees that its delta was changed by hand."""
+    model = attach(make_model("llama"), method)
+    train(model)
+    sparseft.save_adapter(model, tmp_path / "adapter")
+    expected = logits(model)
+    served, base = make_model("llama"), logits(make_model("llama"))
+    with torch.inference_mode():
+        sparseft.load_adapter(served, tmp_path / "adapter")
+        assert torch.equal(logits(served), expected)
+        copied = copy.deepcopy(served)
+        sparseft.set_adapter(served, None)
+        assert torch.equal(logits(served), base)
+        sparseft.set_adapter(served, "default")
+        assert torch.equal(logits(copied), expected) and torch.equal(logits(copied.double().float()), expected)
+    assert torch.equal(logits(served), expected)
+    assert torch.equal(logits(sparseft.detach(served)), base)
+
+
 # ---- importing ----
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparseft.config import DatasetConfig
 from sparseft.data import Collator, Example, LoadedData, TokenizedDataset, calibration_batches, load_datasets
-from sparseft.data.batches import padding_id, seeded_order
+from sparseft.data.batches import calibration_count, padding_id, seeded_order
 from sparseft.data.chat import convert_messages
 from sparseft.data.formats import convert, detect_format
 from sparseft.data.prompts import alpaca_prompt
@@ -715,8 +715,21 @@ def test_calibration_batches_are_distinct_seeded_and_unpadded() -> None:
     other = [tuple(batch["input_ids"][0].tolist()) for batch in calibration_batches(data, 8, 6, None)]
     assert chosen == again != other
     assert len(calibration_batches(data, 1000, 5, 0)) == 20
-    with pytest.raises(UserError, match="method.num_samples"):
-        calibration_batches(data, 0, 5, 0)
+    for wrong in (0, -1, 0.0, 1.0, 1.5, float("nan")):
+        with pytest.raises(UserError, match="method.num_samples"):
+            calibration_batches(data, wrong, 5, 0)
+
+
+def test_calibration_on_a_share_of_the_data() -> None:
+    data = TokenizedDataset.from_lists([([n, n, 1], [-100, n, 1]) for n in range(300)])
+
+    def chosen(num_samples: float | None) -> list[int]:
+        return [int(batch["input_ids"][0, 0]) for batch in calibration_batches(data, num_samples, 5, None)]
+
+    assert chosen(None) == chosen(0.01) == chosen(3)  # 1 % of 300, the same as by number
+    assert chosen(0.5) == chosen(150)
+    assert len(chosen(1e-6)) == 1
+    assert [calibration_count(None, n) for n in (1, 149, 151, 1000, 170_000)] == [1, 1, 2, 10, 1700]
 
 
 def test_seeded_order_is_a_permutation_fixed_for_good() -> None:

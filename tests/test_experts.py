@@ -20,8 +20,10 @@ from sparseft.expert_weights import find_expert
 from sparseft.kernels import reference
 from sparseft.layers import sparse_layers
 from sparseft.layers.experts import ExpertLinear, opened
+from sparseft.methods.selecting import reselect
 from sparseft.modeling import ModelSpec, base_fingerprint
 from sparseft.selection import Selection
+from sparseft.trainer_reselecting import apply_selection
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -321,6 +323,63 @@ def test_gradient_scores_are_the_dense_gradients_norms(kind: str) -> None:
     chosen = sparseft.compute_selection(build(kind), config, [data]).modules[f"{DOWN}.1"]["columns"]
     expected = torch.argsort(oracle, descending=True, stable=True)[: len(chosen)].sort().values
     assert oracle.any() and torch.equal(chosen, expected)
+
+
+@pytest.mark.parametrize("importance", ["weight", "activation", "product", "gradient", "fisher", "sylva"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_reselection_scores_experts_as_the_first_selection_does(
+    kind: str, implementation: str, importance: str
+) -> None:
+    """Nothing is learnt yet, so the attached model's choice is the plain one's, however its experts compute."""
+    model = build(kind)
+    model.set_experts_implementation(implementation)
+    if importance == "sylva":
+        config: Any = sparseft.SylvaConfig(sparsity=0.9, block_size=16, num_partition=2)
+    else:
+        config = sparseft.S2FTConfig(d_ratio=0.1, o_ratio=0.5, importance=importance)
+    first = sparseft.compute_selection(model, config, [batch()])
+    sparseft.attach(model, config, first)
+    before = logits(model)
+    again = reselect(model, config, [batch()], seed=config.seed)
+    for name, kinds in first.modules.items():
+        for side, index in kinds.items():
+            assert torch.equal(again.modules[name][side], index), name
+    assert torch.equal(logits(model), before)
+
+
+def test_a_reselected_adapter_of_experts(kind: str, tmp_path: Path) -> None:
+    config = sparseft.S2FTConfig(d_ratio=0.1, o_ratio=0.5, importance="gradient")
+    model = build(kind)
+    state = weights(model)
+    sparseft.attach(model, config, sparseft.compute_selection(model, config, [batch()]))
+    train(model)
+    assert apply_selection(model, reselect(model, config, [batch(1)], seed=1)) > 0.1
+    train(model)
+    trained = logits(model)
+    sparseft.save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(logits(sparseft.load_adapter(build(kind), tmp_path / "adapter")), trained)
+    assert all(torch.equal(t, state[n]) for n, t in sparseft.detach(model).state_dict().items())
+
+
+def test_hooks_of_single_experts_are_called_in_a_grouped_product(kind: str) -> None:
+    model = build(kind)
+    sparseft.attach(model, CONFIGS["ratios"])
+    data = batch()
+    model(**data).loss.backward()
+    expected = {n: p.grad.clone() for n, p in sparseft.trainable_parameters(model).items() if p.grad is not None}
+    before, seen = logits(model), {}
+    model.zero_grad()
+    layer = model.get_submodule(f"{DOWN}.1")
+    handle = layer.register_forward_hook(lambda m, i, o: seen.update(x=i[0].detach(), y=o.detach()))
+    torch.testing.assert_close(logits(model), before)
+    torch.testing.assert_close(seen["y"], seen["x"] @ layer.weight.detach().t())
+    model(**data).loss.backward()
+    found = {n: p.grad for n, p in sparseft.trainable_parameters(model).items() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name])
+    handle.remove()
+    assert torch.equal(logits(model), before)
 
 
 def test_activation_scores_see_each_expert_s_own_tokens() -> None:

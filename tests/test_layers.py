@@ -263,6 +263,12 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "adamw_single": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1, foreach=False),
     "adamw_fused": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1, fused=True),
     "sgd": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9, weight_decay=0.1),
+    "adam_amsgrad_fused": lambda p: torch.optim.Adam(p, 1e-2, amsgrad=True, fused=True),
+    "sgd_foreach": lambda p: torch.optim.SGD(p, 1e-2, foreach=True),
+    "sgd_fused": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9, fused=True),
+    "asgd": lambda p: torch.optim.ASGD(p, 1e-2),
+    "adamax": lambda p: torch.optim.Adamax(p, 1e-2),
+    "rprop": lambda p: torch.optim.Rprop(p, 1e-2),
     "nadam": lambda p: torch.optim.NAdam(p, 1e-2),
     "radam": lambda p: torch.optim.RAdam(p, 1e-2),
     "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-2),
@@ -282,6 +288,30 @@ def train(layer: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, cl
             nn.utils.clip_grad_norm_(layer.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
+
+
+@names
+def test_an_optimizer_that_evaluates_again_within_a_step(name: str) -> None:
+    """L-BFGS changes the deltas and calls the closure several times before its step ends."""
+    layer = layer_of(name)
+    optimizer = torch.optim.LBFGS(deltas(layer), lr=0.5, max_iter=4)
+    x = torch.randn(6, IN, generator=torch.Generator().manual_seed(5))
+    losses = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = layer(x).square().mean()
+        effective = copy.deepcopy(layer)
+        effective.write_back()
+        assert torch.equal(effective(x), layer(x))
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    optimizer.step(closure)
+    assert len(losses) > 2
+    assert losses[-1] < losses[0] and layer(x).square().mean() <= losses[-1] + 1e-6
+    assert not any(pattern.stale for pattern in layer.patterns.values())
 
 
 @names
@@ -547,6 +577,20 @@ def test_loading_still_reports_what_is_missing() -> None:
 
 
 # ---- standing alone ----
+
+
+def test_made_on_the_meta_device_and_filled() -> None:
+    made = S2RowLinear(IN, OUT, columns=[4, 1])
+    made.delta.data.normal_()
+    made.write_back()
+    with torch.device("meta"):
+        empty = S2RowLinear(IN, OUT, columns=[4, 1])
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    empty.load_state_dict(made.state_dict(), assign=True)
+    x = torch.randn(3, IN)
+    assert torch.equal(empty(x), made(x)) and empty.columns.index.tolist() == [4, 1]
+    empty(x).sum().backward()
+    torch.testing.assert_close(empty.delta.grad, x.sum(0)[[4, 1]].expand(OUT, 2))
 
 
 def test_constructors_match_linear() -> None:

@@ -21,8 +21,10 @@ from sparseft.errors import LayoutWarning, UserError
 from sparseft.layers import S2RowLinear, SparseLinear, sparse_layers
 from sparseft.layers.order import reorder
 from sparseft.layers.permuting import front_order, plan_orders
+from sparseft.methods.selecting import reselect
 from sparseft.modeling import ModelSpec
 from sparseft.selection import Selection
+from sparseft.trainer_reselecting import apply_selection, load_active, save_active
 
 Make = Callable[..., Any]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -561,6 +563,112 @@ def test_experts_stay_gathered_and_attention_moves() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_reselection_needs_the_gathered_layout() -> None:
-    with pytest.raises(sparseft.UserError, match="reselect_steps exclude each other"):
-        sparseft.S2FTConfig(layout="permuted", reselect_steps=5).validate()
+# ---- re-selection ----
+
+
+def reselecting(importance: str = "weight") -> dict[str, Any]:
+    """The same budget in both layouts; o and v in whole groups or not, as it falls out."""
+    ratios = {"d_ratio": 0.1, "u_ratio": 0.1, "o_ratio": 0.5, "v_ratio": 0.5}
+    return {
+        layout: sparseft.S2FTConfig(**ratios, importance=importance, layout=layout, reselect_steps=2)
+        for layout in ("gather", "permuted")
+    }
+
+
+@pytest.mark.filterwarnings("ignore::sparseft.errors.LayoutWarning")
+@pytest.mark.parametrize("importance", ["weight", "activation", "gradient"])
+@each_model
+def test_a_permuted_model_is_scored_in_the_original_order(make_model: Make, kind: str, importance: str) -> None:
+    config = reselecting(importance)["permuted"]
+    model = build(make_model, kind)
+    first = sparseft.compute_selection(model, config, [batch()])
+    sparseft.attach(model, config, first)
+    before, state = logits(model), tensors(model)
+    again = reselect(model, config, [batch()], seed=config.seed)
+    for name, kinds in first.modules.items():
+        assert all(torch.equal(again.modules[name][side], index) for side, index in kinds.items()), name
+    assert torch.equal(logits(model), before)
+    assert_equal(tensors(model), state)
+
+
+@pytest.mark.filterwarnings("ignore::sparseft.errors.LayoutWarning")
+@each_model
+def test_reselection_in_a_permuted_model(make_model: Make, tmp_path: Path, kind: str) -> None:
+    """Against the gathered layout, trained and re-selected alike; then away from it and back."""
+    models, base = {}, tensors(build(make_model, kind))
+    chosen = [sparseft.compute_selection(build(make_model, kind), reselecting("random")["gather"])]
+    for layout, config in reselecting("random").items():
+        model = models[layout] = sparseft.attach(build(make_model, kind), config, chosen[0])
+        optimizer = torch.optim.AdamW(sparseft.trainable_parameters(model).values(), lr=1e-2)
+        for turn in range(4):
+            for _ in range(2):
+                model(**batch()).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            before, state = logits(model), tensors_of_weights(model)
+            if turn == 3:
+                break
+            # The second turn comes back to the first selection: parked entries take up where they stood.
+            selection = chosen[0] if turn == 1 else reselect(model, config, None, seed=turn + 1)
+            assert apply_selection(model, selection, optimizer) > 0.1
+            torch.testing.assert_close(logits(model), before, atol=1e-12, rtol=1e-12)
+            assert_equal(tensors_of_weights(model), state)
+        mlp = [m for n, m in sparse_layers(model).items() if "mlp" in n and m.patterns]
+        moved = [isinstance(p.at, tuple) for m in mlp for p in m.patterns.values()]
+        assert all(moved) if layout == "permuted" else not all(moved)
+        sparseft.save_adapter(model, tmp_path / layout)
+    torch.testing.assert_close(logits(models["permuted"]), logits(models["gather"]), atol=1e-8, rtol=1e-8)
+    left, right = dense_deltas(tmp_path / "gather"), dense_deltas(tmp_path / "permuted")
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name] != 0, right[name] != 0)
+        torch.testing.assert_close(left[name], right[name], atol=1e-6, rtol=1e-4)
+
+    model, ids = models["permuted"], batch()["input_ids"]
+    expected = tensors_of_weights(model)
+    copied = copy.deepcopy(model)
+    for other in (copied, sparseft.load_adapter(build(make_model, kind), tmp_path / "permuted")):
+        assert_equal(tensors_of_weights(other), expected)
+    sparseft.set_adapter(model, None)
+    assert_equal({n: t for n, t in tensors_of_weights(model).items() if n in base}, base)
+    sparseft.set_adapter(model, "default")
+    assert_equal(tensors_of_weights(model), expected)
+    again = sparseft.attach(build(make_model, kind), reselecting("random")["permuted"], chosen[0])
+    again.load_state_dict(model.state_dict())
+    assert_equal(tensors_of_weights(again), expected)
+    merged = sparseft.merge(copied)
+    torch.testing.assert_close(merged(ids).logits, logits(model), atol=1e-12, rtol=1e-12)
+    for attached in (model, again):
+        assert_equal(tensors(sparseft.detach(attached)), base)
+
+
+def tensors_of_weights(model: Any) -> dict[str, Tensor]:
+    """The weights and biases, in the original order."""
+    return {name: tensor for name, tensor in tensors(model).items() if name.endswith(("weight", "bias"))}
+
+
+@pytest.mark.filterwarnings("ignore::sparseft.errors.LayoutWarning")
+@each_model
+def test_a_checkpoint_of_a_reselected_permuted_model(make_model: Make, tmp_path: Path, kind: str) -> None:
+    """What is resumed stands as the saved model stood, the order of its weights included."""
+    config = reselecting("random")["permuted"]
+    model = sparseft.attach(build(make_model, kind), config)
+    for turn in range(2):
+        train(model, 2)
+        apply_selection(model, reselect(model, config, None, seed=turn + 1))
+    train(model, 1)
+    sparseft.save_adapter(model, tmp_path / "adapter")
+    save_active(model, tmp_path)
+    resumed = sparseft.attach(build(make_model, kind), config)
+    assert load_active(resumed, tmp_path)
+    assert torch.equal(logits(resumed), logits(model))
+    left, right = sparse_layers(model), sparse_layers(resumed)
+    for name, layer in left.items():
+        other = right.get(name)
+        if other is None:
+            assert not layer.reordered and not layer.patterns
+            continue
+        assert torch.equal(layer.weight, other.weight), name
+        for side, pattern in layer.patterns.items():
+            assert torch.equal(pattern.index, other.patterns[side].index)
+            assert torch.equal(pattern.delta, other.patterns[side].delta)

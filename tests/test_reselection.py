@@ -247,6 +247,7 @@ WORDS = (
     "method",
     [
         ["method=s2ft", "method.importance=gradient", "method.order=sampled"],
+        ["method=s2ft", "method.layout=permuted", "method.importance=activation", "method.num_samples=null"],
         ["method=sylva", "method.block_size=16", "sparsity=0.9"],
     ],
 )

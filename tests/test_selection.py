@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import transformers
 from torch import Tensor
 
 import sparseft
+from sparseft.commands.preparing import units_by_role
 from sparseft.errors import RunError, UserError
 from sparseft.methods.s2ft import S2FTConfig
 from sparseft.methods.selecting import compute_selection, first_samples
@@ -70,6 +72,15 @@ def test_sampled_is_in_proportion() -> None:
     after_last = draws[draws[:, 0] == 3][:, 1]
     second = torch.bincount(after_last, minlength=4) / len(after_last)
     torch.testing.assert_close(second, torch.tensor([1.0, 2.0, 3.0, 0.0]) / 6, rtol=0, atol=0.03)
+
+
+def test_sampled_draws_zeros_in_random_order() -> None:
+    """Re-selection must not take the same ones each time where few units have a score."""
+    scores = torch.tensor([0.0] * 8 + [1e-30])
+    orders = [rank(scores.tolist(), "sampled", seed) for seed in range(400)]
+    assert all(order[0] == 8 for order in orders)
+    second = torch.bincount(torch.tensor([order[1] for order in orders]), minlength=8)[:8]
+    assert (second > 20).all() and (second < 90).all()  # 50 each, standard deviation 6.6
 
 
 def test_unit_index() -> None:
@@ -183,6 +194,20 @@ def test_block_budget(make_model: Callable[..., Any], kind: str, size: int) -> N
         assert len(selection.modules[module]["blocks"]) == max(1, round(0.1 * count))
 
 
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
+def test_what_trains_of_each_role(make_model: Callable[..., Any], allocation: str) -> None:
+    model = make_model("llama")  # 2 layers, 6 heads and 2 key/value heads of 12, 48 wide, 80 channels
+    spec = ModelSpec.of(model)
+    config = S2FTConfig(v_ratio=0.5, o_ratio=0.34, d_ratio=0.1, allocation=allocation)
+    found = units_by_role(compute_selection(model, config), spec)
+    assert found == {"v": (2, 4, 2 * 12 * 48), "o": (4, 12, 4 * 12 * 48), "down": (16, 160, 16 * 48)}
+    fused = units_by_role(compute_selection(make_model("gpt2"), S2FTConfig(q_ratio=0.25, v_ratio=0.5)),
+                          ModelSpec.of(make_model("gpt2")))  # fmt: skip
+    assert fused == {"q": (2, 8, 2 * 12 * 48), "v": (4, 8, 4 * 12 * 48)}
+    blocks = compute_selection(model, SylvaConfig(importance="random", block_size=8))
+    assert units_by_role(blocks, spec) == {}
+
+
 def test_scope_limits_what_is_chosen(make_model: Callable[..., Any]) -> None:
     model = make_model("llama")
     selection = compute_selection(model, SylvaConfig(block_size=8, importance="random", scope="self_attn"))
@@ -294,6 +319,12 @@ def test_num_samples_limits_the_calibration(make_model: Callable[..., Any]) -> N
     assert few.digest() == alone.digest()
     assert [len(b["input_ids"]) for b in first_samples(iter(batches), 4)] == [4]
     assert [len(b["input_ids"]) for b in first_samples(batches, 100)] == [4, 2]
+    for share in (None, 0.5):  # of training data that only the caller knows: what it hands over is the sample
+        assert [len(b["input_ids"]) for b in first_samples(batches, share)] == [4, 2]
+        replace(config, num_samples=share).validate()
+    for wrong in (0, -3, 0.0, 1.0, 2.5, float("nan")):
+        with pytest.raises(UserError, match="method.num_samples=.*whole number of calibration examples"):
+            replace(config, num_samples=wrong).validate()
 
 
 # ---- determinism ----

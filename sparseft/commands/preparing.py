@@ -27,6 +27,8 @@ from sparseft.modeling import (
 )
 from sparseft.selection import Selection
 
+HEAD_ROLES = ("q", "k", "v", "o")  # their units are heads, every other role's channels
+
 
 @dataclass
 class Prepared:
@@ -132,9 +134,32 @@ def describe_trainable(trainable: int, spec: ModelSpec, config: RunConfig, unit:
 
 
 def describe_selection(selection: Selection, spec: ModelSpec, config: RunConfig) -> None:
-    """`describe_trainable` of a sparse method's selection."""
+    """`describe_trainable` of a sparse method's selection, and what trains of each role."""
     unit = f"blocks of {selection.block_size}" if selection.has_blocks else "heads and channels"
     describe_trainable(selection.meta["trainable_parameters"], spec, config, unit)
+    roles = [
+        f"{role} {chosen:,} of {there:,} {'heads' if role in HEAD_ROLES else 'channels'} ({entries:,} weights)"
+        for role, (chosen, there, entries) in units_by_role(selection, spec).items()
+    ]
+    if roles:
+        console.log(f"trainable by role: {', '.join(roles)}")
+
+
+def units_by_role(selection: Selection, spec: ModelSpec) -> dict[str, tuple[int, int, int]]:
+    """Of each role that trains: its units chosen, its units in all layers, and the weights that the chosen ones have.
+
+    Empty of a selection of blocks, or of linears whose roles are not known.
+    """
+    totals: dict[str, list[int]] = {}
+    for slot in spec.slots:
+        index = selection.modules.get(slot.module, {}).get(slot.side)
+        features = 0
+        if index is not None:
+            features = int(((index >= slot.start) & (index < slot.start + slot.unit * slot.count)).sum())
+        total = totals.setdefault(slot.role, [0, 0, 0])
+        for position, value in enumerate((features // slot.unit, slot.count, features * slot.other)):
+            total[position] += value
+    return {role: (chosen, there, entries) for role, (chosen, there, entries) in totals.items() if entries}
 
 
 def scope_parameters(spec: ModelSpec, config: RunConfig) -> int:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparseft.errors import UserError
 
+CALIBRATION_SHARE = 0.01  # of the training data, as in the S2FT paper
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -71,14 +73,26 @@ def seeded_order(count: int, seed: int, purpose: str) -> list[int]:
     return sorted(range(count), key=rank)
 
 
+def calibration_count(num_samples: float | None, examples: int) -> int:
+    """How many of `examples` calibrate: a whole number (all, if there are fewer), or a share of them below 1, at least
+    one; null is 1 %, as in the S2FT paper."""
+    if isinstance(num_samples, int):
+        count = num_samples
+    else:
+        share = CALIBRATION_SHARE if num_samples is None else num_samples
+        count = max(1, round(share * examples)) if 0.0 < share < 1.0 else 0
+    if count < 1:
+        raise UserError(f"method.num_samples must be at least 1, or a share between 0 and 1, not {num_samples}.")
+    return min(count, examples)
+
+
 def calibration_batches(
-    dataset: TokenizedDataset, num_samples: int, seed: int, pad_token_id: int | None
+    dataset: TokenizedDataset, num_samples: float | None, seed: int, pad_token_id: int | None
 ) -> list[dict[str, Tensor]]:
-    """`num_samples` distinct examples (all, if there are fewer), chosen and ordered by `seed`, one a batch.
+    """`calibration_count` distinct examples, chosen and ordered by `seed`, one a batch.
 
     Each batch is what `Collator` gives for one example: int64 tensors of shape (1, length) without padding.
     """
-    if num_samples < 1:
-        raise UserError(f"method.num_samples must be at least 1, not {num_samples}.")
+    count = calibration_count(num_samples, len(dataset))
     collate = Collator(pad_token_id)
-    return [collate([dataset[index]]) for index in seeded_order(len(dataset), seed, "calibration")[:num_samples]]
+    return [collate([dataset[index]]) for index in seeded_order(len(dataset), seed, "calibration")[:count]]

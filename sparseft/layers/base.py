@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparseft.kernels import dispatch, reference
 from sparseft.layers.order import arrange_entries, fits_order, inverse
-from sparseft.layers.pattern import Pattern, as_index
+from sparseft.layers.pattern import Pattern, as_index, version_of
 
 _LIVE: weakref.WeakSet[SparseLinear] = weakref.WeakSet()  # every sparse layer there is
 
@@ -251,8 +251,8 @@ class SparseLinear(nn.Module):
         for pattern in self.patterns.values():
             reference.scatter_(weight, pattern.kind, pattern.at, pattern.base_values, pattern.block_size)
             if pattern.parked is not None:
-                index, base = pattern.parked.index.to(weight.device), pattern.parked.base.to(weight.device)
-                reference.scatter_(weight, pattern.kind, index, base, pattern.block_size)
+                at, base = pattern.stored(pattern.parked.index), pattern.parked.base.to(weight.device)
+                reference.scatter_(weight, pattern.kind, at, base, pattern.block_size)
 
     @torch.no_grad()
     def write_parked(self) -> None:
@@ -261,8 +261,8 @@ class SparseLinear(nn.Module):
         for pattern in self.patterns.values():
             if pattern.parked is not None and not weight.is_meta:
                 values = (pattern.parked.base + pattern.parked.delta).to(weight)
-                index = pattern.parked.index.to(weight.device)
-                reference.scatter_(weight, pattern.kind, index, values, pattern.block_size)
+                at = pattern.stored(pattern.parked.index)
+                reference.scatter_(weight, pattern.kind, at, values, pattern.block_size)
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -286,7 +286,7 @@ class SparseLinear(nn.Module):
                 values = reference.gather(total, p.kind, p.at, p.block_size).to(weight.dtype)
                 reference.scatter_(weight, p.kind, p.at, values, p.block_size)
         for pattern in patterns:
-            pattern.written_version = pattern.delta._version
+            pattern.written_version = version_of(pattern.delta)
 
     def _write_if_stale(self) -> None:
         if any(pattern.stale for pattern in self.patterns.values()):
@@ -361,7 +361,7 @@ class SparseLinear(nn.Module):
             pattern.parked = None
             pattern.take_base(self.logical_weight)
             pattern.delta.zero_()
-            pattern.written_version = pattern.delta._version
+            pattern.written_version = version_of(pattern.delta)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -14,6 +14,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -126,8 +127,20 @@ class ExpertStack(nn.Module):
 
     def grouped(self, func: Any, x: Tensor, offs: Tensor) -> Tensor:
         """The product of all experts with their tokens, by transformers' or torch's function."""
-        layers = {int(number): layer for number, layer in self._modules.items()}
+        layers: dict[int, Any] = {int(number): layer for number, layer in self._modules.items()}
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers.values()):
+            return self._one_by_one(x, offs)  # the joint product would pass by who watches a single expert
         return grouped_product(func, x, stack_parameter(self._experts[0], self.parameter).detach(), offs, layers)
+
+    def _one_by_one(self, x: Tensor, offs: Tensor) -> Tensor:
+        """The same product as `grouped`, expert by expert, so that the hooks of their layers are called."""
+        parts, start = [], 0
+        for number, stop in enumerate(offs.tolist()):
+            if stop > start:  # an expert without a token is not called, as in the loop over experts
+                parts.append(F.linear(x[start:stop], self[number]))
+            start = stop
+        rest = x.new_zeros(len(x) - start, self.shape[1])  # tokens of no expert here (expert parallelism)
+        return torch.cat([*parts, rest.to(parts[0].dtype) if parts else rest])
 
 
 class _Transposed:

@@ -6,7 +6,8 @@ the *place*, says where each original one is stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +63,19 @@ def make_way(layers: Mapping[str, SparseLinear], patterns: Mapping[str, Mapping[
     ):
         for layer in layers.values():
             reorder(layer)
+
+
+@contextlib.contextmanager
+def original_order(layers: Iterable[SparseLinear]) -> Iterator[None]:
+    """Inside, the layers store their weights in the checkpoint's order; afterwards in their own again."""
+    orders = [(layer, layer.row_order, layer.column_order) for layer in layers if layer.reordered]
+    try:
+        for layer, _, _ in orders:
+            reorder(layer)
+        yield
+    finally:
+        for layer, rows, columns in orders:
+            reorder(layer, rows, columns)
 
 
 @torch.no_grad()

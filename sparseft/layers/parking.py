@@ -68,7 +68,7 @@ def exchange(layer: SparseLinear, kind: str, index: Tensor) -> Tensor:
     old, new = index_keys(kind, pattern.index), index_keys(kind, index)
     source, back = positions_of(new, old), positions_of(old, new)
     index = index.to(device)
-    base = reference.gather(layer.logical_weight, kind, index, pattern.block_size)
+    base = reference.gather(layer.logical_weight, kind, pattern.stored(index), pattern.block_size)
     delta = torch.zeros_like(pattern.delta)
     stays = (source >= 0).nonzero().flatten()
     _copy(delta, base, dim, stays, pattern.delta, pattern.base_values, source[stays])
@@ -144,10 +144,10 @@ def take_up(layer: SparseLinear, kind: str, active: Tensor, index: Tensor, delta
     which = rest.nonzero().flatten()
     weight = layer.logical_weight
     if len(which):
-        parked = reference.gather(weight, kind, index[which].to(weight.device), pattern.block_size)
+        parked = reference.gather(weight, kind, pattern.stored(index[which]), pattern.block_size)
         pattern.parked = Parked(index[which].cpu(), delta.index_select(dim, which).cpu(), parked.cpu())
     pattern.delta.copy_(delta.index_select(dim, place))
-    pattern.set_index(active, reference.gather(weight, kind, active, pattern.block_size))
+    pattern.set_index(active, reference.gather(weight, kind, pattern.stored(active), pattern.block_size))
     layer.write_back()
     layer.write_parked()
 

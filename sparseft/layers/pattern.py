@@ -46,8 +46,8 @@ class Pattern(nn.Module):
         self._locate()
         self.register_buffer("base_values", self._read(weight))
         self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
-        self.written_version = self.delta._version
-        self.parked: Parked | None = None  # entries that trained before (re-selection); never in a permuted weight
+        self.written_version = version_of(self.delta)
+        self.parked: Parked | None = None  # entries that trained before (re-selection)
 
     def put(self, place: Tensor | None) -> None:
         """The weight is stored in another order from now on: original row (column) i lies at `place[i]`."""
@@ -57,23 +57,26 @@ class Pattern(nn.Module):
     @property
     def at(self) -> Tensor | reference.Run:
         """Where the entries lie in the stored weight: (start, length) where consecutive, else as `index` has them."""
-        if self._run is not None:
-            return self._run
-        return self.index if self.place is None else self.place.index_select(0, self.index)
+        return self._run if self._run is not None else self.stored(self.index)
+
+    def stored(self, index: Tensor) -> Tensor:
+        """Where the entries `index` of the checkpoint lie in the stored weight, on the pattern's device."""
+        index = index.to(self.index.device)
+        return index if self.place is None else self.place.index_select(0, index)
 
     def set_index(self, index: Tensor, base_values: Tensor) -> None:
         """Other entries under the same delta, which the weight holds already."""
         self.index, self.base_values = index, base_values
         self._locate()
-        self.written_version = self.delta._version
+        self.written_version = version_of(self.delta)
 
     def take_base(self, weight: Tensor) -> None:
         """Reads `base_values` anew from a weight (out, in) that holds the base's entries."""
         self.to(weight.device)
         self.base_values = self._read(weight)
         if self.parked is not None:
-            index = self.parked.index.to(weight.device)
-            self.parked.base = reference.gather(weight.detach(), self.kind, index, self.block_size).cpu()
+            at = self.stored(self.parked.index)
+            self.parked.base = reference.gather(weight.detach(), self.kind, at, self.block_size).cpu()
 
     def _read(self, weight: Tensor) -> Tensor:
         if weight.is_meta:
@@ -112,7 +115,7 @@ class Pattern(nn.Module):
     @property
     def stale(self) -> bool:
         """Whether `delta` was changed in place since the weight was last written."""
-        return self.delta._version != self.written_version
+        return version_of(self.delta) != self.written_version
 
     def _apply(self, fn, recurse: bool = True):
         def keep_fp32(tensor: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ class Pattern(nn.Module):
         self._locate()
         if self.parked is not None:
             self.parked.base = self.parked.base.to(self.base_values.dtype)
-        self.written_version = -1 if stale else self.delta._version
+        self.written_version = -1 if stale else version_of(self.delta)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
@@ -147,9 +150,15 @@ class Pattern(nn.Module):
         return f"{len(self.index)}{size}, trainable={self.delta.numel()}"
 
 
+def version_of(delta: Tensor) -> int:
+    """How often `delta` was changed in place; a tensor made under `torch.inference_mode` keeps no count of it."""
+    return 0 if delta.is_inference() else delta._version
+
+
 def as_index(kind: str, index: Any) -> Tensor:
     """The caller's indices as an int64 tensor on the CPU: (k,), or (n, 2) for blocks."""
-    tensor = torch.as_tensor(index)
+    # On the CPU also where `torch.device` sets another: a list under the meta device would lose its numbers.
+    tensor = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         raise UserError(f"{kind}: expected integer indices, got {tensor.dtype}.")
     return tensor.to(device="cpu", dtype=torch.int64)
@@ -173,7 +182,7 @@ def check_index(kind: str, index: Tensor, shape: tuple[int, int], block_size: in
     if index.is_meta:
         return
     flat = index.reshape(len(index), -1).cpu()
-    if (flat < 0).any() or (flat >= torch.tensor(limits)).any():
+    if (flat < 0).any() or (flat >= torch.tensor(limits, device="cpu")).any():
         raise UserError(f"{kind}: an index lies outside 0 … {', '.join(str(limit - 1) for limit in limits)}.")
     if len(torch.unique(flat, dim=0)) != len(flat):
         raise UserError(f"{kind}: an index occurs twice.")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.layers.base import SparseLinear
-from sparseft.layers.converting import convert, replace_module, tied_names
+from sparseft.layers.converting import convert, replace_module, sparse_layers, tied_names
 from sparseft.layers.order import inverse, reorder
 from sparseft.modeling import ModelSpec, Slot
 
@@ -51,22 +51,38 @@ def convert_permuted(model: nn.Module, selection: Selection, spec: ModelSpec) ->
     All or nothing, as `convert`; siblings without a delta of their own become sparse layers without a pattern.
     """
     plan = plan_orders(model, selection, spec)
+    convert(model, in_stored_order(selection, plan))
+    carry_out(model, plan)
+    return plan.stays
+
+
+def in_stored_order(selection: Selection, plan: Plan) -> Selection:
+    """The same selection with its indices in the order of their places, so that a run of them is one; a file says
+    which is which."""
     modules = {}
     for name, kinds in selection.modules.items():
-        # Deltas in the order of their places, so that a run of them is one; a file says which is which.
         places = {kind: inverse(order) for kind, order in plan.orders.get(name, {}).items()}
         modules[name] = {
             kind: index[places[kind][index].argsort()] if kind in places and _fits(index, places[kind]) else index
             for kind, index in kinds.items()
         }
-    convert(model, replace(selection, modules=modules))
+    return replace(selection, modules=modules)
+
+
+def carry_out(model: nn.Module, plan: Plan) -> None:
+    """Stores the weights of an attached model in the plan's orders, and those it does not name in the original one.
+
+    What the weights hold stays as it is, so the model's function does too.
+    """
+    for name, layer in sparse_layers(model).items():
+        if layer.reordered and name not in plan.orders:
+            reorder(layer)
     for name, orders in plan.orders.items():
         layer = model.get_submodule(name)
         if not isinstance(layer, SparseLinear):
             plain, layer = layer, SparseLinear.wrap(layer)
             replace_module(model, plain, layer)
         reorder(layer, orders.get("rows"), orders.get("columns"))
-    return plan.stays
 
 
 def plan_orders(model: nn.Module, selection: Selection, spec: ModelSpec) -> Plan:
@@ -182,7 +198,7 @@ def _check_structure(
     # all heads, an MLP that is no module of its own (OPT). Norms over one head's features treat all heads alike.
     linears = {id(model.get_submodule(name)) for name in names}
     for path, module in model.get_submodule(parent).named_modules():
-        if id(module) in linears:
+        if id(module) in linears or getattr(module, "sparseft_pattern", False):
             continue
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if is_attention and path and "." not in path:

@@ -41,7 +41,7 @@ class SparseConfig:
     importance: str = "random"  # random | weight | activation | product | gradient | fisher | sylva
     order: str = "largest"  # largest | smallest | sampled (in proportion to the score)
     allocation: str = "per_layer"  # per_layer | global
-    num_samples: int = 128  # calibration examples
+    num_samples: int | float | None = 128  # calibration examples; below 1: a share of the data; null: 1 % of it
     reselect_steps: int = 0  # optimizer steps between selections; 0: never
     seed: int = 0
 
@@ -51,8 +51,12 @@ class SparseConfig:
         check_choice("method.importance", self.importance, IMPORTANCES)
         check_choice("method.order", self.order, ORDERS)
         check_choice("method.allocation", self.allocation, ALLOCATIONS)
-        if self.num_samples < 1:
-            raise UserError(f"method.num_samples={self.num_samples}: expected at least 1 calibration example.")
+        count = self.num_samples
+        if count is not None and not (isinstance(count, int) and count >= 1) and not 0.0 < count < 1.0:
+            raise UserError(
+                f"method.num_samples={count}: expected a whole number of calibration examples, at least 1, or a share "
+                "of the training data below 1 (0.01; null is that too)."
+            )
         if self.reselect_steps < 0:
             raise UserError(f"method.reselect_steps={self.reselect_steps}: expected 0 (never) or a number of steps.")
 

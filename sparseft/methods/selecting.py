@@ -14,6 +14,7 @@ from sparseft.importance.second_order import SecondOrder
 from sparseft.layers import sparse_layers
 from sparseft.layers.converting import check_modules
 from sparseft.layers.experts import opened
+from sparseft.layers.order import original_order
 from sparseft.methods import method_of
 from sparseft.methods.base import SparseConfig
 from sparseft.modeling import ModelSpec, inside_compiled
@@ -34,7 +35,8 @@ def compute_selection(
         model: a Hugging Face causal LM.
         config: `S2FTConfig` or `SylvaConfig`.
         batches: dicts as the model takes them (`input_ids`, `attention_mask`, `labels`); at most
-            `config.num_samples` samples are used. Not needed for importance random and weight.
+            `config.num_samples` samples are used; all, where it is a share of training data that only the caller
+            knows. Not needed for importance random and weight.
         progress: called with the number of samples done.
 
     Raises:
@@ -90,15 +92,16 @@ def reselect(
             counts[c.key] = int(there.sum()) // c.unit
     budget.candidates = [c for c in budget.candidates if counts.get(c.key)]
     budget.per_candidate = counts
-    scores = compute_scores(
-        model,
-        budget.candidates,
-        config.importance,
-        seed=seed,
-        batches=first_samples(batches, config.num_samples) if batches is not None else None,
-        generator=generator_for,
-        second_order=second_order(config),
-    )
+    with original_order(layers.values()):  # units are counted as in the checkpoint
+        scores = compute_scores(
+            model,
+            budget.candidates,
+            config.importance,
+            seed=seed,
+            batches=first_samples(batches, config.num_samples) if batches is not None else None,
+            generator=generator_for,
+            second_order=second_order(config),
+        )
     return choose(budget, scores, order=config.order, allocation="per_layer", seed=seed)
 
 
@@ -112,9 +115,9 @@ def second_order(config: SparseConfig) -> SecondOrder:
     )
 
 
-def first_samples(batches: Iterable[Mapping[str, Any]], count: int) -> Iterable[Mapping[str, Any]]:
-    """The batches' first `count` samples, cutting the last batch where needed."""
-    left = count
+def first_samples(batches: Iterable[Mapping[str, Any]], count: float | None) -> Iterable[Mapping[str, Any]]:
+    """The batches' first `count` samples, cutting the last batch where needed; all, where it is a share or null."""
+    left: Any = count if isinstance(count, int) else float("inf")
     for batch in batches:
         size = len(batch["input_ids"]) if "input_ids" in batch else 0
         if size > left:

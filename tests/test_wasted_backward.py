@@ -1,0 +1,174 @@
+"""No wasted backward: below the lowest trained layer no gradient is computed, and nothing is saved for one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparseft
+from sparseft.bench.memory import SavedBytes
+from sparseft.config import HardwareConfig, TrainerConfig
+from sparseft.data import Collator, TokenizedDataset
+from sparseft.trainer import Trainer, train
+from sparseft.trainer_arguments import training_arguments
+
+LAYERS = 4
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product")
+TOP = {
+    "down": ({"d_ratio": 0.1}, "mlp.down_proj"),
+    "o": ({"o_ratio": 0.5}, "self_attn.o_proj"),
+    "q": ({"q_ratio": 0.5}, "self_attn.q_proj"),
+}
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.startswith(PRODUCTS):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def build(layers: int = LAYERS) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=12, max_position_embeddings=64, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def attached(ratios: dict[str, float], scope: str | None) -> Any:
+    model = sparseft.attach(build(), sparseft.S2FTConfig(**ratios, scope=scope))
+    return model.train()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("role", TOP)
+def test_below_the_lowest_trained_linear_nothing_has_a_gradient(role: str) -> None:
+    ratios, lowest = TOP[role]
+    model = attached(ratios, f"layers.{LAYERS - 1}.")
+    wanted: dict[str, bool] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, torch.Tensor):
+                wanted[name] = output.requires_grad
+
+        return hook
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(note(name))
+    model(**batch())
+    for name, found in wanted.items():
+        below = name.startswith(tuple(f"model.layers.{i}" for i in range(LAYERS - 1)))
+        if below or name in ("model.embed_tokens", "model.rotary_emb", f"model.layers.{LAYERS - 1}.input_layernorm"):
+            assert not found, name
+    assert wanted[f"model.layers.{LAYERS - 1}.{lowest}"]
+
+
+@pytest.mark.parametrize(
+    ("role", "products"),
+    [
+        # lm_head's input gradient, and the gradient of the delta: down's own input needs none.
+        ("down", 2),
+        # lm_head, down, gate and up, and the delta of o.
+        ("o", 5),
+        # lm_head, down, gate, up, o, two of the scores (values and keys need none), and the delta of q.
+        ("q", 8),
+    ],
+)
+def test_backward_makes_no_product_too_many(role: str, products: int) -> None:
+    ratios, _ = TOP[role]
+    loss = attached(ratios, f"layers.{LAYERS - 1}.")(**batch()).loss
+    with Products() as counter:
+        loss.backward()
+    assert sum(counter.found.values()) == products, counter.found
+
+
+def test_every_layer_trained_costs_one_product_more_for_each_delta() -> None:
+    """Against the model whose embeddings' output has a gradient: the frozen model's backward and the deltas' products,
+    less the lowest down's input gradient and all that lies below it."""
+    model = attached({"d_ratio": 0.1}, None)
+    loss = model(**batch()).loss
+    with Products() as sparse:
+        loss.backward()
+    plain = build().train().requires_grad_(False)
+    x = plain.get_input_embeddings()(batch()["input_ids"]).requires_grad_(True)
+    loss = plain(inputs_embeds=x, labels=batch()["labels"]).loss
+    with Products() as dense:
+        loss.backward()
+    # Below the lowest down: its own input, gate, up, and attention with q, k, v, o and 4 products of scores and values.
+    assert sum(sparse.found.values()) == sum(dense.found.values()) + LAYERS - (1 + 2 + 4 + 4)
+
+
+def test_nothing_is_saved_below_the_lowest_trained_linear() -> None:
+    model = attached({"d_ratio": 0.1}, f"layers.{LAYERS - 1}.")
+    saved, at = SavedBytes(model), {}
+    down = model.get_submodule(f"model.layers.{LAYERS - 1}.mlp.down_proj")
+    down.register_forward_pre_hook(lambda m, i: at.update(down=saved.total))
+    with saved.counting():
+        model(**batch())
+    assert at["down"] == 0 < saved.total
+
+
+def test_recomputation_starts_at_the_lowest_trained_layer(tmp_path: Path) -> None:
+    """transformers asks the embeddings' output for a gradient, so that the layers below would be computed twice."""
+    model = attached({"d_ratio": 0.1}, f"layers.{LAYERS - 2}.")
+    calls: Counter[int] = Counter()
+    for number in range(LAYERS):
+        model.model.layers[number].mlp.register_forward_pre_hook(lambda m, i, n=number: calls.update([n]))
+    arguments = training_arguments(
+        TrainerConfig(max_steps=1, batch_size=2, gradient_accumulation=1, learning_rate=1e-2, warmup_steps=0),
+        HardwareConfig(gradient_checkpointing=True),
+        seed=0, device=torch.device("cpu"), learning_rate=1e-2, total_steps=1, autocast=False,
+    )  # fmt: skip
+    data = TokenizedDataset.from_lists([(list(range(3, 12)), list(range(3, 12)))] * 2)
+    trainer = Trainer(
+        model, arguments, run=tmp_path, save_total_limit=1, train_dataset=data, eval_dataset=None,
+        data_collator=Collator(0), processing_class=None,
+    )  # fmt: skip
+    train(trainer, None, 1)
+    assert [calls[number] for number in range(LAYERS)] == [1, 1, 2, 2]
+    (delta,) = sparseft.trainable_parameters(model).values()
+    assert delta.abs().max() > 0
+
+
+def test_a_frozen_norm_saves_only_what_its_input_gradient_needs() -> None:
+    """As much as the same function of a constant weight; a weight that trains costs its normalised input too."""
+    norm = build(1).model.norm
+
+    def saved(trains: bool, dtype: torch.dtype) -> int:
+        module = norm.to(dtype).requires_grad_(trains)
+        counter, x = SavedBytes(module), torch.randn(4, 9, 48, dtype=dtype, requires_grad=True)
+        with counter.counting():
+            module(x * 1.0)
+        return counter.total
+
+    for dtype in (torch.float32, torch.bfloat16):
+        frozen, thawed = saved(False, dtype), saved(True, dtype)
+        assert frozen < thawed
+        # x in fp32 (for its square and for the product) and one number a token (the rsqrt and its result)
+        assert frozen <= 4 * 9 * (2 * 48 + 3) * 4
+    embedding = build(1).model.embed_tokens.requires_grad_(False)
+    counter = SavedBytes(embedding)
+    with counter.counting():
+        embedding(batch()["input_ids"])
+    assert counter.total == 0
