@@ -715,3 +715,17 @@ def test_torch_compile_without_graph_breaks(name: str) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_a_side_without_features(kind: str) -> None:
+    """As `nn.Linear` does: nothing in gives the bias, nothing out gives nothing; gradients have their shapes."""
+    layer = S2ColumnLinear(0, 5, rows=[1, 3]) if kind == "rows" else S2RowLinear(5, 0, columns=[1, 3])
+    x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (2, 3, layer.out_features) and x.grad.shape == x.shape and not x.grad.any()
+    delta = layer.patterns[kind].delta
+    assert delta.grad.shape == delta.shape and delta.numel() == 0
+    if kind == "rows":
+        assert torch.equal(y, layer.bias.expand(2, 3, 5))

@@ -49,7 +49,7 @@ class _SparseProduct(torch.autograd.Function):
         else:
             saved.append(x.index_select(-1, columns).to(y.dtype) if columns is not None else None)
         if blocks is not None and not whole:
-            x_blocks = reference.to_blocks(x.reshape(-1, x.shape[-1]), size).index_select(1, needed)
+            x_blocks = reference.to_blocks(_tokens(x), size).index_select(1, needed)
             saved.append(x_blocks.flatten(1).to(y.dtype))
         else:
             saved.append(None)
@@ -66,20 +66,24 @@ class _SparseProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             w = weight.to(grad_output.dtype)
             grad_x = grad_output @ (w.t() if ctx.transposed else w)
-        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad = _tokens(grad_output)
         if ctx.needs_input_grad[2]:  # frozen unless the caller thawed it
             bias_grad = grad.sum(0).to(ctx.bias_dtype)
         if x is not None:
-            x = x.reshape(-1, x.shape[-1]).to(grad.dtype)
+            x = _tokens(x).to(grad.dtype)
         if rows is not None:
             rows_grad = reference.rows_gradient(grad, x, rows).float()
         if x_columns is not None:
-            x_columns = x_columns.reshape(-1, x_columns.shape[-1])
-            columns_grad = reference.columns_gradient(grad, x_columns.to(grad.dtype)).float()
+            columns_grad = reference.columns_gradient(grad, _tokens(x_columns).to(grad.dtype)).float()
         if blocks is not None:
             x_side, at = (x, blocks[:, 1]) if x_blocks is None else (x_blocks.to(grad.dtype), position)
             blocks_grad = dispatch.blocks_gradient(grad, x_side, blocks[:, 0], at, ctx.size)
         return grad_x, None, bias_grad, None, None, None, rows_grad, None, columns_grad, None, None, None, blocks_grad
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(..., features) as (tokens, features); no -1, which nothing says where there is no feature."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
