@@ -361,6 +361,26 @@ def test_a_reselected_adapter_of_experts(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(t, state[n]) for n, t in sparseft.detach(model).state_dict().items())
 
 
+def test_parked_entries_are_rounded_once_when_the_model_is_cast(kind: str) -> None:
+    config = sparseft.S2FTConfig(sparsity=0.8, roles=["down"], importance="gradient")
+    model = build(kind)
+    sparseft.attach(model, config, sparseft.compute_selection(model, config, [batch()]))
+    train(model)
+    assert apply_selection(model, reselect(model, config, [batch(1)], seed=1)) > 0.1
+    train(model)
+    model.to(torch.bfloat16)
+    logits(model)
+    seen = 0
+    for layer in sparse_layers(model).values():
+        for pattern in layer.patterns.values():
+            if pattern.parked is not None:
+                found = reference.gather(layer.logical_weight, pattern.kind, pattern.parked.index)
+                once = (pattern.parked.base + pattern.parked.delta).bfloat16()
+                assert torch.equal(found, once)
+                seen += found.numel()
+    assert seen > 0
+
+
 def test_hooks_of_single_experts_are_called_in_a_grouped_product(kind: str) -> None:
     model = build(kind)
     sparseft.attach(model, CONFIGS["ratios"])

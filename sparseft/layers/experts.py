@@ -43,6 +43,7 @@ class ExpertLinear(SparseLinear):
         self.register_parameter("bias", None)
         self._original: tuple[nn.Module, ...] = ()
         self._plain_loaded = False
+        self._parked_cast = False
         self._original_order()
         self.train(expert.experts.training)
         self._join()
@@ -89,7 +90,15 @@ class ExpertLinear(SparseLinear):
         for kind, pattern in self.patterns.items():
             if pattern.base_values.dtype != dtypes[kind]:
                 pattern.written_version = -1  # the 3-D parameter is cast after its children: to be written afterwards
+                self._parked_cast = True
         return self
+
+    def write_back(self) -> None:
+        """As `SparseLinear.write_back`; after a cast also the parked entries, rounded once from fp32."""
+        if self._parked_cast:
+            self.write_parked()
+            self._parked_cast = False
+        super().write_back()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
