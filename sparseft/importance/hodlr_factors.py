@@ -10,6 +10,7 @@ slot is empty (zero). `Layout` maps rows to slots.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ SINGULAR_MARGIN = 1e-11
 
 # Elements that a product works on at a time (16 MiB in float32): few rounds, and no second matrix of its input's size.
 CHUNK_ELEMENTS = 2**22
+QUADRATIC_ELEMENTS = 2**19
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class Layout:
         return self.slots >> level
 
     def index(self) -> Tensor | None:
-        """The slot of each row (n,), int64 on the CPU; null where rows and slots are the same."""
+        """The slot of each row (n,), int64 on the CPU; null where rows and slots are the same. Not to be changed."""
+        return _slots_of_rows(self)
+
+    def _index(self) -> Tensor | None:
         if self.slots == self.n:
             return None
         sizes = [self.n]
@@ -68,6 +73,11 @@ class Layout:
         """Slots -> rows along `dim`."""
         index = self.index()
         return x if index is None else x.index_select(dim, index.to(x.device))
+
+
+@functools.lru_cache(maxsize=64)
+def _slots_of_rows(layout: Layout) -> Tensor | None:
+    return layout._index()
 
 
 def truncate_block(
@@ -135,26 +145,45 @@ class Hierarchy:
             out[:, columns] = self.layout.gather(product, 0)
         return out
 
+    def coarsened(self, rows: int) -> Hierarchy:
+        """The same matrix with dense leaves as large as `rows` allows, for products only: its layout's leaves are
+        still the small ones."""
+        leaves, levels = self.leaves, len(self.bases)
+        while levels and self.layout.node(levels - 1) <= rows:
+            levels -= 1
+            base, sigma = self.bases[levels], self.sigmas[levels]
+            side = leaves.shape[1]
+            merged = leaves.new_zeros(len(leaves) // 2, 2 * side, 2 * side)
+            block = (base[:, 0] * sigma[:, None, :]) @ base[:, 1].mT
+            merged[:, :side, :side], merged[:, side:, side:] = leaves[0::2], leaves[1::2]
+            merged[:, :side, side:], merged[:, side:, :side] = block, block.mT
+            leaves = merged
+        return Hierarchy(self.layout, leaves, self.bases[:levels], self.sigmas[:levels])
+
     def quadratic(self, v: Tensor) -> Tensor:
         """vᵢᵀ M vᵢ of every column, (n, m) -> (m,) float64, without another (n, m) matrix."""
         total = torch.empty(v.shape[1], dtype=torch.float64, device=v.device)
-        for columns in self._chunks(v):
-            part = v[:, columns]
-            # Gradients may be so small that their squares vanish in float32: each column is taken in units of its peak.
-            peak = part.abs().amax(0)
-            peak = torch.where(peak > 0, peak, 1)
-            part = self.layout.spread(part / peak, 0)
-            blocks = part.reshape(*self.leaves.shape[:2], -1)
-            value = (torch.bmm(self.leaves, blocks) * blocks).sum((0, 1))
+        blocks, side, _ = self.leaves.shape
+        for columns in self._chunks(v, QUADRATIC_ELEMENTS):
+            part = v[:, columns].T.contiguous()  # (columns, n): every vector in one run of memory
+            # Gradients may be so small that their squares vanish in float32: each vector is taken in units of its peak.
+            low, high = part.aminmax(dim=1)
+            peak = torch.maximum(-low, high)
+            peak = torch.where(peak != 0, peak, 1)  # a peak of NaN stays one
+            part = self.layout.spread(part / peak[:, None], 1)
+            cut = part.view(-1, blocks, side)
+            value = torch.bmm(cut.transpose(0, 1), self.leaves).mul_(cut.transpose(0, 1)).sum((0, 2))
             for base, sigma in zip(self.bases, self.sigmas, strict=True):
-                inner = base.mT @ part.reshape(*base.shape[:3], -1)  # (pairs, 2, r, columns)
-                value += 2 * (inner[:, 0] * inner[:, 1] * sigma[:, :, None]).sum((0, 1))
+                pairs, _, node, rank = base.shape
+                halves = part.view(-1, 2 * pairs, node).transpose(0, 1)
+                inner = torch.bmm(halves, base.reshape(2 * pairs, node, rank)).view(pairs, 2, -1, rank)
+                value += 2 * (inner[:, 0] * inner[:, 1] * sigma[:, None, :]).sum((0, 2))
             total[columns] = value.double() * peak.double().square()
         return total
 
-    def _chunks(self, v: Tensor) -> list[slice]:
+    def _chunks(self, v: Tensor, elements: int = CHUNK_ELEMENTS) -> list[slice]:
         """Cuts the columns of `v` so that a product's temporaries stay in the cache."""
-        step = max(1, CHUNK_ELEMENTS // self.layout.slots)
+        step = max(1, elements // self.layout.slots)
         return [slice(start, start + step) for start in range(0, v.shape[1], step)]
 
     def to_dense(self) -> Tensor:
