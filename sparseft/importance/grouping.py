@@ -94,10 +94,11 @@ def pad_together(group: Sequence[Sample]) -> tuple[Sample, Tensor | None]:
     """One batch of the group, padded on the right, and the flat positions of its tokens (null: all of them)."""
     lengths = [sample["input_ids"].shape[1] for sample in group]
     longest = max(lengths)
-    batch = {
-        name: torch.cat([F.pad(sample[name], (0, longest - sample[name].shape[1]), value=FILL[name]) for sample in group])
-        for name in group[0]
-    }
+    batch = {}
+    for name in group[0]:
+        rows = zip(group, lengths, strict=True)
+        fill = FILL.get(name, 0)
+        batch[name] = torch.cat([F.pad(sample[name], (0, longest - length), value=fill) for sample, length in rows])
     if min(lengths) == longest:
         return batch, None
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]

@@ -57,7 +57,7 @@ class Partial:
         return self.folder is not None and waited >= max(SAVE_SECONDS, SAVE_COST * self._last_cost)
 
     def save(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Replaces a file. A disk that is full costs the chance to resume, not the work: it is said, and that is all."""
+        """Replaces a file. A full disk costs the chance to resume, not the work: it is said, and that is all."""
         if self.folder is None:
             return
         from safetensors import SafetensorError
@@ -91,7 +91,7 @@ class Partial:
                 if content.get("key") != self.digest:
                     console.log(f"{path}: belongs to other settings, so calibration starts anew")
                     return None
-                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(content["meta"])  # noqa: SIM118
+                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(content["meta"])
         except Exception as error:  # a damaged file of any kind
             console.warn(f"{path}: cannot be used, so calibration starts anew ({error})")
             return None

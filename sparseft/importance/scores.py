@@ -34,7 +34,6 @@ from sparseft.importance.second_order import SecondOrder, SecondOrderStatistics,
 from sparseft.importance.units import Unitised, sum_features, sum_units
 from sparseft.kernels.reference import to_blocks
 
-
 # Tokens, padding included, that go through the model at once where samples may be summed together: a few thousand fill
 # the products, and their activations take little beside a model for which memory matters. A longer sample goes alone.
 TOKENS_TOGETHER = 2048
@@ -146,7 +145,13 @@ def compute_scores(
         by_module[c.module].append(c)
     settings = second_order or SecondOrder()
     scored = [(c.key, c.kind, c.shape, c.start, c.unit, c.count) for c in candidates]
-    key = [__version__, importance, seed, asdict(settings) if importance == "sylva" else None, scored]
+    key = [
+        __version__,
+        importance,
+        seed,
+        [asdict(settings), TOKENS_TOGETHER] if importance == "sylva" else None,
+        scored,
+    ]
     partial = Partial(resume, key, ranks.rank_and_world())
     run = functools.partial(collect, model, by_module, batches, partial=partial, progress=progress)
     if importance == "sylva":

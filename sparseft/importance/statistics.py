@@ -94,7 +94,8 @@ def observe(
         samples = (sample for sample in samples if (sample["labels"][:, 1:] != -100).any())
     groups, count = done
     with untouched(model), watcher:
-        for group in itertools.islice(groups_of(itertools.islice(samples, share[0], None, share[1]), together), groups, None):
+        every = groups_of(itertools.islice(samples, share[0], None, share[1]), together)
+        for group in itertools.islice(every, groups, None):
             watcher.run(group, alone=not together, starting=starting or (lambda _count: None))
             groups, count = groups + 1, count + len(group)
             if reached is not None:
@@ -131,9 +132,7 @@ class _Watcher:
         self.handles = [m.register_forward_hook(self._after_forward(name)) for name, m in self.modules.items()]
         if self.gradients:  # the weights are frozen: the embeddings' output is where the gradient's way ends
             embeddings = self.model.get_input_embeddings()
-            self.handles.append(
-                embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
-            )
+            self.handles.append(embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True)))
         return self
 
     def __exit__(self, *exception: object) -> None:
