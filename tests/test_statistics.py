@@ -151,7 +151,7 @@ def test_a_linear_that_is_not_given_the_positions_is_shown_one_sample_at_a_time(
 def test_recomputed_activations_are_counted_once(
     make_model: Callable[..., Any], together: int, reentrant: bool
 ) -> None:
-    """transformers recomputes in training mode only, which calibration leaves; whoever recomputes anyway adds nothing."""
+    """transformers recomputes in training mode only, which calibration leaves; who recomputes anyway adds nothing."""
     model, batches = make_model("llama"), samples()
     wanted = collected(model, batches, together)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
