@@ -225,3 +225,28 @@ def test_two_ranks_choose_what_one_process_chooses(
         for name, patterns in wanted.items():
             assert torch.equal(modules[name]["blocks"], patterns["blocks"]), name
     assert len(both[0][2]) >= 1 and (count > 1) == bool(both[1][2])
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_linears_are_scored_by_as_many_threads_as_torch_has(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    model, threads = make_model("llama"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        wanted = scored(model, "sylva")
+        torch.set_num_threads(2)
+        found = scored(model, "sylva")
+        assert torch.get_num_threads() == 2
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-6 * float(value.max()))
+
+        def stop(done: int, _count: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            scored(model, "sylva", scoring=stop, resume=tmp_path / "partial")
+        assert torch.get_num_threads() == 2
+        assert equal(scored(model, "sylva", resume=tmp_path / "partial"), found)
+    finally:
+        torch.set_num_threads(threads)
