@@ -22,8 +22,8 @@ from sparseft.importance.hodlr_factors import Hierarchy, Layout, truncate_block,
 # Levels beyond those that leave this many rows to a leaf are dropped: halving further costs more than it saves.
 SMALLEST_LEAF_ROWS = 4
 
-# Tokens that one pass of `update` takes at a time: bounds its float32 copies when a caller gives a whole epoch. On a CPU
-# they are then small enough for the allocator to use again (about 1.3 times as fast as 4,096).
+# Tokens that one pass of `update` takes at a time: bounds its float32 copies when a caller gives a whole epoch. On a
+# CPU they are then small enough for the allocator to use again (about 1.3 times as fast as 4,096).
 CHUNK_TOKENS = 512
 
 # Leaves and low-rank blocks are put together into dense blocks of at most so many rows before a large product: a few
