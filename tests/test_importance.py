@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError
 from sparseft.importance import compute_scores
-from sparseft.importance.statistics import observe, split_samples, untouched
+from sparseft.importance.grouping import split_samples
+from sparseft.importance.statistics import observe, untouched
 from sparseft.methods.s2ft import ROLES
 from sparseft.modeling import ModelSpec
 from sparseft.selection import Candidate, block_budget, generator_for, ratio_budget

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from sparseft.config import BUNDLED, RunConfig
 from sparseft.data import calibration_batches, load_datasets
 from sparseft.data.batches import padding_id
 from sparseft.errors import UserError
+from sparseft.importance.resuming import saved_samples
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import (
     ModelSpec,
@@ -103,14 +109,68 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
         batches = calibration_batches(prepared.data.train, method.num_samples, method.seed, pad)
         total = len(batches)
         console.log(f"selection: scoring by {method.importance} on {total} calibration examples")
-    with console.Progress(total, "calibrate", unit="sample") as progress:
-        selection = compute_selection(prepared.model, method, batches, progress=progress.update)
-    selection.meta["key"] = key
-    spec = ModelSpec.of(prepared.model)
-    selection.save(path, {name: spec.linears[name] for name in selection.modules})
+    partial = path.with_name(f"{key}.partial")
+    with noted_signals() as stopped:
+        selection = resumable_selection(prepared.model, method, batches, total, partial, stopped)
+        selection.meta["key"] = key
+        spec = ModelSpec.of(prepared.model)
+        selection.save(path, {name: spec.linears[name] for name in selection.modules})
+        shutil.rmtree(partial, ignore_errors=True)
     seconds = time.perf_counter() - start
     console.log(f"selection: computed in {seconds:.1f} s, kept in {path}")
     return Selected(selection, path, False, seconds)
+
+
+def resumable_selection(
+    model: nn.Module, method: Any, batches: list[Any] | None, total: int | None, partial: Path, stopped: list[str]
+) -> Selection:
+    """`compute_selection` with its progress and the time left: a bar for the samples, and one for scoring the linears
+    where that follows. As soon as a signal's name is in `stopped`, it ends and leaves in `partial` what is done."""
+    bars: dict[str, console.Progress] = {}
+
+    def show(name: str, done: int, total: int, unit: str, initial: int = 0) -> None:
+        if name not in bars:
+            bars[name] = stack.enter_context(console.Progress(total, name, unit, initial))
+        bars[name].update(done)
+        if stopped:
+            console.log(f"{stopped[0]}: what is done is kept in {partial}; the same command goes on from there")
+            raise KeyboardInterrupt
+
+    def sampled(done: int) -> None:
+        assert total is not None
+        show("calibrate", min(done, total), total, "sample")
+
+    def scored(done: int, count: int) -> None:
+        show("score", done, count, "linear")
+
+    with contextlib.ExitStack() as stack:
+        if total is not None and (before := min(saved_samples(partial), total)):
+            show("calibrate", before, total, "sample", before)
+        return compute_selection(model, method, batches, progress=sampled, scoring=scored, resume=partial)
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[str]]:
+    """Inside, the first SIGINT or SIGTERM only puts its name in the list, for the work to end at the next point where
+    nothing is half done, or at the end of the block; a second one interrupts at once."""
+    names: list[str] = []
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+        yield names
+        return
+
+    def note(number: int, _frame: Any) -> None:
+        if names:
+            raise KeyboardInterrupt
+        names.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield names
+        if names:
+            raise KeyboardInterrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe_trainable(trainable: int, spec: ModelSpec, config: RunConfig, unit: str) -> None:

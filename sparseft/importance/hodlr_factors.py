@@ -10,6 +10,7 @@ slot is empty (zero). `Layout` maps rows to slots.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ SINGULAR_MARGIN = 1e-11
 
 # Elements that a product works on at a time (16 MiB in float32): few rounds, and no second matrix of its input's size.
 CHUNK_ELEMENTS = 2**22
+QUADRATIC_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class Layout:
         return self.slots >> level
 
     def index(self) -> Tensor | None:
-        """The slot of each row (n,), int64 on the CPU; null where rows and slots are the same."""
+        """The slot of each row (n,), int64 on the CPU; null where rows and slots are the same. Not to be changed."""
+        return _slots_of_rows(self)
+
+    def _index(self) -> Tensor | None:
         if self.slots == self.n:
             return None
         sizes = [self.n]
@@ -70,6 +75,11 @@ class Layout:
         return x if index is None else x.index_select(dim, index.to(x.device))
 
 
+@functools.lru_cache(maxsize=64)
+def _slots_of_rows(layout: Layout) -> Tensor | None:
+    return layout._index()
+
+
 def truncate_block(
     block: Tensor,  # (..., s, s)
     rank: int,
@@ -77,6 +87,13 @@ def truncate_block(
     """The best approximation of rank `rank` of each block -> bases (..., 2, s, rank), singular values (..., rank)."""
     left, sigma, right = torch.linalg.svd(block)
     return torch.stack([left[..., :rank], right.mT[..., :rank]], -3), sigma[..., :rank]
+
+
+def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.linalg.svd` of (..., r, r), without a call to LAPACK for each of hundreds of single numbers."""
+    if x.shape[-1] > 1:
+        return torch.linalg.svd(x)
+    return torch.where(x < 0, -1, 1).to(x), x.abs().squeeze(-1), torch.ones_like(x)
 
 
 def truncate_sketch(
@@ -135,26 +152,59 @@ class Hierarchy:
             out[:, columns] = self.layout.gather(product, 0)
         return out
 
+    def coarsened(self, rows: int) -> Hierarchy:
+        """The same matrix with dense leaves as large as `rows` allows, for products only: its layout's leaves are
+        still the small ones."""
+        leaves, levels = self.leaves, len(self.bases)
+        while levels and self.layout.node(levels - 1) <= rows:
+            levels -= 1
+            base, sigma = self.bases[levels], self.sigmas[levels]
+            side = leaves.shape[1]
+            merged = leaves.new_zeros(len(leaves) // 2, 2 * side, 2 * side)
+            block = (base[:, 0] * sigma[:, None, :]) @ base[:, 1].mT
+            merged[:, :side, :side], merged[:, side:, side:] = leaves[0::2], leaves[1::2]
+            merged[:, :side, side:], merged[:, side:, :side] = block, block.mT
+            leaves = merged
+        return Hierarchy(self.layout, leaves, self.bases[:levels], self.sigmas[:levels])
+
     def quadratic(self, v: Tensor) -> Tensor:
         """vᵢᵀ M vᵢ of every column, (n, m) -> (m,) float64, without another (n, m) matrix."""
         total = torch.empty(v.shape[1], dtype=torch.float64, device=v.device)
-        for columns in self._chunks(v):
+        inner = self._inner_of_columns if v.stride(1) == 1 else self._inner_of_rows
+        for columns in self._chunks(v, QUADRATIC_ELEMENTS):
             part = v[:, columns]
             # Gradients may be so small that their squares vanish in float32: each column is taken in units of its peak.
-            peak = part.abs().amax(0)
-            peak = torch.where(peak > 0, peak, 1)
-            part = self.layout.spread(part / peak, 0)
-            blocks = part.reshape(*self.leaves.shape[:2], -1)
-            value = (torch.bmm(self.leaves, blocks) * blocks).sum((0, 1))
-            for base, sigma in zip(self.bases, self.sigmas, strict=True):
-                inner = base.mT @ part.reshape(*base.shape[:3], -1)  # (pairs, 2, r, columns)
-                value += 2 * (inner[:, 0] * inner[:, 1] * sigma[:, :, None]).sum((0, 1))
-            total[columns] = value.double() * peak.double().square()
+            low, high = part.aminmax(dim=0)
+            peak = torch.maximum(-low, high)
+            peak = torch.where(peak != 0, peak, 1)  # a peak of NaN stays one
+            total[columns] = inner(part, peak).double() * peak.double().square()
         return total
 
-    def _chunks(self, v: Tensor) -> list[slice]:
+    def _inner_of_columns(self, v: Tensor, peak: Tensor) -> Tensor:
+        """uᵢᵀ M uᵢ of u = v / peak, (n, m) and (m,) -> (m,)."""
+        part = self.layout.spread(v / peak, 0)
+        cut = part.view(*self.leaves.shape[:2], -1)
+        value = torch.bmm(self.leaves, cut).mul_(cut).sum((0, 1))
+        for base, sigma in zip(self.bases, self.sigmas, strict=True):
+            inner = base.mT @ part.view(*base.shape[:3], -1)  # (pairs, 2, r, columns)
+            value += 2 * (inner[:, 0] * inner[:, 1] * sigma[:, :, None]).sum((0, 1))
+        return value
+
+    def _inner_of_rows(self, v: Tensor, peak: Tensor) -> Tensor:
+        """The same where the columns of `v` are runs of memory: they stay so."""
+        part = self.layout.spread(v.T / peak[:, None], 1)
+        cut = part.view(len(part), *self.leaves.shape[:2]).transpose(0, 1)
+        value = torch.bmm(cut, self.leaves).mul_(cut).sum((0, 2))
+        for base, sigma in zip(self.bases, self.sigmas, strict=True):
+            pairs, _, node, rank = base.shape
+            halves = part.view(-1, 2 * pairs, node).transpose(0, 1)
+            inner = torch.bmm(halves, base.reshape(2 * pairs, node, rank)).view(pairs, 2, -1, rank)
+            value += 2 * (inner[:, 0] * inner[:, 1] * sigma[:, None, :]).sum((0, 2))
+        return value
+
+    def _chunks(self, v: Tensor, elements: int = CHUNK_ELEMENTS) -> list[slice]:
         """Cuts the columns of `v` so that a product's temporaries stay in the cache."""
-        step = max(1, CHUNK_ELEMENTS // self.layout.slots)
+        step = max(1, elements // self.layout.slots)
         return [slice(start, start + step) for start in range(0, v.shape[1], step)]
 
     def to_dense(self) -> Tensor:
@@ -225,7 +275,7 @@ def _inverse_diagonal(matrix: Hierarchy, damping: float) -> Tensor | None:
         factor, failed = torch.linalg.cholesky_ex((capacitance + capacitance.mT) / 2)
         if failed.any():
             return None
-        left, s, right = torch.linalg.svd((factor[:, 0].mT * sigma[:, None, :]) @ factor[:, 1])
+        left, s, right = _svd((factor[:, 0].mT * sigma[:, None, :]) @ factor[:, 1])
         if (s >= 1 - SINGULAR_MARGIN).any():
             return None
         rotation = torch.stack([left, right.mT], 1)  # P and R, (pairs, 2, r, r)

@@ -15,18 +15,28 @@ A sample's gradient is that of its loss, the mean over its labelled tokens.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparseft import __version__
 from sparseft.errors import UserError
-from sparseft.importance.second_order import SecondOrder, SecondOrderStatistics
-from sparseft.importance.statistics import observe
+from sparseft.importance import ranks
+from sparseft.importance.collecting import collect, keep
+from sparseft.importance.resuming import SCORES, Partial
+from sparseft.importance.second_order import SecondOrder, SecondOrderStatistics, summary
 from sparseft.importance.units import Unitised, sum_features, sum_units
 from sparseft.kernels.reference import to_blocks
+
+# Tokens, padding included, that go through the model at once where samples may be summed together: a few thousand fill
+# the products, and their activations take little beside a model for which memory matters. A longer sample goes alone.
+TOKENS_TOGETHER = 2048
 
 
 def weight_norms(weight: Tensor, candidate: Unitised) -> Tensor:
@@ -46,6 +56,46 @@ def activation_norms(x: Tensor, y: Tensor, candidate: Unitised) -> Tensor:
     return (block_out[:, None] * block_in[None, :]).reshape(-1)
 
 
+class UnitSums:
+    """`collecting.Statistics` of the scores that are sums over samples of one number per unit: activation (product),
+    gradient and fisher. One sample at a time; float64 on the CPU."""
+
+    def __init__(self, importance: str, by_module: Mapping[str, Sequence[Unitised]]) -> None:
+        self.importance, self.by_module = importance, by_module
+        self.totals = {
+            c.key: torch.zeros(c.count, dtype=torch.float64) for members in by_module.values() for c in members
+        }
+
+    def starting(self, samples: int) -> None:
+        """Shown one sample at a time: a sum over samples of norms needs each by itself."""
+        assert samples == 1
+
+    def __call__(self, name: str, x: Tensor, y: Tensor | None, grad: Tensor | None, source: str) -> None:
+        if grad is None:
+            assert y is not None
+            for c in self.by_module[name]:
+                self.totals[c.key] += activation_norms(x, y, c).cpu()
+            return
+        squares = (grad.float().t() @ x.float()).square_()  # (out, in): one layer's, freed on return
+        for c in self.by_module[name]:
+            sums = sum_units(squares, c).double().cpu()
+            self.totals[c.key] += sums.sqrt() if self.importance == "gradient" else sums
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The totals by candidate key, live."""
+        return dict(self.totals), {}
+
+    def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Takes over a `state()` of the same candidates."""
+        for key, total in self.totals.items():
+            total.copy_(tensors[key])
+
+    def reduce(self) -> None:
+        """Adds up the totals of all ranks."""
+        for total in self.totals.values():
+            ranks.add_up(total)
+
+
 def compute_scores(
     model: nn.Module,
     candidates: Sequence[Unitised],
@@ -55,12 +105,25 @@ def compute_scores(
     batches: Iterable[Mapping[str, Any]] | None,
     generator: Callable[..., torch.Generator],
     progress: Callable[[int], None] | None = None,
+    scoring: Callable[[int, int], None] | None = None,
     second_order: SecondOrder | None = None,
+    resume: Path | None = None,
+    meta: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Scores (units,) in float64 on the CPU, by candidate key.
 
-    `generator(seed, *names)` gives the random numbers; `batches` (dicts as the model takes them) are needed by every
-    importance but random and weight; `second_order` sets the statistics of sylva. The model is unchanged afterwards.
+    With `torch.distributed` initialised, an importance that needs data is a collective call: each rank runs its share
+    of the samples and all get the same scores. The model is unchanged afterwards.
+
+    Args:
+        candidates: what to score.
+        batches: dicts as the model takes them, the same on all ranks; needed by all but random and weight.
+        generator: `generator(seed, *names)` gives the random numbers.
+        progress: called with the number of samples done; scoring: with (linears scored, linears) of sylva afterwards.
+            An exception out of them ends the call with what is done saved in `resume`.
+        second_order: the settings of sylva's statistics.
+        resume: a folder for unfinished work, from which an interrupted call with the same arguments goes on.
+        meta: gets what the statistics have to say about themselves (`second_order`).
     """
     if importance == "random":
         return {
@@ -74,34 +137,81 @@ def compute_scores(
         return weights
     if batches is None:
         raise UserError(f"importance '{importance}' needs calibration batches.")
+    if importance not in ("activation", "product", "gradient", "fisher", "sylva"):
+        raise UserError(f"importance '{importance}' is unknown.")
 
     by_module: dict[str, list[Unitised]] = defaultdict(list)
     for c in candidates:
         by_module[c.module].append(c)
+    settings = second_order or SecondOrder()
+    scored = [(c.key, c.kind, c.shape, c.start, c.unit, c.count) for c in candidates]
+    key = [
+        __version__,
+        importance,
+        seed,
+        [asdict(settings), TOKENS_TOGETHER] if importance == "sylva" else None,
+        scored,
+    ]
+    partial = Partial(resume, key, ranks.rank_and_world())
+    run = functools.partial(collect, model, by_module, batches, partial=partial, progress=progress)
     if importance == "sylva":
-        statistics = SecondOrderStatistics(second_order or SecondOrder(), seed)
-        observe(model, by_module, batches, statistics, gradients=True, progress=progress)
-        return {
-            key: score
-            for module, members in by_module.items()
-            for key, score in statistics.unit_scores(module, members).items()
-        }
-    if importance not in ("activation", "product", "gradient", "fisher"):
-        raise UserError(f"importance '{importance}' is unknown.")
-    totals = {c.key: torch.zeros(c.count, dtype=torch.float64) for c in candidates}
+        shapes = {module: members[0].shape for module, members in by_module.items()}
+        device = next(model.parameters()).device
+        statistics = SecondOrderStatistics(settings, seed, shapes, device, resume.parent if resume else None)
+        done = run(statistics=statistics, gradients=True, together=TOKENS_TOGETHER)
+        scores, dampings = score_modules(statistics, by_module, partial, done, scoring)
+        if meta is not None:
+            meta["second_order"] = summary(dampings, settings.damping)
+        return {c.key: scores[c.key] for c in candidates}
+    sums = UnitSums(importance, by_module)
+    run(statistics=sums, gradients=importance in ("gradient", "fisher"))
+    return {key: weights[key] * total for key, total in sums.totals.items()} if weights else sums.totals
 
-    def observer(name: str, x: Tensor, y: Tensor, grad: Tensor | None, source: str) -> None:
-        if grad is None:
-            for c in by_module[name]:
-                totals[c.key] += activation_norms(x, y, c).cpu()
-            return
-        squares = (grad.float().t() @ x.float()).square()  # (out, in): one layer's, freed on return
-        for c in by_module[name]:
-            sums = sum_units(squares, c).double().cpu()
-            totals[c.key] += sums.sqrt() if importance == "gradient" else sums
 
-    observe(model, by_module, batches, observer, gradients=importance in ("gradient", "fisher"), progress=progress)
-    return {key: weights[key] * total for key, total in totals.items()} if importance == "product" else totals
+def score_modules(
+    statistics: SecondOrderStatistics,
+    by_module: Mapping[str, Sequence[Unitised]],
+    partial: Partial,
+    done: tuple[int, int],  # (groups, samples) that this rank's statistics have seen
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Every unit's score and every matrix's effective damping, from statistics that are complete. Each rank scores a
+    share of the modules; what an interrupted call has finished is not scored again."""
+    rank, world = ranks.rank_and_world()
+    scores: dict[str, Tensor] = {}
+    names: list[str] = []
+    dampings: list[float] = []
+    if (saved := partial.load(SCORES)) is not None:
+        scores, names, dampings = saved[0], saved[1]["modules"], saved[1]["dampings"]
+    sources = list(dict.fromkeys(statistics.sources.get(name, name) for name in by_module))
+    mine = {
+        name: members
+        for name, members in by_module.items()
+        if sources.index(statistics.sources.get(name, name)) % world == rank
+    }
+
+    def keep_scores() -> None:
+        if partial.folder is not None and names:
+            partial.save(SCORES, scores, {"modules": names, "dampings": dampings})
+
+    def finished(modules: list[str], found: dict[str, Tensor], raised: list[float]) -> None:
+        scores.update(found)
+        names.extend(modules)
+        dampings.extend(raised)
+        if partial.due():
+            keep_scores()
+        if progress is not None:
+            progress(len(names), len(mine))
+
+    try:
+        statistics.score({name: members for name, members in mine.items() if name not in set(names)}, finished)
+    except BaseException:
+        keep_scores()
+        if world == 1:  # with several ranks the sums are everybody's by now, and must not be counted as this one's
+            keep(partial, statistics, done)
+        raise
+    every = ranks.from_all((scores, dampings))
+    return {key: score for found, _ in every for key, score in found.items()}, [d for _, found in every for d in found]
 
 
 def _logical(module: nn.Module) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from sparseft import console
 from sparseft.errors import UserError
-from sparseft.importance import compute_scores
+from sparseft.importance import compute_scores, ranks
 from sparseft.importance.second_order import SecondOrder
 from sparseft.layers import sparse_layers
 from sparseft.layers.converting import check_modules
@@ -28,8 +30,13 @@ def compute_selection(
     batches: Iterable[Mapping[str, Any]] | None = None,
     *,
     progress: Callable[[int], None] | None = None,
+    scoring: Callable[[int, int], None] | None = None,
+    resume: Path | None = None,
 ) -> Selection:
     """Which units of a plain model a sparse method trains; the model is unchanged afterwards.
+
+    With `torch.distributed` initialised, an importance that needs data makes this a collective call: every rank gives
+    the same batches, runs its share of the samples, and gets rank 0's selection.
 
     Args:
         model: a Hugging Face causal LM.
@@ -38,6 +45,10 @@ def compute_selection(
             `config.num_samples` samples are used; all, where it is a share of training data that only the caller
             knows. Not needed for importance random and weight.
         progress: called with the number of samples done.
+        scoring: called with (linears scored, linears), where that takes a pass of its own (importance sylva).
+        resume: a folder that takes what is done of the calibration, every half minute or so and when `progress` or
+            `scoring` raises; a later call with the same model, config and batches goes on from there, and comes to the
+            same selection. The caller removes it when the selection is safe.
 
     Raises:
         UserError: a value out of range, a scope that matches nothing, a budget that cannot be met.
@@ -53,6 +64,8 @@ def compute_selection(
     check_modules(model, dict.fromkeys(c.module for c in budget.candidates), spec.linears)
     if config.needs_data and batches is not None:
         batches = first_samples(batches, config.num_samples)
+    shared = config.needs_data and batches is not None
+    statistics: dict[str, Any] = {}
     with opened(model, [c.module for c in budget.candidates]):
         scores = compute_scores(
             model,
@@ -62,9 +75,17 @@ def compute_selection(
             batches=batches,
             generator=generator_for,
             progress=progress,
+            scoring=scoring,
             second_order=second_order(config),
+            resume=resume,
+            meta=statistics,
         )
     selection = choose(budget, scores, order=config.order, allocation=config.allocation, seed=config.seed)
+    if shared:
+        selection = ranks.from_first(selection)
+    selection.meta |= statistics
+    if "second_order" in statistics:
+        log_damping(statistics["second_order"])
     describe(selection, spec, method.name, config, budget.scope_parameters)
     return selection
 
@@ -103,6 +124,17 @@ def reselect(
             second_order=second_order(config),
         )
     return choose(budget, scores, order=config.order, allocation="per_layer", seed=seed)
+
+
+def log_damping(summary: Mapping[str, Any]) -> None:
+    """Says where low rank had left second moments indefinite, so that their inverses took more damping than asked."""
+    if summary["raised"]:
+        found = summary["effective_damping"]
+        console.log(
+            f"second order: {summary['raised']} of {summary['matrices']} matrices needed more damping than "
+            f"{summary['damping']:g} to be positive definite: {found['min']:g} to {found['max']:g}, "
+            f"median {found['median']:g}"
+        )
 
 
 def second_order(config: SparseConfig) -> SecondOrder:

@@ -1,0 +1,265 @@
+"""Sylva's statistics: padded groups against one sample at a time, recomputation, bf16, sums on disk, and what the
+damping came to."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sparseft
+from sparseft.errors import RunError
+from sparseft.importance import host_memory
+from sparseft.importance.grouping import WINDOW, groups_of, may_share, pad_together, split_samples
+from sparseft.importance.second_order import SecondOrder, SecondOrderStatistics, summary
+from sparseft.importance.statistics import observe
+from sparseft.modeling import ModelSpec
+
+LENGTHS = (9, 5, 12, 7, 2, 12)
+
+
+def samples(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Tensor]]:
+    """Batches of one; the first third of each is prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for length in lengths:
+        ids = torch.randint(3, 96, (1, length), generator=generator)
+        labels = ids.clone()
+        labels[:, : length // 3] = -100
+        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return made
+
+
+def collected(model: nn.Module, batches: Any, together: int = 0) -> SecondOrderStatistics:
+    """The exact (dense) statistics of every linear."""
+    spec = ModelSpec.of(model)
+    found = SecondOrderStatistics(SecondOrder(num_partition=0), 0, spec.linears, torch.device("cpu"))
+    observe(model, spec.linears, batches, found, gradients=True, together=together, starting=found.starting)
+    return found
+
+
+def assert_same(left: SecondOrderStatistics, right: SecondOrderStatistics, rtol: float = 2e-5) -> None:
+    """The same modules, sources, counts and, relative to each matrix's largest entry, the same sums."""
+    assert left.sources == right.sources and left.samples == right.samples
+    (a, _), (b, _) = left.state(), right.state()
+    assert a.keys() == b.keys() and a
+    for name, value in b.items():
+        peak = float(value.abs().max())
+        torch.testing.assert_close(a[name], value, rtol=rtol, atol=rtol * peak, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def autograd(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Σ of per-sample gradients (out, in) of every linear, by plain autograd."""
+    spec = ModelSpec.of(model)
+    model.zero_grad()
+    for batch in batches:
+        model(**batch).loss.backward()
+    grads = {name: model.get_submodule(name).weight.grad.float() for name in spec.linears}
+    model.zero_grad()
+    return {name: grad.t() if name in spec.transposed else grad for name, grad in grads.items()}
+
+
+@pytest.mark.parametrize("together", [12, 24, 2048])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_a_padded_group_counts_as_its_samples_alone(make_model: Callable[..., Any], kind: str, together: int) -> None:
+    model, batches = make_model(kind), samples()
+    alone = collected(model, batches)
+    assert_same(collected(model, batches, together), alone)
+    for name, wanted in autograd(model, batches).items():
+        torch.testing.assert_close(alone.sums[name], wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    assert set(alone.samples.values()) == {len(LENGTHS)}
+    assert {h.tokens for h in (*alone.inputs.values(), *alone.gradients.values())} == {sum(LENGTHS)}
+
+
+def test_a_group_goes_through_the_model_once(make_model: Callable[..., Any]) -> None:
+    model, seen = make_model("llama"), []
+    model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    collected(model, samples(), 24)
+    assert seen == [(2, 12), (2, 9), (2, 5)]  # 12 12 | 9 7 | 5 2
+    seen.clear()
+    collected(model, samples(), 4)
+    assert len(seen) == len(LENGTHS)  # longer than the limit: alone
+
+
+def test_groups_keep_to_their_tokens_and_to_every_sample() -> None:
+    items = samples(lengths=tuple(range(2, 2 + 2 * WINDOW + 5)))
+    groups = list(groups_of(iter(items), 100))
+    for group in groups:
+        longest = max(sample["input_ids"].shape[1] for sample in group)
+        assert len(group) == 1 or len(group) * longest <= 100
+    assert sorted(id(sample) for group in groups for sample in group) == sorted(map(id, items))
+    odd = [{**items[0], "position_ids": torch.arange(2)[None]}, items[1], items[2]]
+    assert [len(group) for group in groups_of(iter(odd), 100)] == [2, 1]  # what is not plain is not padded
+    batch, kept = pad_together(items[:2])
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]] and batch["labels"][0, 2] == -100
+    assert kept is not None and kept.tolist() == [0, 1, 3, 4, 5]
+    assert pad_together(items[:1])[1] is None
+
+
+def test_left_padded_batches_are_cut_first(make_model: Callable[..., Any]) -> None:
+    model, batches = make_model("qwen2"), samples(lengths=(9, 5))
+    pad = functools.partial(nn.functional.pad, pad=(4, 0))
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    left = {k: torch.cat([batches[0][k], pad(batches[1][k], value=v)]) for k, v in fills.items()}
+    assert_same(collected(model, [left], 2048), collected(model, batches))
+
+
+def test_experts_see_one_sample_at_a_time() -> None:
+    import transformers
+
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    assert not may_share(transformers.AutoModelForCausalLM.from_config(config))
+
+
+class _Sorted(nn.Module):
+    """Gives the linear inside its tokens without the last, as a router does that drops some."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.inner = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        return torch.cat([self.inner(flat[:-1]), self.inner.weight.new_zeros(1, self.inner.out_features)]).view(x.shape)
+
+
+def test_a_linear_that_is_not_given_the_positions_is_shown_one_sample_at_a_time(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    model.model.layers[0].mlp.register_module("extra", _Sorted(nn.Linear(48, 48, bias=False)))
+    mlp = model.model.layers[0].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: plain(x) + mlp.extra(x)
+    assert may_share(model)
+    assert_same(collected(model, samples(), 2048), collected(model, samples()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("together", [0, 2048])
+def test_recomputed_activations_are_counted_once(
+    make_model: Callable[..., Any], together: int, reentrant: bool
+) -> None:
+    """transformers recomputes in training mode only, which calibration leaves; who recomputes anyway adds nothing."""
+    model, batches = make_model("llama"), samples()
+    wanted = collected(model, batches, together)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    assert_same(collected(model, batches, together), wanted, rtol=0)
+    assert model.is_gradient_checkpointing and model.training
+    model.gradient_checkpointing_disable()
+    passes = []
+    for layer in model.model.layers:
+        plain = layer.forward
+
+        def counted(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
+            passes.append(1)
+            return plain(*args, **kwargs)
+
+        layer.forward = functools.partial(checkpoint, counted, use_reentrant=reentrant)
+        if reentrant:  # takes no keyword arguments
+            layer.forward = lambda x, c=counted, **kwargs: checkpoint(
+                functools.partial(c, **kwargs), x, use_reentrant=True
+            )
+    assert_same(collected(model, batches, together), wanted, rtol=1e-6)
+    forwards = 1 if together else len(batches)
+    assert len(passes) == 2 * forwards * len(model.model.layers)  # each really went twice
+
+
+def test_bf16_is_summed_in_fp32(make_model: Callable[..., Any]) -> None:
+    """Against float64 sums over the same bf16 activations and gradients; bf16 sums would be off by 1e-2."""
+    model, batches = make_model("llama", torch.bfloat16), samples(lengths=(40,) * 8)
+    name = "model.layers.1.mlp.gate_proj"
+    module, xs, gs = model.get_submodule(name), [], []
+    found = SecondOrderStatistics(SecondOrder(num_partition=0), 0, {name: (80, 48)}, torch.device("cpu"))
+
+    def both(*shown: Any) -> None:
+        xs.append(shown[1].double())
+        gs.append(shown[3].double())
+        found(*shown)
+
+    observe(model, [name], batches, both, gradients=True, starting=found.starting)
+    assert module.weight.dtype == torch.bfloat16 and len(xs) == 8
+    x, g = torch.cat(xs), torch.cat(gs)
+    tokens = len(x)
+    for value, wanted in (
+        (found.inputs[name].to_dense(), x.t() @ x / tokens),
+        (found.gradients[name].to_dense(), g.t() @ g / tokens),
+        (found.sums[name].double(), g.t() @ x),
+    ):
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
+    assert found.sums[name].dtype == torch.float32
+
+
+# -- sums on disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 4096)
+    yield
+
+
+def test_sums_that_would_crowd_memory_go_to_files_without_a_name(
+    make_model: Callable[..., Any], tmp_path: Path, little_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = make_model("llama"), sparseft.SylvaConfig(sparsity=0.9, block_size=8)
+    mapped = sparseft.compute_selection(model, config, samples(), resume=tmp_path / "unfinished")
+    assert not list(tmp_path.rglob("*"))
+    sums = host_memory.HostSums(10**6, tmp_path)
+    assert sums.mapped
+    tensor = sums.zeros(7, 5)
+    tensor += 1
+    assert tensor.sum() == 35 and tensor.is_shared() and not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert host_memory.available_bytes() > 2**20 and not host_memory.HostSums(10**6).mapped
+    assert sparseft.compute_selection(model, config, samples()).digest() == mapped.digest()
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, little_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RunError, match=r"the summed gradients need 0\.0 GiB.*the disk has no room left"):
+        host_memory.HostSums(10**6, tmp_path).zeros(100, 100)
+    assert not list(tmp_path.iterdir())
+
+
+# -- damping ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_selection_says_how_far_the_damping_rose(
+    make_model: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = make_model("llama")
+    exact = sparseft.compute_selection(
+        model, sparseft.SylvaConfig(block_size=8, num_partition=0, damping=0.01), samples()
+    )
+    found = exact.meta["second_order"]
+    assert found["raised"] == 0 and found["matrices"] == 2 * (4 + 7)  # A shared by q, k, v and by gate, up
+    assert found["effective_damping"] == {"min": 0.01, "median": 0.01, "max": 0.01}
+    assert "more damping" not in capsys.readouterr().err
+    rough = sparseft.compute_selection(model, sparseft.SylvaConfig(block_size=8, damping=1e-9), samples())
+    found = rough.meta["second_order"]
+    assert 0 < found["raised"] <= 22 and found["effective_damping"]["max"] > found["damping"] == 1e-9
+    assert f"{found['raised']} of 22 matrices needed more damping than 1e-09" in capsys.readouterr().err
+    rough.save(tmp_path / "selection", {name: ModelSpec.of(model).linears[name] for name in rough.modules})
+    assert sparseft.Selection.load(tmp_path / "selection").meta["second_order"] == found
+    assert summary([], 0.1) == {"damping": 0.1, "matrices": 0, "raised": 0}
+
+
+def test_samples_are_split_alike_whatever_the_batches() -> None:
+    items = samples()
+    assert [s["input_ids"].shape[1] for b in items for s in split_samples(b)] == list(LENGTHS)
