@@ -30,7 +30,7 @@ class Trial:
     variant: str
     seed: int
     config: RunConfig  # output_dir: the trial's folder
-    text: str  # the config as the run's `config.yaml` holds it
+    same: Callable[[Path], bool]  # whether a run's `config.yaml` asks for the same training
 
 
 def folder_name(variant: str, seed: int) -> str:
@@ -46,7 +46,7 @@ def finished(trial: Trial) -> dict[str, Any] | None:
     folder = Path(trial.config.output_dir or "")
     if not (folder / "config.yaml").is_file():
         return None
-    if (folder / "config.yaml").read_text() != trial.text:
+    if not trial.same(folder / "config.yaml"):
         raise UserError(f"{folder} holds a run with other settings: give the benchmark another output_dir.")
     summary = folder / "summary.json"
     return json.loads(summary.read_text()) if summary.is_file() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shlex
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
 def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], folder: Path) -> list[Any]:
     """`bench.variants` × `bench.seeds`, each composed and checked before the first one runs."""
     from sparseft.bench.quality import Trial, folder_name
-    from sparseft.compose import compose, to_yaml
+    from sparseft.compose import compose
 
     made, names = [], set()
     variants = [_variant(text) for text in config.bench.variants]
@@ -91,8 +92,22 @@ def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], 
             names.add(output_dir)
             trial = compose("train", [*own, *changes, f"seed={seed}", "overwrite=true"], config_dirs)
             trial.output_dir = str(output_dir)
-            made.append(Trial(name, seed, trial, to_yaml(trial)))
+            made.append(Trial(name, seed, trial, functools.partial(_same_training, trial)))
     return made
+
+
+def _same_training(config: RunConfig, path: Path) -> bool:
+    """Whether a run's `config.yaml` says what `config` does; settings it does not name yet have their defaults."""
+    import yaml
+
+    from sparseft.compose import from_dict
+
+    try:
+        there = from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))).to_dict()
+    except (OSError, yaml.YAMLError, UserError) as error:
+        raise UserError(f"{path}: cannot be read, so it is not known what ran there ({error}).") from error
+    here = config.to_dict()
+    return {k: v for k, v in here.items() if k != "bench"} == {k: v for k, v in there.items() if k != "bench"}
 
 
 def _variant(text: str) -> tuple[str, list[str]]:
