@@ -130,6 +130,7 @@ def resumable_selection(
 
     def show(name: str, done: int, total: int, unit: str, initial: int = 0) -> None:
         if name not in bars:
+            stack.pop_all().close()  # the bar before is done
             bars[name] = stack.enter_context(console.Progress(total, name, unit, initial))
         bars[name].update(done)
         if stopped:
