@@ -47,8 +47,9 @@ format: $(STAMP) ## sort imports, format, and fix what can be fixed safely
 	@$(PY) -m ruff format .
 
 .PHONY: bench
-bench: $(STAMP) ## time and memory of a training step, all methods side by side
-	@$(VENV)/bin/sparseft bench train $(ARGS)
+bench: $(STAMP) ## time and memory of a training step against its targets, in fp32 and bf16 on the CPU
+	@$(VENV)/bin/sparseft bench train experiment=step_1024_fp32 $(ARGS)
+	@$(VENV)/bin/sparseft bench train experiment=step_1024_bf16 $(ARGS)
 
 .PHONY: install
 install: $(STAMP) ## create .venv and install, no more

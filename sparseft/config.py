@@ -100,6 +100,9 @@ class BenchConfig:
     length: int = 256  # tokens
     width: int | None = None  # with depth: a random Llama of that shape instead of the model
     depth: int | None = None  # layers
+    shape: str | None = None  # a published shape with random weights: llama-7b | llama2-7b | llama2-13b | llama3-8b
+    accumulation: int = 1  # train: forward and backward passes a step
+    targets: list[str] = field(default_factory=list)  # train: "s2ft / floor <= 1.00", ratios of median step times
     # quality: what is trained and compared, each "name: key=value …" on top of the run's own settings
     variants: list[str] = field(default_factory=lambda: [f"{m}: method={m}" for m in ("s2ft", "sylva", "lora", "full")])
     importances: list[str] = field(default_factory=lambda: ["activation", "gradient", "fisher", "sylva"])  # preprocess

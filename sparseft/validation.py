@@ -117,6 +117,7 @@ RANGES: dict[str, Rule] = {
     "bench.batch_size": AT_LEAST_1,
     "bench.length": AT_LEAST_1,
     "bench.seeds": AT_LEAST_1,
+    "bench.accumulation": AT_LEAST_1,
     "bench.samples": AT_LEAST_1,
 }
 

@@ -12,6 +12,7 @@ from running import METHODS, files, refused, sparseft
 from torch import nn
 
 from sparseft.bench.memory import AllocationCounter, SavedBytes, tensor_bytes
+from sparseft.bench.shapes import SHAPES, random_llama, random_model
 from sparseft.layers import S2ColumnLinear, S2RowLinear
 
 KIB = 1024  # of float32: 256 entries
@@ -171,7 +172,7 @@ def test_columns_save_their_slice_and_no_other_linear_anything() -> None:
     from sparseft.compose import compose
 
     config = compose("bench", ["method=s2ft", "sparsity=0.9"])
-    base = bench.random_llama(128, 2, torch.float32, seed=0)
+    base = random_llama(128, 2, torch.float32, seed=0)
     ids = torch.randint(2048, (2, 64))
     batch = {"input_ids": ids, "labels": ids}
     kept = {}
@@ -225,6 +226,55 @@ def test_a_contender_may_have_settings_of_its_own(in_tmp: Path) -> None:
     assert trainable[2] == 2 * 3 * (4 * (64 + 64) + 3 * (64 + wide)) and trainable[3] == 2 * 5 * 3 * (64 + wide)
     assert trainable[4] % 64 == 0 and trainable[4] == pytest.approx(0.1 * 2 * (4 * 64 * 64 + 3 * 64 * wide), rel=0.05)
     assert set(methods["floor"]["ratio_to"]) == {"floor", "lora rank=3", "lora rank=5 scope=mlp"}
+
+
+def test_targets_are_judged_by_the_medians(in_tmp: Path) -> None:
+    words = ["bench.methods=[floor,'s2ft d_ratio=0.1',full]", "bench.accumulation=2"]
+    targets = ["s2ft d_ratio=0.1 / full <= 100", "full / floor <= 0.01"]
+    done = sparseft(
+        in_tmp, "bench", "bench.width=64", "bench.depth=1", "bench.length=16", "bench.steps=3", *words,
+        f"bench.targets=[{','.join(map(repr, targets))}]", "output_dir=out",
+    )  # fmt: skip
+    result = json.loads((in_tmp / "out" / "bench.json").read_text())
+    methods = result["methods"]
+    found = [(entry["target"], entry["ratio"], entry["met"]) for entry in result["targets"]]
+    ratios = [methods[a]["step_seconds"] / methods[b]["step_seconds"] for a, b in (
+        ("s2ft d_ratio=0.1", "full"), ("full", "floor"))]  # fmt: skip
+    assert found == [(targets[0], pytest.approx(ratios[0]), True), (targets[1], pytest.approx(ratios[1]), False)]
+    assert f"met: {targets[0]} (measured " in done.out and f"MISSED: {targets[1]} (measured " in done.out
+    entry = methods["floor"]  # 2 x 16 tokens, twice a step
+    assert entry["tokens_per_second"] == pytest.approx(2 * 16 * 2 / entry["step_seconds"])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-7b", 6_738_415_616), ("llama2-7b", 6_738_415_616), ("llama2-13b", 13_015_864_320),
+     ("llama3-8b", 8_030_261_248)],
+)  # fmt: skip
+def test_shapes_have_as_many_parameters_as_the_published_models(name: str, parameters: int) -> None:
+    model = random_model(SHAPES[name], torch.bfloat16, seed=0, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == parameters and model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["step_1024_fp32", "step_1024_bf16", "step_llama2_7b", "step_llama3_8b"])
+def test_contenders_of_the_steps_train_equally_much(name: str) -> None:
+    """To within 2 % of each other, counted without weights."""
+    from sparseft.adapter import attach, trainable_count
+    from sparseft.bench.shapes import square_shape
+    from sparseft.bench.train import method_config
+    from sparseft.compose import compose
+    from sparseft.methods.selecting import compute_selection
+
+    config = compose("bench", [f"experiment={name}"])
+    bench = config.bench
+    shape = SHAPES[bench.shape] if bench.shape else square_shape(bench.width, bench.depth)
+    model = random_model(shape, torch.bfloat16, 0, "meta")
+    counts = {
+        method: compute_selection(model, method_config(method, config)).meta["trainable_parameters"]
+        for method in ("s2ft", "sylva")
+    }
+    counts["lora"] = trainable_count(attach(model, method_config("lora", config)))
+    assert max(counts.values()) <= 1.02 * min(counts.values()), counts
 
 
 # ---- preprocess ----
@@ -358,6 +408,11 @@ def test_wrong_comparisons(words: list[str], parts: list[str], in_tmp: Path) -> 
         (["bench.methods=[]"], ["bench.methods is empty"]),
         (["bench.methods=[lora,lora]"], ["bench.methods", "different"]),
         (["bench.width=128"], ["bench.width and bench.depth", "both or none"]),
+        (["bench.shape=lama2-7b"], ["lama2-7b", "llama2-7b"]),
+        (["bench.shape=llama2-7b", "bench.width=64", "bench.depth=1"], ["bench.shape=llama2-7b", "exclude"]),
+        (["bench.targets=['s2ft < 1']"], ["s2ft < 1", "one / other <= 1.00"]),
+        (["bench.targets=['s2tf / floor <= 1.0']"], ["s2tf", "s2ft"]),
+        (["bench.accumulation=0"], ["bench.accumulation=0"]),
         (["bench.width=100", "bench.depth=1"], ["bench.width=100", "multiple of 64"]),
         (["bench.width=0", "bench.depth=1"], ["bench.width=0"]),
         (["bench.width=64", "bench.depth=0"], ["bench.depth=0"]),

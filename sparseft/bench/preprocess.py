@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from sparseft import console
 from sparseft.bench.memory import AllocationCounter
-from sparseft.bench.train import base_model, check_length, synchronize
+from sparseft.bench.shapes import base_model, check_length, model_name
+from sparseft.bench.train import synchronize
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
 from sparseft.methods import get_method
@@ -77,7 +78,7 @@ def run(config: RunConfig, own: Any = None) -> dict[str, Any]:
     reference = statistics.median(seconds[REFERENCE])
     return {
         "benchmark": "preprocess",
-        "model": config.model.path if settings.width is None else f"llama {settings.width}x{settings.depth}",
+        "model": model_name(config),
         "parameters": parameters,
         "dtype": dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

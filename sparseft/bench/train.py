@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from sparseft import console
 from sparseft.adapter import attach, trainable_count, trainable_parameters
+from sparseft.bench import targets
 from sparseft.bench.memory import AllocationCounter, SavedBytes, tensor_bytes
+from sparseft.bench.shapes import base_model, check_length, model_name
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.methods import get_method
-from sparseft.modeling import load_model, resolve_device
+from sparseft.modeling import resolve_device
 from sparseft.optimizer import SparseAdamW
 
 FLOOR = "floor"
@@ -42,27 +44,6 @@ class Contender:
     seconds: list[float] = field(default_factory=list)
     saved_bytes: int = 0
     peak_bytes: int = 0
-
-
-def random_llama(width: int, depth: int, dtype: torch.dtype, seed: int) -> nn.Module:
-    """A Llama of `width` × `depth` with random weights, heads of 64 and a vocabulary of 2,048."""
-    import transformers
-
-    if width < 64 or width % 64:
-        raise UserError(f"bench.width={width}: expected a multiple of 64, as the heads are 64 wide.")
-    if depth < 1:
-        raise UserError(f"bench.depth={depth}: expected at least 1 layer.")
-    config = transformers.LlamaConfig(
-        hidden_size=width,
-        intermediate_size=-(-width * 8 // 3 // 64) * 64,
-        num_hidden_layers=depth,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        vocab_size=2048,
-        max_position_embeddings=8192,
-    )
-    torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def method_config(name: str, config: RunConfig, own: Mapping[str, Any] | None = None) -> Any:
@@ -109,9 +90,10 @@ def contender(entry: str, base: nn.Module, config: RunConfig, own: Mapping[str, 
     return Contender(entry, model, optimizer, trainable_count(model))
 
 
-def step(c: Contender, batch: dict[str, Tensor]) -> None:
-    """One optimizer step: forward, backward, update (the floor has no update)."""
-    c.model(**batch, use_cache=False).loss.backward()
+def step(c: Contender, batch: dict[str, Tensor], accumulation: int = 1) -> None:
+    """One optimizer step: `accumulation` times forward and backward, then the update (the floor has none)."""
+    for _ in range(accumulation):
+        c.model(**batch, use_cache=False).loss.backward()
     if c.optimizer is not None:
         c.optimizer.step()
         c.optimizer.zero_grad(set_to_none=True)
@@ -123,7 +105,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_memory(c: Contender, batch: dict[str, Tensor], device: torch.device) -> None:
+def measure_memory(c: Contender, batch: dict[str, Tensor], device: torch.device, accumulation: int = 1) -> None:
     """Saved bytes of a forward pass, and the peak of a step: the method's resident tensors plus what the step adds."""
     saved = SavedBytes(c.model)
     with saved.counting():
@@ -140,12 +122,12 @@ def measure_memory(c: Contender, batch: dict[str, Tensor], device: torch.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step(c, batch)
+        step(c, batch, accumulation)
         synchronize(device)
         c.peak_bytes = resident + torch.cuda.max_memory_allocated(device) - before
     else:
         with AllocationCounter() as counter:
-            step(c, batch)
+            step(c, batch, accumulation)
         c.peak_bytes = resident + counter.peak
 
 
@@ -155,6 +137,8 @@ def run(config: RunConfig, own: Mapping[str, Mapping[str, Any]] | None = None) -
     own: settings of single entries of `bench.methods`, by entry.
     """
     settings = config.bench
+    for target in settings.targets:
+        targets.parse(target, settings.methods)
     device = resolve_device(config.hardware.device)
     if len(set(settings.methods)) != len(settings.methods) or not settings.methods:
         raise UserError("bench.methods: expected one or more different methods.")
@@ -169,7 +153,9 @@ def run(config: RunConfig, own: Mapping[str, Mapping[str, Any]] | None = None) -
     parameters = sum(p.numel() for p in base.parameters())
     dtype = str(base.dtype).removeprefix("torch.")
     del base
-    shape = f"{settings.batch_size} x {settings.length} tokens"
+    shape = f"{settings.batch_size} x {settings.length} tokens" + (
+        f" x {settings.accumulation}" if settings.accumulation > 1 else ""
+    )
     console.log(f"bench: {parameters:,} parameters, {dtype} on {device}, {shape}")
     rounds = settings.warmup_steps + settings.steps
     with console.Progress(rounds, "bench", unit="round") as progress:
@@ -177,47 +163,28 @@ def run(config: RunConfig, own: Mapping[str, Mapping[str, Any]] | None = None) -
             for c in contenders:
                 synchronize(device)
                 start = time.perf_counter()
-                step(c, batch)
+                step(c, batch, settings.accumulation)
                 synchronize(device)
                 if turn >= settings.warmup_steps:
                     c.seconds.append(time.perf_counter() - start)
             progress.update(turn + 1)
     for c in contenders:
-        measure_memory(c, batch, device)
+        measure_memory(c, batch, device, settings.accumulation)
+    tokens = settings.batch_size * settings.length * settings.accumulation
+    methods = {c.name: row(c, contenders, tokens) for c in contenders}
     return {
         "benchmark": "train",
-        "model": config.model.path if settings.width is None else f"llama {settings.width}x{settings.depth}",
+        "model": model_name(config),
         "parameters": parameters,
         "dtype": dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "batch_size": settings.batch_size,
         "length": settings.length,
+        "accumulation": settings.accumulation,
         "steps": settings.steps,
-        "methods": {c.name: row(c, contenders, settings.batch_size * settings.length) for c in contenders},
+        "methods": methods,
+        "targets": targets.judge(settings.targets, methods),
     }
-
-
-def check_length(config: RunConfig, model: nn.Module) -> None:
-    """Refuses a `bench.length` that the model cannot take."""
-    length = config.bench.length
-    if length < 2:
-        raise UserError(f"bench.length={length}: expected at least 2 tokens, as the first predicts the second.")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and length > limit:
-        raise UserError(f"bench.length={length}: the model's context is {limit} tokens.")
-
-
-def base_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """The run's model, or the random Llama of `bench.width` and `bench.depth`."""
-    if (config.bench.width is None) != (config.bench.depth is None):
-        raise UserError("bench.width and bench.depth make a random Llama together: give both or none.")
-    if config.bench.width is None or config.bench.depth is None:
-        import transformers
-
-        transformers.logging.disable_progress_bar()
-        return load_model(config.model, device)
-    dtypes = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return random_llama(config.bench.width, config.bench.depth, dtypes[config.model.dtype], config.seed).to(device)
 
 
 def row(c: Contender, contenders: Sequence[Contender], tokens: int) -> dict[str, Any]:

@@ -174,8 +174,12 @@ def _render_train(result: dict[str, Any]) -> None:
         )
     title = (
         f"Training step: {result['model']}, {result['parameters']:,} parameters, {result['dtype']} on "
-        f"{result['device']}, {result['batch_size']} x {result['length']} tokens, median of {result['steps']}"
+        f"{result['device']}, {result['batch_size']} x {result['length']} tokens"
+        + (f" x {result['accumulation']}" if result["accumulation"] > 1 else "")
+        + f", median of {result['steps']}"
     )
     ratios = [f"÷ {other}" for other in references]
     columns = ["method", "step ms", *ratios, "tokens/s", "peak MiB", "saved MiB", "trainable"]
     console.table(title, columns, rows)
+    for entry in result["targets"]:
+        print(f"{'met' if entry['met'] else 'MISSED'}: {entry['target']} (measured {entry['ratio']:.3f})")

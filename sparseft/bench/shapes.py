@@ -1,0 +1,92 @@
+"""Models for benchmarks: the run's own, or a Llama of a published shape with random weights, without download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparseft.config import RunConfig
+from sparseft.errors import UserError, nearest
+from sparseft.modeling import load_model
+
+# As in the checkpoints' config.json; heads are 128 wide.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                 "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048},
+    "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                  "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096},
+    "llama2-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+                   "num_key_value_heads": 40, "vocab_size": 32000, "max_position_embeddings": 4096},
+    "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                  "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192},
+}  # fmt: skip
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def random_model(shape: dict[str, Any], dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> nn.Module:
+    """A Llama of `shape` (fields of its config) with random weights, made on `device`."""
+    import transformers
+
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape), dtype=dtype)
+
+
+def random_llama(width: int, depth: int, dtype: torch.dtype, seed: int) -> nn.Module:
+    """A Llama of `width` × `depth` with random weights, heads of 64 and a vocabulary of 2,048."""
+    return random_model(square_shape(width, depth), dtype, seed)
+
+
+def square_shape(width: int, depth: int) -> dict[str, Any]:
+    """The shape of a `width` × `depth` Llama, with heads of 64, an MLP of 8/3 the width and a vocabulary of 2,048."""
+    if width < 64 or width % 64:
+        raise UserError(f"bench.width={width}: expected a multiple of 64, as the heads are 64 wide.")
+    if depth < 1:
+        raise UserError(f"bench.depth={depth}: expected at least 1 layer.")
+    return {
+        "hidden_size": width,
+        "intermediate_size": -(-width * 8 // 3 // 64) * 64,
+        "num_hidden_layers": depth,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 64,
+        "vocab_size": 2048,
+        "max_position_embeddings": 8192,
+    }
+
+
+def base_model(config: RunConfig, device: torch.device) -> nn.Module:
+    """The run's model, or the random Llama of `bench.shape`, or of `bench.width` and `bench.depth`."""
+    bench = config.bench
+    if (bench.width is None) != (bench.depth is None):
+        raise UserError("bench.width and bench.depth make a random Llama together: give both or none.")
+    if bench.shape is not None:
+        if bench.shape not in SHAPES:
+            raise UserError(f"bench.shape={bench.shape}: unknown.{nearest(bench.shape, SHAPES)}")
+        if bench.width is not None:
+            raise UserError(f"bench.shape={bench.shape} and bench.width={bench.width} exclude each other.")
+        return random_model(SHAPES[bench.shape], DTYPES[config.model.dtype], config.seed, device)
+    if bench.width is not None and bench.depth is not None:
+        return random_llama(bench.width, bench.depth, DTYPES[config.model.dtype], config.seed).to(device)
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    return load_model(config.model, device)
+
+
+def model_name(config: RunConfig) -> str:
+    """What was measured: a path, or a random model's shape."""
+    if config.bench.shape is not None:
+        return f"{config.bench.shape}, random weights"
+    return config.model.path if config.bench.width is None else f"llama {config.bench.width}x{config.bench.depth}"
+
+
+def check_length(config: RunConfig, model: nn.Module) -> None:
+    """Refuses a `bench.length` that the model cannot take."""
+    length = config.bench.length
+    if length < 2:
+        raise UserError(f"bench.length={length}: expected at least 2 tokens, as the first predicts the second.")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and length > limit:
+        raise UserError(f"bench.length={length}: the model's context is {limit} tokens.")
