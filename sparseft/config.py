@@ -103,11 +103,11 @@ class BenchConfig:
     shape: str | None = None  # a published shape with random weights: llama-7b | llama2-7b | llama2-13b | llama3-8b
     accumulation: int = 1  # train: forward and backward passes a step
     targets: list[str] = field(default_factory=list)  # train: "s2ft / floor <= 1.00", ratios of median step times
-    # quality: what is trained and compared, each "name: key=value …" on top of the run's own settings
-    variants: list[str] = field(default_factory=lambda: [f"{m}: method={m}" for m in ("s2ft", "sylva", "lora", "full")])
     importances: list[str] = field(default_factory=lambda: ["activation", "gradient", "fisher", "sylva"])  # preprocess
     samples: int = 8  # preprocess: calibration examples
     seeds: int = 3  # quality: runs a variant
+    # quality: what is trained and compared, each "name: key=value …" on top of the run's own settings
+    variants: list[str] = field(default_factory=lambda: [f"{m}: method={m}" for m in ("s2ft", "sylva", "lora", "full")])
 
 
 @dataclass

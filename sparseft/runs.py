@@ -45,8 +45,8 @@ OWN_FILES = (
     ".*.partial selection/.*.partial adapter/.*.partial eval/.*.partial eval/before/.*.partial"
 ).split()
 # Whole, as they are: checkpoints, and what a crash left of a folder being replaced.
-OWN_FOLDERS = ("checkpoints/checkpoint-*", ".selection.*", ".adapter.*", "checkpoints/.partial-*", "checkpoints/best")
-INSIDE = re.compile(r"adapter|selection|eval|before|best|checkpoints|checkpoint-\d+")  # folders inside a run
+OWN_FOLDERS = ("checkpoints/checkpoint-*", ".selection.*", ".adapter.*", "checkpoints/.partial-*", "checkpoints/.best")
+INSIDE = re.compile(r"adapter|selection|eval|before|checkpoints|checkpoint-\d+")  # folders inside a run
 CONTAINERS = ("selection", "adapter", "eval/before", "eval", "checkpoints")  # removed once empty
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "lm_eval", "deepspeed", "triton", "safetensors")
@@ -189,7 +189,7 @@ def _delete_run(run: Path) -> None:
             if path.is_symlink():
                 path.unlink()
             elif path.is_dir() and re.fullmatch(
-                r"checkpoint-\d+|best|\.partial-.+|\.(selection|adapter)\..+", path.name
+                r"checkpoint-\d+|\.best|\.partial-.+|\.(selection|adapter)\..+", path.name
             ):
                 shutil.rmtree(path)
     for part in CONTAINERS:

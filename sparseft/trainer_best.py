@@ -1,4 +1,4 @@
-"""The best evaluation of a run: its adapter is kept in `checkpoints/best/` and is the one that is left at the end.
+"""The best evaluation of a run: its adapter is kept in `checkpoints/.best/` and is the one that is left at the end.
 
 Checkpoints carry a copy, so that a resumed run knows the best up to where it goes on, not one from its lost future.
 """
@@ -20,7 +20,7 @@ from sparseft import console
 from sparseft.runs import write_json
 from sparseft.trainer_checkpoints import load_trained
 
-BEST = "best"
+BEST = ".best"
 NOTE = "best.json"
 
 
@@ -48,7 +48,7 @@ def read_best(folder: Path) -> Evaluation | None:
 
 
 def copy_best(source: Path, target: Path) -> None:
-    """Makes `target/best` what `source/best` is, also where that is nothing; files are linked where they can be."""
+    """Makes `target/.best` what `source/.best` is, also where that is nothing; files are linked where they can be."""
     shutil.rmtree(target / BEST, ignore_errors=True)
     if (source / BEST).is_dir():
         shutil.copytree(source / BEST, target / BEST, copy_function=_link_or_copy)

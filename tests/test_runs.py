@@ -132,6 +132,7 @@ def test_overwrite_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
         "eval/before/mmlu.json",
         ".summary.json.12-ab.partial",
         "checkpoints/.partial-k2x9/checkpoint-20/optimizer.pt",
+        "checkpoints/.best/adapter/adapter_model.safetensors",
         ".adapter.k2x9/adapter_model.safetensors",
     ]
     mine = [

@@ -65,7 +65,7 @@ def clean(previous: Previous) -> None:
     """Removes what a crash left of a checkpoint that was being written, and a best adapter that none of them knows."""
     folder = previous.folder / "checkpoints"
     if previous.checkpoint is None:
-        shutil.rmtree(folder / "best", ignore_errors=True)
+        shutil.rmtree(folder / ".best", ignore_errors=True)
     for partial in folder.glob(".partial-*"):
         shutil.rmtree(partial)
 
