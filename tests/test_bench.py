@@ -324,6 +324,15 @@ def test_quality_trains_only_the_trials_that_are_missing(compared: tuple[Path, d
     assert "holds a run with other settings" in message and "output_dir" in message
 
 
+def test_names_of_variants_may_hold_anything(in_tmp: Path) -> None:
+    variants = "bench.variants=['α|β [red]/\"x\": method=s2ft','γ: method=lora','!: method=full']"
+    result = sparseft(in_tmp, *TRIALS, variants, "bench.seeds=1", "trainer.max_steps=1", "--json").json
+    assert list(result["variants"]) == ['α|β [red]/"x"', "γ", "!"]
+    assert {path.name for path in (in_tmp / "out/runs").iterdir()} == {"α-β-red-x-seed0", "γ-seed0", "variant-seed0"}
+    rows = [line for line in (in_tmp / "out/bench.md").read_text().splitlines() if line.startswith("|")]
+    assert {line.replace(r"\|", "").count("|") for line in rows} == {9}
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -334,6 +343,7 @@ def test_quality_trains_only_the_trials_that_are_missing(compared: tuple[Path, d
         (["bench.variants=['a: method=lora seed=3']"], ["'a' sets seed"]),
         (["bench.variants=['a: method=lora','A: method=full']"], ["two variants", "'A'"]),
         (["bench.variants=['a: method.block_sice=8']"], ["block_sice", "block_size"]),
+        (["bench.variants=['a: method=lora','b: dataset.train_path=gone.json']"], ["gone.json"]),
         (["dataset.eval_fraction=0"], ["dataset.eval_path", "held-out"]),
         (["bench.seeds=0"], ["bench.seeds=0"]),
     ],

@@ -91,6 +91,7 @@ def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], 
             names.add(output_dir)
             trial = compose("train", [*own, *changes, f"seed={seed}", "overwrite=true"], config_dirs)
             trial.output_dir = str(output_dir)
+            checks.check_data(trial)
             made.append(Trial(name, seed, trial, to_yaml(trial)))
     return made
 
