@@ -324,6 +324,15 @@ def test_quality_trains_only_the_trials_that_are_missing(compared: tuple[Path, d
     assert "holds a run with other settings" in message and "output_dir" in message
 
 
+def test_interrupted_quality_says_how_to_go_on(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_config: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparseft.commands.bench._train", interrupted)
+    done = sparseft(in_tmp, *TRIALS[:-1], VARIANTS, code=130)
+    assert "the same command with output_dir=outputs/bench-" in done.err and done.out == ""
+
+
 def test_names_of_variants_may_hold_anything(in_tmp: Path) -> None:
     variants = "bench.variants=['α|β [red]/\"x\": method=s2ft','γ: method=lora','!: method=full']"
     result = sparseft(in_tmp, *TRIALS, variants, "bench.seeds=1", "trainer.max_steps=1", "--json").json

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparseft import __version__, console
@@ -23,6 +24,7 @@ from sparseft.data import calibration_batches, load_datasets
 from sparseft.data.batches import padding_id
 from sparseft.errors import UserError
 from sparseft.importance.resuming import saved_samples
+from sparseft.kernels.dispatch import kernel_for
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import (
     ModelSpec,
@@ -54,6 +56,7 @@ def prepare(config: RunConfig) -> Prepared:
 
     transformers.logging.disable_progress_bar()
     device = resolve_device(config.hardware.device)
+    kernel_for(torch.empty(0, device=device))  # an unusable SPARSEFT_KERNELS is said before anything is computed
     tokenizer = load_tokenizer(config.model)
     data = load_datasets(
         config.dataset,
