@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import signal
 import threading
@@ -104,6 +105,7 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
         else:
             console.log(f"selection: cached, {path}")
             return Selected(selection, path, True, time.perf_counter() - start)
+    _check_writable(config.cache_dir, path)
     method = config.method
     batches = None
     total = None
@@ -122,6 +124,14 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
     seconds = time.perf_counter() - start
     console.log(f"selection: computed in {seconds:.1f} s, kept in {path}")
     return Selected(selection, path, False, seconds)
+
+
+def _check_writable(cache_dir: str, path: Path) -> None:
+    """Refuses a cache folder that could not be made or written, before the work whose result belongs there."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        reason = "cannot be written" if there.is_dir() else "is no folder"
+        raise UserError(f"cache_dir={cache_dir}: {there} {reason}.")
 
 
 def resumable_selection(
