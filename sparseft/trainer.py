@@ -167,7 +167,9 @@ class Trainer(transformers.Trainer):
     ) -> dict[str, float]:
         """`{"eval_loss": …}`: the mean loss over all labelled tokens of the evaluation set; with `eval_score` where
         there is one."""
-        with self.clock.paused():
+        # A loader draws a seed whenever it is iterated over; the training's dropout is not to depend on that.
+        cuda = [self.args.device] if self.args.device.type == "cuda" else []
+        with self.clock.paused(), torch.random.fork_rng(devices=cuda):
             metrics = {f"{metric_key_prefix}_loss": self._evaluation_loss(eval_dataset)}
             if self.score is not None:
                 metrics[f"{metric_key_prefix}_score"] = self.score()

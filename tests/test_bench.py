@@ -374,6 +374,24 @@ def test_quality_trains_only_the_trials_that_are_missing(compared: tuple[Path, d
     assert "holds a run with other settings" in message and "output_dir" in message
 
 
+def test_interrupted_quality_says_how_to_go_on(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_config: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparseft.commands.bench._train", interrupted)
+    done = sparseft(in_tmp, *TRIALS[:-1], VARIANTS, code=130)
+    assert "the same command with output_dir=outputs/bench-" in done.err and done.out == ""
+
+
+def test_names_of_variants_may_hold_anything(in_tmp: Path) -> None:
+    variants = "bench.variants=['α|β [red]/\"x\": method=s2ft','γ: method=lora','!: method=full']"
+    result = sparseft(in_tmp, *TRIALS, variants, "bench.seeds=1", "trainer.max_steps=1", "--json").json
+    assert list(result["variants"]) == ['α|β [red]/"x"', "γ", "!"]
+    assert {path.name for path in (in_tmp / "out/runs").iterdir()} == {"α-β-red-x-seed0", "γ-seed0", "variant-seed0"}
+    rows = [line for line in (in_tmp / "out/bench.md").read_text().splitlines() if line.startswith("|")]
+    assert {line.replace(r"\|", "").count("|") for line in rows} == {9}
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -384,6 +402,7 @@ def test_quality_trains_only_the_trials_that_are_missing(compared: tuple[Path, d
         (["bench.variants=['a: method=lora seed=3']"], ["'a' sets seed"]),
         (["bench.variants=['a: method=lora','A: method=full']"], ["two variants", "'A'"]),
         (["bench.variants=['a: method.block_sice=8']"], ["block_sice", "block_size"]),
+        (["bench.variants=['a: method=lora','b: dataset.train_path=gone.json']"], ["gone.json"]),
         (["dataset.eval_fraction=0"], ["dataset.eval_path", "held-out"]),
         (["bench.seeds=0"], ["bench.seeds=0"]),
     ],

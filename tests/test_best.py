@@ -105,6 +105,19 @@ def test_a_resumed_run_keeps_the_same_best(step: int, data: Path, model_folder: 
     assert summary(short)["best_step"] == min(range(1, step + 1), key=lambda at: seen[at])
 
 
+def test_evaluations_leave_training_as_it_is(data: Path, model_folder: Any, tmp_path: Path) -> None:
+    """The losses of a method with dropout are the same, however often the run is evaluated."""
+    words = ["train", *on(model_folder(), data), *METHODS["lora"], "method.dropout=0.5", "trainer.max_steps=6"]
+    words += ["dataset.eval_fraction=0.25", "trainer.logging_steps=1", "trainer.learning_rate=1e-2"]
+    seen = []
+    for name, more in (("never", []), ("always", ["trainer.eval_steps=1"]), ("best", ["trainer.eval_steps=2"])):
+        if name == "best":
+            more.append("trainer.keep_best=true")
+        sparseft(data.parent, *words, *more, f"output_dir={tmp_path / name}")
+        seen.append([line["loss"] for line in metrics(tmp_path / name) if "loss" in line])
+    assert len(seen[0]) == 6 and seen[0] == seen[1] == seen[2]
+
+
 # ---- a task that judges ----
 
 JUDGED = ("train", "method=s2ft", "sparsity=0.9", "dataset.max_examples=24", "dataset.eval_fraction=0.2", "seed=1",

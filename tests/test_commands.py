@@ -266,6 +266,13 @@ def test_preprocess_prints_where_the_selection_lies(
     assert f"selection: cached, {preprocessed['selection']}" in again.err
 
 
+def test_a_cache_that_cannot_be_is_refused_before_scoring(in_tmp: Path) -> None:
+    (in_tmp / "taken").write_text("")
+    done = sparseft(in_tmp, "preprocess", "cache_dir=taken/cache", code=2)
+    assert "error: cache_dir=taken/cache: " in done.err and done.err.rstrip().endswith("taken is no folder.")
+    assert "calibrate" not in done.err and files(in_tmp) == {"taken"}
+
+
 def test_train_uses_what_preprocess_left(world: Path, preprocessed: dict[str, Any], model_folder: Any) -> None:
     words = [*on(model_folder(), world / "pairs.jsonl"), *METHODS["sylva"], "cache_dir=cache", "trainer.max_steps=1"]
     done = sparseft(world, "train", "--json", *words, "output_dir=reused", "trainer.learning_rate=3e-4")

@@ -71,6 +71,7 @@ def autograd(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Te
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_a_padded_group_counts_as_its_samples_alone(make_model: Callable[..., Any], kind: str, together: int) -> None:
     model, batches = make_model(kind), samples()
+    assert may_share(model)
     alone = collected(model, batches)
     assert_same(collected(model, batches, together), alone)
     for name, wanted in autograd(model, batches).items():

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from running import files, refused
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -285,6 +286,15 @@ def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_blocks_triton", lambda: None)
     with pytest.raises(UserError, match="triton cannot be imported"):
         dispatch.kernel_for(x)
+
+
+@pytest.mark.parametrize("value", ["tritn", "triton"])
+def test_a_choice_that_cannot_be_had_leaves_nothing(value: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEFT_KERNELS", value)
+    monkeypatch.setattr(blocks_triton, "INTERPRETED", False)
+    message = refused(in_tmp, "train", "method=sylva", "hardware=cpu", "trainer.max_steps=1")
+    assert message.startswith(f"SPARSEFT_KERNELS={value}: ")
+    assert files(in_tmp) == set()
 
 
 def test_without_triton() -> None:

@@ -35,7 +35,8 @@ class Trial:
 
 def folder_name(variant: str, seed: int) -> str:
     """A trial's folder: the variant's name without what file systems and shells dislike."""
-    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', variant).strip('-').lower()}-seed{seed}"
+    name = re.sub(r"[^\w.]+", "-", variant).strip("-").lower()
+    return f"{name or 'variant'}-seed{seed}"
 
 
 def finished(trial: Trial) -> dict[str, Any] | None:
@@ -122,7 +123,7 @@ def markdown(result: dict[str, Any]) -> str:
         "| " + " | ".join(COLUMNS) + " |",
         "| --- " * len(COLUMNS) + "|",
     ]
-    lines += ["| " + " | ".join(row) + " |" for row in table(result)]
+    lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in table(result)]
     return "\n".join(lines) + "\n"
 
 

@@ -33,7 +33,11 @@ def run(
     module = importlib.import_module(f"sparseft.bench.{what}")
     if what == "quality":
         folder = Path(config.output_dir) if config.output_dir else Path(runs.OUTPUTS, f"bench-{runs.timestamp()}")
-        result = module.run(config, trials(config, words, config_dirs, folder / "runs"), _train)
+        try:
+            result = module.run(config, trials(config, words, config_dirs, folder / "runs"), _train)
+        except KeyboardInterrupt:
+            console.log(f"bench: what is done is kept; the same command with output_dir={folder} goes on from there")
+            raise
     else:
         result = module.run(config, own_settings(config.bench.methods))
         folder = Path(config.output_dir) if config.output_dir else runs.new_folder(f"bench-{runs.timestamp()}")
@@ -92,6 +96,7 @@ def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], 
             names.add(output_dir)
             trial = compose("train", [*own, *changes, f"seed={seed}", "overwrite=true"], config_dirs)
             trial.output_dir = str(output_dir)
+            checks.check_data(trial)
             made.append(Trial(name, seed, trial, functools.partial(_same_training, trial)))
     return made
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import signal
 import threading
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparseft import __version__, console
@@ -23,6 +25,7 @@ from sparseft.data import calibration_batches, load_datasets
 from sparseft.data.batches import padding_id
 from sparseft.errors import UserError
 from sparseft.importance.resuming import saved_samples
+from sparseft.kernels.dispatch import kernel_for
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import (
     ModelSpec,
@@ -54,6 +57,7 @@ def prepare(config: RunConfig) -> Prepared:
 
     transformers.logging.disable_progress_bar()
     device = resolve_device(config.hardware.device)
+    kernel_for(torch.empty(0, device=device))  # an unusable SPARSEFT_KERNELS is said before anything is computed
     tokenizer = load_tokenizer(config.model)
     data = load_datasets(
         config.dataset,
@@ -101,6 +105,7 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
         else:
             console.log(f"selection: cached, {path}")
             return Selected(selection, path, True, time.perf_counter() - start)
+    _check_writable(config.cache_dir, path)
     method = config.method
     batches = None
     total = None
@@ -119,6 +124,14 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
     seconds = time.perf_counter() - start
     console.log(f"selection: computed in {seconds:.1f} s, kept in {path}")
     return Selected(selection, path, False, seconds)
+
+
+def _check_writable(cache_dir: str, path: Path) -> None:
+    """Refuses a cache folder that could not be made or written, before the work whose result belongs there."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        reason = "cannot be written" if there.is_dir() else "is no folder"
+        raise UserError(f"cache_dir={cache_dir}: {there} {reason}.")
 
 
 def resumable_selection(

@@ -23,6 +23,9 @@ Sample = dict[str, Tensor]  # batches of one, without padding
 WINDOW = 32
 # A group's logits in float32 stay below 512 MiB, whatever the vocabulary.
 LOGIT_ELEMENTS = 2**27
+# Losses that are the mean cross-entropy of the next token: transformers' own of every "…ForCausalLM", and of those
+# classes whose names do not say so.
+USUAL_LOSS, USUAL_CLASSES = "ForCausalLM", ("GPT2LMHeadModel",)
 FILL = {"input_ids": 0, "attention_mask": 0, "labels": -100}
 
 
@@ -51,7 +54,7 @@ def may_share(model: nn.Module) -> bool:
     Not where experts are (padding would be routed to them, and their inputs do not tell samples apart), nor where the
     model's loss is another than the usual one, which is computed here for each sample apart.
     """
-    if getattr(model, "loss_type", None) != "ForCausalLM":
+    if getattr(model, "loss_type", None) != USUAL_LOSS and type(model).__name__ not in USUAL_CLASSES:
         return False
     return not any("expert" in name or stacks(m) or other_stacks(m) for name, m in model.named_modules())
 
