@@ -364,7 +364,7 @@ def test_quality_trains_only_the_trials_that_are_missing(compared: tuple[Path, d
     kept, lost = (folder / f"out/runs/{name}/summary.json" for name in ("lora-seed0", "lora-seed1"))
     lost.unlink()
     before = kept.stat().st_mtime_ns
-    again = sparseft(folder, *TRIALS, VARIANTS)
+    again = sparseft(folder, *TRIALS, VARIANTS, "cache_dir=other", "bench.steps=7")
     assert "3 of 4 runs are there from before" in again.err and "Held-out loss: bundled:tiny" in again.out
     assert kept.stat().st_mtime_ns == before and lost.is_file()
     stored = json.loads((folder / "out/bench.json").read_text())["variants"]
