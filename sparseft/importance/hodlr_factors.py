@@ -174,8 +174,7 @@ class Hierarchy:
         for columns in self._chunks(v, QUADRATIC_ELEMENTS):
             part = v[:, columns]
             # Gradients may be so small that their squares vanish in float32: each column is taken in units of its peak.
-            low, high = part.aminmax(dim=0)
-            peak = torch.maximum(-low, high)
+            peak = torch.maximum(-part.amin(0), part.amax(0))  # aminmax takes nine times as long
             peak = torch.where(peak != 0, peak, 1)  # a peak of NaN stays one
             total[columns] = inner(part, peak).double() * peak.double().square()
         return total
