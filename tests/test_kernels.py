@@ -99,11 +99,10 @@ def test_gradients_equal_the_dense_product(
         found = reference.columns_gradient(grad, x[:, index])
     else:
         found = reference.blocks_gradient(grad, x, index[:, 0], index[:, 1], size)
-        monkeypatch.setattr(reference, "SMALL_BATCH", 0)
-        for own in (0, reference.OWN_PRODUCT):  # a product a block, where they are scattered; a product a group
-            monkeypatch.setattr(reference, "OWN_PRODUCT", own)
-            grouped = reference.grouped_blocks_gradient(grad, x, index[:, 0], index[:, 1], size)
-            torch.testing.assert_close(grouped, found, rtol=1e-12, atol=1e-12)
+        for constant, value in (("GATHERED_CPU", 1), ("OWN_PRODUCT", 0)):  # block by block; a product each
+            monkeypatch.setattr(reference, constant, value)
+            again = reference.blocks_gradient(grad, x, index[:, 0], index[:, 1], size)
+            torch.testing.assert_close(again, found, rtol=1e-12, atol=1e-12)
     expected = torch.zeros(reference.values_shape(kind, index, (rows, columns), size), dtype=torch.float64)
     for position, r, c in entries(kind, index, (rows, columns), size):
         expected[position] = dense[r, c]
@@ -112,39 +111,39 @@ def test_gradients_equal_the_dense_product(
     assert not found[expected == 0].any() or tokens == 0
 
 
-@pytest.mark.parametrize(("small", "own"), [(0, 2**15), (2**20, 2**15), (0, 0)])
+@pytest.mark.parametrize("at_once", [1, 2, 64])
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize(
-    ("size", "dtype", "tolerance"),
-    [
-        (4, torch.float64, 1e-12),
-        (4, torch.bfloat16, 1e-6),  # narrow: in fp32
-        (32, torch.float32, 1e-6),
-        (32, torch.bfloat16, 1e-2),  # the result is rounded to bf16
-    ],
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)],
 )
+@pytest.mark.parametrize("size", [4, 32])
 @pytest.mark.parametrize("index", [[[2, 0], [0, 0], [1, 0]], [[1, 3], [1, 0], [1, 2]], [[0, 3], [2, 1]]])
-def test_grouped_by_rows_or_by_columns(
+def test_blocks_at_once_or_by_themselves(
     index: list[list[int]],
     size: int,
     dtype: torch.dtype,
     tolerance: float,
-    small: int,
-    own: int,
+    own: bool,
+    at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Fewer block columns, fewer block rows, as many of both; edge blocks on both sides. The last are scattered: with
-    `own` 0 each has a product of its own."""
-    monkeypatch.setattr(reference, "SMALL_BATCH", small)
-    monkeypatch.setattr(reference, "OWN_PRODUCT", own)
+    """Blocks of one column, of one row, scattered; edge blocks on both sides; operands that are not contiguous."""
+    tokens = 6
+    monkeypatch.setattr(reference, "GATHERED_CPU", at_once * tokens * size)
+    for constant in ("OWN_PRODUCT", "OWN_PRODUCT_HALF"):
+        monkeypatch.setattr(reference, constant, 0 if own else 2**40)
     torch.manual_seed(0)
-    grad, x = torch.randn(6, 3 * size - 1).to(dtype), torch.randn(6, 4 * size - 2).to(dtype)
+    grad = torch.randn(3 * size - 1, tokens).to(dtype).t()
+    x = torch.randn(2 * tokens, 4 * size - 2).to(dtype)[::2]
     rows, columns = torch.tensor(index).unbind(1)
-    found = reference.grouped_blocks_gradient(grad, x, rows, columns, size)
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    expected = reference.blocks_gradient(grad.double(), x.double(), rows, columns, size)
-    if small and dtype == torch.bfloat16:
-        tolerance = 1e-2
+    found = reference.blocks_gradient(grad, x, rows, columns, size)
+    assert found.dtype == dtype and found.is_contiguous()
+    dense = torch.zeros(3 * size, 4 * size, dtype=torch.float64)
+    dense[:-1, :-2] = grad.double().t() @ x.double()
+    expected = torch.stack([dense[r * size : (r + 1) * size, c * size : (c + 1) * size] for r, c in index])
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+    assert not found[expected == 0].any()
 
 
 def test_to_blocks_pads_the_last_block_with_zeros() -> None:

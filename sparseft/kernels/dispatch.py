@@ -84,8 +84,7 @@ def _blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_c
     kernel = kernel_for(x)
     if kernel is not None:
         return kernel.blocks_gradient(grad_output, x, block_rows, block_columns, size)
-    plain = reference.grouped_blocks_gradient if x.device.type == "cpu" else reference.blocks_gradient
-    return plain(grad_output, x, block_rows, block_columns, size).float()
+    return reference.blocks_gradient(grad_output, x, block_rows, block_columns, size).float()
 
 
 @torch.library.custom_op("sparseft::blocks_gradient", mutates_args=())

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 KINDS = ("rows", "columns", "blocks")
 
-# On the CPU: fewer entries in a batched product's gathered operand fit in the cache, so that the batch is faster; and
-# half precision products with a narrower side than this take longer than in fp32, casts included.
-SMALL_BATCH, NARROW = 2**20, 32
-# From so many entries on, a block's operands are worth a product of their own, without gathering them first.
-OWN_PRODUCT = 2**15
+# From so many entries on, a block's operands are worth a product of their own on the CPU, without gathering them first;
+# in half precision, where a product costs more before it starts, later.
+OWN_PRODUCT, OWN_PRODUCT_HALF = 2**15, 2**19
+# Entries of one operand that are gathered at once: on the CPU what fits in the cache, elsewhere what bounds the memory.
+GATHERED_CPU, GATHERED = 2**20, 2**26
 
 Run = tuple[int, int]  # (start, length): consecutive rows or columns, which a view reaches without an index
 
@@ -130,51 +130,35 @@ def to_blocks(matrix: Tensor, block_size: int) -> Tensor:
 
 
 def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int) -> Tensor:
-    """dW of the blocks (n, B, B) from grad_output (tokens, out) and x (tokens, in): one batched product.
+    """dW of the blocks (n, B, B) from grad_output (tokens, out) and x (tokens, in), in their dtype.
 
-    Block b is `grad_output[:, block_rows[b]]ᵀ x[:, block_columns[b]]`; columns may count within a slice of x.
+    Block b is `grad_output[:, block_rows[b]]ᵀ x[:, block_columns[b]]`; columns may count within a slice of x. On the
+    CPU, large blocks take a product each, which looks at the indices' values: for those a GPU would have to wait.
     """
-    left = to_blocks(grad_output, size).index_select(1, block_rows)  # (tokens, n, B)
-    right = to_blocks(x, size).index_select(1, block_columns)
-    return torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1))
-
-
-def grouped_blocks_gradient(
-    grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int
-) -> Tensor:
-    """`blocks_gradient` for the CPU, in fp32 (float64 of float64): one product for all blocks of a block column.
-
-    Or of a block row, where fewer of those are touched. Few large products take less time than a batch of many small
-    ones: up to 3 to 4 times less (4096 features, 512 tokens, 5 % of the blocks, B 16), with B 64 1.2 to 1.7 times, for
-    blocks that gather in some rows or columns, as importance chooses them. Where they are scattered each has a product
-    of its own, and where there is little to do, one batched product it is. This looks at the indices' values, for which
-    a GPU would have to wait.
-    """
-    exact = torch.promote_types(x.dtype, torch.float32)
-    dtype = exact if size < NARROW else x.dtype
-    rows, columns = block_rows.unique(), block_columns.unique()
-    scattered = len(x) * size >= OWN_PRODUCT and len(block_rows) < 2 * min(len(rows), len(columns))
-    if len(x) * len(block_rows) * size < SMALL_BATCH and not scattered:
-        return blocks_gradient(grad_output, x, block_rows, block_columns, size).to(exact)
-    result = x.new_zeros(len(block_rows), size, size, dtype=exact)
-    if scattered:
-        for block, row, column in zip(result, block_rows.tolist(), block_columns.tolist(), strict=True):
-            left, right = (one[:, at * size : (at + 1) * size] for one, at in ((grad_output, row), (x, column)))
-            block[: left.shape[1], : right.shape[1]] = left.to(dtype).t() @ right.to(dtype)
+    result = x.new_zeros(len(block_rows), size, size)  # an edge block's part outside the weight stays zero
+    if len(x) == 0:
         return result
-    by_rows = len(rows) < len(columns)
-    keys, one, many, others = (
-        (block_rows, grad_output, x, block_columns) if by_rows else (block_columns, x, grad_output, block_rows)
-    )
-    many = to_blocks(many, size)
-    order = keys.argsort(stable=True)
-    groups, counts = keys[order].unique_consecutive(return_counts=True)
-    for group, which in zip(groups.tolist(), order.split(counts.tolist()), strict=True):
-        left = many.index_select(1, others[which]).flatten(1).to(dtype)  # (tokens, group's blocks × B)
-        right = one[:, group * size : (group + 1) * size].to(dtype)  # narrower than B at the edge
-        product = (left.t() @ right).view(len(which), size, right.shape[1]).to(exact)
-        if by_rows:
-            result[which, : right.shape[1]] = product.transpose(1, 2)
-        else:
-            result[which, :, : right.shape[1]] = product
+    own = OWN_PRODUCT if x.element_size() >= 4 else OWN_PRODUCT_HALF
+    if x.device.type == "cpu" and len(x) * size >= own:
+        _own_products(result, grad_output.t(), x, block_rows.tolist(), block_columns.tolist())
+        return result
+    # Each block's operands in one piece, (n, tokens, B): a batch over blocks that lie between each other in memory
+    # takes 2 to 8 times as long.
+    left, right = (to_blocks(one, size).transpose(0, 1) for one in (grad_output, x))
+    at_once = max(1, (GATHERED_CPU if x.device.type == "cpu" else GATHERED) // (len(x) * size))
+    for part, rows, columns in zip(*(t.split(at_once) for t in (result, block_rows, block_columns)), strict=True):
+        torch.bmm(left.index_select(0, rows).mT, right.index_select(0, columns), out=part)
     return result
+
+
+def _own_products(result: Tensor, left: Tensor, right: Tensor, rows: list[int], columns: list[int]) -> None:
+    """result[b] = left[block row b] @ right[:, block column b]: (n, B, B) from (out, tokens) and (tokens, in).
+
+    As few operations a block as can be: each takes about as long as the product of a small one.
+    """
+    size = result.shape[1]
+    for block, row, column in zip(result.unbind(), rows, columns, strict=True):
+        height = min(size, left.shape[0] - row * size)
+        width = min(size, right.shape[1] - column * size)
+        inside = block if height == width == size else block[:height, :width]
+        torch.mm(left.narrow(0, row * size, height), right.narrow(1, column * size, width), out=inside)
