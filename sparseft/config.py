@@ -117,7 +117,7 @@ class BenchConfig:
     depth: int | None = None  # layers
     shape: str | None = None  # a published shape with random weights: llama-7b | llama2-7b | llama2-13b | llama3-8b
     accumulation: int = 1  # train: forward and backward passes a step
-    targets: list[str] = field(default_factory=list)  # train: "s2ft / floor <= 1.00", ratios of median step times
+    targets: list[str] = field(default_factory=list)  # train: "s2ft / floor <= 1.00", … (bench/targets.py)
     ways: list[str] = field(default_factory=lambda: ["eager"])  # train: eager | compile | liger | checkpointing, or a+b
     profile: bool = False  # train: also a profiler's trace of each method, and where the time goes
     axes: list[str] = field(default_factory=lambda: ["width", "length", "batch", "density", "depth"])  # scaling

@@ -14,7 +14,7 @@ import torch
 from running import files, sparseft
 from torch import nn
 
-from sparseft.bench import contenders, profiling, ways
+from sparseft.bench import contenders, profiling, train, ways
 from sparseft.bench.memory import SavedBytes
 from sparseft.bench.shapes import random_llama
 from sparseft.bench.timing import held_bytes
@@ -145,8 +145,69 @@ def test_a_missing_peer_is_named(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) 
     assert result["methods"]["lora"] == {"missing": "peft is not installed"}
     assert result["methods"]["s2ft"]["ratio_to"].keys() == {"floor"}
     assert [entry["met"] for entry in result["targets"]] == [None, True]
-    assert "missing: lora: peft is not installed" in done.out and "NOT MEASURED: s2ft / lora <= 100" in done.out
-    assert "1 of 2 targets missed: s2ft / lora <= 100." in done.err
+    assert "missing: lora: peft is not installed" in done.out
+    assert "NOT MEASURED: s2ft / lora <= 100 (lora: peft is not installed)" in done.out
+    assert "1 of 2 targets not measured: s2ft / lora <= 100." in done.err
+
+
+def test_nothing_measured_at_all_is_a_failure(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    done = sparseft(in_tmp, "bench", *SMALL, "bench.methods=[lora,dora]", "output_dir=out", code=1)
+    assert done.err.splitlines()[-1] == (
+        "error: Nothing was measured: every method is missing or has failed "
+        "(lora: peft is not installed; dora: peft is not installed)."
+    )
+    assert "missing: every method: peft is not installed" in done.out
+    assert json.loads((in_tmp / "out/bench.json").read_text())["complete"] is True
+
+
+@pytest.mark.parametrize("place", ["contender", "measure_memory", "step"])
+def test_a_method_that_raises_is_named_and_the_others_go_on(
+    place: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is made, in its second step, or while its memory is counted."""
+    plain, calls = getattr(train, place), []
+
+    def breaks(first: Any, *rest: Any) -> Any:
+        name = first if place == "contender" else first.name
+        calls.append(name)
+        if name == "s2ft" and (place != "step" or calls.count("s2ft") == 2):
+            raise RuntimeError("no room\nfor this")
+        return plain(first, *rest)
+
+    monkeypatch.setattr(train, place, breaks)
+    words = ["bench.methods=[floor,s2ft,sylva]", "bench.steps=3", "bench.targets=['s2ft / floor <= 100']"]
+    done = sparseft(in_tmp, "bench", *SMALL, *words, "output_dir=out", code=1)
+    result = json.loads((in_tmp / "out/bench.json").read_text())
+    row = result["methods"]["s2ft"]
+    assert row["failed"] == "RuntimeError: no room for this" and row["where"].startswith("sparseft/bench/t")
+    assert [entry["step_seconds"] > 0 for name, entry in result["methods"].items() if name != "s2ft"] == [True, True]
+    assert "failed: s2ft: RuntimeError: no room for this" in done.out
+    assert done.err.splitlines()[-1] == (
+        "error: Failed while measured: s2ft (RuntimeError: no room for this). "
+        "1 of 1 targets not measured: s2ft / floor <= 100."
+    )
+    assert place != "step" or calls.count("s2ft") == 2  # it took no further turns
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("the disk is gone"), 1)])
+def test_ways_measured_before_an_end_are_kept(
+    error: BaseException, code: int, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train.measure
+
+    def measure(way: str, *rest: Any) -> Any:
+        if way == "liger":
+            raise error
+        return plain(way, *rest)
+
+    monkeypatch.setattr(train, "measure", measure)
+    words = ["bench.ways=[eager,checkpointing,liger]", "bench.methods=[floor,s2ft]", "bench.targets=[]"]
+    done = sparseft(in_tmp, "bench", *SMALL, *words, "output_dir=out", code=code)
+    assert done.out == "" and "kept in out/bench.json, marked incomplete" in done.err
+    result = json.loads((in_tmp / "out/bench.json").read_text())
+    assert result["complete"] is False and list(result["ways"]) == ["eager", "checkpointing"]
+    assert files(in_tmp) == {"out/bench.json", "out/config.yaml"}
 
 
 # ---- the profile ----

@@ -11,6 +11,7 @@ import pytest
 from running import files, sparseft
 
 from sparseft.bench import scaling
+from sparseft.bench.machine import cpu_name
 from sparseft.bench.plots import scaling_chart
 from sparseft.compose import compose
 from sparseft.errors import UserError
@@ -70,8 +71,56 @@ def test_every_point_is_measured_once(grown: tuple[Path, dict[str, Any], str]) -
     one, three = (points["depth", depth]["floor"]["peak_memory_bytes"] for depth in (1, 3))
     assert three - one > 2 * 4 * linears  # two layers' weights more
     assert points["length", 64]["floor"]["peak_memory_bytes"] > points["length", 16]["floor"]["peak_memory_bytes"]
-    assert out.startswith("Growth of a training step: float32 on cpu, width 64")
+    assert out.startswith(f"Growth of a training step: float32 on {cpu_name()} (") and ", width 64" in out
     assert "lora rank=2 ÷ floor" in out.splitlines()[1] and len(out.splitlines()) == 14
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("the disk is gone"), 1)])
+def test_what_was_measured_before_an_end_is_kept(
+    error: BaseException, code: int, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, asked, seen = scaling.train.run, [], []
+
+    def third_ends(config: Any, own: Any) -> Any:
+        asked.append(config.bench.width)
+        if len(asked) == 3:
+            seen.append(json.loads((in_tmp / "out/bench.json").read_text()))  # already there: a kill leaves it too
+            raise error
+        return plain(config, own)
+
+    monkeypatch.setattr(scaling.train, "run", third_ends)
+    words = [*WORDS, "bench.axes=[width,length]", "bench.widths=[64,128,192]", "bench.methods=[floor,s2ft]"]
+    done = sparseft(in_tmp, "bench", "scaling", *words, "output_dir=out", code=code)
+    assert done.out == "" and "kept in out/bench.json, marked incomplete" in done.err and asked == [64, 128, 192]
+    result = json.loads((in_tmp / "out/bench.json").read_text())
+    assert result["complete"] is False and result["charts"] == ["scaling-width.svg", "scaling-length.svg"]
+    # 64 wide and 16 long is the base point, which lies on both axes.
+    assert [(at["axis"], at["value"]) for at in result["points"]] == [("width", 64), ("width", 128), ("length", 16)]
+    assert seen == [result | {"charts": []}]
+    assert files(in_tmp) == {f"out/{name}" for name in ("bench.json", "config.yaml", *result["charts"])}
+    titles = [node.text for node in ElementTree.parse(in_tmp / "out/scaling-width.svg").iter()]
+    assert sum(bool(title) and title.startswith("s2ft, width (features) ") for title in titles) == 4 * 2
+
+
+def test_a_method_that_fails_at_a_point_is_named_there(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseft.bench import train
+
+    plain = train.step
+
+    def step(c: Any, batch: Any, *rest: Any) -> None:
+        if (c.name, len(batch["input_ids"])) in (("s2ft", 2), ("floor", 4)):
+            raise RuntimeError(f"no room for {len(batch['input_ids'])}")
+        plain(c, batch, *rest)
+
+    monkeypatch.setattr(train, "step", step)
+    words = [*WORDS, "bench.axes=[batch]", "bench.batches=[1,2,4]", "bench.methods=[floor,s2ft]"]
+    done = sparseft(in_tmp, "bench", "scaling", *words, "output_dir=out", code=1)
+    assert "Failed while measured: batch 2: s2ft (RuntimeError: no room for 2)" in done.err
+    assert "batch 4: floor (RuntimeError: no room for 4)" in done.err
+    rows = [line.split() for line in done.out.splitlines()[3:6]]
+    assert [row[3] for row in rows][1:] == ["failed", "-"] and rows[2][2] == "failed" and rows[0][3] != "failed"
+    result = json.loads((in_tmp / "out/bench.json").read_text())
+    assert result["complete"] is True and result["charts"] == ["scaling-batch.svg"]
 
 
 def test_charts_stand_alone(grown: tuple[Path, dict[str, Any], str]) -> None:

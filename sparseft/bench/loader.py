@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sparseft import console
+from sparseft.bench.machine import measured_on
 from sparseft.config import BUNDLED, RunConfig
 from sparseft.data.batches import Collator, padding_id
 from sparseft.data.loading import load_datasets
@@ -147,7 +148,7 @@ def title(result: dict[str, Any]) -> str:
     needed = result["needed"]
     return (
         f"Loader: {result['dataset']}, {result['tokens']:,} tokens in {result['rows']:,} rows of at most "
-        f"{result['max_length']}, {result['characters_per_token']:.1f} characters a token, {result['cores']} cores, "
+        f"{result['max_length']}, {result['characters_per_token']:.1f} characters a token, {measured_on(result)}, "
         f"median of {REPEATS}. Needed, an assumption: {needed['tokens_per_second']:,.0f} tokens/s, "
         f"{needed['parameters'] / 1e9:.1f} billion parameters x 6 operations at {needed['utilisation']:.0%} of "
         f"{needed['peak_flops'] / 1e12:.0f} TFLOP/s; ÷ counts a token as at least {CHARACTERS:.0f} characters"

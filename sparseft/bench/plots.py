@@ -20,7 +20,7 @@ STYLE = (
 def scaling_chart(x_label: str, lines: Mapping[str, Sequence[tuple[float, float, float]]], floor: str) -> str:
     """Step time and peak memory along an axis, and beside each its ratio to the floor's.
 
-    lines: of each method (x, milliseconds, MiB), in order of x; the floor's has all x.
+    lines: of each method (x, milliseconds, MiB), in order of x; where the floor has no such x, there is no ratio.
     """
     reference = {x: values for x, *values in lines[floor]}
     names = list(lines)
@@ -29,7 +29,7 @@ def scaling_chart(x_label: str, lines: Mapping[str, Sequence[tuple[float, float,
         absolute, relative = [], []
         for index, name in enumerate(names):
             points = [(x, values[column]) for x, *values in lines[name]]
-            ratios = [(x, y / reference[x][column]) for x, y in points]
+            ratios = [(x, y / reference[x][column]) for x, y in points if x in reference]
             absolute.append(Series(name, points, index, markers=True))
             relative.append(Series(name, ratios, index, markers=True))
         for side, (drawn, y_label) in enumerate(((absolute, label), (relative, f"{label.split(',')[0]} ÷ floor"))):

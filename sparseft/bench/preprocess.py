@@ -39,6 +39,10 @@ def run(config: RunConfig) -> dict[str, Any]:
     settings = config.bench
     if not get_method(config.method_name).sparse:
         raise UserError(f"bench preprocess: method={config.method_name} selects nothing; use method=s2ft or sylva.")
+    if not settings.importances:
+        raise UserError(f"bench.importances is empty: name at least one of {', '.join(IMPORTANCES)}.")
+    if len(set(settings.importances)) != len(settings.importances):
+        raise UserError("bench.importances: an importance is named twice.")
     for name in settings.importances:
         if name not in IMPORTANCES:
             raise UserError(f"bench.importances: unknown importance '{name}'.{nearest(name, IMPORTANCES)}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
+from sparseft.bench.machine import measured_on
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.runs import read_json_object
@@ -118,7 +119,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{environment['command_line']}`",
         "",
         f"{len(result['seeds'])} seeds, held-out loss before training {first['eval_loss_before']:.4f}; {versions}, "
-        f"{environment['device']}.",
+        f"{measured_on(result)}.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "| --- " * len(COLUMNS) + "|",

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.bench import train
+from sparseft.bench import train, ways
 from sparseft.bench.contenders import FLOOR
+from sparseft.bench.machine import measured_on
 from sparseft.bench.plots import scaling_chart
+from sparseft.bench.rows import absent, kind, measured
 from sparseft.bench.shapes import CONTEXT
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
@@ -32,46 +34,68 @@ BASE_WIDTH, BASE_DEPTH = 256, 2
 
 
 def run(
-    config: RunConfig, own: Mapping[str, Mapping[str, Any]] | None = None, place: Callable[[str], Path] | None = None
+    config: RunConfig,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+    place: Callable[[str], Path] | None = None,
+    keep: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
     """Measures every point of `bench.axes`, draws a chart of each axis, and returns what `bench.json` holds.
 
-    own: settings of single entries of `bench.methods`, by entry. place: where a file of the given name belongs.
+    own: settings of single entries of `bench.methods`, by entry. place: where a file of the given name belongs. keep:
+    given what there is after each point but the last; and where something ends the benchmark, what there is then, with
+    charts of it.
     """
     base = base_point(config)
     plan = points(config, base)
-    measured: dict[tuple[Any, ...], dict[str, Any]] = {}
-    with console.Progress(len(plan), "bench scaling", unit="point", plain_line_pause=0) as progress:
-        # The largest density first: what a method has no room for is said before anything has been measured.
-        for done, (axis, value) in enumerate(sorted(plan, key=lambda at: -at[1] if at[0] == "density" else 0), 1):
-            point = base | {axis: value}
-            key = tuple(point[name] for name in AXES)
-            if key not in measured:  # the base point lies on every axis
-                with console.quiet():
-                    measured[key] = train.run(at(config, point), own)
-            progress.update(done)
-    rows = [
-        {
-            "axis": axis,
-            "value": value,
-            "methods": measured[tuple((base | {axis: value})[name] for name in AXES)]["methods"],
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def so_far() -> dict[str, Any]:
+        one = next(iter(found.values()))
+        return {
+            "benchmark": "scaling",
+            "base": base,
+            "dtype": one["dtype"],
+            "device": one["device"],
+            "steps": config.bench.steps,
+            "points": [
+                {"axis": axis, "value": value, "methods": found[key]["methods"]}
+                for axis, value in plan
+                if (key := key_of(base | {axis: value})) in found
+            ],
+            "charts": [],
         }
-        for axis, value in plan
-    ]
-    one = next(iter(measured.values()))
-    result = {
-        "benchmark": "scaling",
-        "base": base,
-        "dtype": one["dtype"],
-        "device": one["device"],
-        "steps": config.bench.steps,
-        "points": rows,
-        "charts": [],
-    }
-    for axis in config.bench.axes if place is not None else ():
-        name = f"scaling-{axis}.svg"
-        write_text(place(name), scaling_chart(LABELS[axis], series(result, axis), FLOOR))
-        result["charts"].append(name)
+
+    try:
+        with console.Progress(len(plan), "bench scaling", unit="point", plain_line_pause=0) as progress:
+            # The largest density first: what a method has no room for is said before anything has been measured.
+            for done, (axis, value) in enumerate(sorted(plan, key=lambda at: -at[1] if at[0] == "density" else 0), 1):
+                point = base | {axis: value}
+                if key_of(point) not in found:  # the base point lies on every axis
+                    with console.quiet():
+                        found[key_of(point)] = train.run(at(config, point), own)
+                    if keep is not None and done < len(plan):
+                        keep(so_far())
+                progress.update(done)
+    except BaseException:  # an interrupt too: hours may lie in what there is
+        if keep is not None and found:
+            keep(drawn(so_far(), place))
+        raise
+    return drawn(so_far(), place)
+
+
+def key_of(point: Mapping[str, Any]) -> tuple[Any, ...]:
+    """By what a point is known again."""
+    return tuple(point[name] for name in AXES)
+
+
+def drawn(result: dict[str, Any], place: Callable[[str], Path] | None) -> dict[str, Any]:
+    """The result with a chart of each axis on which the floor was measured, written where `place` says."""
+    for axis in dict.fromkeys(point["axis"] for point in result["points"]) if place is not None else ():
+        lines = series(result, axis)
+        if FLOOR in lines:
+            name = f"scaling-{axis}.svg"
+            write_text(place(name), scaling_chart(LABELS[axis], lines, FLOOR))
+            result["charts"].append(name)
     return result
 
 
@@ -86,6 +110,7 @@ def base_point(config: RunConfig) -> dict[str, Any]:
         raise UserError("bench.methods: bench scaling needs the floor, to which it compares.")
     if bench.targets or bench.profile or bench.ways != ["eager"]:
         raise UserError("bench.targets, bench.profile and bench.ways belong to 'sparseft bench train'.")
+    ways.check_hardware(config.hardware)
     sparsity = DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
     return {
         "width": BASE_WIDTH if bench.width is None else bench.width,
@@ -136,17 +161,18 @@ def series(result: Mapping[str, Any], axis: str) -> dict[str, list[tuple[float, 
         if point["axis"] != axis:
             continue
         x = point["value"] * (100 if axis == "density" else 1)
-        for name, entry in point["methods"].items():
-            if "missing" not in entry:
-                values = (x, 1000 * entry[STEP], entry["peak_memory_bytes"] / 2**20)
-                lines.setdefault(name, []).append(values)
+        for name, entry in measured(point["methods"]).items():
+            values = (x, 1000 * entry[STEP], entry["peak_memory_bytes"] / 2**20)
+            lines.setdefault(name, []).append(values)
     return lines
 
 
 def title(result: Mapping[str, Any]) -> str:
     """What was measured, in one line."""
     base = ", ".join(f"{axis} {value:g}" for axis, value in result["base"].items())
-    return f"Growth of a training step: {result['dtype']} on {result['device']}, {base}, p20 of {result['steps']} steps"
+    return (
+        f"Growth of a training step: {result['dtype']} on {measured_on(result)}, {base}, p20 of {result['steps']} steps"
+    )
 
 
 def columns(result: Mapping[str, Any]) -> list[str]:
@@ -167,15 +193,17 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for point in result["points"]:
         methods = point["methods"]
-        floor = methods.get(FLOOR)
+        floor = methods[FLOOR]
         others = [entry for name, entry in methods.items() if name != FLOOR]
         rows.append([point["axis"], f"{point['value']:g}"])
         for key, scale, shown in (
             (STEP, 1000, lambda a, b: f"{a / b:.2f}"),
             ("peak_memory_bytes", 2**-20, lambda a, b: f"{a - b:+,.1f}"),
         ):
-            rows[-1].append(f"{floor[key] * scale:,.1f}")
-            rows[-1] += [
-                "missing" if "missing" in entry else shown(entry[key] * scale, floor[key] * scale) for entry in others
-            ]
+            rows[-1].append(kind(floor) if absent(floor) else f"{floor[key] * scale:,.1f}")
+            for entry in others:
+                if absent(entry):
+                    rows[-1].append(kind(entry))
+                else:
+                    rows[-1].append("-" if absent(floor) else shown(entry[key] * scale, floor[key] * scale))
     return rows

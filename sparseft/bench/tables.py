@@ -1,24 +1,24 @@
-"""The tables of `sparseft bench train`, from what `bench.json` holds. No torch."""
+"""The tables of `sparseft bench train`, from what `bench.json` holds, and what makes a benchmark a failed one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sparseft.bench import targets
+from sparseft.bench.machine import measured_on
+from sparseft.bench.rows import absent, kind, measured
 from sparseft.bench.ways import EAGER
 
 NOTHING = "-"
-
-
-def measured(methods: dict[str, Any]) -> dict[str, Any]:
-    """The rows that were measured, without those that only say why not."""
-    return {name: entry for name, entry in methods.items() if "missing" not in entry}
+SPACING = 3  # characters between two columns on a terminal, and four at the sides
 
 
 def title(result: dict[str, Any]) -> str:
     """What was measured, in one line."""
     return (
         f"Training step: {result['model']}, {result['parameters']:,} parameters, {result['dtype']} on "
-        f"{result['device']}, {result['batch_size']} x {result['length']} tokens"
+        f"{measured_on(result)}, {result['batch_size']} x {result['length']} tokens"
         + (f" x {result['accumulation']}" if result["accumulation"] > 1 else "")
         + ("" if next(iter(result["ways"])) == EAGER else f", {next(iter(result['ways']))}")
         + f", median of {result['steps']}"
@@ -30,17 +30,18 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     methods = result["methods"]
     known = measured(methods)
     references = list(next(iter(known.values()))["ratio_to"]) if known else []
-    columns = ["method", "step ms", *(f"÷ {other}" for other in references), "tokens/s", "peak MiB", "saved MiB"]
-    columns.append("trainable")
+    columns = ["method", "step ms", "p20-p80", *(f"÷ {other}" for other in references)]
+    columns += ["tokens/s", "peak MiB", "saved MiB", "trainable"]
     rows = []
     for name, entry in methods.items():
         if name not in known:
-            rows.append([name, "missing", *[NOTHING] * (len(columns) - 2)])
+            rows.append([name, kind(entry), *[NOTHING] * (len(columns) - 2)])
             continue
         rows.append(
             [
                 name,
                 f"{1000 * entry['step_seconds']:.1f}",
+                f"{1000 * entry['step_seconds_p20']:.1f}-{1000 * entry['step_seconds_p80']:.1f}",
                 *(f"{entry['ratio_to'][other]:.2f}" for other in references),
                 f"{entry['tokens_per_second']:,.0f}",
                 _mebibytes(entry["peak_memory_bytes"]),
@@ -68,7 +69,7 @@ def _further(
     cells = {}
     for name, entry in entries.items():
         if name not in known:
-            cells[name] = ["missing", *[NOTHING] * (len(columns) - 1)]
+            cells[name] = [kind(entry), *[NOTHING] * (len(columns) - 1)]
             continue
         before = methods[name].get("step_seconds")
         cells[name] = [
@@ -84,26 +85,56 @@ def _mebibytes(count: int | None) -> str:
     return NOTHING if count is None else f"{count / 2**20:,.1f}"
 
 
+def fitting(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[tuple[list[str], list[Any]]]:
+    """The table, or several that are no wider than `width` characters: each begins with the first column again.
+
+    A single column that is too wide stays whole.
+    """
+    sizes = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    part, used = [0], sizes[0]
+    parts = [part]
+    for index in range(1, len(columns)):
+        if used + SPACING + sizes[index] > width and len(part) > 1:
+            part, used = [0], sizes[0]
+            parts.append(part)
+        part.append(index)
+        used += SPACING + sizes[index]
+    for part in parts:
+        yield [columns[index] for index in part], [[row[index] for index in part] for row in rows]
+
+
 def notes(result: dict[str, Any]) -> list[str]:
-    """Lines below the table: what is missing and why, why graphs broke, and which targets hold."""
+    """Lines below the table: what is missing or failed and why, why graphs broke, and which targets hold."""
     lines = []
     for way, entries in result["ways"].items():
-        missing = {name: entry["missing"] for name, entry in entries.items() if "missing" in entry}
         where = "" if way == EAGER else f"{way}: "
-        if len(set(missing.values())) == 1 and len(missing) == len(entries) > 1:
-            missing = {"every method": next(iter(missing.values()))}
-        lines += [f"missing: {where}{name}: {reason}" for name, reason in missing.items()]
+        without = {name: entry for name, entry in entries.items() if absent(entry)}
+        said = {name: f"{where}{name}: {absent(entry)}" for name, entry in without.items()}
+        if len({absent(entry) for entry in without.values()}) == 1 and len(without) == len(entries) > 1:
+            name, entry = next(iter(without.items()))
+            said = {name: f"{where}every method: {absent(entry)}"}
+        lines += [f"{kind(without[name])}: {text}" for name, text in said.items()]
         for name, entry in entries.items():
             lines += [f"graph break: {name}: {reason}" for reason in entry.get("graph_break_reasons", ())]
-    for entry in result["targets"]:
-        if entry["met"] is None:
-            lines.append(f"NOT MEASURED: {entry['target']}")
-        else:
-            lines.append(f"{'met' if entry['met'] else 'MISSED'}: {entry['target']} (measured {entry['ratio']:.3f})")
-    return lines
+    return lines + targets.lines(result["targets"])
 
 
 def failure(result: dict[str, Any]) -> str | None:
-    """What makes a benchmark a failed one: targets that do not hold, or were not measured."""
-    missed = [entry["target"] for entry in result.get("targets", ()) if not entry["met"]]
-    return f"{len(missed)} of {len(result['targets'])} targets missed: {'; '.join(missed)}." if missed else None
+    """What makes a benchmark a failed one: contenders that raised, nothing to measure at all, and targets that do not
+    hold or were not measured."""
+    groups = {"" if way == EAGER else f"{way}: ": rows for way, rows in result.get("ways", {}).items()}
+    groups |= {f"{at['axis']} {at['value']:g}: ": at["methods"] for at in result.get("points", ())}
+    without = {f"{where}{name}": row for where, rows in groups.items() for name, row in rows.items() if absent(row)}
+    sentences = []
+    if groups and not any(measured(rows) for rows in groups.values()):
+        reasons = "; ".join(f"{name}: {absent(row)}" for name, row in without.items())
+        sentences.append(f"Nothing was measured: every method is missing or has failed ({reasons}).")
+    else:
+        raised = [f"{name} ({row['failed']})" for name, row in without.items() if "failed" in row]
+        sentences += [f"Failed while measured: {'; '.join(raised)}."] if raised else []
+    judged = result.get("targets", ())
+    for met, said in ((False, "missed"), (None, "not measured")):
+        named = [entry["target"] for entry in judged if entry["met"] is met]
+        if named:
+            sentences.append(f"{len(named)} of {len(judged)} targets {said}: {'; '.join(named)}.")
+    return " ".join(sentences) or None

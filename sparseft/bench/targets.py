@@ -1,36 +1,144 @@
-"""Targets of a benchmark: `s2ft / floor <= 1.00`, a ratio of median step times between two of its contenders."""
+"""Targets of a benchmark, one line each: what was measured <= what is allowed.
+
+    s2ft / floor <= 1.00          median step times of two contenders; the same as `step s2ft / floor <= 1.00`
+    saved s2ft / lora <= 0.70     bytes kept for the backward pass
+    peak s2ft / full <= 0.50      the most memory at once
+    peak s2ft <= bound            the weights, 1.03 x the floor's activations and 20 bytes for each trained weight
+    peak s2ft <= 17.5 GB          or GiB, MB, MiB; a step in s or ms
+
+The bound's 20 bytes are a delta, its gradient, two moments and the base value, in fp32; the floor's activations are
+what its peak has beyond the weights (parameters and buffers of the plain model).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from sparseft.bench.rows import absent
 from sparseft.errors import UserError, nearest
 
-_TARGET = re.compile(r"(?P<one>.+?)\s*/\s*(?P<other>.+?)\s*<=\s*(?P<limit>\d+(\.\d+)?)")
+FIELDS = {"step": "step_seconds", "peak": "peak_memory_bytes", "saved": "saved_bytes"}  # of a row, by quantity
+BYTES = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20}
+UNITS = {"step": {"s": 1.0, "ms": 1e-3}, "peak": BYTES, "saved": BYTES}
+BOUND, FLOOR = "bound", "floor"
+ACTIVATIONS, TRAINED = 1.03, 20  # times the floor's; bytes for each trained weight
+EXPECTED = "expected 'one / other <= 1.00', 'saved one / other <= 0.70', 'peak one <= bound' or 'peak one <= 17.5 GB'"
+
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
-def parse(text: str, names: Iterable[str]) -> tuple[str, str, float]:
-    """`one / other <= limit` -> its parts; `UserError` where it is none, or names no contender."""
-    found = _TARGET.fullmatch(text.strip())
-    if found is None:
-        raise UserError(f"bench.targets: '{text}' is no target: expected 'one / other <= 1.00'.")
+@dataclass(frozen=True)
+class Target:
+    """One line of `bench.targets`."""
+
+    text: str
+    quantity: str  # step | peak | saved
+    one: str
+    other: str | None  # null: not a ratio
+    limit: float | None  # a ratio, seconds or bytes; null: the bound
+
+
+def parse(text: str, names: Iterable[str]) -> Target:
+    """A line as a `Target`; `UserError` where it is none, or names no contender of `names`."""
     known = list(names)
-    for part in ("one", "other"):
-        if found[part] not in known:
-            raise UserError(f"bench.targets: '{text}': no contender '{found[part]}'.{nearest(found[part], known)}")
-    return found["one"], found["other"], float(found["limit"])
+
+    def wrong(why: str) -> UserError:
+        return UserError(f"bench.targets: '{text}'{why}")
+
+    left, sign, right = (part.strip() for part in text.partition("<="))
+    number = _NUMBER.fullmatch(right)
+    if not (left and sign and (right == BOUND or number)):
+        raise wrong(f" is no target: {EXPECTED}.")
+    first, _, rest = left.partition(" ")
+    if first in FIELDS:
+        quantity, left = first, rest.strip()
+    elif rest.partition("/")[0].strip() in known:
+        raise wrong(f": unknown quantity '{first}': expected {', '.join(FIELDS)}.{nearest(first, FIELDS)}")
+    else:
+        quantity = "step"
+    one, slash, other = (part.strip() for part in left.partition("/"))
+    named = (one, other) if slash else (one,)
+    if not all(named):
+        raise wrong(f" is no target: {EXPECTED}.")
+    for name in named:
+        if name not in known:
+            raise wrong(f": no contender '{name}'.{nearest(name, known)}")
+    if number is None:
+        if slash or quantity != "peak":
+            raise wrong(f": the bound is one of a contender's peak: expected 'peak {one} <= {BOUND}'.")
+        if FLOOR not in known:
+            raise wrong(": the bound counts from the floor: name floor in bench.methods.")
+        return Target(text, quantity, one, None, None)
+    value, unit = float(number[1]), number[2]
+    if slash:
+        if unit:
+            raise wrong(f": a ratio has no unit, '{unit}' is none.")
+        return Target(text, quantity, one, other, value)
+    if unit not in UNITS[quantity]:
+        said = f"unknown unit '{unit}'" if unit else "the limit has no unit"
+        raise wrong(f": {said}: expected {', '.join(UNITS[quantity])}, or a ratio '{quantity} {one} / other <= 1.00'.")
+    return Target(text, quantity, one, None, value * UNITS[quantity][unit])
 
 
-def judge(targets: Iterable[str], methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each target with the ratio that was measured and whether it holds; both null where one was not measured."""
+def judge(targets: Iterable[str], methods: Mapping[str, Mapping[str, Any]], weights_bytes: int) -> list[dict[str, Any]]:
+    """Each target with what was measured, its limit (both a ratio, seconds or bytes: `unit`), and whether it is met.
+
+    Where something was not measured, `met` and `measured` are null and `reason` says why. weights_bytes: of the plain
+    model's parameters and buffers.
+    """
     judged: list[dict[str, Any]] = []
     for text in targets:
-        one, other, limit = parse(text, methods)
-        if "missing" in methods[one] or "missing" in methods[other]:
-            judged.append({"target": text, "ratio": None, "limit": limit, "met": None})
+        target = parse(text, methods)
+        needed = [target.one, *([target.other] if target.other else []), *([FLOOR] if target.limit is None else [])]
+        field = FIELDS[target.quantity]
+        reasons = [
+            f"{name}: {absent(methods[name]) or f'{target.quantity} is not counted in this way'}"
+            for name in dict.fromkeys(needed)
+            if methods[name].get(field) is None
+        ]
+        unit = "ratio" if target.other else "seconds" if target.quantity == "step" else "bytes"
+        entry = {"target": text, "measured": None, "limit": target.limit, "unit": unit, "met": None}
+        if reasons:
+            judged.append(entry | {"reason": "; ".join(reasons)})
             continue
-        ratio = methods[one]["step_seconds"] / methods[other]["step_seconds"]
-        judged.append({"target": text, "ratio": ratio, "limit": limit, "met": ratio <= limit})
+        value = methods[target.one][field] / (methods[target.other][field] if target.other else 1)
+        limit = target.limit
+        if limit is None:
+            limit = peak_bound(methods[FLOOR][field], methods[target.one]["trainable_parameters"], weights_bytes)
+        judged.append(entry | {"measured": value, "limit": limit, "met": value <= limit})
     return judged
+
+
+def peak_bound(floor_peak: int, trainable: int, weights_bytes: int) -> float:
+    """The bytes that a method which trains `trainable` weights may have at its peak."""
+    return weights_bytes + ACTIVATIONS * (floor_peak - weights_bytes) + TRAINED * trainable
+
+
+def lines(judged: Iterable[Mapping[str, Any]]) -> list[str]:
+    """One line for each judged target, and one that says what the bound is where there is one."""
+    shown, bounded = [], False
+    for entry in judged:
+        bounded = bounded or entry["target"].split()[-1].removeprefix("<=") == BOUND
+        if entry["met"] is None:
+            shown.append(f"NOT MEASURED: {entry['target']} ({entry['reason']})")
+            continue
+        figures = f"measured {_amount(entry, 'measured')}"
+        if entry["unit"] != "ratio":
+            figures += f", limit {_amount(entry, 'limit')}"
+        shown.append(f"{'met' if entry['met'] else 'MISSED'}: {entry['target']} ({figures})")
+    if bounded:
+        shown.append(f"bound: weights + {ACTIVATIONS} x the floor's activations + {TRAINED} bytes a trained weight")
+    return shown
+
+
+def _amount(entry: Mapping[str, Any], key: str) -> str:
+    """A figure in the unit that its target is written in; bytes in MiB where that names none."""
+    value = entry[key]
+    if entry["unit"] == "ratio":
+        return f"{value:.3f}"
+    written = _NUMBER.fullmatch(entry["target"].partition("<=")[2].strip())
+    unit = written[2] if written else "MiB"
+    return f"{value / (UNITS['step'] | BYTES)[unit]:,.2f} {unit}"

@@ -13,6 +13,7 @@ import torch
 from sparseft import console
 from sparseft.bench.memory import AllocationCounter
 from sparseft.config import BenchConfig
+from sparseft.errors import UserError
 
 
 def synchronize(device: torch.device) -> None:
@@ -22,23 +23,68 @@ def synchronize(device: torch.device) -> None:
 
 
 def take_turns(
-    calls: Mapping[str, Callable[[], Any]], settings: BenchConfig, device: torch.device
+    calls: Mapping[str, Callable[[], Any]],
+    settings: BenchConfig,
+    device: torch.device,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every call in `steps` rounds after `warmup_steps`: they take turns, so that a machine's slow moments
-    meet all of them."""
+    """Seconds of every call in `steps` rounds after `warmup_steps`.
+
+    They take turns, so that a machine's slow moments meet all of them, in an order that changes from round to round
+    (`orders`), so that none always runs in what the same neighbour leaves of caches and allocators.
+
+    failed: told of a call that raised, which then takes no further turns and has no times; null: that ends them all. A
+    `UserError` always does.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    if not names:
+        return seconds
+    cycle = orders(len(names))
     rounds = settings.warmup_steps + settings.steps
     with console.Progress(rounds, "bench", unit="round") as progress:
         for turn in range(rounds):
-            for name, call in calls.items():
-                synchronize(device)
-                start = time.perf_counter()
-                call()
-                synchronize(device)
-                if turn >= settings.warmup_steps:
-                    seconds[name].append(time.perf_counter() - start)
+            for position in cycle[(turn - settings.warmup_steps) % len(cycle)]:
+                name = names[position]
+                if name not in seconds:
+                    continue
+                try:
+                    spent = seconds_of(calls[name], device)
+                except UserError:
+                    raise
+                except Exception as error:  # whatever a contender raises is its own row's business
+                    if failed is None:
+                        raise
+                    del seconds[name]
+                    failed(name, error)
+                else:
+                    if turn >= settings.warmup_steps:
+                        seconds[name].append(spent)
             progress.update(turn + 1)
     return seconds
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, with the device's work that it starts and without what was under way before."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def orders(count: int) -> list[list[int]]:
+    """The orders of `count` contenders over a cycle of rounds, each a permutation: Williams' design.
+
+    Over the cycle (`count` rounds, twice as many of an odd count) each stands equally often in each place and right
+    after each other one within a round. With three or more, none follows itself from one round to the next.
+    """
+    first = [(index + 1) // 2 if index % 2 else (count - index // 2) % count for index in range(count)]
+    rounds = [[(shift + place) % count for place in first] for shift in range(count)]
+    if count % 2:
+        mirrored = [order[::-1] for order in rounds]
+        rounds += [mirrored[0], *mirrored[:0:-1]]  # this way round no one ends a round and begins the next
+    return rounds
 
 
 def spread(name: str, times: Sequence[float]) -> dict[str, float]:

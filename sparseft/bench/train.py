@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sparseft import console
-from sparseft.bench import profiling, targets, ways
+from sparseft.bench import profiling, rows, targets, ways
 from sparseft.bench.contenders import FLOOR, Contender, contender, measure_memory, step
+from sparseft.bench.memory import tensor_bytes
 from sparseft.bench.shapes import base_model, check_length, model_name
 from sparseft.bench.timing import spread, take_turns
 from sparseft.config import RunConfig
@@ -31,23 +32,26 @@ def run(
     config: RunConfig,
     own: Mapping[str, Mapping[str, Any]] | None = None,
     place: Callable[[str], Path] | None = None,
+    keep: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
     """Measures `bench.methods` in every way of `bench.ways` and returns what `bench.json` holds.
 
-    A method whose package is missing, and a way that cannot be had, is named with the reason (`missing`), not dropped.
+    A method whose package is missing, and a way that cannot be had, is named with the reason (`missing`), not dropped;
+    so is a method that raises (`failed`), and the others go on.
 
     own: settings of single entries of `bench.methods`, by entry. place: where a file of the given name belongs, asked
-    when there is one to write: the traces of `bench.profile`.
+    when there is one to write: the traces of `bench.profile`. keep: given what there is after each way but the last.
     """
     settings = config.bench
+    if len(set(settings.methods)) != len(settings.methods) or not settings.methods:
+        raise UserError("bench.methods: expected one or more different methods.")
     for target in settings.targets:
         targets.parse(target, settings.methods)
     ways.check(settings.ways)
+    ways.check_hardware(config.hardware)
     if settings.profile and "compile" in ways.parts(settings.ways[0]):
         raise UserError(f"bench.profile: the first of bench.ways is '{settings.ways[0]}': only eager steps show parts.")
     device = resolve_device(config.hardware.device)
-    if len(set(settings.methods)) != len(settings.methods) or not settings.methods:
-        raise UserError("bench.methods: expected one or more different methods.")
     base = base_model(config, device)
     check_length(config, base)
     vocabulary = base.config.get_text_config().vocab_size
@@ -60,26 +64,34 @@ def run(
         f" x {settings.accumulation}" if settings.accumulation > 1 else ""
     )
     console.log(f"bench: {parameters:,} parameters, {dtype} on {device}, {shape}")
-    measured = {}
+    weights = tensor_bytes([*base.parameters(), *base.buffers()])
+    measured: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def so_far() -> dict[str, Any]:
+        methods = measured[settings.ways[0]]
+        return {
+            "benchmark": "train",
+            "model": model_name(config),
+            "parameters": parameters,
+            "weights_bytes": weights,
+            "dtype": dtype,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "batch_size": settings.batch_size,
+            "length": settings.length,
+            "accumulation": settings.accumulation,
+            "steps": settings.steps,
+            "methods": methods,
+            "ways": measured,
+            "targets": targets.judge(settings.targets, methods, weights),
+        }
+
     for position, way in enumerate(settings.ways):
         traces = place if settings.profile and position == 0 else None
         measured[way] = measure(way, base, batch, config, own or {}, device, traces)
         gc.collect()  # its models hold themselves in cycles, and the next are made at once
-    methods = measured[settings.ways[0]]
-    return {
-        "benchmark": "train",
-        "model": model_name(config),
-        "parameters": parameters,
-        "dtype": dtype,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "batch_size": settings.batch_size,
-        "length": settings.length,
-        "accumulation": settings.accumulation,
-        "steps": settings.steps,
-        "methods": methods,
-        "ways": measured,
-        "targets": targets.judge(settings.targets, methods),
-    }
+        if keep is not None and len(measured) < len(settings.ways):
+            keep(so_far())
+    return so_far()
 
 
 def measure(
@@ -91,42 +103,61 @@ def measure(
     device: torch.device,
     traces: Callable[[str], Path] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The rows of all contenders in one way; `{"missing": reason}` of one that cannot be had.
+    """The rows of all contenders in one way; of one that cannot be had or raises, why (`bench.rows`).
 
     traces: where the profiler's traces belong; null: nothing is profiled.
     """
     settings = config.bench
-    rows: dict[str, dict[str, Any]] = {}
-    contenders = []
-    for entry in settings.methods:
-        rows[entry] = {}  # in the order asked for
+    found: dict[str, dict[str, Any]] = {entry: {} for entry in settings.methods}  # in the order asked for
+    contenders: dict[str, Contender] = {}
+    calls: dict[str, Callable[[], None]] = {}
+
+    def failed(entry: str, error: Exception) -> None:
+        found[entry] = rows.failed(error)
+        console.log(f"bench: {entry} failed: {found[entry]['failed']}")
+        contenders.pop(entry, None)  # nothing holds its memory any more: the others may need it
+        calls.pop(entry, None)
+
+    def attempt(entry: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except UserError:  # the settings are wrong, for this contender at least: nothing to measure by them
+            raise
+        except Exception as error:  # whatever a contender raises is its own row's business
+            failed(entry, error)
+
+    def make(entry: str) -> None:
         try:
             made = contender(entry, base, config, own.get(entry))
             ways.apply(way, made, functools.partial(step, made, batch))
         except ModuleNotFoundError as error:
-            rows[entry] = {"missing": f"{error.name} is not installed"}
+            found[entry] = {"missing": f"{error.name} is not installed"}
         except ways.NotAvailable as error:
-            rows[entry] = {"missing": str(error)}
+            found[entry] = {"missing": str(error)}
         else:
-            contenders.append(made)
-    calls = {c.name: functools.partial(step, c, batch, settings.accumulation) for c in contenders}
-    if calls:
-        seconds = take_turns(calls, settings, device)
+            contenders[entry] = made
+            calls[entry] = functools.partial(step, made, batch, settings.accumulation)
+
+    for entry in settings.methods:
+        attempt(entry, functools.partial(make, entry))
+    seconds = take_turns(calls, settings, device, failed)
     compiled = "compile" in ways.parts(way)
-    for c in contenders:
-        c.seconds = seconds[c.name]
+    recomputes = "checkpointing" in ways.parts(way)
+    for entry, c in list(contenders.items()):
+        c.seconds = seconds[entry]
         if not compiled:  # the counters do not see inside compiled code
-            measure_memory(c, batch, device, settings.accumulation, "checkpointing" in ways.parts(way))
-    if traces is not None:
+            counted = functools.partial(measure_memory, c, batch, device, settings.accumulation, recomputes)
+            attempt(entry, counted)
+    if traces is not None and calls:
         profiled = profiling.profile(calls, batch["input_ids"].numel(), device, traces)
-        for c in contenders:
+        for c in contenders.values():
             c.facts["profile"] = profiled[c.name]
     tokens = settings.batch_size * settings.length * settings.accumulation
-    for c in contenders:
-        rows[c.name] = row(c, contenders, tokens)
+    for entry, c in contenders.items():
+        found[entry] = row(c, list(contenders.values()), tokens)
     if compiled:
         ways.release()
-    return rows
+    return found
 
 
 def row(c: Contender, contenders: Sequence[Contender], tokens: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 
 from sparseft import console
 from sparseft.bench.contenders import Contender
+from sparseft.config import HardwareConfig
 from sparseft.errors import UserError, nearest
 
 EAGER = "eager"
@@ -34,16 +35,41 @@ def parts(way: str) -> tuple[str, ...]:
 
 
 def check(chosen: Sequence[str]) -> None:
-    """Refuses `bench.ways` that are none, twice the same, or none at all."""
-    if not chosen or len(set(chosen)) != len(chosen):
-        raise UserError("bench.ways: expected one or more different ways.")
+    """Refuses `bench.ways` that are none, no ways, or twice the same."""
+    known = "eager, compile, liger, checkpointing, or several of the last three joined by +"
+    if not chosen:
+        raise UserError(f"bench.ways is empty: expected one or more of {known}.")
     for way in chosen:
-        for part in parts(way):
+        named = parts(way)
+        if EAGER in named:
+            raise UserError(f"bench.ways: '{way}': eager is the plain way, which is joined with nothing.")
+        if "" in named:
+            raise UserError(f"bench.ways: '{way}' has nothing beside a +: expected {known}.")
+        for part in named:
             if part not in PARTS:
-                near = nearest(part, (EAGER, *PARTS))
-                raise UserError(f"bench.ways: unknown way '{part}': expected eager, or {', '.join(PARTS)}.{near}")
-        if len(set(parts(way))) != len(parts(way)):
+                raise UserError(f"bench.ways: unknown way '{part}': expected {known}.{nearest(part, (EAGER, *PARTS))}")
+        if len(set(named)) != len(named):
             raise UserError(f"bench.ways: '{way}' names a part twice.")
+    seen: dict[frozenset[str], str] = {}
+    for way in chosen:
+        before = seen.get(frozenset(parts(way)))
+        if before is not None:
+            same = f"'{way}' is named twice" if before == way else f"'{before}' and '{way}' are the same"
+            raise UserError(f"bench.ways: {same}.")
+        seen[frozenset(parts(way))] = way
+
+
+def check_hardware(hardware: HardwareConfig) -> None:
+    """Refuses settings of `hardware` that say what only `bench.ways` says: how the step is run."""
+    asked = {"gradient_checkpointing": "checkpointing", "compile": "compile"}
+    named = [field for field in asked if getattr(hardware, field)]
+    if named:
+        given = " and ".join(f"hardware.{field}=true" for field in named)
+        instead = " ".join(f"hardware.{field}=false" for field in named)
+        raise UserError(
+            f"{given}: how benchmarks run a step is what bench.ways says: use 'sparseft bench train "
+            f"bench.ways=[{'+'.join(asked[field] for field in named)}]' with {instead}."
+        )
 
 
 def apply(way: str, c: Contender, first_step: Callable[[], Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,45 +24,93 @@ def run(
 
     words, config_dirs: what `config` was composed from, which quality puts its variants on top of.
     """
-    from sparseft import runs
-    from sparseft.compose import to_yaml
-    from sparseft.modeling import resolve_device
-
     console.clear_warnings()
     checks.check_one_process(config, "bench")
     if config.output_dir and Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise UserError(f"output_dir={config.output_dir}: is a file, not a folder.")
     module = importlib.import_module(f"sparseft.bench.{what}")
+    output = Output(config)
     if what == "quality":
-        folder = Path(config.output_dir) if config.output_dir else Path(runs.OUTPUTS, f"bench-{runs.timestamp()}")
+        result = _quality(module, config, words, config_dirs, output)
+    elif what in ("train", "scaling"):
         try:
-            result = module.run(config, trials(config, words, config_dirs, folder / "runs"), _train)
-        except KeyboardInterrupt:
-            console.log(f"bench: what is done is kept; the same command with output_dir={folder} goes on from there")
+            keep = functools.partial(output.leave, complete=False)
+            result = module.run(config, own_settings(config.bench.methods), output.place, keep)
+        except BaseException:  # an interrupt too
+            if output.left is not None:
+                console.log(f"bench: what was measured is kept in {output.left}, marked incomplete")
             raise
     else:
-        folder = None
-
-        def place(name: str = "") -> Path:  # makes the folder when there is something to put there
-            nonlocal folder
-            if folder is None:
-                folder = Path(config.output_dir) if config.output_dir else runs.new_folder(f"bench-{runs.timestamp()}")
-                folder.mkdir(parents=True, exist_ok=True)
-            return folder / name
-
-        if what in ("train", "scaling"):
-            result = module.run(config, own_settings(config.bench.methods), place)
-        else:
-            result = module.run(config)
-        folder = place()
-    folder.mkdir(parents=True, exist_ok=True)
-    result["environment"] = runs.environment(str(resolve_device(config.hardware.device)), result["dtype"], 1)
-    result["path"] = str(folder / "bench.json")
-    runs.write_json(folder / "bench.json", result)
+        result = module.run(config)
+    output.leave(result, complete=True)
     if what == "quality":
-        runs.write_text(folder / "bench.md", module.markdown(result))
-    runs.write_text(folder / "config.yaml" if not runs.is_run(folder) else folder / "bench.yaml", to_yaml(config))
+        output.write("bench.md", module.markdown(result))
     return result
+
+
+class Output:
+    """The folder that a benchmark leaves its files in, made when there is something to put there."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.folder = Path(config.output_dir) if config.output_dir else None
+        self.left: Path | None = None  # `bench.json`, once there is one
+        self._environment: dict[str, Any] = {}
+
+    def choose(self) -> Path:
+        """The folder, with a name of its own where none was given; makes nothing."""
+        from sparseft import runs
+
+        if self.folder is None:
+            self.folder = Path(runs.OUTPUTS, f"bench-{runs.timestamp()}")
+        return self.folder
+
+    def place(self, name: str) -> Path:
+        """Where a file of that name belongs; the folder is there."""
+        from sparseft import runs
+
+        if self.folder is None:
+            self.folder = runs.new_folder(f"bench-{runs.timestamp()}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / name
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a file of that name."""
+        from sparseft import runs
+
+        runs.write_text(self.place(name), text)
+
+    def leave(self, result: dict[str, Any], complete: bool) -> None:
+        """Writes `bench.json`, into the result too what it ran on and where it lies, and the settings beside it.
+
+        complete: false for what there is so far, which a later call replaces.
+        """
+        from sparseft import runs
+        from sparseft.bench.machine import machine
+        from sparseft.compose import to_yaml
+        from sparseft.modeling import resolve_device
+
+        path = self.place("bench.json")
+        if not self._environment:
+            device = str(resolve_device(self.config.hardware.device))
+            self._environment = runs.environment(device, result["dtype"], 1) | machine()
+        result |= {"complete": complete, "environment": self._environment, "path": str(path)}
+        runs.write_json(path, result)
+        if self.left is None:
+            self.write("config.yaml" if not runs.is_run(path.parent) else "bench.yaml", to_yaml(self.config))
+        self.left = path
+
+
+def _quality(
+    module: Any, config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], output: Output
+) -> dict[str, Any]:
+    """Runs the trials; interrupted, says how to go on."""
+    folder = output.choose()
+    try:
+        return module.run(config, trials(config, words, config_dirs, folder / "runs"), _train)
+    except KeyboardInterrupt:
+        console.log(f"bench: what is done is kept; the same command with output_dir={folder} goes on from there")
+        raise
 
 
 def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -158,35 +208,52 @@ def render(result: dict[str, Any]) -> None:
     else:
         module = importlib.import_module(f"sparseft.bench.{result['benchmark']}")
         if hasattr(module, "columns"):  # as many as there are methods
-            console.table(module.title(result), module.columns(result), module.table(result))
+            _table(module.title(result), module.columns(result), module.table(result))
         else:
             console.table(_title(result), module.COLUMNS, module.table(result))
     print(f"bench: {result['path']}")
 
 
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; on a terminal that is too narrow for it, several."""
+    from sparseft.bench.tables import fitting
+
+    if not console.is_terminal(sys.stdout):
+        console.table(title, columns, rows)
+        return
+    for part, cells in fitting(columns, rows, shutil.get_terminal_size().columns - 4):
+        console.table(title, part, cells)
+        title = ""
+
+
 def _title(result: dict[str, Any]) -> str:
+    from sparseft.bench.machine import measured_on
+
     if result["benchmark"] == "quality":
-        return f"Held-out loss: {result['model']}, {result['dataset']}, {len(result['seeds'])} seeds"
+        return (
+            f"Held-out loss: {result['model']}, {result['dataset']}, {len(result['seeds'])} seeds, on "
+            f"{measured_on(result)}"
+        )
     if result["benchmark"] == "loader":
         return importlib.import_module("sparseft.bench.loader").title(result)
     if result["benchmark"] == "kernels":
         return (
-            f"Weight gradient of blocks: {result['dtype']} on {result['device']}, medians of {result['steps']}; bound: "
-            "the bytes that must be moved, at the bandwidth of a copy"
+            f"Weight gradient of blocks: {result['dtype']} on {measured_on(result)}, medians of {result['steps']}; "
+            "bound: the bytes that must be moved, at the bandwidth of a copy"
         )
     return (
-        f"Selection: {result['model']}, {result['parameters']:,} parameters, {result['dtype']} on {result['device']}, "
-        f"{result['samples']} samples of {result['length']} tokens, median of {result['steps']}"
+        f"Selection: {result['model']}, {result['parameters']:,} parameters, {result['dtype']} on "
+        f"{measured_on(result)}, {result['samples']} samples of {result['length']} tokens, median of {result['steps']}"
     )
 
 
 def _render_train(result: dict[str, Any]) -> None:
     from sparseft.bench import profiling, tables
 
-    console.table(tables.title(result), *tables.table(result))
+    _table(tables.title(result), *tables.table(result))
     if any("profile" in entry for entry in result["methods"].values()):
         floor = next((name for name in result["methods"] if name == "floor"), None)
-        console.table("Where the time goes, under the profiler", *profiling.difference(result["methods"], floor))
+        _table("Where the time goes, under the profiler", *profiling.difference(result["methods"], floor))
         print(f"traces: {Path(result['path']).parent}/trace-*.json.gz")
     for line in tables.notes(result):
         print(line)
