@@ -15,6 +15,7 @@ from sparseft.bench import loader
 def test_the_table_and_bench_json_agree(tmp_path: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "REPEATS", 1)
     words = on(model_folder("llama"), write_data(tmp_path)["json"])
+    monkeypatch.setattr(loader, "TARGET", 1e-9)  # not what this is about
     done = sparseft(tmp_path, "bench", "loader", *words, "output_dir=bench")
     result = json.loads((tmp_path / "bench" / "bench.json").read_text())
     assert (result["examples"], result["max_length"], result["batch_size"]) == (24, 96, 2)
@@ -35,3 +36,12 @@ def test_a_small_vocabulary_does_not_flatter() -> None:
     assert half["ratio_to_needed"] == pytest.approx(50_000 / (0.4 * 400e12 / (6 * 6_738_415_616)))
     assert whole["ratio_to_needed"] == pytest.approx(2 * half["ratio_to_needed"])
     assert (half["met"], whole["met"]) == (False, True)
+
+
+def test_a_stage_below_the_target_fails(tmp_path: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "REPEATS", 1)
+    monkeypatch.setattr(loader, "TARGET", 1e9)
+    words = on(model_folder("llama"), write_data(tmp_path)["json"])
+    done = sparseft(tmp_path, "bench", "loader", *words, "output_dir=bench", code=1)
+    assert "6 of 6 stages below the target: tokenise; cached;" in done.err
+    assert json.loads((tmp_path / "bench" / "bench.json").read_text())["stages"]["cached"]["met"] is False

@@ -137,4 +137,7 @@ def failure(result: dict[str, Any]) -> str | None:
         named = [entry["target"] for entry in judged if entry["met"] is met]
         if named:
             sentences.append(f"{len(named)} of {len(judged)} targets {said}: {'; '.join(named)}.")
+    stages = result.get("stages", {})  # of the loader
+    if slow := [name for name, stage in stages.items() if not stage["met"]]:
+        sentences.append(f"{len(slow)} of {len(stages)} stages below the target: {'; '.join(slow)}.")
     return " ".join(sentences) or None
