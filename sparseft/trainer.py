@@ -237,7 +237,7 @@ class Trainer(distributed.DistributedTrainer):
         alone = not self.is_in_train and console.is_terminal(sys.stderr)
         count, done = len(loader.dataset), 0
         progress = console.Progress(count, "evaluate", unit="example") if alone else contextlib.nullcontext()
-        with torch.no_grad(), progress as display:
+        with torch.no_grad(), progress as display, self.ready_to_run():
             for batch in loader:
                 batch = self._prepare_inputs(batch)
                 labelled = (batch["labels"][:, 1:] != -100).sum()

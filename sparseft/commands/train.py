@@ -88,7 +88,7 @@ class Job:
         from sparseft.data.packing import check_packing
         from sparseft.modeling import ModelSpec
         from sparseft.trainer_arguments import check_optimizer, training_arguments
-        from sparseft.trainer_distributed import check_zero, has_experts, rank_and_world
+        from sparseft.trainer_distributed import has_experts, rank_and_world
         from sparseft.trainer_memory import reset_peak_memory
 
         self.config, self.previous = config, previous
@@ -126,7 +126,6 @@ class Job:
         if config.model.path.startswith(BUNDLED):
             state_of(self.model).base_model = config.model.path
         self.trainable = trainable_count(self.model)
-        check_zero(self.model, config.hardware)
         if self.selection is not None:
             describe_selection(self.selection, self.spec, config)
         elif hasattr(config.method, "rank"):

@@ -33,6 +33,7 @@ from sparseft.importance.resuming import SCORES, Partial
 from sparseft.importance.second_order import SecondOrder, SecondOrderStatistics, summary
 from sparseft.importance.units import Unitised, sum_features, sum_units
 from sparseft.kernels.reference import to_blocks
+from sparseft.sharding import gathered
 
 # Tokens, padding included, that go through the model at once where samples may be summed together: a thousand fill the
 # products, and their activations take little beside a model for which memory matters (twice as many were 4 % slower on
@@ -133,7 +134,10 @@ def compute_scores(
         }
     weights: dict[str, Tensor] = {}
     if importance in ("weight", "product"):
-        weights = {c.key: weight_norms(_logical(model.get_submodule(c.module)), c).cpu() for c in candidates}
+        for c in candidates:
+            module = model.get_submodule(c.module)
+            with gathered([module.weight]):
+                weights[c.key] = weight_norms(_logical(module), c).cpu()
     if importance == "weight":
         return weights
     if batches is None:
