@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -17,7 +18,7 @@ from sparseft.config import BUNDLED, ModelConfig
 from sparseft.errors import UserError, nearest, shown
 from sparseft.expert_weights import is_router, other_stacks, stacks
 from sparseft.files import check_whole
-from sparseft.sharding import full_shape, gathered
+from sparseft.sharding import full_shape, gathered, running
 
 # Last part of a module's name -> its role. A tuple names the parts of a fused projection in their order.
 ATTENTION_ROLES: dict[str, str | tuple[str, ...]] = {
@@ -259,6 +260,11 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not fitting:
         raise UserError(f"{type(model).__name__} has no list of decoder layers (nn.ModuleList).")
     return max(fitting, key=lambda item: sum(full_shape(p).numel() for p in item[1].parameters()))
+
+
+def runnable(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Inside, a model in shards can be run, a decoder layer at a time (`sharding.running`); any other as it is."""
+    return running(model, lambda: decoder_layers(model)[1])
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

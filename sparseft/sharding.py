@@ -8,7 +8,7 @@ each gathering, in the same order. Of whole parameters every function does what 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -115,13 +115,14 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[st
 
 
 @contextlib.contextmanager
-def running(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+def running(model: nn.Module, decoder_layers: Callable[[], Iterable[nn.Module]]) -> Iterator[None]:
     """Inside, a sharded model can be run, forward and backward, before DeepSpeed's engine has it.
 
-    Each of `layers` (the decoder's) is gathered for its own part of a pass, and so is every module outside of them that
-    has parameters. All processes run as many passes, in step. Nothing changes for a model that is not sharded.
+    Each of `decoder_layers()` is gathered for its own part of a pass, and so is every module outside of them that has
+    parameters. All processes run as many passes, in step. Nothing changes for a model that is not sharded, or that the
+    engine has.
     """
-    if not any_sharded(model):
+    if not any_sharded(model) or hasattr(model, "ds_inflight_param_registry"):
         yield
         return
     held: dict[nn.Module, contextlib.ExitStack] = {}
@@ -135,7 +136,7 @@ def running(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
         if module in held:
             held.pop(module).close()
 
-    layers = list(layers)
+    layers = list(decoder_layers())
     inside = {module for layer in layers for module in layer.modules()}
     parameters = {layer: list(layer.parameters()) for layer in layers}
     for module in model.modules():

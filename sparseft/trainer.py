@@ -19,6 +19,7 @@ from sparseft import trainer_distributed as distributed
 from sparseft.data.packing import real_tokens
 from sparseft.errors import RunError
 from sparseft.layers import sparse_layers
+from sparseft.modeling import runnable
 from sparseft.optimizer import SparseAdamW
 from sparseft.trainer_best import copy_best
 from sparseft.trainer_callback import RunCallback
@@ -237,7 +238,7 @@ class Trainer(distributed.DistributedTrainer):
         alone = not self.is_in_train and console.is_terminal(sys.stderr)
         count, done = len(loader.dataset), 0
         progress = console.Progress(count, "evaluate", unit="example") if alone else contextlib.nullcontext()
-        with torch.no_grad(), progress as display, self.ready_to_run():
+        with torch.no_grad(), progress as display, runnable(model):
             for batch in loader:
                 batch = self._prepare_inputs(batch)
                 labelled = (batch["labels"][:, 1:] != -100).sum()

@@ -27,8 +27,8 @@ from sparseft.importance.ranks import from_first, rank_and_world
 from sparseft.layers import sparse_layers, write_back
 from sparseft.layers.delta_path import use_delta_path
 from sparseft.layers.experts import ExpertLinear
-from sparseft.modeling import ModelSpec, decoder_layers
-from sparseft.sharding import any_sharded, is_sharded, running, shard_of, state_on_first
+from sparseft.modeling import ModelSpec
+from sparseft.sharding import is_sharded, shard_of, state_on_first
 from sparseft.trainer_checkpoints import fitting
 
 
@@ -283,12 +283,6 @@ class DistributedTrainer(transformers.Trainer):
         self.deepspeed.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def ready_to_run(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model can be evaluated, also one in shards that DeepSpeed's engine does not have yet."""
-        if self.deepspeed is not None or not any_sharded(self.model):
-            return contextlib.nullcontext()
-        return running(self.model, decoder_layers(self.model)[1])
 
     def save_trained(self, folder: Path) -> None:
         """Writes the adapter into `folder` (all processes call it, the first one writes), whole or not at all."""

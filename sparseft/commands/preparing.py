@@ -34,6 +34,7 @@ from sparseft.modeling import (
     resolve_device,
 )
 from sparseft.selection import Selection
+from sparseft.sharding import any_sharded
 
 HEAD_ROLES = ("q", "k", "v", "o")  # their units are heads, every other role's channels
 
@@ -174,8 +175,12 @@ def resumable_selection(
             console.log(f"{stopped[0]}: what is done is kept in {partial}; the same command goes on from there")
             raise KeyboardInterrupt
 
+    in_step = any_sharded(model)  # all processes are here at once, and none may leave the others alone
+
     def sampled(done: int) -> None:
         assert total is not None
+        if in_step and (names := [name for theirs in ranks.from_all(stopped) for name in theirs]) and not stopped:
+            stopped.append(names[0])
         show("calibrate", min(done, total), total, "sample")
 
     def scored(done: int, count: int) -> None:

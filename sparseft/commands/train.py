@@ -86,7 +86,7 @@ class Job:
         from sparseft.adapter import attach, state_of, trainable_count
         from sparseft.commands.preparing import describe_selection, describe_trainable, prepare
         from sparseft.data.packing import check_packing
-        from sparseft.modeling import ModelSpec
+        from sparseft.modeling import ModelSpec, runnable
         from sparseft.trainer_arguments import check_optimizer, training_arguments
         from sparseft.trainer_distributed import has_experts, rank_and_world
         from sparseft.trainer_memory import reset_peak_memory
@@ -107,7 +107,8 @@ class Job:
             )
         self._check_context()
         if prepared.data.packed is not None:
-            check_packing(prepared.model, config.trainer.batch_size)
+            with runnable(prepared.model):
+                check_packing(prepared.model, config.trainer.batch_size)
             settings = config.trainer
             console.log(f"data: {prepared.data.packed.note(settings.batch_size, settings.gradient_accumulation)}")
         self.overlap = contamination(config, prepared.data, self.scorer)
