@@ -1,8 +1,8 @@
 """Parameters of which this process holds a shard (ZeRO-3): their shapes, their values, and passes through their model.
 
-DeepSpeed leaves a parameter without entries while it is sharded: `ds_shape` is its shape, `ds_tensor` the shard. What is
-here gathers as little at a time as can be: one parameter, or for a pass one decoder layer. All processes take part in
-each gathering, in the same order. Of whole parameters every function does what torch does, and DeepSpeed is not imported.
+DeepSpeed leaves a parameter without entries while it is sharded: `ds_shape` is its shape, `ds_tensor` the shard. What
+is here gathers as little at a time as can be: one parameter, or for a pass one decoder layer. All processes take part
+in each gathering, in the same order. With whole parameters every function does what torch does, without DeepSpeed.
 """
 
 from __future__ import annotations

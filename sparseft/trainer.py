@@ -21,6 +21,7 @@ from sparseft.errors import RunError
 from sparseft.layers import sparse_layers
 from sparseft.modeling import runnable
 from sparseft.optimizer import SparseAdamW
+from sparseft.sharding import shard_of
 from sparseft.trainer_best import copy_best
 from sparseft.trainer_callback import RunCallback
 from sparseft.trainer_checkpoints import (
@@ -153,7 +154,7 @@ class Trainer(distributed.DistributedTrainer):
         # saving waits for the next; not where training ends.
         if self.health.streak and not self.control.should_training_stop:
             return
-        mine = (distributed.shard_of(p) for p in self.model.parameters() if p.requires_grad)
+        mine = (shard_of(p) for p in self.model.parameters() if p.requires_grad)
         if distributed.any_rank(not all(p.isfinite().all() for p in mine)):
             raise self.failure(
                 f"the trained weights are not finite after step {self.state.global_step}, so they are not saved: "

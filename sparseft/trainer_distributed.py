@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer import SCHEDULER_NAME
 
@@ -28,7 +28,7 @@ from sparseft.layers import sparse_layers, write_back
 from sparseft.layers.delta_path import use_delta_path
 from sparseft.layers.experts import ExpertLinear
 from sparseft.modeling import ModelSpec
-from sparseft.sharding import is_sharded, shard_of, state_on_first
+from sparseft.sharding import is_sharded, state_on_first
 from sparseft.trainer_checkpoints import fitting
 
 
@@ -157,8 +157,8 @@ def forget_zero() -> None:
 
 
 def no_shared_memory() -> None:
-    """Turns DeepSpeed's collectives in shared memory off, before they are set up: they are compiled when first used, and
-    wait for a process that died without end."""
+    """Turns DeepSpeed's collectives in shared memory off, before they are set up: they are compiled when first used,
+    and wait for a process that died without end."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,8 +1,8 @@
 """Loading a model in shards: with ZeRO-3 no process ever holds more of it than its shard and one gathered module.
 
-transformers does it where it finds a DeepSpeed configuration of stage 3: it builds the model under `deepspeed.zero.Init`,
-which shards each module as soon as it is made, and rank 0 hands on the checkpoint's tensors, mapped from the files, one
-module after another.
+transformers does it where it finds a DeepSpeed configuration of stage 3: it builds the model under
+`deepspeed.zero.Init`, which shards each module as soon as it is made, and rank 0 hands on the checkpoint's tensors,
+mapped from the files, one module after another.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def load(config: ModelConfig, hardware: HardwareConfig, device: torch.device) ->
 
 @contextlib.contextmanager
 def _own_dtypes() -> Iterator[None]:
-    """Inside, `deepspeed.zero.Init` leaves tensors in the dtype in which a model makes them, such as fp32 for a table of
-    rotations: it would cast all of them to one. transformers gives it nothing but its configuration."""
+    """Inside, `deepspeed.zero.Init` leaves tensors in the dtype in which a model makes them, such as fp32 for a table
+    of rotations: it would cast all of them to one. transformers gives it nothing but its configuration."""
     import deepspeed
 
     usual = deepspeed.zero.Init
@@ -65,7 +65,7 @@ def _own_dtypes() -> Iterator[None]:
 
 
 def _check_precision(config: ModelConfig, model: nn.Module) -> None:
-    """Refuses a model of which a part should be fp32 and is not: sharded, transformers loads all weights in one dtype."""
+    """Refuses a model of which a part should be fp32 and is not: in shards all weights are loaded in one dtype."""
     strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     kept = [*strict, *((getattr(model, "_keep_in_fp32_modules", None) or ()) if model.dtype == torch.float16 else ())]
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
