@@ -144,12 +144,10 @@ def running(model: nn.Module, decoder_layers: Callable[[], Iterable[nn.Module]])
             parameters[module] = own
     handles = []
     for module in parameters:
-        handles += [
-            module.register_forward_pre_hook(take),
-            module.register_forward_hook(give_back),
-            module.register_full_backward_pre_hook(take),
-            module.register_full_backward_hook(give_back),
-        ]
+        handles += [module.register_forward_pre_hook(take), module.register_forward_hook(give_back)]
+        if not isinstance(module, nn.Embedding):  # the way back from a table needs no value of it
+            handles.append(module.register_full_backward_pre_hook(take))
+            handles.append(module.register_full_backward_hook(give_back))
     try:
         yield
     finally:
