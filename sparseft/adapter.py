@@ -29,7 +29,7 @@ from sparseft.errors import UserError, nearest, shown
 from sparseft.files import replaced_folder
 from sparseft.fusing import Values, unite
 from sparseft.layers import Pattern, restore, share_inputs, sparse_layers
-from sparseft.layers.converting import check_modules, make_sparse, plain_weight
+from sparseft.layers.converting import check_modules, make_sparse, plain_weight, weight_parameter
 from sparseft.layers.experts import close_experts
 from sparseft.layers.order import make_way
 from sparseft.layers.parking import union
@@ -38,6 +38,7 @@ from sparseft.methods import method_of
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import STATE, ModelSpec, base_fingerprint, inside_compiled
 from sparseft.selection import Selection
+from sparseft.sharding import full_shape, gathered
 
 DEFAULT = "default"
 
@@ -145,7 +146,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def trainable_count(model: nn.Module) -> int:
     """How many weights train: the part of an edge block outside its weight does not count."""
     deltas = {id(p.delta) for layer in sparse_layers(model).values() for p in layer.patterns.values()}
-    others = sum(p.numel() for p in trainable_parameters(model).values() if id(p) not in deltas)
+    others = sum(full_shape(p).numel() for p in trainable_parameters(model).values() if id(p) not in deltas)
     return others + sum(layer.trainable_entries for layer in sparse_layers(model).values())
 
 
@@ -237,10 +238,10 @@ def _install_values(
         patterns: dict[str, dict[str, Pattern]] = {}
         for module, kinds in values.items():
             patterns[module] = {}
-            weight = plain_weight(model, module)
             for kind, value in kinds.items():
                 try:
-                    pattern = Pattern(kind, value.index, weight, value.block_size)
+                    with gathered([weight_parameter(model, module)]):
+                        pattern = Pattern(kind, value.index, plain_weight(model, module), value.block_size)
                 except UserError as error:
                     raise UserError(f"{module}: {error}") from None
                 if pattern.delta.shape != value.delta.shape:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from sparseft.sharding import full_shape
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -43,9 +45,9 @@ def stacks(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     if not marked or getattr(module, "is_transposed", True) or getattr(module, "has_bias", True):
         return {}
     return {
-        name: (int(p.shape[0]), int(p.shape[1]), int(p.shape[2]))
+        name: (int(shape[0]), int(shape[1]), int(shape[2]))
         for name, p in module._parameters.items()
-        if p is not None and p.dim() == 3 and p.is_floating_point()
+        if p is not None and len(shape := full_shape(p)) == 3 and p.is_floating_point()
     }
 
 
@@ -54,7 +56,8 @@ def other_stacks(module: nn.Module) -> list[str]:
     if isinstance(module, _ConvNd) or getattr(module, "sparseft_pattern", False):  # a kernel; blocks that train
         return []
     known = stacks(module)
-    return [name for name, p in module._parameters.items() if p is not None and p.dim() == 3 and name not in known]
+    stacked = [name for name, p in module._parameters.items() if p is not None and len(full_shape(p)) == 3]
+    return [name for name in stacked if name not in known]
 
 
 def find_expert(model: nn.Module, name: str) -> Expert | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -17,6 +18,7 @@ from sparseft.config import BUNDLED, ModelConfig
 from sparseft.errors import UserError, nearest, shown
 from sparseft.expert_weights import is_router, other_stacks, stacks
 from sparseft.files import check_whole
+from sparseft.sharding import full_shape, gathered, running
 
 # Last part of a module's name -> its role. A tuple names the parts of a fused projection in their order.
 ATTENTION_ROLES: dict[str, str | tuple[str, ...]] = {
@@ -235,7 +237,7 @@ def is_linear(module: nn.Module) -> bool:
         return True
     # Quantised linears subclass nn.Linear but hold packed integers, whose entries cannot be written.
     return getattr(module, "sparseft_linear", False) or (
-        isinstance(module, nn.Linear) and module.weight.dim() == 2 and module.weight.is_floating_point()
+        isinstance(module, nn.Linear) and len(full_shape(module.weight)) == 2 and module.weight.is_floating_point()
     )
 
 
@@ -246,7 +248,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 def logical_shape(module: nn.Module) -> tuple[int, int]:
     """(out features, in features), however the weight is stored."""
-    rows, columns = module.weight.shape
+    rows, columns = full_shape(module.weight)
     return (columns, rows) if is_transposed(module) else (rows, columns)
 
 
@@ -257,7 +259,12 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     fitting = [item for item in lists if len(item[1]) == count] or lists
     if not fitting:
         raise UserError(f"{type(model).__name__} has no list of decoder layers (nn.ModuleList).")
-    return max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return max(fitting, key=lambda item: sum(full_shape(p).numel() for p in item[1].parameters()))
+
+
+def runnable(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Inside, a model in shards can be run, a decoder layer at a time (`sharding.running`); any other as it is."""
+    return running(model, lambda: decoder_layers(model)[1])
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -268,7 +275,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def base_parameter_count(model: nn.Module) -> int:
     """Parameters of the base model, tied ones once."""
-    return sum(p.numel() for _, p in base_parameters(model))
+    return sum(full_shape(p).numel() for _, p in base_parameters(model))
 
 
 def base_fingerprint(model: nn.Module, samples: int = 64) -> str:
@@ -280,12 +287,14 @@ def base_fingerprint(model: nn.Module, samples: int = 64) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(base_parameters(model), key=lambda item: item[0]):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        if parameter.is_meta or parameter.numel() == 0:
+        shape = full_shape(parameter)
+        digest.update(f"{name}{tuple(shape)}".encode())
+        if parameter.is_meta or shape.numel() == 0:
             continue
-        flat = parameter.detach().reshape(-1)
-        positions = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
-        values = flat[positions.to(flat.device)].to(torch.bfloat16).float().cpu()
+        positions = torch.linspace(0, shape.numel() - 1, min(samples, shape.numel()), dtype=torch.float64).long()
+        with gathered([parameter]):
+            flat = parameter.detach().reshape(-1)
+            values = flat[positions.to(flat.device)].to(torch.bfloat16).float().cpu()
         values = values.masked_fill(values.abs() < 2.0**-14, 0.0)  # this also leaves one sign of zero
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()

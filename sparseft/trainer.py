@@ -19,7 +19,9 @@ from sparseft import trainer_distributed as distributed
 from sparseft.data.packing import real_tokens
 from sparseft.errors import RunError
 from sparseft.layers import sparse_layers
+from sparseft.modeling import runnable
 from sparseft.optimizer import SparseAdamW
+from sparseft.sharding import shard_of
 from sparseft.trainer_best import copy_best
 from sparseft.trainer_callback import RunCallback
 from sparseft.trainer_checkpoints import (
@@ -152,7 +154,7 @@ class Trainer(distributed.DistributedTrainer):
         # saving waits for the next; not where training ends.
         if self.health.streak and not self.control.should_training_stop:
             return
-        mine = (distributed.shard_of(p) for p in self.model.parameters() if p.requires_grad)
+        mine = (shard_of(p) for p in self.model.parameters() if p.requires_grad)
         if distributed.any_rank(not all(p.isfinite().all() for p in mine)):
             raise self.failure(
                 f"the trained weights are not finite after step {self.state.global_step}, so they are not saved: "
@@ -237,7 +239,7 @@ class Trainer(distributed.DistributedTrainer):
         alone = not self.is_in_train and console.is_terminal(sys.stderr)
         count, done = len(loader.dataset), 0
         progress = console.Progress(count, "evaluate", unit="example") if alone else contextlib.nullcontext()
-        with torch.no_grad(), progress as display:
+        with torch.no_grad(), progress as display, runnable(model):
             for batch in loader:
                 batch = self._prepare_inputs(batch)
                 labelled = (batch["labels"][:, 1:] != -100).sum()

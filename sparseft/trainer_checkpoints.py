@@ -24,6 +24,7 @@ from sparseft.files import check_whole, file_hash, read_json, read_tensors
 from sparseft.reading import read_json as parse
 from sparseft.reading import why
 from sparseft.runs import write_json
+from sparseft.sharding import load_state
 from sparseft.trainer_failures import out_of_memory
 from sparseft.trainer_reselecting import load_active
 
@@ -207,7 +208,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         if not files:
             raise UserError(f"{folder}: no model*.safetensors, so this is no fully fine-tuned model.")
         tensors = {name: tensor for file in files for name, tensor in read_tensors(file, "model").items()}
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        missing, unexpected = load_state(model, tensors)
         tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
         if unexpected or set(missing) - tied:
             raise UserError(f"{folder}: the weights do not fit the model ({shown([*unexpected, *missing][0])}).")

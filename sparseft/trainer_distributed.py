@@ -9,14 +9,14 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer import SCHEDULER_NAME
 
@@ -27,6 +27,8 @@ from sparseft.importance.ranks import from_first, rank_and_world
 from sparseft.layers import sparse_layers, write_back
 from sparseft.layers.delta_path import use_delta_path
 from sparseft.layers.experts import ExpertLinear
+from sparseft.modeling import ModelSpec
+from sparseft.sharding import is_sharded, state_on_first
 from sparseft.trainer_checkpoints import fitting
 
 
@@ -154,19 +156,22 @@ def forget_zero() -> None:
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
+def no_shared_memory() -> None:
+    """Turns DeepSpeed's collectives in shared memory off, before they are set up: they are compiled when first used,
+    and wait for a process that died without end."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def deepspeed_on_cpu() -> dict[str, Any]:
     """accelerate's settings for DeepSpeed without a device: it would not see the other processes, as it looks for them
-    by the device's backend, so it is told.
-
-    DeepSpeed's collectives in shared memory stay off: they are compiled when first used, and wait for a process that
-    died without end.
-    """
-    import deepspeed
+    by the device's backend, so it is told."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
     from accelerate.utils import patch_environment
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    no_shared_memory()
     AcceleratorState._reset_state(reset_partial_state=True)
     with patch_environment(ACCELERATE_USE_DEEPSPEED="true"):
         PartialState(backend="gloo")
@@ -192,9 +197,9 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(layer, ExpertLinear) for layer in sparse_layers(model).values())
 
 
-def check_zero(model: nn.Module, hardware: HardwareConfig) -> None:
-    """Refuses what DeepSpeed cannot train of an attached model."""
-    if hardware.zero_stage == 3 and has_experts(model):
+def check_zero(chosen_from: Iterable[str], spec: ModelSpec, hardware: HardwareConfig) -> None:
+    """Refuses what DeepSpeed cannot train, of the linears that a sparse method chooses from."""
+    if hardware.zero_stage == 3 and not spec.stacked.isdisjoint(chosen_from):
         raise UserError(
             "hardware.zero_stage=3: experts kept as 3-D parameters cannot be sharded while single experts of them "
             "train; use hardware.zero_stage=2 or less."
@@ -216,12 +221,15 @@ def whole_parameters(model: nn.Module, engine: Any) -> Iterator[None]:
     Adapters are gathered on every device. A fully trained model is gathered on the first process's host, part by part,
     and is what its `state_dict` gives inside.
     """
-    sharded = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    sharded = [p for p in model.parameters() if p.requires_grad and is_sharded(p)]
     state = state_of(model)
     if not sharded:
         yield
     elif state is not None and state.kind == "whole":
-        content = engine._zero3_consolidated_16bit_state_dict()  # in the parameters' own dtype, whatever its name
+        if engine is not None:
+            content = engine._zero3_consolidated_16bit_state_dict()  # in the parameters' own dtype, whatever its name
+        else:
+            content = state_on_first(model)
         model.state_dict = lambda *args, **options: content  # what save_pretrained asks
         try:
             yield
@@ -232,11 +240,6 @@ def whole_parameters(model: nn.Module, engine: Any) -> Iterator[None]:
 
         with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None):
             yield
-
-
-def shard_of(parameter: Tensor) -> Tensor:
-    """The part of a parameter's values that this process holds: all of it, but under ZeRO-3."""
-    return getattr(parameter, "ds_tensor", parameter)
 
 
 class DistributedTrainer(transformers.Trainer):

@@ -27,6 +27,7 @@ ORDER = (
     {"files"},
     {"data.prompts"},
     {"kernels"},
+    {"sharding"},
     {"expert_weights"},
     {"data", "modeling"},
     {"importance"},

@@ -24,15 +24,17 @@ from sparseft.errors import UserError
 from sparseft.importance import ranks
 from sparseft.importance.resuming import saved_samples
 from sparseft.kernels.dispatch import kernel_for
+from sparseft.methods import get_method
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import (
     ModelSpec,
     base_fingerprint,
-    load_model,
+    base_parameter_count,
     load_tokenizer,
     resolve_device,
 )
 from sparseft.selection import Selection
+from sparseft.sharding import any_sharded
 
 HEAD_ROLES = ("q", "k", "v", "o")  # their units are heads, every other role's channels
 
@@ -45,6 +47,7 @@ class Prepared:
     tokenizer: Any
     data: Any  # data.LoadedData
     device: Any
+    sharding: Any = None  # transformers' settings of ZeRO-3, to live as long as a model in shards does
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -52,6 +55,8 @@ def prepare(config: RunConfig) -> Prepared:
     check_data(config)
     check_model(config)
     import transformers
+
+    from sparseft.trainer_loading import load
 
     transformers.logging.disable_progress_bar()
     device = resolve_device(config.hardware.device)
@@ -69,11 +74,11 @@ def prepare(config: RunConfig) -> Prepared:
         console.log(f"data: {note}")
     for warning in data.warnings:
         console.warn(f"data: {warning}")
-    model = load_model(config.model, device)
+    model, sharding = load(config.model, config.hardware, device)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    total = sum(p.numel() for p in model.parameters())
+    total = base_parameter_count(model)
     console.log(f"model: {config.model.path}, {total:,} parameters, {dtype} on {device}")
-    return Prepared(model, tokenizer, data, device)
+    return Prepared(model, tokenizer, data, device, sharding)
 
 
 def selection_key(fingerprint: str, data_fingerprint: str, method: str, method_config: Any) -> str:
@@ -95,10 +100,15 @@ class Selected:
 
 def select(config: RunConfig, prepared: Prepared) -> Selected:
     """The cached selection with this run's key, or a new one, which is then cached."""
+    from sparseft.trainer_distributed import check_zero
+
     key = selection_key(base_fingerprint(prepared.model), prepared.data.fingerprint, config.method_name, config.method)
     path = Path(config.cache_dir) / "selections" / key
     start = time.perf_counter()
     first = ranks.rank_and_world()[0] == 0
+    spec = ModelSpec.of(prepared.model)
+    candidates = get_method(config.method_name).budget(spec, config.method).candidates
+    check_zero((candidate.module for candidate in candidates), spec, config.hardware)
     found = ranks.from_first(_cached(config.cache_dir, path) if first else None)  # all processes train the same
     if found is not None:
         return Selected(found, path, True, time.perf_counter() - start)
@@ -115,7 +125,6 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
     with signals.noted(stopped.append):
         selection = resumable_selection(prepared.model, method, batches, total, partial, stopped)
         selection.meta["key"] = key
-        spec = ModelSpec.of(prepared.model)
         if first:
             selection.save(path, {name: spec.linears[name] for name in selection.modules})
         ranks.from_first(None)  # a rank that is still computing could leave its part behind
@@ -166,8 +175,12 @@ def resumable_selection(
             console.log(f"{stopped[0]}: what is done is kept in {partial}; the same command goes on from there")
             raise KeyboardInterrupt
 
+    in_step = any_sharded(model)  # all processes are here at once, and none may leave the others alone
+
     def sampled(done: int) -> None:
         assert total is not None
+        if in_step and (names := [name for theirs in ranks.from_all(stopped) for name in theirs]) and not stopped:
+            stopped.append(names[0])
         show("calibrate", min(done, total), total, "sample")
 
     def scored(done: int, count: int) -> None:

@@ -30,7 +30,9 @@ def run(config: RunConfig) -> dict[str, Any]:
 def _preprocess(config: RunConfig) -> dict[str, Any]:
     from sparseft.commands.preparing import describe_selection, prepare, select
     from sparseft.modeling import ModelSpec
+    from sparseft.trainer_distributed import forget_zero
 
+    forget_zero()  # of an earlier run
     prepared = prepare(config)
     selected = select(config, prepared)
     describe_selection(selected.selection, ModelSpec.of(prepared.model), config)

@@ -86,9 +86,9 @@ class Job:
         from sparseft.adapter import attach, state_of, trainable_count
         from sparseft.commands.preparing import describe_selection, describe_trainable, prepare
         from sparseft.data.packing import check_packing
-        from sparseft.modeling import ModelSpec
+        from sparseft.modeling import ModelSpec, runnable
         from sparseft.trainer_arguments import check_optimizer, training_arguments
-        from sparseft.trainer_distributed import check_zero, has_experts, rank_and_world
+        from sparseft.trainer_distributed import has_experts, rank_and_world
         from sparseft.trainer_memory import reset_peak_memory
 
         self.config, self.previous = config, previous
@@ -107,7 +107,8 @@ class Job:
             )
         self._check_context()
         if prepared.data.packed is not None:
-            check_packing(prepared.model, config.trainer.batch_size)
+            with runnable(prepared.model):
+                check_packing(prepared.model, config.trainer.batch_size)
             settings = config.trainer
             console.log(f"data: {prepared.data.packed.note(settings.batch_size, settings.gradient_accumulation)}")
         self.overlap = contamination(config, prepared.data, self.scorer)
@@ -126,7 +127,6 @@ class Job:
         if config.model.path.startswith(BUNDLED):
             state_of(self.model).base_model = config.model.path
         self.trainable = trainable_count(self.model)
-        check_zero(self.model, config.hardware)
         if self.selection is not None:
             describe_selection(self.selection, self.spec, config)
         elif hasattr(config.method, "rank"):

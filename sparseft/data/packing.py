@@ -127,11 +127,13 @@ def check_packing(model: nn.Module, batch_size: int) -> None:
     """
     import torch
 
+    from sparseft.sharding import full_shape
+
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     device = embeddings.weight.device
     generator = torch.Generator().manual_seed(0)
     rows, border, length = min(batch_size, 2), 7, 16
-    ids = torch.randint(len(embeddings.weight), (rows, length), generator=generator).to(device)
+    ids = torch.randint(full_shape(embeddings.weight)[0], (rows, length), generator=generator).to(device)
     positions = torch.cat([torch.arange(border), torch.arange(length - border)]).to(device).expand(rows, -1)
     found: list[Tensor] = []
 

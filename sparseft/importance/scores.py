@@ -33,6 +33,7 @@ from sparseft.importance.resuming import SCORES, Partial
 from sparseft.importance.second_order import SecondOrder, SecondOrderStatistics, summary
 from sparseft.importance.units import Unitised, sum_features, sum_units
 from sparseft.kernels.reference import to_blocks
+from sparseft.sharding import any_sharded, gathered
 
 # Tokens, padding included, that go through the model at once where samples may be summed together: a thousand fill the
 # products, and their activations take little beside a model for which memory matters (twice as many were 4 % slower on
@@ -133,7 +134,10 @@ def compute_scores(
         }
     weights: dict[str, Tensor] = {}
     if importance in ("weight", "product"):
-        weights = {c.key: weight_norms(_logical(model.get_submodule(c.module)), c).cpu() for c in candidates}
+        for c in candidates:
+            module = model.get_submodule(c.module)
+            with gathered([module.weight]):
+                weights[c.key] = weight_norms(_logical(module), c).cpu()
     if importance == "weight":
         return weights
     if batches is None:
@@ -145,12 +149,13 @@ def compute_scores(
     for c in candidates:
         by_module[c.module].append(c)
     settings = second_order or SecondOrder()
+    together = 0 if any_sharded(model) else TOKENS_TOGETHER
     scored = [(c.key, c.kind, c.shape, c.start, c.unit, c.count) for c in candidates]
     key = [
         __version__,
         importance,
         seed,
-        [asdict(settings), TOKENS_TOGETHER] if importance == "sylva" else None,
+        [asdict(settings), together] if importance == "sylva" else None,
         scored,
     ]
     partial = Partial(resume, key, ranks.rank_and_world())
@@ -159,7 +164,7 @@ def compute_scores(
         shapes = {module: members[0].shape for module, members in by_module.items()}
         device = next(model.parameters()).device
         statistics = SecondOrderStatistics(settings, seed, shapes, device, resume.parent if resume else None)
-        done = run(statistics=statistics, gradients=True, together=TOKENS_TOGETHER)
+        done = run(statistics=statistics, gradients=True, together=together)
         scores, dampings = score_modules(statistics, by_module, partial, done, scoring)
         if meta is not None:
             meta["second_order"] = summary(dampings, settings.damping)

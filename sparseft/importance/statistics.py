@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import UserError
+from sparseft.importance import ranks
 from sparseft.importance.grouping import (
     LOGIT_ELEMENTS,
     Sample,
@@ -25,6 +26,8 @@ from sparseft.importance.grouping import (
     split_samples,
     summed_loss,
 )
+from sparseft.modeling import runnable
+from sparseft.sharding import any_sharded
 
 # Called with (module name, input (tokens, in), output (tokens, out), null, source) after the forward pass, or with
 # (module name, input, null, output gradient (tokens, out), source) in the backward pass. The source is the first module
@@ -71,6 +74,9 @@ def observe(
     labelled token are passed over. A linear's gradient is shown as the backward pass reaches it, so that nothing of
     all layers is ever held at once but what the backward pass holds anyway.
 
+    A model in shards takes all ranks to each pass: samples go one at a time, and a rank that has none left runs along
+    unseen, with calls of `reached` and `progress` as the others have them.
+
     Args:
         together: with `gradients`, tokens that may go through the model at once: several samples then share a forward
             pass (where the model allows it: `may_share`) and the observer sees the tokens of all of them, padding
@@ -85,7 +91,8 @@ def observe(
         UserError: with a single rank, where no sample can be used.
     """
     watcher = _Watcher(model, names, observer, gradients)
-    if not (gradients and together and may_share(model)):
+    in_step = any_sharded(model)
+    if not (gradients and together and may_share(model)) or in_step:
         together = 0
     else:
         together = max(1, min(together, LOGIT_ELEMENTS // model.config.get_text_config().vocab_size))
@@ -93,11 +100,20 @@ def observe(
     if gradients:  # the first label predicts nothing: the loss is over labels[1:]
         samples = (sample for sample in samples if (sample["labels"][:, 1:] != -100).any())
     groups, count = done
-    with untouched(model), watcher:
+    if in_step:
+        samples = iter(kept := list(samples))
+    with untouched(model), runnable(model), watcher:
         every = groups_of(itertools.islice(samples, share[0], None, share[1]), together)
-        for group in itertools.islice(every, groups, None):
-            watcher.run(group, alone=not together, starting=starting or (lambda _count: None))
-            groups, count = groups + 1, count + len(group)
+        mine: Iterable[list[Sample] | None] = itertools.islice(every, groups, None)
+        if in_step:
+            mine = list(mine)
+            mine += [None] * (max(ranks.from_all(len(mine))) - len(mine))
+        for group in mine:
+            if group is None:
+                watcher.run_unseen(kept[0])
+            else:
+                watcher.run(group, alone=not together, starting=starting or (lambda _count: None))
+                groups, count = groups + 1, count + len(group)
             if reached is not None:
                 reached(groups, count)
             if progress is not None:
@@ -127,6 +143,7 @@ class _Watcher:
         self.given: dict[tuple[int, tuple[int, ...]], tuple[str, Tensor]] = {}
         self.kept: Tensor | None = None  # flat positions of the batch's tokens; null: all
         self.positions = 0  # of the batch, where it has several samples
+        self.unseen = False  # whether what runs is not shown to the observer
 
     def __enter__(self) -> _Watcher:
         self.handles = [m.register_forward_hook(self._after_forward(name)) for name, m in self.modules.items()]
@@ -150,6 +167,14 @@ class _Watcher:
                 pass
         for sample in group:
             self._run_alone(sample, starting)
+
+    def run_unseen(self, sample: Sample) -> None:
+        """The passes of one sample, for the ranks that need this one's shards."""
+        self.unseen = True
+        try:
+            self._run_alone(sample, lambda _count: None)
+        finally:
+            self.unseen = False
 
     def _run_together(self, group: list[Sample], starting: Callable[[int], None]) -> None:
         batch, kept = pad_together(group)
@@ -184,6 +209,8 @@ class _Watcher:
     def _after_forward(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+            if self.unseen:
+                return
             if not self.gradients:
                 self.observer(name, x, output.detach().reshape(-1, output.shape[-1]), None, name)
             elif output.requires_grad:  # not so in the first pass of a reentrant checkpoint, which is done again

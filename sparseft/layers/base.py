@@ -24,6 +24,7 @@ from sparseft.layers.delta_path import add_deltas
 from sparseft.layers.order import arrange_entries, fits_order, inverse
 from sparseft.layers.pattern import Pattern, as_index, version_of
 from sparseft.layers.slices import flat, slice_of
+from sparseft.sharding import full_shape, gathered, is_sharded
 
 _LIVE: weakref.WeakSet[SparseLinear] = weakref.WeakSet()  # every sparse layer there is
 
@@ -118,8 +119,7 @@ class SparseLinear(nn.Module):
         shape = (in_features, out_features) if transposed else (out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
         if bias:
-            empty = torch.empty(out_features, device=device, dtype=dtype)
-            self.bias = nn.Parameter(empty, requires_grad=False)
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
         else:
             self.register_parameter("bias", None)
         self._original: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
@@ -151,10 +151,11 @@ class SparseLinear(nn.Module):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.transposed = type(linear).__name__ == "Conv1D"
-        rows, columns = linear.weight.shape
+        rows, columns = full_shape(linear.weight)
         layer.in_features, layer.out_features = (rows, columns) if layer.transposed else (columns, rows)
         layer.weight = linear.weight
         layer.register_parameter("bias", linear.bias)
+        layer.writes_weight = not is_sharded(layer.weight)  # base + delta has no place to stay in a shard
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -223,7 +224,8 @@ class SparseLinear(nn.Module):
             raise ValueError(f"the layer already trains {kind}")
         self.restore_base()  # what another pattern has learnt is no part of this one's base
         try:
-            pattern = Pattern(kind, as_index(kind, index), self.logical_weight, block_size, self.place_of(kind))
+            with gathered([self.weight]):
+                pattern = Pattern(kind, as_index(kind, index), self.logical_weight, block_size, self.place_of(kind))
             self.add_module(kind, pattern)
         finally:
             self.write_back()
@@ -237,10 +239,11 @@ class SparseLinear(nn.Module):
         old = self.patterns
         for kind in old:
             del self._modules[kind]
-        for kind, pattern in patterns.items():
-            pattern.put(places[kind])
-            pattern.take_base(self.logical_weight)
-            self.add_module(kind, pattern)
+        with gathered([self.weight] if patterns else []):
+            for kind, pattern in patterns.items():
+                pattern.put(places[kind])
+                pattern.take_base(self.logical_weight)
+                self.add_module(kind, pattern)
         self.write_parked()
         self.write_back()
         return old
@@ -248,7 +251,7 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def restore_base(self) -> None:
         """Writes the base's own values, bit for bit; the deltas stay as they are."""
-        if self.weight.is_meta:
+        if self.weight.is_meta or not self.writes_weight:
             return
         weight = self.logical_weight
         for pattern in self.patterns.values():

@@ -35,8 +35,17 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
+def weight_parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter that holds the weight of the linear or the expert `name`, of an expert that of all of them."""
+    expert = find_expert(model, name)
+    return model.get_submodule(name).weight if expert is None else stack_parameter(expert.experts, expert.parameter)
+
+
 def plain_weight(model: nn.Module, name: str) -> Tensor:
-    """The logical weight (out, in) of the linear or the expert `name`, plain or sparse: a view, without gradient."""
+    """The logical weight (out, in) of the linear or the expert `name`, plain or sparse: a view, without gradient.
+
+    Where ZeRO-3 has sharded it, it has to be gathered (`weight_parameter`).
+    """
     expert = find_expert(model, name)
     return expert.weight if expert is not None else SparseLinear.weight_of(model.get_submodule(name))
 
@@ -59,12 +68,8 @@ def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         owners.setdefault(id(parameter), []).append(name)
     tied = {}
     for name in names:
-        expert = find_expert(model, name)
-        if expert is not None:
-            own, weight = name.rpartition(".")[0], stack_parameter(expert.experts, expert.parameter)
-        else:
-            own, weight = f"{name}.weight", model.get_submodule(name).weight
-        others = [owner for owner in owners.get(id(weight), []) if owner != own]
+        own = f"{name}.weight" if find_expert(model, name) is None else name.rpartition(".")[0]
+        others = [owner for owner in owners.get(id(weight_parameter(model, name)), []) if owner != own]
         if others:
             tied[name] = others[0]
     return tied

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparseft.sharding import gathered
+
 if TYPE_CHECKING:
     from sparseft.layers.base import SparseLinear
 
@@ -99,8 +101,9 @@ def reorder(layer: SparseLinear, rows: Tensor | None = None, columns: Tensor | N
         old = inverse(layer.row_order), inverse(layer.column_order)
         for tensor in (layer.weight, layer.bias):
             if tensor is not None:
-                original = arranged(tensor.detach(), *old, transposed=layer.transposed)
-                tensor.detach().copy_(arranged(original, rows, columns, transposed=layer.transposed))
+                with gathered([tensor], changed=True):
+                    original = arranged(tensor.detach(), *old, transposed=layer.transposed)
+                    tensor.detach().copy_(arranged(original, rows, columns, transposed=layer.transposed))
     layer.row_order, layer.column_order = rows, columns
     for kind, pattern in layer.patterns.items():
         pattern.put(layer.place_of(kind))

@@ -22,6 +22,7 @@ from sparseft.layers.base import SparseLinear
 from sparseft.layers.converting import convert, replace_module, sparse_layers, tied_names
 from sparseft.layers.order import inverse, reorder
 from sparseft.modeling import ModelSpec, Slot
+from sparseft.sharding import full_shape
 
 if TYPE_CHECKING:
     from sparseft.selection import Selection
@@ -200,12 +201,12 @@ def _check_structure(
     for path, module in model.get_submodule(parent).named_modules():
         if id(module) in linears or getattr(module, "sparseft_pattern", False):
             continue
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        shapes = [full_shape(t) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
         if is_attention and path and "." not in path:
-            head_norm = "norm" in path and all(t.shape == (spec.head_dim,) for t in tensors)
+            head_norm = "norm" in path and all(shape == (spec.head_dim,) for shape in shapes)
             if head_norm or "Rotary" in type(module).__name__:
                 continue
-        if any(path == "" or is_attention or t.numel() > 1 for t in tensors):
+        if any(path == "" or is_attention or shape.numel() > 1 for shape in shapes):
             what = (
                 f"a {type(module).__name__} beside its projections has" if path else "it has, beside its projections,"
             )

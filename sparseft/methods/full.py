@@ -32,5 +32,9 @@ class Full(Method):
 
     def convert(self, model: nn.Module, config: Any, selection: Selection | None) -> nn.Module:
         if config.dtype == "float32":
-            model.float()
+            import torch
+
+            from sparseft.sharding import cast
+
+            cast(model, torch.float32)
         return model.requires_grad_(True)

@@ -1,0 +1,157 @@
+"""Parameters of which this process holds a shard (ZeRO-3): their shapes, their values, and passes through their model.
+
+DeepSpeed leaves a parameter without entries while it is sharded: `ds_shape` is its shape, `ds_tensor` the shard. What
+is here gathers as little at a time as can be: one parameter, or for a pass one decoder layer. All processes take part
+in each gathering, in the same order. With whole parameters every function does what torch does, without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparseft.errors import UserError
+
+
+def is_sharded(parameter: Tensor | None) -> bool:
+    """Whether ZeRO-3 has taken charge of the parameter, be it gathered at the moment or not."""
+    return hasattr(parameter, "ds_id")
+
+
+def any_sharded(model: nn.Module) -> bool:
+    """Whether a model has parameters in shards."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def shard_of(parameter: Tensor) -> Tensor:
+    """The part of a parameter's values that this process holds: all of it, but under ZeRO-3."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def _absent(parameter: Tensor | None) -> bool:
+    return is_sharded(parameter) and parameter.ds_status.name != "AVAILABLE"  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Tensor | None], *, changed: bool = False) -> Iterator[None]:
+    """Inside, the parameters are whole in every process; nulls and whole ones may be among them.
+
+    changed: what rank 0 has made of them is what all shards hold afterwards; else they must stay as they are.
+    """
+    absent = [parameter for parameter in parameters if _absent(parameter)]
+    if not absent:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(absent, modifier_rank=0 if changed else None):
+        yield
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a model's floating-point parameters and buffers, sharded ones in their shards.
+
+    UserError where the shards lie on a disk (`hardware.offload=nvme`).
+    """
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        shard = shard_of(parameter)
+        if not is_sharded(parameter) or shard.dtype == dtype or not shard.is_floating_point():
+            continue
+        if shard.numel() != shard.ds_numel:  # type: ignore[attr-defined]
+            raise UserError(f"'{name}' is on a disk (hardware.offload=nvme), where it cannot be cast to {dtype}.")
+        pinned = shard.is_pinned()
+        shard.data = shard.data.to(dtype)
+        if pinned:
+            shard.data = shard.data.pin_memory()
+
+
+def state_on_first(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict on rank 0's host, gathered one tensor after another; empty in the other processes.
+
+    Tied parameters stay one tensor.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    seen: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        with gathered([tensor]):
+            if first:
+                if id(tensor) not in seen:
+                    seen[id(tensor)] = tensor.detach().to("cpu", copy=True)
+                state[name] = seen[id(tensor)]
+    return state
+
+
+def load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """`load_state_dict(strict=False)`, sharded parameters one after another. Returns the names (missing, unexpected).
+
+    RuntimeError where a shape does not fit, before anything is changed.
+    """
+    if not any_sharded(model):
+        return model.load_state_dict(tensors, strict=False)
+    own = model.state_dict(keep_vars=True)
+    for name in own.keys() & tensors.keys():
+        if full_shape(own[name]) != tensors[name].shape:
+            raise RuntimeError(
+                f"size mismatch for {name}: {tuple(tensors[name].shape)} is not {tuple(full_shape(own[name]))}"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name in tensors:
+                with gathered([tensor], changed=True):
+                    tensor.copy_(tensors[name])
+    return [name for name in own if name not in tensors], [name for name in tensors if name not in own]
+
+
+@contextlib.contextmanager
+def running(model: nn.Module, decoder_layers: Callable[[], Iterable[nn.Module]]) -> Iterator[None]:
+    """Inside, a sharded model can be run, forward and backward, before DeepSpeed's engine has it.
+
+    Each of `decoder_layers()` is gathered for its own part of a pass, and so is every module outside of them that has
+    parameters. All processes run as many passes, in step. Nothing changes for a model that is not sharded, or that the
+    engine has.
+    """
+    if not any_sharded(model) or hasattr(model, "ds_inflight_param_registry"):
+        yield
+        return
+    held: dict[nn.Module, contextlib.ExitStack] = {}
+
+    def take(module: nn.Module, *_: Any) -> None:
+        if module not in held:
+            held[module] = contextlib.ExitStack()
+            held[module].enter_context(gathered(parameters[module]))
+
+    def give_back(module: nn.Module, *_: Any) -> None:
+        if module in held:
+            held.pop(module).close()
+
+    layers = list(decoder_layers())
+    inside = {module for layer in layers for module in layer.modules()}
+    parameters = {layer: list(layer.parameters()) for layer in layers}
+    for module in model.modules():
+        if module not in inside and (own := list(module.parameters(recurse=False))):
+            parameters[module] = own
+    handles = []
+    for module in parameters:
+        handles += [module.register_forward_pre_hook(take), module.register_forward_hook(give_back)]
+        if not isinstance(module, nn.Embedding):  # the way back from a table needs no value of it
+            handles.append(module.register_full_backward_pre_hook(take))
+            handles.append(module.register_full_backward_hook(give_back))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for stack in held.values():
+            stack.close()
