@@ -239,6 +239,16 @@ def shard_of(parameter: Tensor) -> Tensor:
     return getattr(parameter, "ds_tensor", parameter)
 
 
+def spread_badness(loss: Tensor) -> Tensor:
+    """The loss as it is where it is finite; else one whose gradient is not a number either.
+
+    Under DeepSpeed a step is done within the backward pass of its last micro-step. Its optimizers leave out a step
+    whose gradient is not finite in any process, and this is how they learn of a loss (of any process and micro-step)
+    whose gradient would have been finite.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
 class DistributedTrainer(transformers.Trainer):
     """transformers' Trainer in several processes: the data and the steps of one, and its files."""
 
@@ -250,6 +260,11 @@ class DistributedTrainer(transformers.Trainer):
 
     def take_best(self, checkpoint: Path) -> None:
         """Takes up the best adapter that a checkpoint knows of."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        """As transformers computes it; under DeepSpeed a loss that is not finite makes the whole step a bad one."""
+        result = super().compute_loss(model, inputs, return_outputs, **options)
+        return spread_badness(result) if self.is_deepspeed_enabled and not return_outputs else result
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -264,6 +279,8 @@ class DistributedTrainer(transformers.Trainer):
             use_delta_path(sparse_layers(self.model).values())
             keep_deltas_whole(self.args.hf_deepspeed_config.config, self.model)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if hasattr(self.deepspeed.optimizer, "check_grad_overflow"):  # stages 1 and 2 would not look where bf16 trains
+            self.deepspeed.optimizer.check_grad_overflow = True
         if resume_from_checkpoint is not None:  # not strictly: a checkpoint holds only what trains
             with fitting(resume_from_checkpoint, "what DeepSpeed saved"), weights_only():
                 loaded, _ = self.deepspeed.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
