@@ -231,7 +231,9 @@ class Trainer(distributed.DistributedTrainer):
         with self.clock.paused(), torch.random.fork_rng(devices=cuda):
             metrics = {f"{metric_key_prefix}_loss": self._evaluation_loss(eval_dataset)}
             if self.score is not None:
-                measured = self.score() if distributed.is_first() else None
+                # With ZeRO-3 all processes answer the same questions in step, also while the model is whole yet:
+                # transformers' generate() waits for the others.
+                measured = self.score() if distributed.is_first() or self.is_zero3 else None
                 metrics[f"{metric_key_prefix}_score"] = distributed.from_first(measured)
         self.log(dict(metrics))
         # As transformers' own does: it resets `should_evaluate`, else the end of an epoch evaluates once more.

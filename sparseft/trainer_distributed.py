@@ -258,6 +258,11 @@ class DistributedTrainer(transformers.Trainer):
         self.train_dataset = even(self.train_dataset, self.args.train_batch_size, fillable=fillable)
         self.eval_dataset = even(self.eval_dataset, self.args.eval_batch_size)
 
+    @property
+    def is_zero3(self) -> bool:
+        """Whether DeepSpeed shards the parameters too: what runs the model is for all processes to do together."""
+        return self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_zero3()
+
     def take_best(self, checkpoint: Path) -> None:
         """Takes up the best adapter that a checkpoint knows of."""
 
@@ -275,7 +280,7 @@ class DistributedTrainer(transformers.Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.args.hf_deepspeed_config.is_zero3():
+        if self.is_zero3:
             use_delta_path(sparse_layers(self.model).values())
             keep_deltas_whole(self.args.hf_deepspeed_config.config, self.model)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)

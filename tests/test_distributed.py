@@ -69,7 +69,7 @@ class Runs:
     """Runs of one process, each made once, and those of two that are held against them."""
 
     def __init__(self, folder: Path, model: Path) -> None:
-        self.folder = folder
+        self.folder, self.model = folder, model
         self.base = [*COMMON, f"model.path={model}", f"dataset.train_path={write_data(folder)['json']}"]
         self.alone: dict[str, Path] = {}
 
@@ -141,16 +141,15 @@ SEALED = [("sylva", 1), ("s2ft", 3)]
 # A run of two processes in two sittings, packed and with its best adapter kept, and the same run in one.
 SITTINGS = [
     *("dataset.packing=true", "trainer.max_length=48", "trainer.scheduler=constant", "trainer.eval_steps=1"),
-    *("trainer.save_steps=1", "method.dropout=0.2"),
+    *("trainer.save_steps=1", "method.dropout=0.2", "trainer.keep_best=true"),
 ]
 CONTINUED = [0, 2, 3]
 
 
 def sittings(runs: Runs, stage: int) -> list[dict[str, Any]]:
-    best = [] if stage == 3 else ["trainer.keep_best=true"]
     cases = []
     for name, *words in (("whole",), ("cut", "trainer.max_steps=2"), ("cut", "trainer.resume=auto")):
-        case = runs.case("lora", stage, *split(1, 2), *SITTINGS, *best, f"output_dir={name}-{stage}", *words)
+        case = runs.case("lora", stage, *split(1, 2), *SITTINGS, f"output_dir={name}-{stage}", *words)
         cases.append(case | {"name": f"{name}-{stage}"})
     return cases
 
@@ -166,7 +165,10 @@ def together(runs: Runs) -> Runs:
     saving = ["trainer.save_steps=3", "trainer.save_total_limit=9"]
     cases = [runs.case(method, stage, *(saving if (method, stage) in SEALED else [])) for method, stage in EVERYDAY]
     continued = [case for stage in CONTINUED for case in sittings(runs, stage)]
-    run_ranks(runs.folder, [case, *cases, *continued, *(bad_case(runs, *each) for each in (*BAD, *BAD_IN_A_ROW))])
+    run_ranks(
+        runs.folder,
+        [case, *cases, *continued, *(bad_case(runs, *each) for each in (*BAD, *BAD_IN_A_ROW)), best_case(runs, "s2ft")],
+    )
     return runs
 
 
@@ -227,6 +229,82 @@ def test_every_way_to_be_bad(tmp_path: Path, model_folder: Any) -> None:
     runs = Runs(tmp_path, model_folder())
     run_ranks(runs.folder, [bad_case(runs, *case) for case in EVERY_BAD])
     check_bad(runs, EVERY_BAD)
+
+
+# ---- the best evaluation, and answers, of a model in shards ----
+
+
+def best_case(runs: Runs, method: str) -> dict[str, Any]:
+    """A run with ZeRO-3 judged by answers that are generated. None is right, so the first step that counts stays best:
+    the second."""
+    questions = runs.folder / "questions" / "boolq"
+    if not questions.exists():
+        questions.mkdir(parents=True)
+        for split in ("validation", "test"):
+            asked = [f"{split}: is {a} more than {b}?" for a in range(2) for b in range(2)]
+            rows = [{"instruction": text, "input": "", "output": "true", "answer": "true"} for text in asked]
+            (questions / f"{split}.json").write_text(json.dumps(rows))
+    words = ["trainer.eval_steps=2", "trainer.save_steps=1", "trainer.save_total_limit=9", "trainer.keep_best=true"]
+    words += [
+        "trainer.best_after=0.4",
+        "trainer.learning_rate=3e-2",
+        "trainer.eval_task=boolq",
+        *asking(runs),
+        f"output_dir=best-{method}",
+    ]
+    return runs.case(method, 3, *words) | {"name": f"best-{method}"}
+
+
+def asking(runs: Runs) -> list[str]:
+    return [f"eval.data_dir={runs.folder / 'questions'}", "eval.limit=3", "eval.max_new_tokens=8"]
+
+
+def check_best(runs: Runs, method: str) -> None:
+    """The adapter left is that of the best evaluation, in the file and in the sharded model that answered the test's
+    questions: the answers are those that one process reads out of the file, and not those of the last step."""
+    run = runs.folder / f"best-{method}"
+    assert summary(run)["best_step"] == 2
+    left, best, last = (trained(folder) for folder in (run, *(run / f"checkpoints/checkpoint-{n}" for n in (2, 5))))
+    assert all(torch.equal(left[name], best[name]) for name in left)
+    assert not all(torch.equal(left[name], last[name]) for name in left)
+    base = [f"model.{'path' if method != 'full' else 'tokenizer'}={runs.model}"]
+    for name, adapter in (("again", run / "adapter"), ("last", run / "checkpoints" / "checkpoint-5" / "adapter")):
+        words = [*asking(runs), *base, "model.dtype=float32", "hardware=cpu", f"output_dir={run}-{name}"]
+        sparseft(runs.folder, "eval", "boolq", "--adapter", adapter, *words)
+    answers, again, after = (
+        [json.loads(line)["response"] for line in (folder / "eval" / "boolq.samples.jsonl").read_text().splitlines()]
+        for folder in (run, Path(f"{run}-again"), Path(f"{run}-last"))
+    )
+    assert answers == again != after and len(answers) == 3
+
+
+def test_the_best_adapter_of_a_model_in_shards(together: Runs) -> None:
+    check_best(together, "s2ft")
+
+
+@pytest.mark.slow
+def test_the_best_of_every_method_in_shards(tmp_path: Path, model_folder: Any) -> None:
+    runs = Runs(tmp_path, model_folder())
+    methods = ["permuted", "sylva", "lora", "dora", "full"]
+    run_ranks(runs.folder, [best_case(runs, method) for method in methods])
+    for method in methods:
+        check_best(runs, method)
+
+
+@pytest.mark.slow
+def test_scores_of_a_model_in_shards_are_those_of_one_process(tmp_path: Path) -> None:
+    words = ["method=s2ft", "sparsity=0.9", "dataset.max_examples=24", "dataset.eval_fraction=0.2", "hardware=cpu"]
+    words += ["trainer.max_steps=4", "trainer.eval_steps=2", "trainer.max_length=64", "trainer.learning_rate=1e-2"]
+    words += ["trainer.warmup_steps=0", "trainer.eval_task=mmlu", "eval.limit=10", "model.dtype=float32"]
+    sparseft(tmp_path, "train", *words, *split(2, 4), "output_dir=alone")
+    sharded = [*words, *split(2, 2), "output_dir=sharded", TWO, "hardware.zero_stage=3"]
+    run_ranks(tmp_path, [{"name": "sharded", "command": "train", "overrides": sharded}])
+    alone, together = (
+        [(line["step"], line["eval_score"]) for line in metrics(tmp_path / name) if "eval_score" in line]
+        for name in ("alone", "sharded")
+    )
+    assert alone == together and [step for step, _ in alone] == [0, 2, 4] and any(score for _, score in alone)
+    assert summary(tmp_path / "alone")["test_score"] == summary(tmp_path / "sharded")["test_score"]
 
 
 @pytest.mark.parametrize("stage", CONTINUED)
