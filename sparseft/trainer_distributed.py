@@ -28,6 +28,7 @@ from sparseft.layers import sparse_layers, write_back
 from sparseft.layers.delta_path import use_delta_path
 from sparseft.layers.experts import ExpertLinear
 from sparseft.trainer_checkpoints import fitting
+from sparseft.trainer_reselecting import load_active
 
 
 def is_first() -> bool:
@@ -283,6 +284,9 @@ class DistributedTrainer(transformers.Trainer):
         if self.is_zero3:
             use_delta_path(sparse_layers(self.model).values())
             keep_deltas_whole(self.args.hf_deepspeed_config.config, self.model)
+        if resume_from_checkpoint is not None:  # what trains after re-selection, before the engine takes it
+            with fitting(resume_from_checkpoint, "what was trained"):
+                load_active(self.model, Path(resume_from_checkpoint))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if hasattr(self.deepspeed.optimizer, "check_grad_overflow"):  # stages 1 and 2 would not look where bf16 trains
             self.deepspeed.optimizer.check_grad_overflow = True

@@ -31,7 +31,11 @@ METHODS = {
     "full": ["method=full"],
     "bf16": ["method=full", "method.dtype=model", "model.dtype=bfloat16"],  # the weights that train are rounded
 }
-IN_FP32 = [method for method in METHODS if method != "bf16"]
+RESELECTED = ["method.reselect_steps=2", "method.importance=gradient", "method.num_samples=6"]
+METHODS |= {f"{name}, reselected": [*METHODS[name], *RESELECTED] for name in ("s2ft", "permuted", "sylva")}
+# What two processes train as one does to 1e-5: not weights in bf16, and no re-selection where ZeRO has sharded them.
+EVERY = [(method, stage) for method in METHODS for stage in range(4)
+         if method != "bf16" and (stage < 3 or "reselected" not in method)]  # fmt: skip
 # 19 training examples: an epoch ends in half a step, and with a process that has no example left.
 COMMON = [
     *("dataset=json", "dataset.eval_fraction=0.2", "trainer.max_length=96", "trainer.max_steps=5", "hardware=cpu"),
@@ -130,11 +134,12 @@ def check(runs: Runs, cases: list[tuple[str, int]], model: Path) -> None:
         assert_same_losses(alone, together)
         base = {name: value.double() for name, value in load_file(model / "model.safetensors").items()}
         found[method, stage] = difference(alone, together, base if method == "full" else None)
-    print("".join(f"\n{method:9} zero {stage}: {value:.1e}" for (method, stage), value in found.items()))
+    print("".join(f"\n{method:20} zero {stage}: {value:.1e}" for (method, stage), value in found.items()))
     assert all(value < 1e-5 for value in found.values()), found
 
 
-EVERYDAY = [("s2ft", 0), ("sylva", 0), ("lora", 0), ("sylva", 1), ("s2ft", 2), ("s2ft", 3), ("sylva", 3), ("lora", 3)]
+EVERYDAY = [("s2ft", 0), ("sylva", 0), ("lora", 0), ("sylva", 1), ("s2ft", 2), ("s2ft", 3), ("sylva", 3), ("lora", 3),
+            ("s2ft, reselected", 2)]  # fmt: skip
 
 
 SEALED = [("sylva", 1), ("s2ft", 3)]
@@ -247,7 +252,7 @@ def best_case(runs: Runs, method: str) -> dict[str, Any]:
     words = ["trainer.eval_steps=2", "trainer.save_steps=1", "trainer.save_total_limit=9", "trainer.keep_best=true"]
     words += [
         "trainer.best_after=0.4",
-        "trainer.learning_rate=3e-2",
+        f"trainer.learning_rate={3e-2 if method != 'full' else 2e-3}",
         "trainer.eval_task=boolq",
         *asking(runs),
         f"output_dir=best-{method}",
@@ -318,6 +323,20 @@ def test_two_processes_go_on_where_they_stopped(together: Runs, stage: int) -> N
     assert (cut / "checkpoints" / "checkpoint-5" / "rng_state_1.pth").is_file()
     for key in ("tokens", "train_loss", "eval_loss_after", "best_step"):
         assert summary(whole).get(key) == summary(cut).get(key), key
+
+
+@pytest.mark.slow
+def test_a_reselected_run_goes_on_where_it_stopped(tmp_path: Path, model_folder: Any) -> None:
+    """With entries parked at step 2, stopped at step 3 and continued under ZeRO: bit for bit the whole run's."""
+    runs, cases = Runs(tmp_path, model_folder()), []
+    for stage in (1, 2):
+        for name, *words in (("whole",), ("cut", "trainer.max_steps=3"), ("cut", "trainer.resume=auto")):
+            words = ["trainer.scheduler=constant", "trainer.save_steps=3", f"output_dir={name}-{stage}", *words]
+            cases.append(runs.case("s2ft, reselected", stage, *words) | {"name": f"{name}-{stage}"})
+    run_ranks(tmp_path, cases)
+    for stage in (1, 2):
+        left, right = trained(tmp_path / f"whole-{stage}"), trained(tmp_path / f"cut-{stage}")
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_a_run_is_continued_with_as_many_examples_a_step(together: Runs, tmp_path: Path) -> None:
@@ -402,8 +421,17 @@ def test_resume_with_zero_takes_up_everything_and_runs_nothing(together: Runs, t
 @pytest.mark.slow
 def test_every_method_and_stage(tmp_path: Path, model_folder: Any) -> None:
     runs = Runs(tmp_path, model_folder())
-    cases = [(method, stage) for method in IN_FP32 for stage in range(4)]
-    run_ranks(runs.folder, [runs.case(method, stage) for method, stage in cases], seconds=1200)
+    run_ranks(runs.folder, [runs.case(method, stage) for method, stage in EVERY], seconds=1200)
+    check(runs, EVERY, model_folder())
+
+
+@pytest.mark.slow
+def test_offload_to_the_host(tmp_path: Path, model_folder: Any) -> None:
+    """Moments, and with stage 3 parameters, on the host: the same runs."""
+    runs = Runs(tmp_path, model_folder())
+    cases = [(method, stage) for method in ("s2ft", "lora", "full") for stage in (1, 2, 3)]
+    cases.append(("s2ft, reselected", 2))
+    run_ranks(runs.folder, [runs.case(*case, "hardware.offload=cpu") for case in cases], seconds=1200)
     check(runs, cases, model_folder())
 
 
