@@ -170,10 +170,8 @@ def together(runs: Runs) -> Runs:
     saving = ["trainer.save_steps=3", "trainer.save_total_limit=9"]
     cases = [runs.case(method, stage, *(saving if (method, stage) in SEALED else [])) for method, stage in EVERYDAY]
     continued = [case for stage in CONTINUED for case in sittings(runs, stage)]
-    run_ranks(
-        runs.folder,
-        [case, *cases, *continued, *(bad_case(runs, *each) for each in (*BAD, *BAD_IN_A_ROW)), best_case(runs, "s2ft")],
-    )
+    bad = [bad_case(runs, *each) for each in (*BAD, *BAD_IN_A_ROW)]
+    run_ranks(runs.folder, [case, *cases, *continued, *bad, best_case(runs, "s2ft")], seconds=1200)
     return runs
 
 
