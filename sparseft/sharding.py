@@ -48,13 +48,14 @@ def gathered(parameters: Iterable[Tensor | None], *, changed: bool = False) -> I
 
     changed: what rank 0 has made of them is what all shards hold afterwards; else they must stay as they are.
     """
-    absent = [parameter for parameter in parameters if _absent(parameter)]
-    if not absent:
+    wanted = is_sharded if changed else _absent  # a gathered one changes in its shards too
+    chosen = [parameter for parameter in parameters if wanted(parameter)]
+    if not chosen:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(absent, modifier_rank=0 if changed else None):
+    with deepspeed.zero.GatheredParameters(chosen, modifier_rank=0 if changed else None):
         yield
 
 
@@ -93,25 +94,44 @@ def state_on_first(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """`load_state_dict(strict=False)`, sharded parameters one after another. Returns the names (missing, unexpected).
+def load_state(model: nn.Module, files: Iterable[Mapping[str, Tensor]]) -> tuple[list[str], list[str]]:
+    """`load_state_dict(strict=False)` of what lies in several files. Returns the names (missing, unexpected).
 
-    RuntimeError where a shape does not fit, before anything is changed.
+    Of a sharded model one tensor after another: what rank 0 has counts, the others' mappings may be empty, and so no
+    process needs more than one file. RuntimeError in all of them where a shape does not fit, before anything of that
+    file is taken.
     """
     if not any_sharded(model):
-        return model.load_state_dict(tensors, strict=False)
+        return model.load_state_dict({name: value for file in files for name, value in file.items()}, strict=False)
     own = model.state_dict(keep_vars=True)
-    for name in own.keys() & tensors.keys():
-        if full_shape(own[name]) != tensors[name].shape:
-            raise RuntimeError(
-                f"size mismatch for {name}: {tuple(tensors[name].shape)} is not {tuple(full_shape(own[name]))}"
-            )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if name in tensors:
-                with gathered([tensor], changed=True):
-                    tensor.copy_(tensors[name])
-    return [name for name in own if name not in tensors], [name for name in tensors if name not in own]
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    names: list[str] = []
+    for tensors in files:
+        told: list[Any] = [{name: tuple(value.shape) for name, value in tensors.items()}]
+        if dist.is_initialized():
+            dist.broadcast_object_list(told, src=0)
+        names += told[0]
+        for name, shape in told[0].items():
+            if name in own and tuple(full_shape(own[name])) != shape:
+                raise RuntimeError(f"size mismatch for {name}: {shape} is not {tuple(full_shape(own[name]))}")
+        with torch.no_grad():
+            for name in told[0]:
+                if name in own:
+                    _take(own[name], tensors[name] if first else None)
+    return [name for name in own if name not in names], [name for name in names if name not in own]
+
+
+def _take(tensor: Tensor, value: Tensor | None) -> None:
+    """Fills a parameter or buffer, in shards or whole, from rank 0's value."""
+    if is_sharded(tensor):
+        with gathered([tensor], changed=True):
+            if value is not None:
+                tensor.copy_(value)
+        return
+    if value is not None:
+        tensor.copy_(value)
+    if dist.is_initialized():
+        dist.broadcast(tensor.detach(), src=0)
 
 
 @contextlib.contextmanager

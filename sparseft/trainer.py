@@ -128,8 +128,15 @@ class Trainer(distributed.DistributedTrainer):
 
     def failure(self, message: str, until: int | None = None) -> RunError:
         """A RunError that knows the last good checkpoint, of those up to the step `until` where that is given."""
-        checkpoint = last_checkpoint(self.run, until)
-        error = RunError(message if checkpoint else f"{message} There is no good checkpoint of before.")
+        checkpoint, newest = last_checkpoint(self.run, until), last_checkpoint(self.run)
+        if checkpoint is None:
+            message += " There is no good checkpoint of before" + (
+                f": no step with the weights of checkpoint-{step_of(newest)} had a finite loss, so start anew "
+                "(overwrite=true)."
+                if newest
+                else ", as none was saved yet."
+            )
+        error = RunError(message)
         error.last_checkpoint = checkpoint  # type: ignore[attr-defined]
         return error
 
@@ -137,10 +144,14 @@ class Trainer(distributed.DistributedTrainer):
         """Ends a run whose last steps were all bad: RunError."""
         if self.health.streak >= self.health.limit:
             last = self.state.global_step
+            first = last - self.health.streak + 1
+            steps = f"step {last}" if first == last else f"the steps {first} to {last}"
+            advice = "try a lower trainer.learning_rate, and look at the data of these steps"
+            if first == 1:  # no rate has had an effect yet
+                advice = "look at the data, and whether the model itself gives a finite loss (model.dtype)"
             raise self.failure(
-                f"the loss or its gradient was not finite in the steps {last - self.health.streak + 1} to {last} "
-                f"(trainer.max_bad_steps={self.health.limit}), which updated nothing: try a lower "
-                "trainer.learning_rate, and look at the data of these steps.",
+                f"the loss or its gradient was not finite in {steps} "
+                f"(trainer.max_bad_steps={self.health.limit}), which updated nothing: {advice}.",
                 self.health.proven,
             )
 
@@ -222,7 +233,9 @@ class Trainer(distributed.DistributedTrainer):
         with self.clock.paused(), torch.random.fork_rng(devices=cuda):
             metrics = {f"{metric_key_prefix}_loss": self._evaluation_loss(eval_dataset)}
             if self.score is not None:
-                measured = self.score() if distributed.is_first() else None
+                # With ZeRO-3 all processes answer the same questions in step, also while the model is whole yet:
+                # transformers' generate() waits for the others.
+                measured = self.score() if distributed.is_first() or self.is_zero3 else None
                 metrics[f"{metric_key_prefix}_score"] = distributed.from_first(measured)
         self.log(dict(metrics))
         # As transformers' own does: it resets `should_evaluate`, else the end of an epoch evaluates once more.

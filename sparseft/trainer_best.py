@@ -18,8 +18,8 @@ from sparseft import console
 from sparseft.errors import UserError
 from sparseft.runs import read_json_object, write_json
 from sparseft.runs_metrics import read_metrics
-from sparseft.trainer_checkpoints import load_trained
 from sparseft.trainer_distributed import from_first, is_first, shared_folder
+from sparseft.trainer_sharded import take_up
 
 BEST = ".best"
 NOTE = "best.json"
@@ -115,7 +115,7 @@ class Best(transformers.TrainerCallback):
         """Puts the best adapter into the model; null (and nothing done) where none was kept."""
         best = from_first(read_best(self.folder) if is_first() else None) if self.save is not None else None
         if best is not None:
-            load_trained(model, self.folder / BEST / "adapter")
+            take_up(model, self.folder / BEST / "adapter")
         return best
 
 

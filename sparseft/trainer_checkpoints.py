@@ -21,10 +21,11 @@ from sparseft import console
 from sparseft.adapter import load_adapter, state_of
 from sparseft.errors import UserError, shown
 from sparseft.files import check_whole, file_hash, read_json, read_tensors
+from sparseft.importance.ranks import rank_and_world
 from sparseft.reading import read_json as parse
 from sparseft.reading import why
 from sparseft.runs import write_json
-from sparseft.sharding import load_state
+from sparseft.sharding import any_sharded, load_state
 from sparseft.trainer_failures import out_of_memory
 from sparseft.trainer_reselecting import load_active
 
@@ -207,8 +208,8 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
             raise UserError(f"{folder}: no model*.safetensors, so this is no fully fine-tuned model.")
-        tensors = {name: tensor for file in files for name, tensor in read_tensors(file, "model").items()}
-        missing, unexpected = load_state(model, tensors)
+        reads = rank_and_world()[0] == 0 or not any_sharded(model)  # of a sharded model, for all
+        missing, unexpected = load_state(model, (read_tensors(file, "model") if reads else {} for file in files))
         tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
         if unexpected or set(missing) - tied:
             raise UserError(f"{folder}: the weights do not fit the model ({shown([*unexpected, *missing][0])}).")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer import SCHEDULER_NAME
 
@@ -30,6 +30,7 @@ from sparseft.layers.experts import ExpertLinear
 from sparseft.modeling import ModelSpec
 from sparseft.sharding import is_sharded, state_on_first
 from sparseft.trainer_checkpoints import fitting
+from sparseft.trainer_reselecting import load_active
 
 
 def is_first() -> bool:
@@ -242,6 +243,16 @@ def whole_parameters(model: nn.Module, engine: Any) -> Iterator[None]:
             yield
 
 
+def spread_badness(loss: Tensor) -> Tensor:
+    """The loss as it is where it is finite; else one whose gradient is not a number either.
+
+    Under DeepSpeed a step is done within the backward pass of its last micro-step. Its optimizers leave out a step
+    whose gradient is not finite in any process, and this is how they learn of a loss (of any process and micro-step)
+    whose gradient would have been finite.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
 class DistributedTrainer(transformers.Trainer):
     """transformers' Trainer in several processes: the data and the steps of one, and its files."""
 
@@ -251,8 +262,18 @@ class DistributedTrainer(transformers.Trainer):
         self.train_dataset = even(self.train_dataset, self.args.train_batch_size, fillable=fillable)
         self.eval_dataset = even(self.eval_dataset, self.args.eval_batch_size)
 
+    @property
+    def is_zero3(self) -> bool:
+        """Whether DeepSpeed shards the parameters too: what runs the model is for all processes to do together."""
+        return self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_zero3()
+
     def take_best(self, checkpoint: Path) -> None:
         """Takes up the best adapter that a checkpoint knows of."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        """As transformers computes it; under DeepSpeed a loss that is not finite makes the whole step a bad one."""
+        result = super().compute_loss(model, inputs, return_outputs, **options)
+        return spread_badness(result) if self.is_deepspeed_enabled and not return_outputs else result
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -263,10 +284,15 @@ class DistributedTrainer(transformers.Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.args.hf_deepspeed_config.is_zero3():
+        if self.is_zero3:
             use_delta_path(sparse_layers(self.model).values())
             keep_deltas_whole(self.args.hf_deepspeed_config.config, self.model)
+        if resume_from_checkpoint is not None:  # what trains after re-selection, before the engine takes it
+            with fitting(resume_from_checkpoint, "what was trained"):
+                load_active(self.model, Path(resume_from_checkpoint))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if hasattr(self.deepspeed.optimizer, "check_grad_overflow"):  # stages 1 and 2 would not look where bf16 trains
+            self.deepspeed.optimizer.check_grad_overflow = True
         if resume_from_checkpoint is not None:  # not strictly: a checkpoint holds only what trains
             with fitting(resume_from_checkpoint, "what DeepSpeed saved"), weights_only():
                 loaded, _ = self.deepspeed.load_checkpoint(resume_from_checkpoint, load_module_strict=False)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from sparseft import console
 from sparseft.adapter import state_of
 from sparseft.adapter_files import read_config, read_sparse
+from sparseft.importance.ranks import from_all
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.layers.parking import exchange, move_moments, take_up
 from sparseft.layers.permuting import Plan, carry_out, in_stored_order, plan_orders
@@ -54,6 +56,38 @@ def _plan(model: nn.Module, selection: Selection) -> Plan | None:
     return plan_orders(model, selection, ModelSpec.of(model))
 
 
+@dataclass
+class WholeMoments:
+    """What ZeRO keeps in shards, as `move_moments` takes an optimizer: of each delta its moments, whole."""
+
+    state: dict[Tensor, dict[str, Tensor]]
+
+
+@contextlib.contextmanager
+def moments_of(optimizer: Any, model: nn.Module) -> Iterator[Any]:
+    """Inside, the deltas' moments can be rearranged: the optimizer's own, or where ZeRO 1 or 2 has split them over the
+    processes, what is put together of them. Afterwards each process keeps its part of those, and of the deltas."""
+    deltas = [p.delta for layer in sparse_layers(model).values() for p in layer.patterns.values()]
+    if not any(hasattr(delta, "_hp_mapping") for delta in deltas):
+        yield optimizer
+        return
+    from deepspeed.utils import (
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+    )
+
+    # A process has a mapping of the deltas of which it keeps a part, and names of moments after its first update.
+    own = {name for d in deltas if d._hp_mapping is not None for name in d._hp_mapping.optim_fragment or ()}
+    names = sorted(set().union(*from_all(own)))
+    moments = WholeMoments({d: {name: safe_get_full_optimizer_state(d, name) for name in names} for d in deltas})
+    yield moments
+    for delta, state in moments.state.items():
+        safe_set_full_fp32_param(delta, delta.detach())
+        for name, value in state.items():
+            safe_set_full_optimizer_state(delta, value, name)
+
+
 class Reselection(transformers.TrainerCallback):
     """Chooses anew every `steps` optimizer steps; the learning rate then climbs back over a few steps.
 
@@ -66,7 +100,8 @@ class Reselection(transformers.TrainerCallback):
         self.warmup = min(WARMUP_STEPS, steps // 3)
         self.rates: list[float] = []
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        # Not right before the update: under DeepSpeed that is part of the last backward pass.
         since = state.global_step % self.steps
         if state.global_step >= self.steps and since < self.warmup:
             self.rates = [group["lr"] for group in optimizer.param_groups]
@@ -81,7 +116,9 @@ class Reselection(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         if state.global_step % self.steps == 0 and state.global_step < state.max_steps:
             with self.clock.paused() if self.clock is not None else contextlib.nullcontext():
-                share = apply_selection(model, self.choose(state.global_step), optimizer)
+                selection = self.choose(state.global_step)
+                with moments_of(optimizer, model) as moments:
+                    share = apply_selection(model, selection, moments)
             console.log(f"re-selection at step {state.global_step}: {share:.0%} of the units are others than before")
 
 

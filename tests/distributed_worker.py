@@ -2,10 +2,10 @@
 
     python -m torch.distributed.run … tests/distributed_worker.py CASES.json
 
-CASES: a list of {"name", "overrides", "command", "refused", "bad"}; each is composed and run by `sparseft.commands`.
-Rank 0 leaves its result as `<name>.json` beside the file, or the message of one that is to be refused. The cases share
-the time that torch and DeepSpeed take to be imported. With "bad", the loss of that micro-step (1-based) is not a number
-in the last process.
+CASES: a list of {"name", "overrides", "command", "refused", "bad", "what"}; each is composed and run by
+`sparseft.commands`. Rank 0 leaves its result as `<name>.json` beside the file, or the message of one that is to be
+refused or to fail. The cases share the time that torch and DeepSpeed take to be imported. With "bad", the losses of
+those micro-steps (1-based) are bad in the last process, in the way that "what" names.
 """
 
 from __future__ import annotations
@@ -15,33 +15,52 @@ import importlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import transformers
 
 from sparseft.compose import compose
-from sparseft.errors import UserError
+from sparseft.errors import RunError, UserError
 from sparseft.runs import write_json
-from sparseft.trainer import Trainer
+
+BAD = {  # what becomes of a bad micro-step's loss
+    "loss": lambda loss: loss * float("nan"),
+    "value": lambda loss: loss + float("inf"),  # its gradient is finite
+    "gradient": lambda loss: _Steep.apply(loss),  # the loss itself is finite
+}
+
+
+class _Steep(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf")
 
 
 @contextlib.contextmanager
-def spoilt(micro_step: int | None) -> Iterator[None]:
-    """Inside, the loss of one micro-step is not a number, in the last process."""
-    compute, calls = Trainer.compute_loss, itertools.count(1)
+def spoilt(micro_steps: Sequence[int], what: str) -> Iterator[None]:
+    """Inside, the losses of some micro-steps (1-based) are bad in the last process."""
+    compute, calls = transformers.Trainer.compute_loss, itertools.count(1)
 
-    def compute_loss(self: Trainer, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         loss = compute(self, model, *args, **kwargs)
-        bad = model.training and next(calls) == micro_step and dist.get_rank() == dist.get_world_size() - 1
-        return loss * float("nan") if bad else loss
+        bad = model.training and next(calls) in micro_steps and dist.get_rank() == dist.get_world_size() - 1
+        return BAD[what](loss) if bad else loss
 
-    Trainer.compute_loss = compute_loss
+    transformers.Trainer.compute_loss = compute_loss
     try:
         yield
     finally:
-        Trainer.compute_loss = compute
+        transformers.Trainer.compute_loss = compute
 
 
 def main(path: Path) -> None:
@@ -49,12 +68,12 @@ def main(path: Path) -> None:
     for case in json.loads(path.read_text()):
         module = importlib.import_module(f"sparseft.commands.{case['command']}")
         try:
-            with spoilt(case.get("bad")):
+            with spoilt(case.get("bad", ()), case.get("what", "loss")):
                 result = module.run(compose(case["command"], case["overrides"]))
-        except UserError as error:
+        except (UserError, RunError) as error:
             if not case.get("refused"):
                 raise
-            result = {"message": str(error)}
+            result = {"message": str(error), "last_checkpoint": getattr(error, "last_checkpoint", None)}
         if dist.get_rank() == 0:
             write_json(path.parent / f"{case['name']}.json", result)
         dist.barrier()

@@ -29,7 +29,13 @@ METHODS = {
     "lora": ["method=lora", "sparsity=0.9", "method.dropout=0"],
     "dora": ["method=dora", "sparsity=0.9", "method.dropout=0"],
     "full": ["method=full"],
+    "bf16": ["method=full", "method.dtype=model", "model.dtype=bfloat16"],  # the weights that train are rounded
 }
+RESELECTED = ["method.reselect_steps=2", "method.importance=gradient", "method.num_samples=6"]
+METHODS |= {f"{name}, reselected": [*METHODS[name], *RESELECTED] for name in ("s2ft", "permuted", "sylva")}
+# What two processes train as one does to 1e-5: not weights in bf16, and no re-selection where ZeRO has sharded them.
+EVERY = [(method, stage) for method in METHODS for stage in range(4)
+         if method != "bf16" and (stage < 3 or "reselected" not in method)]  # fmt: skip
 # 19 training examples: an epoch ends in half a step, and with a process that has no example left.
 COMMON = [
     *("dataset=json", "dataset.eval_fraction=0.2", "trainer.max_length=96", "trainer.max_steps=5", "hardware=cpu"),
@@ -67,7 +73,7 @@ class Runs:
     """Runs of one process, each made once, and those of two that are held against them."""
 
     def __init__(self, folder: Path, model: Path) -> None:
-        self.folder = folder
+        self.folder, self.model = folder, model
         self.base = [*COMMON, f"model.path={model}", f"dataset.train_path={write_data(folder)['json']}"]
         self.alone: dict[str, Path] = {}
 
@@ -128,27 +134,27 @@ def check(runs: Runs, cases: list[tuple[str, int]], model: Path) -> None:
         assert_same_losses(alone, together)
         base = {name: value.double() for name, value in load_file(model / "model.safetensors").items()}
         found[method, stage] = difference(alone, together, base if method == "full" else None)
-    print("".join(f"\n{method:9} zero {stage}: {value:.1e}" for (method, stage), value in found.items()))
+    print("".join(f"\n{method:20} zero {stage}: {value:.1e}" for (method, stage), value in found.items()))
     assert all(value < 1e-5 for value in found.values()), found
 
 
-EVERYDAY = [("s2ft", 0), ("sylva", 0), ("lora", 0), ("sylva", 1), ("s2ft", 2), ("s2ft", 3), ("sylva", 3), ("lora", 3)]
+EVERYDAY = [("s2ft", 0), ("sylva", 0), ("lora", 0), ("sylva", 1), ("s2ft", 2), ("s2ft", 3), ("sylva", 3), ("lora", 3),
+            ("s2ft, reselected", 2)]  # fmt: skip
 
 
 SEALED = [("sylva", 1), ("s2ft", 3)]
 # A run of two processes in two sittings, packed and with its best adapter kept, and the same run in one.
 SITTINGS = [
     *("dataset.packing=true", "trainer.max_length=48", "trainer.scheduler=constant", "trainer.eval_steps=1"),
-    *("trainer.save_steps=1", "method.dropout=0.2"),
+    *("trainer.save_steps=1", "method.dropout=0.2", "trainer.keep_best=true"),
 ]
 CONTINUED = [0, 2, 3]
 
 
 def sittings(runs: Runs, stage: int) -> list[dict[str, Any]]:
-    best = [] if stage == 3 else ["trainer.keep_best=true"]
     cases = []
     for name, *words in (("whole",), ("cut", "trainer.max_steps=2"), ("cut", "trainer.resume=auto")):
-        case = runs.case("lora", stage, *split(1, 2), *SITTINGS, *best, f"output_dir={name}-{stage}", *words)
+        case = runs.case("lora", stage, *split(1, 2), *SITTINGS, f"output_dir={name}-{stage}", *words)
         cases.append(case | {"name": f"{name}-{stage}"})
     return cases
 
@@ -164,8 +170,8 @@ def together(runs: Runs) -> Runs:
     saving = ["trainer.save_steps=3", "trainer.save_total_limit=9"]
     cases = [runs.case(method, stage, *(saving if (method, stage) in SEALED else [])) for method, stage in EVERYDAY]
     continued = [case for stage in CONTINUED for case in sittings(runs, stage)]
-    bad = [runs.case("s2ft", stage, f"output_dir=bad-{stage}") | {"name": f"bad-{stage}", "bad": 4} for stage in (0, 2)]
-    run_ranks(runs.folder, [case, *cases, *continued, *bad])
+    bad = [bad_case(runs, *each) for each in (*BAD, *BAD_IN_A_ROW)]
+    run_ranks(runs.folder, [case, *cases, *continued, *bad, best_case(runs, "s2ft")], seconds=1200)
     return runs
 
 
@@ -173,14 +179,135 @@ def test_two_processes_train_what_one_trains(together: Runs, model_folder: Any) 
     check(together, EVERYDAY, model_folder())
 
 
+BAD = [("s2ft", 0, "loss"), ("s2ft", 1, "gradient"), ("s2ft", 2, "value"), ("s2ft", 3, "value"), ("bf16", 0, "loss"),
+       ("bf16", 2, "loss")]  # fmt: skip
+BAD_IN_A_ROW = [("s2ft", 2, "value", 5, 6, 7, 8, 9), ("s2ft", 3, "loss", 1, 3)]  # micro-steps, of which a step has two
+EVERY_BAD = [(method, stage, what) for method in ("s2ft", "bf16") for stage in range(4)
+             for what in ("loss", "value", "gradient")]  # fmt: skip
+
+
+def bad_case(runs: Runs, method: str, stage: int, what: str, *micro_steps: int) -> dict[str, Any]:
+    """A run with bad micro-steps in the last process: the fourth, or those given, after which it is to fail."""
+    name = f"bad-{method}-{stage}-{what}" + ("-all" if micro_steps else "")
+    words = ["trainer.save_steps=1", "trainer.save_total_limit=9", "trainer.max_bad_steps=2"] if micro_steps else []
+    case = runs.case(method, stage, *words, f"output_dir={name}")
+    return case | {"name": name, "bad": micro_steps or [4], "what": what, "refused": bool(micro_steps)}
+
+
+def check_bad(runs: Runs, cases: list[tuple[str, int, str]]) -> None:
+    """One process has a step that is not finite: no process updates anything, and the schedule goes on. As without
+    DeepSpeed, weights and moments: these make the steps that follow."""
+    for method, stage, what in cases:
+        plain, sharded = runs.folder / f"bad-{method}-0-loss", runs.folder / f"bad-{method}-{stage}-{what}"
+        rounding = 1e-5 if method != "bf16" else 0.02  # of the weights that train, or of what is summed into them
+        for left, right in zip(metrics(plain), metrics(sharded), strict=True):
+            bad = 1 if left["step"] == 2 and "loss" in left else None
+            assert left.get("bad_steps") == right.get("bad_steps") == bad
+            for key in ("loss", "eval_loss", "learning_rate"):
+                known = pytest.approx(left[key], rel=rounding) if left.get(key) is not None else None
+                assert right.get(key) == known, (key, sharded)
+        assert all(value.isfinite().all() for value in trained(sharded).values())
+        assert difference(plain, sharded) < rounding, sharded
+
+
 def test_a_bad_step_is_the_same_under_deepspeed(together: Runs) -> None:
-    """One process has a loss that is not finite: no process updates anything, and the schedule goes on."""
-    plain, sharded = together.folder / "bad-0", together.folder / "bad-2"
-    for left, right in zip(metrics(plain), metrics(sharded), strict=True):
-        assert left.get("bad_steps") == right.get("bad_steps") == (1 if left["step"] == 2 and "loss" in left else None)
-        for key in ("loss", "eval_loss", "learning_rate"):
-            assert left.get(key) == (pytest.approx(right[key], rel=1e-5) if right.get(key) is not None else None), key
-    assert difference(plain, sharded) < 1e-5 < difference(plain, together.folder / "s2ft-0")
+    check_bad(together, BAD)
+    assert difference(together.folder / "bad-s2ft-0-loss", together.folder / "s2ft-0") > 1e-3
+
+
+def test_bad_steps_in_a_row_end_a_run_under_deepspeed(together: Runs) -> None:
+    """With exit code 1's error, which names the checkpoint to go back to, or says that there is none."""
+    ended, began = (json.loads((together.folder / f"bad-{name}-all.json").read_text()) for name in
+                    ("s2ft-2-value", "s2ft-3-loss"))  # fmt: skip
+    assert "not finite in the steps 3 to 4 (trainer.max_bad_steps=2), which updated nothing" in ended["message"]
+    run = Path("bad-s2ft-2-value-all", "checkpoints")
+    assert ended["last_checkpoint"] == str(run / "checkpoint-1")  # that of step 2 never gave a finite loss
+    assert os.listdir(together.folder / "bad-s2ft-3-loss-all" / "checkpoints") == []
+    assert "not finite in the steps 1 to 2" in began["message"] and began["last_checkpoint"] is None
+    assert began["message"].endswith("There is no good checkpoint of before, as none was saved yet.")
+
+
+@pytest.mark.slow
+def test_every_way_to_be_bad(tmp_path: Path, model_folder: Any) -> None:
+    runs = Runs(tmp_path, model_folder())
+    run_ranks(runs.folder, [bad_case(runs, *case) for case in EVERY_BAD])
+    check_bad(runs, EVERY_BAD)
+
+
+# ---- the best evaluation, and answers, of a model in shards ----
+
+
+def best_case(runs: Runs, method: str) -> dict[str, Any]:
+    """A run with ZeRO-3 judged by answers that are generated. None is right, so the first step that counts stays best:
+    the second."""
+    questions = runs.folder / "questions" / "boolq"
+    if not questions.exists():
+        questions.mkdir(parents=True)
+        for split in ("validation", "test"):
+            asked = [f"{split}: is {a} more than {b}?" for a in range(2) for b in range(2)]
+            rows = [{"instruction": text, "input": "", "output": "true", "answer": "true"} for text in asked]
+            (questions / f"{split}.json").write_text(json.dumps(rows))
+    words = ["trainer.eval_steps=2", "trainer.save_steps=1", "trainer.save_total_limit=9", "trainer.keep_best=true"]
+    words += [
+        "trainer.best_after=0.4",
+        f"trainer.learning_rate={3e-2 if method != 'full' else 2e-3}",
+        "trainer.eval_task=boolq",
+        *asking(runs),
+        f"output_dir=best-{method}",
+    ]
+    return runs.case(method, 3, *words) | {"name": f"best-{method}"}
+
+
+def asking(runs: Runs) -> list[str]:
+    return [f"eval.data_dir={runs.folder / 'questions'}", "eval.limit=3", "eval.max_new_tokens=8"]
+
+
+def check_best(runs: Runs, method: str) -> None:
+    """The adapter left is that of the best evaluation, in the file and in the sharded model that answered the test's
+    questions: the answers are those that one process reads out of the file, and not those of the last step."""
+    run = runs.folder / f"best-{method}"
+    assert summary(run)["best_step"] == 2
+    left, best, last = (trained(folder) for folder in (run, *(run / f"checkpoints/checkpoint-{n}" for n in (2, 5))))
+    assert all(torch.equal(left[name], best[name]) for name in left)
+    assert not all(torch.equal(left[name], last[name]) for name in left)
+    base = [f"model.{'path' if method != 'full' else 'tokenizer'}={runs.model}"]
+    for name, adapter in (("again", run / "adapter"), ("last", run / "checkpoints" / "checkpoint-5" / "adapter")):
+        words = [*asking(runs), *base, "model.dtype=float32", "hardware=cpu", f"output_dir={run}-{name}"]
+        sparseft(runs.folder, "eval", "boolq", "--adapter", adapter, *words)
+    answers, again, after = (
+        [json.loads(line)["response"] for line in (folder / "eval" / "boolq.samples.jsonl").read_text().splitlines()]
+        for folder in (run, Path(f"{run}-again"), Path(f"{run}-last"))
+    )
+    assert answers == again != after and len(answers) == 3
+
+
+def test_the_best_adapter_of_a_model_in_shards(together: Runs) -> None:
+    check_best(together, "s2ft")
+
+
+@pytest.mark.slow
+def test_the_best_of_every_method_in_shards(tmp_path: Path, model_folder: Any) -> None:
+    runs = Runs(tmp_path, model_folder())
+    methods = ["permuted", "sylva", "lora", "dora", "full"]
+    run_ranks(runs.folder, [best_case(runs, method) for method in methods])
+    for method in methods:
+        check_best(runs, method)
+
+
+@pytest.mark.slow
+def test_scores_of_a_model_in_shards_are_those_of_one_process(tmp_path: Path) -> None:
+    words = ["method=s2ft", "sparsity=0.9", "dataset.max_examples=24", "dataset.eval_fraction=0.2", "hardware=cpu"]
+    words += ["trainer.max_steps=4", "trainer.eval_steps=2", "trainer.max_length=64", "trainer.learning_rate=1e-2"]
+    words += ["trainer.warmup_steps=0", "trainer.eval_task=mmlu", "eval.limit=10", "model.dtype=float32"]
+    sparseft(tmp_path, "train", *words, *split(2, 4), "output_dir=alone")
+    sharded = [*words, *split(2, 2), "output_dir=sharded", TWO, "hardware.zero_stage=3"]
+    run_ranks(tmp_path, [{"name": "sharded", "command": "train", "overrides": sharded}])
+    alone, together = (
+        [(line["step"], line["eval_score"]) for line in metrics(tmp_path / name) if "eval_score" in line]
+        for name in ("alone", "sharded")
+    )
+    assert alone == together and [step for step, _ in alone] == [0, 2, 4] and any(score for _, score in alone)
+    assert summary(tmp_path / "alone")["test_score"] == summary(tmp_path / "sharded")["test_score"]
 
 
 @pytest.mark.parametrize("stage", CONTINUED)
@@ -194,6 +321,20 @@ def test_two_processes_go_on_where_they_stopped(together: Runs, stage: int) -> N
     assert (cut / "checkpoints" / "checkpoint-5" / "rng_state_1.pth").is_file()
     for key in ("tokens", "train_loss", "eval_loss_after", "best_step"):
         assert summary(whole).get(key) == summary(cut).get(key), key
+
+
+@pytest.mark.slow
+def test_a_reselected_run_goes_on_where_it_stopped(tmp_path: Path, model_folder: Any) -> None:
+    """With entries parked at step 2, stopped at step 3 and continued under ZeRO: bit for bit the whole run's."""
+    runs, cases = Runs(tmp_path, model_folder()), []
+    for stage in (1, 2):
+        for name, *words in (("whole",), ("cut", "trainer.max_steps=3"), ("cut", "trainer.resume=auto")):
+            words = ["trainer.scheduler=constant", "trainer.save_steps=3", f"output_dir={name}-{stage}", *words]
+            cases.append(runs.case("s2ft, reselected", stage, *words) | {"name": f"{name}-{stage}"})
+    run_ranks(tmp_path, cases)
+    for stage in (1, 2):
+        left, right = trained(tmp_path / f"whole-{stage}"), trained(tmp_path / f"cut-{stage}")
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_a_run_is_continued_with_as_many_examples_a_step(together: Runs, tmp_path: Path) -> None:
@@ -278,8 +419,31 @@ def test_resume_with_zero_takes_up_everything_and_runs_nothing(together: Runs, t
 @pytest.mark.slow
 def test_every_method_and_stage(tmp_path: Path, model_folder: Any) -> None:
     runs = Runs(tmp_path, model_folder())
-    cases = [(method, stage) for method in METHODS for stage in range(4)]
-    run_ranks(runs.folder, [runs.case(method, stage) for method, stage in cases], seconds=1200)
+    run_ranks(runs.folder, [runs.case(method, stage) for method, stage in EVERY], seconds=1200)
+    check(runs, EVERY, model_folder())
+
+
+@pytest.mark.slow
+def test_weights_in_bf16_train_alike_at_every_stage(tmp_path: Path, model_folder: Any) -> None:
+    """With DeepSpeed's fp32 copies of them: less far from what fp32 weights learn than bf16 weights alone come."""
+    runs = Runs(tmp_path, model_folder())
+    run_ranks(runs.folder, [runs.case("bf16", stage) for stage in range(4)])
+    base = {name: value.double() for name, value in load_file(runs.model / "model.safetensors").items()}
+    for stage in (1, 3):
+        assert difference(tmp_path / "bf16-2", tmp_path / f"bf16-{stage}", base) < 1e-2
+    alone = runs.one("full")
+    sharded, plain = (difference(alone, tmp_path / f"bf16-{stage}", base) for stage in (2, 0))
+    print(f"\nbf16 against fp32: zero 2 {sharded:.2f}, DDP {plain:.2f}")
+    assert sharded < plain
+
+
+@pytest.mark.slow
+def test_offload_to_the_host(tmp_path: Path, model_folder: Any) -> None:
+    """Moments, and with stage 3 parameters, on the host: the same runs."""
+    runs = Runs(tmp_path, model_folder())
+    cases = [(method, stage) for method in ("s2ft", "lora", "full") for stage in (1, 2, 3)]
+    cases.append(("s2ft, reselected", 2))
+    run_ranks(runs.folder, [runs.case(*case, "hardware.offload=cpu") for case in cases], seconds=1200)
     check(runs, cases, model_folder())
 
 

@@ -86,11 +86,37 @@ def test_bad_steps_in_a_row_end_the_run(make_model: Any, tmp_path: Path) -> None
     assert checkpoint_steps(tmp_path / "checkpoints") == [1, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("limit", "bad", "message"),
+    [
+        (2, {1, 2}, "in the steps 1 to 2 (trainer.max_bad_steps=2), which updated nothing: look at the data, and "
+         "whether the model itself gives a finite loss (model.dtype). There is no good checkpoint of before, as none "
+         "was saved yet."),
+        (1, {2}, "in step 2 (trainer.max_bad_steps=1), which updated nothing: try a lower trainer.learning_rate, and "
+         "look at the data of these steps. There is no good checkpoint of before: no step with the weights of "
+         "checkpoint-1 had a finite loss, so start anew (overwrite=true)."),
+    ],
+)  # fmt: skip
+def test_bad_steps_at_the_very_beginning(
+    limit: int, bad: set[int], message: str, make_model: Any, tmp_path: Path
+) -> None:
+    trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, examples(16), max_steps=4, save_steps=1,
+                         gradient_accumulation=1)  # fmt: skip
+    trainer.health.limit = limit
+    spoil(trainer, bad)
+    with pytest.raises(RunError) as caught:
+        train(trainer, None, 4)
+    assert str(caught.value).endswith(message)
+    assert caught.value.last_checkpoint is None
+    assert checkpoint_steps(tmp_path / "checkpoints") == ([] if limit == 2 else [1])
+
+
 def test_max_bad_steps_at_the_command_line(data: Path, model_folder: Any, tmp_path: Path) -> None:
     words = [*on(model_folder(), data), *METHODS["sylva"], "trainer.max_steps=6", "trainer.learning_rate=1e30"]
     done = sparseft(tmp_path, "train", *words, "output_dir=run", "trainer.max_bad_steps=2", code=1)
     (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert "not finite in the steps 2 to 3 (trainer.max_bad_steps=2)" in error and "no good checkpoint" in error
+    assert "not finite in the steps 2 to 3 (trainer.max_bad_steps=2)" in error
+    assert error.endswith("There is no good checkpoint of before, as none was saved yet. (--debug shows the traceback)")
     assert not (tmp_path / "run" / "adapter").exists()
     assert "trainer.max_bad_steps=0: expected" in refused(tmp_path, "train", "trainer.max_bad_steps=0")
 

@@ -588,7 +588,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, model_folder: Any, 
     )
     (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert "the evaluation loss is nan at step 6" in error and "try a lower trainer.learning_rate" in error
-    assert "There is no good checkpoint of before." in error  # that of step 1 gave the loss of step 2
+    assert "There is no good checkpoint of before: no step with the weights of checkpoint-" in error
     assert "warning: step 2: loss nan" in done.err and "training ends with 5 steps whose loss" in done.err
     assert done.out == ""
     assert not (tmp_path / "run" / "summary.json").exists()

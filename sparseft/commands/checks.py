@@ -22,19 +22,15 @@ def check_one_process(config: RunConfig, command: str) -> None:
 
 def check_hardware(config: RunConfig) -> None:
     """Refuses processes that cannot be started, and what cannot be trained in several (imports torch if several)."""
-    hardware, trainer = config.hardware, config.trainer
+    hardware = config.hardware
     launch.check(hardware)
-    if hardware.zero_stage:
-        if getattr(config.method, "reselect_steps", 0):
-            raise UserError(
-                f"method.reselect_steps={config.method.reselect_steps}: moments that ZeRO has sharded cannot be moved "
-                "to other entries; use hardware.zero_stage=0."
-            )
-        if importlib.util.find_spec("deepspeed") is None:
-            raise UserError(f"hardware.zero_stage={hardware.zero_stage}: deepspeed is not installed.")
-    if hardware.zero_stage == 3 and (trainer.keep_best or trainer.eval_task):
-        name = "keep_best=true" if trainer.keep_best else f"eval_task={trainer.eval_task}"
-        raise UserError(f"trainer.{name}: needs the whole model in one process; use hardware.zero_stage=2 or less.")
+    if hardware.zero_stage == 3 and getattr(config.method, "reselect_steps", 0):
+        raise UserError(
+            f"method.reselect_steps={config.method.reselect_steps}: what parked entries have learnt is kept in the "
+            "weights, which ZeRO-3 has sharded; use hardware.zero_stage=2 or less."
+        )
+    if hardware.zero_stage and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"hardware.zero_stage={hardware.zero_stage}: deepspeed is not installed.")
     if hardware.offload == "nvme" and not (hardware.offload_dir and Path(hardware.offload_dir).is_dir()):
         raise UserError(f"hardware.offload_dir={hardware.offload_dir}: no such folder.")
     if hardware.num_processes > 1:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparseft import console
+from sparseft import console, launch
 from sparseft.config import BUNDLED, RunConfig
 from sparseft.errors import UserError
 
@@ -64,6 +64,9 @@ class Scorer:
         from sparseft.runs import package_commit
 
         outcome = self._evaluate(model, tokenizer, "test")
+        score = outcome["tasks"][self.name]["accuracy"]
+        if not launch.first_process():  # of a model in shards, which all run
+            return score
         annotate(outcome, self.plans["test"], Seen.load(folder))
         header = {
             "evaluated": what,
@@ -76,7 +79,7 @@ class Scorer:
             "settings": dataclasses.asdict(self.settings["test"]),
         }
         evaluation.write_results(folder, outcome, header)
-        return outcome["tasks"][self.name]["accuracy"]
+        return score
 
 
 def contamination(config: RunConfig, data: Any, scorer: Scorer | None) -> dict[str, Any] | None:

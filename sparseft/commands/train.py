@@ -253,7 +253,7 @@ class Job:
         if self.method.kind == "whole" and launch.first_process():
             prepared.tokenizer.save_pretrained(folder / "adapter")
         test_score = None
-        if self.scorer is not None and launch.first_process():
+        if self.scorer is not None and (launch.first_process() or config.hardware.zero_stage == 3):
             test_score = self.scorer.on_test(self.model, prepared.tokenizer, folder, f"the run {folder}")
             console.log(f"{self.scorer.name}: {test_score:.4f} on the test split")
         scope = scope_parameters(self.spec, config)
