@@ -6,6 +6,7 @@ Without `torch.distributed` every function here does what one process needs, whi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer import SCHEDULER_NAME
 
+from sparseft import console
 from sparseft.adapter import save_adapter, state_of
 from sparseft.config import HardwareConfig
 from sparseft.errors import RunError, UserError
@@ -62,6 +64,24 @@ def shared_folder(parent: Path) -> Iterator[Path]:
     finally:
         if is_first():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def draw_anew(checkpoint: Path, seed: int, step: int) -> bool:
+    """Whether a checkpoint was saved by another number of processes than go on: then their random states say nothing of
+    these ones'. Each process starts its numbers from the seed, the step and its own place, and the first one says so.
+    """
+    rank, world = rank_and_world()
+    before = len(list(checkpoint.glob("rng_state*.pth")))
+    if before == world:
+        return False
+    digest = hashlib.sha256(f"{seed} {step} {rank} {world}".encode()).digest()
+    transformers.set_seed(int.from_bytes(digest[:4], "big"))
+    if rank == 0:
+        console.log(
+            f"resume: {checkpoint.name} was saved by {before} processes and goes on in {world}, so random numbers (of "
+            "dropout, say) are drawn anew, from the seed and the step"
+        )
+    return True
 
 
 # ---- data ----
