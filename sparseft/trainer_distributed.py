@@ -301,6 +301,13 @@ class DistributedTrainer(transformers.Trainer):
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        # In turn: where the first process has failed, it has removed the folder, and another one would make it anew.
+        for turn in (False, True):
+            barrier()
+            if is_first() is turn:
+                super()._save_rng_state(output_dir)
+
     def save_trained(self, folder: Path) -> None:
         """Writes the adapter into `folder` (all processes call it, the first one writes), whole or not at all."""
         model = self.accelerator.unwrap_model(self.model)
