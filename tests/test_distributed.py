@@ -44,7 +44,9 @@ def split(batch_size: int, accumulation: int) -> list[str]:
     return [f"trainer.batch_size={batch_size}", f"trainer.gradient_accumulation={accumulation}"]
 
 
-def run_ranks(folder: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, seconds: float = 600) -> None:
+def run_ranks(
+    folder: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, seconds: float = 600, worker: Path = WORKER
+) -> None:
     """Runs the cases one after another in as many processes, which torchrun starts."""
     path = folder / "cases.json"
     path.write_text(json.dumps(list(cases)))
@@ -54,7 +56,7 @@ def run_ranks(folder: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, sec
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-addr=localhost"),
-            *(f"--master-port={port}", str(WORKER), str(path)),
+            *(f"--master-port={port}", str(worker), str(path)),
         ],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
