@@ -26,13 +26,13 @@ from sparseft.layers import share_inputs, sparse_layers
 from sparseft.methods import get_method
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import decoder_layers
-from sparseft.trainer_distributed import check_zero
+from sparseft.trainer_distributed import MAX_BUCKET, check_zero
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
 # Copies of the trained parameters that an optimizer keeps, in their dtype, by the start of its name.
 STATES = {"adamw_torch": 2, "adamw_hf": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
-# ZeRO 3 gathers a layer when it is needed, and the next one ahead of time.
-GATHERED_LAYERS = 2
+# Numbers that ZeRO 3 keeps gathered at most, once they were needed, and gathers ahead at once: DeepSpeed's defaults.
+LIVE, AHEAD = 1_000_000_000, 50_000_000
 
 
 @dataclass(frozen=True)
@@ -262,18 +262,26 @@ def sharded(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
     if stage == 0:  # DistributedDataParallel reduces in buckets of its own
         changes["gradients"] = 2 * memory.gradients
     else:  # a flat copy of the trained parameters is what the optimizer updates, in fp32
-        shard = -(-4 * shape.trainable // processes)
-        # The gradients count whole at every stage, as they are until the last bucket is reduced.
+        shard, bucket = -(-4 * shape.trainable // processes), 4 * min(shape.trainable, MAX_BUCKET)
         changes["moments"] = 0 if offload else -(-memory.moments // processes) + shard
+        # Whole as the backward pass makes them, in the bucket that is reduced, and in the copy that is sent of it.
+        changes["gradients"] = memory.gradients + 2 * bucket
     if stage == 3:
-        gathered = GATHERED_LAYERS * _largest_layer(shape.model)
-        changes["weights"] = gathered if offload else -(-memory.weights // processes) + gathered
-        changes["trained"] = -(-memory.trained // processes)
+        changes["gradients"] = memory.gradients + bucket + shard
+        everything = get_method(config.method_name).kind == "whole"
+        frozen = [parameter for parameter in shape.model.parameters() if not parameter.requires_grad]
+        gathered = _gathered(shape.model, list(shape.model.parameters()) if everything else frozen)
+        kept = memory.weights - tensor_bytes(frozen) + gathered  # indices and base values are not sharded
+        changes["weights"] = kept if offload else kept - (-tensor_bytes(frozen) // processes)
+        if everything:  # an adapter is small enough to stay whole everywhere
+            changes["trained"] = -(-memory.trained // processes)
     return dataclasses.replace(memory, **changes)
 
 
-def _largest_layer(model: nn.Module) -> int:
-    """Bytes of the parameters that are gathered together: of a decoder layer, or of the embeddings if they are more."""
-    layers = decoder_layers(model)[1]
+def _gathered(model: nn.Module, parameters: list[Tensor]) -> int:
+    """Bytes of the sharded `parameters` that ZeRO 3 has gathered at once: those that were needed last, at least a
+    decoder layer or the embeddings, and the buffer into which the next ones come."""
     embeddings = model.get_input_embeddings()
-    return max(tensor_bytes(part.parameters()) for part in (*layers, embeddings))
+    every, width = tensor_bytes(parameters), embeddings.weight.element_size()
+    largest = max(tensor_bytes(part.parameters()) for part in (*decoder_layers(model)[1], embeddings))
+    return max(min(every, LIVE * width), largest) + min(every, AHEAD * width)

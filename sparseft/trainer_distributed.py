@@ -31,6 +31,8 @@ from sparseft.layers.delta_path import use_delta_path
 from sparseft.layers.experts import ExpertLinear
 from sparseft.trainer_checkpoints import fitting
 
+MAX_BUCKET = 500_000_000  # numbers that ZeRO reduces at once at most, DeepSpeed's own default
+
 
 def is_first() -> bool:
     """Whether this process writes files and speaks."""
@@ -229,6 +231,13 @@ def keep_deltas_whole(config: dict[str, Any], model: nn.Module) -> None:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = max(deltas) + 1
 
 
+def size_buckets(config: dict[str, Any], model: nn.Module) -> None:
+    """Has ZeRO reduce gradients in buckets no larger than all of them together: it allocates a bucket whole, by default
+    for 500 million numbers, and deltas are a fraction of that."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    config["zero_optimization"]["reduce_bucket_size"] = min(trained, MAX_BUCKET)
+
+
 @contextlib.contextmanager
 def whole_parameters(model: nn.Module, engine: Any) -> Iterator[None]:
     """Inside, what trains can be read whole in the first process, also where ZeRO-3 has sharded it.
@@ -280,6 +289,7 @@ class DistributedTrainer(transformers.Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        size_buckets(self.args.hf_deepspeed_config.config, self.model)
         if self.args.hf_deepspeed_config.is_zero3():
             use_delta_path(sparse_layers(self.model).values())
             keep_deltas_whole(self.args.hf_deepspeed_config.config, self.model)

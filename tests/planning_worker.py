@@ -41,23 +41,24 @@ class Measured(transformers.TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.counter.peak = self.counter.live
-        self.resting = self.counter.live
 
     def updating(self, optimizer: Any, *_: Any) -> None:
         """Ahead of the update: the gradients are there, the activations are gone."""
+        if self.found and self.found["step"] == self.trainer.state.global_step:
+            return  # ZeRO updates one group of parameters after the other
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         parameters = list(model.parameters())
         trained = [p for p in parameters if p.requires_grad]
         frozen = [*(p for p in parameters if not p.requires_grad), *model.buffers()]
         moments = [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, Tensor)]
-        flat = [p for group in optimizer.param_groups for p in group["params"] if not any(p is t for t in trained)]
-        flat = [t for t in flat if t.untyped_storage()._cdata not in {x.untyped_storage()._cdata for x in trained}]
+        own = {tensor.untyped_storage()._cdata for tensor in trained}
+        flat = [tensor for tensor in optimizer.state if tensor.untyped_storage()._cdata not in own]
         self.found = {
             "weights": held(frozen),
             "trained": held(trained),
             "moments": tensor_bytes([*moments, *flat]),
             "live": self.counter.live,
-            "resting": self.resting,
+            "step": self.trainer.state.global_step,
         }
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
