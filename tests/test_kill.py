@@ -178,7 +178,14 @@ def kill_one_and_continue(seed: int, name: str, uninterrupted: Any, folder: Path
     return killed
 
 
-@pytest.mark.parametrize(("seed", "name"), [(3, "preprocess"), (4, "lora")])
+@pytest.mark.parametrize(
+    ("seed", "name"),
+    [
+        (3, "preprocess"),
+        (4, "lora"),
+        *(pytest.param(5, n, marks=pytest.mark.slow) for n in ("s2ft", "zero 2", "zero 3")),
+    ],
+)
 def test_one_of_two_processes_is_killed(seed: int, name: str, uninterrupted_together: Any, tmp_path: Path) -> None:
     assert kill_one_and_continue(seed, name, uninterrupted_together, tmp_path, 2) >= 1
 
