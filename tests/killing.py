@@ -54,7 +54,7 @@ def run_together(
         children.append(_process(words, cwd, operation if rank == victim else 0, half, variables))
     for child in children:
         child.start()
-    end = time.monotonic() + 300
+    end = time.monotonic() + 900  # a busy machine may pause them for minutes
     while any(child.is_alive() for child in children) and time.monotonic() < end:
         time.sleep(0.05)
         if any(child.exitcode for child in children):
