@@ -31,10 +31,10 @@ from typing import Any
 from sparseft import console
 from sparseft.config import HardwareConfig, RunConfig
 from sparseft.errors import RunError, UserError
+from sparseft.launch_variables import DEFAULT_PORT, check_complete, check_place, number, port, started
 
 WORKER = "sparseft.cli_worker"
 JOB, RESULT, OUTCOME = "job.json", "result.json", "outcome-{rank}.json"
-DEFAULT_PORT = 29500  # of the first machine, where several take part; MASTER_PORT says otherwise
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0  # that interrupted processes have to save, once the first of them has ended
@@ -62,11 +62,6 @@ class ChildTraceback(Exception):
         return f"\n{self.args[0]}"
 
 
-def started() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def needed(hardware: HardwareConfig) -> bool:
     """Whether the command has to start processes of its own. ZeRO takes one even alone: DeepSpeed is set up there."""
     _adopt_slurm(hardware)
@@ -85,7 +80,8 @@ def first_process() -> bool:
 
 
 def check(hardware: HardwareConfig) -> None:
-    """Refuses numbers of processes that a launcher, or SLURM, contradicts."""
+    """Refuses numbers of processes that a launcher, or SLURM, contradicts, and a place that is none."""
+    check_place()
     _adopt_slurm(hardware)
     total = hardware.num_processes * hardware.num_machines
     if started() and total > 1 and total != int(os.environ["WORLD_SIZE"]):
@@ -124,11 +120,12 @@ def run(command: str, config: RunConfig) -> dict[str, Any]:
 def _adopt_slurm(hardware: HardwareConfig) -> None:
     """Takes a task of `srun` that is one of the processes asked for as started: its place becomes torch's."""
     total = hardware.num_processes * hardware.num_machines
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if started() or "SLURM_PROCID" not in os.environ or total == 1 or tasks != str(total):
+    if started() or "SLURM_PROCID" not in os.environ or "SLURM_NTASKS" not in os.environ or total == 1:
         return
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ["SLURM_PROCID"], tasks
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    if number("SLURM_NTASKS", 1) != total:
+        return
+    rank, local = number("SLURM_PROCID", 0, total - 1), number("SLURM_LOCALID", 0, hardware.num_processes - 1)
+    os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(rank), str(total), str(local)
     os.environ["LOCAL_WORLD_SIZE"] = str(hardware.num_processes)
     os.environ.setdefault("MASTER_ADDR", _slurm_hosts()[0])
     os.environ.setdefault("MASTER_PORT", str(DEFAULT_PORT))
@@ -138,23 +135,21 @@ def _place(hardware: HardwareConfig) -> tuple[int, str, int]:
     """(this machine's number, the first one's address, its port), from SLURM's variables."""
     if hardware.num_machines == 1:
         return 0, "localhost", 0
-    machines = os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES")
-    if machines is None or "SLURM_NODEID" not in os.environ:
+    counts = [name for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES") if os.environ.get(name)]
+    if not counts or "SLURM_NODEID" not in os.environ:
         raise UserError(
             f"hardware.num_machines={hardware.num_machines}: started by nothing that knows the other machines. Use "
             f"`srun --nodes={hardware.num_machines} --ntasks-per-node=1 sparseft …`, or torchrun or deepspeed "
             "--hostfile with `--module sparseft …` (docs/distributed.md)."
         )
-    if int(machines) != hardware.num_machines:
+    machines = number(counts[0], 1)
+    if machines != hardware.num_machines:
         raise UserError(
             f"hardware.num_machines={hardware.num_machines}: SLURM has given this job {machines} machines; give the "
             "same number."
         )
-    given = os.environ.get("MASTER_PORT", str(DEFAULT_PORT))
-    port = int(given) if given.isdecimal() else 0
-    if not 0 < port < 2**16:
-        raise UserError(f"MASTER_PORT={given}: expected a port number, 1 to 65535.")
-    return int(os.environ["SLURM_NODEID"]), os.environ.get("MASTER_ADDR") or _slurm_hosts()[0], port
+    place = number("SLURM_NODEID", 0, machines - 1)
+    return place, os.environ.get("MASTER_ADDR") or _slurm_hosts()[0], port()
 
 
 def _slurm_hosts() -> list[str]:
@@ -179,17 +174,17 @@ def _environments(hardware: HardwareConfig) -> tuple[int, dict[int, dict[str, st
     """
     from torch.distributed import TCPStore
 
-    machine, address, port = _place(hardware)
+    machine, address, at = _place(hardware)
     count = hardware.num_processes
     store = None
     if machine == 0:
-        store = TCPStore(address, port, is_master=True, wait_for_workers=False)
-        port = store.port
+        store = TCPStore(address, at, is_master=True, wait_for_workers=False)
+        at = store.port
     shared = {
         "WORLD_SIZE": str(count * hardware.num_machines),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(at),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": "sparseft",
         "TORCHELASTIC_RESTART_COUNT": "0",
@@ -332,6 +327,7 @@ def joined(hardware: HardwareConfig) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
+    check_complete()
     if not first_process():
         os.environ["SPARSEFT_QUIET"] = "1"
     backend = "gloo"

@@ -26,12 +26,13 @@ from sparseft.layers import share_inputs, sparse_layers
 from sparseft.methods import get_method
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import decoder_layers
+from sparseft.trainer_distributed import MAX_BUCKET, check_zero
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
 # Copies of the trained parameters that an optimizer keeps, in their dtype, by the start of its name.
 STATES = {"adamw_torch": 2, "adamw_hf": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
-# ZeRO 3 gathers a layer when it is needed, and the next one ahead of time.
-GATHERED_LAYERS = 2
+# Numbers that ZeRO 3 keeps gathered at most, once they were needed, and gathers ahead at once: DeepSpeed's defaults.
+LIVE, AHEAD = 1_000_000_000, 50_000_000
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,22 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+class _Counter(AllocationCounter):
+    """Counts on the meta device, also the product of all experts with their tokens, which torch has there for bf16
+    and aligned shapes alone."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        product = func is torch.ops.aten._grouped_mm.default
+        return super().__torch_dispatch__(_grouped_product if product else func, types, args, kwargs)
+
+
+def _grouped_product(x: Tensor, weight: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The result of `torch._grouped_mm` without its content: (S, a) by (E, a, b) gives (S, b), and in the backward pass
+    (a, S) by (S, b) gives (E, a, b), (E, a, b) by (b, S) gives (a, S)."""
+    groups = (len(offs),) if x.dim() == weight.dim() else ()
+    return x.new_empty(*groups, x.shape[-2], weight.shape[-1])
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
@@ -111,6 +128,7 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
         if method.kind == "whole" and dtype.itemsize == 2 and settings.dtype != "model" and not on_cpu(config.hardware):
             settings.dtype, autocast = "model", True
         model = attach(model, settings)
+    check_zero(model, config.hardware)
     trainable = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     return Shape(model.train(), trainable, total, autocast)
 
@@ -126,11 +144,7 @@ def _on_meta(content: transformers.PretrainedConfig, dtype: torch.dtype, config:
             )
 
     model = build(config.model.attn_implementation)
-    if any("expert" in name for name, _ in model.named_modules()):
-        raise UserError(
-            f"train --plan: {config.model.path} has experts, and which tokens they get depends on the data; there is "
-            "no plan for such models yet."
-        )
+    _check_experts(model, config.model.path)
     text = content.get_text_config()
     dropout = max(getattr(text, name, 0.0) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
     fused = str(model.config._attn_implementation).startswith(("sdpa", "flash"))
@@ -138,6 +152,19 @@ def _on_meta(content: transformers.PretrainedConfig, dtype: torch.dtype, config:
     model = build(FUSED if fused and not (dropout and on_cpu(config.hardware)) else PLAIN)
     model.config.get_text_config().pad_token_id = None  # or transformers looks for padding among the tokens
     return model
+
+
+def _check_experts(model: nn.Module, path: str) -> None:
+    """Refuses experts that are not computed by one grouped product over all tokens, whoever gets which of them: then
+    the memory depends on the data."""
+    named = [module for name, module in model.named_modules() if name.rpartition(".")[2].endswith("experts")]
+    for module in named:
+        implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+        if implementation != "grouped_mm":
+            raise UserError(
+                f"train --plan: {path} has experts ({type(module).__name__}) that are computed one after another, and "
+                "which tokens each gets depends on the data; there is no plan for such models."
+            )
 
 
 def _indices_with_content(model: nn.Module, selection: Any) -> None:
@@ -157,7 +184,7 @@ def passes(shape: Shape, batch: int, length: int, *, checkpointing: bool) -> int
     elif getattr(model, "is_gradient_checkpointing", False):
         model.gradient_checkpointing_disable()
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
-    with AllocationCounter() as counter:
+    with _Counter() as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     for parameter in trainable_parameters(model).values():
         parameter.grad = None
@@ -235,18 +262,26 @@ def sharded(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
     if stage == 0:  # DistributedDataParallel reduces in buckets of its own
         changes["gradients"] = 2 * memory.gradients
     else:  # a flat copy of the trained parameters is what the optimizer updates, in fp32
-        shard = -(-4 * shape.trainable // processes)
-        # The gradients count whole at every stage, as they are until the last bucket is reduced.
+        shard, bucket = -(-4 * shape.trainable // processes), 4 * min(shape.trainable, MAX_BUCKET)
         changes["moments"] = 0 if offload else -(-memory.moments // processes) + shard
+        # Whole as the backward pass makes them, in the bucket that is reduced, and in the copy that is sent of it.
+        changes["gradients"] = memory.gradients + 2 * bucket
     if stage == 3:
-        gathered = GATHERED_LAYERS * _largest_layer(shape.model)
-        changes["weights"] = gathered if offload else -(-memory.weights // processes) + gathered
-        changes["trained"] = -(-memory.trained // processes)
+        changes["gradients"] = memory.gradients + bucket + shard
+        everything = get_method(config.method_name).kind == "whole"
+        frozen = [parameter for parameter in shape.model.parameters() if not parameter.requires_grad]
+        gathered = _gathered(shape.model, list(shape.model.parameters()) if everything else frozen)
+        kept = memory.weights - tensor_bytes(frozen) + gathered  # indices and base values are not sharded
+        changes["weights"] = kept if offload else kept - (-tensor_bytes(frozen) // processes)
+        if everything:  # an adapter is small enough to stay whole everywhere
+            changes["trained"] = -(-memory.trained // processes)
     return dataclasses.replace(memory, **changes)
 
 
-def _largest_layer(model: nn.Module) -> int:
-    """Bytes of the parameters that are gathered together: of a decoder layer, or of the embeddings if they are more."""
-    layers = decoder_layers(model)[1]
+def _gathered(model: nn.Module, parameters: list[Tensor]) -> int:
+    """Bytes of the sharded `parameters` that ZeRO 3 has gathered at once: those that were needed last, at least a
+    decoder layer or the embeddings, and the buffer into which the next ones come."""
     embeddings = model.get_input_embeddings()
-    return max(tensor_bytes(part.parameters()) for part in (*layers, embeddings))
+    every, width = tensor_bytes(parameters), embeddings.weight.element_size()
+    largest = max(tensor_bytes(part.parameters()) for part in (*decoder_layers(model)[1], embeddings))
+    return max(min(every, LIVE * width), largest) + min(every, AHEAD * width)

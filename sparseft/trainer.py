@@ -218,6 +218,8 @@ class Trainer(distributed.DistributedTrainer):
                 check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint and distributed.draw_anew(Path(checkpoint), self.args.seed, self.state.global_step):
+            return
         with fitting(checkpoint, "the random numbers' state"):
             super()._load_rng_state(checkpoint)
 

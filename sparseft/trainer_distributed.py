@@ -6,6 +6,7 @@ Without `torch.distributed` every function here does what one process needs, whi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer import SCHEDULER_NAME
 
+from sparseft import console
 from sparseft.adapter import save_adapter, state_of
 from sparseft.config import HardwareConfig
 from sparseft.errors import RunError, UserError
@@ -28,9 +30,11 @@ from sparseft.layers import sparse_layers, write_back
 from sparseft.layers.delta_path import use_delta_path
 from sparseft.layers.experts import ExpertLinear
 from sparseft.modeling import ModelSpec
-from sparseft.sharding import is_sharded, state_on_first
+from sparseft.sharding import full_shape, is_sharded, state_on_first
 from sparseft.trainer_checkpoints import fitting
 from sparseft.trainer_reselecting import load_active
+
+MAX_BUCKET = 500_000_000  # numbers that ZeRO reduces at once at most, DeepSpeed's own default
 
 
 def is_first() -> bool:
@@ -65,6 +69,24 @@ def shared_folder(parent: Path) -> Iterator[Path]:
     finally:
         if is_first():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def draw_anew(checkpoint: Path, seed: int, step: int) -> bool:
+    """Whether a checkpoint was saved by another number of processes than go on: then their random states say nothing of
+    these ones'. Each process starts its numbers from the seed, the step and its own place, and the first one says so.
+    """
+    rank, world = rank_and_world()
+    before = len(list(checkpoint.glob("rng_state*.pth")))
+    if before == world:
+        return False
+    digest = hashlib.sha256(f"{seed} {step} {rank} {world}".encode()).digest()
+    transformers.set_seed(int.from_bytes(digest[:4], "big"))
+    if rank == 0:
+        console.log(
+            f"resume: {checkpoint.name} was saved by {before} processes and goes on in {world}, so random numbers (of "
+            "dropout, say) are drawn anew, from the seed and the step"
+        )
+    return True
 
 
 # ---- data ----
@@ -215,6 +237,13 @@ def keep_deltas_whole(config: dict[str, Any], model: nn.Module) -> None:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = max(deltas) + 1
 
 
+def size_buckets(config: dict[str, Any], model: nn.Module) -> None:
+    """Has ZeRO reduce gradients in buckets no larger than all of them together: it allocates a bucket whole, by default
+    for 500 million numbers, and deltas are a fraction of that."""
+    trained = sum(full_shape(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
+    config["zero_optimization"]["reduce_bucket_size"] = min(trained, MAX_BUCKET)
+
+
 @contextlib.contextmanager
 def whole_parameters(model: nn.Module, engine: Any) -> Iterator[None]:
     """Inside, what trains can be read whole in the first process, also where ZeRO-3 has sharded it.
@@ -284,6 +313,7 @@ class DistributedTrainer(transformers.Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        size_buckets(self.args.hf_deepspeed_config.config, self.model)
         if self.is_zero3:
             use_delta_path(sparse_layers(self.model).values())
             keep_deltas_whole(self.args.hf_deepspeed_config.config, self.model)
@@ -309,6 +339,13 @@ class DistributedTrainer(transformers.Trainer):
         self.deepspeed.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # In turn: where the first process has failed, it has removed the folder, and another one would make it anew.
+        for turn in (False, True):
+            barrier()
+            if is_first() is turn:
+                super()._save_rng_state(output_dir)
 
     def save_trained(self, folder: Path) -> None:
         """Writes the adapter into `folder` (all processes call it, the first one writes), whole or not at all."""

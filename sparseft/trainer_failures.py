@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from sparseft.errors import RunError
+from sparseft.errors import RunError, UserError
 
 # The reasons why a file cannot be written that lie with the disk, not with the code.
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENODEV}
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # of these, what never comes of reading
 
 
 @dataclass
@@ -86,6 +88,8 @@ def storage_problem(error: BaseException) -> str | None:
     """Why a file could not be written, where that is what `error` says; null for any other error."""
     from safetensors import SafetensorError
 
+    if isinstance(error, UserError) and getattr(error.__cause__, "errno", None) in FULL:
+        error = error.__cause__  # refused as input where it comes first, but the work has begun
     if isinstance(error, OSError) and error.errno in STORAGE:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}"

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparseft.adapter import state_of
 from sparseft.adapter_files import read_config, read_sparse
-from sparseft.errors import UserError, shown
+from sparseft.errors import UserError
 from sparseft.layers import sparse_layers
 from sparseft.layers.parking import entry_dim, index_keys, positions_of
 from sparseft.sharding import any_sharded, gathered

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from running import metrics, refused, sparseft, summary, write_data
@@ -48,7 +50,9 @@ def split(batch_size: int, accumulation: int) -> list[str]:
     return [f"trainer.batch_size={batch_size}", f"trainer.gradient_accumulation={accumulation}"]
 
 
-def run_ranks(folder: Path, cases: Any, ranks: int = 2, seconds: float = 600, worker: Path = WORKER) -> None:
+def run_ranks(
+    folder: Path, cases: Sequence[dict[str, Any]], ranks: int = 2, seconds: float = 600, worker: Path = WORKER
+) -> None:
     """Runs the cases one after another in as many processes, which torchrun starts."""
     path = folder / "cases.json"
     path.write_text(json.dumps(cases))
@@ -168,7 +172,8 @@ def together(runs: Runs) -> Runs:
     words = [*runs.base, *PREPROCESS, TWO, "cache_dir=cache-2"]
     case = {"name": "preprocess", "command": "preprocess", "overrides": words}
     saving = ["trainer.save_steps=3", "trainer.save_total_limit=9"]
-    cases = [runs.case(method, stage, *(saving if (method, stage) in SEALED else [])) for method, stage in EVERYDAY]
+    saved = [*SEALED, ("s2ft", 0)]
+    cases = [runs.case(method, stage, *(saving if (method, stage) in saved else [])) for method, stage in EVERYDAY]
     continued = [case for stage in CONTINUED for case in sittings(runs, stage)]
     bad = [bad_case(runs, *each) for each in (*BAD, *BAD_IN_A_ROW)]
     run_ranks(runs.folder, [case, *cases, *continued, *bad, best_case(runs, "s2ft")], seconds=1200)
@@ -338,15 +343,57 @@ def test_a_reselected_run_goes_on_where_it_stopped(tmp_path: Path, model_folder:
 
 
 def test_a_run_is_continued_with_as_many_examples_a_step(together: Runs, tmp_path: Path) -> None:
-    run = tmp_path / "cut"
-    shutil.copytree(together.folder / "cut-0", run)
-    words = [*sittings(together, 0)[-1]["overrides"], f"output_dir={run}", "trainer.max_steps=6"]
-    alone = "hardware.num_processes=1"
-    assert refused(together.folder, "train", *words, alone).startswith(
-        f"a step would be 2 examples in 1 processes, and the run in '{run}' was started with 4 in 2: "
-    )
-    done = sparseft(together.folder, "train", *words, alone, "trainer.gradient_accumulation=4")
-    assert "checkpoint-5" in done.err and summary(run)["steps"] == 6
+    """With dropout the random numbers are others, but the same ones each time, and a line says so."""
+    runs = [tmp_path / "cut", tmp_path / "again"]
+    for run in runs:
+        shutil.copytree(together.folder / "cut-0", run)
+        words = [*sittings(together, 0)[-1]["overrides"], f"output_dir={run}", "trainer.max_steps=6"]
+        alone = "hardware.num_processes=1"
+        assert refused(together.folder, "train", *words, alone).startswith(
+            f"a step would be 2 examples in 1 processes, and the run in '{run}' was started with 4 in 2: "
+        )
+        done = sparseft(together.folder, "train", *words, alone, "trainer.gradient_accumulation=4")
+        assert "checkpoint-5" in done.err and summary(run)["steps"] == 6
+        assert done.err.count("checkpoint-5 was saved by 2 processes and goes on in 1, so random numbers") == 1
+    left, right = map(trained, runs)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_continued_in_fewer_processes_it_ends_the_same(together: Runs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(together.folder / "s2ft-0", run)
+    shutil.rmtree(run / "checkpoints" / "checkpoint-5")
+    words = [*together.case("s2ft", 0)["overrides"], *split(2, 4), f"output_dir={run}", "trainer.resume=auto"]
+    words += ["hardware.num_processes=1"]
+    done = sparseft(together.folder, "train", *words, "trainer.save_steps=3")
+    assert "resume: " in done.err and "checkpoint-3" in done.err
+    assert difference(together.one("s2ft"), run) < 1e-5
+    assert_same_losses(together.one("s2ft"), run)
+
+
+@pytest.mark.parametrize("files", [["rng_state_0.pth", "rng_state_1.pth"], []])
+def test_other_processes_draw_other_random_numbers(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparseft import trainer_distributed
+
+    for name in files:
+        (tmp_path / name).touch()
+    places = [(0, 1), (0, 4), (1, 4), (3, 4)]
+    drawn = set()
+    for rank, world in [*places, *places]:
+        monkeypatch.setattr(trainer_distributed, "rank_and_world", lambda at=(rank, world): at)
+        for step in (3, 4):
+            assert trainer_distributed.draw_anew(tmp_path, 0, step)
+            drawn.add((torch.rand(1).item(), random.random(), float(np.random.rand())))
+    assert len(drawn) == 8  # a place and a step have numbers of their own, the same ones each time
+    assert capsys.readouterr().err.count("drawn anew") == 8  # said by the first process alone
+    for name in ("rng_state_0.pth", "rng_state_1.pth"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(trainer_distributed, "rank_and_world", lambda: (1, 2))
+    before = torch.get_rng_state()
+    assert not trainer_distributed.draw_anew(tmp_path, 0, 3)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

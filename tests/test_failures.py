@@ -233,6 +233,30 @@ def test_a_disk_that_fills_up_at_the_end_is_said(
     assert "The last good checkpoint is run/checkpoints/checkpoint-1." in done.err
 
 
+@pytest.mark.parametrize("written", ["selection", "adapter"])
+def test_a_disk_without_room_for_a_folder_is_no_wrong_input(
+    written: str, data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import tempfile
+
+    plain = tempfile.mkdtemp
+
+    def full(*args: Any, **options: Any) -> str:
+        if options.get("dir") == tmp_path / "run" and options["prefix"] == f".{written}.":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(options["dir"]))
+        return plain(*args, **options)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    words = [*on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=1", "dataset.eval_fraction=0"]
+    done = sparseft(tmp_path, "train", *words, "output_dir=run", code=1)
+    (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert "the run in 'run' could not be written: " in error and ": No space left on device." in error
+    assert ("The last good checkpoint is run/checkpoints/checkpoint-1." in error) is (written == "adapter")
+    monkeypatch.undo()
+    sparseft(tmp_path, "train", *words, "output_dir=run", "trainer.resume=auto")
+
+
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, data: Path, model_folder: Any) -> None:
     words = ["train", *on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=1"]
     message = refused(tmp_path, *words, "output_dir=/proc/run")

@@ -53,7 +53,7 @@ RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
 # Loaded by `sparseft --help`, `import sparseft` or composing a config: nothing heavy when they are imported.
 LIGHT = re.compile(
-    r"(__init__|__main__|cli|config|compose\w*|launch|overrides|validation|errors|console|reading|runs|report\w*|methods(\.(?!selecting\b)\w+)?|data\.prompts"
+    r"(__init__|__main__|cli|config|compose\w*|launch\w*|overrides|validation|errors|console|reading|runs|report\w*|methods(\.(?!selecting\b)\w+)?|data\.prompts"
     r"|commands|commands\.report)"
 )
 HEAVY = (

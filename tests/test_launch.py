@@ -93,6 +93,49 @@ def test_a_port_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, port: s
         launch.check(HardwareConfig(num_processes=2, num_machines=2))
 
 
+PLACE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+SLURMS = {"PROCID": "0", "NTASKS": "4", "LOCALID": "0", "NODEID": "0", "NNODES": "2", "NODELIST": "h"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc: expected a whole number, from 1 up."),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: expected a whole number, from 1 up."),
+        ({"RANK": "one"}, "RANK=one: expected a whole number, from 0 up."),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK=: expected a whole number, from -1 up."),
+        ({"LOCAL_RANK": "\u0663"}, "LOCAL_RANK=\u0663: expected a whole number, from -1 up."),
+        (PLACE | {"RANK": "2"}, "RANK=2: expected a whole number, 0 to 1, as WORLD_SIZE is 2."),
+        (PLACE | {"LOCAL_RANK": "x"}, "LOCAL_RANK=x: expected a whole number, from 0 up."),
+        (PLACE | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK=2: expected a whole number, 0 to 1."),
+        (PLACE | {"LOCAL_WORLD_SIZE": "1.5"}, "LOCAL_WORLD_SIZE=1.5: expected a whole number, from 1 up."),
+        (PLACE | {"MASTER_PORT": "http"}, "MASTER_PORT=http: expected a port number, 1 to 65535."),
+        (PLACE | {"MASTER_ADDR": ""}, "RANK and WORLD_SIZE are set, as if a launcher had started this process, but not "
+         "MASTER_ADDR: expected RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as torchrun sets them; for a "
+         "process alone unset RANK and WORLD_SIZE."),
+        ({"SLURM_PROCID": "x"}, "SLURM_PROCID=x: expected a whole number, 0 to 3."),
+        ({"SLURM_NTASKS": "4(x2)"}, "SLURM_NTASKS=4(x2): expected a whole number, from 1 up."),
+        ({"SLURM_LOCALID": "2"}, "SLURM_LOCALID=2: expected a whole number, 0 to 1."),
+        ({"SLURM_NTASKS": "2", "SLURM_NODEID": "2"}, "SLURM_NODEID=2: expected a whole number, 0 to 1."),
+        ({"SLURM_NTASKS": "2", "SLURM_NNODES": "two"}, "SLURM_NNODES=two: expected a whole number, from 1 up."),
+    ],
+)  # fmt: skip
+def test_a_place_that_is_none_is_refused_in_a_sentence(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    several = any(name.startswith("SLURM_") for name in variables)
+    if several:
+        slurm(monkeypatch, **SLURMS)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    words = ["hardware=cpu", TWO, "hardware.num_machines=2"] if several else ["hardware=cpu"]
+    assert refused(in_tmp, "train", *words) == message
+    if not several and "MASTER_ADDR" not in message:
+        assert refused(in_tmp, "eval", "mmlu", "--base", "hardware=cpu") == message
+        assert refused(in_tmp, "preprocess", "hardware=cpu") == message
+    assert not files(in_tmp)
+
+
 def test_several_machines_need_someone_who_knows_them() -> None:
     with pytest.raises(UserError, match="srun --nodes=2"):
         launch.check(HardwareConfig(num_machines=2))

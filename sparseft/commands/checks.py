@@ -8,10 +8,12 @@ from pathlib import Path
 from sparseft import launch
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
+from sparseft.launch_variables import check_place
 
 
 def check_one_process(config: RunConfig, command: str) -> None:
     """Refuses several processes to a command that runs in one."""
+    check_place()
     for field, possible in (("num_processes", 1), ("num_machines", 1), ("zero_stage", 0)):
         value = getattr(config.hardware, field)
         if value != possible:

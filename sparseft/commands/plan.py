@@ -25,7 +25,8 @@ REMEDIES = ("micro_batch", "gradient_checkpointing", "zero_stage", "offload", "m
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """The plan of the composed config. Raises UserError for what the plan cannot know (experts, other optimizers)."""
+    """The plan of the composed config. Raises UserError for what the plan cannot know (experts that take
+    turns, other optimizers)."""
     import transformers
 
     from sparseft import planning
@@ -90,10 +91,13 @@ def _around(value: int, limit: int | None) -> list[int]:
 def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] | None:
     """The fewest of `REMEDIES` with which the step fits: the overrides to give and the bytes it then takes; null where
     even all of them are not enough."""
+    from sparseft.trainer_distributed import has_experts
+
     changed = copy.deepcopy(config)
     given: dict[str, str] = {}
+    stage = 2 if has_experts(shape.model) else 3  # single experts of a sharded parameter cannot train
     for name in REMEDIES:
-        if not _apply(name, changed, given):
+        if not _apply(name, changed, given, stage):
             continue
         total = _total(changed, shape, micro_batch(changed), changed.trainer.max_length)
         if total <= device_bytes:
@@ -101,8 +105,9 @@ def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] |
     return None
 
 
-def _apply(name: str, config: RunConfig, given: dict[str, str]) -> bool:
-    """Changes the config by one remedy and notes the overrides that do it; whether there was anything to change."""
+def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> bool:
+    """Changes the config by one remedy (ZeRO up to `stage`) and notes the overrides that do it; whether there was
+    anything to change."""
     from sparseft import planning
 
     trainer, hardware = config.trainer, config.hardware
@@ -112,9 +117,9 @@ def _apply(name: str, config: RunConfig, given: dict[str, str]) -> bool:
     elif name == "gradient_checkpointing" and not hardware.gradient_checkpointing:
         hardware.gradient_checkpointing = True
         given["hardware.gradient_checkpointing"] = "true"
-    elif name == "zero_stage" and planning.world(hardware) > 1 and hardware.zero_stage < 3:
-        hardware.zero_stage = 3
-        given["hardware.zero_stage"] = "3"
+    elif name == "zero_stage" and planning.world(hardware) > 1 and hardware.zero_stage < stage:
+        hardware.zero_stage = stage
+        given["hardware.zero_stage"] = str(stage)
     elif name == "offload" and hardware.zero_stage == 3 and hardware.offload == "none":
         hardware.offload = "cpu"
         given["hardware.offload"] = "cpu"

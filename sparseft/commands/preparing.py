@@ -35,6 +35,7 @@ from sparseft.modeling import (
 )
 from sparseft.selection import Selection
 from sparseft.sharding import any_sharded
+from sparseft.trainer_failures import explained
 
 HEAD_ROLES = ("q", "k", "v", "o")  # their units are heads, every other role's channels
 
@@ -110,7 +111,10 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
     candidates = get_method(config.method_name).budget(spec, config.method).candidates
     check_zero((candidate.module for candidate in candidates), spec, config.hardware)
     found = ranks.from_first(_cached(config.cache_dir, path) if first else None)  # all processes train the same
+    partial = path.with_name(f"{key}.partial")
     if found is not None:
+        if first:  # of a process that was killed when it had saved the selection
+            shutil.rmtree(partial, ignore_errors=True)
         return Selected(found, path, True, time.perf_counter() - start)
     method = config.method
     batches = None
@@ -120,13 +124,13 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
         batches = calibration_batches(prepared.data.train, method.num_samples, method.seed, pad)
         total = len(batches)
         console.log(f"selection: scoring by {method.importance} on {total} calibration examples")
-    partial = path.with_name(f"{key}.partial")
     stopped: list[str] = []  # the signal's name, for the work to end at the next point where nothing is half done
     with signals.noted(stopped.append):
         selection = resumable_selection(prepared.model, method, batches, total, partial, stopped)
         selection.meta["key"] = key
         if first:
-            selection.save(path, {name: spec.linears[name] for name in selection.modules})
+            with explained(f"the selection {path}", lambda: None):
+                selection.save(path, {name: spec.linears[name] for name in selection.modules})
         ranks.from_first(None)  # a rank that is still computing could leave its part behind
         if first:
             shutil.rmtree(partial, ignore_errors=True)

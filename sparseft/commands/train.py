@@ -62,7 +62,8 @@ def _train(config: RunConfig) -> dict[str, Any]:
         )
         config.output_dir = str(folder)
         link_latest(folder)
-        job.describe_itself(folder)
+        with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
+            job.describe_itself(folder)
         console.log(f"run: {folder}")
         if previous is not None:
             resuming.clean(previous, config.trainer.save_total_limit)

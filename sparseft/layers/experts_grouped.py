@@ -35,7 +35,7 @@ class GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, offs, product, parts, *deltas):
-        ctx.product, ctx.parts, ctx.bounds = product, parts, [0, *offs.tolist()]
+        ctx.product, ctx.parts, ctx.bounds = product, parts, _bounds(offs, len(x))
         if all(part.kind == "columns" for part in parts):  # only slices of x, each in storage of its own
             slices = [_tokens(x, ctx.bounds, part).index_select(-1, part.index) for part in parts]
             ctx.whole = False
@@ -60,6 +60,15 @@ class GroupedProduct(torch.autograd.Function):
             x = _tokens(saved[0], ctx.bounds, part) if ctx.whole else saved[position]
             gradients.append(_gradient(grad, x, part, sliced=not ctx.whole).float())
         return grad_x, None, None, None, None, *gradients
+
+
+def _bounds(offs: Tensor, tokens: int) -> list[int]:
+    """Where each expert's tokens begin, and where the last one's end. On the meta device, where `offs` has no content,
+    all experts get as many: the products together are as large whoever gets which."""
+    experts = len(offs)
+    if offs.is_meta:
+        return [tokens * number // experts for number in range(experts + 1)]
+    return [0, *offs.tolist()]
 
 
 def _tokens(x: Tensor, bounds: Sequence[int], part: Part) -> Tensor:
