@@ -46,10 +46,12 @@ class Scorer:
 
     def _evaluate(self, model: Any, tokenizer: Any, split: str) -> dict[str, Any]:
         from sparseft import evaluation
+        from sparseft.modeling import runnable
 
-        return evaluation.evaluate(
-            model, tokenizer, [self.name], self.settings[split], data_dir=self.data_dir, plan=self.plans[split]
-        )
+        with runnable(model):  # before DeepSpeed's engine has it, and where an ended run is only judged
+            return evaluation.evaluate(
+                model, tokenizer, [self.name], self.settings[split], data_dir=self.data_dir, plan=self.plans[split]
+            )
 
     def on_validation(self, model: Any, tokenizer: Any) -> Callable[[], float]:
         """Measures the accuracy on the validation split, whenever it is called."""
