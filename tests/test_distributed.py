@@ -243,8 +243,8 @@ def test_every_way_to_be_bad(tmp_path: Path, model_folder: Any) -> None:
 
 
 def best_case(runs: Runs, method: str) -> dict[str, Any]:
-    """A run with ZeRO-3 judged by answers that are generated. None is right, so the first step that counts stays best:
-    the second."""
+    """A run with ZeRO-3 judged by answers that are generated. Hardly one is right, so mostly the first step that counts
+    stays best: the second."""
     questions = runs.folder / "questions" / "boolq"
     if not questions.exists():
         questions.mkdir(parents=True)
@@ -264,15 +264,16 @@ def best_case(runs: Runs, method: str) -> dict[str, Any]:
 
 
 def asking(runs: Runs) -> list[str]:
-    return [f"eval.data_dir={runs.folder / 'questions'}", "eval.limit=3", "eval.max_new_tokens=8"]
+    return [f"eval.data_dir={runs.folder / 'questions'}", "eval.limit=3", "eval.max_new_tokens=32"]
 
 
 def check_best(runs: Runs, method: str) -> None:
     """The adapter left is that of the best evaluation, in the file and in the sharded model that answered the test's
     questions: the answers are those that one process reads out of the file, and not those of the last step."""
     run = runs.folder / f"best-{method}"
-    assert summary(run)["best_step"] == 2
-    left, best, last = (trained(folder) for folder in (run, *(run / f"checkpoints/checkpoint-{n}" for n in (2, 5))))
+    chosen = summary(run)["best_step"]
+    assert chosen in (2, 4)  # evaluated, and not the last
+    left, best, last = (trained(at) for at in (run, *(run / f"checkpoints/checkpoint-{n}" for n in (chosen, 5))))
     assert all(torch.equal(left[name], best[name]) for name in left)
     assert not all(torch.equal(left[name], last[name]) for name in left)
     base = [f"model.{'path' if method != 'full' else 'tokenizer'}={runs.model}"]
