@@ -130,15 +130,18 @@ def to_blocks(matrix: Tensor, block_size: int) -> Tensor:
 
 
 def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int) -> Tensor:
-    """dW of the blocks (n, B, B) from grad_output (tokens, out) and x (tokens, in), in their dtype.
+    """dW of the blocks (n, B, B) from grad_output (tokens, out) and x (tokens, in), in their dtype; of fp16, whose range
+    a sum over tokens may leave, in fp32.
 
     Block b is `grad_output[:, block_rows[b]]ᵀ x[:, block_columns[b]]`; columns may count within a slice of x. On the
     CPU, large blocks take a product each, which looks at the indices' values: for those a GPU would have to wait.
     """
-    result = x.new_zeros(len(block_rows), size, size)  # an edge block's part outside the weight stays zero
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    # An edge block's part outside the weight stays zero.
+    result = x.new_zeros(len(block_rows), size, size, dtype=dtype)
     if len(x) == 0:
         return result
-    own = OWN_PRODUCT if x.element_size() >= 4 else OWN_PRODUCT_HALF
+    own = OWN_PRODUCT if dtype.itemsize >= 4 else OWN_PRODUCT_HALF
     if x.device.type == "cpu" and len(x) * size >= own:
         _own_products(result, grad_output.t(), x, block_rows.tolist(), block_columns.tolist())
         return result
@@ -147,7 +150,8 @@ def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_co
     left, right = (to_blocks(one, size).transpose(0, 1) for one in (grad_output, x))
     at_once = max(1, (GATHERED_CPU if x.device.type == "cpu" else GATHERED) // (len(x) * size))
     for part, rows, columns in zip(*(t.split(at_once) for t in (result, block_rows, block_columns)), strict=True):
-        torch.bmm(left.index_select(0, rows).mT, right.index_select(0, columns), out=part)
+        one, other = left.index_select(0, rows).to(dtype), right.index_select(0, columns).to(dtype)
+        torch.bmm(one.mT, other, out=part)
     return result
 
 
@@ -161,4 +165,7 @@ def _own_products(result: Tensor, left: Tensor, right: Tensor, rows: list[int], 
         height = min(size, left.shape[0] - row * size)
         width = min(size, right.shape[1] - column * size)
         inside = block if height == width == size else block[:height, :width]
-        torch.mm(left.narrow(0, row * size, height), right.narrow(1, column * size, width), out=inside)
+        one, other = left.narrow(0, row * size, height), right.narrow(1, column * size, width)
+        if one.dtype != result.dtype:
+            one, other = one.to(result.dtype), other.to(result.dtype)
+        torch.mm(one, other, out=inside)
