@@ -130,8 +130,8 @@ def to_blocks(matrix: Tensor, block_size: int) -> Tensor:
 
 
 def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int) -> Tensor:
-    """dW of the blocks (n, B, B) from grad_output (tokens, out) and x (tokens, in), in their dtype; of fp16, whose range
-    a sum over tokens may leave, in fp32.
+    """dW of the blocks (n, B, B) from grad_output (tokens, out) and x (tokens, in), in their dtype; of fp16 in fp32, as
+    a sum over tokens may leave its range.
 
     Block b is `grad_output[:, block_rows[b]]ᵀ x[:, block_columns[b]]`; columns may count within a slice of x. On the
     CPU, large blocks take a product each, which looks at the indices' values: for those a GPU would have to wait.
