@@ -593,9 +593,17 @@ def test_an_interrupted_rerun_leaves_the_complete_result(in_tmp: Path, monkeypat
     assert partial["complete"] is False and partial["path"] == "out/bench.partial.json"
     assert "seed: 7" in (in_tmp / "out/bench.partial.yaml").read_text()
     sparseft(in_tmp, "bench", *TINY, "bench.ways=[eager,checkpointing]", "seed=7")
-    assert files(in_tmp) == {"out/bench.json", "out/config.yaml", "out/bench.yaml"}
+    assert files(in_tmp) == before.keys() and "seed: 7" in (in_tmp / "out/config.yaml").read_text()
     result = json.loads((in_tmp / "out/bench.json").read_text())
     assert result["complete"] is True and list(result["ways"]) == ["eager", "checkpointing"]
+
+
+def test_a_runs_own_settings_stay(in_tmp: Path) -> None:
+    (in_tmp / "out").mkdir()
+    for name in ("config.yaml", "summary.json", "bench.json"):  # killed before the benchmark's settings were there
+        (in_tmp / "out" / name).write_text("{}")
+    sparseft(in_tmp, "bench", *TINY)
+    assert (in_tmp / "out/config.yaml").read_text() == "{}" and (in_tmp / "out/bench.yaml").is_file()
 
 
 def test_names_differ_by_words_not_by_spaces(in_tmp: Path) -> None:

@@ -69,7 +69,12 @@ class Output:
         self.folder = Path(config.output_dir).expanduser() if config.output_dir else None
         self.left: Path | None = None  # `bench.json`, or what lies in its place, once there is one
         self._environment: dict[str, Any] = {}
-        self._keeps = self.folder is not None and _complete(self.folder / "bench.json")  # from before
+        self._keeps = self._again = False
+        if self.folder is not None:  # may hold what an earlier benchmark has left
+            self._keeps = _complete(self.folder / "bench.json")
+            a_runs = ("bench.yaml", "summary.json", "metrics.jsonl", "adapter")
+            a_run = any((self.folder / name).exists() for name in a_runs)
+            self._again = (self.folder / "bench.json").is_file() and not a_run
 
     def check(self) -> None:
         """Refuses a folder that cannot be made or written, before anything is measured; leaves nothing behind."""
@@ -139,9 +144,9 @@ class Output:
         result |= {"complete": complete, "environment": self._environment, "path": str(path)}
         runs.write_json(path, result)
         if self.left != path:
-            own = complete or not self._keeps
-            name = "bench.partial.yaml" if not own else "bench.yaml" if runs.is_run(path.parent) else "config.yaml"
-            self.write(name, to_yaml(self.config))
+            beside_a_run = runs.is_run(path.parent) and not self._again  # whose own `config.yaml` stays
+            name = "bench.yaml" if beside_a_run else "config.yaml"
+            self.write(name if path.name == "bench.json" else "bench.partial.yaml", to_yaml(self.config))
         self.left = path
         for pattern in ASIDE if complete else ():
             for leftover in path.parent.glob(pattern):
