@@ -498,6 +498,7 @@ def test_wrong_comparisons(words: list[str], parts: list[str], in_tmp: Path) -> 
         (["bench.steps=0"], ["bench.steps=0"]),
         (["hardware.num_processes=2"], ["hardware.num_processes=2"]),
         (["output_dir=file"], ["output_dir", "is a file"]),
+        ([f"output_dir={'x' * 300}"], ["cannot write to output_dir", "File name too long"]),
         (["trian"], ["trian", "train"]),
         (["bench.ways=[]"], ["bench.ways is empty", "one or more"]),
         (["bench.ways=[eager,eager]"], ["bench.ways: 'eager' is named twice."]),

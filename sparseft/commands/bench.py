@@ -70,11 +70,6 @@ class Output:
         self.left: Path | None = None  # `bench.json`, or what lies in its place, once there is one
         self._environment: dict[str, Any] = {}
         self._keeps = self._again = False
-        if self.folder is not None:  # may hold what an earlier benchmark has left
-            self._keeps = _complete(self.folder / "bench.json")
-            a_runs = ("bench.yaml", "summary.json", "metrics.jsonl", "adapter")
-            a_run = any((self.folder / name).exists() for name in a_runs)
-            self._again = (self.folder / "bench.json").is_file() and not a_run
 
     def check(self) -> None:
         """Refuses a folder that cannot be made or written, before anything is measured; leaves nothing behind."""
@@ -82,9 +77,9 @@ class Output:
 
         folder = runs.OUTPUTS if self.folder is None else self.folder
         what = "the folder" if self.folder is None else "output_dir"
-        runs.check_writable(folder, what)
         made: list[Path] = []
         try:  # some file systems refuse what their modes allow
+            runs.check_writable(folder, what)
             for each in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
                 each.mkdir()
                 made.append(each)
@@ -96,6 +91,11 @@ class Output:
             for each in reversed(made):
                 with contextlib.suppress(OSError):  # somebody else's file is in it by now
                     each.rmdir()
+        if self.folder is not None:  # may hold what an earlier benchmark has left
+            self._keeps = _complete(self.folder / "bench.json")
+            a_runs = ("bench.yaml", "summary.json", "metrics.jsonl", "adapter")
+            a_run = any((self.folder / name).exists() for name in a_runs)
+            self._again = (self.folder / "bench.json").is_file() and not a_run
 
     def choose(self) -> Path:
         """The folder, with a name of its own where none was given; makes nothing."""
