@@ -173,8 +173,8 @@ def bench(
     """Measure methods side by side; prints a table and leaves `bench.json`.
 
     BENCHMARK is train (the default), scaling, preprocess, serve, quality, kernels or loader. KEY=VALUE sets a setting
-    or chooses an option of a group (model, hardware, …). Exit code 1: a method failed, or a target
-    of bench.targets is missed.
+    or chooses an option of a group (model, hardware, …). Exit code 1: nothing was measured,
+    a method failed, a target of bench.targets is missed, or a stage of loader is below its target.
     """
     overrides = [word for word in words or [] if is_override(word)]
     named = [word for word in words or [] if not is_override(word)]

@@ -412,6 +412,25 @@ def test_quality_trains_only_the_trials_that_are_missing(compared: tuple[Path, d
     assert "holds a run with other settings" in message and "output_dir" in message
 
 
+def test_quality_names_the_device_that_its_runs_had(
+    compared: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparseft.bench import quality
+    from sparseft.compose import compose
+
+    folder, result = compared
+    assert result["device"] == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Some GPU")
+    summary = json.loads((folder / "out/runs/lora-seed0/summary.json").read_text())
+    trials = []
+    for variant, device in (("a", "auto"), ("b", "cuda")):
+        config = compose("train", ["dataset.eval_fraction=0.1", f"hardware.device={device}", f"output_dir={variant}"])
+        trials.append(quality.Trial(variant, 0, config, lambda _path: True))
+    found = quality.run(trials[0].config, trials, lambda _config: summary) | {"environment": result["environment"]}
+    assert quality.measured_on(found).startswith("Some GPU (host: ")
+
+
 def test_interrupted_quality_says_how_to_go_on(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_config: Any) -> Any:
         raise KeyboardInterrupt
@@ -479,6 +498,7 @@ def test_wrong_comparisons(words: list[str], parts: list[str], in_tmp: Path) -> 
         (["bench.steps=0"], ["bench.steps=0"]),
         (["hardware.num_processes=2"], ["hardware.num_processes=2"]),
         (["output_dir=file"], ["output_dir", "is a file"]),
+        ([f"output_dir={'x' * 300}"], ["cannot write to output_dir", "File name too long"]),
         (["trian"], ["trian", "train"]),
         (["bench.ways=[]"], ["bench.ways is empty", "one or more"]),
         (["bench.ways=[eager,eager]"], ["bench.ways: 'eager' is named twice."]),
@@ -489,7 +509,13 @@ def test_wrong_comparisons(words: list[str], parts: list[str], in_tmp: Path) -> 
         (["hardware.gradient_checkpointing=true"], ["hardware.gradient_checkpointing", "bench.ways=[checkpointing]"]),
         (["hardware.compile=true"], ["hardware.compile=true", "bench.ways=[compile]"]),
         (["hardware=1xl4", "hardware.compile=true"], ["bench.ways=[checkpointing+compile]", "hardware.compile=false"]),
-        (["scaling", "hardware.compile=true"], ["hardware.compile=true", "bench.ways=[compile]"]),
+        (["hardware=1xl4"], ["hardware.gradient_checkpointing=true (hardware=1xl4 may say so)"]),
+        (
+            ["scaling", "hardware.compile=true"],
+            ["compile=true: this", "plain steps only: give hardware.compile=false"],
+        ),
+        (["bench.methods=[floor,'lora  rank=2',' lora rank=2 ']"], ["bench.methods", "different"]),
+        (["output_dir=file/below"], ["output_dir 'file/below'", "Not a directory"]),
         (["bench.ways=[eager,complie]"], ["'complie'", "compile"]),
         (["bench.ways=[eager,compile+compile]"], ["compile+compile", "twice"]),
         (["--profile", "bench.ways=[compile]"], ["bench.profile", "compile"]),
@@ -517,3 +543,78 @@ def test_wrong_benches(words: list[str], parts: list[str], in_tmp: Path) -> None
     for part in parts:
         assert part in message
     assert files(in_tmp) == {"file"}
+
+
+# ---- where results go ----
+
+TINY = ["bench.width=64", "bench.depth=1", "bench.length=16", "bench.batch_size=1", "bench.steps=2",
+        "bench.warmup_steps=0", "bench.methods=[floor,s2ft]", "sparsity=0.9", "output_dir=out"]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["train", "scaling", "preprocess", "quality", "kernels", "loader"])
+def test_a_folder_that_refuses_files_is_found_before_anything_is_measured(
+    what: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(f"sparseft.bench.{what}.run", measured)
+    plain = Path.mkdir
+
+    def mkdir(self: Path, *rest: Any, **options: Any) -> None:  # as /proc does, whatever its mode says
+        if self.name == "inner":
+            raise FileNotFoundError(2, "No such file or directory")
+        plain(self, *rest, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    message = refused(in_tmp, "bench", what, "output_dir=out/inner/most")
+    assert message == "cannot write to output_dir 'out/inner/most': No such file or directory."
+    assert list(in_tmp.iterdir()) == []  # no empty folder either
+
+
+def test_an_interrupted_rerun_leaves_the_complete_result(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseft.bench import train
+
+    sparseft(in_tmp, "bench", *TINY)
+    before = {name: (in_tmp / name).read_bytes() for name in files(in_tmp)}
+    assert before.keys() == {"out/bench.json", "out/config.yaml"}
+    plain = train.measure
+
+    def measure(way: str, *rest: Any) -> Any:
+        if way == "checkpointing":
+            raise KeyboardInterrupt
+        return plain(way, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "measure", measure)
+        done = sparseft(in_tmp, "bench", *TINY, "bench.ways=[eager,checkpointing]", "seed=7", code=130)
+    assert "kept in out/bench.partial.json, marked incomplete" in done.err
+    assert {name: (in_tmp / name).read_bytes() for name in before} == before
+    partial = json.loads((in_tmp / "out/bench.partial.json").read_text())
+    assert partial["complete"] is False and partial["path"] == "out/bench.partial.json"
+    assert "seed: 7" in (in_tmp / "out/bench.partial.yaml").read_text()
+    sparseft(in_tmp, "bench", *TINY, "bench.ways=[eager,checkpointing]", "seed=7")
+    assert files(in_tmp) == before.keys() and "seed: 7" in (in_tmp / "out/config.yaml").read_text()
+    result = json.loads((in_tmp / "out/bench.json").read_text())
+    assert result["complete"] is True and list(result["ways"]) == ["eager", "checkpointing"]
+
+
+def test_a_runs_own_settings_stay(in_tmp: Path) -> None:
+    (in_tmp / "out").mkdir()
+    for name in ("config.yaml", "summary.json", "bench.json"):  # killed before the benchmark's settings were there
+        (in_tmp / "out" / name).write_text("{}")
+    sparseft(in_tmp, "bench", *TINY)
+    assert (in_tmp / "out/config.yaml").read_text() == "{}" and (in_tmp / "out/bench.yaml").is_file()
+
+
+def test_names_differ_by_words_not_by_spaces(in_tmp: Path) -> None:
+    entries = [" floor", "s2ft   d_ratio=0.1 "]
+    targets = ["  peak s2ft  d_ratio=0.1<=bound", "s2ft d_ratio=0.1   /floor <= 1000 "]
+    words = [f"bench.methods={entries}", f"bench.targets={targets}"]
+    result = sparseft(in_tmp, "bench", "--json", *TINY, *words).json
+    assert list(result["methods"]) == ["floor", "s2ft d_ratio=0.1"]
+    assert result["methods"]["s2ft d_ratio=0.1"]["ratio_to"].keys() == {"floor"}
+    assert [entry["target"] for entry in result["targets"]] == [
+        "peak s2ft d_ratio=0.1<=bound",
+        "s2ft d_ratio=0.1 /floor <= 1000",
+    ]

@@ -134,6 +134,18 @@ def test_ratios_and_amounts() -> None:
     ]
 
 
+def test_figures_have_the_digits_that_tell_them_apart() -> None:
+    methods = {"floor": row(0.010, 10**9, 10), "a": row(0.0100004, 17_500_400_000, 8_000, trainable=3)}
+    texts = ["  saved   a <= 0.001 GB", "peak a <= 17.5 GB", "a / floor <= 1.0", "peak a<=bound"]
+    lines = targets.lines(targets.judge(texts, methods, weights_bytes=10**9))
+    assert lines[:3] == [
+        "met: saved a <= 0.001 GB (measured 0.00000800 GB, limit 0.00100000 GB)",
+        "MISSED: peak a <= 17.5 GB (measured 17.5004 GB, limit 17.5000 GB)",
+        "MISSED: a / floor <= 1.0 (measured 1.00004)",
+    ]
+    assert lines[3].startswith("MISSED: peak a<=bound (") and lines[4].startswith("bound: ") and len(lines) == 5
+
+
 # ---- turns ----
 
 
@@ -159,6 +171,12 @@ def test_contenders_take_balanced_turns() -> None:
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abcde", 10)
     rounds = ["".join(called[at : at + 5]) for at in range(0, 60, 5)]
     assert rounds == ["".join("abcde"[place] for place in order) for order in [*orders(5)[-2:], *orders(5)]]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_experiments_of_many_methods_take_whole_cycles(name: str) -> None:
+    bench = compose("bench", [f"experiment={name}"]).bench
+    assert bench.steps % len(orders(len(bench.methods))) == 0
 
 
 def test_one_that_fails_takes_no_further_turns() -> None:

@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,58 @@ def test_ways_measured_before_an_end_are_kept(
     assert files(in_tmp) == {"out/bench.json", "out/config.yaml"}
 
 
+def test_an_interrupt_leaves_the_rounds_that_all_have_finished(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseft.bench import timing
+
+    spent, told = iter(range(1, 100)), []
+
+    def seconds_of(call: Any, _device: Any) -> float:
+        told.append(call)
+        if len(told) == 6:  # the second one of the third round
+            raise KeyboardInterrupt
+        return float(next(spent))
+
+    monkeypatch.setattr(timing, "seconds_of", seconds_of)
+    words = ["bench.steps=9", "bench.methods=[floor,s2ft]", "bench.targets=['s2ft / floor <= 100']", "output_dir=out"]
+    done = sparseft(in_tmp, "bench", *SMALL, *words, code=130)
+    assert done.out == "" and "kept in out/bench.json, marked incomplete" in done.err
+    result = json.loads((in_tmp / "out/bench.json").read_text())
+    assert result["complete"] is False and result["targets"][0]["met"] is True
+    # Rounds of two turn about: floor 1, s2ft 2; s2ft 3, floor 4; the fifth turn is of a round that never ended.
+    assert {name: (row["step_seconds"], row["rounds"]) for name, row in result["methods"].items()} == {
+        "floor": (2.5, 2),
+        "s2ft": (2.5, 2),
+    }
+    (in_tmp / "out/bench.json").unlink()
+    told[:] = [None] * 4  # in the first round
+    sparseft(in_tmp, "bench", *SMALL, *words, code=130)
+    assert not (in_tmp / "out/bench.json").exists()
+
+
+@pytest.mark.parametrize("place", ["measure_memory", "step"])
+def test_a_method_that_fails_gives_its_memory_back_at_once(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, after = {}, []
+    plain, plain_contender = getattr(train, place), train.contender
+
+    def contender(entry: str, *rest: Any) -> contenders.Contender:
+        made = plain_contender(entry, *rest)
+        made.model.cycle = [made.model]  # as PEFT's models have them
+        models[entry] = weakref.ref(made.model)
+        return made
+
+    def breaks(c: Any, *rest: Any) -> Any:
+        if c.name == "s2ft":
+            raise RuntimeError("no room")
+        after.append((c.name, models["s2ft"]() is None))
+        return plain(c, *rest)
+
+    monkeypatch.setattr(train, "contender", contender)
+    monkeypatch.setattr(train, place, breaks)
+    result = train.run(compose("bench", [*SMALL, "bench.methods=[floor,s2ft,sylva]"]))
+    assert result["methods"]["s2ft"]["failed"] == "RuntimeError: no room"
+    assert [gone for name, gone in after if name == "sylva"] == [True]
+
+
 # ---- the profile ----
 
 
@@ -248,6 +301,44 @@ def test_traces_can_be_opened(profiled: tuple[Path, dict[str, Any], str]) -> Non
     for trace in traces:
         events = json.loads(gzip.decompress((folder / trace).read_bytes()))["traceEvents"]
         assert any(event.get("name") == profiling.STEP for event in events)
+
+
+def test_figures_outlive_a_profiler_that_fails(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = profiling._record, []
+
+    def record(call: Any, device: Any) -> Any:
+        seen.append(json.loads((in_tmp / "out/bench.json").read_text()))  # already there: a kill leaves it too
+        if call.args[0].name == "s2ft":
+            raise RuntimeError("no room")
+        return plain(call, device)
+
+    monkeypatch.setattr(profiling, "_record", record)
+    words = ["bench.methods=[floor,s2ft,sylva]", "output_dir=out"]
+    done = sparseft(in_tmp, "bench", "--profile", *SMALL, *words, code=1)
+    result = json.loads((in_tmp / "out/bench.json").read_text())
+    assert seen[0]["complete"] is False and result["complete"] is True
+    for name, entry in result["methods"].items():
+        assert entry["step_seconds"] == seen[0]["methods"][name]["step_seconds"] and entry["peak_memory_bytes"] > 0
+        assert entry["profile"].keys() >= ({"failed", "where"} if name == "s2ft" else {"parts", "trace"})
+    assert "failed: s2ft, under the profiler: RuntimeError: no room" in done.out
+    assert done.err.splitlines()[-1] == "error: Failed while measured: s2ft under the profiler (RuntimeError: no room)."
+    assert {name for name in files(in_tmp) if "trace" in name} == {
+        "out/trace-floor.json.gz",
+        "out/trace-sylva.json.gz",
+    }
+
+
+def test_figures_outlive_an_interrupted_profile(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profiling, "_record", record)
+    words = ["bench.methods=[floor,s2ft]", "output_dir=out", "bench.ways=[eager,checkpointing]"]
+    done = sparseft(in_tmp, "bench", "--profile", *SMALL, *words, code=130)
+    assert "kept in out/bench.json, marked incomplete" in done.err
+    result = json.loads((in_tmp / "out/bench.json").read_text())
+    assert result["complete"] is False and list(result["ways"]) == ["eager"]
+    assert all(entry["peak_memory_bytes"] > 0 and "rounds" not in entry for entry in result["methods"].values())
 
 
 def test_products_that_sum_over_tokens_are_weight_gradients() -> None:

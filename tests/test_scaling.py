@@ -102,6 +102,29 @@ def test_what_was_measured_before_an_end_is_kept(
     assert sum(bool(title) and title.startswith("s2ft, width (features) ") for title in titles) == 4 * 2
 
 
+def test_an_interrupted_rerun_leaves_a_complete_results_charts(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*WORDS, "bench.axes=[batch]", "bench.methods=[floor,s2ft]", "output_dir=out"]
+    sparseft(in_tmp, "bench", "scaling", *words)
+    before = {name: (in_tmp / name).read_bytes() for name in files(in_tmp)}
+    plain, asked = scaling.train.run, []
+
+    def second_ends(config: Any, own: Any) -> Any:
+        asked.append(config)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return plain(config, own)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scaling.train, "run", second_ends)
+        sparseft(in_tmp, "bench", "scaling", *words, code=130)
+    aside = {"out/bench.partial.json", "out/bench.partial.yaml", "out/scaling-batch.partial.svg"}
+    assert {name: (in_tmp / name).read_bytes() for name in files(in_tmp) - aside} == before
+    assert aside < files(in_tmp)
+    assert json.loads((in_tmp / "out/bench.partial.json").read_text())["charts"] == ["scaling-batch.partial.svg"]
+    sparseft(in_tmp, "bench", "scaling", *words)
+    assert not aside & files(in_tmp) and before.keys() <= files(in_tmp)
+
+
 def test_a_method_that_fails_at_a_point_is_named_there(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparseft.bench import train
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseft.bench.machine import device_name
 from sparseft.bench.shapes import DTYPES
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
@@ -65,7 +66,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     return {
         "benchmark": "kernels",
         "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "steps": settings.steps,
         "rows": [asdict(row) for row in rows],
     }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft import console
+from sparseft.bench.machine import device_name
 from sparseft.bench.shapes import base_model, check_length, model_name
 from sparseft.bench.timing import peak_bytes, spread, take_turns
 from sparseft.config import RunConfig
@@ -71,7 +72,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         "model": model_name(config),
         "parameters": parameters,
         "dtype": dtype,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "method": config.method_name,
         "method_config": dataclasses.asdict(config.method),
         "samples": settings.samples,

@@ -8,6 +8,7 @@ So the parts add up to the step.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -19,7 +20,9 @@ from typing import Any
 
 import torch
 
-from sparseft.bench.timing import synchronize
+from sparseft.bench.rows import absent
+from sparseft.bench.timing import reclaim, synchronize
+from sparseft.errors import UserError
 
 STEP = "sparseft::step"
 ROUNDS = 3  # after one that does not count
@@ -46,21 +49,39 @@ _OURS = "_SparseProduct"  # forward: the slices it saves; backward: everything b
 
 
 def profile(
-    calls: Mapping[str, Callable[[], Any]], tokens: int, device: torch.device, place: Callable[[str], Path]
+    calls: Mapping[str, Callable[[], Any]],
+    tokens: int,
+    device: torch.device,
+    place: Callable[[str], Path],
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Profiles a step of every method in `ROUNDS` turns; of each method's the one of median length counts.
 
     Writes its Chrome trace, and returns its seconds by part and by operation. tokens: of a forward pass; by a sum over
-    them a weight's gradient is told from other products. place: where a trace of the given file name belongs.
+    them a weight's gradient is told from other products. place: where a trace of the given file name belongs. failed:
+    told of a call that raised, which then has no profile; null: that ends them all. A `UserError` always does.
     """
     seen: dict[str, list[tuple[float, Any]]] = {name: [] for name in calls}
-    for turn in range(ROUNDS + 1):
-        for name, call in calls.items():
-            total, recorded = _record(call, device)
-            if turn:  # a profiler does some things once
-                seen[name].append((total, recorded))
-    profiled = {}
-    for name, records in seen.items():
+    profiled: dict[str, dict[str, Any]] = {}
+
+    def attempt(name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a contender raises is its own row's business
+            if failed is None:
+                raise
+            del seen[name]
+            failed(name, error)
+        if name not in seen:
+            reclaim(device)  # only here: the error's frames, which held the contender, are gone
+
+    def record(name: str) -> None:
+        seen[name].append(_record(calls[name], device))
+
+    def summarise(name: str) -> None:
+        records = seen[name][1:]  # a profiler does some things once
         total, recorded = sorted(records, key=lambda record: record[0])[len(records) // 2]
         path = place(f"trace-{re.sub(r'[^a-z0-9.=]+', '-', name.lower()).strip('-')}.json.gz")
         aside = path.with_name(f".{path.name}")  # ends as the name does: that decides about compression
@@ -72,6 +93,12 @@ def profile(
         parts, operations = split(recorded.events(), tokens, device.type == "cuda")
         parts[REST] = total - sum(seconds for part, seconds in parts.items() if part != REST)
         profiled[name] = {"step_seconds": total, "parts": parts, "operations": operations, "trace": path.name}
+
+    for _ in range(ROUNDS + 1):
+        for name in list(seen):
+            attempt(name, functools.partial(record, name))
+    for name in list(seen):
+        attempt(name, functools.partial(summarise, name))
     return profiled
 
 
@@ -177,7 +204,7 @@ def sums_over_tokens(shapes: list[Any], tokens: int, first: bool) -> bool:
 
 def difference(methods: dict[str, dict[str, Any]], floor: str | None) -> tuple[list[str], list[list[str]]]:
     """A table of milliseconds by part, one column a method, beside each the difference to the floor."""
-    names = [name for name, entry in methods.items() if "profile" in entry]
+    names = [name for name, entry in methods.items() if "profile" in entry and not absent(entry["profile"])]
     rows = []
     for part in (*PARTS, "step"):
         cells = [part]

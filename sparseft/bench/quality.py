@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.bench.machine import measured_on
+from sparseft.bench.machine import device_name, measured_on
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
+from sparseft.modeling import resolve_device
 from sparseft.runs import read_json_object
 
 
@@ -73,11 +74,13 @@ def run(config: RunConfig, trials: Sequence[Trial], train: Callable[[RunConfig],
                 summaries[position] = summary
                 done += 1
                 progress.update(done, loss=summary["eval_loss_after"])
+    devices = [device_name(resolve_device(trial.config.hardware.device)) for trial in trials]  # a variant may say which
     return {
         "benchmark": "quality",
         "model": config.model.path,
         "dataset": config.dataset.train_path or config.dataset.name,
         "dtype": config.model.dtype,
+        "device": " and ".join(dict.fromkeys(devices)),
         "seeds": sorted({trial.seed for trial in trials}),
         "variants": variants(trials, summaries),
     }

@@ -36,14 +36,14 @@ BASE_WIDTH, BASE_DEPTH = 256, 2
 def run(
     config: RunConfig,
     own: Mapping[str, Mapping[str, Any]] | None = None,
-    place: Callable[[str], Path] | None = None,
+    place: Callable[..., Path] | None = None,
     keep: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
     """Measures every point of `bench.axes`, draws a chart of each axis, and returns what `bench.json` holds.
 
-    own: settings of single entries of `bench.methods`, by entry. place: where a file of the given name belongs. keep:
-    given what there is after each point but the last; and where something ends the benchmark, what there is then, with
-    charts of it.
+    own: settings of single entries of `bench.methods`, by entry. place: where a file of the given name belongs, with
+    `complete=False` one of an incomplete result. keep: given what there is after each point but the last; and where
+    something ends the benchmark, what there is then, with charts of it.
     """
     base = base_point(config)
     plan = points(config, base)
@@ -78,7 +78,7 @@ def run(
                 progress.update(done)
     except BaseException:  # an interrupt too: hours may lie in what there is
         if keep is not None and found:
-            keep(drawn(so_far(), place))
+            keep(drawn(so_far(), place, complete=False))
         raise
     return drawn(so_far(), place)
 
@@ -88,14 +88,14 @@ def key_of(point: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(point[name] for name in AXES)
 
 
-def drawn(result: dict[str, Any], place: Callable[[str], Path] | None) -> dict[str, Any]:
+def drawn(result: dict[str, Any], place: Callable[..., Path] | None, complete: bool = True) -> dict[str, Any]:
     """The result with a chart of each axis on which the floor was measured, written where `place` says."""
     for axis in dict.fromkeys(point["axis"] for point in result["points"]) if place is not None else ():
         lines = series(result, axis)
         if FLOOR in lines:
-            name = f"scaling-{axis}.svg"
-            write_text(place(name), scaling_chart(LABELS[axis], lines, FLOOR))
-            result["charts"].append(name)
+            path = place(f"scaling-{axis}.svg", complete)
+            write_text(path, scaling_chart(LABELS[axis], lines, FLOOR))
+            result["charts"].append(path.name)
     return result
 
 
@@ -110,7 +110,7 @@ def base_point(config: RunConfig) -> dict[str, Any]:
         raise UserError("bench.methods: bench scaling needs the floor, to which it compares.")
     if bench.targets or bench.profile or bench.ways != ["eager"]:
         raise UserError("bench.targets, bench.profile and bench.ways belong to 'sparseft bench train'.")
-    ways.check_hardware(config.hardware)
+    ways.check_hardware(config.hardware, choosable=False)
     sparsity = DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
     return {
         "width": BASE_WIDTH if bench.width is None else bench.width,

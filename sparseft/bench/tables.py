@@ -115,6 +115,8 @@ def notes(result: dict[str, Any]) -> list[str]:
             said = {name: f"{where}every method: {absent(entry)}"}
         lines += [f"{kind(without[name])}: {text}" for name, text in said.items()]
         for name, entry in entries.items():
+            if "profile" in entry and (why := absent(entry["profile"])):
+                lines.append(f"failed: {where}{name}, under the profiler: {why}")
             lines += [f"graph break: {name}: {reason}" for reason in entry.get("graph_break_reasons", ())]
     return lines + targets.lines(result["targets"])
 
@@ -131,6 +133,12 @@ def failure(result: dict[str, Any]) -> str | None:
         sentences.append(f"Nothing was measured: every method is missing or has failed ({reasons}).")
     else:
         raised = [f"{name} ({row['failed']})" for name, row in without.items() if "failed" in row]
+        raised += [
+            f"{where}{name} under the profiler ({why})"
+            for where, rows in groups.items()
+            for name, row in rows.items()
+            if (why := absent(row.get("profile", {})))
+        ]
         sentences += [f"Failed while measured: {'; '.join(raised)}."] if raised else []
     judged = result.get("targets", ())
     for met, said in ((False, "missed"), (None, "not measured")):

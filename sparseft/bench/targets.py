@@ -12,6 +12,7 @@ what its peak has beyond the weights (parameters and buffers of the plain model)
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ BOUND, FLOOR = "bound", "floor"
 ACTIVATIONS, TRAINED = 1.03, 20  # times the floor's; bytes for each trained weight
 EXPECTED = "expected 'one / other <= 1.00', 'saved one / other <= 0.70', 'peak one <= bound' or 'peak one <= 17.5 GB'"
 
+MOST_DIGITS = 15  # after the point; a float has no more
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
@@ -34,7 +36,7 @@ _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 class Target:
     """One line of `bench.targets`."""
 
-    text: str
+    text: str  # as written, but for its spaces: one at a time, none at the ends
     quantity: str  # step | peak | saved
     one: str
     other: str | None  # null: not a ratio
@@ -43,7 +45,7 @@ class Target:
 
 def parse(text: str, names: Iterable[str]) -> Target:
     """A line as a `Target`; `UserError` where it is none, or names no contender of `names`."""
-    known = list(names)
+    known, text = list(names), " ".join(text.split())
 
     def wrong(why: str) -> UserError:
         return UserError(f"bench.targets: '{text}'{why}")
@@ -100,7 +102,7 @@ def judge(targets: Iterable[str], methods: Mapping[str, Mapping[str, Any]], weig
             if methods[name].get(field) is None
         ]
         unit = "ratio" if target.other else "seconds" if target.quantity == "step" else "bytes"
-        entry = {"target": text, "measured": None, "limit": target.limit, "unit": unit, "met": None}
+        entry = {"target": target.text, "measured": None, "limit": target.limit, "unit": unit, "met": None}
         if reasons:
             judged.append(entry | {"reason": "; ".join(reasons)})
             continue
@@ -121,24 +123,36 @@ def lines(judged: Iterable[Mapping[str, Any]]) -> list[str]:
     """One line for each judged target, and one that says what the bound is where there is one."""
     shown, bounded = [], False
     for entry in judged:
-        bounded = bounded or entry["target"].split()[-1].removeprefix("<=") == BOUND
+        bounded = bounded or _limit(entry) == BOUND
         if entry["met"] is None:
             shown.append(f"NOT MEASURED: {entry['target']} ({entry['reason']})")
             continue
-        figures = f"measured {_amount(entry, 'measured')}"
-        if entry["unit"] != "ratio":
-            figures += f", limit {_amount(entry, 'limit')}"
+        measured, limit = _amounts(entry)
+        figures = f"measured {measured}" + ("" if entry["unit"] == "ratio" else f", limit {limit}")
         shown.append(f"{'met' if entry['met'] else 'MISSED'}: {entry['target']} ({figures})")
     if bounded:
         shown.append(f"bound: weights + {ACTIVATIONS} x the floor's activations + {TRAINED} bytes a trained weight")
     return shown
 
 
-def _amount(entry: Mapping[str, Any], key: str) -> str:
-    """A figure in the unit that its target is written in; bytes in MiB where that names none."""
-    value = entry[key]
-    if entry["unit"] == "ratio":
-        return f"{value:.3f}"
-    written = _NUMBER.fullmatch(entry["target"].partition("<=")[2].strip())
-    unit = written[2] if written else "MiB"
-    return f"{value / (UNITS['step'] | BYTES)[unit]:,.2f} {unit}"
+def _limit(entry: Mapping[str, Any]) -> str:
+    """What stands right of a judged target's `<=`."""
+    return entry["target"].partition("<=")[2].strip()
+
+
+def _amounts(entry: Mapping[str, Any]) -> list[str]:
+    """What was measured and the limit, in the unit that the target is written in; bytes in MiB where that names none.
+
+    With three significant digits or more: as many as tell the two apart.
+    """
+    unit, scale = "", 1.0
+    if entry["unit"] != "ratio":
+        written = _NUMBER.fullmatch(_limit(entry))
+        unit = written[2] if written else "MiB"
+        scale = (UNITS["step"] | BYTES)[unit]
+    values = [entry[key] / scale for key in ("measured", "limit")]
+    least = min((abs(value) for value in values if value), default=1.0)
+    digits = max(3 if entry["unit"] == "ratio" else 2, 2 - math.floor(math.log10(least)))
+    while len({f"{value:.{digits}f}" for value in values}) < len(set(values)) and digits < MOST_DIGITS:
+        digits += 1
+    return [f"{value:,.{digits}f} {unit}".rstrip() for value in values]

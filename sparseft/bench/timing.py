@@ -27,6 +27,7 @@ def take_turns(
     settings: BenchConfig,
     device: torch.device,
     failed: Callable[[str, Exception], None] | None = None,
+    seconds: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every call in `steps` rounds after `warmup_steps`.
 
@@ -34,9 +35,10 @@ def take_turns(
     (`orders`), so that none always runs in what the same neighbour leaves of caches and allocators.
 
     failed: told of a call that raised, which then takes no further turns and has no times; null: that ends them all. A
-    `UserError` always does.
+    `UserError` always does. seconds: filled as the rounds go, for what an interrupt leaves of them; null: a new one.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds = {} if seconds is None else seconds
+    seconds |= {name: [] for name in calls}
     names = list(calls)
     if not names:
         return seconds
@@ -48,6 +50,7 @@ def take_turns(
                 name = names[position]
                 if name not in seconds:
                     continue
+                spent = None
                 try:
                     spent = seconds_of(calls[name], device)
                 except UserError:
@@ -57,11 +60,19 @@ def take_turns(
                         raise
                     del seconds[name]
                     failed(name, error)
-                else:
-                    if turn >= settings.warmup_steps:
-                        seconds[name].append(spent)
+                if spent is None:
+                    reclaim(device)  # only here: the error's frames, which held the contender, are gone
+                elif turn >= settings.warmup_steps:
+                    seconds[name].append(spent)
             progress.update(turn + 1)
     return seconds
+
+
+def reclaim(device: torch.device) -> None:
+    """Frees what nothing holds any more, models in cycles of references too, and empties CUDA's cache of blocks."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:

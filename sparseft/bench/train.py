@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from sparseft import console
 from sparseft.bench import profiling, rows, targets, ways
 from sparseft.bench.contenders import FLOOR, Contender, contender, measure_memory, step
+from sparseft.bench.machine import device_name
 from sparseft.bench.memory import tensor_bytes
 from sparseft.bench.shapes import base_model, check_length, model_name
-from sparseft.bench.timing import spread, take_turns
+from sparseft.bench.timing import reclaim, spread, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.modeling import resolve_device
@@ -40,7 +41,8 @@ def run(
     so is a method that raises (`failed`), and the others go on.
 
     own: settings of single entries of `bench.methods`, by entry. place: where a file of the given name belongs, asked
-    when there is one to write: the traces of `bench.profile`. keep: given what there is after each way but the last.
+    when there is one to write: the traces of `bench.profile`. keep: given what there is after each way but the last,
+    before anything is profiled, and where an interrupt ends a way, with the rounds that it has finished.
     """
     settings = config.bench
     if len(set(settings.methods)) != len(settings.methods) or not settings.methods:
@@ -75,7 +77,7 @@ def run(
             "parameters": parameters,
             "weights_bytes": weights,
             "dtype": dtype,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": device_name(device),
             "batch_size": settings.batch_size,
             "length": settings.length,
             "accumulation": settings.accumulation,
@@ -85,9 +87,14 @@ def run(
             "targets": targets.judge(settings.targets, methods, weights),
         }
 
+    def kept(way: str, rows_so_far: dict[str, dict[str, Any]]) -> None:
+        if keep is not None:
+            measured[way] = rows_so_far
+            keep(so_far())
+
     for position, way in enumerate(settings.ways):
         traces = place if settings.profile and position == 0 else None
-        measured[way] = measure(way, base, batch, config, own or {}, device, traces)
+        measured[way] = measure(way, base, batch, config, own or {}, device, traces, functools.partial(kept, way))
         gc.collect()  # its models hold themselves in cycles, and the next are made at once
         if keep is not None and len(measured) < len(settings.ways):
             keep(so_far())
@@ -102,10 +109,12 @@ def measure(
     own: Mapping[str, Mapping[str, Any]],
     device: torch.device,
     traces: Callable[[str], Path] | None = None,
+    keep: Callable[[dict[str, dict[str, Any]]], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The rows of all contenders in one way; of one that cannot be had or raises, why (`bench.rows`).
 
-    traces: where the profiler's traces belong; null: nothing is profiled.
+    traces: where the profiler's traces belong; null: nothing is profiled. keep: given the rows before they are
+    profiled, and where an interrupt ends it sooner, rows of the rounds that all have finished (`rounds` of each).
     """
     settings = config.bench
     found: dict[str, dict[str, Any]] = {entry: {} for entry in settings.methods}  # in the order asked for
@@ -125,6 +134,8 @@ def measure(
             raise
         except Exception as error:  # whatever a contender raises is its own row's business
             failed(entry, error)
+        if "failed" in found[entry]:
+            reclaim(device)  # only here: the error's frames, which held the contender, are gone
 
     def make(entry: str) -> None:
         try:
@@ -138,23 +149,46 @@ def measure(
             contenders[entry] = made
             calls[entry] = functools.partial(step, made, batch, settings.accumulation)
 
-    for entry in settings.methods:
-        attempt(entry, functools.partial(make, entry))
-    seconds = take_turns(calls, settings, device, failed)
     compiled = "compile" in ways.parts(way)
     recomputes = "checkpointing" in ways.parts(way)
-    for entry, c in list(contenders.items()):
-        c.seconds = seconds[entry]
-        if not compiled:  # the counters do not see inside compiled code
-            counted = functools.partial(measure_memory, c, batch, device, settings.accumulation, recomputes)
-            attempt(entry, counted)
-    if traces is not None and calls:
-        profiled = profiling.profile(calls, batch["input_ids"].numel(), device, traces)
-        for c in contenders.values():
-            c.facts["profile"] = profiled[c.name]
+
+    def count(entry: str) -> None:
+        measure_memory(contenders[entry], batch, device, settings.accumulation, recomputes)
+
+    def fill(rounds: int | None = None) -> None:
+        for entry, c in contenders.items():
+            c.seconds = seconds[entry][:rounds]
+        for entry, c in contenders.items():
+            found[entry] = row(c, list(contenders.values()), tokens)
+            if rounds is not None:
+                found[entry]["rounds"] = rounds
+
+    def profile_failed(entry: str, error: Exception) -> None:
+        found[entry]["profile"] = rows.failed(error)  # beside its figures, which hold
+        console.log(f"bench: {entry} failed under the profiler: {found[entry]['profile']['failed']}")
+
     tokens = settings.batch_size * settings.length * settings.accumulation
-    for entry, c in contenders.items():
-        found[entry] = row(c, list(contenders.values()), tokens)
+    for entry in settings.methods:
+        attempt(entry, functools.partial(make, entry))
+    seconds: dict[str, list[float]] = {}
+    try:
+        take_turns(calls, settings, device, failed, seconds)
+        for entry in list(contenders):
+            if not compiled:  # the counters do not see inside compiled code
+                attempt(entry, functools.partial(count, entry))
+    except BaseException:  # an interrupt
+        rounds = min((len(seconds[entry]) for entry in contenders), default=0)
+        if rounds and keep is not None:
+            fill(rounds)
+            keep(found)
+        raise
+    fill()
+    if traces is not None and calls:
+        if keep is not None:
+            keep(found)
+        profiled = profiling.profile(calls, batch["input_ids"].numel(), device, traces, profile_failed)
+        for entry, profile in profiled.items():
+            found[entry]["profile"] = profile
     if compiled:
         ways.release()
     return found

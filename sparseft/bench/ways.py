@@ -59,13 +59,20 @@ def check(chosen: Sequence[str]) -> None:
         seen[frozenset(parts(way))] = way
 
 
-def check_hardware(hardware: HardwareConfig) -> None:
-    """Refuses settings of `hardware` that say what only `bench.ways` says: how the step is run."""
+def check_hardware(hardware: HardwareConfig, choosable: bool = True) -> None:
+    """Refuses settings of `hardware` that say what only `bench.ways` says: how the step is run.
+
+    choosable: whether the benchmark has ways to choose from.
+    """
     asked = {"gradient_checkpointing": "checkpointing", "compile": "compile"}
     named = [field for field in asked if getattr(hardware, field)]
     if named:
         given = " and ".join(f"hardware.{field}=true" for field in named)
         instead = " ".join(f"hardware.{field}=false" for field in named)
+        if hardware.name != HardwareConfig.name:  # not typed, maybe
+            given += f" (hardware={hardware.name} may say so)"
+        if not choosable:
+            raise UserError(f"{given}: this benchmark runs plain steps only: give {instead}.")
         raise UserError(
             f"{given}: how benchmarks run a step is what bench.ways says: use 'sparseft bench train "
             f"bench.ways=[{'+'.join(asked[field] for field in named)}]' with {instead}."

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +29,10 @@ def run(
     """
     console.clear_warnings()
     checks.check_one_process(config, "bench")
-    if config.output_dir and Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
-        raise UserError(f"output_dir={config.output_dir}: is a file, not a folder.")
-    module = importlib.import_module(f"sparseft.bench.{what}")
+    config = normalised(config)
     output = Output(config)
+    output.check()
+    module = importlib.import_module(f"sparseft.bench.{what}")
     if what == "quality":
         result = _quality(module, config, words, config_dirs, output)
     elif what in ("train", "scaling"):
@@ -48,14 +51,51 @@ def run(
     return result
 
 
+def normalised(config: RunConfig) -> RunConfig:
+    """`config` with single spaces between the words of `bench.methods`, by which contenders are named."""
+    methods = [" ".join(entry.split()) for entry in config.bench.methods]
+    return dataclasses.replace(config, bench=dataclasses.replace(config.bench, methods=methods))
+
+
+# What lies in place of a complete result until there is another: `Output.aside` of the names below.
+ASIDE = ("bench.partial.json", "bench.partial.yaml", "scaling-*.partial.svg")
+
+
 class Output:
     """The folder that a benchmark leaves its files in, made when there is something to put there."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.folder = Path(config.output_dir) if config.output_dir else None
-        self.left: Path | None = None  # `bench.json`, once there is one
+        self.folder = Path(config.output_dir).expanduser() if config.output_dir else None
+        self.left: Path | None = None  # `bench.json`, or what lies in its place, once there is one
         self._environment: dict[str, Any] = {}
+        self._keeps = self._again = False
+
+    def check(self) -> None:
+        """Refuses a folder that cannot be made or written, before anything is measured; leaves nothing behind."""
+        from sparseft import runs
+
+        folder = runs.OUTPUTS if self.folder is None else self.folder
+        what = "the folder" if self.folder is None else "output_dir"
+        made: list[Path] = []
+        try:  # some file systems refuse what their modes allow
+            runs.check_writable(folder, what)
+            for each in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+                each.mkdir()
+                made.append(each)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(f"cannot write to {what} '{folder}': {error.strerror or error}.") from error
+        finally:
+            for each in reversed(made):
+                with contextlib.suppress(OSError):  # somebody else's file is in it by now
+                    each.rmdir()
+        if self.folder is not None:  # may hold what an earlier benchmark has left
+            self._keeps = _complete(self.folder / "bench.json")
+            a_runs = ("bench.yaml", "summary.json", "metrics.jsonl", "adapter")
+            a_run = any((self.folder / name).exists() for name in a_runs)
+            self._again = (self.folder / "bench.json").is_file() and not a_run
 
     def choose(self) -> Path:
         """The folder, with a name of its own where none was given; makes nothing."""
@@ -65,9 +105,15 @@ class Output:
             self.folder = Path(runs.OUTPUTS, f"bench-{runs.timestamp()}")
         return self.folder
 
-    def place(self, name: str) -> Path:
-        """Where a file of that name belongs; the folder is there."""
+    def place(self, name: str, complete: bool = True) -> Path:
+        """Where a file of that name belongs; the folder is there.
+
+        complete: false for one of an incomplete result, which takes no complete one's place.
+        """
         from sparseft import runs
+
+        if self._keeps and not complete:
+            name = f"{Path(name).stem}.partial{Path(name).suffix}"
 
         if self.folder is None:
             self.folder = runs.new_folder(f"bench-{runs.timestamp()}")
@@ -83,22 +129,40 @@ class Output:
     def leave(self, result: dict[str, Any], complete: bool) -> None:
         """Writes `bench.json`, into the result too what it ran on and where it lies, and the settings beside it.
 
-        complete: false for what there is so far, which a later call replaces.
+        complete: false for what there is so far, which a later call replaces. A complete `bench.json` from before stays
+        until then, and this is `bench.partial.json`.
         """
         from sparseft import runs
         from sparseft.bench.machine import machine
         from sparseft.compose import to_yaml
         from sparseft.modeling import resolve_device
 
-        path = self.place("bench.json")
+        path = self.place("bench.json", complete)
         if not self._environment:
             device = str(resolve_device(self.config.hardware.device))
             self._environment = runs.environment(device, result["dtype"], 1) | machine()
         result |= {"complete": complete, "environment": self._environment, "path": str(path)}
         runs.write_json(path, result)
-        if self.left is None:
-            self.write("config.yaml" if not runs.is_run(path.parent) else "bench.yaml", to_yaml(self.config))
+        if self.left != path:
+            beside_a_run = runs.is_run(path.parent) and not self._again  # whose own `config.yaml` stays
+            name = "bench.yaml" if beside_a_run else "config.yaml"
+            self.write(name if path.name == "bench.json" else "bench.partial.yaml", to_yaml(self.config))
         self.left = path
+        for pattern in ASIDE if complete else ():
+            for leftover in path.parent.glob(pattern):
+                leftover.unlink()
+
+
+def _complete(path: Path) -> bool:
+    """Whether there is a `bench.json` that does not say it is incomplete; one that cannot be read is kept as well."""
+    from sparseft.runs import read_json_object
+
+    if not path.is_file():
+        return False
+    try:
+        return read_json_object(path).get("complete") is not False
+    except UserError:
+        return True
 
 
 def _quality(
