@@ -75,11 +75,17 @@ def quiet_libraries() -> None:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
     logging.getLogger("DeepSpeed").addFilter(_no_accelerator_line)  # kept when DeepSpeed sets the logger up
+    logging.getLogger("accelerate.accelerator").addFilter(_no_accumulation_line)
 
 
 def _no_accelerator_line(record: logging.LogRecord) -> bool:
     """Drops DeepSpeed's word on the accelerator it found, which it says when it is imported, used or not."""
     return "accelerator" not in record.getMessage()
+
+
+def _no_accumulation_line(record: logging.LogRecord) -> bool:
+    """Drops accelerate's word that DeepSpeed counts the micro-steps, as transformers' Trainer wants it to."""
+    return "Gradient accumulation steps mismatch" not in record.getMessage()
 
 
 @contextlib.contextmanager

@@ -28,6 +28,14 @@ def shown(value: object, limit: int = 80) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in kept)
 
 
+def reason_of(error: BaseException) -> str:
+    """What an exception of a library says, on one line: its first line, with the next where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return shown(" ".join(lines[:2]) if lines[0].endswith(":") else lines[0], 300)
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the candidate nearest to `name`, or the list of them if none is near."""
     names = list(dict.fromkeys(str(candidate) for candidate in candidates))

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.config import BUNDLED, ModelConfig
-from sparseft.errors import UserError, nearest, shown
+from sparseft.errors import UserError, nearest, reason_of
 from sparseft.expert_weights import is_router, other_stacks, stacks
 from sparseft.files import check_whole
+from sparseft.load_report import check_complete, without_report
 from sparseft.sharding import full_shape, gathered, running
 
 # Last part of a module's name -> its role. A tuple names the parts of a fused projection in their order.
@@ -346,8 +347,7 @@ def _load(what: str, path: str, loader, **options):
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, UserError):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path={path}: the {what} could not be loaded: {shown(reason, 300)}") from error
+        raise UserError(f"model.path={path}: the {what} could not be loaded: {reason_of(error)}") from error
 
 
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Module:
@@ -366,14 +366,10 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
         options["attn_implementation"] = config.attn_implementation
     if config.revision:
         options["revision"] = config.revision
-    options["output_loading_info"] = True
-    model, report = _load("model", config.path, AutoModelForCausalLM.from_pretrained, **options)
-    for problem in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, report.get(problem) or [])):
-            raise UserError(
-                f"model.path={config.path}: the checkpoint does not fit its config.json: {len(names)} weights are "
-                f"{problem.removesuffix('_keys')}, {names[0]} for one."
-            )
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # said below, in a sentence
+    with without_report():
+        model, report = _load("model", config.path, AutoModelForCausalLM.from_pretrained, **options)
+    check_complete(config.path, report)
     return model.to(device).eval()
 
 

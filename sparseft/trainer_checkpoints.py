@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparseft import console
 from sparseft.adapter import load_adapter, state_of
-from sparseft.errors import UserError, shown
+from sparseft.errors import UserError, reason_of, shown
 from sparseft.files import check_whole, file_hash, read_json, read_tensors
 from sparseft.importance.ranks import rank_and_world
 from sparseft.reading import read_json as parse
@@ -185,8 +185,7 @@ def fitting(folder: str | None, what: str) -> Iterator[None]:
             pickle.UnpicklingError) as error:  # fmt: skip
         if isinstance(error, UserError) or out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        raise UserError(f"{folder}: {what} cannot be taken up: {shown(reason, 300)}") from error
+        raise UserError(f"{folder}: {what} cannot be taken up: {reason_of(error)}") from error
 
 
 def step_of(checkpoint: str | None) -> int:

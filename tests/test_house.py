@@ -27,7 +27,7 @@ ORDER = (
     {"files"},
     {"data.prompts"},
     {"kernels"},
-    {"sharding"},
+    {"sharding", "load_report"},
     {"expert_weights"},
     {"data", "modeling"},
     {"importance"},

@@ -307,7 +307,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "could not be loaded"),
     "a weight missing": (drop_a_weight, "1 weights are missing, model.layers.0.self_attn.q_proj.weight for one"),
     "a layer missing": (lambda f: edit(f, num_hidden_layers=3), "9 weights are missing"),
-    "another width": (lambda f: edit(f, intermediate_size=64), "model.path="),
+    "another width": (
+        lambda f: edit(f, intermediate_size=64),
+        r"6 weights are mismatched, model.layers.0.mlp.down_proj.weight of shape \(48, \d+\) instead of \(48, 64\)",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "could not be loaded"),
     "impossible config": (lambda f: edit(f, num_attention_heads=5), "could not be loaded"),

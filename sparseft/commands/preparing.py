@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -170,29 +171,29 @@ def resumable_selection(
     where that follows. As soon as a signal's name is in `stopped`, it ends and leaves in `partial` what is done."""
     bars: dict[str, console.Progress] = {}
 
-    def show(name: str, done: int, total: int, unit: str, initial: int = 0) -> None:
+    def show(name: str, done: int, total: int, unit: str, initial: int = 0, ends: Sequence[str] = ()) -> None:
         if name not in bars:
             stack.pop_all().close()  # the bar before is done
             bars[name] = stack.enter_context(console.Progress(total, name, unit, initial))
         bars[name].update(done)
-        if stopped:
-            console.log(f"{stopped[0]}: what is done is kept in {partial}; the same command goes on from there")
+        if ends:
+            console.log(f"{ends[0]}: what is done is kept in {partial}; the same command goes on from there")
             raise KeyboardInterrupt
 
     in_step = any_sharded(model)  # all processes are here at once, and none may leave the others alone
 
     def sampled(done: int) -> None:
         assert total is not None
-        if in_step and (names := [name for theirs in ranks.from_all(stopped) for name in theirs]) and not stopped:
-            stopped.append(names[0])
-        show("calibrate", min(done, total), total, "sample")
+        # In step, only what all have heard of counts: a signal that has reached one alone would end it alone.
+        ends = [name for theirs in ranks.from_all(stopped) for name in theirs] if in_step else stopped
+        show("calibrate", min(done, total), total, "sample", ends=ends)
 
     def scored(done: int, count: int) -> None:
-        show("score", done, count, "linear")
+        show("score", done, count, "linear", ends=stopped)
 
     with contextlib.ExitStack() as stack:
         if total is not None and (before := min(saved_samples(partial), total)):
-            show("calibrate", before, total, "sample", before)
+            show("calibrate", before, total, "sample", before, ends=() if in_step else stopped)
         return compute_selection(model, method, batches, progress=sampled, scoring=scored, resume=partial)
 
 
