@@ -25,7 +25,7 @@ from sparseft.importance.host_memory import available_bytes
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.methods import get_method
 from sparseft.methods.selecting import compute_selection
-from sparseft.modeling import decoder_layers
+from sparseft.modeling import ModelSpec, decoder_layers
 from sparseft.trainer_distributed import MAX_BUCKET, check_zero
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
@@ -121,6 +121,9 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
     if method.sparse:
         if settings.needs_data:
             settings.importance = "random"
+        spec = ModelSpec.of(model)
+        candidates = method.budget(spec, settings).candidates
+        check_zero((candidate.module for candidate in candidates), spec, config.hardware)
         selection = compute_selection(model, settings)
         model = attach(model, settings, selection)
         _indices_with_content(model, selection)
@@ -128,7 +131,6 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
         if method.kind == "whole" and dtype.itemsize == 2 and settings.dtype != "model" and not on_cpu(config.hardware):
             settings.dtype, autocast = "model", True
         model = attach(model, settings)
-    check_zero(model, config.hardware)
     trainable = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     return Shape(model.train(), trainable, total, autocast)
 

@@ -437,13 +437,14 @@ def test_a_bad_record_names_file_and_line(in_tmp: Path, model_folder: Any) -> No
 
 def test_cheap_checks_come_before_any_loading(in_tmp: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that holds a run, missing files and the like are refused before tokenizer, data and model load."""
+    from sparseft import trainer_loading
     from sparseft.commands import preparing
 
     def loads(*_: Any, **__: Any) -> None:
         raise AssertionError("something was loaded")
 
-    for name in ("load_tokenizer", "load_datasets", "load_model"):
-        monkeypatch.setattr(preparing, name, loads)
+    for module, name in ((preparing, "load_tokenizer"), (preparing, "load_datasets"), (trainer_loading, "load_model")):
+        monkeypatch.setattr(module, name, loads)
     (in_tmp / "old").mkdir()
     (in_tmp / "old" / "config.yaml").write_text("seed: 0\n")
     data = write_data(in_tmp)["json"]
