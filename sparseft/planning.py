@@ -121,9 +121,7 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
     if method.sparse:
         if settings.needs_data:
             settings.importance = "random"
-        spec = ModelSpec.of(model)
-        candidates = method.budget(spec, settings).candidates
-        check_zero((candidate.module for candidate in candidates), spec, config.hardware)
+        check_zero(ModelSpec.of(model), config.method_name, settings, config.hardware)
         selection = compute_selection(model, settings)
         model = attach(model, settings, selection)
         _indices_with_content(model, selection)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from sparseft.importance.ranks import from_first, rank_and_world
 from sparseft.layers import sparse_layers, write_back
 from sparseft.layers.delta_path import use_delta_path
 from sparseft.layers.experts import ExpertLinear
+from sparseft.methods import get_method
 from sparseft.modeling import ModelSpec
 from sparseft.sharding import full_shape, is_sharded, state_on_first
 from sparseft.trainer_checkpoints import fitting
@@ -220,9 +221,12 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(layer, ExpertLinear) for layer in sparse_layers(model).values())
 
 
-def check_zero(chosen_from: Iterable[str], spec: ModelSpec, hardware: HardwareConfig) -> None:
-    """Refuses what DeepSpeed cannot train, of the linears that a sparse method chooses from."""
-    if hardware.zero_stage == 3 and not spec.stacked.isdisjoint(chosen_from):
+def check_zero(spec: ModelSpec, method: str, settings: Any, hardware: HardwareConfig) -> None:
+    """Refuses what DeepSpeed cannot train, of the linears that a sparse method with these settings chooses from."""
+    if hardware.zero_stage != 3:
+        return
+    candidates = get_method(method).budget(spec, settings).candidates
+    if not spec.stacked.isdisjoint(candidate.module for candidate in candidates):
         raise UserError(
             "hardware.zero_stage=3: experts kept as 3-D parameters cannot be sharded while single experts of them "
             "train; use hardware.zero_stage=2 or less."

@@ -301,6 +301,15 @@ def test_the_best_of_every_method_in_shards(tmp_path: Path, model_folder: Any) -
 
 
 @pytest.mark.slow
+def test_compiled_in_two_processes(runs: Runs) -> None:
+    """Compiled, in two processes, against one that computes eagerly."""
+    case = runs.case("s2ft", 0, "hardware.compile=true", "output_dir=compiled")
+    run_ranks(runs.folder, [case | {"name": "compiled"}], seconds=1200)
+    assert difference(runs.one("s2ft"), runs.folder / "compiled") < 1e-5
+    assert_same_losses(runs.one("s2ft"), runs.folder / "compiled")
+
+
+@pytest.mark.slow
 def test_scores_of_a_model_in_shards_are_those_of_one_process(tmp_path: Path) -> None:
     words = ["method=s2ft", "sparsity=0.9", "dataset.max_examples=24", "dataset.eval_fraction=0.2", "hardware=cpu"]
     words += ["trainer.max_steps=4", "trainer.eval_steps=2", "trainer.max_length=64", "trainer.learning_rate=1e-2"]

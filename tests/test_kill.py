@@ -7,6 +7,7 @@ stands in its name.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +97,25 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(seed: int, method: str, unin
 
 @pytest.mark.slow
 def test_a_hundred_kills(uninterrupted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    killed = seed = 0
-    by_method = dict.fromkeys(VARIANTS, 0)
-    while killed < 100:
+    def kill(seed: int, method: str, folder: Path) -> int:
+        return kill_and_continue(1000 + seed, method, uninterrupted, folder, 4)
+
+    shown = kill_many(100, list(VARIANTS), kill, tmp_path)
+    with capsys.disabled():
+        print(f"\n{shown}: each ended with the adapter of the uninterrupted run")
+
+
+def kill_many(least: int, names: list[str], kill: Callable[[int, str, Path], int], tmp_path: Path) -> str:
+    """Kills `least` times or more, in runs that take turns with the names; says how often."""
+    seed, killed = 0, dict.fromkeys(names, 0)
+    while sum(killed.values()) < least:
         seed += 1
-        method = list(VARIANTS)[seed % len(VARIANTS)]
+        name = names[seed % len(names)]
         folder = tmp_path / str(seed)
         folder.mkdir()
-        count = kill_and_continue(1000 + seed, method, uninterrupted, folder, 4)
-        killed += count
-        by_method[method] += count
-    with capsys.disabled():
-        shown = ", ".join(f"{method} {count}" for method, count in by_method.items())
-        print(f"\n{killed} kills of {seed} runs ({shown}): each ended with the adapter of the uninterrupted run")
+        killed[name] += kill(seed, name, folder)
+    shown = ", ".join(f"{name} {count}" for name, count in killed.items())
+    return f"{sum(killed.values())} kills of {seed} runs ({shown})"
 
 
 # ---- one of two processes ----
@@ -199,16 +206,9 @@ def test_one_of_two_processes_is_killed(seed: int, name: str, uninterrupted_toge
 def test_one_of_two_processes_is_killed_forty_times(
     uninterrupted_together: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    killed = seed = 0
-    by_name = dict.fromkeys(TOGETHER, 0)
-    while killed < 40:
-        seed += 1
-        name = list(TOGETHER)[seed % len(TOGETHER)]
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        count = kill_one_and_continue(2000 + seed, name, uninterrupted_together, folder, 3)
-        killed += count
-        by_name[name] += count
+    def kill(seed: int, name: str, folder: Path) -> int:
+        return kill_one_and_continue(2000 + seed, name, uninterrupted_together, folder, 3)
+
+    shown = kill_many(40, list(TOGETHER), kill, tmp_path)
     with capsys.disabled():
-        shown = ", ".join(f"{name} {count}" for name, count in by_name.items())
-        print(f"\n{killed} kills of one of two processes, {seed} runs ({shown}): each ended as the uninterrupted one")
+        print(f"\nOf one of two processes, {shown}: each ended as the uninterrupted one")

@@ -15,6 +15,10 @@ from running import sparseft
 from safetensors.torch import load_file, save_file
 from test_distributed import METHODS, Runs, run_ranks, trained
 
+from sparseft.config import ModelConfig
+from sparseft.errors import UserError
+from sparseft.trainer_loading import _check_precision
+
 WORKER = Path(__file__).with_name("sharding_worker.py")
 
 
@@ -93,6 +97,21 @@ def test_weights_that_do_not_fit_are_refused(found: list[dict[str, Any]]) -> Non
         assert "does not fit its config.json: 1 weights are missing" in each["missing"] and LOST in each["missing"]
     assert "mismatched" not in found[1]  # which reads no values
     assert "size mismatch" in found[0]["mismatched"] or "mismatched" in found[0]["mismatched"]
+
+
+def test_a_model_that_keeps_a_part_in_fp32_is_refused() -> None:
+    """In shards all weights are loaded in one dtype: with its gate in fp32 the model would be another."""
+
+    class Gated(torch.nn.Module):
+        _keep_in_fp32_modules_strict = {"gate"}
+
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.gate, self.dtype = torch.nn.Linear(2, 2, dtype=dtype), dtype
+
+    _check_precision(ModelConfig(path="gated"), Gated(torch.float32))
+    with pytest.raises(UserError, match=r"zero_stage=3: Gated keeps 'gate.weight' in float32.*zero_stage=2 or less"):
+        _check_precision(ModelConfig(path="gated"), Gated(torch.bfloat16))
 
 
 # ---- runs ----

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from sparseft.bench.rows import absent
-from sparseft.bench.timing import reclaim, synchronize
-from sparseft.errors import UserError
+from sparseft.bench.timing import attempt, synchronize
 
 STEP = "sparseft::step"
 ROUNDS = 3  # after one that does not count
@@ -64,19 +63,6 @@ def profile(
     seen: dict[str, list[tuple[float, Any]]] = {name: [] for name in calls}
     profiled: dict[str, dict[str, Any]] = {}
 
-    def attempt(name: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except UserError:
-            raise
-        except Exception as error:  # whatever a contender raises is its own row's business
-            if failed is None:
-                raise
-            del seen[name]
-            failed(name, error)
-        if name not in seen:
-            reclaim(device)  # only here: the error's frames, which held the contender, are gone
-
     def record(name: str) -> None:
         seen[name].append(_record(calls[name], device))
 
@@ -94,11 +80,10 @@ def profile(
         parts[REST] = total - sum(seconds for part, seconds in parts.items() if part != REST)
         profiled[name] = {"step_seconds": total, "parts": parts, "operations": operations, "trace": path.name}
 
-    for _ in range(ROUNDS + 1):
+    for work in (*[record] * (ROUNDS + 1), summarise):
         for name in list(seen):
-            attempt(name, functools.partial(record, name))
-    for name in list(seen):
-        attempt(name, functools.partial(summarise, name))
+            if not attempt(name, functools.partial(work, name), failed, device):
+                del seen[name]
     return profiled
 
 

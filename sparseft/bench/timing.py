@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
@@ -44,28 +45,42 @@ def take_turns(
         return seconds
     cycle = orders(len(names))
     rounds = settings.warmup_steps + settings.steps
+
+    def take(name: str, turn: int) -> None:
+        spent = seconds_of(calls[name], device)
+        if turn >= settings.warmup_steps:
+            seconds[name].append(spent)
+
     with console.Progress(rounds, "bench", unit="round") as progress:
         for turn in range(rounds):
             for position in cycle[(turn - settings.warmup_steps) % len(cycle)]:
                 name = names[position]
-                if name not in seconds:
-                    continue
-                spent = None
-                try:
-                    spent = seconds_of(calls[name], device)
-                except UserError:
-                    raise
-                except Exception as error:  # whatever a contender raises is its own row's business
-                    if failed is None:
-                        raise
+                if name in seconds and not attempt(name, functools.partial(take, name, turn), failed, device):
                     del seconds[name]
-                    failed(name, error)
-                if spent is None:
-                    reclaim(device)  # only here: the error's frames, which held the contender, are gone
-                elif turn >= settings.warmup_steps:
-                    seconds[name].append(spent)
             progress.update(turn + 1)
     return seconds
+
+
+def attempt(
+    name: str, work: Callable[[], Any], failed: Callable[[str, Exception], None] | None, device: torch.device
+) -> bool:
+    """Does a contender's `work`; whether it went well. What it raises is its own row's business.
+
+    failed: told of what was raised, and forgets the contender; null: it is raised. A `UserError` always is: there is
+    nothing to measure by wrong settings.
+    """
+    try:
+        work()
+    except UserError:
+        raise
+    except Exception as error:
+        if failed is None:
+            raise
+        failed(name, error)
+    else:
+        return True
+    reclaim(device)  # only here: the error's frames, which held the contender, are gone
+    return False
 
 
 def reclaim(device: torch.device) -> None:

@@ -23,7 +23,7 @@ from sparseft.bench.contenders import FLOOR, Contender, contender, measure_memor
 from sparseft.bench.machine import device_name
 from sparseft.bench.memory import tensor_bytes
 from sparseft.bench.shapes import base_model, check_length, model_name
-from sparseft.bench.timing import reclaim, spread, take_turns
+from sparseft.bench.timing import attempt, spread, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.modeling import resolve_device
@@ -127,16 +127,6 @@ def measure(
         contenders.pop(entry, None)  # nothing holds its memory any more: the others may need it
         calls.pop(entry, None)
 
-    def attempt(entry: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except UserError:  # the settings are wrong, for this contender at least: nothing to measure by them
-            raise
-        except Exception as error:  # whatever a contender raises is its own row's business
-            failed(entry, error)
-        if "failed" in found[entry]:
-            reclaim(device)  # only here: the error's frames, which held the contender, are gone
-
     def make(entry: str) -> None:
         try:
             made = contender(entry, base, config, own.get(entry))
@@ -169,13 +159,13 @@ def measure(
 
     tokens = settings.batch_size * settings.length * settings.accumulation
     for entry in settings.methods:
-        attempt(entry, functools.partial(make, entry))
+        attempt(entry, functools.partial(make, entry), failed, device)
     seconds: dict[str, list[float]] = {}
     try:
         take_turns(calls, settings, device, failed, seconds)
         for entry in list(contenders):
             if not compiled:  # the counters do not see inside compiled code
-                attempt(entry, functools.partial(count, entry))
+                attempt(entry, functools.partial(count, entry), failed, device)
     except BaseException:  # an interrupt
         rounds = min((len(seconds[entry]) for entry in contenders), default=0)
         if rounds and keep is not None:

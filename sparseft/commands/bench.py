@@ -57,7 +57,7 @@ def normalised(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, bench=dataclasses.replace(config.bench, methods=methods))
 
 
-# What lies in place of a complete result until there is another: `Output.aside` of the names below.
+# What lies in place of a complete result until there is another (`Output.place`).
 ASIDE = ("bench.partial.json", "bench.partial.yaml", "scaling-*.partial.svg")
 
 
@@ -114,7 +114,6 @@ class Output:
 
         if self._keeps and not complete:
             name = f"{Path(name).stem}.partial{Path(name).suffix}"
-
         if self.folder is None:
             self.folder = runs.new_folder(f"bench-{runs.timestamp()}")
         self.folder.mkdir(parents=True, exist_ok=True)

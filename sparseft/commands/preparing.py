@@ -25,7 +25,6 @@ from sparseft.errors import UserError
 from sparseft.importance import ranks
 from sparseft.importance.resuming import saved_samples
 from sparseft.kernels.dispatch import kernel_for
-from sparseft.methods import get_method
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import (
     ModelSpec,
@@ -109,8 +108,7 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
     start = time.perf_counter()
     first = ranks.rank_and_world()[0] == 0
     spec = ModelSpec.of(prepared.model)
-    candidates = get_method(config.method_name).budget(spec, config.method).candidates
-    check_zero((candidate.module for candidate in candidates), spec, config.hardware)
+    check_zero(spec, config.method_name, config.method, config.hardware)
     found = ranks.from_first(_cached(config.cache_dir, path) if first else None)  # all processes train the same
     partial = path.with_name(f"{key}.partial")
     if found is not None:

@@ -208,9 +208,9 @@ class _Watcher:
 
     def _after_forward(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
             if self.unseen:
                 return
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
             if not self.gradients:
                 self.observer(name, x, output.detach().reshape(-1, output.shape[-1]), None, name)
             elif output.requires_grad:  # not so in the first pass of a reentrant checkpoint, which is done again
