@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparseft.kernels import reference
+from sparseft.bench.memory import AllocationCounter
+from sparseft.kernels import dispatch, reference
 
 # (out, in, block size): non-square, with and without edge blocks, blocks larger than one side
 SHAPES = [(12, 8, 4), (10, 7, 4), (3, 9, 4), (9, 3, 4), (5, 5, 8), (16, 16, 16)]
@@ -115,7 +119,7 @@ def test_gradients_equal_the_dense_product(
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-6)],
+    [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-6), (torch.float16, 1e-6)],
 )
 @pytest.mark.parametrize("size", [4, 32])
 @pytest.mark.parametrize("index", [[[2, 0], [0, 0], [1, 0]], [[1, 3], [1, 0], [1, 2]], [[0, 3], [2, 1]]])
@@ -131,14 +135,13 @@ def test_blocks_at_once_or_by_themselves(
     """Blocks of one column, of one row, scattered; edge blocks on both sides; operands that are not contiguous."""
     tokens = 6
     monkeypatch.setattr(reference, "GATHERED_CPU", at_once * tokens * size)
-    for constant in ("OWN_PRODUCT", "OWN_PRODUCT_HALF"):
-        monkeypatch.setattr(reference, constant, 0 if own else 2**40)
+    monkeypatch.setattr(reference, "OWN_PRODUCT", 0 if own else 2**40)
     torch.manual_seed(0)
     grad = torch.randn(3 * size - 1, tokens).to(dtype).t()
     x = torch.randn(2 * tokens, 4 * size - 2).to(dtype)[::2]
     rows, columns = torch.tensor(index).unbind(1)
     found = reference.blocks_gradient(grad, x, rows, columns, size)
-    assert found.dtype == (torch.float32 if dtype == torch.float16 else dtype) and found.is_contiguous()
+    assert found.dtype == torch.promote_types(dtype, torch.float32) and found.is_contiguous()
     dense = torch.zeros(3 * size, 4 * size, dtype=torch.float64)
     dense[:-1, :-2] = grad.double().t() @ x.double()
     expected = torch.stack([dense[r * size : (r + 1) * size, c * size : (c + 1) * size] for r, c in index])
@@ -151,6 +154,66 @@ def test_a_sum_beyond_the_range_of_fp16(own: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(reference, "OWN_PRODUCT", own)
     x, one = torch.full((20_000, 16), 2.0, dtype=torch.float16), torch.tensor([0])
     assert (reference.blocks_gradient(x, x, one, one, 16) == 80_000).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 700, 2**20])  # entries cast to fp32 at a time
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [torch.tensor([36, 0, 5]), (3, 4)], ids=["rows", "a run"])
+def test_sums_over_tokens_are_taken_and_kept_in_fp32(
+    rows: Any, dtype: torch.dtype, autocast: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "GATHERED_CPU", at_once)
+    torch.manual_seed(0)
+    grad, x = torch.randn(301, 37).to(dtype), torch.randn(301, 29).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # a backward pass may run under it
+        of_rows = dispatch.rows_gradient(grad, x, rows)
+        of_columns = dispatch.columns_gradient(x, reference.select(grad, 1, rows))
+    exact = reference.select(grad, 1, rows).double().t() @ x.double()
+    for found, want in ((of_rows, exact), (of_columns, exact.t())):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), want, rtol=0, atol=1e-6 * want.abs().max().item())
+
+
+def test_sums_of_rows_and_columns_beyond_the_range_of_fp16() -> None:
+    x = torch.full((20_000, 16), 2.0, dtype=torch.float16)
+    assert (dispatch.rows_gradient(x, x, torch.tensor([3])) == 80_000).all()
+    assert (dispatch.columns_gradient(x, x[:, :2]) == 80_000).all()
+
+
+def test_a_sum_over_tokens_casts_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "GATHERED_CPU", 2**10)
+    grad, x = torch.randn(4096, 8).bfloat16(), torch.randn(4096, 64).bfloat16()
+    with AllocationCounter() as memory:
+        dispatch.rows_gradient(grad, x, (0, 4))
+    assert memory.peak < 16 * 2**10 < x.nbytes
+
+
+def test_where_torch_keeps_products_of_halves_in_fp32_nothing_is_cast() -> None:
+    """As on CUDA: the meta device has that product too."""
+    assert reference.FP32_PRODUCTS  # of the torch that is installed here
+    grad, x = (torch.empty(6, n, dtype=torch.bfloat16, device="meta") for n in (5, 7))
+    calls: list[Any] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        assert dispatch.columns_gradient(grad, x).dtype == torch.float32
+        blocks = reference.blocks_gradient(grad, x, torch.tensor([0]), torch.tensor([1]), 4)
+    assert blocks.dtype == torch.float32
+    assert torch.ops.aten.mm.dtype_out in calls and torch.ops.aten.bmm.dtype_out in calls
+    assert torch.ops.aten._to_copy.default not in calls
+
+
+def test_the_sum_over_tokens_is_one_operator_to_the_compiler() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        grad, x = torch.randn(9, 5).to(dtype), torch.randn(9, 7).to(dtype)
+        torch.library.opcheck(torch.ops.sparseft.token_product, (grad, x))
+        compiled = torch.compile(dispatch.columns_gradient, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(grad, x), dispatch.columns_gradient(grad, x))
 
 
 def test_to_blocks_pads_the_last_block_with_zeros() -> None:

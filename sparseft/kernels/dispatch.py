@@ -95,3 +95,30 @@ def _blocks_gradient_op(grad_output: Tensor, x: Tensor, block_rows: Tensor, bloc
 @_blocks_gradient_op.register_fake
 def _(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int) -> Tensor:
     return x.new_empty(block_rows.shape[0], size, size, dtype=torch.float32)
+
+
+def rows_gradient(grad_output: Tensor, x: Tensor, rows: Tensor | reference.Run) -> Tensor:
+    """dW[rows, :] (k, in), summed and kept in fp32, from grad_output (tokens, out) and x (tokens, in) of one dtype."""
+    return _token_product(reference.select(grad_output, 1, rows), x)
+
+
+def columns_gradient(grad_output: Tensor, x_columns: Tensor) -> Tensor:
+    """dW[:, columns] (out, k), summed and kept in fp32, from grad_output (tokens, out) and x[:, columns] (tokens, k) of
+    one dtype."""
+    return _token_product(grad_output, x_columns)
+
+
+def _token_product(left: Tensor, right: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() and left.dtype.itemsize < 4:  # pieces of so many tokens would be unrolled
+        return torch.ops.sparseft.token_product(left, right)
+    return reference.token_product(left, right).float()
+
+
+@torch.library.custom_op("sparseft::token_product", mutates_args=())
+def _token_product_op(left: Tensor, right: Tensor) -> Tensor:
+    return reference.token_product(left, right).float()
+
+
+@_token_product_op.register_fake
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[1], right.shape[1], dtype=torch.float32)

@@ -19,11 +19,13 @@ from torch.nn import functional as F
 
 KINDS = ("rows", "columns", "blocks")
 
-# From so many entries on, a block's operands are worth a product of their own on the CPU, without gathering them first;
-# in half precision, where a product costs more before it starts, later.
-OWN_PRODUCT, OWN_PRODUCT_HALF = 2**15, 2**19
-# Entries of one operand that are gathered at once: on the CPU what fits in the cache, elsewhere what bounds the memory.
+# From so many entries on, a block's operands are worth a product of their own on the CPU, without gathering them first.
+OWN_PRODUCT = 2**15
+# Entries of one operand that are gathered, or cast to fp32, at once: on the CPU what fits in the cache, elsewhere what
+# bounds the memory.
 GATHERED_CPU, GATHERED = 2**20, 2**26
+# Whether a product of fp16 or bf16 can be had in fp32, as it was summed: in torch's builds for CUDA, since 2.8.
+FP32_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads() and not torch.version.hip
 
 Run = tuple[int, int]  # (start, length): consecutive rows or columns, which a view reaches without an index
 
@@ -111,14 +113,56 @@ def scatter_(weight: Tensor, kind: str, index: Tensor | Run, values: Tensor, blo
             part.copy_(values[position, : part.shape[0], : part.shape[1]])
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what sums of products of `dtype` are taken and kept: fp32 at least.
+
+    Kept in half precision, a sum over tokens leaves the range of fp16, and in bf16 each micro-step's gradient is
+    rounded to 8 bits before it is accumulated.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left (m, n) times right (n, k), or a batch of such (b, …), in `sum_dtype`."""
+    multiply, dtype = (torch.mm if left.dim() == 2 else torch.bmm), sum_dtype(left.dtype)
+    if out is None:
+        out = left.new_empty(*left.shape[:-1], right.shape[-1], dtype=dtype)
+    # With `out` no product is autocast: one of fp32 within a backward pass under autocast would be rounded too.
+    if left.dtype == dtype:
+        return multiply(left, right, out=out)
+    if _fp32_products(left):
+        return multiply(left, right, out_dtype=dtype, out=out)
+    return multiply(left.to(dtype), right.to(dtype), out=out)
+
+
+def token_product(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right (a, b), the sum over the tokens of left (tokens, a) and right (tokens, b), in `sum_dtype`.
+
+    Where halves have to be cast for that, a piece at a time: a copy of a whole activation would double its memory.
+    """
+    dtype = sum_dtype(left.dtype)
+    if left.dtype == dtype or (len(left) and _fp32_products(left)):
+        return product(left.t(), right)
+    widest = max(left.shape[1], right.shape[1], 1)
+    at_once = max(1, (GATHERED_CPU if left.device.type == "cpu" else GATHERED) // widest)
+    result = left.new_zeros(left.shape[1], right.shape[1], dtype=dtype)
+    for one, other in zip(left.split(at_once), right.split(at_once), strict=True):
+        result.addmm_(one.to(dtype).t(), other.to(dtype))
+    return result
+
+
+def _fp32_products(half: Tensor) -> bool:
+    return FP32_PRODUCTS and (half.is_cuda or half.is_meta)
+
+
 def rows_gradient(grad_output: Tensor, x: Tensor, rows: Tensor | Run) -> Tensor:
-    """dW[rows, :] (k, in) from grad_output (tokens, out) and x (tokens, in)."""
-    return select(grad_output, 1, rows).t() @ x
+    """dW[rows, :] (k, in) in `sum_dtype`, from grad_output (tokens, out) and x (tokens, in)."""
+    return token_product(select(grad_output, 1, rows), x)
 
 
 def columns_gradient(grad_output: Tensor, x_columns: Tensor) -> Tensor:
-    """dW[:, columns] (out, k) from grad_output (tokens, out) and x[:, columns] (tokens, k)."""
-    return grad_output.t() @ x_columns
+    """dW[:, columns] (out, k) in `sum_dtype`, from grad_output (tokens, out) and x[:, columns] (tokens, k)."""
+    return token_product(grad_output, x_columns)
 
 
 def to_blocks(matrix: Tensor, block_size: int) -> Tensor:
@@ -130,19 +174,16 @@ def to_blocks(matrix: Tensor, block_size: int) -> Tensor:
 
 
 def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int) -> Tensor:
-    """dW of the blocks (n, B, B) from grad_output (tokens, out) and x (tokens, in), in their dtype; of fp16 in fp32, as
-    a sum over tokens may leave its range.
+    """dW of the blocks (n, B, B) in `sum_dtype`, from grad_output (tokens, out) and x (tokens, in).
 
     Block b is `grad_output[:, block_rows[b]]ᵀ x[:, block_columns[b]]`; columns may count within a slice of x. On the
     CPU, large blocks take a product each, which looks at the indices' values: for those a GPU would have to wait.
     """
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     # An edge block's part outside the weight stays zero.
-    result = x.new_zeros(len(block_rows), size, size, dtype=dtype)
+    result = x.new_zeros(len(block_rows), size, size, dtype=sum_dtype(x.dtype))
     if len(x) == 0:
         return result
-    own = OWN_PRODUCT if dtype.itemsize >= 4 else OWN_PRODUCT_HALF
-    if x.device.type == "cpu" and len(x) * size >= own:
+    if x.device.type == "cpu" and len(x) * size >= OWN_PRODUCT:
         _own_products(result, grad_output.t(), x, block_rows.tolist(), block_columns.tolist())
         return result
     # Each block's operands in one piece, (n, tokens, B): a batch over blocks that lie between each other in memory
@@ -150,8 +191,7 @@ def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_co
     left, right = (to_blocks(one, size).transpose(0, 1) for one in (grad_output, x))
     at_once = max(1, (GATHERED_CPU if x.device.type == "cpu" else GATHERED) // (len(x) * size))
     for part, rows, columns in zip(*(t.split(at_once) for t in (result, block_rows, block_columns)), strict=True):
-        one, other = left.index_select(0, rows).to(dtype), right.index_select(0, columns).to(dtype)
-        torch.bmm(one.mT, other, out=part)
+        product(left.index_select(0, rows).mT, right.index_select(0, columns), out=part)
     return result
 
 
@@ -165,7 +205,4 @@ def _own_products(result: Tensor, left: Tensor, right: Tensor, rows: list[int], 
         height = min(size, left.shape[0] - row * size)
         width = min(size, right.shape[1] - column * size)
         inside = block if height == width == size else block[:height, :width]
-        one, other = left.narrow(0, row * size, height), right.narrow(1, column * size, width)
-        if one.dtype != result.dtype:
-            one, other = one.to(result.dtype), other.to(result.dtype)
-        torch.mm(one, other, out=inside)
+        product(left.narrow(0, row * size, height), right.narrow(1, column * size, width), out=inside)

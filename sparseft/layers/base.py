@@ -75,9 +75,9 @@ class _SparseProduct(torch.autograd.Function):
         if x is not None:
             x = flat(x).to(grad.dtype)
         if rows is not None:
-            rows_grad = reference.rows_gradient(grad, x, rows).float()
+            rows_grad = dispatch.rows_gradient(grad, x, rows)
         if x_columns is not None:
-            columns_grad = reference.columns_gradient(grad, flat(x_columns).to(grad.dtype)).float()
+            columns_grad = dispatch.columns_gradient(grad, flat(x_columns).to(grad.dtype))
         if blocks is not None:
             x_side, at = (x, blocks[:, 1]) if x_blocks is None else (x_blocks.to(grad.dtype), position)
             blocks_grad = dispatch.blocks_gradient(grad, x_side, blocks[:, 0], at, ctx.size)

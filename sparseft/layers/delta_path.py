@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from sparseft.kernels import reference
+from sparseft.layers.slices import flat
 
 if TYPE_CHECKING:
     from sparseft.layers.base import SparseLinear
@@ -48,7 +48,7 @@ def add_deltas(y: Tensor, x: Tensor, patterns: Iterable[Pattern]) -> Tensor:
     Differentiable in y and x. The deltas' own gradients come from the product that made y.
     """
     for pattern in patterns:
-        y = _SparseSum.apply(y, x, pattern.delta.detach(), pattern.at, pattern.kind, pattern.block_size)
+        y = _SparseSum.apply(y, x, pattern.delta.detach(), pattern)
     return y
 
 
@@ -56,57 +56,57 @@ class _SparseSum(torch.autograd.Function):
     """y + x Δᵀ with Δ zero outside one pattern. Saves the pattern only: no activation, no dense Δ."""
 
     @staticmethod
-    def forward(ctx, y, x, delta, at, kind, block_size):
-        ctx.save_for_backward(delta, at if isinstance(at, Tensor) else None)
-        ctx.run = at if isinstance(at, tuple) else None
-        ctx.kind, ctx.block_size, ctx.in_features = kind, block_size, x.shape[-1]
-        flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        part = y.new_zeros(len(flat), y.shape[-1])
-        _accumulate(part, flat.to(y.dtype), delta.to(y.dtype), at, kind, block_size)
-        return y + part.view(y.shape)
+    def forward(ctx, y, x, delta, pattern):
+        ctx.save_for_backward(delta)
+        ctx.pattern, ctx.in_features = pattern, x.shape[-1]
+        result = y.clone(memory_format=torch.contiguous_format)
+        add_product_(flat(result), flat(x).to(y.dtype), delta.to(y.dtype), pattern)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        delta, index = ctx.saved_tensors
+        (delta,) = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[1]:
-            at = index if index is not None else ctx.run
-            grad = grad_output.reshape(grad_output.shape[:-1].numel(), grad_output.shape[-1])
-            part = grad.new_zeros(len(grad), ctx.in_features)
-            kind = {"rows": "columns", "columns": "rows"}.get(ctx.kind, ctx.kind)  # of the transposed delta
-            if ctx.kind == "blocks":
-                at = at.flip(1)
-            _accumulate(part, grad, delta.to(grad.dtype).transpose(-2, -1), at, kind, ctx.block_size)
-            grad_x = part.view(*grad_output.shape[:-1], ctx.in_features)
-        return grad_output, grad_x, None, None, None, None
+            grad_x = grad_output.new_zeros(*grad_output.shape[:-1], ctx.in_features)
+            delta = delta.to(grad_output.dtype).transpose(-2, -1)
+            add_product_(flat(grad_x), flat(grad_output), delta, ctx.pattern, transposed=True)
+        return grad_output, grad_x, None, None
 
 
-def _accumulate(y: Tensor, x: Tensor, delta: Tensor, at: Tensor | reference.Run, kind: str, size: int | None) -> None:
-    """y (tokens, out), zero, becomes x (tokens, in) times the transposed delta of the pattern."""
-    if kind == "rows":
-        part = F.linear(x, delta)  # (tokens, k)
-        if isinstance(at, tuple):
-            y.narrow(1, *at).copy_(part)
+def add_product_(y: Tensor, x: Tensor, delta: Tensor, pattern: Pattern, *, transposed: bool = False) -> None:
+    """Adds x (tokens, in) times the transposed delta of the pattern to y (tokens, out), in place.
+
+    `transposed`: the delta is given as that of the transposed weight, (in, out). Sums are taken in fp32 and rounded to
+    y's dtype once, in an order that is always the same: each row of blocks is one product over all its blocks, as
+    adding up blocks by `index_add_` is done by atomics on CUDA.
+    """
+    if pattern.kind == "blocks":
+        _add_blocks_(y, x, delta, pattern, transposed)
+    elif (pattern.kind == "rows") != transposed:
+        part = reference.product(x, delta.t())  # (tokens, k)
+        if isinstance(pattern.at, tuple):
+            y.narrow(1, *pattern.at).add_(part)
         else:
-            y.index_copy_(1, at, part)
-    elif kind == "columns":
-        torch.mm(reference.select(x, 1, at), delta.t(), out=y)
+            y.index_copy_(1, pattern.at, (y.index_select(1, pattern.at) + part).to(y.dtype))
     else:
-        assert size is not None and isinstance(at, Tensor)
-        _accumulate_blocks(y, x, delta, at, size)
+        y.add_(reference.product(reference.select(x, 1, pattern.at), delta.t()))
 
 
-def _accumulate_blocks(y: Tensor, x: Tensor, delta: Tensor, index: Tensor, size: int) -> None:
-    """A batched product of as many blocks at a time as make up one y, so that memory does not grow with the blocks."""
-    tokens, features = y.shape
-    rows = -(-features // size)
-    sum_ = y if rows * size == features else y.new_zeros(tokens, rows * size)
-    of_rows = sum_.view(tokens, rows, size)
-    pieces = reference.to_blocks(x, size)
-    for chosen, values in zip(index.split(max(1, rows)), delta.split(max(1, rows)), strict=True):
-        left = pieces.index_select(1, chosen[:, 1]).transpose(0, 1)  # (n, tokens, B)
-        part = torch.bmm(left, values.transpose(1, 2)).transpose(0, 1)  # (tokens, n, B)
-        of_rows.index_add_(1, chosen[:, 0], part)
-    if sum_ is not y:
-        y.copy_(sum_[:, :features])
+def _add_blocks_(y: Tensor, x: Tensor, delta: Tensor, pattern: Pattern, transposed: bool) -> None:
+    """As many rows of blocks at a time as make up about one x, so that memory does not grow with the blocks."""
+    size, down, across = pattern.block_size, int(transposed), int(not transposed)
+    assert size is not None
+    pieces = reference.to_blocks(x, size)  # (tokens, block columns, B)
+    total = x.new_zeros(len(y), -(-y.shape[1] // size), size, dtype=reference.sum_dtype(x.dtype))
+    for rows, members in pattern.block_runs(down):
+        count = members.shape[1]
+        at_once = max(1, pieces.shape[1] // count)
+        for some_rows, some in zip(rows.split(at_once), members.split(at_once), strict=True):
+            columns = pattern.index[:, across].index_select(0, some.flatten())
+            left = pieces.index_select(1, columns).view(len(x), len(some), count * size).transpose(0, 1)
+            right = delta.index_select(0, some.flatten()).mT.reshape(len(some), count * size, size)
+            part = reference.product(left.contiguous(), right)  # (rows of blocks, tokens, B)
+            total.index_copy_(1, some_rows, part.transpose(0, 1))
+    y.add_(total.flatten(1)[:, : y.shape[1]])

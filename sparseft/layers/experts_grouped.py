@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparseft.kernels import dispatch, reference
+from sparseft.kernels import dispatch
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x (tokens, a), weight (experts, a, b), offs) -> (tokens, b)
 
@@ -58,7 +58,7 @@ class GroupedProduct(torch.autograd.Function):
                 gradients.append(None)
                 continue
             x = _tokens(saved[0], ctx.bounds, part) if ctx.whole else saved[position]
-            gradients.append(_gradient(grad, x, part, sliced=not ctx.whole).float())
+            gradients.append(_gradient(grad, x, part, sliced=not ctx.whole))
         return grad_x, None, None, None, None, *gradients
 
 
@@ -77,9 +77,9 @@ def _tokens(x: Tensor, bounds: Sequence[int], part: Part) -> Tensor:
 
 def _gradient(grad: Tensor, x: Tensor, part: Part, *, sliced: bool) -> Tensor:
     if part.kind == "rows":
-        return reference.rows_gradient(grad, x, part.index)
+        return dispatch.rows_gradient(grad, x, part.index)
     if part.kind == "columns":
-        return reference.columns_gradient(grad, x if sliced else x.index_select(-1, part.index))
+        return dispatch.columns_gradient(grad, x if sliced else x.index_select(-1, part.index))
     assert part.block_size is not None
     return dispatch.blocks_gradient(grad, x, part.index[:, 0], part.index[:, 1], part.block_size)
 

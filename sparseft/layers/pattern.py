@@ -18,6 +18,9 @@ from sparseft.layers.slices import SharedSlice
 SLICE_SHARE = 0.5
 
 
+BlockRuns = list[tuple[Tensor, Tensor]]  # see `block_runs`
+
+
 class Pattern(nn.Module):
     """The trained entries of one kind: `index` (int64), `base_values` (the weight's dtype), `delta` (fp32).
 
@@ -101,9 +104,16 @@ class Pattern(nn.Module):
         self.slices = slices
         self._locate()
 
+    def block_runs(self, side: int) -> BlockRuns:
+        """The blocks by their block row (side 0) or block column (side 1); worked out when first asked for."""
+        if side not in self._block_runs:
+            self._block_runs[side] = block_runs(self.index[:, side])
+        return self._block_runs[side]
+
     def _locate(self) -> None:
         """Ahead of the forward pass: what depends on the index's values cannot be compiled into a graph."""
         self.needed_columns = self.position = None
+        self._block_runs: dict[int, BlockRuns] = {}
         self._run: reference.Run | None = None
         if self.index.is_meta:
             return
@@ -162,6 +172,19 @@ class Pattern(nn.Module):
     def extra_repr(self) -> str:
         size = f", block_size={self.block_size}" if self.kind == "blocks" else ""
         return f"{len(self.index)}{size}, trainable={self.delta.numel()}"
+
+
+def block_runs(places: Tensor) -> BlockRuns:
+    """The blocks that lie in each block row, from `places` (n,), the block row of each: all rows that have as many, m,
+    together, as (rows (r,), numbers of their blocks (r, m) in the order of `places`)."""
+    rows, counts = torch.unique(places.cpu(), return_counts=True)
+    order, first = places.cpu().argsort(stable=True), counts.cumsum(0) - counts
+    runs = []
+    for count in counts.unique().tolist():
+        alike = counts == count
+        members = order[first[alike, None] + torch.arange(count, device="cpu")]
+        runs.append((rows[alike].to(places.device), members.to(places.device)))
+    return runs
 
 
 def version_of(delta: Tensor) -> int:
