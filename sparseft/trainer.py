@@ -22,6 +22,7 @@ from sparseft.layers import sparse_layers
 from sparseft.modeling import runnable
 from sparseft.optimizer import SparseAdamW
 from sparseft.sharding import shard_of
+from sparseft.trainer_arguments import tf32_as_set
 from sparseft.trainer_best import copy_best
 from sparseft.trainer_callback import RunCallback
 from sparseft.trainer_checkpoints import (
@@ -62,7 +63,8 @@ class Trainer(distributed.DistributedTrainer):
         **options: Any,
     ) -> None:
         args.output_dir = str(run / CHECKPOINTS)
-        super().__init__(model=model, args=args, **options)
+        with tf32_as_set():
+            super().__init__(model=model, args=args, **options)
         self.run = run
         self.save_total_limit = save_total_limit
         self.score = score

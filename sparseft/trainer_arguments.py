@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +19,42 @@ from sparseft.errors import UserError, nearest
 from sparseft.trainer_distributed import deepspeed_on_cpu, zero_config
 
 
+@contextlib.contextmanager
+def tf32_as_set() -> Iterator[None]:
+    """Afterwards fp32 products are rounded to TF32 where they were before, and only there.
+
+    Asked to compile, transformers (in its arguments) and accelerate (in its state) turn TF32 on for the whole process,
+    by torch's new names and by its old ones: products of fp32 weights then change by 1e-3.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    named: list[tuple[Any, str]] = [(cudnn, "allow_tf32")]
+    switches: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),  # `matmul.allow_tf32` is part of it
+    ]
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; the old ones set some of these too, so they come last
+        onednn = torch.backends.mkldnn
+        named += [(place, "fp32_precision") for place in (cudnn, onednn, matmul, cudnn.conv, cudnn.rnn, onednn.matmul)]
+        # What says nothing for itself follows this one, and is to go on doing so.
+        switches.insert(0, (partial(getattr, torch.backends, "fp32_precision"),
+                            partial(setattr, torch.backends, "fp32_precision")))  # fmt: skip
+    switches += [(partial(getattr, *one), partial(setattr, *one)) for one in named]
+
+    def value(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except RuntimeError:  # an old name cannot be read where a new one has said what it has no word for
+            return None
+
+    before = [value(read) for read, _ in switches]
+    try:
+        yield
+    finally:
+        for (read, write), was in zip(switches, before, strict=True):
+            if was is not None and value(read) != was:
+                write(was)
+
+
+@tf32_as_set()
 def training_arguments(
     config: TrainerConfig,
     hardware: HardwareConfig,
@@ -45,7 +84,7 @@ def training_arguments(
     if warmup >= total_steps > 0:
         warmup = total_steps // 10
         console.log(f"warm-up: {warmup} steps instead of {config.warmup_steps}, as the run has only {total_steps}")
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
@@ -83,6 +122,10 @@ def training_arguments(
         report_to=[],
         **(_activation_checkpointing() if hardware.gradient_checkpointing else {}),
     )
+    # Several devices are several processes here. A single one that sees several GPUs would have its model wrapped in
+    # `nn.DataParallel`: larger batches, in copies of the sparse layers whose deltas never come back.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def micro_batches(config: TrainerConfig, hardware: HardwareConfig) -> tuple[int, int]:
