@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from sparseft.trainer_checkpoints import (
     step_of,
 )
 from sparseft.trainer_clock import Clock, Mark
-from sparseft.trainer_failures import Fit, Health, explained, out_of_memory
+from sparseft.trainer_failures import Fit, Health, explained, memory_problem
 from sparseft.trainer_reselecting import save_active
 
 
@@ -142,6 +142,17 @@ class Trainer(distributed.DistributedTrainer):
         error.last_checkpoint = checkpoint  # type: ignore[attr-defined]
         return error
 
+    @contextlib.contextmanager
+    def advising_memory(self) -> Iterator[None]:
+        """Inside, memory that runs out becomes a RunError with the settings that would fit."""
+        try:
+            yield
+        except Exception as error:
+            problem = memory_problem(error, self.fit)
+            if problem is None:
+                raise
+            raise self.failure(problem) from error
+
     def stop_if_bad(self) -> None:
         """Ends a run whose last steps were all bad: RunError."""
         if self.health.streak >= self.health.limit:
@@ -234,7 +245,7 @@ class Trainer(distributed.DistributedTrainer):
         there is one."""
         # A loader draws a seed whenever it is iterated over; the training's dropout is not to depend on that.
         cuda = [self.args.device] if self.args.device.type == "cuda" else []
-        with self.clock.paused(), torch.random.fork_rng(devices=cuda):
+        with self.clock.paused(), torch.random.fork_rng(devices=cuda), self.advising_memory():
             metrics = {f"{metric_key_prefix}_loss": self._evaluation_loss(eval_dataset)}
             if self.score is not None:
                 # With ZeRO-3 all processes answer the same questions in step, also while the model is whole yet:
@@ -290,13 +301,8 @@ def train(trainer: Trainer, resume_from: str | None, total_steps: int) -> Mark:
         trainer.clock.stop()
         return callback.now()
     try:
-        with signals.noted(finish_step):
+        with signals.noted(finish_step), trainer.advising_memory():
             trainer.train(resume_from_checkpoint=resume_from)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        reason = (str(error).strip() or "MemoryError").splitlines()[0].rstrip(".")
-        raise trainer.failure(f"memory ran out ({reason}): {trainer.fit.advice()}.") from error
     finally:
         callback.close()
     if trainer.interrupted:

@@ -5,18 +5,41 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sparseft.errors import RunError, UserError
+from sparseft.errors import RunError, UserError, shown
 
 # The reasons why a file cannot be written that lie with the disk, not with the code.
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENODEV}
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # of these, what never comes of reading
+
+
+# What libraries say, in lower case, where memory ran out: CUDA, HIP and Triton ("CUDA error: out of memory", "Triton
+# Error [CUDA]: out of memory"), their constants, cuBLAS, cuDNN and the like, NCCL, torch's and the system's allocators.
+NO_MEMORY = (
+    "out of memory",
+    "out_of_memory",
+    "outofmemory",
+    "cudaerrormemoryallocation",
+    "alloc_failed",
+    "rocblas_status_memory_error",
+    "failed to cuda calloc",
+    "failed to cuda malloc",
+    "defaultcpuallocator",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "unable to allocate",
+    "not enough memory",
+    "bad_alloc",
+)
+# A library that cannot set itself up: mostly for want of memory, but it does not say so.
+NO_MEMORY_LIKELY = ("cublas_status_not_initialized", "cudnn_status_not_initialized", "cusolver_status_not_initialized")
 
 
 @dataclass
@@ -41,10 +64,59 @@ class Health:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, the device's or the host's."""
+    """Whether memory ran out, the device's or the host's, be it as the cause of `error`."""
+    return any(_want_of_memory(one) for one in _causes(error))
+
+
+def memory_problem(error: BaseException, fit: Fit) -> str | None:
+    """What ran out and the settings that would fit, as one sentence, where that is what `error` says; null for any
+    other error, and for one that has been explained."""
+    if isinstance(error, (RunError, UserError)):
+        return None
+    for one in _causes(error):
+        if type(one).__name__ == "OutOfResources":  # Triton's: shared memory and registers, however much memory is free
+            reason = str(one).partition(". Reducing")[0].rstrip(".")  # what follows is for who writes kernels
+            return f"a Triton kernel does not fit this GPU ({shown(reason, 300)}): {_without_kernel(one)}."
+        reason = _want_of_memory(one)
+        if reason:
+            verb = "has probably run out" if _word_in(reason, NO_MEMORY_LIKELY) else "ran out"
+            return f"memory {verb} ({shown(reason.rstrip('.'), 300)}): {fit.advice()}."
+    return None
+
+
+def _want_of_memory(error: BaseException) -> str | None:
+    """The line that says so where `error` says that memory ran out; null for any other error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        return lines[0]
+    if isinstance(error, OSError):
+        return lines[0] if error.errno == errno.ENOMEM else None
+    if isinstance(error, RuntimeError) and not isinstance(error, RunError):
+        return next((line for line in lines if _word_in(line, NO_MEMORY + NO_MEMORY_LIKELY)), None)
+    return None
+
+
+def _word_in(text: str, words: tuple[str, ...]) -> bool:
+    return any(word in text.lower() for word in words)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, what that was raised from, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__
+
+
+def _without_kernel(refusal: BaseException) -> str:
+    """What does without the kernel that was refused, or makes it smaller: by whose it is, as the traceback tells."""
+    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(refusal.__traceback__)}
+    if "sparseft.kernels.blocks_triton" in modules:
+        return "a smaller method.block_size needs less, and SPARSEFT_KERNELS=reference in the environment does without"
+    if "sparseft.kernels.adamw_triton" in modules:
+        return "another trainer.optimizer does without it"
+    return "it is none of sparseft's; try hardware.compile=false and model.attn_implementation=sdpa"
 
 
 @dataclass

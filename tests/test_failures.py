@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -20,7 +21,7 @@ from test_trainer import At, attached, examples, long_run, same_end, tensors, tr
 from sparseft.errors import RunError
 from sparseft.trainer import train
 from sparseft.trainer_checkpoints import check, checkpoint_steps, last_checkpoint, seal
-from sparseft.trainer_failures import Fit
+from sparseft.trainer_failures import Fit, memory_problem, out_of_memory
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,139 @@ def failing_at(plain: Any, step: int) -> Any:
         return plain(self, *args, **options)
 
     return training_step
+
+
+def chained(error: BaseException, *causes: BaseException) -> BaseException:
+    """`error`, raised from the first of the causes, that from the next."""
+    for one, cause in zip((error, *causes), causes, strict=False):
+        one.__cause__ = cause
+    return error
+
+
+CREATED = "when calling `cublasCreate(handle)`"
+SURE = {
+    "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+    "HIP": torch.OutOfMemoryError("HIP out of memory. Tried to allocate 2.00 GiB."),
+    "the driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    "cuBLAS": RuntimeError(f"CUDA error: CUBLAS_STATUS_ALLOC_FAILED {CREATED}"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cuSOLVER": RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    "hipBLAS": RuntimeError(f"CUDA error: HIPBLAS_STATUS_ALLOC_FAILED {CREATED}"),
+    "Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "NCCL": RuntimeError(
+        "NCCL error in: ProcessGroupNCCL.cpp:3384, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function "
+        "failed.\nLast error:\nFailed to CUDA calloc async 608 bytes"
+    ),
+    "NCCL again": RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+    "Metal": RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)"),
+    "the host, torch": RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
+    "the host, torch on Windows": RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to"),
+    "the host, Python": MemoryError(),
+    "the host, numpy": MemoryError("Unable to allocate 8.00 TiB for an array with shape (1099511627776,)"),
+    "the host, the system": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "the host, C++": RuntimeError("std::bad_alloc"),
+    "what a compiler made of it": chained(
+        RuntimeError("backend='inductor' raised:\nLoweringException"), torch.OutOfMemoryError("CUDA out of memory.")
+    ),
+}
+LIKELY = {
+    "cuBLAS": RuntimeError(f"CUDA error: CUBLAS_STATUS_NOT_INITIALIZED {CREATED}"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+}
+OTHERS = {
+    "a device assert": RuntimeError("CUDA error: device-side assert triggered"),
+    "an illegal address": RuntimeError("CUDA error: an illegal memory access was encountered"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle)`"),
+    "shapes": RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x8 and 4x8)"),
+    "the disk": OSError(errno.ENOSPC, "No space left on device"),
+    "the user's text": ValueError("unknown word: CUDA out of memory"),
+    "explained already": RunError("memory ran out (CUDA out of memory): trainer.batch_size=1"),
+    "explained already, with its cause": chained(RunError("a checkpoint"), torch.OutOfMemoryError("out of memory")),
+}
+
+
+@pytest.mark.parametrize("who", SURE)
+def test_whoever_runs_out_of_memory_gets_the_advice(who: str) -> None:
+    problem = memory_problem(SURE[who], Fit(4, 1, 100, False))
+    assert problem is not None and out_of_memory(SURE[who])
+    assert problem.startswith("memory ran out (") and "\n" not in problem
+    assert problem.endswith(": trainer.batch_size=2 trainer.gradient_accumulation=2 take the same 4 examples a step in "
+                            "smaller pieces.")  # fmt: skip
+    if who.startswith("NCCL"):  # the line that says it, not the first one
+        assert "calloc" in problem or "out of memory" in problem
+
+
+@pytest.mark.parametrize("who", LIKELY)
+def test_a_library_that_cannot_set_itself_up_has_probably_no_memory(who: str) -> None:
+    problem = memory_problem(LIKELY[who], Fit(4, 1, 100, False))
+    assert problem is not None and out_of_memory(LIKELY[who])
+    assert problem.startswith("memory has probably run out (") and "trainer.batch_size=2" in problem
+
+
+@pytest.mark.parametrize("who", OTHERS)
+def test_other_errors_get_no_advice_on_memory(who: str) -> None:
+    assert memory_problem(OTHERS[who], Fit(4, 1, 100, False)) is None
+    assert not out_of_memory(OTHERS[who]) or "cause" in who
+
+
+def refused_by_triton(module: str) -> BaseException:
+    """Triton's error, raised from within a module of that name."""
+    from triton.runtime.errors import OutOfResources
+
+    scope: dict[str, Any] = {"__name__": module, "error": OutOfResources(147456, 101376, "shared memory")}
+    exec("def launch():\n    raise error", scope)
+    try:
+        scope["launch"]()
+    except OutOfResources as error:
+        return error
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("module", "advice"),
+    [
+        ("sparseft.kernels.blocks_triton", "a smaller method.block_size needs less, and SPARSEFT_KERNELS=reference in "
+         "the environment does without"),
+        ("sparseft.kernels.adamw_triton", "another trainer.optimizer does without it"),
+        ("torch._inductor.runtime", "it is none of sparseft's; try hardware.compile=false and "
+         "model.attn_implementation=sdpa"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_kernel_too_large_for_the_gpu_is_not_a_want_of_memory(module: str, advice: str, wrapped: bool) -> None:
+    pytest.importorskip("triton")
+    error = refused_by_triton(module)
+    assert not out_of_memory(error)
+    if wrapped:
+        error = chained(RuntimeError("backend raised"), error)
+    assert memory_problem(error, Fit(4, 1, 100, False)) == (
+        "a Triton kernel does not fit this GPU (out of resource: shared memory, Required: 147456, Hardware limit: "
+        f"101376): {advice}."
+    )
+
+
+@pytest.mark.parametrize("place", ["compute_loss", "_evaluation_loss"])
+@pytest.mark.parametrize("what", ["CUBLAS_STATUS_ALLOC_FAILED", "OutOfResources"])
+def test_the_advice_reaches_the_user(
+    what: str, place: str, data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step, and in the evaluation ahead of the first one."""
+    from sparseft.trainer import Trainer
+
+    if what == "OutOfResources":
+        pytest.importorskip("triton")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(f"CUDA error: {what}") if what != "OutOfResources" else refused_by_triton("other")
+
+    monkeypatch.setattr(Trainer, place, fail)
+    words = ["train", *on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=2", "output_dir=run"]
+    done = sparseft(tmp_path, *words, "trainer.batch_size=4", "trainer.gradient_accumulation=1", code=1)
+    (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    if what == "OutOfResources":
+        assert "error: a Triton kernel does not fit this GPU (out of resource: shared memory" in error
+    else:
+        assert f"error: memory ran out (CUDA error: {what}): trainer.batch_size=2 trainer.gradient" in error
 
 
 # ---- the disk ----
