@@ -74,9 +74,9 @@ def memory_problem(error: BaseException, fit: Fit) -> str | None:
     if isinstance(error, (RunError, UserError)):
         return None
     for one in _causes(error):
-        if type(one).__name__ == "OutOfResources":  # Triton's: shared memory and registers, however much memory is free
-            reason = str(one).partition(". Reducing")[0].rstrip(".")  # what follows is for who writes kernels
-            return f"a Triton kernel does not fit this GPU ({shown(reason, 300)}): {_without_kernel(one)}."
+        reason = _want_of_resources(one)
+        if reason:
+            return f"a Triton kernel does not fit this GPU ({shown(reason, 300)}): {_without_kernel(one, fit)}."
         reason = _want_of_memory(one)
         if reason:
             verb = "has probably run out" if _word_in(reason, NO_MEMORY_LIKELY) else "ran out"
@@ -84,8 +84,19 @@ def memory_problem(error: BaseException, fit: Fit) -> str | None:
     return None
 
 
+def _want_of_resources(error: BaseException) -> str | None:
+    """What Triton says where a kernel needs more shared memory, registers or threads than the GPU has, however much
+    memory is free; null for any other error."""
+    if type(error).__name__ != "OutOfResources" and not isinstance(error, RuntimeError):
+        return None
+    line = next((line.strip() for line in str(error).splitlines() if "out of resource:" in line), "")
+    return line.partition(". Reducing")[0].rstrip(".") or None  # what follows is for who writes kernels
+
+
 def _want_of_memory(error: BaseException) -> str | None:
     """The line that says so where `error` says that memory ran out; null for any other error."""
+    if _want_of_resources(error):  # torch's compiler calls that an OutOfMemoryError
+        return None
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return lines[0]
@@ -109,14 +120,17 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _without_kernel(refusal: BaseException) -> str:
+def _without_kernel(refusal: BaseException, fit: Fit) -> str:
     """What does without the kernel that was refused, or makes it smaller: by whose it is, as the traceback tells."""
     modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(refusal.__traceback__)}
     if "sparseft.kernels.blocks_triton" in modules:
         return "a smaller method.block_size needs less, and SPARSEFT_KERNELS=reference in the environment does without"
     if "sparseft.kernels.adamw_triton" in modules:
         return "another trainer.optimizer does without it"
-    return "it is none of sparseft's; try hardware.compile=false and model.attn_implementation=sdpa"
+    return (
+        "it is none of sparseft's, so try without what may have brought it (hardware.compile=false, "
+        f"model.attn_implementation=sdpa), or with other shapes: {fit.advice()}"
+    )
 
 
 @dataclass

@@ -274,8 +274,9 @@ def refused_by_triton(module: str) -> BaseException:
         ("sparseft.kernels.blocks_triton", "a smaller method.block_size needs less, and SPARSEFT_KERNELS=reference in "
          "the environment does without"),
         ("sparseft.kernels.adamw_triton", "another trainer.optimizer does without it"),
-        ("torch._inductor.runtime", "it is none of sparseft's; try hardware.compile=false and "
-         "model.attn_implementation=sdpa"),
+        ("torch._inductor.runtime", "it is none of sparseft's, so try without what may have brought it "
+         "(hardware.compile=false, model.attn_implementation=sdpa), or with other shapes: trainer.batch_size=2 "
+         "trainer.gradient_accumulation=2 take the same 4 examples a step in smaller pieces"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -289,6 +290,15 @@ def test_a_kernel_too_large_for_the_gpu_is_not_a_want_of_memory(module: str, adv
         "a Triton kernel does not fit this GPU (out of resource: shared memory, Required: 147456, Hardware limit: "
         f"101376): {advice}."
     )
+
+
+def test_a_kernel_that_a_compiler_could_not_fit_is_not_a_want_of_memory() -> None:
+    error = RuntimeError(
+        "No valid triton configs. OutOfMemoryError: out of resource: triton_red_fused Required: 114688 Hardware "
+        "limit:101376 Reducing block sizes or `num_stages` may help."
+    )
+    assert not out_of_memory(error)
+    assert (memory_problem(error, Fit(4, 1, 100, False)) or "").startswith("a Triton kernel does not fit this GPU (No ")
 
 
 @pytest.mark.parametrize("place", ["compute_loss", "_evaluation_loss"])
