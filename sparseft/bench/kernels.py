@@ -25,6 +25,7 @@ from sparseft.modeling import resolve_device
 
 LLAMA_7B = ((4096, 4096), (11008, 4096), (4096, 11008))  # (out, in): attention, gate and up, down
 BLOCK_SIZES = (16, 64, 128)
+SPIN = 2_000_000  # cycles of a GPU: about 1 ms
 TRANSFER = {"cuda": 2**29, "cpu": 2**26}  # bytes of the copy that measures the bandwidth: far more than any cache
 
 
@@ -182,6 +183,9 @@ class Timer:
             call()
             return time.perf_counter() - start
         self._cache.zero_()
+        # The device has something to do while the host prepares the launches: else the time between the events is the
+        # host's, which takes longer over a kernel than the device does.
+        torch.cuda._sleep(SPIN)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(self.device):
             begin.record()
