@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def made(name: str, depth: int = 2, width: int = 64) -> contenders.Contender:
-    config = compose("bench", ["sparsity=0.9", "method=sylva", "method.block_size=16"])
+    config = compose("bench", ["sparsity=0.9", "method=sylva", "method.block_size=8"])
     return contenders.contender(name, random_llama(width, depth, torch.float32, seed=0), config)
 
 
