@@ -121,8 +121,11 @@ def attach(model: nn.Module, config: Any, selection: Selection | None = None) ->
         selection = compute_selection(model, config)
     if not selection.modules:
         raise UserError("the selection is empty, so nothing would be trained.")
-    if selection.block_size is None:
-        selection = replace(selection, block_size=getattr(config, "block_size", None))
+    if hasattr(config, "block_size"):  # each where the other leaves it open
+        selection = replace(selection, block_size=selection.block_size or config.block_size)
+        config = replace(config, block_size=config.block_size or selection.block_size)
+    if selection.has_blocks and selection.block_size is None:
+        raise UserError("a selection of blocks needs its block_size: Selection({…}, block_size=64).")
     check_modules(model, selection.modules, spec.linears)
     state = _new_state(model, method.name)
     method.convert(model, config, selection)

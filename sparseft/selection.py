@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,8 +231,8 @@ def ratio_budget(spec: ModelSpec, ratios: Mapping[str, float], *, scope: str | N
 def sparsity_budget(spec: ModelSpec, roles: list[str], sparsity: float, *, scope: str | None) -> Budget:
     """(1 − sparsity) of the linear weights in scope, spent in equal shares on the units of `roles`.
 
-    Heads are coarse: what rounding them leaves or overdraws is made up by the finest role of the same layer, so that
-    a layer meets its budget to within one unit of that role.
+    Heads are coarse: what rounding them leaves or overdraws is made up by the finest role, of the same layer or with
+    `allocation: global` of all, so that the budget is met there to within one unit of that role.
     """
     slots = [slot for slot in _require_roles(spec, roles, scope) if slot.role in roles]
     if not slots:
@@ -248,20 +248,29 @@ def sparsity_budget(spec: ModelSpec, roles: list[str], sparsity: float, *, scope
         )
     entries = {slot.module + ":" + slot.role: slot.unit * slot.other for slot in slots}
     per: dict[str, int] = {}
-    by_layer: dict[int, list[tuple[Slot, Candidate]]] = defaultdict(list)
+    by_layer: dict[int, list[Candidate]] = defaultdict(list)
     for slot, candidate in zip(slots, candidates, strict=True):
-        by_layer[slot.layer].append((slot, candidate))
+        by_layer[slot.layer].append(candidate)
     for members in by_layer.values():
-        members.sort(key=lambda item: -entries[item[1].key])  # coarse first
-        wanted = share * sum(entries[c.key] * c.count for _, c in members)
-        for position, (_, c) in enumerate(members):
-            rest = sum(entries[o.key] * o.count for _, o in members[position:])
-            per[c.key] = keep_count(max(0.0, wanted) / rest, c.count)
-            wanted -= per[c.key] * entries[c.key]
-    pooled = {}
-    for role in roles:
-        pooled[role] = keep_count(share, sum(c.count for c in candidates if c.role == role))
+        per |= _coarse_first(share, {c.key: (c.count, c.count * entries[c.key]) for c in members})
+    units = {role: [0, 0] for role in roles}
+    for c in candidates:
+        units[c.role][0] += c.count
+        units[c.role][1] += c.count * entries[c.key]
+    pooled = _coarse_first(share, units)
     return Budget(candidates, per, pooled, 0, scope_parameters)
+
+
+def _coarse_first(share: float, groups: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """How many units of each group make up `share` of the weights of all; groups are (units, weights of them all)."""
+    kept: dict[str, int] = {}
+    rest = sum(weights for _, weights in groups.values())
+    wanted = share * rest
+    for name, (units, weights) in sorted(groups.items(), key=lambda item: -item[1][1] / item[1][0]):
+        kept[name] = keep_count(max(0.0, wanted) / rest, units)
+        wanted -= kept[name] * weights / units
+        rest -= weights
+    return kept
 
 
 def block_budget(spec: ModelSpec, block_size: int, sparsity: float, *, scope: str | None) -> Budget:
@@ -269,17 +278,54 @@ def block_budget(spec: ModelSpec, block_size: int, sparsity: float, *, scope: st
     candidates = []
     linears = spec.linears_in(scope)
     for name, (rows, columns) in linears.items():
-        if block_size > rows and block_size > columns:
-            raise UserError(
-                f"method.block_size={block_size} is larger than both sides of {name} ({rows}×{columns}): "
-                f"use at most {1 << (max(rows, columns).bit_length() - 1)}."
-            )
         count = math.ceil(rows / block_size) * math.ceil(columns / block_size)
         candidates.append(Candidate(name, "blocks", (rows, columns), 0, block_size, count))
     per = {c.key: keep_count(1.0 - sparsity, c.count) for c in candidates}
     pooled = {"": keep_count(1.0 - sparsity, sum(c.count for c in candidates))}
     scope_parameters = sum(rows * columns for rows, columns in linears.values())
     return Budget(candidates, per, pooled, 1, scope_parameters, block_size)
+
+
+def block_weights(candidate: Candidate) -> Counter[int]:
+    """How many of a candidate's blocks have how many weights: those at the lower and right edges may have fewer."""
+    size, found = candidate.unit, Counter[int]()
+    high, wide = ({size: side // size, side % size: 1} for side in candidate.shape)
+    for h, rows in high.items():
+        for w, columns in wide.items():
+            if h and w and rows and columns:
+                found[h * w] += rows * columns
+    return found
+
+
+def blocks_spent(budget: Budget, allocation: str) -> tuple[float, int]:
+    """The weights that spending a budget of blocks trains: in the mean over all choices, and at most.
+
+    They differ where blocks at the edges are smaller; scores that are sums over a block tend to choose the larger.
+    """
+    sizes = {c.key: block_weights(c) for c in budget.candidates}
+    mean = {c.key: math.prod(c.shape) / c.count for c in budget.candidates}
+    kept = budget.per_candidate
+    if allocation == "global":
+        kept = {c.key: min(budget.minimum, c.count) for c in budget.candidates}
+    average = sum(mean[key] * count for key, count in kept.items())
+    most = sum(_take_largest(sizes[key], count) for key, count in kept.items())
+    pooled = budget.pooled[""] - sum(kept.values()) if allocation == "global" else 0
+    if pooled > 0:
+        left = {c.key: c.count - kept[c.key] for c in budget.candidates}
+        average += pooled * sum(mean[key] * count for key, count in left.items()) / sum(left.values())
+        most += _take_largest(sum(sizes.values(), Counter[int]()), pooled)
+    return average, most
+
+
+def _take_largest(blocks: Counter[int], count: int) -> int:
+    """Takes the `count` largest out of `blocks` and returns their weights."""
+    total = 0
+    for weights in sorted(blocks, reverse=True):
+        taken = min(blocks[weights], count)
+        blocks[weights] -= taken
+        total += weights * taken
+        count -= taken
+    return total
 
 
 # ---- choosing ----

@@ -106,7 +106,7 @@ def on(model: Path, data: Path, family: str = "json") -> list[str]:
 
 METHODS = {  # settings that make each method small but real on a model 48 wide
     "s2ft": ["method=s2ft", "sparsity=0.9", "method.roles=[o,down]"],
-    "sylva": ["method=sylva", "sparsity=0.9", "method.block_size=16", "method.num_samples=8"],
+    "sylva": ["method=sylva", "sparsity=0.9", "method.block_size=8", "method.num_samples=8"],
     "lora": ["method=lora", "sparsity=0.9"],
     "dora": ["method=dora", "sparsity=0.9"],
     "full": ["method=full", "trainer.learning_rate=1e-3"],

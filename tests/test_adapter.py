@@ -348,7 +348,7 @@ SELECTIONS: dict[str, tuple[Any, str]] = {
     "lm_head": ({"lm_head": {"rows": [0]}}, "'lm_head' is a Linear, not a linear layer of the decoder"),
     "embedding": ({"model.embed_tokens": {"rows": [0]}}, "is a Embedding"),
     "block": ({"model.layers.0.mlp": {"rows": [0]}}, "is a LlamaMLP"),
-    "no block size": ({UP: {"blocks": [[0, 0]]}}, "block_size"),
+    "no block size": ({UP: {"blocks": [[0, 0]]}}, "needs its block_size: Selection"),
     "empty": ({}, "the selection is empty"),
 }
 

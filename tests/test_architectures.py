@@ -127,7 +127,7 @@ def test_the_default_of_sparsity(name: str) -> None:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_blocks_of_every_linear(name: str) -> None:
     make, _ = MODELS[name]
-    method = sparseft.SylvaConfig(importance="weight", block_size=32, sparsity=0.7)  # 48 and 80: edge blocks too
+    method = sparseft.SylvaConfig(importance="weight", block_size=16, sparsity=0.8)  # 24: edge blocks too
     assert check_one_step(make(), method).keys() == ModelSpec.of(build(make())).linears.keys()
 
 
@@ -138,7 +138,7 @@ def test_importance_reaches_every_linear(name: str, importance: str) -> None:
     ratios = {FIELDS[role]: 0.25 for role in roles}
     for method in (
         sparseft.S2FTConfig(**ratios, importance=importance),
-        sparseft.SylvaConfig(block_size=32, sparsity=0.7, num_partition=2, importance=importance),
+        sparseft.SylvaConfig(block_size=16, sparsity=0.8, num_partition=2, importance=importance),
     ):
         model = build(make())
         selection = sparseft.compute_selection(model, method, [batch()])

@@ -23,12 +23,12 @@ from sparseft.compose import compose
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 SMALL = ["bench.width=64", "bench.depth=2", "bench.length=32", "bench.batch_size=1", "bench.steps=1",
-         "bench.warmup_steps=0", "sparsity=0.9", "method.block_size=16"]  # fmt: skip
+         "bench.warmup_steps=0", "sparsity=0.9", "method.block_size=8"]  # fmt: skip
 CPU = torch.device("cpu")
 
 
 def made(name: str, depth: int = 2, width: int = 64) -> contenders.Contender:
-    config = compose("bench", ["sparsity=0.9", "method=sylva", "method.block_size=16"])
+    config = compose("bench", ["sparsity=0.9", "method=sylva", "method.block_size=8"])
     return contenders.contender(name, random_llama(width, depth, torch.float32, seed=0), config)
 
 

@@ -294,7 +294,7 @@ def test_train_uses_what_preprocess_left(world: Path, preprocessed: dict[str, An
         ["seed=1"],
         ["method.seed=1"],
         ["sparsity=0.8"],
-        ["method.block_size=8"],
+        ["method.block_size=4"],
         ["method.num_samples=7"],
         ["method.importance=fisher"],
         ["scope=self_attn"],
@@ -379,6 +379,11 @@ WRONG = [
     wrong("scope=self_atn", "scope=self_atn matches no linear", "self_attn"),
     wrong("scope=lm_head", "scope=lm_head matches no linear"),
     wrong("method.block_size=128", "method.block_size=128 is larger than both sides", "at most"),
+    wrong(
+        "sparsity=0.95 method.block_size=16",
+        "method.block_size=16 trains 7.78% to 8.64% of the weights in scope",
+        "sparsity=0.95 asks for 5.00%: use method.block_size=8, which trains 5.25%.",
+    ),
     wrong("method=lora scope=self_atn", "scope=self_atn matches no linear", "self_attn"),
     wrong("method=lora method.targets=[q_prj]", "q_prj", "q_proj"),
     wrong("method=s2ft method.roles=[vv]", "method.roles", "v"),
@@ -610,6 +615,48 @@ def test_an_altered_whole_model_is_refused(
     ALTERED[what](run / "adapter")
     assert refused(tmp_path, "eval", *words).startswith("run/adapter: ")
     assert not (run / "eval").exists()
+
+
+def test_the_block_size_follows_the_sparsity(in_tmp: Path, model_folder: Any) -> None:
+    """Concrete in all that a run leaves but its config, and in the cache's key."""
+    words = [*on(model_folder(), write_data(in_tmp)["json"]), "method=sylva", "sparsity=0.95", "method.num_samples=4"]
+    done = sparseft(in_tmp, "train", "--json", *words, "trainer.max_steps=1", "output_dir=run")
+    assert "in blocks of 8" in done.err and done.json["warnings"] == []
+    assert 1 - done.json["sparsity"] == pytest.approx(0.05, rel=0.1)
+    assert done.json["method_config"]["block_size"] == 8
+    for name in ("selection/selection.json", "adapter/adapter_config.json"):
+        content = json.loads((in_tmp / "run" / name).read_text())
+        assert content["block_size"] == 8 or name.startswith("adapter"), name
+        described = content["method_config"] if "method_config" in content else content["sparseft"]["method_config"]
+        assert described["block_size"] == 8, name
+    assert "block_size: null" in (in_tmp / "run/config.yaml").read_text()
+    given = sparseft(in_tmp, "preprocess", "--json", *words, "method.block_size=8").json
+    assert given["cached"] is True and given["trainable_parameters"] == done.json["trainable_parameters"]
+    plan = [word for word in words if not word.startswith("method.num_samples")]
+    planned = sparseft(in_tmp, "train", "--plan", "--json", *plan).json
+    assert planned["trainable_parameters"] == pytest.approx(done.json["trainable_parameters"], rel=0.01)
+    assert "use method.block_size=8" in refused(in_tmp, "train", "--plan", *plan, "method.block_size=32")
+
+
+def test_a_sparsity_that_no_block_size_meets_is_warned_about(in_tmp: Path, model_folder: Any) -> None:
+    words = [*on(model_folder(), write_data(in_tmp)["json"]), "method=sylva", "method.importance=random"]
+    done = sparseft(in_tmp, "preprocess", *words, "sparsity=0.999")
+    assert "sparsity 0.999 asks for 41 trainable weights; with blocks of 4 it is 224" in done.err
+    assert "which comes nearest and trains 0.54%" in refused(
+        in_tmp, "preprocess", *words, "sparsity=0.999", "method.block_size=8"
+    )
+
+
+def test_a_run_from_before_the_block_size_followed_is_continued(in_tmp: Path, model_folder: Any) -> None:
+    """Runs had 64 in their config where nothing was given; they go on with the blocks that they train."""
+    words = [*on(model_folder(), write_data(in_tmp)["json"]), "method=sylva", "method.importance=random",
+             "output_dir=run", "trainer.save_steps=2", "method.reselect_steps=3"]  # fmt: skip
+    sparseft(in_tmp, "train", *words, "trainer.max_steps=2", "method.block_size=16")
+    config = in_tmp / "run/config.yaml"
+    config.write_text(config.read_text().replace("block_size: 16", "block_size: 64"))
+    resumed = sparseft(in_tmp, "train", *words, "trainer.max_steps=4", "trainer.resume=auto")
+    assert "re-selection at step 3" in resumed.err and "in blocks of 16" in resumed.err
+    assert json.loads((in_tmp / "run/adapter/adapter_config.json").read_text())["block_size"] == 16
 
 
 def test_the_default_sparsity_missed_is_warned_about(in_tmp: Path, model_folder: Any) -> None:

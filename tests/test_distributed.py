@@ -27,7 +27,7 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 METHODS = {
     "s2ft": ["method=s2ft", "sparsity=0.9", "method.roles=[v,o,up,down]"],
     "permuted": ["method=s2ft", "sparsity=0.9", "method.roles=[up,down]", "method.layout=permuted"],
-    "sylva": ["method=sylva", "sparsity=0.9", "method.block_size=16", "method.num_samples=6"],
+    "sylva": ["method=sylva", "sparsity=0.9", "method.block_size=8", "method.num_samples=6"],
     "lora": ["method=lora", "sparsity=0.9", "method.dropout=0"],
     "dora": ["method=dora", "sparsity=0.9", "method.dropout=0"],
     "full": ["method=full"],

@@ -38,7 +38,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 CONFIGS: dict[str, Any] = {
     "ratios": sparseft.S2FTConfig(g_ratio=0.1, u_ratio=0.2, d_ratio=0.1, o_ratio=0.5, importance="weight"),
     "sparsity": sparseft.S2FTConfig(sparsity=0.9),
-    "sylva": sparseft.SylvaConfig(importance="weight", block_size=16, sparsity=0.9),
+    "sylva": sparseft.SylvaConfig(importance="weight", block_size=8, sparsity=0.9),
 }
 DOWN = "model.layers.0.mlp.experts.down_proj"
 
@@ -306,7 +306,7 @@ def test_every_importance_scores_single_experts(kind: str, importance: str, meth
     if method == "s2ft":
         config: Any = sparseft.S2FTConfig(d_ratio=0.1, u_ratio=0.1, importance=importance)
     else:
-        config = sparseft.SylvaConfig(sparsity=0.9, block_size=16, importance=importance, num_partition=2)
+        config = sparseft.SylvaConfig(sparsity=0.9, block_size=8, importance=importance, num_partition=2)
     selection = sparseft.compute_selection(model, config, [batch()])
     assert torch.equal(logits(model), before) and all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     assert not sparse_layers(model)
@@ -334,7 +334,7 @@ def test_reselection_scores_experts_as_the_first_selection_does(
     model = build(kind)
     model.set_experts_implementation(implementation)
     if importance == "sylva":
-        config: Any = sparseft.SylvaConfig(sparsity=0.9, block_size=16, num_partition=2)
+        config: Any = sparseft.SylvaConfig(sparsity=0.9, block_size=8, num_partition=2)
     else:
         config = sparseft.S2FTConfig(d_ratio=0.1, o_ratio=0.5, importance=importance)
     first = sparseft.compute_selection(model, config, [batch()])

@@ -108,7 +108,7 @@ def loaders(make_model: Any, tokenizer: Any, root: Path) -> dict[str, Callable[[
             indices = {name: {k: i.tolist() for k, i in kinds.items()} for name, kinds in found.modules.items()}
             return indices, found.block_size, found.meta
 
-        made = compute_selection(plain, SylvaConfig(sparsity=0.9, block_size=16, importance="weight"))
+        made = compute_selection(plain, SylvaConfig(sparsity=0.9, block_size=8, importance="weight"))
         return Loader(made.save(root / "selection"), load, True)
 
     def whole_model() -> Loader:

@@ -316,7 +316,7 @@ def test_what_is_wrong_inside_a_process_keeps_its_exit_code(in_tmp: Path, model_
 
 def test_the_result_comes_once_and_the_folder_tells_the_command(in_tmp: Path, model_folder: Any) -> None:
     data = write_data(in_tmp)["json"]
-    words = [*on(model_folder(), data), "method=sylva", "sparsity=0.9", "method.block_size=16", "method.num_samples=4"]
+    words = [*on(model_folder(), data), "method=sylva", "sparsity=0.9", "method.block_size=8", "method.num_samples=4"]
     command = Command(in_tmp, *words, "trainer.max_steps=2", "output_dir=run", "--json")
     code, out, err = command.end()
     assert code == 0, err

@@ -194,6 +194,18 @@ def test_the_adapter_is_the_union(make_model, tmp_path, kind, name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_blocks_of_another_size_than_the_sparsity_would_have_are_chosen_anew_as_they_are(make_model):
+    first = sparseft.compute_selection(make_model("llama"), sparseft.SylvaConfig(importance="weight", block_size=16))
+    config = sparseft.SylvaConfig(importance="random")  # alone it would take blocks of 4
+    model = sparseft.attach(make_model("llama"), config, first)
+    again = reselect(model, config, None, seed=3)
+    assert again.block_size == 16 and again.digest() != first.digest()
+    assert {n: len(k["blocks"]) for n, k in again.modules.items()} == {
+        n: len(k["blocks"]) for n, k in first.modules.items()
+    }
+    apply_selection(model, again)
+
+
 @pytest.mark.parametrize("name", ["s2ft", "sylva"])
 def test_the_device_holds_one_selection_whatever_was_trained_before(make_model, name):
     """Parameters, buffers and moments take as many bytes after any number of re-selections: the rest is on the host."""

@@ -146,7 +146,7 @@ def test_preprocess_goes_on_after_a_signal(
 ) -> None:
     words = [
         "preprocess", *on(model_folder("llama"), write_data(tmp_path)["json"]), "method=sylva", "sparsity=0.9",
-        "method.block_size=16", "method.num_samples=8",
+        "method.block_size=8", "method.num_samples=8",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     child = subprocess.Popen(

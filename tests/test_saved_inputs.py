@@ -14,9 +14,11 @@ from torch import nn
 
 import sparseft
 from sparseft.bench.memory import SavedBytes
+from sparseft.importance import compute_scores
 from sparseft.layers import BlockSparseLinear, share_inputs, sparse_layers
 from sparseft.layers.slices import SharedSlice
-from sparseft.selection import Selection
+from sparseft.modeling import ModelSpec
+from sparseft.selection import Selection, block_budget, choose, generator_for
 from sparseft.trainer_reselecting import apply_selection
 
 TOKENS = 24
@@ -42,8 +44,12 @@ def saved(model: nn.Module) -> int:
 
 
 def sylva(model: nn.Module, sparsity: float, block_size: int, importance: str = "random") -> nn.Module:
-    config = sparseft.SylvaConfig(sparsity=sparsity, block_size=block_size, importance=importance)
-    return sparseft.attach(copy.deepcopy(model), config)
+    """Trains that share of the blocks in every linear, also where they are too large to meet the sparsity."""
+    budget = block_budget(ModelSpec.of(model), block_size, sparsity, scope=None)
+    candidates = budget.candidates
+    scores = compute_scores(model, candidates, importance, seed=0, batches=None, generator=generator_for)
+    selection = choose(budget, scores, order="largest", allocation="per_layer", seed=0)
+    return sparseft.attach(copy.deepcopy(model), sparseft.SylvaConfig(), selection)
 
 
 def with_inputs(model: nn.Module) -> int:

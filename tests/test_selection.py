@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import build_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import sparseft
 from sparseft.commands.preparing import units_by_role
 from sparseft.errors import RunError, UserError
+from sparseft.methods import get_method
 from sparseft.methods.s2ft import S2FTConfig
 from sparseft.methods.selecting import compute_selection, first_samples
 from sparseft.methods.sylva import SylvaConfig
@@ -27,6 +31,7 @@ from sparseft.selection import (
     Candidate,
     Selection,
     block_budget,
+    blocks_spent,
     choose,
     generator_for,
     keep_count,
@@ -36,6 +41,7 @@ from sparseft.selection import (
 )
 
 DOWN = "model.layers.0.mlp.down_proj"
+LLAMA = ModelSpec.of(build_model("llama"))
 
 
 def rank(scores: list[float], order: str, seed: int = 0) -> list[int]:
@@ -177,9 +183,9 @@ def test_sparsity_is_met(make_model: Callable[..., Any], sparsity: float, roles:
             mine = sum(n for module, n in found.items() if f".{layer}." in module)
             assert abs(mine - wanted) <= finest or mine == floor
     else:
-        # Each role is rounded over all layers: half a unit each.
-        coarse = sum({s.role: s.unit * s.other for s in spec.slots if s.role in roles}.values())
-        assert abs(sum(found.values()) - (1 - sparsity) * scope) <= coarse
+        units = {s.role: s.unit * s.other for s in spec.slots if s.role in roles}
+        mine = sum(found.values())
+        assert abs(mine - (1 - sparsity) * scope) <= min(units.values()) or mine == sum(units.values())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -187,11 +193,11 @@ def test_sparsity_is_met(make_model: Callable[..., Any], sparsity: float, roles:
 def test_block_budget(make_model: Callable[..., Any], kind: str, size: int) -> None:
     model = make_model(kind)
     spec = ModelSpec.of(model)
-    selection = compute_selection(model, SylvaConfig(sparsity=0.9, block_size=size, importance="weight"))
+    selection = compute_selection(model, SylvaConfig(block_size=size, importance="weight"))  # the default sparsity
     assert selection.block_size == size and selection.modules.keys() == spec.linears.keys()
     for module, (rows, columns) in spec.linears.items():
         count = -(-rows // size) * -(-columns // size)
-        assert len(selection.modules[module]["blocks"]) == max(1, round(0.1 * count))
+        assert len(selection.modules[module]["blocks"]) == max(1, round(0.016 * count))
 
 
 @pytest.mark.parametrize("allocation", ["per_layer", "global"])
@@ -206,6 +212,97 @@ def test_what_trains_of_each_role(make_model: Callable[..., Any], allocation: st
     assert fused == {"q": (2, 8, 2 * 12 * 48), "v": (4, 8, 4 * 12 * 48)}
     blocks = compute_selection(model, SylvaConfig(importance="random", block_size=8))
     assert units_by_role(blocks, spec) == {}
+
+
+def block_areas(shape: tuple[int, int], size: int) -> list[int]:
+    """The weights of each block, by counting."""
+    (rows, columns), blocks = shape, []
+    for r in range(0, rows, size):
+        blocks += [min(size, rows - r) * min(size, columns - c) for c in range(0, columns, size)]
+    return sorted(blocks, reverse=True)
+
+
+def brute_force_miss(shapes: list[tuple[int, int]], size: int, sparsity: float, allocation: str) -> float:
+    """How far from what is asked for the blocks kept are, in the mean and for the largest ones."""
+    every = [block_areas(shape, size) for shape in shapes]
+    kept = [max(1, round((1 - sparsity) * len(areas))) if allocation == "per_layer" else 1 for areas in every]
+    mean = sum(count * sum(areas) / len(areas) for count, areas in zip(kept, every, strict=True))
+    most = sum(sum(areas[:count]) for count, areas in zip(kept, every, strict=True))
+    if allocation == "global":  # one each, the rest from anywhere
+        total = max(1, round((1 - sparsity) * sum(map(len, every))))
+        if (free := max(0, total - len(every))) > 0:
+            left = sum(sum(areas) * (1 - 1 / len(areas)) for areas in every)
+            mean += free * left / (sum(map(len, every)) - len(every))
+            most += sum(sorted((area for areas in every for area in areas[1:]), reverse=True)[:free])
+    asked = (1 - sparsity) * sum(rows * columns for rows, columns in shapes)
+    return max(abs(mean / asked - 1), abs(most / asked - 1))
+
+
+@settings(max_examples=150)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=5),
+    scale=st.sampled_from([1, 4, 8, 16]),
+    sparsity=st.sampled_from([0.3, 0.5, 0.8, 0.9, 0.95, 0.984, 0.99, 0.999]),
+    allocation=st.sampled_from(["per_layer", "global"]),
+)
+def test_the_block_size_is_the_largest_that_meets_the_sparsity(
+    shapes: list[tuple[int, int]], scale: int, sparsity: float, allocation: str
+) -> None:
+    shapes = [(scale * rows, scale * columns) for rows, columns in shapes]
+    spec = replace(LLAMA, linears={f"m{number}": shape for number, shape in enumerate(shapes)})
+    config = SylvaConfig(sparsity=sparsity, allocation=allocation)
+    settled = get_method("sylva").settled
+    sizes = [size for size in (64, 32, 16, 8, 4) if size <= min(map(max, shapes))]
+    if not sizes:
+        with pytest.raises(UserError, match="both sides are below 4, the smallest block; leave it out by scope"):
+            settled(spec, config)
+        return
+    missed = {size: brute_force_miss(shapes, size, sparsity, allocation) for size in sizes}
+    meeting = [size for size in sizes if missed[size] <= 0.1 + 1e-9]
+    found = settled(spec, config)
+    if meeting:
+        assert found == replace(config, block_size=meeting[0])
+    else:
+        assert missed[found.block_size] == pytest.approx(min(missed.values()))
+    assert settled(spec, found) == found  # it may be given too
+    for size in sizes:
+        given_size = replace(config, block_size=size)
+        if size in meeting:
+            assert settled(spec, given_size) == given_size
+        elif missed[size] > missed[found.block_size] + 1e-6:
+            with pytest.raises(UserError, match=f"block_size={size} trains .*use method.block_size={found.block_size}"):
+                settled(spec, given_size)
+        assert settled(spec, replace(given_size, sparsity=None)).block_size == size  # nobody asked for the default
+
+
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
+def test_what_blocks_train_in_the_mean_and_at_most(allocation: str) -> None:
+    shapes = {"a": (40, 25), "b": (9, 70), "c": (33, 33)}
+    budget = block_budget(replace(LLAMA, linears=shapes), 8, 0.8, scope=None)
+    mean, most = blocks_spent(budget, allocation)
+    generator = torch.Generator().manual_seed(0)
+    found, largest = [], {}
+    for c in budget.candidates:
+        rows, columns = (unit_index(c, torch.arange(c.count)) * c.unit).T
+        high, wide = ((side - start).clamp(max=c.unit) for side, start in zip(c.shape, (rows, columns), strict=True))
+        largest[c.key] = (high * wide).double()
+    for _ in range(400):
+        scores = {c.key: torch.rand(c.count, generator=generator) for c in budget.candidates}
+        chosen = choose(budget, scores, order="largest", allocation=allocation, seed=0)
+        found.append(sum(chosen.trainable(shapes).values()))
+    assert mean == pytest.approx(sum(found) / len(found), rel=0.01) and max(found) <= most
+    chosen = choose(budget, largest, order="largest", allocation=allocation, seed=0)
+    assert sum(chosen.trainable(shapes).values()) == most
+
+
+def test_a_block_size_left_open_is_the_same_selection_as_that_size_given(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    config = SylvaConfig(sparsity=0.95, importance="weight")
+    found = compute_selection(model, config)
+    given_size = compute_selection(model, replace(config, block_size=8))
+    assert found.digest() == given_size.digest() and found.meta == given_size.meta
+    assert found.meta["method_config"]["block_size"] == found.block_size == 8
+    assert found.meta["trainable_parameters"] == pytest.approx(0.05 * found.meta["scope_parameters"], rel=0.1)
 
 
 def test_scope_limits_what_is_chosen(make_model: Callable[..., Any]) -> None:

@@ -23,7 +23,7 @@ from sparseft.errors import UserError, nearest
 from sparseft.methods import get_method
 from sparseft.methods.base import IMPORTANCES
 from sparseft.methods.selecting import compute_selection
-from sparseft.modeling import resolve_device
+from sparseft.modeling import ModelSpec, resolve_device
 
 REFERENCE = "forward+backward"
 
@@ -50,6 +50,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     device = resolve_device(config.hardware.device)
     model = base_model(config, device)
     check_length(config, model)
+    chosen = get_method(config.method_name).settled(ModelSpec.of(model), config.method)
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(config.seed)
     ids = torch.randint(vocabulary, (settings.samples, settings.length), generator=generator).to(device)
@@ -57,7 +58,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     work: dict[str, Callable[[], Any]] = {REFERENCE: lambda: forward_backward(model, batches)}
     for name in settings.importances:
-        method = dataclasses.replace(config.method, importance=name, num_samples=settings.samples)
+        method = dataclasses.replace(chosen, importance=name, num_samples=settings.samples)
         work[name] = lambda method=method: compute_selection(model, method, batches)
     parameters = sum(p.numel() for p in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
@@ -74,7 +75,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         "dtype": dtype,
         "device": device_name(device),
         "method": config.method_name,
-        "method_config": dataclasses.asdict(config.method),
+        "method_config": dataclasses.asdict(chosen),
         "samples": settings.samples,
         "batch_size": settings.batch_size,
         "length": settings.length,

@@ -25,6 +25,8 @@ from sparseft.errors import UserError
 from sparseft.importance import ranks
 from sparseft.importance.resuming import saved_samples
 from sparseft.kernels.dispatch import kernel_for
+from sparseft.methods import get_method
+from sparseft.methods.base import TOLERANCE
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import (
     ModelSpec,
@@ -103,19 +105,19 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
     """The cached selection with this run's key, or a new one, which is then cached."""
     from sparseft.trainer_distributed import check_zero
 
-    key = selection_key(base_fingerprint(prepared.model), prepared.data.fingerprint, config.method_name, config.method)
+    spec = ModelSpec.of(prepared.model)
+    method = get_method(config.method_name).settled(spec, config.method)
+    key = selection_key(base_fingerprint(prepared.model), prepared.data.fingerprint, config.method_name, method)
     path = Path(config.cache_dir) / "selections" / key
     start = time.perf_counter()
     first = ranks.rank_and_world()[0] == 0
-    spec = ModelSpec.of(prepared.model)
-    check_zero(spec, config.method_name, config.method, config.hardware)
+    check_zero(spec, config.method_name, method, config.hardware)
     found = ranks.from_first(_cached(config.cache_dir, path) if first else None)  # all processes train the same
     partial = path.with_name(f"{key}.partial")
     if found is not None:
         if first:  # of a process that was killed when it had saved the selection
             shutil.rmtree(partial, ignore_errors=True)
         return Selected(found, path, True, time.perf_counter() - start)
-    method = config.method
     batches = None
     total = None
     if method.needs_data:
@@ -196,19 +198,17 @@ def resumable_selection(
 
 
 def describe_trainable(trainable: int, spec: ModelSpec, config: RunConfig, unit: str) -> None:
-    """Says how much trains, and warns where it is off by more than a tenth from the share asked for.
-
-    `unit` is what the method trains whole, so that a share cannot be met exactly.
-    """
+    """Says how much trains, in which `unit`, and warns where it is off by more than a tenth from the share asked for:
+    what a method trains whole cannot meet every share."""
     scope = scope_parameters(spec, config)
     console.log(
         f"trainable: {trainable:,} of {scope:,} weights in scope (sparsity {1 - trainable / scope:.2%} in scope, "
-        f"{1 - trainable / spec.total_parameters:.2%} of the whole model)"
+        f"{1 - trainable / spec.total_parameters:.2%} of the whole model), in {unit}"
     )
     sparsity = config.method.wanted_sparsity
     if sparsity is not None:
         wanted = (1 - sparsity) * scope
-        if abs(trainable - wanted) > 0.1 * wanted:
+        if abs(trainable - wanted) > TOLERANCE * wanted:
             console.warn(
                 f"sparsity {sparsity} asks for {wanted:,.0f} trainable weights; with {unit} it is {trainable:,} "
                 f"(sparsity {1 - trainable / scope:.4f})"

@@ -21,6 +21,8 @@ FREE = {
     *("trainer.save_total_limit", "trainer.resume", "trainer.target_score"),
 }
 
+# What runs of before had for a setting that is now left to the model where nothing is given.
+ONCE_DEFAULT = {"method.block_size": 64}
 
 PROCESSES = "hardware.num_processes"  # in what is compared here: all processes, of all machines
 PIECES = ("trainer.batch_size", "trainer.gradient_accumulation", PROCESSES)  # what counts is their product
@@ -106,6 +108,8 @@ def _check_same(config: RunConfig, folder: Path) -> None:
     for key in [*then, *(key for key in now if key not in then)]:
         free = key in FREE or key.split(".")[0] in FREE
         if (free and key not in fixed) or then.get(key) == now.get(key):
+            continue
+        if now.get(key) is None and key in ONCE_DEFAULT and then.get(key) == ONCE_DEFAULT[key]:
             continue
         raise UserError(
             f"{key}={_show(now.get(key))}: the run in '{folder}' was started with {_show(then.get(key))}, and a run "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +124,7 @@ class Job:
         self.selection = self._selection() if self.method.sparse else None
         with console.showing(LayoutWarning):
             self.model = attach(prepared.model, config.method, self.selection)
+        self.method_config = state_of(self.model).method_config  # with what it left to the model
         if config.model.path.startswith(BUNDLED):
             state_of(self.model).base_model = config.model.path
         self.trainable = trainable_count(self.model)
@@ -278,7 +278,7 @@ class Job:
             "seed": config.seed,
             "learning_rate": self.learning_rate,
             "selection_cached": self.selection_cached,
-            "method_config": asdict(config.method),
+            "method_config": self.method_config,
             "contamination": self.overlap,
             "warnings": console.recorded_warnings(),
             **({"best_step": kept.step} if kept else {}),

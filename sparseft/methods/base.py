@@ -18,6 +18,7 @@ IMPORTANCES_WITHOUT_DATA = ("random", "weight")
 ORDERS = ("largest", "smallest", "sampled")
 ALLOCATIONS = ("per_layer", "global")
 DEFAULT_SPARSITY = 0.984
+TOLERANCE = 0.1  # of the trainable weights that a sparsity asks for: what comes of it may be off by as much
 
 
 def check_choice(field: str, value: object, choices: tuple[Any, ...]) -> None:
@@ -87,6 +88,10 @@ class Method:
     def accepts(self, config: Any) -> bool:
         """Whether a config of `config_class` means this method."""
         return True
+
+    def settled(self, spec: ModelSpec, config: Any) -> Any:
+        """The config with what it leaves to the model filled in; refuses what the model cannot meet."""
+        return config
 
     def budget(self, spec: ModelSpec, config: Any) -> Budget:
         """What may be chosen and how much of it (sparse methods only)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def compute_selection(
     if sparse_layers(model):
         raise UserError("the model has sparse layers already: detach or merge them before selecting anew.")
     spec = ModelSpec.of(model)
+    config = method.settled(spec, config)
     budget = method.budget(spec, config)
     check_modules(model, dict.fromkeys(c.module for c in budget.candidates), spec.linears)
     if config.needs_data and batches is not None:
@@ -100,6 +101,9 @@ def reselect(
     """Chooses anew for an attached model, from its weights as they are: in each layer as many units as train now."""
     spec = ModelSpec.of(model)
     layers = sparse_layers(model)
+    size = max((p.block_size or 0 for layer in layers.values() for p in layer.patterns.values()), default=0)
+    if size and hasattr(config, "block_size"):  # what trains decides, also where the caller had chosen it
+        config = replace(config, block_size=size)
     budget = method_of(config).budget(spec, config)
     counts = {}
     for c in budget.candidates:
