@@ -17,8 +17,8 @@ from sparseft.errors import UserError, reason_of
 
 BLOCK = 2**16  # bytes read at once: larger strings that come and go leave holes in the heap
 HEAD = 512  # bytes that tell what a file is
-# What a file may unfold to: so many bytes, or so many times its size. Some hundred bytes can say that a byte is repeated
-# a billion times.
+# What a file may unfold to: so many bytes, or so many times its size. Some hundred bytes can say that one of them is
+# repeated a billion times.
 FREE, RATIO = 2**28, 200
 
 SUFFIXES = {".gz", ".gzip", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".lz4"}
