@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -532,6 +534,46 @@ def test_missing_files_name_the_nearest(tmp_path: Path, in_tmp: Path) -> None:
     for path, message in cases.items():
         with pytest.raises(UserError, match=f"dataset.eval_path: .*{message}"):
             open_source(path, key="dataset.eval_path")
+
+
+def test_a_path_that_is_gone_is_not_looked_up_on_the_hub(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    import datasets
+
+    def hub(*_: Any, **__: Any) -> None:
+        raise AssertionError("looked up on the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    (in_tmp / "data").mkdir()
+    write(in_tmp / "data" / "train.jsonl", [{"text": "a"}])
+    cases = {
+        "data/trian.jsonl": "Did you mean 'train.jsonl'",
+        "data/train": "Did you mean 'train.jsonl'",  # no ending, but its folder is here
+        "dta/train.jsonl": "'dta' does not exist.*Did you mean 'data/train.jsonl'",
+        "dta/train.json.gz": "'dta' does not exist.*Did you mean 'data'",
+        "nowhere/set.csv": "'nowhere' does not exist",
+        "nowhere/set.parquet": "'nowhere' does not exist",
+        "nowhere/set.txt.zst": "'nowhere' does not exist",
+        "./train": "",
+        "../gone/train": "'../gone' does not exist",
+        "one/two/three": "'one/two' does not exist",
+        "~/gone/train": "gone' does not exist",
+        "train.jsonl": "",
+    }
+    for path, message in cases.items():
+        looked = "" if path.startswith("~") else rf" \(looked in {in_tmp}\)"
+        for key in ("dataset.train_path", "dataset.eval_path"):
+            with pytest.raises(UserError, match=rf"{key}: there is no file '{re.escape(path)}'{looked}\..*{message}"):
+                open_source(path, key=key)
+    with pytest.raises(AssertionError, match="looked up on the hub"):
+        open_source("owner/name")
+
+
+def test_a_pipe_is_said_to_be_none_that_can_be_read_again(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="is no regular file"):
+        open_source(str(tmp_path / "a.jsonl"))
 
 
 def test_hub_id_offline_says_to_give_a_file() -> None:

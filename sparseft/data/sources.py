@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from sparseft.config import BUNDLED
 from sparseft.data import reading, unpacking
 from sparseft.data.reading import Item
-from sparseft.errors import UserError, nearest
+from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, where_looked
 
 BUNDLED_ROOT = Path(__file__).resolve().parent.parent / "bundled"
 
@@ -25,7 +24,6 @@ _JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 _TEXT_SUFFIXES = {".txt", ".text", ".md"}
 _PARQUET_SUFFIXES = {".parquet"}
 _DATA_SUFFIXES = _JSON_SUFFIXES | _TEXT_SUFFIXES | _PARQUET_SUFFIXES
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 CHUNK_BYTES = 2**22  # of records that are in memory together, about
@@ -122,9 +120,11 @@ def locate_file(path: str, *, key: str = "dataset.train_path") -> Path | None:
         inside = sorted(str(file / entry.name) for entry in file.iterdir() if _suffix(entry) in _DATA_SUFFIXES)
         found = f" Files in it: {', '.join(inside)}." if inside else ""
         raise UserError(f"{key}: '{path}' is a folder; a JSON, JSON lines, parquet or text file was expected.{found}")
-    if _HUB_ID.fullmatch(path) and file.suffix.lower() not in _DATA_SUFFIXES and not file.parent.is_dir():
+    if file.exists():
+        raise UserError(f"{key}: '{path}' is no regular file; a data file is read more than once.")
+    if HUB_ID.fullmatch(path) and not looks_local(path):
         return None
-    raise UserError(f"{key}: there is no file '{path}'.{_nearest_file(file)}")
+    raise UserError(f"{key}: there is no file '{path}'{where_looked(path)}.{_nearest_file(file)}")
 
 
 def _bundled_file(path: str, key: str) -> Path:
@@ -143,7 +143,7 @@ def _nearest_file(file: Path) -> str:
     """Names the nearest existing file in the folder of the missing `file`, or the folder that is missing itself."""
     folder = file.parent
     if not folder.is_dir():
-        return f" Its folder '{folder}' does not exist either; a hub id is written owner/name."
+        return f" Its folder '{folder}' does not exist either; a hub id is written owner/name.{nearest_path(file)}"
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     suggestion = nearest(file.name, names)
     if suggestion.startswith(" Did you mean"):
