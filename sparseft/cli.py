@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from sparseft import console
-from sparseft.cli_execution import INTERRUPTED, WRONG_INPUT, emit, execute, flush_stdout
+from sparseft.cli_execution import FAILED, INTERRUPTED, WRONG_INPUT, emit, execute, flush_stdout, open_streams
 from sparseft.cli_points import Options, command_module, configured, exists, finish, is_setting
 from sparseft.errors import UserError, nearest
 from sparseft.overrides import is_override
@@ -234,6 +234,7 @@ def report(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line (default: of this process) and returns the exit code."""
+    open_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = typer.main.get_command(app)
     try:
@@ -242,7 +243,15 @@ def main(argv: list[str] | None = None) -> int:
         code = _usage_error(error)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    flush_stdout()
+    except OSError as error:  # of --help, as everything else is printed within `execute`
+        code = FAILED
+        console.error(f"stdout cannot be written: {error.strerror}")
+    except SystemExit:  # typer's end where the reader of --help went away
+        code = 0
+    lost = flush_stdout()
+    if lost and not code:
+        console.error(lost)
+        return FAILED
     return code or 0
 
 

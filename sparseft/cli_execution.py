@@ -104,6 +104,22 @@ def stdout_to_stderr() -> Iterator[None]:
         os.close(saved)
 
 
+def open_streams() -> None:
+    """Makes stdout and stderr take whatever is printed: what their encoding lacks is escaped, and a closed one leads
+    nowhere."""
+    for descriptor in (0, 1, 2):  # ascending, as the lowest free one is what opens
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):  # else a program's own, in whose process this runs
+            stream.reconfigure(errors="backslashreplace")
+
+
 def emit(text: str) -> None:
     """Prints a result on stdout; a reader that went away (`| head`) is no error."""
     try:
@@ -112,12 +128,17 @@ def emit(text: str) -> None:
         discard_stdout()
 
 
-def flush_stdout() -> None:
-    """Flushes stdout before the interpreter does, which would report a closed pipe as an ignored exception."""
+def flush_stdout() -> str:
+    """Flushes stdout before the interpreter does, which would report a closed pipe as an ignored exception; returns why
+    what was printed is lost, if it is."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         discard_stdout()
+    except OSError as error:  # a full disk
+        discard_stdout()
+        return f"stdout cannot be written: {error.strerror}"
+    return ""
 
 
 def discard_stdout() -> None:
@@ -128,8 +149,9 @@ def discard_stdout() -> None:
 
 
 def to_json(result: Any) -> str:
-    """One line of strict JSON: NaN and infinities become null, paths and other path-like objects text."""
-    return json.dumps(_strict(result), allow_nan=False, ensure_ascii=False)
+    """One line of strict JSON in ASCII, which every stdout can print: NaN and infinities become null, paths and other
+    path-like objects text."""
+    return json.dumps(_strict(result), allow_nan=False)
 
 
 def _strict(value: Any) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseft import console
-from sparseft.cli_execution import DONE, FAILED, INTERRUPTED, Outcome, emit, execute, to_json
+from sparseft.cli_execution import FAILED, INTERRUPTED, Outcome, emit, execute, to_json
 from sparseft.errors import UserError
 from sparseft.overrides import GROUPS, is_override
 
@@ -122,8 +122,7 @@ def finish(command: str, outcome: Outcome, as_json: bool, debug: bool, shows_con
         if as_json:
             printed = execute(lambda: emit(to_json(result)), debug, guard_stdout=False)
         elif shows_config:
-            emit(result.rstrip("\n"))
-            printed = Outcome(DONE)
+            printed = execute(lambda: emit(result.rstrip("\n")), debug, guard_stdout=False)
         else:
             printed = execute(lambda: command_module(command).render(result), debug, guard_stdout=False)
         if printed.code:

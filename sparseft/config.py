@@ -79,7 +79,7 @@ class HardwareConfig:
     """Processes see `batch_size × gradient_accumulation` sequences a step each, whatever `micro_batch` makes of it."""
 
     name: str = "auto"
-    device: str = "auto"  # auto | cpu | cuda
+    device: str = "auto"  # auto | cpu | cuda (gpu means that too)
     dtype: str | None = None  # of the model where model.dtype is auto; null: as stored
     num_processes: int = 1  # on each machine
     num_machines: int = 1
@@ -90,6 +90,10 @@ class HardwareConfig:
     gradient_checkpointing: bool = False
     compile: bool = False
     memory_gib: float | None = None  # of one device, for `train --plan`; null: as torch finds it
+
+    def __post_init__(self) -> None:
+        known = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
+        self.device = known.get(self.device.lower(), self.device)
 
 
 @dataclass

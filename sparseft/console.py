@@ -249,5 +249,8 @@ def _write(message: str, style: str | None = None) -> None:
         else:
             print(message, file=sys.stderr, flush=True)
     except BrokenPipeError:
-        # Whoever read the log went away; the run itself must not die of it.
-        sys.stderr = open(os.devnull, "w")
+        # Whoever read the log went away; the run itself must not die of it, nor what libraries and children print.
+        nowhere = open(os.devnull, "w")
+        with contextlib.suppress(OSError, ValueError):  # a stream that has no file
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())
+        sys.stderr = nowhere

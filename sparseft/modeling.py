@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.config import BUNDLED, ModelConfig
-from sparseft.errors import UserError, nearest, reason_of
+from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, reason_of, where_looked
 from sparseft.expert_weights import is_router, other_stacks, stacks
 from sparseft.files import check_whole
 from sparseft.load_report import check_complete, without_report
@@ -322,11 +321,18 @@ def check_model_path(path: str) -> str:
         return str(folder)
     if folder.exists():
         raise UserError(f"model.path={path}: expected a Hugging Face model folder, this is a file.")
-    looks_local = resolved.startswith((".", "/", "~")) or resolved.count("/") > 1
-    if looks_local:
-        near = nearest(folder.name, os.listdir(folder.parent)) if folder.parent.is_dir() else ""
-        raise UserError(f"model.path={path}: no such folder.{near}")
+    if looks_local(resolved) and not _in_hub_cache(resolved):
+        here = folder.parent
+        hub = f" '{here}' is a folder here, so this is not looked up on the hub." if HUB_ID.fullmatch(path) else ""
+        raise UserError(f"model.path={path}: no such folder{where_looked(resolved)}.{nearest_path(folder)}{hub}")
     return resolved
+
+
+def _in_hub_cache(path: str) -> bool:
+    """Whether a path such as `Qwen/Qwen3-8B`, in a folder that has a `Qwen`, is a model that the hub's cache holds."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return bool(HUB_ID.fullmatch(path)) and isinstance(try_to_load_from_cache(path, "config.json"), str)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from sparseft.adapter import attach, trainable_parameters
 from sparseft.bench.memory import AllocationCounter, tensor_bytes
 from sparseft.config import HardwareConfig, RunConfig
-from sparseft.errors import UserError
+from sparseft.errors import UserError, reason_of
 from sparseft.importance.host_memory import available_bytes
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.methods import get_method
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import ModelSpec, decoder_layers
+from sparseft.trainer_arguments import check_optimizer
 from sparseft.trainer_distributed import MAX_BUCKET, check_zero
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
@@ -143,11 +144,13 @@ def _on_meta(content: transformers.PretrainedConfig, dtype: torch.dtype, config:
                 copy.deepcopy(content), dtype=dtype, attn_implementation=attention
             )
 
-    model = build(config.model.attn_implementation)
+    asked = config.model.attn_implementation
+    flash = "flash" in (asked or "")  # its package need be where the run will be, not where it is planned
+    model = build(None if flash else asked)
     _check_experts(model, config.model.path)
     text = content.get_text_config()
     dropout = max(getattr(text, name, 0.0) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
-    fused = str(model.config._attn_implementation).startswith(("sdpa", "flash"))
+    fused = flash or str(model.config._attn_implementation).startswith("sdpa")
     # torch's fused kernel for the CPU knows no dropout
     model = build(FUSED if fused and not (dropout and on_cpu(config.hardware)) else PLAIN)
     model.config.get_text_config().pad_token_id = None  # or transformers looks for padding among the tokens
@@ -202,7 +205,7 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
     if shape.autocast:  # the copies in half precision stay for the step; weights and gradients are twice as wide
         activations += parameters
         parameters, gradients = 2 * parameters, 2 * gradients
-    moments = states(config.trainer.optimizer) * parameters
+    moments = optimizer_bytes(config.trainer.optimizer, trained) * (2 if shape.autocast else 1)
     activations = max(activations, _while_updating(config, trained))
     return sharded(config, shape, Memory(weights, parameters, gradients, moments, activations))
 
@@ -216,14 +219,27 @@ def _while_updating(config: RunConfig, trained: list[Tensor]) -> int:
     return tensor_bytes(trained)  # the denominators of all at once
 
 
-def states(optimizer: str) -> int:
-    """How many numbers the optimizer keeps for each parameter it trains. UserError where that is not known here."""
+def optimizer_bytes(optimizer: str, trained: list[Tensor]) -> int:
+    """Bytes that the optimizer keeps for the parameters it trains (on the meta device). UserError where it cannot be
+    used here, or is not known and cannot be tried."""
     for start, copies in STATES.items():
         if optimizer.startswith(start) and not optimizer.endswith("bit"):
-            return copies
-    raise UserError(
-        f"trainer.optimizer={optimizer}: what it keeps is not known to the plan, which knows {', '.join(STATES)}."
-    )
+            return copies * tensor_bytes(trained)
+    parameters = [nn.Parameter(torch.empty_like(tensor)) for tensor in trained]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    arguments = transformers.TrainingArguments(optim=optimizer, use_cpu=True, report_to=[])
+    check_optimizer(arguments, nn.ParameterList(parameters))
+    kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
+    try:
+        made = kind(parameters, **options)
+        made.step()
+    except Exception as error:  # whatever an optimizer makes of tensors without content
+        raise UserError(
+            f"trainer.optimizer={optimizer}: what it keeps is not known to the plan, and it cannot be tried without "
+            f"weights ({reason_of(error)})."
+        ) from error
+    return tensor_bytes([held for state in made.state.values() for held in state.values() if torch.is_tensor(held)])
 
 
 def world(hardware: HardwareConfig) -> int:

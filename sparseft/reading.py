@@ -13,9 +13,17 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from sparseft.errors import UserError
+from sparseft.errors import UserError, shown
 
 MAX_BYTES = 256 << 20  # of a description: the largest that sparseft writes have a hundredth of it
+
+
+class KeyTwice(ValueError):
+    """A key stands twice in one JSON object."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key '{shown(key)}' stands twice")
+        self.key = key
 
 
 def parse_json(text: str | bytes, *, numbers: bool = True) -> Any:
@@ -28,17 +36,17 @@ def parse_json(text: str | bytes, *, numbers: bool = True) -> Any:
     """
     strict: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite} if numbers else {}
     try:
-        return json.loads(text, object_pairs_hook=_object, **strict)
+        return json.loads(text, object_pairs_hook=unique_keys, **strict)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of its keys and values, for `object_pairs_hook`; `KeyTwice` where a key stands twice."""
     content = dict(pairs)
     if len(content) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key '{twice[:80]}' stands twice")
+        raise KeyTwice(next(key for key, _ in pairs if key in seen or seen.add(key)))
     return content
 
 
@@ -93,6 +101,12 @@ def parse_yaml(text: str) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise ValueError("a YAML alias (*name), which is not read")
             return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(set(keys)) != len(keys):
+                raise KeyTwice(next(key for key in keys if keys.count(key) > 1))
+            return super().construct_mapping(node, deep)
 
     try:
         return yaml.load(text, Loader=Loader)  # a SafeLoader

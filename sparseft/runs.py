@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sparseft.errors import UserError, nearest
+from sparseft.errors import UserError, nearest, where_looked
 from sparseft.reading import read_json, why
 
 OUTPUTS = Path("outputs")  # below the working directory
@@ -279,7 +279,7 @@ def find_run(path: str | Path) -> Path:
     beside = [item.name for item in given.parent.iterdir() if is_run(item)] if given.parent.is_dir() else []
     hint = nearest(given.name, beside) or f" {MAKE_ONE}."
     if not given.exists():
-        raise UserError(f"no run '{given}': there is nothing of that name.{hint}")
+        raise UserError(f"no run '{given}'{where_looked(given)}: there is nothing of that name.{hint}")
     raise UserError(f"'{given}' holds no run: expected a folder with {', '.join(MARKS)} in it.{hint}")
 
 

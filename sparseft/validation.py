@@ -272,6 +272,12 @@ def check_choice(key: str, value: Any, choices: Iterable[Any]) -> None:
 
 def check(config: RunConfig) -> None:
     """Refuses values outside their range, then lets the method's config check itself."""
+    device, _, number = config.hardware.device.partition(":")
+    if device.lower() in ("cuda", "gpu") and number.isdigit():
+        raise UserError(
+            f"hardware.device={config.hardware.device}: expected one of auto, cpu, cuda; which GPU is said by the "
+            f"environment: CUDA_VISIBLE_DEVICES={number}."
+        )
     for key, choices in CHOICES.items():
         value = _value(config, key)
         if value is not None:

@@ -342,6 +342,63 @@ def test_a_closed_pipe_is_no_error(words: list[str]) -> None:
     assert (done.returncode, "Error" in done.stderr, "Exception" in done.stderr) == (0, False, False), done.stderr
 
 
+ODD = "é 日本 \udcff \N{PILE OF POO}"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_the_streams_cannot_print_is_escaped(
+    fake: Callable, monkeypatch: pytest.MonkeyPatch, encoding: str, as_json: bool
+) -> None:
+    """Results, tables, logs, warnings, progress and messages alike."""
+
+    def work(config: Any) -> dict[str, Any]:
+        console.log(ODD)
+        console.warn(ODD)
+        with console.Progress(1, ODD) as progress:
+            progress.update(1)
+        return {"run": ODD}
+
+    def render(result: dict[str, Any]) -> None:
+        print(result["run"])
+        console.table(ODD, [ODD], [[ODD]])
+
+    fake("train", work)
+    monkeypatch.setattr(sys.modules["sparseft.commands.train"], "render", render)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(["train", *(["--json"] if as_json else [])]) == 0
+    assert main([f"{ODD}=1"]) == main(["train", f"{ODD}=1"]) == 2
+    err.flush()
+    printed, said = out.buffer.getvalue().decode(encoding), err.buffer.getvalue().decode(encoding)
+    if as_json:
+        assert json.loads(printed) == {"run": ODD} and printed.isascii()
+    else:
+        shown = ODD.encode(encoding, "backslashreplace").decode(encoding)
+        assert printed.splitlines()[:3] == [shown, shown, shown]
+    assert said.count("Unknown key") == 1 and "Error" not in said
+    console.clear_warnings()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--cfg", "dataset.train_path=é日本"]])
+@pytest.mark.parametrize("redirection", ["", ">&-", "2>&-", ">&- 2>&-", "<&- >&-", "| true", "2>&1 | head -1"])
+def test_streams_of_any_encoding_or_none(words: list[str], redirection: str) -> None:
+    command = f"set -o pipefail; {sys.executable} -m sparseft {' '.join(map(repr, words))} {redirection}"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["--help"], ["train", "--cfg"], ["train", "--cfg", "--json"]])
+def test_a_full_disk_under_stdout_is_said(words: list[str]) -> None:
+    command = f"{sys.executable} -m sparseft {' '.join(words)} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "No space left" in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_interrupting_a_real_process(tmp_path: Path) -> None:
     """Ctrl-C while a command works ends with 130 and no traceback."""
     code = (

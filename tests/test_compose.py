@@ -183,6 +183,30 @@ def test_conf_is_found_by_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # -- overrides --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("gpu", "cuda"), ("GPU", "cuda"), ("CUDA", "cuda"), ("Cpu", "cpu"), ("Auto", "auto"), ("cuda", "cuda")],
+)
+def test_gpu_means_cuda_whatever_the_case(typed: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the command line, in a file and in a `config.yaml`; what is recorded and used is the one name."""
+    import torch
+
+    from sparseft.modeling import resolve_device
+
+    config = make(f"hardware.device={typed}")
+    again = from_dict(config.to_dict() | {"hardware": {"device": typed}})
+    assert config.hardware.device == again.hardware.device == meant
+    assert f"device: {meant}\n" in to_yaml(config)
+    for available in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        if available or meant != "cuda":
+            expected = "cuda" if available and meant != "cpu" else "cpu"
+            assert resolve_device(config.hardware.device).type == expected
+        else:
+            with pytest.raises(UserError, match="finds no CUDA device here"):
+                resolve_device(config.hardware.device)
+
+
 def test_contract_example() -> None:
     config = make(
         "model=llama3-8b", "method=s2ft", "dataset=commonsense", "hardware=1xl4", "sparsity=0.984",
@@ -417,7 +441,8 @@ def test_a_setting_without_effect_is_warned_about() -> None:
         # allowed values
         ("model.dtype=flaot32", ["model.dtype=flaot32", "Did you mean 'float32'?"]),
         ("model.dtype=float32,bfloat16", ["--multirun"]),
-        ("hardware.device=gpu", ["hardware.device=gpu", "auto, cpu, cuda"]),
+        ("hardware.device=tpu", ["hardware.device=tpu", "auto, cpu, cuda"]),
+        ("hardware.device=cuda:1", ["hardware.device=cuda:1", "auto, cpu, cuda", "CUDA_VISIBLE_DEVICES=1"]),
         ("hardware.zero_stage=4", ["hardware.zero_stage=4", "0, 1, 2, 3"]),
         ("eval.split=tset", ["eval.split=tset", "Did you mean 'test'?"]),
         ("dataset.format=alpca", ["dataset.format=alpca", "Did you mean 'alpaca'?"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -193,8 +195,8 @@ def test_guanaco_keeps_every_character_and_labels_exactly_the_answers(text: str)
         ({"instruction": "a", "outptu": "b"}, "alpaca", ["lacks 'output'", "'outptu'", "Did you mean 'output'?"]),
         ({"instruction": "a", "output": " \n"}, "alpaca", ["'output' is empty"]),
         ({"instruction": " ", "output": "b"}, "alpaca", ["'instruction' is empty"]),
-        ({"instruction": "a", "output": 4}, "alpaca", ["'output' must be text, not int"]),
-        ({"instruction": "a", "input": ["x"], "output": "b"}, "alpaca", ["'input' must be text, not list"]),
+        ({"instruction": "a", "output": 4}, "alpaca", ["'output' must be text, not a number"]),
+        ({"instruction": "a", "input": ["x"], "output": "b"}, "alpaca", ["'input' must be text, not a list"]),
         ({"prompt": "a"}, "prompt_completion", ["lacks 'completion'", "prompt"]),
         ({"prompt": "a", "completion": ""}, "prompt_completion", ["'completion' is empty"]),
         ({"text": "### Human: only a question"}, "guanaco", ["no '### Assistant:' turn"]),
@@ -210,6 +212,131 @@ def test_bad_record_is_named_with_what_it_lacks(item: dict, format: str, words: 
         convert(records_of(good, item), format)
     for word in ["set.jsonl, line 2", *words]:
         assert word in str(error.value)
+
+
+GOOD = {
+    "messages": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    "alpaca": {"instruction": "a", "output": "b"},
+    "prompt_completion": {"prompt": "a", "completion": "b"},
+    "oasst_trees": {"prompt": {"role": "prompter", "text": "a", "replies": [{"role": "assistant", "text": "b"}]}},
+    "text": {"text": "a"},
+}
+
+
+@pytest.mark.parametrize("detected", [True, False])
+@pytest.mark.parametrize(
+    ("format", "item", "words"),
+    [
+        ("messages", {"messages": "User: a"}, "'messages': expected a list of messages, got text"),
+        ("messages", {"messages": {"role": "user"}}, "'messages': expected a list of messages, got an object"),
+        ("messages", {"messages": None}, "'messages': expected a list of messages, got null"),
+        ("messages", {"conversations": 5, "id": "x"}, "'conversations': expected a list of messages, got a number"),
+        ("text", {"text": None}, "'text': expected text, got null"),
+        ("text", {"text": ["a"]}, "'text': expected text, got a list"),
+        ("text", {"text": 5}, "'text': expected text, got a number"),
+        ("text", {"text": True}, "'text': expected text, got true or false"),
+        ("alpaca", {"instruction": "a", "output": None}, "'output': expected text, got null"),
+        ("alpaca", {"instruction": ["a"], "output": "b"}, "'instruction' must be text, not a list"),
+        ("prompt_completion", {"prompt": 5, "completion": "a"}, "'prompt' must be text, not a number"),
+        ("prompt_completion", {"prompt": "a", "completion": None}, "'completion': expected text, got null"),
+        (
+            "oasst_trees",
+            {"prompt": {"text": "a"}},
+            "'prompt': expected a tree's first message, with 'replies' (a list)",
+        ),
+    ],
+)
+def test_a_known_key_with_a_value_of_another_type_says_both(
+    tmp_path: Path, tokenizer: Any, format: str, item: dict, words: str, detected: bool
+) -> None:
+    """Alone in a file whose format is detected, or after a good record of the format that is set."""
+    path = write(tmp_path / "a.jsonl", [item] if detected else [GOOD[format], item])
+    with pytest.raises(UserError) as error:
+        load(path, tokenizer, format="auto" if detected else format)
+    assert f"a.jsonl, line {1 if detected else 2}: {words}" in str(error.value)
+    assert "Did you mean" not in str(error.value)
+
+
+def test_a_key_that_is_right_is_never_suggested_for_itself() -> None:
+    for item, partner in (({"prompt": "a"}, "completion"), ({"instruction": "a"}, "output")):
+        with pytest.raises(UserError, match=f"needs '{partner}' beside it") as error:
+            detect_format(records_of(item))
+        assert "Did you mean" not in str(error.value)
+
+
+TURNS = {"text": "### Human: a### Assistant: b"}
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([*alpaca(20), GOOD["messages"]], ["line 21", "format messages", "first records have alpaca", "one format"]),
+        ([GOOD["messages"], GOOD["prompt_completion"]], ["line 2", "format prompt_completion", "messages"]),
+        ([GOOD["messages"], *alpaca(3)], ["line 1", "format messages", "alpaca"]),
+        ([GOOD["text"], TURNS], ["line 2", "guanaco", "dataset.format=text"]),
+        ([TURNS, GOOD["text"]], ["line 2", "format text", "dataset.format=text"]),
+    ],
+)
+def test_a_file_of_several_formats_is_refused_by_its_first_odd_record(
+    tmp_path: Path, tokenizer: Any, records: list[dict], words: list[str]
+) -> None:
+    with pytest.raises(UserError) as error:
+        load(write(tmp_path / "a.jsonl", records), tokenizer)
+    for word in ["a.jsonl, ", *words]:
+        assert word in str(error.value)
+
+
+def test_keys_of_other_formats_beside_ones_own_are_no_mixture(tmp_path: Path, tokenizer: Any) -> None:
+    """Alpaca's own set has its whole prompt as `text`, others a `prompt` beside their `messages`."""
+    assert load(write(tmp_path / "a.jsonl", [*alpaca(3), alpaca(1)[0] | TURNS]), tokenizer).format == "alpaca"
+    assert (
+        load(write(tmp_path / "b.jsonl", [GOOD["messages"], GOOD["messages"] | {"prompt": "a"}]), tokenizer).format
+        == "messages"
+    )
+
+
+@pytest.mark.parametrize("set_before", [True, False])
+def test_what_was_cached_with_its_format_set_is_still_refused_without(
+    tmp_path: Path, tokenizer: Any, set_before: bool
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": "a story of one"}, TURNS])
+
+    def cached(format: str) -> LoadedData:
+        config = DatasetConfig(train_path=path, format=format, eval_fraction=0)
+        return load_datasets(config, tokenizer, max_length=99, seed=0, bundled=False, cache_dir=tmp_path / "cache")
+
+    if set_before:
+        assert len(cached("text").train) == 2
+    with pytest.raises(UserError, match="line 2.*format guanaco"):
+        cached("auto")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize(
+    ("key", "record"),
+    [
+        ("completion", '{"prompt": "a", "completion": "b", "completion": "c"}'),
+        ("completion", '{"prompt": "a", "completion": "b", "comp\\u006cetion": "c"}'),
+        ("x", '{"prompt": "a", "completion": "b", "more": [{"x": 1, "x": 1}]}'),
+        ("content", '{"messages": [{"role": "user", "content": "a", "content": "a"}]}'),
+    ],
+)
+def test_a_key_twice_is_refused_with_its_place(tmp_path: Path, name: str, key: str, record: str) -> None:
+    good = '{"prompt": "a", "completion": "b"}'
+    lines = [f"[{good},", "", f"{record}]"] if name == "a.json" else [good, "", record, good]
+    (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{name}, line 3.*: the key '{key}' stands twice"):
+        for _ in open_source(str(tmp_path / name)).chunks():
+            pass
+
+
+def test_a_parquet_column_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet: there are two columns 'text'"):
+        open_source(str(tmp_path / "a.parquet"))
 
 
 def test_unknown_keys_and_formats_get_suggestions(tmp_path: Path, tokenizer: Any) -> None:
@@ -370,7 +497,7 @@ def test_text_file_is_documents_between_blank_lines(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a"},\n {"text": }]', ["line 2, column 11", "broken JSON", "JSON array"]),
         ("a.json", b'{\n "data": []\n}', ["is one JSON object", "keys: data", "array of records or JSON lines"]),
         ("a.json", b"[]", ["holds no records"]),
-        ("a.json", b'[{"text": "a"}, "b"]', ["record 2", "must be a JSON object", "str"]),
+        ("a.json", b'[{"text": "a"}, "b"]', ["record 2", "must be a JSON object", "this is text"]),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', ["line 2", "must be a JSON object", "list"]),
         ("a.jsonl", b'{"text": "a"}\n{"n": ' + b"9" * 5000 + b"}\n", ["line 2", "broken JSON", "digits"]),
         ("a.json", b'[{"n": ' + b"9" * 5000 + b"}]", ["line 1", "broken JSON", "digits"]),
@@ -407,6 +534,46 @@ def test_missing_files_name_the_nearest(tmp_path: Path, in_tmp: Path) -> None:
     for path, message in cases.items():
         with pytest.raises(UserError, match=f"dataset.eval_path: .*{message}"):
             open_source(path, key="dataset.eval_path")
+
+
+def test_a_path_that_is_gone_is_not_looked_up_on_the_hub(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    import datasets
+
+    def hub(*_: Any, **__: Any) -> None:
+        raise AssertionError("looked up on the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    (in_tmp / "data").mkdir()
+    write(in_tmp / "data" / "train.jsonl", [{"text": "a"}])
+    cases = {
+        "data/trian.jsonl": "Did you mean 'train.jsonl'",
+        "data/train": "Did you mean 'train.jsonl'",  # no ending, but its folder is here
+        "dta/train.jsonl": "'dta' does not exist.*Did you mean 'data/train.jsonl'",
+        "dta/train.json.gz": "'dta' does not exist.*Did you mean 'data'",
+        "nowhere/set.csv": "'nowhere' does not exist",
+        "nowhere/set.parquet": "'nowhere' does not exist",
+        "nowhere/set.txt.zst": "'nowhere' does not exist",
+        "./train": "",
+        "../gone/train": "'../gone' does not exist",
+        "one/two/three": "'one/two' does not exist",
+        "~/gone/train": "gone' does not exist",
+        "train.jsonl": "",
+    }
+    for path, message in cases.items():
+        looked = "" if path.startswith("~") else rf" \(looked in {in_tmp}\)"
+        for key in ("dataset.train_path", "dataset.eval_path"):
+            with pytest.raises(UserError, match=rf"{key}: there is no file '{re.escape(path)}'{looked}\..*{message}"):
+                open_source(path, key=key)
+    with pytest.raises(AssertionError, match="looked up on the hub"):
+        open_source("owner/name")
+
+
+def test_a_pipe_is_said_to_be_none_that_can_be_read_again(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="is no regular file"):
+        open_source(str(tmp_path / "a.jsonl"))
 
 
 def test_hub_id_offline_says_to_give_a_file() -> None:

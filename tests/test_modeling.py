@@ -350,6 +350,28 @@ def test_paths(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
         load_model(ModelConfig(path=str(model_folder()), dtype="float31"))
 
 
+def test_a_model_that_is_gone_is_not_looked_up_on_the_hub(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (in_tmp / "models" / "qwen").mkdir(parents=True)
+    looked = rf"no such folder \(looked in {in_tmp}\)\."
+    for path, message in {
+        "models/qwn": f"{looked} Did you mean 'qwen'",
+        "modls/qwen/": f"{looked} Did you mean 'models/qwen'",
+        "./qwen": looked,
+        "../gone/qwen": looked,
+        "nowhere/model.safetensors": looked,
+        "one/two/three": looked,
+        str(in_tmp / "models" / "qwn"): "qwn: no such folder. Did you mean 'qwen'",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            check_model_path(path)
+    assert check_model_path("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    # A folder of the owner's name makes no path of a model that the hub's cache has.
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/cache/config.json")
+    assert check_model_path("models/qwn") == "models/qwn"
+
+
 def test_devices() -> None:
     assert resolve_device("cpu").type == "cpu"
     if torch.cuda.is_available():

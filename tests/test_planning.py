@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from running import files, refused, sparseft
+from running import files, on, refused, sparseft, write_data
 
 from sparseft import planning
 from sparseft.adapter import attach, trainable_parameters
@@ -182,8 +182,7 @@ def test_more_sequences_and_tokens_take_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["trainer.max_length=100000"], ["trainer.max_length=100000", "context is 512 tokens"]),
-        (["trainer.optimizer=adafactor"], ["trainer.optimizer=adafactor", "adamw_torch"]),
+        (["trainer.optimizer=lion_8bit"], ["trainer.optimizer=lion_8bit: cannot be used here", "bitsandbytes"]),
         (["model.path=nowhere/at/all"], ["model.path=nowhere/at/all", "no such folder"]),
         (["hardware.memory_gib=0"], ["hardware.memory_gib"]),
     ],
@@ -191,6 +190,55 @@ def test_more_sequences_and_tokens_take_more(tmp_path: Path) -> None:
 def test_what_cannot_be_planned(words: list[str], parts: list[str], tmp_path: Path) -> None:
     message = refused(tmp_path, "train", "--plan", *words)
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "method=s2ft trainer.max_length=1000",  # of a context of 128, which no example fills
+        "method=full trainer.optimizer=adafactor",
+        "method=lora trainer.optimizer=adagrad",
+        "method=sylva method.block_size=4 trainer.optimizer=sgd",
+        "method=s2ft model.dtype=float16 trainer.optimizer=adamw_torch_fused",
+        "method=full hardware.dtype=bfloat16 hardware.gradient_checkpointing=true",
+        "method=dora dataset.packing=true trainer.scheduler=cosine",
+        "method=s2ft method.reselect_steps=1 scope=self_attn model.attn_implementation=eager",
+        "method=s2ft method.layout=permuted trainer.batch_size=4 hardware.micro_batch=2",
+        "-m method=s2ft,lora",
+    ],
+)
+def test_what_training_takes_can_be_planned(words: str, tmp_path: Path, model_folder: Any) -> None:
+    common = [*on(model_folder(), write_data(tmp_path)["json"]), "trainer.max_steps=1", "--json"]
+    for plan in (["--plan"], ["output_dir=run"]):
+        sparseft(tmp_path, "train", *plan, *common, *words.split())
+
+
+def test_a_length_beyond_the_context_is_planned_for_the_context(tmp_path: Path) -> None:
+    done = sparseft(tmp_path, "train", "--plan", "trainer.max_length=100000", "--json")
+    assert done.json["length"] == 512
+    assert "trainer.max_length=100000, but the model's context is 512 tokens" in done.err
+    assert (
+        done.json["per_device"]
+        == sparseft(tmp_path, "train", "--plan", "trainer.max_length=512", "--json").json["per_device"]
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw_torch", "adagrad", "rmsprop", "sgd"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_plan_knows_what_an_optimizer_keeps(method: str, optimizer: str) -> None:
+    """Against the state that it has after a step with weights."""
+    content, config = contents()["llama"], configured(method, f"trainer.optimizer={optimizer}")
+    planned = planning.step_memory(config, planning.trainable_shape(config, content, torch.float32), batch=1, length=8)
+    model = attach(transformers.AutoModelForCausalLM.from_config(content), config.method)
+    arguments = transformers.TrainingArguments(optim=optimizer, use_cpu=True, report_to=[])
+    kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
+    parameters = list(trainable_parameters(model).values())
+    made = kind(parameters, **options)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    made.step()
+    held = [value for state in made.state.values() for value in state.values() if torch.is_tensor(value)]
+    assert planned.moments == pytest.approx(sum(value.nbytes for value in held), rel=0.01)
 
 
 MIXTRAL = {

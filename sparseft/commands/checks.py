@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparseft import launch
 from sparseft.config import RunConfig
-from sparseft.errors import UserError
+from sparseft.errors import UserError, looks_local, nearest_path, where_looked
 from sparseft.launch_variables import check_place
 
 
@@ -47,14 +47,22 @@ def check_hardware(config: RunConfig) -> None:
             )
 
 
+def check_tests(config: RunConfig) -> None:
+    """Refuses a folder of test data that is not there."""
+    folder = config.eval.data_dir
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise UserError(f"eval.data_dir={folder}: no such folder{where_looked(folder)}.{nearest_path(folder)}")
+
+
 def check_data(config: RunConfig) -> None:
-    """Refuses data files that are not there."""
+    """Refuses data files and test data that are not there."""
     from sparseft.data.sources import locate_file
 
     if config.dataset.train_path is not None:
         locate_file(config.dataset.train_path, key="dataset.train_path")
     if config.dataset.eval_path is not None:
         locate_file(config.dataset.eval_path, key="dataset.eval_path")
+    check_tests(config)
 
 
 def check_model(config: RunConfig) -> None:
@@ -64,6 +72,8 @@ def check_model(config: RunConfig) -> None:
     check_model_path(config.model.path)
     if config.model.tokenizer is not None:
         path = Path(config.model.tokenizer).expanduser()
-        if config.model.tokenizer.startswith((".", "/", "~")) and not path.is_dir():
-            raise UserError(f"model.tokenizer={config.model.tokenizer}: no such folder.")
+        if looks_local(config.model.tokenizer) and not path.is_dir():
+            raise UserError(
+                f"model.tokenizer={config.model.tokenizer}: no such folder{where_looked(path)}.{nearest_path(path)}"
+            )
     resolve_device(config.hardware.device)

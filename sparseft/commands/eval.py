@@ -11,7 +11,7 @@ from typing import Any
 from sparseft import console
 from sparseft.commands import checks
 from sparseft.config import BUNDLED, ModelConfig, RunConfig
-from sparseft.errors import UserError
+from sparseft.errors import UserError, nearest_path, where_looked
 
 
 @dataclass
@@ -44,6 +44,7 @@ def run(
     if not tasks:
         raise UserError("no task given: name mmlu, commonsense, arithmetic, one of their members or an lm-eval task.")
     checks.check_one_process(config, "eval")
+    checks.check_tests(config)
     target = find_target(config, run=run, adapter=adapter, base=base, overrides=overrides)
     # What would be refused after the answers, which may take hours, is refused before them.
     check_place(config, target)
@@ -194,7 +195,7 @@ def find_target(
     if adapter is not None:
         path = Path(adapter).expanduser()
         if not path.is_dir():
-            raise UserError(f"--adapter {adapter}: no such folder.")
+            raise UserError(f"--adapter {adapter}: no such folder{where_looked(adapter)}.{nearest_path(adapter)}")
         if not is_adapter(path) and is_adapter(path / "adapter"):
             path = path / "adapter"  # a run folder was given
         return _with_adapter(f"the adapter {adapter}", config, overrides, path, None)

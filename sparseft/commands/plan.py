@@ -8,7 +8,6 @@ from typing import Any
 
 from sparseft import console
 from sparseft.config import RunConfig
-from sparseft.errors import UserError
 
 GIB = 2**30
 PARTS = {
@@ -25,13 +24,14 @@ REMEDIES = ("micro_batch", "gradient_checkpointing", "zero_stage", "offload", "m
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """The plan of the composed config. Raises UserError for what the plan cannot know (experts that take
-    turns, other optimizers)."""
+    """The plan of the composed config: of whatever `train` would take. Raises UserError for what the plan cannot know
+    (experts that take turns)."""
     import transformers
 
     from sparseft import planning
     from sparseft.modeling import load_config
 
+    config = copy.deepcopy(config)
     config.method.validate()
     console.clear_warnings()
     content = load_config(config.model)
@@ -39,8 +39,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     dtype = planning.model_dtype(config, content)
     limit = getattr(content.get_text_config(), "max_position_embeddings", None)
     length = config.trainer.max_length
-    if limit and length > limit:
-        raise UserError(f"trainer.max_length={length}: the model's context is {limit} tokens.")
+    if limit and length > limit:  # training refuses longer examples, not the setting
+        console.log(f"plan: trainer.max_length={length}, but the model's context is {limit} tokens: planned for those")
+        config.trainer.max_length = length = limit
     shape = planning.trainable_shape(config, content, dtype)
     batch = micro_batch(config)
     memory = planning.step_memory(config, shape, batch=batch, length=length)

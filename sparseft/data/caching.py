@@ -49,6 +49,7 @@ class Facts:
     dropped: int = 0
     cut: int = 0
     notes: list[str] = field(default_factory=list)
+    mixed: str | None = None  # names the first record that is of another format, where there is one
 
 
 @dataclass

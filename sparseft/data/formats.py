@@ -8,6 +8,8 @@
 | `prompt_completion` | `prompt`, `completion` | `completion` |
 | `text` | `text` | everything |
 | `oasst_trees` | `prompt` with nested `replies`: message trees of OASST | every assistant turn |
+
+A file has one format. Where it is detected, a record of another one is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_prompt
-from sparseft.data.sources import Records
+from sparseft.data.sources import Records, kind
 from sparseft.errors import UserError, nearest, shown
 
 FORMATS = ("alpaca", "guanaco", "messages", "oasst_trees", "prompt_completion", "text")
@@ -29,6 +31,16 @@ _EXPECTED = (
     "expected instruction/output (alpaca), text with '### Human:' and '### Assistant:' turns (guanaco), "
     "messages (chat), prompt/completion, text, or prompt with nested replies (oasst_trees)"
 )
+# What the keys of each format hold.
+_TYPES = {
+    "messages": {"messages": "a list of messages", "conversations": "a list of messages"},
+    "alpaca": {"instruction": "text", "output": "text"},
+    "prompt_completion": {"prompt": "text", "completion": "text"},
+    "oasst_trees": {"prompt": "a tree's first message, with 'replies' (a list)"},
+    "guanaco": {"text": "text"},
+    "text": {"text": "text"},
+}
+_PARTNERS = {"instruction": "output", "output": "instruction", "prompt": "completion", "completion": "prompt"}
 _MARKERS = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
 
 
@@ -64,9 +76,13 @@ def detect_format(records: Records) -> str:
             "conversations; give the file of whole trees (….trees.jsonl), or set dataset.format."
         )
     if not found:
+        trees = isinstance(records.items[0].get("prompt"), dict)
+        for format in ("messages", "alpaca", "oasst_trees" if trees else "prompt_completion", "text"):
+            _check_types(records.items[0], format, records.where(0))
         keys = sorted(str(key) for key in records.items[0])
+        alone = next((f" '{key}' needs '{_PARTNERS[key]}' beside it." for key in keys if key in _PARTNERS), "")
         raise UserError(
-            f"{records.where(0)}: the keys ({shown(', '.join(keys), 300)}) fit no known format; {_EXPECTED}."
+            f"{records.where(0)}: the keys ({shown(', '.join(keys), 300)}) fit no known format; {_EXPECTED}.{alone}"
             + _misspelt(keys, ("instruction", "output", "text", "messages", "conversations", "prompt", "completion"))
         )
     return found.most_common(1)[0][0]
@@ -87,6 +103,33 @@ def _format_of(item: dict[str, Any]) -> str | None:
     if isinstance(item.get("text"), str):
         return "guanaco" if HUMAN in item["text"] and ASSISTANT in item["text"] else "text"
     return None
+
+
+def check_records(records: Records, format: str) -> str | None:
+    """A sentence on the first record that is of another format than the file, None where there is none. UserError for
+    a record that would be of this one, had its value under the format's key another type."""
+    if records.plain_text:
+        return None
+    mixed = None
+    for index, item in enumerate(records.items):
+        own = _format_of(item)
+        if own is None:
+            _check_types(item, format, records.where(index))
+        elif own != format and mixed is None:
+            way = "set dataset.format=text to read all as that, or " if {own, format} == {"guanaco", "text"} else ""
+            mixed = (
+                f"{records.where(index)}: this record has format {own}, but most of the first records have {format}; a "
+                f"file has one format: {way}give each its own file."
+            )
+    return mixed
+
+
+def _check_types(item: dict[str, Any], format: str, where: str) -> None:
+    """Refuses a record of no known format that has a key of `format` with a value of another type."""
+    for key, expected in _TYPES[format].items():
+        if key in item and not (expected == "text" and isinstance(item[key], str)):
+            without = " without them" if format == "oasst_trees" and isinstance(item[key], dict) else ""
+            raise UserError(f"{where}: '{key}': expected {expected}, got {kind(item[key])}{without}.")
 
 
 def _is_flat_message(item: dict[str, Any]) -> bool:
@@ -223,7 +266,7 @@ def _text(item: dict[str, Any], key: str, where: str, format: str) -> str:
             + _misspelt([each for each in keys if each not in _KNOWN_KEYS], (key,))
         )
     if not isinstance(value, str):
-        raise UserError(f"{where}: '{key}' must be text, not {type(value).__name__}.")
+        raise UserError(f"{where}: '{key}' must be text, not {kind(value)}.")
     return value
 
 
@@ -240,6 +283,8 @@ _KNOWN_KEYS = frozenset(("instruction", "input", "output", "answer", "text", "pr
 def _misspelt(keys: list[str], expected: tuple[str, ...]) -> str:
     """` 'outptu': Did you mean 'output'?` for the first key that is nearly an expected one."""
     for key in keys:
+        if key in expected:
+            continue
         suggestion = nearest(key, expected)
         if suggestion.startswith(" Did you mean"):
             return f" '{shown(key)}':{suggestion}"

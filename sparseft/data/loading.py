@@ -13,7 +13,7 @@ from sparseft.data.batches import seeded_first
 from sparseft.data.caching import Cache, Damaged, MemoryWriter, Tokens, Writer, tokens_key
 from sparseft.data.chat import Chats
 from sparseft.data.contamination import Seen
-from sparseft.data.formats import DETECTION_RECORDS, Plain, StartAgain, check_format, detect_format
+from sparseft.data.formats import DETECTION_RECORDS, Plain, StartAgain, check_format, check_records, detect_format
 from sparseft.data.packing import PackedDataset
 from sparseft.data.sources import BUNDLED_ROOT, Source, open_source
 from sparseft.data.tokenized import Encoder, TokenizedDataset, tokenize
@@ -209,6 +209,7 @@ class _Reader:
             self.warnings.append(f"the cached tokens are damaged and are made anew: {damage}")
             tokens = None
         if tokens is not None:
+            self._refuse_mixed(tokens.facts.mixed)
             return tokens, self.cache.path(key)
         with self.cache.making(key) as writer:
             self._write(source, format, role, count, writer)
@@ -217,6 +218,11 @@ class _Reader:
         tokens = self.cache.load(key)
         assert tokens is not None
         return tokens, None
+
+    def _refuse_mixed(self, mixed: str | None) -> None:
+        """A format that was set holds for all records; one that was detected is no reason to read others by it."""
+        if mixed is not None and self.config.format == "auto":
+            raise UserError(mixed)
 
     def _settings(self, format: str, count: int | None) -> dict[str, Any]:
         config = self.config
@@ -236,6 +242,9 @@ class _Reader:
         while True:
             try:
                 for records in source.chunks(count):
+                    mixed = check_records(records, format)
+                    self._refuse_mixed(mixed)
+                    writer.facts.mixed = writer.facts.mixed or mixed
                     examples = converter.convert(records)
                     writer.facts.records += len(records)
                     writer.facts.examples += len(examples)

@@ -1,26 +1,28 @@
 """Data files to records, a bounded number of bytes at a time: JSON lines, JSON arrays, parquet, plain text.
 
+All but parquet may be compressed (`unpacking.py`); lines, columns and bytes in messages are those of the content.
 Each reader yields `(number, record, bytes)`: the record's place in the file from 1, as messages name it, and about how
 much memory it takes. One record must fit into memory, the file need not.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from sparseft.data.unpacking import BLOCK, FREE, RATIO, unpacked
 from sparseft.errors import UserError, shown
+from sparseft.reading import KeyTwice, unique_keys
 
-BLOCK = 2**16  # bytes or characters read at once: larger strings that come and go leave holes in the heap
 WHOLE = 2**26  # bytes of a file that may be read at once to say better what is wrong with it
 PARQUET_RECORDS = 256
-# What a parquet file may unfold to: so many bytes, or so many times its size. Some hundred bytes can say that a value
-# is repeated a billion times.
-PARQUET_FREE, PARQUET_RATIO = 2**28, 200
 
 Item = tuple[int, Any, int]
+
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def json_lines(file: Path, source: str) -> Iterator[Item]:
@@ -31,7 +33,9 @@ def json_lines(file: Path, source: str) -> Iterator[Item]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line), len(line)
+            yield number, _DECODER.decode(line), len(line)
+        except KeyTwice as error:
+            raise _key_twice(f"{source}, line {number}", error) from error
         except ValueError as error:
             if first:
                 _refuse_single_object(file, source)
@@ -46,10 +50,12 @@ def json_lines(file: Path, source: str) -> Iterator[Item]:
 
 def _refuse_single_object(file: Path, source: str) -> None:
     """A file that is one object over many lines is valid JSON, so "broken JSON" would be the wrong complaint."""
-    if file.stat().st_size > WHOLE:
+    with unpacked(file, source) as content:
+        whole = content.read(WHOLE + 1)
+    if len(whole) > WHOLE:
         return
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(whole)
     except (ValueError, RecursionError):
         return
     if not isinstance(value, dict):
@@ -60,7 +66,7 @@ def _refuse_single_object(file: Path, source: str) -> None:
 
 def json_array(file: Path, source: str) -> Iterator[Item]:
     """The values of one JSON array, decoded one after another."""
-    with file.open(encoding="utf-8-sig", newline="") as text:
+    with unpacked(file, source) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
         try:
             yield from _Array(text, source).values()
         except UnicodeDecodeError:
@@ -77,7 +83,6 @@ class _Array:
         self.line, self.column = 1, 1  # of the window's first character
 
     def values(self) -> Iterator[Item]:
-        decoder = json.JSONDecoder()
         self._expect("[", "Expecting value")
         number = 0
         while True:
@@ -85,7 +90,7 @@ class _Array:
                 self.position += 1
                 break
             self._next()
-            value, length = self._value(decoder)
+            value, length = self._value()
             number += 1
             yield number, value, length
             if self._expect(",]", "Expecting ',' delimiter") == "]":
@@ -93,16 +98,18 @@ class _Array:
         if self._next():
             raise self._broken("Extra data", self.position)
 
-    def _value(self, decoder: json.JSONDecoder) -> tuple[Any, int]:
+    def _value(self) -> tuple[Any, int]:
         """The value that begins at the position, and how many characters it takes."""
         while True:
             try:
-                value, end = decoder.raw_decode(self.window, self.position)
+                value, end = _DECODER.raw_decode(self.window, self.position)
             except json.JSONDecodeError as error:
                 # What the window's end cuts off fails there, or as a string that never closes; all else is broken.
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.window) - 16
                 if self.ended or not cut:
                     raise self._broken(error.msg, error.pos) from error
+            except KeyTwice as error:
+                raise _key_twice(self._where(self.position), error) from error
             except ValueError as error:  # a number with thousands of digits
                 raise self._broken(str(error), self.position) from error
             except RecursionError as error:
@@ -155,6 +162,10 @@ class _Array:
         return UserError(f"{where}: broken JSON ({message}); expected a JSON array of records.")
 
 
+def _key_twice(where: str, error: KeyTwice) -> UserError:
+    return UserError(f"{where}: the key '{shown(error.key)}' stands twice in one object; which of both is meant?")
+
+
 def plain_text(file: Path, source: str) -> Iterator[Item]:
     """One record {"text": …} for each run of lines between blank lines; its number is that of its first line."""
     document: list[str] = []
@@ -185,10 +196,13 @@ def parquet(file: Path, source: str) -> Iterator[Item]:
     size = file.stat().st_size
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"{source}: there are two columns '{shown(twice[0])}'; which of both is meant?")
             for group in range(table.num_row_groups):  # each alone, or the next ones are read ahead
                 for batch in table.iter_batches(PARQUET_RECORDS, row_groups=[group], use_threads=False):
                     unfolded += batch.nbytes
-                    if unfolded > max(PARQUET_FREE, PARQUET_RATIO * size) or number > max(PARQUET_FREE, 64 * size):
+                    if unfolded > max(FREE, RATIO * size) or number > max(FREE, 64 * size):
                         raise ValueError(f"its {size:,} bytes unfold to more than {unfolded:,}")
                     share = batch.nbytes // max(1, batch.num_rows)
                     for item in batch.to_pylist():
@@ -196,13 +210,15 @@ def parquet(file: Path, source: str) -> Iterator[Item]:
                         yield number, item, share
     # A damaged file can also make an OSError (of a codec), a UnicodeDecodeError or an OverflowError.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
         reason = shown(str(error).partition("\n")[0].rstrip("."), 300)
         raise UserError(f"{source} is not a readable parquet file: {reason}.") from error
 
 
 def _lines(file: Path, source: str) -> Iterator[tuple[int, str]]:
     """Number and text of each line, with its end, without a byte order mark."""
-    with file.open("rb") as lines:
+    with unpacked(file, source) as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -214,7 +230,7 @@ def _lines(file: Path, source: str) -> Iterator[tuple[int, str]]:
 def _refuse_encoding(file: Path, source: str) -> None:
     """Names the first byte of a file that is no UTF-8; the end of a line is never inside a character."""
     before = 0
-    with file.open("rb") as lines:
+    with unpacked(file, source) as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 line.decode("utf-8")
@@ -225,9 +241,9 @@ def _refuse_encoding(file: Path, source: str) -> None:
             before += len(line)
 
 
-def first_character(file: Path) -> str:
+def first_character(file: Path, source: str) -> str:
     """The first character that is neither white space nor a byte order mark; empty where there is none."""
-    with file.open("rb") as content:
+    with unpacked(file, source) as content:
         rest = content.read(BLOCK).removeprefix(b"\xef\xbb\xbf")
         while rest and not (found := rest.strip()):
             rest = content.read(BLOCK)

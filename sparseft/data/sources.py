@@ -8,16 +8,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparseft.config import BUNDLED
-from sparseft.data import reading
+from sparseft.data import reading, unpacking
 from sparseft.data.reading import Item
-from sparseft.errors import UserError, nearest
+from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, where_looked
 
 BUNDLED_ROOT = Path(__file__).resolve().parent.parent / "bundled"
 
@@ -25,7 +24,6 @@ _JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 _TEXT_SUFFIXES = {".txt", ".text", ".md"}
 _PARQUET_SUFFIXES = {".parquet"}
 _DATA_SUFFIXES = _JSON_SUFFIXES | _TEXT_SUFFIXES | _PARQUET_SUFFIXES
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 CHUNK_BYTES = 2**22  # of records that are in memory together, about
@@ -69,7 +67,7 @@ class Source:
         for number, item, length in itertools.islice(self.items(), count):
             if not isinstance(item, dict):
                 where = f"{self.name}, {self.unit} {number}"
-                raise UserError(f"{where}: a record must be a JSON object with named fields, this is a {_kind(item)}.")
+                raise UserError(f"{where}: a record must be a JSON object with named fields, this is {kind(item)}.")
             chunk.items.append(item)
             chunk.numbers.append(number)
             size += length
@@ -88,8 +86,14 @@ class Source:
         return next(self.chunks(count), self._records(0))
 
 
-def _kind(item: Any) -> str:
-    return type(item).__name__
+def kind(value: Any) -> str:
+    """What a value is, in the words of a JSON file: text, a number, a list, …"""
+    words = {bool: "true or false", int: "a number", float: "a number", str: "text", dict: "an object"}
+    if value is None:
+        return "null"
+    if isinstance(value, list | tuple):
+        return "a list"
+    return words.get(type(value), f"a {type(value).__name__}")  # parquet has dates, decimals and bytes, too
 
 
 def open_source(path: str, *, split: str | None = "train", key: str = "dataset.train_path") -> Source:
@@ -113,12 +117,14 @@ def locate_file(path: str, *, key: str = "dataset.train_path") -> Path | None:
     if file.is_file():
         return file
     if file.is_dir():
-        inside = sorted(str(file / entry.name) for entry in file.iterdir() if entry.suffix.lower() in _DATA_SUFFIXES)
+        inside = sorted(str(file / entry.name) for entry in file.iterdir() if _suffix(entry) in _DATA_SUFFIXES)
         found = f" Files in it: {', '.join(inside)}." if inside else ""
         raise UserError(f"{key}: '{path}' is a folder; a JSON, JSON lines, parquet or text file was expected.{found}")
-    if _HUB_ID.fullmatch(path) and file.suffix.lower() not in _DATA_SUFFIXES and not file.parent.is_dir():
+    if file.exists():
+        raise UserError(f"{key}: '{path}' is no regular file; a data file is read more than once.")
+    if HUB_ID.fullmatch(path) and not looks_local(path):
         return None
-    raise UserError(f"{key}: there is no file '{path}'.{_nearest_file(file)}")
+    raise UserError(f"{key}: there is no file '{path}'{where_looked(path)}.{_nearest_file(file)}")
 
 
 def _bundled_file(path: str, key: str) -> Path:
@@ -129,7 +135,7 @@ def _bundled_file(path: str, key: str) -> Path:
         if file.is_relative_to(BUNDLED_ROOT) and file.is_file():
             return file
     data = BUNDLED_ROOT / "data"
-    names = [file.relative_to(data).as_posix() for file in data.rglob("*") if file.suffix.lower() in _DATA_SUFFIXES]
+    names = [file.relative_to(data).as_posix() for file in data.rglob("*") if _suffix(file) in _DATA_SUFFIXES]
     raise UserError(f"{key}: the package bundles no data file '{path}'.{nearest(name.removeprefix('data/'), names)}")
 
 
@@ -137,27 +143,26 @@ def _nearest_file(file: Path) -> str:
     """Names the nearest existing file in the folder of the missing `file`, or the folder that is missing itself."""
     folder = file.parent
     if not folder.is_dir():
-        return f" Its folder '{folder}' does not exist either; a hub id is written owner/name."
+        return f" Its folder '{folder}' does not exist either; a hub id is written owner/name.{nearest_path(file)}"
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     suggestion = nearest(file.name, names)
     if suggestion.startswith(" Did you mean"):
         return suggestion
     # Without a near name only the folder's data files are worth listing, and not thousands of them.
-    return nearest(file.name, [name for name in names if Path(name).suffix.lower() in _DATA_SUFFIXES][:20])
+    return nearest(file.name, [name for name in names if _suffix(Path(name)) in _DATA_SUFFIXES][:20])
 
 
 def open_file(file: Path, name: str | None = None) -> Source:
-    """A data file; the kind follows the suffix, or the content where the suffix says nothing.
+    """A data file, compressed or not; the kind follows the suffix, or the content where the suffix says nothing.
 
     JSON and text must be UTF-8 (a byte order mark and CRLF line ends are fine). `name` is how messages call the file.
     Raises UserError for a file that cannot be read or holds nothing; what does not parse is refused as it is read.
     """
     name = str(file) if name is None else name
-    suffix = file.suffix.lower()
+    suffix = _suffix(file)
     try:
-        first = reading.first_character(file)
-        with file.open("rb") as content:
-            is_parquet = suffix in _PARQUET_SUFFIXES or content.read(4) == b"PAR1"
+        is_parquet = unpacking.head(file, name).startswith(b"PAR1") or suffix in _PARQUET_SUFFIXES
+        first = reading.first_character(file, name)
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}.") from error
     if not first:
@@ -170,14 +175,30 @@ def open_file(file: Path, name: str | None = None) -> Source:
         raise UserError(f"{name}: {suffix} files are not read; expected JSON, JSON lines, parquet or plain text.")
     else:
         unit, read = "line", reading.plain_text
-    return Source(
-        name, unit, read is reading.plain_text, functools.partial(read, file, name), functools.partial(_hash, file)
-    )
+    # Two files of the same bytes are not the same if their names say that they are read in different ways.
+    content = functools.partial(_hash, file, read.__name__)
+    return Source(name, unit, read is reading.plain_text, functools.partial(_items, read, file, name), content)
 
 
-def _hash(file: Path) -> str:
+def _items(read: Callable[[Path, str], Iterator[Item]], file: Path, name: str) -> Iterator[Item]:
+    try:
+        yield from read(file, name)
+    except UserError:
+        unpacking.check_whole(file, name)  # damage shows as broken content first, and in a checksum at the end only
+        raise
+
+
+def _suffix(file: Path) -> str:
+    """The suffix that says how a file is to be read, in lower case: of `a.JSONL.gz` it is `.jsonl`."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in unpacking.SUFFIXES:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _hash(file: Path, read: str) -> str:
     with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        return f"{read} {hashlib.file_digest(content, 'sha256').hexdigest()}"
 
 
 def open_hub(name: str, split: str | None, *, key: str = "dataset.train_path") -> Source:

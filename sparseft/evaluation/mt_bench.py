@@ -18,6 +18,7 @@ from typing import Any
 from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_follow_up, alpaca_prompt
 from sparseft.errors import UserError
 from sparseft.evaluation.tasks import MT_BENCH
+from sparseft.reading import parse_json, why
 from sparseft.runs import write_text
 
 FILE = "question.jsonl"
@@ -57,16 +58,16 @@ def read_questions(data_dir: str | None) -> list[dict[str, Any]]:
         raise UserError(f"No {MT_BENCH} questions in '{data_dir}': set {where}.")
     questions: list[dict[str, Any]] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, which JSON allows in a text
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8: {error}.") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            question = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}.") from error
+            question = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {why(error)}.") from error
         turns = question.get("turns") if isinstance(question, dict) else None
         if (
             not isinstance(turns, list)
