@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from sparseft.data.tokenized import Tokenized, TokenizedDataset
+from sparseft.data.tokenized import Tokenized, TokenizedDataset, generation_ends
 from sparseft.errors import UserError
 
-LAYOUT = "1"  # changes with what the files hold or how tokens come about
+LAYOUT = "2"  # changes with what the files hold or how tokens come about
 ARRAYS = {
     "input_ids": "<i4",
     "labels": "<i4",
@@ -83,7 +83,8 @@ def tokenizer_content(tokenizer: Any) -> Iterator[bytes]:
     """All that a tokenizer's ids and rendered chats depend on."""
     yield type(tokenizer).__name__.encode()
     template = getattr(tokenizer, "chat_template", None)
-    yield json.dumps([template, tokenizer.special_tokens_map, tokenizer.eos_token_id], default=str).encode()
+    ends = [tokenizer.eos_token_id, sorted(generation_ends(tokenizer))]
+    yield json.dumps([template, tokenizer.special_tokens_map, *ends], default=str).encode()
     if "strftime_now" in str(template):  # a template that writes the date gives other prompts tomorrow
         yield time.strftime("%Y-%m-%d").encode()
     if getattr(tokenizer, "is_fast", False):

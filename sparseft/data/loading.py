@@ -228,7 +228,7 @@ class _Reader:
     def _write(self, source: Source, format: str, role: str, count: int | None, writer: Writer) -> None:
         converter: Chats | Plain | Trees
         if format == "messages":
-            converter = Chats(self.encoder.tokenizer)
+            converter = Chats(self.encoder)
         elif format == "oasst_trees":
             converter = Trees(self.config.paths, self.config.language)
         else:
