@@ -171,8 +171,11 @@ class Chats:
             return None
         done = 0
         segments: Segments = []
+        whole = (
+            answers[-1].text if answers[-1].text.startswith(full) else full
+        )  # the last one may have a mark behind it
         for each in answers:
-            if each.start < done or not full.startswith(each.text):
+            if each.start < done or not whole.startswith(each.text):
                 return "the template rewrites earlier turns"
             segments += [(each.text[done : each.start], False), (each.text[each.start :], True)]
             done = len(each.text)
@@ -226,7 +229,9 @@ class Chats:
         if history is not None and answered.startswith(history) and len(common) >= len(history):
             # In the generation prompt. Not amid a token of the template's, `</think>` where the prompt has `<think>`.
             start = len(common)
-            while start > len(history) and not self.encoder.joins([(answered[:start], False), (answered[start:], True)]):
+            while start > len(history) and not self.encoder.joins(
+                [(answered[:start], False), (answered[start:], True)]
+            ):
                 start -= 1
             return answered, start
         if around is not None and turn and answered.startswith(around[0]):
@@ -321,7 +326,7 @@ class Chats:
 
 _SHOWS_NOT = (
     "the tokenizer's chat template does not show where this answer begins (its text with the answer does not go on "
-    "from its text that asks for one); give the tokenizer another chat_template, or the records as prompt and completion"
+    "from its text that asks for one); give the tokenizer another chat_template, or write prompt/completion records"
 )
 
 

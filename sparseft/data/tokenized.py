@@ -74,10 +74,8 @@ class Encoder:
 
     def _since_added(self, text: str) -> str:
         """`text` from its last added token on; all of it if there is none."""
-        last = None
-        for last in self._added.finditer(text):
-            pass
-        return text[last.start() :] if last else text
+        starts = [match.start() for match in self._added.finditer(text)]
+        return text[starts[-1] :] if starts else text
 
     def _encode_batch(self, examples: Sequence[Example]) -> Iterator[list[Run]]:
         plan: list[list[tuple[str, str, bool]]] = []  # per example and segment: context, text, is an answer
