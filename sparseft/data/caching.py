@@ -226,10 +226,6 @@ class Writer(abc.ABC):
         for (name, dtype), each in zip(ARRAYS.items(), values, strict=True):
             self._append(name, np.ascontiguousarray(each, dtype))
 
-    def reset(self) -> None:
-        """Forgets all that was added."""
-        self.facts = Facts()
-
     @abc.abstractmethod
     def _append(self, name: str, values: np.ndarray) -> None:
         """Keeps more values of the array `name`."""
@@ -244,10 +240,6 @@ class MemoryWriter(Writer):
 
     def _append(self, name: str, values: np.ndarray) -> None:
         self._parts[name].append(values)
-
-    def reset(self) -> None:
-        super().reset()
-        self._parts = {name: [] for name in ARRAYS}
 
     def tokens(self) -> Tokens:
         """All that was added."""
@@ -280,11 +272,6 @@ class FileWriter(Writer):
             self._files[name].write(content)
         self._counts[name] += len(values)
         self._checksums[name] = zlib.crc32(content, self._checksums[name])
-
-    def reset(self) -> None:
-        super().reset()
-        self._close()
-        self._open()
 
     def _close(self) -> None:
         with _written(self.folder):

@@ -102,10 +102,6 @@ def check_format(name: str) -> str:
     return name
 
 
-class StartAgain(Exception):
-    """A record showed that the records before it must be converted in another way, which is set now."""
-
-
 class Plain:
     """Converts a data set chunk by chunk in a format that needs to know nothing of the other records."""
 
