@@ -137,8 +137,8 @@ def test_a_bad_record_far_down_is_named_and_nothing_is_kept(tmp_path: Path, toke
     assert entries(tmp_path / "cache") == []
 
 
-def test_a_template_that_fails_late_starts_all_over(tmp_path: Path, small_chunks: None) -> None:
-    """The tenth conversation shows that the template rewrites earlier turns: the first nine are rendered anew too."""
+def test_what_is_said_of_a_chat_far_down_is_kept_with_the_tokens(tmp_path: Path, small_chunks: None) -> None:
+    """The template rewrites earlier turns of the tenth conversation alone."""
     from conftest import build_tokenizer
 
     tokenizer = build_tokenizer()

@@ -415,9 +415,8 @@ def test_template_that_rewrites_earlier_turns_gives_one_example_an_answer() -> N
     assert [each.record for each in examples] == [0, 0]
 
 
-@pytest.mark.parametrize("template", [None, UNMARKED])
-def test_messages_without_a_usable_template_are_plain_text_and_that_is_said(template: str | None) -> None:
-    tokenizer = chat_tokenizer(template)
+def test_messages_without_a_template_are_plain_text_and_that_is_said() -> None:
+    tokenizer = chat_tokenizer(None)
     sharegpt = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]
     examples, note = convert_messages(records_of({"messages": CHAT}, {"conversations": sharegpt}), tokenizer)
     assert "plain User/Assistant text" in note

@@ -147,6 +147,22 @@ def test_a_second_bos_is_not_written(tokenizer: Any) -> None:
     assert chat(["Why?"], []) == "<user>Why?<assistant>"
 
 
+def test_prompts_have_the_ids_of_training_where_the_beginning_of_a_text_is_tokenised_otherwise() -> None:
+    """A tokenizer that puts `▁` at the beginning of a text, but not behind the BOS that the template writes."""
+    from test_data import make_tokenizer
+    from tokenizers.pre_tokenizers import Metaspace
+
+    chatty = make_tokenizer("metaspace")
+    chatty.backend_tokenizer.pre_tokenizer = Metaspace(prepend_scheme="first", split=True)
+    chatty.chat_template = "{{ bos_token }}" + TEMPLATE
+    _, chat = prompt_of("chat", chatty)
+    text = chat(["Why?"], [])
+    expected = chatty.apply_chat_template(
+        [{"role": "user", "content": "Why?"}], add_generation_prompt=True, return_dict=False
+    )
+    assert chatty(text, add_special_tokens=not text.startswith("<s>")).input_ids == expected
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -171,3 +171,11 @@ def test_real_trees_hold_every_conversation_made_of_them_elsewhere() -> None:
     }
     roots = {text.split("### Assistant:")[0] for text in theirs}
     assert len(theirs) == 498 and theirs == {text for text in mine if text.split("### Assistant:")[0] in roots}
+
+
+def test_fields_that_oasst_does_not_have_are_counted() -> None:
+    answer = {"role": "assistant", "text": "b", "weight": 0, "lang": "en", "review_result": True}
+    tree = {"message_tree_id": "1", "prompt": {"role": "prompter", "text": "a", "replies": [answer, answer]}}
+    trees = Trees("best", None)
+    trees.convert(Records([tree, tree | {"system": "x"}], "set", "line", [1, 2]))
+    assert trees.note("set") == "fields 'weight' of 2 records, 'system' of 1 record are not used"

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from sparseft.data.tokenized import Tokenized, TokenizedDataset
+from sparseft.data.tokenized import Tokenized, TokenizedDataset, generation_ends
 from sparseft.errors import UserError
 
-LAYOUT = "1"  # changes with what the files hold or how tokens come about
+LAYOUT = "2"  # changes with what the files hold or how tokens come about
 ARRAYS = {
     "input_ids": "<i4",
     "labels": "<i4",
@@ -84,7 +84,8 @@ def tokenizer_content(tokenizer: Any) -> Iterator[bytes]:
     """All that a tokenizer's ids and rendered chats depend on."""
     yield type(tokenizer).__name__.encode()
     template = getattr(tokenizer, "chat_template", None)
-    yield json.dumps([template, tokenizer.special_tokens_map, tokenizer.eos_token_id], default=str).encode()
+    ends = [tokenizer.eos_token_id, sorted(generation_ends(tokenizer))]
+    yield json.dumps([template, tokenizer.special_tokens_map, *ends], default=str).encode()
     if "strftime_now" in str(template):  # a template that writes the date gives other prompts tomorrow
         yield time.strftime("%Y-%m-%d").encode()
     if getattr(tokenizer, "is_fast", False):
@@ -226,10 +227,6 @@ class Writer(abc.ABC):
         for (name, dtype), each in zip(ARRAYS.items(), values, strict=True):
             self._append(name, np.ascontiguousarray(each, dtype))
 
-    def reset(self) -> None:
-        """Forgets all that was added."""
-        self.facts = Facts()
-
     @abc.abstractmethod
     def _append(self, name: str, values: np.ndarray) -> None:
         """Keeps more values of the array `name`."""
@@ -244,10 +241,6 @@ class MemoryWriter(Writer):
 
     def _append(self, name: str, values: np.ndarray) -> None:
         self._parts[name].append(values)
-
-    def reset(self) -> None:
-        super().reset()
-        self._parts = {name: [] for name in ARRAYS}
 
     def tokens(self) -> Tokens:
         """All that was added."""
@@ -280,11 +273,6 @@ class FileWriter(Writer):
             self._files[name].write(content)
         self._counts[name] += len(values)
         self._checksums[name] = zlib.crc32(content, self._checksums[name])
-
-    def reset(self) -> None:
-        super().reset()
-        self._close()
-        self._open()
 
     def _close(self) -> None:
         with _written(self.folder):

@@ -1,134 +1,431 @@
 """Chat `messages` to examples, through the tokenizer's chat template where it has one.
 
-A template is a program, so where an answer begins and ends in its output is found by rendering prefixes of the
-conversation: everything that the template writes to ask for answer i is prompt, and what the answer's message adds to
-it is the answer with its end-of-turn marker. Three cases, in this order, for the whole data set at once:
+A template is a program, so where an answer begins and ends in its output is found by rendering the conversation up to
+it, once as generation would ask for it (the prompt) and once with it. What is learnt is the template's own text:
 
-1. every prefix's rendering begins the next one's: one example a conversation, loss on every assistant turn;
-2. a template that rewrites earlier turns (it drops their reasoning, say): one example an answer, each rendered with
-   its own history, exactly as the model will meet it;
-3. no template, or none whose answers can be told apart: `User:` and `Assistant:` in plain text. The note says so.
+- the rendering with the answer begins with the prompt: what it adds is the answer, with its end-of-turn marker;
+- the generation prompt opens a thought that the template does not write into conversations (DeepSeek-R1's `<think>`):
+  the answer begins where both renderings part;
+- the prompt is written in another order once the answer stands behind it (Mistral's system message, which belongs to
+  the last message if that is the user's): the prompt as generation gets it, then the answer as the template writes it.
+
+A conversation becomes one example with loss on every answer where each prompt in it, text and token ids, is the one
+that generation gets. Where it is not (the template rewrites earlier turns, a token spans the border of prompt and
+answer, or answers do not end by themselves), each answer becomes an example with its own history. A template that
+shows an answer's beginning in none of these ways is refused; only a tokenizer without one gets `User:`/`Assistant:`.
 """
 
 from __future__ import annotations
 
+import json
+import os.path
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sparseft.data.formats import Example, StartAgain, check_encodable
+from sparseft.data.formats import Example, check_encodable, is_empty, unused_sentence
 from sparseft.data.sources import Records
+from sparseft.data.tokenized import Encoder
 from sparseft.errors import UserError, nearest, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
+SWITCHES = ("weight", "train", "loss", "train_on_turn")  # of a message: whether it is learnt
+_CONTEXT = ("tools", "documents")  # of a record: lists that templates may use
 
-Message = dict[str, str]  # role, content
+Message = dict[str, Any]  # role, content, and what else the template may use
 Segments = list[tuple[str, bool]]  # text, and whether it is an answer
+
+# Stands in for an answer, to see what the template writes around it whatever the answer says.
+_STAND_IN = "STANDS7IN7FOR7AN7ANSWER"
+
+
+@dataclass
+class Conversation:
+    """The chat of one record."""
+
+    messages: list[Message]
+    learnt: list[int]  # the messages that are answers to learn from, ascending
+    context: dict[str, list[Any]]  # `tools` and `documents`, where there are any
+    where: str  # file and record
+    asked: int = 0  # messages of others that ask to be learnt
+    inserted: int = 0  # messages that do not stand in the record's list
+
+    def place(self, turn: int) -> str:
+        """`train.jsonl, line 7, message 2`, for messages."""
+        return f"{self.where}, message {turn + 1 - self.inserted}"
+
+
+@dataclass
+class Answer:
+    """An answer in the template's text."""
+
+    turn: int  # the message's index
+    text: str  # the rendering up to the answer's end
+    start: int  # where in it the answer begins
+    closed: bool  # it ends with an end-of-turn token
+    endless: bool  # the template writes nothing at all behind it
 
 
 class Chats:
-    """Turns the conversations of a data set into examples, chunk by chunk, all in one of the three ways.
+    """Turns the conversations of a data set into examples, chunk by chunk, and counts what it leaves out."""
 
-    `convert` raises StartAgain where a conversation does not go in the present way: the next way is set then, and all
-    chunks are to be converted anew.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._marks = _end_marks(tokenizer)
-        if getattr(tokenizer, "chat_template", None):
-            self._way = self._whole
-            self._note = "messages rendered with the tokenizer's chat template"
-        else:
-            self._way = self._plain
-            self._note = "messages rendered as plain User/Assistant text: the tokenizer has no chat template"
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.tokenizer = encoder.tokenizer
+        self.has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        self._marks = _end_marks(self.tokenizer)
+        self._conversations = self._masked = 0
+        self._apart: Counter[str] = Counter()  # conversations with one example an answer, by reason
+        self._refused: Counter[str] = Counter()  # answers whose prompt the template refuses, by its words
+        self._first_refused: dict[str, str] = {}
+        self._unused: Counter[str] = Counter()  # records, by a field that the template does not use
+        self._unknown: Counter[str] = Counter()  # records, by a field that nothing uses
+        self._unwritten: Counter[str] = Counter()  # messages whose content the template does not write, by role
+        self._asked = 0
 
     def convert(self, records: Records) -> list[Example]:
         """Examples of these conversations. Raises UserError naming file and record for a conversation that lacks
-        something or that the template refuses."""
+        something, that the template refuses, or in which it does not show where an answer begins."""
         examples = []
         for index, item in enumerate(records.items):
-            where = records.where(index)
-            messages = parse_messages(item, where)
-            questions = tuple(message["content"] for message in messages if message["role"] == "user")
-            for segments in self._way(messages, where):
-                closed = self._way != self._plain and _is_closed(segments, self._marks)
-                example = Example(segments, where, records.start + index, closed, questions)
+            chat = parse_conversation(item, records.where(index))
+            self._conversations += 1
+            self._asked += chat.asked
+            used = next((key for key in ("messages", "conversations") if item.get(key) is not None), "messages")
+            self._unknown.update(
+                key for key in item if key not in (used, "system", *_CONTEXT) and not is_empty(item[key])
+            )
+            if not chat.learnt:
+                self._masked += 1
+                continue
+            questions = tuple(message["content"] for message in chat.messages if message["role"] == "user")
+            for segments, closed in self._rendered(chat) if self.has_template else self._plain(chat):
+                example = Example(segments, chat.where, records.start + index, closed, questions)
                 check_encodable(example)
                 examples.append(example)
         return examples
 
     def note(self, source: str) -> str:
-        """How the messages were rendered, as a sentence."""
-        return self._note
+        """How the messages were rendered and what was left out, as a sentence."""
+        if not self.has_template:
+            parts = ["messages rendered as plain User/Assistant text: the tokenizer has no chat template"]
+        else:
+            parts = ["messages rendered with the tokenizer's chat template"]
+        for reason, count in self._apart.most_common():
+            parts.append(f"{_count(count, 'conversation')} as one example an answer: {reason}")
+        if self._masked:
+            parts.append(f"{_count(self._masked, 'conversation')} left out: all answers are masked")
+        for reason, count in self._refused.most_common():
+            parts.append(
+                f"{_count(count, 'answer')} left out, whose prompt the template refuses: {reason} (first: "
+                f"{self._first_refused[reason]})"
+            )
+        for role, count in self._unwritten.most_common():
+            parts.append(f"the template does not write {_count(count, f'{role} message')} as given")
+        if self._asked:
+            parts.append(
+                f"{_count(self._asked, 'message')} of others than the assistant asked to be learnt; only answers are"
+            )
+        by = " by the template" if self.has_template else ": the tokenizer has no chat template"
+        parts += [*unused_sentence(self._unused, by), *unused_sentence(self._unknown)]
+        return "; ".join(parts)
 
-    def _whole(self, messages: list[Message], where: str) -> list[Segments]:
-        segments = _whole_conversation(messages, self.tokenizer, where)
-        if segments is not None:
-            return [segments]
-        self._way = self._single
-        self._note = (
-            "messages rendered with the tokenizer's chat template, one example an answer: "
-            "the template rewrites earlier turns"
-        )
-        raise StartAgain
-
-    def _single(self, messages: list[Message], where: str) -> list[Segments]:
-        found = []
-        for turn in _answers(messages):
-            segments = _one_answer(messages, turn, self.tokenizer, where)
-            if segments is None:
-                self._way = self._plain
-                self._note = (
-                    "messages rendered as plain User/Assistant text: the chat template does not show where an answer "
-                    f"begins ({where}, message {turn + 1})"
+    def _plain(self, chat: Conversation) -> list[tuple[Segments, bool]]:
+        for turn in chat.learnt:
+            if not chat.messages[turn]["content"].strip():
+                raise UserError(
+                    f"{chat.place(turn)}: tool calls without text need a chat template, which the "
+                    "tokenizer does not have."
                 )
-                raise StartAgain
-            found.append(segments)
+        self._unused.update({*chat.context, *_extras(chat.messages)})
+        return [(_in_plain_text(chat), False)]
+
+    def _rendered(self, chat: Conversation) -> list[tuple[Segments, bool]]:
+        """Segments of each example, and whether its last answer ends with an end-of-turn token."""
+        used = chat.messages[: chat.learnt[-1] + 1]  # what follows the last answer teaches nothing
+        full = self._render(used, chat)
+        answers = [each for turn in chat.learnt if (each := self._answer(chat, turn, full)) is not None]
+        if not answers:
+            return []
+        self._count_unused(chat, used, full)
+        reason = self._why_apart(answers, full)
+        if reason is None:
+            segments, done = [], 0
+            for each in answers:
+                segments += [(each.text[done : each.start], False), (each.text[each.start :], True)]
+                done = len(each.text)
+            found = [(segments, answers[-1].closed)]
+        else:
+            self._apart[reason] += 1
+            found = [
+                ([(each.text[: each.start], False), (each.text[each.start :], True)], each.closed) for each in answers
+            ]
+        self._count_unwritten(used, answers, [full, *(each.text for each in answers)])
         return found
 
-    def _plain(self, messages: list[Message], where: str) -> list[Segments]:
-        return [_in_plain_text(messages)]
+    def _why_apart(self, answers: list[Answer], full: str) -> str | None:
+        """Why the answers cannot share one example; None if they can."""
+        if len(answers) == 1:
+            return None
+        done = 0
+        segments: Segments = []
+        whole = (
+            answers[-1].text if answers[-1].text.startswith(full) else full
+        )  # the last one may have a mark behind it
+        for each in answers:
+            if each.start < done or not whole.startswith(each.text):
+                return "the template rewrites earlier turns"
+            segments += [(each.text[done : each.start], False), (each.text[each.start :], True)]
+            done = len(each.text)
+        if any(each.endless and not each.closed for each in answers):
+            return "the template does not end answers, so EOS does"
+        if not self.encoder.joins(segments):
+            return "tokens would span the border of prompt and answer"
+        return None
+
+    def _answer(self, chat: Conversation, turn: int, full: str) -> Answer | None:
+        """The answer `turn`, None if the template refuses to be asked for it."""
+        messages, where = chat.messages, chat.place(turn)
+        try:
+            prompt = self._try(messages[:turn], chat, prompt=True)
+            answered = full if turn == chat.learnt[-1] else self._try(messages[: turn + 1], chat)
+        except Refused as refusal:
+            self._first_refused.setdefault(str(refusal), where)
+            self._refused[str(refusal)] += 1
+            return None
+        if not messages[turn]["content"].strip():
+            bare = {key: value for key, value in messages[turn].items() if key != "tool_calls"}
+            if self._render([*messages[:turn], bare], chat) == answered:
+                raise UserError(f"{where}: the chat template does not write tool calls, and there is no other content.")
+        if answered.startswith(prompt) and (turn or prompt):
+            text, start = answered, len(prompt)
+        else:
+            text, start = self._parted(chat, turn, prompt, answered, where)
+        if start == len(text):
+            raise UserError(f"{where}: {_SHOWS_NOT}: it writes nothing for it.")
+        closed = bool(self._marks) and text.rstrip().endswith(self._marks)
+        endless = False
+        if not closed:
+            around = self._stand_in(chat, turn)
+            endless = around is not None and not around[1].strip()
+            mark = self._next_mark(chat, turn, answered, full) if endless else ""
+            text, closed = text + mark, bool(mark)
+        return Answer(turn, text, start, closed, endless)
+
+    def _parted(self, chat: Conversation, turn: int, prompt: str, answered: str, where: str) -> tuple[str, int]:
+        """Text and start of an answer whose rendering does not begin with its prompt."""
+        messages = chat.messages
+        around = self._stand_in(chat, turn)
+        common = os.path.commonprefix([prompt, answered, *([around[0] + _STAND_IN] if around else [])])
+        opens = turn == 0 and around is not None and answered.startswith(around[0])
+        if opens and around[0].rstrip().endswith(prompt.strip()):  # behind a system message of the template's own
+            return answered, len(around[0].rstrip()) + len(os.path.commonprefix([_space(around[0]), _space(prompt)]))
+        try:
+            history = self._try(messages[:turn], chat)
+        except Refused:
+            history = None
+        if history is not None and answered.startswith(history) and len(common) >= len(history):
+            # In the generation prompt. Not amid a token of the template's, `</think>` where the prompt has `<think>`.
+            start = len(common)
+            while start > len(history) and not self.encoder.joins(
+                [(answered[:start], False), (answered[start:], True)]
+            ):
+                start -= 1
+            return answered, start
+        if around is not None and turn and answered.startswith(around[0]):
+            before, asked = around[0].rstrip(), prompt.rstrip()
+            same = os.path.commonprefix([before[::-1], asked[::-1]])[::-1]
+            opening = prompt[len(history) :].strip() if history is not None and prompt.startswith(history) else ""
+            if messages[turn - 1]["content"].strip() in same or (opening and opening in same):
+                space = _space(around[0]).removeprefix(os.path.commonprefix([_space(around[0]), _space(prompt)]))
+                return prompt + space + answered[len(around[0]) :], len(prompt)
+        raise UserError(f"{where}: {_SHOWS_NOT}.")
+
+    def _stand_in(self, chat: Conversation, turn: int) -> tuple[str, str] | None:
+        """What the template writes before and behind the answer `turn`, whatever it says; None if it does not show."""
+        message = chat.messages[turn] | {"content": _STAND_IN}
+        try:
+            text = self._try([*chat.messages[:turn], message], chat)
+        except Refused:
+            return None
+        before, found, behind = text.rpartition(_STAND_IN)
+        return (before, behind) if found else None
+
+    def _next_mark(self, chat: Conversation, turn: int, answered: str, full: str) -> str:
+        """The token that the next message begins with, if it ends generation (GLM's `<|user|>`), with white space
+        before it; else nothing."""
+        text = full
+        if turn == chat.learnt[-1]:
+            try:
+                text = self._try([*chat.messages[: turn + 1], {"role": "user", "content": _STAND_IN}], chat)
+            except Refused:
+                return ""
+        if not text.startswith(answered):
+            return ""
+        behind = text[len(answered) :]
+        bare = behind.lstrip()
+        mark = next((mark for mark in self._marks if bare.startswith(mark)), None)
+        if mark is None or self.tokenizer.convert_tokens_to_ids(mark) not in self.encoder.ends:
+            return ""
+        return behind[: len(behind) - len(bare) + len(mark)]
+
+    def _count_unused(self, chat: Conversation, used: list[Message], full: str) -> None:
+        """Counts the fields without which the template writes the same."""
+        for name in chat.context:
+            context = {key: value for key, value in chat.context.items() if key != name}
+            other = Conversation(chat.messages, chat.learnt, context, chat.where)
+            self._unused[name] += self._same(used, other, full)
+        for name in _extras(chat.messages):
+            bare = [{key: value for key, value in message.items() if key != name} for message in chat.messages]
+            same = self._same(bare[: len(used)], chat, full)
+            for turn, message in enumerate(used[:-1]):  # some fields are written in the last message only
+                if same and name in message and message["role"] == "assistant":
+                    try:
+                        same = self._try([*used[:turn], bare[turn]], chat) == self._try(used[: turn + 1], chat)
+                    except Refused:
+                        same = False
+            self._unused[name] += same
+
+    def _same(self, messages: list[Message], chat: Conversation, full: str) -> bool:
+        try:
+            return self._try(messages, chat) == full
+        except Refused:
+            return False
+
+    def _count_unwritten(self, used: list[Message], answers: list[Answer], texts: list[str]) -> None:
+        """Counts messages whose content stands in none of the texts."""
+        learnt = {each.turn: each for each in answers}
+        for turn, message in enumerate(used):
+            within = [learnt[turn].text[learnt[turn].start :]] if turn in learnt else texts
+            if not any(message["content"].strip() in text for text in within):
+                self._unwritten[message["role"]] += 1
+
+    def _render(self, messages: list[Message], chat: Conversation) -> str:
+        try:
+            return self._try(messages, chat)
+        except Refused as refusal:
+            raise UserError(f"{chat.where}: the tokenizer's chat template refuses the conversation: {refusal}.") from (
+                refusal.__cause__
+            )
+
+    def _try(self, messages: list[Message], chat: Conversation, *, prompt: bool = False) -> str:
+        """What the template writes; `prompt`: with what asks for the next answer. Refused where it cannot."""
+        from jinja2.exceptions import TemplateError
+
+        try:
+            # As a batch of one, which unlike a conversation may be empty: the prompt of one that the assistant opens.
+            return self.tokenizer.apply_chat_template(
+                [messages], tokenize=False, add_generation_prompt=prompt, **chat.context
+            )[0]
+        # A template is a program on the record's data: a key that is not there, a text where it expects a list, …
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise Refused(shown(str(error).strip().rstrip("."), 300) or type(error).__name__) from error
+
+
+_SHOWS_NOT = (
+    "the tokenizer's chat template does not show where this answer begins (its text with the answer does not go on "
+    "from its text that asks for one); give the tokenizer another chat_template, or write prompt/completion records"
+)
+
+
+class Refused(Exception):
+    """The template cannot render these messages; its own words."""
 
 
 def convert_messages(records: Records, tokenizer: Any) -> tuple[list[Example], str]:
     """Examples of all conversations in `records`, and a sentence saying how they were rendered."""
-    chats = Chats(tokenizer)
-    while True:
-        try:
-            return chats.convert(records), chats.note(records.source)
-        except StartAgain:
-            continue
+    chats = Chats(Encoder(tokenizer))
+    return chats.convert(records), chats.note(records.source)
 
 
-def parse_messages(item: dict[str, Any], where: str) -> list[Message]:
-    """The record's messages as role and content. UserError says what is missing."""
+def parse_conversation(item: dict[str, Any], where: str) -> Conversation:
+    """The record's chat. UserError says what is missing or wrong."""
     messages = item.get("messages") if item.get("messages") is not None else item.get("conversations")
     if not isinstance(messages, list) or not messages:
         keys = shown(", ".join(sorted(str(key) for key in item)), 300) or "nothing"
         raise UserError(f"{where}: a chat record needs a list under 'messages' or 'conversations' (it has: {keys}).")
     parsed = [_parse_message(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
-    if not any(message["role"] == "assistant" for message in parsed):
+    switches = [_switch(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
+    answers = [turn for turn, message in enumerate(parsed) if message["role"] == "assistant"]
+    if not answers:
         raise UserError(f"{where}: the conversation has no assistant message to learn from.")
-    return parsed
+    learnt = [turn for turn in answers if switches[turn] is not False]
+    asked = sum(bool(on) for turn, on in enumerate(switches) if turn not in answers)
+    inserted = 0
+    system = item.get("system")
+    if not is_empty(system):
+        if not isinstance(system, str):
+            raise UserError(f"{where}: 'system' must be text, not {type(system).__name__}.")
+        if parsed[0]["role"] not in ("system", "developer"):
+            parsed.insert(0, {"role": "system", "content": system})
+            learnt, inserted = [turn + 1 for turn in learnt], 1
+        elif parsed[0]["content"].strip() != system.strip():
+            raise UserError(f"{where}: 'system' says one thing, the first message (system) another; keep one of them.")
+    context = {name: found for name in _CONTEXT if (found := _objects(item.get(name), name, where))}
+    return Conversation(parsed, learnt, context, where, asked, inserted)
+
+
+def _objects(value: Any, name: str, where: str) -> list[Any]:
+    """A list of objects, which may be spelt as a JSON text; empty where there is none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"{where}: '{name}' is text, but no JSON: {error}.") from error
+    if is_empty(value):
+        return []
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise UserError(f"{where}: '{name}' must be a list of objects.")
+    return value
 
 
 def _parse_message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise UserError(f"{where}: expected an object with role and content, this is a {type(message).__name__}.")
-    role = message.get("role", message.get("from"))
+    role_key = "role" if "role" in message or "from" not in message else "from"
+    role = message.get(role_key)
     role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise UserError(f"{where}: the role is {shown(repr(role))}.{nearest(str(role), ROLES)}")
-    if message.get("tool_calls"):
-        raise UserError(f"{where}: tool calls are not supported; a message needs text under 'content'.")
-    content = message.get("content", message.get("value"))
+    content_key = "content" if "content" in message or "value" not in message else "value"
+    content = message.get(content_key)
+    taken = (role_key, content_key, *SWITCHES)
+    others = {str(key): value for key, value in message.items() if key not in taken and not is_empty(value)}
+    calls = others.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(each, dict) for each in calls)):
+        raise UserError(f"{where}: the tool calls ('tool_calls') must be a list of objects.")
+    if content is None and calls:
+        content = ""
     if isinstance(content, list):
         content = _join_parts(content, where)
     if not isinstance(content, str):
         raise UserError(f"{where}: 'content' must be text, not {type(content).__name__}.")
-    if role == "assistant" and not content.strip():
+    if role == "assistant" and not content.strip() and not calls:
         raise UserError(f"{where}: the assistant's 'content' is empty; every answer needs text.")
-    return {"role": role, "content": content}
+    return {"role": role, "content": content, **others}
+
+
+def _switch(message: dict[str, Any], where: str) -> bool | None:
+    """Whether the message says that it is to be learnt; None if it does not say."""
+    said: dict[str, bool] = {}
+    for key in SWITCHES:
+        value = message.get(key)
+        if value is None:
+            continue
+        plain = value.strip().lower() if isinstance(value, str) else value
+        if isinstance(plain, str):
+            plain = {"false": False, "true": True, "0": 0, "1": 1, "0.0": 0, "1.0": 1}.get(plain)
+        if not isinstance(plain, bool | int | float) or plain not in (0, 1):
+            raise UserError(
+                f"{where}: '{key}' is {shown(repr(value))}; expected 0 or false (not learnt), or 1 or true (learnt)."
+            )
+        said[key] = bool(plain)
+    if len({*said.values()}) > 1:
+        on, off = (next(key for key, value in said.items() if value is each) for each in (True, False))
+        raise UserError(f"{where}: '{on}' says to learn this message, '{off}' not to; keep one of them.")
+    return next(iter(said.values()), None)
 
 
 def _join_parts(parts: list[Any], where: str) -> str:
@@ -140,57 +437,9 @@ def _join_parts(parts: list[Any], where: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _answers(messages: list[Message]) -> list[int]:
-    return [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-def _whole_conversation(messages: list[Message], tokenizer: Any, where: str) -> list[tuple[str, bool]] | None:
-    """Segments of all turns, or None where some prefix's rendering does not begin the next one's."""
-    turns = _answers(messages)
-    used = messages[: turns[-1] + 1]  # what follows the last answer teaches nothing
-    full = _render(used, tokenizer, where)
-    segments: list[tuple[str, bool]] = []
-    done = ""
-    for turn in turns:
-        prompt = _render_prompt(messages[:turn], tokenizer)
-        answered = full if turn == turns[-1] else _render(messages[: turn + 1], tokenizer, where)
-        if prompt is None or not (
-            prompt.startswith(done) and answered.startswith(prompt) and full.startswith(answered)
-        ):
-            return None
-        if len(answered) == len(prompt):
-            return None
-        segments += [(prompt[len(done) :], False), (answered[len(prompt) :], True)]
-        done = answered
-    return segments
-
-
-def _one_answer(messages: list[Message], turn: int, tokenizer: Any, where: str) -> list[tuple[str, bool]] | None:
-    prompt = _render_prompt(messages[:turn], tokenizer)
-    answered = _render(messages[: turn + 1], tokenizer, where)
-    if prompt is None or not answered.startswith(prompt) or len(answered) == len(prompt):
-        return None
-    return [(prompt, False), (answered[len(prompt) :], True)]
-
-
-def _render(messages: list[Message], tokenizer: Any, where: str) -> str:
-    from jinja2.exceptions import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:
-        reason = shown(str(error).rstrip("."), 300)
-        raise UserError(f"{where}: the tokenizer's chat template refuses the conversation: {reason}.") from error
-
-
-def _render_prompt(messages: list[Message], tokenizer: Any) -> str | None:
-    """What a model is given to answer after `messages`; None if the template cannot say (no message yet, say)."""
-    from jinja2.exceptions import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        return None
+def _extras(messages: Sequence[Message]) -> list[str]:
+    """Names of what messages have besides role and content."""
+    return sorted({key for message in messages for key in message} - {"role", "content"})
 
 
 def _end_marks(tokenizer: Any) -> tuple[str, ...]:
@@ -198,20 +447,25 @@ def _end_marks(tokenizer: Any) -> tuple[str, ...]:
     return tuple({*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
 
 
-def _is_closed(segments: list[tuple[str, bool]], marks: tuple[str, ...]) -> bool:
-    return bool(marks) and segments[-1][0].rstrip().endswith(marks)
+def _space(text: str) -> str:
+    """The white space that `text` ends with."""
+    return text[len(text.rstrip()) :]
 
 
-def _in_plain_text(messages: list[Message]) -> Segments:
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number > 1 else ''}"
+
+
+def _in_plain_text(chat: Conversation) -> Segments:
     """`User: question`, blank line, `Assistant: answer`, blank line; other roles by their own names.
 
     A prompt ends with `Assistant:`; the space after it belongs to the answer, as in the guanaco format.
     """
     segments: Segments = []
     prompt = ""
-    for number, message in enumerate(messages):
-        prompt += "\n\n" if number else ""
-        if message["role"] == "assistant":
+    for turn, message in enumerate(chat.messages):
+        prompt += "\n\n" if turn else ""
+        if turn in chat.learnt:
             segments += [(f"{prompt}Assistant:", False), (f" {message['content']}", True)]
             prompt = ""
         elif message["role"] in ("system", "developer"):

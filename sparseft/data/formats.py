@@ -2,14 +2,15 @@
 
 | format | keys | loss on |
 | --- | --- | --- |
-| `alpaca` | `instruction`, `output`, optional `input` (LLM-Adapters' `answer` serves evaluation alone) | `output` |
+| `alpaca` | `instruction`, `output`, optional `input`, `system`, `history` | `output` |
 | `guanaco` | `text` with `### Human:` and `### Assistant:` turns | every assistant turn |
 | `messages` | `messages` or `conversations`: a list of {role, content} (or {from, value}) | every assistant turn |
 | `prompt_completion` | `prompt`, `completion` | `completion` |
 | `text` | `text` | everything |
 | `oasst_trees` | `prompt` with nested `replies`: message trees of OASST | every assistant turn |
 
-A file has one format. Where it is detected, a record of another one is refused.
+A file has one format; where it is detected, a record of another one is refused. LLM-Adapters' `answer` serves
+evaluation alone. Fields that a format does not have are counted in a note.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_prompt
+from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_follow_up, alpaca_prompt
 from sparseft.data.sources import Records, kind
 from sparseft.errors import UserError, nearest, shown
 
@@ -143,23 +144,50 @@ def check_format(name: str) -> str:
     return name
 
 
-class StartAgain(Exception):
-    """A record showed that the records before it must be converted in another way, which is set now."""
-
-
 class Plain:
     """Converts a data set chunk by chunk in a format that needs to know nothing of the other records."""
 
     def __init__(self, format: str) -> None:
         self.format = format
+        self._unknown: Counter[str] = Counter()  # records, by a field that nothing uses
 
     def convert(self, records: Records) -> list[Example]:
         """The examples of these records."""
+        known = _FIELDS[self.format]
+        for item in records.items:
+            self._unknown.update(str(key) for key in item if key not in known and not is_empty(item[key]))
         return convert(records, self.format)
 
     def note(self, source: str) -> str | None:
         """What the user should be told of the conversion, once all records are converted."""
-        return None
+        return "; ".join(unused_sentence(self._unknown)) or None
+
+
+_FIELDS = {
+    "alpaca": {"instruction", "input", "output", "answer", "system", "history"},
+    "guanaco": {"text"},
+    "prompt_completion": {"prompt", "completion"},
+    "text": {"text"},
+}
+_MOST_FIELDS = 12  # named in one note
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field holds nothing: null, or an empty text, list or object."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def unused_sentence(fields: Counter[str], by: str = "") -> list[str]:
+    """`field 'id' of 12 records, 'source' of 3 records not used`, as a list of one sentence, or of none. `fields`
+    counts records; `by` says who does not use them."""
+    counted = [(name, count) for name, count in fields.most_common() if count]
+    named = [f"'{shown(name)}' of {count:,} record{'s' if count > 1 else ''}" for name, count in counted[:_MOST_FIELDS]]
+    if len(counted) > _MOST_FIELDS:
+        named.append(f"{len(counted) - _MOST_FIELDS} others")
+    if not named:
+        return []
+    noun, verb = ("field", "is") if len(counted) == 1 else ("fields", "are")
+    return [f"{noun} {', '.join(named)} {verb} not used{by}"]
 
 
 def convert(records: Records, format: str) -> list[Example]:
@@ -196,8 +224,26 @@ def _alpaca(item: dict[str, Any], where: str) -> list[tuple[str, bool]]:
     if not instruction.strip():
         raise UserError(f"{where}: 'instruction' is empty; an alpaca record needs a question.")
     given = "" if item.get("input") is None else _text(item, "input", where, "alpaca")
-    output = _answer(item, "output", where, "alpaca")
-    return [(alpaca_prompt(instruction, given), False), (output, True)]
+    system = "" if item.get("system") is None else _text(item, "system", where, "alpaca")
+    prompt, follow_up = "", False
+    for question, answer in _history(item, where):
+        prompt += alpaca_follow_up(question) if follow_up else alpaca_prompt(question, system=system)
+        prompt, follow_up = prompt + answer.rstrip(), True
+    prompt += alpaca_follow_up(instruction, given) if follow_up else alpaca_prompt(instruction, given, system)
+    return [(prompt, False), (_answer(item, "output", where, "alpaca"), True)]
+
+
+def _history(item: dict[str, Any], where: str) -> list[tuple[str, str]]:
+    """The turns before an alpaca record's own: questions and answers."""
+    history = item.get("history")
+    if is_empty(history):
+        return []
+    if not isinstance(history, list):
+        raise UserError(f"{where}: 'history' must be a list of [question, answer] pairs.")
+    for number, turn in enumerate(history, 1):
+        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(each, str) for each in turn):
+            raise UserError(f"{where}: turn {number} of 'history' must be a [question, answer] pair of texts.")
+    return [(question, answer) for question, answer in history]
 
 
 def _prompt_completion(item: dict[str, Any], where: str) -> list[tuple[str, bool]]:
@@ -245,7 +291,10 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], str], list[tuple[str, bool]]]] = 
 
 
 _QUESTIONS: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
-    "alpaca": lambda item: ("\n".join(filter(None, (item["instruction"], item.get("input")))),),
+    "alpaca": lambda item: (
+        *(question for question, _ in item.get("history") or ()),
+        "\n".join(filter(None, (item["instruction"], item.get("input")))),
+    ),
     "guanaco": lambda item: _human_turns(item["text"]),
     "prompt_completion": lambda item: (item["prompt"],),
     "text": lambda item: (),

@@ -13,7 +13,7 @@ from sparseft.data.batches import seeded_first
 from sparseft.data.caching import Cache, Damaged, MemoryWriter, Tokens, Writer, tokens_key
 from sparseft.data.chat import Chats
 from sparseft.data.contamination import Seen
-from sparseft.data.formats import DETECTION_RECORDS, Plain, StartAgain, check_format, check_records, detect_format
+from sparseft.data.formats import DETECTION_RECORDS, Plain, check_format, check_records, detect_format
 from sparseft.data.packing import PackedDataset
 from sparseft.data.sources import BUNDLED_ROOT, Source, open_source
 from sparseft.data.tokenized import Encoder, TokenizedDataset, tokenize
@@ -234,33 +234,28 @@ class _Reader:
     def _write(self, source: Source, format: str, role: str, count: int | None, writer: Writer) -> None:
         converter: Chats | Plain | Trees
         if format == "messages":
-            converter = Chats(self.encoder.tokenizer)
+            converter = Chats(self.encoder)
         elif format == "oasst_trees":
             converter = Trees(self.config.paths, self.config.language)
         else:
             converter = Plain(format)
-        while True:
-            try:
-                for records in source.chunks(count):
-                    mixed = check_records(records, format)
-                    self._refuse_mixed(mixed)
-                    writer.facts.mixed = writer.facts.mixed or mixed
-                    examples = converter.convert(records)
-                    writer.facts.records += len(records)
-                    writer.facts.examples += len(examples)
-                    writer.add(
-                        tokenize(
-                            examples,
-                            self.encoder,
-                            max_length=self.max_length,
-                            too_long=self.config.too_long,
-                            loss_on_prompt=self.config.loss_on_prompt,
-                            chunk=format == "text",
-                        )
-                    )
-                break
-            except StartAgain:
-                writer.reset()
+        for records in source.chunks(count):
+            mixed = check_records(records, format)
+            self._refuse_mixed(mixed)
+            writer.facts.mixed = writer.facts.mixed or mixed
+            examples = converter.convert(records)
+            writer.facts.records += len(records)
+            writer.facts.examples += len(examples)
+            writer.add(
+                tokenize(
+                    examples,
+                    self.encoder,
+                    max_length=self.max_length,
+                    too_long=self.config.too_long,
+                    loss_on_prompt=self.config.loss_on_prompt,
+                    chunk=format == "text",
+                )
+            )
         note = converter.note(source.name)
         facts = writer.facts
         facts.notes += [note] if note else []

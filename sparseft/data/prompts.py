@@ -15,22 +15,23 @@ ALPACA_WITH_INPUT = (
     "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
-ALPACA_FOLLOW_UP = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-
 HUMAN = "### Human:"
 ASSISTANT = "### Assistant:"
 
 
-def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """The Alpaca prompt up to and including `### Response:` and a newline (Taori et al. 2023)."""
-    if input:
-        return ALPACA_WITH_INPUT.format_map({"instruction": instruction, "input": input})
-    return ALPACA.format_map({"instruction": instruction})
+def alpaca_prompt(instruction: str, input: str = "", system: str = "") -> str:
+    """The Alpaca prompt up to and including `### Response:` and a newline (Taori et al. 2023).
+
+    A system message takes the place of the words before the first `###`.
+    """
+    prompt = (ALPACA_WITH_INPUT if input else ALPACA).format_map({"instruction": instruction, "input": input})
+    return system.rstrip() + prompt[prompt.index("\n\n### ") :] if system.strip() else prompt
 
 
-def alpaca_follow_up(instruction: str) -> str:
-    """What follows an answer to ask for the next one: the Alpaca prompt without its first sentence."""
-    return ALPACA_FOLLOW_UP.format_map({"instruction": instruction})
+def alpaca_follow_up(instruction: str, input: str = "") -> str:
+    """What follows an answer to ask for the next one: the Alpaca prompt without its first words."""
+    prompt = alpaca_prompt(instruction, input)
+    return prompt[prompt.index("\n\n### ") :]
 
 
 def mmlu_header(subject: str) -> str:

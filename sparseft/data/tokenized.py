@@ -1,8 +1,9 @@
 """Examples to token ids and labels.
 
-Prompt and answer are tokenised apart and joined, never as one string: a tokenizer may merge the prompt's last
-characters with the answer's first ones, and then the model would be trained on a prompt that evaluation, which
-tokenises the prompt alone, never shows it.
+A prompt's ids are those that the tokenizer gives for the prompt alone, as generation and evaluation feed it. What
+follows is tokenised where it stands, behind the text before it; only where a token would span the border (a tokenizer
+may merge the prompt's last characters with the answer's first ones) it is tokenised apart, since the model would else
+be trained on a prompt that it is never shown.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import itertools
 import json
 import operator
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,45 +33,78 @@ class Encoder:
     """Token ids of segments, such that an example's prompt ids are `tokenizer(prompt).input_ids`.
 
     `prefix` holds what the tokenizer itself puts before a text (BOS for Llama, nothing for GPT-2 or Qwen2): lm-eval
-    and `generate` feed prompts with the tokenizer's own defaults, so training follows them. What it puts behind a
-    text is left off, because answers follow prompts. `eos` is the end-of-text id, None if the tokenizer has none.
+    and `generate` feed prompts with the tokenizer's own defaults, so training follows them; a rendered chat that spells
+    BOS out does not get a second one. What it puts behind a text is left off, because answers follow prompts. `eos` is
+    the end-of-text id, None if the tokenizer has none; `ends` are all ids that end generation.
 
-    Segments that continue a text are tokenised without the space that SentencePiece-like tokenizers put before a
-    text (`▁`), as they would be in the middle of one. That needs a fast tokenizer; a slow one is used as it is.
+    Added tokens (`<|im_start|>`, `</s>`) cut a text: what stands before one has no influence on the ids behind it. So a
+    segment is tokenised with the text from the last added token on, and that text's ids are taken off again. Without an
+    added token before it, it is tokenised without the space that SentencePiece-like tokenizers put before a text (`▁`),
+    as it would be in the middle of one; a slow tokenizer gets the whole text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.prefix = _prefix(tokenizer)
         self.eos: int | None = tokenizer.eos_token_id
+        self.ends = generation_ends(tokenizer)
+        self._fast = bool(getattr(tokenizer, "is_fast", False))
         self._continuing = _without_leading_space(tokenizer)
-        self._added = tuple(
-            str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if str(token)
-        )
+        added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+        added |= set(getattr(tokenizer, "all_special_tokens", []))
+        longest_first = sorted(filter(None, added), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def encode(self, examples: Sequence[Example], *, batch: int = 8192) -> Iterator[list[Run]]:
         """One list of runs an example, in order; the first run starts with `prefix`. Empty segments are left out."""
         for start in range(0, len(examples), batch):
             yield from self._encode_batch(examples[start : start + batch])
 
+    def joins(self, segments: Sequence[tuple[str, bool]]) -> bool:
+        """Whether no token of the whole text spans a border of two segments."""
+        contexts, texts, whole = [], [], ""
+        for text, _ in segments:
+            if whole and text:
+                context = self._since_added(whole)
+                contexts.append(context)
+                texts.append(context + text)
+            whole += text
+        ids = self._encode_texts([*contexts, *texts])
+        return all(_begins(long, short) for short, long in zip(ids, ids[len(contexts) :], strict=False))
+
+    def _since_added(self, text: str) -> str:
+        """`text` from its last added token on; all of it if there is none."""
+        starts = [match.start() for match in self._added.finditer(text)]
+        return text[starts[-1] :] if starts else text
+
     def _encode_batch(self, examples: Sequence[Example]) -> Iterator[list[Run]]:
-        first: list[str] = []
-        later: list[str] = []
-        plan: list[list[tuple[bool, bool]]] = []  # per example and segment: starts a text, is an answer
+        plan: list[list[tuple[str, str, bool]]] = []  # per example and segment: context, text, is an answer
         for example in examples:
-            steps = []
+            steps: list[tuple[str, str, bool]] = []
+            whole = ""  # since the last added token
             for text, answer in example.segments:
-                if not text:
-                    continue
-                # An added token (`<|im_start|>`) cuts the text anyway: what follows it is the tokenizer's business.
-                starts = not steps or self._continuing is None or text.startswith(self._added)
-                (first if starts else later).append(text)
-                steps.append((starts, answer))
+                if text:
+                    plain = self._fast and not self._added.match(whole) and not self._added.search(text)
+                    steps.append((_MIDDLE if whole and plain else whole, text, answer))
+                    whole = self._since_added(whole + text)
             plan.append(steps)
-        first_ids = iter(self._encode_texts(first))
-        later_ids = iter(self._encode_later(later))
+        every = [step for steps in plan for step in steps]
+        behind = [(context, text) for context, text, _ in every if context not in ("", _MIDDLE)]
+        starts = iter(self._encode_texts([text for context, text, _ in every if not context]))
+        contexts = iter(self._encode_texts([context for context, _ in behind]))
+        joined = iter(self._encode_texts([context + text for context, text in behind]))
+
+        def ids(context: str, text: str) -> list[int]:
+            if not context:
+                return next(starts)
+            if context == _MIDDLE:
+                return next(middles)
+            before, both = next(contexts), next(joined)
+            return both[len(before) :] if _begins(both, before) else self._encode_middles([text])[0]
+
+        middles = iter(self._encode_middles([text for context, text, _ in every if context == _MIDDLE]))
         for steps in plan:
-            runs = [(next(first_ids) if starts else next(later_ids), answer) for starts, answer in steps]
+            runs = [(ids(context, text), answer) for context, text, answer in steps]
             # A rendered chat may spell BOS out; it must not stand there twice.
             if self.prefix and runs and runs[0][0][: len(self.prefix)] != self.prefix:
                 runs.insert(0, (list(self.prefix), False))
@@ -89,10 +124,36 @@ class Encoder:
         )
         return encoded["input_ids"]
 
-    def _encode_later(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        return [encoding.ids for encoding in self._continuing.encode_batch_fast(texts, add_special_tokens=False)]
+    def _encode_middles(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts that continue another one."""
+        if self._continuing is None or not texts:
+            return self._encode_texts(texts)
+        cuts = [match.start() if (match := self._added.search(text)) else len(text) for text in texts]
+        heads = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
+        tails = self._encode_texts([text[cut:] for text, cut in zip(texts, cuts, strict=True)])
+        encoded = self._continuing.encode_batch_fast(heads, add_special_tokens=False)
+        return [head.ids + tail for head, tail in zip(encoded, tails, strict=True)]
+
+
+_MIDDLE = "\0"  # stands for a text before a segment that has no influence on its ids
+
+
+def _begins(ids: list[int], start: list[int]) -> bool:
+    return ids[: len(start)] == start
+
+
+def generation_ends(tokenizer: Any) -> set[int]:
+    """Ids that end generation: the tokenizer's EOS, and those of the model's `generation_config.json` beside it."""
+    from transformers import GenerationConfig
+
+    ends = [tokenizer.eos_token_id]
+    if getattr(tokenizer, "name_or_path", None):
+        try:
+            own = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True).eos_token_id
+        except (OSError, ValueError):  # there is none, or none that can be read
+            own = None
+        ends += own if isinstance(own, list) else [own]
+    return {int(end) for end in ends if end is not None}
 
 
 def _prefix(tokenizer: Any) -> list[int]:

@@ -17,13 +17,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparseft.data.formats import Example, check_encodable
+from sparseft.data.formats import Example, check_encodable, is_empty, unused_sentence
 from sparseft.data.prompts import ASSISTANT, HUMAN
 from sparseft.data.sources import Records
 from sparseft.errors import UserError, nearest, shown
 
 PATHS = ("best", "all")
 _MARKERS = {"prompter": HUMAN, "assistant": ASSISTANT}
+# What OASST publishes of a tree and of a message; what else there is, is counted.
+_TREE_FIELDS = {"message_tree_id", "tree_state", "prompt", "origin"}
+_FIELDS = set(
+    "message_id parent_id message_tree_id tree_state user_id created_date text role lang review_count review_result "
+    "deleted rank synthetic model_name detoxify emojis labels replies".split()
+)
 
 
 @dataclass
@@ -45,6 +51,8 @@ class Trees:
         self.trees = self.without = 0
         self.left_out: Counter[str] = Counter()
         self.languages: Counter[str] = Counter()  # of root messages
+        self._unknown: Counter[str] = Counter()  # trees, by a field that nothing uses
+        self._found: set[str] = set()  # such fields of the present tree's messages
 
     def convert(self, records: Records) -> list[Example]:
         """The examples of these trees. UserError names file, line and message for what is no tree."""
@@ -55,10 +63,12 @@ class Trees:
                 raise UserError(f"{where}: an oasst_trees record needs its first message under 'prompt', an object.")
             self.trees += 1
             self.languages[str(item["prompt"].get("lang"))] += 1
+            self._found = {str(key) for key in item if key not in _TREE_FIELDS and not is_empty(item[key])}
             try:
                 root = self._kept(item["prompt"], where)
             except RecursionError as error:
                 raise UserError(f"{where}: the replies are nested too deep to be read.") from error
+            self._unknown.update(self._found)
             found = list(self._conversations(root)) if root is not None else []
             self.without += not found
             for messages in found:
@@ -77,13 +87,15 @@ class Trees:
         parts = [f"{count:,} messages {what}" for what, count in sorted(self.left_out.items())]
         if self.without:
             parts.append(f"{self.without:,} of {self.trees:,} trees without an answer")
-        return f"left out of the trees: {', '.join(parts)}" if parts else None
+        said = [f"left out of the trees: {', '.join(parts)}"] if parts else []
+        return "; ".join([*said, *unused_sentence(self._unknown)]) or None
 
     def _kept(self, item: Any, tree: str) -> Message | None:
         """A message with its replies, or None if it is left out. `tree` is where the whole tree stands."""
         if not isinstance(item, dict):
             raise UserError(f"{tree}: every message must be an object, this is a {type(item).__name__}.")
         where = tree if item.get("message_id") is None else f"{tree}, message {shown(item['message_id'])}"
+        self._found.update(str(key) for key in item if key not in _FIELDS and not is_empty(item[key]))
         role, text = item.get("role"), item.get("text")
         if role not in _MARKERS:
             raise UserError(f"{where}: the role is {shown(repr(role))}.{nearest(str(role), _MARKERS)}")

@@ -121,10 +121,10 @@ def _chat(asked: Turns, answered: Turns, tokenizer: Any) -> str:
         if position < len(answered):
             messages.append({"role": "assistant", "content": answered[position].strip()})
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    # A template writes BOS as text; the tokenizer, which will see that text, may put its own before it.
-    if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-        text = text.removeprefix(tokenizer.bos_token)
-    return text
+    # A template writes BOS as text; the tokenizer, which will see that text, may put its own before it. Where it then
+    # goes on otherwise (with a `▁` that it puts at a text's beginning only), lm-eval sees BOS and adds none.
+    bare = text.removeprefix(tokenizer.bos_token or "")
+    return bare if tokenizer(bare).input_ids == tokenizer(text, add_special_tokens=False).input_ids else text
 
 
 def answer(lm: Any, questions: list[dict[str, Any]], format: str, max_new_tokens: int) -> list[dict[str, Any]]:
