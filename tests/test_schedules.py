@@ -1,4 +1,4 @@
-"""Every schedule of transformers trains or is refused at once, every optimizer too; a longer run is on its new schedule."""
+"""Schedules and optimizers train or are refused at once; a longer run is on its new schedule."""
 
 from __future__ import annotations
 
