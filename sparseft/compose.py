@@ -93,7 +93,7 @@ def points(command: str, overrides: Sequence[str], config_dirs: Sequence[str] = 
         for field, hint in _method_fields(name).items():
             keys.setdefault(f"method.{field}", hint)
     _check_config_dirs(config_dirs)
-    return words.expand(list(overrides), keys.get, lambda group: options(group, config_dirs))
+    return words.expand(list(overrides), lambda key: _annotation(key, keys), lambda group: options(group, config_dirs))
 
 
 def from_dict(content: dict[str, Any]) -> RunConfig:
@@ -131,6 +131,12 @@ def to_yaml(config: RunConfig) -> str:
 
     Dumper.add_representer(str, represent_text)
     return yaml.dump(config.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=4096)
+
+
+def _annotation(key: str, keys: dict[str, Any]) -> Any:
+    """The type of a key, also of one below a setting that holds others by any name; null where there is no such key."""
+    group = keys.get(key.rpartition(".")[0])
+    return Any if key not in keys and group is not None and validation.is_mapping(group) else keys.get(key)
 
 
 def _method_fields(name: str) -> dict[str, Any]:
@@ -255,7 +261,7 @@ def _method_name(config: Any) -> str:
 def _check_key(override: Override, keys: dict[str, Any], method_name: str) -> None:
     """Refuses a key that does not exist, with the nearest that does."""
     key = override.key
-    if key in keys or (key == "method.name" and override.value == method_name):
+    if _annotation(key, keys) is not None or (key == "method.name" and override.value == method_name):
         return
     if key == "method.name":
         raise UserError(f"{override.word}: the method is chosen as a whole, with method={override.value}.")
@@ -306,7 +312,9 @@ def _apply(config: Any, settings: dict[str, Override], keys: dict[str, Any]) -> 
     for key, override in settings.items():
         if key == "method.name":
             continue
-        annotation = keys[key]
+        annotation = _annotation(key, keys)
+        if override.value is None and key not in keys:
+            raise UserError(f"{override.word}: an entry of {key.rpartition('.')[0]} is left out by not giving it.")
         if override.value is None:
             if not validation.is_optional(annotation):
                 raise UserError(f"{override.word}: {key} is always needed, it cannot be removed.")

@@ -57,7 +57,8 @@ class TrainerConfig:
     max_length: int = 512  # tokens
     warmup_steps: int = 100
     scheduler: str = "linear"  # any name of transformers' SchedulerType
-    optimizer: str = "adamw_torch"  # any name of transformers' OptimizerNames
+    scheduler_args: dict[str, Any] | None = None  # what that schedule takes besides, by name
+    optimizer: str = "adamw_torch"  # validation.py: OPTIMIZERS, BITSANDBYTES
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

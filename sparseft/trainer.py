@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
-from sparseft import console, signals
+from sparseft import console, schedules, signals
 from sparseft import trainer_distributed as distributed
 from sparseft.data.packing import real_tokens
 from sparseft.errors import RunError
@@ -225,10 +225,13 @@ class Trainer(distributed.DistributedTrainer):
             load_trained(self.model if model is None else model, Path(resume_from_checkpoint) / "adapter")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        rates = list(getattr(self.lr_scheduler, "base_lrs", []))
         with fitting(checkpoint, "the optimizer's state"):
             super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None and not self.is_deepspeed_enabled:
-                check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
+            if checkpoint is not None:
+                schedules.go_on(self.lr_scheduler, rates, step_of(checkpoint))
+                if not self.is_deepspeed_enabled:
+                    check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint and distributed.draw_anew(Path(checkpoint), self.args.seed, self.state.global_step):

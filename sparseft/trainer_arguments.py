@@ -11,11 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from torch import nn
 
-from sparseft import console
+from sparseft import console, schedules
 from sparseft.config import HardwareConfig, TrainerConfig
-from sparseft.errors import UserError, nearest
 from sparseft.trainer_distributed import deepspeed_on_cpu, zero_config
 
 
@@ -66,23 +64,13 @@ def training_arguments(
     autocast: bool,
     unused: bool = False,
 ) -> transformers.TrainingArguments:
-    """The Trainer's arguments of a run, but for its folder; steps are optimizer steps.
+    """The Trainer's arguments of a run, but for its folder; steps are optimizer steps. `schedules.check` comes before.
 
     unused: a step may leave parameters without a gradient (experts that no token reached).
     """
-    from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    for field, value, choices in (
-        ("scheduler", config.scheduler, [str(item.value) for item in SchedulerType]),
-        ("optimizer", config.optimizer, [str(item.value) for item in OptimizerNames]),
-    ):
-        if value not in choices:
-            raise UserError(f"trainer.{field}={value}: unknown.{nearest(value, choices)}")
     batch_size, accumulation = micro_batches(config, hardware)
-    warmup = config.warmup_steps
-    if warmup >= total_steps > 0:
-        warmup = total_steps // 10
+    warmup = schedules.warmup_steps(config, total_steps)
+    if warmup != config.warmup_steps:
         console.log(f"warm-up: {warmup} steps instead of {config.warmup_steps}, as the run has only {total_steps}")
     arguments = transformers.TrainingArguments(
         per_device_train_batch_size=batch_size,
@@ -93,6 +81,7 @@ def training_arguments(
         learning_rate=learning_rate,
         warmup_steps=warmup,
         lr_scheduler_type=config.scheduler,
+        lr_scheduler_kwargs=dict(config.scheduler_args or {}),
         optim=config.optimizer,
         weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1,
@@ -145,12 +134,3 @@ def _activation_checkpointing() -> dict[str, Any]:
     names = {field.name for field in fields(transformers.TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-
-
-def check_optimizer(arguments: transformers.TrainingArguments, model: nn.Module) -> None:
-    """Refuses an optimizer whose package is not installed or that does not fit, before the run's folder exists."""
-    try:
-        transformers.Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    except (ImportError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"trainer.optimizer={arguments.optim.value}: cannot be used here ({reason}).") from error

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers.trainer_callback import ExportableState
 
 from sparseft import console
@@ -54,6 +55,7 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self.restore(state)
+        state.compute_steps(args, state.max_steps)  # a checkpoint's state has the intervals that it was saved with
         # transformers asks the embeddings' output for a gradient where activations are recomputed. Only reentrant
         # checkpoints need that; it would send the backward pass through every layer below the lowest trained one.
         if hasattr(model, "disable_input_require_grads"):
@@ -77,7 +79,9 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
             write_back(sparse_layers(self.trainer.model).values())
             if self.trainer.accelerator.optimizer_step_was_skipped:  # a bad step: the schedule goes on all the same
                 scheduler = self.trainer.lr_scheduler  # accelerate's wrapper would not step it either
-                getattr(scheduler, "scheduler", scheduler).step()
+                scheduler = getattr(scheduler, "scheduler", scheduler)
+                if isinstance(scheduler, LRScheduler) and not isinstance(scheduler, ReduceLROnPlateau):
+                    scheduler.step()
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last steps count too, where they fill no whole logging interval
         if self.progress is not None and not control.should_log:  # else on_log does, with the loss

@@ -92,13 +92,20 @@ class Reselection(transformers.TrainerCallback):
     """Chooses anew every `steps` optimizer steps; the learning rate then climbs back over a few steps.
 
     `choose(step)` gives the selection. What happens at a step depends on its number alone, so a resumed run does the
-    same.
+    same. After a run's last step there is none: `ended_at` is the step where a run ended that now goes on, and it
+    makes up for it.
     """
 
-    def __init__(self, steps: int, choose: Callable[[int], Selection], clock: Any = None) -> None:
-        self.steps, self.choose, self.clock = steps, choose, clock
+    def __init__(
+        self, steps: int, choose: Callable[[int], Selection], clock: Any = None, ended_at: int | None = None
+    ) -> None:
+        self.steps, self.choose, self.clock, self.ended_at = steps, choose, clock, ended_at
         self.warmup = min(WARMUP_STEPS, steps // 3)
         self.rates: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step and state.global_step == self.ended_at:
+            self.on_step_end(args, state, control, **kwargs)
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
         # Not right before the update: under DeepSpeed that is part of the last backward pass.

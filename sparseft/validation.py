@@ -49,15 +49,26 @@ SCHEDULERS = (
     "warmup_stable_decay",
     "greedy",
 )
-OPTIMIZERS = tuple(
-    """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adafactor adamw_anyprecision
-    adamw_torch_4bit adamw_torch_8bit ademamix sgd adagrad adamw_bnb_8bit adamw_8bit ademamix_8bit lion_8bit lion_32bit
-    paged_adamw_32bit paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit
-    rmsprop rmsprop_bnb rmsprop_bnb_8bit rmsprop_bnb_32bit galore_adamw galore_adamw_8bit galore_adafactor
-    galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise lomo adalomo grokadamw
-    schedule_free_radam schedule_free_adamw schedule_free_sgd apollo_adamw apollo_adamw_layerwise
-    stable_adamw""".split()
+# These train every method here and are tested with it; transformers' other names are bitsandbytes' or refused.
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+BITSANDBYTES = tuple(
+    """adamw_bnb_8bit adamw_8bit ademamix ademamix_8bit lion_32bit lion_8bit paged_adamw_32bit paged_adamw_8bit
+    paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit rmsprop_bnb rmsprop_bnb_8bit
+    rmsprop_bnb_32bit""".split()
 )
+_LOW_RANK = "it projects the gradients of whole weights, which no method here trains as such"
+_IN_BACKWARD = "it updates weights within the backward pass, before the micro-steps of a step are summed"
+_TWO_WEIGHTS = "the weights that it trains are not those that it would save and evaluate"
+_UNTESTED = "it is not tested with sparse deltas"
+REFUSED_OPTIMIZERS = {  # name: why
+    **dict.fromkeys("galore_adamw galore_adamw_8bit galore_adafactor apollo_adamw".split(), _LOW_RANK),
+    **dict.fromkeys("galore_adamw_layerwise galore_adamw_8bit_layerwise".split(), _IN_BACKWARD),
+    **dict.fromkeys("galore_adafactor_layerwise apollo_adamw_layerwise lomo adalomo".split(), _IN_BACKWARD),
+    **dict.fromkeys("schedule_free_radam schedule_free_adamw schedule_free_sgd".split(), _TWO_WEIGHTS),
+    **dict.fromkeys("adamw_torch_4bit adamw_torch_8bit adamw_anyprecision grokadamw stable_adamw".split(), _UNTESTED),
+    "adamw_torch_xla": "it is for TPUs",
+    "adamw_torch_npu_fused": "it is for NPUs",
+}
 
 # Allowed values of the run's own fields; a method's config checks its own in `validate()`.
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -66,7 +77,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "dataset.too_long": ("cut_answer", "drop"),
     "dataset.paths": ("best", "all"),
     "trainer.scheduler": SCHEDULERS,
-    "trainer.optimizer": OPTIMIZERS,
+    "trainer.optimizer": (*OPTIMIZERS, *BITSANDBYTES),
     "trainer.resume": ("auto",),
     "hardware.device": ("auto", "cpu", "cuda"),
     "hardware.dtype": ("float32", "bfloat16", "float16"),
@@ -160,6 +171,11 @@ def is_text(annotation: Any) -> bool:
     return set(alternatives(annotation)) - {type(None)} == {str}
 
 
+def is_mapping(annotation: Any) -> bool:
+    """Whether the field holds settings of its own, by names that are not known here."""
+    return any(typing.get_origin(option) is dict for option in alternatives(annotation))
+
+
 def is_list(annotation: Any) -> bool:
     """Whether the field holds a list."""
     return any(typing.get_origin(option) is list for option in alternatives(annotation))
@@ -168,11 +184,10 @@ def is_list(annotation: Any) -> bool:
 def describe(annotation: Any) -> str:
     """What a user may write there: "a whole number or null"."""
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    names = [
-        "a list such as [a,b]" if typing.get_origin(option) is list else words.get(option, str(option))
-        for option in alternatives(annotation)
-    ]
-    return " or ".join(names)
+    words |= {Any: "a value", list: "a list such as [a,b]", dict: "a group such as {name: value}"}
+    return " or ".join(
+        words.get(typing.get_origin(option) or option, str(option)) for option in alternatives(annotation)
+    )
 
 
 def show(value: Any) -> str:
@@ -183,6 +198,8 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return shown("[" + ",".join(show(item) for item in value) + "]", 300)
+    if isinstance(value, dict):
+        return shown("{" + ", ".join(f"{name}: {show(item)}" for name, item in value.items()) + "}", 300)
     return shown(str(value), 300)
 
 
@@ -216,9 +233,24 @@ def check_type(key: str, value: Any, annotation: Any) -> Any:
         if typing.get_origin(option) is list and isinstance(value, list | tuple):
             (item,) = typing.get_args(option)
             return [check_type(f"{key}[{position}]", entry, item) for position, entry in enumerate(value)]
+        if typing.get_origin(option) is dict and isinstance(value, dict):
+            return {str(name): _plain(f"{key}.{name}", entry) for name, entry in value.items()}
     quoting = is_text(annotation) and value is not None and not isinstance(value, dict | list)
     hint = " (in a YAML file, quote the value)" if quoting else ""
     raise UserError(f"{key}={show(value)}: expected {describe(annotation)}{hint}.")
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value of a setting whose type is not known here: a finite number, text, true, false, null, a list of such."""
+    if isinstance(value, list | tuple):
+        return [_plain(f"{key}[{position}]", entry) for position, entry in enumerate(value)]
+    if isinstance(value, str) and (number := _scientific(value)) is not None:
+        return number
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value}: expected a finite number.")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise UserError(f"{key}={show(value)}: expected a number, text, true or false, null or a list.")
 
 
 def _scientific(text: str) -> float | None:
@@ -277,6 +309,12 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"hardware.device={config.hardware.device}: expected one of auto, cpu, cuda; which GPU is said by the "
             f"environment: CUDA_VISIBLE_DEVICES={number}."
+        )
+    reason = REFUSED_OPTIMIZERS.get(config.trainer.optimizer)
+    if reason is not None:
+        raise UserError(
+            f"trainer.optimizer={config.trainer.optimizer}: cannot be used here ({reason}); "
+            f"use one of {', '.join(OPTIMIZERS)}."
         )
     for key, choices in CHOICES.items():
         value = _value(config, key)

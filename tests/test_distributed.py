@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -163,6 +164,13 @@ def sittings(runs: Runs, stage: int) -> list[dict[str, Any]]:
     return cases
 
 
+def grown(runs: Runs, stage: int) -> list[dict[str, Any]]:
+    """A run that ends after two steps, as its schedule has it, and goes on to four."""
+    words = ["trainer.scheduler=cosine", "trainer.warmup_steps=1", f"output_dir=grown-{stage}", "trainer.resume=auto"]
+    cases = [runs.case("s2ft", stage, *split(1, 2), *words, f"trainer.max_steps={steps}") for steps in (2, 4)]
+    return [case | {"name": f"grown-{stage}"} for case in cases]
+
+
 PREPROCESS = [*METHODS["sylva"], *split(2, 2), "method.num_samples=5", "seed=3"]  # 3 samples for one, 2 for the other
 
 
@@ -174,7 +182,7 @@ def together(runs: Runs) -> Runs:
     saving = ["trainer.save_steps=3", "trainer.save_total_limit=9"]
     saved = [*SEALED, ("s2ft", 0)]
     cases = [runs.case(method, stage, *(saving if (method, stage) in saved else [])) for method, stage in EVERYDAY]
-    continued = [case for stage in CONTINUED for case in sittings(runs, stage)]
+    continued = [case for stage in CONTINUED for case in (*sittings(runs, stage), *grown(runs, stage))]
     bad = [bad_case(runs, *each) for each in (*BAD, *BAD_IN_A_ROW)]
     run_ranks(runs.folder, [case, *cases, *continued, *bad, best_case(runs, "s2ft")], seconds=1200)
     return runs
@@ -336,6 +344,14 @@ def test_two_processes_go_on_where_they_stopped(together: Runs, stage: int) -> N
     assert (cut / "checkpoints" / "checkpoint-5" / "rng_state_1.pth").is_file()
     for key in ("tokens", "train_loss", "eval_loss_after", "best_step"):
         assert summary(whole).get(key) == summary(cut).get(key), key
+
+
+@pytest.mark.parametrize("stage", CONTINUED)
+def test_a_longer_run_is_on_its_new_schedule(together: Runs, stage: int) -> None:
+    lines = metrics(together.folder / f"grown-{stage}")
+    rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+    wanted = [1e-3 * (1 + math.cos(math.pi * done / 3)) / 2 for done in range(3)]  # of four steps, after the warm-up
+    assert rates == pytest.approx({1: 0.0, 2: 1e-3, 3: wanted[1], 4: wanted[2]})
 
 
 @pytest.mark.slow

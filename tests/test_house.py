@@ -33,7 +33,7 @@ ORDER = (
     {"importance"},
     {"selection"},
     {"layers"},
-    {"optimizer"},
+    {"optimizer", "schedules"},
     {"methods"},
     {"fusing"},
     {"adapter"},

@@ -283,6 +283,21 @@ WORDS = (
 ).split()
 
 
+def test_a_longer_run_makes_up_for_the_re_selection_that_its_end_left_out(tmp_path):
+    """After a run's last step nothing is chosen anew; a run that goes on from there would have chosen."""
+    words = [*WORDS, "method=s2ft", "method.importance=gradient", "method.reselect_steps=3"]
+    words += ["trainer.scheduler=constant", "trainer.save_steps=3"]
+    command(tmp_path, *words, "trainer.max_steps=7", "output_dir=whole")
+    first = command(tmp_path, *words, "trainer.max_steps=3", "output_dir=grown")
+    assert "re-selection" not in first.err
+    for last in (5, 7):  # from where it ended with nothing chosen anew, and from where it ended between
+        done = command(tmp_path, *words, f"trainer.max_steps={last}", "output_dir=grown", "trainer.resume=auto")
+        assert f"re-selection at step {3 if last == 5 else 6}" in done.err
+    tensors = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("whole", "grown")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
 @pytest.mark.parametrize(
     "method",
     [

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from sparseft import launch
+from sparseft import launch, schedules
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, looks_local, nearest_path, where_looked
 from sparseft.launch_variables import check_place
+from sparseft.methods import get_method
+from sparseft.validation import BITSANDBYTES, OPTIMIZERS
 
 
 def check_one_process(config: RunConfig, command: str) -> None:
@@ -52,6 +54,38 @@ def check_tests(config: RunConfig) -> None:
     folder = config.eval.data_dir
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise UserError(f"eval.data_dir={folder}: no such folder{where_looked(folder)}.{nearest_path(folder)}")
+
+
+def learning_rate(config: RunConfig) -> float:
+    """The learning rate as given, else the method's."""
+    given = config.trainer.learning_rate
+    return get_method(config.method_name).learning_rate if given is None else given
+
+
+def check_trainer(config: RunConfig) -> None:
+    """Refuses a schedule that cannot be followed, and an optimizer that this machine or run has not (imports torch)."""
+    trainer, hardware = config.trainer, config.hardware
+    schedules.check(trainer, learning_rate(config), trainer.max_steps if trainer.max_steps > 0 else None)
+    name = trainer.optimizer
+    if hardware.zero_stage and name in ("adafactor", *BITSANDBYTES):
+        raise UserError(
+            f"trainer.optimizer={name}: cannot be used here (with hardware.zero_stage={hardware.zero_stage} the "
+            "optimizer gets flat pieces of parameters, of which it would make other steps); use adamw_torch."
+        )
+    if name not in BITSANDBYTES:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"trainer.optimizer={name}: cannot be used here (it needs the package bitsandbytes: pip install "
+            f"bitsandbytes); without it use one of {', '.join(OPTIMIZERS)}."
+        )
+    import torch
+
+    if hardware.device == "cpu" or not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.optimizer={name}: cannot be used here (bitsandbytes' optimizers train on CUDA devices); use one "
+            f"of {', '.join(OPTIMIZERS)}."
+        )
 
 
 def check_data(config: RunConfig) -> None:

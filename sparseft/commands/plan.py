@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sparseft import console
+from sparseft.commands import checks
 from sparseft.config import RunConfig
 
 GIB = 2**30
@@ -34,6 +35,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     config = copy.deepcopy(config)
     config.method.validate()
     console.clear_warnings()
+    checks.check_trainer(config)
     content = load_config(config.model)
     transformers.logging.set_verbosity_error()
     dtype = planning.model_dtype(config, content)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import launch
-from sparseft.config import RunConfig
+from sparseft.config import RunConfig, TrainerConfig
 from sparseft.errors import UserError
+from sparseft.reading import read_json
 from sparseft.runs import check_own, is_run, read_json_object
 
 # Settings that a run may be continued with other values of; all others decide what it trains, on what and how, and
-# a checkpoint would silently keep the old ones or mix both.
+# a checkpoint would silently keep the old ones or mix both. With more steps the learning rate goes on as a run of that
+# many steps has it there; of a run's rates nothing else can change (learning_rate, scheduler, warmup_steps, …).
 FREE = {
     *("output_dir", "overwrite", "cache_dir", "hardware", "eval", "bench"),
     *(f"trainer.{name}" for name in "max_steps num_epochs logging_steps eval_steps save_steps max_bad_steps".split()),
@@ -39,6 +41,41 @@ class Previous:
     def step(self) -> int:
         """The optimizer step to go on from; -1: none, so that all lines of metrics are dropped."""
         return int(self.checkpoint.rsplit("-", 1)[1]) if self.checkpoint else -1
+
+    @property
+    def total_steps(self) -> int | None:
+        """The steps that the run was to have in all when its checkpoint was saved."""
+        if self.checkpoint is None:
+            return None
+        return read_json(Path(self.checkpoint) / "trainer_state.json", numbers=False).get("max_steps")
+
+    @property
+    def ended_at(self) -> int | None:
+        """The checkpoint's step if that was to be the run's last one, else null."""
+        return self.step if self.total_steps == self.step else None
+
+    def check_steps(self, trainer: TrainerConfig, total_steps: int) -> None:
+        """Refuses to go on with fewer steps than are trained already."""
+        if self.step > total_steps:
+            name = "max_steps" if trainer.max_steps > 0 else "num_epochs"
+            raise UserError(
+                f"trainer.{name}={_show(getattr(trainer, name))}: the run in '{self.folder}' has already trained "
+                f"{self.step} of {total_steps} steps; give trainer.max_steps={self.step} to end it there, more to go "
+                "on, or another output_dir."
+            )
+
+    def describe(self, total_steps: int) -> str:
+        """Where a run of so many steps goes on."""
+        if self.checkpoint is None:
+            return "no checkpoint yet, so from the beginning"
+        if self.step == total_steps:
+            return f"{self.checkpoint}, already trained {total_steps} of {total_steps} steps: nothing is left to train"
+        if self.total_steps == total_steps:
+            return self.checkpoint
+        return (
+            f"{self.checkpoint}, to {total_steps} steps instead of {self.total_steps}: the learning rate goes on as a "
+            f"run of {total_steps} steps has it there"
+        )
 
     def check_data(self, fingerprint: str) -> None:
         """Refuses other training examples than the run's own, say from a file that has changed since."""
@@ -68,6 +105,8 @@ def previous_run(config: RunConfig) -> Previous | None:
     previous = Previous(folder, good_checkpoint(folder))
     if previous.checkpoint is not None:
         _check_same(config, folder)
+        if config.trainer.max_steps > 0:  # else the data say how many; train.py asks again
+            previous.check_steps(config.trainer, config.trainer.max_steps)
     return previous
 
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sparseft import console, launch
+from sparseft import console, launch, schedules
 from sparseft.commands import checks, report, resuming
 from sparseft.commands import plan as planning
 from sparseft.commands.scoring import Scorer, contamination
@@ -30,6 +30,7 @@ def run(config: RunConfig, *, plan: bool = False) -> dict[str, Any]:
     checks.check_hardware(config)
     if launch.first_process():  # the others may find what it has made already
         check_run_folder(config.output_dir, overwrite=config.overwrite, resume=config.trainer.resume is not None)
+    checks.check_trainer(config)
     checks.check_data(config)
     checks.check_model(config)
     if launch.needed(config.hardware):
@@ -67,7 +68,7 @@ def _train(config: RunConfig) -> dict[str, Any]:
         if previous is not None:
             resuming.clean(previous, config.trainer.save_total_limit)
             truncate_metrics(folder / "metrics.jsonl", previous.step)
-            console.log(f"resume: {previous.checkpoint or 'no checkpoint yet, so from the beginning'}")
+            console.log(f"resume: {previous.describe(job.total_steps)}")
     folder = from_first(folder)
     with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
         summary = job.train(folder)
@@ -87,7 +88,7 @@ class Job:
         from sparseft.commands.preparing import describe_selection, describe_trainable, prepare
         from sparseft.data.packing import check_packing
         from sparseft.modeling import ModelSpec, runnable
-        from sparseft.trainer_arguments import check_optimizer, training_arguments
+        from sparseft.trainer_arguments import training_arguments
         from sparseft.trainer_distributed import has_experts, rank_and_world
         from sparseft.trainer_memory import reset_peak_memory
 
@@ -106,6 +107,11 @@ class Job:
                 "dataset.eval_path=FILE or a dataset.eval_fraction above 0."
             )
         self._check_context()
+        self.learning_rate = checks.learning_rate(config)
+        self.total_steps = self._count_steps()
+        schedules.check(config.trainer, self.learning_rate, self.total_steps)
+        if previous is not None:
+            previous.check_steps(config.trainer, self.total_steps)
         if prepared.data.packed is not None:
             with runnable(prepared.model):
                 check_packing(prepared.model, config.trainer.batch_size)
@@ -135,9 +141,6 @@ class Job:
         else:
             console.log(f"trainable: all {self.trainable:,} parameters of the model")
 
-        given = config.trainer.learning_rate
-        self.learning_rate = given if given is not None else self.method.learning_rate
-        self.total_steps = self._count_steps()
         self.arguments = training_arguments(
             config.trainer,
             config.hardware,
@@ -148,7 +151,6 @@ class Job:
             unused=has_experts(self.model),
             autocast=prepared.device.type == "cuda" and self.dtype.itemsize == 2 and self.method.kind == "whole",
         )
-        check_optimizer(self.arguments, self.model)
 
     @property
     def rows(self) -> Any:
@@ -335,7 +337,7 @@ class Job:
                 batches = calibration_batches(self.prepared.data.train, method.num_samples, seed, pad)
             return reselect(self.model, method, batches, seed=seed)
 
-        return Reselection(method.reselect_steps, choose, clock)
+        return Reselection(method.reselect_steps, choose, clock, self.previous.ended_at if self.previous else None)
 
     def _evaluation(self, trainer: Any, folder: Path, step: int) -> Any:
         """The evaluation at the present step: as recorded where it was measured there, else measured now."""
