@@ -30,14 +30,14 @@ def run(config: RunConfig) -> dict[str, Any]:
     import transformers
 
     from sparseft import planning
-    from sparseft.modeling import load_config
+    from sparseft.modeling import context_length, load_config
 
     config.method.validate()
     console.clear_warnings()
     content = load_config(config.model)
     transformers.logging.set_verbosity_error()
     dtype = planning.model_dtype(config, content)
-    limit = getattr(content.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(content)
     length = config.trainer.max_length
     if limit and length > limit:
         raise UserError(f"trainer.max_length={length}: the model's context is {limit} tokens.")
