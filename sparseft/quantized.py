@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from sparseft.errors import UserError
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # `is_floating_point` is true of 8 bits too
-ADVICE = "quantized models cannot be trained yet: use the unquantized checkpoint"
+ADVICE = "quantized models cannot be trained or evaluated yet: use the unquantized checkpoint"
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -54,7 +54,7 @@ def check_plain(model: nn.Module) -> None:
 def _problem(module: nn.Module) -> str | None:
     """What is quantised in a module itself, as the end of a sentence; null where nothing is."""
     for name, tensor in module._parameters.items():
-        if tensor is None or tensor.dim() == 0 or is_plain(tensor) or isinstance(tensor, UninitializedTensorMixin):
+        if tensor is None or isinstance(tensor, UninitializedTensorMixin) or is_plain(tensor) or tensor.dim() == 0:
             continue
         if type(tensor) is not nn.Parameter:
             return f"whose {name} is a {type(tensor).__name__}"
