@@ -37,6 +37,7 @@ from sparseft.layers.pattern import same_patterns
 from sparseft.methods import method_of
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import STATE, ModelSpec, base_fingerprint, inside_compiled
+from sparseft.quantized import check_plain
 from sparseft.selection import Selection
 from sparseft.sharding import full_shape, gathered
 
@@ -79,6 +80,7 @@ def _require_state(model: nn.Module) -> State:
 
 
 def _new_state(model: nn.Module, method: str) -> State:
+    check_plain(model)
     return State(
         method=method,
         fingerprint=base_fingerprint(model),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from sparseft.quantized import is_plain
 from sparseft.sharding import full_shape
 
 
@@ -47,7 +48,7 @@ def stacks(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     return {
         name: (int(shape[0]), int(shape[1]), int(shape[2]))
         for name, p in module._parameters.items()
-        if p is not None and len(shape := full_shape(p)) == 3 and p.is_floating_point()
+        if p is not None and len(shape := full_shape(p)) == 3 and is_plain(p)
     }
 
 

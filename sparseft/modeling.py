@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sparseft.config import BUNDLED, ModelConfig
 from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, reason_of, where_looked
 from sparseft.expert_weights import is_router, other_stacks, stacks
 from sparseft.files import check_whole
 from sparseft.load_report import check_complete, without_report
+from sparseft.probing import check_causal
+from sparseft.quantized import check_config, check_plain, is_plain
 from sparseft.sharding import full_shape, gathered, running
 
 # Last part of a module's name -> its role. A tuple names the parts of a fused projection in their order.
@@ -87,6 +90,7 @@ class ModelSpec:
     @staticmethod
     def of(model: nn.Module) -> ModelSpec:
         """Reads a (plain or attached) Hugging Face causal LM; nothing is materialised, so meta models do too."""
+        check_plain(model)
         config = model.config.get_text_config()
         num_heads = getattr(config, "num_attention_heads", None)
         if not isinstance(num_heads, int):
@@ -231,14 +235,30 @@ def inside_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+# Subclasses of `nn.Linear` with a forward pass of their own that computes the very same product.
+SAME_PRODUCT = ("FalconLinear",)
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether sparseft can train the module's weight: `nn.Linear`, transformers' `Conv1D`, or already converted."""
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    """Whether sparseft can train the module's weight: it is the one matrix of plain numbers by which the module
+    multiplies. `nn.Linear` and transformers' `Conv1D` are, and what was converted already; their subclasses only where
+    they compute the same product (a router or a grouped linear does not) and hold nothing beside weight and bias.
+    """
+    if getattr(module, "sparseft_linear", False):
         return True
-    # Quantised linears subclass nn.Linear but hold packed integers, whose entries cannot be written.
-    return getattr(module, "sparseft_linear", False) or (
-        isinstance(module, nn.Linear) and len(full_shape(module.weight)) == 2 and module.weight.is_floating_point()
-    )
+    own = {name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+    weight = module._parameters.get("weight")  # not what parametrizations and weight norm compute in its place
+    if weight is None or not own.keys() <= {"weight", "bias"} or not all(map(is_plain, own.values())):
+        return False
+    if len(full_shape(weight)) != 2:
+        return False
+    kind = type(module)
+    if kind.__name__ == "Conv1D" and hasattr(module, "nf"):
+        return True
+    if not isinstance(module, nn.Linear) or kind is NonDynamicallyQuantizableLinear:  # read by nn.MultiheadAttention
+        return False
+    same = kind.forward is nn.Linear.forward or kind.__name__ in SAME_PRODUCT
+    return same and ("forward" not in vars(module) or hasattr(module, "_hf_hook"))  # accelerate's moves inputs only
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -360,10 +380,12 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
     """The model on `device`, in evaluation mode, in the dtype asked for (`auto`: as stored).
 
     A checkpoint that lacks a weight is a `UserError`: a random one in its place would be trained and never noticed. So
-    is one that full fine-tuning wrote and that was altered since.
+    is one that full fine-tuning wrote and that was altered since, one that is quantised, and a model that is not
+    causal, which is tried.
     """
     from transformers import AutoModelForCausalLM
 
+    load_config(config, "model")  # refuses what is quantised, before any weight
     check_whole(Path(config.path).expanduser())
     if config.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.dtype}: expected {', '.join(DTYPES)}.{nearest(config.dtype, DTYPES)}")
@@ -376,17 +398,40 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
     with without_report():
         model, report = _load("model", config.path, AutoModelForCausalLM.from_pretrained, **options)
     check_complete(config.path, report)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    with runnable(model):
+        check_causal(model, f"model.path={config.path}")
+    return model
 
 
-def load_config(config: ModelConfig):
-    """The model's config.json, as transformers reads it; no weights."""
+def load_config(config: ModelConfig, what: str = "config"):
+    """The model's config.json, as transformers reads it; no weights. That of quantised ones is a `UserError`. `what` is
+    said not to be loaded where there is none."""
     from transformers import AutoConfig
 
     options = {"revision": config.revision} if config.revision else {}
-    return _load(
-        "config", config.path, AutoConfig.from_pretrained, trust_remote_code=config.trust_remote_code, **options
+    content = _load(
+        what, config.path, AutoConfig.from_pretrained, trust_remote_code=config.trust_remote_code, **options
     )
+    check_config(content, f"model.path={config.path}")
+    return content
+
+
+def context_length(config: Any) -> int | None:
+    """The tokens that a model's config says it takes at most; null where it names no bound (XLNet says -1, others what
+    no sequence reaches)."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    bounded = isinstance(length, int | float) and 0 < length < 1e9
+    return int(length) if bounded else None
+
+
+def vocabulary_rows(model: nn.Module) -> tuple[int, int]:
+    """How many tokens a model can read and how many it can predict: the rows of its embeddings and of its head."""
+    named: int = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    weights = [getattr(table, "weight", None) for table in tables]
+    rows, logits = (named if weight is None else int(full_shape(weight)[0]) for weight in weights)
+    return rows, logits
 
 
 def load_tokenizer(config: ModelConfig):

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
-from sparseft.modeling import load_model
+from sparseft.modeling import context_length, load_model
 
 # As in the checkpoints' config.json; heads are 128 wide.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -88,6 +88,6 @@ def check_length(config: RunConfig, model: nn.Module) -> None:
     length = config.bench.length
     if length < 2:
         raise UserError(f"bench.length={length}: expected at least 2 tokens, as the first predicts the second.")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model.config)
     if limit and length > limit:
         raise UserError(f"bench.length={length}: the model's context is {limit} tokens.")

@@ -100,10 +100,11 @@ def check_data(config: RunConfig) -> None:
 
 
 def check_model(config: RunConfig) -> None:
-    """Refuses a model folder that is not there, and a device that this machine has not (imports torch)."""
-    from sparseft.modeling import check_model_path, resolve_device
+    """Refuses a model folder that is not there, a quantised checkpoint, and a device that this machine has not (imports
+    torch and transformers)."""
+    from sparseft.modeling import load_config, resolve_device
 
-    check_model_path(config.model.path)
+    load_config(config.model)
     if config.model.tokenizer is not None:
         path = Path(config.model.tokenizer).expanduser()
         if looks_local(config.model.tokenizer) and not path.is_dir():

@@ -30,7 +30,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     import transformers
 
     from sparseft import planning
-    from sparseft.modeling import load_config
+    from sparseft.modeling import context_length, load_config
 
     config = copy.deepcopy(config)
     config.method.validate()
@@ -39,7 +39,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     content = load_config(config.model)
     transformers.logging.set_verbosity_error()
     dtype = planning.model_dtype(config, content)
-    limit = getattr(content.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(content)
     length = config.trainer.max_length
     if limit and length > limit:  # training refuses longer examples, not the setting
         console.log(f"plan: trainer.max_length={length}, but the model's context is {limit} tokens: planned for those")

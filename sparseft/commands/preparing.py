@@ -21,6 +21,7 @@ from sparseft.commands.checks import check_data, check_model
 from sparseft.config import BUNDLED, RunConfig
 from sparseft.data import calibration_batches, load_datasets
 from sparseft.data.batches import padding_id
+from sparseft.data.loading import check_tokens
 from sparseft.errors import UserError
 from sparseft.importance import ranks
 from sparseft.importance.resuming import saved_samples
@@ -34,6 +35,7 @@ from sparseft.modeling import (
     base_parameter_count,
     load_tokenizer,
     resolve_device,
+    vocabulary_rows,
 )
 from sparseft.selection import Selection
 from sparseft.sharding import any_sharded
@@ -51,6 +53,11 @@ class Prepared:
     data: Any  # data.LoadedData
     device: Any
     sharding: Any = None  # transformers' settings of ZeRO-3, to live as long as a model in shards does
+
+    @property
+    def pad(self) -> int:
+        """The id to pad with."""
+        return padding_id(self.tokenizer, vocabulary_rows(self.model)[0])
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -78,6 +85,7 @@ def prepare(config: RunConfig) -> Prepared:
     for warning in data.warnings:
         console.warn(f"data: {warning}")
     model, sharding = load(config.model, config.hardware, device)
+    check_tokens(data, tokenizer, *vocabulary_rows(model))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     total = base_parameter_count(model)
     console.log(f"model: {config.model.path}, {total:,} parameters, {dtype} on {device}")
@@ -121,8 +129,7 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
     batches = None
     total = None
     if method.needs_data:
-        pad = padding_id(prepared.tokenizer)
-        batches = calibration_batches(prepared.data.train, method.num_samples, method.seed, pad)
+        batches = calibration_batches(prepared.data.train, method.num_samples, method.seed, prepared.pad)
         total = len(batches)
         console.log(f"selection: scoring by {method.importance} on {total} calibration examples")
     stopped: list[str] = []  # the signal's name, for the work to end at the next point where nothing is half done

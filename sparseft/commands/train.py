@@ -160,7 +160,9 @@ class Job:
 
     def _check_context(self) -> None:
         """Refuses examples longer than the model's context: learned positions end there, others never saw more."""
-        context = getattr(self.prepared.model.config.get_text_config(), "max_position_embeddings", None)
+        from sparseft.modeling import context_length
+
+        context = context_length(self.prepared.model.config)
         data = self.prepared.data
         longest = max(int(part.lengths.max()) for part in (data.train, data.eval) if part is not None)
         if context and longest > context:
@@ -220,7 +222,7 @@ class Job:
         import transformers
 
         from sparseft.commands.preparing import scope_parameters
-        from sparseft.data.batches import Collator, padding_id
+        from sparseft.data.batches import Collator
         from sparseft.trainer import Trainer, train
         from sparseft.trainer_memory import memory_bytes
 
@@ -235,7 +237,7 @@ class Job:
             score=score,
             train_dataset=self.rows,
             eval_dataset=prepared.data.eval,
-            data_collator=Collator(padding_id(prepared.tokenizer)),
+            data_collator=Collator(prepared.pad),
             processing_class=None,
         )
         if getattr(config.method, "reselect_steps", 0):
@@ -323,7 +325,6 @@ class Job:
     def _reselection(self, clock: Any) -> Any:
         """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time."""
         from sparseft.data import calibration_batches
-        from sparseft.data.batches import padding_id
         from sparseft.methods.selecting import reselect
         from sparseft.trainer_reselecting import Reselection
 
@@ -333,8 +334,8 @@ class Job:
             seed = method.seed + step
             batches = None
             if method.needs_data:
-                pad = padding_id(self.prepared.tokenizer)
-                batches = calibration_batches(self.prepared.data.train, method.num_samples, seed, pad)
+                prepared = self.prepared
+                batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
             return reselect(self.model, method, batches, seed=seed)
 
         return Reselection(method.reselect_steps, choose, clock, self.previous.ended_at if self.previous else None)

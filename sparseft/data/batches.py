@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from sparseft.data.tokenized import TokenizedDataset
 
 
-def padding_id(tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's pad token, else its EOS, else 0. Padding is masked, so any id serves."""
+def padding_id(tokenizer: Any, rows: int | None = None) -> int:
+    """The id to pad with: the tokenizer's pad token, else its EOS, else 0. Padding is masked, so any id serves that the
+    model can read: with `rows`, those of its embeddings, a pad token added without a row is passed over."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if token is not None and (rows is None or 0 <= token < rows):
             return int(token)
     return 0
 

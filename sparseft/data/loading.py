@@ -121,6 +121,26 @@ def load_datasets(
     )
 
 
+def check_tokens(data: LoadedData, tokenizer: Any, rows: int, logits: int) -> None:
+    """Refuses examples with a token that the model does not have: one beyond the `rows` of its embeddings, or one to be
+    learnt beyond its `logits`. That a tokenizer knows more tokens than occur in the data is no fault.
+    """
+    for part, source in ((data.train, data.train_source), (data.eval, data.eval_source)):
+        for count, name, what in ((rows, "input_ids", "embeddings have"), (logits, "labels", "head has")):
+            missing = part.beyond(count, name) if part is not None else []
+            if missing:
+                raise UserError(f"{source}: {no_row(missing[0], tokenizer, count, what)}")
+
+
+def no_row(token: int, tokenizer: Any, rows: int, what: str = "embeddings have") -> str:
+    """Says that `token` lies beyond the `rows` rows of a model's table, and what to do."""
+    return (
+        f"token '{tokenizer.convert_ids_to_tokens(token)}' has the id {token}, but the model's {what} {rows} rows "
+        f"(ids 0 to {rows - 1}), of {len(tokenizer)} tokens that the tokenizer knows; use the model's own tokenizer, "
+        f"or save the model after model.resize_token_embeddings({len(tokenizer)})."
+    )
+
+
 def _check(config: DatasetConfig, max_length: int) -> None:
     check_format(config.format)
     if config.too_long not in TOO_LONG:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -127,42 +127,27 @@ def check_packing(model: nn.Module, batch_size: int) -> None:
     """
     import torch
 
-    from sparseft.sharding import full_shape
+    from sparseft import probing
 
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    device = embeddings.weight.device
-    generator = torch.Generator().manual_seed(0)
     rows, border, length = min(batch_size, 2), 7, 16
-    ids = torch.randint(full_shape(embeddings.weight)[0], (rows, length), generator=generator).to(device)
-    positions = torch.cat([torch.arange(border), torch.arange(length - border)]).to(device).expand(rows, -1)
-    found: list[Tensor] = []
-
-    def keep(module: Any, inputs: Any, output: Tensor) -> Tensor:
-        found.append(output.detach().requires_grad_())
-        return found[-1]
-
-    training = model.training
-    handle = embeddings.register_forward_hook(keep)
+    ids = probing.plain_tokens(model, rows, length)
+    positions = torch.cat([torch.arange(border), torch.arange(length - border)]).to(ids.device).expand(rows, -1)
+    second = (slice(None), slice(border, None))
     try:
-        model.eval()
-        with torch.enable_grad():
-            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, border:].float()
-            (gradient,) = torch.autograd.grad(logits.square().sum(), found[0])
-        with torch.no_grad():
-            alone = model(input_ids=ids[:, border:], position_ids=positions[:, border:], use_cache=False).logits.float()
+        with probing.undisturbed(model):
+            logits, strength = probing.dependence(model, ids, second, position_ids=positions)
+            with torch.no_grad():
+                alone = probing.run(model, ids[second], position_ids=positions[second]).float()
     except TypeError as error:  # a forward without position_ids
         raise _refusal(model, f"its forward pass cannot be given positions ({error})") from error
-    finally:
-        handle.remove()
-        model.train(training)
-    leak = gradient[:, :border].abs().max().item()
-    if leak != 0.0:
-        config = model.config
-        flash = "flash" in str(getattr(config, "_attn_implementation", "")) and rows > 1
+    except probing.Untraceable as error:
+        raise _refusal(model, "how its logits depend on its tokens cannot be seen") from error
+    if strength[:, :border].max() != 0.0:
+        flash = "flash" in str(getattr(model.config, "_attn_implementation", "")) and rows > 1
         hint = "; with this attention use trainer.batch_size=1" if flash else ""
         raise _refusal(model, f"its attention reaches across the examples of a row{hint}")
-    tolerance = 1e-3 if logits.dtype == embeddings.weight.dtype else 5e-2  # of float32, and of half precision
-    if not (logits.detach() - alone).abs().max() <= tolerance * alone.abs().max():
+    single = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    if not (logits - alone).abs().max() <= (1e-3 if single else 5e-2) * alone.abs().max():
         raise _refusal(model, "an example in a row gets other logits than alone")
 
 

@@ -266,6 +266,17 @@ class TokenizedDataset:
         """int64 (examples,): tokens of each example."""
         return self._stops - self._starts
 
+    def beyond(self, rows: int, name: str = "input_ids") -> list[int]:
+        """The ids of `input_ids` or of `labels` that a table of `rows` rows does not have, in ascending order."""
+        values = self._input_ids if name == "input_ids" else self._labels
+        least = 0 if name == "input_ids" else IGNORED
+        found: set[int] = set()
+        for start, stop in self._runs():
+            part = values[start:stop]
+            if part.max() >= rows or part.min() < least:
+                found.update(np.unique(part[(part >= rows) | (part < least)]).tolist())
+        return sorted(found)
+
     def subset(self, indices: Sequence[int] | np.ndarray) -> TokenizedDataset:
         """The examples at `indices`, in that order; no token is copied."""
         chosen = np.asarray(indices, np.int64)

@@ -24,7 +24,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 from tokenizers.processors import TemplateProcessing
 
+from sparseft.data.loading import no_row
 from sparseft.errors import UserError
+from sparseft.modeling import vocabulary_rows
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +74,24 @@ class LanguageModel(HFLM):
             max_length=min(max_length or limit, limit),
         )
         self.truncated: set[str] = set()
+        self.rows = vocabulary_rows(model)[0]
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends = own if isinstance(own, list) else [own]
         self.ends = sorted({int(end) for end in [*ends, self.tokenizer.eos_token_id] if end is not None})
 
+    def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        ids = super().tok_encode(*args, **kwargs)
+        self._check_known(ids)
+        return ids
+
+    def _check_known(self, ids: list[int]) -> None:
+        """Refuses a token that the model has no embedding of, which a prompt may bring and a GPU dies of."""
+        if ids and max(ids) >= self.rows:
+            raise UserError(f"a prompt cannot be read: {no_row(max(ids), self.tokenizer, self.rows)}")
+
     def _loglikelihood_tokens(self, requests: list, *args: Any, **kwargs: Any) -> list:
         for texts, context, continuation in requests:
+            self._check_known([*context, *continuation])  # BOS may stand for an empty context
             # The last token is only predicted, never read: one more than the context fits.
             if texts is not None and len(context) + len(continuation) > self.max_length + 1:
                 self.truncated.add(texts[0])
@@ -142,7 +156,7 @@ def _usable(tokenizer: Any, model: Any) -> tuple[Any, bool]:
         raise UserError(f"Evaluation needs a Hugging Face tokenizer, got {type(tokenizer).__name__}.")
     tokenizer = copy.deepcopy(tokenizer)
     _end_open(tokenizer)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = vocabulary_rows(model)[0]
     names = ("pad_token", "eos_token", "unk_token", "bos_token")
     tokens = [token for token in (getattr(tokenizer, name) for name in names) if token is not None]
     usable = [token for token in tokens if tokenizer.convert_tokens_to_ids(token) < rows]

@@ -1,0 +1,76 @@
+"""Quantised models: which weights are plain numbers that can be read and trained, and the refusal of all others."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from sparseft.errors import UserError
+
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # `is_floating_point` is true of 8 bits too
+ADVICE = "quantized models cannot be trained or evaluated yet: use the unquantized checkpoint"
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's entries are its values: 16 bits or more, and no class of its own that packs or scales them."""
+    return tensor.dtype in PLAIN and type(tensor) in (nn.Parameter, Tensor)
+
+
+def check_config(content: Any, what: str) -> None:
+    """Refuses the config.json (as transformers reads it) of a checkpoint whose weights are quantised.
+
+    what: how the user named the model, for the message.
+    """
+    for config in (content, *vars(content).values()):  # the parts of a model for several media have their own
+        for name in ("quantization_config", "compression_config"):  # the second is what compressed-tensors once wrote
+            settings = getattr(config, name, None)
+            if settings:
+                raise UserError(f"{what}: the weights are quantized ({_method(settings)}); {ADVICE}.")
+
+
+def _method(settings: Any) -> str:
+    get = settings.get if isinstance(settings, dict) else lambda key: getattr(settings, key, None)
+    method = get("quant_method")
+    if method is None and (get("load_in_4bit") or get("load_in_8bit")):
+        method = "bitsandbytes"
+    return str(getattr(method, "value", method) or "by an unnamed method")
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuses a model of which a module holds quantised weights, by the module's name and class."""
+    for name, module in model.named_modules():
+        if problem := _problem(module):
+            raise UserError(f"'{name}' is a {type(module).__name__} {problem}; {ADVICE}.")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        method = _method(getattr(quantizer, "quantization_config", {}))
+        raise UserError(f"{type(model).__name__} was loaded quantized ({method}); {ADVICE}.")
+
+
+def _problem(module: nn.Module) -> str | None:
+    """What is quantised in a module itself, as the end of a sentence; null where nothing is."""
+    for name, tensor in module._parameters.items():
+        if tensor is None or isinstance(tensor, UninitializedTensorMixin) or is_plain(tensor) or tensor.dim() == 0:
+            continue
+        if type(tensor) is not nn.Parameter:
+            return f"whose {name} is a {type(tensor).__name__}"
+        if not (tensor.dtype.is_complex or tensor.dtype == torch.bool):
+            return f"whose {name} is {_dtype(tensor)}"
+    for name, tensor in module._buffers.items():
+        # Whole numbers in buffers are positions and indices mostly.
+        packed = tensor is not None and tensor.dim() > 1 and re.search("weight|codes|packed", name)
+        if packed and not (tensor.dtype in PLAIN or tensor.dtype.is_complex or tensor.dtype == torch.bool):
+            return f"whose {name} is {_dtype(tensor)}"
+    if isinstance(module, nn.Linear):
+        for name in (*module._parameters, *module._buffers):
+            if "scale" in name:
+                return f"with {name} beside its weight"
+    return None
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
