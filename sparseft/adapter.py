@@ -16,12 +16,9 @@ import torch
 from torch import nn
 
 from sparseft.adapter_files import (
-    fuse_peft,
     is_whole_model,
-    load_peft,
     read_config,
     read_sparse,
-    write_peft,
     write_sparse,
     write_whole,
 )
@@ -39,6 +36,7 @@ from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import STATE, ModelSpec, base_fingerprint, inside_compiled
 from sparseft.selection import Selection
 from sparseft.sharding import full_shape, gathered
+from sparseft.wrapping import Overwritten, fuse_peft, leave, load_peft, save, switch, unmergeable
 
 DEFAULT = "default"
 
@@ -64,6 +62,7 @@ class State:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: str | None = None
     method_config: dict[str, Any] = field(default_factory=dict)
+    overwritten: Overwritten | None = None  # of kind peft
 
 
 def state_of(model: nn.Module) -> State | None:
@@ -83,7 +82,7 @@ def _new_state(model: nn.Module, method: str) -> State:
         method=method,
         fingerprint=base_fingerprint(model),
         base_model=getattr(model, "name_or_path", "") or "",
-        requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
+        requires_grad={name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
     )
 
 
@@ -108,6 +107,7 @@ def attach(model: nn.Module, config: Any, selection: Selection | None = None) ->
             raise UserError(f"method {method.name} takes no selection.")
         state = _new_state(model, method.name)
         state.kind, state.active, state.method_config = method.kind, DEFAULT, asdict(config)
+        state.overwritten = Overwritten.of(model) if method.kind == "peft" else None
         model = method.convert(model, config, None)
         setattr(model, STATE, state)
         return model
@@ -173,7 +173,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
             if state.kind == "whole":
                 write_whole(model, header, aside)
             else:
-                write_peft(model, name, header, aside)
+                save(model, state.overwritten, state.active, name, header, aside)
         return Path(path)
     _check_name(state, name)
     adapter = state.adapters[name]
@@ -280,10 +280,14 @@ def _load_peft(model: nn.Module, folder: Path, name: str, content: dict[str, Any
     if state is not None and state.kind == "whole":
         raise UserError(f"{folder}: a peft adapter cannot be loaded onto a model with {state.method} attached.")
     own = content["sparseft"] if isinstance(content.get("sparseft"), dict) else {}
+    if state is None and hasattr(model, "peft_config"):
+        raise UserError(f"{folder}: the model has peft's layers from elsewhere: merge them first, or load all through sparseft.")
     state = state or _new_state(model, str(own.get("method") or content["peft_type"]).lower())
     if own and own.get("base_fingerprint") != state.fingerprint:
         raise _other_base(folder, own)
-    model = load_peft(model, folder, name)
+    kept = state.overwritten or Overwritten.of(model)
+    model = load_peft(model, folder, name, kept, state.active)
+    state.overwritten = kept
     state.kind, state.active, state.method_config = "peft", name, dict(own.get("method_config") or {})
     setattr(model, STATE, state)
     return model
@@ -321,13 +325,9 @@ def set_adapter(model: nn.Module, name: str | None) -> nn.Module:
     if state.kind != "sparse":
         if state.kind == "whole":
             raise UserError("full fine-tuning has no adapters to switch.")
-        if name is None:
-            model.base_model.disable_adapter_layers()
-        else:
-            if name not in model.peft_config:
-                raise UserError(f"no adapter is called '{name}'.{nearest(name, model.peft_config)}")
-            model.base_model.enable_adapter_layers()
-            model.set_adapter(name)
+        if name is not None and name not in model.peft_config:
+            raise UserError(f"no adapter is called '{name}'.{nearest(name, model.peft_config)}")
+        switch(model, state.overwritten, state.active, name)
         state.active = name
         return model
     if name is not None:
@@ -349,7 +349,8 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
     if state.kind != "sparse":
         if state.kind == "whole":
             raise UserError("full fine-tuning has no adapters to fuse.")
-        fuse_peft(model, weights, name)
+        fuse_peft(model, state.overwritten, state.active, weights, name)
+        state.active = None
         return set_adapter(model, name)
     for known in weights:
         _check_name(state, known)
@@ -373,7 +374,11 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """The plain Hugging Face model with the active adapter's deltas in its weights."""
+    """The plain Hugging Face model with the active adapter's deltas in its weights.
+
+    A tied head or embedding of which a LoRA changed only one is untied, in the config too, so that it stays so on disk.
+    What the plain model has no weights for is a `UserError`.
+    """
     return _leave(model, merged=True)
 
 
@@ -393,7 +398,7 @@ def _leave(model: nn.Module, *, merged: bool) -> nn.Module:
             raise UserError("full fine-tuning keeps no copy of the base: load it again instead of detaching.")
         delattr(model, STATE)
     else:
-        model = model.merge_and_unload() if merged else model.unload()
+        model = leave(model, state.overwritten, state.active, merged=merged)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, True))
     return model

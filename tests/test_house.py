@@ -36,6 +36,8 @@ ORDER = (
     {"optimizer"},
     {"methods"},
     {"fusing"},
+    {"adapter_files"},
+    {"wrapping"},
     {"adapter"},
     {"trainer"},
     {"evaluation"},
