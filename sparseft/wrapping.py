@@ -24,6 +24,7 @@ from sparseft.errors import UserError, nearest, shown
 from sparseft.files import read_json
 
 WRAPPED = "base_model.model."  # what peft's wrapper puts before the base's names
+INSIDE = ("token_adapter", "base_layer", "original_module")  # and into them, where it put a layer around a module
 TRIAL = "sparseft_trial"  # an adapter of the same name goes only when the new one fits
 
 
@@ -134,7 +135,9 @@ def _overwrites(kept: Overwritten, tensors: list[str], bias: str) -> set[str]:
     """The base's parameters that peft writes when it loads a file with these tensors, or trains afterwards."""
     found: set[str] = set()
     for key in tensors:
-        name = key.removeprefix(WRAPPED).replace(".base_layer.", ".")
+        name = key.removeprefix(WRAPPED)
+        for part in INSIDE:
+            name = name.replace(f".{part}.", ".")
         if name in kept.buffers:
             raise ValueError(f"the file would overwrite the base's buffer {name}")
         if name in kept.names:
@@ -147,12 +150,15 @@ def _overwrites(kept: Overwritten, tensors: list[str], bias: str) -> set[str]:
 def _trained_biases(model: Any, kept: Overwritten, name: str) -> set[str]:
     """The base's biases that peft trains as part of the adapter `name`."""
     from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
 
     bias = model.peft_config[name].bias
-    if bias == "all":
-        return {parameter for parameter in kept.parameters if _is_bias(parameter)}
     if bias == "none":
         return set()
+    if bias == "all":
+        wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper) and name in m.modules_to_save]
+        replaced = {id(parameter) for wrapper in wrappers for parameter in wrapper.original_module.parameters()}
+        return {n for n, parameter in kept.parameters.items() if _is_bias(n) and id(parameter) not in replaced}
     layers = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLayer) and name in m.r]
     chosen = {id(layer.bias) for layer in layers if getattr(layer, "bias", None) is not None}
     return {parameter for parameter, value in kept.parameters.items() if id(value) in chosen}
@@ -189,7 +195,9 @@ def _without_biases(model: Any) -> Iterator[None]:
 
 def _fill(model: Any, folder: Path, name: str) -> None:
     result = model.load_adapter(str(folder), adapter_name=name, is_trainable=True)
-    for problem, keys in (("lacks", result.missing_keys), ("has unknown", result.unexpected_keys)):
+    # With bias: all, peft writes the biases of whole modules twice, once under names that it cannot read.
+    unknown = [key for key in result.unexpected_keys if not key.endswith(".modules_to_save.bias")]
+    for problem, keys in (("lacks", result.missing_keys), ("has unknown", unknown)):
         if keys:
             raise ValueError(f"the file {problem} tensors: {', '.join(map(shown, keys[:3]))}")
 
