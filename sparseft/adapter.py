@@ -281,7 +281,7 @@ def _load_peft(model: nn.Module, folder: Path, name: str, content: dict[str, Any
         raise UserError(f"{folder}: a peft adapter cannot be loaded onto a model with {state.method} attached.")
     own = content["sparseft"] if isinstance(content.get("sparseft"), dict) else {}
     if state is None and hasattr(model, "peft_config"):
-        raise UserError(f"{folder}: the model has peft's layers from elsewhere: merge them first, or load all through sparseft.")
+        raise UserError(f"{folder}: the model has peft's layers from elsewhere: merge them, or load all by sparseft.")
     state = state or _new_state(model, str(own.get("method") or content["peft_type"]).lower())
     if own and own.get("base_fingerprint") != state.fingerprint:
         raise _other_base(folder, own)
@@ -380,6 +380,12 @@ def merge(model: nn.Module) -> nn.Module:
     What the plain model has no weights for is a `UserError`.
     """
     return _leave(model, merged=True)
+
+
+def mergeable(model: nn.Module) -> bool:
+    """Whether `merge` can write the active adapter into the plain model's weights."""
+    state = _require_state(model)
+    return state.kind != "peft" or state.active is None or unmergeable(model, state.active) is None
 
 
 def detach(model: nn.Module) -> nn.Module:

@@ -160,8 +160,8 @@ PLAIN_PEFT = (
 INITIAL = (True, False, "gaussian", "orthogonal")  # values that the file's replace; the base stays as it is
 
 
-def check_peft(folder: Path, content: dict[str, Any]) -> list[str]:
-    """Refuses a peft adapter that is no plain LoRA (DoRA included), or not what was written; the tensors' names."""
+def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    """Refuses a peft adapter that is no plain LoRA (DoRA included), or not what was written. Returns its tensors."""
     import peft
 
     if (kind := content.get("peft_type")) != "LORA":
@@ -188,4 +188,4 @@ def check_peft(folder: Path, content: dict[str, Any]) -> list[str]:
     if not all(type(rank) is int and 1 <= rank <= largest for rank in given):
         ranks = shown(given[:3])
         raise UserError(f"{folder}: {CONFIG} gives the ranks {ranks}, but the tensors' largest is {largest}.")
-    return list(tensors)
+    return tensors

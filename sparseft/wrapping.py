@@ -25,6 +25,7 @@ from sparseft.files import read_json
 
 WRAPPED = "base_model.model."  # what peft's wrapper puts before the base's names
 INSIDE = ("token_adapter", "base_layer", "original_module")  # and into them, where it put a layer around a module
+HOOKS = ("_require_grads_hooks", "_require_grads_hook")
 TRIAL = "sparseft_trial"  # an adapter of the same name goes only when the new one fits
 
 
@@ -40,7 +41,7 @@ class Overwritten:
     parameters: dict[str, nn.Parameter]
     names: dict[str, str]
     buffers: frozenset[str]
-    requires_input_grads: bool
+    hooks: dict[str, Any]  # transformers' on the embeddings, for gradient checkpointing
     base: dict[str, Tensor] = field(default_factory=dict)
     own: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -51,7 +52,7 @@ class Overwritten:
         name_of = {id(parameter): name for name, parameter in parameters.items()}
         names = {name: name_of[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         buffers = frozenset(name for name, _ in model.named_buffers())
-        return Overwritten(parameters, names, buffers, hasattr(model, "_require_grads_hook"))
+        return Overwritten(parameters, names, buffers, {k: v for k, v in vars(model).items() if k in HOOKS})
 
     def values(self, names: Any) -> dict[str, Tensor]:
         """Copies of the present values."""
@@ -84,29 +85,27 @@ def load_peft(model: nn.Module, folder: Path, name: str, kept: Overwritten, acti
     plain = not isinstance(model, peft.PeftModel)
     modes = {id(module): module.training for module in model.modules()}
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    before: dict[str, Tensor] = {}
     wrapper: Any = model
     try:
         with _quiet():
             config = peft.PeftConfig.from_pretrained(str(folder))
             config.inference_mode = False
-            before = kept.values(_overwrites(kept, tensors, config.bias))
             if plain:
                 wrapper = peft.get_peft_model(model, dataclasses.replace(config, bias="none"), adapter_name=name)
-                _fill(wrapper, folder, name)
+                own = _fill(wrapper, kept, tensors, name)
             else:
                 _check_beside(model, config, name)
-                _add(model, folder, TRIAL, config)
+                _add(model, kept, tensors, TRIAL, config)
                 model.delete_adapter(TRIAL)
                 if name in model.peft_config:
                     model.delete_adapter(name)
                     kept.own.pop(name, None)
-                _add(model, folder, name, config)
+                own = _add(model, kept, tensors, name, config)
                 active = active if active != name else None
     except Exception as error:  # peft raises many kinds for a folder that does not fit; all of them are the folder's
-        kept.write(before)
         if plain:
             _unwrap(model, None)
+            _drop_hooks(model, kept)
             for parameter_name, parameter in model.named_parameters():
                 parameter.requires_grad_(flags[parameter_name])
         else:
@@ -119,11 +118,11 @@ def load_peft(model: nn.Module, folder: Path, name: str, kept: Overwritten, acti
         reason = " ".join(line.strip() for line in lines[:2])  # torch's first line of misfits only introduces them
         raise UserError(f"{folder}: peft cannot load it on this model: {shown(reason, 300)}") from error
     wrapper.peft_config[name].bias = config.bias
-    base = {n: kept.base.get(n, value) for n, value in before.items()}
     trained = _trained_biases(wrapper, kept, name)
-    own = {n: v for n, v in kept.values(before).items() if n in trained or not torch.equal(v, base[n])}
-    kept.write(before)
-    kept.base |= {n: base[n] for n in own}
+    base = kept.values((own.keys() | trained) - kept.base.keys()) | kept.base  # never written yet, or kept
+    own = {n: own.get(n, base[n].clone()) for n in own.keys() | trained}
+    own = {n: value for n, value in own.items() if n in trained or not torch.equal(value, base[n])}
+    kept.base = {n: value for n, value in base.items() if n in own or n in kept.base}
     if own:
         kept.own[name] = own
     switch(wrapper, kept, active, name)
@@ -131,20 +130,77 @@ def load_peft(model: nn.Module, folder: Path, name: str, kept: Overwritten, acti
     return wrapper
 
 
-def _overwrites(kept: Overwritten, tensors: list[str], bias: str) -> set[str]:
-    """The base's parameters that peft writes when it loads a file with these tensors, or trains afterwards."""
-    found: set[str] = set()
-    for key in tensors:
-        name = key.removeprefix(WRAPPED)
+def _check_beside(model: Any, config: Any, name: str) -> None:
+    """Refuses what peft cannot hold beside the adapters that are there: it looks for the tokens of one in all."""
+    others = {known: other for known, other in model.peft_config.items() if known != name}
+    for known, other in others.items():
+        if bool(other.trainable_token_indices) != bool(config.trainable_token_indices):
+            raise ValueError(f"only one of it and '{known}' trains single tokens, and peft cannot hold both at once")
+
+
+def _add(model: Any, kept: Overwritten, tensors: dict[str, Tensor], name: str, config: Any) -> dict[str, Tensor]:
+    """Adds one more adapter to peft's wrapper; returns what it gives the base's own parameters."""
+    with _without_biases(model):
+        model.add_adapter(name, dataclasses.replace(config, bias="none"))
+        return _fill(model, kept, tensors, name)
+
+
+@contextlib.contextmanager
+def _without_biases(model: Any) -> Iterator[None]:
+    """Inside, peft knows of no adapter with biases: it refuses a second one, having no place for its values."""
+    known = {name: config.bias for name, config in model.peft_config.items()}
+    for name in known:
+        model.peft_config[name].bias = "none"
+    try:
+        yield
+    finally:
+        for name, bias in known.items():
+            if name in model.peft_config:
+                model.peft_config[name].bias = bias
+
+
+def _fill(model: Any, kept: Overwritten, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Fills peft's layers from a file's tensors; returns those for the base's own parameters, which stay as they are.
+
+    Raises whatever peft does, `ValueError` where tensors are missing, unknown or of another shape.
+    """
+    import peft
+    from peft.utils.other import ModulesToSaveWrapper
+
+    modules = tuple(
+        f"{module_name}."
+        for module_name, module in model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
+    )
+    own: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        inner = key.removeprefix(WRAPPED)
+        plain = inner
         for part in INSIDE:
-            name = name.replace(f".{part}.", ".")
-        if name in kept.buffers:
-            raise ValueError(f"the file would overwrite the base's buffer {name}")
-        if name in kept.names:
-            found.add(kept.names[name])
-    if bias != "none":
-        found |= {name for name in kept.parameters if _is_bias(name)}
-    return found
+            plain = plain.replace(f".{part}.", ".")
+        if plain in kept.buffers:
+            raise ValueError(f"it would overwrite the base's {plain}")
+        if inner.endswith(".modules_to_save.bias"):
+            continue  # with bias: all, peft writes the biases of whole modules a second time
+        if plain not in kept.names or (inner.startswith(modules) and ".original_module." not in inner):
+            rest[key] = value
+            continue
+        parameter = kept.parameters[kept.names[plain]]
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"size mismatch for {plain}: {tuple(value.shape)} in the file, {tuple(parameter.shape)} here"
+            )
+        own[kept.names[plain]] = value.to(parameter)
+    try:
+        result = peft.set_peft_model_state_dict(model, rest, adapter_name=name)
+    except KeyError as error:  # of a whole module or single tokens
+        raise ValueError(f"the file lacks tensors: {error.args[0]}") from error
+    missing = [key for key in result.missing_keys if ".lora_" in key and name in key.split(".")]
+    for problem, keys in (("lacks", missing), ("has unknown", result.unexpected_keys)):
+        if keys:
+            raise ValueError(f"the file {problem} tensors: {', '.join(map(shown, keys[:3]))}")
+    return own
 
 
 def _trained_biases(model: Any, kept: Overwritten, name: str) -> set[str]:
@@ -162,44 +218,6 @@ def _trained_biases(model: Any, kept: Overwritten, name: str) -> set[str]:
     layers = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLayer) and name in m.r]
     chosen = {id(layer.bias) for layer in layers if getattr(layer, "bias", None) is not None}
     return {parameter for parameter, value in kept.parameters.items() if id(value) in chosen}
-
-
-def _check_beside(model: Any, config: Any, name: str) -> None:
-    """Refuses what peft cannot hold beside the adapters that are there: it looks for the tokens of one in all."""
-    others = {known: other for known, other in model.peft_config.items() if known != name}
-    for known, other in others.items():
-        if bool(other.trainable_token_indices) != bool(config.trainable_token_indices):
-            raise ValueError(f"only one of it and '{known}' trains single tokens, and peft cannot hold both at once")
-
-
-def _add(model: Any, folder: Path, name: str, config: Any) -> None:
-    """Adds one more adapter to peft's wrapper."""
-    with _without_biases(model):
-        model.add_adapter(name, dataclasses.replace(config, bias="none"))
-        _fill(model, folder, name)
-
-
-@contextlib.contextmanager
-def _without_biases(model: Any) -> Iterator[None]:
-    """Inside, peft knows of no adapter with biases: it refuses a second one, having no place for its values."""
-    known = {name: config.bias for name, config in model.peft_config.items()}
-    for name in known:
-        model.peft_config[name].bias = "none"
-    try:
-        yield
-    finally:
-        for name, bias in known.items():
-            if name in model.peft_config:
-                model.peft_config[name].bias = bias
-
-
-def _fill(model: Any, folder: Path, name: str) -> None:
-    result = model.load_adapter(str(folder), adapter_name=name, is_trainable=True)
-    # With bias: all, peft writes the biases of whole modules twice, once under names that it cannot read.
-    unknown = [key for key in result.unexpected_keys if not key.endswith(".modules_to_save.bias")]
-    for problem, keys in (("lacks", result.missing_keys), ("has unknown", unknown)):
-        if keys:
-            raise ValueError(f"the file {problem} tensors: {', '.join(map(shown, keys[:3]))}")
 
 
 def _set_modes(model: nn.Module, modes: dict[int, bool]) -> None:
@@ -228,6 +246,7 @@ def _quiet() -> Iterator[None]:
             "Could not find a config file in",
             ".*was active which is now deleted",
             "fan_in_fan_out is set to",
+            "`is_gradient_checkpointing` is deprecated",  # of transformers, by peft
         ):
             warnings.filterwarnings("ignore", message=message)
         yield
@@ -403,9 +422,19 @@ def leave(model: Any, kept: Overwritten, active: str | None, *, merged: bool) ->
     else:
         switch(model, kept, active, None)
         _unwrap(base, None)
-    if not kept.requires_input_grads and hasattr(base, "_require_grads_hook"):
-        base.disable_input_require_grads()  # peft's, for gradient checkpointing
+    _drop_hooks(base, kept)
     return base
+
+
+def _drop_hooks(model: nn.Module, kept: Overwritten) -> None:
+    """Takes away the hooks on the embeddings that were added since; peft adds one for gradient checkpointing."""
+    known = list(kept.hooks.get("_require_grads_hooks") or kept.hooks.values())
+    for hook in getattr(model, "_require_grads_hooks", None) or ():
+        if all(hook is not other for other in known):
+            hook.remove()
+    for attribute in HOOKS:
+        vars(model).pop(attribute, None)
+    vars(model).update(kept.hooks)
 
 
 def _unwrap(model: nn.Module, name: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Folders that peft made, in every form that is accepted: the base comes back bit for bit, merged is what peft computes.
+"""Folders that peft made, in every form accepted: the base comes back bit for bit, merged is what peft computes.
 
 The oracle is peft itself: `PeftModel.from_pretrained` on a fresh base.
 """
@@ -6,7 +6,6 @@ The oracle is peft itself: `PeftModel.from_pretrained` on a fresh base.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,9 @@ import torch
 from torch import Tensor
 
 import sparseft
+from sparseft.adapter import mergeable
+from sparseft.commands.eval import find_target, score_both
+from sparseft.compose import compose
 from sparseft.errors import UserError
 
 pytestmark = [
@@ -57,7 +59,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama", {"trainable_token_indices": [3, 5], "target_modules": ["q_proj", "lm_head"]},
     ),
     "fused experts": (
-        "moe", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "target_modules": ["q_proj"]},
+        "moe", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]},
     ),
     "one fused matrix": ("moe", {"target_parameters": ["mlp.experts.down_proj"], "target_modules": []}),
 }  # fmt: skip
@@ -226,3 +228,237 @@ def test_merged_is_what_peft_computes(form: str, kind: str, tmp_path: Path) -> N
     merged.save_pretrained(tmp_path / "merged")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(logits(loaded), logits(merged))
+
+
+def test_what_the_plain_model_has_no_weights_for_is_not_merged(tmp_path: Path) -> None:
+    folder = make_folder("llama", tmp_path / "p", options_of("lora_bias", "llama") | {"bias": "none"})
+    wanted = logits(by_peft("llama", folder))
+    plain = build("llama")
+    before = everything(plain)
+    model = sparseft.load_adapter(plain, folder)
+    assert not mergeable(model)
+    with pytest.raises(UserError, match=r"'default' cannot be merged: it adds a bias .* to model.*_proj, which"):
+        sparseft.merge(model)
+    assert torch.equal(logits(model), wanted)  # as it was
+    assert_unchanged(before, sparseft.detach(model))
+
+
+def test_merging_nothing_gives_the_base(tmp_path: Path) -> None:
+    folder = make_folder("qwen2-tied", tmp_path / "p", options_of("head, biases", "qwen2-tied"))
+    plain = build("qwen2-tied")
+    before = everything(plain)
+    model = sparseft.load_adapter(plain, folder)
+    sparseft.set_adapter(model, None)
+    assert_unchanged(before, sparseft.merge(model))
+
+
+def test_gradient_checkpointing_leaves_no_hook(tmp_path: Path) -> None:
+    """peft hooks the embeddings of such a model."""
+    folder = make_folder("llama", tmp_path / "p", options_of("plain", "llama"))
+    plain = build("llama")
+    plain.gradient_checkpointing_enable()
+    before = everything(plain)
+    assert_unchanged(before, sparseft.detach(sparseft.load_adapter(plain, folder)))
+
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["head, biases", "saved head", "embeddings", "tokens"])
+def test_half_precision(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    import peft
+
+    kind = "qwen2-tied"
+    folder = make_folder(kind, tmp_path / "p", options_of(form, kind))
+    wanted = logits(peft.PeftModel.from_pretrained(build(kind).to(dtype), str(folder)).eval()).float()
+    plain = build(kind).to(dtype)
+    before = everything(plain)
+    model = sparseft.load_adapter(plain, folder)
+    assert torch.equal(logits(model).float(), wanted)
+    sparseft.set_adapter(model, None)
+    assert torch.equal(logits(model), before["logits"])
+    assert_unchanged(before, sparseft.detach(model))
+    merged = logits(sparseft.merge(sparseft.load_adapter(build(kind).to(dtype), folder))).float()
+    assert (merged - wanted).abs().max() < (0.03 if dtype == torch.bfloat16 else 0.005) * wanted.abs().max()
+
+
+# ---- several on one model ----
+
+SEVERAL = {
+    "biases": ({"bias": "all"}, {"bias": "all", "target_modules": ["up_proj"]}, {"bias": "lora_only"}),
+    "biases and none": ({"bias": "all"}, {}, {"modules_to_save": ["norm"]}),
+    "heads": ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head"], "bias": "all"}, {}),
+    "embeddings": ({"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["lm_head"]}, {"bias": "all"}),
+    "tokens": ({"trainable_token_indices": [3, 5]}, {"trainable_token_indices": [5, 90], "bias": "all"}),
+}
+
+
+@pytest.mark.parametrize("form", SEVERAL)
+@pytest.mark.parametrize("kind", ["qwen2-tied", "llama-biased"])
+def test_several_and_the_base(form: str, kind: str, tmp_path: Path) -> None:
+    """Each alone is what peft computes of it alone; loading over a name, and one that does not fit, change no other."""
+    common = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": Q_DOWN}
+    names = dict(zip("abc", SEVERAL[form], strict=False))
+    for seed, (name, options) in enumerate(names.items()):
+        make_folder(kind, tmp_path / name, common | options, seed)
+    alone: dict[str | None, Tensor] = {name: logits(by_peft(kind, tmp_path / name)) for name in names}
+    plain = build(kind)
+    before = everything(plain)
+    alone[None] = before["logits"]
+    model: Any = plain
+    for name in names:
+        model = sparseft.load_adapter(model, tmp_path / name, name)
+        assert torch.equal(logits(model), alone[name]), name
+    for name in ["a", None, "b", "a", *names, "b", None, *names]:
+        sparseft.set_adapter(model, name)
+        assert torch.equal(logits(model), alone[name]), name
+    (tmp_path / "broken").mkdir()
+    for file in (tmp_path / "a").iterdir():
+        (tmp_path / "broken" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "broken" / "adapter_config.json").read_text())
+    config["target_modules"] = ["k_proj"]
+    (tmp_path / "broken" / "adapter_config.json").write_text(json.dumps(config))
+    for name in ("a", "new"):
+        with pytest.raises(UserError, match="broken"):
+            sparseft.load_adapter(model, tmp_path / "broken", name)
+    for name in [None, *names]:
+        sparseft.set_adapter(model, name)
+        assert torch.equal(logits(model), alone[name]), name
+    sparseft.load_adapter(model, tmp_path / "b", "a")  # over a parked one, then over the active one
+    assert torch.equal(logits(model), alone["b"])
+    sparseft.load_adapter(model, tmp_path / "a", "a")
+    assert torch.equal(logits(model), alone["a"])
+    for name in names:
+        sparseft.save_adapter(model, tmp_path / f"{name}-again", name)
+        assert torch.equal(logits(sparseft.load_adapter(build(kind), tmp_path / f"{name}-again")), alone[name])
+    assert torch.equal(logits(model), alone["a"])
+    assert_unchanged(before, sparseft.detach(model))
+
+
+def test_tokens_beside_an_adapter_without_are_refused(tmp_path: Path) -> None:
+    tokens = make_folder("llama", tmp_path / "t", options_of("tokens", "llama"))
+    plain = make_folder("llama", tmp_path / "p", options_of("plain", "llama"))
+    model = sparseft.load_adapter(build("llama"), tokens, "t")
+    before = logits(model)
+    with pytest.raises(UserError, match="only one of it and 't' trains single tokens"):
+        sparseft.load_adapter(model, plain, "p")
+    assert torch.equal(logits(model), before)
+
+
+FUSED = {
+    "biases": ({"bias": "all"}, {"bias": "lora_only", "r": 2, "rank_pattern": {"q_proj": 3}}),
+    "one with biases": ({}, {"bias": "all", "target_modules": "all-linear"}),
+    "heads": ({"modules_to_save": ["lm_head", "norm"]}, {"modules_to_save": ["lm_head"]}),
+    "embeddings": ({"target_modules": ["embed_tokens", "q_proj"], "use_rslora": True}, {"target_modules": ["lm_head"]}),
+    "lora_bias": ({"lora_bias": True, "target_modules": ["q_proj"]}, {"target_modules": r".*\.(q|v)_proj"}),
+}
+
+
+@pytest.mark.parametrize("form", FUSED)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2-tied"])
+def test_fused_is_the_sum_of_what_they_change(form: str, kind: str, tmp_path: Path) -> None:
+    """Oracle: the weights of each merged alone, untied, their differences from the base added up."""
+    common = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": Q_DOWN}
+    weights = {"a": 0.5, "b": -1.25}
+    merged = {}
+    for seed, (name, options) in enumerate(zip("ab", FUSED[form], strict=True)):
+        make_folder(kind, tmp_path / name, common | options, seed)
+        merged[name] = sparseft.merge(sparseft.load_adapter(build(kind), tmp_path / name)).state_dict()
+    start = build(kind).state_dict()
+    expected = build(kind)
+    expected.lm_head.weight = torch.nn.Parameter(expected.lm_head.weight.detach().clone())
+    expected.load_state_dict({n: v + sum(w * (merged[k][n] - v) for k, w in weights.items()) for n, v in start.items()})
+    plain = build(kind)
+    before = everything(plain)
+    model = sparseft.load_adapter(plain, tmp_path / "a", "a")
+    model = sparseft.load_adapter(model, tmp_path / "b", "b")
+    sparseft.fuse(model, weights)
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-3, atol=1e-3)
+    folder = sparseft.save_adapter(model, tmp_path / "fused")
+    torch.testing.assert_close(logits(sparseft.load_adapter(build(kind), folder)), logits(model), rtol=1e-5, atol=1e-5)
+    for name in ("a", None, "fused"):
+        sparseft.set_adapter(model, name)
+        if name != "fused":
+            alone = before["logits"] if name is None else logits(by_peft(kind, tmp_path / name))
+            assert torch.equal(logits(model), alone)
+    sparseft.fuse(model, {"a": 1.0}, "fused")  # over the old one
+    torch.testing.assert_close(logits(model), logits(by_peft(kind, tmp_path / "a")), rtol=1e-4, atol=1e-4)
+    assert_unchanged(before, sparseft.detach(model))
+
+
+@pytest.mark.parametrize(("form", "kind"), [("tokens", "llama"), ("one fused matrix", "moe"), ("dora", "llama")])
+def test_what_does_not_add_up_is_not_fused(form: str, kind: str, tmp_path: Path) -> None:
+    folder = make_folder(kind, tmp_path / "p", options_of(form, kind))
+    model = sparseft.load_adapter(build(kind), folder, "p")
+    before = logits(model)
+    with pytest.raises(UserError, match="fuse: 'p' .* add up: merge it instead"):
+        sparseft.fuse(model, {"p": 1.0})
+    assert torch.equal(logits(model), before)
+
+
+# ---- eval ----
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, Path]:
+    """A model folder of each kind, with a tokenizer."""
+    made = {}
+    for kind in {kind for _, kind in CASES}:
+        made[kind] = tmp_path_factory.mktemp("base") / kind
+        build(kind).save_pretrained(made[kind])
+        tokenizer.save_pretrained(made[kind])
+    return made
+
+
+def scored(words: list[str], **target: Any) -> tuple[Tensor, Tensor | None]:
+    """The logits that `sparseft eval` would score: of what is evaluated, and of the base beside it."""
+    config = compose("eval", words)
+    seen: list[Tensor] = []
+
+    def score(model: Any, tokenizer: Any) -> dict[str, Any]:
+        from sparseft.evaluation.harness import LanguageModel
+
+        language_model = LanguageModel(model, tokenizer, 1, None)  # what lm-eval does to a model
+        seen.append(logits(language_model.model))
+        return {"logits": seen[-1]}
+
+    outcome, base = score_both(find_target(config, overrides=words, **target), config, score)
+    return outcome["logits"], base["logits"] if base is not None else None
+
+
+def words_of(path: Path) -> list[str]:
+    return [f"model.path={path}", "hardware.device=cpu"]
+
+
+@pytest.mark.parametrize(("form", "kind"), [*CASES, ("lora_bias", "llama")])
+def test_eval_beside_the_base_is_the_base(form: str, kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = make_folder(kind, tmp_path / "p", options_of(form, kind))
+    words = words_of(bases[kind])
+    alone, _ = scored(words, run=None, adapter=None, base=True)
+    adapted, base = scored(words, run=None, adapter=str(folder), base=False)
+    assert torch.equal(base, alone)
+    torch.testing.assert_close(adapted, logits(by_peft(kind, folder)), rtol=1e-4, atol=1e-4)
+
+
+OWN = {
+    "s2ft": sparseft.S2FTConfig(d_ratio=0.2, o_ratio=0.2),
+    "sylva": sparseft.SylvaConfig(importance="random", block_size=8, sparsity=0.8),
+    "lora": sparseft.LoraConfig(rank=2),
+    "dora": sparseft.DoraConfig(rank=2),
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen2-tied", "gpt2", "moe"])
+@pytest.mark.parametrize("method", OWN)
+def test_eval_of_our_own_adapters_is_the_base_too(
+    method: str, kind: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    model = sparseft.attach(build(kind), OWN[method])
+    train(model)
+    folder = sparseft.save_adapter(model.eval(), tmp_path / "adapter")
+    words = words_of(bases[kind])
+    alone, _ = scored(words, run=None, adapter=None, base=True)
+    adapted, base = scored(words, run=None, adapter=str(folder), base=False)
+    assert torch.equal(base, alone) and not torch.equal(adapted, alone)
+    torch.testing.assert_close(adapted, logits(model), rtol=1e-4, atol=1e-4)

@@ -102,10 +102,10 @@ def score_both(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What `score(model, tokenizer)` makes of the target, and of its base where that is to be compared.
 
-    An adapter is loaded first, so that one that does not fit is refused before hours of work, and switched off for the
-    base, which is then the base bit for bit. Whole models are loaded one after the other.
+    An adapter is loaded first, so that one that does not fit is refused before hours of work, and detached for the
+    base, which is then the plain model that the base alone is. Whole models are loaded one after the other.
     """
-    from sparseft.adapter import DEFAULT, merge, set_adapter, state_of
+    from sparseft.adapter import detach, load_adapter, merge, mergeable
 
     compared = target.base is not None and config.eval.compare_base
     model, tokenizer = load_target(target, config)
@@ -119,11 +119,11 @@ def score_both(
     of_base = None
     if compared:
         console.log(f"the base model {target.base.path} on the same questions first (eval.compare_base=false: not)")
-        set_adapter(model, None)
+        model = detach(model)
         of_base = score(model, tokenizer)
-        set_adapter(model, DEFAULT)
-    if state_of(model).kind == "peft":
-        model = merge(model)  # else every layer would compute its low-rank product beside the dense one
+        model = load_adapter(model, target.adapter).eval()
+    if mergeable(model):
+        model = merge(model)  # else every layer of LoRA would compute its low-rank product beside the dense one
     return score(model, tokenizer), of_base
 
 
