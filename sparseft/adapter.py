@@ -33,7 +33,7 @@ from sparseft.layers.parking import union
 from sparseft.layers.pattern import same_patterns
 from sparseft.methods import method_of
 from sparseft.methods.selecting import compute_selection
-from sparseft.modeling import STATE, ModelSpec, base_fingerprint, inside_compiled
+from sparseft.modeling import STATE, ModelSpec, base_fingerprints, inside_compiled
 from sparseft.selection import Selection
 from sparseft.sharding import full_shape, gathered
 from sparseft.wrapping import Overwritten, fuse_peft, leave, load_peft, save, switch, unmergeable
@@ -55,7 +55,8 @@ class State:
     """What an attached model remembers: its base, the adapters, which one is active, and the flags to put back."""
 
     method: str
-    fingerprint: str
+    fingerprints: list[str]  # `base_fingerprints`
+    dtype: str  # of the base as it was loaded
     base_model: str
     requires_grad: dict[str, bool]
     kind: str = "sparse"  # sparse | peft | whole, as Method.kind
@@ -80,7 +81,8 @@ def _require_state(model: nn.Module) -> State:
 def _new_state(model: nn.Module, method: str) -> State:
     return State(
         method=method,
-        fingerprint=base_fingerprint(model),
+        fingerprints=base_fingerprints(model),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         base_model=getattr(model, "name_or_path", "") or "",
         requires_grad={name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
     )
@@ -163,7 +165,10 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
     name = name or state.active
     if name is None:
         raise UserError("no adapter is active: name the one to save.")
-    header = {"base_model": state.base_model, "base_fingerprint": state.fingerprint}
+    first, *others = state.fingerprints
+    header = {"base_model": state.base_model, "base_fingerprint": first, "base_dtype": state.dtype}
+    if others:
+        header["other_fingerprints"] = others
     if state.kind != "sparse":
         header |= {"method": state.method, "method_config": state.method_config}
         known = [DEFAULT] if state.kind == "whole" else list(model.peft_config)
@@ -212,8 +217,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = DEFAULT) -> nn.
     values = read_sparse(folder, content)
     if state is None:
         state = _new_state(model, str(content.get("method")))
-    if content.get("base_fingerprint") != state.fingerprint:
-        raise _other_base(folder, content)
+    _check_base(state, folder, content)
     method_config = content.get("method_config")
     _install_values(
         model, state, name, values, folder, str(content.get("method")),
@@ -283,8 +287,8 @@ def _load_peft(model: nn.Module, folder: Path, name: str, content: dict[str, Any
     if state is None and hasattr(model, "peft_config"):
         raise UserError(f"{folder}: the model has peft's layers from elsewhere: merge them, or load all by sparseft.")
     state = state or _new_state(model, str(own.get("method") or content["peft_type"]).lower())
-    if own and own.get("base_fingerprint") != state.fingerprint:
-        raise _other_base(folder, own)
+    if own:
+        _check_base(state, folder, own)
     kept = state.overwritten or Overwritten.of(model)
     model = load_peft(model, folder, name, kept, state.active)
     state.overwritten = kept
@@ -293,9 +297,18 @@ def _load_peft(model: nn.Module, folder: Path, name: str, content: dict[str, Any
     return model
 
 
-def _other_base(folder: Path, content: dict[str, Any]) -> UserError:
-    base = shown(content.get("base_model") or "unknown")
-    return UserError(f"{folder}: made for another base model ({base}): the weights' fingerprints differ.")
+def _check_base(state: State, folder: Path, content: dict[str, Any]) -> None:
+    """Refuses an adapter whose fingerprints say that it was made for other weights than the model has."""
+    first, others = content.get("base_fingerprint"), content.get("other_fingerprints")
+    known = [first, *(others if isinstance(others, list) else [])]
+    if isinstance(first, str) and any(entry in known for entry in state.fingerprints):
+        return
+    base, dtype = shown(content.get("base_model") or "unknown"), content.get("base_dtype")
+    message = f"{folder}: made for another base model ({base}): the weights' fingerprints differ."
+    if dtype != state.dtype:
+        then = shown(dtype) if isinstance(dtype, str) else "another dtype"
+        message += f" If it is this one: it was loaded in {then} then, in {state.dtype} now (model.dtype)."
+    raise UserError(message)
 
 
 # ---- switching ----

@@ -11,7 +11,7 @@ from typing import Any
 from sparseft import console
 from sparseft.commands import checks
 from sparseft.config import BUNDLED, ModelConfig, RunConfig
-from sparseft.errors import UserError
+from sparseft.errors import UserError, shown
 
 
 @dataclass
@@ -245,12 +245,31 @@ def _with_adapter(
     if is_whole_model(path):
         if keys & {"model", "model.path"}:
             raise UserError(f"{path} is a whole model, so it has no base: leave model and model.path out.")
-        tokenizer = None if (path / "tokenizer_config.json").is_file() else model.tokenizer or model.path
+        tokenizer = model.tokenizer or model.path if folder is not None else config.model.tokenizer
+        if "model.tokenizer" not in keys and (path / "tokenizer_config.json").is_file():
+            tokenizer = None
+        elif folder is None and tokenizer is None:
+            tokenizer = _tokenizer_of_base(path, content)
         # A folder alone does not say what it was before training; a run does.
         base = model if folder is not None else None
         whole = dataclasses.replace(model, path=str(path), tokenizer=tokenizer)
         return Target(what, whole, None, folder, base, trained)
     return Target(f"{what} (on {model.path})", model, path, folder, model, trained)
+
+
+def _tokenizer_of_base(path: Path, content: dict[str, Any]) -> str:
+    """The base that a whole model says it was trained from, for a tokenizer that the folder itself lacks."""
+    from sparseft.modeling import check_model_path
+
+    base = content.get("base_model")
+    try:
+        if isinstance(base, str) and base:
+            check_model_path(base)
+            return base
+        where = "it names no base"
+    except UserError:
+        where = f"its base {shown(base)} is not there"
+    raise UserError(f"{path} has no tokenizer, and {where}: give model.tokenizer=FOLDER or a hub id.")
 
 
 def load_target(target: Target, config: RunConfig) -> tuple[Any, Any]:
