@@ -152,10 +152,10 @@ def _check_described(folder: Path, described: Any, values: dict[str, dict[str, V
 # What a LoRA's description may set: nothing that makes peft import a module by its name (`megatron_config`), change the
 # base's weights (`init_lora_weights`), repeat its layers or take memory that the file's own tensors do not account for.
 PLAIN_PEFT = (
-    "alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode "
-    "layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout megatron_core modules_to_save peft_type "
-    "peft_version qalora_group_size r rank_pattern revision runtime_config sparseft target_modules target_parameters "
-    "task_type trainable_token_indices use_dora use_rslora"
+    "alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying exclude_modules fan_in_fan_out "
+    "inference_mode layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout megatron_core modules_to_save "
+    "peft_type peft_version qalora_group_size r rank_pattern revision runtime_config sparseft target_modules "
+    "target_parameters task_type trainable_token_indices use_dora use_rslora"
 ).split()
 INITIAL = (True, False, "gaussian", "orthogonal")  # values that the file's replace; the base stays as it is
 
