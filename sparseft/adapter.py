@@ -16,12 +16,9 @@ import torch
 from torch import nn
 
 from sparseft.adapter_files import (
-    fuse_peft,
     is_whole_model,
-    load_peft,
     read_config,
     read_sparse,
-    write_peft,
     write_sparse,
     write_whole,
 )
@@ -36,10 +33,11 @@ from sparseft.layers.parking import union
 from sparseft.layers.pattern import same_patterns
 from sparseft.methods import method_of
 from sparseft.methods.selecting import compute_selection
-from sparseft.modeling import STATE, ModelSpec, base_fingerprint, inside_compiled
+from sparseft.modeling import STATE, ModelSpec, base_fingerprints, inside_compiled
 from sparseft.quantized import check_plain
 from sparseft.selection import Selection
 from sparseft.sharding import full_shape, gathered
+from sparseft.wrapping import Overwritten, fuse_peft, leave, load_peft, save, switch, unmergeable
 
 DEFAULT = "default"
 
@@ -58,13 +56,15 @@ class State:
     """What an attached model remembers: its base, the adapters, which one is active, and the flags to put back."""
 
     method: str
-    fingerprint: str
+    fingerprints: list[str]  # `base_fingerprints`
+    dtype: str  # of the base as it was loaded
     base_model: str
     requires_grad: dict[str, bool]
     kind: str = "sparse"  # sparse | peft | whole, as Method.kind
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: str | None = None
     method_config: dict[str, Any] = field(default_factory=dict)
+    overwritten: Overwritten | None = None  # of kind peft
 
 
 def state_of(model: nn.Module) -> State | None:
@@ -83,9 +83,10 @@ def _new_state(model: nn.Module, method: str) -> State:
     check_plain(model)
     return State(
         method=method,
-        fingerprint=base_fingerprint(model),
+        fingerprints=base_fingerprints(model),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         base_model=getattr(model, "name_or_path", "") or "",
-        requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
+        requires_grad={name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
     )
 
 
@@ -110,6 +111,7 @@ def attach(model: nn.Module, config: Any, selection: Selection | None = None) ->
             raise UserError(f"method {method.name} takes no selection.")
         state = _new_state(model, method.name)
         state.kind, state.active, state.method_config = method.kind, DEFAULT, asdict(config)
+        state.overwritten = Overwritten.of(model) if method.kind == "peft" else None
         model = method.convert(model, config, None)
         setattr(model, STATE, state)
         return model
@@ -168,7 +170,10 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
     name = name or state.active
     if name is None:
         raise UserError("no adapter is active: name the one to save.")
-    header = {"base_model": state.base_model, "base_fingerprint": state.fingerprint}
+    first, *others = state.fingerprints
+    header = {"base_model": state.base_model, "base_fingerprint": first, "base_dtype": state.dtype}
+    if others:
+        header["other_fingerprints"] = others
     if state.kind != "sparse":
         header |= {"method": state.method, "method_config": state.method_config}
         known = [DEFAULT] if state.kind == "whole" else list(model.peft_config)
@@ -178,7 +183,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
             if state.kind == "whole":
                 write_whole(model, header, aside)
             else:
-                write_peft(model, name, header, aside)
+                save(model, state.overwritten, state.active, name, header, aside)
         return Path(path)
     _check_name(state, name)
     adapter = state.adapters[name]
@@ -217,8 +222,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = DEFAULT) -> nn.
     values = read_sparse(folder, content)
     if state is None:
         state = _new_state(model, str(content.get("method")))
-    if content.get("base_fingerprint") != state.fingerprint:
-        raise _other_base(folder, content)
+    _check_base(state, folder, content)
     method_config = content.get("method_config")
     _install_values(
         model, state, name, values, folder, str(content.get("method")),
@@ -285,18 +289,31 @@ def _load_peft(model: nn.Module, folder: Path, name: str, content: dict[str, Any
     if state is not None and state.kind == "whole":
         raise UserError(f"{folder}: a peft adapter cannot be loaded onto a model with {state.method} attached.")
     own = content["sparseft"] if isinstance(content.get("sparseft"), dict) else {}
+    if state is None and hasattr(model, "peft_config"):
+        raise UserError(f"{folder}: the model has peft's layers from elsewhere: merge them, or load all by sparseft.")
     state = state or _new_state(model, str(own.get("method") or content["peft_type"]).lower())
-    if own and own.get("base_fingerprint") != state.fingerprint:
-        raise _other_base(folder, own)
-    model = load_peft(model, folder, name)
+    if own:
+        _check_base(state, folder, own)
+    kept = state.overwritten or Overwritten.of(model)
+    model = load_peft(model, folder, name, kept, state.active)
+    state.overwritten = kept
     state.kind, state.active, state.method_config = "peft", name, dict(own.get("method_config") or {})
     setattr(model, STATE, state)
     return model
 
 
-def _other_base(folder: Path, content: dict[str, Any]) -> UserError:
-    base = shown(content.get("base_model") or "unknown")
-    return UserError(f"{folder}: made for another base model ({base}): the weights' fingerprints differ.")
+def _check_base(state: State, folder: Path, content: dict[str, Any]) -> None:
+    """Refuses an adapter whose fingerprints say that it was made for other weights than the model has."""
+    first, others = content.get("base_fingerprint"), content.get("other_fingerprints")
+    known = [first, *(others if isinstance(others, list) else [])]
+    if isinstance(first, str) and any(entry in known for entry in state.fingerprints):
+        return
+    base, dtype = shown(content.get("base_model") or "unknown"), content.get("base_dtype")
+    message = f"{folder}: made for another base model ({base}): the weights' fingerprints differ."
+    if dtype != state.dtype:
+        then = shown(dtype) if isinstance(dtype, str) else "another dtype"
+        message += f" If it is this one: it was loaded in {then} then, in {state.dtype} now (model.dtype)."
+    raise UserError(message)
 
 
 # ---- switching ----
@@ -326,13 +343,9 @@ def set_adapter(model: nn.Module, name: str | None) -> nn.Module:
     if state.kind != "sparse":
         if state.kind == "whole":
             raise UserError("full fine-tuning has no adapters to switch.")
-        if name is None:
-            model.base_model.disable_adapter_layers()
-        else:
-            if name not in model.peft_config:
-                raise UserError(f"no adapter is called '{name}'.{nearest(name, model.peft_config)}")
-            model.base_model.enable_adapter_layers()
-            model.set_adapter(name)
+        if name is not None and name not in model.peft_config:
+            raise UserError(f"no adapter is called '{name}'.{nearest(name, model.peft_config)}")
+        switch(model, state.overwritten, state.active, name)
         state.active = name
         return model
     if name is not None:
@@ -354,7 +367,8 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
     if state.kind != "sparse":
         if state.kind == "whole":
             raise UserError("full fine-tuning has no adapters to fuse.")
-        fuse_peft(model, weights, name)
+        fuse_peft(model, state.overwritten, state.active, weights, name)
+        state.active = None
         return set_adapter(model, name)
     for known in weights:
         _check_name(state, known)
@@ -378,8 +392,18 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """The plain Hugging Face model with the active adapter's deltas in its weights."""
+    """The plain Hugging Face model with the active adapter's deltas in its weights.
+
+    A tied head or embedding of which a LoRA changed only one is untied, in the config too, so that it stays so on disk.
+    What the plain model has no weights for is a `UserError`.
+    """
     return _leave(model, merged=True)
+
+
+def mergeable(model: nn.Module) -> bool:
+    """Whether `merge` can write the active adapter into the plain model's weights."""
+    state = _require_state(model)
+    return state.kind != "peft" or state.active is None or unmergeable(model, state.active) is None
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -398,7 +422,7 @@ def _leave(model: nn.Module, *, merged: bool) -> nn.Module:
             raise UserError("full fine-tuning keeps no copy of the base: load it again instead of detaching.")
         delattr(model, STATE)
     else:
-        model = model.merge_and_unload() if merged else model.unload()
+        model = leave(model, state.overwritten, state.active, merged=merged)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, True))
     return model

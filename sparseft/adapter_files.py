@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.errors import UserError, nearest, shown
+from sparseft.errors import UserError, shown
 from sparseft.files import (
     BODY,
     HASHED,
@@ -153,16 +152,16 @@ def _check_described(folder: Path, described: Any, values: dict[str, dict[str, V
 # What a LoRA's description may set: nothing that makes peft import a module by its name (`megatron_config`), change the
 # base's weights (`init_lora_weights`), repeat its layers or take memory that the file's own tensors do not account for.
 PLAIN_PEFT = (
-    "alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode "
-    "layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout megatron_core modules_to_save peft_type "
-    "peft_version qalora_group_size r rank_pattern revision runtime_config sparseft target_modules task_type use_dora "
-    "use_rslora"
+    "alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying exclude_modules fan_in_fan_out "
+    "inference_mode layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout megatron_core modules_to_save "
+    "peft_type peft_version qalora_group_size r rank_pattern revision runtime_config sparseft target_modules "
+    "target_parameters task_type trainable_token_indices use_dora use_rslora"
 ).split()
 INITIAL = (True, False, "gaussian", "orthogonal")  # values that the file's replace; the base stays as it is
 
 
-def check_peft(folder: Path, content: dict[str, Any]) -> None:
-    """Refuses a peft adapter that is no plain LoRA (DoRA included), or not what was written."""
+def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    """Refuses a peft adapter that is no plain LoRA (DoRA included), or not what was written. Returns its tensors."""
     import peft
 
     if (kind := content.get("peft_type")) != "LORA":
@@ -189,86 +188,4 @@ def check_peft(folder: Path, content: dict[str, Any]) -> None:
     if not all(type(rank) is int and 1 <= rank <= largest for rank in given):
         ranks = shown(given[:3])
         raise UserError(f"{folder}: {CONFIG} gives the ranks {ranks}, but the tensors' largest is {largest}.")
-
-
-def load_peft(model: nn.Module, folder: Path, name: str) -> nn.Module:
-    """Loads a LoRA (or DoRA) folder that peft reads, onto a plain model or peft's wrapper, whole or not at all.
-
-    Returns the wrapper, with `name` active and the model's training mode kept.
-    """
-    import peft
-
-    if not (folder / TENSORS).is_file():
-        raise UserError(f"{folder}: no {TENSORS}; weights in another format (pickle) are not loaded.")
-    check_peft(folder, read_json(folder / CONFIG, "adapter"))
-    training, flags = model.training, {n: p.requires_grad for n, p in model.named_parameters()}
-    plain = not isinstance(model, peft.PeftModel)
-    trial = name if plain else "sparseft_trial"  # an adapter of the same name goes only when the new one fits
-    try:
-        with warnings.catch_warnings():
-            for message in ("Unexpected keyword arguments", "The PEFT config's `base_model_name_or_path`"):
-                warnings.filterwarnings("ignore", message=message)  # `sparseft`, our own; a base kept elsewhere
-            if plain:
-                config = peft.PeftConfig.from_pretrained(str(folder))
-                config.inference_mode = False
-                wrapper = peft.get_peft_model(model, config, adapter_name=name)
-            else:
-                wrapper = model
-            result = wrapper.load_adapter(str(folder), adapter_name=trial, is_trainable=plain)
-            for problem, keys in (("lacks", result.missing_keys), ("has unknown", result.unexpected_keys)):
-                if keys:
-                    raise ValueError(f"the file {problem} tensors: {', '.join(map(shown, keys[:3]))}")
-            if not plain:
-                model.delete_adapter(trial)
-                if name in model.peft_config:
-                    model.delete_adapter(name)
-                model.load_adapter(str(folder), adapter_name=name, is_trainable=True)
-                model.set_adapter(name)
-    except Exception as error:  # peft raises many kinds for a folder that does not fit; all of them are the folder's
-        if plain:
-            _strip_peft(model, flags)
-        elif trial in model.peft_config:
-            model.delete_adapter(trial)
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        reason = " ".join(line.strip() for line in lines[:2])  # torch's first line of misfits only introduces them
-        raise UserError(f"{folder}: peft cannot load it on this model: {shown(reason, 300)}") from error
-    return wrapper.train(training)  # peft's new modules would drop out in evaluation mode too
-
-
-def _strip_peft(model: nn.Module, flags: dict[str, bool]) -> None:
-    """Takes half-loaded peft layers out of a model again."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if isinstance(child, BaseTunerLayer):
-                parent._modules[child_name] = child.get_base_layer()
-            elif isinstance(child, AuxiliaryTrainingWrapper):
-                parent._modules[child_name] = child.original_module
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags[name])
-
-
-def fuse_peft(model: Any, weights: dict[str, float], name: str) -> None:
-    """Adds the LoRA adapter `name` to peft's wrapper: the exact weighted sum of others, their ranks added up."""
-    from peft.tuners.lora import LoraLayer
-
-    for known in weights:
-        if known not in model.peft_config:
-            raise UserError(f"no adapter is called '{known}'.{nearest(known, model.peft_config)}")
-        if model.peft_config[known].use_dora:
-            raise UserError(f"fuse: '{known}' is a DoRA adapter, whose magnitudes do not add up: merge it instead.")
-    if name in weights:
-        raise UserError(f"fuse: '{name}' cannot be made of itself: name the sum differently.")
-    if name in model.peft_config:
-        model.delete_adapter(name)  # peft would leave the old one as it is
-    training = model.training
-    model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type="cat")
-    model.train(training)
-    model.peft_config[name].use_rslora = False  # inherited from the first part: it would scale by the rank's root
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and name in module.scaling:
-            module.scaling[name] = 1.0
+    return tensors

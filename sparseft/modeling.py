@@ -305,19 +305,29 @@ def base_fingerprint(model: nn.Module, samples: int = 64) -> str:
     fp32 or bf16 has the same fingerprint, and in fp16 too if it is stored in half precision.
     To be taken before any delta is written.
     """
-    digest = hashlib.sha256()
+    return base_fingerprints(model, samples)[0]
+
+
+def base_fingerprints(model: nn.Module, samples: int = 64) -> list[str]:
+    """`base_fingerprint`, and where it differs, the one that the same weights have once they are loaded in fp16: there
+    fp32 values are rounded twice. Two models are of one base where the lists share an entry.
+    """
+    digest, as_fp16 = hashlib.sha256(), hashlib.sha256()
     for name, parameter in sorted(base_parameters(model), key=lambda item: item[0]):
         shape = full_shape(parameter)
-        digest.update(f"{name}{tuple(shape)}".encode())
+        for each in (digest, as_fp16):
+            each.update(f"{name}{tuple(shape)}".encode())
         if parameter.is_meta or shape.numel() == 0:
             continue
         positions = torch.linspace(0, shape.numel() - 1, min(samples, shape.numel()), dtype=torch.float64).long()
         with gathered([parameter]):
             flat = parameter.detach().reshape(-1)
-            values = flat[positions.to(flat.device)].to(torch.bfloat16).float().cpu()
-        values = values.masked_fill(values.abs() < 2.0**-14, 0.0)  # this also leaves one sign of zero
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+            sampled = flat[positions.to(flat.device)].cpu()
+        for each, values in ((digest, sampled), (as_fp16, sampled.half())):
+            values = values.to(torch.bfloat16).float()
+            values = values.masked_fill(values.abs() < 2.0**-14, 0.0)  # this also leaves one sign of zero
+            each.update(values.numpy().tobytes())
+    return list(dict.fromkeys((digest.hexdigest(), as_fp16.hexdigest())))
 
 
 def bundled_path(path: str) -> str:

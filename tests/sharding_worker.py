@@ -152,7 +152,7 @@ def attached(model: Any, same: dict[str, bool]) -> None:
                 after = model(input_ids=ids).logits
             loose = 1e-4 if before.dtype == torch.float32 else 0.1
             same[f"{type(settings).__name__} attached"] = torch.allclose(before, after, rtol=loose, atol=loose)
-            fingerprint = model._sparseft.fingerprint
+            fingerprint = model._sparseft.fingerprints[0]
             detach(model)
             same[f"{type(settings).__name__} detached"] = fingerprint == base_fingerprint(model)
 

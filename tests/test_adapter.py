@@ -336,6 +336,47 @@ def test_load_dtype_does_not_matter(make_model: Make, good: Path, tmp_path: Path
         assert torch.equal(left, right)
 
 
+STORED_LOADED = [
+    (torch.float32, torch.float16, torch.float32), (torch.float32, torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16, torch.float32), (torch.float32, torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float16, torch.bfloat16), (torch.bfloat16, torch.float32, torch.float16),
+    (torch.float16, torch.bfloat16, torch.float16), (torch.float16, torch.float16, torch.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stored", "trained", "loaded"), STORED_LOADED, ids=str)
+@pytest.mark.parametrize(
+    "config", [sparseft.S2FTConfig(d_ratio=0.1), sparseft.LoraConfig(rank=2)], ids=["s2ft", "lora"]
+)
+def test_the_same_base_in_another_dtype(
+    make_model: Make, tmp_path: Path, config: Any, stored: torch.dtype, trained: torch.dtype, loaded: torch.dtype
+) -> None:
+    model = sparseft.attach(make_model("llama", stored).to(trained), config)
+    folder = sparseft.save_adapter(model, tmp_path / "a")
+    sparseft.load_adapter(make_model("llama", stored).to(loaded), folder)
+    with pytest.raises(UserError, match="made for another base model"):
+        sparseft.load_adapter(make_model("llama", stored, seed=1).to(loaded), folder)
+
+
+def test_an_adapter_of_before_knows_its_base_in_another_dtype(make_model: Make, tmp_path: Path) -> None:
+    """Its only fingerprint is what `base_fingerprint` gives of the base in fp16."""
+    model = sparseft.attach(make_model("llama").half(), sparseft.S2FTConfig(d_ratio=0.1))
+    folder = sparseft.save_adapter(model, tmp_path / "a")
+    edit(folder, other_fingerprints=..., base_dtype=..., base_fingerprint=base_fingerprint(make_model("llama").half()))
+    assert base_fingerprint(make_model("llama").half()) != base_fingerprint(make_model("llama"))
+    sparseft.load_adapter(make_model("llama"), folder)
+    with pytest.raises(UserError, match="it was loaded in another dtype then, in bfloat16 now"):
+        sparseft.load_adapter(make_model("llama").bfloat16(), folder)
+
+
+def test_what_no_dtype_tells_names_both(make_model: Make, tmp_path: Path) -> None:
+    """fp16 and bf16 of an fp32 checkpoint: neither can be rounded to the other."""
+    model = sparseft.attach(make_model("llama").half(), sparseft.S2FTConfig(d_ratio=0.1))
+    folder = sparseft.save_adapter(model, tmp_path / "a")
+    with pytest.raises(UserError, match="loaded in float16 then, in bfloat16 now \\(model.dtype\\)"):
+        sparseft.load_adapter(make_model("llama").bfloat16(), folder)
+
+
 def test_a_missing_folder(make_model: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         sparseft.load_adapter(make_model("llama"), tmp_path / "nowhere")

@@ -573,6 +573,61 @@ def test_a_whole_model_takes_no_base(world: Path, trained: dict[str, Done], ques
     assert "is a whole model" in refused(world, "eval", *words)
 
 
+def test_a_whole_model_without_tokenizer_takes_its_base_s(
+    world: Path, trained: dict[str, Done], questions: Path, model_folder: Any, tmp_path: Path
+) -> None:
+    """As a checkpoint of full fine-tuning is."""
+    saved = world / "run-full" / "checkpoints" / "checkpoint-3" / "adapter"
+    assert not (saved / "tokenizer_config.json").exists()
+    words = ["mmlu", f"--adapter={saved}", "--shots=1", "--limit=2", f"eval.data_dir={questions}", "--json"]
+    assert sparseft(tmp_path, "eval", *words).json["tasks"]["mmlu"]["samples"]
+    folder = tmp_path / "moved"
+    shutil.copytree(saved, folder)
+    described = folder / "sparseft_config.json"
+    described.write_text(described.read_text().replace(str(model_folder()), "/gone/base"))
+    words[1] = f"--adapter={folder}"
+    assert "has no tokenizer, and its base /gone/base is not there: give model.tokenizer" in refused(
+        tmp_path, "eval", *words[:-1]
+    )
+    sparseft(tmp_path, "eval", *words, f"model.tokenizer={model_folder()}")
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["c_attn", "lm_head"]}], ids=str
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_a_folder_made_by_peft_is_scored_beside_the_base(
+    options: dict[str, Any], questions: Path, model_folder: Any, tmp_path: Path
+) -> None:
+    """Oracle: the base evaluated by itself; its head is tied to its embeddings."""
+    import peft
+    import torch
+    import transformers
+
+    base = model_folder("gpt2")
+    config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": ["c_attn"]} | options)
+    wrapped = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "peft")
+    words = ["mmlu_doubling", "--shots=1", f"eval.data_dir={questions}", f"model.path={base}", "--json"]
+    alone = sparseft(tmp_path, "eval", "--base", *words, "output_dir=alone").json["tasks"]["mmlu_doubling"]
+    both = sparseft(tmp_path, "eval", "--adapter=peft", *words, "output_dir=both").json["tasks"]["mmlu_doubling"]
+    assert both["base"] == alone["accuracy"]
+    lines = [
+        [
+            json.loads(line)
+            for line in (tmp_path / name / "eval" / "mmlu_doubling.samples.jsonl").read_text().splitlines()
+        ]
+        for name in ("alone", "both")
+    ]
+    for one, two in zip(*lines, strict=True):
+        assert two["base"]["loglikelihoods"] == one["loglikelihoods"] != two["loglikelihoods"]
+
+
 ALTERED: dict[str, Callable[[Path], Any]] = {
     "a bit of the weights": lambda f: flip(f / "model.safetensors"),
     "truncated weights": lambda f: os.truncate(f / "model.safetensors", 5000),

@@ -36,6 +36,8 @@ ORDER = (
     {"optimizer", "schedules"},
     {"methods"},
     {"fusing"},
+    {"adapter_files"},
+    {"wrapping"},
     {"adapter"},
     {"trainer"},
     {"evaluation"},

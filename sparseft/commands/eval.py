@@ -11,7 +11,7 @@ from typing import Any
 from sparseft import console
 from sparseft.commands import checks
 from sparseft.config import BUNDLED, ModelConfig, RunConfig
-from sparseft.errors import UserError, nearest_path, where_looked
+from sparseft.errors import UserError, nearest_path, shown, where_looked
 
 
 @dataclass
@@ -103,10 +103,10 @@ def score_both(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What `score(model, tokenizer)` makes of the target, and of its base where that is to be compared.
 
-    An adapter is loaded first, so that one that does not fit is refused before hours of work, and switched off for the
-    base, which is then the base bit for bit. Whole models are loaded one after the other.
+    An adapter is loaded first, so that one that does not fit is refused before hours of work, and detached for the
+    base, which is then the plain model that the base alone is. Whole models are loaded one after the other.
     """
-    from sparseft.adapter import DEFAULT, merge, set_adapter, state_of
+    from sparseft.adapter import detach, load_adapter, merge, mergeable
 
     compared = target.base is not None and config.eval.compare_base
     model, tokenizer = load_target(target, config)
@@ -120,11 +120,11 @@ def score_both(
     of_base = None
     if compared:
         console.log(f"the base model {target.base.path} on the same questions first (eval.compare_base=false: not)")
-        set_adapter(model, None)
+        model = detach(model)
         of_base = score(model, tokenizer)
-        set_adapter(model, DEFAULT)
-    if state_of(model).kind == "peft":
-        model = merge(model)  # else every layer would compute its low-rank product beside the dense one
+        model = load_adapter(model, target.adapter).eval()
+    if mergeable(model):
+        model = merge(model)  # else every layer of LoRA would compute its low-rank product beside the dense one
     return score(model, tokenizer), of_base
 
 
@@ -246,12 +246,31 @@ def _with_adapter(
     if is_whole_model(path):
         if keys & {"model", "model.path"}:
             raise UserError(f"{path} is a whole model, so it has no base: leave model and model.path out.")
-        tokenizer = None if (path / "tokenizer_config.json").is_file() else model.tokenizer or model.path
+        tokenizer = model.tokenizer or model.path if folder is not None else config.model.tokenizer
+        if "model.tokenizer" not in keys and (path / "tokenizer_config.json").is_file():
+            tokenizer = None
+        elif folder is None and tokenizer is None:
+            tokenizer = _tokenizer_of_base(path, content)
         # A folder alone does not say what it was before training; a run does.
         base = model if folder is not None else None
         whole = dataclasses.replace(model, path=str(path), tokenizer=tokenizer)
         return Target(what, whole, None, folder, base, trained)
     return Target(f"{what} (on {model.path})", model, path, folder, model, trained)
+
+
+def _tokenizer_of_base(path: Path, content: dict[str, Any]) -> str:
+    """The base that a whole model says it was trained from, for a tokenizer that the folder itself lacks."""
+    from sparseft.modeling import check_model_path
+
+    base = content.get("base_model")
+    try:
+        if isinstance(base, str) and base:
+            check_model_path(base)
+            return base
+        where = "it names no base"
+    except UserError:
+        where = f"its base {shown(base)} is not there"
+    raise UserError(f"{path} has no tokenizer, and {where}: give model.tokenizer=FOLDER or a hub id.")
 
 
 def load_target(target: Target, config: RunConfig) -> tuple[Any, Any]:

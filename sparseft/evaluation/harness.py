@@ -66,13 +66,14 @@ class LanguageModel(HFLM):
             batch_size = CPU_BATCH
         tokenizer, self.can_pad = _usable(tokenizer, model)
         limit = resolve_max_length(model.config, tokenizer)
-        super().__init__(
-            pretrained=model,
-            backend="causal",
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            max_length=min(max_length or limit, limit),
-        )
+        with _as_tied(model):
+            super().__init__(
+                pretrained=model,
+                backend="causal",
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                max_length=min(max_length or limit, limit),
+            )
         self.truncated: set[str] = set()
         self.rows = vocabulary_rows(model)[0]
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -202,6 +203,16 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
         for item, use_cache in caches:
             item.use_cache = use_cache
+
+
+@contextlib.contextmanager
+def _as_tied(model: Any) -> Iterator[None]:
+    """Keeps lm-eval from tying a loaded model's weights again, which fails, or undoes what an adapter did to a head."""
+    model.tie_weights = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 @contextlib.contextmanager
