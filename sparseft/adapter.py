@@ -123,6 +123,7 @@ def attach(model: nn.Module, config: Any, selection: Selection | None = None) ->
         raise UserError("the selection is empty, so nothing would be trained.")
     if selection.block_size is None:
         selection = replace(selection, block_size=getattr(config, "block_size", None))
+    spec.check_trains(selection.modules)
     check_modules(model, selection.modules, spec.linears)
     state = _new_state(model, method.name)
     method.convert(model, config, selection)
@@ -234,7 +235,7 @@ def _install_values(
     """Makes patterns of `values`, checks them all against the model, and only then changes it."""
     spec = ModelSpec.of(model)
     try:
-        check_modules(model, values, spec.linears)
+        check_modules(model, values, spec.known)
         patterns: dict[str, dict[str, Pattern]] = {}
         for module, kinds in values.items():
             patterns[module] = {}
@@ -353,7 +354,7 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
         return set_adapter(model, name)
     for known in weights:
         _check_name(state, known)
-    shapes = ModelSpec.of(model).linears
+    shapes = ModelSpec.of(model).known
     parts: dict[str, list[tuple[float, dict[str, Values]]]] = defaultdict(list)
     for known, weight in weights.items():
         for module, kinds in state.adapters[known].patterns.items():

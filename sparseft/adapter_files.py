@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import UserError, nearest, shown
+from sparseft.exact_targets import WEIGHT, exact_targets, portable
 from sparseft.files import (
     BODY,
     HASHED,
@@ -67,7 +69,7 @@ def write_peft(model: nn.Module, name: str, header: dict[str, Any], folder: Path
         for file in (folder / name).iterdir():
             file.rename(folder / file.name)
         (folder / name).rmdir()
-    content = read_json(folder / CONFIG, "adapter")
+    content = portable(read_json(folder / CONFIG, "adapter"), model, name)
     own = {"format_version": FORMAT_VERSION, **header, "sha256": file_hash(folder / TENSORS)}
     own[BODY] = _peft_hash(content, own)
     write_json(folder / CONFIG, content | {"sparseft": own})
@@ -168,12 +170,14 @@ def check_peft(folder: Path, content: dict[str, Any]) -> None:
     if (kind := content.get("peft_type")) != "LORA":
         raise UserError(f"{folder}: a peft adapter of type {shown(kind)}: only LORA (DoRA included) can be loaded.")
     usual = peft.LoraConfig().to_dict()
+    own = content.get("sparseft")
     for key, value in content.items():
+        if key == "target_parameters" and own and all(str(name).endswith(WEIGHT) for name in value or []):
+            continue  # linears that peft cannot name otherwise (exact_targets.py)
         known = key in PLAIN_PEFT or key not in usual or (key == "init_lora_weights" and value in INITIAL)
         if not known and value and value != usual[key]:
             raise UserError(f"{folder}: {shown(key)} in {CONFIG} is not supported: only plain LoRA and DoRA are.")
     tensors = read_tensors(folder / TENSORS, "adapter")
-    own = content.get("sparseft")
     if isinstance(own, dict):
         if file_hash(folder / TENSORS) != own.get("sha256", file_hash(folder / TENSORS)):
             raise UserError(f"{folder}: {TENSORS} is not the file that {CONFIG} describes (altered).")
@@ -200,12 +204,13 @@ def load_peft(model: nn.Module, folder: Path, name: str) -> nn.Module:
 
     if not (folder / TENSORS).is_file():
         raise UserError(f"{folder}: no {TENSORS}; weights in another format (pickle) are not loaded.")
-    check_peft(folder, read_json(folder / CONFIG, "adapter"))
+    content = read_json(folder / CONFIG, "adapter")
+    check_peft(folder, content)
     training, flags = model.training, {n: p.requires_grad for n, p in model.named_parameters()}
     plain = not isinstance(model, peft.PeftModel)
     trial = name if plain else "sparseft_trial"  # an adapter of the same name goes only when the new one fits
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _own_targets(content):
             for message in ("Unexpected keyword arguments", "The PEFT config's `base_model_name_or_path`"):
                 warnings.filterwarnings("ignore", message=message)  # `sparseft`, our own; a base kept elsewhere
             if plain:
@@ -233,6 +238,15 @@ def load_peft(model: nn.Module, folder: Path, name: str) -> nn.Module:
         reason = " ".join(line.strip() for line in lines[:2])  # torch's first line of misfits only introduces them
         raise UserError(f"{folder}: peft cannot load it on this model: {shown(reason, 300)}") from error
     return wrapper.train(training)  # peft's new modules would drop out in evaluation mode too
+
+
+def _own_targets(content: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Inside, an adapter that sparseft wrote is put exactly where it trained; others as peft puts them."""
+    own = content.get("sparseft")
+    if not isinstance(own, dict):
+        return contextlib.nullcontext()
+    settings = own.get("method_config")
+    return exact_targets(settings.get("dropout") if isinstance(settings, dict) else None)
 
 
 def _strip_peft(model: nn.Module, flags: dict[str, bool]) -> None:
@@ -266,7 +280,8 @@ def fuse_peft(model: Any, weights: dict[str, float], name: str) -> None:
     if name in model.peft_config:
         model.delete_adapter(name)  # peft would leave the old one as it is
     training = model.training
-    model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type="cat")
+    with exact_targets():
+        model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type="cat")
     model.train(training)
     model.peft_config[name].use_rslora = False  # inherited from the first part: it would scale by the rank's root
     for module in model.modules():
