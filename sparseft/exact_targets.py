@@ -1,9 +1,9 @@
 """LoRA on exactly the linears that are named, whatever peft makes of the names.
 
-peft takes a name for an ending of names. Of mixtures of experts that transformers 5 fuses it takes `up_proj` and the like
-for the fused experts (`convert_peft_config_for_transformers`), so that adapters of transformers 4 fit; the dense and
-shared MLPs beside the experts can no longer be named. Their weights can, as `target_parameters`: so a saved adapter does,
-that plain peft may load it.
+peft takes a name for an ending of names. In mixtures of experts that transformers 5 fuses it takes `up_proj` and the
+like for the fused experts (`convert_peft_config_for_transformers`), so that adapters of transformers 4 fit; dense and
+shared MLPs beside the experts can no longer be named. Their weights can, as `target_parameters`: saved adapters do so
+for plain peft to load them.
 """
 
 from __future__ import annotations

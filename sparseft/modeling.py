@@ -203,7 +203,8 @@ class ModelSpec:
             names = (k.replace("{}", n[0] if len(n) == 1 else f"{{{','.join(n)}}}") for k, n in kinds.items())
             parts.append(f"{', '.join(names)} ({reason})")
         count = sum(len(numbers) for kinds in by_reason.values() for numbers in kinds.values())
-        return f"{count} linear{'s' if count > 1 else ''} cannot train and stay frozen: {'; '.join(parts)}"
+        who = "1 linear cannot train and stays" if count == 1 else f"{count} linears cannot train and stay"
+        return f"{who} frozen: {'; '.join(parts)}"
 
     def check_trains(self, names: Iterable[str]) -> None:
         """Refuses linears that cannot train, by name and reason."""

@@ -57,8 +57,8 @@ def unreached(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, s
         raise
     except Exception as error:  # of whatever kind the model's own code raises: its batches may need more than tokens
         console.warn(
-            f"{type(model).__name__} could not be run on tokens alone ({reason_of(error)}), so linears that cannot train "
-            "are not known before the first step"
+            f"{type(model).__name__} could not be run on tokens alone ({reason_of(error)}): which of its linears "
+            "cannot train is not known before the first step"
         )
     _FOUND[model] = found
     return dict(found)

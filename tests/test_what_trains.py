@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from running import on, summary, write_data
+from running import sparseft as command
+from test_trainer import examples, trainer_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +28,7 @@ from sparseft.methods.lora import target_modules
 from sparseft.modeling import ModelSpec, is_transposed
 from sparseft.reached import KERNEL, NO_GRADIENT, READ, UNCALLED, unreached, without_gradient
 from sparseft.selection import Selection
+from sparseft.trainer import train
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -394,3 +398,108 @@ def test_names_that_end_alike_are_told_apart() -> None:
     model.other = nn.ModuleDict({"model": copy.deepcopy(model.model)})  # other.model.layers.0… ends in model.layers.0…
     wrapped = sparseft.attach(model, sparseft.LoraConfig(rank=2))
     assert not any(name.startswith("other") for name in lora_modules(wrapped, "default"))
+
+
+# ---- while it trains ----
+
+LATE: dict[str, Any] = {
+    "rows": sparseft.S2FTConfig(rows=["up_proj", "down_proj"], sparsity=0.8),
+    "permuted": sparseft.S2FTConfig(sparsity=0.5, roles=["up", "down", "v", "o"], layout="permuted"),
+    "sylva": sparseft.SylvaConfig(importance="weight", block_size=8, sparsity=0.5),
+    "lora": sparseft.LoraConfig(rank=2),
+    "dora": sparseft.DoraConfig(rank=2),
+    "full": sparseft.FullConfig(),
+}
+OTHER = "model.layers.1.mlp.up_proj"
+
+
+def cut(model: Any) -> None:
+    """From now on no gradient comes to one linear, in a way that nobody could have foreseen."""
+    (module,) = [m for n, m in model.named_modules() if n.removeprefix("base_model.model.") == OTHER]
+    module.register_forward_hook(lambda _module, _inputs, output: output.detach())
+
+
+def warned(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "gave no gradient" in line]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("method", list(LATE))
+def test_what_gets_no_gradient_in_the_first_step_is_named_once(
+    method: str, accumulation: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sparseft.attach(build("llama"), LATE[method])
+    cut(model)
+    looked = []
+    monkeypatch.setattr("sparseft.trainer.without_gradient", lambda m: looked.append(1) or without_gradient(m))
+    trainer = trainer_of(
+        model, tmp_path, examples(24), max_steps=3, batch_size=2, gradient_accumulation=accumulation
+    )  # fmt: skip
+    train(trainer, None, 3)
+    assert len(looked) == 1
+    (line,) = warned(capsys.readouterr().err)
+    assert "step 1 gave no gradient to 1 of what trains" in line
+    assert line.rpartition(": ")[2].startswith(OTHER)
+
+
+@pytest.mark.parametrize("method", [*LATE, "dropped"])
+def test_nothing_is_named_where_all_train(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LATE.get(method, sparseft.LoraConfig(rank=2, dropout=0.5))
+    trainer = trainer_of(sparseft.attach(build("llama"), config), tmp_path, examples(8), max_steps=2, batch_size=2)
+    train(trainer, None, 2)
+    assert warned(capsys.readouterr().err) == []
+
+
+@pytest.mark.parametrize("config", [LATE["sylva"], sparseft.FullConfig()], ids=["sylva", "full"])
+def test_experts_that_no_token_reached_are_not_named(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = sparseft.attach(build("mixtral"), config)
+    with torch.no_grad():  # every token goes to the same two experts
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+            layer.mlp.gate.requires_grad_(False)
+    trainer = trainer_of(model, tmp_path, examples(4), max_steps=1, batch_size=2)
+    train(trainer, None, 1)
+    idle = [n for n, p in model.named_parameters() if p.requires_grad and in_experts(n) and not p.any()]
+    assert idle or isinstance(config, sparseft.FullConfig)
+    assert warned(capsys.readouterr().err) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("deepseek_v3", ["method=lora"]),
+        ("deepseek_v3", ["method=lora", "method.dropout=0"]),
+        ("deepseek_v3", ["method=dora"]),
+        ("deepseek_v3", ["method=sylva", "method.importance=weight", "method.block_size=8", "sparsity=0.9"]),
+        ("jamba", ["method=lora"]),
+        ("jamba", ["method=lora", "scope=self_attn"]),
+    ],
+)
+def test_a_run_says_what_stays_frozen_and_can_be_loaded(
+    name: str, words: list[str], tokenizer: Any, in_tmp: Path
+) -> None:
+    config = MODELS[name]()
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    base.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    data = write_data(in_tmp)["json"]
+    done = command(in_tmp, "train", *on(in_tmp / "model", data), *words, "trainer.max_steps=2", "output_dir=run")
+    assert warned(done.err) == []
+    note = (
+        "1 linear cannot train and stays frozen: model.layers.0.mamba.dt_proj (the model reads its weight itself)"
+        if name == "jamba" and len(words) == 1
+        else "cannot train"
+    )
+    assert (note in done.err) == (note != "cannot train")
+    assert any(note in warning for warning in summary(in_tmp / "run")["warnings"]) == (note != "cannot train")
+    spec = ModelSpec.of(base)
+    listed = spec.linears_in(words[1].removeprefix("scope=") if "scope" in words[-1] else None).keys()
+    listed = listed if "method=sylva" in words else listed - spec.stacked
+    assert saved(in_tmp / "run" / "adapter") == listed
+    merged = sparseft.merge(sparseft.load_adapter(copy.deepcopy(base), in_tmp / "run" / "adapter"))
+    assert changed(merged, base) <= listed
+    assert {n for n in listed - changed(merged, base) if not in_experts(n)} == set()
