@@ -12,6 +12,7 @@ import functools
 import inspect
 import textwrap
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -84,7 +85,9 @@ def _tried(model: nn.Module, embeddings: nn.Module, linears: Mapping[str, nn.Mod
 
 def _trial(model: nn.Module, embeddings: nn.Module, linears: Mapping[str, nn.Module], length: int) -> dict[str, str]:
     names = {id(module): name for name, module in linears.items()}
-    reads = _Reads({id(module.weight): name for name, module in linears.items()})
+    holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    # A weight that several modules hold is read by the others too; tied weights are refused where they are chosen.
+    reads = _Reads({id(m.weight): name for name, m in linears.items() if holders[id(m.weight)] == 1})
     probes: dict[str, Tensor] = {}  # a zero that is added to each linear's output
 
     def enter(module: nn.Module, inputs: Any) -> None:
