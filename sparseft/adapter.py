@@ -130,6 +130,7 @@ def attach(model: nn.Module, config: Any, selection: Selection | None = None) ->
         config = replace(config, block_size=config.block_size or selection.block_size)
     if selection.has_blocks and selection.block_size is None:
         raise UserError("a selection of blocks needs its block_size: Selection({…}, block_size=64).")
+    spec.check_trains(selection.modules)
     check_modules(model, selection.modules, spec.linears)
     state = _new_state(model, method.name)
     method.convert(model, config, selection)
@@ -243,7 +244,7 @@ def _install_values(
     """Makes patterns of `values`, checks them all against the model, and only then changes it."""
     spec = ModelSpec.of(model)
     try:
-        check_modules(model, values, spec.linears)
+        check_modules(model, values, spec.known)
         patterns: dict[str, dict[str, Pattern]] = {}
         for module, kinds in values.items():
             patterns[module] = {}
@@ -372,7 +373,7 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
         return set_adapter(model, name)
     for known in weights:
         _check_name(state, known)
-    shapes = ModelSpec.of(model).linears
+    shapes = ModelSpec.of(model).known
     parts: dict[str, list[tuple[float, dict[str, Values]]]] = defaultdict(list)
     for known, weight in weights.items():
         for module, kinds in state.adapters[known].patterns.items():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import UserError, shown
+from sparseft.exact_targets import portable
 from sparseft.files import (
     BODY,
     HASHED,
@@ -66,7 +67,7 @@ def write_peft(model: nn.Module, name: str, header: dict[str, Any], folder: Path
         for file in (folder / name).iterdir():
             file.rename(folder / file.name)
         (folder / name).rmdir()
-    content = read_json(folder / CONFIG, "adapter")
+    content = portable(read_json(folder / CONFIG, "adapter"), model, name)
     own = {"format_version": FORMAT_VERSION, **header, "sha256": file_hash(folder / TENSORS)}
     own[BODY] = _peft_hash(content, own)
     write_json(folder / CONFIG, content | {"sparseft": own})

@@ -83,3 +83,8 @@ def is_router(parent: nn.Module, leaf: str) -> bool:
     """
     has_experts = any("expert" in name and not name.endswith("gate") for name in parent._modules)
     return has_experts and (leaf in ("gate", "router", "classifier") or leaf.endswith("expert_gate"))
+
+
+def in_experts(name: str) -> bool:
+    """Whether a linear or parameter of this name belongs to routed experts, which a batch's tokens may pass by."""
+    return "experts" in name.split(".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sparseft.files import check_whole
 from sparseft.load_report import check_complete, without_report
 from sparseft.probing import check_causal
 from sparseft.quantized import check_config, check_plain, is_plain
+from sparseft.reached import unreached
 from sparseft.sharding import full_shape, gathered, running
 
 # Last part of a module's name -> its role. A tuple names the parts of a fused projection in their order.
@@ -86,6 +87,9 @@ class ModelSpec:
     layer_of: dict[str, int] = field(default_factory=dict)  # the decoder layer of each linear
     experts: list[str] = field(default_factory=list)  # 3-D parameters of experts that nothing here can train
     stacked: set[str] = field(default_factory=set)  # linears that are one expert of a 3-D parameter: no modules
+    # Linears that nothing put in their place could train, with the reason (`reached.py`); not among `linears`.
+    frozen: dict[str, str] = field(default_factory=dict)
+    frozen_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @staticmethod
     def of(model: nn.Module) -> ModelSpec:
@@ -118,6 +122,8 @@ class ModelSpec:
                     linears |= dict.fromkeys(members, (rows, columns))
                     stacked.update(members)
                 experts += [f"{full_name}.{parameter}" for parameter in other_stacks(module)]
+        frozen = unreached(model, {n: model.get_submodule(n) for n in linears if n not in stacked})
+        frozen_shapes = {name: linears.pop(name) for name in frozen}
         if not linears:
             raise UserError(
                 f"No linear layers were found in the {len(layers)} decoder layers under '{prefix}' of "
@@ -137,6 +143,8 @@ class ModelSpec:
             total_parameters=base_parameter_count(model),
             experts=experts,
             stacked=stacked,
+            frozen=frozen,
+            frozen_shapes=frozen_shapes,
         )
         for name in linears:
             spec.layer_of[name] = int(name[len(prefix) + 1 :].split(".", 1)[0])
@@ -178,9 +186,40 @@ class ModelSpec:
         stacked = [] if sparse else sorted({name.rpartition(".")[0] for name in self.stacked})
         return self.experts + stacked
 
+    @property
+    def known(self) -> dict[str, tuple[int, int]]:
+        """All linears of the decoder layers: also those that cannot train, which an adapter made elsewhere may have."""
+        return self.linears | self.frozen_shapes
+
+    def frozen_note(self, scope: str | None) -> str | None:
+        """Which linears in scope cannot train, and why, in a sentence; null where all can."""
+        by_reason: dict[str, dict[str, list[str]]] = {}
+        for name, reason in self.frozen.items():
+            if scope is None or scope in name:
+                number = next((part for part in name.split(".") if part.isdigit()), "")
+                kind = name.replace(f".{number}.", ".{}.", 1)
+                by_reason.setdefault(reason, {}).setdefault(kind, []).append(number)
+        if not by_reason:
+            return None
+        parts = []
+        for reason, kinds in by_reason.items():
+            names = (k.replace("{}", n[0] if len(n) == 1 else f"{{{','.join(n)}}}") for k, n in kinds.items())
+            parts.append(f"{', '.join(names)} ({reason})")
+        count = sum(len(numbers) for kinds in by_reason.values() for numbers in kinds.values())
+        who = "1 linear cannot train and stays" if count == 1 else f"{count} linears cannot train and stay"
+        return f"{who} frozen: {'; '.join(parts)}"
+
+    def check_trains(self, names: Iterable[str]) -> None:
+        """Refuses linears that cannot train, by name and reason."""
+        for name in names:
+            if name in self.frozen:
+                raise UserError(f"'{name}' cannot be trained: {self.frozen[name]}.")
+
     def linears_in(self, scope: str | None) -> dict[str, tuple[int, int]]:
         """The linears whose name contains `scope` (null: all); none is a `UserError` that says what there is."""
         chosen = {name: shape for name, shape in self.linears.items() if scope is None or scope in name}
+        if not chosen and (note := self.frozen_note(scope)):
+            raise UserError(f"scope={scope} leaves nothing to train: {note}.")
         if not chosen:
             parts = sorted({part for name in self.linears for part in name.split(".") if not part.isdigit()})
             raise UserError(f"scope={scope} matches no linear of the decoder layers.{nearest(scope or '', parts)}")
@@ -198,6 +237,7 @@ class ModelSpec:
             for suffix in suffixes:
                 ending = [n for n, path in paths.items() if f".{path}".endswith(f".{suffix}") or n == suffix]
                 if not ending:
+                    self.check_trains(n for n in self.frozen if n.endswith(f".{suffix}") and (scope or "") in n)
                     raise UserError(
                         f"method.{side}: no linear in scope is called '{suffix}'; found {self.leaves(scope)}."
                         f"{nearest(suffix, [path.rpartition('.')[2] for path in paths.values()])}"

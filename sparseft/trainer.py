@@ -21,6 +21,7 @@ from sparseft.errors import RunError
 from sparseft.layers import sparse_layers
 from sparseft.modeling import runnable
 from sparseft.optimizer import SparseAdamW
+from sparseft.reached import without_gradient
 from sparseft.sharding import shard_of
 from sparseft.trainer_arguments import tf32_as_set
 from sparseft.trainer_best import copy_best
@@ -81,6 +82,7 @@ class Trainer(distributed.DistributedTrainer):
         # present step.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)
         self.step_loss = torch.zeros_like(self.loss_sum)
+        self.looked = False  # whether the first good step's gradients were looked at
         self._aside: str | None = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -107,6 +109,9 @@ class Trainer(distributed.DistributedTrainer):
         loss = self.accelerator.reduce(self.step_loss, "mean") if self.args.world_size > 1 else self.step_loss
         if self.health.judge(self.state.global_step + 1, loss.item(), None if norm is None else float(norm)):
             self.loss_sum += self.step_loss
+            if not self.looked:
+                self.looked = True
+                self.name_untrained()
         else:
             model.zero_grad()  # without a gradient an optimizer leaves parameters and moments as they are
             if self.health.streak == 1 and self.is_world_process_zero():
@@ -117,6 +122,21 @@ class Trainer(distributed.DistributedTrainer):
         self.step_loss.zero_()
         self.fit.step_done()
         return norm
+
+    def name_untrained(self) -> None:
+        """Warns of what is to train and got no gradient in this session's first step; once, as it waits for the device.
+
+        Not with DeepSpeed and FSDP, which keep gradients in places and pieces of their own.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        names = without_gradient(self.model)
+        if names and self.is_world_process_zero():
+            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            console.warn(
+                f"step {self.state.global_step + 1} gave no gradient to {len(names)} of what trains, which stays as it "
+                f"is without one: {shown}"
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """transformers' own, with its parameter groups; SparseAdamW in AdamW's place where a sparse method trains."""

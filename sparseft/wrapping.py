@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sparseft.adapter_files import CONFIG, TENSORS, check_peft, write_peft
 from sparseft.errors import UserError, nearest, shown
+from sparseft.exact_targets import as_written, exact_targets
 from sparseft.files import read_json
 
 WRAPPED = "base_model.model."  # what peft's wrapper puts before the base's names
@@ -81,13 +82,14 @@ def load_peft(model: nn.Module, folder: Path, name: str, kept: Overwritten, acti
 
     if not (folder / TENSORS).is_file():
         raise UserError(f"{folder}: no {TENSORS}; weights in another format (pickle) are not loaded.")
-    tensors = check_peft(folder, read_json(folder / CONFIG, "adapter"))
+    content = read_json(folder / CONFIG, "adapter")
+    tensors = check_peft(folder, content)
     plain = not isinstance(model, peft.PeftModel)
     modes = {id(module): module.training for module in model.modules()}
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     wrapper: Any = model
     try:
-        with _quiet():
+        with _quiet(), as_written(content):
             config = peft.PeftConfig.from_pretrained(str(folder))
             config.inference_mode = False
             if plain:
@@ -327,7 +329,7 @@ def fuse_peft(model: Any, kept: Overwritten, active: str | None, weights: dict[s
         modules_to_save=sorted({module for c in configs for module in c.modules_to_save or ()}) or None,
     )  # fmt: skip
     modes = {id(module): module.training for module in model.modules()}
-    with _quiet(), _without_biases(model):
+    with _quiet(), _without_biases(model), exact_targets():
         if name in model.peft_config:
             model.delete_adapter(name)  # peft would leave the old one as it is
             kept.own.pop(name, None)

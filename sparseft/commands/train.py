@@ -126,6 +126,8 @@ class Job:
                 f"{len(frozen)} expert matrices (3-D parameters such as {frozen[0]}) stay frozen: method "
                 f"{config.method_name} does not train them"
             )
+        if self.method.kind != "whole" and (note := self.spec.frozen_note(getattr(config.method, "scope", None))):
+            console.warn(note)
         self.selection_cached: bool | None = None
         self.selection = self._selection() if self.method.sparse else None
         with console.showing(LayoutWarning):
@@ -148,7 +150,7 @@ class Job:
             device=prepared.device,
             learning_rate=self.learning_rate,
             total_steps=self.total_steps,
-            unused=has_experts(self.model),
+            unused=has_experts(self.model) or (self.method.kind == "whole" and bool(self.spec.frozen)),
             autocast=prepared.device.type == "cuda" and self.dtype.itemsize == 2 and self.method.kind == "whole",
         )
 

@@ -66,6 +66,7 @@ def target_modules(spec: ModelSpec, config: LoraConfig) -> list[str]:
         return names
     for target in config.targets:
         if not any(name == target or name.endswith("." + target) for name in names):
+            spec.check_trains(n for n in spec.frozen if n.endswith(f".{target}") and (config.scope or "") in n)
             leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise UserError(f"method.targets: no linear in scope is called '{target}'.{nearest(target, leaves)}")
     return [name for name in names if any(name == target or name.endswith("." + target) for target in config.targets)]
@@ -93,6 +94,7 @@ class Lora(Method):
         import peft
         import torch
 
+        from sparseft.exact_targets import exact_targets, lora_modules, others
         from sparseft.layers.converting import check_modules
         from sparseft.modeling import ModelSpec
 
@@ -105,12 +107,14 @@ class Lora(Method):
             lora_alpha=config.alpha if config.alpha is not None else 2 * rank,
             lora_dropout=config.dropout,
             target_modules=targets,
+            exclude_modules=others(model, targets),
             use_dora=config.use_dora,
             fan_in_fan_out=bool(spec.transposed),  # Conv1D keeps its weight as (in, out)
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), exact_targets():
             torch.manual_seed(config.seed)
             wrapped = peft.get_peft_model(model, peft_config)
+        assert set(lora_modules(wrapped, "default")) == set(targets)
         return wrapped.train(model.training)  # peft's new modules would drop out in evaluation mode too
 
 
