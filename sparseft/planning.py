@@ -139,10 +139,13 @@ def _on_meta(content: transformers.PretrainedConfig, dtype: torch.dtype, config:
     transformers.AttentionInterface.register(PLAIN, _plain_attention)
 
     def build(attention: str | None) -> nn.Module:
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(
-                copy.deepcopy(content), dtype=dtype, attn_implementation=attention
-            )
+        try:
+            with torch.device("meta"):
+                return transformers.AutoModelForCausalLM.from_config(
+                    copy.deepcopy(content), dtype=dtype, attn_implementation=attention
+                )
+        except (ImportError, ValueError) as error:
+            raise UserError(f"model.path={config.model.path}: cannot be built: {reason_of(error)}") from error
 
     asked = config.model.attn_implementation
     flash = "flash" in (asked or "")  # its package need be where the run will be, not where it is planned
@@ -151,8 +154,9 @@ def _on_meta(content: transformers.PretrainedConfig, dtype: torch.dtype, config:
     text = content.get_text_config()
     dropout = max(getattr(text, name, 0.0) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
     fused = flash or str(model.config._attn_implementation).startswith("sdpa")
-    # torch's fused kernel for the CPU knows no dropout
-    model = build(FUSED if fused and not (dropout and on_cpu(config.hardware)) else PLAIN)
+    if model._can_set_attn_implementation():  # Falcon, GPT-J and MPT have their own alone, which is counted as it is
+        # torch's fused kernel for the CPU knows no dropout
+        model = build(FUSED if fused and not (dropout and on_cpu(config.hardware)) else PLAIN)
     model.config.get_text_config().pad_token_id = None  # or transformers looks for padding among the tokens
     return model
 
@@ -188,7 +192,15 @@ def passes(shape: Shape, batch: int, length: int, *, checkpointing: bool) -> int
         model.gradient_checkpointing_disable()
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
     with _Counter() as counter:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        try:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            raise UserError(
+                f"train --plan: {type(model).__name__} computes with what its tensors hold, which there is no plan for "
+                f"({reason_of(error)})."
+            ) from error
     for parameter in trainable_parameters(model).values():
         parameter.grad = None
     return counter.peak

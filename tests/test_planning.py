@@ -213,6 +213,28 @@ def test_what_training_takes_can_be_planned(words: str, tmp_path: Path, model_fo
         sparseft(tmp_path, "train", *plan, *common, *words.split())
 
 
+def test_attention_by_a_package_that_is_not_here_is_planned(tmp_path: Path) -> None:
+    flash, fused = (
+        sparseft(tmp_path, "train", "--plan", f"model.attn_implementation={name}", "--json").json
+        for name in ("flash_attention_2", "sdpa")
+    )
+    assert flash["per_device"] == fused["per_device"]
+
+
+@pytest.mark.parametrize("kind", ["falcon", "mpt"])
+def test_an_architecture_with_attention_of_its_own_is_planned(kind: str, tmp_path: Path) -> None:
+    sizes = {"falcon": {"num_hidden_layers": 2, "num_attention_heads": 4}, "mpt": {"n_layers": 2, "n_heads": 4}}
+    width = {"falcon": {"hidden_size": 64}, "mpt": {"d_model": 64}}
+    path = model_folder(tmp_path / kind, {"model_type": kind, "vocab_size": 300, **sizes[kind], **width[kind]})
+    plan = sparseft(tmp_path, "train", "--plan", f"model.path={path}", "method=s2ft", "--json").json
+    assert plan["per_device"]["activations"] > 0
+
+
+def test_attention_that_is_none_is_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path, "train", "--plan", "model.attn_implementation=nonsense")
+    assert "nonsense" in message
+
+
 def test_a_length_beyond_the_context_is_planned_for_the_context(tmp_path: Path) -> None:
     done = sparseft(tmp_path, "train", "--plan", "trainer.max_length=100000", "--json")
     assert done.json["length"] == 512
