@@ -109,7 +109,8 @@ class Job:
         self._check_context()
         self.learning_rate = checks.learning_rate(config)
         self.total_steps = self._count_steps()
-        schedules.check(config.trainer, self.learning_rate, self.total_steps)
+        if config.trainer.max_steps < 1:  # else it has been looked at before anything was loaded
+            schedules.check(config.trainer, self.learning_rate, self.total_steps)
         if previous is not None:
             previous.check_steps(config.trainer, self.total_steps)
         if prepared.data.packed is not None:
