@@ -441,6 +441,7 @@ def test_a_generation_prompt_that_opens_a_thought_does_not_change_what_is_learnt
         assert tokenizer.decode(item["input_ids"]) == f"{BOS}<|User|>Hi<|Assistant|>{answer}{EOS}"
         assert labelled(tokenizer, item) == answer + EOS
         assert "plain" not in note
+        assert "generation is asked for 1 answer with '<think>\\n' at the prompt's end, which the template" in note
     closed = R1.replace("<|Assistant|>{{", "<|Assistant|></think>{{")  # `<think>` and `</think>` part amid the tokens
     tokenizer = chat_tokenizer(closed)
     tokenizer.add_special_tokens({"additional_special_tokens": ["</think>"]}, replace_extra_special_tokens=False)

@@ -238,6 +238,11 @@ GOOD = {
         ("alpaca", {"instruction": "a", "output": None}, "'output': expected text, got null"),
         ("alpaca", {"instruction": ["a"], "output": "b"}, "'instruction' must be text, not a list"),
         ("prompt_completion", {"prompt": 5, "completion": "a"}, "'prompt' must be text, not a number"),
+        (
+            "prompt_completion",
+            {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+            "'prompt' must be text, not a list; the messages of a chat go into one list, under 'messages'",
+        ),
         ("prompt_completion", {"prompt": "a", "completion": None}, "'completion': expected text, got null"),
         (
             "oasst_trees",

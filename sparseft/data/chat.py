@@ -84,6 +84,7 @@ class Chats:
         self._unknown: Counter[str] = Counter()  # records, by a field that nothing uses
         self._unwritten: Counter[str] = Counter()  # messages whose content the template does not write, by role
         self._asked = 0
+        self._asked_with: Counter[str] = Counter()  # answers, by an end of the prompt that stands in no text
 
     def convert(self, records: Records) -> list[Example]:
         """Examples of these conversations. Raises UserError naming file and record for a conversation that lacks
@@ -121,6 +122,11 @@ class Chats:
             parts.append(
                 f"{_count(count, 'answer')} left out, whose prompt the template refuses: {reason} (first: "
                 f"{self._first_refused[reason]})"
+            )
+        for end, count in self._asked_with.most_common():
+            parts.append(
+                f"generation is asked for {_count(count, 'answer')} with {shown(repr(end))} at the prompt's end, which "
+                "the template does not write there in conversations"
             )
         for role, count in self._unwritten.most_common():
             parts.append(f"the template does not write {_count(count, f'{role} message')} as given")
@@ -233,6 +239,8 @@ class Chats:
                 [(answered[:start], False), (answered[start:], True)]
             ):
                 start -= 1
+            if prompt[start:].strip():
+                self._asked_with[prompt[start:]] += 1
             return answered, start
         if around is not None and turn and answered.startswith(around[0]):
             before, asked = around[0].rstrip(), prompt.rstrip()

@@ -315,7 +315,9 @@ def _text(item: dict[str, Any], key: str, where: str, format: str) -> str:
             + _misspelt([each for each in keys if each not in _KNOWN_KEYS], (key,))
         )
     if not isinstance(value, str):
-        raise UserError(f"{where}: '{key}' must be text, not {kind(value)}.")
+        chat = isinstance(value, list) and format == "prompt_completion"
+        hint = "; the messages of a chat go into one list, under 'messages'" if chat else ""
+        raise UserError(f"{where}: '{key}' must be text, not {kind(value)}{hint}.")
     return value
 
 
