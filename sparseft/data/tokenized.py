@@ -67,7 +67,8 @@ class Encoder:
             if whole and text:
                 context = self._since_added(whole)
                 contexts.append(context)
-                texts.append(context + text)
+                # What stands behind an added token has no influence on a border before it.
+                texts.append(context + text[: match.end() if (match := self._added.search(text)) else None])
             whole += text
         ids = self._encode_texts([*contexts, *texts])
         return all(_begins(long, short) for short, long in zip(ids, ids[len(contexts) :], strict=False))
