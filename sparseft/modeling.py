@@ -423,7 +423,9 @@ def _load(what: str, path: str, loader, **options):
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"model.path={path}: the {what} could not be loaded: {reason_of(error)}") from error
+        gone = isinstance(error, OSError) and not Path(bundled_path(path)).expanduser().exists()
+        here = f"no such folder{where_looked(path)}, and " if gone else ""
+        raise UserError(f"model.path={path}: {here}the {what} could not be loaded: {reason_of(error)}") from error
 
 
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Module:

@@ -342,7 +342,7 @@ def test_paths(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
         with pytest.raises(UserError, match=message):
             check_model_path(path)
     assert check_model_path("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
-    with pytest.raises(UserError, match="the model could not be loaded"):
+    with pytest.raises(UserError, match=r"no such folder \(looked in .*\), and the model could not be loaded"):
         load_model(ModelConfig(path="nobody/nothing"))  # offline
     with pytest.raises(UserError, match="the tokenizer could not be loaded"):
         load_tokenizer(ModelConfig(path="nobody/nothing"))
