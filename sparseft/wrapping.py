@@ -509,7 +509,9 @@ def _shared(model: nn.Module) -> list[list[tuple[nn.Module, str, list[nn.Module]
 
 
 def _changes(layers: list[nn.Module], name: str) -> set[str]:
-    """How the adapter `name` changes what lies inside these layers of peft's: `weights`, `module`, `tokens`."""
+    """How the adapter `name` changes what lies inside these layers of peft's: `weights`, `module`, `tokens` (with the
+    number of their values, which tied layers may share).
+    """
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
@@ -518,16 +520,18 @@ def _changes(layers: list[nn.Module], name: str) -> set[str]:
         if isinstance(layer, ModulesToSaveWrapper) and name in layer.modules_to_save:
             found.add("module")
         elif isinstance(layer, TrainableTokensWrapper) and name in layer.token_adapter.trainable_tokens_delta:
-            found.add("tokens")
+            found.add(f"tokens {id(layer.token_adapter.trainable_tokens_delta[name])}")
         elif isinstance(layer, LoraLayer) and name in layer.r:
             found.add("weights")
     return found
 
 
 def _apart(model: nn.Module, name: str) -> list[list[tuple[nn.Module, str, set[str]]]]:
-    """The tied parameters whose owners the adapter changes differently, with how; tokens of all of them go together."""
+    """The tied parameters whose owners the adapter changes differently, with how; the same tokens in all of them go
+    together.
+    """
     groups = [[(owner, p, _changes(around, name)) for owner, p, around in group] for group in _shared(model)]
-    return [g for g in groups if any(how for _, _, how in g) and not all(how == {"tokens"} for _, _, how in g)]
+    return [g for g in groups if any(how != g[0][2] or how & {"weights", "module"} for _, _, how in g)]
 
 
 def _will_untie(model: nn.Module, name: str) -> bool:
@@ -538,7 +542,7 @@ def _untie(model: nn.Module, name: str) -> None:
     """Gives each owner of a tied parameter that the adapter changes a copy of its own to be changed."""
     for group in _apart(model, name):
         for owner, parameter_name, how in group:
-            if how & {"weights", "tokens"}:
+            if how - {"module"}:
                 value = owner._parameters[parameter_name]
                 owner._parameters[parameter_name] = nn.Parameter(value.detach().clone(), value.requires_grad)
 

@@ -61,6 +61,10 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "head, biases": ("qwen2-tied gpt2", {"target_modules": ["q_proj", "lm_head"], "bias": "all"}),
     "tokens": ("llama llama-tied qwen2-tied gpt2", {"trainable_token_indices": [3, 5, 90]}),
+    "other tokens in the head": (
+        "llama llama-tied qwen2-tied", {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 5, 7]}},
+    ),
+    "tokens of the head": ("llama-tied", {"trainable_token_indices": {"lm_head": [3, 5, 7]}}),
     "tokens, biases": ("qwen2-tied", {"trainable_token_indices": [3, 5], "bias": "all"}),
     "tokens, LoRA on the head": (
         "llama", {"trainable_token_indices": [3, 5], "target_modules": ["q_proj", "lm_head"]},
