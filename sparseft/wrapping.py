@@ -8,10 +8,11 @@ is the base again, bit for bit, whenever no adapter is active.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from sparseft.files import read_json
 WRAPPED = "base_model.model."  # what peft's wrapper puts before the base's names
 INSIDE = ("token_adapter", "base_layer", "original_module")  # and into them, where it put a layer around a module
 HOOKS = ("_require_grads_hooks", "_require_grads_hook")
-TRIAL = "sparseft_trial"  # an adapter of the same name goes only when the new one fits
 
 
 @dataclass
@@ -86,7 +86,7 @@ def load_peft(model: nn.Module, folder: Path, name: str, kept: Overwritten, acti
     tensors = check_peft(folder, content)
     plain = not isinstance(model, peft.PeftModel)
     modes = {id(module): module.training for module in model.modules()}
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    put_back = _structure(model)
     wrapper: Any = model
     try:
         with _quiet(), as_written(content):
@@ -97,25 +97,13 @@ def load_peft(model: nn.Module, folder: Path, name: str, kept: Overwritten, acti
                 own = _fill(wrapper, kept, tensors, name)
             else:
                 _check_beside(model, config, name)
-                _add(model, kept, tensors, TRIAL, config)
-                model.delete_adapter(TRIAL)
                 if name in model.peft_config:
                     model.delete_adapter(name)
-                    kept.own.pop(name, None)
                 own = _add(model, kept, tensors, name, config)
+                kept.own.pop(name, None)
                 active = active if active != name else None
     except Exception as error:  # peft raises many kinds for a folder that does not fit; all of them are the folder's
-        if plain:
-            _unwrap(model, None)
-            _drop_hooks(model, kept)
-            for parameter_name, parameter in model.named_parameters():
-                parameter.requires_grad_(flags[parameter_name])
-        else:
-            with _quiet():
-                if TRIAL in model.peft_config:
-                    model.delete_adapter(TRIAL)
-                _choose(model, kept, active)
-        _set_modes(model, modes)
+        put_back()  # peft leaves what it had put in place by then
         lines = (str(error).strip() or type(error).__name__).splitlines()
         reason = " ".join(line.strip() for line in lines[:2])  # torch's first line of misfits only introduces them
         raise UserError(f"{folder}: peft cannot load it on this model: {shown(reason, 300)}") from error
@@ -130,6 +118,26 @@ def load_peft(model: nn.Module, folder: Path, name: str, kept: Overwritten, acti
     switch(wrapper, kept, active, name)
     _set_modes(wrapper, modes)  # peft's new modules would drop out in evaluation mode too
     return wrapper
+
+
+def _structure(model: nn.Module) -> Callable[[], None]:
+    """Notes which modules, parameters and settings a model and all in it hold (no values); returns what puts them back.
+
+    The containers stay the same ones, as tied layers share them.
+    """
+    attributes = [vars(module) for module in model.modules()]
+    boxes = [value for each in attributes for value in each.values() if isinstance(value, dict | list | set)]
+    before = [(box, copy.copy(box)) for box in (*attributes, *boxes)]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def put_back() -> None:
+        for box, content in before:
+            box.clear()
+            box.extend(content) if isinstance(box, list) else box.update(content)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    return put_back
 
 
 def _check_beside(model: Any, config: Any, name: str) -> None:
@@ -509,7 +517,9 @@ def _shared(model: nn.Module) -> list[list[tuple[nn.Module, str, list[nn.Module]
 
 
 def _changes(layers: list[nn.Module], name: str) -> set[str]:
-    """How the adapter `name` changes what lies inside these layers of peft's: `weights`, `module`, `tokens`."""
+    """How the adapter `name` changes what lies inside these layers of peft's: `weights`, `module`, `tokens` (with the
+    number of their values, which tied layers may share).
+    """
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
@@ -518,16 +528,18 @@ def _changes(layers: list[nn.Module], name: str) -> set[str]:
         if isinstance(layer, ModulesToSaveWrapper) and name in layer.modules_to_save:
             found.add("module")
         elif isinstance(layer, TrainableTokensWrapper) and name in layer.token_adapter.trainable_tokens_delta:
-            found.add("tokens")
+            found.add(f"tokens {id(layer.token_adapter.trainable_tokens_delta[name])}")
         elif isinstance(layer, LoraLayer) and name in layer.r:
             found.add("weights")
     return found
 
 
 def _apart(model: nn.Module, name: str) -> list[list[tuple[nn.Module, str, set[str]]]]:
-    """The tied parameters whose owners the adapter changes differently, with how; tokens of all of them go together."""
+    """The tied parameters whose owners the adapter changes differently, with how; the same tokens in all of them go
+    together.
+    """
     groups = [[(owner, p, _changes(around, name)) for owner, p, around in group] for group in _shared(model)]
-    return [g for g in groups if any(how for _, _, how in g) and not all(how == {"tokens"} for _, _, how in g)]
+    return [g for g in groups if any(how != g[0][2] or how & {"weights", "module"} for _, _, how in g)]
 
 
 def _will_untie(model: nn.Module, name: str) -> bool:
@@ -538,7 +550,7 @@ def _untie(model: nn.Module, name: str) -> None:
     """Gives each owner of a tied parameter that the adapter changes a copy of its own to be changed."""
     for group in _apart(model, name):
         for owner, parameter_name, how in group:
-            if how & {"weights", "tokens"}:
+            if how - {"module"}:
                 value = owner._parameters[parameter_name]
                 owner._parameters[parameter_name] = nn.Parameter(value.detach().clone(), value.requires_grad)
 

@@ -61,6 +61,10 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "head, biases": ("qwen2-tied gpt2", {"target_modules": ["q_proj", "lm_head"], "bias": "all"}),
     "tokens": ("llama llama-tied qwen2-tied gpt2", {"trainable_token_indices": [3, 5, 90]}),
+    "other tokens in the head": (
+        "llama llama-tied qwen2-tied", {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 5, 7]}},
+    ),
+    "tokens of the head": ("llama-tied", {"trainable_token_indices": {"lm_head": [3, 5, 7]}}),
     "tokens, biases": ("qwen2-tied", {"trainable_token_indices": [3, 5], "bias": "all"}),
     "tokens, LoRA on the head": (
         "llama", {"trainable_token_indices": [3, 5], "target_modules": ["q_proj", "lm_head"]},
@@ -352,6 +356,35 @@ def test_tokens_beside_an_adapter_without_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="only one of it and 't' trains single tokens"):
         sparseft.load_adapter(model, plain, "p")
     assert torch.equal(logits(model), before)
+
+
+BESIDE = {
+    "LoRA, then whole": ({"target_modules": ["up_proj", "q_proj"], "bias": "all"}, {"modules_to_save": ["up_proj"]}),
+    "whole, then LoRA": ({"modules_to_save": ["up_proj"]}, {"target_modules": ["q_proj", "up_proj"]}),
+    "LoRA, then the block": ({"target_modules": ["up_proj"]}, {"modules_to_save": ["mlp"]}),
+    "block, then LoRA": ({"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}, {"target_modules": ["up_proj"]}),
+}
+
+
+@pytest.mark.parametrize("form", BESIDE)
+def test_one_that_peft_cannot_hold_beside_another_leaves_nothing(form: str, tmp_path: Path) -> None:
+    """peft fails after it has put part of it in place: nothing of that stays, in the model or in what is saved."""
+    kind = "qwen2-tied"
+    common = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": Q_DOWN}
+    for seed, (name, options) in enumerate(zip("ab", BESIDE[form], strict=True)):
+        make_folder(kind, tmp_path / name, common | options, seed)
+    plain = build(kind)
+    before = everything(plain)
+    model = sparseft.load_adapter(plain, tmp_path / "a", "a")
+    loaded, trainable = everything(model), set(sparseft.trainable_parameters(model))
+    for name in ("b", "a"):
+        with pytest.raises(UserError, match="peft cannot load it on this model"):
+            sparseft.load_adapter(model, tmp_path / "b", name)
+        assert_unchanged(loaded, model)
+        assert set(sparseft.trainable_parameters(model)) == trainable
+    again = sparseft.save_adapter(model, tmp_path / "again")
+    assert torch.equal(logits(by_peft(kind, again)), loaded["logits"])
+    assert_unchanged(before, sparseft.detach(model))
 
 
 FUSED = {
