@@ -242,7 +242,7 @@ def _install_values(
     method_config: dict[str, Any],
 ) -> None:
     """Makes patterns of `values`, checks them all against the model, and only then changes it."""
-    spec = ModelSpec.of(model)
+    spec = ModelSpec.of(model, tried=False)
     try:
         check_modules(model, values, spec.known)
         patterns: dict[str, dict[str, Pattern]] = {}
@@ -373,7 +373,7 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
         return set_adapter(model, name)
     for known in weights:
         _check_name(state, known)
-    shapes = ModelSpec.of(model).known
+    shapes = ModelSpec.of(model, tried=False).known
     parts: dict[str, list[tuple[float, dict[str, Values]]]] = defaultdict(list)
     for known, weight in weights.items():
         for module, kinds in state.adapters[known].patterns.items():

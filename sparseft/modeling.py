@@ -92,8 +92,12 @@ class ModelSpec:
     frozen_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: nn.Module) -> ModelSpec:
-        """Reads a (plain or attached) Hugging Face causal LM; nothing is materialised, so meta models do too."""
+    def of(model: nn.Module, *, tried: bool = True) -> ModelSpec:
+        """Reads a (plain or attached) Hugging Face causal LM; nothing is materialised, so meta models do too.
+
+        tried: whether linears that cannot train are told apart, for which the model is run once. To load an adapter
+        they need not be: `known` has both.
+        """
         check_plain(model)
         config = model.config.get_text_config()
         num_heads = getattr(config, "num_attention_heads", None)
@@ -122,7 +126,7 @@ class ModelSpec:
                     linears |= dict.fromkeys(members, (rows, columns))
                     stacked.update(members)
                 experts += [f"{full_name}.{parameter}" for parameter in other_stacks(module)]
-        frozen = unreached(model, {n: model.get_submodule(n) for n in linears if n not in stacked})
+        frozen = unreached(model, {n: model.get_submodule(n) for n in linears if n not in stacked}) if tried else {}
         frozen_shapes = {name: linears.pop(name) for name in frozen}
         if not linears:
             raise UserError(
