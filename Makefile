@@ -26,11 +26,11 @@ quickstart: $(STAMP) ## fine-tune the bundled model offline: preprocess, train, 
 
 .PHONY: test
 test: $(STAMP) ## every test that a CPU can run in minutes
-	@$(OFFLINE) $(PY) -m pytest -q -m "not slow and not gpu" $(ARGS)
+	@$(OFFLINE) $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## the tests that take longer
-	@$(OFFLINE) $(PY) -m pytest -q -m "slow and not gpu" $(ARGS)
+	@$(OFFLINE) $(PY) -m pytest -q -n 2 --dist loadfile -m "slow and not gpu" $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(STAMP) ## the tests that need a CUDA device; fails where there is none

@@ -26,7 +26,6 @@ from sparseft.layers import share_inputs, sparse_layers
 from sparseft.methods import get_method
 from sparseft.methods.selecting import compute_selection
 from sparseft.modeling import ModelSpec, decoder_layers
-from sparseft.trainer_arguments import check_optimizer
 from sparseft.trainer_distributed import MAX_BUCKET, check_zero
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
@@ -232,8 +231,8 @@ def _while_updating(config: RunConfig, trained: list[Tensor]) -> int:
 
 
 def optimizer_bytes(optimizer: str, trained: list[Tensor]) -> int:
-    """Bytes that the optimizer keeps for the parameters it trains (on the meta device). UserError where it cannot be
-    used here, or is not known and cannot be tried."""
+    """Bytes that the optimizer keeps for the parameters it trains (on the meta device). UserError where that is not
+    known here and cannot be tried."""
     for start, copies in STATES.items():
         if optimizer.startswith(start) and not optimizer.endswith("bit"):
             return copies * tensor_bytes(trained)
@@ -241,9 +240,8 @@ def optimizer_bytes(optimizer: str, trained: list[Tensor]) -> int:
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     arguments = transformers.TrainingArguments(optim=optimizer, use_cpu=True, report_to=[])
-    check_optimizer(arguments, nn.ParameterList(parameters))
-    kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
     try:
+        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
         made = kind(parameters, **options)
         made.step()
     except Exception as error:  # whatever an optimizer makes of tensors without content
