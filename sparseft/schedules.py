@@ -116,9 +116,7 @@ def _check_values(name: str, given: dict[str, Any]) -> None:
             entries, expected = value if isinstance(value, list) else [value], "a number of at least 0"
             fits = all(needless if one is None else type(one) in (int, float) and one >= 0 for one in entries)
         if not fits:
-            raise UserError(
-                f"trainer.scheduler_args.{key}={value}: trainer.scheduler={name} takes {expected} there."
-            )
+            raise UserError(f"trainer.scheduler_args.{key}={value}: trainer.scheduler={name} takes {expected} there.")
 
 
 def _check_fits(config: TrainerConfig, given: dict[str, Any], total_steps: int | None) -> None:
