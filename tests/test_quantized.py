@@ -184,11 +184,13 @@ def test_a_model_of_fp8_linears_and_experts() -> None:
 
 
 @pytest.mark.parametrize("method", sorted({*AUTO_QUANTIZATION_CONFIG_MAPPING, "of-tomorrow"}))
-@pytest.mark.parametrize("where", ["the model", "its text part"])
+@pytest.mark.parametrize("where", ["the model", "its text part", "a part that its class does not know"])
 def test_the_config_of_every_quantisation_is_refused(method: str, where: str) -> None:
     settings = {"quant_method": method, "bits": 4}
     if where == "the model":
         config = transformers.LlamaConfig(**SMALL, quantization_config=settings)
+    elif where.startswith("a part"):
+        config = transformers.LlamaConfig(**SMALL, talker_config={"text_config": {"quantization_config": settings}})
     else:
         config = transformers.Gemma3Config(text_config={**SMALL, "quantization_config": settings})
     with pytest.raises(UserError, match=rf"^model.path=x: the weights are quantized \({method}\); quantized models"):
