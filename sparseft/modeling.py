@@ -455,8 +455,8 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
 
 
 def load_config(config: ModelConfig, what: str = "config"):
-    """The model's config.json, as transformers reads it; no weights. That of quantised ones is a `UserError`, as that of
-    models of other kinds is (T5, images). `what` is said not to be loaded where there is none."""
+    """The model's config.json, as transformers reads it; no weights. That of quantised ones is a `UserError`, and
+    that of a model of another kind (T5, images). `what` is said not to be loaded where there is none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {"revision": config.revision} if config.revision else {}
