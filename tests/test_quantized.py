@@ -163,7 +163,8 @@ def test_a_quantised_module_is_refused_by_its_name_and_class(name: str) -> None:
     for call in calls:
         with pytest.raises(UserError, match=rf"^'model\.layers\.1\.mlp\.up_proj' is {message}; quantized models "):
             call()
-    assert all(torch.equal(value.float(), state[key].float()) for key, value in model.state_dict().items())
+    for key, value in model.state_dict().items():  # FP8Linear's weight is memory as it was found, perhaps nan
+        torch.testing.assert_close(value.float(), state[key].float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_model_of_fp8_linears_and_experts() -> None:
