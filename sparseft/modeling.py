@@ -461,15 +461,20 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
 
 
 def load_config(config: ModelConfig, what: str = "config"):
-    """The model's config.json, as transformers reads it; no weights. That of quantised ones is a `UserError`. `what` is
-    said not to be loaded where there is none."""
-    from transformers import AutoConfig
+    """The model's config.json, as transformers reads it; no weights. That of quantised ones is a `UserError`, and
+    that of a model of another kind (T5, images). `what` is said not to be loaded where there is none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {"revision": config.revision} if config.revision else {}
     content = _load(
         what, config.path, AutoConfig.from_pretrained, trust_remote_code=config.trust_remote_code, **options
     )
     check_config(content, f"model.path={config.path}")
+    if type(content) not in AutoModelForCausalLM._model_mapping and not hasattr(content, "auto_map"):
+        raise UserError(
+            f"model.path={config.path}: transformers has no causal language model of the type '{content.model_type}'; "
+            "use one that predicts the next token of a text."
+        )
     return content
 
 

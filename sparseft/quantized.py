@@ -25,11 +25,14 @@ def check_config(content: Any, what: str) -> None:
 
     what: how the user named the model, for the message.
     """
-    for config in (content, *vars(content).values()):  # the parts of a model for several media have their own
-        for name in ("quantization_config", "compression_config"):  # the second is what compressed-tensors once wrote
-            settings = getattr(config, name, None)
-            if settings:
-                raise UserError(f"{what}: the weights are quantized ({_method(settings)}); {ADVICE}.")
+    for name in ("quantization_config", "compression_config"):  # the second is what compressed-tensors once wrote
+        settings = content.get(name) if isinstance(content, dict) else getattr(content, name, None)
+        if settings:
+            raise UserError(f"{what}: the weights are quantized ({_method(settings)}); {ADVICE}.")
+    parts = content if isinstance(content, dict) else vars(content)
+    for name, part in parts.items():  # the parts of a model for several media have their own
+        if hasattr(part, "to_dict") or (isinstance(part, dict) and name.endswith("_config")):
+            check_config(part, what)
 
 
 def _method(settings: Any) -> str:

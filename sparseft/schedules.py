@@ -40,6 +40,7 @@ def check(config: TrainerConfig, learning_rate: float, total_steps: int | None) 
     if name not in known:
         raise UserError(f"trainer.scheduler={name}: unknown.{nearest(name, known)}")
     _check_names(name, given)
+    _check_values(name, given)
     if name in MEASURED and not config.eval_steps:
         raise UserError(
             f"trainer.scheduler={name}: it follows the loss on held-out examples, so it needs trainer.eval_steps, the "
@@ -55,6 +56,11 @@ def check(config: TrainerConfig, learning_rate: float, total_steps: int | None) 
     for step, rate in rates.items():
         if isinstance(rate, complex) or not math.isfinite(rate) or rate < 0:
             raise UserError(f"trainer.scheduler={name}{shown}: its learning rate after {step} steps would be {rate}.")
+        if rate > learning_rate * (1 + 1e-9):
+            raise UserError(
+                f"trainer.scheduler={name}{shown}: its learning rate after {step} steps would be {rate:.4g}, more than "
+                f"the run's highest, {learning_rate} (trainer.learning_rate)."
+            )
     _check_bounds(name, given, learning_rate)
     if rates and total_steps:
         _check_zero(f"trainer.scheduler={name}{shown}", rates, total_steps)
@@ -93,6 +99,24 @@ def _check_names(name: str, given: dict[str, Any]) -> None:
             f"trainer.scheduler={name}: needs {' and '.join(needed)} in trainer.scheduler_args, as in "
             f"trainer.scheduler_args.{example}=…."
         )
+
+
+def _check_values(name: str, given: dict[str, Any]) -> None:
+    """Refuses what no schedule can mean: a number below 0, and another kind of value than the default's.
+
+    Where the default is null or there is none, it is a number that is asked for: of steps, or a share of a rate.
+    """
+    taken = _parameters(name)
+    for key, value in given.items():
+        default = taken[key].default
+        needless = default is None  # so that null says nothing
+        if isinstance(default, bool | str):
+            fits, expected = type(value) is type(default), "text" if isinstance(default, str) else "true or false"
+        else:
+            entries, expected = value if isinstance(value, list) else [value], "a number of at least 0"
+            fits = all(needless if one is None else type(one) in (int, float) and one >= 0 for one in entries)
+        if not fits:
+            raise UserError(f"trainer.scheduler_args.{key}={value}: trainer.scheduler={name} takes {expected} there.")
 
 
 def _check_fits(config: TrainerConfig, given: dict[str, Any], total_steps: int | None) -> None:

@@ -87,6 +87,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "eval.prompt": ("auto", "alpaca", "guanaco", "chat"),
 }
 
+LARGEST = 2**63 - 1  # what the loops and counters of torch and Python hold
+SMALLEST_FP32, LARGEST_FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # weights and their updates are fp32 at most
+
 Rule = tuple[Callable[[Any], bool], str]
 AT_LEAST_0: Rule = (lambda value: value >= 0, "at least 0")
 AT_LEAST_1: Rule = (lambda value: value >= 1, "at least 1")
@@ -106,13 +109,19 @@ RANGES: dict[str, Rule] = {
         lambda value: value == -1 or value >= 1,
         "at least 1, or -1 to let trainer.num_epochs decide",
     ),
-    "trainer.num_epochs": ABOVE_0,
-    "trainer.learning_rate": ABOVE_0,
+    "trainer.num_epochs": (lambda value: 0 < value <= 1e9, "more than 0, at most 1e9"),
+    "trainer.learning_rate": (
+        lambda value: SMALLEST_FP32 <= value <= LARGEST_FP32,
+        "more than 0, and what fp32 can hold (from 1.2e-38 to 3.4e38)",
+    ),
     "trainer.batch_size": AT_LEAST_1,
     "trainer.gradient_accumulation": AT_LEAST_1,
     "trainer.max_length": AT_LEAST_1,
     "trainer.warmup_steps": AT_LEAST_0,
-    "trainer.weight_decay": AT_LEAST_0,
+    "trainer.weight_decay": (
+        lambda value: 0 <= value <= LARGEST_FP32,
+        "at least 0, and what fp32 can hold (up to 3.4e38)",
+    ),
     "trainer.adam_beta1": BELOW_1,
     "trainer.adam_beta2": BELOW_1,
     "trainer.max_grad_norm": AT_LEAST_0,
@@ -216,6 +225,8 @@ def check_type(key: str, value: Any, annotation: Any) -> Any:
         if option is bool and isinstance(value, bool):
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):
+            if abs(value) > LARGEST:
+                raise UserError(f"{key}={show(value)}: expected a whole number of at most {LARGEST}.")
             return value
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value):

@@ -468,6 +468,12 @@ def test_a_setting_without_effect_is_warned_about() -> None:
         ("method.sparsity=-0.5", ["sparsity=-0.5", "between 0 and 1"]),
         ("dataset.eval_fraction=1", ["dataset.eval_fraction=1.0", "below 1"]),
         ("trainer.learning_rate=0", ["trainer.learning_rate=0.0", "more than 0"]),
+        ("trainer.learning_rate=1e300", ["trainer.learning_rate=1e+300", "3.4e38"]),
+        ("trainer.learning_rate=1e-300", ["trainer.learning_rate=1e-300", "1.2e-38"]),  # 0 in fp32
+        ("trainer.weight_decay=1e300", ["trainer.weight_decay=1e+300", "3.4e38"]),
+        ("trainer.num_epochs=1e300", ["trainer.num_epochs=1e+300", "at most 1e9"]),
+        (f"trainer.max_steps={10**20}", [f"trainer.max_steps={10**20}", f"at most {2**63 - 1}"]),
+        (f"trainer.batch_size={10**22}", [f"trainer.batch_size={10**22}", f"at most {2**63 - 1}"]),
         ("trainer.batch_size=0", ["trainer.batch_size=0", "at least 1"]),
         ("trainer.gradient_accumulation=-1", ["at least 1"]),
         ("trainer.max_steps=0", ["trainer.max_steps=0", "-1"]),

@@ -217,3 +217,11 @@ def test_every_command_refuses_an_encoder(kind: str, tmp_path: Path, tokenizer: 
         assert "is not causal: its predictions depend on later tokens" in message, message
         left = {name for name in files(tmp_path) - there if not name.startswith(".cache/")}
         assert not left, left
+
+
+@pytest.mark.parametrize("kind", [transformers.T5Config, transformers.ViTConfig])
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+def test_a_model_of_another_kind_is_refused_in_a_sentence(kind: Any, plan: list[str], in_tmp: Path) -> None:
+    kind().save_pretrained(in_tmp / "model")  # no weights: none are looked for
+    message = refused(in_tmp, "train", *plan, *on(in_tmp / "model", write_data(in_tmp)["json"]))
+    assert f"no causal language model of the type '{kind.model_type}'" in message

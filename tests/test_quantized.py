@@ -163,7 +163,8 @@ def test_a_quantised_module_is_refused_by_its_name_and_class(name: str) -> None:
     for call in calls:
         with pytest.raises(UserError, match=rf"^'model\.layers\.1\.mlp\.up_proj' is {message}; quantized models "):
             call()
-    assert all(torch.equal(value.float(), state[key].float()) for key, value in model.state_dict().items())
+    for key, value in model.state_dict().items():  # FP8Linear's weight is memory as it was found, perhaps nan
+        torch.testing.assert_close(value.float(), state[key].float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_model_of_fp8_linears_and_experts() -> None:
@@ -184,11 +185,13 @@ def test_a_model_of_fp8_linears_and_experts() -> None:
 
 
 @pytest.mark.parametrize("method", sorted({*AUTO_QUANTIZATION_CONFIG_MAPPING, "of-tomorrow"}))
-@pytest.mark.parametrize("where", ["the model", "its text part"])
+@pytest.mark.parametrize("where", ["the model", "its text part", "a part that its class does not know"])
 def test_the_config_of_every_quantisation_is_refused(method: str, where: str) -> None:
     settings = {"quant_method": method, "bits": 4}
     if where == "the model":
         config = transformers.LlamaConfig(**SMALL, quantization_config=settings)
+    elif where.startswith("a part"):
+        config = transformers.LlamaConfig(**SMALL, talker_config={"text_config": {"quantization_config": settings}})
     else:
         config = transformers.Gemma3Config(text_config={**SMALL, "quantization_config": settings})
     with pytest.raises(UserError, match=rf"^model.path=x: the weights are quantized \({method}\); quantized models"):

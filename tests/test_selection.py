@@ -222,7 +222,9 @@ def block_areas(shape: tuple[int, int], size: int) -> list[int]:
     return sorted(blocks, reverse=True)
 
 
-def brute_force_miss(shapes: list[tuple[int, int]], size: int, sparsity: float, allocation: str) -> float:
+def brute_force_misses(
+    shapes: list[tuple[int, int]], size: int, sparsity: float, allocation: str
+) -> tuple[float, float]:
     """How far from what is asked for the blocks kept are, in the mean and for the largest ones."""
     every = [block_areas(shape, size) for shape in shapes]
     kept = [max(1, round((1 - sparsity) * len(areas))) if allocation == "per_layer" else 1 for areas in every]
@@ -235,7 +237,7 @@ def brute_force_miss(shapes: list[tuple[int, int]], size: int, sparsity: float, 
             mean += free * left / (sum(map(len, every)) - len(every))
             most += sum(sorted((area for areas in every for area in areas[1:]), reverse=True)[:free])
     asked = (1 - sparsity) * sum(rows * columns for rows, columns in shapes)
-    return max(abs(mean / asked - 1), abs(most / asked - 1))
+    return abs(mean / asked - 1), abs(most / asked - 1)
 
 
 @settings(max_examples=150)
@@ -257,7 +259,8 @@ def test_the_block_size_is_the_largest_that_meets_the_sparsity(
         with pytest.raises(UserError, match="both sides are below 4, the smallest block; leave it out by scope"):
             settled(spec, config)
         return
-    missed = {size: brute_force_miss(shapes, size, sparsity, allocation) for size in sizes}
+    misses = {size: brute_force_misses(shapes, size, sparsity, allocation) for size in sizes}
+    missed = {size: max(both) for size, both in misses.items()}
     meeting = [size for size in sizes if missed[size] <= 0.1 + 1e-9]
     found = settled(spec, config)
     if meeting:
@@ -266,13 +269,15 @@ def test_the_block_size_is_the_largest_that_meets_the_sparsity(
         assert missed[found.block_size] == pytest.approx(min(missed.values()))
     assert settled(spec, found) == found  # it may be given too
     for size in sizes:
-        given_size = replace(config, block_size=size)
-        if size in meeting:
-            assert settled(spec, given_size) == given_size
-        elif missed[size] > missed[found.block_size] + 1e-6:
-            with pytest.raises(UserError, match=f"block_size={size} trains .*use method.block_size={found.block_size}"):
-                settled(spec, given_size)
-        assert settled(spec, replace(given_size, sparsity=None)).block_size == size  # nobody asked for the default
+        for changes, miss in zip(({"importance": "random"}, {"importance": "weight"}), misses[size], strict=True):
+            given_size = replace(config, block_size=size, **changes)
+            if miss <= 0.1 + 1e-9:
+                assert settled(spec, given_size) == given_size
+            elif miss > missed[found.block_size] + 1e-6:
+                advice = f"block_size={size} trains .*use method.block_size={found.block_size}"
+                with pytest.raises(UserError, match=advice):
+                    settled(spec, given_size)
+            assert settled(spec, replace(given_size, sparsity=None)).block_size == size  # nobody asked for the default
 
 
 @pytest.mark.parametrize("allocation", ["per_layer", "global"])

@@ -126,6 +126,8 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left (m, n) times right (n, k), or a batch of such (b, …), in `sum_dtype`."""
     multiply, dtype = (torch.mm if left.dim() == 2 else torch.bmm), sum_dtype(left.dtype)
     if out is None:
+        if left.dtype == dtype and not torch.is_autocast_enabled(left.device.type):
+            return multiply(left, right)
         out = left.new_empty(*left.shape[:-1], right.shape[-1], dtype=dtype)
     # With `out` no product is autocast: one of fp32 within a backward pass under autocast would be rounded too.
     if left.dtype == dtype:
@@ -145,6 +147,8 @@ def token_product(left: Tensor, right: Tensor) -> Tensor:
         return product(left.t(), right)
     widest = max(left.shape[1], right.shape[1], 1)
     at_once = max(1, (GATHERED_CPU if left.device.type == "cpu" else GATHERED) // widest)
+    if len(left) <= at_once:
+        return product(left.to(dtype).t(), right.to(dtype))
     result = left.new_zeros(left.shape[1], right.shape[1], dtype=dtype)
     for one, other in zip(left.split(at_once), right.split(at_once), strict=True):
         result.addmm_(one.to(dtype).t(), other.to(dtype))

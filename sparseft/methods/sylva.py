@@ -52,8 +52,12 @@ class Outcome:
 
     @property
     def missed(self) -> float:
-        """How far what trains may be off, as a share of what was asked for (rounded: a tenth is a tenth)."""
-        return round(max(abs(share / self.asked - 1.0) for share in (self.average, self.most)), 9)
+        """How far what trains may be off, as a share of what was asked for."""
+        return max(self.off(self.average), self.off(self.most))
+
+    def off(self, share: float) -> float:
+        """How far a share is off, as a share of what was asked for (rounded: a tenth is a tenth)."""
+        return round(abs(share / self.asked - 1.0), 9)
 
     def __str__(self) -> str:
         low, high = f"{self.average:.2%}", f"{self.most:.2%}"
@@ -69,8 +73,8 @@ class Sylva(SparseMethod):
         """With a block size: 64, or the largest smaller one whose blocks meet the sparsity (`Outcome.missed`).
 
         Where none does, as on tiny models at a high sparsity, it is the one that comes nearest. A given size is refused
-        where it is larger than both sides of a weight, and where it misses a sparsity that was given too, while another
-        meets it or comes nearer.
+        where it is larger than both sides of a weight, and where what it tends to choose misses a sparsity that was
+        given too, while another meets it or comes nearer.
         """
         linears = spec.linears_in(config.scope)
         limit, smallest = min((max(shape), name) for name, shape in linears.items())
@@ -94,7 +98,9 @@ class Sylva(SparseMethod):
                     f"{best}, which {nearest}trains {outcomes[best]} of the weights in scope."
                 )
         found = self._outcome(spec, config, given)
-        if config.sparsity is not None and found.missed > max(TOLERANCE, outcomes[best].missed):
+        largest = config.importance != "random" and config.order == "largest"  # else any block alike
+        missed = found.off(found.most if largest else found.average)
+        if config.sparsity is not None and missed > max(TOLERANCE, outcomes[best].missed):
             raise UserError(
                 f"method.block_size={given} trains {found} of the weights in scope, and sparsity={config.sparsity} "
                 f"asks for {found.asked:.2%}: use method.block_size={best}, which {nearest}trains {outcomes[best]}."
