@@ -126,7 +126,7 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left (m, n) times right (n, k), or a batch of such (b, …), in `sum_dtype`."""
     multiply, dtype = (torch.mm if left.dim() == 2 else torch.bmm), sum_dtype(left.dtype)
     if out is None:
-        if left.dtype == dtype and not torch.is_autocast_enabled(left.device.type):
+        if left.dtype == dtype and not (left.is_meta or torch.is_autocast_enabled(left.device.type)):
             return multiply(left, right)
         out = left.new_empty(*left.shape[:-1], right.shape[-1], dtype=dtype)
     # With `out` no product is autocast: one of fp32 within a backward pass under autocast would be rounded too.
