@@ -22,7 +22,7 @@ help: ## list these targets
 
 .PHONY: quickstart
 quickstart: $(STAMP) ## fine-tune the bundled model offline: preprocess, train, evaluate before and after, report
-	@$(OFFLINE) $(PY) -m sparseft.quickstart $(ARGS)
+	@$(OFFLINE) $(PY) -m sparseft.cli.quickstart $(ARGS)
 
 .PHONY: test
 test: $(STAMP) ## every test that a CPU can run in minutes

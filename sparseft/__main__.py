@@ -1,6 +1,6 @@
 """`python -m sparseft`."""
 
-from sparseft.cli import main
+from sparseft.cli.app import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -58,7 +58,7 @@ class TrainerConfig:
     warmup_steps: int = 100
     scheduler: str = "linear"  # any name of transformers' SchedulerType
     scheduler_args: dict[str, Any] | None = None  # what that schedule takes besides, by name
-    optimizer: str = "adamw_torch"  # validation.py: OPTIMIZERS, BITSANDBYTES
+    optimizer: str = "adamw_torch"  # compose/validation.py: OPTIMIZERS, BITSANDBYTES
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from sparseft.compose import compose
+from sparseft.compose.run_config import compose
 from sparseft.errors import RunError, UserError
-from sparseft.runs import write_json
+from sparseft.files.atomic import write_json
 
 BAD = {  # what becomes of a bad micro-step's loss
     "loss": lambda loss: loss * float("nan"),

@@ -1,4 +1,4 @@
-"""One of the processes that `launch.run` starts, in which something fails: in `sparseft.cli_worker`'s place.
+"""One of the processes that `launch.run` starts, in which something fails: in `sparseft.cli.worker`'s place.
 
     SPARSEFT_FAILING='{"what": …, "rank": 0 | 1 | null for all, …}' python -m failing_worker FOLDER
 
@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 
-from sparseft import cli_worker, selection, trainer, trainer_distributed
+from sparseft.cli import worker as cli_worker
+from sparseft.selection import selection
+from sparseft.training import distributed, trainer
 
 
 @contextlib.contextmanager
@@ -74,7 +76,7 @@ def read_only() -> None:
     plain = trainer.Trainer._save_aside
 
     def save(self: Any, *args: Any) -> None:
-        trainer_distributed.tempfile = Tempfile if self.state.global_step > 2 else tempfile  # type: ignore[assignment]
+        distributed.tempfile = Tempfile if self.state.global_step > 2 else tempfile  # type: ignore[assignment]
         plain(self, *args)
 
     trainer.Trainer._save_aside = save  # type: ignore[method-assign]
@@ -105,7 +107,8 @@ def nan() -> None:
 
 def slow() -> None:
     """Calibration saves its state after every sample and every linear, says where it is, and takes its time."""
-    from sparseft.importance import resuming, scores
+    from sparseft.importance import calibration_state as resuming
+    from sparseft.importance import scores
 
     resuming.SAVE_SECONDS = resuming.SAVE_COST = 0.0
     scores.TOKENS_TOGETHER = 1

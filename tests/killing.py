@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
-PRELOADED = ["sparseft.trainer", "sparseft.commands.train", "sparseft.report", "peft", "killing"]
+PRELOADED = ["sparseft.training.trainer", "sparseft.commands.train", "sparseft.report.sections", "peft", "killing"]
 
 
 @dataclass
@@ -109,9 +109,9 @@ def _child(words: list[str], cwd: str, operation: int, half: bool, variables: di
             os.kill(os.getpid(), signal.SIGKILL)
 
     _break_off(begin, half)
-    import sparseft.importance.resuming as resuming
+    import sparseft.importance.calibration_state as resuming
     import sparseft.importance.scores as scores
-    from sparseft.cli import main
+    from sparseft.cli.app import main
 
     resuming.SAVE_SECONDS = resuming.SAVE_COST = 0.0  # calibration saves its state after each sample
     scores.TOKENS_TOGETHER = 1

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from sparseft.bench.memory import AllocationCounter, tensor_bytes
-from sparseft.compose import compose
-from sparseft.runs import write_json
-from sparseft.trainer import Trainer
+from sparseft.compose.run_config import compose
+from sparseft.files.atomic import write_json
+from sparseft.memory import AllocationCounter, tensor_bytes
+from sparseft.training.trainer import Trainer
 
 
 class Measured(transformers.TrainerCallback):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparseft.cli import main
+from sparseft.cli.app import main
 
 
 @dataclass

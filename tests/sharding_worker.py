@@ -18,14 +18,17 @@ import torch
 import torch.distributed as dist
 
 from sparseft import S2FTConfig, SylvaConfig, attach, compute_selection, detach
-from sparseft.bench.memory import AllocationCounter
 from sparseft.config import HardwareConfig, ModelConfig
+from sparseft.distributed.deepspeed import forget_zero
+from sparseft.distributed.zero3 import cast, full_shape, gathered, load_state, state_on_first
 from sparseft.errors import UserError
-from sparseft.modeling import ModelSpec, base_fingerprint, load_model, runnable
-from sparseft.runs import write_json
-from sparseft.sharding import cast, full_shape, gathered, load_state, state_on_first
-from sparseft.trainer_distributed import forget_zero
-from sparseft.trainer_loading import load
+from sparseft.files.atomic import write_json
+from sparseft.memory import AllocationCounter
+from sparseft.models.decoder import runnable
+from sparseft.models.fingerprint import base_fingerprint
+from sparseft.models.loading import load_model
+from sparseft.models.spec import ModelSpec
+from sparseft.training.loading import load
 
 HARDWARE = HardwareConfig(device="cpu", num_processes=2, zero_stage=3)
 

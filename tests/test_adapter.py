@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sparseft
-from sparseft.adapter import trainable_count
+from sparseft.adapters.combine import Values, split_blocks, unite
+from sparseft.adapters.lifecycle import trainable_count
 from sparseft.errors import UserError
-from sparseft.fusing import Values, split_blocks, unite
 from sparseft.layers import sparse_layers
 from sparseft.methods.sylva import BLOCK_SIZES
-from sparseft.modeling import ModelSpec, base_fingerprint
-from sparseft.selection import Selection
+from sparseft.models.fingerprint import base_fingerprint
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.selection import Selection
 
 # transformers 5 renames the method; peft and these tests call it by the name that 5.0 has too
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

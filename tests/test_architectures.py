@@ -15,7 +15,7 @@ from sparseft.errors import UserError
 from sparseft.kernels import reference
 from sparseft.layers import SparseLinear, sparse_layers
 from sparseft.methods.s2ft import ROLES
-from sparseft.modeling import ModelSpec
+from sparseft.models.spec import ModelSpec
 
 LLAMA = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,

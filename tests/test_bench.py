@@ -13,9 +13,9 @@ from running import METHODS, files, refused, sparseft
 from torch import nn
 
 from sparseft.bench.machine import cpu_name
-from sparseft.bench.memory import AllocationCounter, SavedBytes, tensor_bytes
 from sparseft.bench.shapes import SHAPES, random_llama, random_model
 from sparseft.layers import S2ColumnLinear, S2RowLinear
+from sparseft.memory import AllocationCounter, SavedBytes, tensor_bytes
 
 KIB = 1024  # of float32: 256 entries
 
@@ -177,7 +177,7 @@ def test_memory_of_a_bench_against_what_must_be_held(measured: tuple[Path, dict[
 def test_columns_save_their_slice_and_no_other_linear_anything() -> None:
     """What S2FT saves beyond the frozen model is its columns' slices, to the byte."""
     from sparseft.bench import contenders as bench
-    from sparseft.compose import compose
+    from sparseft.compose.run_config import compose
 
     config = compose("bench", ["method=s2ft", "sparsity=0.9"])
     base = random_llama(128, 2, torch.float32, seed=0)
@@ -276,11 +276,11 @@ def test_shapes_have_as_many_parameters_as_the_published_models(name: str, param
 )
 def test_contenders_of_the_steps_train_equally_much(name: str) -> None:
     """To within 2 % of each other, counted without weights."""
-    from sparseft.adapter import attach, trainable_count
+    from sparseft.adapters.lifecycle import attach, trainable_count
     from sparseft.bench.contenders import method_config
     from sparseft.bench.shapes import square_shape
     from sparseft.commands.bench import own_settings
-    from sparseft.compose import compose
+    from sparseft.compose.run_config import compose
     from sparseft.methods.selecting import compute_selection
 
     config = compose("bench", [f"experiment={name}"])
@@ -450,7 +450,7 @@ def test_quality_names_the_device_that_its_runs_had(
     compared: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sparseft.bench import quality
-    from sparseft.compose import compose
+    from sparseft.compose.run_config import compose
 
     folder, result = compared
     assert result["device"] == "cpu"

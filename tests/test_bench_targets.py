@@ -14,7 +14,7 @@ from sparseft.bench import machine, targets
 from sparseft.bench.rows import failed
 from sparseft.bench.tables import SPACING, fitting
 from sparseft.bench.timing import orders, take_turns
-from sparseft.compose import compose
+from sparseft.compose.run_config import compose
 from sparseft.config import BenchConfig
 from sparseft.errors import UserError
 

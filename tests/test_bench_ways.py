@@ -16,10 +16,10 @@ from running import files, sparseft
 from torch import nn
 
 from sparseft.bench import contenders, profiling, train, ways
-from sparseft.bench.memory import SavedBytes
 from sparseft.bench.shapes import random_llama
 from sparseft.bench.timing import held_bytes
-from sparseft.compose import compose
+from sparseft.compose.run_config import compose
+from sparseft.memory import SavedBytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 SMALL = ["bench.width=64", "bench.depth=2", "bench.length=32", "bench.batch_size=1", "bench.steps=1",

@@ -12,8 +12,8 @@ import torch
 from running import METHODS, files, metrics, on, refused, sparseft, summary, write_data
 from safetensors.torch import load_file
 
-from sparseft.trainer import Trainer
-from sparseft.trainer_best import Evaluation
+from sparseft.training.best import Evaluation
+from sparseft.training.trainer import Trainer
 
 STEPS = 8
 

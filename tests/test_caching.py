@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from running import METHODS, on, sparseft, write_data
 
 from sparseft.config import DatasetConfig
-from sparseft.data import LoadedData, caching, load_datasets, reading, sources
-from sparseft.data.caching import Cache, tokens_key
+from sparseft.data import LoadedData, load_datasets, sources
+from sparseft.data import readers as reading
+from sparseft.data import token_cache as caching
 from sparseft.data.sources import open_source
+from sparseft.data.token_cache import Cache, tokens_key
 from sparseft.errors import UserError
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_data import BOS, CHATML, EOS, FORGETFUL, UNMARKED, labelled, load, make_tokenizer, records_of, write
 from transformers import AutoTokenizer, GenerationConfig
 
-from sparseft.data.caching import tokens_key
 from sparseft.data.chat import convert_messages
 from sparseft.data.prompts import alpaca_prompt
+from sparseft.data.token_cache import tokens_key
 from sparseft.data.tokenized import Encoder, generation_ends, tokenize
 from sparseft.errors import UserError
 

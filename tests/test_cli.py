@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
-from sparseft import cli_points, console
-from sparseft.cli import main
-from sparseft.compose import from_dict
+from sparseft import console
+from sparseft.cli import jobs as cli_points
+from sparseft.cli.app import main
+from sparseft.compose.run_config import from_dict
 from sparseft.errors import RunError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +61,7 @@ def in_a_process(*words: str, **options: Any) -> subprocess.CompletedProcess[str
 
 def test_help_is_fast_and_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from sparseft.cli import main; code = main(['--help']); "
+        "import sys; from sparseft.cli.app import main; code = main(['--help']); "
         "heavy = {'torch', 'transformers', 'hydra', 'omegaconf', 'numpy', 'yaml', 'rich'} & set(sys.modules); "
         "assert not heavy, heavy; sys.exit(code)"
     )
@@ -229,7 +230,7 @@ def test_wrong_input_is_one_line_on_stderr(
 
 
 def test_what_is_not_there_yet_says_so(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    assert not cli_points.exists("sparseft.commands.nothing") and cli_points.exists("sparseft.cli")
+    assert not cli_points.exists("sparseft.commands.nothing") and cli_points.exists("sparseft.cli.app")
     monkeypatch.setattr(cli_points, "exists", lambda module: False)
     for words in (
         ["export", "x", "--format", "merged", "--out", "y"],
@@ -407,7 +408,7 @@ def test_interrupting_a_real_process(tmp_path: Path) -> None:
         "module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)\n"
         "module.run = lambda runs: os.kill(os.getpid(), signal.SIGINT) or __import__('time').sleep(30)\n"
         "sys.modules[module.__name__] = module\n"
-        "from sparseft.cli import main\n"
+        "from sparseft.cli.app import main\n"
         "sys.exit(main(['report']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=30)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from running import METHODS, Done, files, metrics, on, refused, sparseft, summary, write_data
 
-from sparseft.files import HASHED, body_hash
+from sparseft.files.hashing import HASHED, body_hash
 
 SUMMARY = set(
     """method model dataset sparsity scope trainable_parameters scope_parameters total_parameters steps tokens
@@ -124,7 +124,7 @@ def test_environment_and_config_explain_the_run(
     assert shown.code == 0
     import yaml
 
-    from sparseft.compose import from_dict
+    from sparseft.compose.run_config import from_dict
 
     config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
     assert config.method_name == method
@@ -164,7 +164,7 @@ def eval_loss(model: Any, tokenizer: Any, run: Path, data: Path) -> float:
     import torch
     import yaml
 
-    from sparseft.compose import from_dict
+    from sparseft.compose.run_config import from_dict
     from sparseft.data import load_datasets
 
     config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
@@ -184,9 +184,9 @@ def eval_loss(model: Any, tokenizer: Any, run: Path, data: Path) -> float:
 def test_the_adapter_reloads_to_the_loss_that_was_measured(
     method: str, world: Path, trained: dict[str, Done], model_folder: Any
 ) -> None:
-    from sparseft.adapter import load_adapter
+    from sparseft.adapters.lifecycle import load_adapter
     from sparseft.config import ModelConfig
-    from sparseft.modeling import load_model, load_tokenizer
+    from sparseft.models.loading import load_model, load_tokenizer
 
     run = world / f"run-{method}"
     tokenizer = load_tokenizer(ModelConfig(path=str(model_folder())))
@@ -442,8 +442,8 @@ def test_a_bad_record_names_file_and_line(in_tmp: Path, model_folder: Any) -> No
 
 def test_cheap_checks_come_before_any_loading(in_tmp: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that holds a run, missing files and the like are refused before tokenizer, data and model load."""
-    from sparseft import trainer_loading
-    from sparseft.commands import preparing
+    from sparseft.training import loading as trainer_loading
+    from sparseft.training import prepare as preparing
 
     def loads(*_: Any, **__: Any) -> None:
         raise AssertionError("something was loaded")
@@ -733,16 +733,16 @@ def test_eval_uses_the_trained_weights(
     world: Path, questions: Path, trained: dict[str, Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model that is evaluated has the run's eval loss, not the base's."""
-    from sparseft.commands import eval as command
-    from sparseft.compose import compose
+    from sparseft.commands import eval
+    from sparseft.compose.run_config import compose
     from sparseft.config import ModelConfig
-    from sparseft.modeling import load_tokenizer
+    from sparseft.models.loading import load_tokenizer
 
     monkeypatch.chdir(world)
     for method in METHODS:
         config = compose("eval", [])
-        target = command.find_target(config, run=f"run-{method}", adapter=None, base=False)
-        model, tokenizer = command.load_target(target, config)
+        target = eval.find_target(config, run=f"run-{method}", adapter=None, base=False)
+        model, tokenizer = eval.load_target(target, config)
         found = eval_loss(model, tokenizer, world / f"run-{method}", world)
         assert found == pytest.approx(summary(world / f"run-{method}")["eval_loss_after"], abs=2e-5), method
     assert load_tokenizer(ModelConfig(path=str(world / "run-full" / "adapter"))).get_vocab() == tokenizer.get_vocab()
@@ -751,8 +751,8 @@ def test_eval_uses_the_trained_weights(
 def test_a_run_folder_does_not_decide_that_a_models_code_runs(
     world: Path, trained: dict[str, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparseft.commands import eval as command
-    from sparseft.compose import compose
+    from sparseft.commands import eval
+    from sparseft.compose.run_config import compose
 
     run = tmp_path / "run"
     shutil.copytree(world / "run-s2ft", run)
@@ -761,7 +761,7 @@ def test_a_run_folder_does_not_decide_that_a_models_code_runs(
     (run / "config.yaml").write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"))
     monkeypatch.chdir(world)
     for words, trusted in (([], False), (["model.trust_remote_code=true"], True)):
-        target = command.find_target(compose("eval", words), run=str(run), adapter=None, base=False, overrides=words)
+        target = eval.find_target(compose("eval", words), run=str(run), adapter=None, base=False, overrides=words)
         assert target.model.trust_remote_code is trusted
 
 

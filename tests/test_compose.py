@@ -13,8 +13,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparseft import compose, console, overrides, validation
-from sparseft.compose import from_dict, points, to_yaml
+from sparseft import console
+from sparseft.compose import overrides, validation
+from sparseft.compose import run_config as compose
+from sparseft.compose.run_config import from_dict, points, to_yaml
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.methods import METHODS, config_class
@@ -174,7 +176,7 @@ def test_conf_is_found_by_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     installed = tmp_path / "site-packages" / "sparseft"
     (installed / "conf").mkdir(parents=True)
     (installed / "conf" / "train.yaml").touch()
-    monkeypatch.setattr(compose, "__file__", str(installed / "compose.py"))
+    monkeypatch.setattr(compose, "__file__", str(installed / "compose" / "run_config.py"))
     assert compose.conf_dir() == installed / "conf"
     (installed / "conf" / "train.yaml").unlink()
     with pytest.raises(FileNotFoundError, match="incomplete"):
@@ -192,7 +194,7 @@ def test_gpu_means_cuda_whatever_the_case(typed: str, meant: str, monkeypatch: p
     """On the command line, in a file and in a `config.yaml`; what is recorded and used is the one name."""
     import torch
 
-    from sparseft.modeling import resolve_device
+    from sparseft.models.loading import resolve_device
 
     config = make(f"hardware.device={typed}")
     again = from_dict(config.to_dict() | {"hardware": {"device": typed}})
@@ -637,6 +639,9 @@ def test_wrong_sweeps(word: str, expected: str) -> None:
 def test_composing_does_not_import_torch() -> None:
     import subprocess
 
-    code = "import sys; from sparseft.compose import compose; compose('train', []); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from sparseft.compose.run_config import compose; compose('train', []); "
+        "assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr

@@ -11,9 +11,9 @@ import pytest
 from running import METHODS, on, sparseft, summary
 
 from sparseft.config import DatasetConfig, EvalConfig
-from sparseft.data import contamination as data
 from sparseft.data import load_datasets
-from sparseft.data.contamination import Seen, normalised, question_hash
+from sparseft.data import question_hashes as data
+from sparseft.data.question_hashes import Seen, normalised, question_hash
 from sparseft.errors import UserError
 from sparseft.evaluation import contamination, prepare
 

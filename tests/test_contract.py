@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import sparseft
 from sparseft.errors import UserError
 from sparseft.layers import SparseLinear, sparse_layers
-from sparseft.modeling import ModelSpec
-from sparseft.selection import Selection
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.selection import Selection
 
 KINDS = ("llama", "qwen2", "gpt2")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sparseft.config import DatasetConfig
 from sparseft.data import Collator, Example, LoadedData, TokenizedDataset, calibration_batches, load_datasets
-from sparseft.data.batches import calibration_count, padding_id, seeded_order
 from sparseft.data.chat import convert_messages
+from sparseft.data.collating import calibration_count, padding_id, seeded_order
 from sparseft.data.formats import convert, detect_format
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.data.sources import BUNDLED_ROOT, Records, open_source

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparseft.layers import SparseLinear, sparse_layers
-from sparseft.layers.delta_path import use_delta_path, use_written_weights
+from sparseft.layers.unmerged import use_delta_path, use_written_weights
 
 PATTERNS = {  # of a weight (29, 37); blocks of 8, edge ones among them
     "rows": ("rows", [3, 28, 7], None),
@@ -111,7 +111,7 @@ def test_a_model_takes_the_path(make_model: Any) -> None:
 
 
 def test_parked_entries_need_the_written_weight() -> None:
-    from sparseft.layers.parking import exchange
+    from sparseft.layers.inactive import exchange
 
     layer = layer_with("rows")
     exchange(layer, "rows", torch.tensor([3, 9, 10]))

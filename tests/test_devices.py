@@ -17,8 +17,8 @@ from torch import nn
 
 from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.data import Collator
-from sparseft.trainer import Trainer
-from sparseft.trainer_arguments import training_arguments
+from sparseft.training.arguments import training_arguments
+from sparseft.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -20,8 +20,8 @@ import torch
 from running import metrics, refused, sparseft, summary, write_data
 from safetensors.torch import load_file
 
-from sparseft.trainer_checkpoints import seal
-from sparseft.trainer_distributed import EvenDataset, EvenSampler
+from sparseft.data.even import EvenDataset, EvenSampler
+from sparseft.training.checkpoints import seal
 
 TWO = "hardware.num_processes=2"
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -401,24 +401,25 @@ def test_continued_in_fewer_processes_it_ends_the_same(together: Runs, tmp_path:
 def test_other_processes_draw_other_random_numbers(
     files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sparseft import trainer_distributed
+    from sparseft.distributed import ranks as ranks_module
+    from sparseft.training import distributed_trainer
 
     for name in files:
         (tmp_path / name).touch()
     places = [(0, 1), (0, 4), (1, 4), (3, 4)]
     drawn = set()
     for rank, world in [*places, *places]:
-        monkeypatch.setattr(trainer_distributed, "rank_and_world", lambda at=(rank, world): at)
+        monkeypatch.setattr(ranks_module, "rank_and_world", lambda at=(rank, world): at)
         for step in (3, 4):
-            assert trainer_distributed.draw_anew(tmp_path, 0, step)
+            assert distributed_trainer.draw_anew(tmp_path, 0, step)
             drawn.add((torch.rand(1).item(), random.random(), float(np.random.rand())))
     assert len(drawn) == 8  # a place and a step have numbers of their own, the same ones each time
     assert capsys.readouterr().err.count("drawn anew") == 8  # said by the first process alone
     for name in ("rng_state_0.pth", "rng_state_1.pth"):
         (tmp_path / name).touch()
-    monkeypatch.setattr(trainer_distributed, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(ranks_module, "rank_and_world", lambda: (1, 2))
     before = torch.get_rng_state()
-    assert not trainer_distributed.draw_anew(tmp_path, 0, 3)
+    assert not distributed_trainer.draw_anew(tmp_path, 0, 3)
     assert torch.equal(torch.get_rng_state(), before)
 
 

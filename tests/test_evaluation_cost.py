@@ -61,9 +61,9 @@ def test_an_adapter_costs_what_the_merged_model_costs(method: str, tmp_path: Pat
     LoRA and DoRA are merged when they are loaded; a sparse adapter's deltas are in the weights anyway.
     """
     from sparseft import merge
-    from sparseft.adapter import state_of
-    from sparseft.commands import eval as command
-    from sparseft.compose import compose
+    from sparseft.adapters.lifecycle import state_of
+    from sparseft.commands import eval
+    from sparseft.compose.run_config import compose
 
     data = write_data(tmp_path)
     sparseft(
@@ -71,7 +71,7 @@ def test_an_adapter_costs_what_the_merged_model_costs(method: str, tmp_path: Pat
         f"output_dir={tmp_path}/run",
     )  # fmt: skip
     config = compose("eval", ["eval.compare_base=false", "hardware=cpu"])
-    target = command.find_target(config, run=str(tmp_path / "run"), adapter=None, base=False)
+    target = eval.find_target(config, run=str(tmp_path / "run"), adapter=None, base=False)
     folder = questions(tmp_path / "data")
     settings = EvalConfig(batch_size=2, max_new_tokens=4, shots=0)
     counted = []
@@ -86,9 +86,9 @@ def test_an_adapter_costs_what_the_merged_model_costs(method: str, tmp_path: Pat
             score(merge(model), tokenizer)
         return outcome
 
-    command.score_both(target, config, score)
+    eval.score_both(target, config, score)
     if method in ("lora", "dora"):  # merged already; beside it a plain model of the same shapes
-        from sparseft.modeling import load_model, load_tokenizer
+        from sparseft.models.loading import load_model, load_tokenizer
 
         score(load_model(target.model, torch.device("cpu")).eval(), load_tokenizer(target.model))
         (flops, operations, _, _), (plain_flops, plain_operations, _, _) = counted
@@ -163,7 +163,7 @@ def test_nothing_is_asked_of_the_network(tmp_path: Path, model_folder: Any) -> N
         for name in ("connect", "connect_ex", "sendto"):
             setattr(socket.socket, name, closed)
         socket.getaddrinfo = socket.create_connection = closed
-        from sparseft.cli import main
+        from sparseft.cli.app import main
         code = main(["eval", "boolq", "mmlu", "--base", "model.path={model_folder()}", "eval.data_dir=data",
                      "--shots=0", "--limit=2", "eval.max_new_tokens=2", "output_dir=out"])
         print("CODE", code)

@@ -14,16 +14,17 @@ import transformers
 from torch import Tensor
 
 import sparseft
-from sparseft.adapter import trainable_count
+from sparseft.adapters.lifecycle import trainable_count
 from sparseft.errors import UserError
-from sparseft.expert_weights import find_expert
 from sparseft.kernels import reference
 from sparseft.layers import sparse_layers
 from sparseft.layers.experts import ExpertLinear, opened
 from sparseft.methods.selecting import reselect
-from sparseft.modeling import ModelSpec, base_fingerprint
-from sparseft.selection import Selection
-from sparseft.trainer_reselecting import apply_selection
+from sparseft.models.expert_weights import find_expert
+from sparseft.models.fingerprint import base_fingerprint
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.selection import Selection
+from sparseft.training.reselection import apply_selection
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,

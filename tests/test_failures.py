@@ -19,9 +19,9 @@ from running import METHODS, files, metrics, on, refused, sparseft, summary, wri
 from test_trainer import At, attached, examples, long_run, same_end, tensors, trained, trainer_of
 
 from sparseft.errors import RunError
-from sparseft.trainer import train
-from sparseft.trainer_checkpoints import check, checkpoint_steps, last_checkpoint, seal
-from sparseft.trainer_failures import Fit, memory_problem, out_of_memory
+from sparseft.training.checkpoints import check, checkpoint_steps, last_checkpoint, seal
+from sparseft.training.failures import Fit, memory_problem, out_of_memory
+from sparseft.training.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_what_is_advised_fits_and_continues(
     data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device that holds so many tokens: the advice of the message makes the run end, from its last checkpoint."""
-    from sparseft.trainer import Trainer
+    from sparseft.training.trainer import Trainer
 
     plain, room = Trainer.compute_loss, 24
 
@@ -307,7 +307,7 @@ def test_the_advice_reaches_the_user(
     what: str, place: str, data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a step, and in the evaluation ahead of the first one."""
-    from sparseft.trainer import Trainer
+    from sparseft.training.trainer import Trainer
 
     if what == "OutOfResources":
         pytest.importorskip("triton")
@@ -333,7 +333,7 @@ def test_a_full_disk_ends_the_run_and_damages_nothing(
     limit: int, data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel's limit on file sizes stands for the disk: writes fail half-way, with what they wrote left there."""
-    from sparseft.trainer import Trainer
+    from sparseft.training.trainer import Trainer
 
     words = [*on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=5", "trainer.save_steps=2"]
     words += ["output_dir=run", "dataset.eval_fraction=0"]
@@ -507,9 +507,9 @@ def test_a_checkpoint_holds_what_trains_and_no_more(whole: Path) -> None:
 STAGES = {
     "loading the model": "transformers/AutoModelForCausalLM:from_pretrained",
     "reading the data": "sparseft.data.sources:open_file",
-    "evaluating": "sparseft.trainer/Trainer:_evaluation_loss",
-    "saving a checkpoint": "sparseft.trainer:seal",
-    "saving the adapter": "sparseft.adapter:write_sparse",
+    "evaluating": "sparseft.training.trainer/Trainer:_evaluation_loss",
+    "saving a checkpoint": "sparseft.training.trainer:seal",
+    "saving the adapter": "sparseft.adapters.lifecycle:write_sparse",
     "writing the summary": "sparseft.commands.train:write_json",
 }
 

@@ -21,8 +21,8 @@ from running import METHODS, files, on, sparseft, write_data
 from safetensors.torch import load_file
 from test_launch import gone
 
-from sparseft import launch
-from sparseft.trainer_checkpoints import check, checkpoint_steps
+from sparseft.distributed import launch
+from sparseft.training.checkpoints import check, checkpoint_steps
 
 TWO = "hardware.num_processes=2"
 SECONDS = 600  # that two processes may take; their collectives would wait for hours
@@ -137,7 +137,7 @@ def test_a_disk_full_of_selections(failing: Failing, data: Path, model_folder: A
 COMMAND = """
 import sys
 from sparseft import launch
-from sparseft.cli import main
+from sparseft.cli.app import main
 launch.WORKER = "failing_worker"
 sys.exit(main(sys.argv[1:]))
 """

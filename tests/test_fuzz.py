@@ -29,18 +29,18 @@ from test_trainer import attached, examples, trainer_of
 
 import sparseft
 from sparseft import SylvaConfig, compute_selection
-from sparseft.adapter_files import BODY, CONFIG, HASHED, TENSORS, file_hash
-from sparseft.compose import compose, to_yaml
+from sparseft.adapters.files import BODY, CONFIG, HASHED, TENSORS, file_hash
+from sparseft.compose.run_config import compose, to_yaml
 from sparseft.config import DatasetConfig
 from sparseft.errors import UserError, shown
-from sparseft.files import body_hash
-from sparseft.importance.resuming import Partial
-from sparseft.report import build_report
-from sparseft.runs_metrics import read_metrics, truncate_metrics
-from sparseft.selection import Selection
-from sparseft.trainer import train
-from sparseft.trainer_best import read_best
-from sparseft.trainer_checkpoints import check, read_state, seal
+from sparseft.files.hashing import body_hash
+from sparseft.importance.calibration_state import Partial
+from sparseft.report.sections import build_report
+from sparseft.runs.metrics import read_metrics, truncate_metrics
+from sparseft.selection.selection import Selection
+from sparseft.training.best import read_best
+from sparseft.training.checkpoints import check, read_state, seal
+from sparseft.training.trainer import train
 
 SLOW_CASES = 800  # a loader
 SPARE = 1 << 30  # bytes of memory that a load may take
@@ -113,7 +113,7 @@ def loaders(make_model: Any, tokenizer: Any, root: Path) -> dict[str, Callable[[
 
     def whole_model() -> Loader:
         from sparseft.config import ModelConfig
-        from sparseft.modeling import load_model
+        from sparseft.models.loading import load_model
 
         def load(folder: Path) -> Any:
             weights = load_model(ModelConfig(path=str(folder))).state_dict()
@@ -198,8 +198,8 @@ def loaders(make_model: Any, tokenizer: Any, root: Path) -> dict[str, Callable[[
 
         def load(folder: Path) -> None:
             from sparseft.commands.eval import find_target
-            from sparseft.commands.resuming import previous_run
-            from sparseft.trainer_best import recorded
+            from sparseft.training.best import recorded
+            from sparseft.training.resume import previous_run
 
             config = copy.deepcopy(composed)
             config.output_dir, config.trainer.resume = str(folder), "auto"

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import sparseft
 from sparseft.kernels import reference
 from sparseft.layers import SparseLinear, sparse_layers
-from sparseft.layers.delta_path import use_delta_path
+from sparseft.layers.unmerged import use_delta_path
 
 PATTERNS: dict[str, list[tuple[str, Any, int | None]]] = {  # of weights of at least 29 by 27
     "rows": [("rows", [3, 28, 7], None)],

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseft.errors import RunError, UserError
 from sparseft.importance.hodlr import Hodlr, sketch_widths
-from sparseft.importance.second_order import block_scores, entry_importance
+from sparseft.importance.kfac import block_scores, entry_importance
 
 SPECTRA = ("flat", "slow", "decaying", "fast", "spiked", "low rank")
 properties = settings(max_examples=40, deadline=None)

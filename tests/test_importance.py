@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError
 from sparseft.importance import compute_scores
-from sparseft.importance.grouping import split_samples
-from sparseft.importance.statistics import observe, untouched
+from sparseft.importance.batching import split_samples
+from sparseft.importance.hooks import observe, untouched
 from sparseft.methods.s2ft import ROLES
-from sparseft.modeling import ModelSpec
-from sparseft.selection import Candidate, block_budget, generator_for, ratio_budget
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.budget import Candidate, block_budget, ratio_budget
+from sparseft.selection.choose import generator_for
 
 # transformers 5 renames the method; peft and these tests call it by the name that 5.0 has too
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

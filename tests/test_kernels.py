@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparseft.bench.memory import AllocationCounter
 from sparseft.kernels import dispatch, reference
+from sparseft.memory import AllocationCounter
 
 # (out, in, block size): non-square, with and without edge blocks, blocks larger than one side
 SHAPES = [(12, 8, 4), (10, 7, 4), (3, 9, 4), (9, 3, 4), (5, 5, 8), (16, 16, 16)]

@@ -15,7 +15,7 @@ import killing
 import pytest
 from running import METHODS, files, metrics, on, summary, write_data
 
-from sparseft.trainer_checkpoints import CHECKPOINTS, check, checkpoint_steps
+from sparseft.training.checkpoints import CHECKPOINTS, check, checkpoint_steps
 
 FACTS = "step epoch loss eval_loss learning_rate grad_norm".split()
 VARIANTS = {

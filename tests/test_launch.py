@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from running import files, on, refused, summary, write_data
 
-from sparseft import launch
 from sparseft.config import HardwareConfig
+from sparseft.distributed import launch
 from sparseft.errors import RunError, UserError
 
 TWO = "hardware.num_processes=2"
@@ -169,7 +169,7 @@ def test_wrong_input_starts_no_process(
 
 
 def test_shipped_hardware(in_tmp: Path) -> None:
-    from sparseft.compose import compose
+    from sparseft.compose.run_config import compose
 
     expected = {"auto": (1, 0), "cpu": (1, 0), "1xl4": (1, 0), "1xh100": (1, 0), "4xa100": (4, 2), "8xh100": (8, 2)}
     for name, (processes, stage) in expected.items():

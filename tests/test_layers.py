@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from sparseft.errors import UserError
-from sparseft.layers import BlockSparseLinear, S2ColumnLinear, S2RowLinear, SparseLinear, base, write_back
-from sparseft.layers.converting import CLASSES
+from sparseft.layers import BlockSparseLinear, S2ColumnLinear, S2RowLinear, SparseLinear, write_back
+from sparseft.layers import sparse_linear as base
+from sparseft.layers.convert import CLASSES
 
 OUT, IN = 10, 7  # not square, and divisible by no block size below
 PATTERNS: dict[str, dict[str, Any]] = {

@@ -16,17 +16,10 @@ import transformers
 import sparseft
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
-from sparseft.modeling import (
-    ModelSpec,
-    base_fingerprint,
-    base_parameter_count,
-    check_model_path,
-    decoder_layers,
-    is_linear,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-)
+from sparseft.models.decoder import base_parameter_count, decoder_layers, is_linear
+from sparseft.models.fingerprint import base_fingerprint
+from sparseft.models.loading import check_model_path, load_model, load_tokenizer, resolve_device
+from sparseft.models.spec import ModelSpec
 
 SIZES = {
     "vocab_size": 64,

@@ -24,11 +24,11 @@ import sparseft
 from sparseft.errors import UserError
 from sparseft.kernels import reference
 from sparseft.layers import SparseLinear, sparse_layers
-from sparseft.layers import base as layers_base
-from sparseft.layers.order import reorder
-from sparseft.layers.parking import exchange, move_moments
-from sparseft.optimizer import SparseAdamW
-from sparseft.selection import Selection
+from sparseft.layers import sparse_linear as layers_base
+from sparseft.layers.inactive import exchange, move_moments
+from sparseft.layers.reordering import reorder
+from sparseft.selection.selection import Selection
+from sparseft.training.optimizer import SparseAdamW
 
 BY_KERNEL = os.environ.get("SPARSEFT_TEST_KERNEL") == "1"
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import sparseft
-from sparseft.adapter import mergeable
+from sparseft.adapters.lifecycle import mergeable
 from sparseft.commands.eval import find_target, score_both
-from sparseft.compose import compose
+from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
 
 pytestmark = [

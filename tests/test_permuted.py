@@ -19,12 +19,12 @@ import sparseft
 from sparseft import console
 from sparseft.errors import LayoutWarning, UserError
 from sparseft.layers import S2RowLinear, SparseLinear, sparse_layers
-from sparseft.layers.order import reorder
-from sparseft.layers.permuting import front_order, plan_orders
+from sparseft.layers.permuted_layout import front_order, plan_orders
+from sparseft.layers.reordering import reorder
 from sparseft.methods.selecting import reselect
-from sparseft.modeling import ModelSpec
-from sparseft.selection import Selection
-from sparseft.trainer_reselecting import apply_selection, load_active, save_active
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.selection import Selection
+from sparseft.training.reselection import apply_selection, load_active, save_active
 
 Make = Callable[..., Any]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}

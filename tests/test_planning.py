@@ -12,13 +12,13 @@ import torch
 import transformers
 from running import files, on, refused, sparseft, write_data
 
-from sparseft import planning
-from sparseft.adapter import attach, trainable_parameters
+from sparseft.adapters.lifecycle import attach, trainable_parameters
 from sparseft.bench.train import Contender, measure_memory, step
 from sparseft.commands import plan as command
-from sparseft.compose import compose
+from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
-from sparseft.optimizer import SparseAdamW
+from sparseft.training import memory_plan as planning
+from sparseft.training.optimizer import SparseAdamW
 
 BATCH, LENGTH = 2, 64
 SPARSE = ("s2ft", "sylva")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from running import sparseft, summary
 
-from sparseft.compose import compose, options
+from sparseft.compose.run_config import compose, options
 
 TABLES = {
     **{f"{model}_{data}": ("s2ft", "lora", "dora", "full") for model in ("llama2", "llama3")
@@ -76,7 +76,7 @@ def test_sylva_and_lora_train_as_many_weights_in_both_scopes() -> None:
     import transformers
 
     from sparseft import attach, compute_selection
-    from sparseft.adapter import trainable_count
+    from sparseft.adapters.lifecycle import trainable_count
 
     config = transformers.LlamaConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=11008)
     counts = {}

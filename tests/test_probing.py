@@ -13,10 +13,10 @@ import transformers
 from running import files, on, refused, write_data
 from torch import Tensor, nn
 
-from sparseft import probing
 from sparseft.errors import UserError
-from sparseft.modeling import context_length
-from sparseft.probing import check_causal
+from sparseft.models import probing
+from sparseft.models.loading import context_length
+from sparseft.models.probing import check_causal
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 ENCODER = {**SIZES, "intermediate_size": 48, "max_position_embeddings": 64}
@@ -210,7 +210,7 @@ def test_every_command_refuses_an_encoder(kind: str, tmp_path: Path, tokenizer: 
         ("train", *words, "method=lora", "output_dir=run"),
         ("train", *words, "method=full", "output_dir=run"),
         ("preprocess", *words, "method=s2ft"),
-        ("eval", "boolq", *evaluated, f"eval.data_dir={Path(probing.__file__).parent / 'bundled' / 'data'}"),
+        ("eval", "boolq", *evaluated, f"eval.data_dir={Path(probing.__file__).parents[1] / 'bundled' / 'data'}"),
         ("bench", "train", *words, "bench.methods=[full]"),
     ):
         message = refused(tmp_path, *command)

@@ -25,9 +25,10 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 
 import sparseft
 from sparseft.errors import UserError
-from sparseft.expert_weights import stacks
-from sparseft.modeling import ModelSpec, is_linear
-from sparseft.quantized import check_config, check_plain
+from sparseft.models.decoder import is_linear
+from sparseft.models.expert_weights import stacks
+from sparseft.models.quantized import check_config, check_plain
+from sparseft.models.spec import ModelSpec
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -13,13 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseft import runs, runs_metrics
 from sparseft.commands import report as command
 from sparseft.errors import UserError
-from sparseft.report import build_report, flatten, layer_and_role, sentence
-from sparseft.report_charts import MAX_POINTS, Bar, Series, bar_chart, heat_map, line_chart, nice_ticks, thin, tick_text
-from sparseft.report_data import read_run
-from sparseft.report_page import count, duration, memory, number, percent, rate, short_count
+from sparseft.files import atomic
+from sparseft.report.charts import MAX_POINTS, Bar, Series, bar_chart, heat_map, line_chart, nice_ticks, thin, tick_text
+from sparseft.report.page import count, duration, memory, number, percent, rate, short_count
+from sparseft.report.run_data import read_run
+from sparseft.report.sections import build_report, flatten, layer_and_role, sentence
+from sparseft.runs import environment
+from sparseft.runs import folder as folder_module
+from sparseft.runs import metrics as runs_metrics
 
 NASTY = "</script><script>alert('x')</script>\"'&<img src=x onerror=y> \ud800\x00"
 SUMMARY = {
@@ -83,8 +86,8 @@ def make_run(folder: Path, **summary: Any) -> Path:
         (folder / name).mkdir(parents=True, exist_ok=True)
     content = SUMMARY | summary
     (folder / "config.yaml").write_text(f"method:\n  name: {content['method']}\nseed: {content['seed']}\n")
-    runs.write_json(folder / "summary.json", content)
-    runs.write_json(folder / "environment.json", runs.environment("cpu", "bfloat16", 1) | {"commit": "abc123"})
+    atomic.write_json(folder / "summary.json", content)
+    atomic.write_json(folder / "environment.json", environment.environment("cpu", "bfloat16", 1) | {"commit": "abc123"})
     for step in range(0, 21, 5):
         record = {"step": step, "loss": 3 - step / 10, "learning_rate": 1e-3 * (1 - step / 20), "grad_norm": 1.0}
         runs_metrics.append_metrics(folder / "metrics.jsonl", record)
@@ -93,13 +96,13 @@ def make_run(folder: Path, **summary: Any) -> Path:
         "model.layers.1.mlp.down_proj": {"shape": [10, 20], "blocks": 12, "trainable": 48},
         "model.layers.0.self_attn.q_proj": {"shape": [10, 10], "blocks": 2, "trainable": 8},
     }
-    runs.write_json(folder / "selection/selection.json", {"method": "alpha", "block_size": 2, "modules": modules})
+    atomic.write_json(folder / "selection/selection.json", {"method": "alpha", "block_size": 2, "modules": modules})
     for name, accuracy in (("eval/before", 0.25), ("eval", 0.625)):
         tasks = {
             "group": {"accuracy": accuracy, "stderr": 0.02, "samples": 120, "shots": 0},
             "member": {"accuracy": accuracy / 2, "stderr": None, "samples": 60, "shots": 0},
         }
-        runs.write_json(folder / name / "group.json", {"task": "group", "tasks": tasks})
+        atomic.write_json(folder / name / "group.json", {"task": "group", "tasks": tasks})
     return folder
 
 
@@ -243,7 +246,7 @@ def test_a_report_needs_a_run(tmp_path: Path) -> None:
 def test_warnings_of_the_run_are_shown(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", warnings=["sparsity is off by a fifth"])
     runs_metrics.append_metrics(folder / "metrics.jsonl", {"step": 21, "loss": math.nan})
-    runs.write_json(folder / "environment.json", {"commit": "abc-dirty"})
+    atomic.write_json(folder / "environment.json", {"commit": "abc-dirty"})
     page = Page(build_report([folder], tmp_path / "r.html"))
     assert "Warnings sparsity is off by a fifth The training loss was not finite in 1 of the logged steps." in page.text
     assert "uncommitted changes" in page.text
@@ -260,7 +263,7 @@ def test_eval_losses_of_the_summary_stand_in_for_missing_lines(tmp_path: Path) -
 def test_sentence_without_evaluation(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    runs.write_json(folder / "summary.json", SUMMARY | {"eval_loss_before": None, "eval_loss_after": None})
+    atomic.write_json(folder / "summary.json", SUMMARY | {"eval_loss_before": None, "eval_loss_after": None})
     assert sentence(read_run(folder)).replace("\xa0", " ").endswith("for 20 steps in 48.2 s.")
 
 
@@ -420,7 +423,7 @@ def test_command_takes_the_latest_one_or_several(in_tmp: Path, capsys: pytest.Ca
     with pytest.raises(UserError, match="no run yet"):
         command.run([])
     first, second = make_run(in_tmp / "outputs/a"), make_run(in_tmp / "outputs/b", method="beta")
-    runs.link_latest(second)
+    folder_module.link_latest(second)
     assert command.run([]) == {"report": "outputs/b/report.html", "runs": ["outputs/b"]}
     assert command.run(["outputs/a"])["report"] == "outputs/a/report.html" and (first / "report.html").is_file()
     result = command.run(["outputs/a", "outputs/latest"])

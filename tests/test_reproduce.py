@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_presets import PRESETS, SMALL
 
-from sparseft.compose import compose
+from sparseft.compose.run_config import compose
 from sparseft.evaluation.tasks import COMMONSENSE
 
 ROOT = Path(__file__).resolve().parents[1]

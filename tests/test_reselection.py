@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import sparseft
 from sparseft.kernels import reference
 from sparseft.layers import sparse_layers
-from sparseft.layers.parking import exchange, move_moments, positions_of, union
+from sparseft.layers.inactive import exchange, move_moments, positions_of, union
 from sparseft.methods.selecting import reselect
-from sparseft.trainer_reselecting import apply_selection, load_active, save_active
+from sparseft.training.reselection import apply_selection, load_active, save_active
 
 LAYERS = {
     "rows": lambda: sparseft.S2ColumnLinear(13, 22, rows=[1, 5, 9]),
@@ -209,7 +209,7 @@ def test_blocks_of_another_size_than_the_sparsity_would_have_are_chosen_anew_as_
 @pytest.mark.parametrize("name", ["s2ft", "sylva"])
 def test_the_device_holds_one_selection_whatever_was_trained_before(make_model, name):
     """Parameters, buffers and moments take as many bytes after any number of re-selections: the rest is on the host."""
-    from sparseft.bench.memory import tensor_bytes
+    from sparseft.memory import tensor_bytes
 
     config = {
         "s2ft": sparseft.S2FTConfig(d_ratio=0.1, o_ratio=0.5),

@@ -19,11 +19,12 @@ from running import on, sparseft, write_data
 from torch import Tensor
 
 from sparseft import SylvaConfig, compute_selection
-from sparseft.importance import compute_scores, resuming, scores
-from sparseft.importance.second_order import SecondOrder
+from sparseft.importance import calibration_state as resuming
+from sparseft.importance import compute_scores, scores
+from sparseft.importance.kfac import SecondOrder
 from sparseft.methods import get_method
-from sparseft.modeling import ModelSpec
-from sparseft.selection import generator_for
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.choose import generator_for
 
 COUNT = 9
 
@@ -124,7 +125,7 @@ def test_it_saves_now_and_then_and_survives_what_is_unusable(
 SLOW = textwrap.dedent(
     """
     import sys, time
-    import sparseft.importance.collecting as collecting, sparseft.importance.resuming as resuming
+    import sparseft.importance.calibration as collecting, sparseft.importance.calibration_state as resuming
     import sparseft.importance.scores as scores
     resuming.SAVE_SECONDS = resuming.SAVE_COST = 0.0
     scores.TOKENS_TOGETHER = 1  # one sample at a time
@@ -134,7 +135,7 @@ SLOW = textwrap.dedent(
         print("saved", args[-1][1], flush=True, file=sys.stderr)
         time.sleep(0.3)
     collecting.keep = slow
-    from sparseft.cli import main
+    from sparseft.cli.app import main
     sys.exit(main(sys.argv[1:]))
     """
 )

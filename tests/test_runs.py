@@ -13,8 +13,11 @@ from pathlib import Path
 import numpy
 import pytest
 
-from sparseft import runs, runs_metrics
 from sparseft.errors import UserError
+from sparseft.files import atomic
+from sparseft.runs import environment
+from sparseft.runs import folder as folder_module
+from sparseft.runs import metrics as runs_metrics
 
 
 def make_run(folder: Path, **summary: object) -> Path:
@@ -38,7 +41,7 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
         "half": "\ud800",
         "flag": True,
     }
-    path = runs.write_json(tmp_path / "x.json", content)
+    path = atomic.write_json(tmp_path / "x.json", content)
     text = path.read_text(encoding="utf-8")
     assert "NaN" not in text and "Infinity" not in text
     assert json.loads(text) == {
@@ -54,27 +57,27 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
 
 
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = runs.write_text(tmp_path / "x.txt", "old")
+    path = atomic.write_text(tmp_path / "x.txt", "old")
 
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
-        runs.write_text(path, "new")
+        atomic.write_text(path, "new")
     assert path.read_text() == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["x.txt"]
 
 
 def test_what_json_cannot_hold_is_an_error_not_a_guess(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        runs.write_json(tmp_path / "x.json", {"set": {1, 2}})
+        atomic.write_json(tmp_path / "x.json", {"set": {1, 2}})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
-    written = runs.write_text(tmp_path / "x", "")
+    written = atomic.write_text(tmp_path / "x", "")
     assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
@@ -82,8 +85,8 @@ def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
 
 
 def test_default_folders_are_unique_within_a_second(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "timestamp", lambda: "20260131-235959")
-    made = [runs.prepare_run_folder(None, "full", "my data/1") for _ in range(3)]
+    monkeypatch.setattr(folder_module, "timestamp", lambda: "20260131-235959")
+    made = [folder_module.prepare_run_folder(None, "full", "my data/1") for _ in range(3)]
     assert [str(run) for run in made] == [
         "outputs/20260131-235959-full-my_data_1",
         "outputs/20260131-235959-full-my_data_1-2",
@@ -93,7 +96,7 @@ def test_default_folders_are_unique_within_a_second(in_tmp: Path, monkeypatch: p
 
 
 def test_timestamp_sorts_and_has_no_separators_of_paths() -> None:
-    assert re.fullmatch(r"\d{8}-\d{6}", runs.timestamp())
+    assert re.fullmatch(r"\d{8}-\d{6}", folder_module.timestamp())
 
 
 @pytest.mark.parametrize("mark", ["config.yaml", "summary.json", "metrics.jsonl", "adapter"])
@@ -102,14 +105,14 @@ def test_a_folder_with_a_run_is_refused(tmp_path: Path, mark: str) -> None:
     run.mkdir()
     (run / mark).mkdir() if mark == "adapter" else (run / mark).write_text("{}")
     with pytest.raises(UserError, match=r"already holds a run.*trainer\.resume=auto.*overwrite=true"):
-        runs.prepare_run_folder(str(run), "full", "json")
-    assert runs.prepare_run_folder(str(run), "full", "json", resume=True) == run
+        folder_module.prepare_run_folder(str(run), "full", "json")
+    assert folder_module.prepare_run_folder(str(run), "full", "json", resume=True) == run
     assert (run / mark).exists()
 
 
 def test_a_folder_with_other_files_is_used_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    assert runs.prepare_run_folder(str(tmp_path), "full", "json") == tmp_path
+    assert folder_module.prepare_run_folder(str(tmp_path), "full", "json") == tmp_path
     assert [item.name for item in tmp_path.iterdir()] == ["notes.txt"]  # nor does the check leave anything
 
 
@@ -147,7 +150,7 @@ def test_overwrite_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
     for name in (*old, *mine):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("x")
-    assert runs.prepare_run_folder(str(run), "full", "json", overwrite=True) == run
+    assert folder_module.prepare_run_folder(str(run), "full", "json", overwrite=True) == run
     left = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
     assert left == sorted(mine)
     assert not (run / "selection").exists() and not (run / "eval/before").exists()
@@ -161,7 +164,7 @@ def test_overwrite_never_follows_a_link(tmp_path: Path) -> None:
     (elsewhere / "selection.json").write_text("precious")
     (run / "checkpoints").symlink_to(elsewhere)
     (run / "selection").symlink_to(elsewhere)
-    runs.prepare_run_folder(str(run), "full", "json", overwrite=True)
+    folder_module.prepare_run_folder(str(run), "full", "json", overwrite=True)
     assert (elsewhere / "checkpoint-5/weights").read_text() == "precious"
     assert (elsewhere / "selection.json").read_text() == "precious"
     assert list(run.iterdir()) == []
@@ -173,7 +176,7 @@ def test_overwrite_leaves_links_behind_a_link_alone(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/before").symlink_to(tmp_path / "theirs")
     (run / "eval").symlink_to(tmp_path / "elsewhere")
-    runs.prepare_run_folder(str(run), "full", "json", overwrite=True)
+    folder_module.prepare_run_folder(str(run), "full", "json", overwrite=True)
     assert (tmp_path / "elsewhere/before").is_symlink()
     assert list(run.iterdir()) == []
 
@@ -181,22 +184,22 @@ def test_overwrite_leaves_links_behind_a_link_alone(tmp_path: Path) -> None:
 def test_unusable_folders_are_refused_with_the_reason(tmp_path: Path, in_tmp: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        runs.prepare_run_folder(str(tmp_path / "file"), "full", "json")
+        folder_module.prepare_run_folder(str(tmp_path / "file"), "full", "json")
     with pytest.raises(UserError, match="cannot write to output_dir.*Not a directory"):
-        runs.prepare_run_folder(str(tmp_path / "file" / "run"), "full", "json")
+        folder_module.prepare_run_folder(str(tmp_path / "file" / "run"), "full", "json")
     with pytest.raises(UserError, match="output_dir is empty"):
-        runs.prepare_run_folder(" ", "full", "json")
+        folder_module.prepare_run_folder(" ", "full", "json")
     with pytest.raises(UserError, match=r"trainer\.resume needs output_dir"):
-        runs.prepare_run_folder(None, "full", "json", resume=True)
+        folder_module.prepare_run_folder(None, "full", "json", resume=True)
     Path("outputs").write_text("in the way")
     with pytest.raises(UserError, match="'outputs': it is a file"):
-        runs.prepare_run_folder(None, "full", "json")
+        folder_module.prepare_run_folder(None, "full", "json")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses writes even to root")
 def test_a_folder_that_cannot_be_written_is_refused() -> None:
     with pytest.raises(UserError, match="cannot write to output_dir '/proc/self'"):
-        runs.prepare_run_folder("/proc/self", "full", "json")
+        folder_module.prepare_run_folder("/proc/self", "full", "json")
 
 
 # -- finding runs -----------------------------------------------------------------------------------------------------
@@ -204,42 +207,42 @@ def test_a_folder_that_cannot_be_written_is_refused() -> None:
 
 def test_latest_links_to_the_run_started_last(in_tmp: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.raises(UserError, match="no run yet.*sparseft train"):
-        runs.latest_run()
+        folder_module.latest_run()
     first = make_run(in_tmp / "outputs/a")
     far = make_run(tmp_path_factory.mktemp("far") / "run")
-    runs.link_latest(first)
+    folder_module.link_latest(first)
     assert os.readlink("outputs/latest") == "a"  # relative: survives moving the working directory
-    assert runs.latest_run() == Path("outputs/a")
-    runs.link_latest(far)
-    assert runs.latest_run() == far.resolve()
-    runs.link_latest(Path("outputs/a"))
-    assert runs.latest_run() == Path("outputs/a")
-    runs.link_latest(make_run(in_tmp / "elsewhere/b"))
-    assert runs.latest_run() == Path("elsewhere/b")
+    assert folder_module.latest_run() == Path("outputs/a")
+    folder_module.link_latest(far)
+    assert folder_module.latest_run() == far.resolve()
+    folder_module.link_latest(Path("outputs/a"))
+    assert folder_module.latest_run() == Path("outputs/a")
+    folder_module.link_latest(make_run(in_tmp / "elsewhere/b"))
+    assert folder_module.latest_run() == Path("elsewhere/b")
     assert sorted(item.name for item in Path("outputs").iterdir()) == ["a", "latest"]  # nothing left aside
 
 
 def test_latest_that_is_gone_or_empty_says_so(in_tmp: Path) -> None:
     run = make_run(in_tmp / "outputs/a")
-    runs.link_latest(run)
+    folder_module.link_latest(run)
     for item in run.iterdir():
         item.unlink()
     with pytest.raises(UserError, match="left nothing"):
-        runs.latest_run()
+        folder_module.latest_run()
     run.rmdir()
     with pytest.raises(UserError, match="no longer there"):
-        runs.latest_run()
-    runs.link_latest(make_run(in_tmp / "outputs/b"))  # a dangling link is replaced
-    assert runs.latest_run() == Path("outputs/b")
+        folder_module.latest_run()
+    folder_module.link_latest(make_run(in_tmp / "outputs/b"))  # a dangling link is replaced
+    assert folder_module.latest_run() == Path("outputs/b")
 
 
 def test_a_real_folder_named_latest_is_left_alone(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(in_tmp / "outputs/latest")
-    runs.link_latest(make_run(in_tmp / "outputs/a"))
+    folder_module.link_latest(make_run(in_tmp / "outputs/a"))
     assert "outputs/latest" in capsys.readouterr().err
     assert not Path("outputs/latest").is_symlink() and Path("outputs/latest/config.yaml").exists()
     with pytest.raises(UserError, match="not a link"):
-        runs.latest_run()
+        folder_module.latest_run()
 
 
 def test_find_run_takes_a_run_or_what_lies_inside(in_tmp: Path) -> None:
@@ -247,7 +250,7 @@ def test_find_run_takes_a_run_or_what_lies_inside(in_tmp: Path) -> None:
     for name in ("adapter/adapter_config.json", "checkpoints/checkpoint-5/config.yaml", "eval/before/mmlu.json"):
         (run / name).parent.mkdir(parents=True)
         (run / name).write_text("{}")
-    runs.link_latest(run)
+    folder_module.link_latest(run)
     for given in (
         "outputs/a",
         "outputs/latest",
@@ -257,33 +260,33 @@ def test_find_run_takes_a_run_or_what_lies_inside(in_tmp: Path) -> None:
         "outputs/a/eval/before/mmlu.json",
         run,
     ):
-        assert runs.find_run(given) == Path("outputs/a"), given
-    assert runs.find_run(make_run(in_tmp / "eval")) == Path("eval")  # a run may be named like a part of one
+        assert folder_module.find_run(given) == Path("outputs/a"), given
+    assert folder_module.find_run(make_run(in_tmp / "eval")) == Path("eval")  # a run may be named like a part of one
 
 
 def test_find_run_names_what_is_near(in_tmp: Path) -> None:
     make_run(in_tmp / "outputs/sylva-one")
     with pytest.raises(UserError, match="nothing of that name. Did you mean 'sylva-one'"):
-        runs.find_run("outputs/silva-one")
+        folder_module.find_run("outputs/silva-one")
     with pytest.raises(UserError, match="sparseft train"):
-        runs.find_run("nowhere/at/all")
+        folder_module.find_run("nowhere/at/all")
     (in_tmp / "outputs/empty").mkdir()
     with pytest.raises(UserError, match="holds no run: expected a folder with config.yaml"):
-        runs.find_run("outputs/empty")
+        folder_module.find_run("outputs/empty")
 
 
 def test_load_summary(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3)
-    assert runs.load_summary(run) == {"method": "full", "steps": 3}
+    assert folder_module.load_summary(run) == {"method": "full", "steps": 3}
     (run / "summary.json").write_text('{\n"steps": \n')
     with pytest.raises(UserError, match="summary.json' is not JSON: .* line 3"):
-        runs.load_summary(run)
+        folder_module.load_summary(run)
     (run / "summary.json").write_text("[]")
     with pytest.raises(UserError, match="one JSON object, not a list"):
-        runs.load_summary(run)
+        folder_module.load_summary(run)
     (run / "summary.json").unlink()
     with pytest.raises(UserError, match="did not finish"):
-        runs.load_summary(run)
+        folder_module.load_summary(run)
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
@@ -345,14 +348,14 @@ def test_environment_holds_versions_and_no_names(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(sys, "orig_argv", ["/x/.venv/bin/python", "/x/.venv/bin/sparseft", "train", "output_dir=a b"])
     monkeypatch.setattr(sys, "argv", ["/x/.venv/bin/sparseft", "train", "output_dir=a b"])
-    found = runs.environment("cpu", "float32", 2)
+    found = environment.environment("cpu", "float32", 2)
     assert found["versions"]["torch"] == torch.__version__
     assert set(found["versions"]) >= {"python", "sparseft", "transformers", "peft", "datasets", "lm_eval", "triton"}
     assert (found["device"], found["dtype"], found["world_size"]) == ("cpu", "float32", 2)
     assert found["command_line"] == "sparseft train 'output_dir=a b'"
     monkeypatch.setattr(sys, "orig_argv", ["/x/.venv/bin/python3.11", "-m", "sparseft", "train"])
     monkeypatch.setattr(sys, "argv", ["/x/sparseft/__main__.py", "train"])
-    assert runs.environment("cpu", "float32", 1)["command_line"] == "python3.11 -m sparseft train"
+    assert environment.environment("cpu", "float32", 1)["command_line"] == "python3.11 -m sparseft train"
     text = json.dumps({key: value for key, value in found.items() if key != "command_line"})
     assert socket.gethostname() not in text
     assert len(getpass.getuser()) < 3 or not re.search(rf"\b{getpass.getuser()}\b", text)
@@ -369,20 +372,20 @@ def test_commit_is_the_packages_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             ["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True, text=True
         ).stdout.strip()
 
-    module = tmp_path / "sparseft/runs.py"
+    module = tmp_path / "sparseft/environment.py"
     module.parent.mkdir()
     module.write_text("1\n")
-    monkeypatch.setattr(runs, "__file__", str(module))
-    assert runs.package_commit() is None  # no repository
+    monkeypatch.setattr(environment, "__file__", str(module))
+    assert environment.package_commit() is None  # no repository
     git("init", "-q")
     (tmp_path / "other.txt").write_text("1\n")
     git("add", "other.txt")
     git("commit", "-q", "-m", "theirs")
-    assert runs.package_commit() is None  # a repository, but the package is not part of it
+    assert environment.package_commit() is None  # a repository, but the package is not part of it
     git("add", ".")
     git("commit", "-q", "-m", "ours")
-    assert runs.package_commit() == git("rev-parse", "HEAD")
+    assert environment.package_commit() == git("rev-parse", "HEAD")
     (tmp_path / "untracked.txt").write_text("")
-    assert runs.package_commit() == git("rev-parse", "HEAD")
+    assert environment.package_commit() == git("rev-parse", "HEAD")
     module.write_text("2\n")
-    assert runs.package_commit() == git("rev-parse", "HEAD") + "-dirty"
+    assert environment.package_commit() == git("rev-parse", "HEAD") + "-dirty"

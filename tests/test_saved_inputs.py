@@ -13,13 +13,15 @@ import transformers
 from torch import nn
 
 import sparseft
-from sparseft.bench.memory import SavedBytes
 from sparseft.importance import compute_scores
 from sparseft.layers import BlockSparseLinear, share_inputs, sparse_layers
-from sparseft.layers.slices import SharedSlice
-from sparseft.modeling import ModelSpec
-from sparseft.selection import Selection, block_budget, choose, generator_for
-from sparseft.trainer_reselecting import apply_selection
+from sparseft.layers.saved_slices import SharedSlice
+from sparseft.memory import SavedBytes
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.budget import block_budget
+from sparseft.selection.choose import choose, generator_for
+from sparseft.selection.selection import Selection
+from sparseft.training.reselection import apply_selection
 
 TOKENS = 24
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.984, 0.99)

@@ -13,7 +13,7 @@ from running import files, sparseft
 from sparseft.bench import scaling
 from sparseft.bench.machine import cpu_name
 from sparseft.bench.plots import scaling_chart
-from sparseft.compose import compose
+from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
 
 WORDS = ["bench.width=64", "bench.depth=1", "bench.length=16", "bench.batch_size=1", "sparsity=0.9", "bench.steps=1",

@@ -13,11 +13,12 @@ from test_failures import spoil
 from test_trainer import attached, examples, trained, trainer_of
 from transformers.trainer_utils import SchedulerType
 
-from sparseft import schedules, validation
+from sparseft.compose import validation
 from sparseft.config import TrainerConfig
 from sparseft.errors import UserError
-from sparseft.trainer import train
-from sparseft.trainer_checkpoints import last_checkpoint
+from sparseft.training import schedules
+from sparseft.training.checkpoints import last_checkpoint
+from sparseft.training.trainer import train
 
 RATE = 1e-2
 # What each schedule needs to train five steps, and their rates depend on how many there are.
@@ -147,7 +148,7 @@ def test_steps_that_train_nothing_are_said(capsys: pytest.CaptureFixture[str]) -
 def test_it_is_refused_before_anything_is_loaded(
     words: list[str], part: str, plan: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparseft.modeling.load_config", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("sparseft.models.loading.load_config", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr("sparseft.commands.train.Job", lambda *_: pytest.fail("loaded"))
     assert part in refused(in_tmp, "train", *plan, *words)
     assert files(in_tmp) == set()

@@ -20,25 +20,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparseft
-from sparseft.commands.preparing import units_by_role
 from sparseft.errors import RunError, UserError
 from sparseft.methods import get_method
 from sparseft.methods.s2ft import S2FTConfig
 from sparseft.methods.selecting import compute_selection, first_samples
 from sparseft.methods.sylva import SylvaConfig
-from sparseft.modeling import ModelSpec
-from sparseft.selection import (
-    Candidate,
-    Selection,
-    block_budget,
-    blocks_spent,
-    choose,
-    generator_for,
-    keep_count,
-    rank_units,
-    ratio_budget,
-    unit_index,
-)
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.budget import Candidate, block_budget, blocks_spent, keep_count, ratio_budget
+from sparseft.selection.choose import choose, generator_for, rank_units, unit_index
+from sparseft.selection.selection import Selection
+from sparseft.training.prepare import units_by_role
 
 DOWN = "model.layers.0.mlp.down_proj"
 LLAMA = ModelSpec.of(build_model("llama"))
@@ -435,7 +426,8 @@ SCRIPT = """
 import sys
 import torch
 from sparseft.importance import compute_scores
-from sparseft.selection import Budget, Candidate, choose, generator_for
+from sparseft.selection.budget import Budget, Candidate
+from sparseft.selection.choose import choose, generator_for
 torch.manual_seed(int(sys.argv[1]))
 units = (("rows", 8), ("blocks", 48))
 candidates = [Candidate(f"m{i}.{kind}", kind, (64, 48), 0, 8, n) for i in range(3) for kind, n in units]
@@ -578,7 +570,7 @@ def test_damaged_files_are_refused(tmp_path: Path, case: str) -> None:
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sparseft.selection as module
+    import sparseft.selection.selection as module
 
     old = Selection({"m": {"rows": [1]}})
     folder = old.save(tmp_path / "s")

@@ -17,7 +17,7 @@ from test_distributed import METHODS, Runs, run_ranks, trained
 
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
-from sparseft.trainer_loading import _check_precision
+from sparseft.training.loading import _check_precision
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 

@@ -27,7 +27,7 @@ def watching(name, globals=None, locals=None, fromlist=(), level=0):
     return plain(name, globals, locals, fromlist, level)
 
 builtins.__import__ = watching
-from sparseft.cli import main
+from sparseft.cli.app import main
 code = main(sys.argv[1:])
 print(json.dumps({"code": code, "modules": sorted(sys.modules), "asked": sorted(asked)}))
 """

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 import sparseft
 from sparseft.errors import RunError
-from sparseft.importance import host_memory
-from sparseft.importance.grouping import WINDOW, groups_of, may_share, pad_together, split_samples
-from sparseft.importance.second_order import SecondOrder, SecondOrderStatistics, summary
-from sparseft.importance.statistics import observe
-from sparseft.modeling import ModelSpec
+from sparseft.importance import host_sums as host_memory
+from sparseft.importance.batching import WINDOW, groups_of, may_share, pad_together, split_samples
+from sparseft.importance.hooks import observe
+from sparseft.importance.kfac import SecondOrder, SecondOrderStatistics, summary
+from sparseft.models.spec import ModelSpec
 
 LENGTHS = (9, 5, 12, 7, 2, 12)
 

@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparseft
-from sparseft.bench.memory import AllocationCounter, tensor_bytes
-from sparseft.importance import second_order
+from sparseft.importance import kfac as second_order
 from sparseft.importance.hodlr import Hodlr
-from sparseft.modeling import ModelSpec
+from sparseft.memory import AllocationCounter, tensor_bytes
+from sparseft.models.spec import ModelSpec
 
 
 def samples(count: int = 4, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -82,10 +82,10 @@ def test_exact_statistics_choose_the_brute_force_channels(make_model):
     dense = dense_scores(model, batches)
     # S2FT's config has no levels: what it uses are the defaults, clamped to these small matrices.
     selection = sparseft.compute_selection(model, config, batches)
-    exact = sparseft.importance.second_order.SecondOrder(num_partition=0)
+    exact = sparseft.importance.kfac.SecondOrder(num_partition=0)
     budget = sparseft.methods.get_method("s2ft").budget(spec, config)
     from sparseft.importance import compute_scores
-    from sparseft.selection import generator_for
+    from sparseft.selection.choose import generator_for
 
     scores = compute_scores(
         model, budget.candidates, "sylva", seed=0, batches=batches, generator=generator_for, second_order=exact

@@ -13,7 +13,8 @@ import yaml
 from sparseft.config import EvalConfig
 from sparseft.data.prompts import mmlu_header
 from sparseft.errors import UserError
-from sparseft.evaluation import evaluate, hub, llm_adapters, prepare
+from sparseft.evaluation import evaluate, llm_adapters, prepare
+from sparseft.evaluation import llm_adapters_hub as hub
 from sparseft.evaluation.task_files import FOLDER, common
 from sparseft.evaluation.tasks import GROUPS, MMLU_CATEGORIES, MMLU_SUBJECTS, group_of
 

@@ -15,10 +15,10 @@ import transformers
 from running import on, refused, sparseft
 
 from sparseft.data import TokenizedDataset
-from sparseft.data.batches import padding_id
+from sparseft.data.collating import padding_id
 from sparseft.data.loading import check_tokens
 from sparseft.errors import UserError
-from sparseft.modeling import vocabulary_rows
+from sparseft.models.loading import vocabulary_rows
 
 
 def test_ids_beyond_a_table_are_found_in_every_part() -> None:

@@ -21,15 +21,15 @@ import torch
 from running import METHODS, files, metrics, on, refused, sparseft, summary, write_data
 from torch.nn import functional as F
 
-from sparseft.adapter import attach, trainable_parameters
+from sparseft.adapters.lifecycle import attach, trainable_parameters
 from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.data import Collator, TokenizedDataset
 from sparseft.errors import RunError
 from sparseft.methods import get_method
-from sparseft.optimizer import SparseAdamW
-from sparseft.trainer import Clock, Trainer, train
-from sparseft.trainer_arguments import training_arguments
-from sparseft.trainer_checkpoints import checkpoint_steps, last_checkpoint, step_of
+from sparseft.training.arguments import training_arguments
+from sparseft.training.checkpoints import checkpoint_steps, last_checkpoint, step_of
+from sparseft.training.optimizer import SparseAdamW
+from sparseft.training.trainer import Clock, Trainer, train
 
 CPU = torch.device("cpu")
 
@@ -594,7 +594,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, model_folder: Any, 
 
 
 def test_the_peak_starts_again_with_each_run() -> None:
-    from sparseft.trainer_memory import memory_bytes, reset_peak_memory
+    from sparseft.memory import memory_bytes, reset_peak_memory
 
     now, size = memory_bytes(CPU, peak=False), 300 << 20
     reset_peak_memory(CPU)

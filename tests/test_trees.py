@@ -11,8 +11,8 @@ import pytest
 from sparseft.config import DatasetConfig
 from sparseft.data import LoadedData, load_datasets
 from sparseft.data.formats import detect_format
+from sparseft.data.oasst_trees import Trees
 from sparseft.data.sources import Records, open_source
-from sparseft.data.trees import Trees
 from sparseft.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"

@@ -12,11 +12,11 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparseft
-from sparseft.bench.memory import SavedBytes
 from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.data import Collator, TokenizedDataset
-from sparseft.trainer import Trainer, train
-from sparseft.trainer_arguments import training_arguments
+from sparseft.memory import SavedBytes
+from sparseft.training.arguments import training_arguments
+from sparseft.training.trainer import Trainer, train
 
 LAYERS = 4
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product")

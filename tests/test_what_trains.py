@@ -20,15 +20,16 @@ from torch.nn import functional as F
 
 import sparseft
 from sparseft.errors import UserError
-from sparseft.exact_targets import lora_modules
-from sparseft.expert_weights import find_expert, in_experts
-from sparseft.files import read_tensors, split_name
+from sparseft.files.tensors import read_tensors, split_name
 from sparseft.layers import sparse_layers
+from sparseft.methods.exact_targets import lora_modules
 from sparseft.methods.lora import target_modules
-from sparseft.modeling import ModelSpec, is_transposed
-from sparseft.reached import KERNEL, NO_GRADIENT, READ, UNCALLED, unreached, without_gradient
-from sparseft.selection import Selection
-from sparseft.trainer import train
+from sparseft.models.decoder import is_transposed
+from sparseft.models.expert_weights import find_expert, in_experts
+from sparseft.models.reached import KERNEL, NO_GRADIENT, READ, UNCALLED, unreached, without_gradient
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.selection import Selection
+from sparseft.training.trainer import train
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -431,7 +432,7 @@ def test_what_gets_no_gradient_in_the_first_step_is_named_once(
     model = sparseft.attach(build("llama"), LATE[method])
     cut(model)
     looked = []
-    monkeypatch.setattr("sparseft.trainer.without_gradient", lambda m: looked.append(1) or without_gradient(m))
+    monkeypatch.setattr("sparseft.training.trainer.without_gradient", lambda m: looked.append(1) or without_gradient(m))
     trainer = trainer_of(
         model, tmp_path, examples(24), max_steps=3, batch_size=2, gradient_accumulation=accumulation
     )  # fmt: skip

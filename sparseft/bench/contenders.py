@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.adapter import attach, trainable_count, trainable_parameters
-from sparseft.bench.memory import SavedBytes, tensor_bytes
+from sparseft.adapters.lifecycle import attach, trainable_count, trainable_parameters
 from sparseft.bench.timing import held_bytes, peak_bytes
 from sparseft.config import RunConfig
+from sparseft.memory import SavedBytes, tensor_bytes
 from sparseft.methods import get_method
-from sparseft.optimizer import SparseAdamW
+from sparseft.training.optimizer import SparseAdamW
 
 FLOOR = "floor"
 

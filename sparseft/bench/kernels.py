@@ -21,7 +21,7 @@ from sparseft.bench.shapes import DTYPES
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch
-from sparseft.modeling import resolve_device
+from sparseft.models.loading import resolve_device
 
 LLAMA_7B = ((4096, 4096), (11008, 4096), (4096, 11008))  # (out, in): attention, gate and up, down
 BLOCK_SIZES = (16, 64, 128)

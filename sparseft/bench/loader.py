@@ -19,7 +19,7 @@ from typing import Any
 from sparseft import console
 from sparseft.bench.machine import measured_on
 from sparseft.config import BUNDLED, RunConfig
-from sparseft.data.batches import Collator, padding_id
+from sparseft.data.collating import Collator, padding_id
 from sparseft.data.loading import load_datasets
 from sparseft.data.packing import PackedDataset
 
@@ -35,7 +35,7 @@ WORKERS = 2
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Measures `dataset` with `model`'s tokenizer: rows of `trainer.max_length`, batches of `trainer.batch_size`."""
-    from sparseft.modeling import load_tokenizer
+    from sparseft.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     dataset = dataclasses.replace(config.dataset, eval_fraction=0.0, packing=False)

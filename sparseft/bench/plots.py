@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sparseft.report_charts import Series, colour, escape, line_chart
-from sparseft.report_page import DARK, LIGHT
+from sparseft.report.charts import Series, colour, escape, line_chart
+from sparseft.report.page import DARK, LIGHT
 
 WIDTH, HEIGHT, TOP, GAP = 440, 240, 40, 24  # of one chart, of the legend, between charts; in CSS pixels
 STYLE = (

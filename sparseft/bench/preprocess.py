@@ -23,7 +23,8 @@ from sparseft.errors import UserError, nearest
 from sparseft.methods import get_method
 from sparseft.methods.base import IMPORTANCES
 from sparseft.methods.selecting import compute_selection
-from sparseft.modeling import ModelSpec, resolve_device
+from sparseft.models.loading import resolve_device
+from sparseft.models.spec import ModelSpec
 
 REFERENCE = "forward+backward"
 

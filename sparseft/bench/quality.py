@@ -21,8 +21,8 @@ from sparseft import console
 from sparseft.bench.machine import device_name, measured_on
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
-from sparseft.modeling import resolve_device
-from sparseft.runs import read_json_object
+from sparseft.models.loading import resolve_device
+from sparseft.runs.folder import read_json_object
 
 
 @dataclass

@@ -22,8 +22,8 @@ from sparseft.bench.rows import absent, kind, measured
 from sparseft.bench.shapes import CONTEXT
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
+from sparseft.files.atomic import write_text
 from sparseft.methods.base import DEFAULT_SPARSITY
-from sparseft.runs import write_text
 
 AXES = ("width", "length", "batch", "density", "depth")
 STEP = "step_seconds_p20"  # other work on the machine lengthens a step, never shortens it

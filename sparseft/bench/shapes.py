@@ -9,7 +9,7 @@ from torch import nn
 
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
-from sparseft.modeling import context_length, load_model
+from sparseft.models.loading import context_length, load_model
 
 # As in the checkpoints' config.json; heads are 128 wide.
 SHAPES: dict[str, dict[str, Any]] = {

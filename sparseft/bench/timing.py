@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from sparseft import console
-from sparseft.bench.memory import AllocationCounter
 from sparseft.config import BenchConfig
 from sparseft.errors import UserError
+from sparseft.memory import AllocationCounter
 
 
 def synchronize(device: torch.device) -> None:

@@ -21,12 +21,12 @@ from sparseft import console
 from sparseft.bench import profiling, rows, targets, ways
 from sparseft.bench.contenders import FLOOR, Contender, contender, measure_memory, step
 from sparseft.bench.machine import device_name
-from sparseft.bench.memory import tensor_bytes
 from sparseft.bench.shapes import base_model, check_length, model_name
 from sparseft.bench.timing import attempt, spread, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
-from sparseft.modeling import resolve_device
+from sparseft.memory import tensor_bytes
+from sparseft.models.loading import resolve_device
 
 
 def run(

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.commands import checks
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
+from sparseft.training import checks
 
 
 def run(
@@ -73,13 +73,13 @@ class Output:
 
     def check(self) -> None:
         """Refuses a folder that cannot be made or written, before anything is measured; leaves nothing behind."""
-        from sparseft import runs
+        from sparseft.runs import folder as folder_module
 
-        folder = runs.OUTPUTS if self.folder is None else self.folder
+        folder = folder_module.OUTPUTS if self.folder is None else self.folder
         what = "the folder" if self.folder is None else "output_dir"
         made: list[Path] = []
         try:  # some file systems refuse what their modes allow
-            runs.check_writable(folder, what)
+            folder_module.check_writable(folder, what)
             for each in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
                 each.mkdir()
                 made.append(each)
@@ -99,10 +99,10 @@ class Output:
 
     def choose(self) -> Path:
         """The folder, with a name of its own where none was given; makes nothing."""
-        from sparseft import runs
+        from sparseft.runs import folder as folder_module
 
         if self.folder is None:
-            self.folder = Path(runs.OUTPUTS, f"bench-{runs.timestamp()}")
+            self.folder = Path(folder_module.OUTPUTS, f"bench-{folder_module.timestamp()}")
         return self.folder
 
     def place(self, name: str, complete: bool = True) -> Path:
@@ -110,20 +110,20 @@ class Output:
 
         complete: false for one of an incomplete result, which takes no complete one's place.
         """
-        from sparseft import runs
+        from sparseft.runs import folder as folder_module
 
         if self._keeps and not complete:
             name = f"{Path(name).stem}.partial{Path(name).suffix}"
         if self.folder is None:
-            self.folder = runs.new_folder(f"bench-{runs.timestamp()}")
+            self.folder = folder_module.new_folder(f"bench-{folder_module.timestamp()}")
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / name
 
     def write(self, name: str, text: str) -> None:
         """Writes a file of that name."""
-        from sparseft import runs
+        from sparseft.files import atomic
 
-        runs.write_text(self.place(name), text)
+        atomic.write_text(self.place(name), text)
 
     def leave(self, result: dict[str, Any], complete: bool) -> None:
         """Writes `bench.json`, into the result too what it ran on and where it lies, and the settings beside it.
@@ -131,19 +131,21 @@ class Output:
         complete: false for what there is so far, which a later call replaces. A complete `bench.json` from before stays
         until then, and this is `bench.partial.json`.
         """
-        from sparseft import runs
         from sparseft.bench.machine import machine
-        from sparseft.compose import to_yaml
-        from sparseft.modeling import resolve_device
+        from sparseft.compose.run_config import to_yaml
+        from sparseft.files import atomic
+        from sparseft.models.loading import resolve_device
+        from sparseft.runs import environment
+        from sparseft.runs import folder as folder_module
 
         path = self.place("bench.json", complete)
         if not self._environment:
             device = str(resolve_device(self.config.hardware.device))
-            self._environment = runs.environment(device, result["dtype"], 1) | machine()
+            self._environment = environment.environment(device, result["dtype"], 1) | machine()
         result |= {"complete": complete, "environment": self._environment, "path": str(path)}
-        runs.write_json(path, result)
+        atomic.write_json(path, result)
         if self.left != path:
-            beside_a_run = runs.is_run(path.parent) and not self._again  # whose own `config.yaml` stays
+            beside_a_run = folder_module.is_run(path.parent) and not self._again  # whose own `config.yaml` stays
             name = "bench.yaml" if beside_a_run else "config.yaml"
             self.write(name if path.name == "bench.json" else "bench.partial.yaml", to_yaml(self.config))
         self.left = path
@@ -154,7 +156,7 @@ class Output:
 
 def _complete(path: Path) -> bool:
     """Whether there is a `bench.json` that does not say it is incomplete; one that cannot be read is kept as well."""
-    from sparseft.runs import read_json_object
+    from sparseft.runs.folder import read_json_object
 
     if not path.is_file():
         return False
@@ -178,7 +180,7 @@ def _quality(
 
 def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The settings in entries of `bench.methods` such as `lora rank=16`, checked, by entry."""
-    from sparseft import overrides, validation
+    from sparseft.compose import overrides, validation
     from sparseft.methods import config_class
 
     own: dict[str, dict[str, Any]] = {}
@@ -206,7 +208,7 @@ def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
 def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], folder: Path) -> list[Any]:
     """`bench.variants` × `bench.seeds`, each composed and checked before the first one runs."""
     from sparseft.bench.quality import Trial, folder_name
-    from sparseft.compose import compose
+    from sparseft.compose.run_config import compose
 
     made, names = [], set()
     variants = [_variant(text) for text in config.bench.variants]
@@ -228,8 +230,8 @@ def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], 
 
 def _same_training(config: RunConfig, path: Path) -> bool:
     """Whether a run's `config.yaml` says what `config` does; settings it does not name yet have their defaults."""
-    from sparseft.compose import from_dict
-    from sparseft.reading import read_yaml_object
+    from sparseft.compose.run_config import from_dict
+    from sparseft.files.untrusted import read_yaml_object
 
     try:
         there = from_dict(read_yaml_object(path)).to_dict()

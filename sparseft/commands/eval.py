@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.commands import checks
+from sparseft.adapters.files import adapter_hash
 from sparseft.config import BUNDLED, ModelConfig, RunConfig
 from sparseft.errors import UserError, nearest_path, shown, where_looked
+from sparseft.training import checks
 
 
 @dataclass
@@ -36,9 +37,10 @@ def run(
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluates and writes `eval/<task>.json` and its samples; returns accuracies by task and group."""
-    from sparseft import evaluation, runs
-    from sparseft.data.contamination import Seen
+    from sparseft import evaluation
+    from sparseft.data.question_hashes import Seen
     from sparseft.evaluation import contamination
+    from sparseft.runs import environment
 
     console.clear_warnings()
     if not tasks:
@@ -83,7 +85,7 @@ def run(
         "base": target.base.path if of_base is not None and target.base is not None else None,
         "data_dir": config.eval.data_dir,
         "split": config.eval.split,
-        "commit": runs.package_commit(),
+        "commit": environment.package_commit(),
         "settings": dataclasses.asdict(config.eval),
     }
     written = evaluation.write_results(folder, outcome, header)
@@ -106,7 +108,7 @@ def score_both(
     An adapter is loaded first, so that one that does not fit is refused before hours of work, and detached for the
     base, which is then the plain model that the base alone is. Whole models are loaded one after the other.
     """
-    from sparseft.adapter import detach, load_adapter, merge, mergeable
+    from sparseft.adapters.lifecycle import detach, load_adapter, merge, mergeable
 
     compared = target.base is not None and config.eval.compare_base
     model, tokenizer = load_target(target, config)
@@ -132,7 +134,7 @@ def prompt_format(wanted: str, run: Path | None) -> str:
     """`eval.prompt`, with `auto` the format that the run was trained on where that is a conversation's."""
     if wanted != "auto" or run is None or not (run / "environment.json").is_file():
         return wanted
-    from sparseft.runs import read_json_object
+    from sparseft.runs.folder import read_json_object
 
     format = (read_json_object(run / "environment.json").get("data") or {}).get("format")
     return {"alpaca": "alpaca", "guanaco": "guanaco", "messages": "chat"}.get(format, "auto")
@@ -160,32 +162,32 @@ def write_conversations(
 
 def check_place(config: RunConfig, target: Target) -> None:
     """Refuses a folder that the results could not be written into; makes nothing."""
-    from sparseft import runs
+    from sparseft.runs import folder as folder_module
 
     if target.folder is None and not config.output_dir:
-        runs.check_writable(runs.OUTPUTS, "folder")
+        folder_module.check_writable(folder_module.OUTPUTS, "folder")
         return
     folder = target.folder or new_folder(config)
     what = "the run's folder" if target.folder else "output_dir"
-    runs.check_writable(folder, what)
-    runs.check_writable(folder / "eval", what)
+    folder_module.check_writable(folder, what)
+    folder_module.check_writable(folder / "eval", what)
 
 
 def new_folder(config: RunConfig) -> Path:
     """Where results of a base or an adapter lie: `output_dir`, or a new folder under outputs/."""
-    from sparseft import runs
+    from sparseft.runs import folder as folder_module
 
     if config.output_dir:
         return Path(config.output_dir).expanduser()
-    return runs.new_folder(f"eval-{runs.timestamp()}")
+    return folder_module.new_folder(f"eval-{folder_module.timestamp()}")
 
 
 def find_target(
     config: RunConfig, *, run: str | None, adapter: str | None, base: bool, overrides: Sequence[str] = ()
 ) -> Target:
     """Which base model and adapter are meant; model overrides win over what a run or an adapter names."""
-    from sparseft import runs
-    from sparseft.adapter_files import is_adapter
+    from sparseft.adapters.files import is_adapter
+    from sparseft.runs import folder as folder_module
 
     given = [name for name, value in (("--run", run), ("--adapter", adapter), ("--base", base)) if value]
     if len(given) > 1:
@@ -199,21 +201,21 @@ def find_target(
         if not is_adapter(path) and is_adapter(path / "adapter"):
             path = path / "adapter"  # a run folder was given
         return _with_adapter(f"the adapter {adapter}", config, overrides, path, None)
-    if run is None and not runs.LATEST.is_symlink() and not runs.LATEST.exists():
+    if run is None and not folder_module.LATEST.is_symlink() and not folder_module.LATEST.exists():
         return Target(f"the base model {config.model.path} (there is no run yet)", config.model, None, None)
-    folder = runs.find_run(run) if run is not None else runs.latest_run()
+    folder = folder_module.find_run(run) if run is not None else folder_module.latest_run()
     latest = "the latest run" if run is None else "the run"
     if not is_adapter(folder / "adapter"):
         raise UserError(f"{latest} {folder} has no adapter (it did not finish): continue it with trainer.resume=auto.")
-    runs.check_own(folder)
+    folder_module.check_own(folder)
     model = _run_model(folder)
     return _with_adapter(f"{latest} {folder}", config, overrides, folder / "adapter", folder, model)
 
 
 def _run_model(folder: Path) -> ModelConfig:
     """The model of a run, but for `trust_remote_code`: who evaluates says that, not a folder from elsewhere."""
-    from sparseft.compose import from_dict
-    from sparseft.reading import read_yaml_object
+    from sparseft.compose.run_config import from_dict
+    from sparseft.files.untrusted import read_yaml_object
 
     return dataclasses.replace(from_dict(read_yaml_object(folder / "config.yaml")).model, trust_remote_code=False)
 
@@ -226,7 +228,7 @@ def _with_adapter(
     folder: Path | None,
     model: ModelConfig | None = None,
 ) -> Target:
-    from sparseft.adapter_files import is_whole_model, read_config
+    from sparseft.adapters.files import is_whole_model, read_config
 
     content = read_config(path)
     keys = {word.lstrip("+~").partition("=")[0] for word in overrides}
@@ -260,7 +262,7 @@ def _with_adapter(
 
 def _tokenizer_of_base(path: Path, content: dict[str, Any]) -> str:
     """The base that a whole model says it was trained from, for a tokenizer that the folder itself lacks."""
-    from sparseft.modeling import check_model_path
+    from sparseft.models.loading import check_model_path
 
     base = content.get("base_model")
     try:
@@ -277,8 +279,8 @@ def load_target(target: Target, config: RunConfig) -> tuple[Any, Any]:
     """The model with its adapter in the weights, and the tokenizer."""
     import transformers
 
-    from sparseft.adapter import load_adapter
-    from sparseft.modeling import load_model, load_tokenizer, resolve_device
+    from sparseft.adapters.lifecycle import load_adapter
+    from sparseft.models.loading import load_model, load_tokenizer, resolve_device
 
     transformers.logging.disable_progress_bar()
     device = resolve_device(config.hardware.device)
@@ -287,13 +289,6 @@ def load_target(target: Target, config: RunConfig) -> tuple[Any, Any]:
     if target.adapter is not None:
         model = load_adapter(model, target.adapter)
     return model.eval(), tokenizer
-
-
-def adapter_hash(path: Path | None) -> str | None:
-    """SHA-256 of the adapter's tensors."""
-    from sparseft.adapter_files import TENSORS, file_hash
-
-    return file_hash(path / TENSORS) if path is not None and (path / TENSORS).is_file() else None
 
 
 class Requests:

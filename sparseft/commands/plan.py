@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from sparseft import console
-from sparseft.commands import checks
 from sparseft.config import RunConfig
+from sparseft.training import checks
 
 GIB = 2**30
 PARTS = {
@@ -29,8 +29,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     (experts that take turns)."""
     import transformers
 
-    from sparseft import planning
-    from sparseft.modeling import context_length, load_config
+    from sparseft.models.loading import context_length, load_config
+    from sparseft.training import memory_plan as planning
 
     config = copy.deepcopy(config)
     config.method.validate()
@@ -82,7 +82,7 @@ def micro_batch(config: RunConfig) -> int:
 
 
 def _total(config: RunConfig, shape: Any, batch: int, length: int) -> int:
-    from sparseft import planning
+    from sparseft.training import memory_plan as planning
 
     return planning.step_memory(config, shape, batch=batch, length=length).total
 
@@ -94,7 +94,7 @@ def _around(value: int, limit: int | None) -> list[int]:
 def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] | None:
     """The fewest of `REMEDIES` with which the step fits: the overrides to give and the bytes it then takes; null where
     even all of them are not enough."""
-    from sparseft.trainer_distributed import has_experts
+    from sparseft.training.distributed_trainer import has_experts
 
     changed = copy.deepcopy(config)
     given: dict[str, str] = {}
@@ -111,7 +111,7 @@ def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] |
 def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> bool:
     """Changes the config by one remedy (ZeRO up to `stage`) and notes the overrides that do it; whether there was
     anything to change."""
-    from sparseft import planning
+    from sparseft.training import memory_plan as planning
 
     trainer, hardware = config.trainer, config.hardware
     if name == "micro_batch" and micro_batch(config) > 1:

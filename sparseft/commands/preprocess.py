@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparseft import console, launch
-from sparseft.commands import checks
+from sparseft import console
 from sparseft.config import RunConfig
+from sparseft.distributed import launch
 from sparseft.errors import UserError
 from sparseft.methods import METHODS, get_method
+from sparseft.training import checks
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -28,9 +29,9 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def _preprocess(config: RunConfig) -> dict[str, Any]:
-    from sparseft.commands.preparing import describe_selection, prepare, select
-    from sparseft.modeling import ModelSpec
-    from sparseft.trainer_distributed import forget_zero
+    from sparseft.distributed.deepspeed import forget_zero
+    from sparseft.models.spec import ModelSpec
+    from sparseft.training.prepare import describe_selection, prepare, select
 
     forget_zero()  # of an earlier run
     prepared = prepare(config)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.errors import UserError
-from sparseft.report import build_report
-from sparseft.runs import OUTPUTS, find_run, latest_run, timestamp
+from sparseft.report.sections import build_report
+from sparseft.runs.folder import OUTPUTS, find_run, latest_run, timestamp
 
 
 def run(runs: list[str]) -> dict[str, Any]:

@@ -6,15 +6,20 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sparseft import console, launch, schedules
-from sparseft.commands import checks, report, resuming
+from sparseft import console
 from sparseft.commands import plan as planning
-from sparseft.commands.scoring import Scorer, contamination
+from sparseft.commands import report
 from sparseft.config import BUNDLED, RunConfig
+from sparseft.distributed import launch
 from sparseft.errors import LayoutWarning, UserError
+from sparseft.files.atomic import write_json, write_text
 from sparseft.methods import get_method
-from sparseft.runs import check_run_folder, environment, link_latest, prepare_run_folder, write_json, write_text
-from sparseft.runs_metrics import truncate_metrics
+from sparseft.runs.environment import environment
+from sparseft.runs.folder import check_run_folder, link_latest, prepare_run_folder
+from sparseft.runs.metrics import truncate_metrics
+from sparseft.training import checks, schedules
+from sparseft.training import resume as resuming
+from sparseft.training.scoring import Scorer, contamination
 
 
 def run(config: RunConfig, *, plan: bool = False) -> dict[str, Any]:
@@ -42,10 +47,10 @@ def run(config: RunConfig, *, plan: bool = False) -> dict[str, Any]:
 
 def _train(config: RunConfig) -> dict[str, Any]:
     """The run, of which each process does its part and the first one writes the folder."""
-    from sparseft.importance.ranks import from_first
-    from sparseft.trainer_checkpoints import last_checkpoint
-    from sparseft.trainer_distributed import forget_zero
-    from sparseft.trainer_failures import explained
+    from sparseft.distributed.deepspeed import forget_zero
+    from sparseft.distributed.ranks import from_first
+    from sparseft.files.disk_errors import explained
+    from sparseft.training.checkpoints import last_checkpoint
 
     forget_zero()  # of an earlier run
     first = launch.first_process()
@@ -84,13 +89,15 @@ class Job:
     def __init__(self, config: RunConfig, previous: resuming.Previous | None) -> None:
         import transformers
 
-        from sparseft.adapter import attach, state_of, trainable_count
-        from sparseft.commands.preparing import describe_selection, describe_trainable, prepare
+        from sparseft.adapters.lifecycle import attach, state_of, trainable_count
         from sparseft.data.packing import check_packing
-        from sparseft.modeling import ModelSpec, runnable
-        from sparseft.trainer_arguments import training_arguments
-        from sparseft.trainer_distributed import has_experts, rank_and_world
-        from sparseft.trainer_memory import reset_peak_memory
+        from sparseft.distributed.ranks import rank_and_world
+        from sparseft.memory import reset_peak_memory
+        from sparseft.models.decoder import runnable
+        from sparseft.models.spec import ModelSpec
+        from sparseft.training.arguments import training_arguments
+        from sparseft.training.distributed_trainer import has_experts
+        from sparseft.training.prepare import describe_selection, describe_trainable, prepare
 
         self.config, self.previous = config, previous
         self.world_size = rank_and_world()[1]
@@ -163,7 +170,7 @@ class Job:
 
     def _check_context(self) -> None:
         """Refuses examples longer than the model's context: learned positions end there, others never saw more."""
-        from sparseft.modeling import context_length
+        from sparseft.models.loading import context_length
 
         context = context_length(self.prepared.model.config)
         data = self.prepared.data
@@ -176,8 +183,8 @@ class Job:
 
     def _selection(self) -> Any:
         """What trains: of a run that is continued its own selection, else the cached or computed one."""
-        from sparseft.commands.preparing import select
-        from sparseft.selection import Selection
+        from sparseft.selection.selection import Selection
+        from sparseft.training.prepare import select
 
         if self.previous is not None and self.previous.checkpoint is not None:
             own = self.previous.folder / "selection"
@@ -198,7 +205,7 @@ class Job:
 
     def describe_itself(self, folder: Path) -> None:
         """Writes what the run is into its folder: `config.yaml`, `environment.json`, `selection/`."""
-        from sparseft.compose import to_yaml
+        from sparseft.compose.run_config import to_yaml
 
         write_text(folder / "config.yaml", to_yaml(self.config))
         data = self.prepared.data
@@ -224,10 +231,10 @@ class Job:
         """Trains in the run's folder and returns its summary."""
         import transformers
 
-        from sparseft.commands.preparing import scope_parameters
-        from sparseft.data.batches import Collator
-        from sparseft.trainer import Trainer, train
-        from sparseft.trainer_memory import memory_bytes
+        from sparseft.data.collating import Collator
+        from sparseft.memory import memory_bytes
+        from sparseft.training.prepare import scope_parameters
+        from sparseft.training.trainer import Trainer, train
 
         config, prepared = self.config, self.prepared
         score = self.scorer.on_validation(self.model, prepared.tokenizer) if self.scorer else None
@@ -304,8 +311,8 @@ class Job:
 
     def _best(self, trainer: Any) -> Any:
         """What keeps the best evaluation's adapter and ends the training at the target."""
-        from sparseft.trainer_best import Best
-        from sparseft.trainer_checkpoints import CHECKPOINTS
+        from sparseft.training.best import Best
+        from sparseft.training.checkpoints import CHECKPOINTS
 
         config = self.config.trainer
         return Best(
@@ -317,7 +324,7 @@ class Job:
 
     def _last_step(self, folder: Path) -> int:
         """Where training ends: also where a run that is continued has reached its target before."""
-        from sparseft.trainer_best import reached
+        from sparseft.training.best import reached
 
         step = self.previous.step if self.previous else -1
         seen = first_recorded(folder, step) if step > 0 else None
@@ -329,7 +336,7 @@ class Job:
         """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time."""
         from sparseft.data import calibration_batches
         from sparseft.methods.selecting import reselect
-        from sparseft.trainer_reselecting import Reselection
+        from sparseft.training.reselection import Reselection
 
         method = self.config.method
 
@@ -362,8 +369,8 @@ class Job:
 
 def first_recorded(folder: Path, step: int) -> Any:
     """`recorded`, as the process finds it that writes the file."""
-    from sparseft.importance.ranks import from_first
-    from sparseft.trainer_best import recorded
+    from sparseft.distributed.ranks import from_first
+    from sparseft.training.best import recorded
 
     return from_first(recorded(folder, step) if launch.first_process() else None)
 

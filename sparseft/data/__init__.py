@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparseft.data.batches import Collator, calibration_batches
+    from sparseft.data.collating import Collator, calibration_batches
     from sparseft.data.formats import Example
     from sparseft.data.loading import LoadedData, load_datasets
     from sparseft.data.tokenized import TokenizedDataset
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["Collator", "Example", "LoadedData", "TokenizedDataset", "calibration_batches", "load_datasets"]
 
 _HOME = {
-    "Collator": "batches",
-    "calibration_batches": "batches",
+    "Collator": "collating",
+    "calibration_batches": "collating",
     "Example": "formats",
     "LoadedData": "loading",
     "load_datasets": "loading",

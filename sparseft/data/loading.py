@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from sparseft.config import BUNDLED, DatasetConfig
-from sparseft.data.batches import seeded_first
-from sparseft.data.caching import Cache, Damaged, MemoryWriter, Tokens, Writer, tokens_key
 from sparseft.data.chat import Chats
-from sparseft.data.contamination import Seen
+from sparseft.data.collating import seeded_first
 from sparseft.data.formats import DETECTION_RECORDS, Plain, check_format, check_records, detect_format
+from sparseft.data.oasst_trees import PATHS, Trees
 from sparseft.data.packing import PackedDataset
+from sparseft.data.question_hashes import Seen
 from sparseft.data.sources import BUNDLED_ROOT, Source, open_source
+from sparseft.data.token_cache import Cache, Damaged, MemoryWriter, Tokens, Writer, tokens_key
 from sparseft.data.tokenized import Encoder, TokenizedDataset, tokenize
-from sparseft.data.trees import PATHS, Trees
 from sparseft.errors import UserError, nearest
 
 # What the package bundles for a family of data sets: training file, and an evaluation file where there is one.

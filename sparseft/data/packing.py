@@ -127,7 +127,7 @@ def check_packing(model: nn.Module, batch_size: int) -> None:
     """
     import torch
 
-    from sparseft import probing
+    from sparseft.models import probing
 
     rows, border, length = min(batch_size, 2), 7, 16
     ids = probing.plain_tokens(model, rows, length)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.config import BUNDLED
-from sparseft.data import reading, unpacking
-from sparseft.data.reading import Item
+from sparseft.data import readers as reading
+from sparseft.data import unpacking
+from sparseft.data.readers import Item
 from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, where_looked
 
 BUNDLED_ROOT = Path(__file__).resolve().parent.parent / "bundled"

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from sparseft.data.contamination import question_hash
 from sparseft.data.formats import Example
+from sparseft.data.question_hashes import question_hash
 from sparseft.errors import UserError
 
 IGNORED = -100  # the label that torch's cross entropy skips

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sparseft.data.contamination import Seen, test_questions
+from sparseft.data.question_hashes import Seen, test_questions
 from sparseft.evaluation.llm_adapters import find_file, read_records
 from sparseft.evaluation.run import Plan
 from sparseft.evaluation.tasks import ARITHMETIC, COMMONSENSE, HARNESS

@@ -26,7 +26,7 @@ from tokenizers.processors import TemplateProcessing
 
 from sparseft.data.loading import no_row
 from sparseft.errors import UserError
-from sparseft.modeling import vocabulary_rows
+from sparseft.models.loading import vocabulary_rows
 
 log = logging.getLogger(__name__)
 

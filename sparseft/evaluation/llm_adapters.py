@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.errors import UserError, shown
-from sparseft.evaluation import hub
+from sparseft.evaluation import llm_adapters_hub as hub
 from sparseft.evaluation.task_files import common
 from sparseft.evaluation.tasks import GROUPS, group_of
-from sparseft.reading import read_json, why
+from sparseft.files.untrusted import read_json, why
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask

@@ -18,8 +18,8 @@ from typing import Any
 from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_follow_up, alpaca_prompt
 from sparseft.errors import UserError
 from sparseft.evaluation.tasks import MT_BENCH
-from sparseft.reading import parse_json, why
-from sparseft.runs import write_text
+from sparseft.files.atomic import write_text
+from sparseft.files.untrusted import parse_json, why
 
 FILE = "question.jsonl"
 MAX_NEW_TOKENS = 1024  # a turn, as FastChat's

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparseft.config import EvalConfig
 from sparseft.errors import RunError, UserError, nearest
-from sparseft.evaluation import hub, llm_adapters, mmlu, mt_bench, results
+from sparseft.evaluation import llm_adapters, mmlu, mt_bench, results
+from sparseft.evaluation import llm_adapters_hub as hub
 from sparseft.evaluation.tasks import (
     ARITHMETIC,
     COMMONSENSE,

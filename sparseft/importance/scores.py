@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from sparseft import __version__
+from sparseft.distributed import ranks
+from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError
-from sparseft.importance import ranks
-from sparseft.importance.collecting import collect, keep
-from sparseft.importance.resuming import SCORES, Partial
-from sparseft.importance.second_order import SecondOrder, SecondOrderStatistics, summary
+from sparseft.importance.calibration import collect, keep
+from sparseft.importance.calibration_state import SCORES, Partial
+from sparseft.importance.kfac import SecondOrder, SecondOrderStatistics, summary
 from sparseft.importance.units import Unitised, sum_features, sum_units
 from sparseft.kernels.reference import to_blocks
-from sparseft.sharding import any_sharded, gathered
 
 # Tokens, padding included, that go through the model at once where samples may be summed together: a thousand fill the
 # products, and their activations take little beside a model for which memory matters (twice as many were 4 % slower on

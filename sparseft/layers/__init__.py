@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sparseft.layers.base import SparseLinear, write_back
 from sparseft.layers.blocks import BlockSparseLinear
-from sparseft.layers.converting import convert, restore, sparse_layers
+from sparseft.layers.convert import convert, restore, sparse_layers
 from sparseft.layers.pattern import Pattern
-from sparseft.layers.permuting import convert_permuted
-from sparseft.layers.sharing import share_inputs
+from sparseft.layers.permuted_layout import convert_permuted
+from sparseft.layers.saved_inputs import share_inputs
+from sparseft.layers.sparse_linear import SparseLinear, write_back
 from sparseft.layers.structured import S2ColumnLinear, S2RowLinear
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparseft.layers.base import SparseLinear
+from sparseft.layers.sparse_linear import SparseLinear
 
 
 class BlockSparseLinear(SparseLinear):

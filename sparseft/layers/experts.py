@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparseft.expert_weights import Expert, find_expert, stack_parameter
 from sparseft.kernels import reference
-from sparseft.layers.base import SparseLinear
 from sparseft.layers.experts_grouped import grouped_product
+from sparseft.layers.sparse_linear import SparseLinear
+from sparseft.models.expert_weights import Expert, find_expert, stack_parameter
 
 _CONFIG = "_sparseft_config"  # where an opened experts module keeps its own config
 # What may be asked of a stack as of its parameter; a product by another way would lose the deltas' gradient silently.

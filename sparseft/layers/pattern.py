@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch, reference
-from sparseft.layers.parking import Parked
-from sparseft.layers.slices import SharedSlice
+from sparseft.layers.inactive import Parked
+from sparseft.layers.saved_slices import SharedSlice
 
 # A layer of blocks that stands alone saves the needed column blocks of x when they are at most this share of it: a
-# larger slice of its own may cost more than x itself, which others may save too. In a model `layers/sharing.py` knows.
+# larger slice of its own may cost more than x itself, which others may save too. In a model
+# `layers/saved_inputs.py` knows.
 SLICE_SHARE = 0.5
 
 

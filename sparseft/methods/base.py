@@ -10,8 +10,9 @@ from sparseft.errors import UserError, nearest
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparseft.modeling import ModelSpec
-    from sparseft.selection import Budget, Selection
+    from sparseft.models.spec import ModelSpec
+    from sparseft.selection.budget import Budget
+    from sparseft.selection.selection import Selection
 
 IMPORTANCES = ("random", "weight", "activation", "product", "gradient", "fisher", "sylva")
 IMPORTANCES_WITHOUT_DATA = ("random", "weight")

@@ -10,7 +10,7 @@ from sparseft.methods.base import Method, check_choice
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparseft.selection import Selection
+    from sparseft.selection.selection import Selection
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Full(Method):
         if config.dtype == "float32":
             import torch
 
-            from sparseft.sharding import cast
+            from sparseft.distributed.zero3 import cast
 
             cast(model, torch.float32)
         return model.requires_grad_(True)

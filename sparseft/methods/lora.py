@@ -11,8 +11,8 @@ from sparseft.methods.base import DEFAULT_SPARSITY, Method, check_share
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparseft.modeling import ModelSpec
-    from sparseft.selection import Selection
+    from sparseft.models.spec import ModelSpec
+    from sparseft.selection.selection import Selection
 
 
 @dataclass
@@ -94,9 +94,9 @@ class Lora(Method):
         import peft
         import torch
 
-        from sparseft.exact_targets import exact_targets, lora_modules, others
-        from sparseft.layers.converting import check_modules
-        from sparseft.modeling import ModelSpec
+        from sparseft.layers.convert import check_modules
+        from sparseft.methods.exact_targets import exact_targets, lora_modules, others
+        from sparseft.models.spec import ModelSpec
 
         spec = ModelSpec.of(model)
         rank, targets = rank_for(spec, config), target_modules(spec, config)

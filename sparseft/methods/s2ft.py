@@ -16,8 +16,9 @@ from sparseft.methods.base import SparseConfig, SparseMethod, check_choice
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparseft.modeling import ModelSpec
-    from sparseft.selection import Budget, Selection
+    from sparseft.models.spec import ModelSpec
+    from sparseft.selection.budget import Budget
+    from sparseft.selection.selection import Selection
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 RATIO_FIELDS = {
@@ -94,7 +95,7 @@ class S2FT(SparseMethod):
     learning_rate = 2e-4
 
     def budget(self, spec: ModelSpec, config: S2FTConfig) -> Budget:
-        from sparseft.selection import ratio_budget, sparsity_budget
+        from sparseft.selection.budget import ratio_budget, sparsity_budget
 
         if config.rows is not None or config.columns is not None:
             slots = spec.named_slots(config.rows or [], config.columns or [], config.scope)
@@ -116,7 +117,7 @@ class S2FT(SparseMethod):
         if config.layout == "gather" or selection is None:
             return super().convert(model, config, selection)
         from sparseft.layers import convert_permuted
-        from sparseft.modeling import ModelSpec
+        from sparseft.models.spec import ModelSpec
 
         for reason, modules in convert_permuted(model, selection, ModelSpec.of(model)).items():
             who = f"{modules[0]} stays" if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more stay"

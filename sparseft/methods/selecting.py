@@ -10,17 +10,20 @@ from typing import Any
 from torch import nn
 
 from sparseft import console
+from sparseft.distributed import ranks
 from sparseft.errors import UserError
-from sparseft.importance import compute_scores, ranks
-from sparseft.importance.second_order import SecondOrder
+from sparseft.importance import compute_scores
+from sparseft.importance.kfac import SecondOrder
 from sparseft.layers import sparse_layers
-from sparseft.layers.converting import check_modules
+from sparseft.layers.convert import check_modules
 from sparseft.layers.experts import opened
-from sparseft.layers.order import original_order
+from sparseft.layers.reordering import original_order
 from sparseft.methods import method_of
 from sparseft.methods.base import SparseConfig
-from sparseft.modeling import ModelSpec, inside_compiled
-from sparseft.selection import Selection, choose, generator_for
+from sparseft.models.compiled import inside_compiled
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.choose import choose, generator_for
+from sparseft.selection.selection import Selection
 
 
 @inside_compiled

@@ -9,8 +9,8 @@ from sparseft.errors import UserError
 from sparseft.methods.base import TOLERANCE, SparseConfig, SparseMethod, check_choice
 
 if TYPE_CHECKING:
-    from sparseft.modeling import ModelSpec
-    from sparseft.selection import Budget
+    from sparseft.models.spec import ModelSpec
+    from sparseft.selection.budget import Budget
 
 BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
 DEFAULT_SIZES = (64, 32, 16, 8, 4)  # what null tries, in this order
@@ -108,14 +108,14 @@ class Sylva(SparseMethod):
         return config
 
     def _outcome(self, spec: ModelSpec, config: SylvaConfig, size: int) -> Outcome:
-        from sparseft.selection import block_budget, blocks_spent
+        from sparseft.selection.budget import block_budget, blocks_spent
 
         budget = block_budget(spec, size, config.wanted_sparsity, scope=config.scope)
         average, most = blocks_spent(budget, config.allocation)
         return Outcome(1.0 - config.wanted_sparsity, average / budget.scope_parameters, most / budget.scope_parameters)
 
     def budget(self, spec: ModelSpec, config: SylvaConfig) -> Budget:
-        from sparseft.selection import block_budget
+        from sparseft.selection.budget import block_budget
 
         if config.block_size is None:
             config = self.settled(spec, config)

@@ -1,0 +1,592 @@
+"""LoRA and DoRA in peft's wrapper: load a folder, switch, fuse, save, and give the base back or merge.
+
+peft writes part of what an adapter trained into the base itself (biases, embeddings that its file holds) and lets
+modules that it replaced stay in the model. Here the base's own values are kept aside (`Overwritten`), so that the base
+is the base again, bit for bit, whenever no adapter is active.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.adapters.files import CONFIG, TENSORS, check_peft, write_peft
+from sparseft.errors import UserError, nearest, shown
+from sparseft.files.tensors import read_json
+from sparseft.methods.exact_targets import as_written, exact_targets
+
+WRAPPED = "base_model.model."  # what peft's wrapper puts before the base's names
+INSIDE = ("token_adapter", "base_layer", "original_module")  # and into them, where it put a layer around a module
+HOOKS = ("_require_grads_hooks", "_require_grads_hook")
+
+
+@dataclass
+class Overwritten:
+    """The base's parameters that some adapter gives other values: the active one's are in the model.
+
+    `parameters`: the base's own, by their names before it was wrapped, each once; `names`: every name that one has
+    there (a tied one has two) with the name in `parameters`. `base` and `own` hold values by those names: the base's,
+    and those of each adapter (of the active one: as they were when it became active).
+    """
+
+    parameters: dict[str, nn.Parameter]
+    names: dict[str, str]
+    buffers: frozenset[str]
+    hooks: dict[str, Any]  # transformers' on the embeddings, for gradient checkpointing
+    base: dict[str, Tensor] = field(default_factory=dict)
+    own: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(model: nn.Module) -> Overwritten:
+        """Nothing overwritten yet, of a model before peft wraps it."""
+        parameters = dict(model.named_parameters())
+        name_of = {id(parameter): name for name, parameter in parameters.items()}
+        names = {name: name_of[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        buffers = frozenset(name for name, _ in model.named_buffers())
+        return Overwritten(parameters, names, buffers, {k: v for k, v in vars(model).items() if k in HOOKS})
+
+    def values(self, names: Any) -> dict[str, Tensor]:
+        """Copies of the present values."""
+        return {name: self.parameters[name].detach().clone() for name in names}
+
+    @torch.no_grad()
+    def write(self, values: dict[str, Tensor]) -> None:
+        """Puts values into the model."""
+        for name, value in values.items():
+            self.parameters[name].copy_(value)
+
+
+def _is_bias(name: str) -> bool:
+    return name == "bias" or name.endswith(".bias")
+
+
+# ---- loading ----
+
+
+def load_peft(model: nn.Module, folder: Path, name: str, kept: Overwritten, active: str | None) -> nn.Module:
+    """Loads a LoRA (or DoRA) folder that peft reads, onto a plain model or peft's wrapper, whole or not at all.
+
+    Returns the wrapper with `name` active and every module's training mode kept; `active` is what was active before.
+    """
+    import peft
+
+    if not (folder / TENSORS).is_file():
+        raise UserError(f"{folder}: no {TENSORS}; weights in another format (pickle) are not loaded.")
+    content = read_json(folder / CONFIG, "adapter")
+    tensors = check_peft(folder, content)
+    plain = not isinstance(model, peft.PeftModel)
+    modes = {id(module): module.training for module in model.modules()}
+    put_back = _structure(model)
+    wrapper: Any = model
+    try:
+        with _quiet(), as_written(content):
+            config = peft.PeftConfig.from_pretrained(str(folder))
+            config.inference_mode = False
+            if plain:
+                wrapper = peft.get_peft_model(model, dataclasses.replace(config, bias="none"), adapter_name=name)
+                own = _fill(wrapper, kept, tensors, name)
+            else:
+                _check_beside(model, config, name)
+                if name in model.peft_config:
+                    model.delete_adapter(name)
+                own = _add(model, kept, tensors, name, config)
+                kept.own.pop(name, None)
+                active = active if active != name else None
+    except Exception as error:  # peft raises many kinds for a folder that does not fit; all of them are the folder's
+        put_back()  # peft leaves what it had put in place by then
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        reason = " ".join(line.strip() for line in lines[:2])  # torch's first line of misfits only introduces them
+        raise UserError(f"{folder}: peft cannot load it on this model: {shown(reason, 300)}") from error
+    wrapper.peft_config[name].bias = config.bias
+    trained = _trained_biases(wrapper, kept, name)
+    base = kept.values((own.keys() | trained) - kept.base.keys()) | kept.base  # never written yet, or kept
+    own = {n: own.get(n, base[n].clone()) for n in own.keys() | trained}
+    own = {n: value for n, value in own.items() if n in trained or not torch.equal(value, base[n])}
+    kept.base = {n: value for n, value in base.items() if n in own or n in kept.base}
+    if own:
+        kept.own[name] = own
+    switch(wrapper, kept, active, name)
+    _set_modes(wrapper, modes)  # peft's new modules would drop out in evaluation mode too
+    return wrapper
+
+
+def _structure(model: nn.Module) -> Callable[[], None]:
+    """Notes which modules, parameters and settings a model and all in it hold (no values); returns what puts them back.
+
+    The containers stay the same ones, as tied layers share them.
+    """
+    attributes = [vars(module) for module in model.modules()]
+    boxes = [value for each in attributes for value in each.values() if isinstance(value, dict | list | set)]
+    before = [(box, copy.copy(box)) for box in (*attributes, *boxes)]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def put_back() -> None:
+        for box, content in before:
+            box.clear()
+            box.extend(content) if isinstance(box, list) else box.update(content)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    return put_back
+
+
+def _check_beside(model: Any, config: Any, name: str) -> None:
+    """Refuses what peft cannot hold beside the adapters that are there: it looks for the tokens of one in all."""
+    others = {known: other for known, other in model.peft_config.items() if known != name}
+    for known, other in others.items():
+        if bool(other.trainable_token_indices) != bool(config.trainable_token_indices):
+            raise ValueError(f"only one of it and '{known}' trains single tokens, and peft cannot hold both at once")
+
+
+def _add(model: Any, kept: Overwritten, tensors: dict[str, Tensor], name: str, config: Any) -> dict[str, Tensor]:
+    """Adds one more adapter to peft's wrapper; returns what it gives the base's own parameters."""
+    with _without_biases(model):
+        model.add_adapter(name, dataclasses.replace(config, bias="none"))
+        return _fill(model, kept, tensors, name)
+
+
+@contextlib.contextmanager
+def _without_biases(model: Any) -> Iterator[None]:
+    """Inside, peft knows of no adapter with biases: it refuses a second one, having no place for its values."""
+    known = {name: config.bias for name, config in model.peft_config.items()}
+    for name in known:
+        model.peft_config[name].bias = "none"
+    try:
+        yield
+    finally:
+        for name, bias in known.items():
+            if name in model.peft_config:
+                model.peft_config[name].bias = bias
+
+
+def _fill(model: Any, kept: Overwritten, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Fills peft's layers from a file's tensors; returns those for the base's own parameters, which stay as they are.
+
+    Raises whatever peft does, `ValueError` where tensors are missing, unknown or of another shape.
+    """
+    import peft
+    from peft.utils.other import ModulesToSaveWrapper
+
+    modules = tuple(
+        f"{module_name}."
+        for module_name, module in model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
+    )
+    own: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        inner = key.removeprefix(WRAPPED)
+        plain = inner
+        for part in INSIDE:
+            plain = plain.replace(f".{part}.", ".")
+        if plain in kept.buffers:
+            raise ValueError(f"it would overwrite the base's {plain}")
+        if inner.endswith(".modules_to_save.bias"):
+            continue  # with bias: all, peft writes the biases of whole modules a second time
+        if plain not in kept.names or (inner.startswith(modules) and ".original_module." not in inner):
+            rest[key] = value
+            continue
+        parameter = kept.parameters[kept.names[plain]]
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"size mismatch for {plain}: {tuple(value.shape)} in the file, {tuple(parameter.shape)} here"
+            )
+        own[kept.names[plain]] = value.to(parameter)
+    try:
+        result = peft.set_peft_model_state_dict(model, rest, adapter_name=name)
+    except KeyError as error:  # of a whole module or single tokens
+        raise ValueError(f"the file lacks tensors: {error.args[0]}") from error
+    missing = [key for key in result.missing_keys if ".lora_" in key and name in key.split(".")]
+    for problem, keys in (("lacks", missing), ("has unknown", result.unexpected_keys)):
+        if keys:
+            raise ValueError(f"the file {problem} tensors: {', '.join(map(shown, keys[:3]))}")
+    return own
+
+
+def _trained_biases(model: Any, kept: Overwritten, name: str) -> set[str]:
+    """The base's biases that peft trains as part of the adapter `name`."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    bias = model.peft_config[name].bias
+    if bias == "none":
+        return set()
+    if bias == "all":
+        wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper) and name in m.modules_to_save]
+        replaced = {id(parameter) for wrapper in wrappers for parameter in wrapper.original_module.parameters()}
+        return {n for n, parameter in kept.parameters.items() if _is_bias(n) and id(parameter) not in replaced}
+    layers = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLayer) and name in m.r]
+    chosen = {id(layer.bias) for layer in layers if getattr(layer, "bias", None) is not None}
+    return {parameter for parameter, value in kept.parameters.items() if id(value) in chosen}
+
+
+def _set_modes(model: nn.Module, modes: dict[int, bool]) -> None:
+    """Gives known modules back their training mode, and new ones that of the module they lie in."""
+
+    def visit(module: nn.Module, inherited: bool) -> None:
+        module.training = modes.get(id(module), inherited)
+        for child in module.children():
+            visit(child, module.training)
+
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    visit(model, modes.get(id(root), root.training))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences peft's warnings of what is taken care of here."""
+    with warnings.catch_warnings():
+        for message in (
+            "Unexpected keyword arguments",  # `sparseft`, our own key
+            "The PEFT config's `base_model_name_or_path`",  # a base kept elsewhere
+            "Careful, disabling adapter layers with bias",
+            "Model has `tie_word_embeddings=True`",
+            "Model with `tie_word_embeddings=True`",
+            "Setting `save_embedding_layers` to `True`",
+            "Could not find a config file in",
+            ".*was active which is now deleted",
+            "fan_in_fan_out is set to",
+            "`is_gradient_checkpointing` is deprecated",  # of transformers, by peft
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+# ---- switching ----
+
+
+def switch(model: Any, kept: Overwritten, active: str | None, name: str | None) -> None:
+    """Makes the adapter `name` of peft's wrapper the active one instead of `active`; null: the base, bit for bit."""
+    if active in kept.own:  # it may have been trained since
+        kept.own[active] = kept.values(kept.own[active])
+    kept.write(kept.base | kept.own.get(name, {}) if name is not None else kept.base)
+    with _quiet():
+        _choose(model, kept, name)
+
+
+def _choose(model: Any, kept: Overwritten, name: str | None) -> None:
+    """Tells peft which adapter computes, and which of the base's biases train with it."""
+    if name is None:
+        model.base_model.disable_adapter_layers()
+    else:
+        model.base_model.enable_adapter_layers()
+        model.set_adapter(name)
+    trained = _trained_biases(model, kept, name) if name is not None else set()
+    for parameter in kept.base:
+        kept.parameters[parameter].requires_grad_(parameter in trained)
+
+
+def save(model: Any, kept: Overwritten, active: str | None, name: str, header: dict[str, Any], folder: Path) -> None:
+    """Writes the adapter `name` in peft's files, with its own values of the base's parameters."""
+    if name != active:
+        switch(model, kept, active, name)
+    try:
+        with _quiet():
+            write_peft(model, name, header, folder)
+    finally:
+        if name != active:
+            switch(model, kept, name, active)
+
+
+# ---- fusing ----
+
+
+def fuse_peft(model: Any, kept: Overwritten, active: str | None, weights: dict[str, float], name: str) -> None:
+    """Adds the LoRA adapter `name` to peft's wrapper: the exact weighted sum of others, their ranks added up.
+
+    Biases and whole modules that they trained are summed by what they differ from the base.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for known in weights:
+        if known not in model.peft_config:
+            raise UserError(f"no adapter is called '{known}'.{nearest(known, model.peft_config)}")
+        config = model.peft_config[known]
+        if config.use_dora:
+            raise UserError(f"fuse: '{known}' is a DoRA adapter, whose magnitudes do not add up: merge it instead.")
+        for setting in ("trainable_token_indices", "target_parameters"):
+            if getattr(config, setting, None):
+                raise UserError(f"fuse: '{known}' has {setting}, which peft does not add up: merge it instead.")
+    if name in weights:
+        raise UserError(f"fuse: '{name}' cannot be made of itself: name the sum differently.")
+    switch(model, kept, active, None)  # the base's own values, which differences are taken from
+    base = model.get_base_model()
+    layers = {
+        layer_name: (layer, [known for known in weights if known in layer.r])
+        for layer_name, layer in base.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    targets = sorted(layer_name for layer_name, (_, parts) in layers.items() if parts)
+    rank = max(sum(layer.r[known] for known in parts) for layer, parts in layers.values() if parts)
+    configs = [model.peft_config[known] for known in weights]
+    config = dataclasses.replace(
+        configs[0], r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={},
+        target_modules=targets, exclude_modules=None, layers_to_transform=None, layers_pattern=None, bias="none",
+        lora_bias=any(c.lora_bias for c in configs), inference_mode=False,
+        modules_to_save=sorted({module for c in configs for module in c.modules_to_save or ()}) or None,
+    )  # fmt: skip
+    modes = {id(module): module.training for module in model.modules()}
+    with _quiet(), _without_biases(model), exact_targets():
+        if name in model.peft_config:
+            model.delete_adapter(name)  # peft would leave the old one as it is
+            kept.own.pop(name, None)
+        model.add_adapter(name, config)
+    with torch.no_grad():
+        for layer, parts in layers.values():
+            if parts:
+                _add_up(layer, {known: weights[known] for known in parts}, name)
+        for module in base.modules():
+            if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+                start = dict(module.original_module.named_parameters())
+                for parameter_name, total in module.modules_to_save[name].named_parameters():
+                    parts = {k: module.modules_to_save[k] for k in weights if k in module.modules_to_save}
+                    values = {k: part.get_parameter(parameter_name) for k, part in parts.items()}
+                    total.copy_(_weighted(start[parameter_name], values, weights))
+        own = {
+            parameter: _weighted(kept.base[parameter], {k: v[parameter] for k, v in known.items()}, weights)
+            for parameter in kept.base
+            if (known := {k: v for k, v in kept.own.items() if k in weights and parameter in v})
+        }
+    if own:
+        kept.own[name] = own
+    biases = {c.bias for c in configs} - {"none"}
+    model.peft_config[name].bias = "all" if biases else "none"
+    _set_modes(model, modes)
+    with _quiet():
+        _choose(model, kept, None)
+
+
+def _weighted(base: Tensor, values: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """base + Σ weight × (value − base), in fp32 at least, in the base's dtype."""
+    start = base.to(torch.promote_types(base.dtype, torch.float32))
+    total = start.clone()
+    for known, value in values.items():
+        total += weights[known] * (value.to(start) - start)
+    return total.to(base.dtype)
+
+
+def _add_up(layer: Any, weights: dict[str, float], name: str) -> None:
+    """Fills the adapter `name` of one LoRA layer: the others' factors side by side, zeros in the ranks left over."""
+    layer.scaling[name] = 1.0
+    embedding = name in layer.lora_embedding_A
+    first = layer.lora_embedding_A[name] if embedding else layer.lora_A[name].weight
+    second = layer.lora_embedding_B[name] if embedding else layer.lora_B[name].weight
+    first.zero_()
+    second.zero_()
+    bias = None if embedding else layer.lora_B[name].bias
+    if bias is not None:
+        bias.zero_()
+    start = 0
+    for known, weight in weights.items():
+        scale = weight * layer.scaling[known]
+        left = layer.lora_embedding_A[known] if embedding else layer.lora_A[known].weight
+        right = layer.lora_embedding_B[known] if embedding else layer.lora_B[known].weight
+        first[start : start + len(left)] = left
+        second[:, start : start + len(left)] = scale * right
+        start += len(left)
+        if bias is not None and layer.lora_B[known].bias is not None:
+            bias += scale * layer.lora_B[known].bias
+
+
+# ---- leaving ----
+
+
+def unmergeable(model: Any, name: str) -> str | None:
+    """Why the adapter `name` cannot become weights of the plain model; null: it can."""
+    from peft.tuners.lora import LoraLayer
+
+    base = model.get_base_model()
+    for module_name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and module.lora_bias.get(name):
+            if getattr(module.get_base_layer(), "bias", None) is None:
+                return f"it adds a bias (lora_bias) to {module_name}, which has none"
+    if _will_untie(base, name) and (always := _tied_without_config(base)):
+        return f"it changes {always[0]} apart from {always[1]}, which this model always ties to it"
+    return None
+
+
+def leave(model: Any, kept: Overwritten, active: str | None, *, merged: bool) -> nn.Module:
+    """The plain model: merged with the active adapter, or bit for bit as before peft wrapped it.
+
+    A head or embedding that only the adapter's part of a tied pair changed is untied, in the config too.
+    """
+    base = model.get_base_model()
+    if merged and active is not None:
+        if (reason := unmergeable(model, active)) is not None:
+            raise UserError(f"'{active}' cannot be merged: {reason}.")
+        _untie(base, active)
+        with _quiet():
+            _unwrap(base, active)
+        _tell_untied(base)
+    else:
+        switch(model, kept, active, None)
+        _unwrap(base, None)
+    _drop_hooks(base, kept)
+    return base
+
+
+def _drop_hooks(model: nn.Module, kept: Overwritten) -> None:
+    """Takes away the hooks on the embeddings that were added since; peft adds one for gradient checkpointing."""
+    known = list(kept.hooks.get("_require_grads_hooks") or kept.hooks.values())
+    for hook in getattr(model, "_require_grads_hooks", None) or ():
+        if all(hook is not other for other in known):
+            hook.remove()
+    for attribute in HOOKS:
+        vars(model).pop(attribute, None)
+    vars(model).update(kept.hooks)
+
+
+def _unwrap(model: nn.Module, name: str | None) -> None:
+    """Takes peft's layers out of a model, merging the adapter `name` into what they wrap (null: nothing)."""
+    visited: set[int] = set()
+
+    def visit(parent: nn.Module) -> None:
+        if id(parent) in visited:
+            return
+        visited.add(id(parent))
+        for child_name, child in list(parent._modules.items()):
+            if child is not None:
+                inner = _inside(child, name)
+                parent._modules[child_name] = inner
+                visit(inner)
+
+    visit(model)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _inside(module: nn.Module, name: str | None) -> nn.Module:
+    """What a layer of peft's stands for; with `name` merged in where it is not null. Any other module is itself."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    while True:
+        if isinstance(module, ModulesToSaveWrapper):
+            chosen = module.modules_to_save
+            module = chosen[name] if name is not None and name in chosen else module.original_module
+        elif isinstance(module, TrainableTokensWrapper):
+            tokens = module.token_adapter
+            if name is not None and name in tokens.trainable_tokens_delta:
+                tokens.merge(adapter_names=[name])
+            module = tokens.base_layer
+        elif hasattr(module, "unload_and_optionally_merge_module"):  # nested, or of more than one weight
+            merge, names = name is not None, None if name is None else [name]
+            module = module.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=names)
+        elif isinstance(module, BaseTunerLayer):
+            if name is not None:
+                module.merge(adapter_names=[name])
+            module = module.base_layer
+        else:
+            return module
+
+
+def _shared(model: nn.Module) -> list[list[tuple[nn.Module, str, list[nn.Module]]]]:
+    """The base's parameters that several modules hold: for each its owners, the parameter's name there, and peft's
+    layers around the owner.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    owners: dict[int, list[tuple[nn.Module, str, list[nn.Module]]]] = defaultdict(list)
+
+    def visit(module: nn.Module, around: list[nn.Module]) -> None:
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            visit(module.original_module, [*around, module])
+        elif isinstance(module, BaseTunerLayer):
+            visit(module.base_layer, [*around, module])
+        else:
+            for parameter_name, parameter in module._parameters.items():
+                if parameter is not None and all(owner is not module for owner, _, _ in owners[id(parameter)]):
+                    owners[id(parameter)].append((module, parameter_name, around))
+            for child in module.children():
+                visit(child, [])
+
+    visit(model, [])
+    return [group for group in owners.values() if len(group) > 1]
+
+
+def _changes(layers: list[nn.Module], name: str) -> set[str]:
+    """How the adapter `name` changes what lies inside these layers of peft's: `weights`, `module`, `tokens` (with the
+    number of their values, which tied layers may share).
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    found = set()
+    for layer in layers:
+        if isinstance(layer, ModulesToSaveWrapper) and name in layer.modules_to_save:
+            found.add("module")
+        elif isinstance(layer, TrainableTokensWrapper) and name in layer.token_adapter.trainable_tokens_delta:
+            found.add(f"tokens {id(layer.token_adapter.trainable_tokens_delta[name])}")
+        elif isinstance(layer, LoraLayer) and name in layer.r:
+            found.add("weights")
+    return found
+
+
+def _apart(model: nn.Module, name: str) -> list[list[tuple[nn.Module, str, set[str]]]]:
+    """The tied parameters whose owners the adapter changes differently, with how; the same tokens in all of them go
+    together.
+    """
+    groups = [[(owner, p, _changes(around, name)) for owner, p, around in group] for group in _shared(model)]
+    return [g for g in groups if any(how != g[0][2] or how & {"weights", "module"} for _, _, how in g)]
+
+
+def _will_untie(model: nn.Module, name: str) -> bool:
+    return bool(_apart(model, name))
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    """Gives each owner of a tied parameter that the adapter changes a copy of its own to be changed."""
+    for group in _apart(model, name):
+        for owner, parameter_name, how in group:
+            if how - {"module"}:
+                value = owner._parameters[parameter_name]
+                owner._parameters[parameter_name] = nn.Parameter(value.detach().clone(), value.requires_grad)
+
+
+def _configs(model: Any) -> list[Any]:
+    return list({id(c): c for c in (model.config, model.config.get_text_config())}.values())
+
+
+def _tied_without_config(model: Any) -> tuple[str, str] | None:
+    """A pair that the model ties whatever its config says, so that it would be tied again when it is loaded."""
+    if not hasattr(model, "get_expanded_tied_weights_keys"):
+        return None
+    configs = _configs(model)
+    before = [getattr(config, "tie_word_embeddings", None) for config in configs]
+    try:
+        for config in configs:
+            config.tie_word_embeddings = False
+        return next(iter(model.get_expanded_tied_weights_keys(all_submodels=True).items()), None)
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            if value is None:
+                del config.tie_word_embeddings
+            else:
+                config.tie_word_embeddings = value
+
+
+def _tell_untied(model: Any) -> None:
+    """Where a tied pair came apart, says so in the model and its config: else it would be tied again when loaded."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if all(model.get_parameter(target) is model.get_parameter(source) for target, source in tied.items()):
+        return
+    for target, source in tied.items():  # the config ties all pairs or none
+        owner, _, parameter_name = target.rpartition(".")
+        value = model.get_parameter(target)
+        if value is model.get_parameter(source):
+            model.get_submodule(owner)._parameters[parameter_name] = nn.Parameter(value.detach().clone())
+    model.all_tied_weights_keys = {}
+    for config in _configs(model):
+        config.tie_word_embeddings = False

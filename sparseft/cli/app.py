@@ -1,0 +1,289 @@
+"""The command line: options and overrides in, exit codes out. Nothing heavy is imported until a command runs.
+
+Exit codes: 0 done, 1 failed while running, 2 the input was wrong, 130 interrupted. Results go to stdout, all else to
+stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from sparseft import console
+from sparseft.cli.jobs import Options, command_module, configured, exists, finish, is_setting
+from sparseft.cli.outcome import FAILED, INTERRUPTED, WRONG_INPUT, emit, execute, flush_stdout, open_streams
+from sparseft.compose.overrides import is_override
+from sparseft.errors import UserError, nearest
+
+BENCHMARKS = ("train", "scaling", "preprocess", "serve", "quality", "kernels", "loader")
+EXPORT_FORMATS = ("peft-lora", "peft-shira", "merged")
+
+# typer carries its own copy of click, and does not export the base of its errors.
+ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="sparseft",
+    help="Fine-tunes large language models by training a small, well-chosen part of their own weights.",
+    epilog="\b\nExamples:\n"
+    "  sparseft train experiment=quickstart\n"
+    "  sparseft train model=llama3-8b method=s2ft dataset=commonsense sparsity=0.984\n"
+    "  sparseft eval mmlu --shots 5\n\n"
+    "Settings are overrides, key=value; `sparseft train --cfg` shows them all with their values.",
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: rich would double the time that --help takes
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", hidden=True)]
+Multirun = Annotated[
+    bool, typer.Option("--multirun", "-m", help="Sweep over a,b, choice(a,b) and range(1,4): a run for each point.")
+]
+Cfg = Annotated[bool, typer.Option("--cfg", help="Print the composed configuration and run nothing.")]
+ConfigDir = Annotated[
+    list[str] | None,
+    typer.Option("--config-dir", metavar="DIR", help="Folder of your own files, DIR/model/mine.yaml; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from sparseft import __version__
+
+        emit(f"sparseft {__version__}")
+        raise typer.Exit(0)
+    if context.invoked_subcommand is None:
+        emit(context.get_help())
+
+
+@app.command(
+    short_help="Choose what to train and cache it for `train`.",
+    epilog="\b\nExample:\n  sparseft preprocess method=sylva dataset=oasst1 sparsity=0.95 scope=self_attn",
+)
+def preprocess(
+    words: Words = None,
+    multirun: Multirun = False,
+    cfg: Cfg = False,
+    config_dir: ConfigDir = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Choose what to train (calibration, importance, selection) and cache it for `train`.
+
+    KEY=VALUE sets a setting or chooses an option of a group (model, dataset, method, hardware, experiment).
+    """
+    options = Options(multirun, cfg, config_dir, json, debug)
+    return configured("preprocess", words or [], options, lambda module, config, _: module.run(config))
+
+
+@app.command(
+    short_help="Fine-tune; leaves a run folder.",
+    epilog="\b\nExamples:\n"
+    "  sparseft train method=s2ft trainer.max_steps=50\n"
+    "  sparseft train --plan model=llama3-8b hardware=1xh100\n"
+    "  sparseft train -m method=s2ft,sylva,lora seed=0,1 output_dir=outputs/sweep",
+)
+def train(
+    words: Words = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what memory it takes; loads no weights.")] = False,
+    multirun: Multirun = False,
+    cfg: Cfg = False,
+    config_dir: ConfigDir = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Fine-tune; leaves a run folder.
+
+    KEY=VALUE sets a setting or chooses an option of a group (model, dataset, method, hardware, experiment).
+    """
+    options = Options(multirun, cfg, config_dir, json, debug)
+    asked = {"plan": True} if plan else {}
+    return configured("train", words or [], options, lambda module, config, _: module.run(config, **asked))
+
+
+@app.command(
+    "eval",
+    short_help="Evaluate a run, an adapter or the base model.",
+    epilog="\b\nExamples:\n"
+    "  sparseft eval mmlu --shots 5\n"
+    "  sparseft eval commonsense gsm8k --run outputs/latest --limit 100 --batch-size auto\n"
+    "  sparseft eval mmlu --base model=llama3-8b",
+)
+def evaluate(
+    words: Annotated[list[str] | None, typer.Argument(metavar="TASK|KEY=VALUE", hidden=True)] = None,
+    shots: Annotated[int | None, typer.Option("--shots", metavar="N", help="Examples before each question.")] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="A run (default: the latest).")] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", metavar="DIR", help="An adapter folder.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="The base model, untrained.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Examples per task.")] = None,
+    batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N|auto", help="Sequences at once.")] = None,
+    multirun: Multirun = False,
+    cfg: Cfg = False,
+    config_dir: ConfigDir = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Evaluate a run (default: the latest), an adapter or the base model.
+
+    TASK is mmlu, commonsense, arithmetic, one of their members (boolq, gsm8k, …) or any task of lm-eval.
+    KEY=VALUE sets a setting or chooses an option of a group (model, hardware, …).
+    """
+    overrides = [word for word in words or [] if is_override(word)]
+    tasks = [word for word in words or [] if not is_override(word)]
+
+    def check() -> None:
+        given = [name for name, value in (("--run", run), ("--adapter", adapter), ("--base", base)) if value]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} exclude each other: give one of them.")
+        for name, value in (("shots", shots), ("limit", limit), ("batch_size", batch_size)):
+            if value is not None:
+                if any(word.lstrip("+~").partition("=")[0] == f"eval.{name}" for word in overrides):
+                    raise UserError(f"--{name.replace('_', '-')} and eval.{name} set the same: give one of them.")
+                overrides.append(f"eval.{name}={value}")
+        if not tasks and not cfg:
+            raise UserError("No task given: expected mmlu, commonsense, arithmetic, one of their members, …")
+
+    def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
+        return module.run(config, tasks=tasks, run=run, adapter=adapter, base=base, overrides=point)
+
+    return configured("eval", overrides, Options(multirun, cfg, config_dir, json, debug), call, check)
+
+
+@app.command(
+    short_help="Measure methods side by side.",
+    epilog="\b\nExample:\n  sparseft bench train model.path=./my-model bench.length=512 sparsity=0.95",
+)
+def bench(
+    words: Annotated[list[str] | None, typer.Argument(metavar="BENCHMARK|KEY=VALUE", hidden=True)] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="train: traces, and where the time goes.")] = False,
+    multirun: Multirun = False,
+    cfg: Cfg = False,
+    config_dir: ConfigDir = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Measure methods side by side; prints a table and leaves `bench.json`.
+
+    BENCHMARK is train (the default), scaling, preprocess, serve, quality, kernels or loader. KEY=VALUE sets a setting
+    or chooses an option of a group (model, hardware, …). Exit code 1: nothing was measured,
+    a method failed, a target of bench.targets is missed, or a stage of loader is below its target.
+    """
+    overrides = [word for word in words or [] if is_override(word)]
+    named = [word for word in words or [] if not is_override(word)]
+    what = named[0] if named else "train"
+
+    def check() -> None:
+        if what not in BENCHMARKS:
+            raise UserError(f"Unknown benchmark '{what}'.{nearest(what, BENCHMARKS)}")
+        if len(named) > 1:
+            raise UserError(f"One benchmark at a time: '{named[1]}' comes after '{what}'.")
+        if profile and what != "train":
+            raise UserError(f"--profile belongs to 'sparseft bench train', not to 'bench {what}'.")
+        if profile:
+            overrides.append("bench.profile=true")
+        if what != "train" and not exists(f"sparseft.bench.{what}"):
+            raise UserError(f"'sparseft bench {what}' is not available in this version.")
+
+    def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
+        return module.run(config, what=what, words=point, config_dirs=config_dir or [])
+
+    return configured("bench", overrides, Options(multirun, cfg, config_dir, json, debug), call, check)
+
+
+@app.command(
+    short_help="Write a run or an adapter for other tools.",
+    epilog="\b\nExample:\n  sparseft export outputs/latest --format peft-lora --out exported",
+)
+def export(
+    source: Annotated[str, typer.Argument(metavar="DIR", hidden=True)],
+    format: Annotated[str, typer.Option("--format", metavar="|".join(EXPORT_FORMATS), help="What to write.")],
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where to write it.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Write DIR, a run or an adapter folder, in a form that other tools load."""
+
+    def work() -> dict[str, Any]:
+        if format not in EXPORT_FORMATS:
+            raise UserError(f"Unknown format '{format}' in --format.{nearest(format, EXPORT_FORMATS)}")
+        return command_module("export").run(source, format, out)
+
+    return finish("export", execute(work, debug), json, debug)
+
+
+@app.command(
+    short_help="Write one HTML page of one or several runs.",
+    epilog="\b\nExample:\n  sparseft report outputs/latest",
+)
+def report(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="RUN", hidden=True)] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Write one self-contained HTML page of a run (default: the latest) or of several side by side."""
+    return finish("report", execute(lambda: command_module("report").run(list(runs or [])), debug), json, debug)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line (default: of this process) and returns the exit code."""
+    open_streams()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(_without_job(arguments), prog_name="sparseft", standalone_mode=False)
+    except ClickException as error:
+        code = _usage_error(error)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except OSError as error:  # of --help, as everything else is printed within `execute`
+        code = FAILED
+        console.error(f"stdout cannot be written: {error.strerror}")
+    except SystemExit:  # typer's end where the reader of --help went away
+        code = 0
+    lost = flush_stdout()
+    if lost and not code:
+        console.error(lost)
+        return FAILED
+    return code or 0
+
+
+def _without_job(arguments: list[str]) -> list[str]:
+    """Hydra's `--cfg job` means our `--cfg`."""
+    kept: list[str] = []
+    for argument in arguments:
+        if argument == "--cfg=job":
+            kept.append("--cfg")
+        elif not (argument == "job" and kept and kept[-1] == "--cfg"):
+            kept.append(argument)
+    return kept
+
+
+def _usage_error(error: Any) -> int:
+    """One message for what the option parser refuses, with the nearest option or command."""
+    context = getattr(error, "ctx", None)
+    message = error.format_message().rstrip(".") + "."
+    if type(error).__name__ == "NoSuchOption":
+        option = error.option_name.partition("=")[0]
+        if is_setting(option.lstrip("-")):
+            hint = f" A setting is written without dashes: {option.lstrip('-')}=…"
+        else:
+            options = (name for parameter in context.command.params for name in parameter.opts)
+            hint = nearest(option, [name for name in options if name.startswith("-")])  # arguments have bare names
+        message = f"No such option: {option}.{hint}"
+    elif "No such command" in message:
+        name = message.partition("'")[2].partition("'")[0]
+        message = f"No such command: {name}.{nearest(name, context.command.commands)}"
+    console.error(f"{message} (see {context.command_path if context else 'sparseft'} --help)")
+    return WRONG_INPUT
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,406 @@
+"""From `conf/`, the command line and `config.yaml` to a checked `RunConfig`.
+
+Hydra composes the groups (`model=llama3-8b`, experiments, defaults lists); the settings on the command line are written
+over the result once their keys are known to exist. Hydra is imported inside functions: `sparseft --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparseft.compose import overrides as words
+from sparseft.compose import validation
+from sparseft.compose.overrides import GROUPS, Override
+from sparseft.config import RunConfig
+from sparseft.console import warn
+from sparseft.errors import UserError, nearest
+from sparseft.methods import METHODS, config_class
+
+COMMANDS = ("train", "preprocess", "eval", "bench")
+SHARED = ("sparsity", "scope", "seed")  # top-level settings that a method's config takes over
+
+# Text that other YAML readers (YAML 1.2, OmegaConf) would take for a number: written with quotes.
+_NUMBER_LIKE = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
+
+
+def conf_dir() -> Path:
+    """The folder of the shipped YAML files: `sparseft/conf` in a wheel, the repository's `conf/` in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"the installation is incomplete: no conf/train.yaml in or beside {package}")
+
+
+def options(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
+    """The options of a group, the user's own included, sorted: `["dora", "full", …]`."""
+    names = set()
+    for folder in (conf_dir(), *map(Path, config_dirs)):
+        for path in (folder / group).rglob("*.yaml"):
+            if not path.name.startswith("_"):
+                names.add(path.relative_to(folder / group).with_suffix("").as_posix())
+    return sorted(names)
+
+
+def known_keys(method_name: str | None = None) -> dict[str, Any]:
+    """Every key that can be set, with its type; the method's own keys only if a method is given."""
+    keys = dict(validation.run_fields())
+    for section, section_class in validation.SECTIONS.items():
+        keys |= {f"{section}.{name}": hint for name, hint in validation.field_types(section_class).items()}
+    if method_name is not None:
+        keys |= {f"method.{name}": hint for name, hint in _method_fields(method_name).items()}
+    return keys
+
+
+def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> RunConfig:
+    """One run from `conf/<command>.yaml`, the groups chosen and the settings on the command line.
+
+    command: train | preprocess | eval | bench.
+    overrides: words as typed (`model=tiny`, `trainer.max_steps=5`, `+experiment=quickstart`, `~scope`); the last of
+        two that set the same key counts.
+    config_dirs: folders of the user's own YAML files (`DIR/model/mine.yaml`).
+
+    Raises `UserError` for whatever is unknown, of the wrong type, out of range or contradictory.
+    """
+    assert command in COMMANDS
+    choices, settings = _sort_words(overrides, config_dirs)
+    config = _compose_groups(command, choices, config_dirs)
+    method_name = _method_name(config)
+    keys = known_keys(method_name)
+    for override in settings.values():
+        _check_key(override, keys, method_name)
+    content = _apply(config, settings, keys)
+    if "method" in choices and "experiment" in choices:
+        _drop_foreign_settings(content, method_name, choices["experiment"])
+    _share(content, settings, method_name)
+    return _build(content, " in the configuration files")
+
+
+def points(command: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[list[str]]:
+    """The points of a `--multirun`, each a list of words for `compose`; a single point if nothing is swept.
+
+    `a,b`, `choice(a,b)`, `range(1,4)` and, for groups, `glob(*)`. In a text field a comma separates two values unless
+    the value is quoted.
+    """
+    assert command in COMMANDS
+    keys = known_keys()
+    for name in METHODS:  # the method itself may be swept, so its keys are those of any
+        for field, hint in _method_fields(name).items():
+            keys.setdefault(f"method.{field}", hint)
+    _check_config_dirs(config_dirs)
+    return words.expand(list(overrides), lambda key: _annotation(key, keys), lambda group: options(group, config_dirs))
+
+
+def from_dict(content: dict[str, Any]) -> RunConfig:
+    """A run from the content of its `config.yaml`; what is missing there keeps its default.
+
+    Raises `UserError` as `compose` does.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"a configuration is a group of settings, not '{validation.show(content)}'.")
+    content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+    method_name = _method_name(content)
+    method = content["method"]
+    for field in SHARED:
+        top, own = content.get(field), method.get(field)
+        if field not in _method_fields(method_name) or top is None:
+            continue
+        if field != "seed" and own is not None and own != top:
+            raise UserError(_contradiction(field, top, own))
+        method.setdefault(field, top)
+        if method[field] is None:
+            method[field] = top
+    return _build(content, " in the configuration")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The run as `config.yaml` holds it; `from_dict` of what a YAML reader makes of it gives the run back."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        style = '"' if not text.isprintable() else "'" if _NUMBER_LIKE.fullmatch(text) else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, represent_text)
+    return yaml.dump(config.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=4096)
+
+
+def _annotation(key: str, keys: dict[str, Any]) -> Any:
+    """The type of a key, also of one below a setting that holds others by any name; null where there is no such key."""
+    group = keys.get(key.rpartition(".")[0])
+    return Any if key not in keys and group is not None and validation.is_mapping(group) else keys.get(key)
+
+
+def _method_fields(name: str) -> dict[str, Any]:
+    return validation.field_types(config_class(name))
+
+
+def _sort_words(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[dict[str, str], dict[str, Override]]:
+    """The chosen option of each group, and the settings by key."""
+    _check_config_dirs(config_dirs)
+    choices: dict[str, str] = {}
+    settings: dict[str, Override] = {}
+    for word in overrides:
+        override = words.parse(word)
+        if override.key not in GROUPS:
+            settings.pop(override.key, None)  # so that the last word comes last
+            settings[override.key] = override
+            continue
+        group = override.key
+        if group == "experiment" and override.value in {None, "null"}:
+            choices.pop(group, None)  # none is the default
+            continue
+        if override.value is None:
+            raise UserError(f"{word}: a {group} is always needed, it cannot be removed; choose one with {group}=NAME.")
+        available = options(group, config_dirs)
+        name = words.unquote(override.value) or override.value.strip()
+        if name not in available:
+            raise UserError(_unknown_option(group, name, available))
+        choices[group] = name
+    return choices, settings
+
+
+def _unknown_option(group: str, name: str, available: list[str]) -> str:
+    if name and all(part.strip() in available for part in name.split(",")):
+        return f"{group}={name}: several values make a sweep, add --multirun."
+    message = f"Unknown {group} '{name}' in {group}={name}.{nearest(name, available)}"
+    if group == "model":
+        message += " Any Hugging Face id or folder goes into model.path=…"
+    elif group == "dataset":
+        message += " Your own file: dataset=json dataset.train_path=FILE"
+    return message
+
+
+def _check_config_dirs(config_dirs: Sequence[str]) -> None:
+    """Refuses folders that are missing, and files that would hide behind a shipped one of the same name."""
+    shipped = conf_dir()
+    for folder in map(Path, config_dirs):
+        if not folder.is_dir():
+            raise UserError(f"--config-dir {folder}: no such folder.")
+        for group in GROUPS:
+            for path in sorted((folder / group).rglob("*.yaml")):
+                relative = path.relative_to(folder)
+                if folder.resolve() != shipped and (shipped / relative).is_file():
+                    raise UserError(f"{path}: sparseft ships a {group} of that name; give the file another one.")
+
+
+@contextlib.contextmanager
+def _hydra_errors(config_dirs: Sequence[str] = ()) -> Iterator[None]:
+    """Turns what Hydra, OmegaConf and YAML refuse into one sentence, without Hydra's advice to add a `+`."""
+    import yaml
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except MissingConfigException as error:
+        name = str(error.missing_cfg_file or "")
+        group, _, option = name.rpartition("/")
+        known = options(group, config_dirs) if group in GROUPS else []
+        origin = re.match(r"In '([^']+)'", str(error))
+        where = f" that {origin[1]} asks for" if origin else ""
+        raise UserError(f"No configuration file '{name}.yaml'{where}.{nearest(option, known)}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
+        raise UserError(f"{place}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        message = lines[0] if lines else type(error).__name__
+        key = getattr(error, "full_key", None)
+        raise UserError(f"The configuration cannot be composed{f' at {key}' if key else ''}: {message}") from error
+
+
+def _compose_groups(command: str, choices: dict[str, str], config_dirs: Sequence[str]) -> Any:
+    """Hydra's part: the composed DictConfig, without the settings on the command line."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    def quoted(text: str) -> str:
+        return QuotedString(text, Quote.single).with_quotes()
+
+    group_words = [f"{group}={quoted(option)}" for group, option in choices.items()]
+    if config_dirs:
+        folders = ",".join(quoted(f"file://{Path(folder).resolve()}") for folder in config_dirs)
+        group_words.append(f"hydra.searchpath=[{folders}]")
+    previous = GlobalHydra.instance().hydra  # a program that uses Hydra itself gets its state back
+    GlobalHydra.instance().clear()
+    try:
+        with (
+            _hydra_errors(),
+            initialize_config_dir(config_dir=str(conf_dir()), job_name="sparseft", version_base="1.3"),
+        ):
+            return hydra_compose(command, group_words)
+    finally:
+        GlobalHydra.instance().clear()
+        if previous is not None:
+            GlobalHydra.instance().initialize(previous)
+
+
+def _method_name(config: Any) -> str:
+    """The name in the `method` section; a `UserError` if it is missing or unknown."""
+    method = config.get("method")
+    name = method.get("name") if hasattr(method, "get") else None
+    if name is None:
+        raise UserError(f"method.name is missing: expected one of {', '.join(METHODS)}.")
+    if name not in METHODS:
+        raise UserError(f"Unknown method '{name}' in method.name.{nearest(str(name), METHODS)}")
+    return name
+
+
+def _check_key(override: Override, keys: dict[str, Any], method_name: str) -> None:
+    """Refuses a key that does not exist, with the nearest that does."""
+    key = override.key
+    if _annotation(key, keys) is not None or (key == "method.name" and override.value == method_name):
+        return
+    if key == "method.name":
+        raise UserError(f"{override.word}: the method is chosen as a whole, with method={override.value}.")
+    sections = {name.split(".")[0] for name in keys if "." in name}
+    if key in sections:
+        first = next(name for name in keys if name.startswith(f"{key}."))
+        raise UserError(f"{override.word}: '{key}' is a group of settings; set one of them, as in {first}=….")
+    if key.startswith("method."):
+        owners = [name for name in METHODS if key.removeprefix("method.") in _method_fields(name)]
+        other = f" (it belongs to {', '.join(owners)})" if owners else ""
+        raise UserError(
+            f"method={method_name} has no setting '{key}'{other}.{'' if owners else _nearest_key(key, keys)}"
+        )
+    raise UserError(f"Unknown key '{key}' in {override.word}.{_nearest_key(key, keys)}")
+
+
+def _nearest_key(key: str, keys: dict[str, Any]) -> str:
+    """Where a key that does not exist was probably meant to go, else what there is instead.
+
+    Compares last parts within a section: whole keys would find `trainer.resume` near `trainer.lr`.
+    """
+    section, _, name = key.rpartition(".")
+    same_name = [known for known in keys if known.rpartition(".")[2] == name]
+    if same_name:
+        return f" Did you mean {' or '.join(repr(known) for known in same_name)}?"
+    siblings = [known for known in keys if known.rpartition(".")[0] == section]
+    if not section:
+        siblings += GROUPS
+    pools = [siblings] if section and siblings else [siblings, list(keys)]
+    for pool in pools:
+        by_name = {known.rpartition(".")[2]: known for known in reversed(pool)}
+        initials = {"".join(word[:1] for word in part.split("_")): part for part in by_name if "_" in part}  # lr
+        close = [initials[name]] if name in initials else difflib.get_close_matches(name, by_name, n=1)
+        if close:
+            return f" Did you mean '{by_name[close[0]]}'?"
+    whole = nearest(key, keys)
+    if section and siblings or not whole.startswith(" Did you mean"):
+        sections = {known.split(".")[0] for known in keys if "." in known}
+        return nearest("", siblings or sections)
+    return whole
+
+
+def _apply(config: Any, settings: dict[str, Override], keys: dict[str, Any]) -> dict[str, Any]:
+    """Writes the settings over the composed config and resolves interpolations; plain containers come back."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.set_struct(config, False)  # a user's own file may leave out settings, the dataclass has defaults
+    for key, override in settings.items():
+        if key == "method.name":
+            continue
+        annotation = _annotation(key, keys)
+        if override.value is None and key not in keys:
+            raise UserError(f"{override.word}: an entry of {key.rpartition('.')[0]} is left out by not giving it.")
+        if override.value is None:
+            if not validation.is_optional(annotation):
+                raise UserError(f"{override.word}: {key} is always needed, it cannot be removed.")
+            value = None
+        elif validation.is_text(annotation):
+            value = words.text_value(override)
+        else:
+            value = words.parsed_value(override, annotation)
+        with _hydra_errors():
+            OmegaConf.update(config, key, value, merge=False)
+    with _hydra_errors():
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(content, dict)
+    return content
+
+
+def _drop_foreign_settings(content: dict[str, Any], method_name: str, experiment: str) -> None:
+    """Takes out what an experiment sets for its own method when another one was chosen on the command line."""
+    elsewhere = {field for name in METHODS for field in _method_fields(name)} - set(_method_fields(method_name))
+    for field in sorted(elsewhere & set(content["method"])):
+        value = content["method"].pop(field)
+        warn(
+            f"experiment={experiment} sets method.{field}={validation.show(value)}, which {method_name} does not have."
+        )
+
+
+def _share(content: dict[str, Any], settings: dict[str, Override], method_name: str) -> None:
+    """Passes `sparsity`, `scope` and `seed` on to the method, in place.
+
+    What is nearest to the user wins: a key on the command line over one in a file, and among files the method's own
+    value if it differs from its default. Two that contradict each other are refused, except for the seed, where a
+    selection may well have another seed than the training.
+    """
+    method = content["method"]
+    hints = _method_fields(method_name)
+    defaults = config_class(method_name)()
+    for field in SHARED:
+        if field in content:
+            content[field] = validation.check_type(field, content[field], validation.run_fields()[field])
+        top = content.get(field)
+        if field not in hints:
+            if field != "seed" and top is not None:
+                warn(f"{field}={top} has no effect: method={method_name} has no such setting.")
+            continue
+        own = method.get(field, getattr(defaults, field))
+        top_typed, own_typed = field in settings, f"method.{field}" in settings
+        own_set = own is not None and (own_typed or (not top_typed and own != getattr(defaults, field)))
+        if top is None:
+            if top_typed and field == "scope" and not own_typed:
+                method[field] = None  # scope=null: every linear, whatever the files say
+            continue
+        if not own_set:
+            method[field] = top
+        elif own != top and field != "seed":
+            if own_typed and not top_typed:
+                content[field] = own
+            else:
+                raise UserError(_contradiction(field, top, own))
+
+
+def _contradiction(field: str, top: Any, own: Any) -> str:
+    return f"{field}={validation.show(top)} and method.{field}={validation.show(own)} contradict each other: give one."
+
+
+def _build(content: dict[str, Any], source: str) -> RunConfig:
+    """The dataclasses from plain containers, every value checked."""
+    method_name = _method_name(content)
+    run_hints = validation.run_fields()
+    allowed = [*validation.SECTIONS, "method", *run_hints]
+    values: dict[str, Any] = {"method_name": method_name}
+    for key, value in content.items():
+        if key == "experiment" and isinstance(value, dict):
+            raise UserError(
+                f"Unknown key 'experiment'{source}: an experiment file starts with the line '# @package _global_'."
+            )
+        if key not in allowed:
+            raise UserError(f"Unknown key '{key}'{source}.{nearest(str(key), allowed)}")
+        if key in validation.SECTIONS:
+            values[key] = validation.build(validation.SECTIONS[key], value, key, source)
+        elif key == "method":
+            fields = {name: entry for name, entry in value.items() if name != "name"}
+            values[key] = validation.build(config_class(method_name), fields, key, source)
+        else:
+            values[key] = validation.check_type(key, value, run_hints[key])
+    for section in ("model", "dataset"):
+        values.setdefault(section, validation.SECTIONS[section]())
+    config = RunConfig(**values)
+    validation.check(config)
+    return config

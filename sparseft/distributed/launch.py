@@ -1,0 +1,351 @@
+"""One process or many: starts a command's processes on this machine and stands for them.
+
+The parent composes and checks the configuration, starts one process a device through the engine of torchrun
+(`torch.distributed.elastic.multiprocessing`), passes signals on, and turns what becomes of the children into what the
+command would have done alone: its result, or one exception. The children run `sparseft.cli.worker`. Only rank 0 writes
+to the terminal; the others' output is kept aside and shown where it explains a failure. No torch at import.
+
+A process that a launcher has started already (torchrun, DeepSpeed's runner, `srun` with a task a process) starts none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from sparseft import console
+from sparseft.config import HardwareConfig, RunConfig
+from sparseft.distributed.env import DEFAULT_PORT, check_complete, check_place, number, port, started
+from sparseft.errors import RunError, UserError
+
+WORKER = "sparseft.cli.worker"
+JOB, RESULT, OUTCOME = "job.json", "result.json", "outcome-{rank}.json"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 30.0  # that interrupted processes have to save, once the first of them has ended
+SEEN_LATE = 2.0  # seconds, whole ones in torch's record
+LOG_LINES = 5  # of a process that left nothing but its log
+# A collective may wait for rank 0 to score a task; a process that died is noticed by the launcher, not by this.
+TIMEOUT_HOURS = 6
+
+
+@dataclass
+class Outcome:
+    """What a child says of its end: as `cli.outcome.Outcome`, with what its exception carried."""
+
+    code: int
+    message: str = ""
+    last_checkpoint: str | None = None
+    traceback: str = ""
+    time: float = 0.0  # of the end, seconds since the epoch
+
+
+class ChildTraceback(Exception):
+    """The traceback of the process that failed, for --debug."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def needed(hardware: HardwareConfig) -> bool:
+    """Whether the command has to start processes of its own. ZeRO takes one even alone: DeepSpeed is set up there."""
+    _adopt_slurm(hardware)
+    total = hardware.num_processes * hardware.num_machines
+    return not started() and (total > 1 or hardware.zero_stage > 0)
+
+
+def processes(hardware: HardwareConfig) -> int:
+    """How many processes there are in all, or will be."""
+    return int(os.environ["WORLD_SIZE"]) if started() else hardware.num_processes * hardware.num_machines
+
+
+def first_process() -> bool:
+    """Whether this process is the one that writes files and speaks; true where there is only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check(hardware: HardwareConfig) -> None:
+    """Refuses numbers of processes that a launcher, or SLURM, contradicts, and a place that is none."""
+    check_place()
+    _adopt_slurm(hardware)
+    total = hardware.num_processes * hardware.num_machines
+    if started() and total > 1 and total != int(os.environ["WORLD_SIZE"]):
+        raise UserError(
+            f"hardware.num_processes={hardware.num_processes} on hardware.num_machines={hardware.num_machines} are "
+            f"{total} processes, but the launcher has started {os.environ['WORLD_SIZE']}: give the same number."
+        )
+    if not started() and hardware.num_machines > 1:
+        _place(hardware)
+
+
+def run(command: str, config: RunConfig) -> dict[str, Any]:
+    """Runs `sparseft.commands.<command>.run(config)` in as many processes as the hardware asks for.
+
+    Returns rank 0's result. Raises what one process would have raised: UserError, RunError (with `last_checkpoint`), or
+    KeyboardInterrupt once the children have saved and ended. No child outlives it.
+    """
+    with tempfile.TemporaryDirectory(prefix="sparseft-") as made:
+        folder = Path(made)
+        job = {"command": command, "config": config.to_dict(), "arguments": sys.orig_argv, "parent": os.getpid()}
+        (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
+        first, envs, store = _environments(config.hardware)
+        ranks = [first + local for local in envs]
+        console.log(f"processes: {len(ranks)} here, {envs[0]['WORLD_SIZE']} in all")
+        ends, interrupted = _run_children(folder, envs)
+        del store  # the children's meeting point
+        outcomes = [_outcome(folder, rank, local, *ends[local]) for local, rank in enumerate(ranks)]
+        if failed := [outcome for outcome in outcomes if outcome.code]:
+            _raise(failed, interrupted)
+        return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+
+
+# ---- starting ----
+
+
+def _adopt_slurm(hardware: HardwareConfig) -> None:
+    """Takes a task of `srun` that is one of the processes asked for as started: its place becomes torch's."""
+    total = hardware.num_processes * hardware.num_machines
+    if started() or "SLURM_PROCID" not in os.environ or "SLURM_NTASKS" not in os.environ or total == 1:
+        return
+    if number("SLURM_NTASKS", 1) != total:
+        return
+    rank, local = number("SLURM_PROCID", 0, total - 1), number("SLURM_LOCALID", 0, hardware.num_processes - 1)
+    os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(rank), str(total), str(local)
+    os.environ["LOCAL_WORLD_SIZE"] = str(hardware.num_processes)
+    os.environ.setdefault("MASTER_ADDR", _slurm_hosts()[0])
+    os.environ.setdefault("MASTER_PORT", str(DEFAULT_PORT))
+
+
+def _place(hardware: HardwareConfig) -> tuple[int, str, int]:
+    """(this machine's number, the first one's address, its port), from SLURM's variables."""
+    if hardware.num_machines == 1:
+        return 0, "localhost", 0
+    counts = [name for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES") if os.environ.get(name)]
+    if not counts or "SLURM_NODEID" not in os.environ:
+        raise UserError(
+            f"hardware.num_machines={hardware.num_machines}: started by nothing that knows the other machines. Use "
+            f"`srun --nodes={hardware.num_machines} --ntasks-per-node=1 sparseft …`, or torchrun or deepspeed "
+            "--hostfile with `--module sparseft …` (docs/distributed.md)."
+        )
+    machines = number(counts[0], 1)
+    if machines != hardware.num_machines:
+        raise UserError(
+            f"hardware.num_machines={hardware.num_machines}: SLURM has given this job {machines} machines; give the "
+            "same number."
+        )
+    place = number("SLURM_NODEID", 0, machines - 1)
+    return place, os.environ.get("MASTER_ADDR") or _slurm_hosts()[0], port()
+
+
+def _slurm_hosts() -> list[str]:
+    """The names of the job's machines. Raises UserError where SLURM's own tool does not list them."""
+    listed = os.environ.get("SLURM_JOB_NODELIST", os.environ.get("SLURM_NODELIST", ""))
+    if listed and not re.search(r"[\[,]", listed):
+        return [listed]
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", listed], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"SLURM_JOB_NODELIST={listed}: `scontrol show hostnames` does not say which machines these are ({error}); "
+            "set MASTER_ADDR to the first one's name."
+        ) from error
+    return done.stdout.split()
+
+
+def _environments(hardware: HardwareConfig) -> tuple[int, dict[int, dict[str, str]], Any]:
+    """(the first rank here, the variables of each process by its number here, the store where they meet).
+
+    The parent of the first machine holds the store, as torchrun's agent does: on one machine the system picks the port.
+    """
+    from torch.distributed import TCPStore
+
+    machine, address, at = _place(hardware)
+    count = hardware.num_processes
+    store = None
+    if machine == 0:
+        store = TCPStore(address, at, is_master=True, wait_for_workers=False)
+        at = store.port
+    shared = {
+        "WORLD_SIZE": str(count * hardware.num_machines),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(at),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "sparseft",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count)),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if hardware.device == "cpu":  # accelerate and DeepSpeed would take a GPU that they see
+        shared |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    first = machine * count
+    return (
+        first,
+        {local: shared | {"RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(count)},
+        store,
+    )
+
+
+# ---- watching ----
+
+
+def _run_children(folder: Path, envs: dict[int, dict[str, str]]) -> tuple[dict[int, tuple[int, float]], str | None]:
+    """Starts the children and waits for their end; returns their exit codes, with when a failure was seen (seconds
+    since the epoch), and the name of a signal seen meanwhile.
+
+    The first signal is passed on (the children finish the step and save), a second one too (they stop at once), a
+    third one kills them.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say, _raise says
+    seen: list[str] = []
+    pids: list[int] = []
+
+    def pass_on(number: int, _frame: Any = None) -> None:
+        seen.append(signal.Signals(number).name)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.killpg(pid, number if len(seen) < 3 else signal.SIGKILL)
+
+    quiet = {local: Std.ALL for local in envs if envs[local]["RANK"] != "0"}
+    with _signals_restored():
+        children = start_processes(
+            name="sparseft",
+            entrypoint=sys.executable,
+            args={local: ("-m", WORKER, str(folder)) for local in envs},
+            envs=envs,
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=quiet),
+        )
+        try:
+            pids.extend(children.pids().values())
+            if threading.current_thread() is threading.main_thread():
+                for number in SIGNALS:
+                    signal.signal(number, pass_on)
+            result = None
+            first_end = math.inf
+            while result is None:
+                time.sleep(POLL_SECONDS)
+                running = [handler.proc.poll() is None for handler in children.subprocess_handlers.values()]
+                if not all(running):
+                    first_end = min(first_end, time.monotonic())
+                if seen and any(running) and time.monotonic() < first_end + GRACE_SECONDS:
+                    continue  # interrupted, each ends by itself; torch would stop them when the first one has
+                result = children.wait(timeout=0)
+        finally:
+            children.close(signal.SIGKILL)  # none is left, whatever happened here
+    ends = dict.fromkeys(envs, (0, 0.0))
+    ends |= {local: (failure.exitcode, float(failure.timestamp)) for local, failure in result.failures.items()}
+    return ends, seen[0] if seen else None
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    """Afterwards signals are handled as before: torch sets handlers of its own when it starts processes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- what became of them ----
+
+
+def _outcome(folder: Path, rank: int, local: int, code: int, seen: float) -> Outcome:
+    """What a child left of itself, else what its exit code, `seen` at that time, tells and the last that it wrote."""
+    path = folder / OUTCOME.format(rank=rank)
+    if path.is_file():
+        return Outcome(**json.loads(path.read_text(encoding="utf-8")))
+    if code == 0:
+        return Outcome(0)
+    if code < 0:
+        name = signal.Signals(-code).name
+        reason = f"was killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+        # What brought a process down is seen a moment after the others have noticed. SIGTERM is the launcher's own.
+        seen = math.inf if -code == signal.SIGTERM else seen - SEEN_LATE
+    else:
+        reason = f"ended with exit code {code} and said nothing"
+    return Outcome(1, f"process {rank} {reason}.{_log(folder, local)}", time=seen)
+
+
+def _log(folder: Path, local: int) -> str:
+    """The last lines of what a process wrote, if it was kept aside."""
+    for path in folder.glob(f"**/{local}/stderr.log"):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        last = " | ".join([line for line in lines if line][-LOG_LINES:])
+        return f" Its last words: {last}" if last else ""
+    return ""
+
+
+def _raise(failed: list[Outcome], interrupted: str | None) -> None:
+    """Raises what the process that failed first would have raised alone.
+
+    When one process ends, the others fail for want of it: wrong input comes before failures, these by time.
+    """
+    checkpoint = next((outcome.last_checkpoint for outcome in failed if outcome.last_checkpoint), None)
+    first = min(failed, key=lambda outcome: (outcome.code != 2, outcome.time))
+    error: BaseException = UserError(first.message) if first.code == 2 else RunError(first.message)
+    if interrupted or first.code == 130:
+        error = KeyboardInterrupt(interrupted or "")
+    error.last_checkpoint = checkpoint  # type: ignore[attr-defined]
+    raise error from (ChildTraceback(first.traceback) if first.traceback else None)
+
+
+# ---- in the children ----
+
+
+@contextlib.contextmanager
+def joined(hardware: HardwareConfig) -> Iterator[None]:
+    """Inside, this process is one of torch's process group, where it was started as one; the group it finds stays."""
+    check(hardware)
+    if not started():
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        yield
+        return
+    check_complete()
+    if not first_process():
+        os.environ["SPARSEFT_QUIET"] = "1"
+    backend = "gloo"
+    if hardware.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"  # small decisions travel between the hosts and wait for no kernel
+    dist.init_process_group(backend, timeout=timedelta(hours=TIMEOUT_HOURS))
+    yield
+    dist.destroy_process_group()  # not after a failure, when the others cannot take part
+
+
+def end_with(parent: int) -> None:
+    """Has the system end this process (as by SIGTERM) when its parent is gone, so that none is left behind. Linux."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it was gone before
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,62 @@
+"""Reading and writing the folders of tensors that sparseft leaves: safetensors and JSON only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparseft.errors import UserError, shown
+from sparseft.files.untrusted import read_json as parse
+from sparseft.files.untrusted import why
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KINDS = ("rows", "columns", "blocks")
+
+MAX_NAME = 1000  # characters of a tensor's name: the longest that models have are a tenth of it
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """One JSON object from a file; anything else is a `UserError` naming the file."""
+    try:
+        content = parse(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, so this is no {what} folder.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({why(error)}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; a missing or damaged one is a `UserError` naming it."""
+    return read_described(path, what)[0]
+
+
+def read_described(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_tensors`, with the texts in the file's header."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.exists() and not path.is_file():  # a device or a pipe may never end
+        raise UserError(f"{path}: not a regular file, so this is no {what} folder.")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, so this is no {what} folder.") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = shown(str(error).partition("\n")[0], 300)  # of a broken header it may hold the header
+        raise UserError(f"{path}: truncated or damaged ({reason}).") from error
+
+
+def split_name(name: str, source: Path) -> tuple[str, str, str]:
+    """`<module>.rows.delta` -> (module, rows, delta)."""
+    parts = name.rsplit(".", 2)
+    if len(name) > MAX_NAME:
+        raise UserError(f"{source}: a tensor's name of {len(name):,} characters: no module's is so long.")
+    if len(parts) != 3 or parts[1] not in KINDS:
+        expected = f"<module>.<{'|'.join(KINDS)}>.<index|delta>"
+        raise UserError(f"{source}: unexpected tensor '{shown(name)}': expected {expected}.")
+    return parts[0], parts[1], parts[2]

@@ -1,0 +1,121 @@
+"""Which calibration samples may share a forward pass, and how they are padded into one.
+
+A sample counts by itself: what is summed over a group equals the sum over its samples one at a time. Padding stands on
+the right, where causal attention keeps it from every real position, and its own positions are left out of all sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparseft.errors import UserError
+from sparseft.models.expert_weights import other_stacks, stacks
+
+Sample = dict[str, Tensor]  # batches of one, without padding
+
+# Samples are sorted by length within windows of so many, so that a group has little padding. A fixed number: groups
+# must be the same when an interrupted run goes on.
+WINDOW = 32
+# A group's logits in float32 stay below 512 MiB, whatever the vocabulary.
+LOGIT_ELEMENTS = 2**27
+# Losses that are the mean cross-entropy of the next token: transformers' own of every "…ForCausalLM", and of those
+# classes whose names do not say so.
+USUAL_LOSS, USUAL_CLASSES = "ForCausalLM", ("GPT2LMHeadModel",)
+FILL = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+
+
+def split_samples(batch: Mapping[str, Any]) -> Iterator[Sample]:
+    """The batch's samples as batches of one, without the positions that the attention mask leaves out."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise UserError("a calibration batch needs input_ids of shape (batch, tokens), as the model takes them.")
+    mask = batch.get("attention_mask")
+    for i in range(len(ids)):
+        kept = mask[i].bool() if mask is not None else torch.ones_like(ids[i], dtype=torch.bool)
+        sample = {}
+        for name, value in batch.items():
+            if not isinstance(value, Tensor):
+                continue
+            row = value[i : i + 1]
+            sample[name] = row[:, kept] if value.dim() >= 2 and value.shape[1] == ids.shape[1] else row
+        sample.setdefault("labels", sample["input_ids"])
+        if sample["input_ids"].numel():
+            yield sample
+
+
+def may_share(model: nn.Module) -> bool:
+    """Whether padded samples can go through the model together.
+
+    Not where experts are (padding would be routed to them, and their inputs do not tell samples apart), nor where the
+    model's loss is another than the usual one, which is computed here for each sample apart.
+    """
+    if getattr(model, "loss_type", None) != USUAL_LOSS and type(model).__name__ not in USUAL_CLASSES:
+        return False
+    return not any("expert" in name or stacks(m) or other_stacks(m) for name, m in model.named_modules())
+
+
+def groups_of(
+    samples: Iterable[Sample],
+    tokens: int,  # of one forward pass, padding included; 0: one sample at a time
+) -> Iterator[list[Sample]]:
+    """Groups of samples of similar length: at most `tokens` positions a group, or one sample that is longer."""
+    if not tokens:
+        yield from ([sample] for sample in samples)
+        return
+    window: list[Sample] = []
+    for sample in samples:
+        window.append(sample)
+        if len(window) == WINDOW:
+            yield from _packed(window, tokens)
+            window = []
+    yield from _packed(window, tokens)
+
+
+def _packed(window: list[Sample], tokens: int) -> Iterator[list[Sample]]:
+    group: list[Sample] = []
+    for sample in sorted(window, key=lambda sample: -sample["input_ids"].shape[1]):  # stable, so steady
+        longest = (group or [sample])[0]["input_ids"].shape[1]
+        if group and ((len(group) + 1) * longest > tokens or not _alike(group[0], sample)):
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
+
+
+def _alike(first: Sample, second: Sample) -> bool:
+    """Only the plainest samples are padded: with position_ids, say, a model may treat a batch of one in its own way."""
+    return first.keys() == second.keys() <= FILL.keys()
+
+
+def pad_together(group: Sequence[Sample]) -> tuple[Sample, Tensor | None]:
+    """One batch of the group, padded on the right, and the flat positions of its tokens (null: all of them)."""
+    lengths = [sample["input_ids"].shape[1] for sample in group]
+    longest = max(lengths)
+    batch = {}
+    for name in group[0]:
+        rows = zip(group, lengths, strict=True)
+        fill = FILL.get(name, 0)
+        batch[name] = torch.cat([F.pad(sample[name], (0, longest - length), value=fill) for sample, length in rows])
+    if min(lengths) == longest:
+        return batch, None
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    batch["attention_mask"] = mask.to(batch["input_ids"])
+    return batch, mask.reshape(-1).nonzero().squeeze(1)
+
+
+def summed_loss(
+    logits: Tensor,  # (samples, tokens, vocabulary)
+    labels: Tensor,  # (samples, tokens)
+) -> Tensor:
+    """The sum over samples of the mean cross-entropy of their labelled tokens, each predicted by those before it."""
+    targets = labels[:, 1:]
+    labelled = targets != -100
+    share = labelled / labelled.sum(1, keepdim=True).clamp_min(1)  # float32
+    losses = F.cross_entropy(logits[:, :-1][labelled].float(), targets[labelled], reduction="none")
+    return (losses * share[labelled]).sum()

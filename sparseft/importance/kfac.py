@@ -1,0 +1,245 @@
+"""Sylva's importance from the mean gradient and the second moments of a linear layer's inputs and output gradients
+(doi 10.1145/3650200.3656619)."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparseft.distributed import ranks
+from sparseft.errors import RunError, UserError
+from sparseft.importance.hodlr import Hodlr
+from sparseft.importance.host_sums import HostSums
+from sparseft.importance.units import Unitised, sum_features
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """How the second moments are kept: `Hodlr`'s levels and rank, and the damping of their inverses."""
+
+    num_partition: int = 8
+    rank: int = 1
+    damping: float = 1e-3
+
+
+class SecondOrderStatistics:
+    """`collecting.Statistics` of sylva: per linear, A of its inputs, G of its output gradients, and Σ of its per-sample
+    gradients. Modules with the same input share one A. The gradients' sums lie in host memory, or on disk where they
+    would take more than a quarter of it, in fp32 whatever the model's dtype.
+
+    Args:
+        shapes: (out, in) of every module that will be observed.
+        folder: for sums that go to disk.
+    """
+
+    def __init__(
+        self,
+        settings: SecondOrder,
+        seed: int,
+        shapes: Mapping[str, tuple[int, int]],
+        device: torch.device,
+        folder: Path | None = None,
+    ) -> None:
+        self.settings, self.shapes, self.device = settings, shapes, device
+        self.seed = seed
+        self.inputs: dict[str, Hodlr] = {}  # by source
+        self.gradients: dict[str, Hodlr] = {}  # by module
+        self.sources: dict[str, str] = {}
+        self.sums: dict[str, Tensor] = {}  # (out, in)
+        self.samples: dict[str, int] = {}
+        self._memory = HostSums(4 * sum(rows * columns for rows, columns in shapes.values()), folder)
+        self._at_once = 1
+
+    def starting(self, samples: int) -> None:
+        """The next calls show the tokens of so many samples, each with the gradient of its own loss."""
+        self._at_once = samples
+
+    def __call__(self, name: str, x: Tensor, y: Tensor | None, grad: Tensor | None, source: str) -> None:
+        assert grad is not None
+        if name not in self.sources:
+            self._open(name, source)
+        if name == self.sources[name]:
+            self.inputs[name].update(x)
+        self.gradients[name].update(grad)
+        total, x, grad = self.sums[name], x.float(), grad.float()
+        if x.device == total.device:
+            total.addmm_(grad.t(), x)
+        else:  # one layer's dense gradient, freed on return
+            total += (grad.t() @ x).to(total.device)
+        self.samples[name] += self._at_once
+
+    def _open(self, name: str, source: str) -> None:
+        rows, columns = self.shapes[name]
+        self.sources[name] = source
+        if source not in self.inputs:
+            self.inputs[source] = self._matrix(columns)
+        self.gradients[name] = self._matrix(rows)
+        self.sums[name] = self._memory.zeros(rows, columns)
+        self.samples[name] = 0
+
+    def _matrix(self, n: int) -> Hodlr:
+        # One seed for all: matrices of equal size then share their test matrix, and every rank draws the same.
+        return Hodlr(n, self.settings.num_partition, self.settings.rank, device=self.device, seed=self.seed)
+
+    # -- to keep, to take up again, to reduce --------------------------------------------------------------------------
+
+    def _matrices(self) -> Iterator[tuple[str, Hodlr]]:
+        yield from ((f"A {name}", matrix) for name, matrix in self.inputs.items())
+        yield from ((f"G {name}", matrix) for name, matrix in self.gradients.items())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The sums by name, live, and the modules with their sources and sample counts."""
+        tensors = {f"sum {name}": total for name, total in self.sums.items()}
+        for name, matrix in self._matrices():
+            tensors |= {f"{name} {i}": x for i, x in enumerate(matrix.tensors())}
+        return tensors, {"sources": self.sources, "samples": self.samples}
+
+    def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Takes over a `state()` made with the same settings and shapes."""
+        for name, source in meta["sources"].items():
+            self._open(name, source)
+            self.sums[name].copy_(tensors[f"sum {name}"])
+            self.samples[name] = meta["samples"][name]
+        for name, matrix in self._matrices():
+            for i, x in enumerate(matrix.tensors()):
+                x.copy_(tensors[f"{name} {i}"])
+
+    def reduce(self) -> None:
+        """Adds up the sums of all ranks, one tensor at a time. Sketches are linear in x xᵀ, so theirs add up too."""
+        sources: dict[str, str] = {}
+        for theirs in ranks.from_all(self.sources):  # a rank may have seen no sample that reached an expert
+            sources = {**theirs, **sources}
+        order = [name for name in self.shapes if name in sources]
+        for name in order:
+            if name not in self.sources:
+                self._open(name, sources[name])
+        counts = ranks.from_all(self.samples)
+        self.samples = {name: sum(theirs.get(name, 0) for theirs in counts) for name in order}
+        for name in order:
+            ranks.add_up(self.sums[name])
+            for x in self.gradients[name].tensors():
+                ranks.add_up(x)
+        for name in dict.fromkeys(sources[name] for name in order):
+            for x in self.inputs[name].tensors():
+                ranks.add_up(x)
+
+    # -- scores --------------------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        modules: Mapping[str, Sequence[Unitised]],
+        finished: Callable[[list[str], dict[str, Tensor], list[float]], None],
+    ) -> None:
+        """Scores modules, those that share an input together.
+
+        `finished` is called, on the calling thread, with the names of such modules, Σ O_o · I_i over each unit of their
+        candidates (float64 on the CPU, by candidate key) and the effective damping of each of their matrices.
+        """
+        by_source: dict[str, list[str]] = defaultdict(list)
+        for name in modules:
+            by_source[self.sources.get(name, name)].append(name)
+        jobs = [{name: modules[name] for name in names} for names in by_source.values()]
+        threads = torch.get_num_threads()
+        if threads == 1 or self.device.type != "cpu":
+            for job in jobs:
+                finished(list(job), *self._scored(job))
+            return
+        # Hundreds of small decompositions, which one thread does best: a job to each thread, not threads to a job.
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            torch.set_num_threads(1)  # MKL's number is the whole process's
+            try:
+                futures = {pool.submit(self._scored, job): list(job) for job in jobs}
+                for future in as_completed(futures):
+                    finished(futures[future], *future.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            finally:
+                torch.set_num_threads(threads)
+
+    def _scored(self, modules: Mapping[str, Sequence[Unitised]]) -> tuple[dict[str, Tensor], list[float]]:
+        scores, dampings, seen = {}, [], {}
+        for name, candidates in modules.items():
+            if name not in self.sources:  # a module that no gradient reached
+                scores |= {c.key: torch.zeros(c.count, dtype=torch.float64) for c in candidates}
+                continue
+            A, G = self.inputs[self.sources[name]], self.gradients[name]
+            total = self.sums[name].to(A.device)
+            sides = entry_importance(total, A, G, self.settings.damping)
+            output, input = (side.cpu() / self.samples[name] ** 2 for side in sides)  # of the mean, not the sum
+            for c in candidates:
+                if c.kind == "blocks":
+                    scores[c.key] = block_scores(output, input, c.unit).reshape(-1)
+                elif c.kind == "rows":
+                    scores[c.key] = sum_features(output, c) * input.sum()
+                else:
+                    scores[c.key] = sum_features(input, c) * output.sum()
+            for matrix in (A, G):
+                if id(matrix) not in seen and matrix.effective_damping is not None:
+                    dampings.append(matrix.effective_damping)
+                seen[id(matrix)] = matrix
+            G.release()
+        for matrix in seen.values():
+            matrix.release()
+        return scores, dampings
+
+
+def summary(dampings: Iterable[float], asked: float) -> dict[str, Any]:
+    """How far the damping had to be raised, as `selection.json` records it."""
+    found = sorted(dampings)
+    if not found:
+        return {"damping": asked, "matrices": 0, "raised": 0}
+    middle = statistics.median_low(found)
+    return {
+        "damping": asked,
+        "matrices": len(found),
+        "raised": sum(damping > asked for damping in found),
+        "effective_damping": {"min": found[0], "median": middle, "max": found[-1]},
+    }
+
+
+def entry_importance(
+    mean_gradient: Tensor,  # (out, in)
+    A: Hodlr,  # mean a aᵀ of the inputs, (in, in)
+    G: Hodlr,  # mean g gᵀ of the output gradients, (out, out)
+    damping: float = 1e-3,
+) -> tuple[Tensor, Tensor]:
+    """O (out,) and I (in,), float64 on the statistics' device; the score of entry (o, i) is their product O_o · I_i.
+
+        O_o = Ḡ_{o,:} A Ḡ_{o,:}ᵀ / [G⁻¹]_oo,    I_i = Ḡ_{:,i}ᵀ G Ḡ_{:,i} / [A⁻¹]_ii
+
+    Both are sizes of a squared quantity, so never negative: where truncation has left A or G indefinite and a
+    numerator falls below zero, it counts as zero (two negative factors would otherwise make a high score).
+    ValueError where the shapes do not fit, RunError where the mean gradient is not finite.
+    """
+    if mean_gradient.shape != (G.n, A.n):
+        raise ValueError(f"mean_gradient has shape {tuple(mean_gradient.shape)}; expected (out, in) = ({G.n}, {A.n}).")
+    output = A.quadratic(mean_gradient.t()).clamp_min(0) / G.inverse_diagonal(damping)
+    input = G.quadratic(mean_gradient).clamp_min(0) / A.inverse_diagonal(damping)
+    if not (torch.isfinite(output).all() and torch.isfinite(input).all()):
+        raise RunError("the second-order importance is not finite: the mean gradient holds inf or NaN.")
+    return output, input
+
+
+def block_scores(
+    O: Tensor,  # (out,)  # noqa: E741
+    I: Tensor,  # (in,)  # noqa: E741
+    block_size: int,
+) -> Tensor:
+    """Σ O_o · I_i over each B×B block -> (ceil(out / B), ceil(in / B)), edge blocks included."""
+    if block_size < 1:
+        raise UserError(f"block_size is {block_size}; expected at least 1.")
+
+    def summed(side: Tensor) -> Tensor:
+        return F.pad(side, (0, -len(side) % block_size)).view(-1, block_size).sum(1)
+
+    return torch.outer(summed(O), summed(I))

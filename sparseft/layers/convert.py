@@ -1,0 +1,145 @@
+"""Whole models: plain linears to sparse layers and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from sparseft.errors import UserError, nearest
+from sparseft.layers.blocks import BlockSparseLinear
+from sparseft.layers.experts import ExpertLinear, close_experts, open_expert
+from sparseft.layers.reordering import reorder
+from sparseft.layers.saved_inputs import share_inputs
+from sparseft.layers.sparse_linear import SparseLinear
+from sparseft.layers.structured import S2ColumnLinear, S2RowLinear
+from sparseft.models.expert_weights import find_expert, stack_parameter
+
+if TYPE_CHECKING:
+    from sparseft.selection.selection import Selection
+
+CLASSES = {("rows",): S2ColumnLinear, ("columns",): S2RowLinear, ("blocks",): BlockSparseLinear}
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """The sparse layers of a model by name, in its order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever the model holds `old` (one module may have several names)."""
+    for parent in model.modules():
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
+def weight_parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter that holds the weight of the linear or the expert `name`, of an expert that of all of them."""
+    expert = find_expert(model, name)
+    return model.get_submodule(name).weight if expert is None else stack_parameter(expert.experts, expert.parameter)
+
+
+def plain_weight(model: nn.Module, name: str) -> Tensor:
+    """The logical weight (out, in) of the linear or the expert `name`, plain or sparse: a view, without gradient.
+
+    Where ZeRO-3 has sharded it, it has to be gathered (`weight_parameter`).
+    """
+    expert = find_expert(model, name)
+    return expert.weight if expert is not None else SparseLinear.weight_of(model.get_submodule(name))
+
+
+def make_sparse(model: nn.Module, name: str) -> SparseLinear:
+    """Puts a sparse layer without a pattern in the place of the linear or the expert `name`, and returns it."""
+    expert = find_expert(model, name)
+    if expert is not None:
+        return open_expert(expert)
+    old = model.get_submodule(name)
+    new = SparseLinear.wrap(old)
+    replace_module(model, old, new)
+    return new
+
+
+def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The modules of `names` whose weight another module uses too, with that other's parameter name."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    tied = {}
+    for name in names:
+        own = f"{name}.weight" if find_expert(model, name) is None else name.rpartition(".")[0]
+        others = [owner for owner in owners.get(id(weight_parameter(model, name)), []) if owner != own]
+        if others:
+            tied[name] = others[0]
+    return tied
+
+
+def check_modules(model: nn.Module, names: Iterable[str], trainable: Iterable[str]) -> None:
+    """Raises `UserError` where a name is no trainable linear of the model, or its weight is tied to another's."""
+    names, known = list(names), set(trainable)
+    modules = dict(model.named_modules())
+    for name in names:
+        if name in known:  # an expert of a 3-D parameter among them, which is no module
+            continue
+        if name not in modules:
+            raise UserError(f"the model has no module '{name}'.{nearest(name, known)}")
+        found = type(modules[name]).__name__
+        raise UserError(f"'{name}' is a {found}, not a linear layer of the decoder.{nearest(name, known)}")
+    for name, other in tied_names(model, names).items():
+        raise UserError(f"the weight of '{name}' is tied to '{other}': training one would change the other.")
+
+
+def convert(model: nn.Module, selection: Selection) -> nn.Module:
+    """Freezes the model and replaces the selected linears by sparse layers around the same weights.
+
+    All or nothing: where one module cannot be converted, the model is left as it was.
+    """
+    layers: list[tuple[nn.Module | None, SparseLinear]] = []
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        for name, kinds in selection.modules.items():
+            expert = find_expert(model, name)
+            old = None if expert is not None else model.get_submodule(name)
+            try:
+                if old is None:
+                    new: SparseLinear = ExpertLinear(expert)
+                else:
+                    new = CLASSES.get(tuple(kinds), SparseLinear).wrap(old)
+                for kind, index in kinds.items():
+                    new.add_pattern(kind, index, selection.block_size if kind == "blocks" else None)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+            layers.append((old, new))
+    except UserError:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen[name])
+        raise
+    model.requires_grad_(False)
+    for old, new in layers:
+        if isinstance(new, ExpertLinear):
+            new.put_in_place()
+        else:
+            replace_module(model, old, new)
+    share_inputs(model)
+    return model
+
+
+def restore(model: nn.Module, *, merged: bool) -> nn.Module:
+    """Puts the original modules back, with the base's own weights, or with the deltas in them (`merged`)."""
+    for layer in sparse_layers(model).values():
+        if merged:
+            layer.write_back()
+        else:
+            layer.restore_base()
+        if isinstance(layer, ExpertLinear):
+            continue
+        reorder(layer)
+        original = layer.original
+        if original is None:
+            raise TypeError("a sparse layer that replaced nothing cannot be turned back")
+        original.weight, original.bias = layer.weight, layer.bias
+        original.train(layer.training)
+        replace_module(model, layer, original)
+    close_experts(model)
+    return model

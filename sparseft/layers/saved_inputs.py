@@ -1,0 +1,115 @@
+"""Which layers of blocks save their whole input for the backward pass, and which a slice of their own.
+
+A layer of blocks needs only some column blocks of its input x. A slice of these, in storage of its own, is smaller than
+x, but q, k and v (gate and up) read the same x, which is kept once however many of them save it: three slices may be
+more than that one. So all layers that read one input decide together, and save one slice with what any of them needs.
+Where x stays in memory anyway, because a sibling that trains rows or the operation that made x saves it, a slice would
+only come on top.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable
+
+import torch
+from torch import nn
+
+from sparseft.layers.saved_slices import SharedSlice
+from sparseft.layers.sparse_linear import SparseLinear
+from sparseft.models.decoder import decoder_layers
+from sparseft.models.spec import ATTENTION_ROLES, COLUMN_ROLES, MLP_ROLES
+
+# Attention that saves its own result for its backward pass, in the storage that the o projection then reads.
+SAVES_RESULT = ("sdpa", "flash")
+# The same of activations; the gated ones are multiplied afterwards, and the product is not saved.
+SAVING_ACTIVATIONS = ("relu", "tanh", "sigmoid")
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Settles for every layer of blocks whether it saves its input or a slice, by what all of them train now.
+
+    Together the layers that read one input then never save more than that input. To be called when patterns have
+    changed; until then, and where a layer stands alone, `SLICE_SHARE` decides.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    if not any("blocks" in layer.patterns for layer in layers.values()):
+        return
+    single = _layers_with_one_norm(model)
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        groups[_input_of(name, layer, single)].append(name)
+    for names in groups.values():
+        members = {name: layers[name] for name in names}
+        kept = any("rows" in layer.patterns for layer in members.values()) or _kept_by_maker(model, names[0])
+        _settle(members, kept)
+
+
+def _settle(members: dict[str, SparseLinear], kept: bool) -> None:
+    """Of layers that read one input, which is `kept` anyway or not: all save it, or slices of it."""
+    blocks = [pattern for layer in members.values() if (pattern := layer.patterns.get("blocks")) is not None]
+    for pattern in blocks:
+        pattern.share(None)
+    needed = [pattern.needed_columns for pattern in blocks if pattern.needed_columns is not None]  # null: on meta
+    width, slices = sum(map(len, needed)), None
+    if len(needed) > 1 and len({pattern.block_size for pattern in blocks}) == 1 and all(map(_role, members)):
+        slices = SharedSlice(torch.cat(needed).unique().cpu())
+        width = len(slices.columns)
+    width *= max((pattern.block_size or 0 for pattern in blocks), default=0)
+    kept = kept or width >= next(iter(members.values())).in_features
+    for layer in members.values():
+        layer.keeps_input = kept
+    for pattern in blocks:
+        pattern.share(None if kept else slices)
+
+
+def _role(name: str) -> str | tuple[str, ...] | None:
+    parent, leaf = ("." + name).rsplit(".", 2)[-2:]
+    table = ATTENTION_ROLES if "attn" in parent or "attention" in parent else MLP_ROLES
+    return table.get(leaf)
+
+
+def _input_of(name: str, layer: SparseLinear, single: tuple[str, ...]) -> Hashable:
+    """A key that layers which read the same input have in common.
+
+    Where the names do not say it, layers of one module with as many input features count as siblings. If they are not,
+    each of their inputs is kept where together their slices are no smaller than one: no more than without slices.
+    """
+    parent, _, leaf = name.rpartition(".")
+    if leaf.isdigit():  # an expert of a 3-D parameter, or of a list: it reads tokens of its own
+        parent, _, leaf = parent.rpartition(".")
+        return (parent, int(name.rpartition(".")[2]), leaf if MLP_ROLES.get(leaf) in COLUMN_ROLES else None)
+    if _role(name) in COLUMN_ROLES:
+        return name
+    block = next((prefix for prefix in single if name.startswith(prefix)), parent)
+    return (block, layer.in_features)
+
+
+def _layers_with_one_norm(model: nn.Module) -> tuple[str, ...]:
+    """The prefixes of decoder layers in which attention and MLP read the output of one and the same norm."""
+    if getattr(model, "config", None) is None:
+        return ()
+    prefix, layers = decoder_layers(model)
+    return tuple(
+        f"{prefix}.{index}."
+        for index, layer in enumerate(layers)
+        if sum("norm" in type(child).__name__.lower() for child in layer.children()) == 1
+    )
+
+
+def _kept_by_maker(model: nn.Module, name: str) -> bool:
+    """Whether what made the input of `name` saves it for its own backward pass."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return False
+    config = config.get_text_config()
+    if _role(name) == "o":
+        return str(getattr(config, "_attn_implementation", "")).startswith(SAVES_RESULT)
+    if _role(name) == "down":
+        parent = name.rpartition(".")[0]
+        siblings = (f"{parent}.{child}" for child, _ in model.get_submodule(parent).named_children())
+        gated = any(_role(sibling) in ("gate", ("gate", "up")) for sibling in siblings)
+        fields = ("hidden_act", "hidden_activation", "activation_function")
+        activation = next((value for field in fields if (value := getattr(config, field, None))), None)
+        return not gated and activation in SAVING_ACTIVATIONS
+    return False

@@ -1,0 +1,113 @@
+"""How much memory a run takes: what torch allocated on CUDA, the process's resident set on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def memory_bytes(device: torch.device, *, peak: bool) -> int:
+    """Bytes in use now, or at their peak since `reset_peak_memory` (on the CPU of the whole process, Python too)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        key = "VmHWM:" if peak else "VmRSS:"
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if os.uname().sysname == "Darwin" else usage * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets the peak start again from what is in use, so that a run does not report an earlier run's.
+
+    Where the system has no such thing for a process (not Linux), the CPU's peak stays the process's since it started.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+class AllocationCounter(TorchDispatchMode):
+    """Bytes of the storages that operations make inside, now and at their peak.
+
+    For the CPU, where no allocator keeps count and a process's high-water mark never falls. A storage counts from the
+    operation that returns it until it is freed; scratch space inside an operation is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        seen = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if _is_dense(leaf)}
+        for leaf in tree_leaves(result):
+            if _is_dense(leaf) and id(leaf.untyped_storage()) not in seen:
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _is_dense(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
+
+
+class SavedBytes:
+    """Bytes of the distinct storages saved for backward, the model's own parameters and buffers not counted."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self._seen: dict[int, int] = {}
+        self._kept: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[SavedBytes]:
+        """Counts what the forward pass inside saves."""
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._own:
+                    self._seen[storage.data_ptr()] = storage.nbytes()
+                    self._kept.append(tensor)  # so that no address is used twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield self
+        self._kept.clear()
+
+    @property
+    def total(self) -> int:
+        return sum(self._seen.values())
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages of tensors, on the meta device too, where all have the same address."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,1 @@
+"""The base model: loading it, and what its modules are."""

@@ -1,0 +1,43 @@
+"""The base model's fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from sparseft.distributed.zero3 import full_shape, gathered
+from sparseft.models.decoder import base_parameters
+
+
+def base_fingerprint(model: nn.Module, samples: int = 64) -> str:
+    """A hash over the base weights' names, shapes and `samples` evenly spaced values each.
+
+    Values are rounded to bf16, and those below fp16's smallest normal number to zero, so that a checkpoint loaded in
+    fp32 or bf16 has the same fingerprint, and in fp16 too if it is stored in half precision.
+    To be taken before any delta is written.
+    """
+    return base_fingerprints(model, samples)[0]
+
+
+def base_fingerprints(model: nn.Module, samples: int = 64) -> list[str]:
+    """`base_fingerprint`, and where it differs, the one that the same weights have once they are loaded in fp16: there
+    fp32 values are rounded twice. Two models are of one base where the lists share an entry.
+    """
+    digest, as_fp16 = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in sorted(base_parameters(model), key=lambda item: item[0]):
+        shape = full_shape(parameter)
+        for each in (digest, as_fp16):
+            each.update(f"{name}{tuple(shape)}".encode())
+        if parameter.is_meta or shape.numel() == 0:
+            continue
+        positions = torch.linspace(0, shape.numel() - 1, min(samples, shape.numel()), dtype=torch.float64).long()
+        with gathered([parameter]):
+            flat = parameter.detach().reshape(-1)
+            sampled = flat[positions.to(flat.device)].cpu()
+        for each, values in ((digest, sampled), (as_fp16, sampled.half())):
+            values = values.to(torch.bfloat16).float()
+            values = values.masked_fill(values.abs() < 2.0**-14, 0.0)  # this also leaves one sign of zero
+            each.update(values.numpy().tobytes())
+    return list(dict.fromkeys((digest.hexdigest(), as_fp16.hexdigest())))

@@ -1,0 +1,184 @@
+"""Loads a Hugging Face causal LM, its tokenizer and its config: from a folder, the hub or the bundle."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparseft.config import BUNDLED, ModelConfig
+from sparseft.distributed.zero3 import full_shape
+from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, reason_of, where_looked
+from sparseft.files.hashing import check_whole
+from sparseft.models.decoder import runnable
+from sparseft.models.probing import check_causal
+from sparseft.models.quantized import check_config
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def bundled_path(path: str) -> str:
+    """`bundled:tiny` -> the folder inside the package; any other path as it is."""
+    if not path.startswith(BUNDLED):
+        return path
+    folder = Path(__file__).parents[1] / "bundled" / path.removeprefix(BUNDLED)
+    if not folder.exists():
+        known = [entry.name for entry in (Path(__file__).parents[1] / "bundled").iterdir() if entry.is_dir()]
+        raise UserError(f"model.path={path}: nothing of that name is bundled.{nearest(folder.name, known)}")
+    return str(folder)
+
+
+def check_model_path(path: str) -> str:
+    """The folder or hub id to load; a path that looks local and is not there is a `UserError`."""
+    resolved = bundled_path(path)
+    folder = Path(resolved).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.path={path}: the folder has no config.json, so it is no Hugging Face model.")
+        return str(folder)
+    if folder.exists():
+        raise UserError(f"model.path={path}: expected a Hugging Face model folder, this is a file.")
+    if looks_local(resolved) and not _in_hub_cache(resolved):
+        here = folder.parent
+        hub = f" '{here}' is a folder here, so this is not looked up on the hub." if HUB_ID.fullmatch(path) else ""
+        raise UserError(f"model.path={path}: no such folder{where_looked(resolved)}.{nearest_path(folder)}{hub}")
+    return resolved
+
+
+def _in_hub_cache(path: str) -> bool:
+    """Whether a path such as `Qwen/Qwen3-8B`, in a folder that has a `Qwen`, is a model that the hub's cache holds."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return bool(HUB_ID.fullmatch(path)) and isinstance(try_to_load_from_cache(path, "config.json"), str)
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` -> cuda where there is one, else cpu; `cuda` without one is a `UserError`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("hardware.device=cuda: torch finds no CUDA device here; use hardware.device=auto or cpu.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def _load(what: str, path: str, loader, **options):
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        return loader(check_model_path(path), **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        if isinstance(error, UserError):
+            raise
+        gone = isinstance(error, OSError) and not Path(bundled_path(path)).expanduser().exists()
+        here = f"no such folder{where_looked(path)}, and " if gone else ""
+        raise UserError(f"model.path={path}: {here}the {what} could not be loaded: {reason_of(error)}") from error
+
+
+def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Module:
+    """The model on `device`, in evaluation mode, in the dtype asked for (`auto`: as stored).
+
+    A checkpoint that lacks a weight is a `UserError`: a random one in its place would be trained and never noticed. So
+    is one that full fine-tuning wrote and that was altered since, one that is quantised, and a model that is not
+    causal, which is tried.
+    """
+    from transformers import AutoModelForCausalLM
+
+    load_config(config, "model")  # refuses what is quantised, before any weight
+    check_whole(Path(config.path).expanduser())
+    if config.dtype not in DTYPES:
+        raise UserError(f"model.dtype={config.dtype}: expected {', '.join(DTYPES)}.{nearest(config.dtype, DTYPES)}")
+    options: dict[str, object] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    if config.revision:
+        options["revision"] = config.revision
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # said below, in a sentence
+    with without_report():
+        model, report = _load("model", config.path, AutoModelForCausalLM.from_pretrained, **options)
+    check_complete(config.path, report)
+    model = model.to(device).eval()
+    with runnable(model):
+        check_causal(model, f"model.path={config.path}")
+    return model
+
+
+def load_config(config: ModelConfig, what: str = "config"):
+    """The model's config.json, as transformers reads it; no weights. That of quantised ones is a `UserError`, and
+    that of a model of another kind (T5, images). `what` is said not to be loaded where there is none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {"revision": config.revision} if config.revision else {}
+    content = _load(
+        what, config.path, AutoConfig.from_pretrained, trust_remote_code=config.trust_remote_code, **options
+    )
+    check_config(content, f"model.path={config.path}")
+    if type(content) not in AutoModelForCausalLM._model_mapping and not hasattr(content, "auto_map"):
+        raise UserError(
+            f"model.path={config.path}: transformers has no causal language model of the type '{content.model_type}'; "
+            "use one that predicts the next token of a text."
+        )
+    return content
+
+
+def context_length(config: Any) -> int | None:
+    """The tokens that a model's config says it takes at most; null where it names no bound (XLNet says -1, others what
+    no sequence reaches)."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    bounded = isinstance(length, int | float) and 0 < length < 1e9
+    return int(length) if bounded else None
+
+
+def vocabulary_rows(model: nn.Module) -> tuple[int, int]:
+    """How many tokens a model can read and how many it can predict: the rows of its embeddings and of its head."""
+    named: int = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    weights = [getattr(table, "weight", None) for table in tables]
+    rows, logits = (named if weight is None else int(full_shape(weight)[0]) for weight in weights)
+    return rows, logits
+
+
+def load_tokenizer(config: ModelConfig):
+    """The tokenizer (`model.tokenizer`, else the model's own)."""
+    from transformers import AutoTokenizer
+
+    options = {"revision": config.revision} if config.revision else {}
+    path = config.tokenizer or config.path
+    return _load(
+        "tokenizer", path, AutoTokenizer.from_pretrained, trust_remote_code=config.trust_remote_code, **options
+    )
+
+
+@contextlib.contextmanager
+def without_report() -> Iterator[None]:
+    """Inside, transformers does not print its table of weights that do not fit, which speaks of training on."""
+    import transformers
+
+    usual = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(usual)
+
+
+def check_complete(path: str, report: Mapping[str, Any]) -> None:
+    """`UserError` where the loading report of `from_pretrained` names weights that are missing or of another shape."""
+    for problem in ("missing_keys", "mismatched_keys"):
+        if names := sorted(_named(key) for key in report.get(problem) or []):
+            raise UserError(
+                f"model.path={path}: the checkpoint does not fit its config.json: {len(names)} weights are "
+                f"{problem.removesuffix('_keys')}, {names[0]} for one."
+            )
+
+
+def _named(key: Any) -> str:
+    """A weight of the report: its name, or (name, shape in the file, shape in the model)."""
+    if isinstance(key, str):
+        return key
+    name, stored, wanted = key
+    return f"{name} of shape {tuple(stored)} instead of {tuple(wanted)}"

@@ -1,0 +1,255 @@
+"""Which linear of a model plays which role (`ModelSpec`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from sparseft.errors import UserError, nearest
+from sparseft.models.decoder import base_parameter_count, decoder_layers, is_linear, is_transposed, logical_shape
+from sparseft.models.expert_weights import is_router, other_stacks, stacks
+from sparseft.models.quantized import check_plain
+from sparseft.models.reached import unreached
+
+# Last part of a module's name -> its role. A tuple names the parts of a fused projection in their order.
+ATTENTION_ROLES: dict[str, str | tuple[str, ...]] = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "out_proj": "o",
+    "c_proj": "o",  # GPT-2, below an attention module
+    "dense": "o",  # GPT-NeoX, Bloom, Falcon, Phi
+    "qkv_proj": ("q", "k", "v"),  # Phi-3
+    "c_attn": ("q", "k", "v"),  # GPT-2
+}
+
+MLP_ROLES: dict[str, str | tuple[str, ...]] = {
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "gate_up_proj": ("gate", "up"),  # Phi-3
+    "fc1": "up",  # OPT
+    "fc2": "down",
+    "c_fc": "up",  # GPT-2
+    "c_proj": "down",
+    "dense_h_to_4h": "up",  # GPT-NeoX, Bloom, Falcon
+    "dense_4h_to_h": "down",
+    "fc_in": "up",  # GPT-J
+    "fc_out": "down",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+}
+
+COLUMN_ROLES = ("o", "down")  # their units are input features; every other role's are output features
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The units of one role in one module: `count` runs of `unit` rows or columns, from `start`."""
+
+    module: str
+    layer: int
+    role: str  # q | k | v | o | gate | up | down; of a linear chosen by its name: its side
+    side: str  # rows (output features) | columns (input features)
+    start: int
+    unit: int  # features a unit: head_dim, or 1
+    count: int
+    other: int  # length of the weight's other side: entries a feature
+
+
+@dataclass
+class ModelSpec:
+    """A decoder's linears with their logical shapes (out, in), its heads, and the slots that S2FT chooses from."""
+
+    linears: dict[str, tuple[int, int]]
+    transposed: set[str]  # modules that store their weight as (in, out)
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int
+    total_parameters: int
+    slots: list[Slot] = field(default_factory=list)
+    layer_of: dict[str, int] = field(default_factory=dict)  # the decoder layer of each linear
+    experts: list[str] = field(default_factory=list)  # 3-D parameters of experts that nothing here can train
+    stacked: set[str] = field(default_factory=set)  # linears that are one expert of a 3-D parameter: no modules
+    # Linears that nothing put in their place could train, with the reason (`reached.py`); not among `linears`.
+    frozen: dict[str, str] = field(default_factory=dict)
+    frozen_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(model: nn.Module, *, tried: bool = True) -> ModelSpec:
+        """Reads a (plain or attached) Hugging Face causal LM; nothing is materialised, so meta models do too.
+
+        tried: whether linears that cannot train are told apart, for which the model is run once. To load an adapter
+        they need not be: `known` has both.
+        """
+        check_plain(model)
+        config = model.config.get_text_config()
+        num_heads = getattr(config, "num_attention_heads", None)
+        if not isinstance(num_heads, int):
+            raise UserError(
+                f"{type(model).__name__} has no single number of attention heads in its config "
+                f"(num_attention_heads={num_heads}): sparseft trains transformers' decoders built on attention."
+            )
+        num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
+        prefix, layers = decoder_layers(model)
+        linears: dict[str, tuple[int, int]] = {}
+        transposed: set[str] = set()
+        experts: list[str] = []
+        stacked: set[str] = set()
+        for index, layer in enumerate(layers):
+            modules = dict(layer.named_modules())
+            for name, module in modules.items():
+                full_name = f"{prefix}.{index}.{name}"
+                owner, _, leaf = name.rpartition(".")
+                if is_linear(module) and not is_router(modules[owner], leaf):
+                    linears[full_name] = logical_shape(module)
+                    if is_transposed(module):
+                        transposed.add(full_name)
+                for parameter, (count, rows, columns) in stacks(module).items():
+                    members = [f"{full_name}.{parameter}.{number}" for number in range(count)]
+                    linears |= dict.fromkeys(members, (rows, columns))
+                    stacked.update(members)
+                experts += [f"{full_name}.{parameter}" for parameter in other_stacks(module)]
+        frozen = unreached(model, {n: model.get_submodule(n) for n in linears if n not in stacked}) if tried else {}
+        frozen_shapes = {name: linears.pop(name) for name in frozen}
+        if not linears:
+            raise UserError(
+                f"No linear layers were found in the {len(layers)} decoder layers under '{prefix}' of "
+                f"{type(model).__name__}, so there is nothing to train sparsely."
+            )
+        head_dim = getattr(config, "head_dim", None)
+        if not head_dim:
+            queries = [shape[0] for name, shape in linears.items() if name.endswith("q_proj")]
+            head_dim = (queries[0] if queries else int(config.hidden_size)) // num_heads
+        spec = ModelSpec(
+            linears=linears,
+            transposed=transposed,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=int(head_dim),
+            num_layers=len(layers),
+            total_parameters=base_parameter_count(model),
+            experts=experts,
+            stacked=stacked,
+            frozen=frozen,
+            frozen_shapes=frozen_shapes,
+        )
+        for name in linears:
+            spec.layer_of[name] = int(name[len(prefix) + 1 :].split(".", 1)[0])
+            spec.slots += spec._slots_of(name, spec.layer_of[name])
+        if config.model_type == "codegen" or not getattr(config, "multi_query", True):  # GPT-BigCode without it
+            # Their fused projections mix q, k and v head by head, so that no run of rows is one of them.
+            spec.slots = [slot for slot in spec.slots if slot.role not in ("q", "k", "v")]
+        return spec
+
+    def _slots_of(self, name: str, layer: int) -> list[Slot]:
+        rows, columns = self.linears[name]
+        path = name.rpartition(".")[0] if name in self.stacked else name
+        parent, leaf = path.rsplit(".", 2)[-2:]
+        table = ATTENTION_ROLES if "attn" in parent or "attention" in parent else MLP_ROLES
+        roles = table.get(leaf)
+        if roles is None:
+            return []
+        if isinstance(roles, str):
+            side = "columns" if roles in COLUMN_ROLES else "rows"
+            length, other = (columns, rows) if side == "columns" else (rows, columns)
+            unit = self.head_dim if roles in ("q", "k", "v", "o") else 1
+            if length % unit:
+                return []
+            return [Slot(name, layer, roles, side, 0, unit, length // unit, other)]
+        if roles == ("gate", "up"):
+            counts, unit = [rows // 2, rows // 2], 1
+        else:
+            counts, unit = [self.num_heads, self.num_kv_heads, self.num_kv_heads], self.head_dim
+        if sum(counts) * unit != rows:
+            return []
+        starts = [unit * sum(counts[:i]) for i in range(len(counts))]
+        return [
+            Slot(name, layer, role, "rows", start, unit, count, columns)
+            for role, start, count in zip(roles, starts, counts, strict=True)
+        ]
+
+    def frozen_experts(self, sparse: bool) -> list[str]:
+        """The 3-D parameters of experts that a method leaves as they are; sparse methods train each expert's own."""
+        stacked = [] if sparse else sorted({name.rpartition(".")[0] for name in self.stacked})
+        return self.experts + stacked
+
+    @property
+    def known(self) -> dict[str, tuple[int, int]]:
+        """All linears of the decoder layers: also those that cannot train, which an adapter made elsewhere may have."""
+        return self.linears | self.frozen_shapes
+
+    def frozen_note(self, scope: str | None) -> str | None:
+        """Which linears in scope cannot train, and why, in a sentence; null where all can."""
+        by_reason: dict[str, dict[str, list[str]]] = {}
+        for name, reason in self.frozen.items():
+            if scope is None or scope in name:
+                number = next((part for part in name.split(".") if part.isdigit()), "")
+                kind = name.replace(f".{number}.", ".{}.", 1)
+                by_reason.setdefault(reason, {}).setdefault(kind, []).append(number)
+        if not by_reason:
+            return None
+        parts = []
+        for reason, kinds in by_reason.items():
+            names = (k.replace("{}", n[0] if len(n) == 1 else f"{{{','.join(n)}}}") for k, n in kinds.items())
+            parts.append(f"{', '.join(names)} ({reason})")
+        count = sum(len(numbers) for kinds in by_reason.values() for numbers in kinds.values())
+        who = "1 linear cannot train and stays" if count == 1 else f"{count} linears cannot train and stay"
+        return f"{who} frozen: {'; '.join(parts)}"
+
+    def check_trains(self, names: Iterable[str]) -> None:
+        """Refuses linears that cannot train, by name and reason."""
+        for name in names:
+            if name in self.frozen:
+                raise UserError(f"'{name}' cannot be trained: {self.frozen[name]}.")
+
+    def linears_in(self, scope: str | None) -> dict[str, tuple[int, int]]:
+        """The linears whose name contains `scope` (null: all); none is a `UserError` that says what there is."""
+        chosen = {name: shape for name, shape in self.linears.items() if scope is None or scope in name}
+        if not chosen and (note := self.frozen_note(scope)):
+            raise UserError(f"scope={scope} leaves nothing to train: {note}.")
+        if not chosen:
+            parts = sorted({part for name in self.linears for part in name.split(".") if not part.isdigit()})
+            raise UserError(f"scope={scope} matches no linear of the decoder layers.{nearest(scope or '', parts)}")
+        return chosen
+
+    def named_slots(self, rows: list[str], columns: list[str], scope: str | None) -> list[Slot]:
+        """Slots of single features in the linears whose names end in one of the given suffixes (whole parts of a name;
+        an expert goes by its parameter's name). A suffix that matches nothing, or a linear named for both, is a
+        `UserError`.
+        """
+        linears, slots = self.linears_in(scope), []
+        paths = {name: name.rpartition(".")[0] if name in self.stacked else name for name in linears}
+        chosen: dict[str, str] = {}
+        for side, suffixes in (("rows", rows), ("columns", columns)):
+            for suffix in suffixes:
+                ending = [n for n, path in paths.items() if f".{path}".endswith(f".{suffix}") or n == suffix]
+                if not ending:
+                    self.check_trains(n for n in self.frozen if n.endswith(f".{suffix}") and (scope or "") in n)
+                    raise UserError(
+                        f"method.{side}: no linear in scope is called '{suffix}'; found {self.leaves(scope)}."
+                        f"{nearest(suffix, [path.rpartition('.')[2] for path in paths.values()])}"
+                    )
+                for name in ending:
+                    if chosen.setdefault(name, side) != side:
+                        raise UserError(f"method.rows and method.columns both name {name}: choose one side.")
+        for name in (name for name in linears if name in chosen):  # in the model's order
+            out, inner = linears[name]
+            length, other = (out, inner) if chosen[name] == "rows" else (inner, out)
+            slots.append(Slot(name, self.layer_of[name], chosen[name], chosen[name], 0, 1, length, other))
+        return slots
+
+    def leaves(self, scope: str | None) -> str:
+        """The last parts of the names of the linears in scope, for messages: `dense, query_key_value`."""
+        names = (n.rpartition(".")[0] if n in self.stacked else n for n in self.linears_in(scope))
+        return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+
+    def slots_in(self, scope: str | None) -> list[Slot]:
+        """The slots of the linears in scope, in the model's order."""
+        names = self.linears_in(scope)
+        return [slot for slot in self.slots if slot.module in names]

@@ -1,0 +1,356 @@
+"""A run folder, or several side by side, as one self-contained HTML page.
+
+Read from the run's files alone, so a run that failed, or was made elsewhere, reports too: what is missing is said.
+Everything in those files is data of unknown origin: text is escaped, numbers are checked before they are drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparseft.errors import UserError
+from sparseft.files.atomic import write_text
+from sparseft.report.charts import Bar, Series, bar_chart, escape, heat_map, line_chart, thin
+from sparseft.report.page import (
+    count,
+    duration,
+    facts,
+    fixed,
+    legend,
+    memory,
+    number,
+    page,
+    percent,
+    rate,
+    short_count,
+    signed,
+    table,
+    tiles,
+    warnings,
+    when,
+)
+from sparseft.report.run_data import Run, name_runs, read_run
+
+
+def build_report(runs: Sequence[Path], out: Path) -> Path:
+    """Writes the page of `runs` (run folders) to `out` and returns it. Needs at least one run."""
+    if not runs:
+        raise UserError("a report needs at least one run's folder.")
+    loaded = [read_run(Path(path)) for path in runs]
+    name_runs(loaded)
+    single = len(loaded) == 1
+    title = f"{loaded[0].method} on {loaded[0].dataset}" if single else f"{len(loaded)} runs side by side"
+    several = [f"{run.label}: {text}" for run in loaded for text in run.warnings]
+    parts = [
+        _header(loaded, title),
+        warnings(loaded[0].warnings if single else several),
+        _tiles(loaded[0]) if single else _comparison(loaded),
+        _curves(loaded),
+        _evaluation(loaded),
+        *(_selected(run, titled=not single) for run in loaded),
+        *(_details(run, titled=not single) for run in loaded),
+    ]
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return write_text(out, page(f"{title} · sparseft", parts))
+
+
+# -- sections ---------------------------------------------------------------------------------------------------------
+
+
+def sentence(run: Run) -> str:
+    """What came of the run, in one sentence."""
+    if run.summary is None:
+        return f"{run.method} training of {run.model} on {run.dataset} has not finished."
+    text = f"{run.method} trained {count(run.get('trainable_parameters'))} of {count(run.get('total_parameters'))} "
+    text += f"parameters ({percent(run.share)}) of {run.model} on {run.dataset}"
+    text += f" for {count(run.get('steps'))} steps in {duration(run.get('train_seconds'))}"
+    results = []
+    before, after = run.get("eval_loss_before"), run.get("eval_loss_after")
+    if number(after) is not None:
+        results.append(f"evaluation loss {fixed(before)} → {fixed(after)}")
+    for task in run.headline[:3]:
+        if task in run.before and task in run.after:
+            results.append(f"{task} {percent(run.before[task].accuracy)} → {percent(run.after[task].accuracy)}")
+        elif task in run.after:
+            results.append(f"{task} {percent(run.after[task].accuracy)}")
+    return text + (": " + ", ".join(results) if results else "") + "."
+
+
+def _header(runs: list[Run], title: str) -> str:
+    if len(runs) == 1:
+        run = runs[0]
+        started = run.environment.get("started")
+        kicker = f"sparseft run {run.path.resolve().name}" + (f", started {when(started)}" if started else "")
+        lead = sentence(run)
+    else:
+        kicker = "sparseft"
+        lead = f"{', '.join(run.label for run in runs)}, compared by what they trained, cost and learnt."
+    return (
+        f'<header><p class="kicker">{escape(kicker)}</p><h1>{escape(title)}</h1>'
+        f'<p class="lead">{escape(lead)}</p></header>'
+    )
+
+
+def _tiles(run: Run) -> str:
+    if run.summary is None:
+        return ""
+    get = run.get
+    scope = number(get("scope_parameters"))
+    detail = f"{percent(run.share)} of {short_count(get('total_parameters'))}"
+    if scope:
+        detail += f"; {percent((number(get('trainable_parameters')) or 0) / scope)} of the weights in scope"
+    per_step = (number(get("train_seconds")) or 0) / (number(get("steps")) or 1)
+    entries = [
+        ("Trainable parameters", short_count(get("trainable_parameters")), detail),
+        ("Tokens per second", rate(get("tokens_per_second")), f"{short_count(get('tokens'))} tokens in all"),
+        ("Peak memory", memory(get("peak_memory_bytes")), str(run.environment.get("device") or "device not recorded")),
+        ("Training time", duration(get("train_seconds")), f"{count(get('steps'))} steps of {rate(per_step)} s"),
+    ]
+    if number(get("eval_loss_after")) is not None:
+        was = f"{fixed(get('eval_loss_before'))} before"
+        entries.append(("Evaluation loss", fixed(get("eval_loss_after")), was))
+    for task in run.headline[:2]:
+        if task in run.after:
+            old = run.before.get(task)
+            was = f"{percent(old.accuracy)} before" if old else f"{count(run.after[task].samples)} questions"
+            entries.append((f"Accuracy, {task}", percent(run.after[task].accuracy), was))
+    return tiles(entries)
+
+
+def _comparison(runs: list[Run]) -> str:
+    """One row a run; what is the same for all is said once, above the table."""
+    tasks = list(dict.fromkeys(task for run in runs for task in run.headline))
+    columns: list[tuple[str, list[str]]] = [("run", [run.label for run in runs])]
+    shared = []
+    for name, texts in (("model", [run.model for run in runs]), ("data", [run.dataset for run in runs])):
+        if len(set(texts)) > 1:
+            columns.append((name, texts))
+        else:
+            shared.append(f"{name} {texts[0]}")
+    first_number = len(columns)
+    for name, field, shown in (
+        ("trainable", "trainable_parameters", short_count),
+        ("steps", "steps", count),
+        ("tokens/s", "tokens_per_second", rate),
+        ("memory", "peak_memory_bytes", memory),
+        ("time", "train_seconds", duration),
+    ):
+        columns.append((name, [shown(run.get(field)) for run in runs]))
+        if field == "trainable_parameters":
+            columns.append(("share", [percent(run.share) for run in runs]))
+    columns.append(
+        ("eval loss", [f"{fixed(run.get('eval_loss_before'))} → {fixed(run.get('eval_loss_after'))}" for run in runs])
+    )
+    best = _best(len(columns) - 1, [number(run.get("eval_loss_after")) for run in runs], min)
+    for task in tasks:
+        scores = [run.after.get(task) for run in runs]
+        columns.append((task, [percent(score.accuracy, score.stderr) if score else "–" for score in scores]))
+        best |= _best(len(columns) - 1, [score.accuracy if score else None for score in scores], max)
+    note = f"The same for all: {', '.join(shared)}. " if shared else ""
+    note += "Accuracies are ± one standard error. The best of a column stands out."
+    rows = list(zip(*(texts for _, texts in columns), strict=True))
+    drawn = table([name for name, _ in columns], rows, numeric=range(first_number, len(columns)), best=best)
+    return f'<h2>Comparison</h2><p class="note">{escape(note)}</p>{drawn}{_differences(runs)}'
+
+
+def _best(column: int, values: list[float | None], choose: Callable[..., float]) -> set[tuple[int, int]]:
+    """The cells (row, column) with the best value, where there is more than one to choose from."""
+    known = [value for value in values if value is not None]
+    if len(set(known)) < 2:
+        return set()
+    return {(row, column) for row, value in enumerate(values) if value == choose(known)}
+
+
+def _differences(runs: list[Run]) -> str:
+    """The settings in which the runs differ, from their configs."""
+    settings = [flatten(run.config) for run in runs]
+    names = dict.fromkeys(name for one in settings for name in one)
+    rows = []
+    for name in names:
+        values = [json.dumps(one[name], ensure_ascii=False, default=str) if name in one else "–" for one in settings]
+        if len(set(values)) > 1:
+            rows.append([name, *values])
+    if not rows:
+        return ""
+    drawn = table(["setting", *(run.label for run in runs)], rows)
+    return f"<details open><summary>Settings that differ ({len(rows)})</summary>{drawn}</details>"
+
+
+def flatten(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{above}{name}.")
+        else:
+            flat[f"{above}{name}"] = value
+    return flat
+
+
+def _curves(runs: list[Run]) -> str:
+    single = len(runs) == 1
+    series, keys, grouped = [], [], 1
+    for index, run in enumerate(runs):
+        train, evaluated = run.curve("loss"), run.eval_curve()
+        grouped = max(grouped, thin(train)[1])
+        if train:
+            series.append(Series(f"{run.label} training" if not single else "training", train, index, faint=not single))
+            keys.append((series[-1].name, index, "line" if single else "faint"))
+        if evaluated:
+            name = "evaluation" if single else f"{run.label} evaluation"
+            series.append(Series(name, evaluated, index + single, markers=True))
+            keys.append((name, index + single, "dots"))
+    drawing = line_chart(series, "optimizer step", "loss (nats per token)")
+    if not drawing:
+        return '<h2>Loss</h2><p class="note">No loss was logged: metrics.jsonl is missing or has no such line.</p>'
+    note = "Cross-entropy over the labelled tokens."
+    if grouped > 1:
+        note += f" Each point of a training curve is the mean of up to {grouped} logged ones."
+    parts = [f'<h2>Loss</h2><p class="note">{note}</p>', legend(keys), f'<figure class="wide">{drawing}</figure>']
+    small = []
+    for name, label in (("learning_rate", "learning rate"), ("grad_norm", "gradient norm")):
+        lines = [Series(run.label, run.curve(name), index) for index, run in enumerate(runs) if run.curve(name)]
+        drawing = line_chart(lines, "optimizer step", label, height=190, width=460, zero=True)
+        if drawing:
+            small.append(f"<figure>{drawing}</figure>")
+    return "".join(parts) + (f'<div class="pair">{"".join(small)}</div>' if small else "")
+
+
+def _evaluation(runs: list[Run]) -> str:
+    tasks = list(dict.fromkeys(task for run in runs for task in run.headline))
+    if not tasks:
+        text = "Not evaluated on any task; <code>sparseft eval TASK --run DIR</code> adds results."
+        return f'<h2>Evaluation</h2><p class="note">{text}</p>'
+    single = len(runs) == 1
+    groups = []
+    for task in tasks:
+        bases = {run.before[task].accuracy: run.before[task] for run in runs if task in run.before}
+        bars = [Bar("before", base.accuracy, base.stderr, None) for base in bases.values()] if len(bases) == 1 else []
+        for index, run in enumerate(runs):
+            if task in run.after:
+                score = run.after[task]
+                bars.append(Bar("after" if single else run.label, score.accuracy, score.stderr, index))
+        groups.append((task, bars))
+    keys: list[tuple[str, int | None, str]] = []
+    if any(bar.colour is None for _, bars in groups for bar in bars):
+        keys.append(("before training", None, "bar"))
+    keys += [("after training" if single else run.label, index, "bar") for index, run in enumerate(runs) if run.after]
+    parts = [
+        '<h2>Evaluation</h2><p class="note">Accuracy; whiskers are one standard error each way.</p>',
+        legend(keys),
+        f"<figure class='wide'>{bar_chart(groups, 'accuracy')}</figure>",
+        _score_table(runs, tasks, single),
+    ]
+    members = sorted({task for run in runs for task in (*run.after, *run.before)} - set(tasks))
+    if members:
+        folded = _score_table(runs, members, single)
+        parts.append(f"<details><summary>Members of the groups ({len(members)})</summary>{folded}</details>")
+    return "".join(parts)
+
+
+def _score_table(runs: list[Run], tasks: list[str], single: bool) -> str:
+    rows = []
+    for task in tasks:
+        for run in runs:
+            old, new = run.before.get(task), run.after.get(task)
+            known = new or old
+            if known is None:
+                continue
+            change = signed(100 * (new.accuracy - old.accuracy)) if old and new else "–"
+            rows.append(
+                [task, *([] if single else [run.label])]
+                + [percent(score.accuracy, score.stderr) if score else "–" for score in (old, new)]
+                + [change, count(known.shots), count(known.samples)]
+            )
+    head = ["task", *([] if single else ["run"]), "before", "after", "change (points)", "shots", "questions"]
+    return table(head, rows, numeric=range(1 if single else 2, len(head)))
+
+
+def layer_and_role(module: str) -> tuple[str, str]:
+    """`model.layers.3.self_attn.q_proj` -> ("3", "self_attn.q_proj"): the first number names the layer, later ones
+    (experts) fall together; a module outside the layers has the layer ""."""
+    layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    if not layer:
+        return "", module
+    role = re.sub(r"\.\d+(?=\.|$)", "", module[layer.end() :])
+    return layer.group(1), role or module[: layer.start()]
+
+
+def _selected(run: Run, *, titled: bool) -> str:
+    """The trained share of each layer and role."""
+    heading = f"<h2>What was selected{': ' + escape(run.label) if titled else ''}</h2>"
+    modules = (run.selection or {}).get("modules")
+    if not isinstance(modules, dict) or not modules:
+        why = "the method selects no part of the weights, or the run stopped before."
+        return f'{heading}<p class="note">There is no selection/selection.json: {why}</p>'
+    trained: dict[tuple[str, str], float] = {}
+    weights: dict[tuple[str, str], float] = {}
+    kinds: dict[str, float] = {}
+    for module, entry in modules.items():
+        entry = entry if isinstance(entry, dict) else {}
+        shape = entry.get("shape")
+        sides = [number(side) for side in shape] if isinstance(shape, list) else []
+        trainable = number(entry.get("trainable"))
+        if len(sides) != 2 or None in sides or trainable is None or not sides[0] or not sides[1]:
+            run_says = f"selection.json says neither shape nor trained weights of {module}."
+            return heading + f'<p class="note">{escape(run_says)}</p>'
+        place = layer_and_role(module)
+        trained[place] = trained.get(place, 0.0) + trainable
+        weights[place] = weights.get(place, 0.0) + sides[0] * sides[1]
+        for kind in ("rows", "columns", "blocks"):
+            kinds[kind] = kinds.get(kind, 0.0) + (number(entry.get(kind)) or 0.0)
+
+    def value(role: str, layer: str) -> tuple[float, str] | None:
+        whole = weights.get((layer, role))
+        if not whole:
+            return None
+        share = trained[layer, role] / whole
+        return share, percent(share)
+
+    layers = sorted({layer for layer, _ in weights}, key=lambda layer: (not layer, int(layer or 0)))
+    roles = list(dict.fromkeys(role for _, role in weights))
+    size = number((run.selection or {}).get("block_size"))
+    units = [f"{count(many)} {kind}" for kind, many in kinds.items() if many]
+    if size is not None and kinds["blocks"]:
+        units = [f"{unit} of {size:.0f} × {size:.0f}" if unit.endswith("blocks") else unit for unit in units]
+    note = (
+        f"{', '.join(units) or 'Nothing'} in {count(len(modules))} weights. Each cell: the share of that weight that "
+    )
+    note += f"trains; all together {percent(sum(trained.values()) / sum(weights.values()))} of them. The darkest: "
+    note += f"{percent(max(trained[place] / weights[place] for place in weights))}."
+    drawing = heat_map(roles, layers, value, "layer")
+    return f'{heading}<p class="note">{escape(note)}</p><figure class="wide">{drawing}</figure>'
+
+
+def _details(run: Run, *, titled: bool) -> str:
+    """Config and environment as they are on file."""
+    parts = [f"<h2>How it was made{': ' + escape(run.label) if titled else ''}</h2>"]
+    environment = run.environment
+    pairs = [("run folder", str(run.path))]
+    for name in ("command_line", "commit", "device", "dtype", "world_size", "platform", "cpu_count", "started"):
+        if environment.get(name) is not None:
+            pairs.append((name.replace("_", " "), str(environment[name])))
+    for name in ("seed", "sparsity", "scope"):
+        if run.get(name) is not None:
+            value = run.get(name)
+            pairs.append((name, f"{value:.6g}" if isinstance(value, float) else str(value)))
+    found = environment.get("versions")
+    if isinstance(found, dict):
+        pairs.append(("versions", ", ".join(f"{name} {version}" for name, version in found.items() if version)))
+    parts.append(facts(pairs))
+    if not environment:
+        parts.append('<p class="note">environment.json is missing: where it ran is unknown.</p>')
+    if run.config_text:
+        shown = f"<details{' open' if not titled else ''}><summary>config.yaml</summary>"
+        parts.append(f"{shown}<pre>{escape(run.config_text)}</pre></details>")
+    else:
+        parts.append('<p class="note">config.yaml is missing: the run cannot be repeated from here.</p>')
+    if run.summary is not None:
+        text = json.dumps(run.summary, indent=2, ensure_ascii=False)
+        parts.append(f"<details><summary>summary.json</summary><pre>{escape(text)}</pre></details>")
+    return "".join(parts)

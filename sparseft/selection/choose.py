@@ -1,0 +1,109 @@
+"""Scores to indices: which units are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sparseft.errors import RunError
+from sparseft.selection.budget import Budget, Candidate
+from sparseft.selection.selection import Selection
+
+# ---- choosing ----
+
+
+def rank_units(scores: Tensor, order: str, generator: torch.Generator) -> Tensor:
+    """All units, the best first: ties broken by index; `sampled` draws without replacement, in proportion."""
+    scores = scores.detach().double().cpu()
+    if not torch.isfinite(scores).all():
+        raise RunError("an importance score is not finite: the model's weights or activations overflow.")
+    if order == "largest":
+        return torch.argsort(scores, descending=True, stable=True)
+    if order == "smallest":
+        return torch.argsort(scores, stable=True)
+    # Gumbel top-k: log(score) + noise ranks as successive draws in proportion to the score do.
+    uniform = torch.rand(len(scores), generator=generator, dtype=torch.float64).clamp_min(1e-300)
+    noise = -torch.log(-torch.log(uniform))
+    # Scores of 0 come last, in random order: by index, re-selection would draw the same ones each time.
+    keys = torch.where(scores > 0, torch.log(scores), -1e6) + noise
+    return torch.argsort(keys, descending=True, stable=True)
+
+
+def generator_for(seed: int, *names: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the names only: the same on every rank and device."""
+    digest = hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def choose(budget: Budget, scores: Mapping[str, Tensor], *, order: str, allocation: str, seed: int) -> Selection:
+    """The selection that spends `budget` on the units with the best `scores` ((units,) by `Candidate.key`)."""
+    kept: dict[str, Tensor] = {}
+    if allocation == "per_layer":
+        for c in budget.candidates:
+            ranked = rank_units(scores[c.key], order, generator_for(seed, "choose", c.key))
+            kept[c.key] = ranked[: budget.per_candidate[c.key]]
+    else:
+        groups: dict[str, list[Candidate]] = defaultdict(list)
+        for c in budget.candidates:
+            groups[c.role or ""].append(c)
+        for role, members in groups.items():
+            kept |= _choose_pooled(members, scores, budget.pooled[role], budget.minimum, order, seed, role)
+    modules: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for c in budget.candidates:
+        units = kept[c.key].sort().values
+        if len(units):
+            modules[c.module][c.kind].append(unit_index(c, units))
+    joined = {
+        module: {
+            kind: torch.cat(parts).sort().values if kind != "blocks" else parts[0] for kind, parts in kinds.items()
+        }
+        for module, kinds in modules.items()
+    }
+    return Selection(joined, block_size=budget.block_size)
+
+
+def _choose_pooled(
+    members: list[Candidate],
+    scores: Mapping[str, Tensor],
+    total: int,
+    minimum: int,
+    order: str,
+    seed: int,
+    role: str,
+) -> dict[str, Tensor]:
+    """The best `total` units of all members together, each member keeping at least `minimum`."""
+    offsets, position = {}, 0
+    for c in members:
+        offsets[c.key] = position
+        position += c.count
+    ranked = rank_units(
+        torch.cat([scores[c.key].cpu() for c in members]), order, generator_for(seed, "choose", "global", role)
+    )
+    rank = torch.empty_like(ranked)
+    rank[ranked] = torch.arange(len(ranked))
+    first = []
+    for c in members:
+        own = rank[offsets[c.key] : offsets[c.key] + c.count]
+        first.append(own.argsort()[:minimum] + offsets[c.key])
+    forced = torch.cat(first)
+    is_forced = torch.zeros(len(ranked), dtype=torch.bool)
+    is_forced[forced] = True
+    rest = ranked[~is_forced[ranked]][: max(0, total - len(forced))]
+    taken = torch.cat([forced, rest])
+    return {
+        c.key: taken[(taken >= offsets[c.key]) & (taken < offsets[c.key] + c.count)] - offsets[c.key] for c in members
+    }
+
+
+def unit_index(candidate: Candidate, units: Tensor) -> Tensor:
+    """The features (k,) or blocks (n, 2) that units stand for."""
+    if candidate.kind == "blocks":
+        across = math.ceil(candidate.shape[1] / candidate.unit)
+        return torch.stack([units // across, units % across], dim=1)
+    features = units[:, None] * candidate.unit + torch.arange(candidate.unit) + candidate.start
+    return features.reshape(-1)

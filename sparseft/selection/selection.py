@@ -1,0 +1,153 @@
+"""Scores -> `Selection`: which rows, columns or blocks of which module train; and its files.
+
+A `Budget` says what may be chosen (candidates), how much of it, and over which candidates the choice is pooled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseft.errors import UserError, shown
+from sparseft.files.atomic import replaced_folder, write_json
+from sparseft.files.hashing import body_hash
+from sparseft.files.tensors import read_described, read_json, split_name
+from sparseft.kernels.reference import KINDS, trainable_entries
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Selection:
+    """Indices by module and kind: `{"rows" | "columns": (k,), "blocks": (n, 2)}`, in the checkpoint's order.
+
+    Built from anything that `torch.as_tensor` takes. `meta` travels with the files: method, key, shapes, counts.
+    """
+
+    modules: Mapping[str, Mapping[str, Any]]
+    block_size: int | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        modules: dict[str, dict[str, Tensor]] = {}
+        for module, kinds in self.modules.items():
+            if not isinstance(kinds, Mapping):
+                raise UserError(f"selection of {module}: expected {{'rows': […]}}, got {type(kinds).__name__}.")
+            chosen: dict[str, Tensor] = {}
+            for kind, index in kinds.items():
+                if kind == "block_size":
+                    if self.block_size not in (None, int(index)):
+                        raise UserError(
+                            f"selection of {module}: block_size={index}, but other modules have {self.block_size}: "
+                            "a selection has one block size."
+                        )
+                    self.block_size = int(index)
+                    continue
+                if kind not in KINDS:
+                    raise UserError(f"selection of {module}: expected {', '.join(KINDS)}, got '{kind}'.")
+                try:
+                    tensor = torch.as_tensor(index)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise UserError(f"selection of {module}: {kind} cannot be read as indices ({error}).") from None
+                if tensor.numel() == 0:
+                    raise UserError(f"selection of {module}: {kind} names no index: leave it out.")
+                if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.is_complex():
+                    raise UserError(f"selection of {module}: expected integer {kind}, got {tensor.dtype}.")
+                if tensor.dim() != (2 if kind == "blocks" else 1) or (kind == "blocks" and tensor.shape[1] != 2):
+                    wanted = "pairs (block row, block column)" if kind == "blocks" else "a list of indices"
+                    raise UserError(f"selection of {module}: {kind} must be {wanted}, got {tuple(tensor.shape)}.")
+                chosen[kind] = tensor.to(device="cpu", dtype=torch.int64).contiguous()
+            if chosen:
+                modules[module] = chosen
+        self.modules = modules
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether any module trains blocks, which need a `block_size`."""
+        return any("blocks" in kinds for kinds in self.modules.values())
+
+    def trainable(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+        """Trainable entries by module, on logical weights of `shapes` (out, in)."""
+        return {
+            module: sum(
+                trainable_entries(kind, index, shapes[module], self.block_size) for kind, index in kinds.items()
+            )
+            for module, kinds in self.modules.items()
+        }
+
+    def digest(self) -> str:
+        """A hash over what is chosen."""
+        digest = hashlib.sha256(f"{self.block_size}".encode())
+        for module in sorted(self.modules):
+            for kind in sorted(self.modules[module]):
+                digest.update(f"{module}.{kind}".encode() + self.modules[module][kind].numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> Path:
+        """Writes `selection.json` and `selection.safetensors` into `folder`, whole or not at all."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        if self.has_blocks and self.block_size is None:
+            raise UserError("a selection of blocks needs its block_size: Selection({…}, block_size=64).")
+        if shapes is None:
+            known = self.meta.get("modules", {})
+            shapes = {name: tuple(info["shape"]) for name, info in known.items() if "shape" in info}
+        modules: dict[str, dict[str, Any]] = {}
+        trainable = self.trainable(shapes) if shapes.keys() >= self.modules.keys() else {}
+        for module, kinds in self.modules.items():
+            modules[module] = {kind: len(index) for kind, index in kinds.items()}
+            if module in trainable:
+                modules[module] |= {"shape": list(shapes[module]), "trainable": trainable[module]}
+        content = {
+            **self.meta,
+            "format_version": FORMAT_VERSION,
+            "block_size": self.block_size,
+            "digest": self.digest(),
+            "modules": modules,
+        }
+        tensors = {
+            f"{module}.{kind}.index": index.to(torch.int32)
+            for module, kinds in self.modules.items()
+            for kind, index in kinds.items()
+        }
+        with replaced_folder(folder) as aside:
+            save_file(tensors, aside / "selection.safetensors", {"config_sha256": body_hash(content)})
+            write_json(aside / "selection.json", content)
+        return folder
+
+    @staticmethod
+    def load(folder: str | Path) -> Selection:
+        """Reads a selection's folder; a missing, truncated or altered file is a `UserError`."""
+        folder = Path(folder)
+        content = read_json(folder / "selection.json", "selection")
+        if content.get("format_version") != FORMAT_VERSION:
+            known = shown(content.get("format_version"))
+            raise UserError(f"{folder}: selection format {known}, this version reads {FORMAT_VERSION}.")
+        tensors, texts = read_described(folder / "selection.safetensors", "selection")
+        modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            module, kind, last = split_name(name, folder)
+            if last != "index":
+                raise UserError(f"{folder}: unexpected tensor '{name}' in a selection.")
+            modules[module][kind] = tensor
+        block_size = content.get("block_size")
+        if block_size is not None and (type(block_size) is not int or block_size < 1):
+            raise UserError(f"{folder}: block_size={shown(repr(block_size))} in selection.json is not a block size.")
+        described = content.get("modules")
+        if not isinstance(described, dict) or not all(isinstance(info, dict) for info in described.values()):
+            raise UserError(f"{folder}: selection.json needs modules, an object of objects.")
+        meta = {key: value for key, value in content.items() if key not in ("format_version", "block_size", "digest")}
+        selection = Selection(dict(modules), block_size=block_size, meta=meta)
+        if selection.digest() != content.get("digest"):
+            raise UserError(f"{folder}: selection.safetensors is not the file that selection.json describes (altered).")
+        if texts.get("config_sha256") != body_hash(content):
+            raise UserError(f"{folder}: selection.json is not the one that was written with its tensors (altered).")
+        return selection

@@ -1,0 +1,125 @@
+"""The best evaluation of a run: its adapter is kept in `checkpoints/.best/` and is the one that is left at the end.
+
+Checkpoints carry a copy, so that a resumed run knows the best up to where it goes on, not one from its lost future.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from sparseft import console
+from sparseft.distributed.ranks import from_first, is_first, shared_folder
+from sparseft.errors import UserError
+from sparseft.files.atomic import write_json
+from sparseft.runs.folder import read_json_object
+from sparseft.runs.metrics import read_metrics
+from sparseft.training.sharded import take_up
+
+BEST = ".best"
+NOTE = "best.json"
+
+
+@dataclass
+class Evaluation:
+    """One evaluation: by score (the higher the better) where there is one, else by loss (the lower the better)."""
+
+    step: int
+    eval_loss: float
+    eval_score: float | None = None
+
+    def better_than(self, other: Evaluation | None) -> bool:
+        """Of two that are equal the earlier one stays."""
+        if other is None:
+            return True
+        if self.eval_score is not None and other.eval_score is not None:
+            return self.eval_score > other.eval_score
+        return self.eval_loss < other.eval_loss
+
+
+def recorded(folder: Path, step: int) -> Evaluation | None:
+    """The last evaluation in `metrics.jsonl` at `step`, null where there was none."""
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("step") == step]
+    lines = [line for line in lines if isinstance(line.get("eval_loss"), (int, float))]
+    return Evaluation(step, lines[-1]["eval_loss"], lines[-1].get("eval_score")) if lines else None
+
+
+def read_best(folder: Path) -> Evaluation | None:
+    """What the folder of a best adapter says of its evaluation; null where there is none."""
+    path = folder / BEST / NOTE
+    if not path.is_file():
+        return None
+    content = read_json_object(path)
+    step, loss, score = (content.get(name) for name in ("step", "eval_loss", "eval_score"))
+    if type(step) is not int or not isinstance(loss, (int, float)) or not isinstance(score, (int, float, type(None))):
+        raise UserError(f"'{path}' is no note of an evaluation: expected step, eval_loss and eval_score.")
+    return Evaluation(step, loss, score)
+
+
+def copy_best(source: Path, target: Path) -> None:
+    """Makes `target/.best` what `source/.best` is, also where that is nothing; files are linked where they can be."""
+    shutil.rmtree(target / BEST, ignore_errors=True)
+    if (source / BEST).is_dir():
+        shutil.copytree(source / BEST, target / BEST, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # adapters are written aside and renamed, never changed in place
+    except OSError:
+        shutil.copy2(source, target)
+
+
+class Best(transformers.TrainerCallback):
+    """Keeps the adapter of the best evaluation, and ends the training once one reaches `target_score`.
+
+    folder: the run's `checkpoints/`. save(path): writes what is trained as it is now; null: the best is not kept.
+    from_step: evaluations of earlier steps do not count.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        save: Callable[[Path], None] | None,
+        *,
+        from_step: int = 1,
+        target_score: float | None = None,
+    ) -> None:
+        self.folder, self.save, self.from_step, self.target_score = folder, save, max(1, from_step), target_score
+
+    def on_evaluate(self, args, state, control, metrics: Any = None, **kwargs) -> None:
+        seen = Evaluation(state.global_step, metrics["eval_loss"], metrics.get("eval_score"))
+        if seen.step == 0:
+            return
+        counts = self.save is not None and seen.step >= self.from_step
+        if counts and from_first(is_first() and seen.better_than(read_best(self.folder))):
+            self._keep(seen)
+        if reached(self.target_score, seen.eval_score) and seen.step < state.max_steps:
+            console.log(f"step {seen.step}: score {seen.eval_score:.4f} reaches trainer.target_score, so training ends")
+            control.should_save = control.should_training_stop = True
+
+    def _keep(self, seen: Evaluation) -> None:
+        with shared_folder(self.folder) as aside:
+            self.save(aside)
+            if is_first():
+                write_json(aside / NOTE, asdict(seen))
+                shutil.rmtree(self.folder / BEST, ignore_errors=True)
+                aside.rename(self.folder / BEST)
+
+    def take(self, model: Any) -> Evaluation | None:
+        """Puts the best adapter into the model; null (and nothing done) where none was kept."""
+        best = from_first(read_best(self.folder) if is_first() else None) if self.save is not None else None
+        if best is not None:
+            take_up(model, self.folder / BEST / "adapter")
+        return best
+
+
+def reached(target: float | None, score: float | None) -> bool:
+    """Whether a score is what `trainer.target_score` asks for."""
+    return target is not None and score is not None and score >= target

@@ -1,0 +1,139 @@
+"""What a run notes while transformers' loop runs: metrics, progress, interrupts, and the totals of its checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from transformers.trainer_callback import ExportableState
+
+from sparseft import console
+from sparseft.distributed import ranks
+from sparseft.layers import sparse_layers, write_back
+from sparseft.memory import memory_bytes
+from sparseft.runs.metrics import append_metrics
+from sparseft.training.clock import Mark
+from sparseft.training.failures import Health
+
+if TYPE_CHECKING:
+    from sparseft.training.trainer import Trainer
+
+
+class RunCallback(transformers.TrainerCallback, ExportableState):
+    """Metrics, progress and interrupts of one run; checkpoints carry its totals, so that a resumed run goes on."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.progress: console.Progress | None = None
+        self.grows = trainer.is_world_process_zero()
+        self.logged = Mark()  # at the last line of metrics
+        self.saved = Mark()  # when the checkpoint was begun
+
+    def now(self) -> Mark:
+        """The totals of the whole run so far, earlier sessions of it included."""
+        state = self.trainer.state
+        loss = self.trainer.accelerator.reduce(self.trainer.loss_sum.clone(), "mean").item()
+        tokens, seconds = int(state.num_input_tokens_seen), self.trainer.clock.seconds
+        return Mark(state.global_step, loss, tokens, seconds, self.trainer.health.bad)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps (`trainer_state.json`)."""
+        health = {name: getattr(self.trainer.health, name) for name in ("bad", "streak", "proven")}
+        attributes = {"now": asdict(self.saved), "logged": asdict(self.logged), "health": health}
+        return {"args": {}, "attributes": attributes}
+
+    def restore(self, state: Any) -> None:
+        """Takes up the totals of the checkpoint that `state` was loaded from; a fresh run's are zero."""
+        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self.trainer.loss_sum.fill_(saved["now"]["loss"])
+        self.trainer.clock.start(saved["now"]["seconds"])
+        self.trainer.health = Health(self.trainer.health.limit, **saved["health"])
+        self.logged = Mark(**saved["logged"])
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self.restore(state)
+        state.compute_steps(args, state.max_steps)  # a checkpoint's state has the intervals that it was saved with
+        # transformers asks the embeddings' output for a gradient where activations are recomputed. Only reentrant
+        # checkpoints need that; it would send the backward pass through every layer below the lowest trained one.
+        if hasattr(model, "disable_input_require_grads"):
+            model.disable_input_require_grads()
+        if self.grows:
+            self.progress = console.Progress(state.max_steps, "train", initial=state.global_step)
+            self.progress.__enter__()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the progress display and the clock, also of a run that failed."""
+        self.trainer.clock.stop()
+        if self.progress is not None:
+            self.progress.__exit__(None, None, None)
+            self.progress = None
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.trainer.is_deepspeed_enabled:  # its optimizer updates the deltas behind torch's step hook
+            write_back(sparse_layers(self.trainer.model).values())
+            if self.trainer.accelerator.optimizer_step_was_skipped:  # a bad step: the schedule goes on all the same
+                scheduler = self.trainer.lr_scheduler  # accelerate's wrapper would not step it either
+                scheduler = getattr(scheduler, "scheduler", scheduler)
+                if isinstance(scheduler, LRScheduler) and not isinstance(scheduler, ReduceLROnPlateau):
+                    scheduler.step()
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps count too, where they fill no whole logging interval
+        if self.progress is not None and not control.should_log:  # else on_log does, with the loss
+            self.progress.update(state.global_step)
+        self._stop_if_interrupted(control)
+        self.trainer.stop_if_bad()
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        self._stop_if_interrupted(control)
+
+    def _stop_if_interrupted(self, control: Any) -> None:
+        if ranks.any_rank(self.trainer.interrupted is not None):
+            self.trainer.interrupted = self.trainer.interrupted or "another process"
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        record: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
+        logs = logs or {}
+        if "eval_loss" in logs:
+            score = {"eval_score": logs["eval_score"]} if "eval_score" in logs else {}
+            self._append(record | {"eval_loss": logs["eval_loss"]} | score)
+            if not math.isfinite(logs["eval_loss"]):
+                raise self.trainer.failure(
+                    f"the evaluation loss is {logs['eval_loss']} at step {state.global_step}"
+                    + (": try a lower trainer.learning_rate." if state.global_step else ", before any training."),
+                    self.trainer.health.proven,
+                )
+            if self.trainer.is_in_train and self.grows:
+                shown = "".join(f", score {value:.4f}" for value in score.values())
+                console.log(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}{shown}")
+            return
+        if "loss" not in logs:  # the Trainer's own summary at the end
+            return
+        now, last = self.now(), self.logged
+        steps, seconds = now.step - last.step, now.seconds - last.seconds
+        bad = now.bad - last.bad
+        self.logged = now
+        record |= {
+            "loss": (now.loss - last.loss) / (steps - bad) if bad < steps else None,
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "tokens_per_second": (now.tokens - last.tokens) / seconds if seconds > 0 else None,
+            "step_seconds": seconds / steps,
+            "memory_gib": memory_bytes(args.device, peak=False) / 2**30,
+            **({"bad_steps": bad} if bad else {}),
+        }
+        self._append(record)
+        if self.progress is not None:
+            shown = {key: record[key] for key in ("loss", "tokens_per_second") if record[key] is not None}
+            self.progress.update(state.global_step, **shown)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self.grows:
+            append_metrics(self.trainer.run / "metrics.jsonl", record)

@@ -1,0 +1,220 @@
+"""A run's checkpoints: which there are, which are whole, how one is put in its place, and how an attached model takes
+up what one of them trained.
+
+A checkpoint is written into a folder aside, described there (`manifest.json`: every file's size and hash), and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparseft import console
+from sparseft.adapters.lifecycle import load_adapter, state_of
+from sparseft.distributed.ranks import rank_and_world
+from sparseft.distributed.zero3 import any_sharded, load_state
+from sparseft.errors import UserError, reason_of, shown
+from sparseft.files.atomic import write_json
+from sparseft.files.hashing import check_whole, file_hash
+from sparseft.files.tensors import read_json, read_tensors
+from sparseft.files.untrusted import read_json as parse
+from sparseft.files.untrusted import why
+from sparseft.training.failures import out_of_memory
+from sparseft.training.reselection import load_active
+
+CHECKPOINTS = "checkpoints"
+PREFIX = "checkpoint-"
+PARTIAL = ".partial-"  # before a folder's name: not yet a checkpoint, or no longer one
+MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
+LATEST = "latest"  # DeepSpeed's file: the name of the folder beside it that holds its part
+FORMAT_VERSION = 1
+# What transformers passes over in silence where it is not there; DeepSpeed keeps files of its own beside LATEST.
+PARTS = ("optimizer.pt", "scheduler.pt")
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    numbers = [item.name.removeprefix(PREFIX) for item in folder.iterdir() if item.name.startswith(PREFIX)]
+    return sorted(int(number) for number in numbers if number.isdecimal() and number.isascii())
+
+
+def last_checkpoint(run: Path, until: int | None = None) -> str | None:
+    """The newest checkpoint's folder of a run (of those up to the step `until`, where given), or null."""
+    steps = [step for step in checkpoint_steps(run / CHECKPOINTS) if until is None or step <= until]
+    return str(run / CHECKPOINTS / f"{PREFIX}{steps[-1]}") if steps else None
+
+
+def good_checkpoint(run: Path) -> str | None:
+    """The newest checkpoint's folder of a run that is whole, or null; damaged ones are passed over with a warning."""
+    for step in reversed(checkpoint_steps(run / CHECKPOINTS)):
+        folder = run / CHECKPOINTS / f"{PREFIX}{step}"
+        try:
+            check(folder)
+        except UserError as error:
+            console.warn(f"a damaged checkpoint is passed over: {error}")
+        else:
+            return str(folder)
+    return None
+
+
+def seal(folder: Path) -> None:
+    """Describes a checkpoint's files in its manifest and hands all of it to the disk."""
+    described = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            described[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+            _sync(path)
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "step": step_of(str(folder)), "files": described})
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _sync(path)
+
+
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Renames a sealed folder to the checkpoint's; one that was there goes only then."""
+    old = folder.with_name(f"{PARTIAL}old-{folder.name}")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    aside.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_moments(optimizer: Any) -> None:
+    """ValueError where what torch's own optimizers, and SparseAdamW, keep of a parameter has not its shape, or is not
+    finite: they would only notice in the next step, or never."""
+    own = "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "step"
+    if type(optimizer).__module__.partition(".")[0] not in ("torch", "sparseft"):
+        return  # others keep factors or packed numbers under these names
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or name not in own:
+                continue
+            if value.shape != (parameter.shape if name != "step" else ()) or not value.isfinite().all():
+                raise ValueError(f"'{name}' of shape {tuple(value.shape)} does not belong to {tuple(parameter.shape)}")
+
+
+def prune(folder: Path, limit: int | None, step: int) -> None:
+    """Deletes all but the newest `limit` checkpoints (null: none) of those up to `step`. A damaged one may bear a later
+    step's name: it is replaced when the run comes there."""
+    for number in [each for each in checkpoint_steps(folder) if each <= step][: -limit if limit else 0]:
+        checkpoint = folder / f"{PREFIX}{number}"
+        old = folder / f"{PARTIAL}old-{checkpoint.name}"
+        shutil.rmtree(old, ignore_errors=True)
+        checkpoint.rename(old)  # half of a checkpoint is never taken for one
+        shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check(folder: Path) -> None:
+    """Raises `UserError` where a checkpoint is not, file by file, what its manifest says, or leads out of itself."""
+    content = read_json(folder / MANIFEST, "checkpoint")
+    if content.get("format_version") != FORMAT_VERSION:
+        known = shown(content.get("format_version"))
+        raise UserError(f"{folder}: checkpoint format {known}, this version reads {FORMAT_VERSION}.")
+    described = content.get("files")
+    if content.get("step") != step_of(str(folder)) or not isinstance(described, dict):
+        raise UserError(f"{folder}: {MANIFEST} describes another checkpoint.")
+    there = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not stat.S_ISDIR(_mode(path))}
+    there.pop(MANIFEST)
+    for name in sorted(there.keys() ^ described.keys()):
+        raise UserError(f"{folder}: '{shown(name)}' is {'not ' if name in there else 'only '}in {MANIFEST}.")
+    for name, path in there.items():
+        known = described[name] if isinstance(described[name], dict) else {}
+        if not stat.S_ISREG(_mode(path)):
+            raise UserError(f"{folder}: '{name}' is a link or a device, not a file.")
+        if path.stat().st_size != known.get("bytes") or file_hash(path) != known.get("sha256"):
+            raise UserError(f"{folder}: '{name}' is not the file that was saved (altered or truncated).")
+    if LATEST in there:  # DeepSpeed reads what it names, wherever that is
+        path = there[LATEST]
+        part = path.read_text(errors="replace").strip() if path.stat().st_size < 1000 else ""
+        if not any(name.startswith(f"{part}/") for name in there):
+            raise UserError(f"{folder}: '{LATEST}' names no folder of the checkpoint.")
+    for name in (STATE, *(() if LATEST in there else PARTS)):
+        if name not in there:
+            raise UserError(f"{folder}: {name} is missing.")
+    read_state(folder)
+
+
+def _mode(path: Path) -> int:
+    return path.lstat().st_mode
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`trainer_state.json`, with what sparseft keeps there checked: {"now": …, "logged": …, "health": …}."""
+    path = folder / STATE
+    try:
+        content = parse(path, numbers=False)
+        own = content["stateful_callbacks"]["RunCallback"]["attributes"]
+        numbers = [content["global_step"], content["num_input_tokens_seen"], *(own["health"].values())]
+        for mark in (own["now"], own["logged"]):
+            numbers += [mark["step"], mark["tokens"]]
+            if not all(isinstance(mark[name], (int, float)) for name in ("loss", "seconds")):
+                raise ValueError("its totals are no numbers")
+        if not all(type(number) is int for number in numbers) or content["global_step"] != step_of(str(folder)):
+            raise ValueError("its counts are not those of the step")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else why(error)
+        raise UserError(f"{path}: cannot be continued from ({reason}).") from error
+    return own
+
+
+@contextlib.contextmanager
+def fitting(folder: str | None, what: str) -> Iterator[None]:
+    """Inside, what torch and transformers raise over a part of a checkpoint becomes a `UserError` that names it."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError, EOFError, AssertionError,
+            pickle.UnpicklingError) as error:  # fmt: skip
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        raise UserError(f"{folder}: {what} cannot be taken up: {reason_of(error)}") from error
+
+
+def step_of(checkpoint: str | None) -> int:
+    """The optimizer step of a checkpoint's folder; -1 for none."""
+    return int(Path(checkpoint).name.removeprefix(PREFIX)) if checkpoint else -1
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Fills the attached model's trained parameters from an adapter folder that the same method saved, in place."""
+    state = state_of(model)
+    assert state is not None
+    if state.kind == "sparse":
+        if load_active(model, folder.parent):
+            return
+        load_adapter(model, folder, state.active or "default")
+        return
+    if state.kind == "whole":
+        check_whole(folder)
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise UserError(f"{folder}: no model*.safetensors, so this is no fully fine-tuned model.")
+        reads = rank_and_world()[0] == 0 or not any_sharded(model)  # of a sharded model, for all
+        missing, unexpected = load_state(model, (read_tensors(file, "model") if reads else {} for file in files))
+        tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+        if unexpected or set(missing) - tied:
+            raise UserError(f"{folder}: the weights do not fit the model ({shown([*unexpected, *missing][0])}).")
+        return
+    import peft
+
+    tensors = read_tensors(folder / "adapter_model.safetensors", "adapter")
+    peft.set_peft_model_state_dict(model, tensors, adapter_name=state.active or "default")

@@ -1,0 +1,115 @@
+"""What can be refused at once, before torch, data or a model are loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from sparseft.compose.validation import BITSANDBYTES, OPTIMIZERS
+from sparseft.config import RunConfig
+from sparseft.distributed import launch
+from sparseft.distributed.env import check_place
+from sparseft.errors import UserError, looks_local, nearest_path, where_looked
+from sparseft.methods import get_method
+from sparseft.training import schedules
+
+
+def check_one_process(config: RunConfig, command: str) -> None:
+    """Refuses several processes to a command that runs in one."""
+    check_place()
+    for field, possible in (("num_processes", 1), ("num_machines", 1), ("zero_stage", 0)):
+        value = getattr(config.hardware, field)
+        if value != possible:
+            raise UserError(
+                f"hardware.{field}={value}: `sparseft {command}` runs in one process; use hardware.{field}={possible}."
+            )
+
+
+def check_hardware(config: RunConfig) -> None:
+    """Refuses processes that cannot be started, and what cannot be trained in several (imports torch if several)."""
+    hardware = config.hardware
+    launch.check(hardware)
+    if hardware.zero_stage == 3 and getattr(config.method, "reselect_steps", 0):
+        raise UserError(
+            f"method.reselect_steps={config.method.reselect_steps}: what parked entries have learnt is kept in the "
+            "weights, which ZeRO-3 has sharded; use hardware.zero_stage=2 or less."
+        )
+    if hardware.zero_stage and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"hardware.zero_stage={hardware.zero_stage}: deepspeed is not installed.")
+    if hardware.offload == "nvme" and not (hardware.offload_dir and Path(hardware.offload_dir).is_dir()):
+        raise UserError(f"hardware.offload_dir={hardware.offload_dir}: no such folder.")
+    if hardware.num_processes > 1:
+        import torch
+
+        gpus = torch.cuda.device_count()
+        if hardware.device != "cpu" and 0 < gpus < hardware.num_processes:
+            raise UserError(
+                f"hardware.num_processes={hardware.num_processes}: this machine has {gpus} "
+                f"{'GPU' if gpus == 1 else 'GPUs'}, and each process needs its own; use "
+                f"hardware.num_processes={gpus}, or hardware.device=cpu."
+            )
+
+
+def check_tests(config: RunConfig) -> None:
+    """Refuses a folder of test data that is not there."""
+    folder = config.eval.data_dir
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise UserError(f"eval.data_dir={folder}: no such folder{where_looked(folder)}.{nearest_path(folder)}")
+
+
+def learning_rate(config: RunConfig) -> float:
+    """The learning rate as given, else the method's."""
+    given = config.trainer.learning_rate
+    return get_method(config.method_name).learning_rate if given is None else given
+
+
+def check_trainer(config: RunConfig) -> None:
+    """Refuses a schedule that cannot be followed, and an optimizer that this machine or run has not (imports torch)."""
+    trainer, hardware = config.trainer, config.hardware
+    schedules.check(trainer, learning_rate(config), trainer.max_steps if trainer.max_steps > 0 else None)
+    name = trainer.optimizer
+    if hardware.zero_stage and name in ("adafactor", *BITSANDBYTES):
+        raise UserError(
+            f"trainer.optimizer={name}: cannot be used here (with hardware.zero_stage={hardware.zero_stage} the "
+            "optimizer gets flat pieces of parameters, of which it would make other steps); use adamw_torch."
+        )
+    if name not in BITSANDBYTES:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"trainer.optimizer={name}: cannot be used here (it needs the package bitsandbytes: pip install "
+            f"bitsandbytes); without it use one of {', '.join(OPTIMIZERS)}."
+        )
+    import torch
+
+    if hardware.device == "cpu" or not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.optimizer={name}: cannot be used here (bitsandbytes' optimizers train on CUDA devices); use one "
+            f"of {', '.join(OPTIMIZERS)}."
+        )
+
+
+def check_data(config: RunConfig) -> None:
+    """Refuses data files and test data that are not there."""
+    from sparseft.data.sources import locate_file
+
+    if config.dataset.train_path is not None:
+        locate_file(config.dataset.train_path, key="dataset.train_path")
+    if config.dataset.eval_path is not None:
+        locate_file(config.dataset.eval_path, key="dataset.eval_path")
+    check_tests(config)
+
+
+def check_model(config: RunConfig) -> None:
+    """Refuses a model folder that is not there, a quantised checkpoint, and a device that this machine has not (imports
+    torch and transformers)."""
+    from sparseft.models.loading import load_config, resolve_device
+
+    load_config(config.model)
+    if config.model.tokenizer is not None:
+        path = Path(config.model.tokenizer).expanduser()
+        if looks_local(config.model.tokenizer) and not path.is_dir():
+            raise UserError(
+                f"model.tokenizer={config.model.tokenizer}: no such folder{where_looked(path)}.{nearest_path(path)}"
+            )
+    resolve_device(config.hardware.device)

@@ -1,0 +1,195 @@
+"""What training in several processes needs beside transformers' Trainer: the same data, decisions and files as one.
+
+Without `torch.distributed` every function here does what one process needs, which is mostly nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.trainer import SCHEDULER_NAME
+
+from sparseft import console
+from sparseft.adapters.lifecycle import save_adapter, state_of
+from sparseft.config import HardwareConfig
+from sparseft.data.even import EvenDataset, EvenSampler, even
+from sparseft.distributed.deepspeed import MAX_BUCKET, weights_only
+from sparseft.distributed.ranks import barrier, is_first, rank_and_world
+from sparseft.distributed.zero3 import full_shape, is_sharded, state_on_first
+from sparseft.errors import RunError, UserError
+from sparseft.layers import sparse_layers, write_back
+from sparseft.layers.experts import ExpertLinear
+from sparseft.layers.unmerged import use_delta_path
+from sparseft.methods import get_method
+from sparseft.models.spec import ModelSpec
+from sparseft.training.checkpoints import fitting
+from sparseft.training.reselection import load_active
+
+
+def draw_anew(checkpoint: Path, seed: int, step: int) -> bool:
+    """Whether a checkpoint was saved by another number of processes than go on: then their random states say nothing of
+    these ones'. Each process starts its numbers from the seed, the step and its own place, and the first one says so.
+    """
+    rank, world = rank_and_world()
+    before = len(list(checkpoint.glob("rng_state*.pth")))
+    if before == world:
+        return False
+    digest = hashlib.sha256(f"{seed} {step} {rank} {world}".encode()).digest()
+    transformers.set_seed(int.from_bytes(digest[:4], "big"))
+    if rank == 0:
+        console.log(
+            f"resume: {checkpoint.name} was saved by {before} processes and goes on in {world}, so random numbers (of "
+            "dropout, say) are drawn anew, from the seed and the step"
+        )
+    return True
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether single experts of a 3-D parameter train: a step may leave some of them without a gradient."""
+    return any(isinstance(layer, ExpertLinear) for layer in sparse_layers(model).values())
+
+
+def check_zero(spec: ModelSpec, method: str, settings: Any, hardware: HardwareConfig) -> None:
+    """Refuses what DeepSpeed cannot train, of the linears that a sparse method with these settings chooses from."""
+    if hardware.zero_stage != 3:
+        return
+    candidates = get_method(method).budget(spec, settings).candidates
+    if not spec.stacked.isdisjoint(candidate.module for candidate in candidates):
+        raise UserError(
+            "hardware.zero_stage=3: experts kept as 3-D parameters cannot be sharded while single experts of them "
+            "train; use hardware.zero_stage=2 or less."
+        )
+
+
+def keep_deltas_whole(config: dict[str, Any], model: nn.Module) -> None:
+    """ZeRO-3 leaves parameters up to the largest delta unsharded: deltas are always at hand, as no module's forward
+    pass would gather them. Their gradients and moments are sharded all the same."""
+    deltas = [p.delta.numel() for layer in sparse_layers(model).values() for p in layer.patterns.values()]
+    if deltas:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = max(deltas) + 1
+
+
+def size_buckets(config: dict[str, Any], model: nn.Module) -> None:
+    """Has ZeRO reduce gradients in buckets no larger than all of them together: it allocates a bucket whole, by default
+    for 500 million numbers, and deltas are a fraction of that."""
+    trained = sum(full_shape(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
+    config["zero_optimization"]["reduce_bucket_size"] = min(trained, MAX_BUCKET)
+
+
+@contextlib.contextmanager
+def whole_parameters(model: nn.Module, engine: Any) -> Iterator[None]:
+    """Inside, what trains can be read whole in the first process, also where ZeRO-3 has sharded it.
+
+    Adapters are gathered on every device. A fully trained model is gathered on the first process's host, part by part,
+    and is what its `state_dict` gives inside.
+    """
+    sharded = [p for p in model.parameters() if p.requires_grad and is_sharded(p)]
+    state = state_of(model)
+    if not sharded:
+        yield
+    elif state is not None and state.kind == "whole":
+        if engine is not None:
+            content = engine._zero3_consolidated_16bit_state_dict()  # in the parameters' own dtype, whatever its name
+        else:
+            content = state_on_first(model)
+        model.state_dict = lambda *args, **options: content  # what save_pretrained asks
+        try:
+            yield
+        finally:
+            del model.state_dict
+    else:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None):
+            yield
+
+
+def spread_badness(loss: Tensor) -> Tensor:
+    """The loss as it is where it is finite; else one whose gradient is not a number either.
+
+    Under DeepSpeed a step is done within the backward pass of its last micro-step. Its optimizers leave out a step
+    whose gradient is not finite in any process, and this is how they learn of a loss (of any process and micro-step)
+    whose gradient would have been finite.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+class DistributedTrainer(transformers.Trainer):
+    """transformers' Trainer in several processes: the data and the steps of one, and its files."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        fillable = self.model_accepts_loss_kwargs
+        self.train_dataset = even(self.train_dataset, self.args.train_batch_size, fillable=fillable)
+        self.eval_dataset = even(self.eval_dataset, self.args.eval_batch_size)
+
+    @property
+    def is_zero3(self) -> bool:
+        """Whether DeepSpeed shards the parameters too: what runs the model is for all processes to do together."""
+        return self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_zero3()
+
+    def take_best(self, checkpoint: Path) -> None:
+        """Takes up the best adapter that a checkpoint knows of."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        """As transformers computes it; under DeepSpeed a loss that is not finite makes the whole step a bad one."""
+        result = super().compute_loss(model, inputs, return_outputs, **options)
+        return spread_badness(result) if self.is_deepspeed_enabled and not return_outputs else result
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(data, EvenDataset):
+            return EvenSampler(data, self.args.data_seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        size_buckets(self.args.hf_deepspeed_config.config, self.model)
+        if self.is_zero3:
+            use_delta_path(sparse_layers(self.model).values())
+            keep_deltas_whole(self.args.hf_deepspeed_config.config, self.model)
+        if resume_from_checkpoint is not None:  # what trains after re-selection, before the engine takes it
+            with fitting(resume_from_checkpoint, "what was trained"):
+                load_active(self.model, Path(resume_from_checkpoint))
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if hasattr(self.deepspeed.optimizer, "check_grad_overflow"):  # stages 1 and 2 would not look where bf16 trains
+            self.deepspeed.optimizer.check_grad_overflow = True
+        if resume_from_checkpoint is not None:  # not strictly: a checkpoint holds only what trains
+            with fitting(resume_from_checkpoint, "what DeepSpeed saved"), weights_only():
+                loaded, _ = self.deepspeed.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+            if loaded is None:
+                raise RunError(f"{resume_from_checkpoint}: holds nothing that DeepSpeed could load.")
+            self.take_best(Path(resume_from_checkpoint))
+            write_back(sparse_layers(self.model).values())
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        self.deepspeed.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # In turn: where the first process has failed, it has removed the folder, and another one would make it anew.
+        for turn in (False, True):
+            barrier()
+            if is_first() is turn:
+                super()._save_rng_state(output_dir)
+
+    def save_trained(self, folder: Path) -> None:
+        """Writes the adapter into `folder` (all processes call it, the first one writes), whole or not at all."""
+        model = self.accelerator.unwrap_model(self.model)
+        with whole_parameters(model, self.deepspeed):
+            if is_first():
+                save_adapter(model, folder)
+        barrier()

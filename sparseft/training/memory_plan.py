@@ -1,0 +1,315 @@
+"""What a training step will take of a device's memory, computed before any weight is loaded.
+
+The model is built on torch's meta device, where tensors have shapes and no content, and a forward and a backward pass
+run there while every storage is counted: the same operations and the same bytes, without the arithmetic. Attention
+counts as a fused kernel, which keeps its operands, its result and one number a row, never a matrix of scores.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from sparseft.adapters.lifecycle import attach, trainable_parameters
+from sparseft.config import HardwareConfig, RunConfig
+from sparseft.distributed.deepspeed import MAX_BUCKET
+from sparseft.errors import UserError, reason_of
+from sparseft.importance.host_sums import available_bytes
+from sparseft.layers import share_inputs, sparse_layers
+from sparseft.memory import AllocationCounter, tensor_bytes
+from sparseft.methods import get_method
+from sparseft.methods.selecting import compute_selection
+from sparseft.models.decoder import decoder_layers
+from sparseft.models.spec import ModelSpec
+from sparseft.training.distributed_trainer import check_zero
+
+FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
+# Copies of the trained parameters that an optimizer keeps, in their dtype, by the start of its name.
+STATES = {"adamw_torch": 2, "adamw_hf": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
+# Numbers that ZeRO 3 keeps gathered at most, once they were needed, and gathers ahead at once: DeepSpeed's defaults.
+LIVE, AHEAD = 1_000_000_000, 50_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device in a training step, by what they are for."""
+
+    weights: int  # frozen weights and buffers, with the patterns' indices and base values
+    trained: int  # deltas, an adapter's or the model's trained parameters
+    gradients: int
+    moments: int  # the optimizer's state
+    activations: int  # the most that the passes hold at once on top of all that
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.weights + self.trained + self.gradients + self.moments + self.activations
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model as `config` makes it trainable, and how many parameters that trains."""
+
+    model: nn.Module  # on the meta device
+    trainable: int
+    total: int
+    autocast: bool  # fp32 weights computed with in bf16, as full fine-tuning does on CUDA
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The bytes of a fused attention kernel, without its arithmetic."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):  # (batch, heads, tokens, head_dim)
+        batch, heads, tokens, _ = query.shape
+        result = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, result, query.new_empty(batch, heads, tokens, dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+class _Counter(AllocationCounter):
+    """Counts on the meta device, also the product of all experts with their tokens, which torch has there for bf16
+    and aligned shapes alone."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        product = func is torch.ops.aten._grouped_mm.default
+        return super().__torch_dispatch__(_grouped_product if product else func, types, args, kwargs)
+
+
+def _grouped_product(x: Tensor, weight: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The result of `torch._grouped_mm` without its content: (S, a) by (E, a, b) gives (S, b), and in the backward pass
+    (a, S) by (S, b) gives (E, a, b), (E, a, b) by (b, S) gives (a, S)."""
+    groups = (len(offs),) if x.dim() == weight.dim() else ()
+    return x.new_empty(*groups, x.shape[-2], weight.shape[-1])
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # as transformers repeats them for torch's attention
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+def _plain_attention(module: nn.Module, *operands: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """The architecture's own attention in plain torch, without a mask: making one asks for what meta tensors hold."""
+    options.pop("attention_mask", None)
+    query, key, value = operands[:3]
+    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, None, **options)
+
+
+def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, dtype: torch.dtype) -> Shape:
+    """The model of `content` (its config.json) on the meta device, trainable by the run's method.
+
+    Which units train makes no difference to the memory, so a selection that would need data is drawn at random.
+    """
+    model = _on_meta(content, dtype, config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    method, settings = get_method(config.method_name), copy.deepcopy(config.method)
+    autocast = False
+    if method.sparse:
+        if settings.needs_data:
+            settings.importance = "random"
+        check_zero(ModelSpec.of(model), config.method_name, settings, config.hardware)
+        selection = compute_selection(model, settings)
+        model = attach(model, settings, selection)
+        _indices_with_content(model, selection)
+    else:
+        if method.kind == "whole" and dtype.itemsize == 2 and settings.dtype != "model" and not on_cpu(config.hardware):
+            settings.dtype, autocast = "model", True
+        model = attach(model, settings)
+    trainable = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    return Shape(model.train(), trainable, total, autocast)
+
+
+def _on_meta(content: transformers.PretrainedConfig, dtype: torch.dtype, config: RunConfig) -> nn.Module:
+    transformers.AttentionInterface.register(FUSED, _attention)
+    transformers.AttentionInterface.register(PLAIN, _plain_attention)
+
+    def build(attention: str | None) -> nn.Module:
+        try:
+            with torch.device("meta"):
+                return transformers.AutoModelForCausalLM.from_config(
+                    copy.deepcopy(content), dtype=dtype, attn_implementation=attention
+                )
+        except (ImportError, ValueError) as error:
+            raise UserError(f"model.path={config.model.path}: cannot be built: {reason_of(error)}") from error
+
+    asked = config.model.attn_implementation
+    flash = "flash" in (asked or "")  # its package need be where the run will be, not where it is planned
+    model = build(None if flash else asked)
+    _check_experts(model, config.model.path)
+    text = content.get_text_config()
+    dropout = max(getattr(text, name, 0.0) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
+    fused = flash or str(model.config._attn_implementation).startswith("sdpa")
+    if model._can_set_attn_implementation():  # Falcon, GPT-J and MPT have their own alone, which is counted as it is
+        # torch's fused kernel for the CPU knows no dropout
+        model = build(FUSED if fused and not (dropout and on_cpu(config.hardware)) else PLAIN)
+    model.config.get_text_config().pad_token_id = None  # or transformers looks for padding among the tokens
+    return model
+
+
+def _check_experts(model: nn.Module, path: str) -> None:
+    """Refuses experts that are not computed by one grouped product over all tokens, whoever gets which of them: then
+    the memory depends on the data."""
+    named = [module for name, module in model.named_modules() if name.rpartition(".")[2].endswith("experts")]
+    for module in named:
+        implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+        if implementation != "grouped_mm":
+            raise UserError(
+                f"train --plan: {path} has experts ({type(module).__name__}) that are computed one after another, and "
+                "which tokens each gets depends on the data; there is no plan for such models."
+            )
+
+
+def _indices_with_content(model: nn.Module, selection: Any) -> None:
+    """Gives blocks their indices back, which have no content on the meta device: what is saved depends on them."""
+    for name, layer in sparse_layers(model).items():
+        if (blocks := layer.patterns.get("blocks")) is not None:
+            blocks.set_index(selection.modules[name]["blocks"], blocks.base_values)
+    share_inputs(model)
+
+
+def passes(shape: Shape, batch: int, length: int, *, checkpointing: bool) -> int:
+    """The most bytes that a forward and a backward pass over `batch` × `length` tokens allocate at once, the gradients
+    of the trained parameters included."""
+    model = shape.model
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    elif getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_disable()
+    ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+    with _Counter() as counter:
+        try:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            raise UserError(
+                f"train --plan: {type(model).__name__} computes with what its tensors hold, which there is no plan for "
+                f"({reason_of(error)})."
+            ) from error
+    for parameter in trainable_parameters(model).values():
+        parameter.grad = None
+    return counter.peak
+
+
+def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> Memory:
+    """The memory of one device in a step of `batch` sequences of `length` tokens."""
+    trained = list(trainable_parameters(shape.model).values())
+    own = {id(parameter) for parameter in trained}
+    frozen = [p for p in (*shape.model.parameters(), *shape.model.buffers()) if id(p) not in own]
+    weights, parameters = tensor_bytes(frozen), tensor_bytes(trained)
+    gradients = parameters
+    activations = passes(shape, batch, length, checkpointing=config.hardware.gradient_checkpointing) - gradients
+    if shape.autocast:  # the copies in half precision stay for the step; weights and gradients are twice as wide
+        activations += parameters
+        parameters, gradients = 2 * parameters, 2 * gradients
+    moments = optimizer_bytes(config.trainer.optimizer, trained) * (2 if shape.autocast else 1)
+    activations = max(activations, _while_updating(config, trained))
+    return sharded(config, shape, Memory(weights, parameters, gradients, moments, activations))
+
+
+def _while_updating(config: RunConfig, trained: list[Tensor]) -> int:
+    """Bytes that the optimizer's step takes for itself, when the activations are gone."""
+    if get_method(config.method_name).sparse or "fused" in config.trainer.optimizer:
+        return 0
+    if on_cpu(config.hardware):  # one parameter after another, each with its denominator made in two steps
+        return 2 * max(parameter.nbytes for parameter in trained)
+    return tensor_bytes(trained)  # the denominators of all at once
+
+
+def optimizer_bytes(optimizer: str, trained: list[Tensor]) -> int:
+    """Bytes that the optimizer keeps for the parameters it trains (on the meta device). UserError where that is not
+    known here and cannot be tried."""
+    for start, copies in STATES.items():
+        if optimizer.startswith(start) and not optimizer.endswith("bit"):
+            return copies * tensor_bytes(trained)
+    parameters = [nn.Parameter(torch.empty_like(tensor)) for tensor in trained]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    arguments = transformers.TrainingArguments(optim=optimizer, use_cpu=True, report_to=[])
+    try:
+        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
+        made = kind(parameters, **options)
+        made.step()
+    except Exception as error:  # whatever an optimizer makes of tensors without content
+        raise UserError(
+            f"trainer.optimizer={optimizer}: what it keeps is not known to the plan, and it cannot be tried without "
+            f"weights ({reason_of(error)})."
+        ) from error
+    return tensor_bytes([held for state in made.state.values() for held in state.values() if torch.is_tensor(held)])
+
+
+def world(hardware: HardwareConfig) -> int:
+    """Processes on all machines."""
+    return hardware.num_processes * hardware.num_machines
+
+
+def on_cpu(hardware: HardwareConfig) -> bool:
+    """Whether the run is to be on the CPU."""
+    return hardware.device == "cpu" or (hardware.device == "auto" and not torch.cuda.is_available())
+
+
+def device_bytes(hardware: HardwareConfig) -> int | None:
+    """The memory of one device: as the config says, else of the device here; null where there is none of that kind."""
+    if hardware.memory_gib is not None:
+        return int(hardware.memory_gib * 2**30)
+    if on_cpu(hardware):
+        return available_bytes() // hardware.num_processes
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def model_dtype(config: RunConfig, content: transformers.PretrainedConfig) -> torch.dtype:
+    """As the model is loaded: what the config asks for, else what the checkpoint says, else float32."""
+    asked = config.model.dtype if config.model.dtype != "auto" else None
+    stored = asked or getattr(content, "dtype", None) or torch.float32
+    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored)
+
+
+def sharded(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
+    """What is left on one device when DeepSpeed's ZeRO shards over all processes."""
+    processes, stage = world(config.hardware), config.hardware.zero_stage
+    offload = config.hardware.offload != "none"
+    if processes == 1 and stage == 0:
+        return memory
+    changes: dict[str, int] = {}
+    if stage == 0:  # DistributedDataParallel reduces in buckets of its own
+        changes["gradients"] = 2 * memory.gradients
+    else:  # a flat copy of the trained parameters is what the optimizer updates, in fp32
+        shard, bucket = -(-4 * shape.trainable // processes), 4 * min(shape.trainable, MAX_BUCKET)
+        changes["moments"] = 0 if offload else -(-memory.moments // processes) + shard
+        # Whole as the backward pass makes them, in the bucket that is reduced, and in the copy that is sent of it.
+        changes["gradients"] = memory.gradients + 2 * bucket
+    if stage == 3:
+        changes["gradients"] = memory.gradients + bucket + shard
+        everything = get_method(config.method_name).kind == "whole"
+        frozen = [parameter for parameter in shape.model.parameters() if not parameter.requires_grad]
+        gathered = _gathered(shape.model, list(shape.model.parameters()) if everything else frozen)
+        kept = memory.weights - tensor_bytes(frozen) + gathered  # indices and base values are not sharded
+        changes["weights"] = kept if offload else kept - (-tensor_bytes(frozen) // processes)
+        if everything:  # an adapter is small enough to stay whole everywhere
+            changes["trained"] = -(-memory.trained // processes)
+    return dataclasses.replace(memory, **changes)
+
+
+def _gathered(model: nn.Module, parameters: list[Tensor]) -> int:
+    """Bytes of the sharded `parameters` that ZeRO 3 has gathered at once: those that were needed last, at least a
+    decoder layer or the embeddings, and the buffer into which the next ones come."""
+    embeddings = model.get_input_embeddings()
+    every, width = tensor_bytes(parameters), embeddings.weight.element_size()
+    largest = max(tensor_bytes(part.parameters()) for part in (*decoder_layers(model)[1], embeddings))
+    return max(min(every, LIVE * width), largest) + min(every, AHEAD * width)

@@ -1,0 +1,162 @@
+"""Re-selection during training: every so many optimizer steps the layers park their units and take others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+
+from sparseft import console
+from sparseft.adapters.files import read_config, read_sparse
+from sparseft.adapters.lifecycle import state_of
+from sparseft.distributed.ranks import from_all
+from sparseft.layers import share_inputs, sparse_layers
+from sparseft.layers.inactive import exchange, move_moments, take_up
+from sparseft.layers.permuted_layout import Plan, carry_out, in_stored_order, plan_orders
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.selection import Selection
+
+WARMUP_STEPS = 5  # after a re-selection, at most a third of the steps until the next
+ACTIVE = "selection"  # a checkpoint's folder of what trained when it was saved
+
+
+def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = None) -> float:
+    """Trains `selection` from now on, in every layer as many entries as before; returns the share of newcomers.
+
+    With the optimizer, entries that stay keep their moments and newcomers start at zero.
+    """
+    layers = sparse_layers(model)
+    plan = _plan(model, selection)
+    if plan is not None:
+        selection = in_stored_order(selection, plan)
+    new = total = 0
+    for module, kinds in selection.modules.items():
+        for kind, index in kinds.items():
+            source = exchange(layers[module], kind, index)
+            if optimizer is not None:
+                move_moments(optimizer, layers[module].patterns[kind], source)
+            new += int((source < 0).sum())
+            total += len(source)
+    share_inputs(model)
+    if plan is not None:
+        carry_out(model, plan)
+    return new / total
+
+
+def _plan(model: nn.Module, selection: Selection) -> Plan | None:
+    """The orders that bring what is selected to the front, as at attach; null where the layout is not permuted."""
+    state = state_of(model)
+    if state is None or state.method_config.get("layout") != "permuted":
+        return None
+    return plan_orders(model, selection, ModelSpec.of(model))
+
+
+@dataclass
+class WholeMoments:
+    """What ZeRO keeps in shards, as `move_moments` takes an optimizer: of each delta its moments, whole."""
+
+    state: dict[Tensor, dict[str, Tensor]]
+
+
+@contextlib.contextmanager
+def moments_of(optimizer: Any, model: nn.Module) -> Iterator[Any]:
+    """Inside, the deltas' moments can be rearranged: the optimizer's own, or where ZeRO 1 or 2 has split them over the
+    processes, what is put together of them. Afterwards each process keeps its part of those, and of the deltas."""
+    deltas = [p.delta for layer in sparse_layers(model).values() for p in layer.patterns.values()]
+    if not any(hasattr(delta, "_hp_mapping") for delta in deltas):
+        yield optimizer
+        return
+    from deepspeed.utils import (
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+    )
+
+    # A process has a mapping of the deltas of which it keeps a part, and names of moments after its first update.
+    own = {name for d in deltas if d._hp_mapping is not None for name in d._hp_mapping.optim_fragment or ()}
+    names = sorted(set().union(*from_all(own)))
+    moments = WholeMoments({d: {name: safe_get_full_optimizer_state(d, name) for name in names} for d in deltas})
+    yield moments
+    for delta, state in moments.state.items():
+        safe_set_full_fp32_param(delta, delta.detach())
+        for name, value in state.items():
+            safe_set_full_optimizer_state(delta, value, name)
+
+
+class Reselection(transformers.TrainerCallback):
+    """Chooses anew every `steps` optimizer steps; the learning rate then climbs back over a few steps.
+
+    `choose(step)` gives the selection. What happens at a step depends on its number alone, so a resumed run does the
+    same. After a run's last step there is none: `ended_at` is the step where a run ended that now goes on, and it
+    makes up for it.
+    """
+
+    def __init__(
+        self, steps: int, choose: Callable[[int], Selection], clock: Any = None, ended_at: int | None = None
+    ) -> None:
+        self.steps, self.choose, self.clock, self.ended_at = steps, choose, clock, ended_at
+        self.warmup = min(WARMUP_STEPS, steps // 3)
+        self.rates: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step and state.global_step == self.ended_at:
+            self.on_step_end(args, state, control, **kwargs)
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        # Not right before the update: under DeepSpeed that is part of the last backward pass.
+        since = state.global_step % self.steps
+        if state.global_step >= self.steps and since < self.warmup:
+            self.rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * (since + 1) / (self.warmup + 1)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=False):
+            group["lr"] = rate
+        self.rates = []
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        if state.global_step % self.steps == 0 and state.global_step < state.max_steps:
+            with self.clock.paused() if self.clock is not None else contextlib.nullcontext():
+                selection = self.choose(state.global_step)
+                with moments_of(optimizer, model) as moments:
+                    share = apply_selection(model, selection, moments)
+            console.log(f"re-selection at step {state.global_step}: {share:.0%} of the units are others than before")
+
+
+def save_active(model: nn.Module, folder: Path) -> None:
+    """Writes what trains at the moment, where re-selection has parked other entries beside it."""
+    layers = sparse_layers(model)
+    patterns = [p for layer in layers.values() for p in layer.patterns.values()]
+    if any(p.parked is not None for p in patterns):
+        sizes = {p.block_size for p in patterns if p.block_size}
+        active = {
+            name: {kind: p.index.cpu() for kind, p in layer.patterns.items()}
+            for name, layer in layers.items()
+            if layer.patterns
+        }
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        Selection(active, block_size=max(sizes, default=None)).save(folder / ACTIVE, shapes)
+
+
+def load_active(model: nn.Module, folder: Path) -> bool:
+    """Continues where `save_active` stood; false where the checkpoint's adapter is all that trains."""
+    if not (folder / ACTIVE).is_dir():
+        return False
+    active = Selection.load(folder / ACTIVE)
+    values = read_sparse(folder / "adapter", read_config(folder / "adapter"))
+    layers = sparse_layers(model)
+    for module, kinds in active.modules.items():
+        for kind, index in kinds.items():
+            value = values[module][kind]
+            take_up(layers[module], kind, index, value.index, value.delta)
+    share_inputs(model)
+    plan = _plan(model, active)
+    if plan is not None:  # as the uninterrupted run has it, to the bit
+        carry_out(model, plan)
+    return True

@@ -1,0 +1,184 @@
+"""Continuing a run: what must be as it was, and where to go on."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparseft.config import RunConfig, TrainerConfig
+from sparseft.distributed import launch
+from sparseft.errors import UserError
+from sparseft.files.untrusted import read_json
+from sparseft.runs.folder import check_own, is_run, read_json_object
+
+# Settings that a run may be continued with other values of; all others decide what it trains, on what and how, and
+# a checkpoint would silently keep the old ones or mix both. With more steps the learning rate goes on as a run of that
+# many steps has it there; of a run's rates nothing else can change (learning_rate, scheduler, warmup_steps, …).
+FREE = {
+    *("output_dir", "overwrite", "cache_dir", "hardware", "eval", "bench"),
+    *(f"trainer.{name}" for name in "max_steps num_epochs logging_steps eval_steps save_steps max_bad_steps".split()),
+    *("trainer.save_total_limit", "trainer.resume", "trainer.target_score"),
+}
+
+# What runs of before had for a setting that is now left to the model where nothing is given.
+ONCE_DEFAULT = {"method.block_size": 64}
+
+PROCESSES = "hardware.num_processes"  # in what is compared here: all processes, of all machines
+PIECES = ("trainer.batch_size", "trainer.gradient_accumulation", PROCESSES)  # what counts is their product
+
+
+@dataclass
+class Previous:
+    """The run that is continued."""
+
+    folder: Path
+    checkpoint: str | None  # null: none was written, so the run starts anew in its folder
+
+    @property
+    def step(self) -> int:
+        """The optimizer step to go on from; -1: none, so that all lines of metrics are dropped."""
+        return int(self.checkpoint.rsplit("-", 1)[1]) if self.checkpoint else -1
+
+    @property
+    def total_steps(self) -> int | None:
+        """The steps that the run was to have in all when its checkpoint was saved."""
+        if self.checkpoint is None:
+            return None
+        return read_json(Path(self.checkpoint) / "trainer_state.json", numbers=False).get("max_steps")
+
+    @property
+    def ended_at(self) -> int | None:
+        """The checkpoint's step if that was to be the run's last one, else null."""
+        return self.step if self.total_steps == self.step else None
+
+    def check_steps(self, trainer: TrainerConfig, total_steps: int) -> None:
+        """Refuses to go on with fewer steps than are trained already."""
+        if self.step > total_steps:
+            name = "max_steps" if trainer.max_steps > 0 else "num_epochs"
+            raise UserError(
+                f"trainer.{name}={_show(getattr(trainer, name))}: the run in '{self.folder}' has already trained "
+                f"{self.step} of {total_steps} steps; give trainer.max_steps={self.step} to end it there, more to go "
+                "on, or another output_dir."
+            )
+
+    def describe(self, total_steps: int) -> str:
+        """Where a run of so many steps goes on."""
+        if self.checkpoint is None:
+            return "no checkpoint yet, so from the beginning"
+        if self.step == total_steps:
+            return f"{self.checkpoint}, already trained {total_steps} of {total_steps} steps: nothing is left to train"
+        if self.total_steps == total_steps:
+            return self.checkpoint
+        return (
+            f"{self.checkpoint}, to {total_steps} steps instead of {self.total_steps}: the learning rate goes on as a "
+            f"run of {total_steps} steps has it there"
+        )
+
+    def check_data(self, fingerprint: str) -> None:
+        """Refuses other training examples than the run's own, say from a file that has changed since."""
+        path = self.folder / "environment.json"
+        data = read_json_object(path).get("data") if path.is_file() else None
+        known = data.get("fingerprint") if isinstance(data, dict) else None
+        if self.checkpoint and known not in (None, fingerprint):
+            raise UserError(
+                f"the training examples are not those that the run in '{self.folder}' was trained on: did the data "
+                "file or the tokenizer change? Give the same data, or start anew in another output_dir."
+            )
+
+
+def previous_run(config: RunConfig) -> Previous | None:
+    """The run that `trainer.resume=auto` continues, or null where none is asked for or the folder holds none yet.
+
+    Raises UserError where the run was started with other settings than `config`'s.
+    """
+    if config.trainer.resume is None or config.output_dir is None:
+        return None
+    folder = Path(config.output_dir).expanduser()
+    if not is_run(folder):
+        return None
+    from sparseft.training.checkpoints import good_checkpoint
+
+    check_own(folder)
+    previous = Previous(folder, good_checkpoint(folder))
+    if previous.checkpoint is not None:
+        _check_same(config, folder)
+        if config.trainer.max_steps > 0:  # else the data say how many; train.py asks again
+            previous.check_steps(config.trainer, config.trainer.max_steps)
+    return previous
+
+
+def clean(previous: Previous, save_total_limit: int | None) -> None:
+    """Removes what a crash left: files that were being written, checkpoints beyond the limit, and a best adapter that
+    none of them knows."""
+    from sparseft.training.checkpoints import prune
+
+    folder = previous.folder / "checkpoints"
+    if previous.checkpoint is None:
+        shutil.rmtree(folder / ".best", ignore_errors=True)
+    aside = ("checkpoints/.partial-*", ".adapter.*", ".selection.*", ".*.partial", "eval/.*.partial")
+    for left in (path for pattern in aside for path in previous.folder.glob(pattern)):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+    prune(folder, save_total_limit, previous.step)
+
+
+def _check_same(config: RunConfig, folder: Path) -> None:
+    from sparseft.compose.run_config import from_dict
+    from sparseft.files.untrusted import read_yaml_object
+
+    old = from_dict(read_yaml_object(folder / "config.yaml")).to_dict()
+    then, now = _flat(old), _flat(config.to_dict())
+    then[PROCESSES], now[PROCESSES] = _processes(folder, old), launch.processes(config.hardware)
+    # What DeepSpeed has sharded, only as many processes at the same stage can put together again.
+    fixed = {"hardware.zero_stage"} | ({PROCESSES} if config.hardware.zero_stage else set())
+    if _examples(then) == _examples(now):  # cut into other pieces, as after running out of memory
+        then |= {key: now[key] for key in PIECES if key not in fixed}
+    elif then[PROCESSES] != now[PROCESSES]:
+        raise UserError(
+            f"a step would be {_examples(now)} examples in {now[PROCESSES]} processes, and the run in '{folder}' was "
+            f"started with {_examples(then)} in {then[PROCESSES]}: give as many processes, or a "
+            "trainer.gradient_accumulation that makes up for them."
+        )
+    for key in [*then, *(key for key in now if key not in then)]:
+        free = key in FREE or key.split(".")[0] in FREE
+        if (free and key not in fixed) or then.get(key) == now.get(key):
+            continue
+        if now.get(key) is None and key in ONCE_DEFAULT and then.get(key) == ONCE_DEFAULT[key]:
+            continue
+        raise UserError(
+            f"{key}={_show(now.get(key))}: the run in '{folder}' was started with {_show(then.get(key))}, and a run "
+            "is continued with the settings that it was started with; give that, or another output_dir."
+        )
+
+
+def _flat(content: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": entry for name, entry in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _processes(folder: Path, old: dict[str, Any]) -> int:
+    """In how many processes a run was started: a launcher may have started more than its settings say."""
+    path = folder / "environment.json"
+    known = read_json_object(path).get("world_size") if path.is_file() else None
+    return known if type(known) is int else old["hardware"]["num_processes"] * old["hardware"]["num_machines"]
+
+
+def _examples(flat: dict[str, Any]) -> int:
+    """Examples of an optimizer step."""
+    return math.prod(flat[key] for key in PIECES)
+
+
+def _show(value: Any) -> str:
+    from sparseft.compose.validation import show
+
+    return show(value)

@@ -1,0 +1,339 @@
+"""A thin subclass of `transformers.Trainer`: checkpoints that are whole or not there, metrics, progress, interrupts."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
+
+from sparseft import console, signals
+from sparseft.data.packing import real_tokens
+from sparseft.distributed import ranks
+from sparseft.distributed.zero3 import shard_of
+from sparseft.errors import RunError
+from sparseft.files.disk_errors import explained
+from sparseft.layers import sparse_layers
+from sparseft.models.decoder import runnable
+from sparseft.models.reached import without_gradient
+from sparseft.training import distributed_trainer, schedules
+from sparseft.training.arguments import tf32_as_set
+from sparseft.training.best import copy_best
+from sparseft.training.callbacks import RunCallback
+from sparseft.training.checkpoints import (
+    CHECKPOINTS,
+    PREFIX,
+    check_moments,
+    fitting,
+    last_checkpoint,
+    load_trained,
+    prune,
+    put_in_place,
+    seal,
+    step_of,
+)
+from sparseft.training.clock import Clock, Mark
+from sparseft.training.failures import Fit, Health, memory_problem
+from sparseft.training.optimizer import SparseAdamW
+from sparseft.training.reselection import save_active
+
+
+class Trainer(distributed_trainer.DistributedTrainer):
+    """Trains what is trainable of an attached model, and saves only that.
+
+    `run` is the run folder: metrics go to its `metrics.jsonl`, checkpoints to `checkpoints/checkpoint-N/`, of which
+    the newest `save_total_limit` are kept (null: all). `score()` measures the model on a task; evaluations then carry
+    it beside the loss. A step whose loss or gradient is not finite updates nothing; `max_bad_steps` of them in a row
+    end the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: transformers.TrainingArguments,
+        *,
+        run: Path,
+        save_total_limit: int | None = None,
+        max_bad_steps: int = 10,
+        score: Callable[[], float] | None = None,
+        **options: Any,
+    ) -> None:
+        args.output_dir = str(run / CHECKPOINTS)
+        with tf32_as_set():
+            super().__init__(model=model, args=args, **options)
+        self.run = run
+        self.save_total_limit = save_total_limit
+        self.score = score
+        self.interrupted: str | None = None  # the signal's name
+        self.clock = Clock()
+        self.health = Health(max_bad_steps)
+        lengths = getattr(self.train_dataset, "lengths", None)
+        longest = 1 if lengths is None or len(lengths) == 0 else int(lengths.max())
+        self.fit = Fit(
+            args.per_device_train_batch_size, args.gradient_accumulation_steps, longest,
+            bool(getattr(args, "activation_checkpointing", getattr(args, "gradient_checkpointing", False))),
+        )  # fmt: skip
+        # Sums of the micro-steps' losses, each already its share of its step's mean: over the good steps, and over the
+        # present step.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)
+        self.step_loss = torch.zeros_like(self.loss_sum)
+        self.looked = False  # whether the first good step's gradients were looked at
+        self._aside: str | None = None
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.run_callback = RunCallback(self)
+        self.add_callback(self.run_callback)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if "attention_mask" not in inputs and "position_ids" in inputs:  # packed rows carry no mask
+            inputs = inputs | {"attention_mask": real_tokens(inputs["position_ids"])}
+        super()._track_num_input_tokens(inputs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-step: forward and backward; returns its share of the step's mean loss over labelled tokens."""
+        batch = args[1] if len(args) > 1 else kwargs["inputs"]
+        self.fit.micro_step(batch["input_ids"].numel())
+        loss = super().training_step(*args, **kwargs)
+        self.step_loss += loss.double()
+        return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # transformers adds it to a sum of its own, which goes on
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm, which transformers asks for between the backward passes of a step and its update: the
+        place to leave the update out."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss = self.accelerator.reduce(self.step_loss, "mean") if self.args.world_size > 1 else self.step_loss
+        if self.health.judge(self.state.global_step + 1, loss.item(), None if norm is None else float(norm)):
+            self.loss_sum += self.step_loss
+            if not self.looked:
+                self.looked = True
+                self.name_untrained()
+        else:
+            model.zero_grad()  # without a gradient an optimizer leaves parameters and moments as they are
+            if self.health.streak == 1 and self.is_world_process_zero():
+                console.warn(
+                    f"step {self.state.global_step + 1}: loss {loss.item():.4g}, gradient norm {norm}: not finite, so "
+                    "the step updates nothing"
+                )
+        self.step_loss.zero_()
+        self.fit.step_done()
+        return norm
+
+    def name_untrained(self) -> None:
+        """Warns of what is to train and got no gradient in this session's first step; once, as it waits for the device.
+
+        Not with DeepSpeed and FSDP, which keep gradients in places and pieces of their own.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        names = without_gradient(self.model)
+        if names and self.is_world_process_zero():
+            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            console.warn(
+                f"step {self.state.global_step + 1} gave no gradient to {len(names)} of what trains, which stays as it "
+                f"is without one: {shown}"
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """transformers' own, with its parameter groups; SparseAdamW in AdamW's place where a sparse method trains."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        plain = self.args.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+        if plain and not sharded and self.optimizer_cls_and_kwargs is None and sparse_layers(self.model):
+            _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options.pop("fused", None)
+            self.optimizer_cls_and_kwargs = (SparseAdamW, options)
+        return super().create_optimizer(model)
+
+    def failure(self, message: str, until: int | None = None) -> RunError:
+        """A RunError that knows the last good checkpoint, of those up to the step `until` where that is given."""
+        checkpoint, newest = last_checkpoint(self.run, until), last_checkpoint(self.run)
+        if checkpoint is None:
+            message += " There is no good checkpoint of before" + (
+                f": no step with the weights of checkpoint-{step_of(newest)} had a finite loss, so start anew "
+                "(overwrite=true)."
+                if newest
+                else ", as none was saved yet."
+            )
+        error = RunError(message)
+        error.last_checkpoint = checkpoint  # type: ignore[attr-defined]
+        return error
+
+    @contextlib.contextmanager
+    def advising_memory(self) -> Iterator[None]:
+        """Inside, memory that runs out becomes a RunError with the settings that would fit."""
+        try:
+            yield
+        except Exception as error:
+            problem = memory_problem(error, self.fit)
+            if problem is None:
+                raise
+            raise self.failure(problem) from error
+
+    def stop_if_bad(self) -> None:
+        """Ends a run whose last steps were all bad: RunError."""
+        if self.health.streak >= self.health.limit:
+            last = self.state.global_step
+            first = last - self.health.streak + 1
+            steps = f"step {last}" if first == last else f"the steps {first} to {last}"
+            advice = "try a lower trainer.learning_rate, and look at the data of these steps"
+            if first == 1:  # no rate has had an effect yet
+                advice = "look at the data, and whether the model itself gives a finite loss (model.dtype)"
+            raise self.failure(
+                f"the loss or its gradient was not finite in {steps} "
+                f"(trainer.max_bad_steps={self.health.limit}), which updated nothing: {advice}.",
+                self.health.proven,
+            )
+
+    # ---- checkpoints: written aside, then renamed ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._aside or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # What is kept must be worth going back to. Among bad steps nothing has changed since the last good one, so
+        # saving waits for the next; not where training ends.
+        if self.health.streak and not self.control.should_training_stop:
+            return
+        mine = (shard_of(p) for p in self.model.parameters() if p.requires_grad)
+        if ranks.any_rank(not all(p.isfinite().all() for p in mine)):
+            raise self.failure(
+                f"the trained weights are not finite after step {self.state.global_step}, so they are not saved: "
+                "try a lower trainer.learning_rate.",
+                self.health.proven,
+            )
+        what = f"checkpoint-{self.state.global_step}"
+        with self.clock.paused(), explained(what, lambda: last_checkpoint(self.run)):
+            self._save_aside(model, trial)
+
+    def _save_aside(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX}{self.state.global_step}"
+        self.run_callback.saved = self.run_callback.now()  # of all processes, of which the first one writes it
+        try:
+            with ranks.shared_folder(folder) as aside:
+                self._aside = str(aside)
+                super()._save_checkpoint(model, trial)
+                ranks.barrier()  # each process has left its random state
+                if ranks.is_first():
+                    copy_best(folder, aside / name)
+                    seal(aside / name)
+                    put_in_place(aside / name, folder / name)
+        finally:
+            self._aside = None
+        if ranks.is_first():
+            prune(folder, self.save_total_limit, self.state.global_step)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        self.save_trained(folder / "adapter")
+        if self.args.should_save:
+            save_active(self.accelerator.unwrap_model(self.model), folder)
+
+    def take_best(self, checkpoint: Path) -> None:
+        """What the checkpoint knows as the best adapter is the run's again."""
+        if ranks.is_first():
+            copy_best(checkpoint, self.run / CHECKPOINTS)
+        ranks.barrier()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.take_best(Path(resume_from_checkpoint))
+        with fitting(resume_from_checkpoint, "what was trained"):
+            load_trained(self.model if model is None else model, Path(resume_from_checkpoint) / "adapter")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        rates = list(getattr(self.lr_scheduler, "base_lrs", []))
+        with fitting(checkpoint, "the optimizer's state"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                schedules.go_on(self.lr_scheduler, rates, step_of(checkpoint))
+                if not self.is_deepspeed_enabled:
+                    check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint and distributed_trainer.draw_anew(Path(checkpoint), self.args.seed, self.state.global_step):
+            return
+        with fitting(checkpoint, "the random numbers' state"):
+            super()._load_rng_state(checkpoint)
+
+    # ---- evaluation: the mean over all labelled tokens, whatever the batch size ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """`{"eval_loss": …}`: the mean loss over all labelled tokens of the evaluation set; with `eval_score` where
+        there is one."""
+        # A loader draws a seed whenever it is iterated over; the training's dropout is not to depend on that.
+        cuda = [self.args.device] if self.args.device.type == "cuda" else []
+        with self.clock.paused(), torch.random.fork_rng(devices=cuda), self.advising_memory():
+            metrics = {f"{metric_key_prefix}_loss": self._evaluation_loss(eval_dataset)}
+            if self.score is not None:
+                # With ZeRO-3 all processes answer the same questions in step, also while the model is whole yet:
+                # transformers' generate() waits for the others.
+                measured = self.score() if ranks.is_first() or self.is_zero3 else None
+                metrics[f"{metric_key_prefix}_score"] = ranks.from_first(measured)
+        self.log(dict(metrics))
+        # As transformers' own does: it resets `should_evaluate`, else the end of an epoch evaluates once more.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluation_loss(self, eval_dataset: Any) -> float:
+        loader = self.get_eval_dataloader(eval_dataset)
+        model = self.model
+        training = model.training
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        # A second display beside the training's own would tear it, and plain lines are for what takes long.
+        alone = not self.is_in_train and console.is_terminal(sys.stderr)
+        count, done = len(loader.dataset), 0
+        progress = console.Progress(count, "evaluate", unit="example") if alone else contextlib.nullcontext()
+        with torch.no_grad(), progress as display, runnable(model):
+            for batch in loader:
+                batch = self._prepare_inputs(batch)
+                labelled = (batch["labels"][:, 1:] != -100).sum()
+                with self.compute_loss_context_manager():
+                    loss = model(**batch, use_cache=False).loss
+                if labelled:  # a batch without labels has no loss (NaN)
+                    total += torch.stack([loss.double() * labelled, labelled.double()])
+                done += len(batch["labels"])
+                if display is not None:
+                    display.update(done)
+        model.train(training)
+        total = self.accelerator.reduce(total)
+        return (total[0] / total[1]).item()
+
+
+def train(trainer: Trainer, resume_from: str | None, total_steps: int) -> Mark:
+    """Runs the loop, or what is left of it, and returns the run's totals.
+
+    Interrupted: saved first, then KeyboardInterrupt, with the checkpoint in `last_checkpoint`.
+    """
+    callback = trainer.run_callback
+
+    def finish_step(name: str) -> None:
+        trainer.interrupted = name
+        console.log(f"{name}: finishing the step and saving; once more stops at once")
+
+    if resume_from and step_of(resume_from) >= total_steps:  # the loop would take one step more
+        trainer._load_from_checkpoint(resume_from)
+        trainer.state = transformers.TrainerState.load_from_json(str(Path(resume_from) / "trainer_state.json"))
+        callback.restore(trainer.state)
+        trainer.clock.stop()
+        return callback.now()
+    try:
+        with signals.noted(finish_step), trainer.advising_memory():
+            trainer.train(resume_from_checkpoint=resume_from)
+    finally:
+        callback.close()
+    if trainer.interrupted:
+        error = KeyboardInterrupt(trainer.interrupted)
+        error.last_checkpoint = last_checkpoint(trainer.run)  # type: ignore[attr-defined]
+        raise error
+    if trainer.health.streak and trainer.is_world_process_zero():
+        console.warn(f"training ends with {trainer.health.streak} steps whose loss or gradient was not finite")
+    return callback.now()
