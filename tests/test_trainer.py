@@ -465,7 +465,7 @@ def test_resuming_where_no_checkpoint_was_written_starts_anew(
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ("method.block_size=8", ["method.block_size=8", "was started with 16"]),
+        ("method.block_size=4", ["method.block_size=4", "was started with 8"]),
         ("seed=1", ["seed=1", "was started with 0"]),
         ("trainer.learning_rate=1", ["trainer.learning_rate=1.0", "was started with 0.005"]),
         ("trainer.batch_size=3", ["trainer.batch_size=3", "was started with 2"]),
