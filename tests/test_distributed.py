@@ -401,7 +401,6 @@ def test_continued_in_fewer_processes_it_ends_the_same(together: Runs, tmp_path:
 def test_other_processes_draw_other_random_numbers(
     files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sparseft.distributed import ranks as ranks_module
     from sparseft.training import distributed_trainer
 
     for name in files:
@@ -409,7 +408,7 @@ def test_other_processes_draw_other_random_numbers(
     places = [(0, 1), (0, 4), (1, 4), (3, 4)]
     drawn = set()
     for rank, world in [*places, *places]:
-        monkeypatch.setattr(ranks_module, "rank_and_world", lambda at=(rank, world): at)
+        monkeypatch.setattr(distributed_trainer, "rank_and_world", lambda at=(rank, world): at)
         for step in (3, 4):
             assert distributed_trainer.draw_anew(tmp_path, 0, step)
             drawn.add((torch.rand(1).item(), random.random(), float(np.random.rand())))
@@ -417,7 +416,7 @@ def test_other_processes_draw_other_random_numbers(
     assert capsys.readouterr().err.count("drawn anew") == 8  # said by the first process alone
     for name in ("rng_state_0.pth", "rng_state_1.pth"):
         (tmp_path / name).touch()
-    monkeypatch.setattr(ranks_module, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(distributed_trainer, "rank_and_world", lambda: (1, 2))
     before = torch.get_rng_state()
     assert not distributed_trainer.draw_anew(tmp_path, 0, 3)
     assert torch.equal(torch.get_rng_state(), before)
