@@ -82,6 +82,7 @@ def test_a_padded_group_counts_as_its_samples_alone(make_model: Callable[..., An
 
 def test_a_group_goes_through_the_model_once(make_model: Callable[..., Any]) -> None:
     model, seen = make_model("llama"), []
+    ModelSpec.of(model)  # which tries it once, on tokens of its own
     model.register_forward_pre_hook(
         lambda _m, _a, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )

@@ -69,9 +69,10 @@ def _load(what: str, path: str, loader, **options):
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    content = (AttributeError, KeyError, TypeError, ValueError)  # of a config.json that is none
     try:
         return loader(check_model_path(path), **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (OSError, RuntimeError, SafetensorError, StrictDataclassError, *content) as error:
         if isinstance(error, UserError):
             raise
         gone = isinstance(error, OSError) and not Path(bundled_path(path)).expanduser().exists()
@@ -88,8 +89,8 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
     """
     from transformers import AutoModelForCausalLM
 
+    check_whole(Path(config.path).expanduser())  # before transformers reads anything of it
     load_config(config, "model")  # refuses what is quantised, before any weight
-    check_whole(Path(config.path).expanduser())
     if config.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.dtype}: expected {', '.join(DTYPES)}.{nearest(config.dtype, DTYPES)}")
     options: dict[str, object] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
