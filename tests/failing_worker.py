@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from sparseft.cli import worker as cli_worker
+from sparseft.distributed import ranks
 from sparseft.selection import selection
-from sparseft.training import distributed, trainer
+from sparseft.training import trainer
 
 
 @contextlib.contextmanager
@@ -76,7 +77,7 @@ def read_only() -> None:
     plain = trainer.Trainer._save_aside
 
     def save(self: Any, *args: Any) -> None:
-        distributed.tempfile = Tempfile if self.state.global_step > 2 else tempfile  # type: ignore[assignment]
+        ranks.tempfile = Tempfile if self.state.global_step > 2 else tempfile  # type: ignore[assignment]
         plain(self, *args)
 
     trainer.Trainer._save_aside = save  # type: ignore[method-assign]
