@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparseft.config import BUNDLED, ModelConfig
+from sparseft.distributed.ranks import from_first
 from sparseft.distributed.zero3 import full_shape
 from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, reason_of, where_looked
 from sparseft.files.hashing import check_whole
@@ -88,6 +89,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
     causal, which is tried.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     check_whole(Path(config.path).expanduser())  # before transformers reads anything of it
     load_config(config, "model")  # refuses what is quantised, before any weight
@@ -99,9 +101,18 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
     if config.revision:
         options["revision"] = config.revision
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # said below, in a sentence
-    with without_report():
-        model, report = _load("model", config.path, AutoModelForCausalLM.from_pretrained, **options)
-    check_complete(config.path, report)
+    refused = None
+    try:
+        with without_report():
+            model, report = _load("model", config.path, AutoModelForCausalLM.from_pretrained, **options)
+        check_complete(config.path, report)
+    except UserError as error:
+        refused = error
+    if is_deepspeed_zero3_enabled():  # the first process alone reads the files: all refuse what it did, or go on
+        told = from_first(None if refused is None else str(refused))
+        refused = refused or (UserError(told) if told else None)
+    if refused is not None:
+        raise refused
     model = model.to(device).eval()
     with runnable(model):
         check_causal(model, f"model.path={config.path}")
