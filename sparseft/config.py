@@ -1,6 +1,6 @@
 """What a run is made of, as plain dataclasses.
 
-`compose.py` fills them from `conf/` and the command line; nothing below `commands/` sees Hydra's own types.
+`compose/` fills them from `conf/` and the command line; nothing below `commands/` sees Hydra's own types.
 No torch here: `sparseft --help` and `--cfg` stay fast.
 """
 

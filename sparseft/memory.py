@@ -1,4 +1,4 @@
-"""How much memory a run takes: what torch allocated on CUDA, the process's resident set on the CPU."""
+"""How much memory is in use: by CUDA's allocator, by the process on the CPU, by the tensors that live."""
 
 from __future__ import annotations
 

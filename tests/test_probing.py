@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError
 from sparseft.models import probing
-from sparseft.models.loading import context_length
+from sparseft.models.decoder import context_length
 from sparseft.models.probing import check_causal
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -21,7 +21,7 @@ from sparseft.report.page import count, duration, memory, number, percent, rate,
 from sparseft.report.run_data import read_run
 from sparseft.report.sections import build_report, flatten, layer_and_role, sentence
 from sparseft.runs import environment
-from sparseft.runs import folder as folder_module
+from sparseft.runs import folder as runs
 from sparseft.runs import metrics as runs_metrics
 
 NASTY = "</script><script>alert('x')</script>\"'&<img src=x onerror=y> \ud800\x00"
@@ -423,7 +423,7 @@ def test_command_takes_the_latest_one_or_several(in_tmp: Path, capsys: pytest.Ca
     with pytest.raises(UserError, match="no run yet"):
         command.run([])
     first, second = make_run(in_tmp / "outputs/a"), make_run(in_tmp / "outputs/b", method="beta")
-    folder_module.link_latest(second)
+    runs.link_latest(second)
     assert command.run([]) == {"report": "outputs/b/report.html", "runs": ["outputs/b"]}
     assert command.run(["outputs/a"])["report"] == "outputs/a/report.html" and (first / "report.html").is_file()
     result = command.run(["outputs/a", "outputs/latest"])

@@ -16,7 +16,7 @@ import pytest
 from sparseft.errors import UserError
 from sparseft.files import atomic
 from sparseft.runs import environment
-from sparseft.runs import folder as folder_module
+from sparseft.runs import folder as runs
 from sparseft.runs import metrics as runs_metrics
 
 
@@ -85,8 +85,8 @@ def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
 
 
 def test_default_folders_are_unique_within_a_second(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module, "timestamp", lambda: "20260131-235959")
-    made = [folder_module.prepare_run_folder(None, "full", "my data/1") for _ in range(3)]
+    monkeypatch.setattr(runs, "timestamp", lambda: "20260131-235959")
+    made = [runs.prepare_run_folder(None, "full", "my data/1") for _ in range(3)]
     assert [str(run) for run in made] == [
         "outputs/20260131-235959-full-my_data_1",
         "outputs/20260131-235959-full-my_data_1-2",
@@ -96,7 +96,7 @@ def test_default_folders_are_unique_within_a_second(in_tmp: Path, monkeypatch: p
 
 
 def test_timestamp_sorts_and_has_no_separators_of_paths() -> None:
-    assert re.fullmatch(r"\d{8}-\d{6}", folder_module.timestamp())
+    assert re.fullmatch(r"\d{8}-\d{6}", runs.timestamp())
 
 
 @pytest.mark.parametrize("mark", ["config.yaml", "summary.json", "metrics.jsonl", "adapter"])
@@ -105,14 +105,14 @@ def test_a_folder_with_a_run_is_refused(tmp_path: Path, mark: str) -> None:
     run.mkdir()
     (run / mark).mkdir() if mark == "adapter" else (run / mark).write_text("{}")
     with pytest.raises(UserError, match=r"already holds a run.*trainer\.resume=auto.*overwrite=true"):
-        folder_module.prepare_run_folder(str(run), "full", "json")
-    assert folder_module.prepare_run_folder(str(run), "full", "json", resume=True) == run
+        runs.prepare_run_folder(str(run), "full", "json")
+    assert runs.prepare_run_folder(str(run), "full", "json", resume=True) == run
     assert (run / mark).exists()
 
 
 def test_a_folder_with_other_files_is_used_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    assert folder_module.prepare_run_folder(str(tmp_path), "full", "json") == tmp_path
+    assert runs.prepare_run_folder(str(tmp_path), "full", "json") == tmp_path
     assert [item.name for item in tmp_path.iterdir()] == ["notes.txt"]  # nor does the check leave anything
 
 
@@ -150,7 +150,7 @@ def test_overwrite_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
     for name in (*old, *mine):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("x")
-    assert folder_module.prepare_run_folder(str(run), "full", "json", overwrite=True) == run
+    assert runs.prepare_run_folder(str(run), "full", "json", overwrite=True) == run
     left = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
     assert left == sorted(mine)
     assert not (run / "selection").exists() and not (run / "eval/before").exists()
@@ -164,7 +164,7 @@ def test_overwrite_never_follows_a_link(tmp_path: Path) -> None:
     (elsewhere / "selection.json").write_text("precious")
     (run / "checkpoints").symlink_to(elsewhere)
     (run / "selection").symlink_to(elsewhere)
-    folder_module.prepare_run_folder(str(run), "full", "json", overwrite=True)
+    runs.prepare_run_folder(str(run), "full", "json", overwrite=True)
     assert (elsewhere / "checkpoint-5/weights").read_text() == "precious"
     assert (elsewhere / "selection.json").read_text() == "precious"
     assert list(run.iterdir()) == []
@@ -176,7 +176,7 @@ def test_overwrite_leaves_links_behind_a_link_alone(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/before").symlink_to(tmp_path / "theirs")
     (run / "eval").symlink_to(tmp_path / "elsewhere")
-    folder_module.prepare_run_folder(str(run), "full", "json", overwrite=True)
+    runs.prepare_run_folder(str(run), "full", "json", overwrite=True)
     assert (tmp_path / "elsewhere/before").is_symlink()
     assert list(run.iterdir()) == []
 
@@ -184,22 +184,22 @@ def test_overwrite_leaves_links_behind_a_link_alone(tmp_path: Path) -> None:
 def test_unusable_folders_are_refused_with_the_reason(tmp_path: Path, in_tmp: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        folder_module.prepare_run_folder(str(tmp_path / "file"), "full", "json")
+        runs.prepare_run_folder(str(tmp_path / "file"), "full", "json")
     with pytest.raises(UserError, match="cannot write to output_dir.*Not a directory"):
-        folder_module.prepare_run_folder(str(tmp_path / "file" / "run"), "full", "json")
+        runs.prepare_run_folder(str(tmp_path / "file" / "run"), "full", "json")
     with pytest.raises(UserError, match="output_dir is empty"):
-        folder_module.prepare_run_folder(" ", "full", "json")
+        runs.prepare_run_folder(" ", "full", "json")
     with pytest.raises(UserError, match=r"trainer\.resume needs output_dir"):
-        folder_module.prepare_run_folder(None, "full", "json", resume=True)
+        runs.prepare_run_folder(None, "full", "json", resume=True)
     Path("outputs").write_text("in the way")
     with pytest.raises(UserError, match="'outputs': it is a file"):
-        folder_module.prepare_run_folder(None, "full", "json")
+        runs.prepare_run_folder(None, "full", "json")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses writes even to root")
 def test_a_folder_that_cannot_be_written_is_refused() -> None:
     with pytest.raises(UserError, match="cannot write to output_dir '/proc/self'"):
-        folder_module.prepare_run_folder("/proc/self", "full", "json")
+        runs.prepare_run_folder("/proc/self", "full", "json")
 
 
 # -- finding runs -----------------------------------------------------------------------------------------------------
@@ -207,42 +207,42 @@ def test_a_folder_that_cannot_be_written_is_refused() -> None:
 
 def test_latest_links_to_the_run_started_last(in_tmp: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.raises(UserError, match="no run yet.*sparseft train"):
-        folder_module.latest_run()
+        runs.latest_run()
     first = make_run(in_tmp / "outputs/a")
     far = make_run(tmp_path_factory.mktemp("far") / "run")
-    folder_module.link_latest(first)
+    runs.link_latest(first)
     assert os.readlink("outputs/latest") == "a"  # relative: survives moving the working directory
-    assert folder_module.latest_run() == Path("outputs/a")
-    folder_module.link_latest(far)
-    assert folder_module.latest_run() == far.resolve()
-    folder_module.link_latest(Path("outputs/a"))
-    assert folder_module.latest_run() == Path("outputs/a")
-    folder_module.link_latest(make_run(in_tmp / "elsewhere/b"))
-    assert folder_module.latest_run() == Path("elsewhere/b")
+    assert runs.latest_run() == Path("outputs/a")
+    runs.link_latest(far)
+    assert runs.latest_run() == far.resolve()
+    runs.link_latest(Path("outputs/a"))
+    assert runs.latest_run() == Path("outputs/a")
+    runs.link_latest(make_run(in_tmp / "elsewhere/b"))
+    assert runs.latest_run() == Path("elsewhere/b")
     assert sorted(item.name for item in Path("outputs").iterdir()) == ["a", "latest"]  # nothing left aside
 
 
 def test_latest_that_is_gone_or_empty_says_so(in_tmp: Path) -> None:
     run = make_run(in_tmp / "outputs/a")
-    folder_module.link_latest(run)
+    runs.link_latest(run)
     for item in run.iterdir():
         item.unlink()
     with pytest.raises(UserError, match="left nothing"):
-        folder_module.latest_run()
+        runs.latest_run()
     run.rmdir()
     with pytest.raises(UserError, match="no longer there"):
-        folder_module.latest_run()
-    folder_module.link_latest(make_run(in_tmp / "outputs/b"))  # a dangling link is replaced
-    assert folder_module.latest_run() == Path("outputs/b")
+        runs.latest_run()
+    runs.link_latest(make_run(in_tmp / "outputs/b"))  # a dangling link is replaced
+    assert runs.latest_run() == Path("outputs/b")
 
 
 def test_a_real_folder_named_latest_is_left_alone(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(in_tmp / "outputs/latest")
-    folder_module.link_latest(make_run(in_tmp / "outputs/a"))
+    runs.link_latest(make_run(in_tmp / "outputs/a"))
     assert "outputs/latest" in capsys.readouterr().err
     assert not Path("outputs/latest").is_symlink() and Path("outputs/latest/config.yaml").exists()
     with pytest.raises(UserError, match="not a link"):
-        folder_module.latest_run()
+        runs.latest_run()
 
 
 def test_find_run_takes_a_run_or_what_lies_inside(in_tmp: Path) -> None:
@@ -250,7 +250,7 @@ def test_find_run_takes_a_run_or_what_lies_inside(in_tmp: Path) -> None:
     for name in ("adapter/adapter_config.json", "checkpoints/checkpoint-5/config.yaml", "eval/before/mmlu.json"):
         (run / name).parent.mkdir(parents=True)
         (run / name).write_text("{}")
-    folder_module.link_latest(run)
+    runs.link_latest(run)
     for given in (
         "outputs/a",
         "outputs/latest",
@@ -260,33 +260,33 @@ def test_find_run_takes_a_run_or_what_lies_inside(in_tmp: Path) -> None:
         "outputs/a/eval/before/mmlu.json",
         run,
     ):
-        assert folder_module.find_run(given) == Path("outputs/a"), given
-    assert folder_module.find_run(make_run(in_tmp / "eval")) == Path("eval")  # a run may be named like a part of one
+        assert runs.find_run(given) == Path("outputs/a"), given
+    assert runs.find_run(make_run(in_tmp / "eval")) == Path("eval")  # a run may be named like a part of one
 
 
 def test_find_run_names_what_is_near(in_tmp: Path) -> None:
     make_run(in_tmp / "outputs/sylva-one")
     with pytest.raises(UserError, match="nothing of that name. Did you mean 'sylva-one'"):
-        folder_module.find_run("outputs/silva-one")
+        runs.find_run("outputs/silva-one")
     with pytest.raises(UserError, match="sparseft train"):
-        folder_module.find_run("nowhere/at/all")
+        runs.find_run("nowhere/at/all")
     (in_tmp / "outputs/empty").mkdir()
     with pytest.raises(UserError, match="holds no run: expected a folder with config.yaml"):
-        folder_module.find_run("outputs/empty")
+        runs.find_run("outputs/empty")
 
 
 def test_load_summary(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3)
-    assert folder_module.load_summary(run) == {"method": "full", "steps": 3}
+    assert runs.load_summary(run) == {"method": "full", "steps": 3}
     (run / "summary.json").write_text('{\n"steps": \n')
     with pytest.raises(UserError, match="summary.json' is not JSON: .* line 3"):
-        folder_module.load_summary(run)
+        runs.load_summary(run)
     (run / "summary.json").write_text("[]")
     with pytest.raises(UserError, match="one JSON object, not a list"):
-        folder_module.load_summary(run)
+        runs.load_summary(run)
     (run / "summary.json").unlink()
     with pytest.raises(UserError, match="did not finish"):
-        folder_module.load_summary(run)
+        runs.load_summary(run)
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from torch import nn
 
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
-from sparseft.models.loading import context_length, load_model
+from sparseft.models.decoder import context_length
+from sparseft.models.loading import load_model
 
 # As in the checkpoints' config.json; heads are 128 wide.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,8 @@ from typing import Any
 from sparseft import console
 from sparseft.adapters.files import adapter_hash
 from sparseft.config import BUNDLED, ModelConfig, RunConfig
-from sparseft.errors import UserError, nearest_path, shown, where_looked
+from sparseft.errors import UserError, shown
+from sparseft.files.paths import nearest_path, where_looked
 from sparseft.training import checks
 
 

@@ -29,7 +29,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     (experts that take turns)."""
     import transformers
 
-    from sparseft.models.loading import context_length, load_config
+    from sparseft.models.decoder import context_length
+    from sparseft.models.loading import load_config
     from sparseft.training import memory_plan as planning
 
     config = copy.deepcopy(config)

@@ -170,7 +170,7 @@ class Job:
 
     def _check_context(self) -> None:
         """Refuses examples longer than the model's context: learned positions end there, others never saw more."""
-        from sparseft.models.loading import context_length
+        from sparseft.models.decoder import context_length
 
         context = context_length(self.prepared.model.config)
         data = self.prepared.data

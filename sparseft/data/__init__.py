@@ -1,7 +1,7 @@
 """Training data: files and hub sets -> examples -> tokenised, label-masked batches.
 
 sources.py reads records, formats.py and chat.py turn them into examples, tokenized.py into token ids and labels,
-loading.py applies a `DatasetConfig`, batches.py pads and samples. The names below are resolved on first use, so that
+loading.py applies a `DatasetConfig`, collating.py pads and samples. The names below are resolved on first use, so that
 `sparseft.data.prompts` can be imported without numpy or torch.
 """
 

@@ -191,7 +191,7 @@ def unused_sentence(fields: Counter[str], by: str = "") -> list[str]:
 
 
 def convert(records: Records, format: str) -> list[Example]:
-    """The examples of all records in `format`: any of FORMATS but `messages` (chat.py) and `oasst_trees` (trees.py).
+    """The examples of all records in `format`: any of FORMATS but `messages` and `oasst_trees`, which have modules.
 
     Raises UserError naming file and record for one that lacks a key, has no text in it, or an empty answer.
     """

@@ -13,8 +13,6 @@ from sparseft.config import HardwareConfig
 
 MAX_BUCKET = 500_000_000  # numbers that ZeRO reduces at once at most, DeepSpeed's own default
 
-# ---- DeepSpeed ----
-
 
 def zero_config(hardware: HardwareConfig) -> dict[str, Any]:
     """DeepSpeed's configuration of ZeRO; what depends on the run is `auto`, which transformers fills in.

@@ -1,4 +1,4 @@
-"""The data-parallel ranks that share the calibration samples. Without `torch.distributed` there is one."""
+"""The processes of a run: which of them this is, and what they say to each other. Without `torch.distributed` one."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 | product | weight × activation |
 | gradient | Σ over samples of ‖∇W_u‖₂ |
 | fisher | Σ over samples of ‖∇W_u‖₂² (the empirical Fisher's diagonal, summed over the unit) |
-| sylva | Σ over the unit of O_o · I_i, from the mean gradient and hierarchical second moments (`second_order.py`) |
+| sylva | Σ over the unit of O_o · I_i, from the mean gradient and hierarchical second moments (`kfac.py`) |
 
 A sample's gradient is that of its loss, the mean over its labelled tokens.
 """

@@ -110,7 +110,7 @@ class SparseLinear(nn.Module):
     row_order: Tensor | None
     column_order: Tensor | None
     keeps_input: bool | None = None  # whether blocks save x itself, not a slice; null: decided for this layer alone
-    writes_weight = True  # false: the weight keeps the base and the deltas are added to the product (delta_path.py)
+    writes_weight = True  # false: the weight keeps the base and the deltas are added to the product (unmerged.py)
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
                  *, transposed: bool = False) -> None:  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -57,6 +58,14 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not fitting:
         raise UserError(f"{type(model).__name__} has no list of decoder layers (nn.ModuleList).")
     return max(fitting, key=lambda item: sum(full_shape(p).numel() for p in item[1].parameters()))
+
+
+def context_length(config: Any) -> int | None:
+    """The tokens that a model's config says it takes at most; null where it names no bound (XLNet says -1, others what
+    no sequence reaches)."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    bounded = isinstance(length, int | float) and 0 < length < 1e9
+    return int(length) if bounded else None
 
 
 def runnable(model: nn.Module) -> contextlib.AbstractContextManager[None]:

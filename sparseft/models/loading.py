@@ -13,8 +13,9 @@ from torch import nn
 from sparseft.config import BUNDLED, ModelConfig
 from sparseft.distributed.ranks import from_first
 from sparseft.distributed.zero3 import full_shape
-from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, reason_of, where_looked
+from sparseft.errors import UserError, nearest, reason_of
 from sparseft.files.hashing import check_whole
+from sparseft.files.paths import HUB_ID, looks_local, nearest_path, where_looked
 from sparseft.models.decoder import runnable
 from sparseft.models.probing import check_causal
 from sparseft.models.quantized import check_config
@@ -135,14 +136,6 @@ def load_config(config: ModelConfig, what: str = "config"):
             "use one that predicts the next token of a text."
         )
     return content
-
-
-def context_length(config: Any) -> int | None:
-    """The tokens that a model's config says it takes at most; null where it names no bound (XLNet says -1, others what
-    no sequence reaches)."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    bounded = isinstance(length, int | float) and 0 < length < 1e9
-    return int(length) if bounded else None
 
 
 def vocabulary_rows(model: nn.Module) -> tuple[int, int]:

@@ -29,8 +29,9 @@ class Untraceable(RuntimeError):
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode and the random states come back."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Evaluation mode inside; each module's own mode, what it had before the forward pass (recurrent states) and the
+    random states come back."""
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         model.eval()
@@ -38,8 +39,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.manual_seed(0)
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, attributes, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def dependence(model: nn.Module, ids: Tensor, scored: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
@@ -83,9 +87,10 @@ def dependence(model: nn.Module, ids: Tensor, scored: Any, **inputs: Any) -> tup
 
 
 def run(model: nn.Module, ids: Tensor, **inputs: Any) -> Tensor:
-    """The logits (rows, length, vocabulary) of `ids`, without a cache where the model can do without one."""
+    """The logits (rows, length, vocabulary) of `ids`, not compiled, without a cache where the model can do without."""
     options = {"use_cache": False} if _takes(model, "use_cache") else {}
-    return model(input_ids=ids, **options, **inputs).logits
+    forward = model.forward if getattr(model, "_compiled_call_impl", None) is not None else model
+    return forward(input_ids=ids, **options, **inputs).logits
 
 
 def plain_tokens(model: nn.Module, rows: int, length: int, shift: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ import inspect
 import textwrap
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +21,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparseft import console
-from sparseft.distributed.zero3 import full_shape, is_sharded
+from sparseft.distributed.zero3 import is_sharded
 from sparseft.errors import reason_of
+from sparseft.models import probing
+from sparseft.models.decoder import context_length
 from sparseft.models.expert_weights import in_experts
 
 READ = "the model reads its weight itself"
 KERNEL = "the model hands its weight to a fused kernel"
 UNCALLED = "the model does not call it"
 NO_GRADIENT = "no gradient reaches it"
-LENGTHS = (
-    16,
-    256,
-)  # tokens of the trials: the second where the first leaves linears out (compressors of long contexts)
+LENGTHS = (16, 256)  # tokens of the trials: the second where the first leaves linears out (long contexts' compressors)
 _FOUND: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 
 
@@ -53,7 +52,7 @@ def unreached(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, s
     if not isinstance(getattr(embeddings, "weight", None), Tensor):
         return found
     try:
-        found = found | _tried(model, embeddings, linears)
+        found = found | _tried(model, linears)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of whatever kind the model's own code raises: its batches may need more than tokens
@@ -65,14 +64,12 @@ def unreached(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, s
     return dict(found)
 
 
-def _tried(model: nn.Module, embeddings: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr]
+def _tried(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    context = context_length(model.config)
     read: dict[str, str] = {}
     missed: dict[str, str] | None = None  # in every trial so far
     for length in LENGTHS:
-        if isinstance(context, int) and context > 0:
-            length = min(length, context)
-        found = _trial(model, embeddings, linears, length)
+        found = _trial(model, linears, min(length, context or length))
         read |= {name: reason for name, reason in found.items() if reason == READ}
         missed = {n: r for n, r in found.items() if r != READ and (missed is None or n in missed)}
         if not missed:
@@ -83,7 +80,7 @@ def _tried(model: nn.Module, embeddings: nn.Module, linears: Mapping[str, nn.Mod
     return left
 
 
-def _trial(model: nn.Module, embeddings: nn.Module, linears: Mapping[str, nn.Module], length: int) -> dict[str, str]:
+def _trial(model: nn.Module, linears: Mapping[str, nn.Module], length: int) -> dict[str, str]:
     names = {id(module): name for name, module in linears.items()}
     holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     # A weight that several modules hold is read by the others too; tied weights are refused where they are chosen.
@@ -99,31 +96,19 @@ def _trial(model: nn.Module, embeddings: nn.Module, linears: Mapping[str, nn.Mod
         probe = probes.setdefault(name, torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True))
         return output + probe
 
-    device = embeddings.weight.device
-    ids = torch.randint(full_shape(embeddings.weight)[0], (1, length), generator=torch.Generator().manual_seed(0))
-    # Modes, and what a forward pass leaves at a module (recurrent states).
-    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    cuda = [device] if device.type == "cuda" else []
     handles = []
-    try:
-        for module in {id(module): module for module in linears.values()}.values():
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-        model.eval()
-        with torch.random.fork_rng(devices=cuda), torch.enable_grad():
-            run = model.forward if getattr(model, "_compiled_call_impl", None) is not None else model
+    with probing.undisturbed(model), torch.enable_grad():
+        try:
+            for module in {id(module): module for module in linears.values()}.values():
+                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
             with reads:
-                logits = run(input_ids=ids.to(device), use_cache=False).logits
-            gradients = torch.autograd.grad(
-                logits.float().square().mean(), list(probes.values()), allow_unused=True
-            ) if probes and logits.requires_grad else [None] * len(probes)  # fmt: skip
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, attributes, buffers in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+                logits = probing.run(model, probing.plain_tokens(model, 1, length))
+        finally:
+            for handle in handles:
+                handle.remove()
+        gradients: Sequence[Tensor | None] = [None] * len(probes)
+        if probes and logits.requires_grad:
+            gradients = torch.autograd.grad(logits.float().square().mean(), list(probes.values()), allow_unused=True)
     reached = {name for name, gradient in zip(probes, gradients, strict=True) if gradient is not None}
     found: dict[str, str] = {}
     for name, module in linears.items():

@@ -1,6 +1,6 @@
-"""Run folders: where they lie, what they hold, how their files are written. No torch here.
+"""Run folders: where they lie and what they hold. No torch here.
 
-Every file but `metrics.jsonl` (`runs_metrics.py`) is written aside and renamed, so a reader never meets half of one.
+Every file but `metrics.jsonl` (`metrics.py`) is written aside and renamed, so a reader never meets half of one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sparseft.errors import UserError, nearest, where_looked
+from sparseft.errors import UserError, nearest
+from sparseft.files.paths import where_looked
 from sparseft.files.untrusted import read_json, why
 
 OUTPUTS = Path("outputs")  # below the working directory

@@ -41,9 +41,6 @@ class Budget:
     block_size: int | None = None
 
 
-# ---- budgets ----
-
-
 def keep_count(share: float, units: int) -> int:
     """`max(1, round(share × units))`, at most all."""
     return min(units, max(1, round(share * units)))

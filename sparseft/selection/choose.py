@@ -14,8 +14,6 @@ from sparseft.errors import RunError
 from sparseft.selection.budget import Budget, Candidate
 from sparseft.selection.selection import Selection
 
-# ---- choosing ----
-
 
 def rank_units(scores: Tensor, order: str, generator: torch.Generator) -> Tensor:
     """All units, the best first: ties broken by index; `sampled` draws without replacement, in proportion."""

@@ -9,7 +9,8 @@ from sparseft.compose.validation import BITSANDBYTES, OPTIMIZERS
 from sparseft.config import RunConfig
 from sparseft.distributed import launch
 from sparseft.distributed.env import check_place
-from sparseft.errors import UserError, looks_local, nearest_path, where_looked
+from sparseft.errors import UserError
+from sparseft.files.paths import looks_local, nearest_path, where_looked
 from sparseft.methods import get_method
 from sparseft.training import schedules
 

@@ -1,4 +1,4 @@
-"""What goes wrong while training: steps without a finite loss, memory that runs out, disks that fill up."""
+"""What goes wrong while training: steps without a finite loss, memory that runs out."""
 
 from __future__ import annotations
 

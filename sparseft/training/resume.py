@@ -60,8 +60,8 @@ class Previous:
             name = "max_steps" if trainer.max_steps > 0 else "num_epochs"
             raise UserError(
                 f"trainer.{name}={_show(getattr(trainer, name))}: the run in '{self.folder}' has already trained "
-                f"{self.step} of {total_steps} steps; give trainer.max_steps={self.step} to end it there, more to go "
-                "on, or another output_dir."
+                f"{self.step} steps, more than {total_steps}; give trainer.max_steps={self.step} to end it there, "
+                "more to go on, or another output_dir."
             )
 
     def describe(self, total_steps: int) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,7 +140,6 @@ def _rates(name: str, given: dict[str, Any], rate: float, warmup: int, total: in
     import torch
     import transformers
 
-    warnings.filterwarnings("ignore", "Both num_training_steps and num_stable_steps")  # as the user wrote it
     groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(2)]  # with and without weight decay
     optimizer = torch.optim.SGD(groups, lr=rate)
     schedule: Any = transformers.get_scheduler(
