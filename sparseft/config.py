@@ -41,6 +41,7 @@ class DatasetConfig:
     loss_on_prompt: bool = False
     too_long: str = "cut_answer"  # cut_answer | drop: never the question
     packing: bool = False  # several examples a row of max_length tokens, none of which sees another
+    plain_chat: bool = False  # of messages: as "User: …" and "Assistant: …", whatever template the tokenizer has
     paths: str = "best"  # of message trees: best | all
     language: str | None = None  # of message trees: only messages in it (en); null: all
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from test_data import BOS, CHATML, EOS, FORGETFUL, UNMARKED, labelled, load, make_tokenizer, records_of, write
 from transformers import AutoTokenizer, GenerationConfig
 
+from sparseft.config import DatasetConfig
 from sparseft.data.chat import convert_messages
+from sparseft.data.loading import load_datasets
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.data.token_cache import tokens_key
 from sparseft.data.tokenized import Encoder, generation_ends, tokenize
@@ -359,7 +361,8 @@ def test_fields_that_the_template_does_not_use_are_counted_once() -> None:
     bare, _ = converted(chat_tokenizer(CHATML), {"messages": chat("Hot?", "Yes.")})
     assert items[0] == bare[0]
     _, note = converted(chat_tokenizer(None), *records)
-    assert "'tools' of 12 records" in note and "not used: the tokenizer has no chat template" in note
+    assert "the tokenizer has no chat template" in note
+    assert "'tools' of 12 records" in note and "not used: no chat template writes them" in note
     # Only the second of these has something that is lost.
     _, note = converted(chat_tokenizer(FIELDS), {"messages": chat("a", "b")}, {"messages": chat("a", "b", name="Ann")})
     assert "field 'name' of 1 record is not used by the template" in note
@@ -467,6 +470,30 @@ def test_a_template_that_hides_where_answers_begin_is_refused_and_never_left_for
             UserError, match=r"set\.jsonl, line 2, message 2: .*template does not show where this answer"
         ):
             converted(chat_tokenizer(template), masked, {"messages": chat("Hello", "Hi")})
+
+
+def test_plain_text_instead_of_a_template_is_a_setting(tmp_path: Path) -> None:
+    """What a template's refusal names: the text of a tokenizer without one, kept apart from the template's."""
+    file = tmp_path / "set.jsonl"
+    file.write_text("".join(json.dumps({"messages": chat(f"{n}?", "Hi")}) + "\n" for n in range(4)))
+
+    def texts(template: str | None, **settings: Any) -> list[str]:
+        tokenizer = chat_tokenizer(template)
+        config = DatasetConfig(name="json", train_path=str(file), eval_fraction=0.0, **settings)
+        data = load_datasets(
+            config, tokenizer, max_length=200, seed=0, bundled=False, cache_dir=str(tmp_path / "cache")
+        )
+        return [tokenizer.decode(data.train[n]["input_ids"]) for n in range(len(data.train))]
+
+    with pytest.raises(UserError, match="dataset.plain_chat=true"):
+        texts("{{ messages | length }}")
+    plain = texts(None)
+    assert "User: 0?" in plain[0] and "Assistant: Hi" in plain[0]
+    assert texts("{{ messages | length }}", plain_chat=True) == texts(CHATML, plain_chat=True) == plain
+    assert texts(CHATML) != plain
+    file.write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    with pytest.raises(UserError, match="plain_chat=true: applies to chats .* has format prompt_completion"):
+        texts(None, plain_chat=True)
 
 
 def test_a_chat_that_the_assistant_opens() -> None:

@@ -134,8 +134,6 @@ class Job:
                 f"{len(frozen)} expert matrices (3-D parameters such as {frozen[0]}) stay frozen: method "
                 f"{config.method_name} does not train them"
             )
-        if self.method.kind != "whole" and (note := self.spec.frozen_note(getattr(config.method, "scope", None))):
-            console.warn(note)
         self.selection_cached: bool | None = None
         self.selection = self._selection() if self.method.sparse else None
         with console.showing(LayoutWarning):

@@ -12,7 +12,8 @@ it, once as generation would ask for it (the prompt) and once with it. What is l
 A conversation becomes one example with loss on every answer where each prompt in it, text and token ids, is the one
 that generation gets. Where it is not (the template rewrites earlier turns, a token spans the border of prompt and
 answer, or answers do not end by themselves), each answer becomes an example with its own history. A template that
-shows an answer's beginning in none of these ways is refused; only a tokenizer without one gets `User:`/`Assistant:`.
+shows an answer's beginning in none of these ways is refused. `User:` and `Assistant:` in plain text are for tokenizers
+without one, and where that is set (`dataset.plain_chat`).
 """
 
 from __future__ import annotations
@@ -71,12 +72,16 @@ class Answer:
 class Chats:
     """Turns the conversations of a data set into examples, chunk by chunk, and counts what it leaves out."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, plain: bool = False) -> None:
         self.encoder = encoder
         self.tokenizer = encoder.tokenizer
-        self.has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        # Why the template is not used; null: it is.
+        self._plainly = (
+            None if has_template and not plain else "as set" if plain else "the tokenizer has no chat template"
+        )
         self._marks = _end_marks(self.tokenizer)
-        self._conversations = self._masked = 0
+        self._masked = 0
         self._apart: Counter[str] = Counter()  # conversations with one example an answer, by reason
         self._refused: Counter[str] = Counter()  # answers whose prompt the template refuses, by its words
         self._first_refused: dict[str, str] = {}
@@ -92,7 +97,6 @@ class Chats:
         examples = []
         for index, item in enumerate(records.items):
             chat = parse_conversation(item, records.where(index))
-            self._conversations += 1
             self._asked += chat.asked
             used = next((key for key in ("messages", "conversations") if item.get(key) is not None), "messages")
             self._unknown.update(
@@ -102,7 +106,7 @@ class Chats:
                 self._masked += 1
                 continue
             questions = tuple(message["content"] for message in chat.messages if message["role"] == "user")
-            for segments, closed in self._rendered(chat) if self.has_template else self._plain(chat):
+            for segments, closed in self._plain(chat) if self._plainly else self._rendered(chat):
                 example = Example(segments, chat.where, records.start + index, closed, questions)
                 check_encodable(example)
                 examples.append(example)
@@ -110,8 +114,8 @@ class Chats:
 
     def note(self, source: str) -> str:
         """How the messages were rendered and what was left out, as a sentence."""
-        if not self.has_template:
-            parts = ["messages rendered as plain User/Assistant text: the tokenizer has no chat template"]
+        if self._plainly:
+            parts = [f"messages rendered as plain User/Assistant text: {self._plainly}"]
         else:
             parts = ["messages rendered with the tokenizer's chat template"]
         for reason, count in self._apart.most_common():
@@ -134,17 +138,14 @@ class Chats:
             parts.append(
                 f"{_count(self._asked, 'message')} of others than the assistant asked to be learnt; only answers are"
             )
-        by = " by the template" if self.has_template else ": the tokenizer has no chat template"
+        by = ": no chat template writes them" if self._plainly else " by the template"
         parts += [*unused_sentence(self._unused, by), *unused_sentence(self._unknown)]
         return "; ".join(parts)
 
     def _plain(self, chat: Conversation) -> list[tuple[Segments, bool]]:
         for turn in chat.learnt:
             if not chat.messages[turn]["content"].strip():
-                raise UserError(
-                    f"{chat.place(turn)}: tool calls without text need a chat template, which the "
-                    "tokenizer does not have."
-                )
+                raise UserError(f"{chat.place(turn)}: tool calls without text need a chat template ({self._plainly}).")
         self._unused.update({*chat.context, *_extras(chat.messages)})
         return [(_in_plain_text(chat), False)]
 
@@ -334,7 +335,8 @@ class Chats:
 
 _SHOWS_NOT = (
     "the tokenizer's chat template does not show where this answer begins (its text with the answer does not go on "
-    "from its text that asks for one); give the tokenizer another chat_template, or write prompt/completion records"
+    "from its text that asks for one); give the tokenizer another chat_template, or dataset.plain_chat=true to write "
+    "chats as plain User: and Assistant: text"
 )
 
 

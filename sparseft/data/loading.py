@@ -192,6 +192,11 @@ class _Reader:
         config = self.config
         detected = config.format == "auto"
         format = detect_format(source.first(DETECTION_RECORDS)) if detected else config.format
+        if format != "messages" and config.plain_chat:
+            raise UserError(
+                f"dataset.plain_chat=true: applies to chats (format messages), but {source.name} has format {format}; "
+                "leave it out."
+            )
         if format != "oasst_trees" and (config.paths != "best" or config.language is not None):
             name = "paths" if config.paths != "best" else "language"
             raise UserError(
@@ -246,7 +251,7 @@ class _Reader:
 
     def _settings(self, format: str, count: int | None) -> dict[str, Any]:
         config = self.config
-        names = ("too_long", "loss_on_prompt", "paths", "language")
+        names = ("too_long", "loss_on_prompt", "paths", "language", "plain_chat")
         return {"format": format, "max_length": self.max_length, "max_examples": count} | {
             name: getattr(config, name) for name in names
         }
@@ -254,7 +259,7 @@ class _Reader:
     def _write(self, source: Source, format: str, role: str, count: int | None, writer: Writer) -> None:
         converter: Chats | Plain | Trees
         if format == "messages":
-            converter = Chats(self.encoder)
+            converter = Chats(self.encoder, self.config.plain_chat)
         elif format == "oasst_trees":
             converter = Trees(self.config.paths, self.config.language)
         else:

@@ -202,7 +202,9 @@ def resumable_selection(
 
 def describe_trainable(trainable: int, spec: ModelSpec, config: RunConfig, unit: str) -> None:
     """Says how much trains, in which `unit`, and warns where it is off by more than a tenth from the share asked for:
-    what a method trains whole cannot meet every share."""
+    what a method trains whole cannot meet every share. Linears in scope that cannot train are named."""
+    if note := spec.frozen_note(config.method.scope):
+        console.warn(note)
     scope = scope_parameters(spec, config)
     console.log(
         f"trainable: {trainable:,} of {scope:,} weights in scope (sparsity {1 - trainable / scope:.2%} in scope, "
