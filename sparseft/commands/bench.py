@@ -73,13 +73,13 @@ class Output:
 
     def check(self) -> None:
         """Refuses a folder that cannot be made or written, before anything is measured; leaves nothing behind."""
-        from sparseft.runs import folder as folder_module
+        from sparseft.runs import folder as runs
 
-        folder = folder_module.OUTPUTS if self.folder is None else self.folder
+        folder = runs.OUTPUTS if self.folder is None else self.folder
         what = "the folder" if self.folder is None else "output_dir"
         made: list[Path] = []
         try:  # some file systems refuse what their modes allow
-            folder_module.check_writable(folder, what)
+            runs.check_writable(folder, what)
             for each in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
                 each.mkdir()
                 made.append(each)
@@ -99,10 +99,10 @@ class Output:
 
     def choose(self) -> Path:
         """The folder, with a name of its own where none was given; makes nothing."""
-        from sparseft.runs import folder as folder_module
+        from sparseft.runs import folder as runs
 
         if self.folder is None:
-            self.folder = Path(folder_module.OUTPUTS, f"bench-{folder_module.timestamp()}")
+            self.folder = Path(runs.OUTPUTS, f"bench-{runs.timestamp()}")
         return self.folder
 
     def place(self, name: str, complete: bool = True) -> Path:
@@ -110,12 +110,12 @@ class Output:
 
         complete: false for one of an incomplete result, which takes no complete one's place.
         """
-        from sparseft.runs import folder as folder_module
+        from sparseft.runs import folder as runs
 
         if self._keeps and not complete:
             name = f"{Path(name).stem}.partial{Path(name).suffix}"
         if self.folder is None:
-            self.folder = folder_module.new_folder(f"bench-{folder_module.timestamp()}")
+            self.folder = runs.new_folder(f"bench-{runs.timestamp()}")
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / name
 
@@ -136,7 +136,7 @@ class Output:
         from sparseft.files import atomic
         from sparseft.models.loading import resolve_device
         from sparseft.runs import environment
-        from sparseft.runs import folder as folder_module
+        from sparseft.runs import folder as runs
 
         path = self.place("bench.json", complete)
         if not self._environment:
@@ -145,7 +145,7 @@ class Output:
         result |= {"complete": complete, "environment": self._environment, "path": str(path)}
         atomic.write_json(path, result)
         if self.left != path:
-            beside_a_run = folder_module.is_run(path.parent) and not self._again  # whose own `config.yaml` stays
+            beside_a_run = runs.is_run(path.parent) and not self._again  # whose own `config.yaml` stays
             name = "bench.yaml" if beside_a_run else "config.yaml"
             self.write(name if path.name == "bench.json" else "bench.partial.yaml", to_yaml(self.config))
         self.left = path

@@ -163,24 +163,24 @@ def write_conversations(
 
 def check_place(config: RunConfig, target: Target) -> None:
     """Refuses a folder that the results could not be written into; makes nothing."""
-    from sparseft.runs import folder as folder_module
+    from sparseft.runs import folder as runs
 
     if target.folder is None and not config.output_dir:
-        folder_module.check_writable(folder_module.OUTPUTS, "folder")
+        runs.check_writable(runs.OUTPUTS, "folder")
         return
     folder = target.folder or new_folder(config)
     what = "the run's folder" if target.folder else "output_dir"
-    folder_module.check_writable(folder, what)
-    folder_module.check_writable(folder / "eval", what)
+    runs.check_writable(folder, what)
+    runs.check_writable(folder / "eval", what)
 
 
 def new_folder(config: RunConfig) -> Path:
     """Where results of a base or an adapter lie: `output_dir`, or a new folder under outputs/."""
-    from sparseft.runs import folder as folder_module
+    from sparseft.runs import folder as runs
 
     if config.output_dir:
         return Path(config.output_dir).expanduser()
-    return folder_module.new_folder(f"eval-{folder_module.timestamp()}")
+    return runs.new_folder(f"eval-{runs.timestamp()}")
 
 
 def find_target(
@@ -188,7 +188,7 @@ def find_target(
 ) -> Target:
     """Which base model and adapter are meant; model overrides win over what a run or an adapter names."""
     from sparseft.adapters.files import is_adapter
-    from sparseft.runs import folder as folder_module
+    from sparseft.runs import folder as runs
 
     given = [name for name, value in (("--run", run), ("--adapter", adapter), ("--base", base)) if value]
     if len(given) > 1:
@@ -202,13 +202,13 @@ def find_target(
         if not is_adapter(path) and is_adapter(path / "adapter"):
             path = path / "adapter"  # a run folder was given
         return _with_adapter(f"the adapter {adapter}", config, overrides, path, None)
-    if run is None and not folder_module.LATEST.is_symlink() and not folder_module.LATEST.exists():
+    if run is None and not runs.LATEST.is_symlink() and not runs.LATEST.exists():
         return Target(f"the base model {config.model.path} (there is no run yet)", config.model, None, None)
-    folder = folder_module.find_run(run) if run is not None else folder_module.latest_run()
+    folder = runs.find_run(run) if run is not None else runs.latest_run()
     latest = "the latest run" if run is None else "the run"
     if not is_adapter(folder / "adapter"):
         raise UserError(f"{latest} {folder} has no adapter (it did not finish): continue it with trainer.resume=auto.")
-    folder_module.check_own(folder)
+    runs.check_own(folder)
     model = _run_model(folder)
     return _with_adapter(f"{latest} {folder}", config, overrides, folder / "adapter", folder, model)
 
