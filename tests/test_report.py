@@ -135,6 +135,7 @@ def test_a_run_reports_what_its_files_say(tmp_path: Path) -> None:
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
     page = Page(build_report([make_run(tmp_path / "run")], tmp_path / "report.html"))
+    assert build_report([tmp_path / "run"], tmp_path / "again.html").read_text() == page.source
     assert not page.of("script") and not page.of("link") and not page.of("img")
     for _, attributes in page.elements:
         assert not {"src", "href", "onload", "onclick"} & set(attributes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import html
 import io
+import logging
 import math
 import re
 import warnings
@@ -139,6 +140,7 @@ def line_chart(
             _lines(drawing, axes, panel, x_label)
         if legend:
             drawing.legend([one.name for one in first.series])
+        drawing.figure.align_ylabels()
     return drawing.svg
 
 
@@ -323,6 +325,7 @@ def _drawing(width: int, height: int, title: str, rows: int = 1, columns: int = 
     import matplotlib
     from matplotlib.figure import Figure
 
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its list of fonts is not worth a line
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that the font for measuring lacks, and the like
         matplotlib.rcdefaults()
