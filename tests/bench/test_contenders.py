@@ -1,4 +1,4 @@
-"""`bench train`: ways of running a step, what cannot be had, the profile; what is saved for the backward pass."""
+"""Contenders: the ways they run in, what cannot be had or fails, their profile, what they save for backward."""
 
 from __future__ import annotations
 
