@@ -15,7 +15,7 @@ from torch import nn
 import sparseft
 from sparseft.importance import compute_scores
 from sparseft.layers import BlockSparseLinear, share_inputs, sparse_layers
-from sparseft.layers.saved_slices import SharedSlice
+from sparseft.layers.product import SharedSlice
 from sparseft.memory import SavedBytes
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.budget import block_budget

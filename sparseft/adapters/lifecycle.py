@@ -1,6 +1,6 @@
 """Adapters on a model: attach, train, save, load, switch, fuse, merge, detach.
 
-A sparse adapter is patterns and deltas of some modules. The active one is in the weights; the others are parked.
+A sparse adapter is patterns and deltas of some modules. The active one is in the weights; the others wait beside them.
 LoRA and DoRA go through `peft`, behind the same functions.
 """
 
@@ -22,11 +22,10 @@ from sparseft.distributed.zero3 import full_shape, gathered
 from sparseft.errors import UserError, nearest, shown
 from sparseft.files.atomic import replaced_folder
 from sparseft.layers import Pattern, restore, share_inputs, sparse_layers
-from sparseft.layers.convert import check_modules, make_sparse, plain_weight, weight_parameter
+from sparseft.layers.convert import check_modules, make_sparse, make_way, plain_weight, weight_parameter
 from sparseft.layers.experts import close_experts
 from sparseft.layers.inactive import union
 from sparseft.layers.pattern import same_patterns
-from sparseft.layers.reordering import make_way
 from sparseft.methods import method_of
 from sparseft.methods.selecting import compute_selection
 from sparseft.models.compiled import STATE, inside_compiled

@@ -111,4 +111,4 @@ class SparseMethod(Method):
     def convert(self, model: nn.Module, config: Any, selection: Selection | None) -> nn.Module:
         from sparseft.layers import convert
 
-        return convert(model, selection)
+        return convert(model, selection.modules, selection.block_size)

@@ -119,7 +119,8 @@ class S2FT(SparseMethod):
         from sparseft.layers import convert_permuted
         from sparseft.models.spec import ModelSpec
 
-        for reason, modules in convert_permuted(model, selection, ModelSpec.of(model)).items():
+        stays = convert_permuted(model, selection.modules, ModelSpec.of(model), selection.block_size)
+        for reason, modules in stays.items():
             who = f"{modules[0]} stays" if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more stay"
             message = f"method.layout=permuted: {who} gather: {reason}."
             warnings.warn(message, LayoutWarning, stacklevel=3)  # the caller of attach

@@ -15,9 +15,8 @@ from sparseft.errors import UserError
 from sparseft.importance import compute_scores
 from sparseft.importance.kfac import SecondOrder
 from sparseft.layers import sparse_layers
-from sparseft.layers.convert import check_modules
+from sparseft.layers.convert import check_modules, original_order
 from sparseft.layers.experts import opened
-from sparseft.layers.reordering import original_order
 from sparseft.methods import method_of
 from sparseft.methods.base import SparseConfig
 from sparseft.models.compiled import inside_compiled

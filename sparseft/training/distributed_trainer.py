@@ -26,7 +26,6 @@ from sparseft.distributed.zero3 import full_shape, is_sharded, state_on_first
 from sparseft.errors import RunError, UserError
 from sparseft.layers import sparse_layers, write_back
 from sparseft.layers.experts import ExpertLinear
-from sparseft.layers.unmerged import use_delta_path
 from sparseft.methods import get_method
 from sparseft.models.spec import ModelSpec
 from sparseft.training.checkpoints import fitting
@@ -154,7 +153,8 @@ class DistributedTrainer(transformers.Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         size_buckets(self.args.hf_deepspeed_config.config, self.model)
         if self.is_zero3:
-            use_delta_path(sparse_layers(self.model).values())
+            for layer in sparse_layers(self.model).values():
+                layer.unmerge()
             keep_deltas_whole(self.args.hf_deepspeed_config.config, self.model)
         if resume_from_checkpoint is not None:  # what trains after re-selection, before the engine takes it
             with fitting(resume_from_checkpoint, "what was trained"):

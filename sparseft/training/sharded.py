@@ -12,7 +12,7 @@ from sparseft.adapters.lifecycle import state_of
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError
 from sparseft.layers import sparse_layers
-from sparseft.layers.inactive import entry_dim, index_keys, positions_of
+from sparseft.layers.pattern import entry_dim, index_keys, positions_of
 from sparseft.training.checkpoints import load_trained
 
 
