@@ -19,10 +19,10 @@ from sparseft.errors import UserError
 from sparseft.kernels import reference
 from sparseft.layers import sparse_layers
 from sparseft.layers.experts import ExpertLinear, opened
-from sparseft.methods.selecting import reselect
 from sparseft.models.expert_weights import find_expert
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import reselect
 from sparseft.selection.selection import Selection
 from sparseft.training.reselection import apply_selection
 

@@ -159,7 +159,7 @@ def test_every_layer_of_a_model(
             model(input_ids=ids, labels=ids).loss.backward()
     layers = sparse_layers(model)
     assert dense.keys() == layers.keys()
-    assert any(layer.reordered for layer in layers.values()) == (config == "permuted" and kind == "llama")
+    assert any(layer.is_permuted for layer in layers.values()) == (config == "permuted" and kind == "llama")
     for name, layer in layers.items():
         found = dense[name]
         for side, order in enumerate((layer.row_permutation, layer.column_permutation)):

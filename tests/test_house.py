@@ -29,9 +29,8 @@ ORDER = (
     {"kernels"},
     {"models"},
     {"data"},
-    {"importance"},
+    {"layers", "importance"},
     {"selection"},
-    {"layers"},
     {"methods"},
     {"adapters"},
     {"compose"},
@@ -49,7 +48,7 @@ RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 LIGHT = re.compile(
     r"(__init__|__main__|config|errors|console|(cli|compose|files|runs|report|distributed|commands)"
     r"|cli\.(app|jobs|outcome)|compose\.\w+|files\.(atomic|untrusted)|runs\.\w+|report\.\w+|distributed\.(env|launch)"
-    r"|commands\.report|methods(\.(?!selecting\b|exact_targets\b)\w+)?|data\.prompts)"
+    r"|commands\.report|methods(\.(?!exact_targets\b)\w+)?|selection|data\.prompts)"
 )
 HEAVY = (
     "torch transformers peft accelerate datasets lm_eval deepspeed triton hydra omegaconf numpy pandas pyarrow "
@@ -60,7 +59,7 @@ HEAVY = (
 KNOWS_METHODS = {"methods", "bench", "cli", "commands", "__init__"}
 ALSO_KNOWS = {("config", "s2ft"), ("config", "sylva"), ("config", "lora"), ("importance", "sylva")}
 # config: the benchmark's default list; importance: the score that is called so.
-SHARED_METHODS = ("methods.base", "methods.selecting", "methods.exact_targets")  # what every method or kind of it uses
+SHARED_METHODS = ("methods.base", "methods.exact_targets")  # what every method or kind of it uses
 
 
 def dotted(path: Path) -> str:

@@ -20,8 +20,9 @@ from sparseft import console
 from sparseft.errors import LayoutWarning, UserError
 from sparseft.layers import S2RowLinear, SparseLinear, sparse_layers
 from sparseft.layers.permuted_layout import front_order, plan_permutations
-from sparseft.methods.selecting import reselect
+from sparseft.models.decoder import logical_weight
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import reselect
 from sparseft.selection.selection import Selection
 from sparseft.training.reselection import apply_selection, load_active, save_active
 
@@ -246,7 +247,7 @@ def test_an_adapter_of_blocks_brings_the_original_order_back(make_model: Make, t
     before = logits(model)
     sparseft.load_adapter(model, tmp_path / "blocks", "blocks")
     assert torch.equal(logits(model), logits(other))
-    assert not any(layer.reordered for layer in sparse_layers(model).values())
+    assert not any(layer.is_permuted for layer in sparse_layers(model).values())
     sparseft.set_adapter(model, "default")
     torch.testing.assert_close(logits(model), before, atol=1e-12, rtol=1e-12)
 
@@ -347,7 +348,7 @@ def test_incomplete_groups_stay_and_say_so(make_model: Make) -> None:
     said = "model.layers.0.self_attn and 1 more stay gather: the selection does not fill whole key/value groups"
     attach_and_say(model, selection, said)
     layers = sparse_layers(model)
-    assert not layers[names.format(0)].reordered and layers["model.layers.0.mlp.down_proj"].reordered
+    assert not layers[names.format(0)].is_permuted and layers["model.layers.0.mlp.down_proj"].is_permuted
     assert "model.layers.0.self_attn.q_proj" not in layers and not layers["model.layers.0.mlp.up_proj"].patterns
     torch.testing.assert_close(logits(model), expected, atol=1e-12, rtol=1e-12)
     train(model, 1)
@@ -399,7 +400,7 @@ def test_a_norm_over_each_head_does_not_matter(make_model: Make) -> None:
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
     expected = logits(model)
     sparseft.attach(model, PERMUTED, whole_groups("llama"))
-    assert sparse_layers(model)["model.layers.0.self_attn.q_proj"].reordered
+    assert sparse_layers(model)["model.layers.0.self_attn.q_proj"].is_permuted
     torch.testing.assert_close(logits(model), expected, atol=1e-12, rtol=1e-12)
 
 
@@ -421,7 +422,7 @@ def test_fused_projections_are_moved_part_by_part() -> None:
         }
     )
     sparseft.attach(model, PERMUTED, selection)
-    assert all(layer.reordered for layer in sparse_layers(model).values())
+    assert all(layer.is_permuted for layer in sparse_layers(model).values())
     assert sparse_layers(model)["model.layers.1.mlp.down_proj"].patterns["columns"].at == (0, 2)
     torch.testing.assert_close(logits(model), expected, atol=1e-12, rtol=1e-12)
     train(model, 1)
@@ -483,7 +484,7 @@ def test_one_layer_in_any_order(conv: bool, kind: str) -> None:
         columns = torch.randperm(7)
         layer.permute(columns=columns)
         layer.add_pattern(kind, index)  # after the fact too
-    assert torch.equal(layer.logical_weight, SparseLinear.weight_of(dense)[rows][:, columns])
+    assert torch.equal(layer.logical_weight, logical_weight(dense)[rows][:, columns])
     assert torch.equal(layer.bias, dense.bias[rows])
     x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
     y = layer(x[:, columns])
@@ -502,7 +503,7 @@ def test_one_layer_in_any_order(conv: bool, kind: str) -> None:
     assert "row_permutation" not in state
     with torch.no_grad():
         layer.delta.fill_(0.5)
-    wanted = SparseLinear.weight_of(dense).clone()
+    wanted = logical_weight(dense).clone()
     wanted[index if kind == "rows" else (slice(None), index)] += 0.5
     stored = layer.state_dict()["weight"]
     torch.testing.assert_close(stored.t() if conv else stored, wanted)
@@ -665,7 +666,7 @@ def test_a_checkpoint_of_a_reselected_permuted_model(make_model: Make, tmp_path:
     for name, layer in left.items():
         other = right.get(name)
         if other is None:
-            assert not layer.reordered and not layer.patterns
+            assert not layer.is_permuted and not layer.patterns
             continue
         assert torch.equal(layer.weight, other.weight), name
         for side, pattern in layer.patterns.items():

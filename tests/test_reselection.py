@@ -15,7 +15,7 @@ from sparseft.kernels import reference
 from sparseft.layers import sparse_layers
 from sparseft.layers.inactive import move_moments, swap, union
 from sparseft.layers.pattern import positions_of
-from sparseft.methods.selecting import reselect
+from sparseft.selection.compute import reselect
 from sparseft.training.reselection import apply_selection, load_active, save_active
 
 LAYERS = {

@@ -27,11 +27,11 @@ from sparseft.layers.experts import close_experts
 from sparseft.layers.inactive import union
 from sparseft.layers.pattern import same_patterns
 from sparseft.methods import method_of
-from sparseft.methods.selecting import compute_selection
 from sparseft.models.compiled import STATE, inside_compiled
 from sparseft.models.fingerprint import base_fingerprints
 from sparseft.models.quantized import check_plain
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import compute_selection
 from sparseft.selection.selection import Selection
 
 DEFAULT = "default"

@@ -22,9 +22,9 @@ from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
 from sparseft.methods import get_method
 from sparseft.methods.base import IMPORTANCES
-from sparseft.methods.selecting import compute_selection
 from sparseft.models.loading import resolve_device
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import compute_selection
 
 REFERENCE = "forward+backward"
 
@@ -51,7 +51,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     device = resolve_device(config.hardware.device)
     model = base_model(config, device)
     check_length(config, model)
-    chosen = get_method(config.method_name).settled(ModelSpec.of(model), config.method)
+    chosen = config.method.settled(ModelSpec.of(model))
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(config.seed)
     ids = torch.randint(vocabulary, (settings.samples, settings.length), generator=generator).to(device)

@@ -14,6 +14,7 @@ from sparseft.layers.linears import BlockSparseLinear, S2ColumnLinear, S2RowLine
 from sparseft.layers.permutation import can_train
 from sparseft.layers.saved_inputs import share_inputs
 from sparseft.layers.sparse_linear import SparseLinear
+from sparseft.models.decoder import logical_weight
 from sparseft.models.expert_weights import find_expert, stack_parameter
 
 CLASSES = {("rows",): S2ColumnLinear, ("columns",): S2RowLinear, ("blocks",): BlockSparseLinear}
@@ -44,7 +45,7 @@ def plain_weight(model: nn.Module, name: str) -> Tensor:
     Where ZeRO-3 has sharded it, it has to be gathered (`weight_parameter`).
     """
     expert = find_expert(model, name)
-    return expert.weight if expert is not None else SparseLinear.weight_of(model.get_submodule(name))
+    return expert.weight if expert is not None else logical_weight(model.get_submodule(name))
 
 
 def make_sparse(model: nn.Module, name: str) -> SparseLinear:

@@ -21,7 +21,7 @@ from sparseft.layers.permutation import can_train, inverse, permute_entries, per
 from sparseft.layers.product import Plan, SparseProduct, dense_product
 from sparseft.layers.unmerged import add_deltas
 from sparseft.layers.write_back import enrol
-from sparseft.models.decoder import is_transposed
+from sparseft.models.decoder import is_transposed, logical_weight
 
 
 class SparseLinear(nn.Module):
@@ -98,12 +98,6 @@ class SparseLinear(nn.Module):
         layer._set_up()
         return layer
 
-    @staticmethod
-    def weight_of(linear: nn.Module) -> Tensor:
-        """The logical weight (out, in) of a plain or sparse linear: a view, without gradient."""
-        weight = linear.weight.detach()
-        return weight.t() if is_transposed(linear) else weight
-
     @property
     def original(self) -> nn.Module | None:
         """The module that this layer replaced, if any."""
@@ -112,8 +106,7 @@ class SparseLinear(nn.Module):
     @property
     def logical_weight(self) -> Tensor:
         """The weight as (out, in), in the order in which it is stored: a view, without gradient."""
-        weight = self.weight.detach()
-        return weight.t() if self.transposed else weight
+        return logical_weight(self)
 
     @property
     def is_permuted(self) -> bool:

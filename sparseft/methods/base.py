@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sparseft.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from torch import nn
 
     from sparseft.models.spec import ModelSpec
@@ -19,7 +21,6 @@ IMPORTANCES_WITHOUT_DATA = ("random", "weight")
 ORDERS = ("largest", "smallest", "sampled")
 ALLOCATIONS = ("per_layer", "global")
 DEFAULT_SPARSITY = 0.984
-TOLERANCE = 0.1  # of the trainable weights that a sparsity asks for: what comes of it may be off by as much
 
 
 def check_choice(field: str, value: object, choices: tuple[Any, ...]) -> None:
@@ -37,6 +38,8 @@ def check_share(field: str, value: float | None) -> None:
 @dataclass
 class SparseConfig:
     """What all sparse methods choose by."""
+
+    name: ClassVar[str]  # the method's
 
     sparsity: float | None = None  # share of the linear weights in scope that stays frozen
     scope: str | None = None  # substring of module names; null: every linear of the decoder layers
@@ -72,6 +75,22 @@ class SparseConfig:
         """Whether choosing needs calibration batches."""
         return self.importance not in IMPORTANCES_WITHOUT_DATA
 
+    def settled(self, spec: ModelSpec) -> Self:
+        """The settings with what they leave to the model filled in; refuses what the model cannot meet."""
+        return self
+
+    def budget(self, spec: ModelSpec) -> Budget:
+        """What may be chosen and how much of it."""
+        raise NotImplementedError
+
+    def statistics(self) -> dict[str, Any]:
+        """Settings of importance sylva's statistics (`importance.kfac.FactorSettings`) that are not its defaults."""
+        return {}
+
+    def with_block_size(self, size: int | None) -> Self:
+        """The settings for blocks of that size, where the method trains blocks."""
+        return self
+
 
 class Method:
     """One way of fine-tuning: its config, what it trains, and how it converts a model."""
@@ -89,14 +108,6 @@ class Method:
     def accepts(self, config: Any) -> bool:
         """Whether a config of `config_class` means this method."""
         return True
-
-    def settled(self, spec: ModelSpec, config: Any) -> Any:
-        """The config with what it leaves to the model filled in; refuses what the model cannot meet."""
-        return config
-
-    def budget(self, spec: ModelSpec, config: Any) -> Budget:
-        """What may be chosen and how much of it (sparse methods only)."""
-        raise TypeError(f"{self.name} selects nothing")
 
     def convert(self, model: nn.Module, config: Any, selection: Selection | None) -> nn.Module:
         """Makes `model` trainable by this method, in place where it can, and returns it."""

@@ -39,6 +39,8 @@ class S2FTConfig(SparseConfig):
     An architecture whose roles are not known trains by names: `rows` and `columns` take the place of `roles`.
     """
 
+    name = "s2ft"
+
     q_ratio: float | None = None
     k_ratio: float | None = None
     v_ratio: float | None = None
@@ -88,29 +90,29 @@ class S2FTConfig(SparseConfig):
             raise UserError(f"method.{named[0]} and {other} both say what trains: give one of them.")
         check_choice("method.layout", self.layout, ("gather", "permuted"))
 
+    def budget(self, spec: ModelSpec) -> Budget:
+        from sparseft.selection.budget import ratio_budget, sparsity_budget
+
+        if self.rows is not None or self.columns is not None:
+            slots = spec.named_slots(self.rows or [], self.columns or [], self.scope)
+            roles = list(dict.fromkeys(slot.role for slot in slots))
+            sparsity = self.wanted_sparsity
+            return sparsity_budget(replace(spec, slots=slots), roles, sparsity, scope=self.scope)
+        if self.ratios:
+            return ratio_budget(spec, self.ratios, scope=self.scope)
+        roles = self.roles
+        if roles is None:
+            roles = ["down"] if spec.num_kv_heads < spec.num_heads else ["o", "down"]
+            # A scope that leaves out the default roles still has something to train: all that it holds.
+            present = {slot.role for slot in spec.slots_in(self.scope)}
+            roles = [role for role in roles if role in present] or [role for role in ROLES if role in present]
+        return sparsity_budget(spec, roles, self.wanted_sparsity, scope=self.scope)
+
 
 class S2FT(SparseMethod):
     name = "s2ft"
     config_class = S2FTConfig
     learning_rate = 2e-4
-
-    def budget(self, spec: ModelSpec, config: S2FTConfig) -> Budget:
-        from sparseft.selection.budget import ratio_budget, sparsity_budget
-
-        if config.rows is not None or config.columns is not None:
-            slots = spec.named_slots(config.rows or [], config.columns or [], config.scope)
-            roles = list(dict.fromkeys(slot.role for slot in slots))
-            sparsity = config.wanted_sparsity
-            return sparsity_budget(replace(spec, slots=slots), roles, sparsity, scope=config.scope)
-        if config.ratios:
-            return ratio_budget(spec, config.ratios, scope=config.scope)
-        roles = config.roles
-        if roles is None:
-            roles = ["down"] if spec.num_kv_heads < spec.num_heads else ["o", "down"]
-            # A scope that leaves out the default roles still has something to train: all that it holds.
-            present = {slot.role for slot in spec.slots_in(config.scope)}
-            roles = [role for role in roles if role in present] or [role for role in ROLES if role in present]
-        return sparsity_budget(spec, roles, config.wanted_sparsity, scope=config.scope)
 
     def convert(self, model: nn.Module, config: S2FTConfig, selection: Selection | None) -> nn.Module:
         """As every sparse method does; with `layout: permuted`, a `LayoutWarning` says what stays `gather`, and why."""

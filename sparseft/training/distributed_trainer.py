@@ -26,8 +26,7 @@ from sparseft.distributed.zero3 import full_shape, is_sharded, state_on_first
 from sparseft.errors import RunError, UserError
 from sparseft.layers import sparse_layers, write_back
 from sparseft.layers.experts import ExpertLinear
-from sparseft.methods import get_method
-from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import Request
 from sparseft.training.checkpoints import fitting
 from sparseft.training.reselection import load_active
 
@@ -55,12 +54,11 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(layer, ExpertLinear) for layer in sparse_layers(model).values())
 
 
-def check_zero(spec: ModelSpec, method: str, settings: Any, hardware: HardwareConfig) -> None:
-    """Refuses what DeepSpeed cannot train, of the linears that a sparse method with these settings chooses from."""
+def check_zero(request: Request, hardware: HardwareConfig) -> None:
+    """Refuses what DeepSpeed cannot train, of the linears that a sparse method is to choose from."""
     if hardware.zero_stage != 3:
         return
-    candidates = get_method(method).budget(spec, settings).candidates
-    if not spec.stacked.isdisjoint(candidate.module for candidate in candidates):
+    if not request.spec.stacked.isdisjoint(candidate.module for candidate in request.budget.candidates):
         raise UserError(
             "hardware.zero_stage=3: experts kept as 3-D parameters cannot be sharded while single experts of them "
             "train; use hardware.zero_stage=2 or less."

@@ -25,9 +25,9 @@ from sparseft.importance.host_sums import available_bytes
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.memory import AllocationCounter, tensor_bytes
 from sparseft.methods import get_method
-from sparseft.methods.selecting import compute_selection
 from sparseft.models.decoder import decoder_layers
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import Request, compute
 from sparseft.training.distributed_trainer import check_zero
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
@@ -123,8 +123,9 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
     if method.sparse:
         if settings.needs_data:
             settings.importance = "random"
-        check_zero(ModelSpec.of(model), config.method_name, settings, config.hardware)
-        selection = compute_selection(model, settings)
+        request = Request.of(ModelSpec.of(model), settings)
+        check_zero(request, config.hardware)
+        selection = compute(model, request)
         model = attach(model, settings, selection)
         _indices_with_content(model, selection)
     else:
