@@ -169,6 +169,43 @@ def test_the_layering_test_sees_what_it_should(module: str, source: str, fault: 
     assert bool(layering_faults(module, source)) == fault
 
 
+# Modules that still import each other; an entry goes when its circle is mended.
+CIRCLES: tuple[set[str], ...] = (
+    {"evaluation.mmlu", "evaluation.tasks"},
+    {"training.callbacks", "training.trainer"},
+)
+
+
+def circles(imports: dict[str, set[str]]) -> list[set[str]]:
+    """Modules that import each other, directly or through others, by what each imports; a module's own name aside."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        left = [start]
+        while left:
+            for target in imports.get(left.pop(), ()):
+                if target not in seen:
+                    seen.add(target)
+                    left.append(target)
+        return seen
+
+    below = {module: reached(module) for module in imports}
+    found = {frozenset(other for other in below[m] if m in below.get(other, ())) for m in imports if m in below[m]}
+    return sorted((set(circle) for circle in found if len(circle) > 1), key=sorted)
+
+
+def test_no_modules_import_each_other() -> None:
+    """Also in a function or for the type checker only."""
+    imports = {dotted(path): {target for target, _ in imported(parse(path), dotted(path))} for path in MODULES}
+    assert circles(imports) == sorted(CIRCLES, key=sorted)
+
+
+def test_the_circle_test_sees_what_it_should() -> None:
+    straight = {"a": {"b", "c"}, "b": {"c"}, "c": {"c"}}
+    assert not circles(straight)
+    assert circles(straight | {"c": {"d"}, "d": {"b"}, "e": {"f"}, "f": {"e", "a"}}) == [{"b", "c", "d"}, {"e", "f"}]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_shared_code_names_no_method(path: Path) -> None:
     module = dotted(path)
@@ -182,6 +219,26 @@ def test_shared_code_names_no_method(path: Path) -> None:
             assert (part, node.value) in ALSO_KNOWS, f"{module}:{node.lineno} knows the method '{node.value}'"
     for target, line in imported(tree, module):
         assert not target.startswith("methods.") or target in SHARED_METHODS, f"{module}:{line} imports {target}"
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_test_module_imports_another(path: Path) -> None:
+    """What several share stands in tests/support."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += (
+            [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        for name in names:
+            parts = name.split(".")
+            assert parts[0] != "conftest" and not any(part.startswith("test_") for part in parts[:2]), (
+                f"{path.name}:{node.lineno} imports {name}"
+            )
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if LIGHT.fullmatch(dotted(path))], ids=dotted)
