@@ -344,7 +344,7 @@ class Job:
             if method.needs_data:
                 prepared = self.prepared
                 batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
-            return reselect(self.model, method, batches, seed=seed)
+            return reselect(self.model, method, batches, seed=seed, spec=self.spec)
 
         return Reselection(method.reselect_steps, choose, clock, self.previous.ended_at if self.previous else None)
 

@@ -95,7 +95,7 @@ class Hodlr:
         self._test = _test_matrix(layout.slots, sum(widths), seed, self.device) if self._sketched else None
         self._hierarchy: Hierarchy | None = None
         self._inverses: dict[float, tuple[Tensor, float]] = {}
-        self.effective_damping: float | None = None  # of the last inverse_diagonal; null before the first
+        self.effective_damping: float | None = None  # of the last inverse_diagonal; None before the first
 
     @property
     def levels(self) -> int:

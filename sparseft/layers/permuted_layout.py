@@ -22,7 +22,7 @@ from sparseft.distributed.zero3 import full_shape
 from sparseft.layers.convert import convert, replace_module, sparse_layers, tied_names
 from sparseft.layers.permutation import inverse
 from sparseft.layers.sparse_linear import SparseLinear
-from sparseft.models.spec import ModelSpec, Slot
+from sparseft.models.spec import ModelSpec, RoleSlice
 
 Modules = Mapping[str, Mapping[str, Tensor]]  # indices by module and kind, in the checkpoint's order
 
@@ -89,7 +89,7 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
 
 def plan_permutations(model: nn.Module, modules: Modules, spec: ModelSpec) -> Plan:
     """The permutations that bring what is selected to the front; nothing of the model is changed."""
-    structures: dict[tuple[str, bool], list[Slot]] = defaultdict(list)
+    structures: dict[tuple[str, bool], list[RoleSlice]] = defaultdict(list)
     for slot in spec.slots:
         structures[slot.module.rpartition(".")[0], slot.role in ATTENTION].append(slot)
     plan = Plan({}, {})
@@ -114,7 +114,7 @@ def plan_permutations(model: nn.Module, modules: Modules, spec: ModelSpec) -> Pl
 
 
 def _permutations(
-    slots: list[Slot], modules: Modules, spec: ModelSpec, *, is_attention: bool
+    slots: list[RoleSlice], modules: Modules, spec: ModelSpec, *, is_attention: bool
 ) -> dict[str, dict[str, Tensor]]:
     by_role = {slot.role: slot for slot in slots}
     for slot in slots:
@@ -132,7 +132,7 @@ def _permutations(
     return permutations
 
 
-def _side(spec: ModelSpec, slot: Slot) -> int:
+def _side(spec: ModelSpec, slot: RoleSlice) -> int:
     """Features on the slot's side of its module: in a fused projection more than the slot's own."""
     rows, columns = spec.linears[slot.module]
     return rows if slot.side == "rows" else columns
@@ -143,7 +143,7 @@ def _fits(index: Tensor, inverse: Tensor) -> bool:
     return bool(((index >= 0) & (index < len(inverse))).all())
 
 
-def _chosen_units(slot: Slot, modules: Modules, units: int) -> Tensor:
+def _chosen_units(slot: RoleSlice, modules: Modules, units: int) -> Tensor:
     """Which units (units,) of the slot are selected, as a mask; one that is selected in part cannot be moved."""
     index = modules.get(slot.module, {}).get(slot.side)
     mask = torch.zeros(slot.count * slot.unit, dtype=torch.bool)
@@ -173,7 +173,9 @@ def front_order(chosen: list[Tensor]) -> Tensor:
     return torch.tensor(sorted(range(len(first)), key=lambda unit: [key[unit] for key in keys]), dtype=torch.int64)
 
 
-def _check_structure(model: nn.Module, parent: str, slots: list[Slot], spec: ModelSpec, *, is_attention: bool) -> None:
+def _check_structure(
+    model: nn.Module, parent: str, slots: list[RoleSlice], spec: ModelSpec, *, is_attention: bool
+) -> None:
     """Raises `_Stays` unless the units of this attention or MLP are known to be alike, so that moving them is exact."""
     by_role = {slot.role: slot for slot in slots}
     if any(slot.module in spec.stacked for slot in slots):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sparseft.errors import UserError
 from sparseft.importance.units import Candidate
-from sparseft.models.spec import ModelSpec, Slot
+from sparseft.models.spec import ModelSpec, RoleSlice
 
 
 @dataclass
@@ -29,14 +29,14 @@ def keep_count(share: float, units: int) -> int:
     return min(units, max(1, round(share * units)))
 
 
-def _candidates(slots: Iterable[Slot], spec: ModelSpec) -> list[Candidate]:
+def _candidates(slots: Iterable[RoleSlice], spec: ModelSpec) -> list[Candidate]:
     return [
         Candidate(slot.module, slot.side, spec.linears[slot.module], slot.start, slot.unit, slot.count, slot.role)
         for slot in slots
     ]
 
 
-def _require_roles(spec: ModelSpec, roles: Iterable[str], scope: str | None) -> list[Slot]:
+def _require_roles(spec: ModelSpec, roles: Iterable[str], scope: str | None) -> list[RoleSlice]:
     slots = spec.slots_in(scope)
     present = sorted({slot.role for slot in slots})
     for role in roles:

@@ -142,9 +142,13 @@ def reselect(
     batches: Iterable[Mapping[str, Any]] | None,
     *,
     seed: int,
+    spec: ModelSpec | None = None,
 ) -> Selection:
-    """Chooses anew for an attached model, from its weights as they are: in each layer as many units as train now."""
-    spec = ModelSpec.of(model)
+    """Chooses anew for an attached model, from its weights as they are: in each layer as many units as train now.
+
+    `spec` is the model's, where it is known.
+    """
+    spec = spec or ModelSpec.of(model)
     layers = sparse_layers(model)
     size = max((p.block_size or 0 for layer in layers.values() for p in layer.patterns.values()), default=0)
     if size:  # what trains decides, also where the caller had chosen it
