@@ -498,7 +498,7 @@ def test_adapters_under_inference_mode(make_model: Make, tmp_path: Path, method:
 def test_importing_costs_nothing_heavy() -> None:
     code = (
         "import sys, sparseft, sparseft.methods, sparseft.config, sparseft.errors\n"
-        "for name in sparseft.methods.METHODS: sparseft.methods.config_class(name)().validate()\n"
+        "for name in sparseft.methods.METHODS: sparseft.methods.get_method(name)().validate()\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'hydra', 'lm_eval') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,6 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A part is a module or a folder of the package. A new part must be placed here.
 ORDER = (
     {"errors"},
+    {"rules"},
     {"config"},
     {"console", "signals", "memory"},
     {"files"},
@@ -47,7 +48,7 @@ RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
 # Loaded by `sparseft --help`, `import sparseft` or composing a config: nothing heavy when they are imported.
 LIGHT = re.compile(
-    r"(__init__|__main__|config|errors|console|(cli|compose|files|runs|report|distributed|commands)"
+    r"(__init__|__main__|config|rules|errors|console|(cli|compose|files|runs|report|distributed|commands)"
     r"|cli\.(app|jobs|outcome)|compose\.\w+|files\.(atomic|untrusted)|runs\.\w+|report\.\w+|distributed\.(env|launch)"
     r"|commands\.report|methods(\.(?!selecting\b|exact_targets\b)\w+)?|data\.prompts)"
 )

@@ -22,7 +22,6 @@ from sparseft import SylvaConfig, compute_selection
 from sparseft.importance import calibration_state as resuming
 from sparseft.importance import compute_scores, scores
 from sparseft.importance.kfac import SecondOrder
-from sparseft.methods import get_method
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.choose import generator_for
 
@@ -36,7 +35,7 @@ def samples(count: int = COUNT) -> list[dict[str, Tensor]]:
 
 
 def scored(model: Any, importance: str, **options: Any) -> dict[str, Tensor]:
-    budget = get_method("sylva").budget(ModelSpec.of(model), SylvaConfig(sparsity=0.9, block_size=8))
+    budget = SylvaConfig(sparsity=0.9, block_size=8).budget(ModelSpec.of(model))
     options = {"seed": 0, "batches": samples(), "generator": generator_for} | options
     return compute_scores(model, budget.candidates, importance, **options)
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 import sparseft
 from sparseft.errors import RunError, UserError
-from sparseft.methods import get_method
 from sparseft.methods.s2ft import S2FTConfig
 from sparseft.methods.selecting import compute_selection, first_samples
 from sparseft.methods.sylva import SylvaConfig
@@ -244,31 +243,30 @@ def test_the_block_size_is_the_largest_that_meets_the_sparsity(
     shapes = [(scale * rows, scale * columns) for rows, columns in shapes]
     spec = replace(LLAMA, linears={f"m{number}": shape for number, shape in enumerate(shapes)})
     config = SylvaConfig(sparsity=sparsity, allocation=allocation)
-    settled = get_method("sylva").settled
     sizes = [size for size in (64, 32, 16, 8, 4) if size <= min(map(max, shapes))]
     if not sizes:
         with pytest.raises(UserError, match="both sides are below 4, the smallest block; leave it out by scope"):
-            settled(spec, config)
+            config.settled(spec)
         return
     misses = {size: brute_force_misses(shapes, size, sparsity, allocation) for size in sizes}
     missed = {size: max(both) for size, both in misses.items()}
     meeting = [size for size in sizes if missed[size] <= 0.1 + 1e-9]
-    found = settled(spec, config)
+    found = config.settled(spec)
     if meeting:
         assert found == replace(config, block_size=meeting[0])
     else:
         assert missed[found.block_size] == pytest.approx(min(missed.values()))
-    assert settled(spec, found) == found  # it may be given too
+    assert found.settled(spec) == found  # it may be given too
     for size in sizes:
         for changes, miss in zip(({"importance": "random"}, {"importance": "weight"}), misses[size], strict=True):
             given_size = replace(config, block_size=size, **changes)
             if miss <= 0.1 + 1e-9:
-                assert settled(spec, given_size) == given_size
+                assert given_size.settled(spec) == given_size
             elif miss > missed[found.block_size] + 1e-6:
                 advice = f"block_size={size} trains .*use method.block_size={found.block_size}"
                 with pytest.raises(UserError, match=advice):
-                    settled(spec, given_size)
-            assert settled(spec, replace(given_size, sparsity=None)).block_size == size  # nobody asked for the default
+                    given_size.settled(spec)
+            assert replace(given_size, sparsity=None).settled(spec).block_size == size  # nobody asked for the default
 
 
 @pytest.mark.parametrize("allocation", ["per_layer", "global"])

@@ -83,7 +83,7 @@ def test_exact_statistics_choose_the_brute_force_channels(make_model):
     # S2FT's config has no levels: what it uses are the defaults, clamped to these small matrices.
     selection = sparseft.compute_selection(model, config, batches)
     exact = sparseft.importance.kfac.SecondOrder(num_partition=0)
-    budget = sparseft.methods.get_method("s2ft").budget(spec, config)
+    budget = config.budget(spec)
     from sparseft.importance import compute_scores
     from sparseft.selection.choose import generator_for
 

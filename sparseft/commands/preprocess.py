@@ -14,11 +14,10 @@ from sparseft.training import checks
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Computes the selection (or finds it in the cache) and returns where it lies."""
-    if not get_method(config.method_name).sparse:
+    if not config.method.sparse:
         sparse = [name for name in METHODS if get_method(name).sparse]
         raise UserError(f"method={config.method_name} selects nothing to preprocess: use {' or '.join(sparse)}.")
     console.clear_warnings()
-    config.method.validate()
     checks.check_hardware(config)
     if launch.needed(config.hardware):
         checks.check_data(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from sparseft.layers import sparse_layers
 from sparseft.layers.convert import check_modules
 from sparseft.layers.experts import opened
 from sparseft.layers.reordering import original_order
-from sparseft.methods import method_of
+from sparseft.methods import checked
 from sparseft.methods.base import SparseConfig
 from sparseft.models.compiled import inside_compiled
 from sparseft.models.spec import ModelSpec
@@ -56,15 +56,14 @@ def compute_selection(
     Raises:
         UserError: a value out of range, a scope that matches nothing, a budget that cannot be met.
     """
-    method = method_of(config)
-    if not method.sparse:
-        raise UserError(f"method {method.name} selects nothing, so there is no selection to compute.")
-    config.validate()
+    checked(config)
+    if not config.sparse:
+        raise UserError(f"method {config.name} selects nothing, so there is no selection to compute.")
     if sparse_layers(model):
         raise UserError("the model has sparse layers already: detach or merge them before selecting anew.")
     spec = ModelSpec.of(model)
-    config = method.settled(spec, config)
-    budget = method.budget(spec, config)
+    config = config.settled(spec)
+    budget = config.budget(spec)
     check_modules(model, dict.fromkeys(c.module for c in budget.candidates), spec.linears)
     if config.needs_data and batches is not None:
         batches = first_samples(batches, config.num_samples)
@@ -80,7 +79,7 @@ def compute_selection(
             generator=generator_for,
             progress=progress,
             scoring=scoring,
-            second_order=second_order(config),
+            second_order=SecondOrder(**config.statistics()),
             resume=resume,
             meta=statistics,
         )
@@ -90,7 +89,7 @@ def compute_selection(
     selection.meta |= statistics
     if "second_order" in statistics:
         log_damping(statistics["second_order"])
-    describe(selection, spec, method.name, config, budget.scope_parameters)
+    describe(selection, spec, config, budget.scope_parameters)
     return selection
 
 
@@ -105,9 +104,9 @@ def reselect(
     spec = ModelSpec.of(model)
     layers = sparse_layers(model)
     size = max((p.block_size or 0 for layer in layers.values() for p in layer.patterns.values()), default=0)
-    if size and hasattr(config, "block_size"):  # what trains decides, also where the caller had chosen it
-        config = replace(config, block_size=size)
-    budget = method_of(config).budget(spec, config)
+    if size:  # what trains decides, also where the caller had chosen it
+        config = config.with_block_size(size)
+    budget = config.budget(spec)
     counts = {}
     for c in budget.candidates:
         pattern = layers[c.module].patterns.get(c.kind) if c.module in layers else None
@@ -128,7 +127,7 @@ def reselect(
             seed=seed,
             batches=first_samples(batches, config.num_samples) if batches is not None else None,
             generator=generator_for,
-            second_order=second_order(config),
+            second_order=SecondOrder(**config.statistics()),
         )
     return choose(budget, scores, order=config.order, allocation="per_layer", seed=seed)
 
@@ -144,16 +143,6 @@ def log_damping(summary: Mapping[str, Any]) -> None:
         )
 
 
-def second_order(config: SparseConfig) -> SecondOrder:
-    """The settings of the second-order statistics: the config's where it has them, else the defaults."""
-    default = SecondOrder()
-    return SecondOrder(
-        num_partition=getattr(config, "num_partition", default.num_partition),
-        rank=getattr(config, "rank", default.rank),
-        damping=getattr(config, "damping", default.damping),
-    )
-
-
 def first_samples(batches: Iterable[Mapping[str, Any]], count: float | None) -> Iterable[Mapping[str, Any]]:
     """The batches' first `count` samples, cutting the last batch where needed; all, where it is a share or null."""
     left: Any = count if isinstance(count, int) else float("inf")
@@ -167,11 +156,11 @@ def first_samples(batches: Iterable[Mapping[str, Any]], count: float | None) -> 
             return
 
 
-def describe(selection: Selection, spec: ModelSpec, method: str, config: SparseConfig, scope_parameters: int) -> None:
+def describe(selection: Selection, spec: ModelSpec, config: SparseConfig, scope_parameters: int) -> None:
     """Records in `selection.meta` what was chosen by what, with every module's shape and trainable entries."""
     trainable = selection.trainable(spec.linears)
     selection.meta |= {
-        "method": method,
+        "method": config.name,
         "method_config": asdict(config),
         "scope_parameters": scope_parameters,
         "total_parameters": spec.total_parameters,

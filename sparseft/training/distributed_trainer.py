@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.trainer import SCHEDULER_NAME
 
 from sparseft import console
-from sparseft.adapters.lifecycle import save_adapter, state_of
+from sparseft.adapters.lifecycle import save_adapter
+from sparseft.adapters.state import state_of
 from sparseft.config import HardwareConfig
 from sparseft.data.even import EvenDataset, EvenSampler, even
 from sparseft.distributed.deepspeed import MAX_BUCKET, weights_only
@@ -27,7 +28,7 @@ from sparseft.errors import RunError, UserError
 from sparseft.layers import sparse_layers, write_back
 from sparseft.layers.experts import ExpertLinear
 from sparseft.layers.unmerged import use_delta_path
-from sparseft.methods import get_method
+from sparseft.methods.base import SparseConfig
 from sparseft.models.spec import ModelSpec
 from sparseft.training.checkpoints import fitting
 from sparseft.training.reselection import load_active
@@ -56,11 +57,11 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(layer, ExpertLinear) for layer in sparse_layers(model).values())
 
 
-def check_zero(spec: ModelSpec, method: str, settings: Any, hardware: HardwareConfig) -> None:
-    """Refuses what DeepSpeed cannot train, of the linears that a sparse method with these settings chooses from."""
+def check_zero(spec: ModelSpec, method: SparseConfig, hardware: HardwareConfig) -> None:
+    """Refuses what DeepSpeed cannot train, of the linears that a sparse method chooses from."""
     if hardware.zero_stage != 3:
         return
-    candidates = get_method(method).budget(spec, settings).candidates
+    candidates = method.budget(spec).candidates
     if not spec.stacked.isdisjoint(candidate.module for candidate in candidates):
         raise UserError(
             "hardware.zero_stage=3: experts kept as 3-D parameters cannot be sharded while single experts of them "
@@ -94,7 +95,7 @@ def whole_parameters(model: nn.Module, engine: Any) -> Iterator[None]:
     state = state_of(model)
     if not sharded:
         yield
-    elif state is not None and state.kind == "whole":
+    elif state is not None and state.kind.trains_all:
         if engine is not None:
             content = engine._zero3_consolidated_16bit_state_dict()  # in the parameters' own dtype, whatever its name
         else:

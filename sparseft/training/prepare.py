@@ -27,7 +27,6 @@ from sparseft.errors import UserError
 from sparseft.files.disk_errors import explained
 from sparseft.importance.calibration_state import saved_samples
 from sparseft.kernels.dispatch import kernel_for
-from sparseft.methods import get_method
 from sparseft.methods.base import TOLERANCE
 from sparseft.methods.selecting import compute_selection
 from sparseft.models.decoder import base_parameter_count
@@ -110,12 +109,12 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
     from sparseft.training.distributed_trainer import check_zero
 
     spec = ModelSpec.of(prepared.model)
-    method = get_method(config.method_name).settled(spec, config.method)
+    method = config.method.settled(spec)
     key = selection_key(base_fingerprint(prepared.model), prepared.data.fingerprint, config.method_name, method)
     path = Path(config.cache_dir) / "selections" / key
     start = time.perf_counter()
     first = ranks.rank_and_world()[0] == 0
-    check_zero(spec, config.method_name, method, config.hardware)
+    check_zero(spec, method, config.hardware)
     found = ranks.from_first(_cached(config.cache_dir, path) if first else None)  # all processes train the same
     partial = path.with_name(f"{key}.partial")
     if found is not None:
@@ -222,8 +221,9 @@ def describe_trainable(trainable: int, spec: ModelSpec, config: RunConfig, unit:
 
 def describe_selection(selection: Selection, spec: ModelSpec, config: RunConfig) -> None:
     """`describe_trainable` of a sparse method's selection, and what trains of each role."""
-    unit = f"blocks of {selection.block_size}" if selection.has_blocks else "heads and channels"
-    describe_trainable(selection.meta["trainable_parameters"], spec, config, unit)
+    describe_trainable(selection.meta["trainable_parameters"], spec, config, config.method.granularity(selection))
+    if not config.method.by_role:
+        return
     roles = [
         f"{role} {chosen:,} of {there:,} {'heads' if role in HEAD_ROLES else 'channels'} ({entries:,} weights)"
         for role, (chosen, there, entries) in units_by_role(selection, spec).items()
@@ -235,7 +235,7 @@ def describe_selection(selection: Selection, spec: ModelSpec, config: RunConfig)
 def units_by_role(selection: Selection, spec: ModelSpec) -> dict[str, tuple[int, int, int]]:
     """Of each role that trains: its units chosen, its units in all layers, and the weights that the chosen ones have.
 
-    Empty of a selection of blocks, or of linears whose roles are not known.
+    Empty of linears whose roles are not known.
     """
     totals: dict[str, list[int]] = {}
     for slot in spec.slots:
@@ -251,4 +251,4 @@ def units_by_role(selection: Selection, spec: ModelSpec) -> dict[str, tuple[int,
 
 def scope_parameters(spec: ModelSpec, config: RunConfig) -> int:
     """Linear weights in the method's scope."""
-    return sum(rows * columns for rows, columns in spec.linears_in(getattr(config.method, "scope", None)).values())
+    return sum(rows * columns for rows, columns in spec.linears_in(config.method.scope).values())

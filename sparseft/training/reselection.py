@@ -12,13 +12,13 @@ import transformers
 from torch import Tensor, nn
 
 from sparseft import console
-from sparseft.adapters.files import read_config, read_sparse
-from sparseft.adapters.lifecycle import state_of
+from sparseft.adapters.description import read_config
+from sparseft.adapters.sparse import read_sparse
+from sparseft.adapters.state import state_of
 from sparseft.distributed.ranks import from_all
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.layers.inactive import exchange, move_moments, take_up
-from sparseft.layers.permuted_layout import Plan, carry_out, in_stored_order, plan_orders
-from sparseft.models.spec import ModelSpec
+from sparseft.layers.permuted_layout import Plan, carry_out, in_stored_order
 from sparseft.selection.selection import Selection
 
 WARMUP_STEPS = 5  # after a re-selection, at most a third of the steps until the next
@@ -49,11 +49,9 @@ def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = Non
 
 
 def _plan(model: nn.Module, selection: Selection) -> Plan | None:
-    """The orders that bring what is selected to the front, as at attach; null where the layout is not permuted."""
+    """The orders that bring what is selected to the front, as at attach; null where they stay."""
     state = state_of(model)
-    if state is None or state.method_config.get("layout") != "permuted":
-        return None
-    return plan_orders(model, selection, ModelSpec.of(model))
+    return None if state is None else state.config.layout_plan(model, selection, state.spec)
 
 
 @dataclass
