@@ -17,7 +17,7 @@ _EXPORTS = {
     "DoraConfig": "sparseft.methods.lora",
     "FullConfig": "sparseft.methods.full",
     "Selection": "sparseft.selection.selection",
-    "compute_selection": "sparseft.methods.selecting",
+    "compute_selection": "sparseft.selection.compute",
     "attach": "sparseft.adapters.lifecycle",
     "detach": "sparseft.adapters.lifecycle",
     "merge": "sparseft.adapters.lifecycle",

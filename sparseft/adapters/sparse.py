@@ -21,15 +21,14 @@ from sparseft.files.atomic import write_json
 from sparseft.files.hashing import BODY, HASHED, body_hash, file_hash
 from sparseft.files.tensors import KINDS, read_described, split_name
 from sparseft.layers import Pattern, restore, share_inputs, sparse_layers
-from sparseft.layers.convert import check_modules, make_sparse, plain_weight, weight_parameter
+from sparseft.layers.convert import check_modules, make_sparse, make_way, plain_weight, weight_parameter
 from sparseft.layers.experts import close_experts
-from sparseft.layers.inactive import entry_dim, index_keys, positions_of, union
-from sparseft.layers.pattern import same_patterns
-from sparseft.layers.reordering import make_way
+from sparseft.layers.inactive import union
+from sparseft.layers.pattern import entry_dim, index_keys, positions_of, same_patterns
 from sparseft.methods.base import SparseConfig
-from sparseft.methods.selecting import compute_selection
 from sparseft.models.compiled import STATE
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import Request, compute
 from sparseft.selection.selection import Selection
 
 
@@ -61,7 +60,7 @@ class Sparse(Kind):
                     f"importance '{config.importance}' needs data: pass selection=compute_selection(model, config, "
                     "batches), or use importance random or weight."
                 )
-            selection = compute_selection(model, config)
+            selection = compute(model, Request.of(spec, config))
         if not selection.modules:
             raise UserError("the selection is empty, so nothing would be trained.")
         size = selection.block_size or config.block_size  # each where the other leaves it open

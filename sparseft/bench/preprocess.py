@@ -21,9 +21,9 @@ from sparseft.bench.timing import peak_bytes, spread, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
 from sparseft.methods.base import IMPORTANCES
-from sparseft.methods.selecting import compute_selection
 from sparseft.models.loading import resolve_device
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import compute_selection
 
 REFERENCE = "forward+backward"
 

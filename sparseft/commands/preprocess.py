@@ -30,12 +30,14 @@ def run(config: RunConfig) -> dict[str, Any]:
 def _preprocess(config: RunConfig) -> dict[str, Any]:
     from sparseft.distributed.deepspeed import forget_zero
     from sparseft.models.spec import ModelSpec
-    from sparseft.training.prepare import describe_selection, prepare, select
+    from sparseft.selection.describe import describe_selection
+    from sparseft.training.prepare import prepare, select
 
     forget_zero()  # of an earlier run
     prepared = prepare(config)
-    selected = select(config, prepared)
-    describe_selection(selected.selection, ModelSpec.of(prepared.model), config)
+    spec = ModelSpec.of(prepared.model)
+    selected = select(config, prepared, spec)
+    describe_selection(selected.selection, spec, config.method)
     return {
         "selection": str(selected.path),
         "cached": selected.cached,

@@ -94,9 +94,10 @@ class Job:
         from sparseft.memory import reset_peak_memory
         from sparseft.models.decoder import runnable
         from sparseft.models.spec import ModelSpec
+        from sparseft.selection.describe import describe_selection, describe_trainable
         from sparseft.training.arguments import training_arguments
         from sparseft.training.distributed_trainer import has_experts
-        from sparseft.training.prepare import describe_selection, describe_trainable, prepare
+        from sparseft.training.prepare import prepare
 
         self.config, self.previous = config, previous
         self.world_size = rank_and_world()[1]
@@ -142,9 +143,9 @@ class Job:
             state_of(self.model).base_model = config.model.path
         self.trainable = trainable_count(self.model)
         if self.selection is not None:
-            describe_selection(self.selection, self.spec, config)
+            describe_selection(self.selection, self.spec, config.method)
         elif (unit := config.method.granularity(None)) is not None:
-            describe_trainable(self.trainable, self.spec, config, unit)
+            describe_trainable(self.trainable, self.spec, config.method, unit)
         else:
             console.log(f"trainable: all {self.trainable:,} parameters of the model")
 
@@ -188,7 +189,7 @@ class Job:
             console.log(f"selection: the run's own, {own}")
             self.selection_cached = True
             return Selection.load(own)
-        selected = select(self.config, self.prepared)
+        selected = select(self.config, self.prepared, self.spec)
         self.selection_cached = selected.cached
         return selected.selection
 
@@ -230,7 +231,6 @@ class Job:
 
         from sparseft.data.collating import Collator
         from sparseft.memory import memory_bytes
-        from sparseft.training.prepare import scope_parameters
         from sparseft.training.trainer import Trainer, train
 
         config, prepared = self.config, self.prepared
@@ -268,7 +268,7 @@ class Job:
         if self.scorer is not None and (launch.first_process() or config.hardware.zero_stage == 3):
             test_score = self.scorer.on_test(self.model, prepared.tokenizer, folder, f"the run {folder}")
             console.log(f"{self.scorer.name}: {test_score:.4f} on the test split")
-        scope = scope_parameters(self.spec, config)
+        scope = self.spec.weights_in(getattr(config.method, "scope", None))
         return {
             "method": config.method_name,
             "model": config.model.path,
@@ -332,7 +332,7 @@ class Job:
     def _reselection(self, clock: Any) -> Any:
         """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time."""
         from sparseft.data import calibration_batches
-        from sparseft.methods.selecting import reselect
+        from sparseft.selection.compute import reselect
         from sparseft.training.reselection import Reselection
 
         method = self.config.method

@@ -15,7 +15,7 @@ from collections.abc import Hashable
 import torch
 from torch import nn
 
-from sparseft.layers.saved_slices import SharedSlice
+from sparseft.layers.product import SharedSlice
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import decoder_layers
 from sparseft.models.spec import ATTENTION_ROLES, COLUMN_ROLES, MLP_ROLES
@@ -50,7 +50,7 @@ def _settle(members: dict[str, SparseLinear], kept: bool) -> None:
     blocks = [pattern for layer in members.values() if (pattern := layer.patterns.get("blocks")) is not None]
     for pattern in blocks:
         pattern.share(None)
-    needed = [pattern.needed_columns for pattern in blocks if pattern.needed_columns is not None]  # null: on meta
+    needed = [pattern.needed_columns for pattern in blocks if pattern.needed_columns is not None]  # None: on meta
     width, slices = sum(map(len, needed)), None
     if len(needed) > 1 and len({pattern.block_size for pattern in blocks}) == 1 and all(map(_role, members)):
         slices = SharedSlice(torch.cat(needed).unique().cpu())

@@ -22,7 +22,6 @@ Importance = Literal["random", "weight", "activation", "product", "gradient", "f
 IMPORTANCES = get_args(Importance)
 IMPORTANCES_WITHOUT_DATA = ("random", "weight")
 DEFAULT_SPARSITY = 0.984
-TOLERANCE = 0.1  # of the trainable weights that a sparsity asks for: what comes of it may be off by as much
 
 SHARED = ("sparsity", "scope", "seed")  # settings that also stand at the top level of a run
 
@@ -122,7 +121,7 @@ class SparseConfig(MethodConfig):
         raise NotImplementedError
 
     def statistics(self) -> dict[str, Any]:
-        """Settings of the statistics of importance sylva (`importance.kfac.SecondOrder`) that are not its defaults."""
+        """Settings of importance sylva's statistics (`importance.kfac.FactorSettings`) that are not its defaults."""
         return {}
 
     def with_block_size(self, size: int | None) -> Self:
@@ -136,7 +135,7 @@ class SparseConfig(MethodConfig):
     def convert(self, model: nn.Module, selection: Selection | None, spec: ModelSpec | None) -> nn.Module:
         from sparseft.layers import convert
 
-        return convert(model, selection)
+        return convert(model, selection.modules, selection.block_size)
 
     def for_benchmark(self) -> Self:
         return replace(self, importance="random") if self.needs_data else self  # which units train takes the same time

@@ -112,9 +112,9 @@ class S2FTConfig(SparseConfig):
     def layout_plan(self, model: nn.Module, selection: Selection, spec: ModelSpec) -> Any:
         if self.layout == "gather":
             return None
-        from sparseft.layers.permuted_layout import plan_orders
+        from sparseft.layers.permuted_layout import plan_permutations
 
-        return plan_orders(model, selection, spec)
+        return plan_permutations(model, selection.modules, spec)
 
     def convert(self, model: nn.Module, selection: Selection | None, spec: ModelSpec | None) -> nn.Module:
         """As every sparse method does; with `layout: permuted`, a `LayoutWarning` says what stays `gather`, and why."""
@@ -122,7 +122,8 @@ class S2FTConfig(SparseConfig):
             return super().convert(model, selection, spec)
         from sparseft.layers import convert_permuted
 
-        for reason, modules in convert_permuted(model, selection, spec).items():
+        stays = convert_permuted(model, selection.modules, spec, selection.block_size)
+        for reason, modules in stays.items():
             who = f"{modules[0]} stays" if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more stay"
             message = f"method.layout=permuted: {who} gather: {reason}."
             warnings.warn(message, LayoutWarning, stacklevel=4)  # the caller of attach

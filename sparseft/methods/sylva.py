@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from sparseft.errors import UserError
-from sparseft.methods.base import TOLERANCE, Importance, SparseConfig
+from sparseft.methods.base import Importance, SparseConfig
 from sparseft.rules import ABOVE_0, AT_LEAST_1, Rule
+from sparseft.selection import TOLERANCE
 
 if TYPE_CHECKING:
     from typing import Self

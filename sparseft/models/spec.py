@@ -218,6 +218,10 @@ class ModelSpec:
             raise UserError(f"scope={scope} matches no linear of the decoder layers.{nearest(scope or '', parts)}")
         return chosen
 
+    def weights_in(self, scope: str | None) -> int:
+        """Weights of the linears in scope."""
+        return sum(rows * columns for rows, columns in self.linears_in(scope).values())
+
     def named_slots(self, rows: list[str], columns: list[str], scope: str | None) -> list[Slot]:
         """Slots of single features in the linears whose names end in one of the given suffixes (whole parts of a name;
         an expert goes by its parameter's name). A suffix that matches nothing, or a linear named for both, is a

@@ -30,7 +30,7 @@ def check_hardware(config: RunConfig) -> None:
     launch.check(hardware)
     if hardware.zero_stage == 3 and config.method.reselect_steps:
         raise UserError(
-            f"method.reselect_steps={config.method.reselect_steps}: what parked entries have learnt is kept in the "
+            f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in the "
             "weights, which ZeRO-3 has sharded; use hardware.zero_stage=2 or less."
         )
     if hardware.zero_stage and importlib.util.find_spec("deepspeed") is None:

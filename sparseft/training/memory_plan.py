@@ -24,9 +24,9 @@ from sparseft.errors import UserError, reason_of
 from sparseft.importance.host_sums import available_bytes
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.memory import AllocationCounter, tensor_bytes
-from sparseft.methods.selecting import compute_selection
 from sparseft.models.decoder import decoder_layers
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import Request, compute
 from sparseft.training.distributed_trainer import check_zero
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
@@ -120,11 +120,10 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
     settings = config.method
     autocast = settings.widens(dtype) and not on_cpu(config.hardware)
     if settings.sparse:
-        settings = settings.for_benchmark()
-        spec = ModelSpec.of(model)
-        check_zero(spec, settings, config.hardware)
-        selection = compute_selection(model, settings)
-        model = attach(model, settings, selection, spec=spec)
+        request = Request.of(ModelSpec.of(model), settings.for_benchmark())
+        check_zero(request, config.hardware)
+        selection = compute(model, request)
+        model = attach(model, request.settings, selection, spec=request.spec)
         _indices_with_content(model, selection)
     else:
         model = attach(model, settings.for_benchmark() if autocast else settings)

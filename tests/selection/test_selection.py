@@ -20,14 +20,15 @@ from torch import Tensor
 
 import sparseft
 from sparseft.errors import RunError, UserError
+from sparseft.importance.units import Candidate, generator_for, unit_index
 from sparseft.methods.s2ft import S2FTConfig
-from sparseft.methods.selecting import compute_selection, first_samples
 from sparseft.methods.sylva import SylvaConfig
 from sparseft.models.spec import ModelSpec
-from sparseft.selection.budget import Candidate, block_budget, blocks_spent, keep_count, ratio_budget
-from sparseft.selection.choose import choose, generator_for, rank_units, unit_index
+from sparseft.selection.budget import block_budget, blocks_spent, keep_count, ratio_budget
+from sparseft.selection.choose import choose, rank_units
+from sparseft.selection.compute import compute_selection, first_samples
+from sparseft.selection.describe import units_by_role
 from sparseft.selection.selection import Selection
-from sparseft.training.prepare import units_by_role
 from support.models import build_model
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -423,9 +424,10 @@ def test_num_samples_limits_the_calibration(make_model: Callable[..., Any]) -> N
 SCRIPT = """
 import sys
 import torch
-from sparseft.importance import compute_scores
-from sparseft.selection.budget import Budget, Candidate
-from sparseft.selection.choose import choose, generator_for
+from sparseft.importance.scores import compute_scores
+from sparseft.importance.units import Candidate
+from sparseft.selection.budget import Budget
+from sparseft.selection.choose import choose
 torch.manual_seed(int(sys.argv[1]))
 units = (("rows", 8), ("blocks", 48))
 candidates = [Candidate(f"m{i}.{kind}", kind, (64, 48), 0, 8, n) for i in range(3) for kind, n in units]
@@ -433,7 +435,7 @@ budget = Budget(candidates, {c.key: 3 for c in candidates}, {"": 9}, 1, 1, 8)
 for seed in (3, 4):
     for order in ("largest", "sampled"):
         for allocation in ("per_layer", "global"):
-            scores = compute_scores(None, candidates, "random", seed=seed, batches=None, generator=generator_for)
+            scores = compute_scores(None, candidates, "random", seed=seed).scores
             print(choose(budget, scores, order=order, allocation=allocation, seed=seed).digest())
 """
 
