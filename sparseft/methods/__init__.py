@@ -28,6 +28,11 @@ def get_method(name: str) -> type[MethodConfig]:
     return getattr(importlib.import_module(module), attribute)
 
 
+def sparse_methods() -> str:
+    """The methods that train a selection, for messages: "s2ft or sylva"."""
+    return " or ".join(name for name in METHODS if get_method(name).sparse)
+
+
 def checked(config: Any) -> MethodConfig:
     """A method's settings, validated; anything else is a `TypeError`."""
     if not isinstance(config, MethodConfig):
