@@ -14,6 +14,7 @@ from sparseft.methods.base import MethodConfig
 METHODS: dict[str, str] = {
     "s2ft": "sparseft.methods.s2ft:S2FTConfig",
     "sylva": "sparseft.methods.sylva:SylvaConfig",
+    "paca": "sparseft.methods.paca:PacaConfig",
     "lora": "sparseft.methods.lora:LoraConfig",
     "dora": "sparseft.methods.lora:DoraConfig",
     "full": "sparseft.methods.full:FullConfig",
