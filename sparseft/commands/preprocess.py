@@ -8,17 +8,15 @@ from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.distributed import launch
 from sparseft.errors import UserError
-from sparseft.methods import METHODS, get_method
+from sparseft.methods import sparse_methods
 from sparseft.training import checks
 
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Computes the selection (or finds it in the cache) and returns where it lies."""
-    if not get_method(config.method_name).sparse:
-        sparse = [name for name in METHODS if get_method(name).sparse]
-        raise UserError(f"method={config.method_name} selects nothing to preprocess: use {' or '.join(sparse)}.")
+    if not config.method.sparse:
+        raise UserError(f"method={config.method_name} selects nothing to preprocess: use {sparse_methods()}.")
     console.clear_warnings()
-    config.method.validate()
     checks.check_hardware(config)
     if launch.needed(config.hardware):
         checks.check_data(config)

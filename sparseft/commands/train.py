@@ -13,7 +13,6 @@ from sparseft.config import BUNDLED, RunConfig
 from sparseft.distributed import launch
 from sparseft.errors import LayoutWarning, UserError
 from sparseft.files.atomic import write_json, write_text
-from sparseft.methods import get_method
 from sparseft.runs.environment import environment
 from sparseft.runs.folder import check_run_folder, link_latest, prepare_run_folder
 from sparseft.runs.metrics import truncate_metrics
@@ -31,7 +30,6 @@ def run(config: RunConfig, *, plan: bool = False) -> dict[str, Any]:
     if plan:
         return planning.run(config)
     console.clear_warnings()
-    config.method.validate()
     checks.check_hardware(config)
     if launch.first_process():  # the others may find what it has made already
         check_run_folder(config.output_dir, overwrite=config.overwrite, resume=config.trainer.resume is not None)
@@ -89,7 +87,8 @@ class Job:
     def __init__(self, config: RunConfig, previous: resuming.Previous | None) -> None:
         import transformers
 
-        from sparseft.adapters.lifecycle import attach, state_of, trainable_count
+        from sparseft.adapters.lifecycle import attach, trainable_count
+        from sparseft.adapters.state import state_of
         from sparseft.data.packing import check_packing
         from sparseft.distributed.ranks import rank_and_world
         from sparseft.memory import reset_peak_memory
@@ -102,7 +101,7 @@ class Job:
 
         self.config, self.previous = config, previous
         self.world_size = rank_and_world()[1]
-        self.method = get_method(config.method_name)
+        self.method = config.method
         transformers.set_seed(config.seed)
         self.scorer = Scorer(config) if config.trainer.eval_task else None  # a wrong task is said before data is read
         self.prepared = prepared = prepare(config)
@@ -129,7 +128,7 @@ class Job:
         self.overlap = contamination(config, prepared.data, self.scorer)
         self.spec = ModelSpec.of(prepared.model)
         self.dtype = next(prepared.model.parameters()).dtype
-        frozen = self.spec.frozen_experts(self.method.sparse) if self.method.kind != "whole" else []
+        frozen = self.method.frozen_experts(self.spec)
         if frozen:
             console.warn(
                 f"{len(frozen)} expert matrices (3-D parameters such as {frozen[0]}) stay frozen: method "
@@ -138,15 +137,15 @@ class Job:
         self.selection_cached: bool | None = None
         self.selection = self._selection() if self.method.sparse else None
         with console.showing(LayoutWarning):
-            self.model = attach(prepared.model, config.method, self.selection)
+            self.model = attach(prepared.model, config.method, self.selection, spec=self.spec)
         self.method_config = state_of(self.model).method_config  # with what it left to the model
         if config.model.path.startswith(BUNDLED):
             state_of(self.model).base_model = config.model.path
         self.trainable = trainable_count(self.model)
         if self.selection is not None:
             describe_selection(self.selection, self.spec, config.method)
-        elif hasattr(config.method, "rank"):
-            describe_trainable(self.trainable, self.spec, config.method, "whole ranks")
+        elif (unit := config.method.granularity(None)) is not None:
+            describe_trainable(self.trainable, self.spec, config.method, unit)
         else:
             console.log(f"trainable: all {self.trainable:,} parameters of the model")
 
@@ -157,8 +156,8 @@ class Job:
             device=prepared.device,
             learning_rate=self.learning_rate,
             total_steps=self.total_steps,
-            unused=has_experts(self.model) or (self.method.kind == "whole" and bool(self.spec.frozen)),
-            autocast=prepared.device.type == "cuda" and self.dtype.itemsize == 2 and self.method.kind == "whole",
+            unused=has_experts(self.model) or (self.method.trains_all and bool(self.spec.frozen)),
+            autocast=prepared.device.type == "cuda" and self.dtype.itemsize == 2 and self.method.trains_all,
         )
 
     @property
@@ -248,7 +247,7 @@ class Job:
             data_collator=Collator(prepared.pad),
             processing_class=None,
         )
-        if getattr(config.method, "reselect_steps", 0):
+        if config.method.reselect_steps:
             trainer.add_callback(self._reselection(trainer.clock))
         best = self._best(trainer)
         trainer.add_callback(best)
@@ -263,7 +262,7 @@ class Job:
             after = kept
         self._say("after", after)
         trainer.save_trained(folder / "adapter")
-        if self.method.kind == "whole" and launch.first_process():
+        if self.method.trains_all and launch.first_process():
             prepared.tokenizer.save_pretrained(folder / "adapter")
         test_score = None
         if self.scorer is not None and (launch.first_process() or config.hardware.zero_stage == 3):
@@ -274,8 +273,8 @@ class Job:
             "method": config.method_name,
             "model": config.model.path,
             "dataset": config.dataset.train_path or config.dataset.name,
-            "sparsity": None if self.method.kind == "whole" else 1 - self.trainable / scope,
-            "scope": getattr(config.method, "scope", None),
+            "sparsity": None if self.method.trains_all else 1 - self.trainable / scope,
+            "scope": config.method.scope,
             "trainable_parameters": self.trainable,
             "scope_parameters": scope,
             "total_parameters": self.spec.total_parameters,

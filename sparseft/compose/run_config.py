@@ -19,7 +19,8 @@ from sparseft.compose.overrides import GROUPS, Override
 from sparseft.config import RunConfig
 from sparseft.console import warn
 from sparseft.errors import UserError, nearest
-from sparseft.methods import METHODS, config_class
+from sparseft.methods import METHODS, get_method
+from sparseft.rules import check_type, field_types, is_mapping, is_optional, is_text, show
 
 COMMANDS = ("train", "preprocess", "eval", "bench")
 SHARED = ("sparsity", "scope", "seed")  # top-level settings that a method's config takes over
@@ -51,7 +52,7 @@ def known_keys(method_name: str | None = None) -> dict[str, Any]:
     """Every key that can be set, with its type; the method's own keys only if a method is given."""
     keys = dict(validation.run_fields())
     for section, section_class in validation.SECTIONS.items():
-        keys |= {f"{section}.{name}": hint for name, hint in validation.field_types(section_class).items()}
+        keys |= {f"{section}.{name}": hint for name, hint in field_types(section_class).items()}
     if method_name is not None:
         keys |= {f"method.{name}": hint for name, hint in _method_fields(method_name).items()}
     return keys
@@ -102,7 +103,7 @@ def from_dict(content: dict[str, Any]) -> RunConfig:
     Raises `UserError` as `compose` does.
     """
     if not isinstance(content, dict):
-        raise UserError(f"a configuration is a group of settings, not '{validation.show(content)}'.")
+        raise UserError(f"a configuration is a group of settings, not '{show(content)}'.")
     content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
     method_name = _method_name(content)
     method = content["method"]
@@ -136,11 +137,11 @@ def to_yaml(config: RunConfig) -> str:
 def _annotation(key: str, keys: dict[str, Any]) -> Any:
     """The type of a key, also of one below a setting that holds others by any name; null where there is no such key."""
     group = keys.get(key.rpartition(".")[0])
-    return Any if key not in keys and group is not None and validation.is_mapping(group) else keys.get(key)
+    return Any if key not in keys and group is not None and is_mapping(group) else keys.get(key)
 
 
 def _method_fields(name: str) -> dict[str, Any]:
-    return validation.field_types(config_class(name))
+    return field_types(get_method(name))
 
 
 def _sort_words(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[dict[str, str], dict[str, Override]]:
@@ -316,10 +317,10 @@ def _apply(config: Any, settings: dict[str, Override], keys: dict[str, Any]) -> 
         if override.value is None and key not in keys:
             raise UserError(f"{override.word}: an entry of {key.rpartition('.')[0]} is left out by not giving it.")
         if override.value is None:
-            if not validation.is_optional(annotation):
+            if not is_optional(annotation):
                 raise UserError(f"{override.word}: {key} is always needed, it cannot be removed.")
             value = None
-        elif validation.is_text(annotation):
+        elif is_text(annotation):
             value = words.text_value(override)
         else:
             value = words.parsed_value(override, annotation)
@@ -336,9 +337,7 @@ def _drop_foreign_settings(content: dict[str, Any], method_name: str, experiment
     elsewhere = {field for name in METHODS for field in _method_fields(name)} - set(_method_fields(method_name))
     for field in sorted(elsewhere & set(content["method"])):
         value = content["method"].pop(field)
-        warn(
-            f"experiment={experiment} sets method.{field}={validation.show(value)}, which {method_name} does not have."
-        )
+        warn(f"experiment={experiment} sets method.{field}={show(value)}, which {method_name} does not have.")
 
 
 def _share(content: dict[str, Any], settings: dict[str, Override], method_name: str) -> None:
@@ -350,10 +349,10 @@ def _share(content: dict[str, Any], settings: dict[str, Override], method_name: 
     """
     method = content["method"]
     hints = _method_fields(method_name)
-    defaults = config_class(method_name)()
+    defaults = get_method(method_name)()
     for field in SHARED:
         if field in content:
-            content[field] = validation.check_type(field, content[field], validation.run_fields()[field])
+            content[field] = check_type(field, content[field], validation.run_fields()[field])
         top = content.get(field)
         if field not in hints:
             if field != "seed" and top is not None:
@@ -376,7 +375,7 @@ def _share(content: dict[str, Any], settings: dict[str, Override], method_name: 
 
 
 def _contradiction(field: str, top: Any, own: Any) -> str:
-    return f"{field}={validation.show(top)} and method.{field}={validation.show(own)} contradict each other: give one."
+    return f"{field}={show(top)} and method.{field}={show(own)} contradict each other: give one."
 
 
 def _build(content: dict[str, Any], source: str) -> RunConfig:
@@ -396,9 +395,9 @@ def _build(content: dict[str, Any], source: str) -> RunConfig:
             values[key] = validation.build(validation.SECTIONS[key], value, key, source)
         elif key == "method":
             fields = {name: entry for name, entry in value.items() if name != "name"}
-            values[key] = validation.build(config_class(method_name), fields, key, source)
+            values[key] = validation.build(get_method(method_name), fields, key, source)
         else:
-            values[key] = validation.check_type(key, value, run_hints[key])
+            values[key] = check_type(key, value, run_hints[key])
     for section in ("model", "dataset"):
         values.setdefault(section, validation.SECTIONS[section]())
     config = RunConfig(**values)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from sparseft.errors import UserError
-from sparseft.methods.base import SparseConfig, SparseMethod, check_choice
+from sparseft.methods.base import Importance, SparseConfig
+from sparseft.rules import ABOVE_0, AT_LEAST_1, Rule
 from sparseft.selection import TOLERANCE
 
 if TYPE_CHECKING:
@@ -14,9 +15,12 @@ if TYPE_CHECKING:
 
     from sparseft.models.spec import ModelSpec
     from sparseft.selection.budget import Budget
+    from sparseft.selection.selection import Selection
 
-BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
+BlockSize = Literal[4, 8, 16, 32, 64, 128]
+BLOCK_SIZES = get_args(BlockSize)
 DEFAULT_SIZES = (64, 32, 16, 8, 4)  # what null tries, in this order
+LEVELS = Rule(lambda value: value >= 0, "0 (dense) or more levels")
 
 
 @dataclass(frozen=True)
@@ -50,23 +54,14 @@ class SylvaConfig(SparseConfig):
     """Blocks of `block_size` × `block_size` weights, the top share (1 − sparsity) of them by importance."""
 
     name = "sylva"
+    learning_rate = 2e-4
+    once_default = {"block_size": 64}
 
-    importance: str = "sylva"
-    block_size: int | None = None  # 4 | 8 | 16 | 32 | 64 | 128; null: 64, or what `settled` finds
-    num_partition: int = 8  # levels of halving of the second-order statistics; 0: dense
-    rank: int = 1  # of their off-diagonal blocks
-    damping: float = 1e-3  # relative to the mean diagonal
-
-    def validate(self) -> None:
-        super().validate()
-        if self.block_size is not None:
-            check_choice("method.block_size", self.block_size, BLOCK_SIZES)
-        if self.num_partition < 0:
-            raise UserError(f"method.num_partition={self.num_partition}: expected 0 (dense) or more levels.")
-        if self.rank < 1:
-            raise UserError(f"method.rank={self.rank}: expected at least 1.")
-        if not self.damping > 0:
-            raise UserError(f"method.damping={self.damping}: expected more than 0.")
+    importance: Importance = "sylva"
+    block_size: BlockSize | None = None  # null: what `settled` finds
+    num_partition: Annotated[int, LEVELS] = 8
+    rank: Annotated[int, AT_LEAST_1] = 1
+    damping: Annotated[float, ABOVE_0] = 1e-3
 
     def settled(self, spec: ModelSpec) -> Self:
         """With a block size: 64, or the largest smaller one whose blocks meet the sparsity (`Outcome.missed`).
@@ -125,8 +120,5 @@ class SylvaConfig(SparseConfig):
     def with_block_size(self, size: int | None) -> Self:
         return replace(self, block_size=size)
 
-
-class Sylva(SparseMethod):
-    name = "sylva"
-    config_class = SylvaConfig
-    learning_rate = 2e-4
+    def granularity(self, selection: Selection | None) -> str | None:
+        return None if selection is None else f"blocks of {selection.block_size}"

@@ -35,8 +35,9 @@ def describe_trainable(trainable: int, spec: ModelSpec, settings: Any, unit: str
 
 def describe_selection(selection: Selection, spec: ModelSpec, settings: Any) -> None:
     """`describe_trainable` of a sparse method's selection, and what trains of each role."""
-    unit = f"blocks of {selection.block_size}" if selection.has_blocks else "heads and channels"
-    describe_trainable(selection.meta["trainable_parameters"], spec, settings, unit)
+    describe_trainable(selection.meta["trainable_parameters"], spec, settings, settings.granularity(selection))
+    if not settings.by_role:
+        return
     roles = [
         f"{role} {chosen:,} of {there:,} {'heads' if role in HEAD_ROLES else 'channels'} ({entries:,} weights)"
         for role, (chosen, there, entries) in units_by_role(selection, spec).items()
@@ -48,7 +49,7 @@ def describe_selection(selection: Selection, spec: ModelSpec, settings: Any) -> 
 def units_by_role(selection: Selection, spec: ModelSpec) -> dict[str, tuple[int, int, int]]:
     """Of each role that trains: its units chosen, its units in all layers, and the weights that the chosen ones have.
 
-    Empty of a selection of blocks, or of linears whose roles are not known.
+    Empty of linears whose roles are not known.
     """
     totals: dict[str, list[int]] = {}
     for slot in spec.slots:

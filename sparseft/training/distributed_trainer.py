@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.trainer import SCHEDULER_NAME
 
 from sparseft import console
-from sparseft.adapters.lifecycle import save_adapter, state_of
+from sparseft.adapters.lifecycle import save_adapter
+from sparseft.adapters.state import state_of
 from sparseft.config import HardwareConfig
 from sparseft.data.even import EvenDataset, EvenSampler, even
 from sparseft.distributed.deepspeed import MAX_BUCKET, weights_only
@@ -91,7 +92,7 @@ def whole_parameters(model: nn.Module, engine: Any) -> Iterator[None]:
     state = state_of(model)
     if not sharded:
         yield
-    elif state is not None and state.kind == "whole":
+    elif state is not None and state.kind.trains_all:
         if engine is not None:
             content = engine._zero3_consolidated_16bit_state_dict()  # in the parameters' own dtype, whatever its name
         else:

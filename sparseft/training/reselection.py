@@ -11,13 +11,13 @@ import transformers
 from torch import Tensor, nn
 
 from sparseft import console
-from sparseft.adapters.files import read_config, read_sparse
-from sparseft.adapters.lifecycle import state_of
+from sparseft.adapters.description import read_config
+from sparseft.adapters.sparse import read_sparse
+from sparseft.adapters.state import state_of
 from sparseft.distributed.deepspeed import whole_moments
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.layers.inactive import move_moments, restore_active, swap
-from sparseft.layers.permuted_layout import Plan, carry_out, in_stored_order, plan_permutations
-from sparseft.models.spec import ModelSpec
+from sparseft.layers.permuted_layout import Plan, carry_out, in_stored_order
 from sparseft.selection.selection import Selection
 
 WARMUP_STEPS = 5  # after a re-selection, at most a third of the steps until the next
@@ -49,9 +49,7 @@ def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = Non
 def _plan(model: nn.Module, selection: Selection) -> Plan | None:
     """What brings the selected units to the front, as at attach; None where the layout is not permuted."""
     state = state_of(model)
-    if state is None or state.method_config.get("layout") != "permuted":
-        return None
-    return plan_permutations(model, selection.modules, ModelSpec.of(model))
+    return None if state is None else state.config.layout_plan(model, selection, state.spec)
 
 
 def deltas_of(model: nn.Module) -> list[Tensor]:

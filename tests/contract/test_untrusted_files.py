@@ -28,11 +28,11 @@ from safetensors.torch import load_file, save_file
 
 import sparseft
 from sparseft import SylvaConfig, compute_selection
-from sparseft.adapters.files import BODY, CONFIG, HASHED, TENSORS, file_hash
+from sparseft.adapters.description import CONFIG, TENSORS
 from sparseft.compose.run_config import compose, to_yaml
 from sparseft.config import DatasetConfig
 from sparseft.errors import UserError, shown
-from sparseft.files.hashing import body_hash
+from sparseft.files.hashing import BODY, HASHED, body_hash, file_hash
 from sparseft.importance.calibration_state import CalibrationState
 from sparseft.report.sections import build_report
 from sparseft.runs.metrics import read_metrics, truncate_metrics
