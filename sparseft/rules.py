@@ -55,12 +55,12 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def is_optional(annotation: Any) -> bool:
-    """Whether null is a value of the field."""
+    """Whether None is a value of the field."""
     return type(None) in alternatives(annotation)
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether the field holds text and nothing else (null apart), so that whatever is typed is meant literally."""
+    """Whether the field holds text and nothing else (None apart), so that whatever is typed is meant literally."""
     return set(alternatives(annotation)) - {type(None)} == {str}
 
 
@@ -173,7 +173,7 @@ def check_choice(key: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def check_value(key: str, value: Any, annotation: Any) -> None:
-    """Refuses a value of the right type that the annotation's rules or choices exclude; null passes."""
+    """Refuses a value of the right type that the annotation's rules or choices exclude; None passes."""
     if value is None:
         return
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)

@@ -103,7 +103,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 @inside_compiled
 def set_adapter(model: nn.Module, name: str | None) -> nn.Module:
-    """Makes the adapter `name` the active one; null: the base, bit for bit (deltas are kept)."""
+    """Makes the adapter `name` the active one; None: the base, bit for bit (deltas are kept)."""
     state = require_state(model)
     state.kind.switch(model, state, name)
     state.active = name

@@ -369,7 +369,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _switch(model: Any, kept: Overwritten, active: str | None, name: str | None) -> None:
-    """Makes the adapter `name` of peft's wrapper the active one instead of `active`; null: the base, bit for bit."""
+    """Makes the adapter `name` of peft's wrapper the active one instead of `active`; None: the base, bit for bit."""
     if active in kept.own:  # it may have been trained since
         kept.own[active] = kept.values(kept.own[active])
     kept.write(kept.base | kept.own.get(name, {}) if name is not None else kept.base)
@@ -505,7 +505,7 @@ def _add_up(layer: Any, weights: dict[str, float], name: str) -> None:
 
 
 def _unmergeable(model: Any, name: str) -> str | None:
-    """Why the adapter `name` cannot become weights of the plain model; null: it can."""
+    """Why the adapter `name` cannot become weights of the plain model; None: it can."""
     from peft.tuners.lora import LoraLayer
 
     base = model.get_base_model()
@@ -530,7 +530,7 @@ def _drop_hooks(model: nn.Module, kept: Overwritten) -> None:
 
 
 def _unwrap(model: nn.Module, name: str | None) -> None:
-    """Takes peft's layers out of a model, merging the adapter `name` into what they wrap (null: nothing)."""
+    """Takes peft's layers out of a model, merging the adapter `name` into what they wrap (None: nothing)."""
     visited: set[int] = set()
 
     def visit(parent: nn.Module) -> None:
@@ -549,7 +549,7 @@ def _unwrap(model: nn.Module, name: str | None) -> None:
 
 
 def _inside(module: nn.Module, name: str | None) -> nn.Module:
-    """What a layer of peft's stands for; with `name` merged in where it is not null. Any other module is itself."""
+    """What a layer of peft's stands for; with `name` merged in where it is not None. Any other module is itself."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 

@@ -54,7 +54,7 @@ class Kind:
         raise NotImplementedError
 
     def switch(self, model: nn.Module, state: State, name: str | None) -> None:
-        """Makes the adapter `name` the active one; null: the base, bit for bit."""
+        """Makes the adapter `name` the active one; None: the base, bit for bit."""
         raise NotImplementedError
 
     def fuse(self, model: nn.Module, state: State, weights: dict[str, float], name: str) -> None:
@@ -66,7 +66,7 @@ class Kind:
         raise NotImplementedError
 
     def unmergeable(self, model: nn.Module, state: State) -> str | None:
-        """Why the active adapter cannot become weights of the plain model; null: it can."""
+        """Why the active adapter cannot become weights of the plain model; None: it can."""
         return None
 
     def load_trained(self, model: nn.Module, state: State, folder: Path) -> None:
@@ -93,8 +93,8 @@ class State:
     dtype: str  # of the base as it was loaded
     base_model: str
     requires_grad: dict[str, bool]
-    spec: ModelSpec | None = None  # null: nothing has asked for it
-    config: MethodConfig | None = None  # with what it left to the model; null: the adapter was loaded
+    spec: ModelSpec | None = None  # None: nothing has asked for it
+    config: MethodConfig | None = None  # with what it left to the model; None: the adapter was loaded
     active: str | None = None
     method_config: dict[str, Any] = field(default_factory=dict)  # as the active adapter's description has it
 
@@ -123,7 +123,7 @@ class State:
 
 
 def state_of(model: nn.Module) -> State | None:
-    """The state of an attached model, or null of a plain one."""
+    """The state of an attached model, or None of a plain one."""
     return getattr(model, STATE, None)
 
 
@@ -136,7 +136,7 @@ def require_state(model: nn.Module) -> State:
 
 
 def state_for(model: nn.Module, kind: type[Kind], folder: Path) -> State | None:
-    """The state of a model that an adapter of `kind` is loaded onto, null of a plain one; refuses any other model."""
+    """The state of a model that an adapter of `kind` is loaded onto, None of a plain one; refuses any other model."""
     state = state_of(model)
     if state is not None and not isinstance(state.kind, kind):
         raise UserError(f"{folder}: {kind.called} cannot be loaded onto a model with {state.kind.there(state)}.")

@@ -54,7 +54,7 @@ class MethodConfig:
 
     # Settings that not every method has, as those without them behave.
     scope = None
-    wanted_sparsity = None  # the sparsity that sets the size: as given or the default; null where something else does
+    wanted_sparsity = None  # the sparsity that sets the size: as given or the default; None where something else does
     block_size = None
     reselect_steps = 0
 
@@ -69,7 +69,7 @@ class MethodConfig:
     def convert(self, model: nn.Module, selection: Selection | None, spec: ModelSpec | None) -> nn.Module:
         """Makes `model` trainable, in place where it can, and returns it.
 
-        selection, spec: null for methods without a selection; of those, LoRA's kind gets a spec.
+        selection, spec: None for methods without a selection; of those, LoRA's kind gets a spec.
         """
         raise NotImplementedError
 
@@ -78,7 +78,7 @@ class MethodConfig:
         return spec.frozen_experts(self.sparse)
 
     def granularity(self, selection: Selection | None) -> str | None:
-        """In what units it trains, so that a sparsity may be met only nearly: "blocks of 64"; null: the whole model."""
+        """In what units it trains, so that a sparsity may be met only nearly: "blocks of 64"; None: the whole model."""
         return None
 
     def widens(self, dtype: torch.dtype) -> bool:
@@ -129,7 +129,7 @@ class SparseConfig(MethodConfig):
         return self
 
     def layout_plan(self, model: nn.Module, selection: Selection, spec: ModelSpec) -> Any:
-        """The orders in which an attached model is to store what trains (`permuted_layout.Plan`); null: as it is."""
+        """The orders in which an attached model is to store what trains (`permuted_layout.Plan`); None: as it is."""
         return None
 
     def convert(self, model: nn.Module, selection: Selection | None, spec: ModelSpec | None) -> nn.Module:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BlockSize = Literal[4, 8, 16, 32, 64, 128]
 BLOCK_SIZES = get_args(BlockSize)
-DEFAULT_SIZES = (64, 32, 16, 8, 4)  # what null tries, in this order
+DEFAULT_SIZES = (64, 32, 16, 8, 4)  # what None tries, in this order
 LEVELS = Rule(lambda value: value >= 0, "0 (dense) or more levels")
 
 
@@ -58,7 +58,7 @@ class SylvaConfig(SparseConfig):
     once_default = {"block_size": 64}
 
     importance: Importance = "sylva"
-    block_size: BlockSize | None = None  # null: what `settled` finds
+    block_size: BlockSize | None = None  # None: what `settled` finds
     num_partition: Annotated[int, LEVELS] = 8
     rank: Annotated[int, AT_LEAST_1] = 1
     damping: Annotated[float, ABOVE_0] = 1e-3
