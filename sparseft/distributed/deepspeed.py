@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparseft.config import HardwareConfig
-from sparseft.distributed import ranks
 
 MAX_BUCKET = 500_000_000  # numbers that ZeRO reduces at once at most, DeepSpeed's own default
 
@@ -86,35 +83,3 @@ def weights_only() -> Iterator[None]:
     forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
     with patch_environment(**forced), torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
         yield
-
-
-@dataclass
-class WholeMoments:
-    """What ZeRO keeps in shards, as an optimizer has it: of each parameter its moments, whole."""
-
-    state: dict[Tensor, dict[str, Tensor]]
-
-
-@contextlib.contextmanager
-def whole_moments(optimizer: Any, parameters: list[Tensor]) -> Iterator[Any]:
-    """Inside, the parameters' moments can be rearranged (`.state`): the optimizer's own, or where ZeRO 1 or 2 has split
-    them over the processes, what is put together of them. Afterwards each process keeps its part of those, and of the
-    parameters."""
-    if not any(hasattr(parameter, "_hp_mapping") for parameter in parameters):
-        yield optimizer
-        return
-    from deepspeed.utils import (
-        safe_get_full_optimizer_state,
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-    )
-
-    # A process has a mapping of what it keeps a part of, and names of moments after its first update.
-    own = {name for p in parameters if p._hp_mapping is not None for name in p._hp_mapping.optim_fragment or ()}
-    names = sorted(set().union(*ranks.from_all(own)))
-    moments = WholeMoments({p: {name: safe_get_full_optimizer_state(p, name) for name in names} for p in parameters})
-    yield moments
-    for parameter, state in moments.state.items():
-        safe_set_full_fp32_param(parameter, parameter.detach())
-        for name, value in state.items():
-            safe_set_full_optimizer_state(parameter, value, name)
