@@ -126,5 +126,5 @@ class S2FTConfig(SparseConfig):
         for reason, modules in stays.items():
             who = f"{modules[0]} stays" if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more stay"
             message = f"method.layout=permuted: {who} gather: {reason}."
-            warnings.warn(message, LayoutWarning, stacklevel=4)  # the caller of attach
+            warnings.warn(message, LayoutWarning, stacklevel=5)  # the caller of attach
         return model
