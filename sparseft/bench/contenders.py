@@ -28,7 +28,8 @@ from sparseft.compose import overrides, validation
 from sparseft.config import HardwareConfig, RunConfig
 from sparseft.errors import UserError, nearest
 from sparseft.memory import SavedBytes, tensor_bytes
-from sparseft.methods import config_class, get_method
+from sparseft.methods import get_method
+from sparseft.rules import field_types, is_text
 from sparseft.training.optimizer import SparseAdamW
 
 FLOOR = "floor"
@@ -63,17 +64,17 @@ def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
             continue
         if name == FLOOR:
             raise UserError(f"bench.methods: '{entry}': the floor trains nothing and has no settings.")
-        hints, values = validation.field_types(config_class(name)), {}
+        hints, values = field_types(get_method(name)), {}
         for word in words:
             if "=" not in word:
                 raise UserError(f"bench.methods: '{word}' of '{entry}' is not a setting: expected key=value.")
             override = overrides.parse(word.removeprefix("method."))
             if override.key not in hints:
                 raise UserError(f"bench.methods: {name} has no setting '{override.key}'.{nearest(override.key, hints)}")
-            text = validation.is_text(hints[override.key])
+            text = is_text(hints[override.key])
             read = overrides.text_value(override) if text else overrides.parsed_value(override, hints[override.key])
             values[override.key] = read
-        validation.build(config_class(name), values, f"bench.methods: {name}").validate()
+        validation.build(get_method(name), values, f"bench.methods: {name}").validate()
         own[entry] = values
     return own
 
@@ -83,22 +84,16 @@ def method_config(name: str, config: RunConfig, own: Mapping[str, Any] | None = 
 
     `own` are the contender's, which win: with a budget of its own (a rank, ratios) the run's sparsity does not count.
     """
-    cls = get_method(name).config_class
+    cls = get_method(name)
     own = dict(own or {})
     settings = dataclasses.asdict(config.method) if name == config.method_name else {}
     for key, value in (("sparsity", config.sparsity), ("scope", config.scope)):
         if key in {f.name for f in dataclasses.fields(cls)} and value is not None:
             settings[key] = value
     made = cls(**settings | own)
-    if own and "sparsity" not in own and getattr(cls(**own), "wanted_sparsity", 0.0) is None:
+    if "sparsity" in settings and own and "sparsity" not in own and cls(**own).wanted_sparsity is None:
         made.sparsity = None
-    if get_method(name).sparse and made.needs_data:
-        made.importance = "random"  # which units train makes no difference to the time
-    if hasattr(made, "dropout"):
-        made.dropout = 0.0
-    if name == "full":
-        made.dtype = "model"
-    return made
+    return made.for_benchmark()
 
 
 def contender(entry: str, base: nn.Module, config: RunConfig, own: Mapping[str, Any] | None = None) -> Contender:

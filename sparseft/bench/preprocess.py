@@ -19,11 +19,11 @@ from sparseft.bench.output import Output, device_name, measured_on
 from sparseft.bench.timing import peak_bytes, spread, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
-from sparseft.methods import get_method
+from sparseft.methods import sparse_methods
 from sparseft.methods.base import IMPORTANCES
-from sparseft.methods.selecting import compute_selection
 from sparseft.models.loading import resolve_device
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import compute_selection
 
 REFERENCE = "forward+backward"
 
@@ -38,8 +38,10 @@ def forward_backward(model: nn.Module, batches: list[dict[str, Tensor]]) -> None
 def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     """Measures `bench.importances` with the run's method and returns what `bench.json` holds."""
     settings = config.bench
-    if not get_method(config.method_name).sparse:
-        raise UserError(f"bench preprocess: method={config.method_name} selects nothing; use method=s2ft or sylva.")
+    if not config.method.sparse:
+        raise UserError(
+            f"bench preprocess: method={config.method_name} selects nothing; use method={sparse_methods()}."
+        )
     if not settings.importances:
         raise UserError(f"bench.importances is empty: name at least one of {', '.join(IMPORTANCES)}.")
     if len(set(settings.importances)) != len(settings.importances):
@@ -50,7 +52,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     device = resolve_device(config.hardware.device)
     model = base_model(config, device)
     check_length(config, model)
-    chosen = get_method(config.method_name).settled(ModelSpec.of(model), config.method)
+    chosen = config.method.settled(ModelSpec.of(model))
     ids = random_tokens(model, settings.samples, settings.length, config.seed, device)
     batches = [{"input_ids": part, "labels": part} for part in ids.split(settings.batch_size)]
 

@@ -280,7 +280,7 @@ def test_contenders_of_the_steps_train_equally_much(name: str) -> None:
     from sparseft.bench.contenders import method_config, own_settings
     from sparseft.bench.models import square_shape
     from sparseft.compose.run_config import compose
-    from sparseft.methods.selecting import compute_selection
+    from sparseft.selection.compute import compute_selection
 
     config = compose("bench", [f"experiment={name}"])
     bench = config.bench
