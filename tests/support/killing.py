@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
-PRELOADED = ["sparseft.training.trainer", "sparseft.commands.train", "sparseft.report.sections", "peft", __name__]
+PRELOADED = ["sparseft.training.trainer", "sparseft.commands.train", "sparseft.report.page", "peft", "jinja2",
+             "matplotlib.backends.backend_svg", __name__]  # fmt: skip
 
 
 @dataclass
