@@ -93,6 +93,7 @@ SMALLEST_FP32, LARGEST_FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # weights an
 Rule = tuple[Callable[[Any], bool], str]
 AT_LEAST_0: Rule = (lambda value: value >= 0, "at least 0")
 AT_LEAST_1: Rule = (lambda value: value >= 1, "at least 1")
+AT_LEAST_2: Rule = (lambda value: value >= 2, "at least 2")
 ABOVE_0: Rule = (lambda value: value > 0, "more than 0")
 BELOW_1: Rule = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
@@ -116,7 +117,7 @@ RANGES: dict[str, Rule] = {
     ),
     "trainer.batch_size": AT_LEAST_1,
     "trainer.gradient_accumulation": AT_LEAST_1,
-    "trainer.max_length": AT_LEAST_1,
+    "trainer.max_length": AT_LEAST_2,
     "trainer.warmup_steps": AT_LEAST_0,
     "trainer.weight_decay": (
         lambda value: 0 <= value <= LARGEST_FP32,

@@ -22,6 +22,7 @@ from sparseft.evaluation.tasks import (
     MT_BENCH,
     expand_tasks,
 )
+from sparseft.files.paths import BUNDLED_ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BUNDLED_DATA = str(Path(__file__).parents[1] / "bundled" / "data")
+BUNDLED_DATA = str(BUNDLED_ROOT / "data")
 ARITHMETIC_TOKENS = 256  # the reasoning comes before the number
 FEWSHOT_SEED = 1234  # lm-eval's own default
 BOOTSTRAP = 1000  # resamplings for metrics without a closed standard error (accuracy has one)

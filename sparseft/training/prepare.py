@@ -18,9 +18,9 @@ from torch import nn
 
 from sparseft import __version__, console, signals
 from sparseft.config import BUNDLED, RunConfig
-from sparseft.data import calibration_batches, load_datasets
 from sparseft.data.collating import padding_id
-from sparseft.data.loading import check_tokens
+from sparseft.data.loading import check_tokens, load_datasets
+from sparseft.data.sampling import calibration_batches
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded
 from sparseft.errors import UserError
