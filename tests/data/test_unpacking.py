@@ -21,7 +21,8 @@ import pyarrow.parquet
 import pytest
 
 from sparseft.config import DatasetConfig
-from sparseft.data import load_datasets, unpacking
+from sparseft.data import unpacking
+from sparseft.data.loading import load_datasets
 from sparseft.data.sources import open_source
 from sparseft.errors import UserError
 from support.running import sparseft
