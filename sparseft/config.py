@@ -7,9 +7,19 @@ No torch here: `sparseft --help` and `--cfg` stay fast.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-BUNDLED = "bundled:"  # paths that start so lie inside the package (`sparseft/bundled/…`)
+BUNDLED = "bundled:"  # paths that start so lie inside the package
+BUNDLED_ROOT = Path(__file__).resolve().parent / "bundled"
+
+
+def in_bundle(path: str) -> Path | None:
+    """The file or folder that `bundled:tiny` or `bundled:data/text/train.txt` names, also without `data/`; None where
+    nothing of that name is bundled."""
+    name = path.removeprefix(BUNDLED)
+    found = ((root / name).resolve() for root in (BUNDLED_ROOT, BUNDLED_ROOT / "data"))
+    return next((each for each in found if each.is_relative_to(BUNDLED_ROOT) and each.exists()), None)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseft.config import BUNDLED, DatasetConfig
+from sparseft.config import BUNDLED, DatasetConfig, in_bundle
 from sparseft.data.chat import Chats
 from sparseft.data.encoding import Encoder, tokenize
 from sparseft.data.formats import DETECTION_RECORDS, Converter, Plain, check_records, detect_format
@@ -20,7 +20,6 @@ from sparseft.data.sources import Source, open_source
 from sparseft.data.token_cache import Cache, Damaged, Writer, tokens_key
 from sparseft.data.tokenized import TokenizedDataset, Tokens
 from sparseft.errors import UserError, nearest
-from sparseft.files.paths import in_bundle
 
 # What the package bundles for a family of data sets: training file, and an evaluation file where there is one.
 BUNDLED_SETS = {

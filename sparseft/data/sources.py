@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparseft.config import BUNDLED
+from sparseft.config import BUNDLED, BUNDLED_ROOT, in_bundle
 from sparseft.data import readers, unpacking
 from sparseft.data.readers import Item
 from sparseft.errors import UserError, nearest
 from sparseft.files.hashing import file_hash
-from sparseft.files.paths import BUNDLED_ROOT, HUB_ID, in_bundle, looks_local, nearest_path, where_looked
+from sparseft.files.paths import HUB_ID, looks_local, nearest_path, where_looked
 
 _JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 _TEXT_SUFFIXES = {".txt", ".text", ".md"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseft.config import EvalConfig
+from sparseft.config import BUNDLED_ROOT, EvalConfig
 from sparseft.errors import RunError, UserError, nearest
 from sparseft.evaluation import llm_adapters, mmlu, mt_bench, results
 from sparseft.evaluation import llm_adapters_hub as hub
@@ -22,7 +22,6 @@ from sparseft.evaluation.tasks import (
     MT_BENCH,
     expand_tasks,
 )
-from sparseft.files.paths import BUNDLED_ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

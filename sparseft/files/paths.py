@@ -1,4 +1,4 @@
-"""Paths that users give: in the package, or not there: was one meant, where was it looked for, and what is near?"""
+"""Paths that are not there: whether one was meant, where it was looked for, and what is near."""
 
 from __future__ import annotations
 
@@ -6,24 +6,14 @@ import os
 import re
 from pathlib import Path
 
-from sparseft.config import BUNDLED
 from sparseft.errors import nearest
 
-BUNDLED_ROOT = Path(__file__).resolve().parents[1] / "bundled"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 # Endings of files, compressed or not: no hub id ends so.
 FILE_SUFFIXES = frozenset(
     ".json .jsonl .ndjson .txt .text .md .parquet .csv .tsv .arrow .gz .gzip .bz2 .xz .lzma .zst .zstd .lz4 .zip .tar "
     ".tgz .safetensors .gguf .bin .pt .pth".split()
 )
-
-
-def in_bundle(path: str) -> Path | None:
-    """The file or folder that `bundled:tiny` or `bundled:data/text/train.txt` names, also without `data/`; None where
-    nothing of that name is bundled."""
-    name = path.removeprefix(BUNDLED)
-    found = ((root / name).resolve() for root in (BUNDLED_ROOT, BUNDLED_ROOT / "data"))
-    return next((each for each in found if each.is_relative_to(BUNDLED_ROOT) and each.exists()), None)
 
 
 def looks_local(path: str) -> bool:

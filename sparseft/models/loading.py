@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparseft.config import BUNDLED, ModelConfig
+from sparseft.config import BUNDLED, BUNDLED_ROOT, ModelConfig, in_bundle
 from sparseft.distributed.ranks import from_first
 from sparseft.distributed.zero3 import full_shape
 from sparseft.errors import UserError, nearest, reason_of
 from sparseft.files.hashing import check_whole
-from sparseft.files.paths import BUNDLED_ROOT, HUB_ID, in_bundle, looks_local, nearest_path, where_looked
+from sparseft.files.paths import HUB_ID, looks_local, nearest_path, where_looked
 from sparseft.models.decoder import runnable
 from sparseft.models.probing import check_causal
 from sparseft.models.quantized import check_config

@@ -47,13 +47,6 @@ MLP_ROLES: dict[str, str | tuple[str, ...]] = {
 COLUMN_ROLES = ("o", "down")  # their units are input features; every other role's are output features
 
 
-def roles_of(name: str) -> str | tuple[str, ...] | None:
-    """The role of the linear or parameter of this name, those of a fused projection in their order, None for none."""
-    parent, leaf = f".{name}".rsplit(".", 2)[-2:]
-    table = ATTENTION_ROLES if "attn" in parent or "attention" in parent else MLP_ROLES
-    return table.get(leaf)
-
-
 @dataclass(frozen=True)
 class Slot:
     """The units of one role in one module: `count` runs of `unit` rows or columns, from `start`."""
@@ -156,7 +149,10 @@ class ModelSpec:
 
     def _slots_of(self, name: str, layer: int) -> list[Slot]:
         rows, columns = self.linears[name]
-        roles = roles_of(name.rpartition(".")[0] if name in self.stacked else name)
+        path = name.rpartition(".")[0] if name in self.stacked else name
+        parent, leaf = path.rsplit(".", 2)[-2:]
+        table = ATTENTION_ROLES if "attn" in parent or "attention" in parent else MLP_ROLES
+        roles = table.get(leaf)
         if roles is None:
             return []
         if isinstance(roles, str):

@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sparseft.config import DatasetConfig
+from sparseft.config import BUNDLED_ROOT, DatasetConfig
 from sparseft.data.collating import Collator, padding_id
 from sparseft.data.encoding import Encoder, tokenize
 from sparseft.data.formats import Example, detect_format
@@ -28,7 +28,6 @@ from sparseft.data.sampling import calibration_batches, calibration_count, seede
 from sparseft.data.sources import Records, open_source
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.errors import UserError
-from sparseft.files.paths import BUNDLED_ROOT
 from support.data import (
     BOS,
     CHATML,
