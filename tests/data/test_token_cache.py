@@ -331,7 +331,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         write(Path(path), pairs(6))
         add(self, done)
 
-    monkeypatch.setattr(caching.FileWriter, "add", add_late)
+    monkeypatch.setattr(caching.Writer, "add", add_late)
     with pytest.raises(UserError, match="a.jsonl was changed while it was read"):
         load(path, tokenizer, tmp_path / "cache")
     assert entries(tmp_path / "cache") == []
