@@ -28,7 +28,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from sparseft.data.encoding import Encoder
-from sparseft.data.formats import Converter, Example, Segments, is_empty, join_prompts, unused_sentence
+from sparseft.data.formats import Converter, Example, Segments, counted, is_empty, join_prompts, unused_sentence
 from sparseft.data.prompts import PLAIN_ASSISTANT, PLAIN_BREAK, plain_turn
 from sparseft.errors import UserError, nearest, shown
 
@@ -113,24 +113,24 @@ class Chats(Converter):
         else:
             parts = ["messages rendered with the tokenizer's chat template"]
         for reason, count in self._apart.most_common():
-            parts.append(f"{_count(count, 'conversation')} as one example an answer: {reason}")
+            parts.append(f"{counted(count, 'conversation')} as one example an answer: {reason}")
         if self._masked:
-            parts.append(f"{_count(self._masked, 'conversation')} left out: all answers are masked")
+            parts.append(f"{counted(self._masked, 'conversation')} left out: all answers are masked")
         for reason, count in self._refused.most_common():
             parts.append(
-                f"{_count(count, 'answer')} left out, whose prompt the template refuses: {reason} (first: "
+                f"{counted(count, 'answer')} left out, whose prompt the template refuses: {reason} (first: "
                 f"{self._first_refused[reason]})"
             )
         for end, count in self._asked_with.most_common():
             parts.append(
-                f"generation is asked for {_count(count, 'answer')} with {shown(repr(end))} at the prompt's end, which "
-                "the template does not write there in conversations"
+                f"generation is asked for {counted(count, 'answer')} with {shown(repr(end))} at the prompt's end, "
+                "which the template does not write there in conversations"
             )
         for role, count in self._unwritten.most_common():
-            parts.append(f"the template does not write {_count(count, f'{role} message')} as given")
+            parts.append(f"the template does not write {counted(count, f'{role} message')} as given")
         if self._asked:
             parts.append(
-                f"{_count(self._asked, 'message')} of others than the assistant asked to be learnt; only answers are"
+                f"{counted(self._asked, 'message')} of others than the assistant asked to be learnt; only answers are"
             )
         by = ": no chat template writes them" if self._plainly else " by the template"
         parts += [*unused_sentence(self._unused, by), *unused_sentence(self._unknown)]
@@ -446,10 +446,6 @@ def _end_marks(tokenizer: Any) -> tuple[str, ...]:
 def _space(text: str) -> str:
     """The white space that `text` ends with."""
     return text[len(text.rstrip()) :]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number > 1 else ''}"
 
 
 def _in_plain_text(chat: Conversation) -> Segments:

@@ -188,21 +188,26 @@ _MOST_FIELDS = 12  # named in one note
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field holds nothing: null, or an empty text, list or object."""
+    """Whether a field holds nothing: None, or an empty text, list or object."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def unused_sentence(fields: Counter[str], by: str = "") -> list[str]:
     """`field 'id' of 12 records, 'source' of 3 records not used`, as a list of one sentence, or of none. `fields`
     counts records; `by` says who does not use them."""
-    counted = [(name, count) for name, count in fields.most_common() if count]
-    named = [f"'{shown(name)}' of {count:,} record{'s' if count > 1 else ''}" for name, count in counted[:_MOST_FIELDS]]
-    if len(counted) > _MOST_FIELDS:
-        named.append(f"{len(counted) - _MOST_FIELDS} others")
+    used = [(name, count) for name, count in fields.most_common() if count]
+    named = [f"'{shown(name)}' of {counted(count, 'record')}" for name, count in used[:_MOST_FIELDS]]
+    if len(used) > _MOST_FIELDS:
+        named.append(f"{len(used) - _MOST_FIELDS} others")
     if not named:
         return []
-    noun, verb = ("field", "is") if len(counted) == 1 else ("fields", "are")
+    noun, verb = ("field", "is") if len(used) == 1 else ("fields", "are")
     return [f"{noun} {', '.join(named)} {verb} not used{by}"]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 record`, `2 records`."""
+    return f"{number:,} {noun}{'s' if number > 1 else ''}"
 
 
 def check_encodable(example: Example) -> None:

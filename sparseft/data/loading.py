@@ -77,44 +77,40 @@ def load_datasets(
     reader = _Reader(config, Encoder(tokenizer), max_length, Cache(cache_dir))
 
     source = open_source(path, split=split, key="dataset.train_path")
-    format, whole = reader.read(source, "training", config.max_examples)
-    train, questions = whole.dataset, QuestionHashes(whole.questions)
-    evaluation, eval_source, eval_questions = None, "", np.empty(0, np.uint64)
+    format, train = reader.read(source, "training", config.max_examples)
+    facts, evaluation, eval_source, overlap = train.facts, None, "", 0
     eval_path = config.eval_path or own_eval
     if eval_path:
         there = open_source(eval_path, split=None, key="dataset.eval_path")
-        _, held = reader.read(there, "evaluation", None)
-        evaluation, eval_source, eval_questions = held.dataset, there.name, held.questions
+        _, evaluation = reader.read(there, "evaluation", None)
+        eval_source = there.name
     elif config.eval_fraction > 0:
-        kept, held_out = split_off(whole.records, config.eval_fraction, seed)
-        if len(held_out):
-            train, evaluation = whole.dataset.subset(kept), whole.dataset.subset(held_out)
-            eval_source = f"{source.name} ({len(held_out)} examples split off)"
-            mine = np.isin(whole.question_records, whole.records[kept])
-            questions, eval_questions = QuestionHashes(whole.questions[mine]), whole.questions[~mine]
-        else:
+        train, evaluation = split_off(train, config.eval_fraction, seed)
+        if evaluation is None:
             reader.notes.append("a single example cannot be split: no evaluation examples")
-    eval_questions = np.unique(eval_questions)
-    overlap = int(np.isin(eval_questions, questions.hashes).sum())
+        else:
+            eval_source = f"{source.name} ({len(evaluation.dataset)} examples split off)"
+    questions = QuestionHashes(train.questions)
     if evaluation is not None:
+        eval_questions = np.unique(evaluation.questions)
+        overlap = int(np.isin(eval_questions, questions.hashes).sum())
         # Held-out data that the user chose should share nothing; repeats within one file are just worth knowing.
         said = reader.warnings if eval_path else reader.notes
-        said += _overlap(train, evaluation, overlap, len(eval_questions))
+        said += _overlap(train.dataset, evaluation.dataset, overlap, len(eval_questions))
     if reader.encoder.eos is None:
         reader.notes.append("the tokenizer has no EOS token, so answers do not teach the model to stop")
-    packed = PackedDataset(train, max_length) if config.packing else None
     return LoadedData(
-        train=train,
-        eval=evaluation,
+        train=train.dataset,
+        eval=None if evaluation is None else evaluation.dataset,
         format=format,
         train_source=source.name,
         eval_source=eval_source,
-        fingerprint=train.fingerprint(),
-        dropped=whole.facts.dropped,
-        cut=whole.facts.cut,
+        fingerprint=train.dataset.fingerprint(),
+        dropped=facts.dropped,
+        cut=facts.cut,
         questions=questions,
         eval_overlap=overlap,
-        packed=packed,
+        packed=PackedDataset(train.dataset, max_length) if config.packing else None,
         notes=reader.notes,
         warnings=reader.warnings,
     )
@@ -270,21 +266,24 @@ class _Reader:
             )
 
 
-def split_off(records: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of examples to train on and to evaluate on: disjoint, together all, both in ascending order.
+def split_off(tokens: Tokens, fraction: float, seed: int) -> tuple[Tokens, Tokens | None]:
+    """What to train on and what to evaluate on: disjoint, together all, both in the order of the file.
 
-    `records[i]` is the record that example i came from. Examples of one record go to one side, so a conversation
-    does not evaluate itself; with a single record the examples are split one by one. `fraction` is a share of the
-    records in (0, 1), rounded, at least one and never all. The second is empty if there is one example only.
+    Examples of one record go to one side, so a conversation does not evaluate itself; with a single record the examples
+    are split one by one. `fraction` is a share of the records in (0, 1), rounded, at least one and never all. The
+    second is None if there is one example only.
     """
-    names, groups = np.unique(records, return_inverse=True)
+    names, groups = np.unique(tokens.records, return_inverse=True)
     if len(names) == 1:
-        names = groups = np.arange(len(records))
+        names = groups = np.arange(len(tokens.records))
     count = min(max(1, round(fraction * len(names))), len(names) - 1)
+    if count == 0:
+        return tokens, None
     held_out = np.zeros(len(names), bool)
     held_out[seeded_first(count, len(names), seed, "evaluation")] = True
-    chosen = held_out[groups]
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    held_out = held_out[groups]
+    asked = np.isin(tokens.question_records, tokens.records[~held_out])  # in training
+    return tokens.part(~held_out, asked), tokens.part(held_out, ~asked)
 
 
 def _overlap(train: TokenizedDataset, evaluation: TokenizedDataset, questions: int, of: int) -> list[str]:

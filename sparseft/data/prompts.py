@@ -17,6 +17,8 @@ ALPACA_WITH_INPUT = (
     "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
+ALPACA_INSTRUCTION = "### Instruction"  # where a model that goes on begins a question of its own
+
 # Guanaco's turns. A prompt ends with `### Assistant:`; the space that follows belongs to the answer, where a tokenizer
 # can join it to the first word. The same holds for plain chats.
 HUMAN = "### Human:"

@@ -3,7 +3,7 @@
 A cache entry is `<cache_dir>/tokens/<key>/`: flat little-endian arrays and `tokens.json`, which says how long they are
 and their checksums. The key is a hash over the file's content, the tokenizer, the format and all settings that decide
 the tokens. An entry is written aside and renamed, so it is whole or not there; of two runs that make the same one, the
-first to finish leaves it. One that does not fit its checksums is made anew.
+first to finish leaves it. An entry that does not match its checksums is made anew.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ABANDONED_SECONDS = 24 * 3600.0  # after which what a killed run was writing is 
 
 
 class Damaged(Exception):
-    """A cache entry that is not what it says."""
+    """A cache entry does not match its description."""
 
 
 def tokens_key(content: str, tokenizer: Any, settings: dict[str, Any]) -> str:

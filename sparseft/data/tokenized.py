@@ -135,4 +135,14 @@ class Tokens:
     records: np.ndarray  # int64 (examples,): the record that each came from
     questions: np.ndarray  # uint64: hashes of what the examples ask
     question_records: np.ndarray  # int64: the record of each question
-    facts: Facts
+    facts: Facts  # of all that was read, also in a part
+
+    def part(self, examples: np.ndarray, questions: np.ndarray) -> Tokens:
+        """Those that two masks, bool (examples,) and (questions,), choose; no token is copied."""
+        return Tokens(
+            self.dataset.subset(np.flatnonzero(examples)),
+            self.records[examples],
+            self.questions[questions],
+            self.question_records[questions],
+            self.facts,
+        )

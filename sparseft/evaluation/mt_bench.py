@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_conversation, human_turn
+from sparseft.data.prompts import ALPACA_INSTRUCTION, ASSISTANT, HUMAN, alpaca_conversation, human_turn
 from sparseft.errors import UserError
 from sparseft.evaluation.tasks import MT_BENCH
 from sparseft.files.atomic import write_text
@@ -38,7 +38,7 @@ OTHER_TEMPERATURE = 0.7
 GREEDY_BELOW = 1e-4
 # A model's own generation settings have no place in a comparison.
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0}
-STOPS = {"alpaca": ["### Instruction"], "guanaco": [HUMAN, ASSISTANT], "chat": []}
+STOPS = {"alpaca": [ALPACA_INSTRUCTION], "guanaco": [HUMAN, ASSISTANT], "chat": []}
 
 Turns = list[str]
 Prompt = Callable[[Turns, Turns], str]  # (questions so far, answers so far, one fewer) -> the text to go on from

@@ -24,7 +24,7 @@ from sparseft import console
 from sparseft.distributed.zero3 import is_sharded
 from sparseft.errors import reason_of
 from sparseft.models import probing
-from sparseft.models.decoder import context_length
+from sparseft.models.decoder import context_length, input_embeddings
 from sparseft.models.expert_weights import in_experts
 
 READ = "the model reads its weight itself"
@@ -48,8 +48,7 @@ def unreached(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, s
     parameters = list(model.parameters())
     if any(p.is_meta or is_sharded(p) for p in parameters):
         return found
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if not isinstance(getattr(embeddings, "weight", None), Tensor):
+    if not isinstance(getattr(input_embeddings(model), "weight", None), Tensor):
         return found
     try:
         found = found | _tried(model, linears)
