@@ -12,8 +12,8 @@ from sparseft.data.tokenized import IGNORED
 
 
 def padding_id(tokenizer: Any, rows: int | None = None) -> int:
-    """The id to pad with: the tokenizer's pad token, else its EOS, else 0. Padding is masked, so any id serves that the
-    model can read: with `rows`, those of its embeddings, a pad token added without a row is passed over."""
+    """The id to pad with: the tokenizer's pad token, else its EOS, else 0. Padding is masked, so any id that the model
+    can read will do: with `rows`, the rows of its embeddings, a pad token without a row is passed over."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None and (rows is None or 0 <= token < rows):
             return int(token)

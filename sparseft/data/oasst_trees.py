@@ -1,13 +1,13 @@
 """OpenAssistant's message trees (OASST1 and 2, a tree a line) to conversations.
 
 A tree is `{"message_tree_id", "prompt": message}`, a message `{"role": "prompter" | "assistant", "text", "replies":
-[message, …]}` with `rank` (0 is best), `lang`, `deleted` and `review_result` where they are known. Left out, with all
-that was replied to them: messages that are deleted, that are said not to have passed review, and those in another
-language than the one asked for.
+[message, …]}` with `rank` (0 is best), `lang`, `deleted` and `review_result` where they are known. Messages are left
+out, with all replies to them, where they are deleted, are said not to have passed review, or are in another language
+than the one asked for.
 
 Conversations are written as in the guanaco format: `### Human: …### Assistant: …`, loss on what the assistant says.
 `best` follows the best-ranked reply at each message: one conversation a tree. `all` takes every path from the root to
-an assistant's message that no other one of the assistant's follows. What nobody answered is left out of both.
+an assistant's message with no further answer below it. Both leave out what nobody answered.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which examples are taken, and in which order: splits and samples by a seed, and as many for each process."""
+"""Which examples are taken, and in which order: splits and samples by a seed, and the same number for each process."""
 
 from __future__ import annotations
 

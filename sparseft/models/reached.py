@@ -1,8 +1,9 @@
-"""Which linears of a model cannot train: found by running the model at hand once on a few tokens, and in its source.
+"""Which linears of a model cannot train: found by running the model once on a few tokens, and in its source code.
 
 A layer that is put in a linear's place (a sparse layer, LoRA) trains only if the model calls it and a gradient comes
-back. Not so where the model reads the weight itself (`self.dt_proj.weight @ x`, a fused kernel), never calls the linear
-(key and value projections of layers that share another's), or calls it without gradient (an index that only sorts).
+back. It does not train where the model reads the weight itself (`self.dt_proj.weight @ x`, a fused kernel), never calls
+the linear (key and value projections of layers that share another's), or calls it without gradient (an index that only
+sorts).
 """
 
 from __future__ import annotations
