@@ -78,7 +78,7 @@ def load_datasets(
 
     source = open_source(path, split=split, key="dataset.train_path")
     format, train = reader.read(source, "training", config.max_examples)
-    facts, evaluation, eval_source, overlap = train.facts, None, "", 0
+    evaluation, eval_source, overlap = None, "", 0
     eval_path = config.eval_path or own_eval
     if eval_path:
         there = open_source(eval_path, split=None, key="dataset.eval_path")
@@ -106,8 +106,8 @@ def load_datasets(
         train_source=source.name,
         eval_source=eval_source,
         fingerprint=train.dataset.fingerprint(),
-        dropped=facts.dropped,
-        cut=facts.cut,
+        dropped=train.facts.dropped,
+        cut=train.facts.cut,
         questions=questions,
         eval_overlap=overlap,
         packed=PackedDataset(train.dataset, max_length) if config.packing else None,
