@@ -35,7 +35,7 @@ from sparseft.config import DatasetConfig
 from sparseft.errors import UserError, shown
 from sparseft.files.hashing import BODY, HASHED, body_hash, file_hash
 from sparseft.importance.calibration_state import CalibrationState
-from sparseft.report.sections import build_report
+from sparseft.report.page import build_report
 from sparseft.runs.metrics import read_metrics, truncate_metrics
 from sparseft.selection.selection import Selection
 from sparseft.training.best import read_best
