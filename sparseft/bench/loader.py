@@ -52,7 +52,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         data = load(folder)
-        console.log(f"bench: {data.notes[0]}, {data.tokens:,} tokens")
+        console.log(f"bench: {data.notes[0]}, {data.train.num_tokens:,} tokens")
         rows = PackedDataset(data.train, length)
         seconds = {
             "tokenise": _median(load_anew),
@@ -64,7 +64,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
         characters = _characters_per_token(data.train, tokenizer)
     # In an epoch from nothing the stages follow each other; later ones only collate.
     seconds["all, first epoch"] = seconds["tokenise"] + seconds["pack"] + seconds["collate"]
-    stages = {name: _stage(data.tokens, spent, characters) for name, spent in seconds.items()}
+    stages = {name: _stage(data.train.num_tokens, spent, characters) for name, spent in seconds.items()}
     return {
         "benchmark": "loader",
         "dataset": data.train_source,
@@ -72,7 +72,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
         "dtype": "int32",
         "examples": len(data.train),
         "rows": len(rows),
-        "tokens": data.tokens,
+        "tokens": data.train.num_tokens,
         "max_length": length,
         "batch_size": config.trainer.batch_size,
         "cores": machine()["cores"],

@@ -14,6 +14,7 @@ import os
 import random
 import resource
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,7 +243,7 @@ def loaders(make_model: Any, tokenizer: Any, root: Path) -> dict[str, Callable[[
             (folder / "train.txt").write_text("\n\n".join(f"{r['prompt']} {r['completion']}" for r in records))
 
         def load(folder: Path) -> None:
-            from sparseft.data import load_datasets
+            from sparseft.data.loading import load_datasets
             from sparseft.evaluation.llm_adapters import read_records
 
             file = folder / name
@@ -250,7 +251,8 @@ def loaders(make_model: Any, tokenizer: Any, root: Path) -> dict[str, Callable[[
                 with contextlib.suppress(UserError):
                     read_records(file, "boolq")
             config = DatasetConfig(name="json", train_path=str(file))
-            load_datasets(config, tokenizer, max_length=64, seed=0, bundled=False)
+            with tempfile.TemporaryDirectory() as cache:
+                load_datasets(config, tokenizer, max_length=64, seed=0, bundled=False, cache_dir=cache)
 
         return Loader(folder, load, False)
 
