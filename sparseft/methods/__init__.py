@@ -1,7 +1,7 @@
 """The methods, by name. A new one is a file here, a YAML in `conf/method/`, a line below and a test file.
 
-Importing a method's module does not import torch, so that configs can be checked fast; `import sparseft` reads the names
-below, so importing this package loads next to nothing.
+Importing a method's module does not import torch, so that configs can be checked fast; importing this package, whose
+names `import sparseft` reads, loads next to nothing.
 """
 
 from __future__ import annotations
