@@ -1,15 +1,16 @@
 """The methods, by name. A new one is a file here, a YAML in `conf/method/`, a line below and a test file.
 
-Importing this package or a method's module does not import torch, so that configs can be checked fast.
+Importing a method's module does not import torch, so that configs can be checked fast; importing this package, whose
+names `import sparseft` reads, loads next to nothing.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparseft.errors import UserError, nearest
-from sparseft.methods.base import MethodConfig
+if TYPE_CHECKING:
+    from sparseft.methods.base import MethodConfig
 
 METHODS: dict[str, str] = {
     "s2ft": "sparseft.methods.s2ft:S2FTConfig",
@@ -24,6 +25,8 @@ METHODS: dict[str, str] = {
 def get_method(name: str) -> type[MethodConfig]:
     """The method of that name, the class of its settings; an unknown one is a `UserError` with the nearest."""
     if name not in METHODS:
+        from sparseft.errors import UserError, nearest
+
         raise UserError(f"Unknown method '{name}'.{nearest(name, METHODS)}")
     module, _, attribute = METHODS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
@@ -36,6 +39,8 @@ def sparse_methods() -> str:
 
 def checked(config: Any) -> MethodConfig:
     """A method's settings, validated; anything else is a `TypeError`."""
+    from sparseft.methods.base import MethodConfig
+
     if not isinstance(config, MethodConfig):
         known = ", ".join(entry.partition(":")[2] for entry in METHODS.values())
         raise TypeError(f"expected a method's config ({known}), got {type(config).__name__}")
