@@ -106,7 +106,7 @@ class EvalConfig:
     limit: int | None = None  # examples a task
     batch_size: int | str = 8  # or "auto"
     num_beams: int = 1
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = None  # of a generated answer; null: the task's own number
     compare_base: bool = True  # a run or an adapter: also the base, on the same questions
     prompt: str = "auto"  # of mt_bench: alpaca | guanaco | chat | auto: the one of training, else chat if there is one
     model_id: str | None = None  # in mt_bench's answers; null: the run's or the model's name

@@ -15,7 +15,8 @@ from sparseft.data import load_datasets
 from sparseft.data import question_hashes as data
 from sparseft.data.question_hashes import Seen, normalised, question_hash
 from sparseft.errors import UserError
-from sparseft.evaluation import contamination, prepare
+from sparseft.evaluation import contamination
+from sparseft.evaluation.run import prepare
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from running import metrics, refused, sparseft, summary, write_data
 from safetensors.torch import load_file
 
 from sparseft.data.even import EvenDataset, EvenSampler
-from sparseft.training.checkpoints import seal
+from sparseft.training.checkpoints import write_manifest
 
 TWO = "hardware.num_processes=2"
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -472,7 +472,7 @@ def test_resume_with_zero_takes_up_everything_and_runs_nothing(together: Runs, t
     checkpoint = bad / "checkpoints" / "checkpoint-3"
     torch.save({"module": Bomb()}, checkpoint / "global_step3" / "mp_rank_00_model_states.pt")
     (checkpoint / "manifest.json").unlink()
-    seal(checkpoint)
+    write_manifest(checkpoint)
     overrides = [word.replace(str(tmp_path / "sylva-1"), str(bad)) for word in cases[0]["overrides"]]
     cases.append({"name": "bad", "command": "train", "overrides": overrides, "refused": True})
     first = [tmp_path / f"{method}-{stage}" / "checkpoints" / "checkpoint-3" for method, stage in SEALED]

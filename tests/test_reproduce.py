@@ -13,7 +13,7 @@ import pytest
 from test_presets import PRESETS, SMALL
 
 from sparseft.compose.run_config import compose
-from sparseft.evaluation.tasks import COMMONSENSE
+from sparseft.evaluation.llm_adapters import COMMONSENSE
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {path.stem.removeprefix("reproduce_"): path for path in (ROOT / "scripts").glob("reproduce_*.sh")}

@@ -29,7 +29,8 @@ from sparseft.methods import get_method
 from sparseft.training.arguments import training_arguments
 from sparseft.training.checkpoints import checkpoint_steps, last_checkpoint, step_of
 from sparseft.training.optimizer import SparseAdamW
-from sparseft.training.trainer import Clock, Trainer, train
+from sparseft.training.run_state import Clock
+from sparseft.training.trainer import Trainer, train
 
 CPU = torch.device("cpu")
 
@@ -63,8 +64,7 @@ def trainer_of(
 ) -> Trainer:
     config = TrainerConfig(**{"warmup_steps": 0, "logging_steps": 1, "learning_rate": 1e-2, **settings})
     arguments = training_arguments(
-        config, HardwareConfig(), seed=0, device=CPU, learning_rate=config.learning_rate,
-        total_steps=config.max_steps, autocast=False,
+        config, HardwareConfig(), seed=0, device=CPU, total_steps=config.max_steps,
     )  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     return Trainer(
@@ -268,8 +268,8 @@ def test_the_clock_stands_still_outside_training(monkeypatch: pytest.MonkeyPatch
 def test_a_warm_up_longer_than_the_run_is_a_tenth_of_it() -> None:
     def arguments(**settings: Any) -> Any:
         return training_arguments(
-            TrainerConfig(max_steps=10, **settings), HardwareConfig(), seed=0, device=CPU, learning_rate=1e-3,
-            total_steps=10, autocast=False,
+            TrainerConfig(max_steps=10, learning_rate=1e-3, **settings), HardwareConfig(), seed=0, device=CPU,
+            total_steps=10,
         )  # fmt: skip
 
     assert arguments().warmup_steps == 1  # a tenth, where the run is shorter than its warm-up

@@ -7,9 +7,12 @@ from typing import Any
 from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.distributed import launch
+from sparseft.distributed.deepspeed import forget_zero
 from sparseft.errors import UserError
 from sparseft.methods import METHODS, get_method
+from sparseft.models.spec import ModelSpec
 from sparseft.training import checks
+from sparseft.training.prepare import describe_selection, prepare, select
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -29,10 +32,6 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def _preprocess(config: RunConfig) -> dict[str, Any]:
-    from sparseft.distributed.deepspeed import forget_zero
-    from sparseft.models.spec import ModelSpec
-    from sparseft.training.prepare import describe_selection, prepare, select
-
     forget_zero()  # of an earlier run
     prepared = prepare(config)
     selected = select(config, prepared)

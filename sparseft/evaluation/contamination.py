@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from sparseft.data.question_hashes import Seen, test_questions
-from sparseft.evaluation.llm_adapters import find_file, read_records
-from sparseft.evaluation.run import Plan
-from sparseft.evaluation.tasks import ARITHMETIC, COMMONSENSE, HARNESS
+from sparseft.evaluation.llm_adapters import ARITHMETIC, COMMONSENSE, find_file, read_records
+from sparseft.evaluation.tasks import HARNESS, Plan
 
 COLUMNS = ["task", "questions", "trained on", "accuracy", "accuracy without them"]
 OF_BOTH = ["task", "questions", "trained on", "base", "adapter", "base without them", "adapter without them"]

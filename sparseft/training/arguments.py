@@ -60,13 +60,14 @@ def training_arguments(
     *,
     seed: int,
     device: torch.device,
-    learning_rate: float,
     total_steps: int,
-    autocast: bool,
+    autocast: bool = False,
     unused: bool = False,
 ) -> transformers.TrainingArguments:
     """The Trainer's arguments of a run, but for its folder; steps are optimizer steps. `schedules.check` comes before.
 
+    config: with the learning rate that it is to be, also where that is the method's.
+    autocast: fp32 weights are computed with in bf16.
     unused: a step may leave parameters without a gradient (experts that no token reached).
     """
     batch_size, accumulation = micro_batches(config, hardware)
@@ -79,7 +80,7 @@ def training_arguments(
         gradient_accumulation_steps=accumulation,
         max_steps=config.max_steps,
         num_train_epochs=config.num_epochs,
-        learning_rate=learning_rate,
+        learning_rate=config.learning_rate,
         warmup_steps=warmup,
         lr_scheduler_type=config.scheduler,
         lr_scheduler_kwargs=dict(config.scheduler_args or {}),

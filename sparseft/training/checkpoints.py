@@ -35,6 +35,7 @@ PREFIX = "checkpoint-"
 PARTIAL = ".partial-"  # before a folder's name: not yet a checkpoint, or no longer one
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
+OWN_STATE = "RunCallback"  # in it, transformers keeps a callback's state by the name of its class
 LATEST = "latest"  # DeepSpeed's file: the name of the folder beside it that holds its part
 FORMAT_VERSION = 1
 # What transformers passes over in silence where it is not there; DeepSpeed keeps files of its own beside LATEST.
@@ -68,7 +69,7 @@ def good_checkpoint(run: Path) -> str | None:
     return None
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Describes a checkpoint's files in its manifest and hands all of it to the disk."""
     described = {}
     for path in sorted(folder.rglob("*")):
@@ -81,7 +82,7 @@ def seal(folder: Path) -> None:
 
 
 def put_in_place(aside: Path, folder: Path) -> None:
-    """Renames a sealed folder to the checkpoint's; one that was there goes only then."""
+    """Renames a described folder to the checkpoint's; one that was there goes only then."""
     old = folder.with_name(f"{PARTIAL}old-{folder.name}")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -163,7 +164,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     try:
         content = parse(path, numbers=False)
-        own = content["stateful_callbacks"]["RunCallback"]["attributes"]
+        own = content["stateful_callbacks"][OWN_STATE]["attributes"]
         numbers = [content["global_step"], content["num_input_tokens_seen"], *(own["health"].values())]
         for mark in (own["now"], own["logged"]):
             numbers += [mark["step"], mark["tokens"]]

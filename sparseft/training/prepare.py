@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from sparseft import __version__, console, signals
@@ -32,10 +33,11 @@ from sparseft.methods.base import TOLERANCE
 from sparseft.methods.selecting import compute_selection
 from sparseft.models.decoder import base_parameter_count
 from sparseft.models.fingerprint import base_fingerprint
-from sparseft.models.loading import load_tokenizer, resolve_device, vocabulary_rows
+from sparseft.models.loading import load_in_shards, load_tokenizer, resolve_device, vocabulary_rows
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 from sparseft.training.checks import check_data, check_model
+from sparseft.training.distributed_trainer import check_zero
 
 HEAD_ROLES = ("q", "k", "v", "o")  # their units are heads, every other role's channels
 
@@ -60,10 +62,6 @@ def prepare(config: RunConfig) -> Prepared:
     """Loads tokenizer, data and model, the cheapest to check first, and says what they are."""
     check_data(config)
     check_model(config)
-    import transformers
-
-    from sparseft.training.loading import load
-
     transformers.logging.disable_progress_bar()
     device = resolve_device(config.hardware.device)
     kernel_for(torch.empty(0, device=device))  # an unusable SPARSEFT_KERNELS is said before anything is computed
@@ -80,7 +78,7 @@ def prepare(config: RunConfig) -> Prepared:
         console.log(f"data: {note}")
     for warning in data.warnings:
         console.warn(f"data: {warning}")
-    model, sharding = load(config.model, config.hardware, device)
+    model, sharding = load_in_shards(config.model, config.hardware, device)
     check_tokens(data, tokenizer, *vocabulary_rows(model))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     total = base_parameter_count(model)
@@ -107,8 +105,6 @@ class Selected:
 
 def select(config: RunConfig, prepared: Prepared) -> Selected:
     """The cached selection with this run's key, or a new one, which is then cached."""
-    from sparseft.training.distributed_trainer import check_zero
-
     spec = ModelSpec.of(prepared.model)
     method = get_method(config.method_name).settled(spec, config.method)
     key = selection_key(base_fingerprint(prepared.model), prepared.data.fingerprint, config.method_name, method)

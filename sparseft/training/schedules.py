@@ -9,6 +9,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import transformers
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import optimization
+from transformers.trainer_utils import SchedulerType
+
 from sparseft import console
 from sparseft.config import TrainerConfig
 from sparseft.errors import UserError, nearest, reason_of
@@ -30,10 +36,8 @@ def warmup_steps(config: TrainerConfig, total_steps: int) -> int:
 def check(config: TrainerConfig, learning_rate: float, total_steps: int | None) -> None:
     """Refuses a schedule that could not be followed to its end, by building it and looking at its rates.
 
-    total_steps: null where it is not known yet, as the data are not counted. Raises `UserError`.
+    total_steps: None where it is not known yet, as the data are not counted. Raises `UserError`.
     """
-    from transformers.trainer_utils import SchedulerType
-
     name, given = config.scheduler, config.scheduler_args or {}
     known = [str(item.value) for item in SchedulerType]
     if name not in known:
@@ -67,10 +71,6 @@ def check(config: TrainerConfig, learning_rate: float, total_steps: int | None) 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
     """What trainer.scheduler_args may hold for a schedule."""
-    from torch.optim.lr_scheduler import ReduceLROnPlateau
-    from transformers import optimization
-    from transformers.trainer_utils import SchedulerType
-
     function: Any = optimization.TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     if name in MEASURED:  # whose functions take whatever their classes take
         function = ReduceLROnPlateau if name == MEASURED[0] else optimization.GreedyLR
@@ -137,9 +137,6 @@ def _check_fits(config: TrainerConfig, given: dict[str, Any], total_steps: int |
 
 def _rates(name: str, given: dict[str, Any], rate: float, warmup: int, total: int) -> dict[int, Any]:
     """The learning rates after so many steps (the last one is never used); none where the held-out loss decides."""
-    import torch
-    import transformers
-
     groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(2)]  # with and without weight decay
     optimizer = torch.optim.SGD(groups, lr=rate)
     schedule: Any = transformers.get_scheduler(
