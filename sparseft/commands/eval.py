@@ -34,7 +34,7 @@ def run(
     checks.check_tests(config)
     target = find_target(config, run=run, adapter=adapter, base=base, overrides=overrides)
     # What would be refused after the answers, which may take hours, is refused before them.
-    check_place(config, target)
+    _check_writable(config, target)
     data_dir = data_folder(config.eval, target.model.path)
     console.log(f"evaluating {target.what} on {', '.join(tasks)}")
 
@@ -61,7 +61,7 @@ def run(
     }
 
 
-def check_place(config: RunConfig, target: Target) -> None:
+def _check_writable(config: RunConfig, target: Target) -> None:
     """Refuses a folder that the results could not be written into; makes nothing."""
     if target.folder is None and not config.output_dir:
         runs.check_writable(runs.OUTPUTS, "folder")

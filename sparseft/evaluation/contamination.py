@@ -35,7 +35,7 @@ def overlap_of_folder(data_dir: str, seen: Seen) -> dict[str, tuple[int, int]]:
 def annotate(outcome: dict[str, Any], plan: Plan, seen: Seen | None) -> None:
     """Adds to an outcome of `evaluate` which questions had been trained on.
 
-    Tasks and groups get `train_overlap` (questions) and `accuracy_without_overlap` (null where no question is left),
+    Tasks and groups get `train_overlap` (questions) and `accuracy_without_overlap` (None where no question is left),
     where the base was compared also `base_without_overlap`; samples `train_overlap` (true or false). Nothing is added
     where the training questions are not known.
     """
@@ -73,7 +73,7 @@ def annotate(outcome: dict[str, Any], plan: Plan, seen: Seen | None) -> None:
 
 
 def _mean(values: list[Any]) -> float | None:
-    """The mean; null of nothing, and where a question has no number of its own (a metric of the whole set)."""
+    """The mean; None of nothing, and where a question has no number of its own (a metric of the whole set)."""
     if not values or not all(isinstance(value, int | float) for value in values):
         return None
     return sum(values) / len(values)

@@ -203,6 +203,11 @@ def group_of(name: str, members: list[Task], by_size: bool) -> Group:
     return group
 
 
+def weighs_alike(group: Group) -> bool:
+    """Whether a group's score is the mean over its tasks, whatever their sizes."""
+    return bool(group.aggregate_metric_list) and not group.aggregate_metric_list[0].weight_by_size
+
+
 def run_tasks(lm: Any, tasks: dict[str, Task], groups: dict[str, Group], limit: int | None) -> dict[str, Any]:
     """lm-eval's results for these tasks, samples included."""
     # Not simple_evaluate: it indexes all of lm-eval's tasks and inspects the machine, ten seconds for nothing here.

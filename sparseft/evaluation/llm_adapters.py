@@ -227,7 +227,7 @@ def verdict(doc: dict[str, str], results: list[str | float | None]) -> dict[str,
 
 
 def build_task(task: str, path: Path | None, num_beams: int, max_new_tokens: int) -> ConfigurableTask:
-    """The lm-eval task `task` on the records of `path` (null: of the hub), read and checked."""
+    """The lm-eval task `task` on the records of `path` (None: of the hub), read and checked."""
     from lm_eval.api.task import ConfigurableTask
 
     config = common("llm_adapters")

@@ -213,6 +213,7 @@ def _add_generated(plan: Plan, requested: list[str], data_dir: str | None) -> No
         if name not in GROUPS:
             continue
         plan.groups[name] = harness.group_of(name, [plan.tasks[task] for task in files], by_size=False)
+        plan.macro.add(name)
         where = "hub" if data_dir is None else data_dir
         plan.facts[name] = {"data": where, "split": config.split}
         if name in missing:
@@ -237,6 +238,7 @@ def _add_harness(plan: Plan, requested: list[str]) -> None:
             ) from error
         plan.harness_tasks |= loaded["tasks"]
         plan.harness_groups |= loaded.get("groups", {})
+    plan.macro |= {name for name, group in plan.harness_groups.items() if harness.weighs_alike(group)}
     for name, task in plan.harness_tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             what = "runs code that the model writes" if getattr(task, "UNSAFE_CODE", False) else "needs images or audio"

@@ -105,12 +105,4 @@ class Plan:
     questions: list[dict[str, Any]] = field(default_factory=list)  # of MT-Bench
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # to put beside the results of a task or group
     warnings: list[str] = field(default_factory=list)
-
-    @property
-    def macro(self) -> set[str]:
-        """Groups whose score is the mean over their tasks, whatever the tasks' sizes."""
-        return {
-            name
-            for name, group in (self.groups | self.harness_groups).items()
-            if group.aggregate_metric_list and not group.aggregate_metric_list[0].weight_by_size
-        }
+    macro: set[str] = field(default_factory=set)  # groups whose tasks weigh alike, whatever their sizes

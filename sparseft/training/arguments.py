@@ -30,10 +30,10 @@ def tf32_as_set() -> Iterator[None]:
     switches: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),  # `matmul.allow_tf32` is part of it
     ]
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; the old ones set some of these too, so they come last
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; the old names set some of these too, so these come last
         onednn = torch.backends.mkldnn
         named += [(place, "fp32_precision") for place in (cudnn, onednn, matmul, cudnn.conv, cudnn.rnn, onednn.matmul)]
-        # What says nothing for itself follows this one, and is to go on doing so.
+        # Settings that were left unset follow this one, and must stay unset.
         switches.insert(0, (partial(getattr, torch.backends, "fp32_precision"),
                             partial(setattr, torch.backends, "fp32_precision")))  # fmt: skip
     switches += [(partial(getattr, *one), partial(setattr, *one)) for one in named]
@@ -41,7 +41,7 @@ def tf32_as_set() -> Iterator[None]:
     def value(read: Callable[[], Any]) -> Any:
         try:
             return read()
-        except RuntimeError:  # an old name cannot be read where a new one has said what it has no word for
+        except RuntimeError:  # an old name cannot be read where a new one was given a value that it does not know
             return None
 
     before = [value(read) for read, _ in switches]

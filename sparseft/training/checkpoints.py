@@ -38,7 +38,7 @@ STATE = "trainer_state.json"
 OWN_STATE = "RunCallback"  # in it, transformers keeps a callback's state by the name of its class
 LATEST = "latest"  # DeepSpeed's file: the name of the folder beside it that holds its part
 FORMAT_VERSION = 1
-# What transformers passes over in silence where it is not there; DeepSpeed keeps files of its own beside LATEST.
+# Files that transformers silently does without where they are missing; DeepSpeed keeps its own beside LATEST.
 PARTS = ("optimizer.pt", "scheduler.pt")
 
 
@@ -51,13 +51,13 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def last_checkpoint(run: Path, until: int | None = None) -> str | None:
-    """The newest checkpoint's folder of a run (of those up to the step `until`, where given), or null."""
+    """The newest checkpoint's folder of a run (of those up to the step `until`, where given), or None."""
     steps = [step for step in checkpoint_steps(run / CHECKPOINTS) if until is None or step <= until]
     return str(run / CHECKPOINTS / f"{PREFIX}{steps[-1]}") if steps else None
 
 
 def good_checkpoint(run: Path) -> str | None:
-    """The newest checkpoint's folder of a run that is whole, or null; damaged ones are passed over with a warning."""
+    """The newest checkpoint's folder of a run that is whole, or None; damaged ones are passed over with a warning."""
     for step in reversed(checkpoint_steps(run / CHECKPOINTS)):
         folder = run / CHECKPOINTS / f"{PREFIX}{step}"
         try:
@@ -107,7 +107,7 @@ def check_moments(optimizer: Any) -> None:
 
 
 def prune(folder: Path, limit: int | None, step: int) -> None:
-    """Deletes all but the newest `limit` checkpoints (null: none) of those up to `step`. A damaged one may bear a later
+    """Deletes all but the newest `limit` checkpoints (None: none) of those up to `step`. A damaged one may bear a later
     step's name: it is replaced when the run comes there."""
     for number in [each for each in checkpoint_steps(folder) if each <= step][: -limit if limit else 0]:
         checkpoint = folder / f"{PREFIX}{number}"

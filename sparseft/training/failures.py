@@ -30,7 +30,7 @@ NO_MEMORY = (
     "bad_alloc",
 )
 
-# A library that cannot set itself up: mostly for want of memory, but it does not say so.
+# A library fails to initialise: mostly because memory ran out, but it does not say so.
 NO_MEMORY_LIKELY = ("cublas_status_not_initialized", "cudnn_status_not_initialized", "cusolver_status_not_initialized")
 
 

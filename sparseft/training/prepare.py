@@ -142,7 +142,7 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
 
 
 def _cached(cache_dir: str, path: Path) -> Selection | None:
-    """The selection that lies at `path`; null where there is none and one can be put there."""
+    """The selection that lies at `path`; None where there is none and one can be put there."""
     if (path / "selection.json").is_file():
         try:
             selection = Selection.load(path)

@@ -15,7 +15,7 @@ from sparseft.distributed import launch
 from sparseft.errors import UserError
 from sparseft.files.untrusted import read_json, read_yaml_object
 from sparseft.runs.folder import check_own, is_run, read_json_object
-from sparseft.training.checkpoints import good_checkpoint, prune
+from sparseft.training.checkpoints import STATE, good_checkpoint, prune, step_of
 
 # Settings that a run may be continued with other values of; all others decide what it trains, on what and how, and
 # a checkpoint would silently keep the old ones or mix both. With more steps the learning rate goes on as a run of that
@@ -26,7 +26,7 @@ FREE = {
     *("trainer.save_total_limit", "trainer.resume", "trainer.target_score"),
 }
 
-# What runs of before had for a setting that is now left to the model where nothing is given.
+# Defaults that earlier versions wrote down, of settings that are now left to the model.
 ONCE_DEFAULT = {"method.block_size": 64}
 
 PROCESSES = "hardware.num_processes"  # in what is compared here: all processes, of all machines
@@ -38,23 +38,23 @@ class Previous:
     """The run that is continued."""
 
     folder: Path
-    checkpoint: str | None  # null: none was written, so the run starts anew in its folder
+    checkpoint: str | None  # None: none was written, so the run starts anew in its folder
 
     @property
     def step(self) -> int:
         """The optimizer step to go on from; -1: none, so that all lines of metrics are dropped."""
-        return int(self.checkpoint.rsplit("-", 1)[1]) if self.checkpoint else -1
+        return step_of(self.checkpoint)
 
     @property
     def total_steps(self) -> int | None:
         """The steps that the run was to have in all when its checkpoint was saved."""
         if self.checkpoint is None:
             return None
-        return read_json(Path(self.checkpoint) / "trainer_state.json", numbers=False).get("max_steps")
+        return read_json(Path(self.checkpoint) / STATE, numbers=False).get("max_steps")
 
     @property
     def ended_at(self) -> int | None:
-        """The checkpoint's step if that was to be the run's last one, else null."""
+        """The checkpoint's step if that was to be the run's last one, else None."""
         return self.step if self.total_steps == self.step else None
 
     def check_steps(self, trainer: TrainerConfig, total_steps: int) -> None:
@@ -93,7 +93,7 @@ class Previous:
 
 
 def previous_run(config: RunConfig) -> Previous | None:
-    """The run that `trainer.resume=auto` continues, or null where none is asked for or the folder holds none yet.
+    """The run that `trainer.resume=auto` continues, or None where none is asked for or the folder holds none yet.
 
     Raises UserError where the run was started with other settings than `config`'s.
     """

@@ -20,7 +20,8 @@ from sparseft.config import TrainerConfig
 from sparseft.errors import UserError, nearest, reason_of
 
 MEASURED = ("reduce_lr_on_plateau", "greedy")  # follow the held-out loss; all others are functions of the step
-# What the Trainer passes, or what a run decides otherwise: `mode` is that a loss sinks, and stdout is for results.
+# Arguments that the Trainer passes itself or that are settled here: `mode` (a loss decreases), `verbose` (stdout is
+# for results).
 _PASSED = {"num_warmup_steps": "trainer.warmup_steps", "num_training_steps": "trainer.max_steps"}
 _NOT_OURS = {"optimizer", "last_epoch", "mode", "verbose", "kwargs", *_PASSED}
 _ONE_OF = ("min_lr", "min_lr_rate")  # of schedules that have both
@@ -101,9 +102,9 @@ def _check_names(name: str, given: dict[str, Any]) -> None:
 
 
 def _check_values(name: str, given: dict[str, Any]) -> None:
-    """Refuses what no schedule can mean: a number below 0, and another kind of value than the default's.
+    """Refuses values that no schedule takes: a number below 0, and another type than the default's.
 
-    Where the default is null or there is none, it is a number that is asked for: of steps, or a share of a rate.
+    Without a default, or where it is None, a number is expected: of steps, or a share of a rate.
     """
     taken = _parameters(name)
     for key, value in given.items():

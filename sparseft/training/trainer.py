@@ -160,8 +160,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
         return self._aside or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # What is kept must be worth going back to. Among bad steps nothing has changed since the last good one, so
-        # saving waits for the next; not where training ends.
+        # A checkpoint must be worth going back to. Bad steps change nothing, so saving waits for the next good one,
+        # except at the end of training.
         if self.run_state.bad_steps.streak and not self.control.should_training_stop:
             return
         mine = (shard_of(p) for p in self.model.parameters() if p.requires_grad)
@@ -234,7 +234,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
     ) -> dict[str, float]:
         """`{"eval_loss": …}`: the mean loss over all labelled tokens of the evaluation set; with `eval_score` where
         there is one."""
-        # A loader draws a seed whenever it is iterated over; the training's dropout is not to depend on that.
+        # A loader draws a seed whenever it is iterated over; the dropout of training must not depend on that.
         cuda = [self.args.device] if self.args.device.type == "cuda" else []
         with self.run_state.clock.paused(), torch.random.fork_rng(devices=cuda), self.advising_memory():
             metrics = {f"{metric_key_prefix}_loss": self._evaluation_loss(eval_dataset)}
@@ -244,7 +244,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 measured = self.score() if ranks.is_first() or self.is_zero3 else None
                 metrics[f"{metric_key_prefix}_score"] = ranks.from_first(measured)
         self.log(dict(metrics))
-        # As transformers' own does: it resets `should_evaluate`, else the end of an epoch evaluates once more.
+        # As in transformers' own: this resets `should_evaluate`, else the end of an epoch evaluates once more.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
