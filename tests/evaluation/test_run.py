@@ -341,6 +341,15 @@ def test_commonsense_and_arithmetic_by_hand(tokenizer: Any, tmp_path: Path) -> N
     assert lengths == {32, 256} and all(call["do_sample"] is False for call in model.calls)
 
 
+@pytest.mark.parametrize(("asked", "tokens"), [(None, 256), (32, 32), (300, 300)])
+def test_tokens_of_an_answer_are_the_tasks_own_or_those_asked_for(
+    asked: int | None, tokens: int, tmp_path: Path
+) -> None:
+    write_records(tmp_path / "gsm8k" / "test.json", [("How many?", "1")])
+    plan = prepare(["gsm8k"], EvalConfig(max_new_tokens=asked), data_dir=str(tmp_path))
+    assert plan.tasks["gsm8k"].get_config("generation_kwargs")["max_gen_toks"] == tokens
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_in_batches_is_generation_alone(tokenizer: Any, tmp_path: Path, beams: int) -> None:
     """Oracle: `generate` on each prompt alone, without padding and without lm-eval. The tokenizer has no pad token."""
