@@ -32,7 +32,7 @@ class Target:
     adapter: Path | None
     folder: Path | None  # None: a new folder under outputs/
     base: ModelConfig | None = None  # what a run or an adapter is compared with; None: nothing is
-    seen: Seen | None = None  # the questions that it was trained on, where a run's folder beside it knows them
+    seen: Seen | None = None  # questions that it was trained on, where its run's folder knows them
 
 
 def find_target(

@@ -178,9 +178,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
     def _save_aside(self, model: nn.Module, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX}{self.state.global_step}"
-        self.run_callback.saved = self.run_callback.now(
-            self.state
-        )  # of all processes, of which the first one writes it
+        self.run_callback.saved = self.run_callback.now(self.state)  # a call of all processes
         try:
             with ranks.shared_folder(folder) as aside:
                 self._aside = str(aside)
