@@ -19,7 +19,6 @@ from sparseft.training.resume import previous_run
 def run(config: RunConfig) -> dict[str, Any]:
     """Fine-tunes as configured and returns `summary.json` with the run's folder. The cheap checks come first."""
     console.clear_warnings()
-    config.method.validate()
     checks.check_hardware(config)
     if launch.first_process():  # the others may find what it has made already
         check_run_folder(config.output_dir, overwrite=config.overwrite, resume=config.trainer.resume is not None)

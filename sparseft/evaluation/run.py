@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sparseft.adapters.files import adapter_hash
+from sparseft.adapters.description import adapter_hash
 from sparseft.config import EvalConfig
 from sparseft.errors import RunError, UserError, nearest
 from sparseft.evaluation import harness, llm_adapters, mmlu, mt_bench, results

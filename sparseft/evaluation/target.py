@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 
 from sparseft import console
-from sparseft.adapters.files import is_adapter, is_whole_model, read_config
+from sparseft.adapters.description import is_adapter, is_whole_model, read_config
 from sparseft.adapters.lifecycle import detach, load_adapter, merge, mergeable
 from sparseft.compose.run_config import from_dict
 from sparseft.config import ModelConfig, RunConfig

@@ -17,7 +17,8 @@ import transformers
 
 from sparseft import console
 from sparseft.adapters.lifecycle import attach as attach_method
-from sparseft.adapters.lifecycle import state_of, trainable_count
+from sparseft.adapters.lifecycle import trainable_count
+from sparseft.adapters.state import state_of
 from sparseft.compose.run_config import to_yaml
 from sparseft.config import BUNDLED, RunConfig
 from sparseft.data import calibration_batches
@@ -29,13 +30,13 @@ from sparseft.errors import LayoutWarning, UserError
 from sparseft.files.atomic import write_json, write_text
 from sparseft.files.disk_errors import explained
 from sparseft.memory import memory_bytes, reset_peak_memory
-from sparseft.methods import get_method
-from sparseft.methods.selecting import reselect
 from sparseft.models.decoder import context_length, runnable
 from sparseft.models.spec import ModelSpec
 from sparseft.runs.environment import environment
 from sparseft.runs.folder import link_latest, prepare_run_folder
 from sparseft.runs.metrics import truncate_metrics
+from sparseft.selection.compute import reselect
+from sparseft.selection.describe import describe_selection, describe_trainable
 from sparseft.selection.selection import Selection
 from sparseft.training import checks, schedules
 from sparseft.training import resume as resuming
@@ -43,13 +44,7 @@ from sparseft.training.arguments import training_arguments
 from sparseft.training.best import Best, Evaluation, reached, recorded
 from sparseft.training.checkpoints import CHECKPOINTS, last_checkpoint
 from sparseft.training.distributed_trainer import has_experts
-from sparseft.training.prepare import (
-    Prepared,
-    describe_selection,
-    describe_trainable,
-    prepare,
-    scope_parameters,
-)
+from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.prepare import select as cached_or_computed
 from sparseft.training.reselection import Reselection
 from sparseft.training.run_state import Mark
@@ -78,7 +73,8 @@ class Job:
 
     @property
     def method(self) -> Any:
-        return get_method(self.config.method_name)
+        """The method's settings."""
+        return self.config.method
 
     @property
     def rows(self) -> Any:
@@ -208,8 +204,7 @@ def _contamination(config: RunConfig, data: Any, scorer: Any) -> dict[str, Any] 
 
 def select(job: Job) -> None:
     """What trains: of a run that is continued its own selection, else the cached or a computed one."""
-    frozen = job.spec.frozen_experts(job.method.sparse) if job.method.kind != "whole" else []
-    if frozen:
+    if frozen := job.method.frozen_experts(job.spec):
         console.warn(
             f"{len(frozen)} expert matrices (3-D parameters such as {frozen[0]}) stay frozen: method "
             f"{job.config.method_name} does not train them"
@@ -221,7 +216,7 @@ def select(job: Job) -> None:
         console.log(f"selection: the run's own, {own}")
         job.selection, job.selection_cached = Selection.load(own), True
     else:
-        selected = cached_or_computed(job.config, job.prepared)
+        selected = cached_or_computed(job.config, job.prepared, job.spec)
         job.selection, job.selection_cached = selected.selection, selected.cached
 
 
@@ -229,19 +224,19 @@ def attach(job: Job) -> None:
     """Makes the model trainable by the run's method, says what trains, and settles the Trainer's arguments."""
     config, prepared = job.config, job.prepared
     with console.showing(LayoutWarning):
-        model = attach_method(prepared.model, config.method, job.selection)
+        model = attach_method(prepared.model, config.method, job.selection, spec=job.spec)
     prepared.model = model
     job.method_config = state_of(model).method_config
     if config.model.path.startswith(BUNDLED):
         state_of(model).base_model = config.model.path
     job.trainable = trainable_count(model)
     if job.selection is not None:
-        describe_selection(job.selection, job.spec, config)
-    elif hasattr(config.method, "rank"):
-        describe_trainable(job.trainable, job.spec, config, "whole ranks")
+        describe_selection(job.selection, job.spec, config.method)
+    elif (unit := config.method.granularity(None)) is not None:
+        describe_trainable(job.trainable, job.spec, config.method, unit)
     else:
         console.log(f"trainable: all {job.trainable:,} parameters of the model")
-    whole = job.method.kind == "whole"
+    whole = job.method.trains_all
     job.arguments = training_arguments(
         dataclasses.replace(config.trainer, learning_rate=job.learning_rate),
         config.hardware,
@@ -319,7 +314,7 @@ def train(job: Job, folder: Path) -> Trained:
         data_collator=Collator(prepared.pad),
         processing_class=None,
     )
-    if getattr(config.method, "reselect_steps", 0):
+    if config.method.reselect_steps:
         trainer.add_callback(_reselection(job, trainer))
     best = Best(
         folder / CHECKPOINTS,
@@ -398,7 +393,7 @@ def finish(job: Job, trained: Trained) -> dict[str, Any]:
     _say(job, "after", after)
     trainer.save_trained(folder / "adapter")
     first = launch.first_process()
-    if job.method.kind == "whole" and first:
+    if job.method.trains_all and first:
         prepared.tokenizer.save_pretrained(folder / "adapter")
     scores: dict[str, Any] = {}
     if job.scorer is not None:
@@ -421,13 +416,13 @@ def finish(job: Job, trained: Trained) -> dict[str, Any]:
 
 def _summary(job: Job, trained: Trained, after: Evaluation | None) -> dict[str, Any]:
     config, done, before = job.config, trained.totals, trained.before
-    scope = scope_parameters(job.spec, config)
+    scope = job.spec.weights_in(config.method.scope)
     return {
         "method": config.method_name,
         "model": config.model.path,
         "dataset": config.dataset.train_path or config.dataset.name,
-        "sparsity": None if job.method.kind == "whole" else 1 - job.trainable / scope,
-        "scope": getattr(config.method, "scope", None),
+        "sparsity": None if job.method.trains_all else 1 - job.trainable / scope,
+        "scope": config.method.scope,
         "trainable_parameters": job.trainable,
         "scope_parameters": scope,
         "total_parameters": job.spec.total_parameters,

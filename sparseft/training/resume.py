@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.compose.run_config import from_dict
-from sparseft.compose.validation import show
 from sparseft.config import RunConfig, TrainerConfig
 from sparseft.distributed import launch
 from sparseft.errors import UserError
 from sparseft.files.untrusted import read_json, read_yaml_object
+from sparseft.rules import show
 from sparseft.runs.folder import check_own, is_run, read_json_object
 from sparseft.training.checkpoints import STATE, good_checkpoint, prune, step_of
 
@@ -25,9 +25,6 @@ FREE = {
     *(f"trainer.{name}" for name in "max_steps num_epochs logging_steps eval_steps save_steps max_bad_steps".split()),
     *("trainer.save_total_limit", "trainer.resume", "trainer.target_score"),
 }
-
-# Defaults that earlier versions wrote down, of settings that are now left to the model.
-ONCE_DEFAULT = {"method.block_size": 64}
 
 PROCESSES = "hardware.num_processes"  # in what is compared here: all processes, of all machines
 PIECES = ("trainer.batch_size", "trainer.gradient_accumulation", PROCESSES)  # what counts is their product
@@ -140,11 +137,12 @@ def _check_same(config: RunConfig, folder: Path) -> None:
             f"started with {_examples(then)} in {then[PROCESSES]}: give as many processes, or a "
             "trainer.gradient_accumulation that makes up for them."
         )
+    once = {f"method.{name}": value for name, value in config.method.once_default.items()}
     for key in [*then, *(key for key in now if key not in then)]:
         free = key in FREE or key.split(".")[0] in FREE
         if (free and key not in fixed) or then.get(key) == now.get(key):
             continue
-        if now.get(key) is None and key in ONCE_DEFAULT and then.get(key) == ONCE_DEFAULT[key]:
+        if now.get(key) is None and key in once and then.get(key) == once[key]:
             continue
         raise UserError(
             f"{key}={show(now.get(key))}: the run in '{folder}' was started with {show(then.get(key))}, and a run "
