@@ -15,7 +15,7 @@ from sparseft.adapters.description import is_adapter, is_whole_model, read_confi
 from sparseft.adapters.lifecycle import detach, load_adapter, merge, mergeable
 from sparseft.compose.run_config import from_dict
 from sparseft.config import ModelConfig, RunConfig
-from sparseft.data.question_hashes import Seen
+from sparseft.data.question_hashes import QuestionHashes
 from sparseft.errors import UserError, shown
 from sparseft.files.paths import nearest_path, where_looked
 from sparseft.files.untrusted import read_yaml_object
@@ -32,7 +32,7 @@ class Target:
     adapter: Path | None
     folder: Path | None  # None: a new folder under outputs/
     base: ModelConfig | None = None  # what a run or an adapter is compared with; None: nothing is
-    seen: Seen | None = None  # questions that it was trained on, where its run's folder knows them
+    seen: QuestionHashes | None = None  # questions that it was trained on, where its run's folder knows them
 
 
 def find_target(
@@ -89,7 +89,7 @@ def _with_adapter(
         model = config.model
     changed = {key.removeprefix("model."): None for key in keys if key.startswith("model.")}
     model = dataclasses.replace(model, **{field: getattr(config.model, field) for field in changed})
-    seen = Seen.load(folder or path.absolute().parent)
+    seen = QuestionHashes.load(folder or path.absolute().parent)
     if is_whole_model(path):
         if keys & {"model", "model.path"}:
             raise UserError(f"{path} is a whole model, so it has no base: leave model and model.path out.")

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseft.config import BUNDLED, EvalConfig
+from sparseft.config import BUNDLED, BUNDLED_ROOT, EvalConfig
 from sparseft.errors import UserError, nearest
 from sparseft.evaluation.llm_adapters import ARITHMETIC, COMMONSENSE, GROUPS
 from sparseft.evaluation.mmlu import MMLU, MMLU_CATEGORIES, MMLU_SUBJECTS, local_subjects
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
 
-BUNDLED_DATA = str(Path(__file__).parents[1] / "bundled" / "data")
+BUNDLED_DATA = str(BUNDLED_ROOT / "data")
 
 HARNESS = "lm_eval:"  # before a name: lm-eval's own task, where ours has the same name
 

@@ -21,9 +21,9 @@ from sparseft.adapters.lifecycle import trainable_count
 from sparseft.adapters.state import state_of
 from sparseft.compose.run_config import to_yaml
 from sparseft.config import BUNDLED, RunConfig
-from sparseft.data import calibration_batches
 from sparseft.data.collating import Collator
 from sparseft.data.packing import check_packing
+from sparseft.data.sampling import calibration_batches
 from sparseft.distributed import launch, ranks
 from sparseft.distributed.deepspeed import forget_zero
 from sparseft.errors import LayoutWarning, UserError
@@ -286,7 +286,7 @@ def _describe(job: Job, folder: Path) -> None:
         "format": data.format,
         "examples": len(data.train),
         "rows": len(job.rows),
-        "tokens": data.tokens,
+        "tokens": data.train.num_tokens,
         "fingerprint": data.fingerprint,
     }
     dtype, world = str(job.dtype).removeprefix("torch."), ranks.rank_and_world()[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparseft import console
 from sparseft.config import RunConfig
-from sparseft.data.question_hashes import Seen
+from sparseft.data.question_hashes import QuestionHashes
 from sparseft.distributed import launch
 from sparseft.errors import UserError
 from sparseft.evaluation.mt_bench import MT_BENCH
@@ -60,7 +60,7 @@ class Scorer:
         outcome = self._evaluate(model, tokenizer, "test")
         score = outcome["tasks"][self.name]["accuracy"]
         if launch.first_process():  # a model in shards answers in all of them
-            seen = Seen.load(folder)
+            seen = QuestionHashes.load(folder)
             target = Target(f"the run {folder}", self.config.model, folder / "adapter", folder, seen=seen)
             conclude(outcome, self.plans["test"], target, folder)
         return score

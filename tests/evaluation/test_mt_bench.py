@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from sparseft.config import EvalConfig
-from sparseft.data.chat import convert_messages
-from sparseft.data.formats import convert
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.data.sources import Records
 from sparseft.errors import UserError
 from sparseft.evaluation.comparison import compare
 from sparseft.evaluation.mt_bench import prompt_of, temperature, write_answers
 from sparseft.evaluation.run import evaluate, prepare
+from support.data import convert, convert_messages
 from support.running import METHODS, on, refused, sparseft, write_data
 
 QUESTIONS = [
