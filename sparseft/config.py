@@ -158,7 +158,7 @@ class EvalConfig:
     limit: Annotated[int, AT_LEAST_1] | None = None
     batch_size: int | str = 8
     num_beams: Annotated[int, AT_LEAST_1] = 1
-    max_new_tokens: Annotated[int, AT_LEAST_1] = 32
+    max_new_tokens: Annotated[int, AT_LEAST_1] | None = None
     compare_base: bool = True
     prompt: Literal["auto", "alpaca", "guanaco", "chat"] = "auto"
     model_id: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -11,7 +12,23 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """The work failed while running: what happened and what is safe (exit code 1)."""
+    """The work failed while running: what happened and what is safe (exit code 1).
+
+    last_checkpoint: the last good one's folder, None where there is none, left out where that is not known here.
+    """
+
+    def __init__(self, message: str, last_checkpoint: Any = ...) -> None:
+        super().__init__(message)
+        if last_checkpoint is not ...:
+            self.last_checkpoint = last_checkpoint
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user, or the system, has ended the work, which saved first: with the last good checkpoint's folder."""
+
+    def __init__(self, name: str, last_checkpoint: str | None = None) -> None:
+        super().__init__(name)
+        self.last_checkpoint = last_checkpoint
 
 
 class LayoutWarning(UserWarning):

@@ -105,8 +105,8 @@ def train(
     KEY=VALUE sets a setting or chooses an option of a group (model, dataset, method, hardware, experiment).
     """
     options = Options(multirun, cfg, config_dir, json, debug)
-    asked = {"plan": True} if plan else {}
-    return configured("train", words or [], options, lambda module, config, _: module.run(config, **asked))
+    module = "plan" if plan else "train"
+    return configured("train", words or [], options, lambda found, config, _: found.run(config), module=module)
 
 
 @app.command(

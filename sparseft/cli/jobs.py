@@ -38,15 +38,18 @@ def configured(
     options: Options,
     call: Callable[[Any, Any, list[str]], dict[str, Any]],
     check: Callable[[], None] = lambda: None,
+    module: str | None = None,
 ) -> int:
     """Composes one run, or each point of a sweep, and hands it to the command's module.
 
     call: (module, config, words of the point) -> the result.
     check: refuses wrong options before anything else happens; may add to `words`.
+    module: the one of `commands/` that works and renders, where it is not the command's own.
     """
     from sparseft.compose import run_config as compose
 
     folders = options.config_dir or []
+    module = module or command
 
     def expand() -> list[list[str]]:
         check()
@@ -65,17 +68,17 @@ def configured(
                 point.append(f"output_dir={config.output_dir}")
             if options.cfg:
                 return config.to_dict() if options.json else compose.to_yaml(config)
-            return call(command_module(command), config, point)
+            return call(command_module(module), config, point)
 
         outcome = execute(work, options.debug)
-        return outcome if options.cfg else _judged(command, outcome)
+        return outcome if options.cfg else _judged(module, outcome)
 
     expanded = execute(expand, options.debug)
     if expanded.code:
-        return finish(command, expanded, options.json, options.debug)
+        return finish(module, expanded, options.json, options.debug)
     if options.multirun:
-        return _sweep(command, words, expanded.result, run_point, options)
-    return finish(command, run_point(0, expanded.result[0]), options.json, options.debug, options.cfg)
+        return _sweep(module, words, expanded.result, run_point, options)
+    return finish(module, run_point(0, expanded.result[0]), options.json, options.debug, options.cfg)
 
 
 def _sweep(

@@ -6,9 +6,15 @@ import copy
 from dataclasses import asdict
 from typing import Any
 
+import transformers
+
 from sparseft import console
 from sparseft.config import RunConfig
-from sparseft.training import checks
+from sparseft.models.decoder import context_length
+from sparseft.models.loading import load_config
+from sparseft.training import checks, memory_plan
+from sparseft.training.arguments import micro_batches
+from sparseft.training.distributed_trainer import has_experts
 
 GIB = 2**30
 PARTS = {
@@ -27,28 +33,22 @@ REMEDIES = ("micro_batch", "gradient_checkpointing", "zero_stage", "offload", "m
 def run(config: RunConfig) -> dict[str, Any]:
     """The plan of the composed config: of whatever `train` would take. Raises UserError for what the plan cannot know
     (experts that take turns)."""
-    import transformers
-
-    from sparseft.models.decoder import context_length
-    from sparseft.models.loading import load_config
-    from sparseft.training import memory_plan as planning
-
     config = copy.deepcopy(config)
     config.method.validate()
     console.clear_warnings()
     checks.check_trainer(config)
     content = load_config(config.model)
     transformers.logging.set_verbosity_error()
-    dtype = planning.model_dtype(config, content)
+    dtype = memory_plan.model_dtype(config, content)
     limit = context_length(content)
     length = config.trainer.max_length
     if limit and length > limit:  # training refuses longer examples, not the setting
         console.log(f"plan: trainer.max_length={length}, but the model's context is {limit} tokens: planned for those")
         config.trainer.max_length = length = limit
-    shape = planning.trainable_shape(config, content, dtype)
+    shape = memory_plan.trainable_shape(config, content, dtype)
     batch = micro_batch(config)
-    memory = planning.step_memory(config, shape, batch=batch, length=length)
-    device_bytes = planning.device_bytes(config.hardware)
+    memory = memory_plan.step_memory(config, shape, batch=batch, length=length)
+    device_bytes = memory_plan.device_bytes(config.hardware)
     table = [
         {"length": tokens, "batch": sequences, "bytes": _total(config, shape, sequences, tokens)}
         for tokens in _around(length, limit)
@@ -60,7 +60,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         "method": config.method_name,
         "dtype": str(dtype).removeprefix("torch."),
         "hardware": config.hardware.name,
-        "processes": planning.world(config.hardware),
+        "processes": memory_plan.world(config.hardware),
         "zero_stage": config.hardware.zero_stage,
         "batch": batch,
         "length": length,
@@ -79,13 +79,11 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def micro_batch(config: RunConfig) -> int:
     """Sequences that go through the model at once on one device."""
-    return min(config.trainer.batch_size, config.hardware.micro_batch or config.trainer.batch_size)
+    return micro_batches(config.trainer, config.hardware)[0]
 
 
 def _total(config: RunConfig, shape: Any, batch: int, length: int) -> int:
-    from sparseft.training import memory_plan as planning
-
-    return planning.step_memory(config, shape, batch=batch, length=length).total
+    return memory_plan.step_memory(config, shape, batch=batch, length=length).total
 
 
 def _around(value: int, limit: int | None) -> list[int]:
@@ -93,10 +91,8 @@ def _around(value: int, limit: int | None) -> list[int]:
 
 
 def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] | None:
-    """The fewest of `REMEDIES` with which the step fits: the overrides to give and the bytes it then takes; null where
+    """The fewest of `REMEDIES` with which the step fits: the overrides to give and the bytes it then takes; None where
     even all of them are not enough."""
-    from sparseft.training.distributed_trainer import has_experts
-
     changed = copy.deepcopy(config)
     given: dict[str, str] = {}
     stage = 2 if has_experts(shape.model) else 3  # single experts of a sharded parameter cannot train
@@ -112,8 +108,6 @@ def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] |
 def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> bool:
     """Changes the config by one remedy (ZeRO up to `stage`) and notes the overrides that do it; whether there was
     anything to change."""
-    from sparseft.training import memory_plan as planning
-
     trainer, hardware = config.trainer, config.hardware
     if name == "micro_batch" and micro_batch(config) > 1:
         hardware.micro_batch = 1
@@ -121,7 +115,7 @@ def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> b
     elif name == "gradient_checkpointing" and not hardware.gradient_checkpointing:
         hardware.gradient_checkpointing = True
         given["hardware.gradient_checkpointing"] = "true"
-    elif name == "zero_stage" and planning.world(hardware) > 1 and hardware.zero_stage < stage:
+    elif name == "zero_stage" and memory_plan.world(hardware) > 1 and hardware.zero_stage < stage:
         hardware.zero_stage = stage
         given["hardware.zero_stage"] = str(stage)
     elif name == "offload" and hardware.zero_stage == 3 and hardware.offload == "none":

@@ -7,9 +7,13 @@ from typing import Any
 from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.distributed import launch
+from sparseft.distributed.deepspeed import forget_zero
 from sparseft.errors import UserError
 from sparseft.methods import sparse_methods
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.describe import describe_selection
 from sparseft.training import checks
+from sparseft.training.prepare import prepare, select
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -27,11 +31,6 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def _preprocess(config: RunConfig) -> dict[str, Any]:
-    from sparseft.distributed.deepspeed import forget_zero
-    from sparseft.models.spec import ModelSpec
-    from sparseft.selection.describe import describe_selection
-    from sparseft.training.prepare import prepare, select
-
     forget_zero()  # of an earlier run
     prepared = prepare(config)
     spec = ModelSpec.of(prepared.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,20 @@ def no_shared_memory() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextlib.contextmanager
+def own_dtypes() -> Iterator[None]:
+    """Inside, `deepspeed.zero.Init` leaves tensors in the dtype in which a model makes them, such as fp32 for a table
+    of rotations: it would cast all of them to one. transformers gives it nothing but its configuration."""
+    import deepspeed
+
+    usual = deepspeed.zero.Init
+    deepspeed.zero.Init = functools.partial(usual, tensor_overrides=[deepspeed.zero.DeepSpeedTensorOverride.device])
+    try:
+        yield
+    finally:
+        deepspeed.zero.Init = usual
 
 
 def deepspeed_on_cpu() -> dict[str, Any]:

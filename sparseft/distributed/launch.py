@@ -31,7 +31,7 @@ from typing import Any
 from sparseft import console
 from sparseft.config import HardwareConfig, RunConfig
 from sparseft.distributed.env import DEFAULT_PORT, check_complete, check_place, number, port, started
-from sparseft.errors import RunError, UserError
+from sparseft.errors import Interrupted, RunError, UserError
 
 WORKER = "sparseft.cli.worker"
 JOB, RESULT, OUTCOME = "job.json", "result.json", "outcome-{rank}.json"
@@ -304,10 +304,9 @@ def _raise(failed: list[Outcome], interrupted: str | None) -> None:
     """
     checkpoint = next((outcome.last_checkpoint for outcome in failed if outcome.last_checkpoint), None)
     first = min(failed, key=lambda outcome: (outcome.code != 2, outcome.time))
-    error: BaseException = UserError(first.message) if first.code == 2 else RunError(first.message)
+    error: BaseException = UserError(first.message) if first.code == 2 else RunError(first.message, checkpoint)
     if interrupted or first.code == 130:
-        error = KeyboardInterrupt(interrupted or "")
-    error.last_checkpoint = checkpoint  # type: ignore[attr-defined]
+        error = Interrupted(interrupted or "", checkpoint)
     raise error from (ChildTraceback(first.traceback) if first.traceback else None)
 
 

@@ -33,6 +33,13 @@ def add_up(tensor: Tensor) -> None:
         dist.all_reduce(tensor)
 
 
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean over the ranks, as a tensor of its own."""
+    total = tensor.clone()
+    add_up(total)
+    return total / rank_and_world()[1]
+
+
 def from_all(value: Any) -> list[Any]:
     """Every rank's `value`, by rank."""
     world = rank_and_world()[1]

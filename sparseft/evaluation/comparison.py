@@ -28,7 +28,7 @@ def sign_test(improved: int, worsened: int) -> float:
 
 
 def mean_and_error(differences: list[float]) -> tuple[float, float | None]:
-    """The mean and its standard error (null for a single value)."""
+    """The mean and its standard error (None for a single value)."""
     count = len(differences)
     mean = sum(differences) / count
     if count < 2:
@@ -38,7 +38,7 @@ def mean_and_error(differences: list[float]) -> tuple[float, float | None]:
 
 
 def weighted_error(errors: list[float | None], weights: list[float]) -> float | None:
-    """The standard error of Σ weight × mean over independent tasks; null where one of them has none."""
+    """The standard error of Σ weight × mean over independent tasks; None where one of them has none."""
     known = [error for error in errors if error is not None]
     if len(known) < len(errors) or not errors:
         return None

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from sparseft.data.question_hashes import QuestionHashes, test_questions
-from sparseft.evaluation.llm_adapters import find_file, read_records
-from sparseft.evaluation.run import Plan
-from sparseft.evaluation.tasks import ARITHMETIC, COMMONSENSE, HARNESS
+from sparseft.evaluation.llm_adapters import ARITHMETIC, COMMONSENSE, find_file, read_records
+from sparseft.evaluation.tasks import HARNESS, Plan
 
 COLUMNS = ["task", "questions", "trained on", "accuracy", "accuracy without them"]
 OF_BOTH = ["task", "questions", "trained on", "base", "adapter", "base without them", "adapter without them"]
@@ -36,7 +35,7 @@ def overlap_of_folder(data_dir: str, seen: QuestionHashes) -> dict[str, tuple[in
 def annotate(outcome: dict[str, Any], plan: Plan, seen: QuestionHashes | None) -> None:
     """Adds to an outcome of `evaluate` which questions had been trained on.
 
-    Tasks and groups get `train_overlap` (questions) and `accuracy_without_overlap` (null where no question is left),
+    Tasks and groups get `train_overlap` (questions) and `accuracy_without_overlap` (None where no question is left),
     where the base was compared also `base_without_overlap`; samples `train_overlap` (true or false). Nothing is added
     where the training questions are not known.
     """
@@ -74,7 +73,7 @@ def annotate(outcome: dict[str, Any], plan: Plan, seen: QuestionHashes | None) -
 
 
 def _mean(values: list[Any]) -> float | None:
-    """The mean; null of nothing, and where a question has no number of its own (a metric of the whole set)."""
+    """The mean; None of nothing, and where a question has no number of its own (a metric of the whole set)."""
     if not values or not all(isinstance(value, int | float) for value in values):
         return None
     return sum(values) / len(values)

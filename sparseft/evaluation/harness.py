@@ -16,10 +16,14 @@ from typing import Any
 import datasets
 import lm_eval.api.model
 import lm_eval.api.task
+import lm_eval.evaluator
 import lm_eval.models.huggingface
 import numpy as np
 import torch
 import transformers
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.config.group import AggMetricConfig
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 from tokenizers.processors import TemplateProcessing
@@ -34,6 +38,7 @@ Progress = Callable[[str, int, int | None], None]  # (what, done, of how many)
 
 ROOM = 32  # tokens that generation gets at least, at the cost of the prompt's beginning
 CPU_BATCH = 8  # for batch_size=auto on a CPU, where too large a batch ends the process instead of raising
+BOOTSTRAP = 1000  # resamplings for metrics without a closed standard error (accuracy has one)
 SEEDS = {"python": 0, "other": 1234}  # lm-eval's own defaults; they matter to tasks that sample
 
 
@@ -184,6 +189,37 @@ def _end_open(tokenizer: Any) -> None:
     ]
     template = " ".join([*(token for token, _ in before), "$A"])
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=before)
+
+
+def group_of(name: str, members: list[Task], by_size: bool) -> Group:
+    """A group of lm-eval, whose accuracy is the mean over its tasks, weighted by their sizes or not."""
+    group = Group(
+        name,
+        aggregate_metric_list=[AggMetricConfig(metric="acc", weight_by_size=by_size)],
+        metadata={"version": "1.0"},
+    )
+    for member in members:
+        group.add(member)
+    return group
+
+
+def weighs_alike(group: Group) -> bool:
+    """Whether a group's score is the mean over its tasks, whatever their sizes."""
+    return bool(group.aggregate_metric_list) and not group.aggregate_metric_list[0].weight_by_size
+
+
+def run_tasks(lm: Any, tasks: dict[str, Task], groups: dict[str, Group], limit: int | None) -> dict[str, Any]:
+    """lm-eval's results for these tasks, samples included."""
+    # Not simple_evaluate: it indexes all of lm-eval's tasks and inspects the machine, ten seconds for nothing here.
+    raw = lm_eval.evaluator.evaluate(
+        lm=lm,
+        task_dict={"tasks": tasks, "groups": groups},
+        limit=limit,
+        bootstrap_iters=BOOTSTRAP,
+        log_samples=True,
+    )
+    assert raw is not None  # only ranks other than 0 get None, and there is one process
+    return raw
 
 
 @contextlib.contextmanager

@@ -17,15 +17,29 @@ from sparseft.data.prompts import alpaca_prompt
 from sparseft.errors import UserError, shown
 from sparseft.evaluation import llm_adapters_hub as hub
 from sparseft.evaluation.task_files import common
-from sparseft.evaluation.tasks import GROUPS, group_of
 from sparseft.files.untrusted import read_json, why
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
+COMMONSENSE = (
+    "boolq",
+    "piqa",
+    "social_i_qa",
+    "hellaswag",
+    "winogrande",
+    "ARC-Easy",
+    "ARC-Challenge",
+    "openbookqa",
+)
+ARITHMETIC = ("MultiArith", "gsm8k", "AddSub", "AQuA", "SingleEq", "SVAMP", "mawps")
+GROUPS = {"commonsense": COMMONSENSE, "arithmetic": ARITHMETIC}
+
 FILES = {"test": ("test.json",), "validation": ("validation.json", "val.json")}
 FILES["any"] = (*FILES["test"], *FILES["validation"])  # the first that is there
 TOLERANCE = 1e-3  # of a number, absolute
+MAX_NEW_TOKENS = 32  # of an answer
+ARITHMETIC_TOKENS = 256  # of one of arithmetic, where the reasoning comes before the number
 
 _ANSWER, _LETTER = re.compile(r"answer[1-5]"), re.compile(r"[A-E]")
 PATTERNS = {
@@ -40,6 +54,16 @@ PATTERNS = {
     "AQuA": _LETTER,
 }
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+
+
+def group_of(name: str) -> str | None:
+    """`commonsense` or `arithmetic` for one of their members, else None."""
+    return next((group for group, members in GROUPS.items() if name in members), None)
+
+
+def max_new_tokens(task: str) -> int:
+    """Tokens of an answer, where `eval.max_new_tokens` says nothing else."""
+    return ARITHMETIC_TOKENS if task in ARITHMETIC else MAX_NEW_TOKENS
 
 
 def last_number(text: str) -> float | None:
@@ -92,6 +116,28 @@ def select_files(requested: list[str], split: str, data_dir: str) -> tuple[dict[
         absent = [task for task, path in files.items() if not path]
         if not selected[name]:
             raise UserError(_no_data(name, members, split, data_dir))
+        if absent:
+            missing[name] = absent
+    return selected, missing
+
+
+def select_sources(requested: list[str], split: str) -> tuple[dict[str, dict[str, str]], dict[str, list[str]]]:
+    """`({requested name: {task: hub id}}, {group: [tasks without a source]})`; UserError for a task without one."""
+    if split == "validation":
+        raise UserError(
+            f"eval.split=validation: the hub's validation splits are what {', '.join(requested)} test on; set "
+            "eval.data_dir=FOLDER with FOLDER/<task>/validation.json in the LLM-Adapters layout."
+        )
+    selected, missing = {}, {}
+    for name in requested:
+        members = GROUPS.get(name, (name,))
+        selected[name] = {task: hub.SOURCES[task].path for task in members if task in hub.SOURCES}
+        absent = [task for task in members if task not in hub.SOURCES]
+        if not selected[name]:
+            raise UserError(
+                f"The test data of {name} is on no hub: set eval.data_dir=FOLDER with FOLDER/{name}/test.json in the "
+                "LLM-Adapters layout (github.com/AGI-Edgerunners/LLM-Adapters, dataset/)."
+            )
         if absent:
             missing[name] = absent
     return selected, missing
@@ -163,7 +209,7 @@ def load_records(
         path = str(select_files([task], split, data_dir)[0][task][task])
     if path is not None:
         return {"test": datasets.Dataset.from_list(read_records(Path(path), task))}
-    where = hub.select([task], split)[0][task][task]
+    where = select_sources([task], split)[0][task][task]
     return {"test": datasets.Dataset.from_list(check_records(hub.load(task), where, task))}
 
 
@@ -181,7 +227,7 @@ def verdict(doc: dict[str, str], results: list[str | float | None]) -> dict[str,
 
 
 def build_task(task: str, path: Path | None, num_beams: int, max_new_tokens: int) -> ConfigurableTask:
-    """The lm-eval task `task` on the records of `path` (null: of the hub), read and checked."""
+    """The lm-eval task `task` on the records of `path` (None: of the hub), read and checked."""
     from lm_eval.api.task import ConfigurableTask
 
     config = common("llm_adapters")

@@ -13,7 +13,6 @@ from typing import Any
 
 from sparseft.data import prompts
 from sparseft.errors import UserError
-from sparseft.evaluation.tasks import GROUPS
 
 Converted = tuple[str, str]  # (instruction, answer)
 
@@ -103,28 +102,6 @@ SOURCES = {
     "SVAMP": HubSet("ChilleD/SVAMP", None, "train+test", _svamp),  # LLM-Adapters tests on all of it
     "MultiArith": HubSet("ChilleD/MultiArith", None, "train+test", _multi_arith),
 }
-
-
-def select(requested: list[str], split: str) -> tuple[dict[str, dict[str, str]], dict[str, list[str]]]:
-    """`({requested name: {task: hub id}}, {group: [tasks without a source]})`; UserError for a task without one."""
-    if split == "validation":
-        raise UserError(
-            f"eval.split=validation: the hub's validation splits are what {', '.join(requested)} test on; set "
-            "eval.data_dir=FOLDER with FOLDER/<task>/validation.json in the LLM-Adapters layout."
-        )
-    selected, missing = {}, {}
-    for name in requested:
-        members = GROUPS.get(name, (name,))
-        selected[name] = {task: SOURCES[task].path for task in members if task in SOURCES}
-        absent = [task for task in members if task not in SOURCES]
-        if not selected[name]:
-            raise UserError(
-                f"The test data of {name} is on no hub: set eval.data_dir=FOLDER with FOLDER/{name}/test.json in the "
-                "LLM-Adapters layout (github.com/AGI-Edgerunners/LLM-Adapters, dataset/)."
-            )
-        if absent:
-            missing[name] = absent
-    return selected, missing
 
 
 def load(task: str) -> list[dict[str, str]]:

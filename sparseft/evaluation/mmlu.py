@@ -15,10 +15,35 @@ from typing import TYPE_CHECKING, Any
 from sparseft.data.prompts import mmlu_header, mmlu_question
 from sparseft.errors import UserError, nearest
 from sparseft.evaluation.task_files import common
-from sparseft.evaluation.tasks import MMLU, MMLU_CATEGORIES, MMLU_SUBJECTS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
+
+MMLU = "mmlu"
+# The 57 subjects by category (Hendrycks et al. 2021, categories.py).
+MMLU_CATEGORIES = {
+    "stem": (
+        "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
+        "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
+        "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
+        "high_school_mathematics high_school_physics high_school_statistics machine_learning"
+    ).split(),
+    "humanities": (
+        "formal_logic high_school_european_history high_school_us_history high_school_world_history "
+        "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory "
+        "professional_law world_religions"
+    ).split(),
+    "social_sciences": (
+        "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics "
+        "high_school_microeconomics high_school_psychology human_sexuality professional_psychology public_relations "
+        "security_studies sociology us_foreign_policy"
+    ).split(),
+    "other": (
+        "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing "
+        "medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology"
+    ).split(),
+}
+MMLU_SUBJECTS = tuple(sorted(subject for subjects in MMLU_CATEGORIES.values() for subject in subjects))
 
 HUB = "cais/mmlu"
 DEFAULT_SHOTS = 5
@@ -49,6 +74,18 @@ def local_subjects(data_dir: str | Path, split: str | None = None) -> list[str]:
     ends = [FOLDERS[split]] if split else list(FOLDERS.values())
     found = {path.name.removesuffix(f"_{end}.csv") for end in ends for path in (folder / end).glob(f"*_{end}.csv")}
     return sorted(found)
+
+
+def is_mmlu(name: str, data_dir: str | None) -> bool:
+    """Whether a task is MMLU, one of its categories or subjects, those of the folder included."""
+    if name == MMLU:
+        return True
+    part = name.removeprefix(f"{MMLU}_")
+    if part == name:
+        return False
+    # lm-eval has other names that start so (mmlu_pro); a subject of the folder counts as ours.
+    known = {*MMLU_CATEGORIES, *MMLU_SUBJECTS, *(local_subjects(data_dir) if data_dir else ())}
+    return part in known
 
 
 def resolve_split(split: str, data_dir: str | None) -> str:

@@ -17,9 +17,10 @@ from typing import Any
 
 from sparseft.data.prompts import ALPACA_INSTRUCTION, ASSISTANT, HUMAN, alpaca_conversation, human_turn
 from sparseft.errors import UserError
-from sparseft.evaluation.tasks import MT_BENCH
 from sparseft.files.atomic import write_text
 from sparseft.files.untrusted import parse_json, why
+
+MT_BENCH = "mt_bench"  # two-turn questions whose answers a judge reads elsewhere: no accuracy
 
 FILE = "question.jsonl"
 MAX_NEW_TOKENS = 1024  # a turn, as FastChat's

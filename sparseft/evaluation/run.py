@@ -1,107 +1,70 @@
-"""One evaluation: names and data become lm-eval tasks (`prepare`), lm-eval runs them on a model (`evaluate`)."""
+"""One evaluation: names and data become lm-eval tasks (`prepare`), lm-eval runs them on a model (`evaluate`), and what
+came of it is completed and written (`conclude`).
+
+    plan = prepare(expand_tasks(["mmlu", "boolq"]), config, data_dir="data")  # reads and checks the data; no model yet
+    outcome = evaluate(model, tokenizer, plan)
+    conclude(outcome, plan, target, folder)                                   # adapters, runs: `target.find_target`
+"""
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sparseft.config import BUNDLED_ROOT, EvalConfig
+from sparseft.adapters.description import adapter_hash
+from sparseft.config import EvalConfig
 from sparseft.errors import RunError, UserError, nearest
-from sparseft.evaluation import llm_adapters, mmlu, mt_bench, results
-from sparseft.evaluation import llm_adapters_hub as hub
-from sparseft.evaluation.tasks import (
-    ARITHMETIC,
-    COMMONSENSE,
-    GROUPS,
-    HARNESS,
-    MMLU,
-    MMLU_CATEGORIES,
-    MT_BENCH,
-    expand_tasks,
-)
+from sparseft.evaluation import harness, llm_adapters, mmlu, mt_bench, results
+from sparseft.evaluation.comparison import compare
+from sparseft.evaluation.contamination import annotate
+from sparseft.evaluation.llm_adapters import ARITHMETIC, COMMONSENSE, GROUPS
+from sparseft.evaluation.mmlu import MMLU, MMLU_CATEGORIES
+from sparseft.evaluation.mt_bench import MT_BENCH
+from sparseft.evaluation.target import Target
+from sparseft.evaluation.tasks import BUNDLED_DATA, HARNESS, Plan, expand_tasks, task_manager
+from sparseft.runs.environment import package_commit
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from lm_eval.api.group import Group
-    from lm_eval.api.task import Task
-
-log = logging.getLogger(__name__)
-
-BUNDLED_DATA = str(BUNDLED_ROOT / "data")
-ARITHMETIC_TOKENS = 256  # the reasoning comes before the number
 FEWSHOT_SEED = 1234  # lm-eval's own default
-BOOTSTRAP = 1000  # resamplings for metrics without a closed standard error (accuracy has one)
-
-
-@dataclass
-class Plan:
-    """Tasks with their data read and checked, before any model is there; serves any number of evaluations."""
-
-    requested: list[str]
-    tasks: dict[str, Task] = field(default_factory=dict)  # ours
-    groups: dict[str, Group] = field(default_factory=dict)
-    harness_tasks: dict[str, Task] = field(default_factory=dict)  # lm-eval's own, by lm-eval's names
-    harness_groups: dict[str, Group] = field(default_factory=dict)
-    questions: list[dict[str, Any]] = field(default_factory=list)  # of MT-Bench
-    facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # to put beside the results of a task or group
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def macro(self) -> set[str]:
-        """Groups whose score is the mean over their tasks, whatever the tasks' sizes."""
-        return {
-            name
-            for name, group in (self.groups | self.harness_groups).items()
-            if group.aggregate_metric_list and not group.aggregate_metric_list[0].weight_by_size
-        }
 
 
 def prepare(
-    tasks: list[str], config: EvalConfig, *, data_dir: str | None, progress: Any = None, debug: bool = False
+    tasks: list[str], config: EvalConfig, *, data_dir: str | None, progress: harness.Progress | None = None
 ) -> Plan:
     """Checks the settings, reads the data of every task and builds the lm-eval tasks.
 
     Raises UserError for settings out of range, unknown names, and data that is missing or bad.
     """
     _check(config)
-    requested = expand_tasks(tasks, data_dir=data_dir)
-    from sparseft.evaluation import harness
-
-    plan = Plan(requested)
-    with harness.seeded([]), harness.quiet(progress, debug):
-        _add_mmlu(plan, [name for name in requested if _is_mmlu(name, data_dir)], config, data_dir)
-        generated = [name for name in requested if name in (*GROUPS, *COMMONSENSE, *ARITHMETIC)]
-        _add_generated(plan, generated, config, data_dir)
-        if MT_BENCH in requested:
+    plan = Plan(expand_tasks(tasks, data_dir=data_dir), config, config.prompt)
+    with harness.seeded([]), harness.quiet(progress):
+        _add_mmlu(plan, [name for name in plan.requested if mmlu.is_mmlu(name, data_dir)], data_dir)
+        _add_generated(
+            plan, [name for name in plan.requested if name in (*GROUPS, *COMMONSENSE, *ARITHMETIC)], data_dir
+        )
+        if MT_BENCH in plan.requested:
             plan.questions = mt_bench.read_questions(data_dir)[: config.limit]
         ours = {*plan.tasks, *plan.groups, MT_BENCH}
-        _add_harness(plan, [name for name in requested if name not in ours], config)
-    _check_shots(plan, config)
+        _add_harness(plan, [name for name in plan.requested if name not in ours])
+    _check_shots(plan)
     return plan
 
 
 def evaluate(
     model: Any,
     tokenizer: Any,
-    tasks: list[str],
-    config: EvalConfig,
+    plan: Plan,
     *,
-    data_dir: str | None,
     max_length: int | None = None,
-    plan: Plan | None = None,
-    progress: Callable[[str, int, int | None], None] | None = None,
-    debug: bool = False,
+    progress: harness.Progress | None = None,
 ) -> dict[str, Any]:
     """Runs the tasks on `model` through lm-eval and returns what came of it.
 
     `model` is a loaded causal LM of transformers, on its device, plain or with sparse or PEFT layers attached; its
-    modes, settings and the random states are left as they were. `max_length` (tokens) bounds the context below the
-    model's own. `plan` is what `prepare` returned for the same arguments (made here otherwise). `progress(what, done,
-    total)` is called as requests are answered.
+    modes, settings and the random states are left as they were. `plan` is what `prepare` returned, which serves any
+    number of evaluations. `max_length` (tokens) bounds the context below the model's own. `progress(what, done, total)`
+    is called as requests are answered.
 
     Returns a dict of plain values:
 
@@ -111,24 +74,22 @@ def evaluate(
       `tasks`); `accuracy_macro` and `accuracy_micro` give both; `missing` names members without data.
     - `raw`: lm-eval's results; `samples`: `{task: [one record a question]}`; `versions`, `warnings`, `seconds`.
     """
-    plan = plan or prepare(tasks, config, data_dir=data_dir, progress=progress, debug=debug)
-    from sparseft.evaluation import harness
-
+    config = plan.config
     start = time.perf_counter()
     if plan.questions:
-        mt_bench.prompt_of(config.prompt, tokenizer)  # refused now, not after hours of other tasks
+        mt_bench.prompt_of(plan.prompt, tokenizer)  # refused now, not after hours of other tasks
     parts = []
-    with harness.undisturbed(model), harness.quiet(progress, debug):
+    with harness.undisturbed(model), harness.quiet(progress):
         lm = harness.LanguageModel(model, tokenizer, config.batch_size, max_length)
-        for tasks_of, groups_of, prefixed in (
+        for tasks, groups, prefixed in (
             (plan.tasks, plan.groups, False),
             (plan.harness_tasks, plan.harness_groups, True),
         ):
-            if tasks_of:
-                parts.append((_run(lm, tasks_of, groups_of, config.limit), prefixed))
+            if tasks:
+                parts.append((harness.run_tasks(lm, tasks, groups, config.limit), prefixed))
         if plan.questions:
-            tokens = _tokens(config, mt_bench.MAX_NEW_TOKENS)
-            conversations = mt_bench.answer(lm, plan.questions, config.prompt, tokens)
+            tokens = config.max_new_tokens or mt_bench.MAX_NEW_TOKENS
+            conversations = mt_bench.answer(lm, plan.questions, plan.prompt, tokens)
     scored = [name for name in plan.requested if name != MT_BENCH]
     outcome = results.assemble(parts, scored, plan.facts, lm.truncated, lm.max_length, plan.macro)
     if plan.questions:
@@ -138,20 +99,51 @@ def evaluate(
     return outcome
 
 
-def _run(lm: Any, tasks: dict[str, Task], groups: dict[str, Group], limit: int | None) -> dict[str, Any]:
-    """lm-eval's results for these tasks, samples included."""
-    # Not simple_evaluate: it indexes all of lm-eval's tasks and inspects the machine, ten seconds for nothing here.
-    from lm_eval.evaluator import evaluate as run_tasks
+def conclude(
+    outcome: dict[str, Any], plan: Plan, target: Target, folder: Path, of_base: dict[str, Any] | None = None
+) -> list[Path]:
+    """Completes an outcome of `evaluate` by the base's results (where it answered too) and by which questions the
+    target was trained on, and writes it below `folder`: `eval/<task>.json` and its samples, MT-Bench's answers.
 
-    raw = run_tasks(
-        lm=lm,
-        task_dict={"tasks": tasks, "groups": groups},
-        limit=limit,
-        bootstrap_iters=BOOTSTRAP,
-        log_samples=True,
-    )
-    assert raw is not None  # only ranks other than 0 get None, and there is one process
-    return raw
+    Returns the paths written.
+    """
+    if of_base is not None:
+        compare(outcome, of_base)
+        outcome["seconds"] += of_base["seconds"]
+    annotate(outcome, plan, target.seen)
+    header = {
+        "evaluated": target.what,
+        "model": target.model.path,
+        "adapter": str(target.adapter) if target.adapter else None,
+        "adapter_sha256": adapter_hash(target.adapter),
+        "base": target.base.path if of_base is not None and target.base is not None else None,
+        "data_dir": plan.config.data_dir,
+        "split": plan.config.split,
+        "commit": package_commit(),
+        "settings": dataclasses.asdict(plan.config),
+    }
+    written = results.write_results(folder, outcome, header)
+    if MT_BENCH in outcome["samples"]:
+        written += _write_conversations(outcome, plan, target, folder, of_base)
+    return written
+
+
+def _write_conversations(
+    outcome: dict[str, Any], plan: Plan, target: Target, folder: Path, of_base: dict[str, Any] | None
+) -> list[Path]:
+    """MT-Bench's answers in FastChat's format, one file a model."""
+    place = target.folder or target.adapter
+    if place is not None and place.name == "adapter":
+        place = place.absolute().parent  # it is the run's folder that has a name of its own
+    name = plan.config.model_id or (place.absolute().name if place is not None else Path(target.model.path).name)
+    answers = {results.file_stem(name): outcome}
+    if of_base is not None and target.base is not None:
+        base = results.file_stem(Path(target.base.path).name)
+        answers[base if base not in answers else f"{base}-base"] = of_base
+    return [
+        mt_bench.write_answers(folder, answered["samples"][MT_BENCH], model_id)
+        for model_id, answered in answers.items()
+    ]
 
 
 def _check(config: EvalConfig) -> None:
@@ -167,39 +159,10 @@ def _check(config: EvalConfig) -> None:
         raise UserError(f"eval.batch_size={size}: expected a whole number of at least 1, or auto.")
 
 
-def _tokens(config: EvalConfig, own: int) -> int:
-    """Tokens of a generated answer: what a task takes by itself, unless the setting was changed."""
-    return own if config.max_new_tokens == EvalConfig.max_new_tokens else config.max_new_tokens
-
-
-def _is_mmlu(name: str, data_dir: str | None) -> bool:
-    if name == MMLU:
-        return True
-    part = name.removeprefix(f"{MMLU}_")
-    if part == name:
-        return False
-    # lm-eval has other names that start so (mmlu_pro); a subject of the folder counts as ours.
-    known = {*MMLU_CATEGORIES, *mmlu.MMLU_SUBJECTS, *(mmlu.local_subjects(data_dir) if data_dir else ())}
-    return part in known
-
-
-def _group(name: str, members: list[Task], by_size: bool) -> Group:
-    from lm_eval.api.group import Group
-    from lm_eval.config.group import AggMetricConfig
-
-    group = Group(
-        name,
-        aggregate_metric_list=[AggMetricConfig(metric="acc", weight_by_size=by_size)],
-        metadata={"version": "1.0"},
-    )
-    for member in members:
-        group.add(member)
-    return group
-
-
-def _add_mmlu(plan: Plan, requested: list[str], config: EvalConfig, data_dir: str | None) -> None:
+def _add_mmlu(plan: Plan, requested: list[str], data_dir: str | None) -> None:
     if not requested:
         return
+    config = plan.config
     shots = mmlu.DEFAULT_SHOTS if config.shots is None else config.shots
     split = mmlu.resolve_split(config.split, data_dir)
     selected = mmlu.select_subjects(requested, split, data_dir)
@@ -228,19 +191,20 @@ def _add_mmlu(plan: Plan, requested: list[str], config: EvalConfig, data_dir: st
 
 
 def _add_mmlu_group(plan: Plan, name: str, subjects: list[str]) -> None:
-    plan.groups[name] = _group(name, [plan.tasks[f"{MMLU}_{subject}"] for subject in subjects], by_size=True)
+    plan.groups[name] = harness.group_of(name, [plan.tasks[f"{MMLU}_{subject}"] for subject in subjects], by_size=True)
 
 
-def _add_generated(plan: Plan, requested: list[str], config: EvalConfig, data_dir: str | None) -> None:
+def _add_generated(plan: Plan, requested: list[str], data_dir: str | None) -> None:
     if not requested:
         return
+    config = plan.config
     selected: dict[str, dict[str, Any]]  # a file or a hub id of each task
     if data_dir is None:
-        selected, missing = hub.select(requested, config.split)
+        selected, missing = llm_adapters.select_sources(requested, config.split)
     else:
         selected, missing = llm_adapters.select_files(requested, config.split, data_dir)
     for task, path in {task: path for files in selected.values() for task, path in files.items()}.items():
-        tokens = _tokens(config, ARITHMETIC_TOKENS if task in ARITHMETIC else EvalConfig.max_new_tokens)
+        tokens = config.max_new_tokens or llm_adapters.max_new_tokens(task)
         file = path if isinstance(path, Path) else None
         plan.tasks[task] = llm_adapters.build_task(task, file, config.num_beams, tokens)
         split = "test" if file is None or file.name in llm_adapters.FILES["test"] else "validation"
@@ -248,7 +212,8 @@ def _add_generated(plan: Plan, requested: list[str], config: EvalConfig, data_di
     for name, files in selected.items():
         if name not in GROUPS:
             continue
-        plan.groups[name] = _group(name, [plan.tasks[task] for task in files], by_size=False)
+        plan.groups[name] = harness.group_of(name, [plan.tasks[task] for task in files], by_size=False)
+        plan.macro.add(name)
         where = "hub" if data_dir is None else data_dir
         plan.facts[name] = {"data": where, "split": config.split}
         if name in missing:
@@ -258,12 +223,11 @@ def _add_generated(plan: Plan, requested: list[str], config: EvalConfig, data_di
                 plan.warnings.append(f"{name}: no {kind}data of {', '.join(missing[name])} in '{where}'.")
 
 
-def _add_harness(plan: Plan, requested: list[str], config: EvalConfig) -> None:
+def _add_harness(plan: Plan, requested: list[str]) -> None:
     """lm-eval's own tasks, set up as its `simple_evaluate` does."""
     if not requested:
         return
-    from sparseft.evaluation.tasks import task_manager
-
+    config = plan.config
     for name in requested:
         try:
             loaded = task_manager().load([name.removeprefix(HARNESS)])
@@ -274,6 +238,7 @@ def _add_harness(plan: Plan, requested: list[str], config: EvalConfig) -> None:
             ) from error
         plan.harness_tasks |= loaded["tasks"]
         plan.harness_groups |= loaded.get("groups", {})
+    plan.macro |= {name for name, group in plan.harness_groups.items() if harness.weighs_alike(group)}
     for name, task in plan.harness_tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             what = "runs code that the model writes" if getattr(task, "UNSAFE_CODE", False) else "needs images or audio"
@@ -288,8 +253,9 @@ def _add_harness(plan: Plan, requested: list[str], config: EvalConfig) -> None:
         plan.warnings.append(f"eval.split=validation does not apply to lm-eval's own tasks: {', '.join(requested)}.")
 
 
-def _check_shots(plan: Plan, config: EvalConfig) -> None:
+def _check_shots(plan: Plan) -> None:
     """Shots that no task takes are the user's mistake; shots that some do not take deserve a word."""
+    config = plan.config
     if not config.shots:
         return
     every = plan.tasks | plan.harness_tasks

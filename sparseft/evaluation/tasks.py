@@ -1,4 +1,4 @@
-"""Which tasks there are: our names, and how a name is checked.
+"""Which tasks there are: our names, how a name is checked, and what an evaluation is made of.
 
 Our `boolq`, `gsm8k`, … are the tasks of the LLM-Adapters protocol (Alpaca prompt, generated answer), not lm-eval's of
 the same name; those are reached as `lm_eval:boolq`. Every other name of lm-eval works as it is.
@@ -7,50 +7,20 @@ the same name; those are reached as `lm_eval:boolq`. Every other name of lm-eval
 from __future__ import annotations
 
 import functools
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from sparseft.config import BUNDLED, BUNDLED_ROOT, EvalConfig
 from sparseft.errors import UserError, nearest
+from sparseft.evaluation.llm_adapters import ARITHMETIC, COMMONSENSE, GROUPS
+from sparseft.evaluation.mmlu import MMLU, MMLU_CATEGORIES, MMLU_SUBJECTS, local_subjects
+from sparseft.evaluation.mt_bench import MT_BENCH
 
-COMMONSENSE = (
-    "boolq",
-    "piqa",
-    "social_i_qa",
-    "hellaswag",
-    "winogrande",
-    "ARC-Easy",
-    "ARC-Challenge",
-    "openbookqa",
-)
-ARITHMETIC = ("MultiArith", "gsm8k", "AddSub", "AQuA", "SingleEq", "SVAMP", "mawps")
-GROUPS = {"commonsense": COMMONSENSE, "arithmetic": ARITHMETIC}
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
 
-MMLU = "mmlu"
-# The 57 subjects by category (Hendrycks et al. 2021, categories.py).
-MMLU_CATEGORIES = {
-    "stem": (
-        "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
-        "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
-        "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
-        "high_school_mathematics high_school_physics high_school_statistics machine_learning"
-    ).split(),
-    "humanities": (
-        "formal_logic high_school_european_history high_school_us_history high_school_world_history "
-        "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory "
-        "professional_law world_religions"
-    ).split(),
-    "social_sciences": (
-        "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics "
-        "high_school_microeconomics high_school_psychology human_sexuality professional_psychology public_relations "
-        "security_studies sociology us_foreign_policy"
-    ).split(),
-    "other": (
-        "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing "
-        "medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology"
-    ).split(),
-}
-MMLU_SUBJECTS = tuple(sorted(subject for subjects in MMLU_CATEGORIES.values() for subject in subjects))
-
-MT_BENCH = "mt_bench"  # two-turn questions whose answers a judge reads elsewhere: no accuracy
+BUNDLED_DATA = str(BUNDLED_ROOT / "data")
 
 HARNESS = "lm_eval:"  # before a name: lm-eval's own task, where ours has the same name
 
@@ -60,11 +30,6 @@ def own_names() -> list[str]:
     names = [MMLU, MT_BENCH, *GROUPS, *COMMONSENSE, *ARITHMETIC]
     names += [f"{MMLU}_{category}" for category in MMLU_CATEGORIES]
     return names + [f"{MMLU}_{subject}" for subject in MMLU_SUBJECTS]
-
-
-def group_of(name: str) -> str | None:
-    """`commonsense` or `arithmetic` for one of their members, else None."""
-    return next((group for group, members in GROUPS.items() if name in members), None)
 
 
 @functools.cache
@@ -91,8 +56,6 @@ def expand_tasks(names: list[str], *, data_dir: str | None = None) -> list[str]:
         raise UserError(f"No task to evaluate was named. {_available()}")
     ours = set(own_names())
     if data_dir is not None and any(word.startswith(f"{MMLU}_") and word not in ours for word in words):
-        from sparseft.evaluation.mmlu import local_subjects
-
         ours |= {f"{MMLU}_{subject}" for subject in local_subjects(data_dir)}
     expanded: list[str] = []
     for word in words:
@@ -118,3 +81,27 @@ def _available() -> str:
         f"Available: {', '.join([MMLU, *GROUPS])}, their members ({', '.join([*COMMONSENSE, *ARITHMETIC])}, "
         f"{MMLU}_<subject>), {MT_BENCH}, and every task of lm-eval."
     )
+
+
+def data_folder(config: EvalConfig, model_path: str) -> str | None:
+    """Where the test data are: `eval.data_dir`, for the bundled model the bundled ones; None: on the hub."""
+    if config.data_dir is None and model_path.startswith(BUNDLED):
+        return BUNDLED_DATA
+    return config.data_dir
+
+
+@dataclass
+class Plan:
+    """Tasks with their data read and checked, before any model is there; serves any number of evaluations."""
+
+    requested: list[str]
+    config: EvalConfig
+    prompt: str = "auto"  # how MT-Bench's questions are put: `eval.prompt`, or what a run was trained on
+    tasks: dict[str, Task] = field(default_factory=dict)  # ours
+    groups: dict[str, Group] = field(default_factory=dict)
+    harness_tasks: dict[str, Task] = field(default_factory=dict)  # lm-eval's own, by lm-eval's names
+    harness_groups: dict[str, Group] = field(default_factory=dict)
+    questions: list[dict[str, Any]] = field(default_factory=list)  # of MT-Bench
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # to put beside the results of a task or group
+    warnings: list[str] = field(default_factory=list)
+    macro: set[str] = field(default_factory=set)  # groups whose tasks weigh alike, whatever their sizes

@@ -44,6 +44,5 @@ def explained(what: str, last_checkpoint: Any) -> Iterator[None]:
             if not hasattr(error, "last_checkpoint"):
                 error.last_checkpoint = last_checkpoint()  # type: ignore[attr-defined]
             raise
-        failure = RunError(f"{what} could not be written: {problem.rstrip('.')}.")
-        failure.last_checkpoint = getattr(error, "last_checkpoint", None) or last_checkpoint()  # type: ignore[attr-defined]
-        raise failure from error
+        checkpoint = getattr(error, "last_checkpoint", None) or last_checkpoint()
+        raise RunError(f"{what} could not be written: {problem.rstrip('.')}.", checkpoint) from error

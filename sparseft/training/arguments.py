@@ -30,10 +30,10 @@ def tf32_as_set() -> Iterator[None]:
     switches: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),  # `matmul.allow_tf32` is part of it
     ]
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; the old ones set some of these too, so they come last
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; the old names set some of these too, so these come last
         onednn = torch.backends.mkldnn
         named += [(place, "fp32_precision") for place in (cudnn, onednn, matmul, cudnn.conv, cudnn.rnn, onednn.matmul)]
-        # What says nothing for itself follows this one, and is to go on doing so.
+        # Settings that were left unset follow this one, and must stay unset.
         switches.insert(0, (partial(getattr, torch.backends, "fp32_precision"),
                             partial(setattr, torch.backends, "fp32_precision")))  # fmt: skip
     switches += [(partial(getattr, *one), partial(setattr, *one)) for one in named]
@@ -41,7 +41,7 @@ def tf32_as_set() -> Iterator[None]:
     def value(read: Callable[[], Any]) -> Any:
         try:
             return read()
-        except RuntimeError:  # an old name cannot be read where a new one has said what it has no word for
+        except RuntimeError:  # an old name cannot be read where a new one was given a value that it does not know
             return None
 
     before = [value(read) for read, _ in switches]
@@ -60,13 +60,14 @@ def training_arguments(
     *,
     seed: int,
     device: torch.device,
-    learning_rate: float,
     total_steps: int,
-    autocast: bool,
+    autocast: bool = False,
     unused: bool = False,
 ) -> transformers.TrainingArguments:
     """The Trainer's arguments of a run, but for its folder; steps are optimizer steps. `schedules.check` comes before.
 
+    config: with the learning rate that it is to be, also where that is the method's.
+    autocast: fp32 weights are computed with in bf16.
     unused: a step may leave parameters without a gradient (experts that no token reached).
     """
     batch_size, accumulation = micro_batches(config, hardware)
@@ -79,7 +80,7 @@ def training_arguments(
         gradient_accumulation_steps=accumulation,
         max_steps=config.max_steps,
         num_train_epochs=config.num_epochs,
-        learning_rate=learning_rate,
+        learning_rate=config.learning_rate,
         warmup_steps=warmup,
         lr_scheduler_type=config.scheduler,
         lr_scheduler_kwargs=dict(config.scheduler_args or {}),

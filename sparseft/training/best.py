@@ -44,14 +44,14 @@ class Evaluation:
 
 
 def recorded(folder: Path, step: int) -> Evaluation | None:
-    """The last evaluation in `metrics.jsonl` at `step`, null where there was none."""
+    """The last evaluation in `metrics.jsonl` at `step`, None where there was none."""
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("step") == step]
     lines = [line for line in lines if isinstance(line.get("eval_loss"), (int, float))]
     return Evaluation(step, lines[-1]["eval_loss"], lines[-1].get("eval_score")) if lines else None
 
 
 def read_best(folder: Path) -> Evaluation | None:
-    """What the folder of a best adapter says of its evaluation; null where there is none."""
+    """What the folder of a best adapter says of its evaluation; None where there is none."""
     path = folder / BEST / NOTE
     if not path.is_file():
         return None
@@ -79,7 +79,7 @@ def _link_or_copy(source: str, target: str) -> None:
 class Best(transformers.TrainerCallback):
     """Keeps the adapter of the best evaluation, and ends the training once one reaches `target_score`.
 
-    folder: the run's `checkpoints/`. save(path): writes what is trained as it is now; null: the best is not kept.
+    folder: the run's `checkpoints/`. save(path): writes what is trained as it is now; None: the best is not kept.
     from_step: evaluations of earlier steps do not count.
     """
 
@@ -113,7 +113,7 @@ class Best(transformers.TrainerCallback):
                 aside.rename(self.folder / BEST)
 
     def take(self, model: Any) -> Evaluation | None:
-        """Puts the best adapter into the model; null (and nothing done) where none was kept."""
+        """Puts the best adapter into the model; None (and nothing done) where none was kept."""
         best = from_first(read_best(self.folder) if is_first() else None) if self.save is not None else None
         if best is not None:
             load_trained(model, self.folder / BEST / "adapter")

@@ -4,54 +4,44 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers.trainer_callback import ExportableState
 
 from sparseft import console
 from sparseft.distributed import ranks
-from sparseft.layers import sparse_layers, write_back
 from sparseft.memory import memory_bytes
 from sparseft.runs.metrics import append_metrics
-from sparseft.training.clock import Mark
-from sparseft.training.failures import Health
-
-if TYPE_CHECKING:
-    from sparseft.training.trainer import Trainer
+from sparseft.training.checkpoints import OWN_STATE
+from sparseft.training.run_state import Mark, RunState
 
 
 class RunCallback(transformers.TrainerCallback, ExportableState):
     """Metrics, progress and interrupts of one run; checkpoints carry its totals, so that a resumed run goes on."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, run: RunState) -> None:
+        assert type(self).__name__ == OWN_STATE
+        self.run = run
         self.progress: console.Progress | None = None
-        self.grows = trainer.is_world_process_zero()
+        self.writes = ranks.is_first()
         self.logged = Mark()  # at the last line of metrics
         self.saved = Mark()  # when the checkpoint was begun
 
-    def now(self) -> Mark:
-        """The totals of the whole run so far, earlier sessions of it included."""
-        state = self.trainer.state
-        loss = self.trainer.accelerator.reduce(self.trainer.loss_sum.clone(), "mean").item()
-        tokens, seconds = int(state.num_input_tokens_seen), self.trainer.clock.seconds
-        return Mark(state.global_step, loss, tokens, seconds, self.trainer.health.bad)
+    def now(self, state: transformers.TrainerState) -> Mark:
+        """The totals of the whole run so far."""
+        return self.run.totals(state.global_step, int(state.num_input_tokens_seen))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps (`trainer_state.json`)."""
-        health = {name: getattr(self.trainer.health, name) for name in ("bad", "streak", "proven")}
-        attributes = {"now": asdict(self.saved), "logged": asdict(self.logged), "health": health}
-        return {"args": {}, "attributes": attributes}
+        own = {"now": asdict(self.saved), "logged": asdict(self.logged), "health": self.run.bad_step_counts()}
+        return {"args": {}, "attributes": own}
 
-    def restore(self, state: Any) -> None:
+    def restore(self, state: transformers.TrainerState) -> None:
         """Takes up the totals of the checkpoint that `state` was loaded from; a fresh run's are zero."""
-        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
-        self.trainer.loss_sum.fill_(saved["now"]["loss"])
-        self.trainer.clock.start(saved["now"]["seconds"])
-        self.trainer.health = Health(self.trainer.health.limit, **saved["health"])
-        self.logged = Mark(**saved["logged"])
+        kept = state.stateful_callbacks[OWN_STATE]["attributes"]
+        self.run.restore(kept)
+        self.logged = Mark(**kept["logged"])
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self.restore(state)
@@ -60,7 +50,7 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
         # checkpoints need that; it would send the backward pass through every layer below the lowest trained one.
         if hasattr(model, "disable_input_require_grads"):
             model.disable_input_require_grads()
-        if self.grows:
+        if self.writes:
             self.progress = console.Progress(state.max_steps, "train", initial=state.global_step)
             self.progress.__enter__()
 
@@ -69,32 +59,25 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
 
     def close(self) -> None:
         """Ends the progress display and the clock, also of a run that failed."""
-        self.trainer.clock.stop()
+        self.run.clock.stop()
         if self.progress is not None:
             self.progress.__exit__(None, None, None)
             self.progress = None
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.trainer.is_deepspeed_enabled:  # its optimizer updates the deltas behind torch's step hook
-            write_back(sparse_layers(self.trainer.model).values())
-            if self.trainer.accelerator.optimizer_step_was_skipped:  # a bad step: the schedule goes on all the same
-                scheduler = self.trainer.lr_scheduler  # accelerate's wrapper would not step it either
-                scheduler = getattr(scheduler, "scheduler", scheduler)
-                if isinstance(scheduler, LRScheduler) and not isinstance(scheduler, ReduceLROnPlateau):
-                    scheduler.step()
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last steps count too, where they fill no whole logging interval
         if self.progress is not None and not control.should_log:  # else on_log does, with the loss
             self.progress.update(state.global_step)
         self._stop_if_interrupted(control)
-        self.trainer.stop_if_bad()
+        self.run.stop_if_bad(state.global_step)
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         self._stop_if_interrupted(control)
 
     def _stop_if_interrupted(self, control: Any) -> None:
-        if ranks.any_rank(self.trainer.interrupted is not None):
-            self.trainer.interrupted = self.trainer.interrupted or "another process"
+        if ranks.any_rank(self.run.interrupted is not None):
+            self.run.interrupted = self.run.interrupted or "another process"
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
@@ -105,18 +88,18 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
             score = {"eval_score": logs["eval_score"]} if "eval_score" in logs else {}
             self._append(record | {"eval_loss": logs["eval_loss"]} | score)
             if not math.isfinite(logs["eval_loss"]):
-                raise self.trainer.failure(
+                raise self.run.failure(
                     f"the evaluation loss is {logs['eval_loss']} at step {state.global_step}"
                     + (": try a lower trainer.learning_rate." if state.global_step else ", before any training."),
-                    self.trainer.health.proven,
+                    self.run.bad_steps.proven,
                 )
-            if self.trainer.is_in_train and self.grows:
+            if self.progress is not None:
                 shown = "".join(f", score {value:.4f}" for value in score.values())
                 console.log(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}{shown}")
             return
         if "loss" not in logs:  # the Trainer's own summary at the end
             return
-        now, last = self.now(), self.logged
+        now, last = self.now(state), self.logged
         steps, seconds = now.step - last.step, now.seconds - last.seconds
         bad = now.bad - last.bad
         self.logged = now
@@ -135,5 +118,5 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
             self.progress.update(state.global_step, **shown)
 
     def _append(self, record: dict[str, Any]) -> None:
-        if self.grows:
-            append_metrics(self.trainer.run / "metrics.jsonl", record)
+        if self.writes:
+            append_metrics(self.run.folder / "metrics.jsonl", record)

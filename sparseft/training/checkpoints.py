@@ -33,9 +33,10 @@ PREFIX = "checkpoint-"
 PARTIAL = ".partial-"  # before a folder's name: not yet a checkpoint, or no longer one
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
+OWN_STATE = "RunCallback"  # in it, transformers keeps a callback's state by the name of its class
 LATEST = "latest"  # DeepSpeed's file: the name of the folder beside it that holds its part
 FORMAT_VERSION = 1
-# What transformers passes over in silence where it is not there; DeepSpeed keeps files of its own beside LATEST.
+# Files that transformers silently does without where they are missing; DeepSpeed keeps its own beside LATEST.
 PARTS = ("optimizer.pt", "scheduler.pt")
 
 
@@ -48,13 +49,13 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def last_checkpoint(run: Path, until: int | None = None) -> str | None:
-    """The newest checkpoint's folder of a run (of those up to the step `until`, where given), or null."""
+    """The newest checkpoint's folder of a run (of those up to the step `until`, where given), or None."""
     steps = [step for step in checkpoint_steps(run / CHECKPOINTS) if until is None or step <= until]
     return str(run / CHECKPOINTS / f"{PREFIX}{steps[-1]}") if steps else None
 
 
 def good_checkpoint(run: Path) -> str | None:
-    """The newest checkpoint's folder of a run that is whole, or null; damaged ones are passed over with a warning."""
+    """The newest checkpoint's folder of a run that is whole, or None; damaged ones are passed over with a warning."""
     for step in reversed(checkpoint_steps(run / CHECKPOINTS)):
         folder = run / CHECKPOINTS / f"{PREFIX}{step}"
         try:
@@ -66,7 +67,7 @@ def good_checkpoint(run: Path) -> str | None:
     return None
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Describes a checkpoint's files in its manifest and hands all of it to the disk."""
     described = {}
     for path in sorted(folder.rglob("*")):
@@ -79,7 +80,7 @@ def seal(folder: Path) -> None:
 
 
 def put_in_place(aside: Path, folder: Path) -> None:
-    """Renames a sealed folder to the checkpoint's; one that was there goes only then."""
+    """Renames a described folder to the checkpoint's; one that was there goes only then."""
     old = folder.with_name(f"{PARTIAL}old-{folder.name}")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -104,7 +105,7 @@ def check_moments(optimizer: Any) -> None:
 
 
 def prune(folder: Path, limit: int | None, step: int) -> None:
-    """Deletes all but the newest `limit` checkpoints (null: none) of those up to `step`. A damaged one may bear a later
+    """Deletes all but the newest `limit` checkpoints (None: none) of those up to `step`. A damaged one may bear a later
     step's name: it is replaced when the run comes there."""
     for number in [each for each in checkpoint_steps(folder) if each <= step][: -limit if limit else 0]:
         checkpoint = folder / f"{PREFIX}{number}"
@@ -161,7 +162,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     try:
         content = parse(path, numbers=False)
-        own = content["stateful_callbacks"]["RunCallback"]["attributes"]
+        own = content["stateful_callbacks"][OWN_STATE]["attributes"]
         numbers = [content["global_step"], content["num_input_tokens_seen"], *(own["health"].values())]
         for mark in (own["now"], own["logged"]):
             numbers += [mark["step"], mark["tokens"]]

@@ -1,15 +1,19 @@
-"""What can be refused at once, before torch, data or a model are loaded."""
+"""What can be refused at once, before data or a model are loaded."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 
+import torch
+
 from sparseft.config import BITSANDBYTES, OPTIMIZERS, RunConfig
+from sparseft.data.sources import locate_file
 from sparseft.distributed import launch
 from sparseft.distributed.env import check_place
 from sparseft.errors import UserError
 from sparseft.files.paths import looks_local, nearest_path, where_looked
+from sparseft.models.loading import load_config, resolve_device
 from sparseft.training import schedules
 
 
@@ -25,7 +29,7 @@ def check_one_process(config: RunConfig, command: str) -> None:
 
 
 def check_hardware(config: RunConfig) -> None:
-    """Refuses processes that cannot be started, and what cannot be trained in several (imports torch if several)."""
+    """Refuses processes that cannot be started, and what cannot be trained in several."""
     hardware = config.hardware
     launch.check(hardware)
     if hardware.zero_stage == 3 and config.method.reselect_steps:
@@ -38,8 +42,6 @@ def check_hardware(config: RunConfig) -> None:
     if hardware.offload == "nvme" and not (hardware.offload_dir and Path(hardware.offload_dir).is_dir()):
         raise UserError(f"hardware.offload_dir={hardware.offload_dir}: no such folder.")
     if hardware.num_processes > 1:
-        import torch
-
         gpus = torch.cuda.device_count()
         if hardware.device != "cpu" and 0 < gpus < hardware.num_processes:
             raise UserError(
@@ -63,7 +65,7 @@ def learning_rate(config: RunConfig) -> float:
 
 
 def check_trainer(config: RunConfig) -> None:
-    """Refuses a schedule that cannot be followed, and an optimizer that this machine or run has not (imports torch)."""
+    """Refuses a schedule that cannot be followed, and an optimizer that this machine or run has not."""
     trainer, hardware = config.trainer, config.hardware
     schedules.check(trainer, learning_rate(config), trainer.max_steps if trainer.max_steps > 0 else None)
     name = trainer.optimizer
@@ -79,8 +81,6 @@ def check_trainer(config: RunConfig) -> None:
             f"trainer.optimizer={name}: cannot be used here (it needs the package bitsandbytes: pip install "
             f"bitsandbytes); without it use one of {', '.join(OPTIMIZERS)}."
         )
-    import torch
-
     if hardware.device == "cpu" or not torch.cuda.is_available():
         raise UserError(
             f"trainer.optimizer={name}: cannot be used here (bitsandbytes' optimizers train on CUDA devices); use one "
@@ -90,8 +90,6 @@ def check_trainer(config: RunConfig) -> None:
 
 def check_data(config: RunConfig) -> None:
     """Refuses data files and test data that are not there."""
-    from sparseft.data.sources import locate_file
-
     if config.dataset.train_path is not None:
         locate_file(config.dataset.train_path, key="dataset.train_path")
     if config.dataset.eval_path is not None:
@@ -100,10 +98,7 @@ def check_data(config: RunConfig) -> None:
 
 
 def check_model(config: RunConfig) -> None:
-    """Refuses a model folder that is not there, a quantised checkpoint, and a device that this machine has not (imports
-    torch and transformers)."""
-    from sparseft.models.loading import load_config, resolve_device
-
+    """Refuses a model folder that is not there, a quantised checkpoint, and a device that this machine has not."""
     load_config(config.model)
     if config.model.tokenizer is not None:
         path = Path(config.model.tokenizer).expanduser()

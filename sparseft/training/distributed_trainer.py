@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers.trainer import SCHEDULER_NAME
 
 from sparseft import console
@@ -109,7 +110,7 @@ def whole_parameters(model: nn.Module, engine: Any) -> Iterator[None]:
             yield
 
 
-def spread_badness(loss: Tensor) -> Tensor:
+def poison_gradient(loss: Tensor) -> Tensor:
     """The loss as it is where it is finite; else one whose gradient is not a number either.
 
     Under DeepSpeed a step is done within the backward pass of its last micro-step. Its optimizers leave out a step
@@ -119,11 +120,27 @@ def spread_badness(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
+class AfterEngineStep(transformers.TrainerCallback):
+    """What torch's optimizers and schedulers would see to by themselves, after a step of DeepSpeed's engine."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+
+    def on_step_end(self, args, state, control, model=None, lr_scheduler=None, **kwargs) -> None:
+        write_back(sparse_layers(model).values())  # its optimizer updates the deltas behind torch's step hook
+        if self.accelerator.optimizer_step_was_skipped:  # a bad step: the schedule goes on all the same
+            scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate's wrapper would not step it
+            if isinstance(scheduler, LRScheduler) and not isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step()
+
+
 class DistributedTrainer(transformers.Trainer):
     """transformers' Trainer in several processes: the data and the steps of one, and its files."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        if self.is_deepspeed_enabled:
+            self.add_callback(AfterEngineStep(self.accelerator))
         fillable = self.model_accepts_loss_kwargs
         self.train_dataset = pad_to_world(self.train_dataset, self.args.train_batch_size, fillable=fillable)
         self.eval_dataset = pad_to_world(self.eval_dataset, self.args.eval_batch_size)
@@ -139,7 +156,7 @@ class DistributedTrainer(transformers.Trainer):
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
         """As transformers computes it; under DeepSpeed a loss that is not finite makes the whole step a bad one."""
         result = super().compute_loss(model, inputs, return_outputs, **options)
-        return spread_badness(result) if self.is_deepspeed_enabled and not return_outputs else result
+        return poison_gradient(result) if self.is_deepspeed_enabled and not return_outputs else result
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset

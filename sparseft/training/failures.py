@@ -1,9 +1,8 @@
-"""What goes wrong while training: steps without a finite loss, memory that runs out."""
+"""Memory that runs out: how it is told from other failures, and the settings that would have fitted."""
 
 from __future__ import annotations
 
 import errno
-import math
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,29 +30,8 @@ NO_MEMORY = (
     "bad_alloc",
 )
 
-# A library that cannot set itself up: mostly for want of memory, but it does not say so.
+# A library fails to initialise: mostly because memory ran out, but it does not say so.
 NO_MEMORY_LIKELY = ("cublas_status_not_initialized", "cudnn_status_not_initialized", "cusolver_status_not_initialized")
-
-
-@dataclass
-class Health:
-    """How the steps went. A step is bad when its loss or its gradient is not finite: it updates nothing."""
-
-    limit: int  # so many bad steps in a row end the run
-    bad: int = 0  # in the whole run
-    streak: int = 0  # the last steps that were bad, in a row
-    proven: int = -1  # the last optimizer step whose weights gave a finite loss in the step after it; -1: none
-
-    def judge(self, step: int, loss: float, norm: float | None) -> bool:
-        """Counts the optimizer step number `step` (1-based), and says whether it is good."""
-        if math.isfinite(loss):
-            self.proven = step - 1
-        if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
-            self.streak = 0
-            return True
-        self.bad += 1
-        self.streak += 1
-        return False
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -61,25 +39,25 @@ def out_of_memory(error: BaseException) -> bool:
     return any(_want_of_memory(one) for one in _causes(error))
 
 
-def memory_problem(error: BaseException, fit: Fit) -> str | None:
-    """What ran out and the settings that would fit, as one sentence, where that is what `error` says; null for any
+def memory_problem(error: BaseException, memory: MemoryAdvice) -> str | None:
+    """What ran out and the settings that would fit, as one sentence, where that is what `error` says; None for any
     other error, and for one that has been explained."""
     if isinstance(error, (RunError, UserError)):
         return None
     for one in _causes(error):
         reason = _want_of_resources(one)
         if reason:
-            return f"a Triton kernel does not fit this GPU ({shown(reason, 300)}): {_without_kernel(one, fit)}."
+            return f"a Triton kernel does not fit this GPU ({shown(reason, 300)}): {_without_kernel(one, memory)}."
         reason = _want_of_memory(one)
         if reason:
             verb = "has probably run out" if _word_in(reason, NO_MEMORY_LIKELY) else "ran out"
-            return f"memory {verb} ({shown(reason.rstrip('.'), 300)}): {fit.advice()}."
+            return f"memory {verb} ({shown(reason.rstrip('.'), 300)}): {memory.advice()}."
     return None
 
 
 def _want_of_resources(error: BaseException) -> str | None:
     """What Triton says where a kernel needs more shared memory, registers or threads than the GPU has, however much
-    memory is free; null for any other error."""
+    memory is free; None for any other error."""
     if type(error).__name__ != "OutOfResources" and not isinstance(error, RuntimeError):
         return None
     line = next((line.strip() for line in str(error).splitlines() if "out of resource:" in line), "")
@@ -87,7 +65,7 @@ def _want_of_resources(error: BaseException) -> str | None:
 
 
 def _want_of_memory(error: BaseException) -> str | None:
-    """The line that says so where `error` says that memory ran out; null for any other error."""
+    """The line that says so where `error` says that memory ran out; None for any other error."""
     if _want_of_resources(error):  # torch's compiler calls that an OutOfMemoryError
         return None
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -113,7 +91,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _without_kernel(refusal: BaseException, fit: Fit) -> str:
+def _without_kernel(refusal: BaseException, memory: MemoryAdvice) -> str:
     """What does without the kernel that was refused, or makes it smaller: by whose it is, as the traceback tells."""
     modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(refusal.__traceback__)}
     if "sparseft.kernels.blocks_triton" in modules:
@@ -122,12 +100,12 @@ def _without_kernel(refusal: BaseException, fit: Fit) -> str:
         return "another trainer.optimizer does without it"
     return (
         "it is none of sparseft's, so try without what may have brought it (hardware.compile=false, "
-        f"model.attn_implementation=sdpa), or with other shapes: {fit.advice()}"
+        f"model.attn_implementation=sdpa), or with other shapes: {memory.advice()}"
     )
 
 
 @dataclass
-class Fit:
+class MemoryAdvice:
     """What a step's memory depends on, and what has fitted."""
 
     batch_size: int

@@ -32,7 +32,7 @@ from sparseft.training.distributed_trainer import check_zero
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
 # Copies of the trained parameters that an optimizer keeps, in their dtype, by the start of its name.
 STATES = {"adamw_torch": 2, "adamw_hf": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
-# Numbers that ZeRO 3 keeps gathered at most, once they were needed, and gathers ahead at once: DeepSpeed's defaults.
+# How many numbers ZeRO 3 keeps gathered after use, and how many it gathers ahead: DeepSpeed's defaults.
 LIVE, AHEAD = 1_000_000_000, 50_000_000
 
 
@@ -261,7 +261,7 @@ def on_cpu(hardware: HardwareConfig) -> bool:
 
 
 def device_bytes(hardware: HardwareConfig) -> int | None:
-    """The memory of one device: as the config says, else of the device here; null where there is none of that kind."""
+    """The memory of one device: as the config says, else of the device here; None where there is none of that kind."""
     if hardware.memory_gib is not None:
         return int(hardware.memory_gib * 2**30)
     if on_cpu(hardware):

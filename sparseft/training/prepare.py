@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from sparseft import console
@@ -14,12 +15,13 @@ from sparseft.data.collating import padding_id
 from sparseft.data.loading import check_tokens, load_datasets
 from sparseft.kernels.dispatch import kernel_for
 from sparseft.models.decoder import base_parameter_count
-from sparseft.models.loading import load_tokenizer, resolve_device, vocabulary_rows
+from sparseft.models.loading import load_in_shards, load_tokenizer, resolve_device, vocabulary_rows
 from sparseft.models.spec import ModelSpec
 from sparseft.selection import cache
 from sparseft.selection.cache import Selected
 from sparseft.selection.compute import Request
 from sparseft.training.checks import check_data, check_model
+from sparseft.training.distributed_trainer import check_zero
 
 
 @dataclass
@@ -42,10 +44,6 @@ def prepare(config: RunConfig) -> Prepared:
     """Loads tokenizer, data and model, the cheapest to check first, and says what they are."""
     check_data(config)
     check_model(config)
-    import transformers
-
-    from sparseft.training.loading import load
-
     transformers.logging.disable_progress_bar()
     device = resolve_device(config.hardware.device)
     kernel_for(torch.empty(0, device=device))  # an unusable SPARSEFT_KERNELS is said before anything is computed
@@ -62,7 +60,7 @@ def prepare(config: RunConfig) -> Prepared:
         console.log(f"data: {note}")
     for warning in data.warnings:
         console.warn(f"data: {warning}")
-    model, sharding = load(config.model, config.hardware, device)
+    model, sharding = load_in_shards(config.model, config.hardware, device)
     check_tokens(data, tokenizer, *vocabulary_rows(model))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     total = base_parameter_count(model)
@@ -72,8 +70,6 @@ def prepare(config: RunConfig) -> Prepared:
 
 def select(config: RunConfig, prepared: Prepared, spec: ModelSpec) -> Selected:
     """The cached selection with this run's key, or a new one, which is then cached."""
-    from sparseft.training.distributed_trainer import check_zero
-
     request = Request.of(spec, config.method)
     check_zero(request, config.hardware)
     return cache.select(prepared.model, request, prepared.data, prepared.pad, config.cache_dir)

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparseft.compose.run_config import from_dict
 from sparseft.config import RunConfig, TrainerConfig
 from sparseft.distributed import launch
 from sparseft.errors import UserError
-from sparseft.files.untrusted import read_json
+from sparseft.files.untrusted import read_json, read_yaml_object
+from sparseft.rules import show
 from sparseft.runs.folder import check_own, is_run, read_json_object
+from sparseft.training.checkpoints import STATE, good_checkpoint, prune, step_of
 
 # Settings that a run may be continued with other values of; all others decide what it trains, on what and how, and
 # a checkpoint would silently keep the old ones or mix both. With more steps the learning rate goes on as a run of that
@@ -32,23 +35,23 @@ class Previous:
     """The run that is continued."""
 
     folder: Path
-    checkpoint: str | None  # null: none was written, so the run starts anew in its folder
+    checkpoint: str | None  # None: none was written, so the run starts anew in its folder
 
     @property
     def step(self) -> int:
         """The optimizer step to go on from; -1: none, so that all lines of metrics are dropped."""
-        return int(self.checkpoint.rsplit("-", 1)[1]) if self.checkpoint else -1
+        return step_of(self.checkpoint)
 
     @property
     def total_steps(self) -> int | None:
         """The steps that the run was to have in all when its checkpoint was saved."""
         if self.checkpoint is None:
             return None
-        return read_json(Path(self.checkpoint) / "trainer_state.json", numbers=False).get("max_steps")
+        return read_json(Path(self.checkpoint) / STATE, numbers=False).get("max_steps")
 
     @property
     def ended_at(self) -> int | None:
-        """The checkpoint's step if that was to be the run's last one, else null."""
+        """The checkpoint's step if that was to be the run's last one, else None."""
         return self.step if self.total_steps == self.step else None
 
     def check_steps(self, trainer: TrainerConfig, total_steps: int) -> None:
@@ -56,7 +59,7 @@ class Previous:
         if self.step > total_steps:
             name = "max_steps" if trainer.max_steps > 0 else "num_epochs"
             raise UserError(
-                f"trainer.{name}={_show(getattr(trainer, name))}: the run in '{self.folder}' has already trained "
+                f"trainer.{name}={show(getattr(trainer, name))}: the run in '{self.folder}' has already trained "
                 f"{self.step} steps, more than {total_steps}; give trainer.max_steps={self.step} to end it there, "
                 "more to go on, or another output_dir."
             )
@@ -87,7 +90,7 @@ class Previous:
 
 
 def previous_run(config: RunConfig) -> Previous | None:
-    """The run that `trainer.resume=auto` continues, or null where none is asked for or the folder holds none yet.
+    """The run that `trainer.resume=auto` continues, or None where none is asked for or the folder holds none yet.
 
     Raises UserError where the run was started with other settings than `config`'s.
     """
@@ -96,8 +99,6 @@ def previous_run(config: RunConfig) -> Previous | None:
     folder = Path(config.output_dir).expanduser()
     if not is_run(folder):
         return None
-    from sparseft.training.checkpoints import good_checkpoint
-
     check_own(folder)
     previous = Previous(folder, good_checkpoint(folder))
     if previous.checkpoint is not None:
@@ -110,8 +111,6 @@ def previous_run(config: RunConfig) -> Previous | None:
 def clean(previous: Previous, save_total_limit: int | None) -> None:
     """Removes what a crash left: files that were being written, checkpoints beyond the limit, and a best adapter that
     none of them knows."""
-    from sparseft.training.checkpoints import prune
-
     folder = previous.folder / "checkpoints"
     if previous.checkpoint is None:
         shutil.rmtree(folder / ".best", ignore_errors=True)
@@ -125,9 +124,6 @@ def clean(previous: Previous, save_total_limit: int | None) -> None:
 
 
 def _check_same(config: RunConfig, folder: Path) -> None:
-    from sparseft.compose.run_config import from_dict
-    from sparseft.files.untrusted import read_yaml_object
-
     old = from_dict(read_yaml_object(folder / "config.yaml")).to_dict()
     then, now = _flat(old), _flat(config.to_dict())
     then[PROCESSES], now[PROCESSES] = _processes(folder, old), launch.processes(config.hardware)
@@ -149,7 +145,7 @@ def _check_same(config: RunConfig, folder: Path) -> None:
         if now.get(key) is None and key in once and then.get(key) == once[key]:
             continue
         raise UserError(
-            f"{key}={_show(now.get(key))}: the run in '{folder}' was started with {_show(then.get(key))}, and a run "
+            f"{key}={show(now.get(key))}: the run in '{folder}' was started with {show(then.get(key))}, and a run "
             "is continued with the settings that it was started with; give that, or another output_dir."
         )
 
@@ -174,9 +170,3 @@ def _processes(folder: Path, old: dict[str, Any]) -> int:
 def _examples(flat: dict[str, Any]) -> int:
     """Examples of an optimizer step."""
     return math.prod(flat[key] for key in PIECES)
-
-
-def _show(value: Any) -> str:
-    from sparseft.rules import show
-
-    return show(value)

@@ -9,12 +9,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import transformers
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import optimization
+from transformers.trainer_utils import SchedulerType
+
 from sparseft import console
 from sparseft.config import TrainerConfig
 from sparseft.errors import UserError, nearest, reason_of
 
 MEASURED = ("reduce_lr_on_plateau", "greedy")  # follow the held-out loss; all others are functions of the step
-# What the Trainer passes, or what a run decides otherwise: `mode` is that a loss sinks, and stdout is for results.
+# Arguments that the Trainer passes itself or that are settled here: `mode` (a loss decreases), `verbose` (stdout is
+# for results).
 _PASSED = {"num_warmup_steps": "trainer.warmup_steps", "num_training_steps": "trainer.max_steps"}
 _NOT_OURS = {"optimizer", "last_epoch", "mode", "verbose", "kwargs", *_PASSED}
 _ONE_OF = ("min_lr", "min_lr_rate")  # of schedules that have both
@@ -30,10 +37,8 @@ def warmup_steps(config: TrainerConfig, total_steps: int) -> int:
 def check(config: TrainerConfig, learning_rate: float, total_steps: int | None) -> None:
     """Refuses a schedule that could not be followed to its end, by building it and looking at its rates.
 
-    total_steps: null where it is not known yet, as the data are not counted. Raises `UserError`.
+    total_steps: None where it is not known yet, as the data are not counted. Raises `UserError`.
     """
-    from transformers.trainer_utils import SchedulerType
-
     name, given = config.scheduler, config.scheduler_args or {}
     known = [str(item.value) for item in SchedulerType]
     if name not in known:
@@ -67,10 +72,6 @@ def check(config: TrainerConfig, learning_rate: float, total_steps: int | None) 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
     """What trainer.scheduler_args may hold for a schedule."""
-    from torch.optim.lr_scheduler import ReduceLROnPlateau
-    from transformers import optimization
-    from transformers.trainer_utils import SchedulerType
-
     function: Any = optimization.TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     if name in MEASURED:  # whose functions take whatever their classes take
         function = ReduceLROnPlateau if name == MEASURED[0] else optimization.GreedyLR
@@ -101,9 +102,9 @@ def _check_names(name: str, given: dict[str, Any]) -> None:
 
 
 def _check_values(name: str, given: dict[str, Any]) -> None:
-    """Refuses what no schedule can mean: a number below 0, and another kind of value than the default's.
+    """Refuses values that no schedule takes: a number below 0, and another type than the default's.
 
-    Where the default is null or there is none, it is a number that is asked for: of steps, or a share of a rate.
+    Without a default, or where it is None, a number is expected: of steps, or a share of a rate.
     """
     taken = _parameters(name)
     for key, value in given.items():
@@ -137,9 +138,6 @@ def _check_fits(config: TrainerConfig, given: dict[str, Any], total_steps: int |
 
 def _rates(name: str, given: dict[str, Any], rate: float, warmup: int, total: int) -> dict[int, Any]:
     """The learning rates after so many steps (the last one is never used); none where the held-out loss decides."""
-    import torch
-    import transformers
-
     groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(2)]  # with and without weight decay
     optimizer = torch.optim.SGD(groups, lr=rate)
     schedule: Any = transformers.get_scheduler(

@@ -18,7 +18,7 @@ from sparseft import console, signals
 from sparseft.data.packing import real_tokens
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import shard_of
-from sparseft.errors import RunError
+from sparseft.errors import Interrupted
 from sparseft.files.disk_errors import explained
 from sparseft.layers import sparse_layers
 from sparseft.models.decoder import runnable
@@ -36,20 +36,20 @@ from sparseft.training.checkpoints import (
     load_trained,
     prune,
     put_in_place,
-    seal,
     step_of,
+    write_manifest,
 )
-from sparseft.training.clock import Clock, Mark
-from sparseft.training.failures import Fit, Health, memory_problem
+from sparseft.training.failures import MemoryAdvice, memory_problem
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.reselection import save_active
+from sparseft.training.run_state import Mark, RunState
 
 
 class Trainer(distributed_trainer.DistributedTrainer):
     """Trains what is trainable of an attached model, and saves only that.
 
     `run` is the run folder: metrics go to its `metrics.jsonl`, checkpoints to `checkpoints/checkpoint-N/`, of which
-    the newest `save_total_limit` are kept (null: all). `score()` measures the model on a task; evaluations then carry
+    the newest `save_total_limit` are kept (None: all). `score()` measures the model on a task; evaluations then carry
     it beside the loss. A step whose loss or gradient is not finite updates nothing; `max_bad_steps` of them in a row
     end the run.
     """
@@ -68,27 +68,20 @@ class Trainer(distributed_trainer.DistributedTrainer):
         args.output_dir = str(run / CHECKPOINTS)
         with tf32_as_set():
             super().__init__(model=model, args=args, **options)
-        self.run = run
+        self.run_state = RunState(run, max_bad_steps, args.device)
         self.save_total_limit = save_total_limit
         self.score = score
-        self.interrupted: str | None = None  # the signal's name
-        self.clock = Clock()
-        self.health = Health(max_bad_steps)
         lengths = getattr(self.train_dataset, "lengths", None)
         longest = 1 if lengths is None or len(lengths) == 0 else int(lengths.max())
-        self.fit = Fit(
+        self.memory = MemoryAdvice(
             args.per_device_train_batch_size, args.gradient_accumulation_steps, longest,
             bool(getattr(args, "activation_checkpointing", getattr(args, "gradient_checkpointing", False))),
         )  # fmt: skip
-        # Sums of the micro-steps' losses, each already its share of its step's mean: over the good steps, and over the
-        # present step.
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)
-        self.step_loss = torch.zeros_like(self.loss_sum)
         self.looked = False  # whether the first good step's gradients were looked at
         self._aside: str | None = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.run_callback = RunCallback(self)
+        self.run_callback = RunCallback(self.run_state)
         self.add_callback(self.run_callback)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
@@ -99,30 +92,30 @@ class Trainer(distributed_trainer.DistributedTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-step: forward and backward; returns its share of the step's mean loss over labelled tokens."""
         batch = args[1] if len(args) > 1 else kwargs["inputs"]
-        self.fit.micro_step(batch["input_ids"].numel())
+        self.memory.micro_step(batch["input_ids"].numel())
         loss = super().training_step(*args, **kwargs)
-        self.step_loss += loss.double()
+        self.run_state.step_loss += loss.double()
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # transformers adds it to a sum of its own, which goes on
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm, which transformers asks for between the backward passes of a step and its update: the
-        place to leave the update out."""
+        """The gradient's norm. transformers asks for it between the backward passes of a step and its update, so a step
+        that is not finite is skipped here: without gradients the optimizer leaves everything as it is."""
         norm = super()._get_grad_norm(model, grad_norm)
-        loss = self.accelerator.reduce(self.step_loss, "mean") if self.args.world_size > 1 else self.step_loss
-        if self.health.judge(self.state.global_step + 1, loss.item(), None if norm is None else float(norm)):
-            self.loss_sum += self.step_loss
+        run, step = self.run_state, self.state.global_step + 1
+        loss = ranks.mean_over_ranks(run.step_loss).item()
+        if run.bad_steps.judge(step, loss, None if norm is None else float(norm)):
+            run.loss_sum += run.step_loss
             if not self.looked:
                 self.looked = True
                 self.name_untrained()
         else:
-            model.zero_grad()  # without a gradient an optimizer leaves parameters and moments as they are
-            if self.health.streak == 1 and self.is_world_process_zero():
+            model.zero_grad()
+            if run.bad_steps.streak == 1 and self.is_world_process_zero():
                 console.warn(
-                    f"step {self.state.global_step + 1}: loss {loss.item():.4g}, gradient norm {norm}: not finite, so "
-                    "the step updates nothing"
+                    f"step {step}: loss {loss:.4g}, gradient norm {norm}: not finite, so the step updates nothing"
                 )
-        self.step_loss.zero_()
-        self.fit.step_done()
+        run.step_loss.zero_()
+        self.memory.step_done()
         return norm
 
     def name_untrained(self) -> None:
@@ -150,45 +143,16 @@ class Trainer(distributed_trainer.DistributedTrainer):
             self.optimizer_cls_and_kwargs = (SparseAdamW, options)
         return super().create_optimizer(model)
 
-    def failure(self, message: str, until: int | None = None) -> RunError:
-        """A RunError that knows the last good checkpoint, of those up to the step `until` where that is given."""
-        checkpoint, newest = last_checkpoint(self.run, until), last_checkpoint(self.run)
-        if checkpoint is None:
-            message += " There is no good checkpoint of before" + (
-                f": no step with the weights of checkpoint-{step_of(newest)} had a finite loss, so start anew "
-                "(overwrite=true)."
-                if newest
-                else ", as none was saved yet."
-            )
-        error = RunError(message)
-        error.last_checkpoint = checkpoint  # type: ignore[attr-defined]
-        return error
-
     @contextlib.contextmanager
     def advising_memory(self) -> Iterator[None]:
         """Inside, memory that runs out becomes a RunError with the settings that would fit."""
         try:
             yield
         except Exception as error:
-            problem = memory_problem(error, self.fit)
+            problem = memory_problem(error, self.memory)
             if problem is None:
                 raise
-            raise self.failure(problem) from error
-
-    def stop_if_bad(self) -> None:
-        """Ends a run whose last steps were all bad: RunError."""
-        if self.health.streak >= self.health.limit:
-            last = self.state.global_step
-            first = last - self.health.streak + 1
-            steps = f"step {last}" if first == last else f"the steps {first} to {last}"
-            advice = "try a lower trainer.learning_rate, and look at the data of these steps"
-            if first == 1:  # no rate has had an effect yet
-                advice = "look at the data, and whether the model itself gives a finite loss (model.dtype)"
-            raise self.failure(
-                f"the loss or its gradient was not finite in {steps} "
-                f"(trainer.max_bad_steps={self.health.limit}), which updated nothing: {advice}.",
-                self.health.proven,
-            )
+            raise self.run_state.failure(problem) from error
 
     # ---- checkpoints: written aside, then renamed ----
 
@@ -196,25 +160,25 @@ class Trainer(distributed_trainer.DistributedTrainer):
         return self._aside or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # What is kept must be worth going back to. Among bad steps nothing has changed since the last good one, so
-        # saving waits for the next; not where training ends.
-        if self.health.streak and not self.control.should_training_stop:
+        # A checkpoint must be worth going back to. Bad steps change nothing, so saving waits for the next good one,
+        # except at the end of training.
+        if self.run_state.bad_steps.streak and not self.control.should_training_stop:
             return
         mine = (shard_of(p) for p in self.model.parameters() if p.requires_grad)
         if ranks.any_rank(not all(p.isfinite().all() for p in mine)):
-            raise self.failure(
+            raise self.run_state.failure(
                 f"the trained weights are not finite after step {self.state.global_step}, so they are not saved: "
                 "try a lower trainer.learning_rate.",
-                self.health.proven,
+                self.run_state.bad_steps.proven,
             )
         what = f"checkpoint-{self.state.global_step}"
-        with self.clock.paused(), explained(what, lambda: last_checkpoint(self.run)):
+        with self.run_state.clock.paused(), explained(what, lambda: last_checkpoint(self.run_state.folder)):
             self._save_aside(model, trial)
 
     def _save_aside(self, model: nn.Module, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX}{self.state.global_step}"
-        self.run_callback.saved = self.run_callback.now()  # of all processes, of which the first one writes it
+        self.run_callback.saved = self.run_callback.now(self.state)  # a call of all processes
         try:
             with ranks.shared_folder(folder) as aside:
                 self._aside = str(aside)
@@ -222,7 +186,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 ranks.barrier()  # each process has left its random state
                 if ranks.is_first():
                     copy_best(folder, aside / name)
-                    seal(aside / name)
+                    write_manifest(aside / name)
                     put_in_place(aside / name, folder / name)
         finally:
             self._aside = None
@@ -238,7 +202,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
     def take_best(self, checkpoint: Path) -> None:
         """What the checkpoint knows as the best adapter is the run's again."""
         if ranks.is_first():
-            copy_best(checkpoint, self.run / CHECKPOINTS)
+            copy_best(checkpoint, self.run_state.folder / CHECKPOINTS)
         ranks.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -268,9 +232,9 @@ class Trainer(distributed_trainer.DistributedTrainer):
     ) -> dict[str, float]:
         """`{"eval_loss": …}`: the mean loss over all labelled tokens of the evaluation set; with `eval_score` where
         there is one."""
-        # A loader draws a seed whenever it is iterated over; the training's dropout is not to depend on that.
+        # A loader draws a seed whenever it is iterated over; the dropout of training must not depend on that.
         cuda = [self.args.device] if self.args.device.type == "cuda" else []
-        with self.clock.paused(), torch.random.fork_rng(devices=cuda), self.advising_memory():
+        with self.run_state.clock.paused(), torch.random.fork_rng(devices=cuda), self.advising_memory():
             metrics = {f"{metric_key_prefix}_loss": self._evaluation_loss(eval_dataset)}
             if self.score is not None:
                 # With ZeRO-3 all processes answer the same questions in step, also while the model is whole yet:
@@ -278,7 +242,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 measured = self.score() if ranks.is_first() or self.is_zero3 else None
                 metrics[f"{metric_key_prefix}_score"] = ranks.from_first(measured)
         self.log(dict(metrics))
-        # As transformers' own does: it resets `should_evaluate`, else the end of an epoch evaluates once more.
+        # As in transformers' own: this resets `should_evaluate`, else the end of an epoch evaluates once more.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -311,29 +275,27 @@ class Trainer(distributed_trainer.DistributedTrainer):
 def train(trainer: Trainer, resume_from: str | None, total_steps: int) -> Mark:
     """Runs the loop, or what is left of it, and returns the run's totals.
 
-    Interrupted: saved first, then KeyboardInterrupt, with the checkpoint in `last_checkpoint`.
+    Interrupted: saved first, then `Interrupted`, which knows the checkpoint.
     """
-    callback = trainer.run_callback
+    run, callback = trainer.run_state, trainer.run_callback
 
     def finish_step(name: str) -> None:
-        trainer.interrupted = name
+        run.interrupted = name
         console.log(f"{name}: finishing the step and saving; once more stops at once")
 
     if resume_from and step_of(resume_from) >= total_steps:  # the loop would take one step more
         trainer._load_from_checkpoint(resume_from)
         trainer.state = transformers.TrainerState.load_from_json(str(Path(resume_from) / "trainer_state.json"))
         callback.restore(trainer.state)
-        trainer.clock.stop()
-        return callback.now()
+        run.clock.stop()
+        return callback.now(trainer.state)
     try:
         with signals.noted(finish_step), trainer.advising_memory():
             trainer.train(resume_from_checkpoint=resume_from)
     finally:
         callback.close()
-    if trainer.interrupted:
-        error = KeyboardInterrupt(trainer.interrupted)
-        error.last_checkpoint = last_checkpoint(trainer.run)  # type: ignore[attr-defined]
-        raise error
-    if trainer.health.streak and trainer.is_world_process_zero():
-        console.warn(f"training ends with {trainer.health.streak} steps whose loss or gradient was not finite")
-    return callback.now()
+    if run.interrupted:
+        raise Interrupted(run.interrupted, last_checkpoint(run.folder))
+    if run.bad_steps.streak and trainer.is_world_process_zero():
+        console.warn(f"training ends with {run.bad_steps.streak} steps whose loss or gradient was not finite")
+    return callback.now(trainer.state)

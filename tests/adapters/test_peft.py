@@ -15,9 +15,9 @@ from torch import Tensor
 
 import sparseft
 from sparseft.adapters.lifecycle import mergeable
-from sparseft.commands.eval import find_target, score_both
 from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
+from sparseft.evaluation.target import find_target, score_both
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),

@@ -443,13 +443,13 @@ def test_a_bad_record_names_file_and_line(in_tmp: Path, model_folder: Any) -> No
 
 def test_cheap_checks_come_before_any_loading(in_tmp: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that holds a run, missing files and the like are refused before tokenizer, data and model load."""
-    from sparseft.training import loading as trainer_loading
+    from sparseft.models import loading
     from sparseft.training import prepare as preparing
 
     def loads(*_: Any, **__: Any) -> None:
         raise AssertionError("something was loaded")
 
-    for module, name in ((preparing, "load_tokenizer"), (preparing, "load_datasets"), (trainer_loading, "load_model")):
+    for module, name in ((preparing, "load_tokenizer"), (preparing, "load_datasets"), (loading, "load_model")):
         monkeypatch.setattr(module, name, loads)
     (in_tmp / "old").mkdir()
     (in_tmp / "old" / "config.yaml").write_text("seed: 0\n")
@@ -734,16 +734,16 @@ def test_eval_uses_the_trained_weights(
     world: Path, questions: Path, trained: dict[str, Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model that is evaluated has the run's eval loss, not the base's."""
-    from sparseft.commands import eval
     from sparseft.compose.run_config import compose
     from sparseft.config import ModelConfig
+    from sparseft.evaluation.target import find_target, load_target
     from sparseft.models.loading import load_tokenizer
 
     monkeypatch.chdir(world)
     for method in METHODS:
         config = compose("eval", [])
-        target = eval.find_target(config, run=f"run-{method}", adapter=None, base=False)
-        model, tokenizer = eval.load_target(target, config)
+        target = find_target(config, run=f"run-{method}", adapter=None, base=False)
+        model, tokenizer = load_target(target, config)
         found = eval_loss(model, tokenizer, world / f"run-{method}", world)
         assert found == pytest.approx(summary(world / f"run-{method}")["eval_loss_after"], abs=2e-5), method
     assert load_tokenizer(ModelConfig(path=str(world / "run-full" / "adapter"))).get_vocab() == tokenizer.get_vocab()
@@ -752,8 +752,8 @@ def test_eval_uses_the_trained_weights(
 def test_a_run_folder_does_not_decide_that_a_models_code_runs(
     world: Path, trained: dict[str, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparseft.commands import eval
     from sparseft.compose.run_config import compose
+    from sparseft.evaluation.target import find_target
 
     run = tmp_path / "run"
     shutil.copytree(world / "run-s2ft", run)
@@ -762,7 +762,7 @@ def test_a_run_folder_does_not_decide_that_a_models_code_runs(
     (run / "config.yaml").write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"))
     monkeypatch.chdir(world)
     for words, trusted in (([], False), (["model.trust_remote_code=true"], True)):
-        target = eval.find_target(compose("eval", words), run=str(run), adapter=None, base=False, overrides=words)
+        target = find_target(compose("eval", words), run=str(run), adapter=None, base=False, overrides=words)
         assert target.model.trust_remote_code is trusted
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparseft.compose.run_config import compose
-from sparseft.evaluation.tasks import COMMONSENSE
+from sparseft.evaluation.llm_adapters import COMMONSENSE
 from support.places import ROOT
 from support.presets import PRESETS, SMALL
 

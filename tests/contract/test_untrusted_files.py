@@ -39,7 +39,7 @@ from sparseft.report.page import build_report
 from sparseft.runs.metrics import read_metrics, truncate_metrics
 from sparseft.selection.selection import Selection
 from sparseft.training.best import read_best
-from sparseft.training.checkpoints import check, read_state, seal
+from sparseft.training.checkpoints import check, read_state, write_manifest
 from sparseft.training.trainer import train
 from support.training import attached, examples, trainer_of
 
@@ -154,7 +154,7 @@ def loaders(make_model: Any, tokenizer: Any, root: Path) -> dict[str, Callable[[
 
         def reseal(folder: Path) -> None:
             (folder / "manifest.json").unlink(missing_ok=True)
-            seal(folder)
+            write_manifest(folder)
 
         return Loader(folder, load, False, reseal)
 
@@ -198,7 +198,7 @@ def loaders(make_model: Any, tokenizer: Any, root: Path) -> dict[str, Callable[[
         (folder / "checkpoints" / ".best" / "best.json").write_text('{"step": 2, "eval_loss": 1.0, "eval_score": null}')
 
         def load(folder: Path) -> None:
-            from sparseft.commands.eval import find_target
+            from sparseft.evaluation.target import find_target
             from sparseft.training.best import recorded
             from sparseft.training.resume import previous_run
 

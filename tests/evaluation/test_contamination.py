@@ -15,7 +15,8 @@ from sparseft.data import question_hashes as data
 from sparseft.data.loading import load_datasets
 from sparseft.data.question_hashes import QuestionHashes, normalised, question_hash
 from sparseft.errors import UserError
-from sparseft.evaluation import contamination, prepare
+from sparseft.evaluation import contamination
+from sparseft.evaluation.run import prepare
 from support.running import METHODS, on, sparseft, summary
 
 

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparseft.config import EvalConfig
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.data.sources import Records
-from sparseft.evaluation import evaluate, prepare
+from sparseft.evaluation.run import evaluate, prepare
+from sparseft.evaluation.target import find_target, score_both
 from support.data import convert
 from support.places import ROOT
 from support.running import METHODS, on, sparseft, write_data
@@ -58,7 +59,6 @@ def questions(folder: Path, count: int = 5) -> Path:
 @pytest.mark.parametrize("method", ["s2ft", "sylva", "lora", "dora"])
 def test_an_adapter_costs_what_the_merged_model_costs(method: str, tmp_path: Path, model_folder: Any) -> None:
     """As many matrix products a token, scoring and generating, as a plain model of the same shapes: it is merged."""
-    from sparseft.commands import eval
     from sparseft.compose.run_config import compose
     from sparseft.models.loading import load_model, load_tokenizer
 
@@ -68,20 +68,20 @@ def test_an_adapter_costs_what_the_merged_model_costs(method: str, tmp_path: Pat
         f"output_dir={tmp_path}/run",
     )  # fmt: skip
     config = compose("eval", ["eval.compare_base=false", "hardware=cpu"])
-    target = eval.find_target(config, run=str(tmp_path / "run"), adapter=None, base=False)
+    target = find_target(config, run=str(tmp_path / "run"), adapter=None, base=False)
     folder = questions(tmp_path / "data")
     settings = EvalConfig(batch_size=2, max_new_tokens=4, shots=0)
     counted = []
 
     def score(model: Any, tokenizer: Any) -> dict[str, Any]:
         plan = prepare(["boolq", "mmlu_anatomy"], settings, data_dir=str(folder))
-        evaluate(model, tokenizer, [], settings, data_dir=None, plan=plan)  # whatever happens only once
+        evaluate(model, tokenizer, plan)  # whatever happens only once
         with FlopCounterMode(display=False) as flops, Operations() as operations:
-            outcome = evaluate(model, tokenizer, [], settings, data_dir=None, plan=plan)
+            outcome = evaluate(model, tokenizer, plan)
         counted.append((flops.get_total_flops(), operations.counts))
         return outcome
 
-    eval.score_both(target, config, score)
+    score_both(target, config, score)
     score(load_model(target.model, torch.device("cpu")).eval(), load_tokenizer(target.model))
     (flops, operations), (_, plain_operations) = counted
     assert flops > 1e6
@@ -99,7 +99,7 @@ def test_batches_hold_prompts_of_like_length_and_use_the_cache(tmp_path: Path, m
     read: list[tuple[int, int]] = []
     model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: read.append(tuple(inputs[0].shape)))
     settings = EvalConfig(batch_size=3, max_new_tokens=4)
-    outcome = evaluate(model, tokenizer, ["boolq"], settings, data_dir=str(folder), max_length=None)
+    outcome = evaluate(model, tokenizer, prepare(["boolq"], settings, data_dir=str(folder)))
     lengths = sorted(
         (len(tokenizer(record["prompt"]).input_ids) for record in outcome["samples"]["boolq"]), reverse=True
     )
@@ -115,7 +115,7 @@ def test_batches_hold_prompts_of_like_length_and_use_the_cache(tmp_path: Path, m
 )
 def test_prompts_of_training_and_evaluation_are_the_same_bytes(instruction: str, given: str, tmp_path: Path) -> None:
     """Of every task of both groups: what training masks is what evaluation asks."""
-    from sparseft.evaluation.tasks import ARITHMETIC, COMMONSENSE
+    from sparseft.evaluation.llm_adapters import ARITHMETIC, COMMONSENSE
 
     record = {"instruction": instruction, "input": given, "output": "so", "answer": "7"}
     (example,) = convert(Records([record], "test", numbers=[1]), "alpaca")

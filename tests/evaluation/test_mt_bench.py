@@ -13,8 +13,9 @@ from sparseft.config import EvalConfig
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.data.sources import Records
 from sparseft.errors import UserError
-from sparseft.evaluation import compare, evaluate, prepare, write_answers
-from sparseft.evaluation.mt_bench import prompt_of, temperature
+from sparseft.evaluation.comparison import compare
+from sparseft.evaluation.mt_bench import prompt_of, temperature, write_answers
+from sparseft.evaluation.run import evaluate, prepare
 from support.data import convert, convert_messages
 from support.running import METHODS, on, refused, sparseft, write_data
 
@@ -64,7 +65,7 @@ class Echo:
 def test_turns_temperatures_and_the_files(folder: Path, make_model: Any, tokenizer: Any) -> None:
     model = Echo(make_model, tokenizer)
     config = EvalConfig(batch_size=1, max_new_tokens=16, prompt="guanaco")
-    outcome = evaluate(model, tokenizer, ["mt_bench"], config, data_dir=str(folder), max_length=128)
+    outcome = evaluate(model, tokenizer, prepare(["mt_bench"], config, data_dir=str(folder)), max_length=128)
     by_prompt = dict(model.calls)
     records = outcome["samples"]["mt_bench"]
     for record, question in zip(records, QUESTIONS, strict=True):

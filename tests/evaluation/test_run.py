@@ -18,9 +18,11 @@ import transformers
 from sparseft.config import EvalConfig
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.errors import UserError
-from sparseft.evaluation import evaluate, expand_tasks, prepare, write_results
 from sparseft.evaluation.llm_adapters import extract, is_correct, last_number
-from sparseft.evaluation.tasks import MMLU_SUBJECTS
+from sparseft.evaluation.mmlu import MMLU_SUBJECTS
+from sparseft.evaluation.results import write_results
+from sparseft.evaluation.run import evaluate, prepare
+from sparseft.evaluation.tasks import expand_tasks
 from support.places import ROOT, SHARED
 
 
@@ -94,13 +96,17 @@ def scores_by_hand(model: Any, tokenizer: Any, prompt: str, choices: list[str]) 
     return scores
 
 
+def scored(model: Any, tokenizer: Any, tasks: list[str], config: EvalConfig, data_dir: Path, **options: Any) -> Any:
+    return evaluate(model, tokenizer, prepare(tasks, config, data_dir=str(data_dir)), **options)
+
+
 # MMLU
 
 
 def test_mmlu_agrees_with_the_logits(model: Any, tokenizer: Any, mmlu_folder: Path) -> None:
     """Oracle: plain forward passes, one sequence at a time. Batches of 3 mix lengths, so padding would show."""
     config = EvalConfig(shots=2, batch_size=3)
-    outcome = evaluate(model, tokenizer, ["mmlu"], config, data_dir=str(mmlu_folder))
+    outcome = scored(model, tokenizer, ["mmlu"], config, data_dir=str(mmlu_folder))
     records = outcome["samples"]["mmlu_anatomy"] + outcome["samples"]["mmlu_high_school_physics"]
     assert records[0]["prompt"] == PROMPT
     correct = {"mmlu_anatomy": [], "mmlu_high_school_physics": []}
@@ -129,7 +135,7 @@ def test_mmlu_agrees_with_the_logits(model: Any, tokenizer: Any, mmlu_folder: Pa
 
 def test_mmlu_groups_weigh_as_they_say(tokenizer: Any, mmlu_folder: Path) -> None:
     """A model that always says A: anatomy 1 of 3, physics 0 of 1, so micro 1/4 and macro 1/6."""
-    outcome = evaluate(
+    outcome = scored(
         Says(tokenizer, {}, choice=" A"), tokenizer, ["mmlu"], EvalConfig(shots=1), data_dir=str(mmlu_folder)
     )
     entry = outcome["tasks"]["mmlu"]
@@ -138,7 +144,7 @@ def test_mmlu_groups_weigh_as_they_say(tokenizer: Any, mmlu_folder: Path) -> Non
 
 def test_mmlu_without_shots_and_on_the_validation_split(model: Any, tokenizer: Any, mmlu_folder: Path) -> None:
     config = EvalConfig(shots=0, split="validation")
-    outcome = evaluate(model, tokenizer, ["mmlu_anatomy"], config, data_dir=str(mmlu_folder / "mmlu"))
+    outcome = scored(model, tokenizer, ["mmlu_anatomy"], config, data_dir=str(mmlu_folder / "mmlu"))
     (record,) = outcome["samples"]["mmlu_anatomy"]
     assert record["prompt"] == (
         "The following are multiple choice questions (with answers) about anatomy.\n\n"
@@ -151,7 +157,7 @@ def test_mmlu_without_shots_and_on_the_validation_split(model: Any, tokenizer: A
 def test_mmlu_counts_prompts_that_do_not_fit(tokenizer: Any, mmlu_folder: Path) -> None:
     prompts = [
         record["prompt"]
-        for record in evaluate(
+        for record in scored(
             tiny_llama(tokenizer), tokenizer, ["mmlu"], EvalConfig(shots=2), data_dir=str(mmlu_folder)
         )["samples"]["mmlu_anatomy"]
     ]
@@ -160,12 +166,12 @@ def test_mmlu_counts_prompts_that_do_not_fit(tokenizer: Any, mmlu_folder: Path) 
     extra = max(len(tokenizer(choice).input_ids) for choice in (" A", " B", " C", " D")) - 1
     for context, expected in ((lengths[0] + extra, 2), (lengths[0] + extra - 1, 3), (lengths[2] + extra, 0)):
         model = tiny_llama(tokenizer, context=context)
-        outcome = evaluate(model, tokenizer, ["mmlu_anatomy"], EvalConfig(shots=2), data_dir=str(mmlu_folder))
+        outcome = scored(model, tokenizer, ["mmlu_anatomy"], EvalConfig(shots=2), data_dir=str(mmlu_folder))
         assert outcome["tasks"]["mmlu_anatomy"]["truncated"] == expected
         assert len(outcome["warnings"]) == (expected > 0)
         if expected:
             assert f"{expected} of 3 prompts" in outcome["warnings"][0] and str(context) in outcome["warnings"][0]
-    bounded = evaluate(
+    bounded = scored(
         tiny_llama(tokenizer),
         tokenizer,
         ["mmlu_anatomy"],
@@ -312,9 +318,7 @@ def test_commonsense_and_arithmetic_by_hand(tokenizer: Any, tmp_path: Path) -> N
         write_records(tmp_path / place / "test.json", [(text, label) for text, label, _ in rows])
         answers |= {alpaca_prompt(text): said for text, _, said in rows}
     model = Says(tokenizer, answers)
-    outcome = evaluate(
-        model, tokenizer, ["commonsense", "arithmetic"], EvalConfig(batch_size=2), data_dir=str(tmp_path)
-    )
+    outcome = scored(model, tokenizer, ["commonsense", "arithmetic"], EvalConfig(batch_size=2), data_dir=str(tmp_path))
     tasks = outcome["tasks"]
     by_hand = {"boolq": 0.5, "ARC-Easy": 0.5, "piqa": 1.0, "gsm8k": 0.5, "AQuA": 1.0}
     assert {name: tasks[name]["accuracy"] for name in by_hand} == by_hand
@@ -337,6 +341,15 @@ def test_commonsense_and_arithmetic_by_hand(tokenizer: Any, tmp_path: Path) -> N
     assert lengths == {32, 256} and all(call["do_sample"] is False for call in model.calls)
 
 
+@pytest.mark.parametrize(("asked", "tokens"), [(None, 256), (32, 32), (300, 300)])
+def test_tokens_of_an_answer_are_the_tasks_own_or_those_asked_for(
+    asked: int | None, tokens: int, tmp_path: Path
+) -> None:
+    write_records(tmp_path / "gsm8k" / "test.json", [("How many?", "1")])
+    plan = prepare(["gsm8k"], EvalConfig(max_new_tokens=asked), data_dir=str(tmp_path))
+    assert plan.tasks["gsm8k"].get_config("generation_kwargs")["max_gen_toks"] == tokens
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_in_batches_is_generation_alone(tokenizer: Any, tmp_path: Path, beams: int) -> None:
     """Oracle: `generate` on each prompt alone, without padding and without lm-eval. The tokenizer has no pad token."""
@@ -346,7 +359,7 @@ def test_generation_in_batches_is_generation_alone(tokenizer: Any, tmp_path: Pat
     write_records(tmp_path / "boolq" / "test.json", [(text, "true") for text in questions])
     model = tiny_llama(tokenizer, seed=3)
     config = EvalConfig(batch_size=3, num_beams=beams, max_new_tokens=9)
-    outcome = evaluate(model, bare, ["boolq"], config, data_dir=str(tmp_path))
+    outcome = scored(model, bare, ["boolq"], config, data_dir=str(tmp_path))
     assert bare.pad_token is None
     for text, record in zip(questions, outcome["samples"]["boolq"], strict=True):
         ids = tokenizer(alpaca_prompt(text), return_tensors="pt").input_ids
@@ -367,7 +380,7 @@ def test_long_prompts_keep_room_for_the_answer(tokenizer: Any, tmp_path: Path) -
         return torch.cat([input_ids, torch.full((len(input_ids), 1), tokenizer.eos_token_id)], dim=1)
 
     model.generate = generate
-    outcome = evaluate(model, tokenizer, ["gsm8k"], EvalConfig(batch_size=8), data_dir=str(tmp_path))
+    outcome = scored(model, tokenizer, ["gsm8k"], EvalConfig(batch_size=8), data_dir=str(tmp_path))
     lengths = [len(tokenizer(record["prompt"]).input_ids) for record in outcome["samples"]["gsm8k"]]
     assert lengths[0] + 256 <= 480 and 480 - 256 < lengths[1] < 480 - 32 < lengths[2]  # the three cases
     assert [record["truncated"] for record in outcome["samples"]["gsm8k"]] == [False, False, True]
@@ -424,7 +437,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 
 def test_own_names_need_no_heavy_import() -> None:
     code = (
-        "import sys; from sparseft.evaluation import expand_tasks; "
+        "import sys; from sparseft.evaluation.tasks import expand_tasks; "
         "print(expand_tasks(['mmlu', 'boolq,gsm8k', 'mmlu_virology', 'boolq', 'arithmetic'])); "
         "print(sorted({'torch', 'lm_eval', 'transformers', 'datasets'} & set(sys.modules)))"
     )
@@ -465,13 +478,13 @@ def test_lm_evals_own_task_of_the_same_name(model: Any, tokenizer: Any, mmlu_fol
     from sparseft.evaluation.mmlu import build_task
 
     write_records(tmp_path / "boolq" / "test.json", [("Is it?", "true")])
-    plan = prepare(["boolq"], EvalConfig(), data_dir=str(tmp_path))
+    plan = prepare(["boolq"], EvalConfig(limit=2), data_dir=str(tmp_path))
     theirs = build_task("anatomy", "test", 0, str(mmlu_folder))
     assert isinstance(theirs, ConfigurableTask)
     theirs.set_config("task", "boolq")
     plan.harness_tasks["boolq"] = theirs
     plan.requested.append("lm_eval:boolq")
-    outcome = evaluate(model, tokenizer, [], EvalConfig(limit=2), data_dir=None, plan=plan)
+    outcome = evaluate(model, tokenizer, plan)
     assert outcome["tasks"]["boolq"]["samples"] == 1
     assert outcome["tasks"]["lm_eval:boolq"]["samples"] == 2
     assert {path.name for path in write_results(tmp_path, outcome, {})} == {
@@ -499,7 +512,7 @@ def test_nothing_is_left_changed_and_stdout_is_clean(
     side = tokenizer.padding_side
     seen: list[tuple[str, int, int | None]] = []
     config = EvalConfig(shots=1, batch_size="auto", limit=2)
-    evaluate(
+    scored(
         model,
         tokenizer,
         ["boolq", "mmlu"],
@@ -528,7 +541,7 @@ def test_a_tokenizer_that_closes_every_text(model: Any, tokenizer: Any, mmlu_fol
     closing.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
     opening = copy.deepcopy(tokenizer)
     opening.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special[:1])
-    outcome = evaluate(model, closing, ["mmlu_anatomy"], EvalConfig(shots=1), data_dir=str(mmlu_folder))
+    outcome = scored(model, closing, ["mmlu_anatomy"], EvalConfig(shots=1), data_dir=str(mmlu_folder))
     for record in outcome["samples"]["mmlu_anatomy"]:
         expected = scores_by_hand(model, opening, record["prompt"], [" A", " B", " C", " D"])
         assert record["loglikelihoods"] == pytest.approx(expected, abs=1e-4)
@@ -540,7 +553,7 @@ def test_a_tokenizer_without_special_tokens(tokenizer: Any, tmp_path: Path) -> N
     write_records(tmp_path / "boolq" / "test.json", [("Is it?", "true"), ("Was it so?", "false")])
     model = tiny_llama(tokenizer)
     model.generation_config.eos_token_id = None
-    outcome = evaluate(model, bare, ["boolq"], EvalConfig(max_new_tokens=5), data_dir=str(tmp_path))
+    outcome = scored(model, bare, ["boolq"], EvalConfig(max_new_tokens=5), data_dir=str(tmp_path))
     for record in outcome["samples"]["boolq"]:
         ids = tokenizer(record["prompt"], return_tensors="pt").input_ids
         alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
@@ -557,7 +570,7 @@ def test_a_peft_model(tokenizer: Any, mmlu_folder: Path) -> None:
         config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.5)
         model = peft.get_peft_model(base, config)
     model.train()
-    outcome = evaluate(model, tokenizer, ["mmlu_anatomy"], EvalConfig(shots=1), data_dir=str(mmlu_folder))
+    outcome = scored(model, tokenizer, ["mmlu_anatomy"], EvalConfig(shots=1), data_dir=str(mmlu_folder))
     assert model.training
     model.eval()
     for record in outcome["samples"]["mmlu_anatomy"]:
@@ -579,7 +592,7 @@ def test_written_files(model: Any, tokenizer: Any, mmlu_folder: Path, tmp_path: 
     write_records(mmlu_folder / "boolq" / "test.json", [("Is it?", "true"), ("Wäre es?", "false")])
     run = tmp_path / "run"
     plan = prepare(["mmlu", "boolq"], EvalConfig(shots=1), data_dir=str(mmlu_folder))
-    outcome = evaluate(model, tokenizer, ["mmlu", "boolq"], EvalConfig(shots=1), data_dir=None, plan=plan)
+    outcome = evaluate(model, tokenizer, plan)
     outcome["raw"]["results"]["boolq"]["worst"] = None
     header = {"evaluated": "the base model", "commit": "abc", "loss": float("nan"), "path": tmp_path, "call": print}
     paths = write_results(run, outcome, header)
@@ -600,7 +613,7 @@ def test_written_files(model: Any, tokenizer: Any, mmlu_folder: Path, tmp_path: 
     assert "Wäre es?" in (run / "eval" / "boolq.samples.jsonl").read_text(encoding="utf-8")
 
     # A plan serves again, with the same result; and writing again replaces.
-    again = evaluate(model, tokenizer, ["mmlu", "boolq"], EvalConfig(shots=1), data_dir=None, plan=plan)
+    again = evaluate(model, tokenizer, plan)
     assert again["tasks"] == outcome["tasks"] and again["samples"] == outcome["samples"]
     assert write_results(run, again, header) == paths
 
@@ -629,7 +642,7 @@ def test_real_model_agrees_with_its_logits() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     tasks = ["mmlu_anatomy", "mmlu_astronomy"]
     config = EvalConfig(split="validation", shots=0, limit=3)
-    outcome = evaluate(model, tokenizer, tasks, config, data_dir=str(SHARED / "data"))
+    outcome = scored(model, tokenizer, tasks, config, data_dir=str(SHARED / "data"))
     for name in tasks:
         verdicts = []
         assert outcome["tasks"][name]["truncated"] == 0

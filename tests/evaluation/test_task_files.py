@@ -13,10 +13,12 @@ import yaml
 from sparseft.config import EvalConfig
 from sparseft.data.prompts import mmlu_header
 from sparseft.errors import UserError
-from sparseft.evaluation import evaluate, llm_adapters, prepare
+from sparseft.evaluation import llm_adapters
 from sparseft.evaluation import llm_adapters_hub as hub
+from sparseft.evaluation.llm_adapters import GROUPS, group_of
+from sparseft.evaluation.mmlu import MMLU_CATEGORIES, MMLU_SUBJECTS
+from sparseft.evaluation.run import evaluate, prepare
 from sparseft.evaluation.task_files import FOLDER, common
-from sparseft.evaluation.tasks import GROUPS, MMLU_CATEGORIES, MMLU_SUBJECTS, group_of
 from support.places import SHARED
 
 LABELS = {"boolq": ("true", "false"), "piqa": ("solution1", "solution2"), "hellaswag": ("ending1", "ending4")}
@@ -64,7 +66,7 @@ def test_plain_lm_eval_gives_the_same_results(make_model: Any, tokenizer: Any, d
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = 2048
     groups = ["commonsense", "arithmetic", "mmlu_other"]
-    ours = evaluate(model, tokenizer, groups, EvalConfig(batch_size=2), data_dir=str(data))
+    ours = evaluate(model, tokenizer, prepare(groups, EvalConfig(batch_size=2), data_dir=str(data)))
     theirs = plain_lm_eval(model, tokenizer, [f"sparseft_{name}" for name in groups], data)
     assert {f"sparseft_{name}" for name in ours["samples"]} == set(theirs["samples"])
     for name, records in ours["samples"].items():
@@ -113,7 +115,7 @@ def test_shared_settings_are_the_callers_own_copy() -> None:
     assert first["generation_kwargs"]["max_gen_toks"] == 256 and callable(first["doc_to_text"])
     first["generation_kwargs"]["max_gen_toks"] = 1
     assert common("llm_adapters", "_arithmetic")["generation_kwargs"]["max_gen_toks"] == 256
-    assert common("llm_adapters")["generation_kwargs"]["max_gen_toks"] == EvalConfig.max_new_tokens
+    assert common("llm_adapters")["generation_kwargs"]["max_gen_toks"] == llm_adapters.MAX_NEW_TOKENS
 
 
 # ---- the hub ----

@@ -139,7 +139,7 @@ def test_recomputation_starts_at_the_lowest_trained_layer(tmp_path: Path) -> Non
     arguments = training_arguments(
         TrainerConfig(max_steps=1, batch_size=2, gradient_accumulation=1, learning_rate=1e-2, warmup_steps=0),
         HardwareConfig(gradient_checkpointing=True),
-        seed=0, device=torch.device("cpu"), learning_rate=1e-2, total_steps=1, autocast=False,
+        seed=0, device=torch.device("cpu"), total_steps=1,
     )  # fmt: skip
     data = TokenizedDataset.from_lists([(list(range(3, 12)), list(range(3, 12)))] * 2)
     trainer = Trainer(

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparseft.data.sampling import PaddedDataset, PaddedSampler
-from sparseft.training.checkpoints import seal
+from sparseft.training.checkpoints import write_manifest
 from support.ranks import COMMON, METHODS, TWO, Runs, run_ranks, split, trained
 from support.running import metrics, refused, sparseft, summary, write_data
 
@@ -397,7 +397,7 @@ def test_resume_with_zero_takes_up_everything_and_runs_nothing(together: Runs, t
     checkpoint = bad / "checkpoints" / "checkpoint-3"
     torch.save({"module": Bomb()}, checkpoint / "global_step3" / "mp_rank_00_model_states.pt")
     (checkpoint / "manifest.json").unlink()
-    seal(checkpoint)
+    write_manifest(checkpoint)
     overrides = [word.replace(str(tmp_path / "sylva-1"), str(bad)) for word in cases[0]["overrides"]]
     cases.append({"name": "bad", "command": "train", "overrides": overrides, "refused": True})
     first = [tmp_path / f"{method}-{stage}" / "checkpoints" / "checkpoint-3" for method, stage in SEALED]

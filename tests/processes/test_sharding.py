@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
-from sparseft.training.loading import _check_precision
+from sparseft.models.loading import check_precision
 from support.places import SUPPORT
 from support.ranks import METHODS, Runs, run_ranks, trained
 from support.running import sparseft
@@ -110,9 +110,9 @@ def test_a_model_that_keeps_a_part_in_fp32_is_refused() -> None:
             super().__init__()
             self.gate, self.dtype = torch.nn.Linear(2, 2, dtype=dtype), dtype
 
-    _check_precision(ModelConfig(path="gated"), Gated(torch.float32))
+    check_precision(ModelConfig(path="gated"), Gated(torch.float32))
     with pytest.raises(UserError, match=r"zero_stage=3: Gated keeps 'gate.weight' in float32.*zero_stage=2 or less"):
-        _check_precision(ModelConfig(path="gated"), Gated(torch.bfloat16))
+        check_precision(ModelConfig(path="gated"), Gated(torch.bfloat16))
 
 
 # ---- runs ----

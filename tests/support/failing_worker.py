@@ -56,7 +56,7 @@ def checkpoint(limit: int) -> None:
 
 def adapter(limit: int) -> None:
     """The disk is full when the finished adapter is written."""
-    within(trainer.Trainer, "save_trained", limit, lambda self, folder: folder == self.run / "adapter")
+    within(trainer.Trainer, "save_trained", limit, lambda self, folder: folder == self.run_state.folder / "adapter")
 
 
 def cached(limit: int) -> None:

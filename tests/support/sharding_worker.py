@@ -28,10 +28,9 @@ from sparseft.memory import AllocationCounter
 from sparseft.models import loading
 from sparseft.models.decoder import runnable
 from sparseft.models.fingerprint import base_fingerprint
-from sparseft.models.loading import load_model
+from sparseft.models.loading import load_in_shards, load_model
 from sparseft.models.probing import check_causal
 from sparseft.models.spec import ModelSpec
-from sparseft.training.loading import load
 
 HARDWARE = HardwareConfig(device="cpu", num_processes=2, zero_stage=3)
 
@@ -75,7 +74,7 @@ def compare(path: str, dtype: str, importances: list[str]) -> dict[str, Any]:
     before = bytes_alive()
     # What the trial of the loaded model takes for its activations is not the loading's: it comes after the count.
     with Counter() as counter, mock.patch.object(loading, "check_causal"):
-        model, alive = load(config, HARDWARE, device)
+        model, alive = load_in_shards(config, HARDWARE, device)
     with runnable(model):
         check_causal(model, path)
     found: dict[str, Any] = {"resident": bytes_alive() - before, "peak": counter.peak}
@@ -172,7 +171,7 @@ def main(path: Path) -> None:
     result: dict[str, Any] = {name: compare(**settings) for name, settings in job["models"].items()}
     for name, folder in job["broken"].items():
         try:
-            load(ModelConfig(path=folder), HARDWARE, torch.device("cpu"))
+            load_in_shards(ModelConfig(path=folder), HARDWARE, torch.device("cpu"))
         except UserError as error:
             result[name] = str(error)
         forget_zero()

@@ -50,8 +50,7 @@ def trainer_of(
 ) -> Trainer:
     config = TrainerConfig(**{"warmup_steps": 0, "logging_steps": 1, "learning_rate": 1e-2, **settings})
     arguments = training_arguments(
-        config, HardwareConfig(), seed=0, device=CPU, learning_rate=config.learning_rate,
-        total_steps=config.max_steps, autocast=False,
+        config, HardwareConfig(), seed=0, device=CPU, total_steps=config.max_steps,
     )  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     return Trainer(

@@ -26,8 +26,8 @@ CPU = torch.device("cpu")
 
 def arguments_on(device: str, **hardware: Any) -> transformers.TrainingArguments:
     return training_arguments(
-        TrainerConfig(batch_size=3), HardwareConfig(**hardware), seed=0, device=torch.device(device),
-        learning_rate=1e-3, total_steps=1, autocast=False,
+        TrainerConfig(batch_size=3, learning_rate=1e-3), HardwareConfig(**hardware), seed=0,
+        device=torch.device(device), total_steps=1,
     )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from sparseft.errors import RunError
-from sparseft.training.checkpoints import check, checkpoint_steps, last_checkpoint, seal
-from sparseft.training.failures import Fit, memory_problem, out_of_memory
+from sparseft.training.checkpoints import check, checkpoint_steps, last_checkpoint, write_manifest
+from sparseft.training.failures import MemoryAdvice, memory_problem, out_of_memory
 from sparseft.training.trainer import train
 from support.running import METHODS, files, metrics, on, refused, sparseft, summary, write_data
 from support.training import At, attached, examples, long_run, same_end, spoil, tensors, trained, trainer_of
@@ -63,7 +63,7 @@ def test_a_bad_step_updates_nothing(make_model: Any, tmp_path: Path, what: str, 
 def test_bad_steps_in_a_row_end_the_run(make_model: Any, tmp_path: Path) -> None:
     trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, examples(16), max_steps=9, save_steps=1,
                          gradient_accumulation=1, save_total_limit=9)  # fmt: skip
-    trainer.health.limit = 3
+    trainer.run_state.bad_steps.limit = 3
     spoil(trainer, {2, 5, 6, 7, 8})
     with pytest.raises(RunError, match=r"not finite in the steps 5 to 7 \(trainer.max_bad_steps=3\)") as caught:
         train(trainer, None, 9)
@@ -88,7 +88,7 @@ def test_bad_steps_at_the_very_beginning(
 ) -> None:
     trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, examples(16), max_steps=4, save_steps=1,
                          gradient_accumulation=1)  # fmt: skip
-    trainer.health.limit = limit
+    trainer.run_state.bad_steps.limit = limit
     spoil(trainer, bad)
     with pytest.raises(RunError) as caught:
         train(trainer, None, 4)
@@ -111,16 +111,19 @@ def test_max_bad_steps_at_the_command_line(data: Path, model_folder: Any, tmp_pa
 
 
 def test_advice_is_what_fits() -> None:
-    assert "trainer.batch_size=4 trainer.gradient_accumulation=12 take the same 48" in Fit(8, 6, 100, False).advice()
-    fit = Fit(8, 6, 100, False)
+    assert (
+        "trainer.batch_size=4 trainer.gradient_accumulation=12 take the same 48"
+        in MemoryAdvice(8, 6, 100, False).advice()
+    )
+    fit = MemoryAdvice(8, 6, 100, False)
     fit.micro_step(350)
     fit.step_done()
     fit.micro_step(700)  # what did not fit
     assert "trainer.batch_size=3 trainer.gradient_accumulation=16" in fit.advice() and "350 tokens" in fit.advice()
-    assert "hardware.gradient_checkpointing=true" in Fit(1, 16, 512, False).advice()
-    assert "trainer.max_length=256" in Fit(1, 16, 512, True).advice()
-    assert "trainer.max_length=300" in Fit(1, 16, 512, True, fitted=300).advice()
-    assert "trainer.batch_size=2 trainer.gradient_accumulation=3" in Fit(6, 1, 10, False, fitted=25).advice()
+    assert "hardware.gradient_checkpointing=true" in MemoryAdvice(1, 16, 512, False).advice()
+    assert "trainer.max_length=256" in MemoryAdvice(1, 16, 512, True).advice()
+    assert "trainer.max_length=300" in MemoryAdvice(1, 16, 512, True, fitted=300).advice()
+    assert "trainer.batch_size=2 trainer.gradient_accumulation=3" in MemoryAdvice(6, 1, 10, False, fitted=25).advice()
 
 
 def test_what_is_advised_fits_and_continues(
@@ -218,7 +221,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("who", SURE)
 def test_whoever_runs_out_of_memory_gets_the_advice(who: str) -> None:
-    problem = memory_problem(SURE[who], Fit(4, 1, 100, False))
+    problem = memory_problem(SURE[who], MemoryAdvice(4, 1, 100, False))
     assert problem is not None and out_of_memory(SURE[who])
     assert problem.startswith("memory ran out (") and "\n" not in problem
     assert problem.endswith(": trainer.batch_size=2 trainer.gradient_accumulation=2 take the same 4 examples a step in "
@@ -229,14 +232,14 @@ def test_whoever_runs_out_of_memory_gets_the_advice(who: str) -> None:
 
 @pytest.mark.parametrize("who", LIKELY)
 def test_a_library_that_cannot_set_itself_up_has_probably_no_memory(who: str) -> None:
-    problem = memory_problem(LIKELY[who], Fit(4, 1, 100, False))
+    problem = memory_problem(LIKELY[who], MemoryAdvice(4, 1, 100, False))
     assert problem is not None and out_of_memory(LIKELY[who])
     assert problem.startswith("memory has probably run out (") and "trainer.batch_size=2" in problem
 
 
 @pytest.mark.parametrize("who", OTHERS)
 def test_other_errors_get_no_advice_on_memory(who: str) -> None:
-    assert memory_problem(OTHERS[who], Fit(4, 1, 100, False)) is None
+    assert memory_problem(OTHERS[who], MemoryAdvice(4, 1, 100, False)) is None
     assert not out_of_memory(OTHERS[who]) or "cause" in who
 
 
@@ -271,7 +274,7 @@ def test_a_kernel_too_large_for_the_gpu_is_not_a_want_of_memory(module: str, adv
     assert not out_of_memory(error)
     if wrapped:
         error = chained(RuntimeError("backend raised"), error)
-    assert memory_problem(error, Fit(4, 1, 100, False)) == (
+    assert memory_problem(error, MemoryAdvice(4, 1, 100, False)) == (
         "a Triton kernel does not fit this GPU (out of resource: shared memory, Required: 147456, Hardware limit: "
         f"101376): {advice}."
     )
@@ -283,7 +286,9 @@ def test_a_kernel_that_a_compiler_could_not_fit_is_not_a_want_of_memory() -> Non
         "limit:101376 Reducing block sizes or `num_stages` may help."
     )
     assert not out_of_memory(error)
-    assert (memory_problem(error, Fit(4, 1, 100, False)) or "").startswith("a Triton kernel does not fit this GPU (No ")
+    assert (memory_problem(error, MemoryAdvice(4, 1, 100, False)) or "").startswith(
+        "a Triton kernel does not fit this GPU (No "
+    )
 
 
 @pytest.mark.parametrize("place", ["compute_loss", "_evaluation_loss"])
@@ -350,12 +355,12 @@ def test_a_disk_that_fills_up_at_the_end_is_said(
 ) -> None:
     import errno
 
-    import sparseft.commands.train as command
+    from sparseft.training import job
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/summary.json")
 
-    monkeypatch.setattr(command, "write_json", lambda path, content: full() if "summary" in str(path) else None)
+    monkeypatch.setattr(job, "write_json", lambda path, content: full() if "summary" in str(path) else None)
     words = [*on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=1", "dataset.eval_fraction=0"]
     done = sparseft(tmp_path, "train", *words, "output_dir=run", code=1)
     assert "run/summary.json: No space left on device" in done.err
@@ -423,7 +428,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 def seal_again(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    seal(folder)
+    write_manifest(folder)
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -493,9 +498,9 @@ STAGES = {
     "loading the model": "transformers/AutoModelForCausalLM:from_pretrained",
     "reading the data": "sparseft.data.sources:open_file",
     "evaluating": "sparseft.training.trainer/Trainer:_evaluation_loss",
-    "saving a checkpoint": "sparseft.training.trainer:seal",
+    "saving a checkpoint": "sparseft.training.trainer:write_manifest",
     "saving the adapter": "sparseft.adapters.sparse:write_sparse",
-    "writing the summary": "sparseft.commands.train:write_json",
+    "writing the summary": "sparseft.training.job:write_json",
 }
 
 

@@ -25,7 +25,8 @@ from sparseft.errors import RunError
 from sparseft.training.arguments import training_arguments
 from sparseft.training.checkpoints import checkpoint_steps, last_checkpoint, step_of
 from sparseft.training.optimizer import SparseAdamW
-from sparseft.training.trainer import Clock, Trainer, train
+from sparseft.training.run_state import Clock
+from sparseft.training.trainer import Trainer, train
 from support.running import METHODS, files, metrics, on, refused, sparseft, summary, write_data
 from support.training import CPU, At, attached, examples, long_run, same_end, tensors, trained, trainer_of
 
@@ -220,8 +221,8 @@ def test_the_clock_stands_still_outside_training(monkeypatch: pytest.MonkeyPatch
 def test_a_warm_up_longer_than_the_run_is_a_tenth_of_it() -> None:
     def arguments(**settings: Any) -> Any:
         return training_arguments(
-            TrainerConfig(max_steps=10, **settings), HardwareConfig(), seed=0, device=CPU, learning_rate=1e-3,
-            total_steps=10, autocast=False,
+            TrainerConfig(max_steps=10, learning_rate=1e-3, **settings), HardwareConfig(), seed=0, device=CPU,
+            total_steps=10,
         )  # fmt: skip
 
     assert arguments().warmup_steps == 1  # a tenth, where the run is shorter than its warm-up

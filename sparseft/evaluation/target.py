@@ -1,0 +1,165 @@
+"""Which model is evaluated: a run's, an adapter's or the base model, and how it is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from sparseft import console
+from sparseft.adapters.description import is_adapter, is_whole_model, read_config
+from sparseft.adapters.lifecycle import detach, load_adapter, merge, mergeable
+from sparseft.compose.run_config import from_dict
+from sparseft.config import ModelConfig, RunConfig
+from sparseft.data.question_hashes import QuestionHashes
+from sparseft.errors import UserError, shown
+from sparseft.files.paths import nearest_path, where_looked
+from sparseft.files.untrusted import read_yaml_object
+from sparseft.models.loading import check_model_path, load_model, load_tokenizer, resolve_device
+from sparseft.runs import folder as runs
+
+
+@dataclass
+class Target:
+    """What is evaluated: a base model, maybe an adapter on it, and where the results go."""
+
+    what: str  # one sentence's subject, as printed and recorded
+    model: ModelConfig
+    adapter: Path | None
+    folder: Path | None  # None: a new folder under outputs/
+    base: ModelConfig | None = None  # what a run or an adapter is compared with; None: nothing is
+    seen: QuestionHashes | None = None  # questions that it was trained on, where its run's folder knows them
+
+
+def find_target(
+    config: RunConfig, *, run: str | None, adapter: str | None, base: bool, overrides: Sequence[str] = ()
+) -> Target:
+    """Which base model and adapter are meant; model overrides win over what a run or an adapter names."""
+    given = [name for name, value in (("--run", run), ("--adapter", adapter), ("--base", base)) if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other: give one of them.")
+    if base:
+        return Target(f"the base model {config.model.path}", config.model, None, None)
+    if adapter is not None:
+        path = Path(adapter).expanduser()
+        if not path.is_dir():
+            raise UserError(f"--adapter {adapter}: no such folder{where_looked(adapter)}.{nearest_path(adapter)}")
+        if not is_adapter(path) and is_adapter(path / "adapter"):
+            path = path / "adapter"  # a run folder was given
+        return _with_adapter(f"the adapter {adapter}", config, overrides, path, None)
+    if run is None and not runs.LATEST.is_symlink() and not runs.LATEST.exists():
+        return Target(f"the base model {config.model.path} (there is no run yet)", config.model, None, None)
+    folder = runs.find_run(run) if run is not None else runs.latest_run()
+    latest = "the latest run" if run is None else "the run"
+    if not is_adapter(folder / "adapter"):
+        raise UserError(f"{latest} {folder} has no adapter (it did not finish): continue it with trainer.resume=auto.")
+    runs.check_own(folder)
+    model = _run_model(folder)
+    return _with_adapter(f"{latest} {folder}", config, overrides, folder / "adapter", folder, model)
+
+
+def _run_model(folder: Path) -> ModelConfig:
+    """The model of a run, but for `trust_remote_code`: who evaluates says that, not a folder from elsewhere."""
+    return dataclasses.replace(from_dict(read_yaml_object(folder / "config.yaml")).model, trust_remote_code=False)
+
+
+def _with_adapter(
+    what: str,
+    config: RunConfig,
+    overrides: Sequence[str],
+    path: Path,
+    folder: Path | None,
+    model: ModelConfig | None = None,
+) -> Target:
+    content = read_config(path)
+    keys = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    if model is None:
+        own = content.get("sparseft") or {}
+        known = content.get("base_model") or own.get("base_model") or content.get("base_model_name_or_path")
+        model = config.model
+        if not keys & {"model", "model.path"} and not is_whole_model(path):
+            if not known:
+                raise UserError(f"{path}: the adapter names no base model: give model.path=FOLDER or a hub id.")
+            model = dataclasses.replace(config.model, name="adapter", path=str(known))
+    elif "model" in keys:
+        model = config.model
+    changed = {key.removeprefix("model."): None for key in keys if key.startswith("model.")}
+    model = dataclasses.replace(model, **{field: getattr(config.model, field) for field in changed})
+    seen = QuestionHashes.load(folder or path.absolute().parent)
+    if is_whole_model(path):
+        if keys & {"model", "model.path"}:
+            raise UserError(f"{path} is a whole model, so it has no base: leave model and model.path out.")
+        tokenizer = model.tokenizer or model.path if folder is not None else config.model.tokenizer
+        if "model.tokenizer" not in keys and (path / "tokenizer_config.json").is_file():
+            tokenizer = None
+        elif folder is None and tokenizer is None:
+            tokenizer = _tokenizer_of_base(path, content)
+        # A folder alone does not say what it was before training; a run does.
+        base = model if folder is not None else None
+        whole = dataclasses.replace(model, path=str(path), tokenizer=tokenizer)
+        return Target(what, whole, None, folder, base, seen)
+    return Target(f"{what} (on {model.path})", model, path, folder, model, seen)
+
+
+def _tokenizer_of_base(path: Path, content: dict[str, Any]) -> str:
+    """The base that a whole model says it was trained from, for a tokenizer that the folder itself lacks."""
+    base = content.get("base_model")
+    try:
+        if isinstance(base, str) and base:
+            check_model_path(base)
+            return base
+        where = "it names no base"
+    except UserError:
+        where = f"its base {shown(base)} is not there"
+    raise UserError(f"{path} has no tokenizer, and {where}: give model.tokenizer=FOLDER or a hub id.")
+
+
+def load_target(target: Target, config: RunConfig) -> tuple[Any, Any]:
+    """The model with its adapter in the weights, and the tokenizer."""
+    transformers.logging.disable_progress_bar()
+    device = resolve_device(config.hardware.device)
+    tokenizer = load_tokenizer(target.model)
+    model = load_model(target.model, device)
+    if target.adapter is not None:
+        model = load_adapter(model, target.adapter)
+    return model.eval(), tokenizer
+
+
+def score_both(
+    target: Target, config: RunConfig, score: Callable[[Any, Any], dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What `score(model, tokenizer)` makes of the target, and of its base where that is to be compared.
+
+    An adapter is loaded first, so that one that does not fit is refused before hours of work, and detached for the
+    base, which is then the plain model that the base alone is. Whole models are loaded one after the other.
+    """
+    compared = target.base is not None and config.eval.compare_base
+    model, tokenizer = load_target(target, config)
+    if target.adapter is None:
+        outcome = score(model, tokenizer)
+        if not compared:
+            return outcome, None
+        del model  # two at once may not fit
+        console.log(f"the base model {target.base.path} on the same questions")
+        return outcome, score(*load_target(Target("", target.base, None, None), config))
+    of_base = None
+    if compared:
+        console.log(f"the base model {target.base.path} on the same questions first (eval.compare_base=false: not)")
+        model = detach(model)
+        of_base = score(model, tokenizer)
+        model = load_adapter(model, target.adapter).eval()
+    if mergeable(model):
+        model = merge(model)  # else every layer of LoRA would compute its low-rank product beside the dense one
+    return score(model, tokenizer), of_base
+
+
+def prompt_format(wanted: str, run: Path | None) -> str:
+    """`eval.prompt`, with `auto` the format that the run was trained on where that is a conversation's."""
+    if wanted != "auto" or run is None or not (run / "environment.json").is_file():
+        return wanted
+    format = (runs.read_json_object(run / "environment.json").get("data") or {}).get("format")
+    return {"alpaca": "alpaca", "guanaco": "guanaco", "messages": "chat"}.get(format, "auto")

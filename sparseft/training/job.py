@@ -1,0 +1,443 @@
+"""One training run, in five steps over one `Job`: set up, select, attach, train, finish.
+
+Nothing is written before all is checked, loaded and attached, so that a wrong setting leaves nothing behind. Of several
+processes each does its part, and the first one writes the run's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sparseft import console
+from sparseft.adapters.lifecycle import attach as attach_method
+from sparseft.adapters.lifecycle import trainable_count
+from sparseft.adapters.state import state_of
+from sparseft.compose.run_config import to_yaml
+from sparseft.config import BUNDLED, RunConfig
+from sparseft.data.collating import Collator
+from sparseft.data.packing import check_packing
+from sparseft.data.sampling import calibration_batches
+from sparseft.distributed import launch, ranks
+from sparseft.distributed.deepspeed import forget_zero
+from sparseft.errors import LayoutWarning, UserError
+from sparseft.files.atomic import write_json, write_text
+from sparseft.files.disk_errors import explained
+from sparseft.memory import memory_bytes, reset_peak_memory
+from sparseft.models.decoder import context_length, runnable
+from sparseft.models.spec import ModelSpec
+from sparseft.runs.environment import environment
+from sparseft.runs.folder import link_latest, prepare_run_folder
+from sparseft.runs.metrics import truncate_metrics
+from sparseft.selection.compute import reselect
+from sparseft.selection.describe import describe_selection, describe_trainable
+from sparseft.selection.selection import Selection
+from sparseft.training import checks, schedules
+from sparseft.training import resume as resuming
+from sparseft.training.arguments import training_arguments
+from sparseft.training.best import Best, Evaluation, reached, recorded
+from sparseft.training.checkpoints import CHECKPOINTS, last_checkpoint
+from sparseft.training.distributed_trainer import has_experts
+from sparseft.training.prepare import Prepared, prepare
+from sparseft.training.prepare import select as cached_or_computed
+from sparseft.training.reselection import Reselection
+from sparseft.training.run_state import Mark
+from sparseft.training.trainer import Trainer
+from sparseft.training.trainer import train as run_loop
+
+
+@dataclass
+class Job:
+    """A run as far as it is prepared: `set_up` makes it, `select` and `attach` add what they find."""
+
+    config: RunConfig
+    previous: resuming.Previous | None  # the run that is continued
+    scorer: Any  # scoring.Scorer, where the run names a task
+    prepared: Prepared
+    total_steps: int  # optimizer steps of the whole run
+    learning_rate: float
+    contamination: dict[str, Any] | None  # training questions in the evaluation data and the test sets
+    spec: ModelSpec
+    dtype: torch.dtype  # of the base model
+    selection: Selection | None = None
+    selection_cached: bool | None = None
+    method_config: dict[str, Any] | None = None  # with what the method left to the model
+    trainable: int = 0
+    arguments: transformers.TrainingArguments | None = None
+
+    @property
+    def method(self) -> Any:
+        """The method's settings."""
+        return self.config.method
+
+    @property
+    def rows(self) -> Any:
+        """What the Trainer draws batches from: training examples, packed where that is asked for."""
+        return training_rows(self.prepared)
+
+    @property
+    def resumed_from(self) -> str | None:
+        """The checkpoint's folder that training goes on from."""
+        return self.previous.checkpoint if self.previous else None
+
+
+@dataclass
+class Trained:
+    """What the loop leaves for `finish`."""
+
+    trainer: Trainer
+    best: Best
+    before: Evaluation | None  # any training
+    totals: Mark
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """The run, in this process; returns its summary and its folder."""
+    forget_zero()  # of an earlier run
+    previous = ranks.from_first(resuming.previous_run(config) if launch.first_process() else None)
+    job = set_up(config, previous)
+    select(job)
+    attach(job)
+    folder = open_folder(job)
+    with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
+        summary = finish(job, train(job, folder))
+    return summary | {"run": str(folder)}
+
+
+# ---- set up ----
+
+
+def set_up(config: RunConfig, previous: resuming.Previous | None) -> Job:
+    """Loads model and data, and refuses what cannot be trained, the cheapest to see first."""
+    transformers.set_seed(config.seed)
+    scorer = _scorer(config)  # a wrong task is said before data is read
+    prepared = prepare(config)
+    data = prepared.data
+    reset_peak_memory(prepared.device)
+    if previous is not None:
+        previous.check_data(data.fingerprint)
+    if config.trainer.eval_steps and data.eval is None:
+        raise UserError(
+            f"trainer.eval_steps={config.trainer.eval_steps}: there are no evaluation examples; give "
+            "dataset.eval_path=FILE or a dataset.eval_fraction above 0."
+        )
+    _check_context(config, prepared)
+    total_steps, learning_rate = count_steps(config, prepared), checks.learning_rate(config)
+    if config.trainer.max_steps < 1:  # else it has been looked at before anything was loaded
+        schedules.check(config.trainer, learning_rate, total_steps)
+    if previous is not None:
+        previous.check_steps(config.trainer, total_steps)
+    if data.packed is not None:
+        with runnable(prepared.model):
+            check_packing(prepared.model, config.trainer.batch_size)
+        console.log(f"data: {data.packed.note(config.trainer.batch_size, config.trainer.gradient_accumulation)}")
+    contamination = _contamination(config, data, scorer)
+    spec, dtype = ModelSpec.of(prepared.model), next(prepared.model.parameters()).dtype
+    return Job(config, previous, scorer, prepared, total_steps, learning_rate, contamination, spec, dtype)
+
+
+def _scorer(config: RunConfig) -> Any:
+    if not config.trainer.eval_task:
+        return None
+    from sparseft.training.scoring import Scorer  # brings lm-eval with it, seconds that other runs need not wait
+
+    return Scorer(config)
+
+
+def training_rows(prepared: Prepared) -> Any:
+    """Training examples, packed where that is asked for."""
+    return prepared.data.train if prepared.data.packed is None else prepared.data.packed
+
+
+def count_steps(config: RunConfig, prepared: Prepared) -> int:
+    """Optimizer steps of the whole run, as the Trainer counts them."""
+    trainer = config.trainer
+    if trainer.max_steps > 0:
+        return trainer.max_steps
+    sequences = trainer.batch_size * trainer.gradient_accumulation * ranks.rank_and_world()[1]
+    return math.ceil(trainer.num_epochs * max(1, math.ceil(len(training_rows(prepared)) / sequences)))
+
+
+def _check_context(config: RunConfig, prepared: Prepared) -> None:
+    """Refuses examples longer than the model's context: learned positions end there, others never saw more."""
+    context, data = context_length(prepared.model.config), prepared.data
+    longest = max(int(part.lengths.max()) for part in (data.train, data.eval) if part is not None)
+    if context and longest > context:
+        raise UserError(
+            f"trainer.max_length={config.trainer.max_length}: the longest example has {longest} tokens, but the "
+            f"model's context is {context} tokens; use trainer.max_length={context} or less."
+        )
+
+
+def _contamination(config: RunConfig, data: Any, scorer: Any) -> dict[str, Any] | None:
+    """How many questions of the evaluation data, and of the test sets that the run names, are training questions: those
+    of `trainer.eval_task`, else the LLM-Adapters sets in `eval.data_dir`. Warns of the latter, as loading did of the
+    former. None where there is nothing to compare."""
+    found: dict[str, Any] = {} if data.eval is None else {"eval_data": data.eval_overlap}
+    counted: dict[str, dict[str, tuple[int, int]]] = {}  # by split and task: overlapping, all
+    if scorer is not None or config.eval.data_dir is not None:
+        from sparseft.evaluation.contamination import overlap_of_folder, overlap_of_plan  # most runs need none of it
+
+        if scorer is not None:
+            counted = {split: overlap_of_plan(plan, data.questions) for split, plan in scorer.plans.items()}
+        else:
+            counted = {"test": overlap_of_folder(str(config.eval.data_dir), data.questions)}
+    for split, tasks in counted.items():
+        for task, (overlapping, questions) in tasks.items():
+            found.setdefault("tasks", {}).setdefault(task, {})[split] = overlapping
+            if overlapping:
+                console.warn(
+                    f"{task}: {overlapping} of {questions} questions of its {split} split are training questions; its "
+                    "score says less about new ones"
+                )
+    return found or None
+
+
+# ---- select, attach ----
+
+
+def select(job: Job) -> None:
+    """What trains: of a run that is continued its own selection, else the cached or a computed one."""
+    if frozen := job.method.frozen_experts(job.spec):
+        console.warn(
+            f"{len(frozen)} expert matrices (3-D parameters such as {frozen[0]}) stay frozen: method "
+            f"{job.config.method_name} does not train them"
+        )
+    if not job.method.sparse:
+        return
+    if job.resumed_from is not None:
+        own = job.previous.folder / "selection"
+        console.log(f"selection: the run's own, {own}")
+        job.selection, job.selection_cached = Selection.load(own), True
+    else:
+        selected = cached_or_computed(job.config, job.prepared, job.spec)
+        job.selection, job.selection_cached = selected.selection, selected.cached
+
+
+def attach(job: Job) -> None:
+    """Makes the model trainable by the run's method, says what trains, and settles the Trainer's arguments."""
+    config, prepared = job.config, job.prepared
+    with console.showing(LayoutWarning):
+        model = attach_method(prepared.model, config.method, job.selection, spec=job.spec)
+    prepared.model = model
+    job.method_config = state_of(model).method_config
+    if config.model.path.startswith(BUNDLED):
+        state_of(model).base_model = config.model.path
+    job.trainable = trainable_count(model)
+    if job.selection is not None:
+        describe_selection(job.selection, job.spec, config.method)
+    elif (unit := config.method.granularity(None)) is not None:
+        describe_trainable(job.trainable, job.spec, config.method, unit)
+    else:
+        console.log(f"trainable: all {job.trainable:,} parameters of the model")
+    whole = job.method.trains_all
+    job.arguments = training_arguments(
+        dataclasses.replace(config.trainer, learning_rate=job.learning_rate),
+        config.hardware,
+        seed=config.seed,
+        device=prepared.device,
+        total_steps=job.total_steps,
+        unused=has_experts(model) or (whole and bool(job.spec.frozen)),
+        autocast=prepared.device.type == "cuda" and job.dtype.itemsize == 2 and whole,
+    )
+
+
+# ---- the run's folder ----
+
+
+def open_folder(job: Job) -> Path:
+    """The run's folder, which says what the run is; of one that is continued, without what its last checkpoint does not
+    know of."""
+    folder = Path()
+    if launch.first_process():
+        config, previous = job.config, job.previous
+        folder = prepare_run_folder(
+            config.output_dir,
+            config.method_name,
+            config.dataset.name,
+            overwrite=config.overwrite,
+            resume=config.trainer.resume is not None,
+        )
+        config.output_dir = str(folder)
+        link_latest(folder)
+        with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
+            _describe(job, folder)
+        console.log(f"run: {folder}")
+        if previous is not None:
+            resuming.clean(previous, config.trainer.save_total_limit)
+            truncate_metrics(folder / "metrics.jsonl", previous.step)
+            console.log(f"resume: {previous.describe(job.total_steps)}")
+    return ranks.from_first(folder)
+
+
+def _describe(job: Job, folder: Path) -> None:
+    """Writes what the run is into its folder: `config.yaml`, `environment.json`, `selection/`, its questions."""
+    write_text(folder / "config.yaml", to_yaml(job.config))
+    data = job.prepared.data
+    facts = {
+        "train": data.train_source,
+        "eval": data.eval_source or None,
+        "format": data.format,
+        "examples": len(data.train),
+        "rows": len(job.rows),
+        "tokens": data.train.num_tokens,
+        "fingerprint": data.fingerprint,
+    }
+    dtype, world = str(job.dtype).removeprefix("torch."), ranks.rank_and_world()[1]
+    write_json(folder / "environment.json", environment(str(job.prepared.device), dtype, world) | {"data": facts})
+    if job.selection is not None and job.resumed_from is None:
+        job.selection.save(folder / "selection")
+    data.questions.save(folder)
+
+
+# ---- train ----
+
+
+def train(job: Job, folder: Path) -> Trained:
+    """Measures, and trains in the run's folder."""
+    config, prepared = job.config, job.prepared
+    trainer = Trainer(
+        prepared.model,
+        job.arguments,
+        run=folder,
+        save_total_limit=config.trainer.save_total_limit,
+        max_bad_steps=config.trainer.max_bad_steps,
+        score=job.scorer.on_validation(prepared.model, prepared.tokenizer) if job.scorer else None,
+        train_dataset=job.rows,
+        eval_dataset=prepared.data.eval,
+        data_collator=Collator(prepared.pad),
+        processing_class=None,
+    )
+    if config.method.reselect_steps:
+        trainer.add_callback(_reselection(job, trainer))
+    best = Best(
+        folder / CHECKPOINTS,
+        (lambda path: trainer.save_model(str(path))) if config.trainer.keep_best else None,
+        from_step=math.ceil(config.trainer.best_after * job.total_steps),
+        target_score=config.trainer.target_score,
+    )
+    trainer.add_callback(best)
+    before = _evaluation(job, trainer, 0)
+    _say(job, "before", before, f" ({prepared.data.eval_source})")
+    transformers.set_seed(config.seed)  # whatever was drawn before, as by an evaluation, training starts the same
+    totals = run_loop(trainer, job.resumed_from, _last_step(job, folder))
+    return Trained(trainer, best, before, totals)
+
+
+def _last_step(job: Job, folder: Path) -> int:
+    """Where training ends: also where a run that is continued has reached its target before."""
+    step = job.previous.step if job.previous else -1
+    seen = first_recorded(folder, step) if step > 0 else None
+    if seen is not None and reached(job.config.trainer.target_score, seen.eval_score):
+        return step
+    return job.total_steps
+
+
+def _reselection(job: Job, trainer: Trainer) -> Reselection:
+    """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time."""
+    method, prepared = job.config.method, job.prepared
+
+    def choose(step: int) -> Selection:
+        seed = method.seed + step
+        batches = None
+        if method.needs_data:
+            batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
+        return reselect(prepared.model, method, batches, seed=seed)
+
+    ended_at = job.previous.ended_at if job.previous else None
+    return Reselection(method.reselect_steps, choose, trainer.run_state.clock, ended_at)
+
+
+def _evaluation(job: Job, trainer: Trainer, step: int) -> Evaluation | None:
+    """The evaluation at the present step: as recorded where it was measured there, else measured now."""
+    if job.prepared.data.eval is None:
+        return None
+    folder = trainer.run_state.folder
+    seen = first_recorded(folder, step)
+    if seen is None:
+        trainer.evaluate()
+        seen = first_recorded(folder, step)
+    return seen
+
+
+def first_recorded(folder: Path, step: int) -> Evaluation | None:
+    """`recorded`, as the process finds it that writes the file."""
+    return ranks.from_first(recorded(folder, step) if launch.first_process() else None)
+
+
+def _say(job: Job, when: str, seen: Evaluation | None, where: str = "") -> None:
+    if seen is not None:
+        console.log(f"eval loss {when}: {seen.eval_loss:.4f}{where}")
+        if job.scorer is not None:
+            console.log(f"{job.scorer.name} {when}: {seen.eval_score:.4f} on the validation split")
+
+
+# ---- finish ----
+
+
+def finish(job: Job, trained: Trained) -> dict[str, Any]:
+    """Measures again, leaves the adapter (the best one where it was kept) and the summary, which it returns."""
+    config, prepared, trainer = job.config, job.prepared, trained.trainer
+    folder = trainer.run_state.folder
+    after = _evaluation(job, trainer, trained.totals.step)
+    kept = trained.best.take(prepared.model)
+    if kept is not None:
+        console.log(f"best: the evaluation at step {kept.step}, whose adapter is kept")
+        after = kept
+    _say(job, "after", after)
+    trainer.save_trained(folder / "adapter")
+    first = launch.first_process()
+    if job.method.trains_all and first:
+        prepared.tokenizer.save_pretrained(folder / "adapter")
+    scores: dict[str, Any] = {}
+    if job.scorer is not None:
+        test_score = None
+        if first or config.hardware.zero_stage == 3:
+            test_score = job.scorer.on_test(prepared.model, prepared.tokenizer, folder)
+            console.log(f"{job.scorer.name}: {test_score:.4f} on the test split")
+        scores = {
+            "eval_task": job.scorer.name,
+            "eval_score_before": trained.before.eval_score,
+            "eval_score_after": after.eval_score,
+            "test_score": test_score,
+        }
+    summary = _summary(job, trained, after) | ({"best_step": kept.step} if kept else {})
+    summary |= ({"bad_steps": trained.totals.bad} if trained.totals.bad else {}) | scores
+    if first:
+        write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _summary(job: Job, trained: Trained, after: Evaluation | None) -> dict[str, Any]:
+    config, done, before = job.config, trained.totals, trained.before
+    scope = job.spec.weights_in(config.method.scope)
+    return {
+        "method": config.method_name,
+        "model": config.model.path,
+        "dataset": config.dataset.train_path or config.dataset.name,
+        "sparsity": None if job.method.trains_all else 1 - job.trainable / scope,
+        "scope": config.method.scope,
+        "trainable_parameters": job.trainable,
+        "scope_parameters": scope,
+        "total_parameters": job.spec.total_parameters,
+        "steps": done.step,
+        "tokens": done.tokens,
+        "train_seconds": done.seconds,
+        "tokens_per_second": done.tokens / done.seconds if done.seconds > 0 else None,
+        "peak_memory_bytes": memory_bytes(job.prepared.device, peak=True),
+        "train_loss": done.loss / (done.step - done.bad) if done.bad < done.step else None,
+        "eval_loss_before": before.eval_loss if before else None,
+        "eval_loss_after": after.eval_loss if after else None,
+        "seed": config.seed,
+        "learning_rate": job.learning_rate,
+        "selection_cached": job.selection_cached,
+        "method_config": job.method_config,
+        "contamination": job.contamination,
+        "warnings": console.recorded_warnings(),
+    }

@@ -1,0 +1,139 @@
+"""How a run stands: its time, its sums, its bad steps. The trainer and its callback share one of these."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseft.distributed import ranks
+from sparseft.errors import RunError
+from sparseft.training.checkpoints import last_checkpoint, step_of
+
+
+class Clock:
+    """Seconds of training: stands still while the run evaluates and saves."""
+
+    def __init__(self) -> None:
+        self._before = 0.0  # seconds up to the last stop
+        self._since: float | None = None  # None: stopped
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+    def start(self, seconds: float = 0.0) -> None:
+        """Runs on from `seconds`, which a resumed run spent before."""
+        self._before, self._since = seconds, time.monotonic()
+
+    def stop(self) -> None:
+        self._before, self._since = self.seconds, None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        running = self._since is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if running:
+                self.start(self._before)
+
+
+@dataclass
+class Mark:
+    """How far a run is: what a line of metrics is the difference of two of."""
+
+    step: int = 0
+    loss: float = 0.0  # sum of the steps' losses
+    tokens: int = 0
+    seconds: float = 0.0  # of training
+    bad: int = 0  # steps whose loss or gradient was not finite: `loss` is the sum over the others
+
+
+@dataclass
+class BadSteps:
+    """The steps whose loss or gradient was not finite: they update nothing."""
+
+    limit: int  # so many bad steps in a row end the run
+    count: int = 0  # in the whole run
+    streak: int = 0  # the last steps that were bad, in a row
+    proven: int = -1  # the last optimizer step whose weights gave a finite loss in the step after it; -1: none
+
+    def judge(self, step: int, loss: float, norm: float | None) -> bool:
+        """Counts the optimizer step number `step` (1-based), and says whether it is good."""
+        if math.isfinite(loss):
+            self.proven = step - 1
+        if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
+            self.streak = 0
+            return True
+        self.count += 1
+        self.streak += 1
+        return False
+
+
+class RunState:
+    """What the trainer and its callback share of a run.
+
+    folder: the run's. max_bad_steps: so many in a row end it.
+    """
+
+    def __init__(self, folder: Path, max_bad_steps: int, device: torch.device) -> None:
+        self.folder = folder
+        self.clock = Clock()
+        self.bad_steps = BadSteps(max_bad_steps)
+        self.interrupted: str | None = None  # the signal's name
+        # Sums of the micro-steps' losses, each already its share of its step's mean: over the good steps, and over the
+        # present step.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.step_loss = torch.zeros_like(self.loss_sum)
+
+    def totals(self, step: int, tokens: int) -> Mark:
+        """The totals of the whole run so far, earlier sessions of it included (a call of all processes)."""
+        loss = ranks.mean_over_ranks(self.loss_sum).item()
+        return Mark(step, loss, tokens, self.clock.seconds, self.bad_steps.count)
+
+    def bad_step_counts(self) -> dict[str, int]:
+        """What a checkpoint keeps of the bad steps, under the names that it has them by."""
+        return {"bad": self.bad_steps.count, "streak": self.bad_steps.streak, "proven": self.bad_steps.proven}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Goes on from what a checkpoint kept (`checkpoints.read_state`); a fresh run's is zero."""
+        self.loss_sum.fill_(kept["now"]["loss"])
+        self.clock.start(kept["now"]["seconds"])
+        counts = kept["health"]
+        self.bad_steps = BadSteps(self.bad_steps.limit, counts["bad"], counts["streak"], counts["proven"])
+
+    def failure(self, message: str, until: int | None = None) -> RunError:
+        """A RunError that knows the last good checkpoint, of those up to the step `until` where that is given."""
+        checkpoint, newest = last_checkpoint(self.folder, until), last_checkpoint(self.folder)
+        if checkpoint is None:
+            message += " There is no good checkpoint of before" + (
+                f": no step with the weights of checkpoint-{step_of(newest)} had a finite loss, so start anew "
+                "(overwrite=true)."
+                if newest
+                else ", as none was saved yet."
+            )
+        return RunError(message, checkpoint)
+
+    def stop_if_bad(self, step: int) -> None:
+        """Ends a run whose last steps, up to this one, were all bad: RunError."""
+        bad = self.bad_steps
+        if bad.streak < bad.limit:
+            return
+        first = step - bad.streak + 1
+        steps = f"step {step}" if first == step else f"the steps {first} to {step}"
+        advice = "try a lower trainer.learning_rate, and look at the data of these steps"
+        if first == 1:  # no rate has had an effect yet
+            advice = "look at the data, and whether the model itself gives a finite loss (model.dtype)"
+        raise self.failure(
+            f"the loss or its gradient was not finite in {steps} (trainer.max_bad_steps={bad.limit}), which updated "
+            f"nothing: {advice}.",
+            bad.proven,
+        )
