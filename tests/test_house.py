@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sparseft"
@@ -239,10 +240,10 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def constraints() -> dict[str, str]:
+def constraints(file: str = "constraints.txt") -> dict[str, str]:
     """Name (as pip normalises it) -> pinned version."""
     pins = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
+    for line in (ROOT / file).read_text().splitlines():
         if line.strip() and not line.startswith("#"):
             requirement = Requirement(line)
             pins[normal(requirement.name)] = str(requirement.specifier).removeprefix("==")
@@ -270,6 +271,13 @@ def test_the_tested_versions_lie_within_the_declared_ranges() -> None:
         name = normal(requirement.name)
         if name not in left_open:
             assert requirement.specifier.contains(pins[name]), f"{requirement} does not allow {name} {pins[name]}"
+
+
+def test_the_lowest_versions_are_those_declared() -> None:
+    pins = constraints("constraints-lowest.txt")
+    for requirement in map(Requirement, project()["dependencies"]):
+        lowest = next(each.version for each in requirement.specifier if each.operator == ">=")
+        assert Version(pins[normal(requirement.name)]) == Version(lowest), f"{requirement} is not tested from {lowest}"
 
 
 def test_ruff_is_pinned_once() -> None:
