@@ -44,9 +44,10 @@ test-lowest: $(LOWEST)/.installed ## the tests that touch other libraries, at th
 	@$(OFFLINE) $(LOWEST)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" $(LOWEST_TESTS) $(ARGS)
 
 .PHONY: lint
-lint: $(STAMP) ## check style and formatting, change nothing
+lint: $(STAMP) ## check style, formatting and which way imports point, change nothing
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
 .PHONY: format
 format: $(STAMP) ## sort imports, format, and fix what can be fixed safely
@@ -70,8 +71,10 @@ clean: ## remove caches and build products; outputs/ and the environments stay
 # A stamp is newer than what it was installed from, so editing either file installs again. torch goes first and alone:
 # from the constraint pip may then take a CPU build, where one is on offer, before anything else asks for torch.
 $(STAMP): PINS := constraints.txt
+$(STAMP): WHAT := '.[dev]'
 $(STAMP): constraints.txt
 $(LOWEST)/.installed: PINS := constraints-lowest.txt
+$(LOWEST)/.installed: WHAT := . pytest pytest-xdist hypothesis
 $(LOWEST)/.installed: constraints-lowest.txt
 $(STAMP) $(LOWEST)/.installed: pyproject.toml
 	@if ! $(@D)/bin/python -m pip --version >/dev/null 2>&1; then \
@@ -91,6 +94,6 @@ $(STAMP) $(LOWEST)/.installed: pyproject.toml
 	fi
 	@echo "make: installing sparseft and what it needs into $(@D) (some minutes the first time)"
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) torch
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable '.[dev]'
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable $(WHAT)
 	@touch $@
 	@echo "make: installed"
