@@ -48,6 +48,11 @@ def parameters(function: Callable[..., Any]) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
+def test_all_that_is_tested_here_is_still_relied_on() -> None:
+    for name in re.findall(r'relied_on\("([^"]+)"\)', Path(__file__).read_text()):
+        relied_on(name)
+
+
 # -- transformers' Trainer --------------------------------------------------------------------------------------------
 
 OVERRIDDEN = {
@@ -136,6 +141,8 @@ def test_the_trainer_calls_them_in_this_order(tmp_path: Path, make_model: Any) -
     all_in_order(calls, "_get_grad_norm", "_save_checkpoint", "_get_output_dir", "save_model")
     for part in ("_save_optimizer_and_scheduler", "_save_rng_state"):
         all_in_order(calls, "_save_checkpoint", part)
+    names = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert {"rng_state.pth", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= names, relied_on("rng_state*.pth")
     calls = train(2, resume=str(tmp_path / "checkpoint-1"))
     all_in_order(calls, "_load_from_checkpoint", "training_step")
     all_in_order(calls, "_prepare_for_training", "_load_optimizer_and_scheduler", "training_step")
@@ -193,6 +200,29 @@ def test_which_weights_are_tied(make_model: Any) -> None:
     )
     model.config.tie_word_embeddings = False
     assert not model.get_expanded_tied_weights_keys(all_submodels=True), relied_on("get_expanded_tied_weights_keys")
+
+
+def test_a_model_asks_itself_for_its_state_when_it_is_saved(tmp_path: Path, make_model: Any) -> None:
+    from safetensors.torch import load_file
+
+    model = make_model("llama")
+    content = {name: torch.full_like(value, 3.0) for name, value in model.state_dict().items()}
+    model.state_dict = lambda *args, **options: content
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all((value == 3.0).all() for value in saved.values()), relied_on("model.state_dict")
+
+
+def test_linears_that_are_told_by_their_names() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    linear = Conv1D(4, 8)
+    assert linear.nf == 4 and linear.weight.shape == (8, 4), relied_on("nf")
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    falcon = FalconLinear(8, 4)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(falcon(x), F.linear(x, falcon.weight, falcon.bias))
 
 
 def test_the_hooks_on_the_embeddings(make_model: Any) -> None:
@@ -343,6 +373,25 @@ def test_deepspeed_leaves_a_bad_step_out(zero: dict[str, Any]) -> None:
 
 def test_deepspeed_knows_the_moments_of_a_parameter(zero: dict[str, Any]) -> None:
     assert zero["step"]["moments"] == ["exp_avg", "exp_avg_sq"], relied_on("_hp_mapping")
+
+
+def test_accelerates_hooks_on_a_module() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    linear = nn.Linear(2, 2)
+    add_hook_to_module(linear, ModelHook())
+    assert "forward" in vars(linear) and hasattr(linear, "_hf_hook"), relied_on("_hf_hook")
+
+
+def test_the_order_of_accelerates_sampler() -> None:
+    from accelerate.data_loader import SeedableRandomSampler
+
+    def order(epoch: int) -> list[int]:
+        sampler = SeedableRandomSampler(range(50), data_seed=3)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0) == order(0) != order(1) and sorted(order(1)) == list(range(50)), relied_on("SeedableRandomSampler")
 
 
 def test_files_are_read_without_running_what_they_hold(tmp_path: Path) -> None:
@@ -511,6 +560,16 @@ def test_lm_evals_evaluation_takes_tasks_and_groups() -> None:
     assert {"lm", "task_dict", "limit", "bootstrap_iters", "log_samples"} <= set(parameters(evaluate)), relied_on(
         "task_dict"
     )
+
+
+@pytest.mark.parametrize("name", ["UNSAFE_CODE", "MULTIMODAL"])
+def test_lm_evals_marks_of_tasks_that_are_refused(name: str) -> None:
+    """lm-eval's own evaluation goes by them."""
+    import lm_eval.api.task
+    import lm_eval.evaluator
+
+    assert f"self.{name} = True" in inspect.getsource(lm_eval.api.task), relied_on(name)
+    assert f'getattr(task, "{name}"' in inspect.getsource(lm_eval.evaluator), relied_on(name)
 
 
 def test_lm_evals_index_of_tasks(tmp_path: Path) -> None:
