@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.adapters.files import adapter_hash
+from sparseft.adapters.description import adapter_hash
 from sparseft.config import BUNDLED, ModelConfig, RunConfig
 from sparseft.errors import UserError, shown
 from sparseft.files.paths import nearest_path, where_looked
@@ -187,7 +187,7 @@ def find_target(
     config: RunConfig, *, run: str | None, adapter: str | None, base: bool, overrides: Sequence[str] = ()
 ) -> Target:
     """Which base model and adapter are meant; model overrides win over what a run or an adapter names."""
-    from sparseft.adapters.files import is_adapter
+    from sparseft.adapters.description import is_adapter
     from sparseft.runs import folder as runs
 
     given = [name for name, value in (("--run", run), ("--adapter", adapter), ("--base", base)) if value]
@@ -229,7 +229,7 @@ def _with_adapter(
     folder: Path | None,
     model: ModelConfig | None = None,
 ) -> Target:
-    from sparseft.adapters.files import is_whole_model, read_config
+    from sparseft.adapters.description import is_whole_model, read_config
 
     content = read_config(path)
     keys = {word.lstrip("+~").partition("=")[0] for word in overrides}

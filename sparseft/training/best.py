@@ -20,7 +20,7 @@ from sparseft.errors import UserError
 from sparseft.files.atomic import write_json
 from sparseft.runs.folder import read_json_object
 from sparseft.runs.metrics import read_metrics
-from sparseft.training.sharded import take_up
+from sparseft.training.checkpoints import load_trained
 
 BEST = ".best"
 NOTE = "best.json"
@@ -116,7 +116,7 @@ class Best(transformers.TrainerCallback):
         """Puts the best adapter into the model; null (and nothing done) where none was kept."""
         best = from_first(read_best(self.folder) if is_first() else None) if self.save is not None else None
         if best is not None:
-            take_up(model, self.folder / BEST / "adapter")
+            load_trained(model, self.folder / BEST / "adapter")
         return best
 
 
