@@ -495,13 +495,13 @@ def test_pefts_layers_around_parameters_come_off() -> None:
     assert isinstance(inner.down_proj, nn.Parameter), relied_on(name)
 
 
-def test_which_settings_of_a_lora_are_plain() -> None:
+def test_what_a_lora_is_described_by() -> None:
     import peft
 
-    from sparseft.adapters.files import PLAIN_PEFT
-
-    known = peft.LoraConfig().to_dict().keys()
-    assert {"rank_pattern", "alpha_pattern", "lora_bias", "target_parameters", "use_rslora"} <= known & set(PLAIN_PEFT)
+    settings = peft.LoraConfig().to_dict()
+    for name in ("rank_pattern", "alpha_pattern", "lora_bias", "target_parameters", "use_rslora", "use_dora", "bias"):
+        assert name in settings, relied_on(name)
+    assert settings["bias"] == "none" and settings["rank_pattern"] == {}, relied_on("rank_pattern")
 
 
 # -- lm-eval ----------------------------------------------------------------------------------------------------------
