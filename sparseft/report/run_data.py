@@ -9,7 +9,7 @@ from typing import Any
 
 from sparseft.errors import UserError
 from sparseft.files.untrusted import parse_yaml, read_bytes, why
-from sparseft.report.page import number
+from sparseft.report.numbers import number
 from sparseft.runs.folder import load_summary, read_json_object
 from sparseft.runs.metrics import read_metrics
 
