@@ -1,5 +1,5 @@
 # What a developer types. `make` alone lists it.
-# Everything runs in .venv, made on first use; a later call finds it and starts at once.
+# Everything runs in .venv, made on first use; a later call finds it and starts at once. test-lowest has a .venv-lowest.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,7 +10,10 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+LOWEST := .venv-lowest
+# what touches other libraries: models and their layers, adapters, training in one and several processes, evaluation
+LOWEST_TESTS := tests/test_patches.py tests/contract tests/adapters tests/layers tests/models tests/training \
+	tests/evaluation tests/cli tests/processes/test_distributed.py tests/processes/test_sharding.py
 OFFLINE := HF_HUB_OFFLINE=1
 ARGS ?=
 
@@ -36,10 +39,15 @@ test-slow: $(STAMP) ## the tests that take longer
 test-gpu: $(STAMP) ## the tests that need a CUDA device; fails where there is none
 	@$(OFFLINE) SPARSEFT_REQUIRE_GPU=1 $(PY) -m pytest -q -m gpu $(ARGS)
 
+.PHONY: test-lowest
+test-lowest: $(LOWEST)/.installed ## the tests that touch other libraries, at the lowest versions that pyproject.toml allows
+	@$(OFFLINE) $(LOWEST)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" $(LOWEST_TESTS) $(ARGS)
+
 .PHONY: lint
-lint: $(STAMP) ## check style and formatting, change nothing
+lint: $(STAMP) ## check style, formatting and which way imports point, change nothing
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
 .PHONY: format
 format: $(STAMP) ## sort imports, format, and fix what can be fixed safely
@@ -56,14 +64,20 @@ bench: $(STAMP) ## a training step against its targets, in fp32 and bf16 on the 
 install: $(STAMP) ## create .venv and install, no more
 
 .PHONY: clean
-clean: ## remove caches and build products; outputs/ and .venv stay
+clean: ## remove caches and build products; outputs/ and the environments stay
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
-	@find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	@find . -path ./$(VENV) -prune -o -path ./$(LOWEST) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
-# The stamp is newer than what it was installed from, so editing either file installs again. torch goes first and alone:
+# A stamp is newer than what it was installed from, so editing either file installs again. torch goes first and alone:
 # from the constraint pip may then take a CPU build, where one is on offer, before anything else asks for torch.
-$(STAMP): pyproject.toml constraints.txt
-	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+$(STAMP): PINS := constraints.txt
+$(STAMP): WHAT := '.[dev]'
+$(STAMP): constraints.txt
+$(LOWEST)/.installed: PINS := constraints-lowest.txt
+$(LOWEST)/.installed: WHAT := . pytest pytest-xdist hypothesis
+$(LOWEST)/.installed: constraints-lowest.txt
+$(STAMP) $(LOWEST)/.installed: pyproject.toml
+	@if ! $(@D)/bin/python -m pip --version >/dev/null 2>&1; then \
 		found=; \
 		for candidate in python3.11 python3.12 python3.13 python3; do \
 			if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
@@ -75,11 +89,11 @@ $(STAMP): pyproject.toml constraints.txt
 			echo "      Install one (Debian, Ubuntu: python3.11 and python3.11-venv) and call make again." >&2; \
 			exit 1; \
 		fi; \
-		echo "make: creating $(VENV) with $$("$$found" --version)"; \
-		"$$found" -m venv --clear $(VENV); \
+		echo "make: creating $(@D) with $$("$$found" --version)"; \
+		"$$found" -m venv --clear $(@D); \
 	fi
-	@echo "make: installing sparseft and what it needs into $(VENV) (some minutes the first time)"
-	@$(PIP_INSTALL) torch
-	@$(PIP_INSTALL) --editable '.[dev]'
-	@touch $(STAMP)
+	@echo "make: installing sparseft and what it needs into $(@D) (some minutes the first time)"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) torch
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable $(WHAT)
+	@touch $@
 	@echo "make: installed"

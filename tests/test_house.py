@@ -1,18 +1,24 @@
-"""The rules of the house, held by reading the source: which way imports point, and what stays light."""
+"""The rules of the house, held by reading the source: what shared code may know, circles, what stays light, papers.
+
+Which way imports point, and which part sees which library, are contracts in pyproject.toml.
+"""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from sparseft.config import HardwareConfig, ModelConfig
 from sparseft.methods import METHODS, get_method
@@ -21,34 +27,6 @@ from sparseft.methods.base import SparseConfig
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sparseft"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-
-# Low to high. A module imports from lower lines and from its own part, never from its neighbours on a line or above.
-# A part is a module or a folder of the package. A new part must be placed here.
-ORDER = (
-    {"errors"},
-    {"rules"},
-    {"config"},
-    {"console", "signals", "memory"},
-    {"files"},
-    {"runs", "distributed"},
-    {"data.prompts"},
-    {"kernels"},
-    {"models"},
-    {"data"},
-    {"layers", "importance"},
-    {"selection"},
-    {"methods"},
-    {"adapters"},
-    {"compose"},
-    {"evaluation"},
-    {"training"},
-    {"report"},
-    {"bench"},
-    {"commands"},
-    {"cli"},
-    {"__init__", "__main__"},  # the package's front doors
-)
-RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
 # Loaded by `sparseft --help`, `import sparseft` or composing a config: nothing heavy when they are imported.
 LIGHT = re.compile(
@@ -82,13 +60,6 @@ def dotted(path: Path) -> str:
     return ".".join(parts)
 
 
-def part_of(module: str) -> str:
-    """The entry of ORDER that a dotted module below `sparseft` belongs to."""
-    if module in RANK:
-        return module
-    return module.split(".")[0]
-
-
 def imported(tree: ast.AST, module: str) -> Iterator[tuple[str, int]]:
     """Every sparseft module that `module` imports anywhere, dotted below the package, and the line."""
     package = ["sparseft", *module.split(".")]
@@ -112,19 +83,6 @@ def imported(tree: ast.AST, module: str) -> Iterator[tuple[str, int]]:
             yield (found[0] if found else parts[0] if len(parts) > 1 else "__init__"), node.lineno
 
 
-def runs_on_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a module that run when it is imported; not what only a type checker reads."""
-    for node in body:
-        yield node
-        if isinstance(node, ast.If):
-            checking = "TYPE_CHECKING" in ast.unparse(node.test)
-            yield from runs_on_import(node.orelse if checking else [*node.body, *node.orelse])
-        elif isinstance(node, (ast.Try, ast.With, ast.ClassDef, ast.For, ast.While)):
-            yield from runs_on_import(node.body)
-            for handler in getattr(node, "handlers", []):
-                yield from runs_on_import(handler.body)
-
-
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -140,45 +98,27 @@ def docstrings(tree: ast.Module) -> set[int]:
     return found
 
 
-def layering_faults(module: str, source: str) -> list[str]:
-    """What is wrong with a module's imports, by ORDER."""
-    part = part_of(module)
-    if part not in RANK:
-        return [f"{module}: not placed in ORDER of tests/test_house.py"]
-    faults = []
-    for target, line in imported(ast.parse(source), module):
-        other = part_of(target)
-        if other not in RANK:
-            faults.append(f"{module}:{line}: imports {target}, which is not placed in ORDER")
-        elif other != part and RANK[other] >= RANK[part]:
-            faults.append(f"{module}:{line}: imports {target}, which is not below {part}")
-    return faults
+def test_the_contracts_on_imports_are_kept() -> None:
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_imports_point_one_way(path: Path) -> None:
-    assert not layering_faults(dotted(path), path.read_text(encoding="utf-8"))
+def test_nobody_inside_comes_in_by_the_front_door() -> None:
+    """What `sparseft/__init__.py` offers lies elsewhere. The contracts leave it out: all may ask it for the version."""
+    for path in MODULES:
+        module = dotted(path)
+        if module not in ("__init__", "__main__"):
+            for target, line in imported(parse(path), module):
+                assert target != "__init__", f"{module}:{line} imports from sparseft/__init__.py"
 
 
-@pytest.mark.parametrize(
-    ("module", "source", "fault"),
-    [
-        ("layers.base", "from sparseft.methods import METHODS", True),
-        ("layers.base", "def f():\n    import sparseft.adapters.lifecycle", True),
-        ("layers.base", "from ..trainer import x", True),
-        ("layers.base", "from sparseft import adapter", True),
-        ("layers.base", "from sparseft import attach", True),  # the front door is above everything
-        ("data.sources", "import sparseft.training.trainer", True),
-        ("novelty", "", True),
-        ("layers.base", "from sparseft.kernels.reference import x\nfrom . import blocks\nimport torch", False),
-        ("layers.base", "from sparseft.errors import UserError", False),
-        ("kernels.dispatch", "from sparseft.data.prompts import x", False),
-        ("kernels.dispatch", "from sparseft.data.sources import x", True),
-        ("report", "from sparseft.report.charts import x", False),
-    ],
-)
-def test_the_layering_test_sees_what_it_should(module: str, source: str, fault: bool) -> None:
-    assert bool(layering_faults(module, source)) == fault
+def test_a_family_of_files_has_a_folder() -> None:
+    """Not a prefix: of three siblings and more."""
+    for folder in {path.parent for path in MODULES}:
+        prefixes = Counter(path.stem.split("_")[0] for path in folder.glob("[!_]*.py"))
+        family, size = prefixes.most_common(1)[0] if prefixes else ("", 0)
+        assert size < 3, f"{folder.relative_to(ROOT)} has {size} files called {family}…"
 
 
 def circles(imports: dict[str, set[str]]) -> list[set[str]]:
@@ -214,7 +154,7 @@ def test_the_circle_test_sees_what_it_should() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_shared_code_names_no_method(path: Path) -> None:
     module = dotted(path)
-    part = part_of(module)
+    part = module.split(".")[0]
     if part in KNOWS_METHODS:
         return
     tree = parse(path)
@@ -273,7 +213,7 @@ def own_fields_read(source: str) -> list[str]:
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_shared_code_reads_no_methods_own_setting(path: Path) -> None:
     module = dotted(path)
-    if part_of(module) not in KNOWS_METHODS and module not in OTHER_SETTINGS:
+    if module.split(".")[0] not in KNOWS_METHODS and module not in OTHER_SETTINGS:
         assert not own_fields_read(path.read_text(encoding="utf-8")), module
 
 
@@ -292,20 +232,8 @@ def test_that_test_sees_what_it_should(source: str, found: list[str]) -> None:
     assert own_fields_read(source) == found
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if LIGHT.fullmatch(dotted(path))], ids=dotted)
-def test_light_modules_import_nothing_heavy(path: Path) -> None:
-    for node in runs_on_import(parse(path).body):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names = [node.module or ""]
-        heavy = [name for name in names if name.split(".")[0] in HEAVY]
-        assert not heavy, f"{dotted(path)}:{node.lineno} imports {heavy[0]} when it is imported"
-
-
 def test_importing_light_modules_loads_nothing_heavy() -> None:
-    """The same, by what Python really loads: a light module may reach a heavy one through others."""
+    """By what Python really loads: a light module may reach a heavy one through others."""
     light = [dotted(path) for path in MODULES if LIGHT.fullmatch(dotted(path)) and dotted(path) != "__main__"]
     names = ["sparseft" if name == "__init__" else f"sparseft.{name}" for name in light]
     code = (
@@ -326,10 +254,10 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def constraints() -> dict[str, str]:
+def constraints(file: str = "constraints.txt") -> dict[str, str]:
     """Name (as pip normalises it) -> pinned version."""
     pins = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
+    for line in (ROOT / file).read_text().splitlines():
         if line.strip() and not line.startswith("#"):
             requirement = Requirement(line)
             pins[normal(requirement.name)] = str(requirement.specifier).removeprefix("==")
@@ -357,6 +285,13 @@ def test_the_tested_versions_lie_within_the_declared_ranges() -> None:
         name = normal(requirement.name)
         if name not in left_open:
             assert requirement.specifier.contains(pins[name]), f"{requirement} does not allow {name} {pins[name]}"
+
+
+def test_the_lowest_versions_are_those_declared() -> None:
+    pins = constraints("constraints-lowest.txt")
+    for requirement in map(Requirement, project()["dependencies"]):
+        lowest = next(each.version for each in requirement.specifier if each.operator == ">=")
+        assert Version(pins[normal(requirement.name)]) == Version(lowest), f"{requirement} is not tested from {lowest}"
 
 
 def test_ruff_is_pinned_once() -> None:

@@ -1,0 +1,774 @@
+"""What sparseft patches, overrides or calls of other libraries without their promise that it stays.
+
+A test fails where such a thing is gone, renamed or does something else, and says which file relies on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import json
+import logging
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sparseft.training.distributed_trainer import DistributedTrainer
+from sparseft.training.trainer import Trainer
+from support.experts import MODELS, batch, build
+from support.places import ROOT, SUPPORT
+
+
+@functools.cache
+def sources() -> dict[str, str]:
+    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted((ROOT / "sparseft").rglob("*.py"))}
+
+
+def relied_on(name: str) -> str:
+    """Who in sparseft says `name`: what a failing test ends with. Fails itself where nobody does any more."""
+    users = [path for path, text in sources().items() if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+    assert users, f"nothing in sparseft says '{name}' any more: its test has had its day"
+    return f"'{name}' is not what {', '.join(users)} relies on"
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def test_all_that_is_tested_here_is_still_relied_on() -> None:
+    for name in re.findall(r'relied_on\("([^"]+)"\)', Path(__file__).read_text()):
+        relied_on(name)
+
+
+# -- transformers' Trainer --------------------------------------------------------------------------------------------
+
+OVERRIDDEN = {
+    "_get_grad_norm": ["model", "grad_norm"],
+    "_get_output_dir": ["trial"],
+    "_get_train_sampler": ["train_dataset"],
+    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+    "_load_optimizer_and_scheduler": ["checkpoint"],
+    "_load_rng_state": ["checkpoint"],
+    "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "_save_checkpoint": ["model", "trial"],
+    "_save_optimizer_and_scheduler": ["output_dir"],
+    "_save_rng_state": ["output_dir"],
+    "_track_num_input_tokens": ["inputs"],
+    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    "create_optimizer": ["model"],
+    "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "save_model": ["output_dir", "_internal_call"],
+    "training_step": ["model", "inputs", "num_items_in_batch"],
+}
+CALLED = {"_prepare_inputs": ["inputs"], "get_optimizer_cls_and_kwargs": ["args", "model"]}
+
+
+@pytest.mark.parametrize("name", [*OVERRIDDEN, *CALLED])
+def test_the_trainer_has_the_methods(name: str) -> None:
+    own = getattr(transformers.Trainer, name, None)
+    assert own is not None and parameters(own) == (OVERRIDDEN | CALLED)[name], relied_on(name)
+    assert name in CALLED or getattr(Trainer, name) is not own, f"Trainer.{name} is overridden no more"
+
+
+def test_every_private_override_is_listed() -> None:
+    own = {name for kind in (Trainer, DistributedTrainer) for name in vars(kind) if re.match("_[a-z]", name)}
+    assert {name for name in own if hasattr(transformers.Trainer, name)} <= OVERRIDDEN.keys()
+
+
+def recording(calls: list[str]) -> type[transformers.Trainer]:
+    """transformers' Trainer, which notes its calls of what ours overrides."""
+
+    def noted(name: str) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return getattr(transformers.Trainer, name)(self, *args, **kwargs)
+
+        return call
+
+    return type("Recording", (transformers.Trainer,), {name: noted(name) for name in OVERRIDDEN})
+
+
+class Updates(transformers.TrainerCallback):
+    """Notes when the optimizer is about to update."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.calls.append("update")
+
+
+def test_the_trainer_calls_them_in_this_order(tmp_path: Path, make_model: Any) -> None:
+    data = [{"input_ids": list(range(3, 9)), "labels": list(range(3, 9))}] * 4
+
+    def train(steps: int, resume: str | None = None) -> list[str]:
+        args = transformers.TrainingArguments(
+            str(tmp_path), max_steps=steps, save_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+            include_num_input_tokens_seen="non_padding", disable_tqdm=True, max_grad_norm=1.0,
+        )  # fmt: skip
+        calls: list[str] = []
+        trainer = recording(calls)(make_model("llama"), args, train_dataset=data, callbacks=[Updates(calls)])
+        trainer.train(resume_from_checkpoint=resume)
+        return calls
+
+    def all_in_order(calls: list[str], *expected: str) -> None:
+        rest = iter(calls)
+        for name in expected:
+            assert name in rest, f"{name} is not called, or at another time: {relied_on(name.strip())}; {calls}"
+
+    calls = train(1)
+    all_in_order(
+        calls, "_get_train_sampler", "_prepare_for_training", "training_step", "compute_loss", "_get_grad_norm"
+    )
+    assert calls.index("training_step") < calls.index("_get_grad_norm") < calls.index("update"), (
+        f"a step is no longer judged between backward and update: {relied_on('_get_grad_norm')}"
+    )
+    assert "_track_num_input_tokens" in calls, relied_on("_track_num_input_tokens")
+    assert "create_optimizer" in calls, relied_on("create_optimizer")
+    all_in_order(calls, "_get_grad_norm", "_save_checkpoint", "_get_output_dir", "save_model")
+    for part in ("_save_optimizer_and_scheduler", "_save_rng_state"):
+        all_in_order(calls, "_save_checkpoint", part)
+    names = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert {"rng_state.pth", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= names, relied_on("rng_state*.pth")
+    calls = train(2, resume=str(tmp_path / "checkpoint-1"))
+    all_in_order(calls, "_load_from_checkpoint", "training_step")
+    all_in_order(calls, "_prepare_for_training", "_load_optimizer_and_scheduler", "training_step")
+    all_in_order(calls, "_load_rng_state", "training_step")
+
+
+def test_one_gpu_of_several(tmp_path: Path) -> None:
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    assert hasattr(args, "_n_gpu"), relied_on("_n_gpu")
+    args._n_gpu = 7
+    assert args.n_gpu == 7, relied_on("_n_gpu")
+
+
+# -- transformers' models ---------------------------------------------------------------------------------------------
+
+
+def test_the_models_attention(make_model: Any) -> None:
+    """Its name, which the config keeps, and the plain function that stands in the module of each architecture."""
+    model = make_model("llama")
+    assert model.config._attn_implementation == "sdpa", relied_on("_attn_implementation")
+    assert model._can_set_attn_implementation() is True, relied_on("_can_set_attn_implementation")
+    attention = model.model.layers[0].self_attn
+    plain = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+    assert plain is not None, relied_on("eager_attention_forward")
+    assert parameters(plain)[:5] == ["module", "query", "key", "value", "attention_mask"], relied_on(
+        "eager_attention_forward"
+    )
+
+
+def test_which_models_there_are() -> None:
+    known = transformers.AutoModelForCausalLM._model_mapping
+    assert transformers.LlamaConfig in known and transformers.T5Config not in known, relied_on("_model_mapping")
+
+
+def test_what_stays_in_fp32(tmp_path: Path, make_model: Any) -> None:
+    model = make_model("llama")
+    for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        assert not getattr(model, name, ["gone"]), relied_on(name)
+    model.save_pretrained(tmp_path)
+    strict = type("Strict", (transformers.LlamaForCausalLM,), {"_keep_in_fp32_modules_strict": ["input_layernorm"]})
+    loaded = strict.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.model.layers[0].input_layernorm.weight.dtype == torch.float32, relied_on(
+        "_keep_in_fp32_modules_strict"
+    )
+    assert "input_layernorm" in loaded._keep_in_fp32_modules_strict, relied_on("_keep_in_fp32_modules_strict")
+
+
+def test_which_weights_are_tied(make_model: Any) -> None:
+    model = make_model("gpt2")
+    assert set(model._tied_weights_keys) == {"lm_head.weight"}, relied_on("_tied_weights_keys")
+    pairs = {"lm_head.weight": "transformer.wte.weight"}
+    assert model.all_tied_weights_keys == pairs, relied_on("all_tied_weights_keys")
+    assert model.get_expanded_tied_weights_keys(all_submodels=True) == pairs, relied_on(
+        "get_expanded_tied_weights_keys"
+    )
+    model.config.tie_word_embeddings = False
+    assert not model.get_expanded_tied_weights_keys(all_submodels=True), relied_on("get_expanded_tied_weights_keys")
+
+
+def test_a_model_asks_itself_for_its_state_when_it_is_saved(tmp_path: Path, make_model: Any) -> None:
+    from safetensors.torch import load_file
+
+    model = make_model("llama")
+    content = {name: torch.full_like(value, 3.0) for name, value in model.state_dict().items()}
+    model.state_dict = lambda *args, **options: content
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all((value == 3.0).all() for value in saved.values()), relied_on("model.state_dict")
+
+
+def test_linears_that_are_told_by_their_names() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    linear = Conv1D(4, 8)
+    assert linear.nf == 4 and linear.weight.shape == (8, 4), relied_on("nf")
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    falcon = FalconLinear(8, 4)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(falcon(x), F.linear(x, falcon.weight, falcon.bias))
+
+
+def test_the_hooks_on_the_embeddings(make_model: Any) -> None:
+    model = make_model("llama")
+    model.enable_input_require_grads()
+    assert isinstance(vars(model).get("_require_grads_hooks"), list), relied_on("_require_grads_hooks")
+    assert "_require_grads_hook" in vars(model), relied_on("_require_grads_hook")
+
+
+def test_a_model_is_loaded_under_deepspeeds_init(tmp_path: Path, make_model: Any, monkeypatch: Any) -> None:
+    """transformers looks `deepspeed.zero.Init` up when it loads a model, and gives it nothing but its configuration."""
+    deepspeed = pytest.importorskip("deepspeed")
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    usual = deepspeed.zero.Init
+    assert {"config_dict_or_path", "tensor_overrides"} <= set(parameters(usual.__init__)), relied_on("tensor_overrides")
+    asked: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> contextlib.AbstractContextManager[None]:
+        asked.append(options)
+        return contextlib.nullcontext()
+
+    make_model("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(deepspeed.zero, "Init", init)
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        with contextlib.suppress(Exception):  # it expects parameters in shards afterwards
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    finally:
+        del alive
+        unset_hf_deepspeed_config()
+    assert asked and set(asked[0]) == {"config_dict_or_path"}, relied_on("deepspeed.zero.Init")
+
+
+# -- transformers' experts --------------------------------------------------------------------------------------------
+
+
+class Products(TorchFunctionMode):
+    """Notes the functions that a 3-D parameter, or a view of one, is given to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.seen.append((getattr(func, "__name__", ""), func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_how_experts_compute(kind: str) -> None:
+    model = build(kind)
+    experts = model.model.layers[0].mlp.experts
+    assert experts.config is model.config, relied_on("_experts_implementation")
+    assert experts.config._experts_implementation == "grouped_mm", relied_on("_experts_implementation")
+    assert experts.is_transposed is False and experts.has_bias is False, relied_on("is_transposed")
+    assert {name: p.dim() for name, p in experts._parameters.items()} == {"gate_up_proj": 3, "down_proj": 3}
+    with Products() as grouped, torch.no_grad():
+        model(**batch())
+    own = copy.copy(experts.config)
+    own._experts_implementation_internal = "eager"
+    assert own._experts_implementation == "eager", relied_on("_experts_implementation_internal")
+    assert experts.config._experts_implementation == "grouped_mm", relied_on("_experts_implementation_internal")
+    experts.config = own  # of this module alone
+    with Products() as single, torch.no_grad():
+        model(**batch())
+    names = [name for name, *_ in grouped.seen]
+    used = [name for name in names if name in ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")]
+    slices = {experts.down_proj[number].data_ptr() for number in range(4)}
+    loops = [args for name, func, args, _ in single.seen if func is F.linear and args[1].data_ptr() in slices]
+    assert used or "linear" in names, relied_on("grouped_mm")
+    assert loops, relied_on("_experts_implementation_internal")
+
+
+def test_a_stack_is_asked_as_a_parameter_is() -> None:
+    """The same in one product and one after another, with an `ExpertStack` in the parameter's place."""
+    from sparseft.layers.experts import close_experts, open_expert
+    from sparseft.models.expert_weights import find_expert
+
+    model = build("mixtral")
+    with torch.no_grad():
+        expected = model(**batch()).logits
+        expert = find_expert(model, "model.layers.0.mlp.experts.down_proj.1")
+        assert expert is not None
+        layer = open_expert(expert)
+        called = []
+        layer.register_forward_hook(lambda *_: called.append(True))
+        torch.testing.assert_close(model(**batch()).logits, expected)
+        close_experts(model)
+    assert called, relied_on("grouped_mm_fallback")
+
+
+# -- DeepSpeed and accelerate -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process of its own has seen of DeepSpeed and accelerate."""
+    pytest.importorskip("deepspeed")
+    out = tmp_path_factory.mktemp("zero") / "facts.json"
+    done = subprocess.run(
+        [sys.executable, str(SUPPORT / "zero_facts.py"), str(out)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"DeepSpeed or accelerate lacks what sparseft/distributed relies on:\n{done.stderr}"
+    return json.loads(out.read_text())
+
+
+def test_accelerate_forgets_its_state(zero: dict[str, Any]) -> None:
+    assert zero["accelerate"] == {"known": [True, True], "after": [False, False]}, relied_on("_reset_state")
+
+
+def test_collectives_in_shared_memory_can_be_turned_off(zero: dict[str, Any]) -> None:
+    assert zero["shared memory"]["name"] == "deepspeed_shm_comm", relied_on("deepspeed_shm_comm")
+    assert zero["shared memory"]["built"] == {"True": True, "False": False}, relied_on("__compatible_ops__")
+
+
+def test_what_is_set_in_the_configuration_reaches_deepspeed(zero: dict[str, Any]) -> None:
+    assert zero["configuration"] == {"bucket": 123, "same": True}, relied_on("hf_deepspeed_config")
+
+
+def test_tensors_keep_their_dtypes_in_shards(zero: dict[str, Any]) -> None:
+    assert zero["shards"]["table"] == "torch.float32", relied_on("DeepSpeedTensorOverride")
+
+
+@pytest.mark.parametrize(
+    ("fact", "name", "expected"),
+    [
+        ("id", "ds_id", True),
+        ("told apart", "ds_id", False),
+        ("shape", "ds_shape", [4, 8]),
+        ("outside", "ds_status", ["NOT_AVAILABLE", 0]),
+        ("inside", "ds_status", ["AVAILABLE", 32]),
+        ("shard", "ds_numel", [32, 32]),
+        ("shard", "ds_tensor", [32, 32]),
+        ("running before", "ds_inflight_param_registry", False),
+        ("running", "ds_inflight_param_registry", True),
+    ],
+)
+def test_what_a_parameter_in_shards_says(zero: dict[str, Any], fact: str, name: str, expected: Any) -> None:
+    assert zero["shards"][fact] == expected, relied_on(name)
+
+
+def test_deepspeed_leaves_a_bad_step_out(zero: dict[str, Any]) -> None:
+    step = zero["step"]
+    assert (step["there"], step["finite"], step["infinite"]) == (True, True, False), relied_on("check_grad_overflow")
+
+
+def test_deepspeed_knows_the_moments_of_a_parameter(zero: dict[str, Any]) -> None:
+    assert zero["step"]["moments"] == ["exp_avg", "exp_avg_sq"], relied_on("_hp_mapping")
+
+
+def test_accelerates_hooks_on_a_module() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    linear = nn.Linear(2, 2)
+    add_hook_to_module(linear, ModelHook())
+    assert "forward" in vars(linear) and hasattr(linear, "_hf_hook"), relied_on("_hf_hook")
+
+
+def test_the_order_of_accelerates_sampler() -> None:
+    from accelerate.data_loader import SeedableRandomSampler
+
+    def order(epoch: int) -> list[int]:
+        sampler = SeedableRandomSampler(range(50), data_seed=3)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0) == order(0) != order(1) and sorted(order(1)) == list(range(50)), relied_on("SeedableRandomSampler")
+
+
+def test_files_are_read_without_running_what_they_hold(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    from sparseft.distributed.deepspeed import weights_only
+
+    torch.save({"a": Path("x")}, tmp_path / "file.pt")
+    assert torch.load(tmp_path / "file.pt", weights_only=False) == {"a": Path("x")}
+    with weights_only(), pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "file.pt", weights_only=False)
+        pytest.fail(relied_on("TORCH_FORCE_WEIGHTS_ONLY_LOAD"))
+
+
+@pytest.mark.parametrize(
+    ("module", "logger", "sentence"),
+    [
+        ("accelerate.accelerator", "accelerate.accelerator", "Gradient accumulation steps mismatch"),
+        ("transformers.optimization", None, "Both num_training_steps and num_stable_steps"),
+    ],
+)
+def test_sentences_that_are_silenced_are_still_said(module: str, logger: str | None, sentence: str) -> None:
+    source = Path(inspect.getfile(__import__(module, fromlist=["_"]))).read_text()
+    assert sentence in source, relied_on(sentence)
+    assert logger is None or logger in logging.root.manager.loggerDict, relied_on(logger or "")
+
+
+# -- peft -------------------------------------------------------------------------------------------------------------
+
+
+def lora(**options: Any) -> Any:
+    import peft
+
+    return peft.LoraConfig(task_type=peft.TaskType.CAUSAL_LM, r=2, **options)
+
+
+def test_peft_asks_for_the_conversion_of_names(make_model: Any, monkeypatch: Any) -> None:
+    """By the module's attribute, with the config, the model and its conversions, before it looks for the targets."""
+    import peft
+    from peft.utils import transformers_weight_conversion as conversion
+
+    name = "convert_peft_config_for_transformers"
+    assert parameters(getattr(conversion, name, lambda: None))[:2] == ["peft_config", "model"], relied_on(name)
+    given = []
+
+    def convert(config: Any, model: nn.Module, conversions: Any) -> None:
+        given.append(model)
+        config.target_modules = {"down_proj"}
+
+    monkeypatch.setattr(conversion, name, convert)
+    model = make_model("llama")
+    wrapped = peft.get_peft_model(model, lora(target_modules=["up_proj"]))
+    kinds = [n for n, m in wrapped.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert given and given[0] is model and kinds and all(n.endswith("down_proj") for n in kinds), relied_on(name)
+
+
+def test_the_inside_of_pefts_layers(make_model: Any) -> None:
+    import peft
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+
+    config = lora(target_modules=["up_proj"], modules_to_save=["lm_head"], trainable_token_indices=[3, 5])
+    model = peft.get_peft_model(make_model("llama"), config, adapter_name="a")
+    base = model.get_base_model()
+    names = dict(model.named_parameters())
+    assert "base_model.model.lm_head.original_module.weight" in names, relied_on("original_module")
+    layer = base.model.layers[0].mlp.up_proj
+    assert isinstance(layer, LoraLayer) and isinstance(layer, BaseTunerLayer), relied_on("LoraLayer")
+    assert layer.r["a"] == 2 and layer.scaling["a"] == 8 / 2, relied_on("scaling")
+    assert layer.lora_A["a"].weight.shape[0] == layer.lora_B["a"].weight.shape[1] == 2, relied_on("lora_A")
+    assert "a" not in layer.lora_embedding_A and layer.lora_bias == {"a": False}, relied_on("lora_bias")
+    assert type(layer.base_layer) is nn.Linear and layer.get_base_layer() is layer.base_layer, relied_on("base_layer")
+    head = base.lm_head
+    assert isinstance(head, ModulesToSaveWrapper) and isinstance(head, AuxiliaryTrainingWrapper)
+    assert type(head.original_module) is nn.Linear and list(head.modules_to_save) == ["a"], relied_on("modules_to_save")
+    table = base.model.embed_tokens
+    assert isinstance(table, TrainableTokensWrapper), relied_on("TrainableTokensWrapper")
+    tokens = table.token_adapter
+    assert list(tokens.trainable_tokens_delta) == ["a"], relied_on("trainable_tokens_delta")
+    assert isinstance(tokens.base_layer, nn.Embedding), relied_on("token_adapter")
+    assert "peft_config" in vars(base), relied_on("peft_config")
+    x, seen = torch.randn(3, layer.in_features), layer.base_layer.weight.detach().clone()
+    nn.init.ones_(layer.lora_B["a"].weight)
+    layer.scaling["a"] = 0.5  # what a layer computes with
+    product = x @ layer.lora_A["a"].weight.T @ layer.lora_B["a"].weight.T
+    torch.testing.assert_close(layer(x), x @ seen.T + 0.5 * product, atol=1e-4, rtol=1e-4)
+    layer.merge(adapter_names=["a"])
+    torch.testing.assert_close(x @ layer.base_layer.weight.T, x @ seen.T + 0.5 * product, atol=1e-4, rtol=1e-4)
+
+
+def test_pefts_layers_around_parameters_come_off() -> None:
+    import peft
+
+    model = build("mixtral")
+    config = lora(target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    wrapped = peft.get_peft_model(model, config, adapter_name="a")
+    name = "unload_and_optionally_merge_module"
+    layers = [module for module in wrapped.modules() if hasattr(module, name)]
+    assert layers and parameters(getattr(layers[0], name)) == ["merge", "safe_merge", "adapter_names"], relied_on(name)
+    inner = getattr(layers[0], name)(merge=False, safe_merge=False, adapter_names=None)
+    assert isinstance(inner.down_proj, nn.Parameter), relied_on(name)
+
+
+def test_what_a_lora_is_described_by() -> None:
+    import peft
+
+    settings = peft.LoraConfig().to_dict()
+    for name in ("rank_pattern", "alpha_pattern", "lora_bias", "target_parameters", "use_rslora", "use_dora", "bias"):
+        assert name in settings, relied_on(name)
+    assert settings["bias"] == "none" and settings["rank_pattern"] == {}, relied_on("rank_pattern")
+
+
+# -- lm-eval ----------------------------------------------------------------------------------------------------------
+
+
+def test_lm_evals_bars_can_be_replaced() -> None:
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+    from tqdm import tqdm
+
+    for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
+        assert getattr(module, "tqdm", None) is tqdm, f"{module.__name__}: {relied_on('tqdm')}"
+        assert re.search(r"(?<![\w.])tqdm\(", inspect.getsource(module)), f"{module.__name__}: {relied_on('tqdm')}"
+
+
+def test_lm_evals_model_has_the_methods() -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    for name, wanted in {
+        "_loglikelihood_tokens": ["requests", "disable_tqdm"],
+        "_model_generate": ["context", "max_length", "stop"],
+        "generate_until": ["requests", "disable_tqdm"],
+    }.items():
+        own = getattr(HFLM, name, None)
+        assert own is not None and parameters(own)[: len(wanted)] == wanted, relied_on(name)
+        calls = [n for n, f in inspect.getmembers(HFLM, inspect.isfunction) if f"self.{name}(" in inspect.getsource(f)]
+        assert calls or name == "generate_until", f"{name} is called no more: {relied_on(name)}"
+    assert "self.batch_size_per_gpu" in inspect.getsource(HFLM.batch_size.fget), relied_on("batch_size_per_gpu")
+
+
+def test_lm_evals_lengths(make_model: Any, tokenizer: Any) -> None:
+    from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
+
+    config = make_model("llama").config
+    assert resolve_max_length(config, tokenizer) == config.max_position_embeddings, relied_on("resolve_max_length")
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert normalize_gen_kwargs({name: 7}, 99)["max_gen_toks"] == 7, f"{name}: {relied_on('normalize_gen_kwargs')}"
+    assert normalize_gen_kwargs({}, 99)["max_gen_toks"] == 99, relied_on("normalize_gen_kwargs")
+
+
+def test_lm_evals_groups_weigh_their_members() -> None:
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import AggMetricConfig
+
+    assert {"name", "aggregate_metric_list", "metadata"} <= set(parameters(Group)), relied_on("aggregate_metric_list")
+    assert {"metric", "weight_by_size"} <= set(parameters(AggMetricConfig)), relied_on("AggMetricConfig")
+    metric = AggMetricConfig(metric="acc", weight_by_size=False)
+    assert Group("g", aggregate_metric_list=[metric], metadata={"version": "1.0"}).aggregate_metric_list == [metric]
+    assert callable(getattr(Group, "add", None)), relied_on("group.add")
+
+
+def test_lm_evals_evaluation_takes_tasks_and_groups() -> None:
+    from lm_eval.evaluator import evaluate
+
+    assert {"lm", "task_dict", "limit", "bootstrap_iters", "log_samples"} <= set(parameters(evaluate)), relied_on(
+        "task_dict"
+    )
+
+
+@pytest.mark.parametrize("name", ["UNSAFE_CODE", "MULTIMODAL"])
+def test_lm_evals_marks_of_tasks_that_are_refused(name: str) -> None:
+    """lm-eval's own evaluation goes by them."""
+    import lm_eval.api.task
+    import lm_eval.evaluator
+
+    assert f"self.{name} = True" in inspect.getsource(lm_eval.api.task), relied_on(name)
+    assert f'getattr(task, "{name}"' in inspect.getsource(lm_eval.evaluator), relied_on(name)
+
+
+def test_lm_evals_index_of_tasks(tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\ntag: both\ndataset_path: json\n")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)  # its own take seconds to index
+    assert {"one", "other", "both"} <= set(manager.task_index), relied_on("task_index")
+    assert set(manager.all_tags) == {"both"}, relied_on("all_tags")
+    assert set(manager.task_index["both"].tags) == {"one", "other"}, relied_on("tags")
+    assert parameters(manager.load), relied_on("task_manager().load")
+
+
+def test_lm_evals_requests() -> None:
+    from lm_eval.api.instance import Instance
+
+    request = Instance("generate_until", {}, ("prompt", {"until": []}), 0)
+    request.arguments = ("other", {})
+    assert request.args == ("other", {}), relied_on("arguments")
+
+
+# -- torch ------------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_count_their_changes() -> None:
+    tensor = torch.zeros(3)
+    before = tensor._version
+    tensor.add_(1)
+    tensor[:1].zero_()
+    assert tensor._version == before + 2, relied_on("_version")
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError):
+            _ = torch.zeros(3)._version
+            pytest.fail(f"inference tensors count too: {relied_on('_version')}")
+
+
+def test_storages_on_the_meta_device_are_told_apart() -> None:
+    one, other = torch.empty(3, device="meta"), torch.empty(3, device="meta")
+    assert one.untyped_storage()._cdata != other.untyped_storage()._cdata, relied_on("_cdata")
+    assert one.untyped_storage()._cdata == one[1:].untyped_storage()._cdata, relied_on("_cdata")
+
+
+def test_many_tensors_are_added_to_at_once() -> None:
+    steps = [torch.zeros(()), torch.ones(())]
+    torch._foreach_add_(steps, 1)
+    assert [step.item() for step in steps] == [1.0, 2.0], relied_on("_foreach_add_")
+
+
+def test_the_product_of_all_experts() -> None:
+    assert torch.ops.aten._grouped_mm.default is not None, relied_on("_grouped_mm")
+    x, weight = torch.randn(8, 16, dtype=torch.bfloat16), torch.randn(2, 16, 16, dtype=torch.bfloat16)
+    offs = torch.tensor([3, 8], dtype=torch.int32)
+    y = torch.ops.aten._grouped_mm.default(x, weight, offs)
+    expected = torch.cat([x[:3].float() @ weight[0].float(), x[3:].float() @ weight[1].float()])
+    torch.testing.assert_close(y.float(), expected, atol=0.1, rtol=0.05)
+
+
+def test_convolutions_have_one_base() -> None:
+    from torch.nn.modules.conv import _ConvNd
+
+    assert all(issubclass(kind, _ConvNd) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)), relied_on("_ConvNd")
+
+
+def test_what_a_module_calls_when_it_is_cast_saved_and_loaded() -> None:
+    called = []
+
+    class Watched(nn.Linear):
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            called.append("_apply")
+            return super()._apply(fn, recurse)
+
+        def _save_to_state_dict(self, destination: Any, prefix: Any, keep_vars: Any) -> None:
+            called.append("_save_to_state_dict")
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+            called.append("_load_from_state_dict")
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    module = nn.Sequential(Watched(2, 2))
+    module.double()
+    module.load_state_dict(module.state_dict())
+    for name in ("_apply", "_save_to_state_dict", "_load_from_state_dict"):
+        assert name in called, relied_on(name)
+
+
+def test_hooks_of_a_module_can_be_told_and_taken_away() -> None:
+    module = nn.Linear(2, 2)
+
+    def hook(*_: Any) -> None:
+        raise AssertionError
+
+    module.register_forward_pre_hook(hook)
+    module.register_load_state_dict_pre_hook(hook)
+    for name in ("_forward_pre_hooks", "_load_state_dict_pre_hooks"):
+        hooks = getattr(module, name)
+        found = [key for key, value in hooks.items() if getattr(value, "hook", value) is hook]
+        assert len(found) == 1, relied_on(name)
+        del hooks[found[0]]
+    module(torch.ones(2))
+    module.load_state_dict(module.state_dict())
+
+
+def test_a_module_looks_where_experts_are_put_in_place() -> None:
+    """Into its `__dict__` before its parameters, into `_modules` for names and state."""
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(2))
+    child = nn.Linear(1, 1)
+    module._modules["weight"] = child
+    assert module.weight is module._parameters["weight"], relied_on("_modules")
+    module.__dict__["weight"] = child
+    assert module.weight is child, relied_on("__dict__")
+    assert list(module.state_dict()) == ["weight", "weight.weight", "weight.bias"], relied_on("_modules")
+
+
+def test_the_compilers_counters_and_settings() -> None:
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.utils import counters
+
+    assert issubclass(TorchDynamoException, Exception), relied_on("TorchDynamoException")
+    with torch._dynamo.config.patch(recompile_limit=3):
+        assert torch._dynamo.config.recompile_limit == 3, relied_on("recompile_limit")
+    torch._dynamo.reset()
+    counters.clear()
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    compiled = torch.compile(broken, backend="eager")
+    assert compiled(torch.ones(2)).tolist() == [4.0, 4.0]
+    assert counters["stats"]["unique_graphs"] == 2, relied_on("unique_graphs")
+    assert sum(counters["graph_break"].values()) == 1, relied_on("graph_break")
+    torch._dynamo.reset()
+
+
+def test_what_a_compiled_model_holds() -> None:
+    inner = nn.Linear(2, 2)
+    assert torch.compile(inner, backend="eager")._orig_mod is inner, relied_on("_orig_mod")
+    assert inner._compiled_call_impl is None, relied_on("_compiled_call_impl")
+    inner.compile(backend="eager")
+    assert inner._compiled_call_impl is not None, relied_on("_compiled_call_impl")
+
+
+def test_a_stream_can_be_kept_busy() -> None:
+    assert callable(getattr(torch.cuda, "_sleep", None)), relied_on("torch.cuda._sleep")
+
+
+def test_storages_are_seen_when_operations_make_them() -> None:
+    from sparseft.memory import AllocationCounter
+
+    with AllocationCounter() as counter:
+        kept = torch.ones(1000) * 2
+        del kept
+    assert counter.peak >= 4000 and counter.live == 0, relied_on("TorchDispatchMode")
+
+
+# -- the others -------------------------------------------------------------------------------------------------------
+
+
+def test_hugging_face_data_sets_have_a_fingerprint() -> None:
+    import datasets
+
+    one, same = (datasets.Dataset.from_dict({"a": [1, 2]}) for _ in range(2))
+    assert isinstance(one._fingerprint, str) and one._fingerprint, relied_on("_fingerprint")
+    assert one.map(lambda row: {"b": row["a"]})._fingerprint != one._fingerprint, relied_on("_fingerprint")
+
+
+def test_typers_errors_are_clicks() -> None:
+    """Of the click that typer works with, its own copy or the package: what a wrong option raises."""
+    import typer
+
+    from sparseft.cli.app import ClickException
+
+    app = typer.Typer()
+
+    @app.command()
+    def main(number: int) -> None:
+        pass
+
+    with pytest.raises(ClickException) as raised:
+        typer.main.get_command(app).main(["x"], standalone_mode=False)
+        pytest.fail(relied_on("ClickException"))
+    assert raised.value.exit_code == 2, relied_on("ClickException")
+    assert "'number'" in raised.value.format_message().lower(), relied_on("ClickException")
+
+
+def test_hydras_state_can_be_put_back() -> None:
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    assert GlobalHydra.instance().hydra is None, relied_on("GlobalHydra")
+    GlobalHydra.instance().hydra = None
+    parsed = OverridesParser.create().parse_override("a=[1,x]")
+    assert parsed.value() == [1, "x"], relied_on("OverridesParser")
+
+
+def test_ligers_patch_of_one_model() -> None:
+    liger = pytest.importorskip("liger_kernel.transformers")
+    assert callable(liger._apply_liger_kernel_to_instance), relied_on("_apply_liger_kernel_to_instance")
