@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from sparseft.adapters.combine import Values
 from sparseft.errors import UserError, shown
-from sparseft.files.atomic import WHOLE_CONFIG, write_json
+from sparseft.files.atomic import move, write_json
 from sparseft.files.hashing import BODY, HASHED, body_hash, describe_whole, file_hash
-from sparseft.files.tensors import KINDS, read_described, read_json, read_tensors, split_name
+from sparseft.files.tensors import ADAPTER_CONFIG as CONFIG
+from sparseft.files.tensors import ADAPTER_TENSORS as TENSORS
+from sparseft.files.tensors import KINDS, WHOLE_CONFIG, read_described, read_tensors, split_name
+from sparseft.files.untrusted import read_json_object
 from sparseft.methods.exact_targets import portable
 
 FORMAT_VERSION = 1
-
-TENSORS = "adapter_model.safetensors"
-
-CONFIG = "adapter_config.json"
 
 
 def write_sparse(
@@ -56,9 +55,9 @@ def write_peft(model: nn.Module, name: str, header: dict[str, Any], folder: Path
     model.save_pretrained(folder, selected_adapters=[name])
     if name != "default":  # peft puts every other adapter into a folder of its own
         for file in (folder / name).iterdir():
-            file.rename(folder / file.name)
+            move(file, folder)
         (folder / name).rmdir()
-    content = portable(read_json(folder / CONFIG, "adapter"), model, name)
+    content = portable(read_json_object(folder / CONFIG, "adapter"), model, name)
     own = {"format_version": FORMAT_VERSION, **header, "sha256": file_hash(folder / TENSORS)}
     own[BODY] = _peft_hash(content, own)
     write_json(folder / CONFIG, content | {"sparseft": own})
@@ -72,7 +71,7 @@ def _peft_hash(content: dict[str, Any], own: dict[str, Any]) -> str:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """What a sparse adapter, a full model or a peft adapter says of itself, its format checked."""
-    content = read_json(folder / (WHOLE_CONFIG if (folder / WHOLE_CONFIG).is_file() else CONFIG), "adapter")
+    content = read_json_object(folder / (WHOLE_CONFIG if (folder / WHOLE_CONFIG).is_file() else CONFIG), "adapter")
     if "peft_type" not in content and content.get("format_version") != FORMAT_VERSION:
         known = shown(content.get("format_version"))
         raise UserError(f"{folder}: adapter format {known}, this version reads {FORMAT_VERSION}.")

@@ -21,6 +21,7 @@ from sparseft.adapters.peft import Overwritten, fuse_peft, leave, load_peft, sav
 from sparseft.distributed.zero3 import full_shape, gathered
 from sparseft.errors import UserError, nearest, shown
 from sparseft.files.atomic import replaced_folder
+from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.layers import Pattern, restore, share_inputs, sparse_layers
 from sparseft.layers.convert import check_modules, make_sparse, plain_weight, weight_parameter
 from sparseft.layers.experts import close_experts
@@ -176,7 +177,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
         known = [DEFAULT] if state.kind == "whole" else list(model.peft_config)
         if name not in known:
             raise UserError(f"no adapter is called '{name}'.{nearest(name, known)}")
-        with replaced_folder(path) as aside:
+        with replaced_folder(path, DESCRIPTIONS) as aside:
             if state.kind == "whole":
                 write_whole(model, header, aside)
             else:
@@ -190,7 +191,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
         module: {kind: Values(*union(p), p.block_size) for kind, p in kinds.items()}
         for module, kinds in adapter.patterns.items()
     }
-    with replaced_folder(path) as aside:
+    with replaced_folder(path, DESCRIPTIONS) as aside:
         write_sparse(values, shapes, header | {"method": adapter.method, "method_config": adapter.method_config}, aside)
     return Path(path)
 

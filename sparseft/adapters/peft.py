@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparseft.adapters.files import CONFIG, TENSORS, check_peft, write_peft
 from sparseft.adapters.tied_weights import always_tied, changed_apart, tell_untied, untie
 from sparseft.errors import UserError, nearest, shown
-from sparseft.files.tensors import read_json
+from sparseft.files.untrusted import read_json_object
 from sparseft.methods.exact_targets import as_written, exact_targets
 
 WRAPPED = "base_model.model."  # what peft's wrapper puts before the base's names
@@ -82,7 +82,7 @@ def load_peft(model: nn.Module, folder: Path, name: str, kept: Overwritten, acti
 
     if not (folder / TENSORS).is_file():
         raise UserError(f"{folder}: no {TENSORS}; weights in another format (pickle) are not loaded.")
-    content = read_json(folder / CONFIG, "adapter")
+    content = read_json_object(folder / CONFIG, "adapter")
     tensors = check_peft(folder, content)
     plain = not isinstance(model, peft.PeftModel)
     modes = {id(module): module.training for module in model.modules()}

@@ -9,7 +9,6 @@ import importlib
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
+from sparseft.files.atomic import try_writing
+from sparseft.runs import folder as runs
 from sparseft.training import checks
 
 
@@ -73,8 +74,6 @@ class Output:
 
     def check(self) -> None:
         """Refuses a folder that cannot be made or written, before anything is measured; leaves nothing behind."""
-        from sparseft.runs import folder as runs
-
         folder = runs.OUTPUTS if self.folder is None else self.folder
         what = "the folder" if self.folder is None else "output_dir"
         made: list[Path] = []
@@ -83,8 +82,7 @@ class Output:
             for each in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
                 each.mkdir()
                 made.append(each)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            try_writing(folder)
         except OSError as error:
             raise UserError(f"cannot write to {what} '{folder}': {error.strerror or error}.") from error
         finally:
@@ -92,15 +90,13 @@ class Output:
                 with contextlib.suppress(OSError):  # somebody else's file is in it by now
                     each.rmdir()
         if self.folder is not None:  # may hold what an earlier benchmark has left
-            self._keeps = _complete(self.folder / "bench.json")
-            a_runs = ("bench.yaml", "summary.json", "metrics.jsonl", "adapter")
+            self._keeps = _complete(self.folder / runs.BENCH)
+            a_runs = ("bench.yaml", runs.SUMMARY, runs.METRICS, runs.ADAPTER)
             a_run = any((self.folder / name).exists() for name in a_runs)
-            self._again = (self.folder / "bench.json").is_file() and not a_run
+            self._again = (self.folder / runs.BENCH).is_file() and not a_run
 
     def choose(self) -> Path:
         """The folder, with a name of its own where none was given; makes nothing."""
-        from sparseft.runs import folder as runs
-
         if self.folder is None:
             self.folder = Path(runs.OUTPUTS, f"bench-{runs.timestamp()}")
         return self.folder
@@ -110,8 +106,6 @@ class Output:
 
         complete: false for one of an incomplete result, which takes no complete one's place.
         """
-        from sparseft.runs import folder as runs
-
         if self._keeps and not complete:
             name = f"{Path(name).stem}.partial{Path(name).suffix}"
         if self.folder is None:
@@ -136,9 +130,8 @@ class Output:
         from sparseft.files import atomic
         from sparseft.models.loading import resolve_device
         from sparseft.runs import environment
-        from sparseft.runs import folder as runs
 
-        path = self.place("bench.json", complete)
+        path = self.place(runs.BENCH, complete)
         if not self._environment:
             device = str(resolve_device(self.config.hardware.device))
             self._environment = environment.environment(device, result["dtype"], 1) | machine()
@@ -146,8 +139,8 @@ class Output:
         atomic.write_json(path, result)
         if self.left != path:
             beside_a_run = runs.is_run(path.parent) and not self._again  # whose own `config.yaml` stays
-            name = "bench.yaml" if beside_a_run else "config.yaml"
-            self.write(name if path.name == "bench.json" else "bench.partial.yaml", to_yaml(self.config))
+            name = "bench.yaml" if beside_a_run else runs.CONFIG
+            self.write(name if path.name == runs.BENCH else "bench.partial.yaml", to_yaml(self.config))
         self.left = path
         for pattern in ASIDE if complete else ():
             for leftover in path.parent.glob(pattern):
@@ -156,7 +149,7 @@ class Output:
 
 def _complete(path: Path) -> bool:
     """Whether there is a `bench.json` that does not say it is incomplete; one that cannot be read is kept as well."""
-    from sparseft.runs.folder import read_json_object
+    from sparseft.files.untrusted import read_json_object
 
     if not path.is_file():
         return False

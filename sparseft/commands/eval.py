@@ -11,8 +11,9 @@ from typing import Any
 from sparseft import console
 from sparseft.adapters.files import adapter_hash
 from sparseft.config import BUNDLED, ModelConfig, RunConfig
-from sparseft.errors import UserError, shown
-from sparseft.files.paths import nearest_path, where_looked
+from sparseft.errors import UserError, nearest_path, shown, where_looked
+from sparseft.files.untrusted import read_json_object
+from sparseft.runs import folder as runs
 from sparseft.training import checks
 
 
@@ -133,11 +134,9 @@ def score_both(
 
 def prompt_format(wanted: str, run: Path | None) -> str:
     """`eval.prompt`, with `auto` the format that the run was trained on where that is a conversation's."""
-    if wanted != "auto" or run is None or not (run / "environment.json").is_file():
+    if wanted != "auto" or run is None or not (run / runs.ENVIRONMENT).is_file():
         return wanted
-    from sparseft.runs.folder import read_json_object
-
-    format = (read_json_object(run / "environment.json").get("data") or {}).get("format")
+    format = (read_json_object(run / runs.ENVIRONMENT).get("data") or {}).get("format")
     return {"alpaca": "alpaca", "guanaco": "guanaco", "messages": "chat"}.get(format, "auto")
 
 
@@ -148,7 +147,7 @@ def write_conversations(
     from sparseft import evaluation
 
     place = target.folder or target.adapter
-    if place is not None and place.name == "adapter":
+    if place is not None and place.name == runs.ADAPTER:
         place = place.absolute().parent  # it is the run's folder that has a name of its own
     name = config.eval.model_id or (place.absolute().name if place is not None else Path(target.model.path).name)
     written = {evaluation.file_stem(name): outcome}
@@ -163,21 +162,17 @@ def write_conversations(
 
 def check_place(config: RunConfig, target: Target) -> None:
     """Refuses a folder that the results could not be written into; makes nothing."""
-    from sparseft.runs import folder as runs
-
     if target.folder is None and not config.output_dir:
         runs.check_writable(runs.OUTPUTS, "folder")
         return
     folder = target.folder or new_folder(config)
     what = "the run's folder" if target.folder else "output_dir"
     runs.check_writable(folder, what)
-    runs.check_writable(folder / "eval", what)
+    runs.check_writable(folder / runs.EVAL, what)
 
 
 def new_folder(config: RunConfig) -> Path:
     """Where results of a base or an adapter lie: `output_dir`, or a new folder under outputs/."""
-    from sparseft.runs import folder as runs
-
     if config.output_dir:
         return Path(config.output_dir).expanduser()
     return runs.new_folder(f"eval-{runs.timestamp()}")
@@ -188,7 +183,6 @@ def find_target(
 ) -> Target:
     """Which base model and adapter are meant; model overrides win over what a run or an adapter names."""
     from sparseft.adapters.files import is_adapter
-    from sparseft.runs import folder as runs
 
     given = [name for name, value in (("--run", run), ("--adapter", adapter), ("--base", base)) if value]
     if len(given) > 1:
@@ -199,18 +193,18 @@ def find_target(
         path = Path(adapter).expanduser()
         if not path.is_dir():
             raise UserError(f"--adapter {adapter}: no such folder{where_looked(adapter)}.{nearest_path(adapter)}")
-        if not is_adapter(path) and is_adapter(path / "adapter"):
-            path = path / "adapter"  # a run folder was given
+        if not is_adapter(path) and is_adapter(path / runs.ADAPTER):
+            path = path / runs.ADAPTER  # a run folder was given
         return _with_adapter(f"the adapter {adapter}", config, overrides, path, None)
     if run is None and not runs.LATEST.is_symlink() and not runs.LATEST.exists():
         return Target(f"the base model {config.model.path} (there is no run yet)", config.model, None, None)
     folder = runs.find_run(run) if run is not None else runs.latest_run()
     latest = "the latest run" if run is None else "the run"
-    if not is_adapter(folder / "adapter"):
+    if not is_adapter(folder / runs.ADAPTER):
         raise UserError(f"{latest} {folder} has no adapter (it did not finish): continue it with trainer.resume=auto.")
     runs.check_own(folder)
     model = _run_model(folder)
-    return _with_adapter(f"{latest} {folder}", config, overrides, folder / "adapter", folder, model)
+    return _with_adapter(f"{latest} {folder}", config, overrides, folder / runs.ADAPTER, folder, model)
 
 
 def _run_model(folder: Path) -> ModelConfig:
@@ -218,7 +212,7 @@ def _run_model(folder: Path) -> ModelConfig:
     from sparseft.compose.run_config import from_dict
     from sparseft.files.untrusted import read_yaml_object
 
-    return dataclasses.replace(from_dict(read_yaml_object(folder / "config.yaml")).model, trust_remote_code=False)
+    return dataclasses.replace(from_dict(read_yaml_object(folder / runs.CONFIG)).model, trust_remote_code=False)
 
 
 def _with_adapter(

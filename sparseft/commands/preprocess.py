@@ -7,6 +7,7 @@ from typing import Any
 from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.distributed import launch
+from sparseft.distributed.ranks import is_main
 from sparseft.errors import UserError
 from sparseft.methods import METHODS, get_method
 from sparseft.training import checks
@@ -47,6 +48,6 @@ def _preprocess(config: RunConfig) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> None:
     """The selection's path on stdout, once."""
-    if not launch.first_process():
+    if not is_main():
         return
     print(result["selection"])

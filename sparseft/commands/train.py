@@ -11,11 +11,23 @@ from sparseft.commands import plan as planning
 from sparseft.commands import report
 from sparseft.config import BUNDLED, RunConfig
 from sparseft.distributed import launch
+from sparseft.distributed.ranks import broadcast_object, is_main
 from sparseft.errors import LayoutWarning, UserError
 from sparseft.files.atomic import write_json, write_text
 from sparseft.methods import get_method
 from sparseft.runs.environment import environment
-from sparseft.runs.folder import check_run_folder, link_latest, prepare_run_folder
+from sparseft.runs.folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    SELECTION,
+    SUMMARY,
+    check_run_folder,
+    link_latest,
+    prepare_run_folder,
+)
 from sparseft.runs.metrics import truncate_metrics
 from sparseft.training import checks, schedules
 from sparseft.training import resume as resuming
@@ -33,7 +45,7 @@ def run(config: RunConfig, *, plan: bool = False) -> dict[str, Any]:
     console.clear_warnings()
     config.method.validate()
     checks.check_hardware(config)
-    if launch.first_process():  # the others may find what it has made already
+    if is_main():  # the others may find what it has made already
         check_run_folder(config.output_dir, overwrite=config.overwrite, resume=config.trainer.resume is not None)
     checks.check_trainer(config)
     checks.check_data(config)
@@ -48,13 +60,12 @@ def run(config: RunConfig, *, plan: bool = False) -> dict[str, Any]:
 def _train(config: RunConfig) -> dict[str, Any]:
     """The run, of which each process does its part and the first one writes the folder."""
     from sparseft.distributed.deepspeed import forget_zero
-    from sparseft.distributed.ranks import from_first
-    from sparseft.files.disk_errors import explained
+    from sparseft.files.atomic import explained
     from sparseft.training.checkpoints import last_checkpoint
 
     forget_zero()  # of an earlier run
-    first = launch.first_process()
-    previous = from_first(resuming.previous_run(config) if first else None)
+    first = is_main()
+    previous = broadcast_object(resuming.previous_run(config) if first else None)
     job = Job(config, previous)
     folder = Path()
     if first:
@@ -72,13 +83,13 @@ def _train(config: RunConfig) -> dict[str, Any]:
         console.log(f"run: {folder}")
         if previous is not None:
             resuming.clean(previous, config.trainer.save_total_limit)
-            truncate_metrics(folder / "metrics.jsonl", previous.step)
+            truncate_metrics(folder / METRICS, previous.step)
             console.log(f"resume: {previous.describe(job.total_steps)}")
-    folder = from_first(folder)
+    folder = broadcast_object(folder)
     with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
         summary = job.train(folder)
         if first:
-            write_json(folder / "summary.json", summary)
+            write_json(folder / SUMMARY, summary)
             report.run([str(folder)])
     return summary | {"run": str(folder)}
 
@@ -185,7 +196,7 @@ class Job:
         from sparseft.training.prepare import select
 
         if self.previous is not None and self.previous.checkpoint is not None:
-            own = self.previous.folder / "selection"
+            own = self.previous.folder / SELECTION
             console.log(f"selection: the run's own, {own}")
             self.selection_cached = True
             return Selection.load(own)
@@ -205,7 +216,7 @@ class Job:
         """Writes what the run is into its folder: `config.yaml`, `environment.json`, `selection/`."""
         from sparseft.compose.run_config import to_yaml
 
-        write_text(folder / "config.yaml", to_yaml(self.config))
+        write_text(folder / CONFIG, to_yaml(self.config))
         data = self.prepared.data
         facts = {
             "train": data.train_source,
@@ -218,11 +229,11 @@ class Job:
         }
         dtype = str(self.dtype).removeprefix("torch.")
         write_json(
-            folder / "environment.json",
+            folder / ENVIRONMENT,
             environment(str(self.prepared.device), dtype, self.world_size) | {"data": facts},
         )
         if self.selection is not None and not (self.previous and self.previous.checkpoint):
-            self.selection.save(folder / "selection")
+            self.selection.save(folder / SELECTION)
         data.questions.save(folder)
 
     def train(self, folder: Path) -> dict[str, Any]:
@@ -262,11 +273,11 @@ class Job:
             console.log(f"best: the evaluation at step {kept.step}, whose adapter is kept")
             after = kept
         self._say("after", after)
-        trainer.save_trained(folder / "adapter")
-        if self.method.kind == "whole" and launch.first_process():
-            prepared.tokenizer.save_pretrained(folder / "adapter")
+        trainer.save_trained(folder / ADAPTER)
+        if self.method.kind == "whole" and is_main():
+            prepared.tokenizer.save_pretrained(folder / ADAPTER)
         test_score = None
-        if self.scorer is not None and (launch.first_process() or config.hardware.zero_stage == 3):
+        if self.scorer is not None and (is_main() or config.hardware.zero_stage == 3):
             test_score = self.scorer.on_test(self.model, prepared.tokenizer, folder, f"the run {folder}")
             console.log(f"{self.scorer.name}: {test_score:.4f} on the test split")
         scope = scope_parameters(self.spec, config)
@@ -310,7 +321,6 @@ class Job:
     def _best(self, trainer: Any) -> Any:
         """What keeps the best evaluation's adapter and ends the training at the target."""
         from sparseft.training.best import Best
-        from sparseft.training.checkpoints import CHECKPOINTS
 
         config = self.config.trainer
         return Best(
@@ -367,17 +377,16 @@ class Job:
 
 def first_recorded(folder: Path, step: int) -> Any:
     """`recorded`, as the process finds it that writes the file."""
-    from sparseft.distributed.ranks import from_first
     from sparseft.training.best import recorded
 
-    return from_first(recorded(folder, step) if launch.first_process() else None)
+    return broadcast_object(recorded(folder, step) if is_main() else None)
 
 
 def render(result: dict[str, Any]) -> None:
     """What came of it, on stdout, once."""
     if "plan" in result:
         return planning.render(result)
-    if not launch.first_process():
+    if not is_main():
         return
     change = ""
     if result["eval_loss_before"] is not None:

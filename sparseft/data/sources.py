@@ -17,8 +17,7 @@ from sparseft.config import BUNDLED
 from sparseft.data import readers as reading
 from sparseft.data import unpacking
 from sparseft.data.readers import Item
-from sparseft.errors import UserError, nearest
-from sparseft.files.paths import HUB_ID, looks_local, nearest_path, where_looked
+from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, where_looked
 
 BUNDLED_ROOT = Path(__file__).resolve().parent.parent / "bundled"
 

@@ -8,7 +8,6 @@ runs here, so the task has no accuracy.
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from typing import Any
 from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_follow_up, alpaca_prompt
 from sparseft.errors import UserError
 from sparseft.evaluation.tasks import MT_BENCH
-from sparseft.files.atomic import write_text
+from sparseft.files.atomic import dumps, write_text
 from sparseft.files.untrusted import parse_json, why
+from sparseft.runs.folder import ANSWERS
 
 FILE = "question.jsonl"
 MAX_NEW_TOKENS = 1024  # a turn, as FastChat's
@@ -197,19 +197,18 @@ def add_to(outcome: dict[str, Any], records: list[dict[str, Any]], requested: li
 def write_answers(folder: Path, records: list[dict[str, Any]], model_id: str) -> Path:
     """Writes `eval/mt_bench/model_answer/<model_id>.jsonl` below `folder`, by question id, and returns its path."""
     lines = [
-        json.dumps(
+        dumps(
             {
                 "question_id": record["question_id"],
                 "answer_id": uuid.uuid4().hex,
                 "model_id": model_id,
                 "choices": [{"index": 0, "turns": record["turns"]}],
                 "tstamp": time.time(),
-            },
-            ensure_ascii=False,
+            }
         )
         for record in sorted(records, key=lambda record: str(record["question_id"]).zfill(12))
     ]
-    path = Path(folder) / "eval" / MT_BENCH / "model_answer" / f"{model_id}.jsonl"
+    path = Path(folder) / ANSWERS / f"{model_id}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "\n".join(lines) + "\n")
     return path

@@ -132,7 +132,7 @@ def evaluate(
     scored = [name for name in plan.requested if name != MT_BENCH]
     outcome = results.assemble(parts, scored, plan.facts, lm.truncated, lm.max_length, plan.macro)
     if plan.questions:
-        mt_bench.add_to(outcome, results.plain(conversations), plan.requested)
+        mt_bench.add_to(outcome, results.as_json(conversations), plan.requested)
     outcome["warnings"] = [*plan.warnings, *outcome["warnings"]]
     outcome["seconds"] = time.perf_counter() - start
     return outcome

@@ -91,7 +91,7 @@ def collect(
     if world > 1:
         if partial.due():
             keep(partial, statistics, done)  # these are the rank's own sums; in a moment they are everybody's
-        if sum(ranks.from_all(done[1])) == 0:
+        if sum(ranks.all_gather_object(done[1])) == 0:
             raise no_samples()
         statistics.reduce()
     return done

@@ -107,7 +107,7 @@ def observe(
         mine: Iterable[list[Sample] | None] = itertools.islice(every, groups, None)
         if in_step:
             mine = list(mine)
-            mine += [None] * (max(ranks.from_all(len(mine))) - len(mine))
+            mine += [None] * (max(ranks.all_gather_object(len(mine))) - len(mine))
         for group in mine:
             if group is None:
                 watcher.run_unseen(kept[0])

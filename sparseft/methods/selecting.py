@@ -86,7 +86,7 @@ def compute_selection(
         )
     selection = choose(budget, scores, order=config.order, allocation=config.allocation, seed=config.seed)
     if shared:
-        selection = ranks.from_first(selection)
+        selection = ranks.broadcast_object(selection)
     selection.meta |= statistics
     if "second_order" in statistics:
         log_damping(statistics["second_order"])

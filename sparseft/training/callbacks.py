@@ -14,6 +14,7 @@ from sparseft import console
 from sparseft.distributed import ranks
 from sparseft.layers import sparse_layers, write_back
 from sparseft.memory import memory_bytes
+from sparseft.runs.folder import METRICS
 from sparseft.runs.metrics import append_metrics
 from sparseft.training.clock import Mark
 from sparseft.training.failures import Health
@@ -28,7 +29,7 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.progress: console.Progress | None = None
-        self.grows = trainer.is_world_process_zero()
+        self.grows = ranks.is_main()
         self.logged = Mark()  # at the last line of metrics
         self.saved = Mark()  # when the checkpoint was begun
 
@@ -136,4 +137,4 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
 
     def _append(self, record: dict[str, Any]) -> None:
         if self.grows:
-            append_metrics(self.trainer.run / "metrics.jsonl", record)
+            append_metrics(self.trainer.run / METRICS, record)

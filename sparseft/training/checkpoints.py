@@ -7,9 +7,7 @@ A checkpoint is written into a folder aside, described there (`manifest.json`: e
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,20 +17,17 @@ from torch import Tensor, nn
 
 from sparseft import console
 from sparseft.adapters.lifecycle import load_adapter, state_of
-from sparseft.distributed.ranks import rank_and_world
+from sparseft.distributed.ranks import is_main
 from sparseft.distributed.zero3 import any_sharded, load_state
 from sparseft.errors import UserError, reason_of, shown
-from sparseft.files.atomic import write_json
+from sparseft.files.atomic import remove, write_json
 from sparseft.files.hashing import check_whole, file_hash
-from sparseft.files.tensors import read_json, read_tensors
-from sparseft.files.untrusted import read_json as parse
-from sparseft.files.untrusted import why
+from sparseft.files.tensors import ADAPTER_TENSORS, read_tensors
+from sparseft.files.untrusted import read_json, read_json_object, why
+from sparseft.runs.folder import CHECKPOINT, CHECKPOINTS, checkpoint_name
 from sparseft.training.failures import out_of_memory
 from sparseft.training.reselection import load_active
 
-CHECKPOINTS = "checkpoints"
-PREFIX = "checkpoint-"
-PARTIAL = ".partial-"  # before a folder's name: not yet a checkpoint, or no longer one
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 LATEST = "latest"  # DeepSpeed's file: the name of the folder beside it that holds its part
@@ -45,20 +40,20 @@ def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of the complete checkpoints in a folder, ascending."""
     if not folder.is_dir():
         return []
-    numbers = [item.name.removeprefix(PREFIX) for item in folder.iterdir() if item.name.startswith(PREFIX)]
+    numbers = [item.name.removeprefix(CHECKPOINT) for item in folder.iterdir() if item.name.startswith(CHECKPOINT)]
     return sorted(int(number) for number in numbers if number.isdecimal() and number.isascii())
 
 
 def last_checkpoint(run: Path, until: int | None = None) -> str | None:
     """The newest checkpoint's folder of a run (of those up to the step `until`, where given), or null."""
     steps = [step for step in checkpoint_steps(run / CHECKPOINTS) if until is None or step <= until]
-    return str(run / CHECKPOINTS / f"{PREFIX}{steps[-1]}") if steps else None
+    return str(run / CHECKPOINTS / checkpoint_name(steps[-1])) if steps else None
 
 
 def good_checkpoint(run: Path) -> str | None:
     """The newest checkpoint's folder of a run that is whole, or null; damaged ones are passed over with a warning."""
     for step in reversed(checkpoint_steps(run / CHECKPOINTS)):
-        folder = run / CHECKPOINTS / f"{PREFIX}{step}"
+        folder = run / CHECKPOINTS / checkpoint_name(step)
         try:
             check(folder)
         except UserError as error:
@@ -69,26 +64,12 @@ def good_checkpoint(run: Path) -> str | None:
 
 
 def seal(folder: Path) -> None:
-    """Describes a checkpoint's files in its manifest and hands all of it to the disk."""
+    """Describes a checkpoint's files in its manifest."""
     described = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             described[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-            _sync(path)
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "step": step_of(str(folder)), "files": described})
-    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _sync(path)
-
-
-def put_in_place(aside: Path, folder: Path) -> None:
-    """Renames a sealed folder to the checkpoint's; one that was there goes only then."""
-    old = folder.with_name(f"{PARTIAL}old-{folder.name}")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    aside.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_moments(optimizer: Any) -> None:
@@ -109,24 +90,12 @@ def prune(folder: Path, limit: int | None, step: int) -> None:
     """Deletes all but the newest `limit` checkpoints (null: none) of those up to `step`. A damaged one may bear a later
     step's name: it is replaced when the run comes there."""
     for number in [each for each in checkpoint_steps(folder) if each <= step][: -limit if limit else 0]:
-        checkpoint = folder / f"{PREFIX}{number}"
-        old = folder / f"{PARTIAL}old-{checkpoint.name}"
-        shutil.rmtree(old, ignore_errors=True)
-        checkpoint.rename(old)  # half of a checkpoint is never taken for one
-        shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        remove(folder / checkpoint_name(number))
 
 
 def check(folder: Path) -> None:
     """Raises `UserError` where a checkpoint is not, file by file, what its manifest says, or leads out of itself."""
-    content = read_json(folder / MANIFEST, "checkpoint")
+    content = read_json_object(folder / MANIFEST, "checkpoint")
     if content.get("format_version") != FORMAT_VERSION:
         known = shown(content.get("format_version"))
         raise UserError(f"{folder}: checkpoint format {known}, this version reads {FORMAT_VERSION}.")
@@ -162,7 +131,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """`trainer_state.json`, with what sparseft keeps there checked: {"now": …, "logged": …, "health": …}."""
     path = folder / STATE
     try:
-        content = parse(path, numbers=False)
+        content = read_json(path, numbers=False)
         own = content["stateful_callbacks"]["RunCallback"]["attributes"]
         numbers = [content["global_step"], content["num_input_tokens_seen"], *(own["health"].values())]
         for mark in (own["now"], own["logged"]):
@@ -191,7 +160,7 @@ def fitting(folder: str | None, what: str) -> Iterator[None]:
 
 def step_of(checkpoint: str | None) -> int:
     """The optimizer step of a checkpoint's folder; -1 for none."""
-    return int(Path(checkpoint).name.removeprefix(PREFIX)) if checkpoint else -1
+    return int(Path(checkpoint).name.removeprefix(CHECKPOINT)) if checkpoint else -1
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
@@ -208,7 +177,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
             raise UserError(f"{folder}: no model*.safetensors, so this is no fully fine-tuned model.")
-        reads = rank_and_world()[0] == 0 or not any_sharded(model)  # of a sharded model, for all
+        reads = is_main() or not any_sharded(model)  # of a sharded model, for all
         missing, unexpected = load_state(model, (read_tensors(file, "model") if reads else {} for file in files))
         tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
         if unexpected or set(missing) - tied:
@@ -216,5 +185,5 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         return
     import peft
 
-    tensors = read_tensors(folder / "adapter_model.safetensors", "adapter")
+    tensors = read_tensors(folder / ADAPTER_TENSORS, "adapter")
     peft.set_peft_model_state_dict(model, tensors, adapter_name=state.active or "default")

@@ -21,7 +21,7 @@ from sparseft.adapters.lifecycle import save_adapter, state_of
 from sparseft.config import HardwareConfig
 from sparseft.data.even import EvenDataset, EvenSampler, even
 from sparseft.distributed.deepspeed import MAX_BUCKET, weights_only
-from sparseft.distributed.ranks import barrier, is_first, rank_and_world
+from sparseft.distributed.ranks import barrier, is_main, rank_and_world
 from sparseft.distributed.zero3 import full_shape, is_sharded, state_on_first
 from sparseft.errors import RunError, UserError
 from sparseft.layers import sparse_layers, write_back
@@ -176,20 +176,20 @@ class DistributedTrainer(transformers.Trainer):
         if not self.is_deepspeed_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
         self.deepspeed.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save:
+        if is_main():
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # In turn: where the first process has failed, it has removed the folder, and another one would make it anew.
         for turn in (False, True):
             barrier()
-            if is_first() is turn:
+            if is_main() is turn:
                 super()._save_rng_state(output_dir)
 
     def save_trained(self, folder: Path) -> None:
         """Writes the adapter into `folder` (all processes call it, the first one writes), whole or not at all."""
         model = self.accelerator.unwrap_model(self.model)
         with whole_parameters(model, self.deepspeed):
-            if is_first():
+            if is_main():
                 save_adapter(model, folder)
         barrier()

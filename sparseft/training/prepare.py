@@ -24,7 +24,7 @@ from sparseft.data.loading import check_tokens
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded
 from sparseft.errors import UserError
-from sparseft.files.disk_errors import explained
+from sparseft.files.atomic import explained
 from sparseft.importance.calibration_state import saved_samples
 from sparseft.kernels.dispatch import kernel_for
 from sparseft.methods import get_method
@@ -114,9 +114,9 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
     key = selection_key(base_fingerprint(prepared.model), prepared.data.fingerprint, config.method_name, method)
     path = Path(config.cache_dir) / "selections" / key
     start = time.perf_counter()
-    first = ranks.rank_and_world()[0] == 0
+    first = ranks.is_main()
     check_zero(spec, config.method_name, method, config.hardware)
-    found = ranks.from_first(_cached(config.cache_dir, path) if first else None)  # all processes train the same
+    found = ranks.broadcast_object(_cached(config.cache_dir, path) if first else None)  # all processes train the same
     partial = path.with_name(f"{key}.partial")
     if found is not None:
         if first:  # of a process that was killed when it had saved the selection
@@ -135,7 +135,7 @@ def select(config: RunConfig, prepared: Prepared) -> Selected:
         if first:
             with explained(f"the selection {path}", lambda: None):
                 selection.save(path, {name: spec.linears[name] for name in selection.modules})
-        ranks.from_first(None)  # a rank that is still computing could leave its part behind
+        ranks.broadcast_object(None)  # a rank that is still computing could leave its part behind
         if first:
             shutil.rmtree(partial, ignore_errors=True)
     if stopped:
@@ -188,7 +188,7 @@ def resumable_selection(
     def sampled(done: int) -> None:
         assert total is not None
         # In step, only what all have heard of counts: a signal that has reached one alone would end it alone.
-        ends = [name for theirs in ranks.from_all(stopped) for name in theirs] if in_step else stopped
+        ends = [name for theirs in ranks.all_gather_object(stopped) for name in theirs] if in_step else stopped
         show("calibrate", min(done, total), total, "sample", ends=ends)
 
     def scored(done: int, count: int) -> None:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from sparseft import console
 from sparseft.adapters.files import read_config, read_sparse
 from sparseft.adapters.lifecycle import state_of
-from sparseft.distributed.ranks import from_all
+from sparseft.distributed.ranks import all_gather_object
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.layers.inactive import exchange, move_moments, take_up
 from sparseft.layers.permuted_layout import Plan, carry_out, in_stored_order, plan_orders
 from sparseft.models.spec import ModelSpec
+from sparseft.runs.folder import ADAPTER, SELECTION  # of a checkpoint: what was trained, what trained when it was saved
 from sparseft.selection.selection import Selection
 
 WARMUP_STEPS = 5  # after a re-selection, at most a third of the steps until the next
-ACTIVE = "selection"  # a checkpoint's folder of what trained when it was saved
 
 
 def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = None) -> float:
@@ -79,7 +79,7 @@ def moments_of(optimizer: Any, model: nn.Module) -> Iterator[Any]:
 
     # A process has a mapping of the deltas of which it keeps a part, and names of moments after its first update.
     own = {name for d in deltas if d._hp_mapping is not None for name in d._hp_mapping.optim_fragment or ()}
-    names = sorted(set().union(*from_all(own)))
+    names = sorted(set().union(*all_gather_object(own)))
     moments = WholeMoments({d: {name: safe_get_full_optimizer_state(d, name) for name in names} for d in deltas})
     yield moments
     for delta, state in moments.state.items():
@@ -141,15 +141,15 @@ def save_active(model: nn.Module, folder: Path) -> None:
             if layer.patterns
         }
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-        Selection(active, block_size=max(sizes, default=None)).save(folder / ACTIVE, shapes)
+        Selection(active, block_size=max(sizes, default=None)).save(folder / SELECTION, shapes)
 
 
 def load_active(model: nn.Module, folder: Path) -> bool:
     """Continues where `save_active` stood; false where the checkpoint's adapter is all that trains."""
-    if not (folder / ACTIVE).is_dir():
+    if not (folder / SELECTION).is_dir():
         return False
-    active = Selection.load(folder / ACTIVE)
-    values = read_sparse(folder / "adapter", read_config(folder / "adapter"))
+    active = Selection.load(folder / SELECTION)
+    values = read_sparse(folder / ADAPTER, read_config(folder / ADAPTER))
     layers = sparse_layers(model)
     for module, kinds in active.modules.items():
         for kind, index in kinds.items():

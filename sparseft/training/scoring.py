@@ -9,8 +9,9 @@ from typing import Any
 
 from sparseft import console
 from sparseft.config import BUNDLED, RunConfig
-from sparseft.distributed import launch
+from sparseft.distributed.ranks import is_main
 from sparseft.errors import UserError
+from sparseft.runs.folder import ADAPTER
 
 
 class Scorer:
@@ -68,14 +69,14 @@ class Scorer:
 
         outcome = self._evaluate(model, tokenizer, "test")
         score = outcome["tasks"][self.name]["accuracy"]
-        if not launch.first_process():  # of a model in shards, which all run
+        if not is_main():  # of a model in shards, which all run
             return score
         annotate(outcome, self.plans["test"], Seen.load(folder))
         header = {
             "evaluated": what,
             "model": self.config.model.path,
-            "adapter": str(folder / "adapter"),
-            "adapter_sha256": adapter_hash(folder / "adapter"),
+            "adapter": str(folder / ADAPTER),
+            "adapter_sha256": adapter_hash(folder / ADAPTER),
             "data_dir": self.config.eval.data_dir,
             "split": "test",
             "commit": package_commit(),

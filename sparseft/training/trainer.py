@@ -18,24 +18,22 @@ from sparseft import console, signals
 from sparseft.data.packing import real_tokens
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import shard_of
-from sparseft.errors import RunError
-from sparseft.files.disk_errors import explained
+from sparseft.errors import RunError, note_checkpoint
+from sparseft.files.atomic import explained, publish
 from sparseft.layers import sparse_layers
 from sparseft.models.decoder import runnable
 from sparseft.models.reached import without_gradient
+from sparseft.runs.folder import ADAPTER, CHECKPOINTS, checkpoint_name
 from sparseft.training import distributed_trainer, schedules
 from sparseft.training.arguments import tf32_as_set
 from sparseft.training.best import copy_best
 from sparseft.training.callbacks import RunCallback
 from sparseft.training.checkpoints import (
-    CHECKPOINTS,
-    PREFIX,
     check_moments,
     fitting,
     last_checkpoint,
     load_trained,
     prune,
-    put_in_place,
     seal,
     step_of,
 )
@@ -116,7 +114,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 self.name_untrained()
         else:
             model.zero_grad()  # without a gradient an optimizer leaves parameters and moments as they are
-            if self.health.streak == 1 and self.is_world_process_zero():
+            if self.health.streak == 1 and ranks.is_main():
                 console.warn(
                     f"step {self.state.global_step + 1}: loss {loss.item():.4g}, gradient norm {norm}: not finite, so "
                     "the step updates nothing"
@@ -133,7 +131,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return
         names = without_gradient(self.model)
-        if names and self.is_world_process_zero():
+        if names and ranks.is_main():
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
             console.warn(
                 f"step {self.state.global_step + 1} gave no gradient to {len(names)} of what trains, which stays as it "
@@ -161,7 +159,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 else ", as none was saved yet."
             )
         error = RunError(message)
-        error.last_checkpoint = checkpoint  # type: ignore[attr-defined]
+        note_checkpoint(error, checkpoint)
         return error
 
     @contextlib.contextmanager
@@ -207,44 +205,44 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 "try a lower trainer.learning_rate.",
                 self.health.proven,
             )
-        what = f"checkpoint-{self.state.global_step}"
+        what = checkpoint_name(self.state.global_step)
         with self.clock.paused(), explained(what, lambda: last_checkpoint(self.run)):
             self._save_aside(model, trial)
 
     def _save_aside(self, model: nn.Module, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX}{self.state.global_step}"
+        name = checkpoint_name(self.state.global_step)
         self.run_callback.saved = self.run_callback.now()  # of all processes, of which the first one writes it
         try:
-            with ranks.shared_folder(folder) as aside:
+            with ranks.shared_aside(folder / name) as aside:
                 self._aside = str(aside)
                 super()._save_checkpoint(model, trial)
                 ranks.barrier()  # each process has left its random state
-                if ranks.is_first():
+                if ranks.is_main():
                     copy_best(folder, aside / name)
                     seal(aside / name)
-                    put_in_place(aside / name, folder / name)
+                    publish(aside / name, folder / name)
         finally:
             self._aside = None
-        if ranks.is_first():
+        if ranks.is_main():
             prune(folder, self.save_total_limit, self.state.global_step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        self.save_trained(folder / "adapter")
-        if self.args.should_save:
+        self.save_trained(folder / ADAPTER)
+        if ranks.is_main():
             save_active(self.accelerator.unwrap_model(self.model), folder)
 
     def take_best(self, checkpoint: Path) -> None:
         """What the checkpoint knows as the best adapter is the run's again."""
-        if ranks.is_first():
+        if ranks.is_main():
             copy_best(checkpoint, self.run / CHECKPOINTS)
         ranks.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.take_best(Path(resume_from_checkpoint))
         with fitting(resume_from_checkpoint, "what was trained"):
-            load_trained(self.model if model is None else model, Path(resume_from_checkpoint) / "adapter")
+            load_trained(self.model if model is None else model, Path(resume_from_checkpoint) / ADAPTER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))
@@ -275,8 +273,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
             if self.score is not None:
                 # With ZeRO-3 all processes answer the same questions in step, also while the model is whole yet:
                 # transformers' generate() waits for the others.
-                measured = self.score() if ranks.is_first() or self.is_zero3 else None
-                metrics[f"{metric_key_prefix}_score"] = ranks.from_first(measured)
+                measured = self.score() if ranks.is_main() or self.is_zero3 else None
+                metrics[f"{metric_key_prefix}_score"] = ranks.broadcast_object(measured)
         self.log(dict(metrics))
         # As transformers' own does: it resets `should_evaluate`, else the end of an epoch evaluates once more.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -332,8 +330,8 @@ def train(trainer: Trainer, resume_from: str | None, total_steps: int) -> Mark:
         callback.close()
     if trainer.interrupted:
         error = KeyboardInterrupt(trainer.interrupted)
-        error.last_checkpoint = last_checkpoint(trainer.run)  # type: ignore[attr-defined]
+        note_checkpoint(error, last_checkpoint(trainer.run))
         raise error
-    if trainer.health.streak and trainer.is_world_process_zero():
+    if trainer.health.streak and ranks.is_main():
         console.warn(f"training ends with {trainer.health.streak} steps whose loss or gradient was not finite")
     return callback.now()
