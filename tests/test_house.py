@@ -185,6 +185,26 @@ def test_shared_code_names_no_method(path: Path) -> None:
         assert not target.startswith("methods.") or target in SHARED_METHODS, f"{module}:{line} imports {target}"
 
 
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_test_module_imports_another(path: Path) -> None:
+    """What several share stands in tests/support."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += (
+            [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        for name in names:
+            parts = name.split(".")
+            assert parts[0] != "conftest" and not any(part.startswith("test_") for part in parts[:2]), (
+                f"{path.name}:{node.lineno} imports {name}"
+            )
+
+
 @pytest.mark.parametrize("path", [path for path in MODULES if LIGHT.fullmatch(dotted(path))], ids=dotted)
 def test_light_modules_import_nothing_heavy(path: Path) -> None:
     for node in runs_on_import(parse(path).body):

@@ -1,0 +1,97 @@
+"""What a command loads before it works: counted, not timed, so that a busy machine changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.places import ROOT
+
+# Runs a command and prints, as the last line, the modules there are at its end, and which of WATCHED the package asked
+# for itself, at whatever moment: what transformers loads on its own account (its Trainer takes peft and datasets, where
+# they are installed) is none of our doing.
+PROGRAM = """
+import builtins, json, sys
+WATCHED = {"peft", "lm_eval", "datasets", "deepspeed", "accelerate", "hydra", "rich"}
+asked = set()
+plain = builtins.__import__
+
+def watching(name, globals=None, locals=None, fromlist=(), level=0):
+    if level == 0 and name.split(".")[0] in WATCHED and (globals or {}).get("__name__", "").startswith("sparseft"):
+        asked.add(name.split(".")[0])
+    return plain(name, globals, locals, fromlist, level)
+
+builtins.__import__ = watching
+from sparseft.cli.app import main
+code = main(sys.argv[1:])
+print(json.dumps({"code": code, "modules": sorted(sys.modules), "asked": sorted(asked)}))
+"""
+
+
+def loads(cwd: Path, *words: str) -> tuple[set[str], set[str]]:
+    """Modules that `sparseft WORDS` has loaded at its end, and the watched packages that sparseft itself imported."""
+    command = [sys.executable, "-c", PROGRAM, *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment())
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["code"] == 0, done.stderr
+    return set(seen["modules"]), set(seen["asked"])
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def test_importing_the_package_loads_next_to_nothing() -> None:
+    """0.1 s are allowed; a module takes about half a millisecond."""
+    code = "import sys; before = set(sys.modules); import sparseft; print(len(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(done.stdout) <= 40
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["bench", "-h"], ["--version"]], ids=" ".join)
+def test_help_loads_little(words: list[str], tmp_path: Path) -> None:
+    """0.3 s are allowed for it."""
+    modules, asked = loads(tmp_path, *words)
+    assert not asked
+    heavy = {"torch", "transformers", "numpy", "yaml", "hydra", "omegaconf", "rich", "asyncio", "http", "ssl", "click"}
+    assert not heavy & modules
+    assert len(modules) < 400
+
+
+def test_a_configuration_is_composed_without_torch(tmp_path: Path) -> None:
+    modules, asked = loads(tmp_path, "train", "method=s2ft", "--cfg")
+    assert asked == {"hydra"} and not {"torch", "transformers", "numpy", "rich"} & modules
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
+    """What a step of training on the bundled model with its selection cached loads."""
+    folder = tmp_path_factory.mktemp("startup")
+    words = ["method=s2ft", "trainer.max_steps=1", "trainer.gradient_accumulation=1", "hardware=cpu"]
+    words.append("dataset.max_examples=40")
+    command = [sys.executable, "-m", "sparseft", "preprocess", *words]
+    subprocess.run(command, capture_output=True, cwd=folder, env=environment(), check=True)
+    loaded = loads(folder, "train", *words)
+    assert len(list((folder / ".cache" / "sparseft" / "selections").iterdir())) == 1  # the cached one was taken
+    return loaded
+
+
+def test_training_asks_only_for_what_it_needs(training: tuple[set[str], set[str]]) -> None:
+    """Local files need no datasets, a sparse method no peft, one process no deepspeed, training no lm-eval."""
+    _, asked = training
+    assert asked == {"hydra"}
+
+
+def test_training_loads_no_compiler_and_no_evaluation(training: tuple[set[str], set[str]]) -> None:
+    modules, _ = training
+    assert "torch" in modules and "transformers.trainer" in modules
+    tools = {"lm_eval", "evaluate", "sklearn", "nltk", "matplotlib", "tensorboard", "wandb", "mlflow", "torchvision"}
+    assert not tools & modules
+    assert "sparseft.evaluation" not in modules and "sparseft.bench" not in modules
+    assert not [name for name in modules if name.startswith("torch._inductor.codegen")]

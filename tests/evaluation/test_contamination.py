@@ -1,0 +1,283 @@
+"""Training questions in test sets: found whatever their typography, counted, and scored apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparseft.config import DatasetConfig, EvalConfig
+from sparseft.data import load_datasets
+from sparseft.data import question_hashes as data
+from sparseft.data.question_hashes import Seen, normalised, question_hash
+from sparseft.errors import UserError
+from sparseft.evaluation import contamination, prepare
+from support.running import METHODS, on, sparseft, summary
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("What's the capital of France?", "  what s  the CAPITAL of\nFrance", True),
+        ("Straße – “quoted”", "STRASSE quoted", True),
+        ("½ of ﬁve", "1⁄2 of five", True),  # NFKC
+        ("What is 3 + 4?", "What is 3 - 4?", False),
+        ("3*4", "3 * 4", True),
+        ("3/4", "3*4", False),
+        ("3.5 apples", "35 apples", False),
+        ("a well-known fact", "a well known fact", True),
+        ("the answer", "the answers", False),
+        ("问题是什么？", "问题是什么", True),
+    ],
+)
+def test_normalisation(one: str, other: str, same: bool) -> None:
+    assert (normalised(one) == normalised(other)) == same
+    assert (question_hash(one) == question_hash(other)) == same
+
+
+def test_nothing_is_no_question() -> None:
+    assert question_hash("?! …") is None and question_hash("") is None
+    assert "?!" not in Seen([]) and "?!" not in Seen([question_hash("a") or 0])
+
+
+def test_wordings_of_a_test_record() -> None:
+    assert data.test_questions({"instruction": "Add.", "input": "1 and 2", "answer": "3"}) == ["Add.\n1 and 2"]
+    mmlu = {"question": "Which?", "choices": ["x", "y"], "answer": 1}
+    assert data.test_questions(mmlu, "prompt") == ["prompt", "Which?", "Which?\nx\ny", "Which?\nA. x\nB. y"]
+    assert data.test_questions({"id": 3}, None) == []
+
+
+def test_saved_hashes_come_back_and_damage_is_refused(tmp_path: Path) -> None:
+    seen = Seen([question_hash(text) or 0 for text in ("one", "two", "two", "zwölf")])
+    path = seen.save(tmp_path)
+    again = Seen.load(tmp_path)
+    assert again is not None and again.hashes.tolist() == seen.hashes.tolist() and len(again) == 3
+    assert "TWO!" in again and "three" not in again
+    assert again.overlap([["nine", "one"], ["three"], [], ["Zwölf"]]) == [0, 3]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train_questions.safetensors"]
+    assert Seen.load(tmp_path / "elsewhere") is None
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match="train_questions.safetensors: truncated or damaged"):
+        Seen.load(tmp_path)
+    from safetensors.numpy import save_file
+
+    save_file({"hashes": np.zeros(3, np.int64)}, path, metadata={"normalisation": "0"})
+    with pytest.raises(UserError, match="written by another version"):
+        Seen.load(tmp_path)
+    save_file({"hashes": np.zeros(3, np.float32)}, path, metadata={"normalisation": "1"})
+    with pytest.raises(UserError, match="expected one row of int64 hashes, got float32"):
+        Seen.load(tmp_path)
+
+
+RECORDS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "alpaca": ({"instruction": "Add.", "input": "1 and 2", "output": "3"}, ["Add.\n1 and 2"]),
+    "guanaco": ({"text": "### Human: one?### Assistant: a### Human: two?### Assistant: b"}, ["one?", "two?"]),
+    "messages": (
+        {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "why?"},
+                      {"role": "assistant", "content": "so"}]},
+        ["why?"],
+    ),
+    "prompt_completion": ({"prompt": "1+2=", "completion": "3"}, ["1+2="]),
+    "text": ({"text": "no question at all"}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("format", RECORDS)
+def test_questions_of_each_format(tmp_path: Path, tokenizer: Any, format: str) -> None:
+    record, questions = RECORDS[format]
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    config = DatasetConfig(train_path=str(tmp_path / "a.jsonl"), eval_fraction=0.0)
+    for _ in range(2):  # made, then from the cache
+        loaded = load_datasets(config, tokenizer, max_length=256, seed=0, bundled=False, cache_dir=tmp_path / "cache")
+        assert loaded.format == format
+        assert loaded.questions.hashes.tolist() == sorted(question_hash(text) for text in questions)
+
+
+def test_questions_of_what_is_split_off_or_dropped_were_not_trained_on(tmp_path: Path, tokenizer: Any) -> None:
+    records = [{"prompt": f"question {n} ", "completion": "yes"} for n in range(20)]
+    records.append({"prompt": "far too long " * 40, "completion": "yes"})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = DatasetConfig(train_path=str(tmp_path / "a.jsonl"), eval_fraction=0.25)
+    loaded = load_datasets(config, tokenizer, max_length=64, seed=0, bundled=False)
+    assert (len(loaded.questions), loaded.eval_overlap, loaded.dropped) == (15, 0, 1)
+    seen = [record["prompt"] in loaded.questions for record in records]
+    assert sum(seen) == 15 and not seen[-1]
+    texts = [tokenizer.decode(item["input_ids"]) for item in loaded.eval]
+    assert {n for n in range(20) if not seen[n]} == {int(text.split()[1]) for text in texts}
+
+
+# --- in training and evaluation -----------------------------------------------------------------------------------
+
+
+def test_records(count: int) -> list[dict[str, str]]:
+    return [
+        {"instruction": f"Tom has {n} pens and buys {n}. How many?", "input": "", "output": "", "answer": f"{2 * n}"}
+        for n in range(1, count + 1)
+    ]
+
+
+test_records.__test__ = False  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tests of two arithmetic tasks, and a training set that holds 3 of the 8 questions of one, in other letters."""
+    made = tmp_path_factory.mktemp("contamination")
+    for task, first in (("gsm8k", 0), ("SVAMP", 100)):
+        (made / "tests" / task).mkdir(parents=True)
+        records = [{**record, "instruction": f"{first}: {record['instruction']}"} for record in test_records(8)]
+        for split in ("test", "validation"):
+            (made / "tests" / task / f"{split}.json").write_text(json.dumps(records))
+    train = [{"prompt": f"Other {n}", "completion": "2"} for n in range(20)]
+    train += [{"prompt": f"0 {r['instruction'].upper()}!", "completion": "2"} for r in test_records(3)]
+    (made / "train.json").write_text(json.dumps(train))
+    held_out = [{"prompt": f"0: {r['instruction']}", "completion": "2"} for r in test_records(8)]
+    (made / "held_out.json").write_text(json.dumps(held_out))
+    return made
+
+
+def test_overlap_of_a_plan_counts_each_task(folder: Path) -> None:
+    seen = Seen([question_hash(f"0: Tom has {n} pens and buys {n}. How many?") or 0 for n in (2, 5)])
+    plan = prepare(["gsm8k", "SVAMP"], EvalConfig(), data_dir=str(folder / "tests"))
+    expected = {"gsm8k": (2, 8), "SVAMP": (0, 8)}
+    assert contamination.overlap_of_plan(plan, seen) == expected
+    assert contamination.overlap_of_folder(str(folder / "tests"), seen) == expected
+
+
+def outcome(verdicts: dict[str, list[int]]) -> dict[str, Any]:
+    """An evaluation's outcome with these verdicts, as far as it is read here."""
+    tasks = {name: {"accuracy": sum(v) / len(v), "metric": "acc,extract", "samples": len(v)}
+             for name, v in verdicts.items()}  # fmt: skip
+    samples = {
+        name: [{"doc_id": n, "metrics": {"acc": float(value)}} for n, value in enumerate(values)]
+        for name, values in verdicts.items()
+    }
+    members = {name: [name] for name in verdicts} | {"arithmetic": list(verdicts)}
+    tasks["arithmetic"] = {"accuracy": 0.0, "metric": "acc,extract", "samples": 16}
+    return {"tasks": tasks, "samples": samples, "members": members}
+
+
+def test_scores_without_the_overlap_by_hand(folder: Path, tmp_path: Path) -> None:
+    plan = prepare(["arithmetic"], EvalConfig(), data_dir=str(folder / "tests"))
+    found = outcome({"gsm8k": [1, 1, 1, 0, 0, 0, 1, 0], "SVAMP": [0, 0, 1, 0, 0, 0, 0, 0]})
+    untouched = json.dumps(found)
+    contamination.annotate(found, plan, None)
+    assert json.dumps(found) == untouched
+    Seen([question_hash(f"0: Tom has {n} pens and buys {n}. How many?") or 0 for n in (1, 2, 3)]).save(tmp_path)
+    contamination.annotate(found, plan, Seen.load(tmp_path))
+    tasks = found["tasks"]
+    assert (tasks["gsm8k"]["train_overlap"], tasks["gsm8k"]["accuracy_without_overlap"]) == (3, pytest.approx(1 / 5))
+    assert (tasks["SVAMP"]["train_overlap"], tasks["SVAMP"]["accuracy_without_overlap"]) == (0, pytest.approx(1 / 8))
+    # arithmetic weighs its tasks alike, however many questions are left of each.
+    group = tasks["arithmetic"]
+    assert (group["train_overlap"], group["accuracy_without_overlap"]) == (3, pytest.approx((1 / 5 + 1 / 8) / 2))
+    assert [record["train_overlap"] for record in found["samples"]["gsm8k"]] == [True] * 3 + [False] * 5
+    assert contamination.rows(tasks) == [["gsm8k", 8, 3, "0.5000", "0.2000"], ["arithmetic", 16, 3, "0.0000", "0.1625"]]
+
+
+def test_the_base_without_the_overlap_by_hand(folder: Path) -> None:
+    plan = prepare(["arithmetic"], EvalConfig(), data_dir=str(folder / "tests"))
+    found = outcome({"gsm8k": [1, 1, 1, 0, 0, 0, 1, 0], "SVAMP": [0, 0, 1, 0, 0, 0, 0, 0]})
+    for entry in found["tasks"].values():
+        entry["base"] = 0.25
+    for record in found["samples"]["gsm8k"]:  # right: questions 2 (trained on) and 8 of gsm8k
+        record["base"] = {"metrics": {"acc": float(record["doc_id"] in (1, 7))}}
+    for record in found["samples"]["SVAMP"]:
+        record["base"] = {"metrics": {"acc": 0.0}}
+    contamination.annotate(
+        found, plan, Seen([question_hash(f"0: Tom has {n} pens and buys {n}. How many?") or 0 for n in (1, 2, 3)])
+    )
+    assert contamination.compared(found["tasks"])
+    assert contamination.rows(found["tasks"]) == [
+        ["gsm8k", 8, 3, "0.2500", "0.5000", "0.2000", "0.2000"],
+        ["arithmetic", 16, 3, "0.2500", "0.0000", "0.1000", "0.1625"],
+    ]
+
+
+def test_a_metric_that_no_single_question_has(folder: Path) -> None:
+    plan = prepare(["gsm8k"], EvalConfig(), data_dir=str(folder / "tests"))
+    for value in ([0, 1], None):  # what lm-eval aggregates itself; NaN in strict JSON
+        found = outcome({"gsm8k": [1] * 8})
+        for record in found["samples"]["gsm8k"]:
+            record["metrics"]["acc"] = value
+        contamination.annotate(found, plan, Seen([1]))
+        assert found["tasks"]["gsm8k"]["accuracy_without_overlap"] is None
+        assert found["tasks"]["gsm8k"]["train_overlap"] == 0
+
+
+def test_nothing_left_has_no_score(folder: Path, tmp_path: Path) -> None:
+    plan = prepare(["gsm8k"], EvalConfig(), data_dir=str(folder / "tests"))
+    Seen([question_hash(f"0: Tom has {n} pens and buys {n}. How many?") or 0 for n in range(1, 9)]).save(tmp_path)
+    found = outcome({"gsm8k": [1] * 8})
+    contamination.annotate(found, plan, Seen.load(tmp_path))
+    assert found["tasks"]["gsm8k"]["accuracy_without_overlap"] is None
+    assert contamination.rows(found["tasks"])[0] == ["gsm8k", 8, 8, "1.0000", "-"]
+
+
+def test_a_run_knows_what_it_was_trained_on(folder: Path, model_folder: Any, tmp_path: Path) -> None:
+    words = on(model_folder("llama"), folder / "train.json", "json")
+    done = sparseft(
+        tmp_path, "train", *words, *METHODS["s2ft"], "trainer.max_steps=1", "dataset.eval_fraction=0",
+        f"dataset.eval_path={folder / 'held_out.json'}", "output_dir=run", "--json",
+    )  # fmt: skip
+    assert "warning: data: 3 of 8 questions of the evaluation examples are training questions too" in done.err
+    assert summary(tmp_path / "run")["contamination"] == {"eval_data": 3}
+    evaluated = sparseft(
+        tmp_path, "eval", "gsm8k", "SVAMP", f"eval.data_dir={folder / 'tests'}", "eval.max_new_tokens=2", "--limit", "2"
+    )
+    assert "Test questions that were training questions" in evaluated.out
+    (line,) = [line for line in evaluated.out.splitlines() if line.split()[:3] == ["gsm8k", "2", "2"]]
+    assert line.split()[-1] == "-"  # both questions asked were trained on
+    written = json.loads((tmp_path / "run" / "eval" / "gsm8k.json").read_text())
+    assert written["tasks"]["gsm8k"]["train_overlap"] == 2
+    samples = (tmp_path / "run" / "eval" / "SVAMP.samples.jsonl").read_text().splitlines()
+    assert [json.loads(sample)["train_overlap"] for sample in samples] == [False, False]
+
+    # What could not be used after the answers is refused before anything is asked.
+    words = ["gsm8k", f"eval.data_dir={folder / 'tests'}"]
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        done = sparseft(tmp_path, "eval", *words, "--adapter", "run", f"output_dir={place}", code=2)
+        assert "file" in done.err and "requests" not in done.err
+    hashes = tmp_path / "run" / "train_questions.safetensors"
+    hashes.write_bytes(hashes.read_bytes()[:-4])
+    done = sparseft(tmp_path, "eval", *words, code=2)
+    assert "truncated or damaged" in done.err and "requests" not in done.err
+
+
+def test_a_whole_model_alone_is_known_by_the_run_around_it(folder: Path, model_folder: Any, tmp_path: Path) -> None:
+    words = on(model_folder("llama"), folder / "train.json", "json")
+    words += [*METHODS["full"], "trainer.max_steps=1", "dataset.eval_fraction=0"]
+    sparseft(tmp_path, "train", *words, "output_dir=run")
+    done = sparseft(
+        tmp_path, "eval", "gsm8k", "--adapter", "run/adapter", f"eval.data_dir={folder / 'tests'}",
+        "eval.max_new_tokens=2", "--limit", "2", "output_dir=there", "--json",
+    )  # fmt: skip
+    assert json.loads(done.out)["tasks"]["gsm8k"]["train_overlap"] == 2
+
+
+def test_the_task_that_judges_a_training_is_looked_through(folder: Path, model_folder: Any, tmp_path: Path) -> None:
+    words = on(model_folder("llama"), folder / "train.json", "json")
+    done = sparseft(
+        tmp_path, "train", *words, *METHODS["s2ft"], "trainer.max_steps=1", "dataset.eval_fraction=0.05",
+        "trainer.eval_task=gsm8k", "trainer.eval_steps=1", f"eval.data_dir={folder / 'tests'}", "eval.limit=1",
+        "eval.max_new_tokens=2", "output_dir=run", "--json",
+    )  # fmt: skip
+    counts = summary(tmp_path / "run")["contamination"]["tasks"]["gsm8k"]
+    assert counts["test"] == counts["validation"] > 0  # of 3, less those that were split off
+    assert f"gsm8k: {counts['test']} of 8 questions of its test split are training questions" in done.err
+    assert "train_overlap" in json.loads((tmp_path / "run" / "eval" / "gsm8k.json").read_text())["tasks"]["gsm8k"]
+
+
+def test_test_sets_beside_a_training_are_looked_through(folder: Path, model_folder: Any, tmp_path: Path) -> None:
+    words = on(model_folder("llama"), folder / "train.json", "json")
+    done = sparseft(
+        tmp_path, "train", *words, *METHODS["s2ft"], "trainer.max_steps=1", "dataset.eval_fraction=0",
+        f"eval.data_dir={folder / 'tests'}", "output_dir=run",
+    )  # fmt: skip
+    assert summary(tmp_path / "run")["contamination"] == {"tasks": {"gsm8k": {"test": 3}, "SVAMP": {"test": 0}}}
+    assert "gsm8k: 3 of 8 questions of its test split are training questions" in done.err
+    assert "SVAMP: " not in done.err

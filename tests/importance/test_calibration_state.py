@@ -1,0 +1,255 @@
+"""An interrupted calibration goes on where it was, and several ranks come to one process's selection."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparseft import SylvaConfig, compute_selection
+from sparseft.importance import calibration_state as resuming
+from sparseft.importance import compute_scores, scores
+from sparseft.importance.kfac import SecondOrder
+from sparseft.methods import get_method
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.choose import generator_for
+from support.places import ROOT
+from support.running import on, sparseft, write_data
+
+COUNT = 9
+
+
+def samples(count: int = COUNT) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    ids = [torch.randint(3, 96, (1, 5 + (3 * i) % 7), generator=generator) for i in range(count)]
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+
+
+def scored(model: Any, importance: str, **options: Any) -> dict[str, Tensor]:
+    budget = get_method("sylva").budget(ModelSpec.of(model), SylvaConfig(sparsity=0.9, block_size=8))
+    options = {"seed": 0, "batches": samples(), "generator": generator_for} | options
+    return compute_scores(model, budget.candidates, importance, **options)
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[key]) for key, value in left.items())
+
+
+def stop_after(count: int, seen: list[int]) -> Callable[[int], None]:
+    def progress(done: int) -> None:
+        seen.append(done)
+        if done >= count:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "TOKENS_TOGETHER", 24)
+
+
+@pytest.mark.parametrize("importance", ["activation", "product", "gradient", "fisher", "sylva"])
+def test_it_goes_on_with_the_next_samples(make_model: Callable[..., Any], importance: str, tmp_path: Path) -> None:
+    model, folder = make_model("qwen2"), tmp_path / "key.partial"
+    whole = scored(model, importance)
+    first: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        scored(model, importance, progress=stop_after(3, first), resume=folder)
+    assert resuming.saved_samples(folder) == first[-1] and 3 <= first[-1] < COUNT
+    second: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        scored(model, importance, progress=stop_after(6, second), resume=folder)
+    third: list[int] = []
+    assert equal(scored(model, importance, progress=third.append, resume=folder), whole)
+    passes = first + second + third
+    assert passes == sorted(set(passes)) and passes[-1] == COUNT  # no sample went twice
+
+
+def test_it_goes_on_with_the_next_linear(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    model, folder = make_model("llama"), tmp_path / "key.partial"
+    meta: dict[str, Any] = {}
+    whole = scored(model, "sylva", meta=meta)
+
+    def stop(done: int, _count: int) -> None:
+        if done >= 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scored(model, "sylva", scoring=stop, resume=folder)
+    seen: list[tuple[int, int]] = []
+    again: dict[str, Any] = {}
+    fail = pytest.fail
+    found = scored(
+        model, "sylva", progress=lambda _: fail("a sample went twice"), resume=folder, meta=again,
+        scoring=lambda *at: seen.append(at),
+    )  # fmt: skip
+    assert equal(found, whole) and again == meta
+    assert seen[0][0] > 3 and seen[-1] == (14, 14)
+
+
+def test_it_saves_now_and_then_and_survives_what_is_unusable(
+    make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = make_model("llama"), tmp_path / "key.partial"
+    whole = scored(model, "sylva")
+    monkeypatch.setattr(resuming, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(resuming, "SAVE_COST", 0.0)
+    assert equal(scored(model, "sylva", resume=folder), whole)
+    assert {path.name for path in folder.iterdir()} == {"statistics-0of1.safetensors", "scores-0of1.safetensors"}
+    assert not equal(scored(model, "sylva", resume=folder, second_order=SecondOrder(damping=0.5)), whole)
+    assert "belongs to other settings" in capsys.readouterr().err
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    assert resuming.saved_samples(folder) == 0
+    assert equal(scored(model, "sylva", resume=folder), whole)
+    assert "cannot be used, so calibration starts anew" in capsys.readouterr().err
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    assert equal(scored(model, "sylva", resume=in_the_way / "partial"), whole)
+    assert capsys.readouterr().err.count("cannot be resumed") == 1
+
+
+# -- processes that are ended -----------------------------------------------------------------------------------------
+
+SLOW = textwrap.dedent(
+    """
+    import sys, time
+    import sparseft.importance.calibration as collecting, sparseft.importance.calibration_state as resuming
+    import sparseft.importance.scores as scores
+    resuming.SAVE_SECONDS = resuming.SAVE_COST = 0.0
+    scores.TOKENS_TOGETHER = 1  # one sample at a time
+    plain = collecting.keep
+    def slow(*args):
+        plain(*args)
+        print("saved", args[-1][1], flush=True, file=sys.stderr)
+        time.sleep(0.3)
+    collecting.keep = slow
+    from sparseft.cli.app import main
+    sys.exit(main(sys.argv[1:]))
+    """
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_preprocess_goes_on_after_a_signal(
+    tmp_path: Path, model_folder: Any, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        "preprocess", *on(model_folder("llama"), write_data(tmp_path)["json"]), "method=sylva", "sparsity=0.9",
+        "method.block_size=8", "method.num_samples=8",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    lines = []
+    assert child.stderr is not None
+    for line in child.stderr:
+        lines.append(line)
+        if line.startswith("saved 3"):
+            child.send_signal(number)
+            break
+    lines += child.stderr.readlines()
+    assert child.wait(60) == (-9 if number == signal.SIGKILL else 130), "".join(lines)
+    (partial,) = (tmp_path / ".cache/sparseft/selections").iterdir()
+    assert partial.suffix == ".partial" and 3 <= resuming.saved_samples(partial) < 8
+    if number != signal.SIGKILL:
+        assert any(f"{number.name}: what is done is kept in" in line for line in lines)
+    monkeypatch.setattr(scores, "TOKENS_TOGETHER", 1)  # the state counts in groups: here they are the child's
+    done = sparseft(tmp_path, *words, "--json")
+    assert "calibration: goes on after" in done.err
+    resumed = Path(tmp_path / done.json["selection"])
+    assert not partial.exists()
+    fresh = sparseft(tmp_path, *words, "--json", "cache_dir=fresh").json
+    for name in ("selection.json", "selection.safetensors"):
+        assert (resumed / name).read_bytes() == (tmp_path / fresh["selection"] / name).read_bytes()
+
+
+# -- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def worker(rank: int, world: int, port: int, folder: str, importance: str, count: int) -> None:
+    """One gloo process: its selection and its scores, written to a file."""
+    import torch.distributed as dist
+
+    from support.models import build_model
+
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        model, partial = build_model("llama"), Path(folder) / "key.partial"
+        config = SylvaConfig(sparsity=0.9, block_size=8, importance=importance)
+        seen: list[int] = []
+        selection = compute_selection(model, config, samples(count), progress=seen.append, resume=partial)
+        found = scored(model, importance, batches=samples(count))
+        torch.save((selection.modules, found, seen), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("importance", "count"), [("sylva", COUNT), ("sylva", 1), ("fisher", COUNT)])
+def test_two_ranks_choose_what_one_process_chooses(
+    make_model: Callable[..., Any], tmp_path: Path, importance: str, count: int
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.spawn(worker, (2, port, str(tmp_path), importance, count), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    try:
+        while not context.join(timeout=5):
+            assert time.monotonic() < deadline, "the ranks wait for each other"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    model = make_model("llama")
+    alone = scored(model, importance, batches=samples(count))
+    config = SylvaConfig(sparsity=0.9, block_size=8, importance=importance)
+    wanted = compute_selection(model, config, samples(count)).modules
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for modules, found, _ in both:
+        assert equal(found, both[0][1])
+        for key, value in alone.items():
+            torch.testing.assert_close(found[key], value, rtol=2e-3, atol=1e-5 * float(value.max()))
+        for name, patterns in wanted.items():
+            assert torch.equal(modules[name]["blocks"], patterns["blocks"]), name
+    assert len(both[0][2]) >= 1 and (count > 1) == bool(both[1][2])
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_linears_are_scored_by_as_many_threads_as_torch_has(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    model, threads = make_model("llama"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        wanted = scored(model, "sylva")
+        torch.set_num_threads(2)
+        found = scored(model, "sylva")
+        assert torch.get_num_threads() == 2
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-6 * float(value.max()))
+
+        def stop(done: int, _count: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            scored(model, "sylva", scoring=stop, resume=tmp_path / "partial")
+        assert torch.get_num_threads() == 2
+        assert equal(scored(model, "sylva", resume=tmp_path / "partial"), found)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,100 @@
+"""One of several processes whose training is measured: what tests/training/test_memory_plan.py starts by torchrun.
+
+    python -m torch.distributed.run … tests/support/planning_worker.py CASES.json
+
+CASES: a list of {"name", "overrides"}; rank 0 leaves what it held in its last step as `<name>.json` beside the file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves
+
+from sparseft.compose.run_config import compose
+from sparseft.files.atomic import write_json
+from sparseft.memory import AllocationCounter, tensor_bytes
+from sparseft.training.trainer import Trainer
+
+
+class Measured(transformers.TrainerCallback):
+    """Counts every storage of this process from before the first step on; the peak is that of the last step."""
+
+    def __init__(self, trainer: Trainer, counter: AllocationCounter) -> None:
+        self.trainer, self.counter = trainer, counter
+        self.found: dict[str, int] = {}
+        model = trainer.model
+        for tensor in (*model.parameters(), *model.buffers()):  # what DeepSpeed shards goes away again
+            counter._count(tensor.untyped_storage())
+        self.before = counter.live
+        self.handle = register_optimizer_step_pre_hook(self.updating)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.counter.peak = self.counter.live
+
+    def updating(self, optimizer: Any, *_: Any) -> None:
+        """Ahead of the update: the gradients are there, the activations are gone."""
+        if self.found and self.found["step"] == self.trainer.state.global_step:
+            return  # ZeRO updates one group of parameters after the other
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        parameters = list(model.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        frozen = [*(p for p in parameters if not p.requires_grad), *model.buffers()]
+        moments = [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, Tensor)]
+        own = {tensor.untyped_storage()._cdata for tensor in trained}
+        flat = [tensor for tensor in optimizer.state if tensor.untyped_storage()._cdata not in own]
+        self.found = {
+            "weights": held(frozen),
+            "trained": held(trained),
+            "moments": tensor_bytes([*moments, *flat]),
+            "live": self.counter.live,
+            "step": self.trainer.state.global_step,
+        }
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.found["peak"] = self.counter.peak
+
+
+def held(parameters: Iterable[Tensor]) -> int:
+    """Bytes of what this process holds of parameters: under ZeRO-3 its shards beside what stands in their place."""
+    parameters = list(parameters)
+    shards = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+    return tensor_bytes([*parameters, *shards])
+
+
+def main(path: Path) -> None:
+    dist.init_process_group("gloo")
+    plain = Trainer.train
+    for case in json.loads(path.read_text()):
+        measured: list[Measured] = []
+
+        def train(self: Trainer, *args: Any, seen: list[Measured] = measured, **options: Any) -> Any:
+            with AllocationCounter() as counter:
+                seen.append(Measured(self, counter))
+                self.add_callback(seen[0])
+                try:
+                    return plain(self, *args, **options)
+                finally:
+                    seen[0].handle.remove()
+
+        Trainer.train = train  # type: ignore[method-assign]
+        importlib.import_module("sparseft.commands.train").run(compose("train", case["overrides"]))
+        if dist.get_rank() == 0:
+            write_json(path.parent / f"{case['name']}.json", measured[0].found)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,185 @@
+"""One of two processes that load models in shards: what tests/processes/test_sharding.py starts by torchrun.
+
+    python -m torch.distributed.run … tests/support/sharding_worker.py JOB.json
+
+JOB: {"models": {name: {"path", "dtype", "importances"}}, "broken": {name: path}}. Each model is loaded in shards, then
+whole, and held against that; each process leaves what it found as `rank-<n>.json` beside the file.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from sparseft import S2FTConfig, SylvaConfig, attach, compute_selection, detach
+from sparseft.config import HardwareConfig, ModelConfig
+from sparseft.distributed.deepspeed import forget_zero
+from sparseft.distributed.zero3 import cast, full_shape, gathered, load_state, state_on_first
+from sparseft.errors import UserError
+from sparseft.files.atomic import write_json
+from sparseft.memory import AllocationCounter
+from sparseft.models import loading
+from sparseft.models.decoder import runnable
+from sparseft.models.fingerprint import base_fingerprint
+from sparseft.models.loading import load_model
+from sparseft.models.probing import check_causal
+from sparseft.models.spec import ModelSpec
+from sparseft.training.loading import load
+
+HARDWARE = HardwareConfig(device="cpu", num_processes=2, zero_stage=3)
+
+
+class Counter(AllocationCounter):
+    """Of bytes that are there: the process that reads no values has the checkpoint's tensors on the meta device."""
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type != "meta":
+            super()._count(storage)
+
+
+def bytes_alive() -> int:
+    """Bytes of all floating-point tensors that Python can reach."""
+    gc.collect()
+    found = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor) and not item.is_meta and item.is_floating_point():
+            storage = item.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+    return sum(found.values())
+
+
+def samples(count: int, vocabulary: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    lengths = [5 + 3 * number for number in range(count)]
+    return [{"input_ids": torch.randint(vocabulary, (1, length), generator=generator)} for length in lengths]
+
+
+def same_selection(left: Any, right: Any) -> bool:
+    return left.modules.keys() == right.modules.keys() and all(
+        torch.equal(index, right.modules[name][kind])
+        for name, kinds in left.modules.items()
+        for kind, index in kinds.items()
+    )
+
+
+def compare(path: str, dtype: str, importances: list[str]) -> dict[str, Any]:
+    """What is the same of a model loaded in shards and one loaded whole, and what the first one holds."""
+    config, device = ModelConfig(path=path, dtype=dtype), torch.device("cpu")
+    before = bytes_alive()
+    # What the trial of the loaded model takes for its activations is not the loading's: it comes after the count.
+    with Counter() as counter, mock.patch.object(loading, "check_causal"):
+        model, alive = load(config, HARDWARE, device)
+    with runnable(model):
+        check_causal(model, path)
+    found: dict[str, Any] = {"resident": bytes_alive() - before, "peak": counter.peak}
+    forget_zero()  # what comes now is loaded whole
+    whole = load_model(config, device)
+    largest = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in whole.modules())
+    found["whole"], found["largest"] = sum(p.nbytes for p in whole.parameters()), largest
+    found["shards"] = sum(p.ds_tensor.nbytes + p.nbytes for p in model.parameters())
+
+    ours, theirs = dict(model.named_parameters()), dict(whole.named_parameters())
+    same = found["same"] = {"names": list(ours) == list(theirs)}  # a tied one has one name
+    for name, parameter in theirs.items():
+        with gathered([ours[name]]):
+            same[name] = ours[name].dtype == parameter.dtype and torch.equal(ours[name], parameter)
+        same[f"{name} is sharded again"] = ours[name].numel() == 0 and full_shape(ours[name]) == parameter.shape
+    ours, theirs = dict(model.named_buffers()), dict(whole.named_buffers())
+    same["buffers"] = ours.keys() == theirs.keys() and all(
+        ours[name].dtype == buffer.dtype and torch.equal(ours[name], buffer) for name, buffer in theirs.items()
+    )
+    same["generation config"] = model.generation_config.to_dict() == whole.generation_config.to_dict()
+    same["config"] = model.config.to_dict() == whole.config.to_dict()
+    same["mode"] = model.training == whole.training
+    same["spec"] = ModelSpec.of(model) == ModelSpec.of(whole)
+    same["fingerprint"] = base_fingerprint(model) == base_fingerprint(whole)
+    state, expected = state_on_first(model), whole.state_dict()
+    if dist.get_rank() == 0:
+        same["state"] = list(state) == list(expected) and all(torch.equal(state[k], v) for k, v in expected.items())
+    else:
+        same["state"] = not state
+
+    passes(model, whole, same)
+    for importance in importances:
+        choose(model, whole, importance, same)
+    if importances:
+        attached(model, same)
+    changed = {name: value.float() + 1 for name, value in expected.items()}
+    cast(model, torch.float32)
+    load_state(model, [changed] if dist.get_rank() == 0 else [{}])
+    same["changed"] = all(
+        ours.dtype == torch.float32 and ours.ds_tensor.dtype == torch.float32 for ours in model.parameters()
+    )
+    for name, parameter in model.named_parameters():
+        with gathered([parameter]):
+            same[f"{name} changed"] = torch.equal(parameter, changed[name])
+    del alive
+    return found
+
+
+def passes(model: Any, whole: Any, same: dict[str, bool]) -> None:
+    """Logits, and the gradient of the embeddings' output."""
+    ids = samples(3, 40)[dist.get_rank()]["input_ids"]  # each its own
+    results = []
+    for each in (model, whole):
+        found: list[torch.Tensor] = []
+        handle = each.get_input_embeddings().register_forward_hook(
+            lambda _m, _i, y, found=found: found.append(y.detach().requires_grad_()) or found[-1]
+        )
+        with runnable(each):
+            logits = each(input_ids=ids, use_cache=False).logits
+            (gradient,) = torch.autograd.grad(logits.float().square().sum(), found[0])
+        handle.remove()
+        results.append((logits, gradient))
+    close = (torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in zip(*results, strict=True))
+    same["logits"], same["gradient"] = close
+    same["sharded after a pass"] = all(p.numel() == 0 for p in model.parameters())
+
+
+def choose(model: Any, whole: Any, importance: str, same: dict[str, bool]) -> None:
+    """What is chosen of three samples in two processes, of which one has a sample more than the other."""
+    for settings in (S2FTConfig(0.9, importance=importance), SylvaConfig(0.9, importance=importance, block_size=8)):
+        ours, theirs = (compute_selection(each, settings, samples(3, 40)) for each in (model, whole))
+        same[f"{type(settings).__name__} {importance}"] = same_selection(ours, theirs)
+
+
+def attached(model: Any, same: dict[str, bool]) -> None:
+    """A fresh attach leaves the logits as they were; the permuted layout but for the order of sums."""
+    ids = samples(1, 40)[0]["input_ids"]
+    with torch.no_grad():
+        with runnable(model):
+            before = model(input_ids=ids).logits
+        for settings in (S2FTConfig(0.9, layout="permuted"), SylvaConfig(0.9, importance="weight", block_size=8)):
+            with runnable(attach(model, settings)):
+                after = model(input_ids=ids).logits
+            loose = 1e-4 if before.dtype == torch.float32 else 0.1
+            same[f"{type(settings).__name__} attached"] = torch.allclose(before, after, rtol=loose, atol=loose)
+            fingerprint = model._sparseft.fingerprints[0]
+            detach(model)
+            same[f"{type(settings).__name__} detached"] = fingerprint == base_fingerprint(model)
+
+
+def main(path: Path) -> None:
+    dist.init_process_group("gloo")
+    job = json.loads(path.read_text())
+    result: dict[str, Any] = {name: compare(**settings) for name, settings in job["models"].items()}
+    for name, folder in job["broken"].items():
+        try:
+            load(ModelConfig(path=folder), HARDWARE, torch.device("cpu"))
+        except UserError as error:
+            result[name] = str(error)
+        forget_zero()
+        dist.barrier()
+    write_json(path.parent / f"rank-{dist.get_rank()}.json", result)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

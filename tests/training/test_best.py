@@ -1,0 +1,206 @@
+"""The best evaluation, `trainer.eval_task` and `trainer.target_score`: against the checkpoints of the same run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparseft.training.best import Evaluation
+from sparseft.training.trainer import Trainer
+from support.running import METHODS, files, metrics, on, refused, sparseft, summary, write_data
+
+STEPS = 8
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "better"),
+    [
+        ((1.0, None), None, True),
+        ((1.0, None), (2.0, None), True),
+        ((2.0, None), (2.0, None), False),
+        ((3.0, None), (2.0, None), False),
+        ((3.0, 0.5), (2.0, 0.4), True),  # the score decides, whatever the loss
+        ((1.0, 0.4), (2.0, 0.5), False),
+        ((1.0, 0.5), (2.0, 0.5), False),
+    ],
+)
+def test_which_evaluation_is_better(new: tuple, old: tuple | None, better: bool) -> None:
+    assert Evaluation(2, *new).better_than(Evaluation(1, *old) if old else None) is better
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("runs"))["json"]
+
+
+# The held-out loss at each step, scripted so that what is best does not hang on the last bits of a sum.
+LOSSES = {0: 6.0, 1: 5.0, 2: 4.0, 3: 2.0, 4: 6.0, 5: 7.0, 6: 5.0, 7: 4.5, 8: 4.8}
+BEST = 3
+
+
+@pytest.fixture(autouse=True)
+def scripted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "model_folder" in request.fixturenames:
+        monkeypatch.setattr(Trainer, "_evaluation_loss", lambda self, _data: LOSSES[self.state.global_step])
+
+
+def scripted_run(method: str, model: Path, data: Path, *more: str) -> list[str]:
+    """A run with an evaluation and a checkpoint at every step."""
+    words = [word for word in on(model, data) if not word.startswith(("trainer.max_steps", "trainer.learning_rate"))]
+    words += [*METHODS[method], f"trainer.max_steps={STEPS}", "trainer.eval_steps=1", "trainer.save_steps=1"]
+    words += ["trainer.save_total_limit=99", "dataset.max_examples=6", "dataset.eval_fraction=0.5"]
+    return ["train", *words, "trainer.learning_rate=1e-2", "trainer.warmup_steps=0", "trainer.keep_best=true", *more]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "adapter").glob("*.safetensors")
+    return load_file(file)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["eval_loss"] for line in metrics(run) if "eval_loss" in line}
+
+
+@pytest.mark.parametrize("method", ["s2ft", "sylva", "lora", "full"])
+def test_the_adapter_left_is_that_of_the_lowest_loss(
+    method: str, data: Path, model_folder: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    sparseft(data.parent, *scripted_run(method, model_folder(), data), f"output_dir={run}")
+    assert losses(run) == LOSSES
+    assert summary(run)["best_step"] == BEST and summary(run)["eval_loss_after"] == LOSSES[BEST]
+    assert same(adapter(run), adapter(run / "checkpoints" / f"checkpoint-{BEST}"))
+    assert not same(adapter(run), adapter(run / "checkpoints" / f"checkpoint-{STEPS}"))
+
+
+def test_early_evaluations_do_not_count(data: Path, model_folder: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sparseft(data.parent, *scripted_run("s2ft", model_folder(), data, "trainer.best_after=0.75"), f"output_dir={run}")
+    assert summary(run)["best_step"] == 7
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_resumed_run_keeps_the_same_best(step: int, data: Path, model_folder: Any, tmp_path: Path) -> None:
+    words = scripted_run("sylva", model_folder(), data)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    sparseft(data.parent, *words, f"output_dir={whole}")
+    shutil.copytree(whole, run)
+    (run / "summary.json").unlink()
+    for later in range(step + 1, STEPS + 1):  # as after a crash: the best of a future that did not happen lies there
+        shutil.rmtree(run / "checkpoints" / f"checkpoint-{later}")
+    sparseft(data.parent, *words, f"output_dir={run}", "trainer.resume=auto")
+    assert same(adapter(run), adapter(whole)) and losses(run) == losses(whole)
+    assert summary(run)["best_step"] == summary(whole)["best_step"]
+    assert files(run) == files(whole)
+    # Made to end where it was resumed, its best is the best up to there.
+    short = tmp_path / "short"
+    shutil.copytree(whole, short)
+    for later in range(step + 1, STEPS + 1):
+        shutil.rmtree(short / "checkpoints" / f"checkpoint-{later}")
+    sparseft(data.parent, *words, f"trainer.max_steps={step}", f"output_dir={short}", "trainer.resume=auto")
+    assert summary(short)["best_step"] == min(range(1, step + 1), key=lambda at: LOSSES[at])
+
+
+def test_evaluations_leave_training_as_it_is(data: Path, model_folder: Any, tmp_path: Path) -> None:
+    """The losses of a method with dropout are the same, however often the run is evaluated."""
+    words = ["train", *on(model_folder(), data), *METHODS["lora"], "method.dropout=0.5", "trainer.max_steps=6"]
+    words += ["dataset.eval_fraction=0.25", "trainer.logging_steps=1", "trainer.learning_rate=1e-2"]
+    seen = []
+    for name, more in (("never", []), ("always", ["trainer.eval_steps=1"]), ("best", ["trainer.eval_steps=2"])):
+        if name == "best":
+            more.append("trainer.keep_best=true")
+        sparseft(data.parent, *words, *more, f"output_dir={tmp_path / name}")
+        seen.append([line["loss"] for line in metrics(tmp_path / name) if "loss" in line])
+    assert len(seen[0]) == 6 and seen[0] == seen[1] == seen[2]
+
+
+# ---- a task that judges ----
+
+JUDGED = ("train", "method=s2ft", "sparsity=0.9", "dataset.max_examples=24", "dataset.eval_fraction=0.2", "seed=1",
+          "trainer.max_steps=4", "trainer.eval_steps=2", "trainer.gradient_accumulation=1", "trainer.max_length=64",
+          "trainer.learning_rate=3e-2", "trainer.warmup_steps=0", "trainer.eval_task=mmlu", "eval.limit=10",
+          "trainer.save_steps=2", "trainer.keep_best=true")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the bundled model, judged by the bundled MMLU."""
+    folder = tmp_path_factory.mktemp("judged")
+    sparseft(folder, *JUDGED, "output_dir=run")
+    return folder / "run"
+
+
+def test_scores_are_those_that_eval_measures(judged: Path) -> None:
+    """On the validation split while training, on the test split at the end: each as `sparseft eval` finds it."""
+    seen = {line["step"]: line["eval_score"] for line in metrics(judged) if "eval_score" in line}
+    assert list(seen) == [0, 2, 4]
+
+    def measured(*words: str) -> float:
+        return sparseft(judged.parent, "eval", "mmlu", "--json", "eval.limit=10", *words).json["tasks"]["mmlu"][
+            "accuracy"
+        ]
+
+    assert measured("--base", "eval.split=validation") == seen[0]
+    for step in (2, 4):
+        checkpoint = f"run/checkpoints/checkpoint-{step}/adapter"
+        assert measured("--adapter", checkpoint, "eval.split=validation") == seen[step]
+    result = summary(judged)
+    best = result["best_step"]
+    assert seen[best] == max(seen[2], seen[4]) == result["eval_score_after"] and result["eval_score_before"] == seen[0]
+    stored = json.loads((judged / "eval" / "mmlu.json").read_text())
+    assert stored["tasks"]["mmlu"]["accuracy"] == result["test_score"] and stored["sparseft"]["split"] == "test"
+    assert measured("--run", "run") == result["test_score"]
+
+
+def test_training_ends_at_the_target_and_stays_ended(judged: Path, tmp_path: Path) -> None:
+    seen = {line["step"]: line["eval_score"] for line in metrics(judged) if "eval_score" in line}
+    target = f"trainer.target_score={seen[2]}"
+    done = sparseft(tmp_path, *JUDGED, target, "output_dir=run")
+    run = tmp_path / "run"
+    assert "step 2: score" in done.err and "reaches trainer.target_score" in done.err
+    result = summary(run)
+    assert (result["steps"], result["best_step"]) == (2, 2)
+    assert same(adapter(run), adapter(judged / "checkpoints" / "checkpoint-2"))
+    sparseft(tmp_path, *JUDGED, target, "output_dir=run", "trainer.resume=auto")
+    assert summary(run)["steps"] == 2
+    sparseft(tmp_path, *JUDGED, "output_dir=run", "trainer.resume=auto")
+    assert summary(run)["steps"] == 4  # without an aim it goes on
+    assert same(adapter(run), adapter(judged))
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["trainer.keep_best=true"], ["trainer.keep_best=true", "trainer.eval_steps"]),
+        (["trainer.eval_task=mmlu"], ["trainer.eval_task=mmlu", "trainer.eval_steps"]),
+        (["trainer.target_score=0.5", "trainer.eval_steps=1"], ["trainer.target_score=0.5", "trainer.eval_task"]),
+        (["trainer.target_score=38.1", "trainer.eval_steps=1", "trainer.eval_task=mmlu"], ["38.1", "at most 1"]),
+        (["trainer.eval_task=mmul", "trainer.eval_steps=1"], ["mmul", "mmlu"]),
+        (["trainer.eval_task=mt_bench", "trainer.eval_steps=1"], ["mt_bench", "judge"]),
+        (["trainer.eval_task='mmlu,boolq'", "trainer.eval_steps=1"], ["one task"]),
+        (["trainer.eval_task=lm_eval:boolq", "trainer.eval_steps=1"], ["boolq"]),
+        (["trainer.eval_task=boolq", "trainer.eval_steps=1"], ["boolq", "validation"]),  # no such split is bundled
+        (["trainer.eval_task=mmlu", "trainer.eval_steps=1", "eval.data_dir=nowhere"], ["nowhere"]),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_wrong_judges(words: list[str], parts: list[str], in_tmp: Path) -> None:
+    done = sparseft(in_tmp, "train", *words, code=None)
+    assert done.code in (1, 2) if "lm_eval:boolq" in words[0] else done.code == 2
+    for part in parts:
+        assert part in done.err
+    assert {name for name in files(in_tmp) if not name.startswith(".cache/")} == set()  # tokens are kept
+
+
+def test_wrong_values_are_refused_without_loading(in_tmp: Path) -> None:
+    assert "trainer.best_after=1.5" in refused(in_tmp, "train", "trainer.best_after=1.5")

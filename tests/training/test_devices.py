@@ -1,0 +1,181 @@
+"""What devices and their switches make of a run: one process on a machine with several GPUs, TF32 under a compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from sparseft.config import HardwareConfig, TrainerConfig
+from sparseft.data import Collator
+from sparseft.training.arguments import training_arguments
+from sparseft.training.trainer import Trainer
+from support.places import ROOT, SUPPORT
+from support.training import attached, examples
+
+CPU = torch.device("cpu")
+
+
+def arguments_on(device: str, **hardware: Any) -> transformers.TrainingArguments:
+    return training_arguments(
+        TrainerConfig(batch_size=3), HardwareConfig(**hardware), seed=0, device=torch.device(device),
+        learning_rate=1e-3, total_steps=1, autocast=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says that there are four, and transformers and accelerate believe it; nothing can be put there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name in ("set_device", "empty_cache", "manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+
+    def on_the_cpu(self: Any) -> torch.device:
+        assert self._setup_devices.type == ("cpu" if self.use_cpu else "cuda")
+        return CPU
+
+    monkeypatch.setattr(transformers.TrainingArguments, "device", property(on_the_cpu))
+
+
+def test_the_machine_is_one_where_transformers_would_copy_the_model(four_gpus: None, tmp_path: Path) -> None:
+    assert transformers.TrainingArguments(output_dir=str(tmp_path)).n_gpu == 4
+
+
+@pytest.mark.parametrize("method", ["s2ft", "sylva", "lora", "full"])
+def test_one_process_that_sees_several_gpus_uses_one(
+    four_gpus: None, method: str, make_model: Any, tmp_path: Path
+) -> None:
+    arguments = arguments_on("cuda")
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == arguments.eval_batch_size == 3
+    assert arguments.world_size == 1 and arguments.parallel_mode.value == "not_parallel"
+    trainer = Trainer(
+        attached(make_model("llama"), method), arguments, run=tmp_path, train_dataset=examples(8),
+        data_collator=Collator(0), processing_class=None,
+    )  # fmt: skip
+    for training in (True, False):
+        wrapped = trainer._wrap_model(trainer.model, training=training)
+        assert not any(isinstance(module, nn.DataParallel) for module in wrapped.modules())
+    assert trainer.get_train_dataloader().total_batch_size == 3
+
+
+def test_a_run_on_the_cpu_of_such_a_machine_uses_none(four_gpus: None) -> None:
+    assert arguments_on("cpu").n_gpu == 0
+
+
+# ---- TF32 ----
+
+
+def precisions() -> list[Any]:
+    """All that torch says of how it rounds products of fp32, by its newer names and by its old ones."""
+    backends = torch.backends
+    newer = (backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn,
+             backends.mkldnn.matmul)  # fmt: skip
+    found: list[Any] = [getattr(place, "fp32_precision", None) for place in newer]
+    for read in (torch.get_float32_matmul_precision, lambda: backends.cuda.matmul.allow_tf32,
+                 lambda: backends.cudnn.allow_tf32):  # fmt: skip
+        try:
+            found.append(read())
+        except RuntimeError:  # not where a newer name has said something else
+            found.append("unreadable")
+    return found
+
+
+USERS: dict[str, Any] = {
+    "nothing": lambda: None,
+    "on": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "off": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", False),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "convolutions off": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+}
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    USERS |= {
+        "newer: on": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+        "newer: off": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+        "newer: all on": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+        "newer: all off": lambda: setattr(torch.backends, "fp32_precision", "ieee"),
+    }
+
+
+def compile_as(user: str, folder: str) -> list[list[Any]]:
+    """What torch says before, inside, and after the Trainer's arguments and the Trainer are made to compile, then where
+    everything that says nothing for itself is told to be exact."""
+    from support.models import build_model
+
+    USERS[user]()
+    said = [precisions()]
+    turn_on, plain = transformers.training_args.enable_tf32, Trainer.create_accelerator_and_postprocess
+
+    def create(self: Any) -> None:
+        plain(self)
+        torch.backends.cuda.matmul.allow_tf32 = True  # as accelerate's state does on CUDA
+        said.append(precisions())
+
+    def enable(on: bool) -> None:
+        turn_on(on)
+        said.append(precisions())
+
+    transformers.training_args.is_torch_tf32_available = lambda: True  # as on a GPU that knows it
+    transformers.training_args.enable_tf32 = enable
+    Trainer.create_accelerator_and_postprocess = create  # type: ignore[method-assign]
+    arguments = arguments_on("cpu", compile=True)
+    assert arguments.torch_compile
+    said.append(precisions())
+    Trainer(build_model("llama"), arguments, run=Path(folder), train_dataset=examples(2), data_collator=Collator(0))
+    said.append(precisions())
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "ieee"
+    return [*said, precisions()]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Any]]]:
+    """`compile_as` of each user, each in a process of its own, as the switches are the process's."""
+    folder = tmp_path_factory.mktemp("compiled")
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=SUPPORT.parent,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{SUPPORT.parent}"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {user: json.loads((folder / f"{number}.json").read_text()) for number, user in enumerate(USERS)}
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_compiling_leaves_tf32_as_the_user_had_it(user: str, compiled: dict[str, list[list[Any]]]) -> None:
+    before, by_transformers, after_arguments, by_accelerate, after, exact = compiled[user]
+    assert "tf32" in (by_transformers[0], by_transformers[1])
+    assert by_accelerate[8] is True
+    assert after_arguments == before
+    assert after[:7] == before[:7]
+    for was, now in zip(before[7:], after[7:], strict=True):
+        assert now == was or was == "unreadable"
+    if user == "nothing" and before[0] is not None:
+        assert exact[:7] == ["ieee"] * 7  # they go on following what is said for all
+
+
+if __name__ == "__main__":
+    for number, user in enumerate(USERS):
+        child = os.fork()
+        if child == 0:
+            try:
+                Path(sys.argv[1], f"{number}.json").write_text(json.dumps(compile_as(user, sys.argv[1])))
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"failed: {user}")

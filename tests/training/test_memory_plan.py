@@ -1,0 +1,352 @@
+"""`sparseft train --plan`: what it computes without weights is what training takes with them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from sparseft.adapters.lifecycle import attach, trainable_parameters
+from sparseft.bench.train import Contender, measure_memory, step
+from sparseft.commands import plan as command
+from sparseft.compose.run_config import compose
+from sparseft.errors import UserError
+from sparseft.training import memory_plan as planning
+from sparseft.training.optimizer import SparseAdamW
+from support.places import SUPPORT
+from support.running import files, on, refused, sparseft, write_data
+
+BATCH, LENGTH = 2, 64
+SPARSE = ("s2ft", "sylva")
+LLAMA_70B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_size": 8192,
+    "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "vocab_size": 128256, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def contents() -> dict[str, Any]:
+    common = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    llama = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return {
+        "llama": transformers.LlamaConfig(**llama, **common),
+        "qwen2": transformers.Qwen2Config(**llama, **common, num_key_value_heads=2, tie_word_embeddings=True),
+        "gemma2": transformers.Gemma2Config(**llama, **common, num_key_value_heads=2, head_dim=32),
+        "phi3": transformers.Phi3Config(**llama, **common, num_key_value_heads=2),
+        "opt": transformers.OPTConfig(
+            hidden_size=128, ffn_dim=512, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=128, **common
+        ),
+        "gpt2": transformers.GPT2Config(n_embd=128, n_layer=3, n_head=4, **common),  # dropout: no fused kernel
+        "mixtral": transformers.MixtralConfig(**llama, **common, num_key_value_heads=2, num_local_experts=4),
+        "qwen3_moe": transformers.Qwen3MoeConfig(
+            **llama,
+            **common,
+            num_key_value_heads=2,
+            head_dim=32,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=96,
+        ),
+    }
+
+
+def configured(method: str, *words: str) -> Any:
+    budget = {"full": ["method.dtype=model"], "sylva": ["sparsity=0.95", "method.block_size=16"]}
+    config = compose("train", [f"method={method}", *budget.get(method, ["sparsity=0.95"]), "hardware=cpu", *words])
+    if hasattr(config.method, "dropout"):
+        config.method.dropout = 0.0
+    return config
+
+
+def measured(config: Any, content: Any, dtype: torch.dtype) -> int:
+    """The peak of a real step, as `sparseft bench train` counts it."""
+    settings = copy.deepcopy(config.method)
+    if config.method_name in SPARSE:
+        settings.importance = "random"
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(content), dtype=dtype)
+    model = attach(model, settings).train()
+    if config.hardware.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = list(trainable_parameters(model).values())
+    optimizer = SparseAdamW if config.method_name in SPARSE else torch.optim.AdamW
+    contender = Contender("", model, optimizer(parameters, lr=1e-4), 0)
+    ids = torch.randint(256, (BATCH, LENGTH))
+    batch = {"input_ids": ids, "labels": ids}
+    step(contender, batch)  # from here on the optimizer has its state
+    measure_memory(contender, batch, torch.device("cpu"))
+    return contender.peak_bytes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["s2ft", "sylva", "lora", "dora", "full"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "phi3", "opt", "gpt2", "mixtral", "qwen3_moe"])
+def test_the_plan_is_what_a_step_takes(kind: str, method: str, checkpointing: bool) -> None:
+    config = configured(method, f"hardware.gradient_checkpointing={str(checkpointing).lower()}")
+    for dtype in (torch.float32, torch.bfloat16) if kind == "llama" else (torch.float32,):
+        shape = planning.trainable_shape(config, contents()[kind], dtype)
+        planned = planning.step_memory(config, shape, batch=BATCH, length=LENGTH).total
+        assert planned == pytest.approx(measured(config, contents()[kind], dtype), rel=0.08)
+
+
+@pytest.mark.slow
+def test_the_table_of_errors() -> None:
+    """Prints the table of docs/benchmarks/memory.md: pytest -s -m slow tests/training/test_memory_plan.py"""
+    wide = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 8, "num_attention_heads": 16}
+    models = {"llama 1024 x 8": transformers.LlamaConfig(**wide, vocab_size=2048)} | contents()
+    print(
+        "\n| model | method | recomputed | planned MiB | measured MiB | error |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    errors = []
+    for name, content in models.items():
+        for method in ("s2ft", "sylva", "lora", "dora", "full"):
+            for checkpointing in (False, True):
+                config = configured(method, f"hardware.gradient_checkpointing={str(checkpointing).lower()}")
+                shape = planning.trainable_shape(config, content, torch.float32)
+                planned = planning.step_memory(config, shape, batch=BATCH, length=LENGTH).total
+                real = measured(config, content, torch.float32)
+                errors.append(planned / real - 1)
+                print(
+                    f"| {name} | {method} | {'yes' if checkpointing else 'no'} | {planned / 2**20:.1f} | "
+                    f"{real / 2**20:.1f} | {errors[-1]:+.1%} |"
+                )
+    assert max(map(abs, errors)) < 0.15
+
+
+def test_full_fine_tuning_of_a_half_precision_model_on_the_cpu_is_in_fp32() -> None:
+    config = compose("train", ["method=full", "hardware=cpu"])
+    shape = planning.trainable_shape(config, contents()["llama"], torch.bfloat16)
+    planned = planning.step_memory(config, shape, batch=BATCH, length=LENGTH).total
+    assert planned == pytest.approx(measured(config, contents()["llama"], torch.bfloat16), rel=0.08)
+
+
+def model_folder(folder: Path, content: dict[str, Any]) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_llama_70b_on_eight_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its config.json is there, no weight and no tokenizer."""
+    monkeypatch.setattr(command, "_around", lambda value, limit: [value])  # 80 layers take seconds each time
+    path = model_folder(tmp_path / "llama3-70b", LLAMA_70B)
+    words = [f"model.path={path}", "method=s2ft", "hardware=8xh100", "hardware.zero_stage=3", "sparsity=0.99"]
+    before = files(tmp_path)
+    plan = sparseft(tmp_path, "train", "--plan", *words, "trainer.max_length=2048", "--json").json
+    assert files(tmp_path) == before
+    assert plan["total_parameters"] == 70_553_706_496
+    linear = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    assert plan["trainable_parameters"] == pytest.approx(0.01 * linear, rel=0.01)
+    one, layer = plan["per_device"], linear // 80 * 2
+    assert 2 * 1.05e9 > layer  # what DeepSpeed keeps gathered and gathers ahead is more than a layer
+    # A column's base value and its index are kept whole beside the shards, whose delta trains.
+    assert one["weights"] == pytest.approx(70.55e9 * 2 / 8 + 2 * 1.05e9 + 2 * plan["trainable_parameters"], rel=0.01)
+    assert one["trained"] == pytest.approx(4 * plan["trainable_parameters"], rel=1e-3)
+    bucket = 4 * min(plan["trainable_parameters"], 500_000_000)
+    share = plan["trainable_parameters"] / 8
+    assert one["gradients"] == pytest.approx(4 * plan["trainable_parameters"] + bucket + 4 * share, rel=1e-3)
+    assert one["moments"] == pytest.approx(12 * plan["trainable_parameters"] / 8, rel=1e-3)
+    assert one["total"] == sum(one[part] for part in ("weights", "trained", "gradients", "moments", "activations"))
+    assert plan["fits"] is (one["total"] <= plan["device_bytes"])
+    shown = sparseft(tmp_path, "train", "--plan", *words, "trainer.max_length=2048").out
+    assert "70,553,706,496" in shown and "8 processes, ZeRO 3" in shown and f"{one['total'] / 2**30:.2f}" in shown
+
+
+def test_what_does_not_fit_comes_with_a_setting_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_around", lambda value, limit: [value])
+    path = model_folder(tmp_path / "model", LLAMA_70B | {"num_hidden_layers": 4})
+    words = [f"model.path={path}", "method=sylva", "trainer.batch_size=8", "hardware.memory_gib=16"]
+    plan = sparseft(tmp_path, "train", "--plan", *words, "--json").json
+    assert plan["fits"] is False
+    remedy = plan["remedy"]
+    assert remedy["bytes"] <= 16 * 2**30
+    again = sparseft(tmp_path, "train", "--plan", *words, *remedy["overrides"], "--json").json
+    assert again["fits"] is True and again["per_device"]["total"] == remedy["bytes"]
+    assert f"With {' '.join(remedy['overrides'])} it takes" in sparseft(tmp_path, "train", "--plan", *words).out
+    tiny = sparseft(tmp_path, "train", "--plan", *words, "hardware.memory_gib=0.1", "--json").json
+    assert tiny["fits"] is False and tiny["remedy"] is None
+
+
+def test_more_sequences_and_tokens_take_more(tmp_path: Path) -> None:
+    plan = sparseft(tmp_path, "train", "--plan", "trainer.max_length=128", "trainer.batch_size=2", "--json").json
+    totals = {(row["batch"], row["length"]): row["bytes"] for row in plan["by_length_and_batch"]}
+    assert sorted(totals) == [(b, t) for b in (1, 2, 4) for t in (64, 128, 256)]
+    assert totals[2, 128] == plan["per_device"]["total"]
+    assert all(totals[b, 64] < totals[b, 128] < totals[b, 256] for b in (1, 2, 4))
+    assert all(totals[1, t] < totals[2, t] < totals[4, t] for t in (64, 128, 256))
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["trainer.optimizer=lion_8bit"], ["trainer.optimizer=lion_8bit: cannot be used here", "bitsandbytes"]),
+        (["model.path=nowhere/at/all"], ["model.path=nowhere/at/all", "no such folder"]),
+        (["hardware.memory_gib=0"], ["hardware.memory_gib"]),
+    ],
+)
+def test_what_cannot_be_planned(words: list[str], parts: list[str], tmp_path: Path) -> None:
+    message = refused(tmp_path, "train", "--plan", *words)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "method=s2ft trainer.max_length=1000",  # of a context of 128, which no example fills
+        "method=full trainer.optimizer=adafactor",
+        "method=lora trainer.optimizer=adagrad",
+        "method=sylva method.block_size=4 trainer.optimizer=sgd",
+        "method=s2ft model.dtype=float16 trainer.optimizer=adamw_torch_fused",
+        "method=full hardware.dtype=bfloat16 hardware.gradient_checkpointing=true",
+        "method=dora dataset.packing=true trainer.scheduler=cosine",
+        "method=s2ft method.reselect_steps=1 scope=self_attn model.attn_implementation=eager",
+        "method=s2ft method.layout=permuted trainer.batch_size=4 hardware.micro_batch=2",
+        "-m method=s2ft,lora",
+    ],
+)
+def test_what_training_takes_can_be_planned(words: str, tmp_path: Path, model_folder: Any) -> None:
+    common = [*on(model_folder(), write_data(tmp_path)["json"]), "trainer.max_steps=1", "--json"]
+    for plan in (["--plan"], ["output_dir=run"]):
+        sparseft(tmp_path, "train", *plan, *common, *words.split())
+
+
+def test_attention_by_a_package_that_is_not_here_is_planned(tmp_path: Path) -> None:
+    flash, fused = (
+        sparseft(tmp_path, "train", "--plan", f"model.attn_implementation={name}", "--json").json
+        for name in ("flash_attention_2", "sdpa")
+    )
+    assert flash["per_device"] == fused["per_device"]
+
+
+@pytest.mark.parametrize("kind", ["falcon", "mpt"])
+def test_an_architecture_with_attention_of_its_own_is_planned(kind: str, tmp_path: Path) -> None:
+    sizes = {"falcon": {"num_hidden_layers": 2, "num_attention_heads": 4}, "mpt": {"n_layers": 2, "n_heads": 4}}
+    width = {"falcon": {"hidden_size": 64}, "mpt": {"d_model": 64}}
+    path = model_folder(tmp_path / kind, {"model_type": kind, "vocab_size": 300, **sizes[kind], **width[kind]})
+    plan = sparseft(tmp_path, "train", "--plan", f"model.path={path}", "method=s2ft", "--json").json
+    assert plan["per_device"]["activations"] > 0
+
+
+def test_attention_that_is_none_is_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path, "train", "--plan", "model.attn_implementation=nonsense")
+    assert "nonsense" in message
+
+
+def test_a_length_beyond_the_context_is_planned_for_the_context(tmp_path: Path) -> None:
+    done = sparseft(tmp_path, "train", "--plan", "trainer.max_length=100000", "--json")
+    assert done.json["length"] == 512
+    assert "trainer.max_length=100000, but the model's context is 512 tokens" in done.err
+    assert (
+        done.json["per_device"]
+        == sparseft(tmp_path, "train", "--plan", "trainer.max_length=512", "--json").json["per_device"]
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw_torch", "adagrad", "rmsprop", "sgd"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_plan_knows_what_an_optimizer_keeps(method: str, optimizer: str) -> None:
+    """Against the state that it has after a step with weights."""
+    content, config = contents()["llama"], configured(method, f"trainer.optimizer={optimizer}")
+    planned = planning.step_memory(config, planning.trainable_shape(config, content, torch.float32), batch=1, length=8)
+    model = attach(transformers.AutoModelForCausalLM.from_config(content), config.method)
+    arguments = transformers.TrainingArguments(optim=optimizer, use_cpu=True, report_to=[])
+    kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
+    parameters = list(trainable_parameters(model).values())
+    made = kind(parameters, **options)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    made.step()
+    held = [value for state in made.state.values() for value in state.values() if torch.is_tensor(value)]
+    assert planned.moments == pytest.approx(sum(value.nbytes for value in held), rel=0.01)
+
+
+MIXTRAL = {
+    "model_type": "mixtral", "dtype": "bfloat16", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+    "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def test_experts_that_no_zero_stage_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_around", lambda value, limit: [value])
+    path = model_folder(tmp_path / "mixtral", MIXTRAL)
+    words = ["train", "--plan", f"model.path={path}", "method=s2ft", "hardware=8xh100", "hardware.zero_stage=0"]
+    words += ["sparsity=0.99", "trainer.max_length=512", "trainer.batch_size=1"]
+    plan = sparseft(tmp_path, *words, "--json").json
+    attention, experts = 2 * 4096 * 4096 + 2 * 4096 * 1024, 8 * 3 * 4096 * 14336
+    assert plan["total_parameters"] == 2 * (attention + experts + 8 * 4096 + 2 * 4096) + 2 * 32000 * 4096 + 4096
+    assert plan["trainable_parameters"] == pytest.approx(0.01 * 2 * (attention + experts), rel=0.05)
+    assert "hardware.zero_stage=3: experts" in refused(tmp_path, *words, "hardware.zero_stage=3")
+    tight = sparseft(
+        tmp_path, *words, "hardware.memory_gib=6.66", "hardware.gradient_checkpointing=true", "--json"
+    ).json
+    assert tight["fits"] is False and tight["remedy"]["overrides"][-1] == "hardware.zero_stage=2"
+
+
+def test_experts_that_take_turns_are_refused() -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(contents()["mixtral"], experts_implementation="eager")
+    with pytest.raises(UserError, match=r"here has experts \(MixtralExperts\) that are computed one after another"):
+        planning._check_experts(model, "here")
+
+
+# ---- what ZeRO shards, against two processes ----
+
+SHARED = {  # of one method or another, and what of it is trained
+    "s2ft": ["method=s2ft", "sparsity=0.8"],
+    "lora": ["method=lora", "method.rank=32", "method.dropout=0"],
+    "full": ["method=full"],
+}
+PARTS = ("weights", "trained", "gradients", "moments")
+
+
+def measured_together(folder: Path, words: dict[str, list[str]]) -> dict[str, dict[str, int]]:
+    """What each run's first process holds in a step of two."""
+    from support.ranks import run_ranks
+
+    run_ranks(folder, [{"name": name, "overrides": list(each)} for name, each in words.items()],
+              worker=SUPPORT / "planning_worker.py")  # fmt: skip
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in words}
+
+
+@pytest.mark.slow
+def test_what_zero_shards(tmp_path: Path) -> None:
+    """Prints the second table of docs/benchmarks/memory.md."""
+    from support.models import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    wide = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
+    content = transformers.LlamaConfig(**wide, vocab_size=len(tokenizer) + 8, bos_token_id=1, eos_token_id=2)
+    transformers.AutoModelForCausalLM.from_config(content).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{number} is a number, " * 20 for number in range(64)))
+    common = [
+        f"model.path={tmp_path / 'model'}", "dataset=text", f"dataset.train_path={tmp_path / 'text.txt'}",
+        f"trainer.max_length={LENGTH}", f"trainer.batch_size={BATCH}", "trainer.gradient_accumulation=1",
+        "trainer.max_steps=3", "trainer.warmup_steps=0", "dataset.eval_fraction=0", "hardware=cpu",
+        "hardware.num_processes=2",
+    ]  # fmt: skip
+    cases = {f"{method}-{stage}": (method, stage) for method in SHARED for stage in range(4)}
+    words = {
+        name: [*common, *SHARED[method], f"hardware.zero_stage={stage}", f"output_dir={tmp_path / 'runs' / name}"]
+        for name, (method, stage) in cases.items()
+    }
+    found = measured_together(tmp_path, words)
+    print("\n| method | ZeRO | " + " | ".join(PARTS) + " | peak | error |\n" + "| --- " * (len(PARTS) + 4) + "|")
+    errors = {}
+    for name, (method, stage) in cases.items():
+        config = compose("train", words[name])
+        shape = planning.trainable_shape(config, content, torch.float32)
+        plan = planning.step_memory(config, shape, batch=BATCH, length=LENGTH)
+        real = found[name]
+        # What is alive ahead of the update and none of the others: also the buckets of what was reduced.
+        real["gradients"] = real["live"] - real["weights"] - real["trained"] - real["moments"]
+        errors[name] = plan.total / real["peak"] - 1
+        cells = [f"{getattr(plan, part) / 2**20:.2f} / {real[part] / 2**20:.2f}" for part in PARTS]
+        print(f"| {method} | {stage} | {' | '.join(cells)} | {plan.total / 2**20:.2f} / {real['peak'] / 2**20:.2f} | "
+              f"{errors[name]:+.1%} |")  # fmt: skip
+    assert max(map(abs, errors.values())) < 0.15, errors

@@ -1,0 +1,466 @@
+"""`SparseAdamW` against `torch.optim.AdamW` and a write-back, on the path of the CPU and on the kernel's.
+
+With SPARSEFT_TEST_KERNEL=1 everything here runs by the kernel, in Triton's interpreter: the last test but the GPU's
+starts this file so in a process of its own, as Triton reads its variable when it is first imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import sparseft
+from sparseft.errors import UserError
+from sparseft.kernels import reference
+from sparseft.layers import SparseLinear, sparse_layers
+from sparseft.layers import sparse_linear as layers_base
+from sparseft.layers.inactive import exchange, move_moments
+from sparseft.layers.reordering import reorder
+from sparseft.selection.selection import Selection
+from sparseft.training.optimizer import SparseAdamW
+from support.places import ROOT
+
+BY_KERNEL = os.environ.get("SPARSEFT_TEST_KERNEL") == "1"
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
+SIZE = 4
+OUT, IN = 22, 13  # divisible by no block size
+PATTERNS: dict[str, dict[str, Any]] = {
+    "rows": {"rows": [7, 0, 21]},
+    "run": {"rows": [5, 6, 7]},
+    "columns": {"columns": [12, 2]},
+    "columns_run": {"columns": [3, 4, 5]},
+    "blocks": {"blocks": [[5, 3], [0, 0], [5, 1], [2, 3]]},  # cut on both sides, whole, cut on one side, the other
+    "mixed": {"rows": [0, 5], "columns": [6, 1], "blocks": [[0, 0], [5, 3]]},  # overlapping
+}
+
+
+@pytest.fixture(autouse=True)
+def _by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    if BY_KERNEL:
+        monkeypatch.setattr(SparseAdamW, "kernel_devices", frozenset({"cpu"}))
+
+
+def layer_of(name: str, *, conv: bool = False, dtype: torch.dtype = torch.float32) -> SparseLinear:
+    linear: nn.Module = Conv1D(OUT, IN) if conv else nn.Linear(IN, OUT)
+    nn.init.normal_(linear.weight)
+    layer = SparseLinear.wrap(linear.to(dtype))
+    for kind, index in PATTERNS[name].items():
+        layer.add_pattern(kind, index, SIZE if kind == "blocks" else None)
+    return layer
+
+
+def zoo(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A layer of each kind and layout, and a plain one."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict()
+    for name in PATTERNS:
+        model[name] = layer_of(name, dtype=dtype)
+        model[f"conv_{name}"] = layer_of(name, conv=True, dtype=dtype)
+    for kind, length in (("rows", OUT), ("columns", IN)):  # the other side keeps its order
+        model[f"moved_{kind}"] = layer_of(kind, dtype=dtype)
+        reorder(model[f"moved_{kind}"], **{kind: torch.randperm(length)})
+    model["idle"] = SparseLinear.wrap(nn.Linear(IN, OUT).to(dtype))
+    model["plain"] = nn.Linear(3, 2)
+    return model
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def give_gradients(model: nn.Module, step: int, *, skip: int = 0) -> None:
+    """The same random gradients for the same model and step; with `skip` every skip-th parameter has none."""
+    generator = torch.Generator().manual_seed(step)
+    inside = {
+        id(p.delta): reference.gather(torch.ones(layer.out_features, layer.in_features), "blocks", p.index.cpu(), SIZE)
+        for layer in sparse_layers(model).values()
+        for p in layer.patterns.values()
+        if p.kind == "blocks"
+    }
+    for number, parameter in enumerate(trained(model)):
+        gradient = torch.randn(parameter.shape, generator=generator)
+        gradient = gradient * inside[id(parameter)] if id(parameter) in inside else gradient
+        parameter.grad = None if skip and (number + step) % skip == 0 else gradient.to(parameter)
+
+
+def check_weights(model: nn.Module, bases: dict[str, Tensor]) -> None:
+    """Every weight is its base with base + delta on the patterns, bit for bit."""
+    for name, layer in sparse_layers(model).items():
+        found = layer.weight.detach().clone()
+        with torch.no_grad():
+            layer.weight.copy_(bases[name])
+        layer.write_parked()
+        layer.write_back()
+        assert torch.equal(found, layer.weight), name
+        if "blocks" in layer.patterns:
+            pattern = layer.patterns["blocks"]
+            ones = torch.ones(layer.out_features, layer.in_features, device=layer.weight.device)
+            inside = reference.gather(ones, "blocks", pattern.index, pattern.block_size)
+            assert not pattern.delta[inside == 0].any()
+
+
+def bases_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: layer.weight.detach().clone() for name, layer in sparse_layers(model).items()}
+
+
+def check_alike(model: nn.Module, oracle: nn.Module) -> None:
+    for ours, theirs in zip(trained(model), trained(oracle), strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+def check_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> None:
+    left, right = ours.state_dict()["state"], theirs.state_dict()["state"]
+    assert left.keys() == right.keys()
+    for key in left:
+        assert left[key].keys() == right[key].keys()
+        for name in left[key]:
+            torch.testing.assert_close(left[key][name], right[key][name], **TOLERANCE)
+
+
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, skip: int = 0) -> None:
+    for step in steps:
+        give_gradients(model, step, skip=skip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_hundred_steps_are_torchs_and_a_write_back(dtype: torch.dtype) -> None:
+    model = zoo(dtype)
+    oracle, bases = copy.deepcopy(model), bases_of(model)
+    ours = SparseAdamW(trained(model), lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW(trained(oracle), lr=1e-2, weight_decay=0.1)
+    slow = BY_KERNEL and dtype != torch.float32  # the interpreter; how deltas move does not depend on the weight
+    steps = range(100 if dtype in (torch.float32, torch.bfloat16) and not slow else 10)
+    run(model, ours, steps)
+    run(oracle, theirs, steps)
+    check_alike(model, oracle)
+    check_state(ours, theirs)
+    check_weights(model, bases)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks"])
+def test_deltas_of_several_chunks_and_gradients_in_another_layout(kind: str) -> None:
+    """Larger than what one program of the kernel updates; (out, in) = (150, 90)."""
+    torch.manual_seed(0)
+    index = {"rows": torch.randperm(150)[:60], "columns": torch.randperm(90)[:40]}.get(kind)
+    if index is None:
+        index = torch.cartesian_prod(torch.arange(5), torch.arange(3))[torch.randperm(15)]  # of 32: cut on both sides
+    layer = SparseLinear.wrap(nn.Linear(90, 150).to(torch.bfloat16))
+    layer.add_pattern(kind, index, 32 if kind == "blocks" else None)
+    oracle, bases = copy.deepcopy(layer), bases_of(layer)
+    assert layer.delta.numel() > 2 * 2048
+    x = torch.randn(7, 90, dtype=torch.bfloat16)
+    for one, cls in ((layer, SparseAdamW), (oracle, torch.optim.AdamW)):
+        optimizer = cls([one.delta], lr=1e-2)
+        for _ in range(3):
+            with torch.no_grad():
+                one.weight.copy_(bases[""])  # the same input to both: one rounding apart, gradients would differ
+            one.patterns[kind].written_version = one.delta._version
+            one(x).float().square().sum().backward()
+            if one.delta.dim() == 2:
+                one.delta.grad = one.delta.grad.t().contiguous().t()
+            optimizer.step()
+            optimizer.zero_grad()
+    check_alike(layer, oracle)
+    check_weights(layer, bases)
+
+
+def test_groups_schedulers_and_missing_gradients() -> None:
+    """Two groups of other settings, rates that change every step, and parameters that have no gradient in some."""
+    model = zoo(torch.bfloat16)
+    oracle, bases = copy.deepcopy(model), bases_of(model)
+    optimizers: list[torch.optim.Optimizer] = []
+    for m, cls in ((model, SparseAdamW), (oracle, torch.optim.AdamW)):
+        held = trained(m)
+        optimizer = cls([{"params": held[::2], "lr": 3e-2, "weight_decay": 0.3}], lr=1e-2, betas=(0.8, 0.95), eps=1e-6)
+        optimizer.add_param_group({"params": held[1::2], "betas": (0.5, 0.9), "weight_decay": 0.0, "eps": 1e-4})
+        optimizers.append(optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+        for step in range(11):
+            give_gradients(m, step, skip=3)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    check_alike(model, oracle)
+    check_state(*optimizers)
+    check_weights(model, bases)
+    assert len({float(state["step"]) for state in optimizers[0].state.values()}) > 1
+
+
+def test_a_parameter_without_a_gradient_is_left_alone() -> None:
+    model = zoo()
+    optimizer = SparseAdamW(trained(model), lr=1e-2, weight_decay=0.5)
+    run(model, optimizer, range(2))
+    before = [p.detach().clone() for p in trained(model)]
+    for p in trained(model):
+        p.grad = None
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
+
+
+@pytest.mark.parametrize("first", ["ours", "torch", "torch_fused"])
+def test_state_dicts_go_both_ways_in_the_middle_of_a_run(first: str) -> None:
+    make = {
+        "ours": lambda m: SparseAdamW(trained(m), lr=1e-2),
+        "torch": lambda m: torch.optim.AdamW(trained(m), lr=1e-2),
+        "torch_fused": lambda m: torch.optim.AdamW(trained(m), lr=1e-2, fused=True),
+    }
+    model = zoo()
+    oracle, bases = copy.deepcopy(model), bases_of(model)
+    run(oracle, make["torch"](oracle), range(8))
+    optimizer = make[first](model)
+    run(model, optimizer, range(4))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = make["torch" if first == "ours" else "ours"](model)
+    other.load_state_dict(torch.load(file))
+    run(model, other, range(4, 8))
+    check_alike(model, oracle)
+    check_weights(model, bases)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks"])
+def test_reselection_moves_moments_and_the_tables_follow(kind: str) -> None:
+    others = {"rows": [21, 3, 4], "columns": [2, 9], "blocks": [[0, 0], [5, 2], [5, 3], [1, 1]]}
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": layer_of(kind), "b": layer_of(kind, conv=True)})
+    oracle, bases = copy.deepcopy(model), bases_of(model)
+    optimizers = [SparseAdamW(trained(model), lr=1e-2), torch.optim.AdamW(trained(oracle), lr=1e-2)]
+    for m, optimizer in zip((model, oracle), optimizers, strict=True):
+        run(m, optimizer, range(3))
+        for layer in sparse_layers(m).values():
+            source = exchange(layer, kind, torch.tensor(others[kind]))
+            move_moments(optimizer, layer.patterns[kind], source)
+        run(m, optimizer, range(3, 6))
+    check_alike(model, oracle)
+    check_state(*optimizers)
+    check_weights(model, bases)
+    assert model["a"].patterns[kind].parked is not None
+
+
+@pytest.mark.skipif(not BY_KERNEL, reason="only the kernel has tables: this runs in the interpreter's process")
+def test_tables_are_made_once_and_again_when_something_moved() -> None:
+    model = zoo()
+    del model["plain"]  # torch's AdamW does not follow a parameter that changes its dtype
+    optimizer = SparseAdamW(trained(model), lr=1e-2)
+    run(model, optimizer, range(2))
+    tables = optimizer._tables
+    run(model, optimizer, range(2, 6), skip=3)
+    assert optimizer._tables is tables
+    assert len(tables.launches) == 3  # the kinds
+    model.to(torch.bfloat16)  # another weight, other base values; the deltas stay
+    bases = bases_of(copy.deepcopy(model))
+    run(model, optimizer, range(6, 8))
+    assert optimizer._tables is not tables
+    tables = optimizer._tables
+    check_weights(model, bases)
+    layer = model["rows"]
+    layer.rows.index.copy_(torch.tensor([1, 2, 0]))  # as a state dict is loaded, in place
+    layer.rows._locate()
+    run(model, optimizer, range(8, 9))
+    assert optimizer._tables is not tables
+
+
+def test_experts_train_their_slices() -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_experts_per_tok=2, num_local_experts=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    experts = "model.layers.0.mlp.experts"
+    selection = Selection(
+        {
+            f"{experts}.down_proj.1": {"columns": [3, 70, 4]},
+            f"{experts}.down_proj.3": {"columns": [0]},
+            f"{experts}.gate_up_proj.2": {"rows": [90, 1]},
+            "model.layers.0.self_attn.o_proj": {"columns": [1, 2]},
+        }
+    )
+    sparseft.attach(model, sparseft.S2FTConfig(), selection=selection)
+    twin = copy.deepcopy(model)
+    ids = torch.randint(3, 96, (2, 10))
+    for m, cls in ((model, SparseAdamW), (twin, torch.optim.AdamW)):
+        optimizer = cls(sparseft.trainable_parameters(m).values(), lr=1e-2)
+        for _ in range(4):
+            m(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name, rtol=2e-2, atol=2e-3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    layers_base.write_back(sparse_layers(model).values())
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_copies_of_a_model_and_its_optimizer_go_their_own_way() -> None:
+    model = zoo()
+    bases = bases_of(model)
+    optimizer = SparseAdamW(trained(model), lr=1e-2)
+    run(model, optimizer, range(3))
+    twin, copied = copy.deepcopy((model, optimizer))
+    run(model, optimizer, range(3, 6))
+    before = [p.detach().clone() for p in model.parameters()]
+    run(twin, copied, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters(), strict=True))
+    check_weights(twin, bases)
+
+
+def test_closures_hooks_and_clipping() -> None:
+    model = nn.ModuleDict({"a": layer_of("rows"), "b": layer_of("columns")})
+    oracle = copy.deepcopy(model)
+    x = torch.randn(5, IN)
+    for m, cls in ((model, SparseAdamW), (oracle, torch.optim.AdamW)):
+        optimizer = cls(trained(m), lr=1e-2)
+
+        def closure(m: nn.Module = m, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = m["a"](x).square().sum() + m["b"](x).square().sum()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained(m), 1.0)
+            return loss
+
+        losses = [optimizer.step(closure).item() for _ in range(4)]
+        assert losses == sorted(losses, reverse=True)
+    check_alike(model, oracle)
+
+
+def test_the_hook_after_the_step_writes_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo()
+    calls: list[SparseLinear] = []
+    write_back = SparseLinear.write_back
+    monkeypatch.setattr(SparseLinear, "write_back", lambda layer: (calls.append(layer), write_back(layer))[1])
+    run(model, SparseAdamW(trained(model), lr=1e-2), range(1))
+    held = [layer for layer in sparse_layers(model).values() if layer.patterns]
+    several = [layer for layer in held if len(layer.patterns) > 1]  # the kernel leaves these to write_back
+    assert calls == (several if BY_KERNEL else held)
+    calls.clear()
+    model["rows"](torch.randn(2, IN))
+    assert not calls  # nor does the forward pass
+
+
+def test_a_delta_changed_by_hand_is_written_too() -> None:
+    model = nn.ModuleDict({"a": layer_of("rows"), "b": layer_of("rows")})
+    bases = bases_of(model)
+    optimizer = SparseAdamW(trained(model), lr=1e-2)
+    with torch.no_grad():
+        model["a"].delta.add_(1.0)
+    give_gradients(model, 0)
+    model["a"].delta.grad = None
+    optimizer.step()
+    assert not torch.equal(model["a"].weight, bases["a"])
+    check_weights(model, bases)
+
+
+def test_a_backward_pass_over_changed_weights_is_still_refused() -> None:
+    layer = layer_of("rows")
+    optimizer = SparseAdamW([layer.delta], lr=1e-2)
+    loss = layer(torch.randn(3, IN, requires_grad=True)).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize", "capturable", "differentiable"])
+def test_what_it_cannot_do_is_refused(option: str) -> None:
+    layer = layer_of("rows")
+    with pytest.raises(UserError, match=option):
+        SparseAdamW([{"params": [layer.delta], option: True}])
+    optimizer = SparseAdamW([layer.delta])
+    state = optimizer.state_dict()
+    state["param_groups"][0][option] = True
+    with pytest.raises(UserError, match=option):
+        optimizer.load_state_dict(state)
+
+
+def test_a_tensor_as_learning_rate_and_sparse_gradients_are_refused() -> None:
+    layer = layer_of("rows")
+    with pytest.raises(UserError, match="lr as a number"):
+        SparseAdamW([layer.delta], lr=torch.tensor(1e-3))
+    embedding = nn.Embedding(4, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        SparseAdamW(embedding.parameters()).step()
+
+
+@pytest.mark.skipif(BY_KERNEL, reason="this is the interpreter's process")
+def test_the_kernel_does_the_same_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    env = os.environ | {"SPARSEFT_TEST_KERNEL": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+COMPILING = """
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from sparseft.kernels import adamw_triton as module
+
+types = {"chunks": "*i32", "table": "*i64", "grads": "*i64", "rates": "*fp32"}
+for kind, weight in ((0, tl.bfloat16), (1, tl.float32), (2, tl.float16)):
+    constants = {"KIND": kind, "WEIGHT": weight, "FIELDS": module.FIELDS, "CHUNK": module.CHUNK}
+    source = ASTSource(module._adamw_kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    assert "cubin" in compile(source, target=GPUTarget("cuda", 80, 32), options=module.OPTIONS).asm
+"""
+
+
+@pytest.mark.skipif(BY_KERNEL, reason="this is the interpreter's process")
+def test_the_kernel_compiles_for_cuda(tmp_path: Path) -> None:
+    """Needs no GPU: the interpreter accepts code that the compiler does not."""
+    pytest.importorskip("triton", minversion="3.3", reason="needs triton with this way to compile")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    root = ROOT
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", COMPILING], env=env, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_the_gpu_as_torch_does(dtype: torch.dtype) -> None:
+    model = zoo(dtype).cuda()
+    oracle, bases = copy.deepcopy(model), bases_of(model)
+    ours = SparseAdamW(trained(model), lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW(trained(oracle), lr=1e-2, weight_decay=0.1)
+    run(model, ours, range(100), skip=5)
+    run(oracle, theirs, range(100), skip=5)
+    check_alike(model, oracle)
+    check_state(ours, theirs)
+    check_weights(model, bases)
+    assert ours._tables is not None and len(ours._tables.launches) == 3
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_a_step_takes_few_launches() -> None:
+    """As many for sixteen layers as for two: one for each kind."""
+    counts = []
+    for copies in (1, 8):
+        model = nn.ModuleList(layer_of(kind) for kind in ("rows", "columns") for _ in range(copies)).cuda()
+        optimizer = SparseAdamW(trained(model), lr=1e-2)
+        run(model, optimizer, range(2))
+        give_gradients(model, 2)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            optimizer.step()
+            torch.cuda.synchronize()
+        counts.append(sum(event.count for event in profile.key_averages() if event.key == "_adamw_kernel"))
+    assert counts == [2, 2]
