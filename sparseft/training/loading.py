@@ -7,17 +7,14 @@ mapped from the files, one module after another.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparseft.config import HardwareConfig, ModelConfig
-from sparseft.distributed.deepspeed import no_shared_memory, zero_config
+from sparseft.distributed.deepspeed import no_shared_memory, own_dtypes, zero_config
 from sparseft.errors import UserError
 from sparseft.models.loading import load_config, load_model
 
@@ -44,24 +41,10 @@ def load(config: ModelConfig, hardware: HardwareConfig, device: torch.device) ->
     settings = {key: value for key, value in zero_config(hardware).items() if value != "auto"}
     settings |= {"train_micro_batch_size_per_gpu": 1}  # asked for, and of no meaning here
     alive = HfDeepSpeedConfig(settings | ({kind: {"enabled": True}} if kind else {}))
-    with _own_dtypes():
+    with own_dtypes():
         model = load_model(config, device)
     _check_precision(config, model)
     return model, alive
-
-
-@contextlib.contextmanager
-def _own_dtypes() -> Iterator[None]:
-    """Inside, `deepspeed.zero.Init` leaves tensors in the dtype in which a model makes them, such as fp32 for a table
-    of rotations: it would cast all of them to one. transformers gives it nothing but its configuration."""
-    import deepspeed
-
-    usual = deepspeed.zero.Init
-    deepspeed.zero.Init = functools.partial(usual, tensor_overrides=[deepspeed.zero.DeepSpeedTensorOverride.device])
-    try:
-        yield
-    finally:
-        deepspeed.zero.Init = usual
 
 
 def _check_precision(config: ModelConfig, model: nn.Module) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from sparseft import console
 from sparseft.adapters.files import read_config, read_sparse
 from sparseft.adapters.lifecycle import state_of
-from sparseft.distributed.ranks import all_gather_object
+from sparseft.distributed.deepspeed import whole_moments
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.layers.inactive import exchange, move_moments, take_up
 from sparseft.layers.permuted_layout import Plan, carry_out, in_stored_order, plan_orders
@@ -56,38 +55,6 @@ def _plan(model: nn.Module, selection: Selection) -> Plan | None:
     return plan_orders(model, selection, ModelSpec.of(model))
 
 
-@dataclass
-class WholeMoments:
-    """What ZeRO keeps in shards, as `move_moments` takes an optimizer: of each delta its moments, whole."""
-
-    state: dict[Tensor, dict[str, Tensor]]
-
-
-@contextlib.contextmanager
-def moments_of(optimizer: Any, model: nn.Module) -> Iterator[Any]:
-    """Inside, the deltas' moments can be rearranged: the optimizer's own, or where ZeRO 1 or 2 has split them over the
-    processes, what is put together of them. Afterwards each process keeps its part of those, and of the deltas."""
-    deltas = [p.delta for layer in sparse_layers(model).values() for p in layer.patterns.values()]
-    if not any(hasattr(delta, "_hp_mapping") for delta in deltas):
-        yield optimizer
-        return
-    from deepspeed.utils import (
-        safe_get_full_optimizer_state,
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-    )
-
-    # A process has a mapping of the deltas of which it keeps a part, and names of moments after its first update.
-    own = {name for d in deltas if d._hp_mapping is not None for name in d._hp_mapping.optim_fragment or ()}
-    names = sorted(set().union(*all_gather_object(own)))
-    moments = WholeMoments({d: {name: safe_get_full_optimizer_state(d, name) for name in names} for d in deltas})
-    yield moments
-    for delta, state in moments.state.items():
-        safe_set_full_fp32_param(delta, delta.detach())
-        for name, value in state.items():
-            safe_set_full_optimizer_state(delta, value, name)
-
-
 class Reselection(transformers.TrainerCallback):
     """Chooses anew every `steps` optimizer steps; the learning rate then climbs back over a few steps.
 
@@ -124,7 +91,8 @@ class Reselection(transformers.TrainerCallback):
         if state.global_step % self.steps == 0 and state.global_step < state.max_steps:
             with self.clock.paused() if self.clock is not None else contextlib.nullcontext():
                 selection = self.choose(state.global_step)
-                with moments_of(optimizer, model) as moments:
+                deltas = [p.delta for layer in sparse_layers(model).values() for p in layer.patterns.values()]
+                with whole_moments(optimizer, deltas) as moments:
                     share = apply_selection(model, selection, moments)
             console.log(f"re-selection at step {state.global_step}: {share:.0%} of the units are others than before")
 
