@@ -9,7 +9,6 @@ more than sparse training does) at a share of a GPU's peak.
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from sparseft.config import BUNDLED, RunConfig
 from sparseft.data.collating import Collator, padding_id
 from sparseft.data.loading import load_datasets
 from sparseft.data.packing import PackedDataset
+from sparseft.runs.environment import usable_cores
 
 PARAMETERS = 6_738_415_616  # LLaMA-2-7B
 PEAK_FLOPS = 400e12
@@ -74,7 +74,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         "tokens": data.tokens,
         "max_length": length,
         "batch_size": config.trainer.batch_size,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "characters_per_token": characters,
         "needed": {
             "tokens_per_second": NEEDED,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sparseft.runs.environment import usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +21,7 @@ def machine() -> dict[str, Any]:
     """`cpu` (its model's name), `cores` (that this process may use) and `threads` (of torch's operations)."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": cpu_name(), "cores": cores, "threads": torch.get_num_threads()}
+    return {"cpu": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads()}
 
 
 def cpu_name() -> str:

@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from sparseft import console
 from sparseft.cli.outcome import execute
+from sparseft.commands import eval, preprocess, report, train
+from sparseft.compose.run_config import compose
 from sparseft.files.atomic import move
 from sparseft.runs.folder import ADAPTER, BEFORE
 
@@ -43,9 +45,6 @@ def say(number: int, text: str) -> None:
 
 def quickstart(overrides: list[str]) -> dict[str, Any]:
     """The five steps; returns what `tell` sums up."""
-    from sparseft.commands import eval, preprocess, report, train
-    from sparseft.compose.run_config import compose
-
     words = [EXPERIMENT, *overrides]
     say(1, "preprocess: which 8×8 blocks of the weights matter most for the new task?")
     selection = preprocess.run(compose("preprocess", words))

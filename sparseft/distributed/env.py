@@ -44,7 +44,7 @@ def processes(hardware: HardwareConfig) -> int:
 
 
 def number(name: str, least: int, most: int | None = None, why: str = "") -> int:
-    """A variable as a whole number from `least` to `most` (null: any). UserError where it is none, or not set."""
+    """A variable as a whole number from `least` to `most` (None: any). UserError where it is none, or not set."""
     text = os.environ.get(name, "")
     digits = text.removeprefix("-") if least < 0 else text
     value = int(text) if digits.isascii() and digits.isdecimal() and len(digits) < 10 else None

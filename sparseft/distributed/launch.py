@@ -25,28 +25,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sparseft import console
+from sparseft import console, signals
 from sparseft.config import HardwareConfig, RunConfig
-from sparseft.distributed.env import (
-    adopt_slurm,
-    check_complete,
-    check_variables,
-    local_rank,
-    machine_place,
-    processes,
-    rank,
-    started,
-)
+from sparseft.distributed import env
 from sparseft.errors import RunError, UserError, note_checkpoint
 from sparseft.files.atomic import write_json
 from sparseft.files.untrusted import read_json
 
 WORKER = "sparseft.cli.worker"
 JOB, RESULT, END = "job.json", "result.json", "end-{rank}.json"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0  # that interrupted processes have to save, once the first of them has ended
-SEEN_LATE = 2.0  # seconds, whole ones in torch's record
+SEEN_LATE = 2.0  # seconds between a process's end and its record by torch, which knows whole seconds only
 LOG_LINES = 5  # of a process that left nothing but its log
 # A collective may wait for rank 0 to score a task; a process that died is noticed by the launcher, not by this.
 TIMEOUT_HOURS = 6
@@ -73,23 +63,23 @@ class ChildTraceback(Exception):
 
 def needed(hardware: HardwareConfig) -> bool:
     """Whether the command has to start processes of its own. ZeRO takes one even alone: DeepSpeed is set up there."""
-    adopt_slurm(hardware)
+    env.adopt_slurm(hardware)
     total = hardware.num_processes * hardware.num_machines
-    return not started() and (total > 1 or hardware.zero_stage > 0)
+    return not env.started() and (total > 1 or hardware.zero_stage > 0)
 
 
 def check(hardware: HardwareConfig) -> None:
     """Refuses numbers of processes that a launcher, or SLURM, contradicts, and a place that is none."""
-    check_variables()
-    adopt_slurm(hardware)
+    env.check_variables()
+    env.adopt_slurm(hardware)
     total = hardware.num_processes * hardware.num_machines
-    if started() and total > 1 and total != processes(hardware):
+    if env.started() and total > 1 and total != env.processes(hardware):
         raise UserError(
             f"hardware.num_processes={hardware.num_processes} on hardware.num_machines={hardware.num_machines} are "
-            f"{total} processes, but the launcher has started {processes(hardware)}: give the same number."
+            f"{total} processes, but the launcher has started {env.processes(hardware)}: give the same number."
         )
-    if not started() and hardware.num_machines > 1:
-        machine_place(hardware)
+    if not env.started() and hardware.num_machines > 1:
+        env.machine_place(hardware)
 
 
 def run(command: str, config: RunConfig) -> dict[str, Any]:
@@ -123,7 +113,7 @@ def _environments(hardware: HardwareConfig) -> tuple[int, dict[int, dict[str, st
     """
     from torch.distributed import TCPStore
 
-    machine, address, at = machine_place(hardware)
+    machine, address, at = env.machine_place(hardware)
     count = hardware.num_processes
     store = None
     if machine == 0:
@@ -184,7 +174,7 @@ def _run_children(folder: Path, envs: dict[int, dict[str, str]]) -> tuple[dict[i
         try:
             pids.extend(children.pids().values())
             if threading.current_thread() is threading.main_thread():
-                for number in SIGNALS:
+                for number in signals.SIGNALS:
                     signal.signal(number, pass_on)
             result = None
             first_end = math.inf
@@ -209,7 +199,7 @@ def _signals_restored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
+    before = {number: signal.getsignal(number) for number in (*signals.SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
     try:
         yield
     finally:
@@ -267,7 +257,7 @@ def _raise(failed: list[End], interrupted: str | None) -> None:
 def joined(hardware: HardwareConfig) -> Iterator[None]:
     """Inside, this process is one of torch's process group, where it was started as one; the group it finds stays."""
     check(hardware)
-    if not started():
+    if not env.started():
         yield
         return
     import torch
@@ -276,12 +266,12 @@ def joined(hardware: HardwareConfig) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    check_complete()
-    if rank() != 0:
+    env.check_complete()
+    if env.rank() != 0:
         console.be_quiet()
     backend = "gloo"
     if hardware.device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(env.local_rank())
         backend = "cpu:gloo,cuda:nccl"  # small decisions travel between the hosts and wait for no kernel
     dist.init_process_group(backend, timeout=timedelta(hours=TIMEOUT_HOURS))
     yield

@@ -45,7 +45,7 @@ def _absent(parameter: Tensor | None) -> bool:
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[Tensor | None], *, changed: bool = False) -> Iterator[None]:
-    """Inside, the parameters are whole in every process; nulls and whole ones may be among them.
+    """Inside, the parameters are whole in every process; None and whole ones may be among them.
 
     changed: what rank 0 has made of them is what all shards hold afterwards; else they must stay as they are.
     """
