@@ -10,6 +10,7 @@ import functools
 import os
 import types
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -57,13 +58,10 @@ def forget_zero() -> None:
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
-def _inside(owner: Any, name: str) -> Any:
+def _inside(owner: Any, name: str, package: str = "deepspeed") -> Any:
     """What a library keeps under a name of its own; RunError where this version of it has no such thing."""
     if not hasattr(owner, name):
-        from importlib.metadata import version
-
         kind = owner if isinstance(owner, (type, types.ModuleType)) else type(owner)
-        package = (kind.__name__ if isinstance(kind, types.ModuleType) else kind.__module__).partition(".")[0]
         raise RunError(
             f"{package} {version(package)} has no {kind.__name__}.{name}, which sparseft reaches into: install a "
             "version that sparseft is tested with (constraints.txt)."
@@ -87,7 +85,7 @@ def deepspeed_on_cpu() -> dict[str, Any]:
     from accelerate.utils import patch_environment
 
     no_shared_memory()
-    _inside(AcceleratorState, "_reset_state")(reset_partial_state=True)
+    _inside(AcceleratorState, "_reset_state", "accelerate")(reset_partial_state=True)
     with patch_environment(ACCELERATE_USE_DEEPSPEED="true"):
         PartialState(backend="gloo")
     return {"use_configured_state": True}
@@ -111,7 +109,7 @@ def own_dtypes() -> Iterator[None]:
 def change_zero(configuration: Any, **settings: Any) -> None:
     """Changes settings of ZeRO that depend on the model, which comes after transformers has read the configuration (an
     `HfDeepSpeedConfig`) and before the engine takes it."""
-    _inside(configuration, "config")["zero_optimization"].update(settings)
+    _inside(configuration, "config", "transformers")["zero_optimization"].update(settings)
 
 
 def judge_gradients(engine: Any) -> None:

@@ -126,13 +126,21 @@ def publish(aside: Path, path: Path, *, sync: bool = True) -> None:
         for entry in aside.rglob("*"):
             _sync(entry)
         _sync(aside)
-    old = _aside(path)
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, old)
-    os.rename(aside, path)
+    old = _aside(path) if os.path.lexists(path) else None
+    if old is not None:
+        with contextlib.suppress(FileNotFoundError):  # another process has taken it away meanwhile
+            os.rename(path, old)
+    try:
+        os.rename(aside, path)
+    except BaseException:
+        if old is not None:
+            with contextlib.suppress(OSError):
+                os.rename(old, path)
+        raise
     if sync:
         _sync(path.parent)
-    _delete(old)
+    if old is not None:
+        _delete(old)
 
 
 def remove(folder: Path) -> None:
@@ -169,11 +177,11 @@ def replaced_folder(path: str | Path, marks: Collection[str]) -> Iterator[Path]:
             ours = any(entry.name in marks for entry in there) and not any(entry.is_dir() for entry in there)
             if there and not ours:
                 raise UserError(f"{path}: the folder holds other files, which would be lost: name a new one.")
+        if aside != path:
+            publish(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    if aside != path:
-        publish(aside, path)
 
 
 def _aside(path: Path) -> Path:
