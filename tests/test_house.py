@@ -290,6 +290,31 @@ def test_each_act_has_one_place() -> None:
     assert not faults, "\n".join(faults)
 
 
+# Libraries whose insides or whose grammar one part of the package knows for the others.
+LIBRARIES = {
+    "deepspeed": ("distributed",),
+    "accelerate": ("distributed", "data.even"),  # even: the order in which its data loader draws
+    "hydra": ("compose",),
+    "omegaconf": ("compose",),
+    "lm_eval": ("evaluation",),
+    "psutil": ("memory",),
+}
+
+
+def test_each_library_has_one_place() -> None:
+    faults = []
+    for path in MODULES:
+        module = dotted(path)
+        for node in ast.walk(parse(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for name in {name.split(".")[0] for name in names} & LIBRARIES.keys():
+                if not any(module == place or module.startswith(f"{place}.") for place in LIBRARIES[name]):
+                    faults.append(f"{module}:{node.lineno}: {name} belongs to {', '.join(LIBRARIES[name])}")
+    assert not faults, "\n".join(faults)
+
+
 @pytest.mark.parametrize(
     ("source", "act"),
     [
