@@ -8,16 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from sparseft.methods import METHODS
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "S2FTConfig": "sparseft.methods.s2ft",
-    "SylvaConfig": "sparseft.methods.sylva",
-    "LoraConfig": "sparseft.methods.lora",
-    "DoraConfig": "sparseft.methods.lora",
-    "FullConfig": "sparseft.methods.full",
+    **{name: module for module, _, name in (entry.partition(":") for entry in METHODS.values())},  # S2FTConfig, …
     "Selection": "sparseft.selection.selection",
-    "compute_selection": "sparseft.methods.selecting",
+    "compute_selection": "sparseft.selection.compute",
     "attach": "sparseft.adapters.lifecycle",
     "detach": "sparseft.adapters.lifecycle",
     "merge": "sparseft.adapters.lifecycle",

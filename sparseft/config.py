@@ -1,4 +1,4 @@
-"""What a run is made of, as plain dataclasses.
+"""What a run is made of, as plain dataclasses, each field with what it may hold. `conf/` says what each means.
 
 `compose/` fills them from `conf/` and the command line; nothing below `commands/` sees Hydra's own types.
 No torch here: `sparseft --help` and `--cfg` stay fast.
@@ -7,9 +7,50 @@ No torch here: `sparseft --help` and `--cfg` stay fast.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from sparseft.rules import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Rule
 
 BUNDLED = "bundled:"  # paths that start so lie inside the package (`sparseft/bundled/…`)
+
+# Spelt out because importing transformers takes seconds; a test holds them equal to the installed library's.
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+)
+# These train every method here and are tested with it; transformers' other names are bitsandbytes' or refused.
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+BITSANDBYTES = tuple(
+    """adamw_bnb_8bit adamw_8bit ademamix ademamix_8bit lion_32bit lion_8bit paged_adamw_32bit paged_adamw_8bit
+    paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit rmsprop_bnb rmsprop_bnb_8bit
+    rmsprop_bnb_32bit""".split()
+)
+
+SMALLEST_FP32, LARGEST_FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # weights and their updates are fp32 at most
+
+SPARSITY = Rule(
+    lambda value: 0 < value < 1,
+    "a share between 0 and 1, both excluded (0.984 freezes 98.4 % of the weights in scope)",
+)
+SEED = Rule(lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
+STEPS = Rule(lambda value: value == -1 or value >= 1, "at least 1, or -1 to let trainer.num_epochs decide")
+EPOCHS = Rule(lambda value: 0 < value <= 1e9, "more than 0, at most 1e9")
+RATE = Rule(
+    lambda value: SMALLEST_FP32 <= value <= LARGEST_FP32,
+    "more than 0, and what fp32 can hold (from 1.2e-38 to 3.4e38)",
+)
+DECAY = Rule(lambda value: 0 <= value <= LARGEST_FP32, "at least 0, and what fp32 can hold (up to 3.4e38)")
+ACCURACY = Rule(lambda value: 0 < value <= 1, "an accuracy above 0, at most 1")
 
 
 @dataclass
@@ -18,10 +59,10 @@ class ModelConfig:
 
     name: str = "tiny"
     path: str = "bundled:tiny"
-    tokenizer: str | None = None  # null: the model's own
-    revision: str | None = None  # of a hub id
-    dtype: str = "auto"  # auto: as stored | float32 | bfloat16 | float16
-    attn_implementation: str | None = None  # null: transformers' choice (sdpa)
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str | None = None
     trust_remote_code: bool = False
 
 
@@ -30,50 +71,50 @@ class DatasetConfig:
     """Training examples. With the bundled model a null `train_path` is the bundled set of the family `name`,
     with any other model it is `hub_path`."""
 
-    name: str = "commonsense"  # oasst1 | commonsense | arithmetic | json | text
-    train_path: str | None = None  # a file (JSON array, JSON lines, parquet, text) or a hub id
+    name: str = "commonsense"
+    train_path: str | None = None
     eval_path: str | None = None
-    hub_path: str | None = None  # the published set, used where train_path is null
+    hub_path: str | None = None
     hub_split: str = "train"
-    eval_fraction: float = 0.05  # of the training examples, when there is no eval_path
-    format: str = "auto"  # auto | alpaca | guanaco | messages | oasst_trees | prompt_completion | text
-    max_examples: int | None = None  # the first so many
+    eval_fraction: Annotated[float, BELOW_1] = 0.05
+    format: Literal["auto", "alpaca", "guanaco", "messages", "oasst_trees", "prompt_completion", "text"] = "auto"
+    max_examples: Annotated[int, AT_LEAST_1] | None = None
     loss_on_prompt: bool = False
-    too_long: str = "cut_answer"  # cut_answer | drop: never the question
-    packing: bool = False  # several examples a row of max_length tokens, none of which sees another
-    plain_chat: bool = False  # of messages: as "User: …" and "Assistant: …", whatever template the tokenizer has
-    paths: str = "best"  # of message trees: best | all
-    language: str | None = None  # of message trees: only messages in it (en); null: all
+    too_long: Literal["cut_answer", "drop"] = "cut_answer"
+    packing: bool = False
+    plain_chat: bool = False
+    paths: Literal["best", "all"] = "best"
+    language: str | None = None
 
 
 @dataclass
 class TrainerConfig:
     """The loop. Steps are optimizer steps; `batch_size` counts sequences per device and micro-step."""
 
-    max_steps: int = -1  # -1: num_epochs decides
-    num_epochs: float = 3.0
-    learning_rate: float | None = None  # null: the method's own default
-    batch_size: int = 1
-    gradient_accumulation: int = 16
-    max_length: int = 512  # tokens
-    warmup_steps: int = 100
-    scheduler: str = "linear"  # any name of transformers' SchedulerType
-    scheduler_args: dict[str, Any] | None = None  # what that schedule takes besides, by name
-    optimizer: str = "adamw_torch"  # compose/validation.py: OPTIMIZERS, BITSANDBYTES
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    max_bad_steps: int = 10  # in a row without a finite loss and gradient, after which the run ends
-    logging_steps: int = 10
-    eval_steps: int | None = None  # null: before and after training only
-    eval_task: str | None = None  # scored at each evaluation, on its validation split; at the end on the test split
-    target_score: float | None = None  # training ends once eval_task's accuracy reaches it
-    keep_best: bool = False  # what is left is the best evaluation's adapter (by eval_task, else by loss), not the last
-    best_after: float = 0.0  # share of the steps before which no evaluation counts as the best
-    save_steps: int | None = None  # null: at the end only
-    save_total_limit: int = 2
-    resume: str | None = None  # auto: the last good checkpoint
+    max_steps: Annotated[int, STEPS] = -1
+    num_epochs: Annotated[float, EPOCHS] = 3.0
+    learning_rate: Annotated[float, RATE] | None = None
+    batch_size: Annotated[int, AT_LEAST_1] = 1
+    gradient_accumulation: Annotated[int, AT_LEAST_1] = 16
+    max_length: Annotated[int, AT_LEAST_1] = 512
+    warmup_steps: Annotated[int, AT_LEAST_0] = 100
+    scheduler: Literal[SCHEDULERS] = "linear"
+    scheduler_args: dict[str, Any] | None = None
+    optimizer: Literal[(*OPTIMIZERS, *BITSANDBYTES)] = "adamw_torch"
+    weight_decay: Annotated[float, DECAY] = 0.0
+    adam_beta1: Annotated[float, BELOW_1] = 0.9
+    adam_beta2: Annotated[float, BELOW_1] = 0.999
+    max_grad_norm: Annotated[float, AT_LEAST_0] = 1.0
+    max_bad_steps: Annotated[int, AT_LEAST_1] = 10
+    logging_steps: Annotated[int, AT_LEAST_1] = 10
+    eval_steps: Annotated[int, AT_LEAST_1] | None = None
+    eval_task: str | None = None
+    target_score: Annotated[float, ACCURACY] | None = None
+    keep_best: bool = False
+    best_after: Annotated[float, BELOW_1] = 0.0
+    save_steps: Annotated[int, AT_LEAST_1] | None = None
+    save_total_limit: Annotated[int, AT_LEAST_1] = 2
+    resume: Literal["auto"] | None = None
 
 
 @dataclass
@@ -81,17 +122,17 @@ class HardwareConfig:
     """Processes see `batch_size × gradient_accumulation` sequences a step each, whatever `micro_batch` makes of it."""
 
     name: str = "auto"
-    device: str = "auto"  # auto | cpu | cuda (gpu means that too)
-    dtype: str | None = None  # of the model where model.dtype is auto; null: as stored
-    num_processes: int = 1  # on each machine
-    num_machines: int = 1
-    zero_stage: int = 0
-    offload: str = "none"  # none | cpu | nvme: where ZeRO keeps the optimizer (stage 3: the parameters too)
-    offload_dir: str | None = None  # for nvme
-    micro_batch: int | None = None  # at most so many sequences at once; null: trainer.batch_size
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    num_processes: Annotated[int, AT_LEAST_1] = 1
+    num_machines: Annotated[int, AT_LEAST_1] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    offload_dir: str | None = None
+    micro_batch: Annotated[int, AT_LEAST_1] | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
-    memory_gib: float | None = None  # of one device, for `train --plan`; null: as torch finds it
+    memory_gib: Annotated[float, ABOVE_0] | None = None
 
     def __post_init__(self) -> None:
         known = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
@@ -100,42 +141,41 @@ class HardwareConfig:
 
 @dataclass
 class EvalConfig:
-    data_dir: str | None = None  # null: the bundled tests with the bundled model, else the hub's
-    split: str = "test"  # test | validation | any: test where the data has it, else validation
-    shots: int | None = None  # null: the task's own number
-    limit: int | None = None  # examples a task
-    batch_size: int | str = 8  # or "auto"
-    num_beams: int = 1
-    max_new_tokens: int = 32
-    compare_base: bool = True  # a run or an adapter: also the base, on the same questions
-    prompt: str = "auto"  # of mt_bench: alpaca | guanaco | chat | auto: the one of training, else chat if there is one
-    model_id: str | None = None  # in mt_bench's answers; null: the run's or the model's name
+    data_dir: str | None = None
+    split: Literal["test", "validation", "any"] = "test"
+    shots: Annotated[int, AT_LEAST_0] | None = None
+    limit: Annotated[int, AT_LEAST_1] | None = None
+    batch_size: int | str = 8
+    num_beams: Annotated[int, AT_LEAST_1] = 1
+    max_new_tokens: Annotated[int, AT_LEAST_1] = 32
+    compare_base: bool = True
+    prompt: Literal["auto", "alpaca", "guanaco", "chat"] = "auto"
+    model_id: str | None = None
 
 
 @dataclass
 class BenchConfig:
     methods: list[str] = field(default_factory=lambda: ["floor", "s2ft", "sylva", "lora", "full"])
-    steps: int = 10  # timed steps a method
-    warmup_steps: int = 2
-    batch_size: int = 2
-    length: int = 256  # tokens
-    width: int | None = None  # with depth: a random Llama of that shape instead of the model
-    depth: int | None = None  # layers
-    shape: str | None = None  # a published shape with random weights: llama-7b | llama2-7b | llama2-13b | llama3-8b
-    accumulation: int = 1  # train: forward and backward passes a step
-    targets: list[str] = field(default_factory=list)  # train: "s2ft / floor <= 1.00", … (bench/targets.py)
-    ways: list[str] = field(default_factory=lambda: ["eager"])  # train: eager | compile | liger | checkpointing, or a+b
-    profile: bool = False  # train: also a profiler's trace of each method, and where the time goes
-    axes: list[str] = field(default_factory=lambda: ["width", "length", "batch", "density", "depth"])  # scaling
+    steps: Annotated[int, AT_LEAST_1] = 10
+    warmup_steps: Annotated[int, AT_LEAST_0] = 2
+    batch_size: Annotated[int, AT_LEAST_1] = 2
+    length: Annotated[int, AT_LEAST_1] = 256
+    width: int | None = None
+    depth: int | None = None
+    shape: str | None = None
+    accumulation: Annotated[int, AT_LEAST_1] = 1
+    targets: list[str] = field(default_factory=list)
+    ways: list[str] = field(default_factory=lambda: ["eager"])
+    profile: bool = False
+    axes: list[str] = field(default_factory=lambda: ["width", "length", "batch", "density", "depth"])
     widths: list[int] = field(default_factory=lambda: [192, 256, 384, 512])
     lengths: list[int] = field(default_factory=lambda: [64, 256, 512, 1024])
     batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     densities: list[float] = field(default_factory=lambda: [0.02, 0.05, 0.1, 0.2])
     depths: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    importances: list[str] = field(default_factory=lambda: ["activation", "gradient", "fisher", "sylva"])  # preprocess
-    samples: int = 8  # preprocess: calibration examples
-    seeds: int = 3  # quality: runs a variant
-    # quality: what is trained and compared, each "name: key=value …" on top of the run's own settings
+    importances: list[str] = field(default_factory=lambda: ["activation", "gradient", "fisher", "sylva"])
+    samples: Annotated[int, AT_LEAST_1] = 8
+    seeds: Annotated[int, AT_LEAST_1] = 3
     variants: list[str] = field(default_factory=lambda: [f"{m}: method={m}" for m in ("s2ft", "sylva", "lora", "full")])
 
 
@@ -151,10 +191,10 @@ class RunConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
-    seed: int = 0
-    sparsity: float | None = None  # null: the method's own default
-    scope: str | None = None  # substring of module names; null: every linear of the decoder layers
-    output_dir: str | None = None  # the run folder; null: outputs/<date>-<time>-<method>-<dataset>
+    seed: Annotated[int, SEED] = 0
+    sparsity: Annotated[float, SPARSITY] | None = None
+    scope: str | None = None
+    output_dir: str | None = None
     cache_dir: str = ".cache/sparseft"
     overwrite: bool = False
 

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.adapters.files import CONFIG, TENSORS, check_peft, write_peft
+from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check_base, check_peft, peft_hash
+from sparseft.adapters.state import DEFAULT, Kind, State, state_for, state_of
 from sparseft.adapters.tied_weights import always_tied, changed_apart, tell_untied, untie
-from sparseft.errors import UserError, nearest, shown
+from sparseft.distributed.zero3 import any_sharded, gathered
+from sparseft.errors import UserError, shown
+from sparseft.files.atomic import move, write_json
+from sparseft.files.hashing import BODY, file_hash
+from sparseft.files.tensors import read_tensors
 from sparseft.files.untrusted import read_json_object
-from sparseft.methods.exact_targets import as_written, exact_targets
+from sparseft.methods.base import MethodConfig
+from sparseft.methods.exact_targets import as_written, exact_targets, portable
+from sparseft.models.compiled import STATE
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.selection import Selection
 
 WRAPPED = "base_model.model."  # what peft's wrapper puts before the base's names
 INSIDE = ("token_adapter", "base_layer", "original_module")  # and into them, where it put a layer around a module
@@ -66,6 +75,100 @@ class Overwritten:
             self.parameters[name].copy_(value)
 
 
+class Peft(Kind):
+    """Adapters of peft's wrapper around the model."""
+
+    called = "a peft adapter"
+
+    def __init__(self, kept: Overwritten) -> None:
+        self.kept = kept
+
+    @classmethod
+    def attach(
+        cls, model: nn.Module, config: MethodConfig, selection: Selection | None, spec: ModelSpec | None
+    ) -> nn.Module:
+        spec = ModelSpec.of(model) if spec is None else spec
+        state = State.of(model, cls(Overwritten.of(model)), config.name, spec)
+        state.config, state.active, state.method_config = config, DEFAULT, dataclasses.asdict(config)
+        model = config.convert(model, None, spec)
+        setattr(model, STATE, state)
+        return model
+
+    @classmethod
+    def load(cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str) -> nn.Module:
+        if state_of(model) is None and hasattr(model, "peft_config"):
+            raise UserError(
+                f"{folder}: the model has peft's layers from elsewhere: merge them, or load all by sparseft."
+            )
+        state = state_for(model, cls, folder)
+        own = content["sparseft"] if isinstance(content.get("sparseft"), dict) else {}
+        if state is None:
+            method = str(own.get("method") or content["peft_type"]).lower()
+            state = State.of(model, cls(Overwritten.of(model)), method)
+        if own:
+            check_base(state.fingerprints, state.dtype, folder, own)
+        model = _load(model, folder, content, name, state.kind.kept, state.active)
+        state.active, state.method_config = name, dict(own.get("method_config") or {})
+        setattr(model, STATE, state)
+        return model
+
+    def names(self, model: Any) -> Collection[str]:
+        return model.peft_config
+
+    def save(self, model: Any, state: State, name: str, folder: Path) -> None:
+        """peft's own files, with the adapter's values of the base's parameters."""
+        active = state.active
+        if name != active:
+            _switch(model, self.kept, active, name)
+        try:
+            with _quiet():
+                _write(model, name, state.header, folder)
+        finally:
+            if name != active:
+                _switch(model, self.kept, name, active)
+
+    def switch(self, model: Any, state: State, name: str | None) -> None:
+        if name is not None:
+            self.check_name(model, name)
+        _switch(model, self.kept, state.active, name)
+
+    def fuse(self, model: Any, state: State, weights: dict[str, float], name: str) -> None:
+        for known in weights:
+            self.check_name(model, known)
+        _fuse(model, self.kept, state.active, weights, name)
+        _switch(model, self.kept, None, name)
+        state.active = name
+
+    def leave(self, model: Any, state: State, *, merged: bool) -> nn.Module:
+        """A head or embedding that only the adapter's part of a tied pair changed is untied, in the config too."""
+        base = model.get_base_model()
+        if merged and state.active is not None:
+            if (reason := self.unmergeable(model, state)) is not None:
+                raise UserError(f"'{state.active}' cannot be merged: {reason}.")
+            untie(base, state.active)
+            with _quiet():
+                _unwrap(base, state.active)
+            tell_untied(base)
+        else:
+            _switch(model, self.kept, state.active, None)
+            _unwrap(base, None)
+        _drop_hooks(base, self.kept)
+        return base
+
+    def unmergeable(self, model: Any, state: State) -> str | None:
+        return None if state.active is None else _unmergeable(model, state.active)
+
+    def load_trained(self, model: nn.Module, state: State, folder: Path) -> None:
+        import peft
+
+        tensors = read_tensors(folder / TENSORS, "adapter")
+        whole = contextlib.nullcontext()
+        if any_sharded(model):
+            whole = gathered([p for p in model.parameters() if p.requires_grad], changed=True)
+        with whole:
+            peft.set_peft_model_state_dict(model, tensors, adapter_name=state.active or DEFAULT)
+
+
 def _is_bias(name: str) -> bool:
     return name == "bias" or name.endswith(".bias")
 
@@ -73,7 +176,9 @@ def _is_bias(name: str) -> bool:
 # ---- loading ----
 
 
-def load_peft(model: nn.Module, folder: Path, name: str, kept: Overwritten, active: str | None) -> nn.Module:
+def _load(
+    model: nn.Module, folder: Path, content: dict[str, Any], name: str, kept: Overwritten, active: str | None
+) -> nn.Module:
     """Loads a LoRA (or DoRA) folder that peft reads, onto a plain model or peft's wrapper, whole or not at all.
 
     Returns the wrapper with `name` active and every module's training mode kept; `active` is what was active before.
@@ -82,7 +187,6 @@ def load_peft(model: nn.Module, folder: Path, name: str, kept: Overwritten, acti
 
     if not (folder / TENSORS).is_file():
         raise UserError(f"{folder}: no {TENSORS}; weights in another format (pickle) are not loaded.")
-    content = read_json_object(folder / CONFIG, "adapter")
     tensors = check_peft(folder, content)
     plain = not isinstance(model, peft.PeftModel)
     modes = {id(module): module.training for module in model.modules()}
@@ -115,7 +219,7 @@ def load_peft(model: nn.Module, folder: Path, name: str, kept: Overwritten, acti
     kept.base = {n: value for n, value in base.items() if n in own or n in kept.base}
     if own:
         kept.own[name] = own
-    switch(wrapper, kept, active, name)
+    _switch(wrapper, kept, active, name)
     _set_modes(wrapper, modes)  # peft's new modules would drop out in evaluation mode too
     return wrapper
 
@@ -265,8 +369,8 @@ def _quiet() -> Iterator[None]:
 # ---- switching ----
 
 
-def switch(model: Any, kept: Overwritten, active: str | None, name: str | None) -> None:
-    """Makes the adapter `name` of peft's wrapper the active one instead of `active`; null: the base, bit for bit."""
+def _switch(model: Any, kept: Overwritten, active: str | None, name: str | None) -> None:
+    """Makes the adapter `name` of peft's wrapper the active one instead of `active`; None: the base, bit for bit."""
     if active in kept.own:  # it may have been trained since
         kept.own[active] = kept.values(kept.own[active])
     kept.write(kept.base | kept.own.get(name, {}) if name is not None else kept.base)
@@ -286,22 +390,23 @@ def _choose(model: Any, kept: Overwritten, name: str | None) -> None:
         kept.parameters[parameter].requires_grad_(parameter in trained)
 
 
-def save(model: Any, kept: Overwritten, active: str | None, name: str, header: dict[str, Any], folder: Path) -> None:
-    """Writes the adapter `name` in peft's files, with its own values of the base's parameters."""
-    if name != active:
-        switch(model, kept, active, name)
-    try:
-        with _quiet():
-            write_peft(model, name, header, folder)
-    finally:
-        if name != active:
-            switch(model, kept, name, active)
+def _write(model: nn.Module, name: str, header: dict[str, Any], folder: Path) -> None:
+    """Writes peft's own files, with a `sparseft` key in `adapter_config.json`."""
+    model.save_pretrained(folder, selected_adapters=[name])
+    if name != "default":  # peft puts every other adapter into a folder of its own
+        for file in (folder / name).iterdir():
+            move(file, folder)
+        (folder / name).rmdir()
+    content = portable(read_json_object(folder / CONFIG, "adapter"), model, name)
+    own = {"format_version": FORMAT_VERSION, **header, "sha256": file_hash(folder / TENSORS)}
+    own[BODY] = peft_hash(content, own)
+    write_json(folder / CONFIG, content | {"sparseft": own})
 
 
 # ---- fusing ----
 
 
-def fuse_peft(model: Any, kept: Overwritten, active: str | None, weights: dict[str, float], name: str) -> None:
+def _fuse(model: Any, kept: Overwritten, active: str | None, weights: dict[str, float], name: str) -> None:
     """Adds the LoRA adapter `name` to peft's wrapper: the exact weighted sum of others, their ranks added up.
 
     Biases and whole modules that they trained are summed by what they differ from the base.
@@ -310,8 +415,6 @@ def fuse_peft(model: Any, kept: Overwritten, active: str | None, weights: dict[s
     from peft.utils.other import ModulesToSaveWrapper
 
     for known in weights:
-        if known not in model.peft_config:
-            raise UserError(f"no adapter is called '{known}'.{nearest(known, model.peft_config)}")
         config = model.peft_config[known]
         if config.use_dora:
             raise UserError(f"fuse: '{known}' is a DoRA adapter, whose magnitudes do not add up: merge it instead.")
@@ -320,7 +423,7 @@ def fuse_peft(model: Any, kept: Overwritten, active: str | None, weights: dict[s
                 raise UserError(f"fuse: '{known}' has {setting}, which peft does not add up: merge it instead.")
     if name in weights:
         raise UserError(f"fuse: '{name}' cannot be made of itself: name the sum differently.")
-    switch(model, kept, active, None)  # the base's own values, which differences are taken from
+    _switch(model, kept, active, None)  # the base's own values, which differences are taken from
     base = model.get_base_model()
     layers = {
         layer_name: (layer, [known for known in weights if known in layer.r])
@@ -402,8 +505,8 @@ def _add_up(layer: Any, weights: dict[str, float], name: str) -> None:
 # ---- leaving ----
 
 
-def unmergeable(model: Any, name: str) -> str | None:
-    """Why the adapter `name` cannot become weights of the plain model; null: it can."""
+def _unmergeable(model: Any, name: str) -> str | None:
+    """Why the adapter `name` cannot become weights of the plain model; None: it can."""
     from peft.tuners.lora import LoraLayer
 
     base = model.get_base_model()
@@ -414,26 +517,6 @@ def unmergeable(model: Any, name: str) -> str | None:
     if changed_apart(base, name) and (always := always_tied(base)):
         return f"it changes {always[0]} apart from {always[1]}, which this model always ties to it"
     return None
-
-
-def leave(model: Any, kept: Overwritten, active: str | None, *, merged: bool) -> nn.Module:
-    """The plain model: merged with the active adapter, or bit for bit as before peft wrapped it.
-
-    A head or embedding that only the adapter's part of a tied pair changed is untied, in the config too.
-    """
-    base = model.get_base_model()
-    if merged and active is not None:
-        if (reason := unmergeable(model, active)) is not None:
-            raise UserError(f"'{active}' cannot be merged: {reason}.")
-        untie(base, active)
-        with _quiet():
-            _unwrap(base, active)
-        tell_untied(base)
-    else:
-        switch(model, kept, active, None)
-        _unwrap(base, None)
-    _drop_hooks(base, kept)
-    return base
 
 
 def _drop_hooks(model: nn.Module, kept: Overwritten) -> None:
@@ -448,7 +531,7 @@ def _drop_hooks(model: nn.Module, kept: Overwritten) -> None:
 
 
 def _unwrap(model: nn.Module, name: str | None) -> None:
-    """Takes peft's layers out of a model, merging the adapter `name` into what they wrap (null: nothing)."""
+    """Takes peft's layers out of a model, merging the adapter `name` into what they wrap (None: nothing)."""
     visited: set[int] = set()
 
     def visit(parent: nn.Module) -> None:
@@ -467,7 +550,7 @@ def _unwrap(model: nn.Module, name: str | None) -> None:
 
 
 def _inside(module: nn.Module, name: str | None) -> nn.Module:
-    """What a layer of peft's stands for; with `name` merged in where it is not null. Any other module is itself."""
+    """What a layer of peft's stands for; with `name` merged in where it is not None. Any other module is itself."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 

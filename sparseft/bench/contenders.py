@@ -46,22 +46,16 @@ def method_config(name: str, config: RunConfig, own: Mapping[str, Any] | None = 
 
     `own` are the contender's, which win: with a budget of its own (a rank, ratios) the run's sparsity does not count.
     """
-    cls = get_method(name).config_class
+    cls = get_method(name)
     own = dict(own or {})
     settings = dataclasses.asdict(config.method) if name == config.method_name else {}
     for key, value in (("sparsity", config.sparsity), ("scope", config.scope)):
         if key in {f.name for f in dataclasses.fields(cls)} and value is not None:
             settings[key] = value
     made = cls(**settings | own)
-    if own and "sparsity" not in own and getattr(cls(**own), "wanted_sparsity", 0.0) is None:
+    if "sparsity" in settings and own and "sparsity" not in own and cls(**own).wanted_sparsity is None:
         made.sparsity = None
-    if get_method(name).sparse and made.needs_data:
-        made.importance = "random"  # which units train makes no difference to the time
-    if hasattr(made, "dropout"):
-        made.dropout = 0.0
-    if name == "full":
-        made.dtype = "model"
-    return made
+    return made.for_benchmark()
 
 
 def contender(entry: str, base: nn.Module, config: RunConfig, own: Mapping[str, Any] | None = None) -> Contender:

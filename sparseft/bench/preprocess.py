@@ -20,11 +20,11 @@ from sparseft.bench.shapes import base_model, check_length, model_name
 from sparseft.bench.timing import peak_bytes, spread, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
-from sparseft.methods import get_method
+from sparseft.methods import sparse_methods
 from sparseft.methods.base import IMPORTANCES
-from sparseft.methods.selecting import compute_selection
 from sparseft.models.loading import resolve_device
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import compute_selection
 
 REFERENCE = "forward+backward"
 
@@ -39,8 +39,10 @@ def forward_backward(model: nn.Module, batches: list[dict[str, Tensor]]) -> None
 def run(config: RunConfig) -> dict[str, Any]:
     """Measures `bench.importances` with the run's method and returns what `bench.json` holds."""
     settings = config.bench
-    if not get_method(config.method_name).sparse:
-        raise UserError(f"bench preprocess: method={config.method_name} selects nothing; use method=s2ft or sylva.")
+    if not config.method.sparse:
+        raise UserError(
+            f"bench preprocess: method={config.method_name} selects nothing; use method={sparse_methods()}."
+        )
     if not settings.importances:
         raise UserError(f"bench.importances is empty: name at least one of {', '.join(IMPORTANCES)}.")
     if len(set(settings.importances)) != len(settings.importances):
@@ -51,7 +53,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     device = resolve_device(config.hardware.device)
     model = base_model(config, device)
     check_length(config, model)
-    chosen = get_method(config.method_name).settled(ModelSpec.of(model), config.method)
+    chosen = config.method.settled(ModelSpec.of(model))
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(config.seed)
     ids = torch.randint(vocabulary, (settings.samples, settings.length), generator=generator).to(device)

@@ -174,7 +174,8 @@ def _quality(
 def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The settings in entries of `bench.methods` such as `lora rank=16`, checked, by entry."""
     from sparseft.compose import overrides, validation
-    from sparseft.methods import config_class
+    from sparseft.methods import get_method
+    from sparseft.rules import field_types, is_text
 
     own: dict[str, dict[str, Any]] = {}
     for entry in entries:
@@ -183,17 +184,17 @@ def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
             continue
         if name == "floor":
             raise UserError(f"bench.methods: '{entry}': the floor trains nothing and has no settings.")
-        hints, values = validation.field_types(config_class(name)), {}
+        hints, values = field_types(get_method(name)), {}
         for word in words:
             if "=" not in word:
                 raise UserError(f"bench.methods: '{word}' of '{entry}' is not a setting: expected key=value.")
             override = overrides.parse(word.removeprefix("method."))
             if override.key not in hints:
                 raise UserError(f"bench.methods: {name} has no setting '{override.key}'.{nearest(override.key, hints)}")
-            text = validation.is_text(hints[override.key])
+            text = is_text(hints[override.key])
             read = overrides.text_value(override) if text else overrides.parsed_value(override, hints[override.key])
             values[override.key] = read
-        validation.build(config_class(name), values, f"bench.methods: {name}").validate()
+        validation.build(get_method(name), values, f"bench.methods: {name}").validate()
         own[entry] = values
     return own
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.adapters.files import adapter_hash
+from sparseft.adapters.description import adapter_hash
 from sparseft.config import BUNDLED, ModelConfig, RunConfig
 from sparseft.errors import UserError, nearest_path, shown, where_looked
 from sparseft.files.untrusted import read_json_object
@@ -182,7 +182,7 @@ def find_target(
     config: RunConfig, *, run: str | None, adapter: str | None, base: bool, overrides: Sequence[str] = ()
 ) -> Target:
     """Which base model and adapter are meant; model overrides win over what a run or an adapter names."""
-    from sparseft.adapters.files import is_adapter
+    from sparseft.adapters.description import is_adapter
 
     given = [name for name, value in (("--run", run), ("--adapter", adapter), ("--base", base)) if value]
     if len(given) > 1:
@@ -223,7 +223,7 @@ def _with_adapter(
     folder: Path | None,
     model: ModelConfig | None = None,
 ) -> Target:
-    from sparseft.adapters.files import is_whole_model, read_config
+    from sparseft.adapters.description import is_whole_model, read_config
 
     content = read_config(path)
     keys = {word.lstrip("+~").partition("=")[0] for word in overrides}

@@ -9,17 +9,15 @@ from sparseft.config import RunConfig
 from sparseft.distributed import launch
 from sparseft.distributed.ranks import is_main
 from sparseft.errors import UserError
-from sparseft.methods import METHODS, get_method
+from sparseft.methods import sparse_methods
 from sparseft.training import checks
 
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Computes the selection (or finds it in the cache) and returns where it lies."""
-    if not get_method(config.method_name).sparse:
-        sparse = [name for name in METHODS if get_method(name).sparse]
-        raise UserError(f"method={config.method_name} selects nothing to preprocess: use {' or '.join(sparse)}.")
+    if not config.method.sparse:
+        raise UserError(f"method={config.method_name} selects nothing to preprocess: use {sparse_methods()}.")
     console.clear_warnings()
-    config.method.validate()
     checks.check_hardware(config)
     if launch.needed(config.hardware):
         checks.check_data(config)
@@ -32,12 +30,14 @@ def run(config: RunConfig) -> dict[str, Any]:
 def _preprocess(config: RunConfig) -> dict[str, Any]:
     from sparseft.distributed.deepspeed import forget_zero
     from sparseft.models.spec import ModelSpec
-    from sparseft.training.prepare import describe_selection, prepare, select
+    from sparseft.selection.describe import describe_selection
+    from sparseft.training.prepare import prepare, select
 
     forget_zero()  # of an earlier run
     prepared = prepare(config)
-    selected = select(config, prepared)
-    describe_selection(selected.selection, ModelSpec.of(prepared.model), config)
+    spec = ModelSpec.of(prepared.model)
+    selected = select(config, prepared, spec)
+    describe_selection(selected.selection, spec, config.method)
     return {
         "selection": str(selected.path),
         "cached": selected.cached,

@@ -14,7 +14,6 @@ from sparseft.distributed import launch
 from sparseft.distributed.ranks import broadcast_object, is_main
 from sparseft.errors import LayoutWarning, UserError
 from sparseft.files.atomic import write_json, write_text
-from sparseft.methods import get_method
 from sparseft.runs.environment import environment
 from sparseft.runs.folder import (
     ADAPTER,
@@ -43,7 +42,6 @@ def run(config: RunConfig, *, plan: bool = False) -> dict[str, Any]:
     if plan:
         return planning.run(config)
     console.clear_warnings()
-    config.method.validate()
     checks.check_hardware(config)
     if is_main():  # the others may find what it has made already
         check_run_folder(config.output_dir, overwrite=config.overwrite, resume=config.trainer.resume is not None)
@@ -100,19 +98,21 @@ class Job:
     def __init__(self, config: RunConfig, previous: resuming.Previous | None) -> None:
         import transformers
 
-        from sparseft.adapters.lifecycle import attach, state_of, trainable_count
+        from sparseft.adapters.lifecycle import attach, trainable_count
+        from sparseft.adapters.state import state_of
         from sparseft.data.packing import check_packing
         from sparseft.distributed.ranks import rank_and_world
         from sparseft.memory import reset_peak_memory
         from sparseft.models.decoder import runnable
         from sparseft.models.spec import ModelSpec
+        from sparseft.selection.describe import describe_selection, describe_trainable
         from sparseft.training.arguments import training_arguments
         from sparseft.training.distributed_trainer import has_experts
-        from sparseft.training.prepare import describe_selection, describe_trainable, prepare
+        from sparseft.training.prepare import prepare
 
         self.config, self.previous = config, previous
         self.world_size = rank_and_world()[1]
-        self.method = get_method(config.method_name)
+        self.method = config.method
         transformers.set_seed(config.seed)
         self.scorer = Scorer(config) if config.trainer.eval_task else None  # a wrong task is said before data is read
         self.prepared = prepared = prepare(config)
@@ -139,7 +139,7 @@ class Job:
         self.overlap = contamination(config, prepared.data, self.scorer)
         self.spec = ModelSpec.of(prepared.model)
         self.dtype = next(prepared.model.parameters()).dtype
-        frozen = self.spec.frozen_experts(self.method.sparse) if self.method.kind != "whole" else []
+        frozen = self.method.frozen_experts(self.spec)
         if frozen:
             console.warn(
                 f"{len(frozen)} expert matrices (3-D parameters such as {frozen[0]}) stay frozen: method "
@@ -148,15 +148,15 @@ class Job:
         self.selection_cached: bool | None = None
         self.selection = self._selection() if self.method.sparse else None
         with console.showing(LayoutWarning):
-            self.model = attach(prepared.model, config.method, self.selection)
+            self.model = attach(prepared.model, config.method, self.selection, spec=self.spec)
         self.method_config = state_of(self.model).method_config  # with what it left to the model
         if config.model.path.startswith(BUNDLED):
             state_of(self.model).base_model = config.model.path
         self.trainable = trainable_count(self.model)
         if self.selection is not None:
-            describe_selection(self.selection, self.spec, config)
-        elif hasattr(config.method, "rank"):
-            describe_trainable(self.trainable, self.spec, config, "whole ranks")
+            describe_selection(self.selection, self.spec, config.method)
+        elif (unit := config.method.granularity(None)) is not None:
+            describe_trainable(self.trainable, self.spec, config.method, unit)
         else:
             console.log(f"trainable: all {self.trainable:,} parameters of the model")
 
@@ -167,8 +167,8 @@ class Job:
             device=prepared.device,
             learning_rate=self.learning_rate,
             total_steps=self.total_steps,
-            unused=has_experts(self.model) or (self.method.kind == "whole" and bool(self.spec.frozen)),
-            autocast=prepared.device.type == "cuda" and self.dtype.itemsize == 2 and self.method.kind == "whole",
+            unused=has_experts(self.model) or (self.method.trains_all and bool(self.spec.frozen)),
+            autocast=prepared.device.type == "cuda" and self.dtype.itemsize == 2 and self.method.trains_all,
         )
 
     @property
@@ -200,7 +200,7 @@ class Job:
             console.log(f"selection: the run's own, {own}")
             self.selection_cached = True
             return Selection.load(own)
-        selected = select(self.config, self.prepared)
+        selected = select(self.config, self.prepared, self.spec)
         self.selection_cached = selected.cached
         return selected.selection
 
@@ -242,7 +242,6 @@ class Job:
 
         from sparseft.data.collating import Collator
         from sparseft.memory import memory_bytes
-        from sparseft.training.prepare import scope_parameters
         from sparseft.training.trainer import Trainer, train
 
         config, prepared = self.config, self.prepared
@@ -259,7 +258,7 @@ class Job:
             data_collator=Collator(prepared.pad),
             processing_class=None,
         )
-        if getattr(config.method, "reselect_steps", 0):
+        if config.method.reselect_steps:
             trainer.add_callback(self._reselection(trainer.clock))
         best = self._best(trainer)
         trainer.add_callback(best)
@@ -274,19 +273,19 @@ class Job:
             after = kept
         self._say("after", after)
         trainer.save_trained(folder / ADAPTER)
-        if self.method.kind == "whole" and is_main():
+        if self.method.trains_all and is_main():
             prepared.tokenizer.save_pretrained(folder / ADAPTER)
         test_score = None
         if self.scorer is not None and (is_main() or config.hardware.zero_stage == 3):
             test_score = self.scorer.on_test(self.model, prepared.tokenizer, folder, f"the run {folder}")
             console.log(f"{self.scorer.name}: {test_score:.4f} on the test split")
-        scope = scope_parameters(self.spec, config)
+        scope = self.spec.weights_in(getattr(config.method, "scope", None))
         return {
             "method": config.method_name,
             "model": config.model.path,
             "dataset": config.dataset.train_path or config.dataset.name,
-            "sparsity": None if self.method.kind == "whole" else 1 - self.trainable / scope,
-            "scope": getattr(config.method, "scope", None),
+            "sparsity": None if self.method.trains_all else 1 - self.trainable / scope,
+            "scope": config.method.scope,
             "trainable_parameters": self.trainable,
             "scope_parameters": scope,
             "total_parameters": self.spec.total_parameters,
@@ -343,7 +342,7 @@ class Job:
     def _reselection(self, clock: Any) -> Any:
         """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time."""
         from sparseft.data import calibration_batches
-        from sparseft.methods.selecting import reselect
+        from sparseft.selection.compute import reselect
         from sparseft.training.reselection import Reselection
 
         method = self.config.method
@@ -354,7 +353,7 @@ class Job:
             if method.needs_data:
                 prepared = self.prepared
                 batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
-            return reselect(self.model, method, batches, seed=seed)
+            return reselect(self.model, method, batches, seed=seed, spec=self.spec)
 
         return Reselection(method.reselect_steps, choose, clock, self.previous.ended_at if self.previous else None)
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sparseft.compose.validation import describe, is_text
 from sparseft.errors import UserError
+from sparseft.rules import describe, is_text
 
 GROUPS = ("model", "dataset", "method", "hardware", "experiment")
 

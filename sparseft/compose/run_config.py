@@ -7,7 +7,6 @@ over the result once their keys are known to exist. Hydra is imported inside fun
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,14 +14,16 @@ from typing import Any
 
 from sparseft.compose import overrides as words
 from sparseft.compose import validation
+from sparseft.compose.keys import annotation_of, check_key, known_keys, method_fields
 from sparseft.compose.overrides import GROUPS, Override
 from sparseft.config import RunConfig
 from sparseft.console import warn
 from sparseft.errors import UserError, nearest
-from sparseft.methods import METHODS, config_class
+from sparseft.methods import METHODS, get_method
+from sparseft.methods.base import SHARED
+from sparseft.rules import check_type, is_optional, is_text, show
 
 COMMANDS = ("train", "preprocess", "eval", "bench")
-SHARED = ("sparsity", "scope", "seed")  # top-level settings that a method's config takes over
 
 # Text that other YAML readers (YAML 1.2, OmegaConf) would take for a number: written with quotes.
 _NUMBER_LIKE = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
@@ -47,16 +48,6 @@ def options(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
     return sorted(names)
 
 
-def known_keys(method_name: str | None = None) -> dict[str, Any]:
-    """Every key that can be set, with its type; the method's own keys only if a method is given."""
-    keys = dict(validation.run_fields())
-    for section, section_class in validation.SECTIONS.items():
-        keys |= {f"{section}.{name}": hint for name, hint in validation.field_types(section_class).items()}
-    if method_name is not None:
-        keys |= {f"method.{name}": hint for name, hint in _method_fields(method_name).items()}
-    return keys
-
-
 def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> RunConfig:
     """One run from `conf/<command>.yaml`, the groups chosen and the settings on the command line.
 
@@ -73,7 +64,7 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     method_name = _method_name(config)
     keys = known_keys(method_name)
     for override in settings.values():
-        _check_key(override, keys, method_name)
+        check_key(override, keys, method_name)
     content = _apply(config, settings, keys)
     if "method" in choices and "experiment" in choices:
         _drop_foreign_settings(content, method_name, choices["experiment"])
@@ -90,10 +81,12 @@ def points(command: str, overrides: Sequence[str], config_dirs: Sequence[str] = 
     assert command in COMMANDS
     keys = known_keys()
     for name in METHODS:  # the method itself may be swept, so its keys are those of any
-        for field, hint in _method_fields(name).items():
+        for field, hint in method_fields(name).items():
             keys.setdefault(f"method.{field}", hint)
     _check_config_dirs(config_dirs)
-    return words.expand(list(overrides), lambda key: _annotation(key, keys), lambda group: options(group, config_dirs))
+    return words.expand(
+        list(overrides), lambda key: annotation_of(key, keys), lambda group: options(group, config_dirs)
+    )
 
 
 def from_dict(content: dict[str, Any]) -> RunConfig:
@@ -102,13 +95,13 @@ def from_dict(content: dict[str, Any]) -> RunConfig:
     Raises `UserError` as `compose` does.
     """
     if not isinstance(content, dict):
-        raise UserError(f"a configuration is a group of settings, not '{validation.show(content)}'.")
+        raise UserError(f"a configuration is a group of settings, not '{show(content)}'.")
     content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
     method_name = _method_name(content)
     method = content["method"]
     for field in SHARED:
         top, own = content.get(field), method.get(field)
-        if field not in _method_fields(method_name) or top is None:
+        if field not in method_fields(method_name) or top is None:
             continue
         if field != "seed" and own is not None and own != top:
             raise UserError(_contradiction(field, top, own))
@@ -131,16 +124,6 @@ def to_yaml(config: RunConfig) -> str:
 
     Dumper.add_representer(str, represent_text)
     return yaml.dump(config.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=4096)
-
-
-def _annotation(key: str, keys: dict[str, Any]) -> Any:
-    """The type of a key, also of one below a setting that holds others by any name; null where there is no such key."""
-    group = keys.get(key.rpartition(".")[0])
-    return Any if key not in keys and group is not None and validation.is_mapping(group) else keys.get(key)
-
-
-def _method_fields(name: str) -> dict[str, Any]:
-    return validation.field_types(config_class(name))
 
 
 def _sort_words(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[dict[str, str], dict[str, Override]]:
@@ -258,52 +241,6 @@ def _method_name(config: Any) -> str:
     return name
 
 
-def _check_key(override: Override, keys: dict[str, Any], method_name: str) -> None:
-    """Refuses a key that does not exist, with the nearest that does."""
-    key = override.key
-    if _annotation(key, keys) is not None or (key == "method.name" and override.value == method_name):
-        return
-    if key == "method.name":
-        raise UserError(f"{override.word}: the method is chosen as a whole, with method={override.value}.")
-    sections = {name.split(".")[0] for name in keys if "." in name}
-    if key in sections:
-        first = next(name for name in keys if name.startswith(f"{key}."))
-        raise UserError(f"{override.word}: '{key}' is a group of settings; set one of them, as in {first}=….")
-    if key.startswith("method."):
-        owners = [name for name in METHODS if key.removeprefix("method.") in _method_fields(name)]
-        other = f" (it belongs to {', '.join(owners)})" if owners else ""
-        raise UserError(
-            f"method={method_name} has no setting '{key}'{other}.{'' if owners else _nearest_key(key, keys)}"
-        )
-    raise UserError(f"Unknown key '{key}' in {override.word}.{_nearest_key(key, keys)}")
-
-
-def _nearest_key(key: str, keys: dict[str, Any]) -> str:
-    """Where a key that does not exist was probably meant to go, else what there is instead.
-
-    Compares last parts within a section: whole keys would find `trainer.resume` near `trainer.lr`.
-    """
-    section, _, name = key.rpartition(".")
-    same_name = [known for known in keys if known.rpartition(".")[2] == name]
-    if same_name:
-        return f" Did you mean {' or '.join(repr(known) for known in same_name)}?"
-    siblings = [known for known in keys if known.rpartition(".")[0] == section]
-    if not section:
-        siblings += GROUPS
-    pools = [siblings] if section and siblings else [siblings, list(keys)]
-    for pool in pools:
-        by_name = {known.rpartition(".")[2]: known for known in reversed(pool)}
-        initials = {"".join(word[:1] for word in part.split("_")): part for part in by_name if "_" in part}  # lr
-        close = [initials[name]] if name in initials else difflib.get_close_matches(name, by_name, n=1)
-        if close:
-            return f" Did you mean '{by_name[close[0]]}'?"
-    whole = nearest(key, keys)
-    if section and siblings or not whole.startswith(" Did you mean"):
-        sections = {known.split(".")[0] for known in keys if "." in known}
-        return nearest("", siblings or sections)
-    return whole
-
-
 def _apply(config: Any, settings: dict[str, Override], keys: dict[str, Any]) -> dict[str, Any]:
     """Writes the settings over the composed config and resolves interpolations; plain containers come back."""
     from omegaconf import OmegaConf
@@ -312,14 +249,14 @@ def _apply(config: Any, settings: dict[str, Override], keys: dict[str, Any]) -> 
     for key, override in settings.items():
         if key == "method.name":
             continue
-        annotation = _annotation(key, keys)
+        annotation = annotation_of(key, keys)
         if override.value is None and key not in keys:
             raise UserError(f"{override.word}: an entry of {key.rpartition('.')[0]} is left out by not giving it.")
         if override.value is None:
-            if not validation.is_optional(annotation):
+            if not is_optional(annotation):
                 raise UserError(f"{override.word}: {key} is always needed, it cannot be removed.")
             value = None
-        elif validation.is_text(annotation):
+        elif is_text(annotation):
             value = words.text_value(override)
         else:
             value = words.parsed_value(override, annotation)
@@ -333,12 +270,10 @@ def _apply(config: Any, settings: dict[str, Override], keys: dict[str, Any]) -> 
 
 def _drop_foreign_settings(content: dict[str, Any], method_name: str, experiment: str) -> None:
     """Takes out what an experiment sets for its own method when another one was chosen on the command line."""
-    elsewhere = {field for name in METHODS for field in _method_fields(name)} - set(_method_fields(method_name))
+    elsewhere = {field for name in METHODS for field in method_fields(name)} - set(method_fields(method_name))
     for field in sorted(elsewhere & set(content["method"])):
         value = content["method"].pop(field)
-        warn(
-            f"experiment={experiment} sets method.{field}={validation.show(value)}, which {method_name} does not have."
-        )
+        warn(f"experiment={experiment} sets method.{field}={show(value)}, which {method_name} does not have.")
 
 
 def _share(content: dict[str, Any], settings: dict[str, Override], method_name: str) -> None:
@@ -349,11 +284,11 @@ def _share(content: dict[str, Any], settings: dict[str, Override], method_name: 
     selection may well have another seed than the training.
     """
     method = content["method"]
-    hints = _method_fields(method_name)
-    defaults = config_class(method_name)()
+    hints = method_fields(method_name)
+    defaults = get_method(method_name)()
     for field in SHARED:
         if field in content:
-            content[field] = validation.check_type(field, content[field], validation.run_fields()[field])
+            content[field] = check_type(field, content[field], validation.run_fields()[field])
         top = content.get(field)
         if field not in hints:
             if field != "seed" and top is not None:
@@ -376,7 +311,7 @@ def _share(content: dict[str, Any], settings: dict[str, Override], method_name: 
 
 
 def _contradiction(field: str, top: Any, own: Any) -> str:
-    return f"{field}={validation.show(top)} and method.{field}={validation.show(own)} contradict each other: give one."
+    return f"{field}={show(top)} and method.{field}={show(own)} contradict each other: give one."
 
 
 def _build(content: dict[str, Any], source: str) -> RunConfig:
@@ -396,9 +331,9 @@ def _build(content: dict[str, Any], source: str) -> RunConfig:
             values[key] = validation.build(validation.SECTIONS[key], value, key, source)
         elif key == "method":
             fields = {name: entry for name, entry in value.items() if name != "name"}
-            values[key] = validation.build(config_class(method_name), fields, key, source)
+            values[key] = validation.build(get_method(method_name), fields, key, source)
         else:
-            values[key] = validation.check_type(key, value, run_hints[key])
+            values[key] = check_type(key, value, run_hints[key])
     for section in ("model", "dataset"):
         values.setdefault(section, validation.SECTIONS[section]())
     config = RunConfig(**values)

@@ -1,4 +1,4 @@
-"""Which calibration samples may share a forward pass, and how they are padded into one.
+"""Which calibration samples a rank runs, which of them share a forward pass, and how they are padded into one.
 
 A sample counts by itself: what is summed over a group equals the sum over its samples one at a time. Padding stands on
 the right, where causal attention keeps it from every real position, and its own positions are left out of all sums.
@@ -6,13 +6,17 @@ the right, where causal attention keeps it from every real position, and its own
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparseft.distributed import ranks
+from sparseft.distributed.zero3 import any_sharded
 from sparseft.errors import UserError
 from sparseft.models.expert_weights import other_stacks, stacks
 
@@ -27,6 +31,61 @@ LOGIT_ELEMENTS = 2**27
 # classes whose names do not say so.
 USUAL_LOSS, USUAL_CLASSES = "ForCausalLM", ("GPT2LMHeadModel",)
 FILL = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples that the model runs at once."""
+
+    samples: list[Sample]
+    padded: bool = False  # as one batch, whose loss is computed here; else one after the other
+    shown: bool = True  # to observers; a rank that has no samples left runs along for the others' shards
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the samples is a rank's: every `world`-th, beginning with the `rank`-th, without its first
+    `groups` groups, which were done before an interruption."""
+
+    rank: int = 0
+    world: int = 1
+    groups: int = 0
+
+
+def groups_of(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    gradients: bool,
+    together: int = 0,
+    share: Share = Share(),
+) -> Iterator[Group]:
+    """What a rank runs of the batches' samples.
+
+    A model in shards takes all ranks to each pass: samples then go one at a time, and every rank gets as many groups.
+
+    Args:
+        gradients: whether losses are differentiated; samples without a labelled token are then passed over.
+        together: with `gradients`, tokens that may go through the model at once: several samples then share a forward
+            pass, where the model allows it (`may_share`). 0: one sample at a time.
+    """
+    in_step = any_sharded(model)
+    if not (gradients and together and may_share(model)) or in_step:
+        together = 0
+    else:
+        together = max(1, min(together, LOGIT_ELEMENTS // model.config.get_text_config().vocab_size))
+    samples = (sample for batch in batches for sample in split_samples(batch))
+    if gradients:  # the first label predicts nothing: the loss is over labels[1:]
+        samples = (sample for sample in samples if (sample["labels"][:, 1:] != -100).any())
+    every = list(samples) if in_step else samples
+    lists = packed(itertools.islice(every, share.rank, None, share.world), together)
+    own = (Group(group, padded=bool(together)) for group in itertools.islice(lists, share.groups, None))
+    if not in_step:
+        yield from own
+        return
+    mine = list(own)
+    yield from mine
+    yield from [Group(every[:1], shown=False)] * (max(ranks.all_gather_object(len(mine))) - len(mine))
 
 
 def split_samples(batch: Mapping[str, Any]) -> Iterator[Sample]:
@@ -59,7 +118,7 @@ def may_share(model: nn.Module) -> bool:
     return not any("expert" in name or stacks(m) or other_stacks(m) for name, m in model.named_modules())
 
 
-def groups_of(
+def packed(
     samples: Iterable[Sample],
     tokens: int,  # of one forward pass, padding included; 0: one sample at a time
 ) -> Iterator[list[Sample]]:
@@ -71,12 +130,12 @@ def groups_of(
     for sample in samples:
         window.append(sample)
         if len(window) == WINDOW:
-            yield from _packed(window, tokens)
+            yield from _packed_window(window, tokens)
             window = []
-    yield from _packed(window, tokens)
+    yield from _packed_window(window, tokens)
 
 
-def _packed(window: list[Sample], tokens: int) -> Iterator[list[Sample]]:
+def _packed_window(window: list[Sample], tokens: int) -> Iterator[list[Sample]]:
     group: list[Sample] = []
     for sample in sorted(window, key=lambda sample: -sample["input_ids"].shape[1]):  # stable, so steady
         longest = (group or [sample])[0]["input_ids"].shape[1]
@@ -94,7 +153,7 @@ def _alike(first: Sample, second: Sample) -> bool:
 
 
 def pad_together(group: Sequence[Sample]) -> tuple[Sample, Tensor | None]:
-    """One batch of the group, padded on the right, and the flat positions of its tokens (null: all of them)."""
+    """One batch of the group, padded on the right, and the flat positions of its tokens (None: all of them)."""
     lengths = [sample["input_ids"].shape[1] for sample in group]
     longest = max(lengths)
     batch = {}

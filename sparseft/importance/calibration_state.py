@@ -49,8 +49,8 @@ def _hash(tensors: Mapping[str, Tensor], meta: str) -> str:
     return digest.hexdigest()
 
 
-class Partial:
-    """The folder of an unfinished calibration. With `folder` null nothing is kept and nothing found.
+class CalibrationState:
+    """The folder of an unfinished calibration. With `folder` None nothing is kept and nothing found.
 
     Args:
         folder: made when something is saved.
@@ -92,7 +92,7 @@ class Partial:
         self._last_cost = self._saved_at - start
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """A file's tensors and description; null where there is none, or, with a word, where it is of no use."""
+        """A file's tensors and description; None where there is none, or, with a word, where it is of no use."""
         if self.folder is None:
             return None
         path = self.folder / (name + self.suffix)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -95,7 +94,7 @@ class Hodlr:
         self._test = _test_matrix(layout.slots, sum(widths), seed, self.device) if self._sketched else None
         self._hierarchy: Hierarchy | None = None
         self._inverses: dict[float, tuple[Tensor, float]] = {}
-        self.effective_damping: float | None = None  # of the last inverse_diagonal; null before the first
+        self.effective_damping: float | None = None  # of the last inverse_diagonal; None before the first
 
     @property
     def levels(self) -> int:
@@ -255,40 +254,11 @@ class Hodlr:
     def tensors(self) -> list[Tensor]:
         """The raw sums, token count (int64) first, in an order fixed by (n, num_partition, rank).
 
-        They are the live tensors: sum each in place over the data-parallel ranks (all-reduce), before asking for
-        anything else, and every rank has the matrix of all tokens. Needs the same seed on every rank.
+        They are the live tensors: sum each in place over the data-parallel ranks (all-reduce), or fill it with what
+        was saved, before asking for anything else. Both need a matrix of the same arguments, the seed among them.
         """
         self._forget()
         return [self._tokens, *self._sums()]
-
-    def merge(self, other: Hodlr) -> None:
-        """Adds the tokens that `other` has seen, as if they had been given to `update` here."""
-        self._check_layout(other._described())
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine += theirs.to(self.device)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sums and what they belong to; independent of later updates."""
-        return {**self._described(), "sums": [x.clone() for x in self.tensors()]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over the sums of `state_dict()`. ValueError where they are of another size, rank or seed."""
-        self._check_layout(state)
-        mine, saved = self.tensors(), state["sums"]
-        if [x.shape for x in mine] != [x.shape for x in saved]:
-            raise ValueError(f"Hodlr: the saved sums have shapes {[tuple(x.shape) for x in saved]}; they do not fit.")
-        for target, source in zip(mine, saved, strict=True):
-            target.copy_(source)
-
-    def _described(self) -> dict[str, int]:
-        return {"n": self.n, "levels": self.levels, "rank": self.rank, "seed": self.seed}
-
-    def _check_layout(self, other: Mapping[str, Any]) -> None:
-        for name, mine in self._described().items():
-            if other.get(name) != mine:
-                raise ValueError(
-                    f"Hodlr: sums with {name} {other.get(name)} cannot be added to ones with {name} {mine}."
-                )
 
 
 def _diagonal_blocks(gram: Tensor, size: int) -> Tensor:

@@ -49,7 +49,7 @@ class Layout:
         return self.slots >> level
 
     def index(self) -> Tensor | None:
-        """The slot of each row (n,), int64 on the CPU; null where rows and slots are the same. Not to be changed."""
+        """The slot of each row (n,), int64 on the CPU; None where rows and slots are the same. Not to be changed."""
         return _slots_of_rows(self)
 
     def _index(self) -> Tensor | None:
@@ -273,7 +273,7 @@ class Hierarchy:
 
 
 def _inverse_diagonal(matrix: Hierarchy, damping: float) -> Tensor | None:
-    """diag((M + damping · I)⁻¹) by slot, or null where that matrix is not positive definite. Bottom up:
+    """diag((M + damping · I)⁻¹) by slot, or None where that matrix is not positive definite. Bottom up:
 
     Let M₁, M₂ (damped) be the halves of a node and Q₁ Σ Q₂ᵀ its off-diagonal block. With Cholesky factors
     Lᵢ Lᵢᵀ = Qᵢᵀ Mᵢ⁻¹ Qᵢ and the singular value decomposition P S Rᵀ = L₁ᵀ Σ L₂ (r × r), the columns of

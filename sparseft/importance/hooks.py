@@ -8,31 +8,30 @@ no weight gradient is kept.
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sparseft.distributed import ranks
-from sparseft.distributed.zero3 import any_sharded
-from sparseft.errors import UserError
-from sparseft.importance.batching import (
-    LOGIT_ELEMENTS,
-    Sample,
-    groups_of,
-    may_share,
-    pad_together,
-    split_samples,
-    summed_loss,
-)
+from sparseft.importance.batching import Group, Sample, pad_together, summed_loss
 from sparseft.models.decoder import runnable
 
-# Called with (module name, input (tokens, in), output (tokens, out), null, source) after the forward pass, or with
-# (module name, input, null, output gradient (tokens, out), source) in the backward pass. The source is the first module
-# that was given the same input, so that q, k and v (gate and up) share its statistics.
-Observer = Callable[[str, Tensor, Tensor | None, Tensor | None, str], None]
+
+@dataclass(frozen=True)
+class Observation:
+    """What a linear was given and gave: with its output after the forward pass, with that one's gradient in the
+    backward pass."""
+
+    name: str
+    x: Tensor  # input (tokens, in)
+    y: Tensor | None  # output (tokens, out)
+    gradient: Tensor | None  # of the output (tokens, out)
+    source: str  # the first module that was given the same input, as of q, k and v (gate and up)
+    samples: int  # whose tokens these are, each with the gradient of its own loss
+
+
+Observer = Callable[[Observation], None]
 
 
 @contextlib.contextmanager
@@ -57,75 +56,28 @@ def untouched(model: nn.Module) -> Iterator[None]:
 def observe(
     model: nn.Module,
     names: Iterable[str],
-    batches: Iterable[Mapping[str, Any]],
+    groups: Iterable[Group],
     observer: Observer,
     *,
     gradients: bool,
-    together: int = 0,
-    share: tuple[int, int] = (0, 1),
-    done: tuple[int, int] = (0, 0),
-    starting: Callable[[int], None] | None = None,
-    reached: Callable[[int, int], None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    reached: Callable[[int], None] | None = None,
 ) -> int:
-    """Shows `observer` every named linear on every sample, and returns the number of samples.
+    """Shows `observer` every named linear on the samples of every group (`batching.groups_of`); returns their number.
 
-    With `gradients` the loss of a sample (mean over its labelled tokens) is differentiated, and samples without a
-    labelled token are passed over. A linear's gradient is shown as the backward pass reaches it, so that nothing of
-    all layers is ever held at once but what the backward pass holds anyway.
-
-    A model in shards takes all ranks to each pass: samples go one at a time, and a rank that has none left runs along
-    unseen, with calls of `reached` and `progress` as the others have them.
-
-    Args:
-        together: with `gradients`, tokens that may go through the model at once: several samples then share a forward
-            pass (where the model allows it: `may_share`) and the observer sees the tokens of all of them, padding
-            left out. 0: one sample at a time.
-        share: (rank, ranks): of the samples only every ranks-th, beginning with the rank-th.
-        done: (groups, samples) that were observed before an interruption; they are passed over.
-        starting: called with the number of samples that the observer will see next.
-        reached: called with (groups, samples) done, when the observer has seen all of them and nothing else.
-        progress: called with the number of samples done.
-
-    Raises:
-        UserError: with a single rank, where no sample can be used.
+    With `gradients` the loss of a sample (mean over its labelled tokens) is differentiated. A linear's gradient is
+    shown as the backward pass reaches it, so that nothing of all layers is ever held at once but what the backward
+    pass holds anyway. `reached` is called after each group with the number of samples of it that the observer has
+    seen; nothing is half done then.
     """
-    watcher = _Watcher(model, names, observer, gradients)
-    in_step = any_sharded(model)
-    if not (gradients and together and may_share(model)) or in_step:
-        together = 0
-    else:
-        together = max(1, min(together, LOGIT_ELEMENTS // model.config.get_text_config().vocab_size))
-    samples = (sample for batch in batches for sample in split_samples(batch))
-    if gradients:  # the first label predicts nothing: the loss is over labels[1:]
-        samples = (sample for sample in samples if (sample["labels"][:, 1:] != -100).any())
-    groups, count = done
-    if in_step:
-        samples = iter(kept := list(samples))
+    watcher, count = _Watcher(model, names, observer, gradients), 0
     with untouched(model), runnable(model), watcher:
-        every = groups_of(itertools.islice(samples, share[0], None, share[1]), together)
-        mine: Iterable[list[Sample] | None] = itertools.islice(every, groups, None)
-        if in_step:
-            mine = list(mine)
-            mine += [None] * (max(ranks.all_gather_object(len(mine))) - len(mine))
-        for group in mine:
-            if group is None:
-                watcher.run_unseen(kept[0])
-            else:
-                watcher.run(group, alone=not together, starting=starting or (lambda _count: None))
-                groups, count = groups + 1, count + len(group)
+        for group in groups:
+            watcher.run(group)
+            seen = len(group.samples) if group.shown else 0
+            count += seen
             if reached is not None:
-                reached(groups, count)
-            if progress is not None:
-                progress(count)
-    if count == 0 and share[1] == 1:
-        raise no_samples()
+                reached(seen)
     return count
-
-
-def no_samples() -> UserError:
-    """What to raise where nothing can be scored."""
-    return UserError("the calibration batches hold no sample with a labelled token, so nothing can be scored.")
 
 
 class _NotByPosition(Exception):
@@ -141,9 +93,10 @@ class _Watcher:
         self.device = next(model.parameters()).device
         # This pass's inputs by their place in memory, each with its first module; held, so that no place is used twice.
         self.given: dict[tuple[int, tuple[int, ...]], tuple[str, Tensor]] = {}
-        self.kept: Tensor | None = None  # flat positions of the batch's tokens; null: all
+        self.kept: Tensor | None = None  # flat positions of the batch's tokens; None: all
         self.positions = 0  # of the batch, where it has several samples
-        self.unseen = False  # whether what runs is not shown to the observer
+        self.samples = 1  # of the batch
+        self.shown = True  # whether the observer sees what runs
 
     def __enter__(self) -> _Watcher:
         self.handles = [m.register_forward_hook(self._after_forward(name)) for name, m in self.modules.items()]
@@ -157,74 +110,66 @@ class _Watcher:
             handle.remove()
         self.given.clear()
 
-    def run(self, group: list[Sample], alone: bool, starting: Callable[[int], None]) -> None:
+    def run(self, group: Group) -> None:
         """One pass over the group, or where it turns out that its samples cannot share one, a pass for each."""
-        if not alone:
+        self.shown = group.shown
+        if group.padded:
             try:
-                self._run_together(group, starting)
+                self._run_together(group.samples)
                 return
             except _NotByPosition:  # nothing was shown to the observer yet
                 pass
-        for sample in group:
-            self._run_alone(sample, starting)
+        for sample in group.samples:
+            self._run_alone(sample)
 
-    def run_unseen(self, sample: Sample) -> None:
-        """The passes of one sample, for the ranks that need this one's shards."""
-        self.unseen = True
-        try:
-            self._run_alone(sample, lambda _count: None)
-        finally:
-            self.unseen = False
-
-    def _run_together(self, group: list[Sample], starting: Callable[[int], None]) -> None:
-        batch, kept = pad_together(group)
+    def _run_together(self, samples: list[Sample]) -> None:
+        batch, kept = pad_together(samples)
         batch = {name: value.to(self.device) for name, value in batch.items()}
         labels = batch.pop("labels")
         self.kept = kept.to(self.device) if kept is not None else None
-        self.positions = labels.numel() if len(group) > 1 else 0
+        self.positions, self.samples = labels.numel() if len(samples) > 1 else 0, len(samples)
         try:
             with torch.enable_grad():
-                loss = summed_loss(self.model(**batch, use_cache=False).logits, labels)
-                self._backward(loss, len(group), starting)
+                self._backward(summed_loss(self.model(**batch, use_cache=False).logits, labels))
         finally:
-            self.kept, self.positions = None, 0
+            self.kept, self.positions, self.samples = None, 0, 1
             self.given.clear()
 
-    def _run_alone(self, sample: Sample, starting: Callable[[int], None]) -> None:
+    def _run_alone(self, sample: Sample) -> None:
         sample = {name: value.to(self.device) for name, value in sample.items()}
         if self.gradients:
             with torch.enable_grad():
-                self._backward(self.model(**sample, use_cache=False).loss, 1, starting)
+                self._backward(self.model(**sample, use_cache=False).loss)
         else:
-            starting(1)
             with torch.no_grad():
                 sample.pop("labels")
                 self.model(**sample, use_cache=False)
 
-    def _backward(self, loss: Tensor, samples: int, starting: Callable[[int], None]) -> None:
+    def _backward(self, loss: Tensor) -> None:
         self.given.clear()  # the graph holds what the hooks need
-        starting(samples)
         torch.autograd.backward(loss, inputs=None)
 
     def _after_forward(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if self.unseen:
+            if not self.shown:
                 return
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
             if not self.gradients:
-                self.observer(name, x, output.detach().reshape(-1, output.shape[-1]), None, name)
+                y = output.detach().reshape(-1, output.shape[-1])
+                self.observer(Observation(name, x, y, None, name, self.samples))
             elif output.requires_grad:  # not so in the first pass of a reentrant checkpoint, which is done again
                 if self.positions and len(x) != self.positions:
                     raise _NotByPosition
                 place = (inputs[0].data_ptr(), tuple(inputs[0].shape))
                 source, _ = self.given.setdefault(place, (name, inputs[0]))
-                held, kept = [x], self.kept
-                output.register_hook(lambda grad: self._show(name, held.pop(), grad, source, kept))
+                held, kept, samples = [x], self.kept, self.samples
+
+                def show(grad: Tensor) -> None:
+                    x, flat = held.pop(), grad.detach().reshape(-1, grad.shape[-1])
+                    if kept is not None:
+                        x, flat = x[kept], flat[kept]
+                    self.observer(Observation(name, x, None, flat, source, samples))
+
+                output.register_hook(show)
 
         return hook
-
-    def _show(self, name: str, x: Tensor, grad: Tensor, source: str, kept: Tensor | None) -> None:
-        grad = grad.detach().reshape(-1, grad.shape[-1])
-        if kept is not None:
-            x, grad = x[kept], grad[kept]
-        self.observer(name, x, None, grad, source)

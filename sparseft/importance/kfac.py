@@ -18,23 +18,25 @@ from torch.nn import functional as F
 from sparseft.distributed import ranks
 from sparseft.errors import RunError, UserError
 from sparseft.importance.hodlr import Hodlr
+from sparseft.importance.hooks import Observation
 from sparseft.importance.host_sums import HostSums
-from sparseft.importance.units import Unitised, sum_features
+from sparseft.importance.units import Candidate, sum_features
 
 
 @dataclass(frozen=True)
-class SecondOrder:
-    """How the second moments are kept: `Hodlr`'s levels and rank, and the damping of their inverses."""
+class FactorSettings:
+    """How the Kronecker factors are kept: `Hodlr`'s levels and rank, and the damping of their inverses."""
 
     num_partition: int = 8
     rank: int = 1
     damping: float = 1e-3
 
 
-class SecondOrderStatistics:
-    """`collecting.Statistics` of sylva: per linear, A of its inputs, G of its output gradients, and Σ of its per-sample
-    gradients. Modules with the same input share one A. The gradients' sums lie in host memory, or on disk where they
-    would take more than a quarter of it, in fp32 whatever the model's dtype.
+class KroneckerFactors:
+    """`calibration.Statistics` of sylva: per linear the Kronecker factors of its curvature (K-FAC), A of its inputs and
+    G of its output gradients, and Σ of its per-sample gradients. Modules with the same input share one A. The
+    gradients' sums lie in host memory, or on disk where they would take more than a quarter of it, in fp32 whatever
+    the model's dtype.
 
     Args:
         shapes: (out, in) of every module that will be observed.
@@ -43,7 +45,7 @@ class SecondOrderStatistics:
 
     def __init__(
         self,
-        settings: SecondOrder,
+        settings: FactorSettings,
         seed: int,
         shapes: Mapping[str, tuple[int, int]],
         device: torch.device,
@@ -57,25 +59,21 @@ class SecondOrderStatistics:
         self.sums: dict[str, Tensor] = {}  # (out, in)
         self.samples: dict[str, int] = {}
         self._memory = HostSums(4 * sum(rows * columns for rows, columns in shapes.values()), folder)
-        self._at_once = 1
 
-    def starting(self, samples: int) -> None:
-        """The next calls show the tokens of so many samples, each with the gradient of its own loss."""
-        self._at_once = samples
-
-    def __call__(self, name: str, x: Tensor, y: Tensor | None, grad: Tensor | None, source: str) -> None:
-        assert grad is not None
+    def __call__(self, seen: Observation) -> None:
+        name = seen.name
+        assert seen.gradient is not None
         if name not in self.sources:
-            self._open(name, source)
+            self._open(name, seen.source)
         if name == self.sources[name]:
-            self.inputs[name].update(x)
-        self.gradients[name].update(grad)
-        total, x, grad = self.sums[name], x.float(), grad.float()
+            self.inputs[name].update(seen.x)
+        self.gradients[name].update(seen.gradient)
+        total, x, grad = self.sums[name], seen.x.float(), seen.gradient.float()
         if x.device == total.device:
             total.addmm_(grad.t(), x)
         else:  # one layer's dense gradient, freed on return
             total += (grad.t() @ x).to(total.device)
-        self.samples[name] += self._at_once
+        self.samples[name] += seen.samples
 
     def _open(self, name: str, source: str) -> None:
         rows, columns = self.shapes[name]
@@ -136,7 +134,7 @@ class SecondOrderStatistics:
 
     def score(
         self,
-        modules: Mapping[str, Sequence[Unitised]],
+        modules: Mapping[str, Sequence[Candidate]],
         finished: Callable[[list[str], dict[str, Tensor], list[float]], None],
     ) -> None:
         """Scores modules, those that share an input together.
@@ -166,7 +164,7 @@ class SecondOrderStatistics:
             finally:
                 torch.set_num_threads(threads)
 
-    def _scored(self, modules: Mapping[str, Sequence[Unitised]]) -> tuple[dict[str, Tensor], list[float]]:
+    def _scored(self, modules: Mapping[str, Sequence[Candidate]]) -> tuple[dict[str, Tensor], list[float]]:
         scores, dampings, seen = {}, [], {}
         for name, candidates in modules.items():
             if name not in self.sources:  # a module that no gradient reached

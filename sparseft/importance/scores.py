@@ -8,19 +8,17 @@
 | product | weight × activation |
 | gradient | Σ over samples of ‖∇W_u‖₂ |
 | fisher | Σ over samples of ‖∇W_u‖₂² (the empirical Fisher's diagonal, summed over the unit) |
-| sylva | Σ over the unit of O_o · I_i, from the mean gradient and hierarchical second moments (`kfac.py`) |
+| sylva | Σ over the unit of O_o · I_i, from the mean gradient and hierarchical Kronecker factors (`kfac.py`) |
 
 A sample's gradient is that of its loss, the mean over its labelled tokens.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +27,13 @@ from sparseft import __version__
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError
-from sparseft.importance.calibration import collect, keep
-from sparseft.importance.calibration_state import SCORES, Partial
-from sparseft.importance.kfac import SecondOrder, SecondOrderStatistics, summary
-from sparseft.importance.units import Unitised, sum_features, sum_units
+from sparseft.importance.calibration import Calibration, Watch, keep
+from sparseft.importance.calibration_state import SCORES, CalibrationState
+from sparseft.importance.hooks import Observation
+from sparseft.importance.kfac import FactorSettings, KroneckerFactors, summary
+from sparseft.importance.units import Candidate, generator_for, sum_features, sum_units
 from sparseft.kernels.reference import to_blocks
+from sparseft.models.decoder import logical_weight
 
 # Tokens, padding included, that go through the model at once where samples may be summed together: a thousand fill the
 # products, and their activations take little beside a model for which memory matters (twice as many were 4 % slower on
@@ -41,12 +41,12 @@ from sparseft.kernels.reference import to_blocks
 TOKENS_TOGETHER = 1024
 
 
-def weight_norms(weight: Tensor, candidate: Unitised) -> Tensor:
+def weight_norms(weight: Tensor, candidate: Candidate) -> Tensor:
     """‖W_u‖₂ of each unit, in float64, from the logical weight (out, in)."""
     return sum_units(weight.detach().float().square(), candidate).double().sqrt()
 
 
-def activation_norms(x: Tensor, y: Tensor, candidate: Unitised) -> Tensor:
+def activation_norms(x: Tensor, y: Tensor, candidate: Candidate) -> Tensor:
     """‖a_u‖₂ of each unit over one sample's tokens."""
     inputs, outputs = x.float().square().sum(0), y.float().square().sum(0)
     if candidate.kind == "columns":
@@ -59,27 +59,24 @@ def activation_norms(x: Tensor, y: Tensor, candidate: Unitised) -> Tensor:
 
 
 class UnitSums:
-    """`collecting.Statistics` of the scores that are sums over samples of one number per unit: activation (product),
+    """`calibration.Statistics` of the scores that are sums over samples of one number per unit: activation (product),
     gradient and fisher. One sample at a time; float64 on the CPU."""
 
-    def __init__(self, importance: str, by_module: Mapping[str, Sequence[Unitised]]) -> None:
+    def __init__(self, importance: str, by_module: Mapping[str, Sequence[Candidate]]) -> None:
         self.importance, self.by_module = importance, by_module
         self.totals = {
             c.key: torch.zeros(c.count, dtype=torch.float64) for members in by_module.values() for c in members
         }
 
-    def starting(self, samples: int) -> None:
-        """Shown one sample at a time: a sum over samples of norms needs each by itself."""
-        assert samples == 1
-
-    def __call__(self, name: str, x: Tensor, y: Tensor | None, grad: Tensor | None, source: str) -> None:
-        if grad is None:
-            assert y is not None
-            for c in self.by_module[name]:
-                self.totals[c.key] += activation_norms(x, y, c).cpu()
+    def __call__(self, seen: Observation) -> None:
+        assert seen.samples == 1  # a sum over samples of norms needs each by itself
+        if seen.gradient is None:
+            assert seen.y is not None
+            for c in self.by_module[seen.name]:
+                self.totals[c.key] += activation_norms(seen.x, seen.y, c).cpu()
             return
-        squares = (grad.float().t() @ x.float()).square_()  # (out, in): one layer's, freed on return
-        for c in self.by_module[name]:
+        squares = (seen.gradient.float().t() @ seen.x.float()).square_()  # (out, in): one layer's, freed on return
+        for c in self.by_module[seen.name]:
             sums = sum_units(squares, c).double().cpu()
             self.totals[c.key] += sums.sqrt() if self.importance == "gradient" else sums
 
@@ -98,96 +95,89 @@ class UnitSums:
             ranks.all_reduce_sum(total)
 
 
+class Scored(NamedTuple):
+    """Scores (units,) in float64 on the CPU by candidate key, and what the statistics say of themselves."""
+
+    scores: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
 def compute_scores(
     model: nn.Module,
-    candidates: Sequence[Unitised],
+    candidates: Sequence[Candidate],
     importance: str,
     *,
     seed: int,
-    batches: Iterable[Mapping[str, Any]] | None,
-    generator: Callable[..., torch.Generator],
-    progress: Callable[[int], None] | None = None,
-    scoring: Callable[[int, int], None] | None = None,
-    second_order: SecondOrder | None = None,
-    resume: Path | None = None,
-    meta: dict[str, Any] | None = None,
-) -> dict[str, Tensor]:
-    """Scores (units,) in float64 on the CPU, by candidate key.
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    factors: FactorSettings | None = None,
+    watch: Watch | None = None,
+) -> Scored:
+    """The scores of all candidates' units.
 
     With `torch.distributed` initialised, an importance that needs data is a collective call: each rank runs its share
     of the samples and all get the same scores. The model is unchanged afterwards.
 
     Args:
-        candidates: what to score.
         batches: dicts as the model takes them, the same on all ranks; needed by all but random and weight.
-        generator: `generator(seed, *names)` gives the random numbers.
-        progress: called with the number of samples done; scoring: with (linears scored, linears) of sylva afterwards.
-            An exception out of them ends the call with what is done saved in `resume`.
-        second_order: the settings of sylva's statistics.
-        resume: a folder for unfinished work, from which an interrupted call with the same arguments goes on.
-        meta: gets what the statistics have to say about themselves (`second_order`).
+        factors: the settings of sylva's Kronecker factors.
+        watch: of its folder, a call that was interrupted with the same arguments goes on.
     """
     if importance == "random":
-        return {
-            c.key: torch.rand(c.count, generator=generator(seed, "random", c.key), dtype=torch.float64)
-            for c in candidates
-        }
+        return Scored({c.key: _random(c, seed) for c in candidates}, {})
     weights: dict[str, Tensor] = {}
     if importance in ("weight", "product"):
         for c in candidates:
             module = model.get_submodule(c.module)
             with gathered([module.weight]):
-                weights[c.key] = weight_norms(_logical(module), c).cpu()
+                weights[c.key] = weight_norms(logical_weight(module), c).cpu()
     if importance == "weight":
-        return weights
+        return Scored(weights, {})
     if batches is None:
         raise UserError(f"importance '{importance}' needs calibration batches.")
     if importance not in ("activation", "product", "gradient", "fisher", "sylva"):
         raise UserError(f"importance '{importance}' is unknown.")
 
-    by_module: dict[str, list[Unitised]] = defaultdict(list)
+    by_module: dict[str, list[Candidate]] = defaultdict(list)
     for c in candidates:
         by_module[c.module].append(c)
-    settings = second_order or SecondOrder()
+    factors, watch = factors or FactorSettings(), watch or Watch()
     together = 0 if any_sharded(model) else TOKENS_TOGETHER
-    scored = [(c.key, c.kind, c.shape, c.start, c.unit, c.count) for c in candidates]
-    key = [
-        __version__,
-        importance,
-        seed,
-        [asdict(settings), together] if importance == "sylva" else None,
-        scored,
-    ]
-    partial = Partial(resume, key, ranks.rank_and_world())
-    run = functools.partial(collect, model, by_module, batches, partial=partial, progress=progress)
+    own = [asdict(factors), together] if importance == "sylva" else None
+    units = [(c.key, c.kind, c.shape, c.start, c.unit, c.count) for c in candidates]
+    state = CalibrationState(watch.resume, [__version__, importance, seed, own, units], ranks.rank_and_world())
+    calibration = Calibration(model, batches, state, watch)
     if importance == "sylva":
         shapes = {module: members[0].shape for module, members in by_module.items()}
         device = next(model.parameters()).device
-        statistics = SecondOrderStatistics(settings, seed, shapes, device, resume.parent if resume else None)
-        done = run(statistics=statistics, gradients=True, together=together)
-        scores, dampings = score_modules(statistics, by_module, partial, done, scoring)
-        if meta is not None:
-            meta["second_order"] = summary(dampings, settings.damping)
-        return {c.key: scores[c.key] for c in candidates}
+        folder = watch.resume.parent if watch.resume else None
+        statistics = KroneckerFactors(factors, seed, shapes, device, folder)
+        done = calibration.collect(by_module, statistics, gradients=True, together=together)
+        scores, dampings = score_modules(statistics, by_module, calibration, done)
+        return Scored({c.key: scores[c.key] for c in candidates}, {"second_order": summary(dampings, factors.damping)})
     sums = UnitSums(importance, by_module)
-    run(statistics=sums, gradients=importance in ("gradient", "fisher"))
-    return {key: weights[key] * total for key, total in sums.totals.items()} if weights else sums.totals
+    calibration.collect(by_module, sums, gradients=importance in ("gradient", "fisher"))
+    return Scored({key: weights[key] * total for key, total in sums.totals.items()} if weights else sums.totals, {})
+
+
+def _random(candidate: Candidate, seed: int) -> Tensor:
+    generator = generator_for(seed, "random", candidate.key)
+    return torch.rand(candidate.count, generator=generator, dtype=torch.float64)
 
 
 def score_modules(
-    statistics: SecondOrderStatistics,
-    by_module: Mapping[str, Sequence[Unitised]],
-    partial: Partial,
+    statistics: KroneckerFactors,
+    by_module: Mapping[str, Sequence[Candidate]],
+    calibration: Calibration,
     done: tuple[int, int],  # (groups, samples) that this rank's statistics have seen
-    progress: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Every unit's score and every matrix's effective damping, from statistics that are complete. Each rank scores a
     share of the modules; what an interrupted call has finished is not scored again."""
     rank, world = ranks.rank_and_world()
+    state, scored = calibration.state, calibration.watch.scored
     scores: dict[str, Tensor] = {}
     names: list[str] = []
     dampings: list[float] = []
-    if (saved := partial.load(SCORES)) is not None:
+    if (saved := state.load(SCORES)) is not None:
         scores, names, dampings = saved[0], saved[1]["modules"], saved[1]["dampings"]
     sources = list(dict.fromkeys(statistics.sources.get(name, name) for name in by_module))
     mine = {
@@ -197,29 +187,24 @@ def score_modules(
     }
 
     def keep_scores() -> None:
-        if partial.folder is not None and names:
-            partial.save(SCORES, scores, {"modules": names, "dampings": dampings})
+        if state.folder is not None and names:
+            state.save(SCORES, scores, {"modules": names, "dampings": dampings})
 
     def finished(modules: list[str], found: dict[str, Tensor], raised: list[float]) -> None:
         scores.update(found)
         names.extend(modules)
         dampings.extend(raised)
-        if partial.due():
+        if state.due():
             keep_scores()
-        if progress is not None:
-            progress(len(names), len(mine))
+        if scored is not None:
+            scored(len(names), len(mine))
 
     try:
         statistics.score({name: members for name, members in mine.items() if name not in set(names)}, finished)
     except BaseException:
         keep_scores()
         if world == 1:  # with several ranks the sums are everybody's by now, and must not be counted as this one's
-            keep(partial, statistics, done)
+            keep(state, statistics, done)
         raise
     every = ranks.all_gather_object((scores, dampings))
     return {key: score for found, _ in every for key, score in found.items()}, [d for _, found in every for d in found]
-
-
-def _logical(module: nn.Module) -> Tensor:
-    weight = module.weight.detach()
-    return weight.t() if type(module).__name__ == "Conv1D" or getattr(module, "transposed", False) else weight

@@ -1,29 +1,51 @@
-"""Units of a weight (heads, channels, rows, columns, blocks): sums over each of them."""
+"""Units of a weight (heads, channels, rows, columns, blocks): what is scored and chosen, and sums over each of them."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import hashlib
+import math
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sparseft.kernels.reference import to_blocks
 
 
-class Unitised(Protocol):
-    """What is scored: `selection.Candidate`."""
+@dataclass(frozen=True)
+class Candidate:
+    """The units of one module that compete with each other: runs of rows or columns, or its blocks."""
 
     module: str
-    kind: str
-    shape: tuple[int, int]
-    start: int
-    unit: int
-    count: int
+    kind: str  # rows | columns | blocks
+    shape: tuple[int, int]  # of the logical weight (out, in)
+    start: int  # first feature
+    unit: int  # features a unit; for blocks: the block size
+    count: int  # units
+    role: str | None = None
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str:
+        """Names the candidate: the module and, where one has several, the role."""
+        return f"{self.module}:{self.role}" if self.role else self.module
 
 
-def sum_units(matrix: Tensor, candidate: Unitised) -> Tensor:
+def generator_for(seed: int, *names: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the names only: the same on every rank and device."""
+    digest = hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def unit_index(candidate: Candidate, units: Tensor) -> Tensor:
+    """The features (k,) or blocks (n, 2) that units stand for."""
+    if candidate.kind == "blocks":
+        across = math.ceil(candidate.shape[1] / candidate.unit)
+        return torch.stack([units // across, units % across], dim=1)
+    features = units[:, None] * candidate.unit + torch.arange(candidate.unit) + candidate.start
+    return features.reshape(-1)
+
+
+def sum_units(matrix: Tensor, candidate: Candidate) -> Tensor:
     """Sums a (out, in) matrix over each unit -> (units,)."""
     if candidate.kind == "blocks":
         size = candidate.unit
@@ -33,7 +55,7 @@ def sum_units(matrix: Tensor, candidate: Unitised) -> Tensor:
     return sum_features(side, candidate)
 
 
-def sum_features(side: Tensor, candidate: Unitised) -> Tensor:
+def sum_features(side: Tensor, candidate: Candidate) -> Tensor:
     """Sums a vector over output (rows) or input (columns) features over each unit -> (units,)."""
     stop = candidate.start + candidate.unit * candidate.count
     return side[candidate.start : stop].reshape(candidate.count, candidate.unit).sum(1)

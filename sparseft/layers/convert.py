@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from sparseft.errors import UserError, nearest
-from sparseft.layers.blocks import BlockSparseLinear
 from sparseft.layers.experts import ExpertLinear, close_experts, open_expert
-from sparseft.layers.reordering import reorder
+from sparseft.layers.linears import BlockSparseLinear, S2ColumnLinear, S2RowLinear
+from sparseft.layers.permutation import can_train
 from sparseft.layers.saved_inputs import share_inputs
 from sparseft.layers.sparse_linear import SparseLinear
-from sparseft.layers.structured import S2ColumnLinear, S2RowLinear
+from sparseft.models.decoder import logical_weight
 from sparseft.models.expert_weights import find_expert, stack_parameter
-
-if TYPE_CHECKING:
-    from sparseft.selection.selection import Selection
 
 CLASSES = {("rows",): S2ColumnLinear, ("columns",): S2RowLinear, ("blocks",): BlockSparseLinear}
 
@@ -47,7 +45,7 @@ def plain_weight(model: nn.Module, name: str) -> Tensor:
     Where ZeRO-3 has sharded it, it has to be gathered (`weight_parameter`).
     """
     expert = find_expert(model, name)
-    return expert.weight if expert is not None else SparseLinear.weight_of(model.get_submodule(name))
+    return expert.weight if expert is not None else logical_weight(model.get_submodule(name))
 
 
 def make_sparse(model: nn.Module, name: str) -> SparseLinear:
@@ -90,15 +88,16 @@ def check_modules(model: nn.Module, names: Iterable[str], trainable: Iterable[st
         raise UserError(f"the weight of '{name}' is tied to '{other}': training one would change the other.")
 
 
-def convert(model: nn.Module, selection: Selection) -> nn.Module:
-    """Freezes the model and replaces the selected linears by sparse layers around the same weights.
+def convert(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], block_size: int | None = None) -> nn.Module:
+    """Freezes the model and replaces linears by sparse layers around the same weights.
 
-    All or nothing: where one module cannot be converted, the model is left as it was.
+    `modules` gives indices by module and kind, in the checkpoint's order. All or nothing: where one module cannot be
+    converted, the model is left as it was.
     """
     layers: list[tuple[nn.Module | None, SparseLinear]] = []
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
-        for name, kinds in selection.modules.items():
+        for name, kinds in modules.items():
             expert = find_expert(model, name)
             old = None if expert is not None else model.get_submodule(name)
             try:
@@ -107,7 +106,7 @@ def convert(model: nn.Module, selection: Selection) -> nn.Module:
                 else:
                     new = CLASSES.get(tuple(kinds), SparseLinear).wrap(old)
                 for kind, index in kinds.items():
-                    new.add_pattern(kind, index, selection.block_size if kind == "blocks" else None)
+                    new.add_pattern(kind, index, block_size if kind == "blocks" else None)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
             layers.append((old, new))
@@ -134,7 +133,7 @@ def restore(model: nn.Module, *, merged: bool) -> nn.Module:
             layer.restore_base()
         if isinstance(layer, ExpertLinear):
             continue
-        reorder(layer)
+        layer.permute()
         original = layer.original
         if original is None:
             raise TypeError("a sparse layer that replaced nothing cannot be turned back")
@@ -143,3 +142,30 @@ def restore(model: nn.Module, *, merged: bool) -> nn.Module:
         replace_module(model, layer, original)
     close_experts(model)
     return model
+
+
+def make_way(layers: Mapping[str, SparseLinear], patterns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Brings all layers into the original order if any could not train its `patterns` (by module and kind) as it is.
+
+    All, because coupled layers are in one order.
+    """
+    if not all(
+        can_train(kind, layer.row_permutation, layer.column_permutation)
+        for module, layer in layers.items()
+        for kind in patterns.get(module, {})
+    ):
+        for layer in layers.values():
+            layer.permute()
+
+
+@contextlib.contextmanager
+def original_order(layers: Iterable[SparseLinear]) -> Iterator[None]:
+    """Inside, the layers store their weights in the checkpoint's order; afterwards in their own again."""
+    own = [(layer, layer.row_permutation, layer.column_permutation) for layer in layers if layer.is_permuted]
+    try:
+        for layer, _, _ in own:
+            layer.permute()
+        yield
+    finally:
+        for layer, rows, columns in own:
+            layer.permute(rows, columns)

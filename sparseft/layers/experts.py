@@ -43,10 +43,9 @@ class ExpertLinear(SparseLinear):
         self.register_parameter("bias", None)
         self._original: tuple[nn.Module, ...] = ()
         self._plain_loaded = False
-        self._parked_cast = False
-        self._original_order()
+        self._inactive_cast = False
         self.train(expert.experts.training)
-        self._join()
+        self._set_up()
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -90,14 +89,14 @@ class ExpertLinear(SparseLinear):
         for kind, pattern in self.patterns.items():
             if pattern.base_values.dtype != dtypes[kind]:
                 pattern.written_version = -1  # the 3-D parameter is cast after its children: to be written afterwards
-                self._parked_cast = True
+                self._inactive_cast = True
         return self
 
     def write_back(self) -> None:
-        """As `SparseLinear.write_back`; after a cast also the parked entries, rounded once from fp32."""
-        if self._parked_cast:
-            self.write_parked()
-            self._parked_cast = False
+        """As `SparseLinear.write_back`; after a cast also the inactive entries, rounded once from fp32."""
+        if self._inactive_cast:
+            self.write_inactive()
+            self._inactive_cast = False
         super().write_back()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -189,7 +188,7 @@ def _expert_layers(experts: nn.Module) -> Iterator[tuple[str, ExpertLinear]]:
 def _write_stale(experts: nn.Module, _inputs: Any) -> None:
     """Ahead of the forward pass: a write between two experts' products would spoil what the first saved."""
     for _, layer in _expert_layers(experts):
-        layer._write_if_stale()
+        layer.write_if_stale()
 
 
 def _see_plain(experts: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:

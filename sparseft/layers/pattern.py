@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,16 +11,24 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch, reference
-from sparseft.layers.inactive import Parked
-from sparseft.layers.saved_slices import SharedSlice
+from sparseft.layers.product import SharedSlice
 
 # A layer of blocks that stands alone saves the needed column blocks of x when they are at most this share of it: a
 # larger slice of its own may cost more than x itself, which others may save too. In a model
 # `layers/saved_inputs.py` knows.
 SLICE_SHARE = 0.5
 
-
+INACTIVE = "parked_"  # how a state dict's names of inactive entries begin; checkpoints hold them
 BlockRuns = list[tuple[Tensor, Tensor]]  # see `block_runs`
+
+
+@dataclass
+class Entries:
+    """Some entries of a pattern: index (k,) or (n, 2), their deltas in fp32 and base values, shaped as values are."""
+
+    index: Tensor
+    delta: Tensor
+    base: Tensor
 
 
 class Pattern(nn.Module):
@@ -28,16 +37,18 @@ class Pattern(nn.Module):
     `index` is (k,) for rows and columns and (n, 2) for blocks, in the order of the checkpoint; the values have the
     shapes of `kernels/reference.py`. Casting the model leaves `delta` in fp32.
 
-    Where the weight is stored in another order, `place` says which stored row (column) each original one is, and
+    Where the weight is stored permuted, `inverse` says at which stored row (column) each original one lies, and
     `at` is where the entries lie in the stored weight. Of blocks, `needed_columns` are the distinct block columns
-    (those of all layers that share a slice: `share`) and `position` (n,) each block's place among them.
+    (those of all layers that share a slice: `share`) and `position` (n,) each block's place among them. Of rows or
+    columns that are consecutive in the stored weight, `run` is (start, length).
+    `inactive` holds, on the host, entries that have trained before and wait (`layers/inactive.py`).
     """
 
     slices: SharedSlice | None = None  # of blocks: shared with layers that read the same input
     sparseft_pattern = True  # how modules below this one tell deltas from the base's parameters
 
     def __init__(
-        self, kind: str, index: Tensor, weight: Tensor, block_size: int | None = None, place: Tensor | None = None
+        self, kind: str, index: Tensor, weight: Tensor, block_size: int | None = None, inverse: Tensor | None = None
     ) -> None:
         super().__init__()
         self.kind = kind
@@ -46,29 +57,34 @@ class Pattern(nn.Module):
         index = index.to(device=weight.device, dtype=torch.int64)
         shape = reference.values_shape(kind, index, tuple(weight.shape), block_size)
         self.register_buffer("index", index)
-        self.register_buffer("place", place, persistent=False)
+        self.register_buffer("inverse", inverse, persistent=False)
         self.register_buffer("needed_columns", None, persistent=False)
         self.register_buffer("position", None, persistent=False)
         self._locate()
         self.register_buffer("base_values", self._read(weight))
         self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
         self.written_version = version_of(self.delta)
-        self.parked: Parked | None = None  # entries that trained before (re-selection)
+        self.inactive: Entries | None = None
 
-    def put(self, place: Tensor | None) -> None:
-        """The weight is stored in another order from now on: original row (column) i lies at `place[i]`."""
-        self.place = place
+    @property
+    def active(self) -> Entries:
+        """The entries that train, live."""
+        return Entries(self.index, self.delta, self.base_values)
+
+    def permute(self, inverse: Tensor | None) -> None:
+        """The weight is stored in another order from now on: original row (column) i lies at `inverse[i]`."""
+        self.inverse = inverse
         self._locate()
 
     @property
     def at(self) -> Tensor | reference.Run:
         """Where the entries lie in the stored weight: (start, length) where consecutive, else as `index` has them."""
-        return self._run if self._run is not None else self.stored(self.index)
+        return self.run if self.run is not None else self.stored(self.index)
 
     def stored(self, index: Tensor) -> Tensor:
         """Where the entries `index` of the checkpoint lie in the stored weight, on the pattern's device."""
         index = index.to(self.index.device)
-        return index if self.place is None else self.place.index_select(0, index)
+        return index if self.inverse is None else self.inverse.index_select(0, index)
 
     def set_index(self, index: Tensor, base_values: Tensor) -> None:
         """Other entries under the same delta, which the weight holds already."""
@@ -80,9 +96,9 @@ class Pattern(nn.Module):
         """Reads `base_values` anew from a weight (out, in) that holds the base's entries."""
         self.to(weight.device)
         self.base_values = self._read(weight)
-        if self.parked is not None:
-            at = self.stored(self.parked.index)
-            self.parked.base = reference.gather(weight.detach(), self.kind, at, self.block_size).cpu()
+        if self.inactive is not None:
+            at = self.stored(self.inactive.index)
+            self.inactive.base = reference.gather(weight.detach(), self.kind, at, self.block_size).cpu()
 
     def _read(self, weight: Tensor) -> Tensor:
         if weight.is_meta:
@@ -90,9 +106,9 @@ class Pattern(nn.Module):
         return reference.gather(weight.detach(), self.kind, self.at, self.block_size)
 
     def columns_needed(self, in_features: int, keeps_input: bool | None = None) -> tuple[Tensor, Tensor] | None:
-        """For blocks: (unique block columns, each block's position among them), or null where x itself is saved.
+        """For blocks: (unique block columns, each block's position among them), or None where x itself is saved.
 
-        `keeps_input` says which; null: as a layer that stands alone decides.
+        `keeps_input` says which; None: as a layer that stands alone decides.
         """
         if self.needed_columns is None:
             return None
@@ -101,7 +117,7 @@ class Pattern(nn.Module):
         return None if keeps_input else (self.needed_columns, self.position)
 
     def share(self, slices: SharedSlice | None) -> None:
-        """Of blocks: saves a slice together with other layers, from which it takes its own columns; null: alone."""
+        """Of blocks: saves a slice together with other layers, from which it takes its own columns; None: alone."""
         self.slices = slices
         self._locate()
 
@@ -115,7 +131,7 @@ class Pattern(nn.Module):
         """Ahead of the forward pass: what depends on the index's values cannot be compiled into a graph."""
         self.needed_columns = self.position = None
         self._block_runs: dict[int, BlockRuns] = {}
-        self._run: reference.Run | None = None
+        self.run: reference.Run | None = None
         if self.index.is_meta:
             return
         if self.kind == "blocks":
@@ -131,7 +147,7 @@ class Pattern(nn.Module):
         position = self.at
         start = int(position[0])
         if torch.equal(position, torch.arange(start, start + len(position), device=position.device)):
-            self._run = (start, len(position))
+            self.run = (start, len(position))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -152,20 +168,20 @@ class Pattern(nn.Module):
         stale = self.stale
         super()._apply(keep_fp32, recurse)
         self._locate()
-        if self.parked is not None:
-            self.parked.base = self.parked.base.to(self.base_values.dtype)
+        if self.inactive is not None:
+            self.inactive.base = self.inactive.base.to(self.base_values.dtype)
         self.written_version = -1 if stale else version_of(self.delta)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.parked is not None:
-            destination |= {f"{prefix}parked_{name}": value for name, value in vars(self.parked).items()}
+        if self.inactive is not None:
+            destination |= {f"{prefix}{INACTIVE}{name}": value for name, value in vars(self.inactive).items()}
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if any(key.startswith(prefix) for key in state_dict):  # else a plain weight is loaded: SparseLinear handles it
-            parts = {name: state_dict.pop(f"{prefix}parked_{name}", None) for name in ("index", "delta", "base")}
-            self.parked = None if any(value is None for value in parts.values()) else Parked(**parts)
+            parts = {name: state_dict.pop(f"{prefix}{INACTIVE}{name}", None) for name in ("index", "delta", "base")}
+            self.inactive = None if any(value is None for value in parts.values()) else Entries(**parts)
             super()._load_from_state_dict(state_dict, prefix, *args)
             self._locate()
             self.written_version = -1  # with assign=True the delta is another tensor, with versions of its own
@@ -191,6 +207,26 @@ def block_runs(places: Tensor) -> BlockRuns:
 def version_of(delta: Tensor) -> int:
     """How often `delta` was changed in place; a tensor made under `torch.inference_mode` keeps no count of it."""
     return 0 if delta.is_inference() else delta._version
+
+
+def entry_dim(kind: str) -> int:
+    """The dimension of a pattern's values that its index counts."""
+    return 1 if kind == "columns" else 0
+
+
+def index_keys(kind: str, index: Tensor) -> Tensor:
+    """One int64 number for each entry of an index, on the CPU."""
+    index = index.cpu()
+    return (index[:, 0] << 32) + index[:, 1] if kind == "blocks" else index
+
+
+def positions_of(wanted: Tensor, among: Tensor) -> Tensor:
+    """Where each key of `wanted` lies among the distinct keys `among`; -1 where it does not."""
+    if len(among) == 0:
+        return torch.full_like(wanted, -1)
+    order = among.argsort()
+    place = torch.searchsorted(among[order], wanted).clamp_max(len(among) - 1)
+    return torch.where(among[order][place] == wanted, order[place], -1)
 
 
 def as_index(kind: str, index: Any) -> Tensor:
@@ -234,8 +270,8 @@ def same_patterns(left: dict[str, dict[str, Pattern]], right: dict[str, dict[str
 
     a, b = entries(left), entries(right)
     return a.keys() == b.keys() and all(
-        a[key].parked is None
-        and b[key].parked is None
+        a[key].inactive is None
+        and b[key].inactive is None
         and a[key].block_size == b[key].block_size
         and torch.equal(a[key].index.cpu(), b[key].index.cpu())
         for key in a

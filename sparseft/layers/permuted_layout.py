@@ -12,20 +12,19 @@ is then consecutive in its weight, so that a view reaches it.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sparseft.distributed.zero3 import full_shape
 from sparseft.layers.convert import convert, replace_module, sparse_layers, tied_names
-from sparseft.layers.reordering import inverse, reorder
+from sparseft.layers.permutation import inverse
 from sparseft.layers.sparse_linear import SparseLinear
-from sparseft.models.spec import ModelSpec, Slot
+from sparseft.models.spec import ModelSpec, RoleSlice
 
-if TYPE_CHECKING:
-    from sparseft.selection.selection import Selection
+Modules = Mapping[str, Mapping[str, Tensor]]  # indices by module and kind, in the checkpoint's order
 
 ATTENTION = ("o", "v", "q", "k")  # whose selection is made consecutive first: o and v, then what is left
 MLP = ("down", "up", "gate")
@@ -39,112 +38,114 @@ class _Stays(Exception):
 
 @dataclass
 class Plan:
-    """By module the order of its rows and of its columns ("rows", "columns" -> (n,)), and by reason what stays."""
+    """By module the permutations of its rows and columns ("rows", "columns" -> (n,)), and by reason what stays."""
 
-    orders: dict[str, dict[str, Tensor]]
+    permutations: dict[str, dict[str, Tensor]]
     stays: dict[str, list[str]]
 
 
-def convert_permuted(model: nn.Module, selection: Selection, spec: ModelSpec) -> dict[str, list[str]]:
+def convert_permuted(
+    model: nn.Module, modules: Modules, spec: ModelSpec, block_size: int | None = None
+) -> dict[str, list[str]]:
     """`convert`, and moves what is selected to the front where it can be moved.
 
     Returns what stays in the original order, names of attentions, MLPs or single modules by the reason.
     All or nothing, as `convert`; siblings without a delta of their own become sparse layers without a pattern.
     """
-    plan = plan_orders(model, selection, spec)
-    convert(model, in_stored_order(selection, plan))
+    plan = plan_permutations(model, modules, spec)
+    convert(model, in_stored_order(modules, plan), block_size)
     carry_out(model, plan)
     return plan.stays
 
 
-def in_stored_order(selection: Selection, plan: Plan) -> Selection:
-    """The same selection with its indices in the order of their places, so that a run of them is one; a file says
-    which is which."""
-    modules = {}
-    for name, kinds in selection.modules.items():
-        places = {kind: inverse(order) for kind, order in plan.orders.get(name, {}).items()}
-        modules[name] = {
-            kind: index[places[kind][index].argsort()] if kind in places and _fits(index, places[kind]) else index
+def in_stored_order(modules: Modules, plan: Plan) -> dict[str, dict[str, Tensor]]:
+    """The same indices in the order in which they are stored, so that a run of them is one; a file says which is
+    which."""
+    arranged = {}
+    for name, kinds in modules.items():
+        inverses = {kind: inverse(permutation) for kind, permutation in plan.permutations.get(name, {}).items()}
+        arranged[name] = {
+            kind: index[inverses[kind][index].argsort()] if kind in inverses and _fits(index, inverses[kind]) else index
             for kind, index in kinds.items()
         }
-    return replace(selection, modules=modules)
+    return arranged
 
 
 def carry_out(model: nn.Module, plan: Plan) -> None:
-    """Stores the weights of an attached model in the plan's orders, and those it does not name in the original one.
+    """Stores the weights of an attached model permuted by the plan, and those it does not name in the original order.
 
     What the weights hold stays as it is, so the model's function does too.
     """
     for name, layer in sparse_layers(model).items():
-        if layer.reordered and name not in plan.orders:
-            reorder(layer)
-    for name, orders in plan.orders.items():
+        if layer.is_permuted and name not in plan.permutations:
+            layer.permute()
+    for name, permutations in plan.permutations.items():
         layer = model.get_submodule(name)
         if not isinstance(layer, SparseLinear):
             plain, layer = layer, SparseLinear.wrap(layer)
             replace_module(model, plain, layer)
-        reorder(layer, orders.get("rows"), orders.get("columns"))
+        layer.permute(permutations.get("rows"), permutations.get("columns"))
 
 
-def plan_orders(model: nn.Module, selection: Selection, spec: ModelSpec) -> Plan:
-    """The orders that bring what is selected to the front; nothing of the model is changed."""
-    structures: dict[tuple[str, bool], list[Slot]] = defaultdict(list)
+def plan_permutations(model: nn.Module, modules: Modules, spec: ModelSpec) -> Plan:
+    """The permutations that bring what is selected to the front; nothing of the model is changed."""
+    structures: dict[tuple[str, bool], list[RoleSlice]] = defaultdict(list)
     for slot in spec.slots:
         structures[slot.module.rpartition(".")[0], slot.role in ATTENTION].append(slot)
     plan = Plan({}, {})
     seen: set[str] = set()
     for (parent, is_attention), slots in structures.items():
         names = list(dict.fromkeys(slot.module for slot in slots))
-        chosen = [name for name in names if name in selection.modules]
+        chosen = [name for name in names if name in modules]
         seen.update(chosen)
         if not chosen:
             continue
         try:
-            orders = _orders(model, parent, slots, selection, spec, is_attention=is_attention)
+            _check_structure(model, parent, slots, spec, is_attention=is_attention)
+            permutations = _permutations(slots, modules, spec, is_attention=is_attention)
         except _Stays as reason:
             plan.stays.setdefault(str(reason), []).append(parent)
         else:
-            plan.orders |= orders
-    for name in selection.modules:
+            plan.permutations |= permutations
+    for name in modules:
         if name not in seen:
             plan.stays.setdefault("its role is not known", []).append(name)
     return plan
 
 
-def _orders(
-    model: nn.Module, parent: str, slots: list[Slot], selection: Selection, spec: ModelSpec, *, is_attention: bool
+def _permutations(
+    slots: list[RoleSlice], modules: Modules, spec: ModelSpec, *, is_attention: bool
 ) -> dict[str, dict[str, Tensor]]:
     by_role = {slot.role: slot for slot in slots}
-    _check_structure(model, parent, slots, by_role, spec, is_attention=is_attention)
     for slot in slots:
-        if selection.modules.get(slot.module, {}).keys() - {slot.side}:
+        if modules.get(slot.module, {}).keys() - {slot.side}:
             raise _Stays("more is trained in it than heads or channels")
     units = by_role["v" if is_attention else "up"].count  # key/value groups, or channels
-    chosen = {role: _chosen_units(slot, selection, units) for role, slot in by_role.items()}
+    chosen = {role: _chosen_units(slot, modules, units) for role, slot in by_role.items()}
     unit_order = front_order([chosen[role] for role in (ATTENTION if is_attention else MLP) if role in chosen])
-    orders: dict[str, dict[str, Tensor]] = {}
+    permutations: dict[str, dict[str, Tensor]] = {}
     for slot in slots:
         features = slot.unit * slot.count // units  # a unit's, in this matrix: of q and o all heads of the group
         moved = (unit_order[:, None] * features + torch.arange(features)).reshape(-1) + slot.start
-        order = orders.setdefault(slot.module, {}).setdefault(slot.side, torch.arange(_side(spec, slot)))
-        order[slot.start : slot.start + len(moved)] = moved
-    return orders
+        side = permutations.setdefault(slot.module, {}).setdefault(slot.side, torch.arange(_side(spec, slot)))
+        side[slot.start : slot.start + len(moved)] = moved
+    return permutations
 
 
-def _side(spec: ModelSpec, slot: Slot) -> int:
+def _side(spec: ModelSpec, slot: RoleSlice) -> int:
     """Features on the slot's side of its module: in a fused projection more than the slot's own."""
     rows, columns = spec.linears[slot.module]
     return rows if slot.side == "rows" else columns
 
 
-def _fits(index: Tensor, place: Tensor) -> bool:
+def _fits(index: Tensor, inverse: Tensor) -> bool:
     """Whether all indices lie inside, which `convert` checks and reports."""
-    return bool(((index >= 0) & (index < len(place))).all())
+    return bool(((index >= 0) & (index < len(inverse))).all())
 
 
-def _chosen_units(slot: Slot, selection: Selection, units: int) -> Tensor:
+def _chosen_units(slot: RoleSlice, modules: Modules, units: int) -> Tensor:
     """Which units (units,) of the slot are selected, as a mask; one that is selected in part cannot be moved."""
-    index = selection.modules.get(slot.module, {}).get(slot.side)
+    index = modules.get(slot.module, {}).get(slot.side)
     mask = torch.zeros(slot.count * slot.unit, dtype=torch.bool)
     if index is not None:
         own = index[(index >= slot.start) & (index < slot.start + len(mask))]
@@ -173,9 +174,10 @@ def front_order(chosen: list[Tensor]) -> Tensor:
 
 
 def _check_structure(
-    model: nn.Module, parent: str, slots: list[Slot], by_role: dict[str, Slot], spec: ModelSpec, *, is_attention: bool
+    model: nn.Module, parent: str, slots: list[RoleSlice], spec: ModelSpec, *, is_attention: bool
 ) -> None:
     """Raises `_Stays` unless the units of this attention or MLP are known to be alike, so that moving them is exact."""
+    by_role = {slot.role: slot for slot in slots}
     if any(slot.module in spec.stacked for slot in slots):
         raise _Stays("its experts are kept as one parameter")
     needed = set("qkvo") if is_attention else {"up", "down"}

@@ -15,10 +15,10 @@ from collections.abc import Hashable
 import torch
 from torch import nn
 
-from sparseft.layers.saved_slices import SharedSlice
+from sparseft.layers.product import SharedSlice
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import decoder_layers
-from sparseft.models.spec import ATTENTION_ROLES, COLUMN_ROLES, MLP_ROLES
+from sparseft.models.spec import COLUMN_ROLES, MLP_ROLES, role_of
 
 # Attention that saves its own result for its backward pass, in the storage that the o projection then reads.
 SAVES_RESULT = ("sdpa", "flash")
@@ -50,9 +50,9 @@ def _settle(members: dict[str, SparseLinear], kept: bool) -> None:
     blocks = [pattern for layer in members.values() if (pattern := layer.patterns.get("blocks")) is not None]
     for pattern in blocks:
         pattern.share(None)
-    needed = [pattern.needed_columns for pattern in blocks if pattern.needed_columns is not None]  # null: on meta
+    needed = [pattern.needed_columns for pattern in blocks if pattern.needed_columns is not None]  # None: on meta
     width, slices = sum(map(len, needed)), None
-    if len(needed) > 1 and len({pattern.block_size for pattern in blocks}) == 1 and all(map(_role, members)):
+    if len(needed) > 1 and len({pattern.block_size for pattern in blocks}) == 1 and all(map(role_of, members)):
         slices = SharedSlice(torch.cat(needed).unique().cpu())
         width = len(slices.columns)
     width *= max((pattern.block_size or 0 for pattern in blocks), default=0)
@@ -61,12 +61,6 @@ def _settle(members: dict[str, SparseLinear], kept: bool) -> None:
         layer.keeps_input = kept
     for pattern in blocks:
         pattern.share(None if kept else slices)
-
-
-def _role(name: str) -> str | tuple[str, ...] | None:
-    parent, leaf = ("." + name).rsplit(".", 2)[-2:]
-    table = ATTENTION_ROLES if "attn" in parent or "attention" in parent else MLP_ROLES
-    return table.get(leaf)
 
 
 def _input_of(name: str, layer: SparseLinear, single: tuple[str, ...]) -> Hashable:
@@ -79,7 +73,7 @@ def _input_of(name: str, layer: SparseLinear, single: tuple[str, ...]) -> Hashab
     if leaf.isdigit():  # an expert of a 3-D parameter, or of a list: it reads tokens of its own
         parent, _, leaf = parent.rpartition(".")
         return (parent, int(name.rpartition(".")[2]), leaf if MLP_ROLES.get(leaf) in COLUMN_ROLES else None)
-    if _role(name) in COLUMN_ROLES:
+    if role_of(name) in COLUMN_ROLES:
         return name
     block = next((prefix for prefix in single if name.startswith(prefix)), parent)
     return (block, layer.in_features)
@@ -103,12 +97,12 @@ def _kept_by_maker(model: nn.Module, name: str) -> bool:
     if config is None:
         return False
     config = config.get_text_config()
-    if _role(name) == "o":
+    if role_of(name) == "o":
         return str(getattr(config, "_attn_implementation", "")).startswith(SAVES_RESULT)
-    if _role(name) == "down":
+    if role_of(name) == "down":
         parent = name.rpartition(".")[0]
         siblings = (f"{parent}.{child}" for child, _ in model.get_submodule(parent).named_children())
-        gated = any(_role(sibling) in ("gate", ("gate", "up")) for sibling in siblings)
+        gated = any(role_of(sibling) in ("gate", ("gate", "up")) for sibling in siblings)
         fields = ("hidden_act", "hidden_activation", "activation_function")
         activation = next((value for field in fields if (value := getattr(config, field, None))), None)
         return not gated and activation in SAVING_ACTIVATIONS

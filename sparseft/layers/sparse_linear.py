@@ -2,95 +2,26 @@
 
 The weight's selected entries always hold *base + delta*, rounded once from fp32, so that the forward pass is the frozen
 model's single product. The backward pass computes the dense input gradient, and the weight gradient on the patterns
-only (partial back-propagation, S2FT §3.3). A write-back after each optimizer step (torch's global step hook) keeps
-weight and deltas together.
+only (partial back-propagation, S2FT §3.3; `layers/product.py`). A write-back after each optimizer step
+(`layers/write_back.py`) keeps weight and deltas together.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparseft.distributed.zero3 import full_shape, gathered, is_sharded
-from sparseft.kernels import dispatch, reference
+from sparseft.kernels import reference
 from sparseft.layers.pattern import Pattern, as_index, version_of
-from sparseft.layers.reordering import arrange_entries, fits_order, inverse
-from sparseft.layers.saved_slices import flat, slice_of
+from sparseft.layers.permutation import can_train, inverse, permute_entries, permuted
+from sparseft.layers.product import Plan, SparseProduct, dense_product
 from sparseft.layers.unmerged import add_deltas
-
-_LIVE: weakref.WeakSet[SparseLinear] = weakref.WeakSet()  # every sparse layer there is
-
-
-class _SparseProduct(torch.autograd.Function):
-    """y = x Wᵀ + b with the weight gradient on the patterns only.
-
-    The deltas enter for their gradients' sake: their values are already in the weight.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, transposed, size, rows, rows_delta, columns, columns_delta, blocks, needed,
-                position, blocks_delta, slices):  # fmt: skip
-        y = _product(x, weight, bias, transposed)
-        ctx.bias_dtype = bias.dtype if bias is not None else None
-        # Rows and columns are indices, or (start, length) where they are consecutive in the stored weight.
-        ctx.run, rows_index = (rows, None) if isinstance(rows, tuple) else (None, rows)
-        saved = [weight, rows_index, blocks, position]
-        # Rows need all of x, which is shared with the layer's siblings; the others only a slice, in its own storage.
-        whole = rows is not None or (blocks is not None and needed is None)
-        saved.append(x if whole else None)
-        if isinstance(columns, tuple):
-            own = {"copy": True, "memory_format": torch.contiguous_format}  # a view would keep all of x alive
-            saved.append(reference.select(x, -1, columns).to(y.dtype, **own))
-        else:
-            saved.append(x.index_select(-1, columns).to(y.dtype) if columns is not None else None)
-        if blocks is not None and not whole:
-            take = slice_of if slices is None else slices.take
-            saved.append(take(x, needed, size, y.dtype))
-        else:
-            saved.append(None)
-        ctx.save_for_backward(*saved)
-        ctx.transposed, ctx.size = transposed, size
-        return y
-
-    @staticmethod
-    @once_differentiable  # a slice's own history is not kept, so a second derivative would be wrong without a word
-    def backward(ctx, grad_output):
-        weight, rows, blocks, position, x, x_columns, x_blocks = ctx.saved_tensors
-        rows = rows if ctx.run is None else ctx.run
-        grad_x = bias_grad = rows_grad = columns_grad = blocks_grad = None
-        if ctx.needs_input_grad[0]:
-            w = weight.to(grad_output.dtype)
-            grad_x = grad_output @ (w.t() if ctx.transposed else w)
-        grad = flat(grad_output)
-        if ctx.needs_input_grad[2]:  # frozen unless the caller thawed it
-            bias_grad = grad.sum(0).to(ctx.bias_dtype)
-        if x is not None:
-            x = flat(x).to(grad.dtype)
-        if rows is not None:
-            rows_grad = dispatch.rows_gradient(grad, x, rows)
-        if x_columns is not None:
-            columns_grad = dispatch.columns_gradient(grad, flat(x_columns).to(grad.dtype))
-        if blocks is not None:
-            x_side, at = (x, blocks[:, 1]) if x_blocks is None else (x_blocks.to(grad.dtype), position)
-            blocks_grad = dispatch.blocks_gradient(grad, x_side, blocks[:, 0], at, ctx.size)
-        found = (grad_x, None, bias_grad, None, None, None, rows_grad, None, columns_grad)
-        return *found, None, None, None, blocks_grad, None
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    if not transposed:
-        return F.linear(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])  # as Conv1D computes it, so that a fresh attach changes no bit
-    y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-    return y.view(*x.shape[:-1], weight.shape[1])
+from sparseft.layers.write_back import enrol
+from sparseft.models.decoder import is_transposed, logical_weight
 
 
 class SparseLinear(nn.Module):
@@ -100,17 +31,17 @@ class SparseLinear(nn.Module):
     `<module>.rows.delta` and so on, as in adapter files. Without a pattern it is a frozen linear layer.
     `transposed` layers keep their weight as (in, out), as Conv1D does; indices always mean the logical (out, in).
 
-    Weight and bias may be stored in another order of rows and columns (`layers/reordering.py`): `row_order` (out,) and
-    `column_order` (in,) say which original one each stored one is, null that none was moved. Indices and state dicts
-    are in the original order always.
+    Weight and bias may be stored with rows and columns permuted (`layers/permutation.py`): `row_permutation` (out,)
+    and `column_permutation` (in,) say which original one each stored one is, None that none was moved. Indices and
+    state dicts are in the original order always.
     """
 
     sparseft_linear = True
     weight: nn.Parameter
-    row_order: Tensor | None
-    column_order: Tensor | None
-    keeps_input: bool | None = None  # whether blocks save x itself, not a slice; null: decided for this layer alone
-    writes_weight = True  # false: the weight keeps the base and the deltas are added to the product (unmerged.py)
+    row_permutation: Tensor | None
+    column_permutation: Tensor | None
+    keeps_input: bool | None = None  # whether blocks save x itself, not a slice; None: decided for this layer alone
+    merged = True  # whether the weight holds base + delta; else the base, and the forward adds the deltas' product
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
                  *, transposed: bool = False) -> None:  # fmt: skip
@@ -123,17 +54,20 @@ class SparseLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self._original: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
-        self._original_order()
         self.reset_parameters()
-        self._join()
+        self._set_up()
 
-    def _join(self) -> None:
-        _LIVE.add(self)
+    def _set_up(self) -> None:
+        """What every layer needs, however it was made. The permutations' buffers move with the layer; checkpoints, in
+        the original order, do not hold them."""
+        self.register_buffer("row_permutation", None, persistent=False)
+        self.register_buffer("column_permutation", None, persistent=False)
         self.register_load_state_dict_post_hook(_after_load)
+        enrol(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _LIVE.add(self)  # copies made by deepcopy and pickle take part in the write-back too
+        enrol(self)  # copies made by deepcopy and pickle take part in the write-back too
 
     def reset_parameters(self) -> None:
         """As `nn.Linear` initialises itself; only of use where the layer stands alone."""
@@ -150,28 +84,19 @@ class SparseLinear(nn.Module):
         """A layer around the very parameters of an `nn.Linear` or `Conv1D`, with no pattern yet."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.transposed = type(linear).__name__ == "Conv1D"
+        layer.transposed = is_transposed(linear)
         rows, columns = full_shape(linear.weight)
         layer.in_features, layer.out_features = (rows, columns) if layer.transposed else (columns, rows)
         layer.weight = linear.weight
         layer.register_parameter("bias", linear.bias)
-        layer.writes_weight = not is_sharded(layer.weight)  # base + delta has no place to stay in a shard
+        layer.merged = not is_sharded(layer.weight)  # base + delta has no place to stay in a shard
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
         layer._original = (linear,)
-        layer._original_order()
         layer.train(linear.training)
-        layer._join()
+        layer._set_up()
         return layer
-
-    @staticmethod
-    def weight_of(linear: nn.Module) -> Tensor:
-        """The logical weight (out, in) of a plain or sparse linear: a view, without gradient."""
-        if isinstance(linear, SparseLinear):
-            return linear.logical_weight
-        weight = linear.weight.detach()
-        return weight.t() if type(linear).__name__ == "Conv1D" else weight
 
     @property
     def original(self) -> nn.Module | None:
@@ -181,13 +106,12 @@ class SparseLinear(nn.Module):
     @property
     def logical_weight(self) -> Tensor:
         """The weight as (out, in), in the order in which it is stored: a view, without gradient."""
-        weight = self.weight.detach()
-        return weight.t() if self.transposed else weight
+        return logical_weight(self)
 
     @property
-    def reordered(self) -> bool:
+    def is_permuted(self) -> bool:
         """Whether the weight is stored in another order than the checkpoint's."""
-        return self.row_order is not None or self.column_order is not None
+        return self.row_permutation is not None or self.column_permutation is not None
 
     @property
     def patterns(self) -> dict[str, Pattern]:
@@ -225,7 +149,7 @@ class SparseLinear(nn.Module):
         self.restore_base()  # what another pattern has learnt is no part of this one's base
         try:
             with gathered([self.weight]):
-                pattern = Pattern(kind, as_index(kind, index), self.logical_weight, block_size, self.place_of(kind))
+                pattern = Pattern(kind, as_index(kind, index), self.logical_weight, block_size, self.inverse_of(kind))
             self.add_module(kind, pattern)
         finally:
             self.write_back()
@@ -234,47 +158,47 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def install(self, patterns: dict[str, Pattern]) -> dict[str, Pattern]:
         """Puts the base back, takes `patterns` instead of the present ones, writes them, and returns the old."""
-        places = {kind: self.place_of(kind) for kind in patterns}
+        inverses = {kind: self.inverse_of(kind) for kind in patterns}
         self.restore_base()
         old = self.patterns
         for kind in old:
             del self._modules[kind]
         with gathered([self.weight] if patterns else []):
             for kind, pattern in patterns.items():
-                pattern.put(places[kind])
+                pattern.permute(inverses[kind])
                 pattern.take_base(self.logical_weight)
                 self.add_module(kind, pattern)
-        self.write_parked()
+        self.write_inactive()
         self.write_back()
         return old
 
     @torch.no_grad()
     def restore_base(self) -> None:
         """Writes the base's own values, bit for bit; the deltas stay as they are."""
-        if self.weight.is_meta or not self.writes_weight:
+        if self.weight.is_meta or not self.merged:
             return
         weight = self.logical_weight
         for pattern in self.patterns.values():
             reference.scatter_(weight, pattern.kind, pattern.at, pattern.base_values, pattern.block_size)
-            if pattern.parked is not None:
-                at, base = pattern.stored(pattern.parked.index), pattern.parked.base.to(weight.device)
+            if pattern.inactive is not None:
+                at, base = pattern.stored(pattern.inactive.index), pattern.inactive.base.to(weight.device)
                 reference.scatter_(weight, pattern.kind, at, base, pattern.block_size)
 
     @torch.no_grad()
-    def write_parked(self) -> None:
-        """Writes base + delta of the parked entries: needed only where the weight held the base."""
+    def write_inactive(self) -> None:
+        """Writes base + delta of the inactive entries: needed only where the weight held the base."""
         weight = self.logical_weight
         for pattern in self.patterns.values():
-            if pattern.parked is not None and not weight.is_meta:
-                values = (pattern.parked.base + pattern.parked.delta).to(weight)
-                at = pattern.stored(pattern.parked.index)
+            if pattern.inactive is not None and not weight.is_meta:
+                values = (pattern.inactive.base + pattern.inactive.delta).to(weight)
+                at = pattern.stored(pattern.inactive.index)
                 reference.scatter_(weight, pattern.kind, at, values, pattern.block_size)
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Writes base + delta into the weight, rounded once from fp32."""
         patterns = list(self.patterns.values())
-        if not patterns or self.weight.is_meta or not self.writes_weight:
+        if not patterns or self.weight.is_meta or not self.merged:
             return
         weight = self.logical_weight
         if len(patterns) == 1:
@@ -294,55 +218,53 @@ class SparseLinear(nn.Module):
         for pattern in patterns:
             pattern.written_version = version_of(pattern.delta)
 
-    def _write_if_stale(self) -> None:
+    def write_if_stale(self) -> None:
+        """`write_back` where a delta was changed by other means than an optimizer's step."""
         if any(pattern.stale for pattern in self.patterns.values()):
             self.write_back()
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
         if not torch.compiler.is_compiling():
-            self._write_if_stale()  # deltas changed by other means than an optimizer's step
+            self.write_if_stale()
         trains = torch.is_grad_enabled() and any(p.delta.requires_grad for p in self.patterns.values())
-        y = self._product_that_trains(x) if trains else _product(x, self.weight, self.bias, self.transposed)
-        return y if self.writes_weight else add_deltas(y, x, self.patterns.values())
+        y = self._product_that_trains(x) if trains else dense_product(x, self.weight, self.bias, self.transposed)
+        return y if self.merged else add_deltas(y, x, self.patterns.values())
 
     def _product_that_trains(self, x: Tensor) -> Tensor:
         rows, columns, blocks = (self._modules.get(kind) for kind in reference.KINDS)
         needed = blocks.columns_needed(self.in_features, self.keeps_input) if blocks is not None else None
-        return _SparseProduct.apply(
-            x,
-            self.weight,
-            self.bias,
+        plan = Plan(
             self.transposed,
-            blocks.block_size if blocks is not None else None,
             rows.at if rows is not None else None,
-            rows.delta if rows is not None else None,
             columns.at if columns is not None else None,
-            columns.delta if columns is not None else None,
             blocks.index if blocks is not None else None,
+            blocks.block_size if blocks is not None else None,
             needed[0] if needed is not None else None,
             needed[1] if needed is not None else None,
-            blocks.delta if blocks is not None else None,
             blocks.slices if blocks is not None else None,
         )
+        rows_delta, columns_delta, blocks_delta = (
+            pattern.delta if pattern is not None else None for pattern in (rows, columns, blocks)
+        )
+        return SparseProduct.apply(x, self.weight, self.bias, rows_delta, columns_delta, blocks_delta, plan)
 
     def _apply(self, fn, recurse: bool = True):
         dtype = self.weight.dtype
         super()._apply(fn, recurse)
         if self.weight.dtype != dtype:
-            self.write_parked()
+            self.write_inactive()
             self.write_back()  # base and delta were cast apart: their sum is rounded once again from fp32
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        self._write_if_stale()
+        self.write_if_stale()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.reordered:
-            arrange_entries(self, destination, prefix, stored=False)
+        self._permute_entries(destination, prefix, inverse(self.row_permutation), inverse(self.column_permutation))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if self.reordered:
+        if self.is_permuted:
             state_dict = dict(state_dict)  # the caller's own stays as it is
-            arrange_entries(self, state_dict, prefix, stored=True)
+            self._permute_entries(state_dict, prefix, self.row_permutation, self.column_permutation)
         super()._load_from_state_dict(state_dict, prefix, *args)
         plain = prefix + "weight" in state_dict and not any(
             f"{prefix}{kind}.delta" in state_dict for kind in self.patterns
@@ -350,25 +272,72 @@ class SparseLinear(nn.Module):
         if plain:
             self._take_new_base()
 
-    def place_of(self, kind: str) -> Tensor | None:
-        """Where each original row (column) is stored, or null where none was moved.
+    def _permute_entries(
+        self, entries: dict[str, Any], prefix: str, rows: Tensor | None, columns: Tensor | None
+    ) -> None:
+        own = {prefix + "weight": self.weight, prefix + "bias": self.bias}
+        permute_entries(entries, own, rows, columns, transposed=self.transposed)
+
+    # -- another order ------------------------------------------------------------------------------------------------
+
+    def inverse_of(self, kind: str) -> Tensor | None:
+        """Where each original row (column) is stored, or None where none was moved.
 
         ValueError where the other side was moved: a pattern's values keep the original order along that one.
         """
-        if not fits_order(kind, self.row_order, self.column_order):
-            raise ValueError(f"{kind} need the weight's other side in its original order: reorder(layer) first")
-        return inverse({"rows": self.row_order, "columns": self.column_order}.get(kind))
+        if not can_train(kind, self.row_permutation, self.column_permutation):
+            raise ValueError(f"{kind} need the weight's other side in its original order: layer.permute() first")
+        return inverse({"rows": self.row_permutation, "columns": self.column_permutation}.get(kind))
 
-    def _original_order(self) -> None:
-        """No order yet. The buffers move with the layer; checkpoints, in the original order, do not hold them."""
-        self.register_buffer("row_order", None, persistent=False)
-        self.register_buffer("column_order", None, persistent=False)
+    @torch.no_grad()
+    def permute(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        """Stores the original's row `rows[i]` (and bias entry) as row i, and its column `columns[j]` as column j.
+
+        `rows` (out,) and `columns` (in,) are permutations; None is the original order. What the weight holds and the
+        deltas stay as they are, bit for bit. Raises ValueError where one is no permutation of the layer's features,
+        or a pattern of the layer needs its other side in place (`permutation.can_train`).
+        """
+        for given, length in ((rows, self.out_features), (columns, self.in_features)):
+            if given is not None and not torch.equal(given.sort().values.cpu(), torch.arange(length)):
+                raise ValueError(f"expected a permutation of 0 … {length - 1}")
+        for kind in self.patterns:
+            if not can_train(kind, rows, columns):
+                raise ValueError(f"a layer that trains {kind} keeps the order of its other side")
+        device = self.weight.device
+        rows, columns = (given.to(device) if given is not None else None for given in (rows, columns))
+        if not self.weight.is_meta:
+            old = inverse(self.row_permutation), inverse(self.column_permutation)
+            for tensor in (self.weight, self.bias):
+                if tensor is not None:
+                    with gathered([tensor], changed=True):
+                        original = permuted(tensor.detach(), *old, transposed=self.transposed)
+                        tensor.detach().copy_(permuted(original, rows, columns, transposed=self.transposed))
+        self.row_permutation, self.column_permutation = rows, columns
+        for kind, pattern in self.patterns.items():
+            pattern.permute(self.inverse_of(kind))
+
+    # -- merged or not ------------------------------------------------------------------------------------------------
+
+    def unmerge(self) -> None:
+        """From now on the weight holds the base, and the deltas are added to the product (`layers/unmerged.py`).
+
+        ValueError for a layer with inactive entries (re-selection): what these have learnt is in the weight only.
+        """
+        if any(pattern.inactive is not None for pattern in self.patterns.values()):
+            raise ValueError("inactive entries need a weight that can be written")
+        self.restore_base()
+        self.merged = False
+
+    def merge(self) -> None:
+        """The weight holds base + delta again."""
+        self.merged = True
+        self.write_back()
 
     @torch.no_grad()
     def _take_new_base(self) -> None:
         """The weight as it is now (a plain checkpoint's, say) is the base: the deltas start anew."""
         for pattern in self.patterns.values():
-            pattern.parked = None
+            pattern.inactive = None
             pattern.take_base(self.logical_weight)
             pattern.delta.zero_()
             pattern.written_version = version_of(pattern.delta)
@@ -378,23 +347,6 @@ class SparseLinear(nn.Module):
         return text + (", transposed=True" if self.transposed else "")
 
 
-def write_back(layers: Iterable[SparseLinear]) -> None:
-    """Writes every layer's base + delta into its weight."""
-    for layer in layers:
-        layer.write_back()
-
-
 def _after_load(layer: SparseLinear, keys: Any) -> None:
     """Writes deltas that a state dict brought without their weight: a compiled forward does not look for them."""
-    layer._write_if_stale()
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """torch's global step hook: writes the layers whose deltas this optimizer holds."""
-    if not _LIVE or getattr(optimizer, "writes_weights", False):  # SparseAdamW has written them itself
-        return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    write_back(layer for layer in list(_LIVE) if any(id(pattern.delta) in held for pattern in layer.patterns.values()))
-
-
-register_optimizer_step_post_hook(_after_step)
+    layer.write_if_stale()

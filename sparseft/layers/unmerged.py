@@ -1,45 +1,21 @@
-"""The `delta` compute path, for weights that cannot be written: y = x W₀ᵀ + b + the deltas' own sparse product.
+"""The unmerged forward, for weights that cannot be written: y = x W₀ᵀ + b + the deltas' own sparse product.
 
 Under ZeRO-3 a process holds a shard of each weight and borrows the rest for the time of a product, so base + delta has
 no place to stay. The weight then keeps the base, and what the deltas make of x is added to y. The deltas' gradients are
-those of the other path; here is what that one has for free: the sparse product, and its part of the input gradient.
+those of the merged forward; here is what that one has for free: the sparse product, and its part of the input gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparseft.kernels import reference
-from sparseft.layers.saved_slices import flat
-
-if TYPE_CHECKING:
-    from sparseft.layers.pattern import Pattern
-    from sparseft.layers.sparse_linear import SparseLinear
-
-
-def use_delta_path(layers: Iterable[SparseLinear]) -> None:
-    """From now on the layers' weights hold the base, and their deltas are added to their products.
-
-    ValueError for a layer with parked entries (re-selection): what these have learnt is in the weight only.
-    """
-    layers = list(layers)
-    if any(pattern.parked is not None for layer in layers for pattern in layer.patterns.values()):
-        raise ValueError("parked entries need a weight that can be written")
-    for layer in layers:
-        layer.restore_base()
-        layer.writes_weight = False
-
-
-def use_written_weights(layers: Iterable[SparseLinear]) -> None:
-    """Back to the other path: the weights hold base + delta again."""
-    for layer in layers:
-        layer.writes_weight = True
-        layer.write_back()
+from sparseft.layers.pattern import Pattern
+from sparseft.layers.product import flat
 
 
 def add_deltas(y: Tensor, x: Tensor, patterns: Iterable[Pattern]) -> Tensor:

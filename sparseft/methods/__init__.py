@@ -6,42 +6,38 @@ Importing this package or a method's module does not import torch, so that confi
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import Any
 
 from sparseft.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from sparseft.methods.base import Method
+from sparseft.methods.base import MethodConfig
 
 METHODS: dict[str, str] = {
-    "s2ft": "sparseft.methods.s2ft:S2FT",
-    "sylva": "sparseft.methods.sylva:Sylva",
-    "lora": "sparseft.methods.lora:Lora",
-    "dora": "sparseft.methods.lora:Dora",
-    "full": "sparseft.methods.full:Full",
+    "s2ft": "sparseft.methods.s2ft:S2FTConfig",
+    "sylva": "sparseft.methods.sylva:SylvaConfig",
+    "paca": "sparseft.methods.paca:PacaConfig",
+    "lora": "sparseft.methods.lora:LoraConfig",
+    "dora": "sparseft.methods.lora:DoraConfig",
+    "full": "sparseft.methods.full:FullConfig",
 }
 
 
-def get_method(name: str) -> Method:
-    """The method of that name; an unknown one is a `UserError` with the nearest."""
+def get_method(name: str) -> type[MethodConfig]:
+    """The method of that name, the class of its settings; an unknown one is a `UserError` with the nearest."""
     if name not in METHODS:
         raise UserError(f"Unknown method '{name}'.{nearest(name, METHODS)}")
     module, _, attribute = METHODS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)()
+    return getattr(importlib.import_module(module), attribute)
 
 
-def config_class(name: str) -> type:
-    """The config dataclass of a method, for composing and checking `conf/method/<name>.yaml`."""
-    return get_method(name).config_class
+def sparse_methods() -> str:
+    """The methods that train a selection, for messages: "s2ft or sylva"."""
+    return " or ".join(name for name in METHODS if get_method(name).sparse)
 
 
-def method_of(config: object) -> Method:
-    """The method that a config object configures (the most specific one: DoRA is LoRA with `use_dora`)."""
-    for name in METHODS:
-        method = get_method(name)
-        if type(config) is method.config_class and method.accepts(config):
-            return method
-    raise TypeError(
-        f"expected a method's config ({', '.join(config_class(name).__name__ for name in METHODS)}), "
-        f"got {type(config).__name__}"
-    )
+def checked(config: Any) -> MethodConfig:
+    """A method's settings, validated; anything else is a `TypeError`."""
+    if not isinstance(config, MethodConfig):
+        known = ", ".join(entry.partition(":")[2] for entry in METHODS.values())
+        raise TypeError(f"expected a method's config ({known}), got {type(config).__name__}")
+    config.validate()
+    return config

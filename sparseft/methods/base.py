@@ -1,70 +1,114 @@
-"""What every method offers, and what the two sparse ones share. No torch at import."""
+"""A method is the class of its settings: what each offers, and what the sparse ones share. No torch at import."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from sparseft.errors import UserError, nearest
+from sparseft.config import SPARSITY
+from sparseft.rules import Rule, check_fields
 
 if TYPE_CHECKING:
+    from typing import Self
+
+    import torch
     from torch import nn
 
     from sparseft.models.spec import ModelSpec
     from sparseft.selection.budget import Budget
     from sparseft.selection.selection import Selection
 
-IMPORTANCES = ("random", "weight", "activation", "product", "gradient", "fisher", "sylva")
+Importance = Literal["random", "weight", "activation", "product", "gradient", "fisher", "sylva"]
+IMPORTANCES = get_args(Importance)
 IMPORTANCES_WITHOUT_DATA = ("random", "weight")
-ORDERS = ("largest", "smallest", "sampled")
-ALLOCATIONS = ("per_layer", "global")
 DEFAULT_SPARSITY = 0.984
-TOLERANCE = 0.1  # of the trainable weights that a sparsity asks for: what comes of it may be off by as much
+
+SHARED = ("sparsity", "scope", "seed")  # settings that also stand at the top level of a run
+
+SAMPLES = Rule(
+    lambda count: (isinstance(count, int) and count >= 1) or 0.0 < count < 1.0,
+    "a whole number of calibration examples, at least 1, or a share of the training data below 1 (0.01; null is that "
+    "too)",
+)
+EVERY = Rule(lambda steps: steps >= 0, "0 (never) or a number of steps")
 
 
-def check_choice(field: str, value: object, choices: tuple[Any, ...]) -> None:
-    """Refuses a value outside `choices`, naming the nearest."""
-    if value not in choices:
-        raise UserError(f"{field}={value}: expected one of {', '.join(map(str, choices))}.{nearest(value, choices)}")
-
-
-def check_share(field: str, value: float | None) -> None:
-    """Refuses a share outside (0, 1); null passes."""
-    if value is not None and not 0.0 < value < 1.0:
-        raise UserError(f"{field}={value}: expected a share between 0 and 1, both excluded (0.984 freezes 98.4 %).")
+def called(field: str) -> str:
+    """What a user calls a method's setting."""
+    return field if field in SHARED else f"method.{field}"
 
 
 @dataclass
-class SparseConfig:
-    """What all sparse methods choose by."""
+class MethodConfig:
+    """One way of fine-tuning: its settings (the fields; `conf/method/` says what each means) and how it trains a model.
 
-    sparsity: float | None = None  # share of the linear weights in scope that stays frozen
-    scope: str | None = None  # substring of module names; null: every linear of the decoder layers
-    importance: str = "random"  # random | weight | activation | product | gradient | fisher | sylva
-    order: str = "largest"  # largest | smallest | sampled (in proportion to the score)
-    allocation: str = "per_layer"  # per_layer | global
-    num_samples: int | float | None = 128  # calibration examples; below 1: a share of the data; null: 1 % of it
-    reselect_steps: int = 0  # optimizer steps between selections; 0: never
-    seed: int = 0
+    Below are the answers of a method that has nothing special to say; shared code asks for nothing else.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[str]  # of its adapters: sparse | peft | full
+    learning_rate: ClassVar[float]  # used where trainer.learning_rate is null
+    sparse: ClassVar[bool] = False  # whether it trains deltas on a selection (`SparseConfig`)
+    trains_all: ClassVar[bool] = False  # whether it trains every weight
+    once_default: ClassVar[dict[str, Any]] = {}  # what settings that are null today were in runs of earlier versions
+
+    # Settings that not every method has, as those without them behave.
+    scope = None
+    wanted_sparsity = None  # the sparsity that sets the size: as given or the default; None where something else does
+    block_size = None
+    reselect_steps = 0
 
     def validate(self) -> None:
         """Raises `UserError` on a value outside its range, naming the field."""
-        check_share("sparsity", self.sparsity)
-        check_choice("method.importance", self.importance, IMPORTANCES)
-        check_choice("method.order", self.order, ORDERS)
-        check_choice("method.allocation", self.allocation, ALLOCATIONS)
-        count = self.num_samples
-        if count is not None and not (isinstance(count, int) and count >= 1) and not 0.0 < count < 1.0:
-            raise UserError(
-                f"method.num_samples={count}: expected a whole number of calibration examples, at least 1, or a share "
-                "of the training data below 1 (0.01; null is that too)."
-            )
-        if self.reselect_steps < 0:
-            raise UserError(f"method.reselect_steps={self.reselect_steps}: expected 0 (never) or a number of steps.")
+        check_fields(self, called)
+
+    def settled(self, spec: ModelSpec) -> Self:
+        """The settings with what they leave to the model filled in; refuses what the model cannot meet."""
+        return self
+
+    def convert(self, model: nn.Module, selection: Selection | None, spec: ModelSpec | None) -> nn.Module:
+        """Makes `model` trainable, in place where it can, and returns it.
+
+        selection, spec: None for methods without a selection; of those, LoRA's kind gets a spec.
+        """
+        raise NotImplementedError
+
+    def frozen_experts(self, spec: ModelSpec) -> list[str]:
+        """The 3-D parameters of experts that stay as they are."""
+        return spec.frozen_experts(self.sparse)
+
+    def granularity(self, selection: Selection | None) -> str | None:
+        """In what units it trains, so that a sparsity may be met only nearly: "blocks of 64"; None: the whole model."""
+        return None
+
+    def widens(self, dtype: torch.dtype) -> bool:
+        """Whether training keeps wider weights than a model of `dtype` has."""
+        return False
+
+    def for_benchmark(self) -> Self:
+        """The settings for measuring steps: the same work, without dropout and without data."""
+        return self
+
+
+@dataclass
+class SparseConfig(MethodConfig):
+    """Methods that train deltas on a chosen pattern: what they choose by. They differ in the budget only."""
+
+    kind = "sparse"
+    sparse = True
+    by_role: ClassVar[bool] = False  # whether its units are those of the roles of `ModelSpec`: heads and channels
+
+    sparsity: Annotated[float, SPARSITY] | None = None
+    scope: str | None = None
+    importance: Importance = "random"
+    order: Literal["largest", "smallest", "sampled"] = "largest"
+    allocation: Literal["per_layer", "global"] = "per_layer"
+    num_samples: Annotated[int | float, SAMPLES] | None = 128
+    reselect_steps: Annotated[int, EVERY] = 0
+    seed: int = 0
 
     @property
     def wanted_sparsity(self) -> float | None:
-        """The sparsity that sets the budget: as given or the default; null where something else sets it."""
         return self.sparsity if self.sparsity is not None else DEFAULT_SPARSITY
 
     @property
@@ -72,43 +116,26 @@ class SparseConfig:
         """Whether choosing needs calibration batches."""
         return self.importance not in IMPORTANCES_WITHOUT_DATA
 
+    def budget(self, spec: ModelSpec) -> Budget:
+        """What may be chosen and how much of it."""
+        raise NotImplementedError
 
-class Method:
-    """One way of fine-tuning: its config, what it trains, and how it converts a model."""
+    def statistics(self) -> dict[str, Any]:
+        """Settings of importance sylva's statistics (`importance.kfac.FactorSettings`) that are not its defaults."""
+        return {}
 
-    name: ClassVar[str]
-    config_class: ClassVar[type]
-    kind: ClassVar[str]  # sparse: deltas of SparseLinear layers | peft: a wrapper of peft's | whole: every weight
-    learning_rate: ClassVar[float]  # used where trainer.learning_rate is null
+    def with_block_size(self, size: int | None) -> Self:
+        """The settings with the block size of a selection that the caller has made."""
+        return self
 
-    @property
-    def sparse(self) -> bool:
-        """Whether the method trains deltas on a selection."""
-        return self.kind == "sparse"
+    def layout_plan(self, model: nn.Module, selection: Selection, spec: ModelSpec) -> Any:
+        """The orders in which an attached model is to store what trains (`permuted_layout.Plan`); None: as it is."""
+        return None
 
-    def accepts(self, config: Any) -> bool:
-        """Whether a config of `config_class` means this method."""
-        return True
-
-    def settled(self, spec: ModelSpec, config: Any) -> Any:
-        """The config with what it leaves to the model filled in; refuses what the model cannot meet."""
-        return config
-
-    def budget(self, spec: ModelSpec, config: Any) -> Budget:
-        """What may be chosen and how much of it (sparse methods only)."""
-        raise TypeError(f"{self.name} selects nothing")
-
-    def convert(self, model: nn.Module, config: Any, selection: Selection | None) -> nn.Module:
-        """Makes `model` trainable by this method, in place where it can, and returns it."""
-        raise TypeError(f"{self.name} does not convert models")
-
-
-class SparseMethod(Method):
-    """Methods that train deltas on a chosen pattern: they differ in the budget only."""
-
-    kind = "sparse"
-
-    def convert(self, model: nn.Module, config: Any, selection: Selection | None) -> nn.Module:
+    def convert(self, model: nn.Module, selection: Selection | None, spec: ModelSpec | None) -> nn.Module:
         from sparseft.layers import convert
 
-        return convert(model, selection)
+        return convert(model, selection.modules, selection.block_size)
+
+    def for_benchmark(self) -> Self:
+        return replace(self, importance="random") if self.needs_data else self  # which units train takes the same time

@@ -22,7 +22,7 @@ WEIGHT = ".weight"
 def exact_targets(dropout: float | None = None) -> Iterator[None]:
     """Inside, peft puts LoRA on what a config names and on nothing else; linears named by their weights are modules.
 
-    dropout: theirs, in place of the 0 that peft asks for where weights are named; null: as the config has it.
+    dropout: theirs, in place of the 0 that peft asks for where weights are named; None: as the config has it.
     """
 
     def named(config: Any, model: nn.Module, conversions: Any) -> None:
@@ -56,7 +56,7 @@ def as_written(content: dict[str, Any]) -> contextlib.AbstractContextManager[Non
 
 
 def others(model: nn.Module, targets: Iterable[str]) -> list[str] | None:
-    """The modules that are not meant but end in a target's name; null: none."""
+    """The modules that are not meant but end in a target's name; None: none."""
     targets = set(targets)
     endings = tuple(f".{target}" for target in targets)
     return [name for name, _ in model.named_modules() if name.endswith(endings) and name not in targets] or None

@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-from sparseft.methods.base import Method, check_choice
+from sparseft.methods.base import MethodConfig
 
 if TYPE_CHECKING:
+    from typing import Self
+
+    import torch
     from torch import nn
 
+    from sparseft.models.spec import ModelSpec
     from sparseft.selection.selection import Selection
 
 
 @dataclass
-class FullConfig:
+class FullConfig(MethodConfig):
     """AdamW on bf16 weights loses updates smaller than half a unit in the last place, so they are fp32 by default."""
 
-    dtype: str = "float32"  # of the weights while training: float32 | model (as loaded)
-
-    def validate(self) -> None:
-        """Raises `UserError` on an unknown dtype."""
-        check_choice("method.dtype", self.dtype, ("float32", "model"))
-
-
-class Full(Method):
     name = "full"
-    kind = "whole"
-    config_class = FullConfig
+    kind = "full"
     learning_rate = 2e-5
+    trains_all = True
 
-    def convert(self, model: nn.Module, config: Any, selection: Selection | None) -> nn.Module:
-        if config.dtype == "float32":
+    dtype: Literal["float32", "model"] = "float32"
+
+    def convert(self, model: nn.Module, selection: Selection | None, spec: ModelSpec | None) -> nn.Module:
+        if self.dtype == "float32":
             import torch
 
             from sparseft.distributed.zero3 import cast
 
             cast(model, torch.float32)
         return model.requires_grad_(True)
+
+    def frozen_experts(self, spec: ModelSpec) -> list[str]:
+        return []
+
+    def widens(self, dtype: torch.dtype) -> bool:
+        return self.dtype == "float32" and dtype.itemsize == 2
+
+    def for_benchmark(self) -> Self:
+        return replace(self, dtype="model")

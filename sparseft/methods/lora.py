@@ -2,57 +2,93 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
 
+from sparseft.config import SPARSITY
 from sparseft.errors import UserError, nearest
-from sparseft.methods.base import DEFAULT_SPARSITY, Method, check_share
+from sparseft.methods.base import DEFAULT_SPARSITY, MethodConfig
+from sparseft.rules import ABOVE_0, Rule
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from torch import nn
 
     from sparseft.models.spec import ModelSpec
     from sparseft.selection.selection import Selection
 
+RANK = Rule(lambda rank: rank >= 1, "at least 1, or null to take it from sparsity")
+PROBABILITY = Rule(lambda value: 0.0 <= value < 1.0, "a probability from 0 to below 1")
+
 
 @dataclass
-class LoraConfig:
+class LoraConfig(MethodConfig):
     """`rank`, or the rank whose parameters are nearest to the share (1 − sparsity) of the weights in scope."""
 
-    sparsity: float | None = None
-    scope: str | None = None  # substring of module names; null: every linear of the decoder layers
-    rank: int | None = None  # null: from sparsity
-    alpha: float | None = None  # null: 2 × rank
-    dropout: float = 0.05
-    targets: list[str] | None = None  # last parts of module names (q_proj, …); null: all linears in scope
+    name = "lora"
+    kind = "peft"
+    learning_rate = 2e-4
+
+    sparsity: Annotated[float, SPARSITY] | None = None
+    scope: str | None = None
+    rank: Annotated[int, RANK] | None = None
+    alpha: Annotated[float, ABOVE_0] | None = None
+    dropout: Annotated[float, PROBABILITY] = 0.05
+    targets: list[str] | None = None
     use_dora: bool = False
     seed: int = 0
 
     @property
     def wanted_sparsity(self) -> float | None:
-        """The sparsity that sets the rank: as given or the default; null where the rank is given."""
         if self.rank is not None:
             return None
         return self.sparsity if self.sparsity is not None else DEFAULT_SPARSITY
 
     def validate(self) -> None:
-        """Raises `UserError` on a value outside its range, naming the field."""
-        check_share("sparsity", self.sparsity)
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"method.rank={self.rank}: expected at least 1, or null to take it from sparsity.")
+        super().validate()
         if self.rank is not None and self.sparsity is not None:
             raise UserError(f"sparsity={self.sparsity} and method.rank={self.rank} both set the size: give one.")
-        if self.alpha is not None and not self.alpha > 0:
-            raise UserError(f"method.alpha={self.alpha}: expected more than 0.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"method.dropout={self.dropout}: expected a probability from 0 to below 1.")
         if self.targets is not None and not self.targets:
             raise UserError("method.targets is empty: name at least one module, or null for all linears in scope.")
+
+    def convert(self, model: nn.Module, selection: Selection | None, spec: ModelSpec | None) -> nn.Module:
+        import peft
+        import torch
+
+        from sparseft.layers.convert import check_modules
+        from sparseft.methods.exact_targets import exact_targets, lora_modules, others
+
+        rank, targets = rank_for(spec, self), target_modules(spec, self)
+        check_modules(model, targets, spec.linears)  # merging into a tied weight would change the other too
+        peft_config = peft.LoraConfig(
+            task_type=peft.TaskType.CAUSAL_LM,
+            r=rank,
+            lora_alpha=self.alpha if self.alpha is not None else 2 * rank,
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            exclude_modules=others(model, targets),
+            use_dora=self.use_dora,
+            fan_in_fan_out=bool(spec.transposed),  # Conv1D keeps its weight as (in, out)
+        )
+        with torch.random.fork_rng(devices=[]), exact_targets():
+            torch.manual_seed(self.seed)
+            wrapped = peft.get_peft_model(model, peft_config)
+        assert set(lora_modules(wrapped, "default")) == set(targets)
+        return wrapped.train(model.training)  # peft's new modules would drop out in evaluation mode too
+
+    def granularity(self, selection: Selection | None) -> str | None:
+        return "whole ranks"
+
+    def for_benchmark(self) -> Self:
+        return replace(self, dropout=0.0)
 
 
 @dataclass
 class DoraConfig(LoraConfig):
     """LoRA with trained weight magnitudes."""
+
+    name = "dora"
 
     use_dora: bool = True
 
@@ -82,42 +118,3 @@ def rank_for(spec: ModelSpec, config: LoraConfig) -> int:
     if config.use_dora:  # a magnitude for each output feature, whatever the rank
         wanted -= sum(rows for rows, _ in shapes)
     return max(1, round(wanted / sum(rows + columns for rows, columns in shapes)))
-
-
-class Lora(Method):
-    name = "lora"
-    kind = "peft"
-    config_class = LoraConfig
-    learning_rate = 2e-4
-
-    def convert(self, model: nn.Module, config: Any, selection: Selection | None) -> nn.Module:
-        import peft
-        import torch
-
-        from sparseft.layers.convert import check_modules
-        from sparseft.methods.exact_targets import exact_targets, lora_modules, others
-        from sparseft.models.spec import ModelSpec
-
-        spec = ModelSpec.of(model)
-        rank, targets = rank_for(spec, config), target_modules(spec, config)
-        check_modules(model, targets, spec.linears)  # merging into a tied weight would change the other too
-        peft_config = peft.LoraConfig(
-            task_type=peft.TaskType.CAUSAL_LM,
-            r=rank,
-            lora_alpha=config.alpha if config.alpha is not None else 2 * rank,
-            lora_dropout=config.dropout,
-            target_modules=targets,
-            exclude_modules=others(model, targets),
-            use_dora=config.use_dora,
-            fan_in_fan_out=bool(spec.transposed),  # Conv1D keeps its weight as (in, out)
-        )
-        with torch.random.fork_rng(devices=[]), exact_targets():
-            torch.manual_seed(config.seed)
-            wrapped = peft.get_peft_model(model, peft_config)
-        assert set(lora_modules(wrapped, "default")) == set(targets)
-        return wrapped.train(model.training)  # peft's new modules would drop out in evaluation mode too
-
-
-class Dora(Lora):
-    name = "dora"
-    config_class = DoraConfig

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from sparseft.errors import LayoutWarning, UserError
-from sparseft.methods.base import SparseConfig, SparseMethod, check_choice
+from sparseft.methods.base import SparseConfig
+from sparseft.rules import Rule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from sparseft.selection.budget import Budget
     from sparseft.selection.selection import Selection
 
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+ROLES = get_args(Role)
 RATIO_FIELDS = {
     "q_ratio": "q",
     "k_ratio": "k",
@@ -30,6 +32,7 @@ RATIO_FIELDS = {
     "u_ratio": "up",
     "d_ratio": "down",
 }
+Ratio = Annotated[float, Rule(lambda value: 0.0 <= value <= 1.0, "a share of the units between 0 and 1")]
 
 
 @dataclass
@@ -39,17 +42,21 @@ class S2FTConfig(SparseConfig):
     An architecture whose roles are not known trains by names: `rows` and `columns` take the place of `roles`.
     """
 
-    q_ratio: float | None = None
-    k_ratio: float | None = None
-    v_ratio: float | None = None
-    o_ratio: float | None = None
-    g_ratio: float | None = None
-    u_ratio: float | None = None
-    d_ratio: float | None = None
-    roles: list[str] | None = None  # what sparsity is spent on; null: o and down, with grouped queries down
-    rows: list[str] | None = None  # instead of roles: linears, by the end of their names, whose output features train
-    columns: list[str] | None = None  # likewise, whose input features train
-    layout: str = "gather"  # gather | permuted
+    name = "s2ft"
+    learning_rate = 2e-4
+    by_role = True
+
+    q_ratio: Ratio | None = None
+    k_ratio: Ratio | None = None
+    v_ratio: Ratio | None = None
+    o_ratio: Ratio | None = None
+    g_ratio: Ratio | None = None
+    u_ratio: Ratio | None = None
+    d_ratio: Ratio | None = None
+    roles: list[Role] | None = None
+    rows: list[str] | None = None
+    columns: list[str] | None = None
+    layout: Literal["gather", "permuted"] = "gather"
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -63,18 +70,12 @@ class S2FTConfig(SparseConfig):
 
     def validate(self) -> None:
         super().validate()
-        for field in RATIO_FIELDS:
-            value = getattr(self, field)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise UserError(f"method.{field}={value}: expected a share of the units between 0 and 1.")
         if self.ratios and self.sparsity is not None:
             raise UserError(
                 f"sparsity={self.sparsity} and ratios ({', '.join(self.ratios)}) both set the budget: give one of them."
             )
         if self.ratios and not any(self.ratios.values()):
             raise UserError("every ratio that is set is 0, so nothing would be trained: set one above 0.")
-        for role in self.roles or []:
-            check_choice("method.roles", role, ROLES)
         if self.roles is not None and not self.roles:
             raise UserError(f"method.roles is empty: name at least one of {', '.join(ROLES)}.")
         named = [field for field in ("rows", "columns") if getattr(self, field) is not None]
@@ -86,41 +87,44 @@ class S2FTConfig(SparseConfig):
         if named and (self.ratios or self.roles is not None):
             other = "ratios" if self.ratios else "method.roles"
             raise UserError(f"method.{named[0]} and {other} both say what trains: give one of them.")
-        check_choice("method.layout", self.layout, ("gather", "permuted"))
 
-
-class S2FT(SparseMethod):
-    name = "s2ft"
-    config_class = S2FTConfig
-    learning_rate = 2e-4
-
-    def budget(self, spec: ModelSpec, config: S2FTConfig) -> Budget:
+    def budget(self, spec: ModelSpec) -> Budget:
         from sparseft.selection.budget import ratio_budget, sparsity_budget
 
-        if config.rows is not None or config.columns is not None:
-            slots = spec.named_slots(config.rows or [], config.columns or [], config.scope)
+        if self.rows is not None or self.columns is not None:
+            slots = spec.named_slots(self.rows or [], self.columns or [], self.scope)
             roles = list(dict.fromkeys(slot.role for slot in slots))
-            sparsity = config.wanted_sparsity
-            return sparsity_budget(replace(spec, slots=slots), roles, sparsity, scope=config.scope)
-        if config.ratios:
-            return ratio_budget(spec, config.ratios, scope=config.scope)
-        roles = config.roles
+            sparsity = self.wanted_sparsity
+            return sparsity_budget(replace(spec, slots=slots), roles, sparsity, scope=self.scope)
+        if self.ratios:
+            return ratio_budget(spec, self.ratios, scope=self.scope)
+        roles = self.roles
         if roles is None:
             roles = ["down"] if spec.num_kv_heads < spec.num_heads else ["o", "down"]
             # A scope that leaves out the default roles still has something to train: all that it holds.
-            present = {slot.role for slot in spec.slots_in(config.scope)}
+            present = {slot.role for slot in spec.slots_in(self.scope)}
             roles = [role for role in roles if role in present] or [role for role in ROLES if role in present]
-        return sparsity_budget(spec, roles, config.wanted_sparsity, scope=config.scope)
+        return sparsity_budget(spec, roles, self.wanted_sparsity, scope=self.scope)
 
-    def convert(self, model: nn.Module, config: S2FTConfig, selection: Selection | None) -> nn.Module:
+    def granularity(self, selection: Selection | None) -> str | None:
+        return "heads and channels"
+
+    def layout_plan(self, model: nn.Module, selection: Selection, spec: ModelSpec) -> Any:
+        if self.layout == "gather":
+            return None
+        from sparseft.layers.permuted_layout import plan_permutations
+
+        return plan_permutations(model, selection.modules, spec)
+
+    def convert(self, model: nn.Module, selection: Selection | None, spec: ModelSpec | None) -> nn.Module:
         """As every sparse method does; with `layout: permuted`, a `LayoutWarning` says what stays `gather`, and why."""
-        if config.layout == "gather" or selection is None:
-            return super().convert(model, config, selection)
+        if self.layout == "gather":
+            return super().convert(model, selection, spec)
         from sparseft.layers import convert_permuted
-        from sparseft.models.spec import ModelSpec
 
-        for reason, modules in convert_permuted(model, selection, ModelSpec.of(model)).items():
+        stays = convert_permuted(model, selection.modules, spec, selection.block_size)
+        for reason, modules in stays.items():
             who = f"{modules[0]} stays" if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more stay"
             message = f"method.layout=permuted: {who} gather: {reason}."
-            warnings.warn(message, LayoutWarning, stacklevel=3)  # the caller of attach
+            warnings.warn(message, LayoutWarning, stacklevel=5)  # the caller of attach
         return model

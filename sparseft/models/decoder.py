@@ -44,6 +44,12 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" or bool(getattr(module, "transposed", False))
 
 
+def logical_weight(module: nn.Module) -> Tensor:
+    """The weight as (out, in), however it is stored: a view, without gradient."""
+    weight = module.weight.detach()
+    return weight.t() if is_transposed(module) else weight
+
+
 def logical_shape(module: nn.Module) -> tuple[int, int]:
     """(out features, in features), however the weight is stored."""
     rows, columns = full_shape(module.weight)

@@ -47,8 +47,14 @@ MLP_ROLES: dict[str, str | tuple[str, ...]] = {
 COLUMN_ROLES = ("o", "down")  # their units are input features; every other role's are output features
 
 
+def role_of(name: str) -> str | tuple[str, ...] | None:
+    """The role of a linear, by its name; of a fused one its roles. None where the name says none."""
+    parent, leaf = f".{name}".rsplit(".", 2)[-2:]
+    return (ATTENTION_ROLES if "attn" in parent or "attention" in parent else MLP_ROLES).get(leaf)
+
+
 @dataclass(frozen=True)
-class Slot:
+class RoleSlice:
     """The units of one role in one module: `count` runs of `unit` rows or columns, from `start`."""
 
     module: str
@@ -72,7 +78,7 @@ class ModelSpec:
     head_dim: int
     num_layers: int
     total_parameters: int
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[RoleSlice] = field(default_factory=list)
     layer_of: dict[str, int] = field(default_factory=dict)  # the decoder layer of each linear
     experts: list[str] = field(default_factory=list)  # 3-D parameters of experts that nothing here can train
     stacked: set[str] = field(default_factory=set)  # linears that are one expert of a 3-D parameter: no modules
@@ -147,12 +153,9 @@ class ModelSpec:
             spec.slots = [slot for slot in spec.slots if slot.role not in ("q", "k", "v")]
         return spec
 
-    def _slots_of(self, name: str, layer: int) -> list[Slot]:
+    def _slots_of(self, name: str, layer: int) -> list[RoleSlice]:
         rows, columns = self.linears[name]
-        path = name.rpartition(".")[0] if name in self.stacked else name
-        parent, leaf = path.rsplit(".", 2)[-2:]
-        table = ATTENTION_ROLES if "attn" in parent or "attention" in parent else MLP_ROLES
-        roles = table.get(leaf)
+        roles = role_of(name.rpartition(".")[0] if name in self.stacked else name)
         if roles is None:
             return []
         if isinstance(roles, str):
@@ -161,7 +164,7 @@ class ModelSpec:
             unit = self.head_dim if roles in ("q", "k", "v", "o") else 1
             if length % unit:
                 return []
-            return [Slot(name, layer, roles, side, 0, unit, length // unit, other)]
+            return [RoleSlice(name, layer, roles, side, 0, unit, length // unit, other)]
         if roles == ("gate", "up"):
             counts, unit = [rows // 2, rows // 2], 1
         else:
@@ -170,7 +173,7 @@ class ModelSpec:
             return []
         starts = [unit * sum(counts[:i]) for i in range(len(counts))]
         return [
-            Slot(name, layer, role, "rows", start, unit, count, columns)
+            RoleSlice(name, layer, role, "rows", start, unit, count, columns)
             for role, start, count in zip(roles, starts, counts, strict=True)
         ]
 
@@ -218,7 +221,11 @@ class ModelSpec:
             raise UserError(f"scope={scope} matches no linear of the decoder layers.{nearest(scope or '', parts)}")
         return chosen
 
-    def named_slots(self, rows: list[str], columns: list[str], scope: str | None) -> list[Slot]:
+    def weights_in(self, scope: str | None) -> int:
+        """Weights of the linears in scope."""
+        return sum(rows * columns for rows, columns in self.linears_in(scope).values())
+
+    def named_slots(self, rows: list[str], columns: list[str], scope: str | None) -> list[RoleSlice]:
         """Slots of single features in the linears whose names end in one of the given suffixes (whole parts of a name;
         an expert goes by its parameter's name). A suffix that matches nothing, or a linear named for both, is a
         `UserError`.
@@ -241,7 +248,7 @@ class ModelSpec:
         for name in (name for name in linears if name in chosen):  # in the model's order
             out, inner = linears[name]
             length, other = (out, inner) if chosen[name] == "rows" else (inner, out)
-            slots.append(Slot(name, self.layer_of[name], chosen[name], chosen[name], 0, 1, length, other))
+            slots.append(RoleSlice(name, self.layer_of[name], chosen[name], chosen[name], 0, 1, length, other))
         return slots
 
     def leaves(self, scope: str | None) -> str:
@@ -249,7 +256,7 @@ class ModelSpec:
         names = (n.rpartition(".")[0] if n in self.stacked else n for n in self.linears_in(scope))
         return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
-    def slots_in(self, scope: str | None) -> list[Slot]:
+    def slots_in(self, scope: str | None) -> list[RoleSlice]:
         """The slots of the linears in scope, in the model's order."""
         names = self.linears_in(scope)
         return [slot for slot in self.slots if slot.module in names]

@@ -8,25 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sparseft.errors import UserError
-from sparseft.models.spec import ModelSpec, Slot
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The units of one module that compete with each other: runs of rows or columns, or its blocks."""
-
-    module: str
-    kind: str  # rows | columns | blocks
-    shape: tuple[int, int]  # of the logical weight (out, in)
-    start: int  # first feature
-    unit: int  # features a unit; for blocks: the block size
-    count: int  # units
-    role: str | None = None
-
-    @property
-    def key(self) -> str:
-        """Names the candidate: the module and, where one has several, the role."""
-        return f"{self.module}:{self.role}" if self.role else self.module
+from sparseft.importance.units import Candidate
+from sparseft.models.spec import ModelSpec, RoleSlice
 
 
 @dataclass
@@ -46,14 +29,14 @@ def keep_count(share: float, units: int) -> int:
     return min(units, max(1, round(share * units)))
 
 
-def _candidates(slots: Iterable[Slot], spec: ModelSpec) -> list[Candidate]:
+def _candidates(slots: Iterable[RoleSlice], spec: ModelSpec) -> list[Candidate]:
     return [
         Candidate(slot.module, slot.side, spec.linears[slot.module], slot.start, slot.unit, slot.count, slot.role)
         for slot in slots
     ]
 
 
-def _require_roles(spec: ModelSpec, roles: Iterable[str], scope: str | None) -> list[Slot]:
+def _require_roles(spec: ModelSpec, roles: Iterable[str], scope: str | None) -> list[RoleSlice]:
     slots = spec.slots_in(scope)
     present = sorted({slot.role for slot in slots})
     for role in roles:
@@ -79,7 +62,7 @@ def ratio_budget(spec: ModelSpec, ratios: Mapping[str, float], *, scope: str | N
     per = {c.key: keep_count(ratios[c.role], c.count) for c in candidates}
     totals = {role: sum(c.count for c in candidates if c.role == role) for role in ratios}
     pooled = {role: keep_count(ratio, totals[role]) for role, ratio in ratios.items()}
-    return Budget(candidates, per, pooled, 0, sum(r * c for r, c in spec.linears_in(scope).values()))
+    return Budget(candidates, per, pooled, 0, spec.weights_in(scope))
 
 
 def sparsity_budget(spec: ModelSpec, roles: list[str], sparsity: float, *, scope: str | None) -> Budget:
@@ -92,7 +75,7 @@ def sparsity_budget(spec: ModelSpec, roles: list[str], sparsity: float, *, scope
     if not slots:
         raise _no_role(spec, scope)
     candidates = _candidates(slots, spec)
-    scope_parameters = sum(r * c for r, c in spec.linears_in(scope).values())
+    scope_parameters = spec.weights_in(scope)
     weights = sum(slot.count * slot.unit * slot.other for slot in slots)
     share = (1.0 - sparsity) * scope_parameters / weights
     if share > 1.0:
@@ -130,14 +113,12 @@ def _coarse_first(share: float, groups: Mapping[str, Sequence[int]]) -> dict[str
 def block_budget(spec: ModelSpec, block_size: int, sparsity: float, *, scope: str | None) -> Budget:
     """The share (1 − sparsity) of the B×B blocks of every linear in scope, edge blocks included, at least one each."""
     candidates = []
-    linears = spec.linears_in(scope)
-    for name, (rows, columns) in linears.items():
+    for name, (rows, columns) in spec.linears_in(scope).items():
         count = math.ceil(rows / block_size) * math.ceil(columns / block_size)
         candidates.append(Candidate(name, "blocks", (rows, columns), 0, block_size, count))
     per = {c.key: keep_count(1.0 - sparsity, c.count) for c in candidates}
     pooled = {"": keep_count(1.0 - sparsity, sum(c.count for c in candidates))}
-    scope_parameters = sum(rows * columns for rows, columns in linears.values())
-    return Budget(candidates, per, pooled, 1, scope_parameters, block_size)
+    return Budget(candidates, per, pooled, 1, spec.weights_in(scope), block_size)
 
 
 def block_weights(candidate: Candidate) -> Counter[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -11,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import RunError
-from sparseft.selection.budget import Budget, Candidate
+from sparseft.importance.units import Candidate, generator_for, unit_index
+from sparseft.selection.budget import Budget
 from sparseft.selection.selection import Selection
 
 
@@ -32,12 +31,6 @@ def rank_units(scores: Tensor, order: str, generator: torch.Generator) -> Tensor
     return torch.argsort(keys, descending=True, stable=True)
 
 
-def generator_for(seed: int, *names: str) -> torch.Generator:
-    """A CPU generator that depends on the seed and the names only: the same on every rank and device."""
-    digest = hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
 def choose(budget: Budget, scores: Mapping[str, Tensor], *, order: str, allocation: str, seed: int) -> Selection:
     """The selection that spends `budget` on the units with the best `scores` ((units,) by `Candidate.key`)."""
     kept: dict[str, Tensor] = {}
@@ -50,7 +43,9 @@ def choose(budget: Budget, scores: Mapping[str, Tensor], *, order: str, allocati
         for c in budget.candidates:
             groups[c.role or ""].append(c)
         for role, members in groups.items():
-            kept |= _choose_pooled(members, scores, budget.pooled[role], budget.minimum, order, seed, role)
+            generator = generator_for(seed, "choose", "global", role)
+            ranked = rank_units(torch.cat([scores[c.key].cpu() for c in members]), order, generator)
+            kept |= _best_together(ranked, members, budget.pooled[role], budget.minimum)
     modules: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for c in budget.candidates:
         units = kept[c.key].sort().values
@@ -65,23 +60,12 @@ def choose(budget: Budget, scores: Mapping[str, Tensor], *, order: str, allocati
     return Selection(joined, block_size=budget.block_size)
 
 
-def _choose_pooled(
-    members: list[Candidate],
-    scores: Mapping[str, Tensor],
-    total: int,
-    minimum: int,
-    order: str,
-    seed: int,
-    role: str,
-) -> dict[str, Tensor]:
-    """The best `total` units of all members together, each member keeping at least `minimum`."""
+def _best_together(ranked: Tensor, members: list[Candidate], total: int, minimum: int) -> dict[str, Tensor]:
+    """The first `total` units of a ranking of all members' units, each member keeping at least `minimum`."""
     offsets, position = {}, 0
     for c in members:
         offsets[c.key] = position
         position += c.count
-    ranked = rank_units(
-        torch.cat([scores[c.key].cpu() for c in members]), order, generator_for(seed, "choose", "global", role)
-    )
     rank = torch.empty_like(ranked)
     rank[ranked] = torch.arange(len(ranked))
     first = []
@@ -96,12 +80,3 @@ def _choose_pooled(
     return {
         c.key: taken[(taken >= offsets[c.key]) & (taken < offsets[c.key] + c.count)] - offsets[c.key] for c in members
     }
-
-
-def unit_index(candidate: Candidate, units: Tensor) -> Tensor:
-    """The features (k,) or blocks (n, 2) that units stand for."""
-    if candidate.kind == "blocks":
-        across = math.ceil(candidate.shape[1] / candidate.unit)
-        return torch.stack([units // across, units % across], dim=1)
-    features = units[:, None] * candidate.unit + torch.arange(candidate.unit) + candidate.start
-    return features.reshape(-1)

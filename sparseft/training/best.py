@@ -21,7 +21,7 @@ from sparseft.files.atomic import publish, write_json
 from sparseft.files.untrusted import read_json_object
 from sparseft.runs.folder import ADAPTER, BEST, BEST_NOTE, METRICS
 from sparseft.runs.metrics import read_metrics
-from sparseft.training.sharded import take_up
+from sparseft.training.checkpoints import load_trained
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Best(transformers.TrainerCallback):
         """Puts the best adapter into the model; null (and nothing done) where none was kept."""
         best = broadcast_object(read_best(self.folder) if is_main() else None) if self.save is not None else None
         if best is not None:
-            take_up(model, self.folder / BEST / ADAPTER)
+            load_trained(model, self.folder / BEST / ADAPTER)
         return best
 
 

@@ -16,13 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparseft import console
-from sparseft.adapters.lifecycle import load_adapter, state_of
-from sparseft.distributed.ranks import is_main
-from sparseft.distributed.zero3 import any_sharded, load_state
+from sparseft.adapters import lifecycle
 from sparseft.errors import UserError, reason_of, shown
 from sparseft.files.atomic import remove, write_json
-from sparseft.files.hashing import check_whole, file_hash
-from sparseft.files.tensors import ADAPTER_TENSORS, read_tensors
+from sparseft.files.hashing import file_hash
 from sparseft.files.untrusted import read_json, read_json_object, why
 from sparseft.runs.folder import CHECKPOINT, CHECKPOINTS, checkpoint_name
 from sparseft.training.failures import out_of_memory
@@ -164,26 +161,7 @@ def step_of(checkpoint: str | None) -> int:
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Fills the attached model's trained parameters from an adapter folder that the same method saved, in place."""
-    state = state_of(model)
-    assert state is not None
-    if state.kind == "sparse":
-        if load_active(model, folder.parent):
-            return
-        load_adapter(model, folder, state.active or "default")
-        return
-    if state.kind == "whole":
-        check_whole(folder)
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise UserError(f"{folder}: no model*.safetensors, so this is no fully fine-tuned model.")
-        reads = is_main() or not any_sharded(model)  # of a sharded model, for all
-        missing, unexpected = load_state(model, (read_tensors(file, "model") if reads else {} for file in files))
-        tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
-        if unexpected or set(missing) - tied:
-            raise UserError(f"{folder}: the weights do not fit the model ({shown([*unexpected, *missing][0])}).")
-        return
-    import peft
-
-    tensors = read_tensors(folder / ADAPTER_TENSORS, "adapter")
-    peft.set_peft_model_state_dict(model, tensors, adapter_name=state.active or "default")
+    """Fills the attached model's trained parameters from a checkpoint's adapter folder, in place; after a re-selection
+    also what else was trained before."""
+    if not load_active(model, folder.parent):
+        lifecycle.load_trained(model, folder)

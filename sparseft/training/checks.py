@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from sparseft.compose.validation import BITSANDBYTES, OPTIMIZERS
-from sparseft.config import RunConfig
+from sparseft.config import BITSANDBYTES, OPTIMIZERS, RunConfig
 from sparseft.distributed import launch
 from sparseft.distributed.env import check_variables
 from sparseft.errors import UserError, looks_local, nearest_path, where_looked
-from sparseft.methods import get_method
 from sparseft.training import schedules
 
 
@@ -29,9 +27,9 @@ def check_hardware(config: RunConfig) -> None:
     """Refuses processes that cannot be started, and what cannot be trained in several (imports torch if several)."""
     hardware = config.hardware
     launch.check(hardware)
-    if hardware.zero_stage == 3 and getattr(config.method, "reselect_steps", 0):
+    if hardware.zero_stage == 3 and config.method.reselect_steps:
         raise UserError(
-            f"method.reselect_steps={config.method.reselect_steps}: what parked entries have learnt is kept in the "
+            f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in the "
             "weights, which ZeRO-3 has sharded; use hardware.zero_stage=2 or less."
         )
     if hardware.zero_stage and importlib.util.find_spec("deepspeed") is None:
@@ -60,7 +58,7 @@ def check_tests(config: RunConfig) -> None:
 def learning_rate(config: RunConfig) -> float:
     """The learning rate as given, else the method's."""
     given = config.trainer.learning_rate
-    return get_method(config.method_name).learning_rate if given is None else given
+    return config.method.learning_rate if given is None else given
 
 
 def check_trainer(config: RunConfig) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.trainer import SCHEDULER_NAME
 
 from sparseft import console
-from sparseft.adapters.lifecycle import save_adapter, state_of
+from sparseft.adapters.lifecycle import save_adapter
+from sparseft.adapters.state import state_of
 from sparseft.config import HardwareConfig
 from sparseft.data.even import EvenDataset, EvenSampler, even
 from sparseft.distributed.deepspeed import (
@@ -32,9 +33,7 @@ from sparseft.distributed.zero3 import full_shape, gathered, is_sharded, state_o
 from sparseft.errors import RunError, UserError
 from sparseft.layers import sparse_layers, write_back
 from sparseft.layers.experts import ExpertLinear
-from sparseft.layers.unmerged import use_delta_path
-from sparseft.methods import get_method
-from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import Request
 from sparseft.training.checkpoints import fitting
 from sparseft.training.reselection import load_active
 
@@ -62,12 +61,11 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(layer, ExpertLinear) for layer in sparse_layers(model).values())
 
 
-def check_zero(spec: ModelSpec, method: str, settings: Any, hardware: HardwareConfig) -> None:
-    """Refuses what DeepSpeed cannot train, of the linears that a sparse method with these settings chooses from."""
+def check_zero(request: Request, hardware: HardwareConfig) -> None:
+    """Refuses what DeepSpeed cannot train, of the linears that a sparse method is to choose from."""
     if hardware.zero_stage != 3:
         return
-    candidates = get_method(method).budget(spec, settings).candidates
-    if not spec.stacked.isdisjoint(candidate.module for candidate in candidates):
+    if not request.spec.stacked.isdisjoint(candidate.module for candidate in request.budget.candidates):
         raise UserError(
             "hardware.zero_stage=3: experts kept as 3-D parameters cannot be sharded while single experts of them "
             "train; use hardware.zero_stage=2 or less."
@@ -100,7 +98,7 @@ def whole_parameters(model: nn.Module, engine: Any) -> Iterator[None]:
     state = state_of(model)
     if not sharded:
         yield
-    elif state is not None and state.kind == "whole":
+    elif state is not None and state.kind.trains_all:
         content = gathered_state(engine) if engine is not None else state_on_first(model)
         model.state_dict = lambda *args, **options: content  # what save_pretrained asks
         try:
@@ -155,7 +153,8 @@ class DistributedTrainer(transformers.Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         size_buckets(self.args.hf_deepspeed_config, self.model)
         if self.is_zero3:
-            use_delta_path(sparse_layers(self.model).values())
+            for layer in sparse_layers(self.model).values():
+                layer.unmerge()
             keep_deltas_whole(self.args.hf_deepspeed_config, self.model)
         if resume_from_checkpoint is not None:  # what trains after re-selection, before the engine takes it
             with fitting(resume_from_checkpoint, "what was trained"):

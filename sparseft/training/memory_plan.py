@@ -23,10 +23,9 @@ from sparseft.distributed.deepspeed import MAX_BUCKET
 from sparseft.errors import UserError, reason_of
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.memory import AllocationCounter, available_bytes, tensor_bytes
-from sparseft.methods import get_method
-from sparseft.methods.selecting import compute_selection
 from sparseft.models.decoder import decoder_layers
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import Request, compute
 from sparseft.training.distributed_trainer import check_zero
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
@@ -117,19 +116,16 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
     """
     model = _on_meta(content, dtype, config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    method, settings = get_method(config.method_name), copy.deepcopy(config.method)
-    autocast = False
-    if method.sparse:
-        if settings.needs_data:
-            settings.importance = "random"
-        check_zero(ModelSpec.of(model), config.method_name, settings, config.hardware)
-        selection = compute_selection(model, settings)
-        model = attach(model, settings, selection)
+    settings = config.method
+    autocast = settings.widens(dtype) and not on_cpu(config.hardware)
+    if settings.sparse:
+        request = Request.of(ModelSpec.of(model), settings.for_benchmark())
+        check_zero(request, config.hardware)
+        selection = compute(model, request)
+        model = attach(model, request.settings, selection, spec=request.spec)
         _indices_with_content(model, selection)
     else:
-        if method.kind == "whole" and dtype.itemsize == 2 and settings.dtype != "model" and not on_cpu(config.hardware):
-            settings.dtype, autocast = "model", True
-        model = attach(model, settings)
+        model = attach(model, settings.for_benchmark() if autocast else settings)
     trainable = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     return Shape(model.train(), trainable, total, autocast)
 
@@ -224,7 +220,7 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
 
 def _while_updating(config: RunConfig, trained: list[Tensor]) -> int:
     """Bytes that the optimizer's step takes for itself, when the activations are gone."""
-    if get_method(config.method_name).sparse or "fused" in config.trainer.optimizer:
+    if config.method.sparse or "fused" in config.trainer.optimizer:
         return 0
     if on_cpu(config.hardware):  # one parameter after another, each with its denominator made in two steps
         return 2 * max(parameter.nbytes for parameter in trained)
@@ -295,7 +291,7 @@ def sharded(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
         changes["gradients"] = memory.gradients + 2 * bucket
     if stage == 3:
         changes["gradients"] = memory.gradients + bucket + shard
-        everything = get_method(config.method_name).kind == "whole"
+        everything = config.method.trains_all
         frozen = [parameter for parameter in shape.model.parameters() if not parameter.requires_grad]
         gathered = _gathered(shape.model, list(shape.model.parameters()) if everything else frozen)
         kept = memory.weights - tensor_bytes(frozen) + gathered  # indices and base values are not sharded

@@ -18,7 +18,8 @@ from torch.optim.adamw import adamw
 
 from sparseft.errors import UserError
 from sparseft.layers.pattern import Pattern
-from sparseft.layers.sparse_linear import _LIVE, SparseLinear
+from sparseft.layers.sparse_linear import SparseLinear
+from sparseft.layers.write_back import WritesWeights, layers_of
 
 if TYPE_CHECKING:
     from sparseft.kernels.adamw_triton import Entry, Launch
@@ -36,7 +37,7 @@ class _Held:
     pattern: Pattern | None
 
 
-class SparseAdamW(torch.optim.AdamW):
+class SparseAdamW(WritesWeights, torch.optim.AdamW):
     """AdamW for `trainable_parameters(model)`: after its step, weights hold base + delta, rounded once from fp32.
 
     Takes parameters and groups as `torch.optim.AdamW` does; the deltas of live sparse layers are found among them,
@@ -47,7 +48,6 @@ class SparseAdamW(torch.optim.AdamW):
     in a parameter group or a loaded state.
     """
 
-    writes_weights = True  # layers/sparse_linear.py: the hook after each step has nothing left to write
     kernel_devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
     _tables: _Tables | None = None  # not part of the state: copies and loaded optimizers make their own
 
@@ -99,7 +99,7 @@ class SparseAdamW(torch.optim.AdamW):
 
     def _held(self) -> list[_Held]:
         """All parameters, with state for those that have a gradient."""
-        sites = {id(p.delta): (layer, p) for layer in list(_LIVE) for p in layer.patterns.values()}
+        sites = layers_of(parameter for group in self.param_groups for parameter in group["params"])
         held = []
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -246,7 +246,7 @@ class _Tables:
                 entries.setdefault(key, []).append(entry)
                 places.setdefault(key, []).append(place)
         launches = [(Launch(found, key[2]), places[key]) for key, found in entries.items()]
-        return cls(keys, launches, [(item.pattern.index, item.pattern.place) for item in items if item.pattern])
+        return cls(keys, launches, [(item.pattern.index, item.pattern.inverse) for item in items if item.pattern])
 
 
 def _fits(entry: Entry, layer: SparseLinear) -> bool:
@@ -270,7 +270,7 @@ def _key(item: _Held, state: dict[str, Tensor]) -> tuple[Any, ...]:
     """Changes whenever the kernel's tables have to: other storage, other entries, another order of the weight."""
     layer, pattern = item.layer, item.pattern
     assert layer is not None and pattern is not None
-    weight, base, index, place = layer.weight, pattern.base_values, pattern.index, pattern.place
+    weight, base, index, inverse, run = layer.weight, pattern.base_values, pattern.index, pattern.inverse, pattern.run
     return (
         id(item.parameter),
         item.parameter.data_ptr(),
@@ -284,6 +284,6 @@ def _key(item: _Held, state: dict[str, Tensor]) -> tuple[Any, ...]:
         weight.device,
         weight.stride(),
         len(layer.patterns),
-        pattern._run or (index.data_ptr(), index._version),
-        None if place is None else (place.data_ptr(), place._version),
+        run or (index.data_ptr(), index._version),
+        None if inverse is None else (inverse.data_ptr(), inverse._version),
     )

@@ -1,4 +1,4 @@
-"""Re-selection during training: every so many optimizer steps the layers park their units and take others."""
+"""Re-selection during training: every so many optimizer steps the layers swap their units for others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import transformers
 from torch import nn
 
 from sparseft import console
-from sparseft.adapters.files import read_config, read_sparse
-from sparseft.adapters.lifecycle import state_of
+from sparseft.adapters.description import read_config
+from sparseft.adapters.sparse import read_sparse
+from sparseft.adapters.state import state_of
 from sparseft.distributed.deepspeed import whole_moments
 from sparseft.layers import share_inputs, sparse_layers
-from sparseft.layers.inactive import exchange, move_moments, take_up
-from sparseft.layers.permuted_layout import Plan, carry_out, in_stored_order, plan_orders
-from sparseft.models.spec import ModelSpec
+from sparseft.layers.inactive import move_moments, restore_active, swap
+from sparseft.layers.permuted_layout import Plan, carry_out, in_stored_order
 from sparseft.runs.folder import ADAPTER, SELECTION  # of a checkpoint: what was trained, what trained when it was saved
 from sparseft.selection.selection import Selection
 
@@ -31,12 +31,11 @@ def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = Non
     """
     layers = sparse_layers(model)
     plan = _plan(model, selection)
-    if plan is not None:
-        selection = in_stored_order(selection, plan)
+    modules = selection.modules if plan is None else in_stored_order(selection.modules, plan)
     new = total = 0
-    for module, kinds in selection.modules.items():
+    for module, kinds in modules.items():
         for kind, index in kinds.items():
-            source = exchange(layers[module], kind, index)
+            source = swap(layers[module], kind, index)
             if optimizer is not None:
                 move_moments(optimizer, layers[module].patterns[kind], source)
             new += int((source < 0).sum())
@@ -48,11 +47,9 @@ def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = Non
 
 
 def _plan(model: nn.Module, selection: Selection) -> Plan | None:
-    """The orders that bring what is selected to the front, as at attach; null where the layout is not permuted."""
+    """What brings the selected units to the front, as at attach; None where the layout is not permuted."""
     state = state_of(model)
-    if state is None or state.method_config.get("layout") != "permuted":
-        return None
-    return plan_orders(model, selection, ModelSpec.of(model))
+    return None if state is None else state.config.layout_plan(model, selection, state.spec)
 
 
 class Reselection(transformers.TrainerCallback):
@@ -98,10 +95,10 @@ class Reselection(transformers.TrainerCallback):
 
 
 def save_active(model: nn.Module, folder: Path) -> None:
-    """Writes what trains at the moment, where re-selection has parked other entries beside it."""
+    """Writes what trains at the moment, where re-selection has left inactive entries beside it."""
     layers = sparse_layers(model)
     patterns = [p for layer in layers.values() for p in layer.patterns.values()]
-    if any(p.parked is not None for p in patterns):
+    if any(p.inactive is not None for p in patterns):
         sizes = {p.block_size for p in patterns if p.block_size}
         active = {
             name: {kind: p.index.cpu() for kind, p in layer.patterns.items()}
@@ -122,7 +119,7 @@ def load_active(model: nn.Module, folder: Path) -> bool:
     for module, kinds in active.modules.items():
         for kind, index in kinds.items():
             value = values[module][kind]
-            take_up(layers[module], kind, index, value.index, value.delta)
+            restore_active(layers[module], kind, index, value.index, value.delta)
     share_inputs(model)
     plan = _plan(model, active)
     if plan is not None:  # as the uninterrupted run has it, to the bit

@@ -23,9 +23,6 @@ FREE = {
     *("trainer.save_total_limit", "trainer.resume", "trainer.target_score"),
 }
 
-# What runs of before had for a setting that is now left to the model where nothing is given.
-ONCE_DEFAULT = {"method.block_size": 64}
-
 PROCESSES = "hardware.num_processes"  # in what is compared here: all processes, of all machines
 PIECES = ("trainer.batch_size", "trainer.gradient_accumulation", PROCESSES)  # what counts is their product
 
@@ -139,11 +136,12 @@ def _check_same(config: RunConfig, folder: Path) -> None:
             f"started with {_examples(then)} in {then[PROCESSES]}: give as many processes, or a "
             "trainer.gradient_accumulation that makes up for them."
         )
+    once = {f"method.{name}": value for name, value in config.method.once_default.items()}
     for key in [*then, *(key for key in now if key not in then)]:
         free = key in FREE or key.split(".")[0] in FREE
         if (free and key not in fixed) or then.get(key) == now.get(key):
             continue
-        if now.get(key) is None and key in ONCE_DEFAULT and then.get(key) == ONCE_DEFAULT[key]:
+        if now.get(key) is None and key in once and then.get(key) == once[key]:
             continue
         raise UserError(
             f"{key}={_show(now.get(key))}: the run in '{folder}' was started with {_show(then.get(key))}, and a run "
@@ -174,6 +172,6 @@ def _examples(flat: dict[str, Any]) -> int:
 
 
 def _show(value: Any) -> str:
-    from sparseft.compose.validation import show
+    from sparseft.rules import show
 
     return show(value)

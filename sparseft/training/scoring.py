@@ -62,7 +62,7 @@ class Scorer:
     def on_test(self, model: Any, tokenizer: Any, folder: Path, what: str) -> float:
         """The accuracy on the test split; writes `eval/<task>.json` into the run's folder, as `sparseft eval` does."""
         from sparseft import evaluation
-        from sparseft.adapters.files import adapter_hash
+        from sparseft.adapters.description import adapter_hash
         from sparseft.data.question_hashes import Seen
         from sparseft.evaluation.contamination import annotate
         from sparseft.runs.environment import package_commit

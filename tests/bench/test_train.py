@@ -281,7 +281,7 @@ def test_contenders_of_the_steps_train_equally_much(name: str) -> None:
     from sparseft.bench.shapes import square_shape
     from sparseft.commands.bench import own_settings
     from sparseft.compose.run_config import compose
-    from sparseft.methods.selecting import compute_selection
+    from sparseft.selection.compute import compute_selection
 
     config = compose("bench", [f"experiment={name}"])
     bench = config.bench

@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save_file
 
 import sparseft
 from sparseft import SylvaConfig, compute_selection
-from sparseft.adapters.files import BODY, CONFIG, HASHED, TENSORS, file_hash
+from sparseft.adapters.description import CONFIG, TENSORS
 from sparseft.compose.run_config import compose, to_yaml
 from sparseft.config import DatasetConfig
 from sparseft.errors import UserError, shown
-from sparseft.files.hashing import body_hash
-from sparseft.importance.calibration_state import Partial
+from sparseft.files.hashing import BODY, HASHED, body_hash, file_hash
+from sparseft.importance.calibration_state import CalibrationState
 from sparseft.report.sections import build_report
 from sparseft.runs.metrics import read_metrics, truncate_metrics
 from sparseft.selection.selection import Selection
@@ -160,11 +160,11 @@ def loaders(make_model: Any, tokenizer: Any, root: Path) -> dict[str, Callable[[
     def partial() -> Loader:
         folder = root / "key.partial"
         tensors = {"a": torch.randn(5, 7), "b": torch.arange(6), "c": torch.randn(3, dtype=torch.float64)}
-        Partial(folder, ["key"]).save("statistics", tensors, {"done": [2, 3], "statistics": {"x": [1.5]}})
+        CalibrationState(folder, ["key"]).save("statistics", tensors, {"done": [2, 3], "statistics": {"x": [1.5]}})
 
         def load(folder: Path) -> Any:
             with contextlib.redirect_stderr(io.StringIO()) as said:
-                found = Partial(folder, ["key"]).load("statistics")
+                found = CalibrationState(folder, ["key"]).load("statistics")
             if found is None:
                 there = [path for path in folder.glob("statistics*") if path.is_file()]
                 assert not there or "starts anew" in said.getvalue()

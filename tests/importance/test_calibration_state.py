@@ -19,11 +19,10 @@ from torch import Tensor
 
 from sparseft import SylvaConfig, compute_selection
 from sparseft.importance import calibration_state as resuming
-from sparseft.importance import compute_scores, scores
-from sparseft.importance.kfac import SecondOrder
-from sparseft.methods import get_method
+from sparseft.importance import scores
+from sparseft.importance.calibration import Watch
+from sparseft.importance.kfac import FactorSettings
 from sparseft.models.spec import ModelSpec
-from sparseft.selection.choose import generator_for
 from support.places import ROOT
 from support.running import on, sparseft, write_data
 
@@ -37,9 +36,14 @@ def samples(count: int = COUNT) -> list[dict[str, Tensor]]:
 
 
 def scored(model: Any, importance: str, **options: Any) -> dict[str, Tensor]:
-    budget = get_method("sylva").budget(ModelSpec.of(model), SylvaConfig(sparsity=0.9, block_size=8))
-    options = {"seed": 0, "batches": samples(), "generator": generator_for} | options
-    return compute_scores(model, budget.candidates, importance, **options)
+    return scored_with_facts(model, importance, **options).scores
+
+
+def scored_with_facts(model: Any, importance: str, **options: Any) -> scores.Scored:
+    budget = SylvaConfig(sparsity=0.9, block_size=8).budget(ModelSpec.of(model))
+    watch = Watch(*(options.pop(name, None) for name in ("progress", "scoring", "resume")))
+    options = {"seed": 0, "batches": samples()} | options
+    return scores.compute_scores(model, budget.candidates, importance, watch=watch, **options)
 
 
 def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -79,8 +83,7 @@ def test_it_goes_on_with_the_next_samples(make_model: Callable[..., Any], import
 
 def test_it_goes_on_with_the_next_linear(make_model: Callable[..., Any], tmp_path: Path) -> None:
     model, folder = make_model("llama"), tmp_path / "key.partial"
-    meta: dict[str, Any] = {}
-    whole = scored(model, "sylva", meta=meta)
+    whole = scored_with_facts(model, "sylva")
 
     def stop(done: int, _count: int) -> None:
         if done >= 3:
@@ -89,13 +92,12 @@ def test_it_goes_on_with_the_next_linear(make_model: Callable[..., Any], tmp_pat
     with pytest.raises(KeyboardInterrupt):
         scored(model, "sylva", scoring=stop, resume=folder)
     seen: list[tuple[int, int]] = []
-    again: dict[str, Any] = {}
     fail = pytest.fail
-    found = scored(
-        model, "sylva", progress=lambda _: fail("a sample went twice"), resume=folder, meta=again,
+    found = scored_with_facts(
+        model, "sylva", progress=lambda _: fail("a sample went twice"), resume=folder,
         scoring=lambda *at: seen.append(at),
     )  # fmt: skip
-    assert equal(found, whole) and again == meta
+    assert equal(found.scores, whole.scores) and found.facts == whole.facts
     assert seen[0][0] > 3 and seen[-1] == (14, 14)
 
 
@@ -108,7 +110,7 @@ def test_it_saves_now_and_then_and_survives_what_is_unusable(
     monkeypatch.setattr(resuming, "SAVE_COST", 0.0)
     assert equal(scored(model, "sylva", resume=folder), whole)
     assert {path.name for path in folder.iterdir()} == {"statistics-0of1.safetensors", "scores-0of1.safetensors"}
-    assert not equal(scored(model, "sylva", resume=folder, second_order=SecondOrder(damping=0.5)), whole)
+    assert not equal(scored(model, "sylva", resume=folder, factors=FactorSettings(damping=0.5)), whole)
     assert "belongs to other settings" in capsys.readouterr().err
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes()[:200])

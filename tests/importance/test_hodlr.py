@@ -223,31 +223,19 @@ def test_sums_of_several_ranks_are_one_matrix() -> None:
         target.copy_(torch.stack(sources).sum(0))  # what an all-reduce leaves on each rank
     assert reduced.tokens == 400
     assert relative(reduced.to_dense(), whole) < 1e-5
-    parts[0].to_dense()
-    for part in parts[1:]:
-        parts[0].merge(part)
-    assert relative(parts[0].to_dense(), whole) < 1e-5
 
 
-def test_saved_sums_continue_where_they_were(tmp_path) -> None:
+def test_saved_sums_continue_where_they_were() -> None:
     x = data(250, 300, seed=6)
     hodlr = fed(250, x[:200], num_partition=5)
-    torch.save(hodlr.state_dict(), tmp_path / "sums.pt")
+    saved = [tensor.clone() for tensor in hodlr.tensors()]
     hodlr.update(x[200:])
     loaded = Hodlr(250, 5)
-    loaded.inverse_diagonal()
-    loaded.load_state_dict(torch.load(tmp_path / "sums.pt", weights_only=True))
+    loaded.inverse_diagonal()  # a result that must not outlive the loading
+    for target, source in zip(loaded.tensors(), saved, strict=True):
+        target.copy_(source)
     loaded.update(x[200:])
     assert torch.equal(loaded.to_dense(), hodlr.to_dense()) and loaded.tokens == 300
-
-
-@pytest.mark.parametrize("change", [{"n": 251}, {"num_partition": 4}, {"rank": 2}, {"seed": 1}])
-def test_sums_of_another_layout_are_refused(change: dict[str, int]) -> None:
-    mine, other = Hodlr(250, 5), Hodlr(**({"n": 250, "num_partition": 5} | change))
-    with pytest.raises(ValueError, match="cannot be added"):
-        mine.merge(other)
-    with pytest.raises(ValueError, match="cannot be added"):
-        mine.load_state_dict(other.state_dict())
 
 
 def test_the_seed_decides_and_nothing_else() -> None:

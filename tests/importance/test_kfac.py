@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 import sparseft
 from sparseft.errors import RunError
 from sparseft.importance import host_sums as host_memory
-from sparseft.importance.batching import WINDOW, groups_of, may_share, pad_together, split_samples
-from sparseft.importance.hooks import observe
-from sparseft.importance.kfac import SecondOrder, SecondOrderStatistics, summary
+from sparseft.importance.batching import WINDOW, groups_of, may_share, packed, pad_together, split_samples
+from sparseft.importance.hooks import Observation, observe
+from sparseft.importance.kfac import FactorSettings, KroneckerFactors, summary
 from sparseft.models.spec import ModelSpec
 
 LENGTHS = (9, 5, 12, 7, 2, 12)
@@ -38,15 +38,15 @@ def samples(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[dict[str,
     return made
 
 
-def collected(model: nn.Module, batches: Any, together: int = 0) -> SecondOrderStatistics:
+def collected(model: nn.Module, batches: Any, together: int = 0) -> KroneckerFactors:
     """The exact (dense) statistics of every linear."""
     spec = ModelSpec.of(model)
-    found = SecondOrderStatistics(SecondOrder(num_partition=0), 0, spec.linears, torch.device("cpu"))
-    observe(model, spec.linears, batches, found, gradients=True, together=together, starting=found.starting)
+    found = KroneckerFactors(FactorSettings(num_partition=0), 0, spec.linears, torch.device("cpu"))
+    observe(model, spec.linears, groups_of(model, batches, gradients=True, together=together), found, gradients=True)
     return found
 
 
-def assert_same(left: SecondOrderStatistics, right: SecondOrderStatistics, rtol: float = 2e-5) -> None:
+def assert_same(left: KroneckerFactors, right: KroneckerFactors, rtol: float = 2e-5) -> None:
     """The same modules, sources, counts and, relative to each matrix's largest entry, the same sums."""
     assert left.sources == right.sources and left.samples == right.samples
     (a, _), (b, _) = left.state(), right.state()
@@ -95,13 +95,13 @@ def test_a_group_goes_through_the_model_once(make_model: Callable[..., Any]) -> 
 
 def test_groups_keep_to_their_tokens_and_to_every_sample() -> None:
     items = samples(lengths=tuple(range(2, 2 + 2 * WINDOW + 5)))
-    groups = list(groups_of(iter(items), 100))
+    groups = list(packed(iter(items), 100))
     for group in groups:
         longest = max(sample["input_ids"].shape[1] for sample in group)
         assert len(group) == 1 or len(group) * longest <= 100
     assert sorted(id(sample) for group in groups for sample in group) == sorted(map(id, items))
     odd = [{**items[0], "position_ids": torch.arange(2)[None]}, items[1], items[2]]
-    assert [len(group) for group in groups_of(iter(odd), 100)] == [2, 1]  # what is not plain is not padded
+    assert [len(group) for group in packed(iter(odd), 100)] == [2, 1]  # what is not plain is not padded
     batch, kept = pad_together(items[:2])
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]] and batch["labels"][0, 2] == -100
     assert kept is not None and kept.tolist() == [0, 1, 3, 4, 5]
@@ -184,14 +184,14 @@ def test_bf16_is_summed_in_fp32(make_model: Callable[..., Any]) -> None:
     model, batches = make_model("llama", torch.bfloat16), samples(lengths=(40,) * 8)
     name = "model.layers.1.mlp.gate_proj"
     module, xs, gs = model.get_submodule(name), [], []
-    found = SecondOrderStatistics(SecondOrder(num_partition=0), 0, {name: (80, 48)}, torch.device("cpu"))
+    found = KroneckerFactors(FactorSettings(num_partition=0), 0, {name: (80, 48)}, torch.device("cpu"))
 
-    def both(*shown: Any) -> None:
-        xs.append(shown[1].double())
-        gs.append(shown[3].double())
-        found(*shown)
+    def both(seen: Observation) -> None:
+        xs.append(seen.x.double())
+        gs.append(seen.gradient.double())
+        found(seen)
 
-    observe(model, [name], batches, both, gradients=True, starting=found.starting)
+    observe(model, [name], groups_of(model, batches, gradients=True), both, gradients=True)
     assert module.weight.dtype == torch.bfloat16 and len(xs) == 8
     x, g = torch.cat(xs), torch.cat(gs)
     tokens = len(x)

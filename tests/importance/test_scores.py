@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import UserError
-from sparseft.importance import compute_scores
-from sparseft.importance.batching import split_samples
+from sparseft.importance.batching import groups_of, split_samples
 from sparseft.importance.hooks import observe, untouched
+from sparseft.importance.scores import compute_scores
+from sparseft.importance.units import Candidate
 from sparseft.methods.s2ft import ROLES
 from sparseft.models.spec import ModelSpec
-from sparseft.selection.budget import Candidate, block_budget, ratio_budget
-from sparseft.selection.choose import generator_for
+from sparseft.selection.budget import block_budget, ratio_budget
 
 # transformers 5 renames the method; peft and these tests call it by the name that 5.0 has too
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -135,7 +135,7 @@ def brute_force(model: nn.Module, candidates: list[Candidate], importance: str, 
 
 
 def score(model: nn.Module, candidates: list[Candidate], importance: str, batches: Any) -> dict[str, Tensor]:
-    return compute_scores(model, candidates, importance, seed=0, batches=batches, generator=generator_for)
+    return compute_scores(model, candidates, importance, seed=0, batches=batches).scores
 
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], rtol: float = 1e-4) -> None:
@@ -210,9 +210,9 @@ def test_prompt_tokens_count(make_model: Callable[..., Any]) -> None:
     unmasked = [{**items[0], "labels": items[0]["input_ids"]}]
     assert_same(score(model, candidates, "activation", items), score(model, candidates, "activation", unmasked))
     grads = {}
-    observe(
-        model, ["model.layers.0.mlp.down_proj"], items, lambda n, x, y, g, source: grads.update({n: g}), gradients=True
-    )
+    groups = groups_of(model, items, gradients=True)
+    down = "model.layers.0.mlp.down_proj"
+    observe(model, [down], groups, lambda seen: grads.update({seen.name: seen.gradient}), gradients=True)
     (grad,) = grads.values()
     assert grad.shape == (9, 48) and (grad[:3].abs().sum(1) > 0).all()
 
@@ -260,7 +260,7 @@ def test_random_depends_on_seed_and_name_only(make_model: Callable[..., Any]) ->
     first = score(model, candidates, "random", None)
     torch.manual_seed(99)
     assert_same(score(model, list(reversed(candidates)), "random", None), dict(reversed(first.items())), rtol=0)
-    other = compute_scores(model, candidates, "random", seed=1, batches=None, generator=generator_for)
+    other = compute_scores(model, candidates, "random", seed=1).scores
     assert not any(torch.equal(first[key], other[key]) for key in first)
     assert len({tuple(value.tolist()) for value in first.values()}) == len(first)
 
@@ -317,7 +317,9 @@ def test_the_model_is_unchanged_by_a_failure_midway(make_model: Callable[..., An
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        observe(model, ["transformer.h.0.mlp.c_fc"], samples(), failing, gradients=importance == "gradient")
+        gradients = importance == "gradient"
+        groups = groups_of(model, samples(), gradients=gradients)
+        observe(model, ["transformer.h.0.mlp.c_fc"], groups, failing, gradients=gradients)
     assert_unchanged(before, snapshot(model))
 
 
@@ -343,14 +345,13 @@ def test_gradient_checkpointing_counts_nothing_twice(make_model: Callable[..., A
     assert model.is_gradient_checkpointing and model.training
 
 
-def test_progress_counts_samples(make_model: Callable[..., Any]) -> None:
+def test_each_group_is_reported_with_its_samples(make_model: Callable[..., Any]) -> None:
     seen: list[int] = []
     model = make_model("llama")
-    count = observe(
-        model, ["model.layers.0.mlp.up_proj"], [padded(samples(), "right")], lambda *_: None, gradients=False,
-        progress=seen.append,
-    )  # fmt: skip
-    assert seen == [1, 2, 3, 4] and count == 4
+    groups = groups_of(model, [padded(samples(), "right")], gradients=False)
+    up = "model.layers.0.mlp.up_proj"
+    count = observe(model, [up], groups, lambda _: None, gradients=False, reached=seen.append)
+    assert seen == [1, 1, 1, 1] and count == 4
 
 
 def test_split_samples_keeps_other_columns() -> None:

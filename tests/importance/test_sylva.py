@@ -11,8 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparseft
-from sparseft.importance import kfac as second_order
+from sparseft.importance import kfac
 from sparseft.importance.hodlr import Hodlr
+from sparseft.importance.scores import compute_scores
 from sparseft.memory import AllocationCounter, tensor_bytes
 from sparseft.models.spec import ModelSpec
 
@@ -82,14 +83,9 @@ def test_exact_statistics_choose_the_brute_force_channels(make_model):
     dense = dense_scores(model, batches)
     # S2FT's config has no levels: what it uses are the defaults, clamped to these small matrices.
     selection = sparseft.compute_selection(model, config, batches)
-    exact = sparseft.importance.kfac.SecondOrder(num_partition=0)
-    budget = sparseft.methods.get_method("s2ft").budget(spec, config)
-    from sparseft.importance import compute_scores
-    from sparseft.selection.choose import generator_for
-
-    scores = compute_scores(
-        model, budget.candidates, "sylva", seed=0, batches=batches, generator=generator_for, second_order=exact
-    )
+    exact = kfac.FactorSettings(num_partition=0)
+    budget = config.budget(spec)
+    scores, _ = compute_scores(model, budget.candidates, "sylva", seed=0, batches=batches, factors=exact)
     for c in budget.candidates:
         side = dense[c.module].sum(1 if c.kind == "rows" else 0)
         wanted = side[c.start : c.start + c.unit * c.count].view(c.count, c.unit).sum(1)
@@ -105,7 +101,7 @@ def test_siblings_share_one_input_matrix(make_model, monkeypatch):
             made[n] += 1
             super().__init__(n, *args, **options)
 
-    monkeypatch.setattr(second_order, "Hodlr", Counting)
+    monkeypatch.setattr(kfac, "Hodlr", Counting)
     model = make_model("llama")  # hidden 48, intermediate 80, q 72, k and v 24, two layers
     sparseft.compute_selection(model, sparseft.SylvaConfig(sparsity=0.9, block_size=8), samples(2))
     # A: q=k=v and gate=up (48), o (72), down (80); G: q (72), k, v (24), o, down (48), gate, up (80).
@@ -151,14 +147,14 @@ def test_memory_on_top_of_the_activations_is_the_sums_the_statistics_and_one_lay
     batch = {"input_ids": torch.randint(64, (8, 48), generator=torch.Generator().manual_seed(0))}
     batch["labels"] = batch["input_ids"]
     held = {}
-    score = second_order.SecondOrderStatistics.score
+    score = kfac.KroneckerFactors.score
 
     def noted(self, *args, **options):
         held["sums"] = tensor_bytes(self.sums.values())
         held["statistics"] = tensor_bytes(self.state()[0].values()) - held["sums"]
         return score(self, *args, **options)
 
-    monkeypatch.setattr(second_order.SecondOrderStatistics, "score", noted)
+    monkeypatch.setattr(kfac.KroneckerFactors, "score", noted)
     model.requires_grad_(False)
     hook = model.get_input_embeddings().register_forward_hook(lambda _m, _i, y: y.requires_grad_(True))
     with AllocationCounter() as activations:

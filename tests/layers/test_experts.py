@@ -18,10 +18,10 @@ from sparseft.errors import UserError
 from sparseft.kernels import reference
 from sparseft.layers import sparse_layers
 from sparseft.layers.experts import ExpertLinear, opened
-from sparseft.methods.selecting import reselect
 from sparseft.models.expert_weights import find_expert
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import reselect
 from sparseft.selection.selection import Selection
 from sparseft.training.reselection import apply_selection
 from support.experts import MODELS, SIZES, batch, build
@@ -337,7 +337,7 @@ def test_a_reselected_adapter_of_experts(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(t, state[n]) for n, t in sparseft.detach(model).state_dict().items())
 
 
-def test_parked_entries_are_rounded_once_when_the_model_is_cast(kind: str) -> None:
+def test_inactive_entries_are_rounded_once_when_the_model_is_cast(kind: str) -> None:
     config = sparseft.S2FTConfig(sparsity=0.8, roles=["down"], importance="gradient")
     model = build(kind)
     sparseft.attach(model, config, sparseft.compute_selection(model, config, [batch()]))
@@ -349,9 +349,9 @@ def test_parked_entries_are_rounded_once_when_the_model_is_cast(kind: str) -> No
     seen = 0
     for layer in sparse_layers(model).values():
         for pattern in layer.patterns.values():
-            if pattern.parked is not None:
-                found = reference.gather(layer.logical_weight, pattern.kind, pattern.parked.index)
-                once = (pattern.parked.base + pattern.parked.delta).bfloat16()
+            if pattern.inactive is not None:
+                found = reference.gather(layer.logical_weight, pattern.kind, pattern.inactive.index)
+                once = (pattern.inactive.base + pattern.inactive.delta).bfloat16()
                 assert torch.equal(found, once)
                 seen += found.numel()
     assert seen > 0

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 import sparseft
 from sparseft.kernels import reference
 from sparseft.layers import SparseLinear, sparse_layers
-from sparseft.layers.unmerged import use_delta_path
 from support.experts import batch as tokens_of
 from support.experts import build as build_experts
 
@@ -78,7 +77,7 @@ def test_micro_steps_add_up_as_in_fp32(mode: str, name: str, dtype: torch.dtype,
     for pattern in PATTERNS[name]:
         layer.add_pattern(*pattern)
     if mode == "delta path":
-        use_delta_path([layer])
+        layer.unmerge()
     dense = torch.zeros(shape, dtype=torch.float64)
     for _ in range(3):
         x = torch.randn(3, TOKENS // 3, shape[1]).to(dtype)
@@ -160,10 +159,10 @@ def test_every_layer_of_a_model(
             model(input_ids=ids, labels=ids).loss.backward()
     layers = sparse_layers(model)
     assert dense.keys() == layers.keys()
-    assert any(layer.reordered for layer in layers.values()) == (config == "permuted" and kind == "llama")
+    assert any(layer.is_permuted for layer in layers.values()) == (config == "permuted" and kind == "llama")
     for name, layer in layers.items():
         found = dense[name]
-        for side, order in enumerate((layer.row_order, layer.column_order)):
+        for side, order in enumerate((layer.row_permutation, layer.column_permutation)):
             if order is not None:  # the oracle in the checkpoint's order
                 found = torch.empty_like(found).index_copy_(side, order, found)
         for pattern in layer.patterns.values():
@@ -230,7 +229,7 @@ def test_no_sum_is_left_to_chance(name: str, dtype: torch.dtype, writes: bool) -
     for pattern in PATTERNS[name]:
         layer.add_pattern(*pattern)
     if not writes:
-        use_delta_path([layer])
+        layer.unmerge()
     optimizer = torch.optim.AdamW([pattern.delta for pattern in layer.patterns.values()], lr=1e-3)
     x = torch.randn(40, 27).to(dtype).requires_grad_()
     torch.use_deterministic_algorithms(True)

@@ -19,10 +19,10 @@ import sparseft
 from sparseft import console
 from sparseft.errors import LayoutWarning, UserError
 from sparseft.layers import S2RowLinear, SparseLinear, sparse_layers
-from sparseft.layers.permuted_layout import front_order, plan_orders
-from sparseft.layers.reordering import reorder
-from sparseft.methods.selecting import reselect
+from sparseft.layers.permuted_layout import front_order, plan_permutations
+from sparseft.models.decoder import logical_weight
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import reselect
 from sparseft.selection.selection import Selection
 from sparseft.training.reselection import apply_selection, load_active, save_active
 
@@ -155,7 +155,7 @@ def test_slices_are_consecutive(make_model: Make, kind: str) -> None:
     model = sparseft.attach(build(make_model, kind), PERMUTED, whole_groups(kind))
     for name, layer in sparse_layers(model).items():
         for pattern_kind, pattern in layer.patterns.items():
-            if name.endswith(("o_proj", "v_proj", "up_proj", "down_proj")) and pattern.place is not None:
+            if name.endswith(("o_proj", "v_proj", "up_proj", "down_proj")) and pattern.inverse is not None:
                 assert isinstance(pattern.at, tuple), f"{name}.{pattern_kind}"
                 start, length = pattern.at
                 dim = 0 if pattern_kind == "rows" else 1
@@ -247,7 +247,7 @@ def test_an_adapter_of_blocks_brings_the_original_order_back(make_model: Make, t
     before = logits(model)
     sparseft.load_adapter(model, tmp_path / "blocks", "blocks")
     assert torch.equal(logits(model), logits(other))
-    assert not any(layer.reordered for layer in sparse_layers(model).values())
+    assert not any(layer.is_permuted for layer in sparse_layers(model).values())
     sparseft.set_adapter(model, "default")
     torch.testing.assert_close(logits(model), before, atol=1e-12, rtol=1e-12)
 
@@ -348,7 +348,7 @@ def test_incomplete_groups_stay_and_say_so(make_model: Make) -> None:
     said = "model.layers.0.self_attn and 1 more stay gather: the selection does not fill whole key/value groups"
     attach_and_say(model, selection, said)
     layers = sparse_layers(model)
-    assert not layers[names.format(0)].reordered and layers["model.layers.0.mlp.down_proj"].reordered
+    assert not layers[names.format(0)].is_permuted and layers["model.layers.0.mlp.down_proj"].is_permuted
     assert "model.layers.0.self_attn.q_proj" not in layers and not layers["model.layers.0.mlp.up_proj"].patterns
     torch.testing.assert_close(logits(model), expected, atol=1e-12, rtol=1e-12)
     train(model, 1)
@@ -385,7 +385,7 @@ def test_what_may_tell_units_apart_stays(make_model: Make, change: str) -> None:
         name, index = "model.layers.0.mlp.down_proj", {"columns": [3]}
     attach_and_say(model, Selection({name: index}), "stays gather")
     assert list(sparse_layers(model)) == [name]
-    assert sparse_layers(model)[name].row_order is None
+    assert sparse_layers(model)[name].row_permutation is None
 
 
 def test_a_norm_over_each_head_does_not_matter(make_model: Make) -> None:
@@ -400,7 +400,7 @@ def test_a_norm_over_each_head_does_not_matter(make_model: Make) -> None:
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
     expected = logits(model)
     sparseft.attach(model, PERMUTED, whole_groups("llama"))
-    assert sparse_layers(model)["model.layers.0.self_attn.q_proj"].reordered
+    assert sparse_layers(model)["model.layers.0.self_attn.q_proj"].is_permuted
     torch.testing.assert_close(logits(model), expected, atol=1e-12, rtol=1e-12)
 
 
@@ -422,7 +422,7 @@ def test_fused_projections_are_moved_part_by_part() -> None:
         }
     )
     sparseft.attach(model, PERMUTED, selection)
-    assert all(layer.reordered for layer in sparse_layers(model).values())
+    assert all(layer.is_permuted for layer in sparse_layers(model).values())
     assert sparse_layers(model)["model.layers.1.mlp.down_proj"].patterns["columns"].at == (0, 2)
     torch.testing.assert_close(logits(model), expected, atol=1e-12, rtol=1e-12)
     train(model, 1)
@@ -440,14 +440,14 @@ def test_a_refused_selection_changes_nothing(make_model: Make) -> None:
 
 
 def test_the_plan_follows_from_the_budget(make_model: Make) -> None:
-    """From ratios to orders, with what a method itself selects."""
+    """From ratios to permutations, with what a method itself selects."""
     model = build(make_model, "mha")
     config = sparseft.S2FTConfig(o_ratio=0.5, v_ratio=0.25, d_ratio=0.1, u_ratio=0.1, layout="permuted")
     selection = sparseft.compute_selection(model, config)
-    plan = plan_orders(model, selection, ModelSpec.of(model))
-    assert not plan.stays and len(plan.orders) == 14
-    for orders in plan.orders.values():
-        for order in orders.values():
+    plan = plan_permutations(model, selection.modules, ModelSpec.of(model))
+    assert not plan.stays and len(plan.permutations) == 14
+    for sides in plan.permutations.values():
+        for order in sides.values():
             assert order.sort().values.tolist() == list(range(len(order)))
     sparseft.attach(model, config, selection)
     assert all(isinstance(p.at, tuple) for m in sparse_layers(model).values() for p in m.patterns.values())
@@ -479,12 +479,12 @@ def test_one_layer_in_any_order(conv: bool, kind: str) -> None:
     if kind == "rows":
         rows = torch.randperm(10)
         layer.add_pattern(kind, index)
-        reorder(layer, rows)
+        layer.permute(rows)
     else:
         columns = torch.randperm(7)
-        reorder(layer, columns=columns)
+        layer.permute(columns=columns)
         layer.add_pattern(kind, index)  # after the fact too
-    assert torch.equal(layer.logical_weight, SparseLinear.weight_of(dense)[rows][:, columns])
+    assert torch.equal(layer.logical_weight, logical_weight(dense)[rows][:, columns])
     assert torch.equal(layer.bias, dense.bias[rows])
     x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
     y = layer(x[:, columns])
@@ -500,30 +500,30 @@ def test_one_layer_in_any_order(conv: bool, kind: str) -> None:
     torch.testing.assert_close(layer.delta.grad.double(), part, atol=1e-6, rtol=1e-6)
     state = layer.state_dict()
     assert torch.equal(state["weight"], dense.weight) and torch.equal(state["bias"], dense.bias)
-    assert "row_order" not in state
+    assert "row_permutation" not in state
     with torch.no_grad():
         layer.delta.fill_(0.5)
-    wanted = SparseLinear.weight_of(dense).clone()
+    wanted = logical_weight(dense).clone()
     wanted[index if kind == "rows" else (slice(None), index)] += 0.5
     stored = layer.state_dict()["weight"]
     torch.testing.assert_close(stored.t() if conv else stored, wanted)
     layer.restore_base()
-    reorder(layer)
+    layer.permute()
     assert torch.equal(layer.weight, dense.weight) and torch.equal(layer.bias, dense.bias)
 
 
-def test_orders_that_cannot_be() -> None:
+def test_permutations_that_cannot_be() -> None:
     layer = S2RowLinear(7, 10, columns=[1, 2])
     for rows in (torch.arange(9), torch.zeros(10, dtype=torch.int64)):
         with pytest.raises(ValueError, match="permutation"):
-            reorder(layer, rows)
+            layer.permute(rows)
     blocks = sparseft.BlockSparseLinear(7, 10, blocks=[[0, 0]], block_size=4)
     with pytest.raises(ValueError, match="blocks"):
-        reorder(blocks, torch.arange(10))
+        blocks.permute(torch.arange(10))
     with pytest.raises(ValueError, match="columns keeps the order"):
-        reorder(layer, torch.arange(9, -1, -1))
+        layer.permute(torch.arange(9, -1, -1))
     layer = SparseLinear(7, 10)
-    reorder(layer, torch.arange(9, -1, -1))
+    layer.permute(torch.arange(9, -1, -1))
     for kind, index in (("columns", [3]), ("blocks", [[0, 0]])):
         with pytest.raises(ValueError, match="original order"):
             SparseLinear.add_pattern(layer, kind, index, 4)
@@ -666,7 +666,7 @@ def test_a_checkpoint_of_a_reselected_permuted_model(make_model: Make, tmp_path:
     for name, layer in left.items():
         other = right.get(name)
         if other is None:
-            assert not layer.reordered and not layer.patterns
+            assert not layer.is_permuted and not layer.patterns
             continue
         assert torch.equal(layer.weight, other.weight), name
         for side, pattern in layer.patterns.items():

@@ -13,13 +13,13 @@ import transformers
 from torch import nn
 
 import sparseft
-from sparseft.importance import compute_scores
+from sparseft.importance.scores import compute_scores
 from sparseft.layers import BlockSparseLinear, share_inputs, sparse_layers
-from sparseft.layers.saved_slices import SharedSlice
+from sparseft.layers.product import SharedSlice
 from sparseft.memory import SavedBytes
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.budget import block_budget
-from sparseft.selection.choose import choose, generator_for
+from sparseft.selection.choose import choose
 from sparseft.selection.selection import Selection
 from sparseft.training.reselection import apply_selection
 
@@ -49,7 +49,7 @@ def sylva(model: nn.Module, sparsity: float, block_size: int, importance: str = 
     """Trains that share of the blocks in every linear, also where they are too large to meet the sparsity."""
     budget = block_budget(ModelSpec.of(model), block_size, sparsity, scope=None)
     candidates = budget.candidates
-    scores = compute_scores(model, candidates, importance, seed=0, batches=None, generator=generator_for)
+    scores = compute_scores(model, candidates, importance, seed=0).scores
     selection = choose(budget, scores, order="largest", allocation="per_layer", seed=0)
     return sparseft.attach(copy.deepcopy(model), sparseft.SylvaConfig(), selection)
 

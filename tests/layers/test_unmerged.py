@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from sparseft.layers import SparseLinear, sparse_layers
-from sparseft.layers.unmerged import use_delta_path, use_written_weights
 
 PATTERNS = {  # of a weight (29, 37); blocks of 8, edge ones among them
     "rows": ("rows", [3, 28, 7], None),
@@ -54,13 +53,13 @@ def test_both_paths_compute_the_same(kinds: tuple[str, ...], transposed: bool, s
     x = torch.randn(shape, dtype=torch.float64)
     expected = outcome(layer, x)
     written = layer.weight.detach().clone()
-    use_delta_path([layer])
+    layer.unmerge()
     assert not torch.equal(layer.weight, written)  # it holds the base
     for got, want in zip(outcome(layer, x), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # deltas are fp32
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected[0], rtol=1e-6, atol=1e-6)
-    use_written_weights([layer])
+    layer.merge()
     assert torch.equal(layer.weight, written)
 
 
@@ -68,7 +67,7 @@ def test_both_paths_compute_the_same(kinds: tuple[str, ...], transposed: bool, s
 def test_half_precision_differs_by_its_own_rounding(kind: str) -> None:
     layer = layer_with(kind, dtype=torch.bfloat16)
     x = torch.randn(64, 37).bfloat16()
-    use_delta_path([layer])
+    layer.unmerge()
     pattern = next(iter(layer.patterns.values()))
     exact = SparseLinear(37, 29).to(torch.float64)
     exact.weight.data.copy_(layer.weight)
@@ -82,7 +81,7 @@ def test_half_precision_differs_by_its_own_rounding(kind: str) -> None:
 
 def test_steps_change_the_function_and_not_the_weight() -> None:
     layer = layer_with("blocks")
-    use_delta_path([layer])
+    layer.unmerge()
     base = layer.weight.detach().clone()
     x = torch.randn(4, 37)
     before = layer(x)
@@ -92,7 +91,7 @@ def test_steps_change_the_function_and_not_the_weight() -> None:
     assert torch.equal(layer.weight, base)
     after = layer(x).detach()
     assert not torch.equal(after, before)
-    use_written_weights([layer])
+    layer.merge()
     torch.testing.assert_close(layer(x), after)
 
 
@@ -106,14 +105,15 @@ def test_a_model_takes_the_path(make_model: Any) -> None:
             parameter.normal_(0, 0.05)
     tokens = torch.arange(12).reshape(2, 6)
     expected = model(tokens).logits
-    use_delta_path(sparse_layers(model).values())
+    for layer in sparse_layers(model).values():
+        layer.unmerge()
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_parked_entries_need_the_written_weight() -> None:
-    from sparseft.layers.inactive import exchange
+def test_inactive_entries_need_the_written_weight() -> None:
+    from sparseft.layers.inactive import swap
 
     layer = layer_with("rows")
-    exchange(layer, "rows", torch.tensor([3, 9, 10]))
-    with pytest.raises(ValueError, match="parked"):
-        use_delta_path([layer])
+    swap(layer, "rows", torch.tensor([3, 9, 10]))
+    with pytest.raises(ValueError, match="inactive"):
+        layer.unmerge()

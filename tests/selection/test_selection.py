@@ -20,15 +20,15 @@ from torch import Tensor
 
 import sparseft
 from sparseft.errors import RunError, UserError
-from sparseft.methods import get_method
+from sparseft.importance.units import Candidate, generator_for, unit_index
 from sparseft.methods.s2ft import S2FTConfig
-from sparseft.methods.selecting import compute_selection, first_samples
 from sparseft.methods.sylva import SylvaConfig
 from sparseft.models.spec import ModelSpec
-from sparseft.selection.budget import Candidate, block_budget, blocks_spent, keep_count, ratio_budget
-from sparseft.selection.choose import choose, generator_for, rank_units, unit_index
+from sparseft.selection.budget import block_budget, blocks_spent, keep_count, ratio_budget
+from sparseft.selection.choose import choose, rank_units
+from sparseft.selection.compute import compute_selection, first_samples
+from sparseft.selection.describe import units_by_role
 from sparseft.selection.selection import Selection
-from sparseft.training.prepare import units_by_role
 from support.models import build_model
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -244,31 +244,30 @@ def test_the_block_size_is_the_largest_that_meets_the_sparsity(
     shapes = [(scale * rows, scale * columns) for rows, columns in shapes]
     spec = replace(LLAMA, linears={f"m{number}": shape for number, shape in enumerate(shapes)})
     config = SylvaConfig(sparsity=sparsity, allocation=allocation)
-    settled = get_method("sylva").settled
     sizes = [size for size in (64, 32, 16, 8, 4) if size <= min(map(max, shapes))]
     if not sizes:
         with pytest.raises(UserError, match="both sides are below 4, the smallest block; leave it out by scope"):
-            settled(spec, config)
+            config.settled(spec)
         return
     misses = {size: brute_force_misses(shapes, size, sparsity, allocation) for size in sizes}
     missed = {size: max(both) for size, both in misses.items()}
     meeting = [size for size in sizes if missed[size] <= 0.1 + 1e-9]
-    found = settled(spec, config)
+    found = config.settled(spec)
     if meeting:
         assert found == replace(config, block_size=meeting[0])
     else:
         assert missed[found.block_size] == pytest.approx(min(missed.values()))
-    assert settled(spec, found) == found  # it may be given too
+    assert found.settled(spec) == found  # it may be given too
     for size in sizes:
         for changes, miss in zip(({"importance": "random"}, {"importance": "weight"}), misses[size], strict=True):
             given_size = replace(config, block_size=size, **changes)
             if miss <= 0.1 + 1e-9:
-                assert settled(spec, given_size) == given_size
+                assert given_size.settled(spec) == given_size
             elif miss > missed[found.block_size] + 1e-6:
                 advice = f"block_size={size} trains .*use method.block_size={found.block_size}"
                 with pytest.raises(UserError, match=advice):
-                    settled(spec, given_size)
-            assert settled(spec, replace(given_size, sparsity=None)).block_size == size  # nobody asked for the default
+                    given_size.settled(spec)
+            assert replace(given_size, sparsity=None).settled(spec).block_size == size  # nobody asked for the default
 
 
 @pytest.mark.parametrize("allocation", ["per_layer", "global"])
@@ -425,9 +424,10 @@ def test_num_samples_limits_the_calibration(make_model: Callable[..., Any]) -> N
 SCRIPT = """
 import sys
 import torch
-from sparseft.importance import compute_scores
-from sparseft.selection.budget import Budget, Candidate
-from sparseft.selection.choose import choose, generator_for
+from sparseft.importance.scores import compute_scores
+from sparseft.importance.units import Candidate
+from sparseft.selection.budget import Budget
+from sparseft.selection.choose import choose
 torch.manual_seed(int(sys.argv[1]))
 units = (("rows", 8), ("blocks", 48))
 candidates = [Candidate(f"m{i}.{kind}", kind, (64, 48), 0, 8, n) for i in range(3) for kind, n in units]
@@ -435,7 +435,7 @@ budget = Budget(candidates, {c.key: 3 for c in candidates}, {"": 9}, 1, 1, 8)
 for seed in (3, 4):
     for order in ("largest", "sampled"):
         for allocation in ("per_layer", "global"):
-            scores = compute_scores(None, candidates, "random", seed=seed, batches=None, generator=generator_for)
+            scores = compute_scores(None, candidates, "random", seed=seed).scores
             print(choose(budget, scores, order=order, allocation=allocation, seed=seed).digest())
 """
 

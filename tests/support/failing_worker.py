@@ -108,7 +108,7 @@ def slow() -> None:
 
     resuming.SAVE_SECONDS = resuming.SAVE_COST = 0.0
     scores.TOKENS_TOGETHER = 1
-    saved, written, count = resuming.Partial.save, selection.Selection.save, {"statistics": 0, "scores": 0}
+    saved, written, count = resuming.CalibrationState.save, selection.Selection.save, {"statistics": 0, "scores": 0}
 
     def say(text: str) -> None:
         print(f"{text} in {os.environ['RANK']}", file=sys.stderr, flush=True)
@@ -123,7 +123,7 @@ def slow() -> None:
         say("writing")
         written(self, *args)
 
-    resuming.Partial.save = save  # type: ignore[method-assign]
+    resuming.CalibrationState.save = save  # type: ignore[method-assign]
     selection.Selection.save = write  # type: ignore[method-assign]
 
 

@@ -34,7 +34,7 @@ def examples(count: int, seed: int = 0, vocabulary: int = 96) -> TokenizedDatase
 
 def attached(model: Any, method: str) -> Any:
     """A copy of the model made trainable, the choice by weight so that no data is needed."""
-    cls = get_method(method).config_class
+    cls = get_method(method)
     settings = {
         "s2ft": {"sparsity": 0.8, "roles": ["q", "o", "up", "down"], "importance": "weight"},
         "sylva": {"sparsity": 0.8, "block_size": 16, "importance": "weight"},

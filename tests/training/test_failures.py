@@ -495,7 +495,7 @@ STAGES = {
     "reading the data": "sparseft.data.sources:open_file",
     "evaluating": "sparseft.training.trainer/Trainer:_evaluation_loss",
     "saving a checkpoint": "sparseft.training.trainer:seal",
-    "saving the adapter": "sparseft.adapters.lifecycle:write_sparse",
+    "saving the adapter": "sparseft.adapters.sparse:write_sparse",
     "writing the summary": "sparseft.commands.train:write_json",
 }
 

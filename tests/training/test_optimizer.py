@@ -23,10 +23,8 @@ from transformers.pytorch_utils import Conv1D
 import sparseft
 from sparseft.errors import UserError
 from sparseft.kernels import reference
-from sparseft.layers import SparseLinear, sparse_layers
-from sparseft.layers import sparse_linear as layers_base
-from sparseft.layers.inactive import exchange, move_moments
-from sparseft.layers.reordering import reorder
+from sparseft.layers import SparseLinear, sparse_layers, write_back
+from sparseft.layers.inactive import move_moments, swap
 from sparseft.selection.selection import Selection
 from sparseft.training.optimizer import SparseAdamW
 from support.places import ROOT
@@ -69,7 +67,7 @@ def zoo(dtype: torch.dtype = torch.float32) -> nn.Module:
         model[f"conv_{name}"] = layer_of(name, conv=True, dtype=dtype)
     for kind, length in (("rows", OUT), ("columns", IN)):  # the other side keeps its order
         model[f"moved_{kind}"] = layer_of(kind, dtype=dtype)
-        reorder(model[f"moved_{kind}"], **{kind: torch.randperm(length)})
+        model[f"moved_{kind}"].permute(**{kind: torch.randperm(length)})
     model["idle"] = SparseLinear.wrap(nn.Linear(IN, OUT).to(dtype))
     model["plain"] = nn.Linear(3, 2)
     return model
@@ -100,7 +98,7 @@ def check_weights(model: nn.Module, bases: dict[str, Tensor]) -> None:
         found = layer.weight.detach().clone()
         with torch.no_grad():
             layer.weight.copy_(bases[name])
-        layer.write_parked()
+        layer.write_inactive()
         layer.write_back()
         assert torch.equal(found, layer.weight), name
         if "blocks" in layer.patterns:
@@ -242,13 +240,13 @@ def test_reselection_moves_moments_and_the_tables_follow(kind: str) -> None:
     for m, optimizer in zip((model, oracle), optimizers, strict=True):
         run(m, optimizer, range(3))
         for layer in sparse_layers(m).values():
-            source = exchange(layer, kind, torch.tensor(others[kind]))
+            source = swap(layer, kind, torch.tensor(others[kind]))
             move_moments(optimizer, layer.patterns[kind], source)
         run(m, optimizer, range(3, 6))
     check_alike(model, oracle)
     check_state(*optimizers)
     check_weights(model, bases)
-    assert model["a"].patterns[kind].parked is not None
+    assert model["a"].patterns[kind].inactive is not None
 
 
 @pytest.mark.skipif(not BY_KERNEL, reason="only the kernel has tables: this runs in the interpreter's process")
@@ -302,7 +300,7 @@ def test_experts_train_their_slices() -> None:
     for (name, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name, rtol=2e-2, atol=2e-3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    layers_base.write_back(sparse_layers(model).values())
+    write_back(sparse_layers(model).values())
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 

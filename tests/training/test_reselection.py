@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 import sparseft
 from sparseft.kernels import reference
 from sparseft.layers import sparse_layers
-from sparseft.layers.inactive import exchange, move_moments, positions_of, union
-from sparseft.methods.selecting import reselect
+from sparseft.layers.inactive import move_moments, swap, union
+from sparseft.layers.pattern import positions_of
+from sparseft.selection.compute import reselect
 from sparseft.training.reselection import apply_selection, load_active, save_active
 from support.running import sparseft as command
 
@@ -67,7 +68,7 @@ def test_nothing_learnt_is_lost_and_the_base_comes_back(kind, dtype):
                 layer.blocks.delta.mul_(inside)
         total = learnt()
         before = layer(x)
-        exchange(layer, kind, torch.tensor(index))
+        swap(layer, kind, torch.tensor(index))
         assert torch.equal(layer(x), before)  # the weight keeps what it learnt
         assert torch.equal(learnt(), total)
         assert torch.equal(layer.weight, (base + total).to(dtype))
@@ -85,9 +86,9 @@ def test_an_entry_that_comes_back_finds_its_delta_and_base(kind):
     first = layer.patterns[kind].index.clone()
     train(layer)
     delta, base = layer.patterns[kind].delta.detach().clone(), layer.patterns[kind].base_values.clone()
-    exchange(layer, kind, torch.tensor(OTHERS[kind][0]))
+    swap(layer, kind, torch.tensor(OTHERS[kind][0]))
     train(layer)
-    source = exchange(layer, kind, first)
+    source = swap(layer, kind, first)
     dim = 1 if kind == "columns" else 0
     came_back = (source < 0).nonzero().flatten()
     assert len(came_back)
@@ -103,7 +104,7 @@ def test_moments_follow_their_entries_and_newcomers_start_at_zero(kind):
     layer(torch.randn(4, layer.in_features)).square().sum().backward()
     optimizer.step()
     old, moments = pattern.index.tolist(), optimizer.state[pattern.delta]["exp_avg"].clone()
-    source = exchange(layer, kind, torch.tensor(OTHERS[kind][0]))
+    source = swap(layer, kind, torch.tensor(OTHERS[kind][0]))
     move_moments(optimizer, pattern, source)
     dim = 1 if kind == "columns" else 0
     moved = optimizer.state[pattern.delta]["exp_avg"]
@@ -120,7 +121,7 @@ def test_factored_moments_start_anew():
     optimizer = torch.optim.Adafactor([layer.delta], lr=0.1)
     layer(torch.randn(4, 22)).square().sum().backward()
     optimizer.step()
-    move_moments(optimizer, layer.columns, exchange(layer, "columns", torch.tensor(OTHERS["columns"][0])))
+    move_moments(optimizer, layer.columns, swap(layer, "columns", torch.tensor(OTHERS["columns"][0])))
     assert layer.delta not in optimizer.state
     layer(torch.randn(4, 22)).square().sum().backward()
     optimizer.step()
@@ -129,7 +130,7 @@ def test_factored_moments_start_anew():
 def test_another_number_of_entries_is_refused():
     layer = LAYERS["rows"]()
     with pytest.raises(sparseft.UserError, match="number of rows"):
-        exchange(layer, "rows", torch.tensor([1, 2]))
+        swap(layer, "rows", torch.tensor([1, 2]))
 
 
 def test_positions():
@@ -227,7 +228,7 @@ def test_the_device_holds_one_selection_whatever_was_trained_before(make_model, 
     for seed in (1, 2, 3):
         apply_selection(model, reselect(model, config, None, seed=seed), optimizer)
         steps(model, optimizer, 1, seed)
-        kept = [p.parked for layer in sparse_layers(model).values() for p in layer.patterns.values() if p.parked]
+        kept = [p.inactive for layer in sparse_layers(model).values() for p in layer.patterns.values() if p.inactive]
         parked.append(sum(entry.delta.numel() for entry in kept))
         assert {entry.delta.device.type for entry in kept} == {"cpu"}
         assert held() <= 1.01 * before  # block columns that a layer needs vary by a few indices
@@ -267,7 +268,7 @@ def test_state_dict_and_checkpoint_carry_what_is_parked(make_model, tmp_path, na
         assert torch.equal(other(ids).logits, logits)
         for (left, a), (right, b) in zip(patterns(model), patterns(other), strict=True):
             assert left == right and torch.equal(a.index, b.index) and torch.equal(a.delta, b.delta)
-            assert sorted(a.parked.index.flatten().tolist()) == sorted(b.parked.index.flatten().tolist())
+            assert sorted(a.inactive.index.flatten().tolist()) == sorted(b.inactive.index.flatten().tolist())
         sparseft.detach(other)
         assert all(
             torch.equal(value, make_model("llama").state_dict()[key]) for key, value in other.state_dict().items()

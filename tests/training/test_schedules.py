@@ -11,7 +11,7 @@ import transformers
 from transformers.trainer_utils import SchedulerType
 
 from sparseft.compose import validation
-from sparseft.config import TrainerConfig
+from sparseft.config import OPTIMIZERS, TrainerConfig
 from sparseft.errors import UserError
 from sparseft.training import schedules
 from sparseft.training.checkpoints import last_checkpoint
@@ -199,7 +199,7 @@ def test_a_schedule_that_follows_the_loss_goes_on_from_where_it_was(name: str, m
 
 
 @pytest.mark.parametrize("method", ["s2ft", "sylva"])
-@pytest.mark.parametrize("optimizer", validation.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_trains_and_goes_on(optimizer: str, method: str, make_model: Any, tmp_path: Path) -> None:
     settings = {"optimizer": optimizer, "scheduler": "constant", "max_steps": 4, "save_steps": 2, "weight_decay": 0.1}
     models = []

@@ -1,35 +1,75 @@
-"""Config + model + calibration batches -> `Selection`: the pipeline that all sparse methods share."""
+"""Settings + model + calibration batches -> `Selection`: the pipeline that all sparse methods share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import nn
 
 from sparseft import console
 from sparseft.distributed import ranks
 from sparseft.errors import UserError
-from sparseft.importance import compute_scores
-from sparseft.importance.kfac import SecondOrder
+from sparseft.importance.calibration import Watch
+from sparseft.importance.kfac import FactorSettings
+from sparseft.importance.scores import compute_scores
 from sparseft.layers import sparse_layers
-from sparseft.layers.convert import check_modules
+from sparseft.layers.convert import check_modules, original_order
 from sparseft.layers.experts import opened
-from sparseft.layers.reordering import original_order
-from sparseft.methods import method_of
-from sparseft.methods.base import SparseConfig
 from sparseft.models.compiled import inside_compiled
 from sparseft.models.spec import ModelSpec
-from sparseft.selection.choose import choose, generator_for
+from sparseft.selection.budget import Budget
+from sparseft.selection.choose import choose
 from sparseft.selection.selection import Selection
+
+
+@runtime_checkable
+class Settings(Protocol):
+    """What the settings of a sparse method say: `methods.base.SparseConfig`."""
+
+    name: str  # the method's
+    importance: str
+    order: str
+    allocation: str
+    num_samples: int | float | None
+    seed: int
+
+    @property
+    def needs_data(self) -> bool: ...
+
+    def validate(self) -> None: ...
+
+    def settled(self, spec: ModelSpec) -> Self: ...
+
+    def budget(self, spec: ModelSpec) -> Budget: ...
+
+    def statistics(self) -> dict[str, Any]: ...
+
+    def with_block_size(self, size: int | None) -> Self: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be chosen of a model: its linears and roles, the settings with what they leave to the model filled in,
+    and the budget."""
+
+    spec: ModelSpec
+    settings: Settings
+    budget: Budget
+
+    @staticmethod
+    def of(spec: ModelSpec, settings: Settings) -> Request:
+        """UserError where the model cannot meet the settings."""
+        settings = settings.settled(spec)
+        return Request(spec, settings, settings.budget(spec))
 
 
 @inside_compiled
 def compute_selection(
     model: nn.Module,
-    config: SparseConfig,
+    config: Settings,
     batches: Iterable[Mapping[str, Any]] | None = None,
     *,
     progress: Callable[[int], None] | None = None,
@@ -56,58 +96,64 @@ def compute_selection(
     Raises:
         UserError: a value out of range, a scope that matches nothing, a budget that cannot be met.
     """
-    method = method_of(config)
-    if not method.sparse:
-        raise UserError(f"method {method.name} selects nothing, so there is no selection to compute.")
+    if not isinstance(config, Settings):
+        raise UserError(f"a {type(config).__name__} selects nothing, so there is no selection to compute.")
     config.validate()
     if sparse_layers(model):
         raise UserError("the model has sparse layers already: detach or merge them before selecting anew.")
-    spec = ModelSpec.of(model)
-    config = method.settled(spec, config)
-    budget = method.budget(spec, config)
-    check_modules(model, dict.fromkeys(c.module for c in budget.candidates), spec.linears)
-    if config.needs_data and batches is not None:
-        batches = first_samples(batches, config.num_samples)
-    shared = config.needs_data and batches is not None
-    statistics: dict[str, Any] = {}
-    with opened(model, [c.module for c in budget.candidates]):
-        scores = compute_scores(
+    return compute(model, Request.of(ModelSpec.of(model), config), batches, Watch(progress, scoring, resume))
+
+
+def compute(
+    model: nn.Module,
+    request: Request,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    watch: Watch | None = None,
+) -> Selection:
+    """`compute_selection` of what is known already."""
+    settings, budget = request.settings, request.budget
+    modules = list(dict.fromkeys(c.module for c in budget.candidates))
+    check_modules(model, modules, request.spec.linears)
+    if settings.needs_data and batches is not None:
+        batches = first_samples(batches, settings.num_samples)
+    with opened(model, modules):
+        scores, facts = compute_scores(
             model,
             budget.candidates,
-            config.importance,
-            seed=config.seed,
+            settings.importance,
+            seed=settings.seed,
             batches=batches,
-            generator=generator_for,
-            progress=progress,
-            scoring=scoring,
-            second_order=second_order(config),
-            resume=resume,
-            meta=statistics,
+            factors=FactorSettings(**settings.statistics()),
+            watch=watch,
         )
-    selection = choose(budget, scores, order=config.order, allocation=config.allocation, seed=config.seed)
-    if shared:
+    selection = choose(budget, scores, order=settings.order, allocation=settings.allocation, seed=settings.seed)
+    if settings.needs_data and batches is not None:
         selection = ranks.broadcast_object(selection)
-    selection.meta |= statistics
-    if "second_order" in statistics:
-        log_damping(statistics["second_order"])
-    describe(selection, spec, method.name, config, budget.scope_parameters)
+    selection.meta |= facts
+    if "second_order" in facts:
+        log_damping(facts["second_order"])
+    _record(selection, request)
     return selection
 
 
 def reselect(
     model: nn.Module,
-    config: SparseConfig,
+    config: Settings,
     batches: Iterable[Mapping[str, Any]] | None,
     *,
     seed: int,
+    spec: ModelSpec | None = None,
 ) -> Selection:
-    """Chooses anew for an attached model, from its weights as they are: in each layer as many units as train now."""
-    spec = ModelSpec.of(model)
+    """Chooses anew for an attached model, from its weights as they are: in each layer as many units as train now.
+
+    `spec` is the model's, where it is known.
+    """
+    spec = spec or ModelSpec.of(model)
     layers = sparse_layers(model)
     size = max((p.block_size or 0 for layer in layers.values() for p in layer.patterns.values()), default=0)
-    if size and hasattr(config, "block_size"):  # what trains decides, also where the caller had chosen it
-        config = replace(config, block_size=size)
-    budget = method_of(config).budget(spec, config)
+    if size:  # what trains decides, also where the caller had chosen it
+        config = config.with_block_size(size)
+    budget = config.budget(spec)
     counts = {}
     for c in budget.candidates:
         pattern = layers[c.module].patterns.get(c.kind) if c.module in layers else None
@@ -121,20 +167,20 @@ def reselect(
     budget.candidates = [c for c in budget.candidates if counts.get(c.key)]
     budget.per_candidate = counts
     with original_order(layers.values()):  # units are counted as in the checkpoint
-        scores = compute_scores(
+        scores, _ = compute_scores(
             model,
             budget.candidates,
             config.importance,
             seed=seed,
             batches=first_samples(batches, config.num_samples) if batches is not None else None,
-            generator=generator_for,
-            second_order=second_order(config),
+            factors=FactorSettings(**config.statistics()),
         )
     return choose(budget, scores, order=config.order, allocation="per_layer", seed=seed)
 
 
 def log_damping(summary: Mapping[str, Any]) -> None:
-    """Says where low rank had left second moments indefinite, so that their inverses took more damping than asked."""
+    """Says where low rank had left Kronecker factors indefinite, so that their inverses took more damping than
+    asked."""
     if summary["raised"]:
         found = summary["effective_damping"]
         console.log(
@@ -144,18 +190,8 @@ def log_damping(summary: Mapping[str, Any]) -> None:
         )
 
 
-def second_order(config: SparseConfig) -> SecondOrder:
-    """The settings of the second-order statistics: the config's where it has them, else the defaults."""
-    default = SecondOrder()
-    return SecondOrder(
-        num_partition=getattr(config, "num_partition", default.num_partition),
-        rank=getattr(config, "rank", default.rank),
-        damping=getattr(config, "damping", default.damping),
-    )
-
-
 def first_samples(batches: Iterable[Mapping[str, Any]], count: float | None) -> Iterable[Mapping[str, Any]]:
-    """The batches' first `count` samples, cutting the last batch where needed; all, where it is a share or null."""
+    """The batches' first `count` samples, cutting the last batch where needed; all, where it is a share or None."""
     left: Any = count if isinstance(count, int) else float("inf")
     for batch in batches:
         size = len(batch["input_ids"]) if "input_ids" in batch else 0
@@ -167,13 +203,14 @@ def first_samples(batches: Iterable[Mapping[str, Any]], count: float | None) -> 
             return
 
 
-def describe(selection: Selection, spec: ModelSpec, method: str, config: SparseConfig, scope_parameters: int) -> None:
+def _record(selection: Selection, request: Request) -> None:
     """Records in `selection.meta` what was chosen by what, with every module's shape and trainable entries."""
+    spec = request.spec
     trainable = selection.trainable(spec.linears)
     selection.meta |= {
-        "method": method,
-        "method_config": asdict(config),
-        "scope_parameters": scope_parameters,
+        "method": request.settings.name,
+        "method_config": asdict(request.settings),
+        "scope_parameters": request.budget.scope_parameters,
         "total_parameters": spec.total_parameters,
         "trainable_parameters": sum(trainable.values()),
         "modules": {name: {"shape": list(spec.linears[name])} for name in selection.modules},

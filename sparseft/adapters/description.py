@@ -1,0 +1,107 @@
+"""What an adapter's folder says of itself (`adapter_config.json`): safetensors and JSON, nothing that executes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparseft.errors import UserError, shown
+from sparseft.files.hashing import BODY, body_hash, file_hash
+from sparseft.files.tensors import ADAPTER_CONFIG as CONFIG
+from sparseft.files.tensors import ADAPTER_TENSORS as TENSORS
+from sparseft.files.tensors import WHOLE_CONFIG, read_tensors
+from sparseft.files.untrusted import read_json_object
+
+FORMAT_VERSION = 1
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a sparse adapter, a full model or a peft adapter says of itself, its format checked."""
+    content = read_json_object(folder / (WHOLE_CONFIG if (folder / WHOLE_CONFIG).is_file() else CONFIG), "adapter")
+    if "peft_type" not in content and content.get("format_version") != FORMAT_VERSION:
+        known = shown(content.get("format_version"))
+        raise UserError(f"{folder}: adapter format {known}, this version reads {FORMAT_VERSION}.")
+    return content
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds what `read_config` reads."""
+    return (folder / CONFIG).is_file() or (folder / WHOLE_CONFIG).is_file()
+
+
+def is_whole_model(folder: Path) -> bool:
+    """Whether an adapter's folder is a Hugging Face model, as full fine-tuning leaves one."""
+    return (folder / "config.json").is_file()
+
+
+def peft_hash(content: dict[str, Any], own: dict[str, Any]) -> str:
+    """`body_hash` of peft's description and of what sparseft adds to it, but for the base's name."""
+    peft = {key: value for key, value in content.items() if key not in ("sparseft", "base_model_name_or_path")}
+    return body_hash(peft | {"own": {key: value for key, value in own.items() if key not in (BODY, "base_model")}})
+
+
+# What a LoRA's description may set: nothing that makes peft import a module by its name (`megatron_config`), change the
+# base's weights (`init_lora_weights`), repeat its layers or take memory that the file's own tensors do not account for.
+PLAIN_PEFT = (
+    "alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying exclude_modules fan_in_fan_out "
+    "inference_mode layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout megatron_core modules_to_save "
+    "peft_type peft_version qalora_group_size r rank_pattern revision runtime_config sparseft target_modules "
+    "target_parameters task_type trainable_token_indices use_dora use_rslora"
+).split()
+
+INITIAL = (True, False, "gaussian", "orthogonal")  # values that the file's replace; the base stays as it is
+
+
+def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    """Refuses a peft adapter that is no plain LoRA (DoRA included), or not what was written. Returns its tensors."""
+    import peft
+
+    if (kind := content.get("peft_type")) != "LORA":
+        raise UserError(f"{folder}: a peft adapter of type {shown(kind)}: only LORA (DoRA included) can be loaded.")
+    usual = peft.LoraConfig().to_dict()
+    for key, value in content.items():
+        known = key in PLAIN_PEFT or key not in usual or (key == "init_lora_weights" and value in INITIAL)
+        if not known and value and value != usual[key]:
+            raise UserError(f"{folder}: {shown(key)} in {CONFIG} is not supported: only plain LoRA and DoRA are.")
+    tensors = read_tensors(folder / TENSORS, "adapter")
+    own = content.get("sparseft")
+    if isinstance(own, dict):
+        if file_hash(folder / TENSORS) != own.get("sha256", file_hash(folder / TENSORS)):
+            raise UserError(f"{folder}: {TENSORS} is not the file that {CONFIG} describes (altered).")
+        if peft_hash(content, own) != own.get(BODY, peft_hash(content, own)):
+            raise UserError(f"{folder}: {CONFIG} is not what was written with {TENSORS} (altered).")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder}: {shown(name)} holds values that are not finite.")
+    ranks = [len(t) for name, t in tensors.items() if t.dim() and ("lora_A" in name or "lora_embedding_A" in name)]
+    pattern = content.get("rank_pattern") or {}
+    given = [content.get("r", usual["r"]), *(pattern.values() if isinstance(pattern, dict) else [None])]
+    largest = max(ranks, default=0)
+    if not all(type(rank) is int and 1 <= rank <= largest for rank in given):
+        ranks = shown(given[:3])
+        raise UserError(f"{folder}: {CONFIG} gives the ranks {ranks}, but the tensors' largest is {largest}.")
+    return tensors
+
+
+def check_base(fingerprints: list[str], dtype: str, folder: Path, content: dict[str, Any]) -> None:
+    """Refuses an adapter whose fingerprints say that it was made for other weights than a model's.
+
+    fingerprints, dtype: the model's own, as it was loaded.
+    """
+    first, others = content.get("base_fingerprint"), content.get("other_fingerprints")
+    known = [first, *(others if isinstance(others, list) else [])]
+    if isinstance(first, str) and any(entry in known for entry in fingerprints):
+        return
+    base, then = shown(content.get("base_model") or "unknown"), content.get("base_dtype")
+    message = f"{folder}: made for another base model ({base}): the weights' fingerprints differ."
+    if then != dtype:
+        before = shown(then) if isinstance(then, str) else "another dtype"
+        message += f" If it is this one: it was loaded in {before} then, in {dtype} now (model.dtype)."
+    raise UserError(message)
+
+
+def adapter_hash(path: Path | None) -> str | None:
+    """SHA-256 of the adapter's tensors."""
+    return file_hash(path / TENSORS) if path is not None and (path / TENSORS).is_file() else None

@@ -1,0 +1,145 @@
+"""What an attached model remembers, and what adapters of every kind can do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from sparseft.errors import UserError, nearest
+from sparseft.methods.base import MethodConfig
+from sparseft.models.compiled import STATE
+from sparseft.models.fingerprint import base_fingerprints
+from sparseft.models.quantized import check_plain
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.selection import Selection
+
+DEFAULT = "default"
+
+
+class Kind:
+    """How adapters of one kind are put on a model and taken off it again, and what it takes to do so for one model.
+
+    `sparse.py`, `peft.py` and `full.py` have one each; `lifecycle.py` picks it. All raise `UserError` where a name is
+    unknown, files do not fit, or the kind has no such thing.
+    """
+
+    trains_all: ClassVar[bool] = False  # whether what trains is the model itself
+    called: ClassVar[str]  # its adapter, in a message
+
+    @classmethod
+    def attach(
+        cls, model: nn.Module, config: MethodConfig, selection: Selection | None, spec: ModelSpec | None
+    ) -> nn.Module:
+        """Makes a plain model trainable and returns it, or what wraps it.
+
+        spec: the model's, where the caller has it.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str) -> nn.Module:
+        """Loads an adapter's folder, described by `content`, onto a plain or attached model and makes it active."""
+        raise NotImplementedError
+
+    def names(self, model: nn.Module) -> Collection[str]:
+        """The adapters that the model has."""
+        raise NotImplementedError
+
+    def save(self, model: nn.Module, state: State, name: str, folder: Path) -> None:
+        """Writes the adapter `name` into an existing folder."""
+        raise NotImplementedError
+
+    def switch(self, model: nn.Module, state: State, name: str | None) -> None:
+        """Makes the adapter `name` the active one; None: the base, bit for bit."""
+        raise NotImplementedError
+
+    def fuse(self, model: nn.Module, state: State, weights: dict[str, float], name: str) -> None:
+        """Adds the weighted sum of adapters as `name`, which becomes the active one."""
+        raise NotImplementedError
+
+    def leave(self, model: nn.Module, state: State, *, merged: bool) -> nn.Module:
+        """The plain model, with the active adapter in its weights (`merged`) or as before it was attached."""
+        raise NotImplementedError
+
+    def unmergeable(self, model: nn.Module, state: State) -> str | None:
+        """Why the active adapter cannot become weights of the plain model; None: it can."""
+        return None
+
+    def load_trained(self, model: nn.Module, state: State, folder: Path) -> None:
+        """Fills what trains from a folder that the same method saved, in place; a model in shards too."""
+        raise NotImplementedError
+
+    def there(self, state: State) -> str:
+        """What keeps adapters of other kinds from such a model, in a message."""
+        return f"{state.method} attached"
+
+    def check_name(self, model: nn.Module, name: str) -> None:
+        """Refuses a name that no adapter has."""
+        if name not in (known := self.names(model)):
+            raise UserError(f"no adapter is called '{name}'.{nearest(name, known)}")
+
+
+@dataclass
+class State:
+    """What an attached model remembers: its base, the kind of its adapters, which is active, the flags to put back."""
+
+    kind: Kind
+    method: str
+    fingerprints: list[str]  # `base_fingerprints`
+    dtype: str  # of the base as it was loaded
+    base_model: str
+    requires_grad: dict[str, bool]
+    spec: ModelSpec | None = None  # None: nothing has asked for it
+    config: MethodConfig | None = None  # with what it left to the model; None: the adapter was loaded
+    active: str | None = None
+    method_config: dict[str, Any] = field(default_factory=dict)  # as the active adapter's description has it
+
+    @staticmethod
+    def of(model: nn.Module, kind: Kind, method: str, spec: ModelSpec | None = None) -> State:
+        """The state of a model about to be attached."""
+        check_plain(model)
+        return State(
+            kind=kind,
+            method=method,
+            fingerprints=base_fingerprints(model),
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            base_model=getattr(model, "name_or_path", "") or "",
+            requires_grad={name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
+            spec=spec,
+        )
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What an adapter's description says of the base and of the method."""
+        first, *others = self.fingerprints
+        header = {"base_model": self.base_model, "base_fingerprint": first, "base_dtype": self.dtype}
+        if others:
+            header["other_fingerprints"] = others
+        return header | {"method": self.method, "method_config": self.method_config}
+
+
+def state_of(model: nn.Module) -> State | None:
+    """The state of an attached model, or None of a plain one."""
+    return getattr(model, STATE, None)
+
+
+def require_state(model: nn.Module) -> State:
+    """The state of an attached model; a plain one is a `UserError`."""
+    state = state_of(model)
+    if state is None:
+        raise UserError("the model has no adapter: attach one or load one first.")
+    return state
+
+
+def state_for(model: nn.Module, kind: type[Kind], folder: Path) -> State | None:
+    """The state of a model that an adapter of `kind` is loaded onto, None of a plain one; refuses any other model."""
+    state = state_of(model)
+    if state is not None and not isinstance(state.kind, kind):
+        raise UserError(f"{folder}: {kind.called} cannot be loaded onto a model with {state.kind.there(state)}.")
+    if state is None and hasattr(model, "peft_config"):
+        raise UserError(f"{folder}: {kind.called} cannot be loaded onto a model with peft's layers: merge it first.")
+    return state

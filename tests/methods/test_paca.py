@@ -1,0 +1,91 @@
+"""PaCA: which columns train, how many, and their gradient. The contract suite holds what is every method's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparseft
+from sparseft.errors import UserError
+from sparseft.layers import sparse_layers
+from sparseft.models.spec import ModelSpec
+
+Make = Callable[..., Any]
+KINDS = ("llama", "gpt2")
+
+
+def batch(seed: int = 0) -> dict[str, Tensor]:
+    ids = torch.randint(3, 96, (3, 10), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def chosen(model: Any, **settings: Any) -> dict[str, list[int]]:
+    selection = sparseft.compute_selection(model, sparseft.PacaConfig(**settings))
+    assert all(kinds.keys() == {"columns"} for kinds in selection.modules.values())
+    return {name: kinds["columns"].tolist() for name, kinds in selection.modules.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rank_columns_of_every_linear_train_with_autograds_gradient(make_model: Make, kind: str) -> None:
+    dense, model = make_model(kind), make_model(kind)
+    linears = ModelSpec.of(model).linears
+    sparseft.attach(model, sparseft.PacaConfig(rank=4))
+    layers = sparse_layers(model)
+    assert layers.keys() == linears.keys()
+    deltas = sparseft.trainable_parameters(model)
+    assert sum(delta.numel() for delta in deltas.values()) == sum(4 * rows for rows, _ in linears.values())
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    for each in (model, dense):
+        each(**batch()).loss.backward()
+    for name, layer in layers.items():
+        gradient = dense.get_submodule(name).weight.grad
+        gradient = gradient.t() if kind == "gpt2" else gradient
+        columns = layer.patterns["columns"]
+        torch.testing.assert_close(columns.delta.grad, gradient[:, columns.index], rtol=1e-5, atol=1e-6)
+    torch.optim.SGD(deltas.values(), lr=1.0).step()
+    for name, layer in layers.items():
+        changed = layer.weight.detach() != before[name]
+        changed = changed.t() if kind == "gpt2" else changed
+        index = layer.patterns["columns"].index
+        assert changed.any(0).nonzero().flatten().tolist() == sorted(index.tolist())
+
+
+def test_the_seed_draws(make_model: Make) -> None:
+    model = make_model("llama")
+    first = chosen(model, rank=4, seed=1)
+    assert first == chosen(model, rank=4, seed=1) != chosen(model, rank=4, seed=2)
+    assert len(set(map(tuple, first.values()))) > 1  # not the same columns everywhere
+
+
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
+@pytest.mark.parametrize("sparsity", [0.98, 0.9, 0.5])
+def test_a_sparsity_is_met_to_a_column_of_each_linear(make_model: Make, sparsity: float, allocation: str) -> None:
+    model = make_model("llama")
+    linears = ModelSpec.of(model).linears
+    columns = chosen(model, sparsity=sparsity, allocation=allocation)
+    if allocation == "per_layer":
+        assert all(abs(len(index) - (1 - sparsity) * linears[name][1]) <= 1 for name, index in columns.items())
+    wanted = sum((1 - sparsity) * inputs for _, inputs in linears.values())
+    assert columns.keys() == linears.keys()
+    assert abs(sum(map(len, columns.values())) - wanted) <= len(linears)
+
+
+def test_a_scope_is_all_that_trains(make_model: Make) -> None:
+    assert all("mlp" in name for name in chosen(make_model("llama"), rank=2, scope="mlp"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, r"method.rank=0: expected at least 1, or null"),
+        ({"rank": 4, "sparsity": 0.9}, r"sparsity=0.9 and method.rank=4 both set the size: give one"),
+        ({"rank": 10_000}, r"method.rank=10000: model\.layers\..* has only \d+ input features; use at most \d+"),
+    ],
+)
+def test_wrong_sizes_are_refused(make_model: Make, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sparseft.attach(make_model("llama"), sparseft.PacaConfig(**settings))
