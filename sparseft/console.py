@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 
+QUIET = "SPARSEFT_QUIET"  # the environment variable; 1: logs and progress are silent
+
 PLAIN_LINE_SECONDS = 10.0  # at most so long between two plain progress lines
 PLAIN_LINE_PAUSE = 2.0  # at least so long, so that quick loops do not fill the log
 PLAIN_BOX = "    \n    \n -  \n" + 5 * "    \n"  # a table in a pipe or a file: dashes below the head, nothing else
@@ -70,21 +72,26 @@ def clear_warnings() -> None:
 
 def is_quiet() -> bool:
     """Whether `SPARSEFT_QUIET=1` silences logs and progress."""
-    return os.environ.get("SPARSEFT_QUIET") == "1"
+    return os.environ.get(QUIET) == "1"
+
+
+def be_quiet() -> None:
+    """Silences logs and progress of this process from now on."""
+    os.environ[QUIET] = "1"
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Inside, logs and progress are silent, as with `SPARSEFT_QUIET=1`; warnings and errors are not."""
-    before = os.environ.get("SPARSEFT_QUIET")
-    os.environ["SPARSEFT_QUIET"] = "1"
+    before = os.environ.get(QUIET)
+    be_quiet()
     try:
         yield
     finally:
         if before is None:
-            del os.environ["SPARSEFT_QUIET"]
+            del os.environ[QUIET]
         else:
-            os.environ["SPARSEFT_QUIET"] = before
+            os.environ[QUIET] = before
 
 
 def is_terminal(stream: TextIO) -> bool:

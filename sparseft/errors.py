@@ -1,9 +1,12 @@
-"""The two kinds of failure a user can meet."""
+"""The two kinds of failure a user can meet, and what a message may add: the nearest name, the nearest path."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -29,6 +32,17 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, name: str, last_checkpoint: str | None = None) -> None:
         super().__init__(name)
         self.last_checkpoint = last_checkpoint
+
+
+def note_checkpoint(error: BaseException, checkpoint: str | os.PathLike | None) -> None:
+    """Lets an exception say where the last good checkpoint is (None: there is none), as its `last_checkpoint`."""
+    error.last_checkpoint = checkpoint  # type: ignore[attr-defined]
+
+
+def checkpoint_of(error: BaseException) -> str | None:
+    """The last good checkpoint, as far as the exception knows it."""
+    checkpoint = getattr(error, "last_checkpoint", None)
+    return None if checkpoint is None else str(checkpoint)
 
 
 class LayoutWarning(UserWarning):
@@ -61,3 +75,45 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     if close:
         return f" Did you mean '{lowered[close[0]]}'?"
     return f" Available: {', '.join(sorted(names))}." if names else ""
+
+
+# ---- paths that are not there: whether one was meant, where it was looked for, and what is near ----
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
+# Endings of files, compressed or not: no hub id ends so.
+FILE_SUFFIXES = frozenset(
+    ".json .jsonl .ndjson .txt .text .md .parquet .csv .tsv .arrow .gz .gzip .bz2 .xz .lzma .zst .zstd .lz4 .zip .tar "
+    ".tgz .safetensors .gguf .bin .pt .pth".split()
+)
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path that is not there was meant as one all the same, and not as a hub id `owner/name`."""
+    marked = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1 or "\\" in path
+    return marked or Path(path).suffix.lower() in FILE_SUFFIXES or ("/" in path and Path(path).parent.is_dir())
+
+
+def where_looked(path: str | Path) -> str:
+    """` (looked in /home/me)` for a relative path, which may be right from another folder; empty for any other."""
+    return "" if Path(path).expanduser().is_absolute() else f" (looked in {Path.cwd()})"
+
+
+def nearest_path(path: str | Path) -> str:
+    """` Did you mean 'train.jsonl'?` for a path that is not there: the nearest name in its folder, or, where that is
+    missing, the path with the nearest to its first part that is missing. Empty where nothing is near."""
+    there, rest = Path(path).expanduser(), []
+    while not there.parent.is_dir() and there != there.parent:
+        rest.append(there.name)
+        there = there.parent
+    try:
+        names = [name for name in os.listdir(there.parent) if not rest or (there.parent / name).is_dir()]
+    except OSError:
+        return ""
+    found = nearest(there.name, names)
+    if not found.startswith(" Did you mean"):
+        return ""
+    if not rest:
+        return found
+    near = there.parent / found.removeprefix(" Did you mean '").removesuffix("'?")
+    whole = near.joinpath(*reversed(rest))
+    return f" Did you mean '{whole if whole.exists() else near}'?"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,13 +20,17 @@ def memory_bytes(device: torch.device, *, peak: bool) -> int:
     """Bytes in use now, or at their peak since `reset_peak_memory` (on the CPU of the whole process, Python too)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    if not peak:
+        return psutil.Process().memory_info().rss
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        key = "VmHWM:" if peak else "VmRSS:"
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-    import resource
-
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if os.uname().sysname == "Darwin" else usage * 1024
+
+
+def available_bytes() -> int:
+    """Host memory that this machine's processes may still take."""
+    return psutil.virtual_memory().available
 
 
 def reset_peak_memory(device: torch.device) -> None:

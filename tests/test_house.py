@@ -247,6 +247,111 @@ def test_importing_light_modules_loads_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+# -- one place for each act -------------------------------------------------------------------------------------------
+
+# A file's name of a run folder, as a text of its own: `runs/folder.py` has a constant for it.
+RUN_FILES = set(
+    "config.yaml environment.json metrics.jsonl summary.json report.html bench.json train_questions.safetensors "
+    "checkpoints checkpoint- .best best.json .partial- eval/before".split()
+)
+RUN_FOLDERS = {"adapter", "selection", "eval"}  # words of many meanings: where they are joined to a path
+RANK_WORDS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SPARSEFT_QUIET"}
+RANK_NAMES = {"get_rank", "get_world_size", "is_world_process_zero", "is_local_process_zero", "is_main_process"}
+
+
+def acts(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """(act, line) of what only one place may do."""
+    skip = docstrings(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name = node.attr
+            if name in ("rename", "renames", "mkdtemp", "mkstemp", "umask", "fsync") or (
+                name in ("replace", "symlink") and isinstance(node.value, ast.Name) and node.value.id == "os"
+            ):
+                yield "rename", node.lineno
+            if name in RANK_NAMES:
+                yield "rank", node.lineno
+            if name in ("load", "loads") and isinstance(node.value, ast.Name) and node.value.id == "json":
+                yield "json", node.lineno
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr == "replace" and len(node.args) == 1 and not node.keywords:  # not a text's: it takes two
+                yield "rename", node.lineno
+        if isinstance(node, ast.Constant) and id(node) not in skip:
+            if node.value in RANK_WORDS:
+                yield "rank", node.lineno
+            if node.value in RUN_FILES:
+                yield "name", node.lineno
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.right, ast.Constant):
+            if node.right.value in RUN_FOLDERS:
+                yield "name", node.lineno
+
+
+ACTS = {
+    "rename": ("files.atomic",),
+    "rank": ("distributed", "console"),  # console: the variable by which others are silenced
+    "json": ("files.untrusted", "files.hashing", "data"),  # hashing: what was just written; data: users' records
+    "name": ("runs.folder", "files.atomic"),
+}
+
+
+def test_each_act_has_one_place() -> None:
+    """Writing aside and renaming; asking for the first process; reading a JSON file; the names in a run folder."""
+    faults = []
+    for path in MODULES:
+        module = dotted(path)
+        for act, line in acts(parse(path)):
+            if not any(module == place or module.startswith(f"{place}.") for place in ACTS[act]):
+                faults.append(f"{module}:{line}: {act} belongs to {', '.join(ACTS[act])}")
+    assert not faults, "\n".join(faults)
+
+
+# Libraries whose insides or whose grammar one part of the package knows for the others.
+LIBRARIES = {
+    "deepspeed": ("distributed",),
+    "accelerate": ("distributed", "data.even"),  # even: the order in which its data loader draws
+    "hydra": ("compose",),
+    "omegaconf": ("compose",),
+    "lm_eval": ("evaluation",),
+    "psutil": ("memory",),
+}
+
+
+def test_each_library_has_one_place() -> None:
+    faults = []
+    for path in MODULES:
+        module = dotted(path)
+        for node in ast.walk(parse(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for name in {name.split(".")[0] for name in names} & LIBRARIES.keys():
+                if not any(module == place or module.startswith(f"{place}.") for place in LIBRARIES[name]):
+                    faults.append(f"{module}:{node.lineno}: {name} belongs to {', '.join(LIBRARIES[name])}")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("source", "act"),
+    [
+        ("os.replace(a, b)", "rename"),
+        ("path.rename(b)", "rename"),
+        ("path.replace(b)", "rename"),
+        ("text.replace('a', 'b')", None),
+        ("dataclasses.replace(a, b=1)", None),
+        ("os.environ['RANK']", "rank"),
+        ("dist.get_rank()", "rank"),
+        ("json.loads(path.read_text())", "json"),
+        ("json.dumps(x)", None),
+        ("run / 'adapter'", "name"),
+        ("run / 'summary.json'", "name"),
+        ("kind = 'adapter'", None),
+        ("raise UserError('the run has no summary.json')", None),
+    ],
+)
+def test_the_test_of_acts_sees_what_it_should(source: str, act: str | None) -> None:
+    assert {found for found, _ in acts(ast.parse(source))} == ({act} if act else set())
+
+
 # -- the package's papers ---------------------------------------------------------------------------------------------
 
 

@@ -8,20 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from sparseft.errors import UserError, shown
-from sparseft.files.atomic import WHOLE_CONFIG
 from sparseft.files.hashing import BODY, body_hash, file_hash
-from sparseft.files.tensors import read_json, read_tensors
+from sparseft.files.tensors import ADAPTER_CONFIG as CONFIG
+from sparseft.files.tensors import ADAPTER_TENSORS as TENSORS
+from sparseft.files.tensors import WHOLE_CONFIG, read_tensors
+from sparseft.files.untrusted import read_json_object
 
 FORMAT_VERSION = 1
-
-TENSORS = "adapter_model.safetensors"
-
-CONFIG = "adapter_config.json"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """What a sparse adapter, a full model or a peft adapter says of itself, its format checked."""
-    content = read_json(folder / (WHOLE_CONFIG if (folder / WHOLE_CONFIG).is_file() else CONFIG), "adapter")
+    content = read_json_object(folder / (WHOLE_CONFIG if (folder / WHOLE_CONFIG).is_file() else CONFIG), "adapter")
     if "peft_type" not in content and content.get("format_version") != FORMAT_VERSION:
         known = shown(content.get("format_version"))
         raise UserError(f"{folder}: adapter format {known}, this version reads {FORMAT_VERSION}.")

@@ -14,9 +14,9 @@ from sparseft.adapters.state import DEFAULT, Kind, State
 from sparseft.distributed.ranks import rank_and_world
 from sparseft.distributed.zero3 import any_sharded, load_state
 from sparseft.errors import UserError, shown
-from sparseft.files.atomic import WHOLE_CONFIG, write_json
+from sparseft.files.atomic import write_json
 from sparseft.files.hashing import check_whole, describe_whole
-from sparseft.files.tensors import read_tensors
+from sparseft.files.tensors import WHOLE_CONFIG, read_tensors
 from sparseft.methods.base import MethodConfig
 from sparseft.models.compiled import STATE
 from sparseft.models.spec import ModelSpec

@@ -16,6 +16,7 @@ from sparseft.adapters.state import DEFAULT, Kind, require_state, state_of
 from sparseft.distributed.zero3 import full_shape
 from sparseft.errors import UserError
 from sparseft.files.atomic import replaced_folder
+from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.layers import sparse_layers
 from sparseft.methods import checked
 from sparseft.models.compiled import inside_compiled
@@ -73,7 +74,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
     if name is None:
         raise UserError("no adapter is active: name the one to save.")
     state.kind.check_name(model, name)
-    with replaced_folder(path) as aside:
+    with replaced_folder(path, DESCRIPTIONS) as aside:
         state.kind.save(model, state, name, aside)
     return Path(path)
 

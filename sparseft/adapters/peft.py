@@ -24,9 +24,10 @@ from sparseft.adapters.state import DEFAULT, Kind, State, state_for, state_of
 from sparseft.adapters.tied_weights import always_tied, changed_apart, tell_untied, untie
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError, shown
-from sparseft.files.atomic import write_json
+from sparseft.files.atomic import move, write_json
 from sparseft.files.hashing import BODY, file_hash
-from sparseft.files.tensors import read_json, read_tensors
+from sparseft.files.tensors import read_tensors
+from sparseft.files.untrusted import read_json_object
 from sparseft.methods.base import MethodConfig
 from sparseft.methods.exact_targets import as_written, exact_targets, portable
 from sparseft.models.compiled import STATE
@@ -394,9 +395,9 @@ def _write(model: nn.Module, name: str, header: dict[str, Any], folder: Path) ->
     model.save_pretrained(folder, selected_adapters=[name])
     if name != "default":  # peft puts every other adapter into a folder of its own
         for file in (folder / name).iterdir():
-            file.rename(folder / file.name)
+            move(file, folder)
         (folder / name).rmdir()
-    content = portable(read_json(folder / CONFIG, "adapter"), model, name)
+    content = portable(read_json_object(folder / CONFIG, "adapter"), model, name)
     own = {"format_version": FORMAT_VERSION, **header, "sha256": file_hash(folder / TENSORS)}
     own[BODY] = peft_hash(content, own)
     write_json(folder / CONFIG, content | {"sparseft": own})

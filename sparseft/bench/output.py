@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,11 @@ import torch
 from sparseft.compose.run_config import to_yaml
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
-from sparseft.files.atomic import write_json, write_text
+from sparseft.files.atomic import try_writing, write_json, write_text
+from sparseft.files.untrusted import read_json_object
 from sparseft.models.loading import resolve_device
 from sparseft.runs import folder as folders
-from sparseft.runs.environment import environment
+from sparseft.runs.environment import environment, usable_cores
 
 CPUINFO = Path("/proc/cpuinfo")
 # What lies in place of a complete result until there is another (`Output.place`).
@@ -47,8 +46,7 @@ class Output:
             for each in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
                 each.mkdir()
                 made.append(each)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            try_writing(folder)
         except OSError as error:
             raise UserError(f"cannot write to {what} '{folder}': {error.strerror or error}.") from error
         finally:
@@ -56,10 +54,10 @@ class Output:
                 with contextlib.suppress(OSError):  # somebody else's file is in it by now
                     each.rmdir()
         if self.folder is not None:  # may hold what an earlier benchmark has left
-            self._keeps = _complete(self.folder / "bench.json")
-            a_runs = ("bench.yaml", "summary.json", "metrics.jsonl", "adapter")
+            self._keeps = _complete(self.folder / folders.BENCH)
+            a_runs = ("bench.yaml", folders.SUMMARY, folders.METRICS, folders.ADAPTER)
             a_run = any((self.folder / name).exists() for name in a_runs)
-            self._again = (self.folder / "bench.json").is_file() and not a_run
+            self._again = (self.folder / folders.BENCH).is_file() and not a_run
 
     def choose(self) -> Path:
         """The folder, with a name of its own where none was given; makes nothing."""
@@ -89,7 +87,7 @@ class Output:
         complete: false for what there is so far, which a later call replaces. A complete `bench.json` from before stays
         until then, and this is `bench.partial.json`.
         """
-        path = self.place("bench.json", complete)
+        path = self.place(folders.BENCH, complete)
         if not self._environment:
             device = str(resolve_device(self.config.hardware.device))
             self._environment = environment(device, result["dtype"], 1) | machine()
@@ -97,8 +95,8 @@ class Output:
         write_json(path, result)
         if self.left != path:
             beside_a_run = folders.is_run(path.parent) and not self._again  # whose own `config.yaml` stays
-            name = "bench.yaml" if beside_a_run else "config.yaml"
-            self.write(name if path.name == "bench.json" else "bench.partial.yaml", to_yaml(self.config))
+            name = "bench.yaml" if beside_a_run else folders.CONFIG
+            self.write(name if path.name == folders.BENCH else "bench.partial.yaml", to_yaml(self.config))
         self.left = path
         for pattern in ASIDE if complete else ():
             for leftover in path.parent.glob(pattern):
@@ -110,15 +108,14 @@ def _complete(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return folders.read_json_object(path).get("complete") is not False
+        return read_json_object(path).get("complete") is not False
     except UserError:
         return True
 
 
 def machine() -> dict[str, Any]:
     """`cpu` (its model's name), `cores` (that this process may use) and `threads` (of torch's operations)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": cpu_name(), "cores": cores, "threads": torch.get_num_threads()}
+    return {"cpu": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads()}
 
 
 def cpu_name() -> str:

@@ -23,6 +23,7 @@ from torch.profiler import profile as profiler
 
 from sparseft.bench.contenders import FLOOR
 from sparseft.bench.timing import absent, attempt_each, synchronize
+from sparseft.files.atomic import replaced_file
 
 STEP = "sparseft::step"
 ROUNDS = 3  # after one that does not count
@@ -71,12 +72,8 @@ def profile(
         records = seen[name][1:]  # a profiler does some things once
         total, recorded = sorted(records, key=lambda record: record[0])[len(records) // 2]
         path = place(f"trace-{re.sub(r'[^a-z0-9.=]+', '-', name.lower()).strip('-')}.json.gz")
-        aside = path.with_name(f".{path.name}")  # ends as the name does: that decides about compression
-        try:
+        with replaced_file(path) as aside:
             recorded.export_chrome_trace(str(aside))
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
         parts, operations = split(recorded.events(), tokens, device.type == "cuda")
         parts[REST] = total - sum(seconds for part, seconds in parts.items() if part != REST)
         profiled[name] = {"step_seconds": total, "parts": parts, "operations": operations, "trace": path.name}

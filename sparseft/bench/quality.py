@@ -23,9 +23,9 @@ from sparseft.bench.output import Output, device_name, measured_on
 from sparseft.compose.run_config import compose, from_dict
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
-from sparseft.files.untrusted import read_yaml_object
+from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.models.loading import resolve_device
-from sparseft.runs.folder import read_json_object
+from sparseft.runs.folder import CONFIG, SUMMARY
 from sparseft.training import checks
 
 
@@ -99,11 +99,11 @@ def finished(trial: Trial) -> dict[str, Any] | None:
     UserError where the folder holds a run with other settings.
     """
     folder = Path(trial.config.output_dir or "")
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         return None
-    if not same_training(trial.config, folder / "config.yaml"):
+    if not same_training(trial.config, folder / CONFIG):
         raise UserError(f"{folder} holds a run with other settings: give the benchmark another output_dir.")
-    summary = folder / "summary.json"
+    summary = folder / SUMMARY
     return read_json_object(summary) if summary.is_file() else None
 
 

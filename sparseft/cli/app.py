@@ -12,13 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from sparseft import console
-from sparseft.cli.jobs import Options, command_module, configured, exists, finish, is_setting
+from sparseft.cli.jobs import Options, command_module, configured, finish, is_setting
 from sparseft.cli.outcome import FAILED, INTERRUPTED, WRONG_INPUT, emit, execute, flush_stdout, open_streams
 from sparseft.compose.overrides import is_override
 from sparseft.errors import UserError, nearest
 
-BENCHMARKS = ("train", "scaling", "preprocess", "serve", "quality", "kernels", "loader")
-EXPORT_FORMATS = ("peft-lora", "peft-shira", "merged")
+BENCHMARKS = ("train", "scaling", "preprocess", "quality", "kernels", "loader")
 
 # typer carries its own copy of click, and does not export the base of its errors.
 ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -172,8 +171,8 @@ def bench(
 ) -> int:
     """Measure methods side by side; prints a table and leaves `bench.json`.
 
-    BENCHMARK is train (the default), scaling, preprocess, serve, quality, kernels or loader. KEY=VALUE sets a setting
-    or chooses an option of a group (model, hardware, …). Exit code 1: nothing was measured,
+    BENCHMARK is train (the default), scaling, preprocess, quality, kernels or loader. KEY=VALUE sets a setting or
+    chooses an option of a group (model, hardware, …). Exit code 1: nothing was measured,
     a method failed, a target of bench.targets is missed, or a stage of loader is below its target.
     """
     overrides = [word for word in words or [] if is_override(word)]
@@ -189,34 +188,11 @@ def bench(
             raise UserError(f"--profile belongs to 'sparseft bench train', not to 'bench {what}'.")
         if profile:
             overrides.append("bench.profile=true")
-        if what != "train" and not exists(f"sparseft.bench.{what}"):
-            raise UserError(f"'sparseft bench {what}' is not available in this version.")
 
     def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
         return module.run(config, what=what, words=point, config_dirs=config_dir or [])
 
     return configured("bench", overrides, Options(multirun, cfg, config_dir, json, debug), call, check)
-
-
-@app.command(
-    short_help="Write a run or an adapter for other tools.",
-    epilog="\b\nExample:\n  sparseft export outputs/latest --format peft-lora --out exported",
-)
-def export(
-    source: Annotated[str, typer.Argument(metavar="DIR", hidden=True)],
-    format: Annotated[str, typer.Option("--format", metavar="|".join(EXPORT_FORMATS), help="What to write.")],
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where to write it.")],
-    json: Json = False,
-    debug: Debug = False,
-) -> int:
-    """Write DIR, a run or an adapter folder, in a form that other tools load."""
-
-    def work() -> dict[str, Any]:
-        if format not in EXPORT_FORMATS:
-            raise UserError(f"Unknown format '{format}' in --format.{nearest(format, EXPORT_FORMATS)}")
-        return command_module("export").run(source, format, out)
-
-    return finish("export", execute(work, debug), json, debug)
 
 
 @app.command(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,12 +141,6 @@ def _judged(command: str, outcome: Outcome) -> Outcome:
     return Outcome(FAILED, outcome.result, message) if message else outcome
 
 
-def exists(module: str) -> bool:
-    """Whether a module of this package is there; a failing import inside it is another matter."""
-    return importlib.util.find_spec(module) is not None
-
-
 def command_module(name: str) -> Any:
-    if not exists(f"sparseft.commands.{name}"):
-        raise UserError(f"'sparseft {name}' is not available in this version.")
+    """The module of a command, which is imported only where it is used."""
     return importlib.import_module(f"sparseft.commands.{name}")

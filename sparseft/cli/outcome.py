@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import os
 import sys
 import traceback
@@ -15,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseft import signals
-from sparseft.errors import RunError, UserError
+from sparseft.errors import RunError, UserError, checkpoint_of
+from sparseft.files.atomic import dumps
 
 DONE = 0
 FAILED = 1
@@ -150,27 +149,12 @@ def discard_stdout() -> None:
 
 
 def to_json(result: Any) -> str:
-    """One line of strict JSON in ASCII, which every stdout can print: NaN and infinities become null, paths and other
-    path-like objects text."""
-    return json.dumps(_strict(result), allow_nan=False)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _strict(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(entry) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "item") and not isinstance(value, str | int):  # a numpy or torch scalar
-        return _strict(value.item())
-    return value
+    """One line of strict JSON in ASCII, which every stdout can print."""
+    return dumps(result, ascii=True)
 
 
 def _last_checkpoint(error: BaseException) -> str:
-    checkpoint = getattr(error, "last_checkpoint", None)
+    checkpoint = checkpoint_of(error)
     return f" The last good checkpoint is {checkpoint}." if checkpoint else ""
 
 

@@ -7,7 +7,6 @@ minutes.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from sparseft import console
 from sparseft.cli.outcome import execute
+from sparseft.commands import eval, preprocess, report, train
+from sparseft.compose.run_config import compose
+from sparseft.files.atomic import move
+from sparseft.runs.folder import ADAPTER, BEFORE
 
 EXPERIMENT = "experiment=quickstart"
 LEARNT = "commonsense"  # the skill that training adds
@@ -42,9 +45,6 @@ def say(number: int, text: str) -> None:
 
 def quickstart(overrides: list[str]) -> dict[str, Any]:
     """The five steps; returns what `tell` sums up."""
-    from sparseft.commands import eval, preprocess, report, train
-    from sparseft.compose.run_config import compose
-
     words = [EXPERIMENT, *overrides]
     say(1, "preprocess: which 8×8 blocks of the weights matter most for the new task?")
     selection = preprocess.run(compose("preprocess", words))
@@ -58,7 +58,7 @@ def quickstart(overrides: list[str]) -> dict[str, Any]:
 
     say(4, "the same questions after training")
     after = eval.run(compose("eval", [*words, "eval.compare_base=false"]), tasks=[LEARNT, KEPT], run=str(run))
-    keep_before(before["files"], run / "eval" / "before")
+    keep_before(before["files"], run / BEFORE)
 
     say(5, "one page that shows it all")
     page = report.run([str(run)])
@@ -69,7 +69,7 @@ def keep_before(files: list[str], folder: Path) -> None:
     """Moves the base model's results into the run, beside the trained model's."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in map(Path, files):
-        shutil.move(file, folder / file.name)
+        move(file, folder)
     for emptied in (Path(files[0]).parent, Path(files[0]).parent.parent):  # outputs/eval-…/eval
         if not any(emptied.iterdir()):
             emptied.rmdir()
@@ -90,7 +90,7 @@ def tell(result: dict[str, Any], seconds: float) -> None:
         rows.append([name, f"{old['accuracy']:.1%}", f"{new['accuracy']:.1%}", f"{100 * change:+.1f}", new["samples"]])
     rows.append(["eval loss", f"{trained['eval_loss_before']:.3f}", f"{trained['eval_loss_after']:.3f}", "", ""])
     console.table("Held-out accuracy", ["", "before", "after", "points", "questions"], rows)
-    kilobytes = adapter_size(Path(trained["run"]) / "adapter")
+    kilobytes = adapter_size(Path(trained["run"]) / ADAPTER)
     print(
         f"\nrun folder  {trained['run']}   (adapter/ is {kilobytes:,} KB)"
         f"\nreport      {result['report']}"

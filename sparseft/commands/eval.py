@@ -69,7 +69,7 @@ def _check_writable(config: RunConfig, target: Target) -> None:
     folder = target.folder or new_folder(config)
     what = "the run's folder" if target.folder else "output_dir"
     runs.check_writable(folder, what)
-    runs.check_writable(folder / "eval", what)
+    runs.check_writable(folder / runs.EVAL, what)
 
 
 def new_folder(config: RunConfig) -> Path:

@@ -8,6 +8,7 @@ from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.distributed import launch
 from sparseft.distributed.deepspeed import forget_zero
+from sparseft.distributed.ranks import is_main
 from sparseft.errors import UserError
 from sparseft.methods import sparse_methods
 from sparseft.models.spec import ModelSpec
@@ -46,6 +47,6 @@ def _preprocess(config: RunConfig) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> None:
     """The selection's path on stdout, once."""
-    if not launch.first_process():
+    if not is_main():
         return
     print(result["selection"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparseft.errors import UserError
 from sparseft.report.page import build_report
-from sparseft.runs.folder import OUTPUTS, find_run, latest_run, timestamp
+from sparseft.runs.folder import OUTPUTS, REPORT, find_run, latest_run, timestamp
 
 
 def run(runs: list[str]) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def run(runs: list[str]) -> dict[str, Any]:
     for folder in folders:
         if folders.count(folder) > 1:
             raise UserError(f"the run '{folder}' is named more than once: name each run of a comparison once.")
-    out = folders[0] / "report.html" if len(folders) == 1 else _free(OUTPUTS / f"report-{timestamp()}.html")
+    out = folders[0] / REPORT if len(folders) == 1 else _free(OUTPUTS / f"report-{timestamp()}.html")
     try:
         build_report(folders, out)
     except OSError as error:

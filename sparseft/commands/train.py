@@ -9,7 +9,8 @@ from sparseft import console
 from sparseft.commands import report
 from sparseft.config import RunConfig
 from sparseft.distributed import launch
-from sparseft.files.disk_errors import explained
+from sparseft.distributed.ranks import is_main
+from sparseft.files.atomic import explained
 from sparseft.runs.folder import check_run_folder
 from sparseft.training import checks, job
 from sparseft.training.checkpoints import last_checkpoint
@@ -20,7 +21,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     """Fine-tunes as configured and returns `summary.json` with the run's folder. The cheap checks come first."""
     console.clear_warnings()
     checks.check_hardware(config)
-    if launch.first_process():  # the others may find what it has made already
+    if is_main():  # the others may find what it has made already
         check_run_folder(config.output_dir, overwrite=config.overwrite, resume=config.trainer.resume is not None)
     checks.check_trainer(config)
     checks.check_data(config)
@@ -30,7 +31,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         return launch.run("train", config)
     with launch.joined(config.hardware):
         result = job.run(config)
-        if launch.first_process():
+        if is_main():
             folder = Path(result["run"])
             with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
                 report.run([str(folder)])
@@ -39,7 +40,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> None:
     """What came of it, on stdout, once."""
-    if not launch.first_process():
+    if not is_main():
         return
     change = ""
     if result["eval_loss_before"] is not None:

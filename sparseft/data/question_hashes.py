@@ -8,7 +8,6 @@ arithmetic stay, so that `3 + 4` and `3 - 4` differ. A run keeps the hashes of i
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from sparseft.errors import UserError
+from sparseft.files.atomic import replaced_file
+from sparseft.runs.folder import QUESTIONS
 
-FILE = "train_questions.safetensors"
 NORMALISATION = "1"  # changes with `normalised`: hashes of another one cannot be compared
 
 # Words, signs that are no punctuation, and signs that are punctuation elsewhere but arithmetic between two numbers.
@@ -86,14 +86,9 @@ class QuestionHashes:
         """Writes `train_questions.safetensors` into `folder`: aside, then renamed."""
         from safetensors.numpy import save_file
 
-        path = folder / FILE
-        aside = path.with_name(f".{FILE}.{os.getpid()}.partial")
-        try:
-            # safetensors of older versions knows no uint64; the bits are the same.
+        path = folder / QUESTIONS
+        with replaced_file(path) as aside:  # safetensors of older versions knows no uint64; the bits are the same
             save_file({"hashes": self.hashes.view(np.int64)}, aside, metadata={"normalisation": NORMALISATION})
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -101,7 +96,7 @@ class QuestionHashes:
         """What `save` left in `folder`; None where nothing is there. UserError for a file that cannot be used."""
         from safetensors import SafetensorError, safe_open
 
-        path = folder / FILE
+        path = folder / QUESTIONS
         if not path.is_file():
             return None
         try:

@@ -15,9 +15,8 @@ from typing import Any
 from sparseft.config import BUNDLED, BUNDLED_ROOT, in_bundle
 from sparseft.data import readers, unpacking
 from sparseft.data.readers import Item
-from sparseft.errors import UserError, nearest
+from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, where_looked
 from sparseft.files.hashing import file_hash
-from sparseft.files.paths import HUB_ID, looks_local, nearest_path, where_looked
 
 _JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 _TEXT_SUFFIXES = {".txt", ".text", ".md"}

@@ -27,7 +27,8 @@ from sparseft import __version__
 from sparseft.data.encoding import generation_ends
 from sparseft.data.tokenized import Facts, TokenizedDataset, Tokens
 from sparseft.errors import UserError
-from sparseft.files.atomic import umask
+from sparseft.files.atomic import asides, new_aside, publish, write_json
+from sparseft.files.untrusted import read_json
 
 LAYOUT = "2"  # changes with what the files hold or how tokens come about
 ARRAYS = {
@@ -95,7 +96,7 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear_abandoned()
-            aside = Path(tempfile.mkdtemp(prefix=f".partial-{key}-", dir=self.folder))
+            aside = new_aside(self.path(key))
         except OSError as error:
             there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
             reason = f"{there} cannot be written ({error.strerror})" if there.is_dir() else f"{there} is no folder"
@@ -109,7 +110,7 @@ class Cache:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _clear_abandoned(self) -> None:
-        for partial in self.folder.glob(".partial-*"):
+        for partial in asides(self.folder):
             times = [path.stat().st_mtime for path in (partial, *partial.glob("*")) if path.exists()]
             if times and time.time() - max(times) > ABANDONED_SECONDS:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -128,18 +129,12 @@ def _written(folder: Path) -> Iterator[None]:
 
 def _publish(aside: Path, path: Path) -> None:
     """Puts a finished entry in its place: another run's whole one stays, a damaged one goes."""
-    if path.exists():
-        with contextlib.suppress(Damaged):
+    with contextlib.suppress(Damaged):
+        if path.exists():
             _load(path)
             return
-        # Renamed before it is deleted: nobody sees half of it, and who has it mapped keeps what is mapped.
-        old = Path(tempfile.mkdtemp(prefix=".partial-old-", dir=path.parent))
-        with contextlib.suppress(FileNotFoundError):  # another run has taken it away already
-            path.rename(old / "old")
-        shutil.rmtree(old, ignore_errors=True)
-    aside.chmod(0o777 & ~umask())
     try:
-        aside.rename(path)
+        publish(aside, path, sync=False)  # what is lost with the machine's power has not its checksum
     except OSError:
         if not path.is_dir():  # else another run was faster, with the same content
             raise
@@ -147,7 +142,7 @@ def _publish(aside: Path, path: Path) -> None:
 
 def _load(path: Path) -> Tokens:
     try:
-        description = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+        description = read_json(path / DESCRIPTION)
         facts = Facts(**description["facts"])
         arrays = {name: _map(path / f"{name}.bin", dtype, description[name]) for name, dtype in ARRAYS.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -216,4 +211,4 @@ class Writer:
         if kind is None:
             stated = {name: {"count": self._counts[name], "crc32": self._checksums[name]} for name in ARRAYS}
             content = {"layout": LAYOUT, "facts": asdict(self.facts), **stated}
-            (self.folder / DESCRIPTION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_json(self.folder / DESCRIPTION, content)

@@ -1,16 +1,24 @@
-"""DeepSpeed's configuration, and what of DeepSpeed and accelerate has to be patched."""
+"""DeepSpeed's configuration, and all that reaches into DeepSpeed and accelerate beyond what they offer.
+
+Each such place asks first whether the thing is there (`_inside`): a silent miss would train another way than asked for.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparseft.config import HardwareConfig
+from sparseft.distributed.ranks import all_gather_object
+from sparseft.errors import RunError
 
 MAX_BUCKET = 500_000_000  # numbers that ZeRO reduces at once at most, DeepSpeed's own default
 
@@ -50,26 +58,23 @@ def forget_zero() -> None:
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
+def _inside(owner: Any, name: str, package: str = "deepspeed") -> Any:
+    """What a library keeps under a name of its own; RunError where this version of it has no such thing."""
+    if not hasattr(owner, name):
+        kind = owner if isinstance(owner, (type, types.ModuleType)) else type(owner)
+        raise RunError(
+            f"{package} {version(package)} has no {kind.__name__}.{name}, which sparseft reaches into: install a "
+            "version that sparseft is tested with (constraints.txt)."
+        )
+    return getattr(owner, name)
+
+
 def no_shared_memory() -> None:
     """Turns DeepSpeed's collectives in shared memory off, before they are set up: they are compiled when first used,
     and wait for a process that died without end."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-@contextlib.contextmanager
-def own_dtypes() -> Iterator[None]:
-    """Inside, `deepspeed.zero.Init` leaves tensors in the dtype in which a model makes them, such as fp32 for a table
-    of rotations: it would cast all of them to one. transformers gives it nothing but its configuration."""
-    import deepspeed
-
-    usual = deepspeed.zero.Init
-    deepspeed.zero.Init = functools.partial(usual, tensor_overrides=[deepspeed.zero.DeepSpeedTensorOverride.device])
-    try:
-        yield
-    finally:
-        deepspeed.zero.Init = usual
+    _inside(deepspeed.ops, "__compatible_ops__")["deepspeed_shm_comm"] = False
 
 
 def deepspeed_on_cpu() -> dict[str, Any]:
@@ -80,10 +85,77 @@ def deepspeed_on_cpu() -> dict[str, Any]:
     from accelerate.utils import patch_environment
 
     no_shared_memory()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    _inside(AcceleratorState, "_reset_state", "accelerate")(reset_partial_state=True)
     with patch_environment(ACCELERATE_USE_DEEPSPEED="true"):
         PartialState(backend="gloo")
     return {"use_configured_state": True}
+
+
+@contextlib.contextmanager
+def own_dtypes() -> Iterator[None]:
+    """Inside, `deepspeed.zero.Init` leaves tensors in the dtype in which a model makes them, such as fp32 for a table
+    of rotations: it would cast all of them to one. transformers gives it nothing but its configuration."""
+    import deepspeed
+
+    usual = _inside(deepspeed.zero, "Init")
+    kept = _inside(deepspeed.zero, "DeepSpeedTensorOverride").device
+    deepspeed.zero.Init = functools.partial(usual, tensor_overrides=[kept])
+    try:
+        yield
+    finally:
+        deepspeed.zero.Init = usual
+
+
+def change_zero(configuration: Any, **settings: Any) -> None:
+    """Changes settings of ZeRO that depend on the model, which comes after transformers has read the configuration (an
+    `HfDeepSpeedConfig`) and before the engine takes it."""
+    _inside(configuration, "config", "transformers")["zero_optimization"].update(settings)
+
+
+def judge_gradients(engine: Any) -> None:
+    """Has ZeRO leave out a step whose gradient is not finite: stages 1 and 2 would only look where fp16 trains."""
+    if engine.zero_optimization_stage() < 3:
+        _inside(engine.optimizer, "check_grad_overflow")
+        engine.optimizer.check_grad_overflow = True
+
+
+def gathered_state(engine: Any) -> dict[str, Tensor]:
+    """The whole state of a model that the engine has sharded, in the first process; all take part. In the parameters'
+    own dtype, whatever DeepSpeed calls it."""
+    return _inside(engine, "_zero3_consolidated_16bit_state_dict")()
+
+
+class WholeMoments:
+    """What ZeRO keeps in shards, as `move_moments` takes an optimizer: of each parameter its moments, whole."""
+
+    def __init__(self, state: dict[Tensor, dict[str, Tensor]]) -> None:
+        self.state = state
+
+
+@contextlib.contextmanager
+def whole_moments(optimizer: Any, parameters: Sequence[Tensor]) -> Iterator[Any]:
+    """Inside, parameters' moments can be rearranged: the optimizer's own, or where ZeRO 1 or 2 has split them over the
+    processes, what is put together of them. Afterwards each process keeps its part of those, and of the parameters."""
+    shards = type(getattr(optimizer, "optimizer", optimizer)).__module__.startswith("deepspeed.")
+    if not shards:
+        yield optimizer
+        return
+    from deepspeed.utils import (
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+    )
+
+    # A process has a mapping of those of which it keeps a part, and names of moments after its first update.
+    mappings = [_inside(parameter, "_hp_mapping") for parameter in parameters]
+    own = {name for mapping in mappings if mapping is not None for name in _inside(mapping, "optim_fragment") or ()}
+    names = sorted(set().union(*all_gather_object(own)))
+    moments = WholeMoments({p: {name: safe_get_full_optimizer_state(p, name) for name in names} for p in parameters})
+    yield moments
+    for parameter, state in moments.state.items():
+        safe_set_full_fp32_param(parameter, parameter.detach())
+        for name, value in state.items():
+            safe_set_full_optimizer_state(parameter, value, name)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The environment variables by which torchrun and SLURM say a process's place, read with a sentence for what is wrong.
+"""What torchrun and SLURM say of this process's place, by environment variables, with a sentence for what is wrong.
 
 Torch, transformers and accelerate read them too, wherever they are set, and fail on what is no number with a traceback.
 """
@@ -6,7 +6,10 @@ Torch, transformers and accelerate read them too, wherever they are set, and fai
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 
+from sparseft.config import HardwareConfig
 from sparseft.errors import UserError, shown
 
 DEFAULT_PORT = 29500  # of the first machine, where several take part; MASTER_PORT says otherwise
@@ -20,8 +23,28 @@ def started() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def rank() -> int:
+    """This process's number among all of them; 0 where it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's number among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world() -> int:
+    """How many processes a launcher has started on this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def processes(hardware: HardwareConfig) -> int:
+    """How many processes there are in all, or will be."""
+    return int(os.environ["WORLD_SIZE"]) if started() else hardware.num_processes * hardware.num_machines
+
+
 def number(name: str, least: int, most: int | None = None, why: str = "") -> int:
-    """A variable as a whole number from `least` to `most` (null: any). UserError where it is none, or not set."""
+    """A variable as a whole number from `least` to `most` (None: any). UserError where it is none, or not set."""
     text = os.environ.get(name, "")
     digits = text.removeprefix("-") if least < 0 else text
     value = int(text) if digits.isascii() and digits.isdecimal() and len(digits) < 10 else None
@@ -40,7 +63,7 @@ def port() -> int:
     return value
 
 
-def check_place() -> None:
+def check_variables() -> None:
     """Refuses a place among the processes that is none, whoever has set it."""
     world = number("WORLD_SIZE", 1) if "WORLD_SIZE" in os.environ else None
     here = number("LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in os.environ else None
@@ -59,3 +82,56 @@ def check_complete() -> None:
             f"RANK and WORLD_SIZE are set, as if a launcher had started this process, but not {' and '.join(missing)}: "
             f"expected {', '.join(PLACE)}, as torchrun sets them; for a process alone unset RANK and WORLD_SIZE."
         )
+
+
+# ---- SLURM ----
+
+
+def adopt_slurm(hardware: HardwareConfig) -> None:
+    """Takes a task of `srun` that is one of the processes asked for as started: its place becomes torch's."""
+    total = hardware.num_processes * hardware.num_machines
+    if started() or "SLURM_PROCID" not in os.environ or "SLURM_NTASKS" not in os.environ or total == 1:
+        return
+    if number("SLURM_NTASKS", 1) != total:
+        return
+    place, local = number("SLURM_PROCID", 0, total - 1), number("SLURM_LOCALID", 0, hardware.num_processes - 1)
+    os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(place), str(total), str(local)
+    os.environ["LOCAL_WORLD_SIZE"] = str(hardware.num_processes)
+    os.environ.setdefault("MASTER_ADDR", _slurm_hosts()[0])
+    os.environ.setdefault("MASTER_PORT", str(DEFAULT_PORT))
+
+
+def machine_place(hardware: HardwareConfig) -> tuple[int, str, int]:
+    """(this machine's number, the first one's address, its port), from SLURM's variables."""
+    if hardware.num_machines == 1:
+        return 0, "localhost", 0
+    counts = [name for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES") if os.environ.get(name)]
+    if not counts or "SLURM_NODEID" not in os.environ:
+        raise UserError(
+            f"hardware.num_machines={hardware.num_machines}: started by nothing that knows the other machines. Use "
+            f"`srun --nodes={hardware.num_machines} --ntasks-per-node=1 sparseft …`, or torchrun or deepspeed "
+            "--hostfile with `--module sparseft …` (docs/distributed.md)."
+        )
+    machines = number(counts[0], 1)
+    if machines != hardware.num_machines:
+        raise UserError(
+            f"hardware.num_machines={hardware.num_machines}: SLURM has given this job {machines} machines; give the "
+            "same number."
+        )
+    place = number("SLURM_NODEID", 0, machines - 1)
+    return place, os.environ.get("MASTER_ADDR") or _slurm_hosts()[0], port()
+
+
+def _slurm_hosts() -> list[str]:
+    """The names of the job's machines. Raises UserError where SLURM's own tool does not list them."""
+    listed = os.environ.get("SLURM_JOB_NODELIST", os.environ.get("SLURM_NODELIST", ""))
+    if listed and not re.search(r"[\[,]", listed):
+        return [listed]
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", listed], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"SLURM_JOB_NODELIST={listed}: `scontrol show hostnames` does not say which machines these are ({error}); "
+            "set MASTER_ADDR to the first one's name."
+        ) from error
+    return done.stdout.split()

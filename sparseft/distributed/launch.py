@@ -11,13 +11,10 @@ A process that a launcher has started already (torchrun, DeepSpeed's runner, `sr
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
-import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,25 +25,27 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sparseft import console
+from sparseft import console, signals
 from sparseft.config import HardwareConfig, RunConfig
-from sparseft.distributed.env import DEFAULT_PORT, check_complete, check_place, number, port, started
+from sparseft.distributed import env
 from sparseft.errors import Interrupted, RunError, UserError
+from sparseft.files.atomic import write_json
+from sparseft.files.untrusted import read_json
 
 WORKER = "sparseft.cli.worker"
-JOB, RESULT, OUTCOME = "job.json", "result.json", "outcome-{rank}.json"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+JOB, RESULT, END = "job.json", "result.json", "end-{rank}.json"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0  # that interrupted processes have to save, once the first of them has ended
-SEEN_LATE = 2.0  # seconds, whole ones in torch's record
+SEEN_LATE = 2.0  # seconds between a process's end and its record by torch, which knows whole seconds only
 LOG_LINES = 5  # of a process that left nothing but its log
 # A collective may wait for rank 0 to score a task; a process that died is noticed by the launcher, not by this.
 TIMEOUT_HOURS = 6
 
 
 @dataclass
-class Outcome:
-    """What a child says of its end: as `cli.outcome.Outcome`, with what its exception carried."""
+class End:
+    """What a child says of its end: the exit code and message that it would have had alone, and what its exception
+    carried."""
 
     code: int
     message: str = ""
@@ -64,33 +63,23 @@ class ChildTraceback(Exception):
 
 def needed(hardware: HardwareConfig) -> bool:
     """Whether the command has to start processes of its own. ZeRO takes one even alone: DeepSpeed is set up there."""
-    _adopt_slurm(hardware)
+    env.adopt_slurm(hardware)
     total = hardware.num_processes * hardware.num_machines
-    return not started() and (total > 1 or hardware.zero_stage > 0)
-
-
-def processes(hardware: HardwareConfig) -> int:
-    """How many processes there are in all, or will be."""
-    return int(os.environ["WORLD_SIZE"]) if started() else hardware.num_processes * hardware.num_machines
-
-
-def first_process() -> bool:
-    """Whether this process is the one that writes files and speaks; true where there is only one."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return not env.started() and (total > 1 or hardware.zero_stage > 0)
 
 
 def check(hardware: HardwareConfig) -> None:
     """Refuses numbers of processes that a launcher, or SLURM, contradicts, and a place that is none."""
-    check_place()
-    _adopt_slurm(hardware)
+    env.check_variables()
+    env.adopt_slurm(hardware)
     total = hardware.num_processes * hardware.num_machines
-    if started() and total > 1 and total != int(os.environ["WORLD_SIZE"]):
+    if env.started() and total > 1 and total != env.processes(hardware):
         raise UserError(
             f"hardware.num_processes={hardware.num_processes} on hardware.num_machines={hardware.num_machines} are "
-            f"{total} processes, but the launcher has started {os.environ['WORLD_SIZE']}: give the same number."
+            f"{total} processes, but the launcher has started {env.processes(hardware)}: give the same number."
         )
-    if not started() and hardware.num_machines > 1:
-        _place(hardware)
+    if not env.started() and hardware.num_machines > 1:
+        env.machine_place(hardware)
 
 
 def run(command: str, config: RunConfig) -> dict[str, Any]:
@@ -102,69 +91,19 @@ def run(command: str, config: RunConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sparseft-") as made:
         folder = Path(made)
         job = {"command": command, "config": config.to_dict(), "arguments": sys.orig_argv, "parent": os.getpid()}
-        (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
+        write_json(folder / JOB, job)
         first, envs, store = _environments(config.hardware)
         ranks = [first + local for local in envs]
         console.log(f"processes: {len(ranks)} here, {envs[0]['WORLD_SIZE']} in all")
         ends, interrupted = _run_children(folder, envs)
         del store  # the children's meeting point
-        outcomes = [_outcome(folder, rank, local, *ends[local]) for local, rank in enumerate(ranks)]
-        if failed := [outcome for outcome in outcomes if outcome.code]:
+        left = [_end(folder, rank, local, *ends[local]) for local, rank in enumerate(ranks)]
+        if failed := [end for end in left if end.code]:
             _raise(failed, interrupted)
-        return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return read_json(folder / RESULT)
 
 
 # ---- starting ----
-
-
-def _adopt_slurm(hardware: HardwareConfig) -> None:
-    """Takes a task of `srun` that is one of the processes asked for as started: its place becomes torch's."""
-    total = hardware.num_processes * hardware.num_machines
-    if started() or "SLURM_PROCID" not in os.environ or "SLURM_NTASKS" not in os.environ or total == 1:
-        return
-    if number("SLURM_NTASKS", 1) != total:
-        return
-    rank, local = number("SLURM_PROCID", 0, total - 1), number("SLURM_LOCALID", 0, hardware.num_processes - 1)
-    os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(rank), str(total), str(local)
-    os.environ["LOCAL_WORLD_SIZE"] = str(hardware.num_processes)
-    os.environ.setdefault("MASTER_ADDR", _slurm_hosts()[0])
-    os.environ.setdefault("MASTER_PORT", str(DEFAULT_PORT))
-
-
-def _place(hardware: HardwareConfig) -> tuple[int, str, int]:
-    """(this machine's number, the first one's address, its port), from SLURM's variables."""
-    if hardware.num_machines == 1:
-        return 0, "localhost", 0
-    counts = [name for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES") if os.environ.get(name)]
-    if not counts or "SLURM_NODEID" not in os.environ:
-        raise UserError(
-            f"hardware.num_machines={hardware.num_machines}: started by nothing that knows the other machines. Use "
-            f"`srun --nodes={hardware.num_machines} --ntasks-per-node=1 sparseft …`, or torchrun or deepspeed "
-            "--hostfile with `--module sparseft …` (docs/distributed.md)."
-        )
-    machines = number(counts[0], 1)
-    if machines != hardware.num_machines:
-        raise UserError(
-            f"hardware.num_machines={hardware.num_machines}: SLURM has given this job {machines} machines; give the "
-            "same number."
-        )
-    place = number("SLURM_NODEID", 0, machines - 1)
-    return place, os.environ.get("MASTER_ADDR") or _slurm_hosts()[0], port()
-
-
-def _slurm_hosts() -> list[str]:
-    """The names of the job's machines. Raises UserError where SLURM's own tool does not list them."""
-    listed = os.environ.get("SLURM_JOB_NODELIST", os.environ.get("SLURM_NODELIST", ""))
-    if listed and not re.search(r"[\[,]", listed):
-        return [listed]
-    try:
-        done = subprocess.run(["scontrol", "show", "hostnames", listed], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(
-            f"SLURM_JOB_NODELIST={listed}: `scontrol show hostnames` does not say which machines these are ({error}); "
-            "set MASTER_ADDR to the first one's name."
-        ) from error
-    return done.stdout.split()
 
 
 def _environments(hardware: HardwareConfig) -> tuple[int, dict[int, dict[str, str]], Any]:
@@ -174,7 +113,7 @@ def _environments(hardware: HardwareConfig) -> tuple[int, dict[int, dict[str, st
     """
     from torch.distributed import TCPStore
 
-    machine, address, at = _place(hardware)
+    machine, address, at = env.machine_place(hardware)
     count = hardware.num_processes
     store = None
     if machine == 0:
@@ -235,7 +174,7 @@ def _run_children(folder: Path, envs: dict[int, dict[str, str]]) -> tuple[dict[i
         try:
             pids.extend(children.pids().values())
             if threading.current_thread() is threading.main_thread():
-                for number in SIGNALS:
+                for number in signals.SIGNALS:
                     signal.signal(number, pass_on)
             result = None
             first_end = math.inf
@@ -260,7 +199,7 @@ def _signals_restored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
+    before = {number: signal.getsignal(number) for number in (*signals.SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
     try:
         yield
     finally:
@@ -271,13 +210,13 @@ def _signals_restored() -> Iterator[None]:
 # ---- what became of them ----
 
 
-def _outcome(folder: Path, rank: int, local: int, code: int, seen: float) -> Outcome:
+def _end(folder: Path, rank: int, local: int, code: int, seen: float) -> End:
     """What a child left of itself, else what its exit code, `seen` at that time, tells and the last that it wrote."""
-    path = folder / OUTCOME.format(rank=rank)
+    path = folder / END.format(rank=rank)
     if path.is_file():
-        return Outcome(**json.loads(path.read_text(encoding="utf-8")))
+        return End(**read_json(path))
     if code == 0:
-        return Outcome(0)
+        return End(0)
     if code < 0:
         name = signal.Signals(-code).name
         reason = f"was killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
@@ -285,7 +224,7 @@ def _outcome(folder: Path, rank: int, local: int, code: int, seen: float) -> Out
         seen = math.inf if -code == signal.SIGTERM else seen - SEEN_LATE
     else:
         reason = f"ended with exit code {code} and said nothing"
-    return Outcome(1, f"process {rank} {reason}.{_log(folder, local)}", time=seen)
+    return End(1, f"process {rank} {reason}.{_log(folder, local)}", time=seen)
 
 
 def _log(folder: Path, local: int) -> str:
@@ -297,13 +236,13 @@ def _log(folder: Path, local: int) -> str:
     return ""
 
 
-def _raise(failed: list[Outcome], interrupted: str | None) -> None:
+def _raise(failed: list[End], interrupted: str | None) -> None:
     """Raises what the process that failed first would have raised alone.
 
     When one process ends, the others fail for want of it: wrong input comes before failures, these by time.
     """
-    checkpoint = next((outcome.last_checkpoint for outcome in failed if outcome.last_checkpoint), None)
-    first = min(failed, key=lambda outcome: (outcome.code != 2, outcome.time))
+    checkpoint = next((end.last_checkpoint for end in failed if end.last_checkpoint), None)
+    first = min(failed, key=lambda end: (end.code != 2, end.time))
     error: BaseException = UserError(first.message) if first.code == 2 else RunError(first.message, checkpoint)
     if interrupted or first.code == 130:
         error = Interrupted(interrupted or "", checkpoint)
@@ -317,7 +256,7 @@ def _raise(failed: list[Outcome], interrupted: str | None) -> None:
 def joined(hardware: HardwareConfig) -> Iterator[None]:
     """Inside, this process is one of torch's process group, where it was started as one; the group it finds stays."""
     check(hardware)
-    if not started():
+    if not env.started():
         yield
         return
     import torch
@@ -326,12 +265,12 @@ def joined(hardware: HardwareConfig) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    check_complete()
-    if not first_process():
-        os.environ["SPARSEFT_QUIET"] = "1"
+    env.check_complete()
+    if env.rank() != 0:
+        console.be_quiet()
     backend = "gloo"
     if hardware.device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(env.local_rank())
         backend = "cpu:gloo,cuda:nccl"  # small decisions travel between the hosts and wait for no kernel
     dist.init_process_group(backend, timeout=timedelta(hours=TIMEOUT_HOURS))
     yield

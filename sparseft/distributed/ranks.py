@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparseft.distributed import env
+from sparseft.files.atomic import new_aside
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a process group."""
+    return dist.is_available() and dist.is_initialized()
+
 
 def rank_and_world() -> tuple[int, int]:
-    """(this rank, ranks)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    """(this rank, ranks) of those that can speak to each other."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
-def add_up(tensor: Tensor) -> None:
+def is_main() -> bool:
+    """Whether this process writes files and speaks; by what its launcher says while it has not joined the others."""
+    return (dist.get_rank() if is_distributed() else env.rank()) == 0
+
+
+def all_reduce_sum(tensor: Tensor) -> None:
     """Sums a contiguous tensor in place over the ranks; where NCCL needs it on a device, by way of the current one."""
     if rank_and_world()[1] == 1:
         return
@@ -36,11 +46,11 @@ def add_up(tensor: Tensor) -> None:
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """The mean over the ranks, as a tensor of its own."""
     total = tensor.clone()
-    add_up(total)
+    all_reduce_sum(total)
     return total / rank_and_world()[1]
 
 
-def from_all(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """Every rank's `value`, by rank."""
     world = rank_and_world()[1]
     if world == 1:
@@ -50,7 +60,7 @@ def from_all(value: Any) -> list[Any]:
     return values
 
 
-def from_first(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's `value`."""
     if rank_and_world()[1] == 1:
         return value
@@ -59,14 +69,9 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
-def is_first() -> bool:
-    """Whether this process writes files and speaks."""
-    return rank_and_world()[0] == 0
-
-
 def barrier() -> None:
     """Waits until all processes are here. By an object, which travels between the hosts: no device has to be idle."""
-    from_first(None)
+    broadcast_object(None)
 
 
 def any_rank(flag: bool) -> bool:
@@ -79,15 +84,11 @@ def any_rank(flag: bool) -> bool:
 
 
 @contextlib.contextmanager
-def shared_folder(parent: Path) -> Iterator[Path]:
-    """A new folder below `parent` that all processes see, gone afterwards unless it was renamed."""
-    made = None
-    if is_first():
-        parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix=".partial-", dir=parent)
-    folder = Path(from_first(made))
+def shared_aside(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that all processes see, gone afterwards unless it was renamed (`atomic.publish`)."""
+    folder = broadcast_object(new_aside(path) if is_main() else None)
     try:
         yield folder
     finally:
-        if is_first():
+        if is_main():
             shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparseft.distributed.ranks import broadcast_object, is_distributed, is_main
 from sparseft.errors import UserError
 
 
@@ -44,7 +45,7 @@ def _absent(parameter: Tensor | None) -> bool:
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[Tensor | None], *, changed: bool = False) -> Iterator[None]:
-    """Inside, the parameters are whole in every process; nulls and whole ones may be among them.
+    """Inside, the parameters are whole in every process; None and whole ones may be among them.
 
     changed: what rank 0 has made of them is what all shards hold afterwards; else they must stay as they are.
     """
@@ -82,12 +83,11 @@ def state_on_first(model: nn.Module) -> dict[str, Tensor]:
 
     Tied parameters stay one tensor.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
     state: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         with gathered([tensor]):
-            if first:
+            if is_main():
                 if id(tensor) not in seen:
                     seen[id(tensor)] = tensor.detach().to("cpu", copy=True)
                 state[name] = seen[id(tensor)]
@@ -104,20 +104,17 @@ def load_state(model: nn.Module, files: Iterable[Mapping[str, Tensor]]) -> tuple
     if not any_sharded(model):
         return model.load_state_dict({name: value for file in files for name, value in file.items()}, strict=False)
     own = model.state_dict(keep_vars=True)
-    first = not dist.is_initialized() or dist.get_rank() == 0
     names: list[str] = []
     for tensors in files:
-        told: list[Any] = [{name: tuple(value.shape) for name, value in tensors.items()}]
-        if dist.is_initialized():
-            dist.broadcast_object_list(told, src=0)
-        names += told[0]
-        for name, shape in told[0].items():
+        told = broadcast_object({name: tuple(value.shape) for name, value in tensors.items()})
+        names += told
+        for name, shape in told.items():
             if name in own and tuple(full_shape(own[name])) != shape:
                 raise RuntimeError(f"size mismatch for {name}: {shape} is not {tuple(full_shape(own[name]))}")
         with torch.no_grad():
-            for name in told[0]:
+            for name in told:
                 if name in own:
-                    _take(own[name], tensors[name] if first else None)
+                    _take(own[name], tensors[name] if is_main() else None)
     return [name for name in own if name not in names], [name for name in names if name not in own]
 
 
@@ -130,7 +127,7 @@ def _take(tensor: Tensor, value: Tensor | None) -> None:
         return
     if value is not None:
         tensor.copy_(value)
-    if dist.is_initialized():
+    if is_distributed():
         dist.broadcast(tensor.detach(), src=0)
 
 

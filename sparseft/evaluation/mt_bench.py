@@ -8,7 +8,6 @@ runs here, so the task has no accuracy.
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable
@@ -17,8 +16,9 @@ from typing import Any
 
 from sparseft.data.prompts import ALPACA_INSTRUCTION, ASSISTANT, HUMAN, alpaca_conversation, human_turn
 from sparseft.errors import UserError
-from sparseft.files.atomic import write_text
+from sparseft.files.atomic import dumps, write_text
 from sparseft.files.untrusted import parse_json, why
+from sparseft.runs.folder import ANSWERS
 
 MT_BENCH = "mt_bench"  # two-turn questions whose answers a judge reads elsewhere: no accuracy
 
@@ -195,19 +195,18 @@ def add_to(outcome: dict[str, Any], records: list[dict[str, Any]], requested: li
 def write_answers(folder: Path, records: list[dict[str, Any]], model_id: str) -> Path:
     """Writes `eval/mt_bench/model_answer/<model_id>.jsonl` below `folder`, by question id, and returns its path."""
     lines = [
-        json.dumps(
+        dumps(
             {
                 "question_id": record["question_id"],
                 "answer_id": uuid.uuid4().hex,
                 "model_id": model_id,
                 "choices": [{"index": 0, "turns": record["turns"]}],
                 "tstamp": time.time(),
-            },
-            ensure_ascii=False,
+            }
         )
         for record in sorted(records, key=lambda record: str(record["question_id"]).zfill(12))
     ]
-    path = Path(folder) / "eval" / MT_BENCH / "model_answer" / f"{model_id}.jsonl"
+    path = Path(folder) / ANSWERS / f"{model_id}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "\n".join(lines) + "\n")
     return path

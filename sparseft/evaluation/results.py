@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import platform
 import re
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sparseft.evaluation.comparison import shares, weighted_error
 from sparseft.evaluation.tasks import HARNESS, own_names
+from sparseft.files.atomic import dumps, plain, write_json, write_text
+from sparseft.runs.folder import EVAL
 
 PACKAGES = ("sparseft", "lm_eval", "torch", "transformers", "datasets", "peft")
 # The metric that `accuracy` is, the first that a task has.
@@ -70,10 +69,10 @@ def assemble(
     order = [*requested, *sorted(name for name in tasks if name not in requested)]
     return {
         "requested": requested,
-        "tasks": {name: plain(tasks[name]) for name in order},
+        "tasks": {name: as_json(tasks[name]) for name in order},
         "members": members,
-        "raw": plain(raw),
-        "samples": {name: plain(records) for name, records in samples.items()},
+        "raw": as_json(raw),
+        "samples": {name: as_json(records) for name, records in samples.items()},
         "versions": package_versions(),
         "warnings": warnings,
         "max_length": max_length,
@@ -217,25 +216,18 @@ def _scores(responses: list[Any]) -> list[float] | None:
     return None
 
 
-def plain(value: Any) -> Any:
-    """`value` as strict JSON can hold it: NaN and infinities become None, arrays lists, functions their names, and
-    anything else its text."""
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):  # numpy and torch, scalars included
-        return plain(value.tolist())
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if callable(value):
-        function = getattr(value, "func", value)  # of a functools.partial
-        return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
-    return str(value)
+def as_json(value: Any) -> Any:
+    """`value` as strict JSON can hold it (`atomic.plain`): functions by their names, anything else by its text."""
+    return plain(value, _named)
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return [as_json(item) for item in value]
+    if not callable(value):
+        return str(value)
+    function = getattr(value, "func", value)  # of a functools.partial
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def file_stem(task: str) -> str:
@@ -250,7 +242,7 @@ def write_results(folder: Path, outcome: dict[str, Any], header: dict[str, Any])
     and so on; with `versions` and `warnings`), and lm-eval's results of it; the samples file one line a question with
     prompt, answer, target and verdict. Each file is written aside and renamed. Returns the paths written.
     """
-    target = Path(folder) / "eval"
+    target = Path(folder) / EVAL
     target.mkdir(parents=True, exist_ok=True)
     written = []
     for name in outcome["requested"]:
@@ -260,32 +252,14 @@ def write_results(folder: Path, outcome: dict[str, Any], header: dict[str, Any])
             "task": name,
             "tasks": {item: outcome["tasks"][item] for item in outcome["tasks"] if item in names},
             "sparseft": {
-                **plain(header),
+                **as_json(header),
                 "versions": outcome["versions"],
                 "warnings": outcome["warnings"],
                 "max_length": outcome["max_length"],
             },
             **{key: {item: value for item, value in outcome["raw"][key].items() if item in names} for key in NAMED},
         }
-        path = target / f"{file_stem(name)}.json"
-        _write(path, [json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)])
-        lines = (
-            json.dumps(record, ensure_ascii=False, allow_nan=False)
-            for leaf in leaves
-            for record in outcome["samples"][leaf]
-        )
-        samples = target / f"{file_stem(name)}.samples.jsonl"
-        _write(samples, lines)
-        written += [path, samples]
+        lines = (dumps(record) + "\n" for leaf in leaves for record in outcome["samples"][leaf])
+        written.append(write_json(target / f"{file_stem(name)}.json", content))
+        written.append(write_text(target / f"{file_stem(name)}.samples.jsonl", lines))
     return written
-
-
-def _write(path: Path, lines: Iterable[str]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(line + "\n")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

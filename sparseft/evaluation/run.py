@@ -25,6 +25,7 @@ from sparseft.evaluation.mt_bench import MT_BENCH
 from sparseft.evaluation.target import Target
 from sparseft.evaluation.tasks import BUNDLED_DATA, HARNESS, Plan, expand_tasks, task_manager
 from sparseft.runs.environment import package_commit
+from sparseft.runs.folder import ADAPTER
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 
@@ -93,7 +94,7 @@ def evaluate(
     scored = [name for name in plan.requested if name != MT_BENCH]
     outcome = results.assemble(parts, scored, plan.facts, lm.truncated, lm.max_length, plan.macro)
     if plan.questions:
-        mt_bench.add_to(outcome, results.plain(conversations), plan.requested)
+        mt_bench.add_to(outcome, results.as_json(conversations), plan.requested)
     outcome["warnings"] = [*plan.warnings, *outcome["warnings"]]
     outcome["seconds"] = time.perf_counter() - start
     return outcome
@@ -133,7 +134,7 @@ def _write_conversations(
 ) -> list[Path]:
     """MT-Bench's answers in FastChat's format, one file a model."""
     place = target.folder or target.adapter
-    if place is not None and place.name == "adapter":
+    if place is not None and place.name == ADAPTER:
         place = place.absolute().parent  # it is the run's folder that has a name of its own
     name = plan.config.model_id or (place.absolute().name if place is not None else Path(target.model.path).name)
     answers = {results.file_stem(name): outcome}

@@ -16,11 +16,11 @@ from sparseft.adapters.lifecycle import detach, load_adapter, merge, mergeable
 from sparseft.compose.run_config import from_dict
 from sparseft.config import ModelConfig, RunConfig
 from sparseft.data.question_hashes import QuestionHashes
-from sparseft.errors import UserError, shown
-from sparseft.files.paths import nearest_path, where_looked
-from sparseft.files.untrusted import read_yaml_object
+from sparseft.errors import UserError, nearest_path, shown, where_looked
+from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.models.loading import check_model_path, load_model, load_tokenizer, resolve_device
 from sparseft.runs import folder as runs
+from sparseft.runs.folder import ADAPTER
 
 
 @dataclass
@@ -48,23 +48,23 @@ def find_target(
         path = Path(adapter).expanduser()
         if not path.is_dir():
             raise UserError(f"--adapter {adapter}: no such folder{where_looked(adapter)}.{nearest_path(adapter)}")
-        if not is_adapter(path) and is_adapter(path / "adapter"):
-            path = path / "adapter"  # a run folder was given
+        if not is_adapter(path) and is_adapter(path / ADAPTER):
+            path = path / ADAPTER  # a run folder was given
         return _with_adapter(f"the adapter {adapter}", config, overrides, path, None)
     if run is None and not runs.LATEST.is_symlink() and not runs.LATEST.exists():
         return Target(f"the base model {config.model.path} (there is no run yet)", config.model, None, None)
     folder = runs.find_run(run) if run is not None else runs.latest_run()
     latest = "the latest run" if run is None else "the run"
-    if not is_adapter(folder / "adapter"):
+    if not is_adapter(folder / ADAPTER):
         raise UserError(f"{latest} {folder} has no adapter (it did not finish): continue it with trainer.resume=auto.")
     runs.check_own(folder)
     model = _run_model(folder)
-    return _with_adapter(f"{latest} {folder}", config, overrides, folder / "adapter", folder, model)
+    return _with_adapter(f"{latest} {folder}", config, overrides, folder / ADAPTER, folder, model)
 
 
 def _run_model(folder: Path) -> ModelConfig:
     """The model of a run, but for `trust_remote_code`: who evaluates says that, not a folder from elsewhere."""
-    return dataclasses.replace(from_dict(read_yaml_object(folder / "config.yaml")).model, trust_remote_code=False)
+    return dataclasses.replace(from_dict(read_yaml_object(folder / runs.CONFIG)).model, trust_remote_code=False)
 
 
 def _with_adapter(
@@ -159,7 +159,7 @@ def score_both(
 
 def prompt_format(wanted: str, run: Path | None) -> str:
     """`eval.prompt`, with `auto` the format that the run was trained on where that is a conversation's."""
-    if wanted != "auto" or run is None or not (run / "environment.json").is_file():
+    if wanted != "auto" or run is None or not (run / runs.ENVIRONMENT).is_file():
         return wanted
-    format = (runs.read_json_object(run / "environment.json").get("data") or {}).get("format")
+    format = (read_json_object(run / runs.ENVIRONMENT).get("data") or {}).get("format")
     return {"alpaca": "alpaca", "guanaco": "guanaco", "messages": "chat"}.get(format, "auto")

@@ -1,111 +1,245 @@
-"""How files and folders are written: aside, then renamed, so that they are whole or not there."""
+"""How files and folders are written: aside, then renamed, so that they are whole or not there. Nothing else renames.
+
+What is aside lies beside the place that it is for, under a name that begins with `PARTIAL`. A crash may leave some.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparseft.errors import UserError
+from sparseft.errors import RunError, UserError, checkpoint_of, note_checkpoint
+
+PARTIAL = ".partial-"
+
+# ---- JSON ----
 
 
-def write_text(path: str | Path, text: str) -> Path:
-    """Writes `text` (UTF-8) aside in the same folder, syncs it and renames it to `path`: all of it or nothing."""
+def plain(value: Any, other: Callable[[Any], Any] = lambda value: value) -> Any:
+    """`value` with what strict JSON lacks replaced: NaN and infinities by null, paths by text, arrays and scalars of
+    numpy and torch, and tuples, by lists and numbers, keys by text. other: makes something of any other kind."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(item, other) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, other) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist(), other)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value if isinstance(value, int) else other(value)
+
+
+def dumps(content: Any, indent: int | None = None, *, ascii: bool = False) -> str:
+    """Strict JSON that any UTF-8 file can hold (half a surrogate pair, of an argument that was no text, stays escaped),
+    or with `ascii` any stream."""
+    text = json.dumps(plain(content), indent=indent, ensure_ascii=ascii, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+# ---- files ----
+
+
+def write_text(path: str | Path, text: str | Iterable[str]) -> Path:
+    """Writes text (UTF-8), whole or in parts, to `path`: all of it or nothing."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        with open(aside, "x", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with replaced_file(path) as aside, open(aside, "x", encoding="utf-8", newline="") as file:
+        file.writelines([text] if isinstance(text, str) else text)
     return path
 
 
 def write_json(path: str | Path, content: Any) -> Path:
-    """Writes `content` as strict, indented JSON (NaN and infinities become null), as `write_text` does."""
+    """Writes `content` as strict, indented JSON (`plain`), as `write_text` does."""
     return write_text(path, dumps(content, indent=2) + "\n")
 
 
-def dumps(content: Any, indent: int | None = None) -> str:
-    """Strict JSON that any UTF-8 file can hold: half a surrogate pair (an argument that was no text) stays escaped."""
-    text = json.dumps(_strict(content), indent=indent, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+@contextlib.contextmanager
+def replaced_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """`with replaced_file(path) as aside:` writes a file that takes the place of `path` at the end, or never.
+
+    sync: hands it to the disk before; not needed where a file that is not whole is noticed when it is read.
+    """
+    aside = _aside(path)
+    try:
+        yield aside
+        if sync:
+            _sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
-def _strict(value: Any) -> Any:
-    """`value` with what JSON lacks replaced: NaN and infinities by null, paths by strings, 0-d arrays by numbers."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    if isinstance(value, float):  # numpy's float64 too
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a scalar of numpy or torch
-        return _strict(value.item())
-    return value
+def replace_link(path: Path, target: str) -> None:
+    """Makes `path` a link to the folder `target`, in place of a former link."""
+    aside = _aside(path)
+    try:
+        aside.symlink_to(target, target_is_directory=True)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
-# A whole model's: transformers takes a folder with an adapter_config.json for a peft adapter.
-WHOLE_CONFIG = "sparseft_config.json"
-
-DESCRIPTIONS = ("adapter_config.json", WHOLE_CONFIG, "selection.json")  # what every folder of ours holds
-
-
-def umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def move(file: Path, folder: Path) -> None:
+    """Moves a file that nobody reads yet into another folder, which may lie on another disk."""
+    shutil.move(file, folder / file.name)
 
 
-class replaced_folder:
-    """`with replaced_folder(path) as aside:` fills a new folder that takes the place of `path` at the end, or never."""
+def asides(folder: Path, name: str | None = None) -> Iterator[Path]:
+    """What lies aside in a folder, of other processes or left by a crash; with `name`, of what is called so."""
+    return folder.glob(f"{PARTIAL}*" if name is None else f"{PARTIAL}*-{name}")
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(os.path.abspath(path))
 
-    def __enter__(self) -> Path:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: expected a folder to write, this is a file.")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}.") from error
-        self.aside.chmod(0o755)
-        return self.aside
+def try_writing(folder: Path) -> None:
+    """OSError where no file can be made in a folder: some file systems refuse what their modes allow."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is not None:
-            shutil.rmtree(self.aside, ignore_errors=True)
-            return
-        for file in self.aside.iterdir():  # safetensors writes for the owner alone, whatever the umask
-            if file.is_file():
-                file.chmod(0o666 & ~umask())
-        if self.path.exists():
-            self._check_ours()
-            old = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.old.", dir=self.path.parent))
-            self.path.rename(old / "old")
-            self.aside.rename(self.path)
-            shutil.rmtree(old, ignore_errors=True)
+
+# ---- folders ----
+
+
+def new_aside(path: Path) -> Path:
+    """Makes an empty folder beside `path`, for `publish` to put there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(path)
+    aside.mkdir()
+    return aside
+
+
+def publish(aside: Path, path: Path, *, sync: bool = True) -> None:
+    """Renames a finished folder to `path`; one that was there goes only then. `sync` as for a file."""
+    if sync:
+        for entry in aside.rglob("*"):
+            _sync(entry)
+        _sync(aside)
+    old = _aside(path) if os.path.lexists(path) else None
+    if old is not None:
+        with contextlib.suppress(FileNotFoundError):  # another process has taken it away meanwhile
+            os.rename(path, old)
+    try:
+        os.rename(aside, path)
+    except BaseException:
+        if old is not None:
+            with contextlib.suppress(OSError):
+                os.rename(old, path)
+        raise
+    if sync:
+        _sync(path.parent)
+    if old is not None:
+        _delete(old)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder, renamed before: half of it is never taken for it. OSError where it cannot be renamed."""
+    old = _aside(folder)
+    os.rename(folder, old)
+    _delete(old)
+
+
+@contextlib.contextmanager
+def replaced_folder(path: str | Path, marks: Collection[str]) -> Iterator[Path]:
+    """`with replaced_folder(path, marks) as aside:` fills a new folder that takes the place of `path` at the end, or
+    never. What is replaced holds a file named in `marks`: never a folder of the user's other files (`UserError`)."""
+    path = Path(os.path.abspath(path))
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: expected a folder to write, this is a file.")
+    try:
+        if any(parent.name.startswith(PARTIAL) for parent in path.parents) and not path.exists():
+            aside = path  # within what is itself aside
+            aside.mkdir(parents=True)
         else:
-            self.aside.rename(self.path)
+            aside = new_aside(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}.") from error
+    try:
+        yield aside
+        mask = os.umask(0o022)  # can only be read by setting it
+        os.umask(mask)
+        for file in aside.iterdir():  # safetensors writes for the owner alone
+            if file.is_file():
+                file.chmod(0o666 & ~mask)
+        if aside != path and path.exists():
+            there = list(path.iterdir())
+            ours = any(entry.name in marks for entry in there) and not any(entry.is_dir() for entry in there)
+            if there and not ours:
+                raise UserError(f"{path}: the folder holds other files, which would be lost: name a new one.")
+        if aside != path:
+            publish(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
-    def _check_ours(self) -> None:
-        """Replaces what such a folder held before, never a folder of the user's other files."""
-        there = list(self.path.iterdir())
-        ours = any(entry.name in DESCRIPTIONS for entry in there) and not any(entry.is_dir() for entry in there)
-        if there and not ours:
-            shutil.rmtree(self.aside, ignore_errors=True)
-            raise UserError(f"{self.path}: the folder holds other files, which would be lost: name a new one.")
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{path.name}")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- a full or read-only disk, in a sentence ----
+
+# The reasons why a file cannot be written that lie with the disk, not with the code.
+STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENODEV}
+
+NEVER_OF_READING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """Why a file could not be written, where that is what `error` says; None for any other error."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, UserError) and getattr(error.__cause__, "errno", None) in NEVER_OF_READING:
+        error = error.__cause__  # refused as input where it comes first, but the work has begun
+    if isinstance(error, OSError) and error.errno in STORAGE:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}"
+    text = str(error).partition("\n")[0]
+    if isinstance(error, SafetensorError) and "I/O error" in text:
+        return text.partition("I/O error:")[2].strip() or text
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
+        return "the file could not be written to its end (is the disk full?)"
+    return None
+
+
+@contextlib.contextmanager
+def explained(what: str, last_checkpoint: Callable[[], Any]) -> Iterator[None]:
+    """Inside, what fails by the disk becomes a `RunError` that says so, and whatever ends the work knows the last good
+    checkpoint (`last_checkpoint()`, its folder or None)."""
+    try:
+        yield
+    except BaseException as error:
+        problem = storage_problem(error)
+        if problem is None:
+            if not hasattr(error, "last_checkpoint"):
+                note_checkpoint(error, last_checkpoint())
+            raise
+        failure = RunError(f"{what} could not be written: {problem.rstrip('.')}.")
+        note_checkpoint(failure, checkpoint_of(error) or last_checkpoint())
+        raise failure from error

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.errors import UserError, shown
-from sparseft.files.atomic import WHOLE_CONFIG, dumps
-from sparseft.files.tensors import read_json
+from sparseft.files.atomic import dumps
+from sparseft.files.tensors import WHOLE_CONFIG
+from sparseft.files.untrusted import read_json_object
 
 # A hash over those entries of a description that nothing else checks stands with the tensors. Not among them is
 # `base_model`: a base may be moved, and its new name be written here.
@@ -40,7 +41,7 @@ def check_whole(folder: Path) -> None:
     """
     if not os.path.lexists(folder / WHOLE_CONFIG):
         return
-    content = read_json(folder / WHOLE_CONFIG, "model")
+    content = read_json_object(folder / WHOLE_CONFIG, "model")
     files = content.get("files")
     if not isinstance(files, dict) or body_hash(content, HASHED) != content.get(BODY):
         raise UserError(f"{folder}: {WHOLE_CONFIG} is not what was written with the model (altered).")

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparseft.errors import UserError, shown
-from sparseft.files.untrusted import read_json as parse
-from sparseft.files.untrusted import why
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What such a folder is known by. A whole model has another description than an adapter: transformers would take a
+# folder with an adapter_config.json for a peft adapter.
+ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+WHOLE_CONFIG = "sparseft_config.json"
+SELECTION_CONFIG, SELECTION_TENSORS = "selection.json", "selection.safetensors"
+DESCRIPTIONS = (ADAPTER_CONFIG, WHOLE_CONFIG, SELECTION_CONFIG)
+
 KINDS = ("rows", "columns", "blocks")
 
 MAX_NAME = 1000  # characters of a tensor's name: the longest that models have are a tenth of it
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """One JSON object from a file; anything else is a `UserError` naming the file."""
-    try:
-        content = parse(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, so this is no {what} folder.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({why(error)}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}.")
-    return content
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:

@@ -92,6 +92,19 @@ def read_json(path: str | Path, *, numbers: bool = True) -> Any:
     return parse_json(read_bytes(path).decode("utf-8"), numbers=numbers)
 
 
+def read_json_object(path: str | Path, what: str = "") -> dict[str, Any]:
+    """A JSON file that holds one object, of `what` folder; `UserError` naming the file otherwise."""
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{f', so this is no {what} folder' if what else ''}.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({why(error)}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}.")
+    return content
+
+
 def parse_yaml(text: str) -> Any:
     """The value of a YAML document, without aliases (a few lines of them unfold to gigabytes); ValueError otherwise."""
     import yaml

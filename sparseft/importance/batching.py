@@ -85,7 +85,7 @@ def groups_of(
         return
     mine = list(own)
     yield from mine
-    yield from [Group(every[:1], shown=False)] * (max(ranks.from_all(len(mine))) - len(mine))
+    yield from [Group(every[:1], shown=False)] * (max(ranks.all_gather_object(len(mine))) - len(mine))
 
 
 def split_samples(batch: Mapping[str, Any]) -> Iterator[Sample]:

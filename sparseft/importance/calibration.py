@@ -93,7 +93,7 @@ class Calibration:
         observe(self.model, names, groups, statistics, gradients=gradients, reached=reached)
         if world > 1 and self.state.due():
             keep(self.state, statistics, done)  # these are the rank's own sums; in a moment they are everybody's
-        if sum(ranks.from_all(done[1])) == 0:
+        if sum(ranks.all_gather_object(done[1])) == 0:
             raise UserError("the calibration batches hold no sample with a labelled token, so nothing can be scored.")
         if world > 1:
             statistics.reduce()

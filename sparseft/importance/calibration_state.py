@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from sparseft import console
+from sparseft.files.atomic import asides, replaced_file
+from sparseft.files.untrusted import parse_json
 
 # Between two saves pass at least so many seconds, and at least so many times as long as the last save took: the sums
 # of a large model are tens of gigabytes.
@@ -31,7 +32,7 @@ def saved_samples(folder: Path) -> int:
         from safetensors import safe_open
 
         with safe_open(next(folder.glob(f"{STATISTICS}-0of*.safetensors")), "pt") as file:
-            return max(0, int(json.loads(file.metadata()["meta"])["done"][1]))
+            return max(0, int(parse_json(file.metadata()["meta"])["done"][1]))
     return 0
 
 
@@ -78,16 +79,13 @@ class CalibrationState:
 
         start = time.monotonic()
         path = self.folder / (name + self.suffix)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             kept = {key: value.cpu().contiguous() for key, value in tensors.items()}
             content = {"key": self.digest, "meta": json.dumps(meta)}
-            save_file(kept, aside, content | {"sha256": _hash(kept, content["meta"])})
-            os.replace(aside, path)
+            with replaced_file(path, sync=False) as aside:
+                save_file(kept, aside, content | {"sha256": _hash(kept, content["meta"])})
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
             console.warn(f"{self.folder}: what is done so far could not be kept, so it cannot be resumed ({error})")
             self.folder = None
         self._saved_at = time.monotonic()
@@ -98,7 +96,7 @@ class CalibrationState:
         if self.folder is None:
             return None
         path = self.folder / (name + self.suffix)
-        for aside in self.folder.glob(f".{path.name}.*"):  # of a process that was killed while it saved
+        for aside in asides(self.folder, path.name):  # of a process that was killed while it saved
             aside.unlink(missing_ok=True)
         if not path.is_file():
             return None
@@ -113,7 +111,7 @@ class CalibrationState:
                 found = {key: file.get_tensor(key) for key in file.keys()}
             if content.get("sha256") != _hash(found, content.get("meta", "")):
                 raise ValueError("its content is not what was written")
-            return found, json.loads(content["meta"])
+            return found, parse_json(content["meta"])
         except Exception as error:  # a damaged file of any kind
             console.warn(f"{path}: cannot be used, so calibration starts anew ({error})")
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import tempfile
@@ -11,31 +10,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparseft.distributed import env
 from sparseft.errors import RunError
+from sparseft.memory import available_bytes
 
 # Sums that take more than this share of the memory that is free go to disk.
 MEMORY_SHARE = 0.25
 
 
-def available_bytes() -> int:
-    """Host memory that this process may still take, an equal share where several ranks run on one machine."""
-    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 // ranks
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
-
-
 class HostSums:
-    """Makes float32 zeros of `total_bytes` in all: plain tensors, or mapped files in `folder` (null: the system's
-    folder for temporary files) where the total exceeds a quarter of the available memory.
+    """Makes float32 zeros of `total_bytes` in all: plain tensors, or mapped files in `folder` (None: the system's
+    folder for temporary files) where the total exceeds a quarter of this process's share of the available memory.
 
     A file loses its name as soon as it is mapped, so its space is freed with the tensor, however the process ends.
     """
 
     def __init__(self, total_bytes: int, folder: Path | None = None) -> None:
-        self.mapped = total_bytes > MEMORY_SHARE * available_bytes()
+        self.mapped = total_bytes > MEMORY_SHARE * available_bytes() / env.local_world()
         self.total_bytes, self.folder = total_bytes, folder
 
     def zeros(self, rows: int, columns: int) -> Tensor:
@@ -45,14 +36,10 @@ class HostSums:
         folder = self.folder or Path(tempfile.gettempdir())
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".sparseft-sums-", dir=folder)
-            try:
+            with tempfile.NamedTemporaryFile(prefix=".sparseft-sums-", dir=folder) as file:
                 # A sparse file would end the process by a signal at the first page that finds no room.
-                os.posix_fallocate(handle, 0, rows * columns * 4)
-                return torch.from_file(name, shared=True, size=rows * columns).view(rows, columns)
-            finally:
-                os.close(handle)
-                os.unlink(name)
+                os.posix_fallocate(file.fileno(), 0, rows * columns * 4)
+                return torch.from_file(file.name, shared=True, size=rows * columns).view(rows, columns)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             reason = "the disk has no room left" if full else f"the file cannot be written ({error.strerror})"

@@ -114,21 +114,21 @@ class KroneckerFactors:
     def reduce(self) -> None:
         """Adds up the sums of all ranks, one tensor at a time. Sketches are linear in x xᵀ, so theirs add up too."""
         sources: dict[str, str] = {}
-        for theirs in ranks.from_all(self.sources):  # a rank may have seen no sample that reached an expert
+        for theirs in ranks.all_gather_object(self.sources):  # a rank may have seen no sample that reached an expert
             sources = {**theirs, **sources}
         order = [name for name in self.shapes if name in sources]
         for name in order:
             if name not in self.sources:
                 self._open(name, sources[name])
-        counts = ranks.from_all(self.samples)
+        counts = ranks.all_gather_object(self.samples)
         self.samples = {name: sum(theirs.get(name, 0) for theirs in counts) for name in order}
         for name in order:
-            ranks.add_up(self.sums[name])
+            ranks.all_reduce_sum(self.sums[name])
             for x in self.gradients[name].tensors():
-                ranks.add_up(x)
+                ranks.all_reduce_sum(x)
         for name in dict.fromkeys(sources[name] for name in order):
             for x in self.inputs[name].tensors():
-                ranks.add_up(x)
+                ranks.all_reduce_sum(x)
 
     # -- scores --------------------------------------------------------------------------------------------------------
 

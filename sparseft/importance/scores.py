@@ -92,7 +92,7 @@ class UnitSums:
     def reduce(self) -> None:
         """Adds up the totals of all ranks."""
         for total in self.totals.values():
-            ranks.add_up(total)
+            ranks.all_reduce_sum(total)
 
 
 class Scored(NamedTuple):
@@ -206,5 +206,5 @@ def score_modules(
         if world == 1:  # with several ranks the sums are everybody's by now, and must not be counted as this one's
             keep(state, statistics, done)
         raise
-    every = ranks.from_all((scores, dampings))
+    every = ranks.all_gather_object((scores, dampings))
     return {key: score for found, _ in every for key, score in found.items()}, [d for _, found in every for d in found]

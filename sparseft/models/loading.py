@@ -13,11 +13,10 @@ from torch import nn
 
 from sparseft.config import BUNDLED, BUNDLED_ROOT, HardwareConfig, ModelConfig, in_bundle
 from sparseft.distributed.deepspeed import no_shared_memory, own_dtypes, zero_config
-from sparseft.distributed.ranks import from_first
+from sparseft.distributed.ranks import broadcast_object
 from sparseft.distributed.zero3 import full_shape
-from sparseft.errors import UserError, nearest, reason_of
+from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, reason_of, where_looked
 from sparseft.files.hashing import check_whole
-from sparseft.files.paths import HUB_ID, looks_local, nearest_path, where_looked
 from sparseft.models.decoder import runnable
 from sparseft.models.probing import check_causal
 from sparseft.models.quantized import check_config
@@ -114,7 +113,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
     except UserError as error:
         refused = error
     if is_deepspeed_zero3_enabled():  # the first process alone reads the files: all refuse what it did, or go on
-        told = from_first(None if refused is None else str(refused))
+        told = broadcast_object(None if refused is None else str(refused))
         refused = refused or (UserError(told) if told else None)
     if refused is not None:
         raise refused

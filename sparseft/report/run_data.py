@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.errors import UserError
-from sparseft.files.untrusted import parse_yaml, read_bytes, why
+from sparseft.files.tensors import SELECTION_CONFIG
+from sparseft.files.untrusted import parse_yaml, read_bytes, read_json_object, why
 from sparseft.report.numbers import number
-from sparseft.runs.folder import load_summary, read_json_object
+from sparseft.runs.folder import BEFORE, CONFIG, ENVIRONMENT, EVAL, METRICS, SELECTION, SUMMARY, load_summary
 from sparseft.runs.metrics import read_metrics
 
 
@@ -107,21 +108,19 @@ def read_run(path: Path) -> Run:
             return otherwise
         return attempt(lambda: read_json_object(path / name), name, otherwise)
 
-    if (path / "config.yaml").exists():
-        run.config_text = attempt(
-            lambda: read_bytes(path / "config.yaml").decode("utf-8", "replace"), "config.yaml", ""
-        )
-        run.config = attempt(lambda: _parse_yaml(run.config_text), "config.yaml", {})
-    run.environment = optional("environment.json", {})
-    run.metrics = attempt(lambda: read_metrics(path / "metrics.jsonl"), "metrics.jsonl", [])
-    if (path / "summary.json").exists():
-        run.summary = attempt(lambda: load_summary(path), "summary.json", None)
+    if (path / CONFIG).exists():
+        run.config_text = attempt(lambda: read_bytes(path / CONFIG).decode("utf-8", "replace"), CONFIG, "")
+        run.config = attempt(lambda: _parse_yaml(run.config_text), CONFIG, {})
+    run.environment = optional(ENVIRONMENT, {})
+    run.metrics = attempt(lambda: read_metrics(path / METRICS), METRICS, [])
+    if (path / SUMMARY).exists():
+        run.summary = attempt(lambda: load_summary(path), SUMMARY, None)
     else:
         last = max((step for record in run.metrics if (step := number(record.get("step"))) is not None), default=None)
         reached = f"; its last logged step is {last:.0f}" if last is not None else ""
         run.warnings.append(f"The run did not finish: it has no summary.json{reached}.")
-    run.selection = optional("selection/selection.json", None)
-    for name, scores in (("eval/before", run.before), ("eval", run.after)):
+    run.selection = optional(f"{SELECTION}/{SELECTION_CONFIG}", None)
+    for name, scores in ((BEFORE, run.before), (EVAL, run.after)):
         for file in sorted((path / name).glob("*.json")):
             _read_scores(run, optional(f"{name}/{file.name}", {}), scores, f"{name}/{file.name}")
     said = run.get("warnings")

@@ -16,7 +16,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "lm_eval"
 
 
 def environment(device: str, dtype: str, world_size: int) -> dict[str, Any]:
-    """What the run ran on, for `environment.json`: versions (null: not installed), commit, machine, command line.
+    """What the run ran on, for `environment.json`: versions (None: not installed), commit, machine, command line.
 
     Read from the packages' metadata, so nothing is imported. Neither the user nor the host is named.
     """
@@ -32,6 +32,11 @@ def environment(device: str, dtype: str, world_size: int) -> dict[str, Any]:
         "command_line": _command_line(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def usable_cores() -> int | None:
+    """The processor's cores that this process may use; None where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Run folders: where they lie and what they hold. No torch here.
+"""Run folders: where they lie, the names of all that they hold, how one is found, checked and deleted. No torch here.
 
 Every file but `metrics.jsonl` (`metrics.py`) is written aside and renamed, so a reader never meets half of one.
 """
@@ -8,16 +8,22 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import shutil
-import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sparseft.errors import UserError, nearest
-from sparseft.files.paths import where_looked
-from sparseft.files.untrusted import read_json, why
+from sparseft.console import warn
+from sparseft.errors import UserError, nearest, where_looked
+from sparseft.files.atomic import PARTIAL, replace_link, try_writing
+from sparseft.files.tensors import (
+    ADAPTER_CONFIG,
+    ADAPTER_TENSORS,
+    SELECTION_CONFIG,
+    SELECTION_TENSORS,
+    WHOLE_CONFIG,
+)
+from sparseft.files.untrusted import read_json_object
 
 OUTPUTS = Path("outputs")  # below the working directory
 
@@ -25,30 +31,53 @@ LATEST = OUTPUTS / "latest"
 
 MAKE_ONE = "`sparseft train` makes one"  # said where one is missing
 
+# ---- the names of what a run holds ----
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+BENCH = "bench.json"
+QUESTIONS = "train_questions.safetensors"
+SELECTION = "selection"
+ADAPTER = "adapter"  # an adapter or, after full fine-tuning, a Hugging Face model with its tokenizer
+EVAL = "eval"
+BEFORE = "eval/before"  # the base model's results
+ANSWERS = "eval/mt_bench/model_answer"
+CHECKPOINTS = "checkpoints"
+CHECKPOINT = "checkpoint-"  # below `checkpoints/`, before the step
+BEST = ".best"  # there too, and in each checkpoint
+BEST_NOTE = "best.json"
+
 # A folder with any of these holds a run.
-MARKS = ("config.yaml", "summary.json", "metrics.jsonl", "adapter")
+MARKS = (CONFIG, SUMMARY, METRICS, ADAPTER)
 
-# All that a run writes, as patterns below its folder: what `overwrite=true` may delete, and nothing else.
-# `adapter/` may hold an adapter or, after full fine-tuning, a Hugging Face model with its tokenizer.
-OWN_FILES = (
-    "config.yaml environment.json metrics.jsonl summary.json report.html bench.json "
-    "selection/selection.json selection/selection.safetensors "
-    "adapter/adapter_config.json adapter/sparseft_config.json adapter/adapter_model.safetensors adapter/README.md "
-    "adapter/config.json adapter/generation_config.json adapter/chat_template.jinja adapter/special_tokens_map.json "
-    "adapter/tokenizer* adapter/vocab.* adapter/merges.txt adapter/model.safetensors adapter/model-*.safetensors "
-    "adapter/model.safetensors.index.json "
-    "train_questions.safetensors eval/mt_bench/model_answer/*.jsonl "
-    "eval/*.json eval/*.samples.jsonl eval/before/*.json eval/before/*.samples.jsonl "
-    ".*.partial selection/.*.partial adapter/.*.partial eval/.*.partial eval/before/.*.partial"
-).split()
+# The folders, which are removed once empty; the inner ones first.
+FOLDERS = (SELECTION, ADAPTER, BEFORE, ANSWERS, "eval/mt_bench", EVAL, CHECKPOINTS)
 
-# Whole, as they are: checkpoints, and what a crash left of a folder being replaced.
-OWN_FOLDERS = ("checkpoints/checkpoint-*", ".selection.*", ".adapter.*", "checkpoints/.partial-*", "checkpoints/.best")
+# All files that a run writes, as patterns, by folder: what `overwrite=true` may delete, and nothing else.
+OWN_FILES = {
+    "": (CONFIG, ENVIRONMENT, METRICS, SUMMARY, REPORT, BENCH, QUESTIONS),
+    SELECTION: (SELECTION_CONFIG, SELECTION_TENSORS),
+    ADAPTER: (ADAPTER_CONFIG, WHOLE_CONFIG, ADAPTER_TENSORS, "README.md")
+    + ("config.json", "generation_config.json", "chat_template.jinja", "special_tokens_map.json")
+    + ("tokenizer*", "vocab.*", "merges.txt")
+    + ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    EVAL: ("*.json", "*.samples.jsonl"),
+    BEFORE: ("*.json", "*.samples.jsonl"),
+    ANSWERS: ("*.jsonl",),
+}
 
-INSIDE = re.compile(r"adapter|selection|eval|before|checkpoints|checkpoint-\d+")  # folders inside a run
+# What a crash leaves of a file or folder that was being written; the last three have the names of earlier versions.
+LEFT = re.compile(rf"{re.escape(PARTIAL)}.+|\..+\.partial|\.adapter\..+|\.selection\..+")
 
-# Removed once empty.
-CONTAINERS = "selection adapter eval/before eval/mt_bench/model_answer eval/mt_bench eval checkpoints".split()
+INSIDE = re.compile(rf"adapter|selection|eval|before|checkpoints|{CHECKPOINT}\d+")  # folders inside a run
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of a checkpoint's folder below `checkpoints/`."""
+    return f"{CHECKPOINT}{step}"
 
 
 def timestamp() -> str:
@@ -131,8 +160,7 @@ def prepare_run_folder(
     run = Path(output_dir).expanduser()
     try:
         run.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run):  # the only reliable answer to "can I write here?"
-            pass
+        try_writing(run)
     except OSError as error:
         raise UserError(f"cannot write to output_dir '{run}': {error.strerror or error}.") from error
     if is_run(run) and not resume:
@@ -144,24 +172,32 @@ def _delete_run(run: Path) -> None:
     """Deletes the files of a run and what folders that leaves empty. Links are unlinked, never followed."""
     # An own folder that someone moved elsewhere: what it points to is not ours to empty. Outer ones first, or what lies
     # behind their links would be taken for the run's.
-    for part in reversed(CONTAINERS):
+    for part in reversed(FOLDERS):
         if (run / part).is_symlink():
             (run / part).unlink()
-    for pattern in OWN_FILES:
-        for path in run.glob(pattern):
+    for part, patterns in OWN_FILES.items():
+        for path in (path for pattern in patterns for path in (run / part).glob(pattern)):
             if path.is_file() or path.is_symlink():
                 path.unlink()
-    for pattern in OWN_FOLDERS:
-        for path in run.glob(pattern):
-            if path.is_symlink():
-                path.unlink()
-            elif path.is_dir() and re.fullmatch(
-                r"checkpoint-\d+|\.best|\.partial-.+|\.(selection|adapter)\..+", path.name
-            ):
-                shutil.rmtree(path)
-    for part in CONTAINERS:
+    delete_leftovers(run)
+    for path in (run / CHECKPOINTS / BEST, *(run / CHECKPOINTS).glob(f"{CHECKPOINT}*")):
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir() and re.fullmatch(rf"{re.escape(BEST)}|{CHECKPOINT}\d+", path.name):
+            shutil.rmtree(path)
+    for part in FOLDERS:
         with contextlib.suppress(OSError):  # not there, or not empty: someone else's files stay
             (run / part).rmdir()
+
+
+def delete_leftovers(run: Path) -> None:
+    """Deletes what a crash left in a run of what was being written."""
+    for part in ("", *FOLDERS):
+        for path in list((run / part).glob(".*")):
+            if LEFT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif LEFT.fullmatch(path.name):
+                path.unlink()
 
 
 def link_latest(run: str | Path) -> None:
@@ -169,22 +205,17 @@ def link_latest(run: str | Path) -> None:
 
     The link is a convenience, so what stands in its way is warned about and left alone, and the run goes on.
     """
-    from sparseft.console import warn
-
     run = Path(run).resolve()
     here = Path.cwd()
     # A relative link survives moving the whole working directory, an absolute one moving only `outputs/`.
     target = os.path.relpath(run, here / OUTPUTS) if run.is_relative_to(here) else str(run)
-    aside = OUTPUTS / f".latest.{os.getpid()}-{secrets.token_hex(4)}.partial"
     try:
         OUTPUTS.mkdir(exist_ok=True)
         if LATEST.exists() and not LATEST.is_symlink():
             warn(f"'{LATEST}' is not a link, so it was left alone and does not point to this run.")
             return
-        aside.symlink_to(target, target_is_directory=True)
-        os.replace(aside, LATEST)
+        replace_link(LATEST, target)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         warn(f"could not link '{LATEST}' to this run: {error.strerror or error}.")
 
 
@@ -209,7 +240,7 @@ def check_own(run: str | Path) -> None:
     """Refuses a run folder whose parts are links that lead out of it: what is written or removed there would be
     somebody else's. Raises UserError naming the link."""
     run = Path(run)
-    for part in ("metrics.jsonl", *CONTAINERS):
+    for part in (METRICS, *FOLDERS):
         if (run / part).is_symlink() and not (run / part).resolve().is_relative_to(run.resolve()):
             raise UserError(
                 f"'{run / part}' is a link that leads out of the run's folder: put what it names in its place."
@@ -246,19 +277,7 @@ def _shown(run: Path) -> Path:
 
 def load_summary(run: str | Path) -> dict[str, Any]:
     """The run's `summary.json`. Raises UserError when the run has none (it did not finish) or it is not JSON."""
-    path = Path(run) / "summary.json"
+    path = Path(run) / SUMMARY
     if not path.is_file():
-        raise UserError(f"the run '{run}' has no summary.json: it did not finish.")
+        raise UserError(f"the run '{run}' has no {SUMMARY}: it did not finish.")
     return read_json_object(path)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A file holding one JSON object. Raises UserError naming the file and the place."""
-    try:
-        content = read_json(path)
-    except ValueError as error:
-        what = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"JSON: {why(error)}"
-        raise UserError(f"'{path}' is not {what}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' should hold one JSON object, not a {type(content).__name__}.")
-    return content

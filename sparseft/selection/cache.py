@@ -21,7 +21,7 @@ from sparseft.data.sampling import calibration_batches
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded
 from sparseft.errors import UserError
-from sparseft.files.disk_errors import explained
+from sparseft.files.atomic import explained
 from sparseft.importance.calibration import Watch
 from sparseft.importance.calibration_state import saved_samples
 from sparseft.models.fingerprint import base_fingerprint
@@ -55,8 +55,8 @@ def select(model: nn.Module, request: Request, data: LoadedData, pad: int, cache
     key = selection_key(base_fingerprint(model), data.fingerprint, settings)
     path = Path(cache_dir) / "selections" / key
     start = time.perf_counter()
-    first = ranks.rank_and_world()[0] == 0
-    found = ranks.from_first(_cached(cache_dir, path) if first else None)  # all processes train the same
+    first = ranks.is_main()
+    found = ranks.broadcast_object(_cached(cache_dir, path) if first else None)  # all processes train the same
     partial = path.with_name(f"{key}.partial")
     if found is not None:
         if first:  # of a process that was killed when it had saved the selection
@@ -73,7 +73,7 @@ def select(model: nn.Module, request: Request, data: LoadedData, pad: int, cache
         if first:
             with explained(f"the selection {path}", lambda: None):
                 selection.save(path, {name: request.spec.linears[name] for name in selection.modules})
-        ranks.from_first(None)  # a rank that is still computing could leave its part behind
+        ranks.broadcast_object(None)  # a rank that is still computing could leave its part behind
         if first:
             shutil.rmtree(partial, ignore_errors=True)
     if stopped:
@@ -126,7 +126,7 @@ def _computed(
 
     def sampled(done: int) -> None:
         # In step, only what all have heard of counts: a signal that has reached one alone would end it alone.
-        ends = [name for theirs in ranks.from_all(stopped) for name in theirs] if in_step else stopped
+        ends = [name for theirs in ranks.all_gather_object(stopped) for name in theirs] if in_step else stopped
         show("calibrate", min(done, total), total, "sample", ends=ends)
 
     def scored(done: int, count: int) -> None:

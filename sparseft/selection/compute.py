@@ -128,7 +128,7 @@ def compute(
         )
     selection = choose(budget, scores, order=settings.order, allocation=settings.allocation, seed=settings.seed)
     if settings.needs_data and batches is not None:
-        selection = ranks.from_first(selection)
+        selection = ranks.broadcast_object(selection)
     selection.meta |= facts
     if "second_order" in facts:
         log_damping(facts["second_order"])

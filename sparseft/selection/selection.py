@@ -18,7 +18,8 @@ from torch import Tensor
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import replaced_folder, write_json
 from sparseft.files.hashing import body_hash
-from sparseft.files.tensors import read_described, read_json, split_name
+from sparseft.files.tensors import DESCRIPTIONS, SELECTION_CONFIG, SELECTION_TENSORS, read_described, split_name
+from sparseft.files.untrusted import read_json_object
 from sparseft.kernels.reference import KINDS, trainable_entries
 
 FORMAT_VERSION = 1
@@ -118,20 +119,20 @@ class Selection:
             for module, kinds in self.modules.items()
             for kind, index in kinds.items()
         }
-        with replaced_folder(folder) as aside:
-            save_file(tensors, aside / "selection.safetensors", {"config_sha256": body_hash(content)})
-            write_json(aside / "selection.json", content)
+        with replaced_folder(folder, DESCRIPTIONS) as aside:
+            save_file(tensors, aside / SELECTION_TENSORS, {"config_sha256": body_hash(content)})
+            write_json(aside / SELECTION_CONFIG, content)
         return folder
 
     @staticmethod
     def load(folder: str | Path) -> Selection:
         """Reads a selection's folder; a missing, truncated or altered file is a `UserError`."""
         folder = Path(folder)
-        content = read_json(folder / "selection.json", "selection")
+        content = read_json_object(folder / SELECTION_CONFIG, "selection")
         if content.get("format_version") != FORMAT_VERSION:
             known = shown(content.get("format_version"))
             raise UserError(f"{folder}: selection format {known}, this version reads {FORMAT_VERSION}.")
-        tensors, texts = read_described(folder / "selection.safetensors", "selection")
+        tensors, texts = read_described(folder / SELECTION_TENSORS, "selection")
         modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in tensors.items():
             module, kind, last = split_name(name, folder)

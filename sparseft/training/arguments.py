@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 
 from sparseft import console
 from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.distributed.deepspeed import deepspeed_on_cpu, zero_config
+from sparseft.distributed.ranks import is_distributed
 from sparseft.training import schedules
 
 
@@ -100,7 +100,7 @@ def training_arguments(
         bf16=autocast,
         torch_compile=hardware.compile,
         use_cpu=device.type == "cpu" and not hardware.zero_stage,  # accelerate knows DeepSpeed on devices only
-        ddp_backend="gloo" if device.type == "cpu" and dist.is_initialized() else None,
+        ddp_backend="gloo" if device.type == "cpu" and is_distributed() else None,
         ddp_broadcast_buffers=False,  # base values and indices, which no step changes
         ddp_find_unused_parameters=unused,
         deepspeed=zero_config(hardware) if hardware.zero_stage else None,

@@ -15,15 +15,13 @@ from typing import Any
 import transformers
 
 from sparseft import console
-from sparseft.distributed.ranks import from_first, is_first, shared_folder
+from sparseft.distributed.ranks import broadcast_object, is_main, shared_aside
 from sparseft.errors import UserError
-from sparseft.files.atomic import write_json
-from sparseft.runs.folder import read_json_object
+from sparseft.files.atomic import publish, write_json
+from sparseft.files.untrusted import read_json_object
+from sparseft.runs.folder import ADAPTER, BEST, BEST_NOTE, METRICS
 from sparseft.runs.metrics import read_metrics
 from sparseft.training.checkpoints import load_trained
-
-BEST = ".best"
-NOTE = "best.json"
 
 
 @dataclass
@@ -45,14 +43,14 @@ class Evaluation:
 
 def recorded(folder: Path, step: int) -> Evaluation | None:
     """The last evaluation in `metrics.jsonl` at `step`, None where there was none."""
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("step") == step]
+    lines = [line for line in read_metrics(folder / METRICS) if line.get("step") == step]
     lines = [line for line in lines if isinstance(line.get("eval_loss"), (int, float))]
     return Evaluation(step, lines[-1]["eval_loss"], lines[-1].get("eval_score")) if lines else None
 
 
 def read_best(folder: Path) -> Evaluation | None:
     """What the folder of a best adapter says of its evaluation; None where there is none."""
-    path = folder / BEST / NOTE
+    path = folder / BEST / BEST_NOTE
     if not path.is_file():
         return None
     content = read_json_object(path)
@@ -98,25 +96,24 @@ class Best(transformers.TrainerCallback):
         if seen.step == 0:
             return
         counts = self.save is not None and seen.step >= self.from_step
-        if counts and from_first(is_first() and seen.better_than(read_best(self.folder))):
+        if counts and broadcast_object(is_main() and seen.better_than(read_best(self.folder))):
             self._keep(seen)
         if reached(self.target_score, seen.eval_score) and seen.step < state.max_steps:
             console.log(f"step {seen.step}: score {seen.eval_score:.4f} reaches trainer.target_score, so training ends")
             control.should_save = control.should_training_stop = True
 
     def _keep(self, seen: Evaluation) -> None:
-        with shared_folder(self.folder) as aside:
+        with shared_aside(self.folder / BEST) as aside:
             self.save(aside)
-            if is_first():
-                write_json(aside / NOTE, asdict(seen))
-                shutil.rmtree(self.folder / BEST, ignore_errors=True)
-                aside.rename(self.folder / BEST)
+            if is_main():
+                write_json(aside / BEST_NOTE, asdict(seen))
+                publish(aside, self.folder / BEST)
 
     def take(self, model: Any) -> Evaluation | None:
         """Puts the best adapter into the model; None (and nothing done) where none was kept."""
-        best = from_first(read_best(self.folder) if is_first() else None) if self.save is not None else None
+        best = broadcast_object(read_best(self.folder) if is_main() else None) if self.save is not None else None
         if best is not None:
-            load_trained(model, self.folder / BEST / "adapter")
+            load_trained(model, self.folder / BEST / ADAPTER)
         return best
 
 

@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 from sparseft import console
 from sparseft.distributed import ranks
 from sparseft.memory import memory_bytes
+from sparseft.runs.folder import METRICS
 from sparseft.runs.metrics import append_metrics
 from sparseft.training.checkpoints import OWN_STATE
 from sparseft.training.run_state import Mark, RunState
@@ -24,7 +25,7 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
         assert type(self).__name__ == OWN_STATE
         self.run = run
         self.progress: console.Progress | None = None
-        self.writes = ranks.is_first()
+        self.writes = ranks.is_main()
         self.logged = Mark()  # at the last line of metrics
         self.saved = Mark()  # when the checkpoint was begun
 
@@ -119,4 +120,4 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
 
     def _append(self, record: dict[str, Any]) -> None:
         if self.writes:
-            append_metrics(self.run.folder / "metrics.jsonl", record)
+            append_metrics(self.run.folder / METRICS, record)

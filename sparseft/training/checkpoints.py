@@ -7,9 +7,7 @@ A checkpoint is written into a folder aside, described there (`manifest.json`: e
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +18,13 @@ from torch import Tensor, nn
 from sparseft import console
 from sparseft.adapters import lifecycle
 from sparseft.errors import UserError, reason_of, shown
-from sparseft.files.atomic import write_json
+from sparseft.files.atomic import remove, write_json
 from sparseft.files.hashing import file_hash
-from sparseft.files.tensors import read_json
-from sparseft.files.untrusted import read_json as parse
-from sparseft.files.untrusted import why
+from sparseft.files.untrusted import read_json, read_json_object, why
+from sparseft.runs.folder import CHECKPOINT, CHECKPOINTS, checkpoint_name
 from sparseft.training.failures import out_of_memory
 from sparseft.training.reselection import load_active
 
-CHECKPOINTS = "checkpoints"
-PREFIX = "checkpoint-"
-PARTIAL = ".partial-"  # before a folder's name: not yet a checkpoint, or no longer one
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 OWN_STATE = "RunCallback"  # in it, transformers keeps a callback's state by the name of its class
@@ -44,20 +38,20 @@ def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of the complete checkpoints in a folder, ascending."""
     if not folder.is_dir():
         return []
-    numbers = [item.name.removeprefix(PREFIX) for item in folder.iterdir() if item.name.startswith(PREFIX)]
+    numbers = [item.name.removeprefix(CHECKPOINT) for item in folder.iterdir() if item.name.startswith(CHECKPOINT)]
     return sorted(int(number) for number in numbers if number.isdecimal() and number.isascii())
 
 
 def last_checkpoint(run: Path, until: int | None = None) -> str | None:
     """The newest checkpoint's folder of a run (of those up to the step `until`, where given), or None."""
     steps = [step for step in checkpoint_steps(run / CHECKPOINTS) if until is None or step <= until]
-    return str(run / CHECKPOINTS / f"{PREFIX}{steps[-1]}") if steps else None
+    return str(run / CHECKPOINTS / checkpoint_name(steps[-1])) if steps else None
 
 
 def good_checkpoint(run: Path) -> str | None:
     """The newest checkpoint's folder of a run that is whole, or None; damaged ones are passed over with a warning."""
     for step in reversed(checkpoint_steps(run / CHECKPOINTS)):
-        folder = run / CHECKPOINTS / f"{PREFIX}{step}"
+        folder = run / CHECKPOINTS / checkpoint_name(step)
         try:
             check(folder)
         except UserError as error:
@@ -68,26 +62,12 @@ def good_checkpoint(run: Path) -> str | None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Describes a checkpoint's files in its manifest and hands all of it to the disk."""
+    """Describes a checkpoint's files in its manifest."""
     described = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             described[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-            _sync(path)
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "step": step_of(str(folder)), "files": described})
-    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _sync(path)
-
-
-def put_in_place(aside: Path, folder: Path) -> None:
-    """Renames a described folder to the checkpoint's; one that was there goes only then."""
-    old = folder.with_name(f"{PARTIAL}old-{folder.name}")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    aside.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_moments(optimizer: Any) -> None:
@@ -108,24 +88,12 @@ def prune(folder: Path, limit: int | None, step: int) -> None:
     """Deletes all but the newest `limit` checkpoints (None: none) of those up to `step`. A damaged one may bear a later
     step's name: it is replaced when the run comes there."""
     for number in [each for each in checkpoint_steps(folder) if each <= step][: -limit if limit else 0]:
-        checkpoint = folder / f"{PREFIX}{number}"
-        old = folder / f"{PARTIAL}old-{checkpoint.name}"
-        shutil.rmtree(old, ignore_errors=True)
-        checkpoint.rename(old)  # half of a checkpoint is never taken for one
-        shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        remove(folder / checkpoint_name(number))
 
 
 def check(folder: Path) -> None:
     """Raises `UserError` where a checkpoint is not, file by file, what its manifest says, or leads out of itself."""
-    content = read_json(folder / MANIFEST, "checkpoint")
+    content = read_json_object(folder / MANIFEST, "checkpoint")
     if content.get("format_version") != FORMAT_VERSION:
         known = shown(content.get("format_version"))
         raise UserError(f"{folder}: checkpoint format {known}, this version reads {FORMAT_VERSION}.")
@@ -161,7 +129,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """`trainer_state.json`, with what sparseft keeps there checked: {"now": …, "logged": …, "health": …}."""
     path = folder / STATE
     try:
-        content = parse(path, numbers=False)
+        content = read_json(path, numbers=False)
         own = content["stateful_callbacks"][OWN_STATE]["attributes"]
         numbers = [content["global_step"], content["num_input_tokens_seen"], *(own["health"].values())]
         for mark in (own["now"], own["logged"]):
@@ -190,7 +158,7 @@ def fitting(folder: str | None, what: str) -> Iterator[None]:
 
 def step_of(checkpoint: str | None) -> int:
     """The optimizer step of a checkpoint's folder; -1 for none."""
-    return int(Path(checkpoint).name.removeprefix(PREFIX)) if checkpoint else -1
+    return int(Path(checkpoint).name.removeprefix(CHECKPOINT)) if checkpoint else -1
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:

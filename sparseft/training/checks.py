@@ -10,16 +10,15 @@ import torch
 from sparseft.config import BITSANDBYTES, OPTIMIZERS, RunConfig
 from sparseft.data.sources import locate_file
 from sparseft.distributed import launch
-from sparseft.distributed.env import check_place
-from sparseft.errors import UserError
-from sparseft.files.paths import looks_local, nearest_path, where_looked
+from sparseft.distributed.env import check_variables
+from sparseft.errors import UserError, looks_local, nearest_path, where_looked
 from sparseft.models.loading import load_config, resolve_device
 from sparseft.training import schedules
 
 
 def check_one_process(config: RunConfig, command: str) -> None:
     """Refuses several processes to a command that runs in one."""
-    check_place()
+    check_variables()
     for field, possible in (("num_processes", 1), ("num_machines", 1), ("zero_stage", 0)):
         value = getattr(config.hardware, field)
         if value != possible:

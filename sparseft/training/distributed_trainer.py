@@ -22,9 +22,9 @@ from sparseft.adapters.lifecycle import save_adapter
 from sparseft.adapters.state import state_of
 from sparseft.config import HardwareConfig
 from sparseft.data.sampling import PaddedDataset, PaddedSampler, pad_to_world
-from sparseft.distributed.deepspeed import MAX_BUCKET, weights_only
-from sparseft.distributed.ranks import barrier, is_first, rank_and_world
-from sparseft.distributed.zero3 import full_shape, is_sharded, state_on_first
+from sparseft.distributed.deepspeed import MAX_BUCKET, change_zero, gathered_state, judge_gradients, weights_only
+from sparseft.distributed.ranks import barrier, is_main, rank_and_world
+from sparseft.distributed.zero3 import full_shape, gathered, is_sharded, state_on_first
 from sparseft.errors import RunError, UserError
 from sparseft.layers import sparse_layers, write_back
 from sparseft.layers.experts import ExpertLinear
@@ -67,19 +67,19 @@ def check_zero(request: Request, hardware: HardwareConfig) -> None:
         )
 
 
-def keep_deltas_whole(config: dict[str, Any], model: nn.Module) -> None:
+def keep_deltas_whole(configuration: Any, model: nn.Module) -> None:
     """ZeRO-3 leaves parameters up to the largest delta unsharded: deltas are always at hand, as no module's forward
     pass would gather them. Their gradients and moments are sharded all the same."""
     deltas = [p.delta.numel() for layer in sparse_layers(model).values() for p in layer.patterns.values()]
     if deltas:
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = max(deltas) + 1
+        change_zero(configuration, stage3_param_persistence_threshold=max(deltas) + 1)
 
 
-def size_buckets(config: dict[str, Any], model: nn.Module) -> None:
+def size_buckets(configuration: Any, model: nn.Module) -> None:
     """Has ZeRO reduce gradients in buckets no larger than all of them together: it allocates a bucket whole, by default
     for 500 million numbers, and deltas are a fraction of that."""
     trained = sum(full_shape(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
-    config["zero_optimization"]["reduce_bucket_size"] = min(trained, MAX_BUCKET)
+    change_zero(configuration, reduce_bucket_size=min(trained, MAX_BUCKET))
 
 
 @contextlib.contextmanager
@@ -94,19 +94,14 @@ def whole_parameters(model: nn.Module, engine: Any) -> Iterator[None]:
     if not sharded:
         yield
     elif state is not None and state.kind.trains_all:
-        if engine is not None:
-            content = engine._zero3_consolidated_16bit_state_dict()  # in the parameters' own dtype, whatever its name
-        else:
-            content = state_on_first(model)
+        content = gathered_state(engine) if engine is not None else state_on_first(model)
         model.state_dict = lambda *args, **options: content  # what save_pretrained asks
         try:
             yield
         finally:
             del model.state_dict
     else:
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None):
+        with gathered(sharded):
             yield
 
 
@@ -167,17 +162,16 @@ class DistributedTrainer(transformers.Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        size_buckets(self.args.hf_deepspeed_config.config, self.model)
+        size_buckets(self.args.hf_deepspeed_config, self.model)
         if self.is_zero3:
             for layer in sparse_layers(self.model).values():
                 layer.unmerge()
-            keep_deltas_whole(self.args.hf_deepspeed_config.config, self.model)
+            keep_deltas_whole(self.args.hf_deepspeed_config, self.model)
         if resume_from_checkpoint is not None:  # what trains after re-selection, before the engine takes it
             with fitting(resume_from_checkpoint, "what was trained"):
                 load_active(self.model, Path(resume_from_checkpoint))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if hasattr(self.deepspeed.optimizer, "check_grad_overflow"):  # stages 1 and 2 would not look where bf16 trains
-            self.deepspeed.optimizer.check_grad_overflow = True
+        judge_gradients(self.deepspeed)
         if resume_from_checkpoint is not None:  # not strictly: a checkpoint holds only what trains
             with fitting(resume_from_checkpoint, "what DeepSpeed saved"), weights_only():
                 loaded, _ = self.deepspeed.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
@@ -192,20 +186,20 @@ class DistributedTrainer(transformers.Trainer):
         if not self.is_deepspeed_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
         self.deepspeed.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save:
+        if is_main():
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # In turn: where the first process has failed, it has removed the folder, and another one would make it anew.
         for turn in (False, True):
             barrier()
-            if is_first() is turn:
+            if is_main() is turn:
                 super()._save_rng_state(output_dir)
 
     def save_trained(self, folder: Path) -> None:
         """Writes the adapter into `folder` (all processes call it, the first one writes), whole or not at all."""
         model = self.accelerator.unwrap_model(self.model)
         with whole_parameters(model, self.deepspeed):
-            if is_first():
+            if is_main():
                 save_adapter(model, folder)
         barrier()

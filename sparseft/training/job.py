@@ -24,16 +24,24 @@ from sparseft.config import BUNDLED, RunConfig
 from sparseft.data.collating import Collator
 from sparseft.data.packing import check_packing
 from sparseft.data.sampling import calibration_batches
-from sparseft.distributed import launch, ranks
+from sparseft.distributed import ranks
 from sparseft.distributed.deepspeed import forget_zero
 from sparseft.errors import LayoutWarning, UserError
-from sparseft.files.atomic import write_json, write_text
-from sparseft.files.disk_errors import explained
+from sparseft.files.atomic import explained, write_json, write_text
 from sparseft.memory import memory_bytes, reset_peak_memory
 from sparseft.models.decoder import context_length, runnable
 from sparseft.models.spec import ModelSpec
 from sparseft.runs.environment import environment
-from sparseft.runs.folder import link_latest, prepare_run_folder
+from sparseft.runs.folder import (
+    ADAPTER,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    SELECTION,
+    SUMMARY,
+    link_latest,
+    prepare_run_folder,
+)
 from sparseft.runs.metrics import truncate_metrics
 from sparseft.selection.compute import reselect
 from sparseft.selection.describe import describe_selection, describe_trainable
@@ -100,7 +108,7 @@ class Trained:
 def run(config: RunConfig) -> dict[str, Any]:
     """The run, in this process; returns its summary and its folder."""
     forget_zero()  # of an earlier run
-    previous = ranks.from_first(resuming.previous_run(config) if launch.first_process() else None)
+    previous = ranks.broadcast_object(resuming.previous_run(config) if ranks.is_main() else None)
     job = set_up(config, previous)
     select(job)
     attach(job)
@@ -212,7 +220,7 @@ def select(job: Job) -> None:
     if not job.method.sparse:
         return
     if job.resumed_from is not None:
-        own = job.previous.folder / "selection"
+        own = job.previous.folder / SELECTION
         console.log(f"selection: the run's own, {own}")
         job.selection, job.selection_cached = Selection.load(own), True
     else:
@@ -255,7 +263,7 @@ def open_folder(job: Job) -> Path:
     """The run's folder, which says what the run is; of one that is continued, without what its last checkpoint does not
     know of."""
     folder = Path()
-    if launch.first_process():
+    if ranks.is_main():
         config, previous = job.config, job.previous
         folder = prepare_run_folder(
             config.output_dir,
@@ -271,14 +279,14 @@ def open_folder(job: Job) -> Path:
         console.log(f"run: {folder}")
         if previous is not None:
             resuming.clean(previous, config.trainer.save_total_limit)
-            truncate_metrics(folder / "metrics.jsonl", previous.step)
+            truncate_metrics(folder / METRICS, previous.step)
             console.log(f"resume: {previous.describe(job.total_steps)}")
-    return ranks.from_first(folder)
+    return ranks.broadcast_object(folder)
 
 
 def _describe(job: Job, folder: Path) -> None:
     """Writes what the run is into its folder: `config.yaml`, `environment.json`, `selection/`, its questions."""
-    write_text(folder / "config.yaml", to_yaml(job.config))
+    write_text(folder / CONFIG, to_yaml(job.config))
     data = job.prepared.data
     facts = {
         "train": data.train_source,
@@ -290,9 +298,9 @@ def _describe(job: Job, folder: Path) -> None:
         "fingerprint": data.fingerprint,
     }
     dtype, world = str(job.dtype).removeprefix("torch."), ranks.rank_and_world()[1]
-    write_json(folder / "environment.json", environment(str(job.prepared.device), dtype, world) | {"data": facts})
+    write_json(folder / ENVIRONMENT, environment(str(job.prepared.device), dtype, world) | {"data": facts})
     if job.selection is not None and job.resumed_from is None:
-        job.selection.save(folder / "selection")
+        job.selection.save(folder / SELECTION)
     data.questions.save(folder)
 
 
@@ -368,7 +376,7 @@ def _evaluation(job: Job, trainer: Trainer, step: int) -> Evaluation | None:
 
 def first_recorded(folder: Path, step: int) -> Evaluation | None:
     """`recorded`, as the process finds it that writes the file."""
-    return ranks.from_first(recorded(folder, step) if launch.first_process() else None)
+    return ranks.broadcast_object(recorded(folder, step) if ranks.is_main() else None)
 
 
 def _say(job: Job, when: str, seen: Evaluation | None, where: str = "") -> None:
@@ -391,10 +399,10 @@ def finish(job: Job, trained: Trained) -> dict[str, Any]:
         console.log(f"best: the evaluation at step {kept.step}, whose adapter is kept")
         after = kept
     _say(job, "after", after)
-    trainer.save_trained(folder / "adapter")
-    first = launch.first_process()
+    trainer.save_trained(folder / ADAPTER)
+    first = ranks.is_main()
     if job.method.trains_all and first:
-        prepared.tokenizer.save_pretrained(folder / "adapter")
+        prepared.tokenizer.save_pretrained(folder / ADAPTER)
     scores: dict[str, Any] = {}
     if job.scorer is not None:
         test_score = None
@@ -410,7 +418,7 @@ def finish(job: Job, trained: Trained) -> dict[str, Any]:
     summary = _summary(job, trained, after) | ({"best_step": kept.step} if kept else {})
     summary |= ({"bad_steps": trained.totals.bad} if trained.totals.bad else {}) | scores
     if first:
-        write_json(folder / "summary.json", summary)
+        write_json(folder / SUMMARY, summary)
     return summary
 
 

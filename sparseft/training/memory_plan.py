@@ -21,9 +21,8 @@ from sparseft.adapters.lifecycle import attach, trainable_parameters
 from sparseft.config import HardwareConfig, RunConfig
 from sparseft.distributed.deepspeed import MAX_BUCKET
 from sparseft.errors import UserError, reason_of
-from sparseft.importance.host_sums import available_bytes
 from sparseft.layers import share_inputs, sparse_layers
-from sparseft.memory import AllocationCounter, tensor_bytes
+from sparseft.memory import AllocationCounter, available_bytes, tensor_bytes
 from sparseft.models.decoder import decoder_layers
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute

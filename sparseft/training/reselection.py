@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from sparseft import console
 from sparseft.adapters.description import read_config
 from sparseft.adapters.sparse import read_sparse
 from sparseft.adapters.state import state_of
-from sparseft.distributed.ranks import from_all
+from sparseft.distributed.deepspeed import whole_moments
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.layers.inactive import move_moments, restore_active, swap
 from sparseft.layers.permuted_layout import Plan, carry_out, in_stored_order
+from sparseft.runs.folder import ADAPTER, SELECTION  # of a checkpoint: what was trained, what trained when it was saved
 from sparseft.selection.selection import Selection
 
 WARMUP_STEPS = 5  # after a re-selection, at most a third of the steps until the next
-ACTIVE = "selection"  # a checkpoint's folder of what trained when it was saved
 
 
 def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = None) -> float:
@@ -51,38 +50,6 @@ def _plan(model: nn.Module, selection: Selection) -> Plan | None:
     """What brings the selected units to the front, as at attach; None where the layout is not permuted."""
     state = state_of(model)
     return None if state is None else state.config.layout_plan(model, selection, state.spec)
-
-
-@dataclass
-class WholeMoments:
-    """What ZeRO keeps in shards, as `move_moments` takes an optimizer: of each delta its moments, whole."""
-
-    state: dict[Tensor, dict[str, Tensor]]
-
-
-@contextlib.contextmanager
-def moments_of(optimizer: Any, model: nn.Module) -> Iterator[Any]:
-    """Inside, the deltas' moments can be rearranged: the optimizer's own, or where ZeRO 1 or 2 has split them over the
-    processes, what is put together of them. Afterwards each process keeps its part of those, and of the deltas."""
-    deltas = [p.delta for layer in sparse_layers(model).values() for p in layer.patterns.values()]
-    if not any(hasattr(delta, "_hp_mapping") for delta in deltas):
-        yield optimizer
-        return
-    from deepspeed.utils import (
-        safe_get_full_optimizer_state,
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-    )
-
-    # A process has a mapping of the deltas of which it keeps a part, and names of moments after its first update.
-    own = {name for d in deltas if d._hp_mapping is not None for name in d._hp_mapping.optim_fragment or ()}
-    names = sorted(set().union(*from_all(own)))
-    moments = WholeMoments({d: {name: safe_get_full_optimizer_state(d, name) for name in names} for d in deltas})
-    yield moments
-    for delta, state in moments.state.items():
-        safe_set_full_fp32_param(delta, delta.detach())
-        for name, value in state.items():
-            safe_set_full_optimizer_state(delta, value, name)
 
 
 class Reselection(transformers.TrainerCallback):
@@ -121,7 +88,8 @@ class Reselection(transformers.TrainerCallback):
         if state.global_step % self.steps == 0 and state.global_step < state.max_steps:
             with self.clock.paused() if self.clock is not None else contextlib.nullcontext():
                 selection = self.choose(state.global_step)
-                with moments_of(optimizer, model) as moments:
+                deltas = [p.delta for layer in sparse_layers(model).values() for p in layer.patterns.values()]
+                with whole_moments(optimizer, deltas) as moments:
                     share = apply_selection(model, selection, moments)
             console.log(f"re-selection at step {state.global_step}: {share:.0%} of the units are others than before")
 
@@ -138,15 +106,15 @@ def save_active(model: nn.Module, folder: Path) -> None:
             if layer.patterns
         }
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-        Selection(active, block_size=max(sizes, default=None)).save(folder / ACTIVE, shapes)
+        Selection(active, block_size=max(sizes, default=None)).save(folder / SELECTION, shapes)
 
 
 def load_active(model: nn.Module, folder: Path) -> bool:
     """Continues where `save_active` stood; false where the checkpoint's adapter is all that trains."""
-    if not (folder / ACTIVE).is_dir():
+    if not (folder / SELECTION).is_dir():
         return False
-    active = Selection.load(folder / ACTIVE)
-    values = read_sparse(folder / "adapter", read_config(folder / "adapter"))
+    active = Selection.load(folder / SELECTION)
+    values = read_sparse(folder / ADAPTER, read_config(folder / ADAPTER))
     layers = sparse_layers(model)
     for module, kinds in active.modules.items():
         for kind, index in kinds.items():

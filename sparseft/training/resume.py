@@ -10,11 +10,11 @@ from typing import Any
 
 from sparseft.compose.run_config import from_dict
 from sparseft.config import RunConfig, TrainerConfig
-from sparseft.distributed import launch
+from sparseft.distributed.env import processes
 from sparseft.errors import UserError
-from sparseft.files.untrusted import read_json, read_yaml_object
+from sparseft.files.untrusted import read_json, read_json_object, read_yaml_object
 from sparseft.rules import show
-from sparseft.runs.folder import check_own, is_run, read_json_object
+from sparseft.runs.folder import BEST, CHECKPOINTS, CONFIG, ENVIRONMENT, check_own, delete_leftovers, is_run
 from sparseft.training.checkpoints import STATE, good_checkpoint, prune, step_of
 
 # Settings that a run may be continued with other values of; all others decide what it trains, on what and how, and
@@ -79,7 +79,7 @@ class Previous:
 
     def check_data(self, fingerprint: str) -> None:
         """Refuses other training examples than the run's own, say from a file that has changed since."""
-        path = self.folder / "environment.json"
+        path = self.folder / ENVIRONMENT
         data = read_json_object(path).get("data") if path.is_file() else None
         known = data.get("fingerprint") if isinstance(data, dict) else None
         if self.checkpoint and known not in (None, fingerprint):
@@ -111,22 +111,17 @@ def previous_run(config: RunConfig) -> Previous | None:
 def clean(previous: Previous, save_total_limit: int | None) -> None:
     """Removes what a crash left: files that were being written, checkpoints beyond the limit, and a best adapter that
     none of them knows."""
-    folder = previous.folder / "checkpoints"
+    folder = previous.folder / CHECKPOINTS
     if previous.checkpoint is None:
-        shutil.rmtree(folder / ".best", ignore_errors=True)
-    aside = ("checkpoints/.partial-*", ".adapter.*", ".selection.*", ".*.partial", "eval/.*.partial")
-    for left in (path for pattern in aside for path in previous.folder.glob(pattern)):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+        shutil.rmtree(folder / BEST, ignore_errors=True)
+    delete_leftovers(previous.folder)
     prune(folder, save_total_limit, previous.step)
 
 
 def _check_same(config: RunConfig, folder: Path) -> None:
-    old = from_dict(read_yaml_object(folder / "config.yaml")).to_dict()
+    old = from_dict(read_yaml_object(folder / CONFIG)).to_dict()
     then, now = _flat(old), _flat(config.to_dict())
-    then[PROCESSES], now[PROCESSES] = _processes(folder, old), launch.processes(config.hardware)
+    then[PROCESSES], now[PROCESSES] = _processes(folder, old), processes(config.hardware)
     # What DeepSpeed has sharded, only as many processes at the same stage can put together again.
     fixed = {"hardware.zero_stage"} | ({PROCESSES} if config.hardware.zero_stage else set())
     if _examples(then) == _examples(now):  # cut into other pieces, as after running out of memory
@@ -162,7 +157,7 @@ def _flat(content: dict[str, Any]) -> dict[str, Any]:
 
 def _processes(folder: Path, old: dict[str, Any]) -> int:
     """In how many processes a run was started: a launcher may have started more than its settings say."""
-    path = folder / "environment.json"
+    path = folder / ENVIRONMENT
     known = read_json_object(path).get("world_size") if path.is_file() else None
     return known if type(known) is int else old["hardware"]["num_processes"] * old["hardware"]["num_machines"]
 

@@ -10,13 +10,14 @@ from typing import Any
 from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.data.question_hashes import QuestionHashes
-from sparseft.distributed import launch
+from sparseft.distributed.ranks import is_main
 from sparseft.errors import UserError
 from sparseft.evaluation.mt_bench import MT_BENCH
 from sparseft.evaluation.run import conclude, evaluate, prepare
 from sparseft.evaluation.target import Target
 from sparseft.evaluation.tasks import data_folder, expand_tasks
 from sparseft.models.decoder import runnable
+from sparseft.runs.folder import ADAPTER
 
 
 class Scorer:
@@ -59,8 +60,8 @@ class Scorer:
         """The accuracy on the test split; writes `eval/<task>.json` into the run's folder, as `sparseft eval` does."""
         outcome = self._evaluate(model, tokenizer, "test")
         score = outcome["tasks"][self.name]["accuracy"]
-        if launch.first_process():  # a model in shards answers in all of them
+        if is_main():  # a model in shards answers in all of them
             seen = QuestionHashes.load(folder)
-            target = Target(f"the run {folder}", self.config.model, folder / "adapter", folder, seen=seen)
+            target = Target(f"the run {folder}", self.config.model, folder / ADAPTER, folder, seen=seen)
             conclude(outcome, self.plans["test"], target, folder)
         return score

@@ -19,23 +19,21 @@ from sparseft.data.packing import real_tokens
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import shard_of
 from sparseft.errors import Interrupted
-from sparseft.files.disk_errors import explained
+from sparseft.files.atomic import explained, publish
 from sparseft.layers import sparse_layers
 from sparseft.models.decoder import runnable
 from sparseft.models.reached import without_gradient
+from sparseft.runs.folder import ADAPTER, CHECKPOINTS, checkpoint_name
 from sparseft.training import distributed_trainer, schedules
 from sparseft.training.arguments import tf32_as_set
 from sparseft.training.best import copy_best
 from sparseft.training.callbacks import RunCallback
 from sparseft.training.checkpoints import (
-    CHECKPOINTS,
-    PREFIX,
     check_moments,
     fitting,
     last_checkpoint,
     load_trained,
     prune,
-    put_in_place,
     step_of,
     write_manifest,
 )
@@ -110,7 +108,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 self.name_untrained()
         else:
             model.zero_grad()
-            if run.bad_steps.streak == 1 and self.is_world_process_zero():
+            if run.bad_steps.streak == 1 and ranks.is_main():
                 console.warn(
                     f"step {step}: loss {loss:.4g}, gradient norm {norm}: not finite, so the step updates nothing"
                 )
@@ -126,7 +124,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return
         names = without_gradient(self.model)
-        if names and self.is_world_process_zero():
+        if names and ranks.is_main():
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
             console.warn(
                 f"step {self.state.global_step + 1} gave no gradient to {len(names)} of what trains, which stays as it "
@@ -171,44 +169,44 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 "try a lower trainer.learning_rate.",
                 self.run_state.bad_steps.proven,
             )
-        what = f"checkpoint-{self.state.global_step}"
+        what = checkpoint_name(self.state.global_step)
         with self.run_state.clock.paused(), explained(what, lambda: last_checkpoint(self.run_state.folder)):
             self._save_aside(model, trial)
 
     def _save_aside(self, model: nn.Module, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX}{self.state.global_step}"
+        name = checkpoint_name(self.state.global_step)
         self.run_callback.saved = self.run_callback.now(self.state)  # a call of all processes
         try:
-            with ranks.shared_folder(folder) as aside:
+            with ranks.shared_aside(folder / name) as aside:
                 self._aside = str(aside)
                 super()._save_checkpoint(model, trial)
                 ranks.barrier()  # each process has left its random state
-                if ranks.is_first():
+                if ranks.is_main():
                     copy_best(folder, aside / name)
                     write_manifest(aside / name)
-                    put_in_place(aside / name, folder / name)
+                    publish(aside / name, folder / name)
         finally:
             self._aside = None
-        if ranks.is_first():
+        if ranks.is_main():
             prune(folder, self.save_total_limit, self.state.global_step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        self.save_trained(folder / "adapter")
-        if self.args.should_save:
+        self.save_trained(folder / ADAPTER)
+        if ranks.is_main():
             save_active(self.accelerator.unwrap_model(self.model), folder)
 
     def take_best(self, checkpoint: Path) -> None:
         """What the checkpoint knows as the best adapter is the run's again."""
-        if ranks.is_first():
+        if ranks.is_main():
             copy_best(checkpoint, self.run_state.folder / CHECKPOINTS)
         ranks.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.take_best(Path(resume_from_checkpoint))
         with fitting(resume_from_checkpoint, "what was trained"):
-            load_trained(self.model if model is None else model, Path(resume_from_checkpoint) / "adapter")
+            load_trained(self.model if model is None else model, Path(resume_from_checkpoint) / ADAPTER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))
@@ -239,8 +237,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
             if self.score is not None:
                 # With ZeRO-3 all processes answer the same questions in step, also while the model is whole yet:
                 # transformers' generate() waits for the others.
-                measured = self.score() if ranks.is_first() or self.is_zero3 else None
-                metrics[f"{metric_key_prefix}_score"] = ranks.from_first(measured)
+                measured = self.score() if ranks.is_main() or self.is_zero3 else None
+                metrics[f"{metric_key_prefix}_score"] = ranks.broadcast_object(measured)
         self.log(dict(metrics))
         # As in transformers' own: this resets `should_evaluate`, else the end of an epoch evaluates once more.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -296,6 +294,6 @@ def train(trainer: Trainer, resume_from: str | None, total_steps: int) -> Mark:
         callback.close()
     if run.interrupted:
         raise Interrupted(run.interrupted, last_checkpoint(run.folder))
-    if run.bad_steps.streak and trainer.is_world_process_zero():
+    if run.bad_steps.streak and ranks.is_main():
         console.warn(f"training ends with {run.bad_steps.streak} steps whose loss or gradient was not finite")
     return callback.now(trainer.state)

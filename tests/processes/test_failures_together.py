@@ -135,7 +135,7 @@ def test_a_disk_full_of_selections(failing: Failing, data: Path, model_folder: A
 
 COMMAND = """
 import sys
-from sparseft import launch
+from sparseft.distributed import launch
 from sparseft.cli.app import main
 launch.WORKER = "support.failing_worker"
 sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sparseft.config import HardwareConfig
-from sparseft.distributed import launch
+from sparseft.distributed import launch, ranks
 from sparseft.errors import RunError, UserError
 from support.running import files, gone, on, refused, summary, write_data
 
@@ -53,7 +53,7 @@ def test_a_process_that_a_launcher_started_starts_none(monkeypatch: pytest.Monke
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not launch.needed(HardwareConfig(num_processes=2))
-    assert not launch.first_process()
+    assert not ranks.is_main()
     launch.check(HardwareConfig(num_processes=2))
     launch.check(HardwareConfig())  # the launcher alone says how many
     with pytest.raises(UserError, match="are 4 processes, but the launcher has started 2"):
@@ -192,7 +192,7 @@ def test_shipped_hardware(in_tmp: Path) -> None:
     ],
 )
 def test_the_first_failure_is_the_one_that_is_raised(outcomes: Any, error: type, message: str) -> None:
-    failed = [launch.Outcome(code, text, traceback="T", time=when) for code, text, when in outcomes]
+    failed = [launch.End(code, text, traceback="T", time=when) for code, text, when in outcomes]
     with pytest.raises(error) as raised:
         launch._raise(failed, None)
     assert str(raised.value) == message
@@ -202,13 +202,13 @@ def test_a_process_that_was_killed_is_named_with_its_last_words(tmp_path: Path) 
     log = tmp_path / "none" / "attempt_0" / "1"
     log.mkdir(parents=True)
     (log / "stderr.log").write_text("one\n\ntwo\n")
-    outcome = launch._outcome(tmp_path, 5, 1, -signal.SIGKILL, 100.0)
+    outcome = launch._end(tmp_path, 5, 1, -signal.SIGKILL, 100.0)
     assert (outcome.code, outcome.message) == (
         1, "process 5 was killed by SIGKILL (out of memory?). Its last words: one | two",
     )  # fmt: skip
-    assert launch._outcome(tmp_path, 4, 0, 0, 0.0).code == 0
-    lost = launch.Outcome(1, "lost the others", traceback="T", time=99.5)  # noticed before the launcher did
-    stopped = launch._outcome(tmp_path, 6, 2, -signal.SIGTERM, 99.0)  # by the launcher
+    assert launch._end(tmp_path, 4, 0, 0, 0.0).code == 0
+    lost = launch.End(1, "lost the others", traceback="T", time=99.5)  # noticed before the launcher did
+    stopped = launch._end(tmp_path, 6, 2, -signal.SIGTERM, 99.0)  # by the launcher
     with pytest.raises(RunError, match="killed by SIGKILL"):
         launch._raise([lost, stopped, outcome], None)
 

@@ -279,10 +279,10 @@ def test_load_summary(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3)
     assert runs.load_summary(run) == {"method": "full", "steps": 3}
     (run / "summary.json").write_text('{\n"steps": \n')
-    with pytest.raises(UserError, match="summary.json' is not JSON: .* line 3"):
+    with pytest.raises(UserError, match="summary.json: cannot be read as JSON .* line 3"):
         runs.load_summary(run)
     (run / "summary.json").write_text("[]")
-    with pytest.raises(UserError, match="one JSON object, not a list"):
+    with pytest.raises(UserError, match="expected a JSON object, got list"):
         runs.load_summary(run)
     (run / "summary.json").unlink()
     with pytest.raises(UserError, match="did not finish"):

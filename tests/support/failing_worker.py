@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,17 +66,13 @@ def cached(limit: int) -> None:
 def read_only() -> None:
     """The folder of the checkpoints cannot be written any more."""
 
-    def mkdtemp(*_: Any, **options: Any) -> str:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(options["dir"]))
+    def refused(path: Path) -> Path:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path.parent))
 
-    class Tempfile:
-        pass
-
-    Tempfile.mkdtemp = staticmethod(mkdtemp)  # type: ignore[attr-defined]
-    plain = trainer.Trainer._save_aside
+    plain, writable = trainer.Trainer._save_aside, ranks.new_aside
 
     def save(self: Any, *args: Any) -> None:
-        ranks.tempfile = Tempfile if self.state.global_step > 2 else tempfile  # type: ignore[assignment]
+        ranks.new_aside = refused if self.state.global_step > 2 else writable
         plain(self, *args)
 
     trainer.Trainer._save_aside = save  # type: ignore[method-assign]

@@ -372,16 +372,17 @@ def test_a_disk_without_room_for_a_folder_is_no_wrong_input(
     written: str, data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import errno
-    import tempfile
 
-    plain = tempfile.mkdtemp
+    from sparseft.files import atomic
 
-    def full(*args: Any, **options: Any) -> str:
-        if options.get("dir") == tmp_path / "run" and options["prefix"] == f".{written}.":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(options["dir"]))
-        return plain(*args, **options)
+    plain = atomic.new_aside
 
-    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    def full(path: Path) -> Path:
+        if path == tmp_path / "run" / written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent))
+        return plain(path)
+
+    monkeypatch.setattr(atomic, "new_aside", full)
     words = [*on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=1", "dataset.eval_fraction=0"]
     done = sparseft(tmp_path, "train", *words, "output_dir=run", code=1)
     (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]

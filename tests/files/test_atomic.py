@@ -1,0 +1,103 @@
+"""What is written aside: in place as a whole, or the former in place and nothing beside it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from sparseft.errors import UserError
+from sparseft.files import atomic
+
+MARKS = ("mark.json",)
+
+
+def folder_of(path: Path, text: str) -> Path:
+    path.mkdir(parents=True)
+    (path / "mark.json").write_text(text)
+    return path
+
+
+def write(path: Path, text: str) -> None:
+    with atomic.replaced_folder(path, MARKS) as aside:
+        (aside / "mark.json").write_text(text)
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "adapter", "old")
+    (path / "more.json").write_text("")
+    with atomic.replaced_folder(path, MARKS) as aside:
+        (aside / "mark.json").write_text("new")
+        os.chmod(aside / "mark.json", 0o600)  # as safetensors does
+        assert (path / "mark.json").read_text() == "old" and aside.parent == path.parent
+    assert [item.name for item in path.iterdir()] == ["mark.json"] and (path / "mark.json").read_text() == "new"
+    (tmp_path / "plain").write_text("")
+    assert stat.S_IMODE((path / "mark.json").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert not list(atomic.asides(tmp_path))
+
+
+def test_what_fails_leaves_the_former_folder(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "adapter", "old")
+    with pytest.raises(KeyError), atomic.replaced_folder(path, MARKS) as aside:
+        (aside / "mark.json").write_text("new")
+        raise KeyError
+    assert (path / "mark.json").read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_former(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder_of(tmp_path / "adapter", "old")
+    rename, calls = os.rename, []
+
+    def second_fails(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="Input/output"):
+        write(path, "new")
+    assert (path / "mark.json").read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_within_what_is_aside_nothing_is_put_aside(tmp_path: Path) -> None:
+    outer = atomic.new_aside(tmp_path / "checkpoint-1")
+    with atomic.replaced_folder(outer / "checkpoint-1" / "adapter", MARKS) as aside:
+        assert aside == outer / "checkpoint-1" / "adapter"
+        (aside / "mark.json").write_text("new")
+    with pytest.raises(KeyError), atomic.replaced_folder(outer / "failed", MARKS):
+        raise KeyError
+    assert not (outer / "failed").exists()
+    atomic.publish(outer / "checkpoint-1", tmp_path / "checkpoint-1")
+    assert (tmp_path / "checkpoint-1/adapter/mark.json").read_text() == "new"
+
+
+def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "mine", "x")
+    (path / "inner").mkdir()
+    with pytest.raises(UserError, match="holds other files"):
+        write(path, "new")
+    assert (path / "inner").is_dir() and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_to_a_folder_is_replaced_and_never_followed(tmp_path: Path) -> None:
+    theirs = folder_of(tmp_path / "theirs", "old")
+    (tmp_path / "adapter").symlink_to(theirs)
+    write(tmp_path / "adapter", "new")
+    assert (theirs / "mark.json").read_text() == "old" and (tmp_path / "adapter/mark.json").read_text() == "new"
+    assert not (tmp_path / "adapter").is_symlink() and not list(atomic.asides(tmp_path))
+    (tmp_path / "latest").symlink_to("gone")
+    atomic.replace_link(tmp_path / "latest", "theirs")
+    assert os.readlink(tmp_path / "latest") == "theirs"
+
+
+def test_removing_takes_the_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder_of(tmp_path / "checkpoint-1", "x")
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)  # as if killed here
+    atomic.remove(path)
+    (left,) = atomic.asides(tmp_path, "checkpoint-1")
+    assert not path.exists() and (left / "mark.json").is_file()
