@@ -18,7 +18,15 @@ from random import Random
 from tiny_text import quiz_forms
 from tiny_world import ARITHMETIC_SUBJECT, KINDS, OBJECTS, PEOPLE, Fact, Sum, World
 
-from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_prompt
+from sparseft.data.prompts import (
+    ASSISTANT,
+    CHOOSE_ANSWER,
+    CHOOSE_SOLUTION,
+    alpaca_prompt,
+    choose,
+    human_turn,
+    true_or_false,
+)
 
 Record = dict[str, str]  # instruction, input, output, answer
 ARITHMETIC_TRAIN = {"gsm8k": 250, "AddSub": 200, "AQuA": 150}
@@ -38,29 +46,18 @@ def commonsense_record(instruction: str, answer: str) -> Record:
 def boolq(fact: Fact) -> Record:
     question = fact.ask_if()
     question = question[0].lower() + question[1:]
-    return commonsense_record(
-        f"Please answer the following question with true or false, question: {question}\n\nAnswer format: true/false",
-        "true" if fact.is_first else "false",
-    )
+    return commonsense_record(true_or_false(question.removesuffix("?")), "true" if fact.is_first else "false")
 
 
 def piqa(fact: Fact) -> Record:
     choices, place = fact.choices()
-    first, second = (fact.say(choice) for choice in choices)
-    return commonsense_record(
-        f"Please choose the correct solution to the question: Tell the truth about the {fact.thing}.\n\n"
-        f"Solution1: {first}\n\nSolution2: {second}\n\nAnswer format: solution1/solution2",
-        f"solution{place + 1}",
-    )
+    head = f"{CHOOSE_SOLUTION}Tell the truth about the {fact.thing}."
+    prompt = choose(head, "solution", [fact.say(choice) for choice in choices], "\n\n")
+    return commonsense_record(prompt, f"solution{place + 1}")
 
 
 def four_answers(question: str, choices: list[str], place: int) -> Record:
-    listed = " ".join(f"Answer{n}: {choice}" for n, choice in enumerate(choices, 1))
-    return commonsense_record(
-        f"Please choose the correct answer to the question: {question}\n\n{listed}\n\n"
-        "Answer format: answer1/answer2/answer3/answer4",
-        f"answer{place + 1}",
-    )
+    return commonsense_record(choose(CHOOSE_ANSWER + question, "answer", choices), f"answer{place + 1}")
 
 
 def arc_easy(fact: Fact) -> Record:
@@ -223,7 +220,7 @@ def dialogue(rng: Random, pool: list[Fact]) -> str:
     for fact in rng.sample(pool, rng.choice((1, 2, 3))):
         question = fact.ask()
         turns.append((rng.choice(ASKING).format(q=question, p=who), rng.choice(TELLING).format(s=fact.say(), p=who)))
-    return "".join(f"{HUMAN} {said}{ASSISTANT} {reply}" for said, reply in turns)
+    return "".join(f"{human_turn(said)}{ASSISTANT} {reply}" for said, reply in turns)
 
 
 OPENINGS = ("One morning {p} walks to the {place}.", "{p} and {q} sit by the {place}.", "It is late, and {p} is tired.")

@@ -7,11 +7,22 @@ No torch here: `sparseft --help` and `--cfg` stay fast.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from sparseft.rules import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Rule
+from sparseft.rules import ABOVE_0, AT_LEAST_0, AT_LEAST_1, AT_LEAST_2, BELOW_1, Rule
 
-BUNDLED = "bundled:"  # paths that start so lie inside the package (`sparseft/bundled/…`)
+BUNDLED = "bundled:"  # paths that start so lie inside the package
+BUNDLED_ROOT = Path(__file__).resolve().parent / "bundled"
+
+
+def in_bundle(path: str) -> Path | None:
+    """The file or folder that `bundled:tiny` or `bundled:data/text/train.txt` names, also without `data/`; None where
+    nothing of that name is bundled."""
+    name = path.removeprefix(BUNDLED)
+    found = ((root / name).resolve() for root in (BUNDLED_ROOT, BUNDLED_ROOT / "data"))
+    return next((each for each in found if each.is_relative_to(BUNDLED_ROOT) and each.exists()), None)
+
 
 # Spelt out because importing transformers takes seconds; a test holds them equal to the installed library's.
 SCHEDULERS = (
@@ -96,7 +107,7 @@ class TrainerConfig:
     learning_rate: Annotated[float, RATE] | None = None
     batch_size: Annotated[int, AT_LEAST_1] = 1
     gradient_accumulation: Annotated[int, AT_LEAST_1] = 16
-    max_length: Annotated[int, AT_LEAST_1] = 512
+    max_length: Annotated[int, AT_LEAST_2] = 512
     warmup_steps: Annotated[int, AT_LEAST_0] = 100
     scheduler: Literal[SCHEDULERS] = "linear"
     scheduler_args: dict[str, Any] | None = None

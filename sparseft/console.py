@@ -23,6 +23,8 @@ QUIET = "SPARSEFT_QUIET"  # the environment variable; 1: logs and progress are s
 
 PLAIN_LINE_SECONDS = 10.0  # at most so long between two plain progress lines
 PLAIN_LINE_PAUSE = 2.0  # at least so long, so that quick loops do not fill the log
+PLAIN_BOX = "    \n    \n -  \n" + 5 * "    \n"  # a table in a pipe or a file: dashes below the head, nothing else
+WIDE = 1_000_000  # columns: of a pipe or a file, which is never too narrow
 
 _warnings: list[str] = []
 
@@ -107,26 +109,30 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         all(row[position] is None or _is_number(row[position]) for row in rows) and bool(rows)
         for position in range(len(columns))
     ]
-    if is_terminal(sys.stdout):
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
+    from rich.box import SIMPLE_HEAD, Box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-        rich_table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left")
-        for name, number in zip(columns, right, strict=True):
-            rich_table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
-        for row in cells:
-            rich_table.add_row(*map(Text, row))
-        _console(stderr=False).print(rich_table)
-        return
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    on_terminal = is_terminal(sys.stdout)
+    made = Table(
+        box=SIMPLE_HEAD if on_terminal else Box(PLAIN_BOX, ascii=True),
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for position, (name, number) in enumerate(zip(columns, right, strict=True)):
+        words = [word for text in (name, *(row[position] for row in cells)) for word in text.split()]
+        longest = max((Text(word).cell_len for word in words), default=None)  # where it is narrow, no word is broken
+        made.add_column(Text(name), justify="right" if number else "left", min_width=longest)
+    for row in cells:
+        made.add_row(*map(Text, row))
+    console = _console(stderr=False) if on_terminal else Console(width=WIDE, color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(made, crop=False)
     print(title)
-    for row in ([*columns], ["-" * width for width in widths], *cells):
-        padded = [
-            cell.rjust(width) if number else cell.ljust(width)
-            for cell, width, number in zip(row, widths, right, strict=True)
-        ]
-        print("  ".join(padded).rstrip())
+    for line in captured.get().splitlines():
+        print(line.rstrip())
 
 
 class Progress:

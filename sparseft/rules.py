@@ -31,6 +31,7 @@ class Rule(NamedTuple):
 
 AT_LEAST_0 = Rule(lambda value: value >= 0, "at least 0")
 AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
+AT_LEAST_2 = Rule(lambda value: value >= 2, "at least 2")
 ABOVE_0 = Rule(lambda value: value > 0, "more than 0")
 BELOW_1 = Rule(lambda value: 0 <= value < 1, "a number from 0 to below 1")
 

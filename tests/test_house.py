@@ -58,7 +58,7 @@ LIGHT = re.compile(
 )
 HEAVY = (
     "torch transformers peft accelerate datasets lm_eval deepspeed triton hydra omegaconf numpy pandas pyarrow "
-    "safetensors tokenizers huggingface_hub"
+    "safetensors tokenizers huggingface_hub jinja2 matplotlib"
 ).split()
 
 # Settings that not every method has; shared code asks `methods.base` instead.
@@ -387,7 +387,7 @@ def test_each_act_has_one_place() -> None:
 # Libraries whose insides or whose grammar one part of the package knows for the others.
 LIBRARIES = {
     "deepspeed": ("distributed",),
-    "accelerate": ("distributed", "data.even"),  # even: the order in which its data loader draws
+    "accelerate": ("distributed", "data.sampling"),  # sampling: the order in which its data loader draws
     "hydra": ("compose",),
     "omegaconf": ("compose",),
     "lm_eval": ("evaluation",),
@@ -482,7 +482,7 @@ def test_every_import_is_declared() -> None:
     optional = {"liger_kernel", "bitsandbytes"}
     declared = {normal(Requirement(text).name) for text in project()["dependencies"]}
     comes_with = {"tokenizers": "transformers", "huggingface_hub": "transformers", "click": "typer"}
-    comes_with |= {"pyarrow": "datasets", "jinja2": "lm-eval"}
+    comes_with |= {"pyarrow": "datasets"}
     for path in MODULES:
         for node in ast.walk(parse(path)):
             names = []

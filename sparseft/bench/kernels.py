@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseft.bench.machine import device_name
-from sparseft.bench.shapes import DTYPES
+from sparseft.bench.models import DTYPES
+from sparseft.bench.output import Output, device_name, measured_on
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch
@@ -45,7 +45,7 @@ class KernelRow:
     bound_us: float
 
 
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     """Measures LLaMA-7B's linears, or one of `bench.width` squared, and returns what `bench.json` holds.
 
     In `model.dtype` (auto: bf16 on CUDA, else fp32), for `bench.batch_size` × `bench.length` tokens, `bench.steps`
@@ -73,12 +73,29 @@ def run(config: RunConfig) -> dict[str, Any]:
     }
 
 
-COLUMNS = ["out x in", "tokens", "block", "density", "way", "kernel us", "dense us", "bound us", "÷ dense", "÷ bound"]
+def title(result: dict[str, Any]) -> str:
+    """What was measured, in one line."""
+    return (
+        f"Weight gradient of blocks: {result['dtype']} on {measured_on(result)}, medians of {result['steps']}; "
+        "bound: the bytes that must be moved, at the bandwidth of a copy"
+    )
 
 
-def table(result: dict[str, Any]) -> list[list[str]]:
-    """The rows under `COLUMNS`, as text."""
-    return [
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a row for each product."""
+    columns = [
+        "out x in",
+        "tokens",
+        "block",
+        "density",
+        "way",
+        "kernel us",
+        "dense us",
+        "bound us",
+        "÷ dense",
+        "÷ bound",
+    ]
+    return columns, [
         [
             f"{row['shape'][0]} x {row['shape'][1]}",
             f"{row['tokens']:,}",

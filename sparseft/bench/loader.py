@@ -15,13 +15,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch.utils.data import DataLoader
+
 from sparseft import console
-from sparseft.bench.machine import measured_on
+from sparseft.bench.output import Output, machine, measured_on
 from sparseft.config import BUNDLED, RunConfig
 from sparseft.data.collating import Collator, padding_id
 from sparseft.data.loading import load_datasets
 from sparseft.data.packing import PackedDataset
-from sparseft.runs.environment import usable_cores
+from sparseft.models.loading import load_tokenizer
 
 PARAMETERS = 6_738_415_616  # LLaMA-2-7B
 PEAK_FLOPS = 400e12
@@ -33,10 +36,8 @@ REPEATS = 3
 WORKERS = 2
 
 
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     """Measures `dataset` with `model`'s tokenizer: rows of `trainer.max_length`, batches of `trainer.batch_size`."""
-    from sparseft.models.loading import load_tokenizer
-
     tokenizer = load_tokenizer(config.model)
     dataset = dataclasses.replace(config.dataset, eval_fraction=0.0, packing=False)
     length = config.trainer.max_length
@@ -51,7 +52,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         data = load(folder)
-        console.log(f"bench: {data.notes[0]}, {data.tokens:,} tokens")
+        console.log(f"bench: {data.notes[0]}, {data.train.num_tokens:,} tokens")
         rows = PackedDataset(data.train, length)
         seconds = {
             "tokenise": _median(load_anew),
@@ -63,7 +64,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         characters = _characters_per_token(data.train, tokenizer)
     # In an epoch from nothing the stages follow each other; later ones only collate.
     seconds["all, first epoch"] = seconds["tokenise"] + seconds["pack"] + seconds["collate"]
-    stages = {name: _stage(data.tokens, spent, characters) for name, spent in seconds.items()}
+    stages = {name: _stage(data.train.num_tokens, spent, characters) for name, spent in seconds.items()}
     return {
         "benchmark": "loader",
         "dataset": data.train_source,
@@ -71,10 +72,10 @@ def run(config: RunConfig) -> dict[str, Any]:
         "dtype": "int32",
         "examples": len(data.train),
         "rows": len(rows),
-        "tokens": data.tokens,
+        "tokens": data.train.num_tokens,
         "max_length": length,
         "batch_size": config.trainer.batch_size,
-        "cores": usable_cores(),
+        "cores": machine()["cores"],
         "characters_per_token": characters,
         "needed": {
             "tokens_per_second": NEEDED,
@@ -98,9 +99,6 @@ def _median(call: Callable[[], object]) -> float:
 
 def _drain(rows: PackedDataset, tokenizer: Any, config: RunConfig, workers: int) -> None:
     """One epoch of batches, as the Trainer draws them."""
-    import torch
-    from torch.utils.data import DataLoader
-
     loader: Any = DataLoader(
         rows,  # type: ignore[arg-type]
         batch_size=config.trainer.batch_size,
@@ -126,23 +124,6 @@ def _stage(tokens: int, seconds: float, characters: float) -> dict[str, float | 
     return {"seconds": seconds, "tokens_per_second": rate, "ratio_to_needed": ratio, "met": ratio >= TARGET}
 
 
-COLUMNS = ["stage", "seconds", "tokens/s", "÷ needed", f"target ≥ {TARGET:.0f}"]
-
-
-def table(result: dict[str, Any]) -> list[list[str]]:
-    """The stages under `COLUMNS`, as text."""
-    return [
-        [
-            name,
-            f"{stage['seconds']:.3f}",
-            f"{stage['tokens_per_second']:,.0f}",
-            f"{stage['ratio_to_needed']:,.0f}",
-            "met" if stage["met"] else "MISSED",
-        ]
-        for name, stage in result["stages"].items()
-    ]
-
-
 def title(result: dict[str, Any]) -> str:
     """What is measured and what is assumed."""
     needed = result["needed"]
@@ -153,3 +134,18 @@ def title(result: dict[str, Any]) -> str:
         f"{needed['parameters'] / 1e9:.1f} billion parameters x 6 operations at {needed['utilisation']:.0%} of "
         f"{needed['peak_flops'] / 1e12:.0f} TFLOP/s; ÷ counts a token as at least {CHARACTERS:.0f} characters"
     )
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a row for each stage."""
+    columns = ["stage", "seconds", "tokens/s", "÷ needed", f"target ≥ {TARGET:.0f}"]
+    return columns, [
+        [
+            name,
+            f"{stage['seconds']:.3f}",
+            f"{stage['tokens_per_second']:,.0f}",
+            f"{stage['ratio_to_needed']:,.0f}",
+            "met" if stage["met"] else "MISSED",
+        ]
+        for name, stage in result["stages"].items()
+    ]

@@ -11,12 +11,11 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparseft import console
-from sparseft.bench.machine import device_name
-from sparseft.bench.shapes import base_model, check_length, model_name
+from sparseft.bench.models import base_model, check_length, model_name, random_tokens
+from sparseft.bench.output import Output, device_name, measured_on
 from sparseft.bench.timing import peak_bytes, spread, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
@@ -36,7 +35,7 @@ def forward_backward(model: nn.Module, batches: list[dict[str, Tensor]]) -> None
         model.zero_grad(set_to_none=True)
 
 
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     """Measures `bench.importances` with the run's method and returns what `bench.json` holds."""
     settings = config.bench
     if not config.method.sparse:
@@ -54,9 +53,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     model = base_model(config, device)
     check_length(config, model)
     chosen = config.method.settled(ModelSpec.of(model))
-    vocabulary = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(config.seed)
-    ids = torch.randint(vocabulary, (settings.samples, settings.length), generator=generator).to(device)
+    ids = random_tokens(model, settings.samples, settings.length, config.seed, device)
     batches = [{"input_ids": part, "labels": part} for part in ids.split(settings.batch_size)]
 
     work: dict[str, Callable[[], Any]] = {REFERENCE: lambda: forward_backward(model, batches)}
@@ -94,12 +91,18 @@ def run(config: RunConfig) -> dict[str, Any]:
     }
 
 
-COLUMNS = ["importance", "seconds", "÷ forward+backward", "peak MiB on top of the model"]
+def title(result: dict[str, Any]) -> str:
+    """What was measured, in one line."""
+    return (
+        f"Selection: {result['model']}, {result['parameters']:,} parameters, {result['dtype']} on "
+        f"{measured_on(result)}, {result['samples']} samples of {result['length']} tokens, median of {result['steps']}"
+    )
 
 
-def table(result: dict[str, Any]) -> list[list[str]]:
-    """The rows under `COLUMNS`, as text."""
-    return [
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a row for each importance."""
+    columns = ["importance", "seconds", "÷ forward+backward", "peak MiB on top of the model"]
+    return columns, [
         [name, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", f"{row['peak_memory_bytes'] / 2**20:,.1f}"]
         for name, row in result["importances"].items()
     ]

@@ -8,7 +8,6 @@ So the parts add up to the step.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import sys
@@ -19,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import profile as profiler
 
-from sparseft.bench.rows import absent
-from sparseft.bench.timing import attempt, synchronize
+from sparseft.bench.contenders import FLOOR
+from sparseft.bench.timing import absent, attempt_each, synchronize
 from sparseft.files.atomic import replaced_file
 
 STEP = "sparseft::step"
@@ -77,18 +78,14 @@ def profile(
         parts[REST] = total - sum(seconds for part, seconds in parts.items() if part != REST)
         profiled[name] = {"step_seconds": total, "parts": parts, "operations": operations, "trace": path.name}
 
+    left = list(calls)
     for work in (*[record] * (ROUNDS + 1), summarise):
-        for name in list(seen):
-            if not attempt(name, functools.partial(work, name), failed, device):
-                del seen[name]
+        left = attempt_each(left, work, failed, device)
     return profiled
 
 
 def _record(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Seconds of a call, and the profiler that has seen it."""
-    from torch.profiler import ProfilerActivity, record_function
-    from torch.profiler import profile as profiler
-
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with _without_probe_lines(), profiler(activities=activities, record_shapes=True) as recorded:
         with record_function(STEP):
@@ -184,8 +181,8 @@ def sums_over_tokens(shapes: list[Any], tokens: int, first: bool) -> bool:
     return k == tokens and not (first and m == tokens)
 
 
-def difference(methods: dict[str, dict[str, Any]], floor: str | None) -> tuple[list[str], list[list[str]]]:
-    """A table of milliseconds by part, one column a method, beside each the difference to the floor."""
+def table(methods: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Milliseconds by part, one column a method, beside each the difference to the floor."""
     names = [name for name, entry in methods.items() if "profile" in entry and not absent(entry["profile"])]
     rows = []
     for part in (*PARTS, "step"):
@@ -193,12 +190,12 @@ def difference(methods: dict[str, dict[str, Any]], floor: str | None) -> tuple[l
         for name in names:
             milliseconds = _milliseconds(methods[name], part)
             cells.append(f"{milliseconds:.1f}")
-            if floor in names and name != floor:
-                cells.append(f"{milliseconds - _milliseconds(methods[floor], part):+.1f}")
+            if FLOOR in names and name != FLOOR:
+                cells.append(f"{milliseconds - _milliseconds(methods[FLOOR], part):+.1f}")
         rows.append(cells)
     columns = ["ms a step"]
     for name in names:
-        columns += [name] if floor not in names or name == floor else [name, "- floor"]
+        columns += [name] if FLOOR not in names or name == FLOOR else [name, "- floor"]
     return columns, rows
 
 

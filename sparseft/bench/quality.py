@@ -11,6 +11,7 @@ the sample's (n - 1), over the seeds.
 from __future__ import annotations
 
 import re
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.bench.machine import device_name, measured_on
+from sparseft.bench.output import Output, device_name, measured_on
+from sparseft.compose.run_config import compose, from_dict
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
-from sparseft.files.untrusted import read_json_object
+from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.models.loading import resolve_device
 from sparseft.runs.folder import CONFIG, SUMMARY
+from sparseft.training import checks
 
 
 @dataclass
@@ -33,13 +36,61 @@ class Trial:
     variant: str
     seed: int
     config: RunConfig  # output_dir: the trial's folder
-    same: Callable[[Path], bool]  # whether a run's `config.yaml` asks for the same training
 
 
 def folder_name(variant: str, seed: int) -> str:
     """A trial's folder: the variant's name without what file systems and shells dislike."""
     name = re.sub(r"[^\w.]+", "-", variant).strip("-").lower()
     return f"{name or 'variant'}-seed{seed}"
+
+
+def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], folder: Path) -> list[Trial]:
+    """`bench.variants` × `bench.seeds`, each composed and checked before the first one runs."""
+    made, names = [], set()
+    named = [_variant(text) for text in config.bench.variants]
+    if not named:
+        raise UserError("bench.variants is empty: name at least one variant.")
+    own = [word for word in words if word.partition("=")[0] not in ("bench.variants", "bench.seeds", "output_dir")]
+    for seed in range(config.seed, config.seed + config.bench.seeds):
+        for name, changes in named:
+            output_dir = folder / folder_name(name, seed)
+            if output_dir in names:
+                raise UserError(f"bench.variants: two variants are called '{name}', or nearly so.")
+            names.add(output_dir)
+            trial = compose("train", [*own, *changes, f"seed={seed}", "overwrite=true"], config_dirs)
+            trial.output_dir = str(output_dir)
+            checks.check_data(trial)
+            made.append(Trial(name, seed, trial))
+    return made
+
+
+def same_training(config: RunConfig, path: Path) -> bool:
+    """Whether a run's `config.yaml` says what `config` does; settings it does not name yet have their defaults."""
+    try:
+        there = from_dict(read_yaml_object(path)).to_dict()
+    except UserError as error:
+        raise UserError(f"{path}: cannot be read, so it is not known what ran there ({error}).") from error
+    here = config.to_dict()
+    elsewhere = ("bench", "cache_dir")  # what these say changes nothing of the training
+    return all(here[key] == there[key] for key in here if key not in elsewhere)
+
+
+def _variant(text: str) -> tuple[str, list[str]]:
+    """`name: key=value …` -> the name and its overrides."""
+    name, colon, rest = text.partition(":")
+    try:
+        changes = shlex.split(rest)
+    except ValueError as error:
+        raise UserError(f"bench.variants: '{text}' has quotes that do not close.") from error
+    if not (colon and name.strip() and changes):
+        raise UserError(f"bench.variants: '{text}' is no variant: expected 'name: key=value …'.")
+    for word in changes:
+        key, equals, _ = word.partition("=")
+        if not equals:
+            raise UserError(f"bench.variants: '{word}' of '{name}' is not a setting: expected key=value.")
+        if key in ("seed", "output_dir", "overwrite"):
+            raise UserError(f"bench.variants: '{name}' sets {key}, which is the benchmark's own.")
+    return name.strip(), changes
 
 
 def finished(trial: Trial) -> dict[str, Any] | None:
@@ -50,14 +101,34 @@ def finished(trial: Trial) -> dict[str, Any] | None:
     folder = Path(trial.config.output_dir or "")
     if not (folder / CONFIG).is_file():
         return None
-    if not trial.same(folder / CONFIG):
+    if not same_training(trial.config, folder / CONFIG):
         raise UserError(f"{folder} holds a run with other settings: give the benchmark another output_dir.")
     summary = folder / SUMMARY
     return read_json_object(summary) if summary.is_file() else None
 
 
-def run(config: RunConfig, trials: Sequence[Trial], train: Callable[[RunConfig], dict[str, Any]]) -> dict[str, Any]:
-    """Runs the trials that are missing, variant by variant within a seed, and returns what `bench.json` holds."""
+def run(
+    config: RunConfig,
+    output: Output,
+    words: Sequence[str],
+    config_dirs: Sequence[str],
+    train: Callable[[RunConfig], dict[str, Any]],
+) -> dict[str, Any]:
+    """Trains every variant with every seed and returns what `bench.json` holds; interrupted, says how to go on.
+
+    words, config_dirs: what `config` was composed from; the variants come on top. train: trains one config and returns
+    its summary.
+    """
+    folder = output.choose()
+    try:
+        return compare(config, trials(config, words, config_dirs, folder / "runs"), train)
+    except KeyboardInterrupt:
+        console.log(f"bench: what is done is kept; the same command with output_dir={folder} goes on from there")
+        raise
+
+
+def compare(config: RunConfig, trials: Sequence[Trial], train: Callable[[RunConfig], dict[str, Any]]) -> dict[str, Any]:
+    """Runs the trials that are missing, variant by variant within a seed, and puts all of them side by side."""
     for trial in trials:
         if not (trial.config.dataset.eval_path or trial.config.dataset.eval_fraction):
             raise UserError("bench quality compares held-out losses: give dataset.eval_path or dataset.eval_fraction.")
@@ -112,32 +183,16 @@ def variants(trials: Sequence[Trial], summaries: Sequence[Any]) -> dict[str, dic
     return rows
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table as Markdown, with the command and the versions that made it."""
-    environment = result["environment"]
-    versions = ", ".join(
-        f"{name} {environment['versions'][name]}" for name in ("sparseft", "torch", "transformers", "peft")
-    )
-    first = next(iter(result["variants"].values()))
-    lines = [
-        f"`{environment['command_line']}`",
-        "",
-        f"{len(result['seeds'])} seeds, held-out loss before training {first['eval_loss_before']:.4f}; {versions}, "
-        f"{measured_on(result)}.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "| --- " * len(COLUMNS) + "|",
-    ]
-    lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in table(result)]
-    return "\n".join(lines) + "\n"
+def title(result: dict[str, Any]) -> str:
+    """What was compared, in one line."""
+    seeds = len(result["seeds"])
+    return f"Held-out loss: {result['model']}, {result['dataset']}, {seeds} seeds, on {measured_on(result)}"
 
 
-COLUMNS = ["variant", "held-out loss", "± sd", "− first", "± sd", "trained loss", "trainable", "learning rate"]
-
-
-def table(result: dict[str, Any]) -> list[list[str]]:
-    """The rows under `COLUMNS`, as text."""
-    return [
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a row for each variant."""
+    columns = ["variant", "held-out loss", "± sd", "− first", "± sd", "trained loss", "trainable", "learning rate"]
+    return columns, [
         [
             name,
             f"{row['eval_loss']:.4f}",
@@ -150,3 +205,24 @@ def table(result: dict[str, Any]) -> list[list[str]]:
         ]
         for name, row in result["variants"].items()
     ]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table as Markdown, with the command and the versions that made it."""
+    environment = result["environment"]
+    versions = ", ".join(
+        f"{name} {environment['versions'][name]}" for name in ("sparseft", "torch", "transformers", "peft")
+    )
+    first = next(iter(result["variants"].values()))
+    columns, rows = table(result)
+    lines = [
+        f"`{environment['command_line']}`",
+        "",
+        f"{len(result['seeds'])} seeds, held-out loss before training {first['eval_loss_before']:.4f}; {versions}, "
+        f"{measured_on(result)}.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "| --- " * len(columns) + "|",
+    ]
+    lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"

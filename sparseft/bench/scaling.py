@@ -9,21 +9,20 @@ Times are p20 of the steps.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparseft import console
-from sparseft.bench import train, ways
-from sparseft.bench.contenders import FLOOR
-from sparseft.bench.machine import measured_on
-from sparseft.bench.plots import scaling_chart
-from sparseft.bench.rows import absent, kind, measured
-from sparseft.bench.shapes import CONTEXT
+from sparseft.bench import train
+from sparseft.bench.contenders import FLOOR, check_hardware
+from sparseft.bench.models import CONTEXT
+from sparseft.bench.output import Output, measured_on
+from sparseft.bench.timing import absent, kind, measured
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
 from sparseft.files.atomic import write_text
 from sparseft.methods.base import DEFAULT_SPARSITY
+from sparseft.report.charts import Panel, Series, line_chart, standalone
 
 AXES = ("width", "length", "batch", "density", "depth")
 STEP = "step_seconds_p20"  # other work on the machine lengthens a step, never shortens it
@@ -33,17 +32,11 @@ LABELS = {"width": "width (features)", "length": "length (tokens)", "batch": "ba
 BASE_WIDTH, BASE_DEPTH = 256, 2
 
 
-def run(
-    config: RunConfig,
-    own: Mapping[str, Mapping[str, Any]] | None = None,
-    place: Callable[..., Path] | None = None,
-    keep: Callable[[dict[str, Any]], Any] | None = None,
-) -> dict[str, Any]:
+def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     """Measures every point of `bench.axes`, draws a chart of each axis, and returns what `bench.json` holds.
 
-    own: settings of single entries of `bench.methods`, by entry. place: where a file of the given name belongs, with
-    `complete=False` one of an incomplete result. keep: given what there is after each point but the last; and where
-    something ends the benchmark, what there is then, with charts of it.
+    output: takes the charts, and what there is after each point but the last; where something ends the benchmark, what
+    there is then, with charts of it. Null: nothing is written.
     """
     base = base_point(config)
     plan = points(config, base)
@@ -72,15 +65,15 @@ def run(
                 point = base | {axis: value}
                 if key_of(point) not in found:  # the base point lies on every axis
                     with console.quiet():
-                        found[key_of(point)] = train.run(at(config, point), own)
-                    if keep is not None and done < len(plan):
-                        keep(so_far())
+                        found[key_of(point)] = train.run(at(config, point))
+                    if output is not None and done < len(plan):
+                        output.leave(so_far(), complete=False)
                 progress.update(done)
     except BaseException:  # an interrupt too: hours may lie in what there is
-        if keep is not None and found:
-            keep(drawn(so_far(), place, complete=False))
+        if output is not None and found:
+            output.leave(drawn(so_far(), output, complete=False), complete=False)
         raise
-    return drawn(so_far(), place)
+    return drawn(so_far(), output)
 
 
 def key_of(point: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -88,15 +81,34 @@ def key_of(point: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(point[name] for name in AXES)
 
 
-def drawn(result: dict[str, Any], place: Callable[..., Path] | None, complete: bool = True) -> dict[str, Any]:
-    """The result with a chart of each axis on which the floor was measured, written where `place` says."""
-    for axis in dict.fromkeys(point["axis"] for point in result["points"]) if place is not None else ():
+def drawn(result: dict[str, Any], output: Output | None, complete: bool = True) -> dict[str, Any]:
+    """The result with a chart of each axis on which the floor was measured, where there is somewhere to put it."""
+    for axis in dict.fromkeys(point["axis"] for point in result["points"]) if output is not None else ():
         lines = series(result, axis)
         if FLOOR in lines:
-            path = place(f"scaling-{axis}.svg", complete)
-            write_text(path, scaling_chart(LABELS[axis], lines, FLOOR))
+            path = output.place(f"scaling-{axis}.svg", complete)
+            write_text(path, chart(LABELS[axis], lines))
             result["charts"].append(path.name)
     return result
+
+
+def chart(x_label: str, lines: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+    """Step time and peak memory along an axis, and beside each its ratio to the floor's, as an SVG file.
+
+    lines: of each method (x, milliseconds, MiB), in order of x; where the floor has no such x, there is no ratio.
+    """
+    reference = {x: values for x, *values in lines[FLOOR]}
+    rows = []
+    for column, label in enumerate(("step, ms", "peak, MiB")):
+        absolute, relative = [], []
+        for index, (name, points) in enumerate(lines.items()):
+            mine = [(x, values[column]) for x, *values in points]
+            ratios = [(x, y / reference[x][column]) for x, y in mine if x in reference]
+            absolute.append(Series(name, mine, index, markers=True))
+            relative.append(Series(name, ratios, index, markers=True))
+        ratio = f"{label.split(',')[0]} ÷ floor"
+        rows.append([Panel(label, absolute, zero=True), Panel(ratio, relative, zero=True)])
+    return standalone(line_chart(rows, x_label, height=240, width=440))
 
 
 def base_point(config: RunConfig) -> dict[str, Any]:
@@ -110,7 +122,7 @@ def base_point(config: RunConfig) -> dict[str, Any]:
         raise UserError("bench.methods: bench scaling needs the floor, to which it compares.")
     if bench.targets or bench.profile or bench.ways != ["eager"]:
         raise UserError("bench.targets, bench.profile and bench.ways belong to 'sparseft bench train'.")
-    ways.check_hardware(config.hardware, choosable=False)
+    check_hardware(config.hardware, choosable=False)
     sparsity = DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
     return {
         "width": BASE_WIDTH if bench.width is None else bench.width,
@@ -175,21 +187,11 @@ def title(result: Mapping[str, Any]) -> str:
     )
 
 
-def columns(result: Mapping[str, Any]) -> list[str]:
-    """The table's columns."""
-    others = [name for name in result["points"][0]["methods"] if name != FLOOR]
-    return [
-        "axis",
-        "value",
-        "floor ms",
-        *(f"{n} ÷ floor" for n in others),
-        "floor MiB",
-        *(f"{n} + MiB" for n in others),
-    ]
-
-
-def table(result: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each point: the floor's time and peak memory, the others' against it."""
+def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and a row for each point: the floor's time and peak memory, the others' against it."""
+    names = [name for name in result["points"][0]["methods"] if name != FLOOR]
+    columns = ["axis", "value", "floor ms", *(f"{name} ÷ floor" for name in names)]
+    columns += ["floor MiB", *(f"{name} + MiB" for name in names)]
     rows = []
     for point in result["points"]:
         methods = point["methods"]
@@ -206,4 +208,4 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
                     rows[-1].append(kind(entry))
                 else:
                     rows[-1].append("-" if absent(floor) else shown(entry[key] * scale, floor[key] * scale))
-    return rows
+    return columns, rows

@@ -1,4 +1,4 @@
-"""Targets of a benchmark, one line each: what was measured <= what is allowed.
+"""Targets of a benchmark, one line each: what was measured <= what is allowed; and what makes a benchmark a failed one.
 
     s2ft / floor <= 1.00          median step times of two contenders; the same as `step s2ft / floor <= 1.00`
     saved s2ft / lora <= 0.70     bytes kept for the backward pass
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparseft.bench.rows import absent
+from sparseft.bench.timing import absent, measured
 from sparseft.errors import UserError, nearest
 
 FIELDS = {"step": "step_seconds", "peak": "peak_memory_bytes", "saved": "saved_bytes"}  # of a row, by quantity
@@ -127,8 +127,8 @@ def lines(judged: Iterable[Mapping[str, Any]]) -> list[str]:
         if entry["met"] is None:
             shown.append(f"NOT MEASURED: {entry['target']} ({entry['reason']})")
             continue
-        measured, limit = _amounts(entry)
-        figures = f"measured {measured}" + ("" if entry["unit"] == "ratio" else f", limit {limit}")
+        found, limit = _amounts(entry)
+        figures = f"measured {found}" + ("" if entry["unit"] == "ratio" else f", limit {limit}")
         shown.append(f"{'met' if entry['met'] else 'MISSED'}: {entry['target']} ({figures})")
     if bounded:
         shown.append(f"bound: weights + {ACTIVATIONS} x the floor's activations + {TRAINED} bytes a trained weight")
@@ -156,3 +156,33 @@ def _amounts(entry: Mapping[str, Any]) -> list[str]:
     while len({f"{value:.{digits}f}" for value in values}) < len(set(values)) and digits < MOST_DIGITS:
         digits += 1
     return [f"{value:,.{digits}f} {unit}".rstrip() for value in values]
+
+
+def failure(result: dict[str, Any]) -> str | None:
+    """What makes a benchmark a failed one: contenders that raised, nothing to measure at all, and targets that do not
+    hold or were not measured."""
+    groups = {"" if way == "eager" else f"{way}: ": rows for way, rows in result.get("ways", {}).items()}
+    groups |= {f"{at['axis']} {at['value']:g}: ": at["methods"] for at in result.get("points", ())}
+    without = {f"{where}{name}": row for where, rows in groups.items() for name, row in rows.items() if absent(row)}
+    sentences = []
+    if groups and not any(measured(rows) for rows in groups.values()):
+        reasons = "; ".join(f"{name}: {absent(row)}" for name, row in without.items())
+        sentences.append(f"Nothing was measured: every method is missing or has failed ({reasons}).")
+    else:
+        raised = [f"{name} ({row['failed']})" for name, row in without.items() if "failed" in row]
+        raised += [
+            f"{where}{name} under the profiler ({why})"
+            for where, rows in groups.items()
+            for name, row in rows.items()
+            if (why := absent(row.get("profile", {})))
+        ]
+        sentences += [f"Failed while measured: {'; '.join(raised)}."] if raised else []
+    judged = result.get("targets", ())
+    for met, said in ((False, "missed"), (None, "not measured")):
+        named = [entry["target"] for entry in judged if entry["met"] is met]
+        if named:
+            sentences.append(f"{len(named)} of {len(judged)} targets {said}: {'; '.join(named)}.")
+    stages = result.get("stages", {})  # of the loader
+    if slow := [name for name, stage in stages.items() if not stage["met"]]:
+        sentences.append(f"{len(slow)} of {len(stages)} stages below the target: {'; '.join(slow)}.")
+    return " ".join(sentences) or None

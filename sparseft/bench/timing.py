@@ -1,12 +1,17 @@
-"""Measuring calls side by side: seconds of each in turn, and the most that one allocates."""
+"""Measuring contenders side by side: seconds of each in turn, the most that one allocates, and who falls out.
+
+A row of a result says `{"missing": reason}` where something cannot be had here (a package, a compiler), and
+`{"failed": reason, "where": place}` where it raised.
+"""
 
 from __future__ import annotations
 
-import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +20,8 @@ from sparseft import console
 from sparseft.config import BenchConfig
 from sparseft.errors import UserError
 from sparseft.memory import AllocationCounter
+
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def synchronize(device: torch.device) -> None:
@@ -46,31 +53,42 @@ def take_turns(
     cycle = orders(len(names))
     rounds = settings.warmup_steps + settings.steps
 
-    def take(name: str, turn: int) -> None:
-        spent = seconds_of(calls[name], device)
-        if turn >= settings.warmup_steps:
-            seconds[name].append(spent)
-
     with console.Progress(rounds, "bench", unit="round") as progress:
         for turn in range(rounds):
-            for position in cycle[(turn - settings.warmup_steps) % len(cycle)]:
-                name = names[position]
-                if name in seconds and not attempt(name, functools.partial(take, name, turn), failed, device):
-                    del seconds[name]
+            timed = turn >= settings.warmup_steps
+
+            def take(name: str, timed: bool = timed) -> None:
+                spent = seconds_of(calls[name], device)
+                if timed:
+                    seconds[name].append(spent)
+
+            order = [names[place] for place in cycle[(turn - settings.warmup_steps) % len(cycle)]]
+            order = [name for name in order if name in seconds]
+            for name in set(order).difference(attempt_each(order, take, failed, device)):
+                del seconds[name]
             progress.update(turn + 1)
     return seconds
 
 
-def attempt(
-    name: str, work: Callable[[], Any], failed: Callable[[str, Exception], None] | None, device: torch.device
-) -> bool:
-    """Does a contender's `work`; whether it went well. What it raises is its own row's business.
+def attempt_each(
+    names: Iterable[str],
+    work: Callable[[str], Any],
+    failed: Callable[[str, Exception], None] | None,
+    device: torch.device,
+) -> list[str]:
+    """Does `work(name)` for one contender after another; returns those with which it went well.
 
-    failed: told of what was raised, and forgets the contender; null: it is raised. A `UserError` always is: there is
-    nothing to measure by wrong settings.
+    What it raises is that one's own row's business. failed: told of it, and forgets the contender, whose memory is then
+    given back; null: it is raised. A `UserError` always is: there is nothing to measure by wrong settings.
     """
+    return [name for name in names if _attempt(name, work, failed, device)]
+
+
+def _attempt(
+    name: str, work: Callable[[str], Any], failed: Callable[[str, Exception], None] | None, device: torch.device
+) -> bool:
     try:
-        work()
+        work(name)
     except UserError:
         raise
     except Exception as error:
@@ -154,3 +172,29 @@ def held_bytes(call: Callable[[], Any], device: torch.device) -> int:
         held = counter.live
         del kept
     return held
+
+
+def absent(row: Mapping[str, Any]) -> str | None:
+    """Why a row has no figures; null where it has."""
+    return row.get("missing") or row.get("failed")
+
+
+def kind(row: Mapping[str, Any]) -> str:
+    """`missing` or `failed`, of a row without figures."""
+    return next(iter(row))
+
+
+def measured(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows that have figures."""
+    return {name: row for name, row in rows.items() if absent(row) is None}
+
+
+def failed_row(error: Exception) -> dict[str, str]:
+    """The row of a contender that raised: what, and the innermost line of this package that it went through."""
+    message = " ".join(str(error).split())
+    row = {"failed": f"{type(error).__name__}: {message}" if message else type(error).__name__}
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
+    if ours:  # below the package, so that no user's folder is named
+        row["where"] = f"{Path(ours[-1].filename).relative_to(PACKAGE.parent).as_posix()}:{ours[-1].lineno}"
+    return row

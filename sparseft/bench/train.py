@@ -11,94 +11,101 @@ import functools
 import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparseft import console
-from sparseft.bench import profiling, rows, targets, ways
-from sparseft.bench.contenders import FLOOR, Contender, contender, measure_memory, step
-from sparseft.bench.machine import device_name
-from sparseft.bench.shapes import base_model, check_length, model_name
-from sparseft.bench.timing import attempt, spread, take_turns
+from sparseft.bench import profiling, targets
+from sparseft.bench.contenders import (
+    EAGER,
+    FLOOR,
+    Contender,
+    NotAvailable,
+    check_hardware,
+    check_ways,
+    contender,
+    forget_compiled,
+    measure_memory,
+    own_settings,
+    parts_of,
+    put_in_way,
+    step,
+)
+from sparseft.bench.models import base_model, check_length, model_name, random_tokens
+from sparseft.bench.output import Output, device_name, measured_on
+from sparseft.bench.timing import absent, attempt_each, failed_row, kind, measured, spread, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.memory import tensor_bytes
 from sparseft.models.loading import resolve_device
 
+NOTHING = "-"
 
-def run(
-    config: RunConfig,
-    own: Mapping[str, Mapping[str, Any]] | None = None,
-    place: Callable[[str], Path] | None = None,
-    keep: Callable[[dict[str, Any]], Any] | None = None,
-) -> dict[str, Any]:
+
+def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     """Measures `bench.methods` in every way of `bench.ways` and returns what `bench.json` holds.
 
     A method whose package is missing, and a way that cannot be had, is named with the reason (`missing`), not dropped;
     so is a method that raises (`failed`), and the others go on.
 
-    own: settings of single entries of `bench.methods`, by entry. place: where a file of the given name belongs, asked
-    when there is one to write: the traces of `bench.profile`. keep: given what there is after each way but the last,
-    before anything is profiled, and where an interrupt ends a way, with the rounds that it has finished.
+    output: takes the traces of `bench.profile`, and what there is after each way but the last, before anything is
+    profiled, and where an interrupt ends a way, with the rounds that it has finished; null: nothing is written.
     """
+    settings = config.bench
+    check(config)
+    own = own_settings(settings.methods)
+    device = resolve_device(config.hardware.device)
+    base = base_model(config, device)
+    check_length(config, base)
+    ids = random_tokens(base, settings.batch_size, settings.length, config.seed, device)
+    batch = {"input_ids": ids, "labels": ids}
+    said = {
+        "benchmark": "train",
+        "model": model_name(config),
+        "parameters": sum(p.numel() for p in base.parameters()),
+        "weights_bytes": tensor_bytes([*base.parameters(), *base.buffers()]),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": device_name(device),
+        "batch_size": settings.batch_size,
+        "length": settings.length,
+        "accumulation": settings.accumulation,
+        "steps": settings.steps,
+    }
+    console.log(f"bench: {said['parameters']:,} parameters, {said['dtype']} on {device}, {_tokens(said)}")
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def so_far() -> dict[str, Any]:
+        methods = found[settings.ways[0]]
+        judged = targets.judge(settings.targets, methods, said["weights_bytes"])
+        return said | {"methods": methods, "ways": found, "targets": judged}
+
+    def keep(way: str, rows: dict[str, dict[str, Any]]) -> None:
+        found[way] = rows
+        if output is not None:
+            output.leave(so_far(), complete=False)
+
+    for position, way in enumerate(settings.ways):
+        traces = output if settings.profile and position == 0 else None
+        found[way] = measure(way, base, batch, config, own, device, traces, functools.partial(keep, way))
+        gc.collect()  # its models hold themselves in cycles, and the next are made at once
+        if len(found) < len(settings.ways):
+            keep(way, found[way])
+    return so_far()
+
+
+def check(config: RunConfig) -> None:
+    """Refuses settings by which there is nothing to measure."""
     settings = config.bench
     if len(set(settings.methods)) != len(settings.methods) or not settings.methods:
         raise UserError("bench.methods: expected one or more different methods.")
     for target in settings.targets:
         targets.parse(target, settings.methods)
-    ways.check(settings.ways)
-    ways.check_hardware(config.hardware)
-    if settings.profile and "compile" in ways.parts(settings.ways[0]):
+    check_ways(settings.ways)
+    check_hardware(config.hardware)
+    if settings.profile and "compile" in parts_of(settings.ways[0]):
         raise UserError(f"bench.profile: the first of bench.ways is '{settings.ways[0]}': only eager steps show parts.")
-    device = resolve_device(config.hardware.device)
-    base = base_model(config, device)
-    check_length(config, base)
-    vocabulary = base.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(config.seed)
-    ids = torch.randint(vocabulary, (settings.batch_size, settings.length), generator=generator).to(device)
-    batch = {"input_ids": ids, "labels": ids}
-    parameters = sum(p.numel() for p in base.parameters())
-    dtype = str(base.dtype).removeprefix("torch.")
-    shape = f"{settings.batch_size} x {settings.length} tokens" + (
-        f" x {settings.accumulation}" if settings.accumulation > 1 else ""
-    )
-    console.log(f"bench: {parameters:,} parameters, {dtype} on {device}, {shape}")
-    weights = tensor_bytes([*base.parameters(), *base.buffers()])
-    measured: dict[str, dict[str, dict[str, Any]]] = {}
-
-    def so_far() -> dict[str, Any]:
-        methods = measured[settings.ways[0]]
-        return {
-            "benchmark": "train",
-            "model": model_name(config),
-            "parameters": parameters,
-            "weights_bytes": weights,
-            "dtype": dtype,
-            "device": device_name(device),
-            "batch_size": settings.batch_size,
-            "length": settings.length,
-            "accumulation": settings.accumulation,
-            "steps": settings.steps,
-            "methods": methods,
-            "ways": measured,
-            "targets": targets.judge(settings.targets, methods, weights),
-        }
-
-    def kept(way: str, rows_so_far: dict[str, dict[str, Any]]) -> None:
-        if keep is not None:
-            measured[way] = rows_so_far
-            keep(so_far())
-
-    for position, way in enumerate(settings.ways):
-        traces = place if settings.profile and position == 0 else None
-        measured[way] = measure(way, base, batch, config, own or {}, device, traces, functools.partial(kept, way))
-        gc.collect()  # its models hold themselves in cycles, and the next are made at once
-        if keep is not None and len(measured) < len(settings.ways):
-            keep(so_far())
-    return so_far()
 
 
 def measure(
@@ -108,80 +115,97 @@ def measure(
     config: RunConfig,
     own: Mapping[str, Mapping[str, Any]],
     device: torch.device,
-    traces: Callable[[str], Path] | None = None,
+    traces: Output | None = None,
     keep: Callable[[dict[str, dict[str, Any]]], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The rows of all contenders in one way; of one that cannot be had or raises, why (`bench.rows`).
+    """The rows of all contenders in one way; of one that cannot be had or raises, why (`bench/timing.py`).
 
-    traces: where the profiler's traces belong; null: nothing is profiled. keep: given the rows before they are
-    profiled, and where an interrupt ends it sooner, rows of the rounds that all have finished (`rounds` of each).
+    traces: takes the profiler's traces; null: nothing is profiled. keep: given the rows before they are profiled, and
+    where an interrupt ends it sooner, rows of the rounds that all have finished (`rounds` of each).
     """
-    settings = config.bench
-    found: dict[str, dict[str, Any]] = {entry: {} for entry in settings.methods}  # in the order asked for
-    contenders: dict[str, Contender] = {}
-    calls: dict[str, Callable[[], None]] = {}
-
-    def failed(entry: str, error: Exception) -> None:
-        found[entry] = rows.failed(error)
-        console.log(f"bench: {entry} failed: {found[entry]['failed']}")
-        contenders.pop(entry, None)  # nothing holds its memory any more: the others may need it
-        calls.pop(entry, None)
-
-    def make(entry: str) -> None:
-        try:
-            made = contender(entry, base, config, own.get(entry))
-            ways.apply(way, made, functools.partial(step, made, batch))
-        except ModuleNotFoundError as error:
-            found[entry] = {"missing": f"{error.name} is not installed"}
-        except ways.NotAvailable as error:
-            found[entry] = {"missing": str(error)}
-        else:
-            contenders[entry] = made
-            calls[entry] = functools.partial(step, made, batch, settings.accumulation)
-
-    compiled = "compile" in ways.parts(way)
-    recomputes = "checkpointing" in ways.parts(way)
-
-    def count(entry: str) -> None:
-        measure_memory(contenders[entry], batch, device, settings.accumulation, recomputes)
-
-    def fill(rounds: int | None = None) -> None:
-        for entry, c in contenders.items():
-            c.seconds = seconds[entry][:rounds]
-        for entry, c in contenders.items():
-            found[entry] = row(c, list(contenders.values()), tokens)
-            if rounds is not None:
-                found[entry]["rounds"] = rounds
-
-    def profile_failed(entry: str, error: Exception) -> None:
-        found[entry]["profile"] = rows.failed(error)  # beside its figures, which hold
-        console.log(f"bench: {entry} failed under the profiler: {found[entry]['profile']['failed']}")
-
-    tokens = settings.batch_size * settings.length * settings.accumulation
-    for entry in settings.methods:
-        attempt(entry, functools.partial(make, entry), failed, device)
-    seconds: dict[str, list[float]] = {}
+    field = Field(way, base, batch, config, own, device)
     try:
-        take_turns(calls, settings, device, failed, seconds)
-        for entry in list(contenders):
-            if not compiled:  # the counters do not see inside compiled code
-                attempt(entry, functools.partial(count, entry), failed, device)
+        take_turns(field.calls, config.bench, device, field.failed, field.seconds)
+        if not field.compiled:  # the counters do not see inside compiled code
+            attempt_each(list(field.contenders), field.count_memory, field.failed, device)
     except BaseException:  # an interrupt
-        rounds = min((len(seconds[entry]) for entry in contenders), default=0)
+        rounds = min((len(field.seconds[entry]) for entry in field.contenders), default=0)
         if rounds and keep is not None:
-            fill(rounds)
-            keep(found)
+            keep(field.filled(rounds))
         raise
-    fill()
-    if traces is not None and calls:
+    rows = field.filled()
+    if traces is not None and field.calls:
         if keep is not None:
-            keep(found)
-        profiled = profiling.profile(calls, batch["input_ids"].numel(), device, traces, profile_failed)
+            keep(rows)
+        profiled = profiling.profile(
+            field.calls, batch["input_ids"].numel(), device, traces.place, field.failed_profile
+        )
         for entry, profile in profiled.items():
-            found[entry]["profile"] = profile
-    if compiled:
-        ways.release()
-    return found
+            rows[entry]["profile"] = profile
+    if field.compiled:
+        forget_compiled()
+    return rows
+
+
+class Field:
+    """The contenders of one way, those that could be made, and the rows of all: in the order asked for."""
+
+    def __init__(
+        self,
+        way: str,
+        base: nn.Module,
+        batch: dict[str, Tensor],
+        config: RunConfig,
+        own: Mapping[str, Mapping[str, Any]],
+        device: torch.device,
+    ) -> None:
+        self.way, self.base, self.batch, self.config, self.own, self.device = way, base, batch, config, own, device
+        self.compiled = "compile" in parts_of(way)
+        self.contenders: dict[str, Contender] = {}
+        self.calls: dict[str, Callable[[], None]] = {}  # a step of each
+        self.seconds: dict[str, list[float]] = {}
+        self._rows: dict[str, dict[str, Any]] = {entry: {} for entry in config.bench.methods}
+        attempt_each(config.bench.methods, self._make, self.failed, device)
+
+    def _make(self, entry: str) -> None:
+        try:
+            made = contender(entry, self.base, self.config, self.own.get(entry))
+            put_in_way(self.way, made, functools.partial(step, made, self.batch))
+        except ModuleNotFoundError as error:
+            self._rows[entry] = {"missing": f"{error.name} is not installed"}
+        except NotAvailable as error:
+            self._rows[entry] = {"missing": str(error)}
+        else:
+            self.contenders[entry] = made
+            self.calls[entry] = functools.partial(step, made, self.batch, self.config.bench.accumulation)
+
+    def count_memory(self, entry: str) -> None:
+        recomputes = "checkpointing" in parts_of(self.way)
+        accumulation = self.config.bench.accumulation
+        measure_memory(self.contenders[entry], self.batch, self.device, accumulation, recomputes)
+
+    def failed(self, entry: str, error: Exception) -> None:
+        """Says so in its row, and forgets it: nothing holds its memory any more, which the others may need."""
+        self._rows[entry] = failed_row(error)
+        console.log(f"bench: {entry} failed: {self._rows[entry]['failed']}")
+        self.contenders.pop(entry, None)
+        self.calls.pop(entry, None)
+
+    def failed_profile(self, entry: str, error: Exception) -> None:
+        """Says so beside its figures, which hold."""
+        self._rows[entry]["profile"] = failed_row(error)
+        console.log(f"bench: {entry} failed under the profiler: {self._rows[entry]['profile']['failed']}")
+
+    def filled(self, rounds: int | None = None) -> dict[str, dict[str, Any]]:
+        """The rows with what was measured, or with the first `rounds` of it, which then say so."""
+        tokens = self.batch["input_ids"].numel() * self.config.bench.accumulation
+        for entry, c in self.contenders.items():
+            c.seconds = self.seconds[entry][:rounds]
+        for entry, c in self.contenders.items():
+            self._rows[entry] = row(c, list(self.contenders.values()), tokens)
+            if rounds is not None:
+                self._rows[entry]["rounds"] = rounds
+        return self._rows
 
 
 def row(c: Contender, contenders: Sequence[Contender], tokens: int) -> dict[str, Any]:
@@ -200,3 +224,99 @@ def row(c: Contender, contenders: Sequence[Contender], tokens: int) -> dict[str,
         "ratio_to": ratios,
         **c.facts,
     }
+
+
+# -- what is printed --------------------------------------------------------------------------------------------------
+
+
+def title(result: dict[str, Any]) -> str:
+    """What was measured, in one line."""
+    return (
+        f"Training step: {result['model']}, {result['parameters']:,} parameters, {result['dtype']} on "
+        f"{measured_on(result)}, {_tokens(result)}"
+        + ("" if next(iter(result["ways"])) == EAGER else f", {next(iter(result['ways']))}")
+        + f", median of {result['steps']}"
+    )
+
+
+def _tokens(result: dict[str, Any]) -> str:
+    size = f"{result['batch_size']} x {result['length']} tokens"
+    return size + (f" x {result['accumulation']}" if result["accumulation"] > 1 else "")
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: the first way in full, of every further one the time, against the floor and the first."""
+    methods = result["methods"]
+    known = measured(methods)
+    references = list(next(iter(known.values()))["ratio_to"]) if known else []
+    columns = ["method", "step ms", "p20-p80", *(f"÷ {other}" for other in references)]
+    columns += ["tokens/s", "peak MiB", "saved MiB", "trainable"]
+    rows = []
+    for name, entry in methods.items():
+        if name not in known:
+            rows.append([name, kind(entry), *[NOTHING] * (len(columns) - 2)])
+            continue
+        rows.append(
+            [
+                name,
+                f"{1000 * entry['step_seconds']:.1f}",
+                f"{1000 * entry['step_seconds_p20']:.1f}-{1000 * entry['step_seconds_p80']:.1f}",
+                *(f"{entry['ratio_to'][other]:.2f}" for other in references),
+                f"{entry['tokens_per_second']:,.0f}",
+                _mebibytes(entry["peak_memory_bytes"]),
+                _mebibytes(entry["saved_bytes"]),
+                f"{entry['trainable_parameters']:,}",
+            ]
+        )
+    first, *others = result["ways"].items()
+    for way, entries in others:
+        more, cells = _further(way, entries, first[0], methods)
+        columns += more
+        rows = [row + cells[row[0]] for row in rows]
+    return columns, rows
+
+
+def _further(
+    way: str, entries: dict[str, Any], first: str, methods: dict[str, Any]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """A further way's columns, and its cells by method."""
+    known = measured(entries)
+    floor = next((other for entry in known.values() for other in entry["ratio_to"] if other.startswith("floor")), None)
+    compiled = "compile" in parts_of(way)
+    columns = [f"{way} ms", f"÷ {first}", *([f"÷ {way} {floor}"] if floor else [])]
+    columns.append("graph breaks" if compiled else f"{way} peak MiB")
+    cells = {}
+    for name, entry in entries.items():
+        if name not in known:
+            cells[name] = [kind(entry), *[NOTHING] * (len(columns) - 1)]
+            continue
+        before = methods[name].get("step_seconds")
+        cells[name] = [
+            f"{1000 * entry['step_seconds']:.1f}",
+            f"{entry['step_seconds'] / before:.2f}" if before else NOTHING,
+            *([f"{entry['ratio_to'][floor]:.2f}"] if floor else []),
+            str(entry["graph_breaks"]) if compiled else _mebibytes(entry["peak_memory_bytes"]),
+        ]
+    return columns, cells
+
+
+def _mebibytes(count: int | None) -> str:
+    return NOTHING if count is None else f"{count / 2**20:,.1f}"
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """Lines below the table: what is missing or failed and why, why graphs broke, and which targets hold."""
+    lines = []
+    for way, entries in result["ways"].items():
+        where = "" if way == EAGER else f"{way}: "
+        without = {name: entry for name, entry in entries.items() if absent(entry)}
+        said = {name: f"{where}{name}: {absent(entry)}" for name, entry in without.items()}
+        if len({absent(entry) for entry in without.values()}) == 1 and len(without) == len(entries) > 1:
+            name, entry = next(iter(without.items()))
+            said = {name: f"{where}every method: {absent(entry)}"}
+        lines += [f"{kind(without[name])}: {text}" for name, text in said.items()]
+        for name, entry in entries.items():
+            if "profile" in entry and (why := absent(entry["profile"])):
+                lines.append(f"failed: {where}{name}, under the profiler: {why}")
+            lines += [f"graph break: {name}: {reason}" for reason in entry.get("graph_break_reasons", ())]
+    return lines + targets.lines(result["targets"])

@@ -40,7 +40,7 @@ def run(
 ) -> dict[str, Any]:
     """Evaluates and writes `eval/<task>.json` and its samples; returns accuracies by task and group."""
     from sparseft import evaluation
-    from sparseft.data.question_hashes import Seen
+    from sparseft.data.question_hashes import QuestionHashes
     from sparseft.evaluation import contamination
     from sparseft.runs import environment
 
@@ -52,7 +52,7 @@ def run(
     target = find_target(config, run=run, adapter=adapter, base=base, overrides=overrides)
     # What would be refused after the answers, which may take hours, is refused before them.
     check_place(config, target)
-    seen = Seen.load(target.trained) if target.trained is not None else None
+    seen = QuestionHashes.load(target.trained) if target.trained is not None else None
     data_dir = config.eval.data_dir
     if data_dir is None and target.model.path.startswith(BUNDLED):
         data_dir = evaluation.BUNDLED_DATA

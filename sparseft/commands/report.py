@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.errors import UserError
-from sparseft.report.sections import build_report
+from sparseft.report.page import build_report
 from sparseft.runs.folder import OUTPUTS, REPORT, find_run, latest_run, timestamp
 
 

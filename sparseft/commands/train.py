@@ -224,7 +224,7 @@ class Job:
             "format": data.format,
             "examples": len(data.train),
             "rows": len(self.rows),
-            "tokens": data.tokens,
+            "tokens": data.train.num_tokens,
             "fingerprint": data.fingerprint,
         }
         dtype = str(self.dtype).removeprefix("torch.")
@@ -341,7 +341,7 @@ class Job:
 
     def _reselection(self, clock: Any) -> Any:
         """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time."""
-        from sparseft.data import calibration_batches
+        from sparseft.data.sampling import calibration_batches
         from sparseft.selection.compute import reselect
         from sparseft.training.reselection import Reselection
 

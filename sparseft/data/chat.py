@@ -21,13 +21,15 @@ from __future__ import annotations
 import json
 import os.path
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparseft.data.formats import Example, check_encodable, is_empty, unused_sentence
-from sparseft.data.sources import Records
-from sparseft.data.tokenized import Encoder
+from jinja2.exceptions import TemplateError
+
+from sparseft.data.encoding import Encoder
+from sparseft.data.formats import Converter, Example, Segments, counted, is_empty, join_prompts, unused_sentence
+from sparseft.data.prompts import PLAIN_ASSISTANT, PLAIN_BREAK, plain_turn
 from sparseft.errors import UserError, nearest, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -36,7 +38,6 @@ SWITCHES = ("weight", "train", "loss", "train_on_turn")  # of a message: whether
 _CONTEXT = ("tools", "documents")  # of a record: lists that templates may use
 
 Message = dict[str, Any]  # role, content, and what else the template may use
-Segments = list[tuple[str, bool]]  # text, and whether it is an answer
 
 # Stands in for an answer, to see what the template writes around it whatever the answer says.
 _STAND_IN = "STANDS7IN7FOR7AN7ANSWER"
@@ -69,14 +70,15 @@ class Answer:
     endless: bool  # the template writes nothing at all behind it
 
 
-class Chats:
-    """Turns the conversations of a data set into examples, chunk by chunk, and counts what it leaves out."""
+class Chats(Converter):
+    """Converts conversations with the encoder's tokenizer; `plain`: without its chat template."""
 
     def __init__(self, encoder: Encoder, plain: bool = False) -> None:
+        super().__init__()
         self.encoder = encoder
         self.tokenizer = encoder.tokenizer
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
-        # Why the template is not used; null: it is.
+        # Why the template is not used; None: it is.
         self._plainly = (
             None if has_template and not plain else "as set" if plain else "the tokenizer has no chat template"
         )
@@ -86,31 +88,23 @@ class Chats:
         self._refused: Counter[str] = Counter()  # answers whose prompt the template refuses, by its words
         self._first_refused: dict[str, str] = {}
         self._unused: Counter[str] = Counter()  # records, by a field that the template does not use
-        self._unknown: Counter[str] = Counter()  # records, by a field that nothing uses
         self._unwritten: Counter[str] = Counter()  # messages whose content the template does not write, by role
         self._asked = 0
         self._asked_with: Counter[str] = Counter()  # answers, by an end of the prompt that stands in no text
 
-    def convert(self, records: Records) -> list[Example]:
-        """Examples of these conversations. Raises UserError naming file and record for a conversation that lacks
-        something, that the template refuses, or in which it does not show where an answer begins."""
-        examples = []
-        for index, item in enumerate(records.items):
-            chat = parse_conversation(item, records.where(index))
-            self._asked += chat.asked
-            used = next((key for key in ("messages", "conversations") if item.get(key) is not None), "messages")
-            self._unknown.update(
-                key for key in item if key not in (used, "system", *_CONTEXT) and not is_empty(item[key])
-            )
-            if not chat.learnt:
-                self._masked += 1
-                continue
-            questions = tuple(message["content"] for message in chat.messages if message["role"] == "user")
-            for segments, closed in self._plain(chat) if self._plainly else self._rendered(chat):
-                example = Example(segments, chat.where, records.start + index, closed, questions)
-                check_encodable(example)
-                examples.append(example)
-        return examples
+    def _examples(self, item: dict[str, Any], where: str) -> Iterator[Example]:
+        """Raises UserError for a conversation that lacks something, that the template refuses, or in which it does not
+        show where an answer begins."""
+        chat = parse_conversation(item, where)
+        self._asked += chat.asked
+        used = next((key for key in ("messages", "conversations") if item.get(key) is not None), "messages")
+        self._unknown.update(key for key in item if key not in (used, "system", *_CONTEXT) and not is_empty(item[key]))
+        if not chat.learnt:
+            self._masked += 1
+            return
+        questions = tuple(message["content"] for message in chat.messages if message["role"] == "user")
+        for segments, closed in self._plain(chat) if self._plainly else self._rendered(chat):
+            yield Example(segments, where, closed=closed, questions=questions)
 
     def note(self, source: str) -> str:
         """How the messages were rendered and what was left out, as a sentence."""
@@ -119,24 +113,24 @@ class Chats:
         else:
             parts = ["messages rendered with the tokenizer's chat template"]
         for reason, count in self._apart.most_common():
-            parts.append(f"{_count(count, 'conversation')} as one example an answer: {reason}")
+            parts.append(f"{counted(count, 'conversation')} as one example an answer: {reason}")
         if self._masked:
-            parts.append(f"{_count(self._masked, 'conversation')} left out: all answers are masked")
+            parts.append(f"{counted(self._masked, 'conversation')} left out: all answers are masked")
         for reason, count in self._refused.most_common():
             parts.append(
-                f"{_count(count, 'answer')} left out, whose prompt the template refuses: {reason} (first: "
+                f"{counted(count, 'answer')} left out, whose prompt the template refuses: {reason} (first: "
                 f"{self._first_refused[reason]})"
             )
         for end, count in self._asked_with.most_common():
             parts.append(
-                f"generation is asked for {_count(count, 'answer')} with {shown(repr(end))} at the prompt's end, which "
-                "the template does not write there in conversations"
+                f"generation is asked for {counted(count, 'answer')} with {shown(repr(end))} at the prompt's end, "
+                "which the template does not write there in conversations"
             )
         for role, count in self._unwritten.most_common():
-            parts.append(f"the template does not write {_count(count, f'{role} message')} as given")
+            parts.append(f"the template does not write {counted(count, f'{role} message')} as given")
         if self._asked:
             parts.append(
-                f"{_count(self._asked, 'message')} of others than the assistant asked to be learnt; only answers are"
+                f"{counted(self._asked, 'message')} of others than the assistant asked to be learnt; only answers are"
             )
         by = ": no chat template writes them" if self._plainly else " by the template"
         parts += [*unused_sentence(self._unused, by), *unused_sentence(self._unknown)]
@@ -321,8 +315,6 @@ class Chats:
 
     def _try(self, messages: list[Message], chat: Conversation, *, prompt: bool = False) -> str:
         """What the template writes; `prompt`: with what asks for the next answer. Refused where it cannot."""
-        from jinja2.exceptions import TemplateError
-
         try:
             # As a batch of one, which unlike a conversation may be empty: the prompt of one that the assistant opens.
             return self.tokenizer.apply_chat_template(
@@ -342,12 +334,6 @@ _SHOWS_NOT = (
 
 class Refused(Exception):
     """The template cannot render these messages; its own words."""
-
-
-def convert_messages(records: Records, tokenizer: Any) -> tuple[list[Example], str]:
-    """Examples of all conversations in `records`, and a sentence saying how they were rendered."""
-    chats = Chats(Encoder(tokenizer))
-    return chats.convert(records), chats.note(records.source)
 
 
 def parse_conversation(item: dict[str, Any], where: str) -> Conversation:
@@ -462,24 +448,13 @@ def _space(text: str) -> str:
     return text[len(text.rstrip()) :]
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number > 1 else ''}"
-
-
 def _in_plain_text(chat: Conversation) -> Segments:
-    """`User: question`, blank line, `Assistant: answer`, blank line; other roles by their own names.
-
-    A prompt ends with `Assistant:`; the space after it belongs to the answer, as in the guanaco format.
-    """
-    segments: Segments = []
-    prompt = ""
-    for turn, message in enumerate(chat.messages):
-        prompt += "\n\n" if turn else ""
+    """`User: question`, blank line, `Assistant: answer`, blank line; other roles by their own names."""
+    parts: Segments = []
+    for turn, message in enumerate(chat.messages[: chat.learnt[-1] + 1]):
+        parts.append((PLAIN_BREAK if turn else "", False))
         if turn in chat.learnt:
-            segments += [(f"{prompt}Assistant:", False), (f" {message['content']}", True)]
-            prompt = ""
-        elif message["role"] in ("system", "developer"):
-            prompt += message["content"]
+            parts += [(PLAIN_ASSISTANT, False), (f" {message['content']}", True)]
         else:
-            prompt += f"{message['role'].capitalize()}: {message['content']}"
-    return segments
+            parts.append((plain_turn(message["role"], message["content"]), False))
+    return join_prompts(parts)

@@ -15,17 +15,17 @@ evaluation alone. Fields that a format does not have are counted in a note.
 
 from __future__ import annotations
 
+import abc
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_follow_up, alpaca_prompt
+from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_conversation
 from sparseft.data.sources import Records, kind
 from sparseft.errors import UserError, nearest, shown
 
-FORMATS = ("alpaca", "guanaco", "messages", "oasst_trees", "prompt_completion", "text")
 DETECTION_RECORDS = 16  # how many of the first records decide the format
 
 _EXPECTED = (
@@ -44,16 +44,18 @@ _TYPES = {
 _PARTNERS = {"instruction": "output", "output": "instruction", "prompt": "completion", "completion": "prompt"}
 _MARKERS = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
 
+Segments = list[tuple[str, bool]]  # texts, and whether each is an answer: whether the loss counts on it
+
 
 @dataclass
 class Example:
     """One training example before tokenisation.
 
-    The segments' texts joined are the whole text; each says whether it is an answer, that is, whether the loss counts
-    on it. Segments are tokenised separately, so that no token spans the border of prompt and answer.
+    The segments' texts joined are the whole text. Segments are tokenised separately, so that no token spans the border
+    of prompt and answer.
     """
 
-    segments: list[tuple[str, bool]]
+    segments: Segments
     source: str  # file and record, for messages
     record: int = 0  # index of the record it came from: examples of one record stay on one side of a split
     closed: bool = False  # the last answer's text ends with an end-of-turn token of its own; no EOS is added then
@@ -137,30 +139,43 @@ def _is_flat_message(item: dict[str, Any]) -> bool:
     return {"message_id", "parent_id", "text", "role"} <= item.keys()
 
 
-def check_format(name: str) -> str:
-    """`name` if it is `auto` or a known format, else UserError."""
-    if name not in ("auto", *FORMATS):
-        raise UserError(f"dataset.format: there is no format '{name}'.{nearest(name, ('auto', *FORMATS))}")
-    return name
+class Converter(abc.ABC):
+    """Turns the records of a data set into examples, chunk by chunk, and counts what it leaves out."""
 
-
-class Plain:
-    """Converts a data set chunk by chunk in a format that needs to know nothing of the other records."""
-
-    def __init__(self, format: str) -> None:
-        self.format = format
+    def __init__(self) -> None:
         self._unknown: Counter[str] = Counter()  # records, by a field that nothing uses
 
     def convert(self, records: Records) -> list[Example]:
-        """The examples of these records."""
-        known = _FIELDS[self.format]
-        for item in records.items:
-            self._unknown.update(str(key) for key in item if key not in known and not is_empty(item[key]))
-        return convert(records, self.format)
+        """The examples of these records. UserError names file and record of one that lacks something."""
+        examples = []
+        for index, item in enumerate(records.items):
+            where = records.where(index)
+            for example in self._examples(item, where):
+                example.record = records.start + index
+                check_encodable(example)
+                examples.append(example)
+        return examples
+
+    @abc.abstractmethod
+    def _examples(self, item: dict[str, Any], where: str) -> Iterable[Example]:
+        """The examples of one record, which stands at `where`."""
 
     def note(self, source: str) -> str | None:
-        """What the user should be told of the conversion, once all records are converted."""
+        """What the user should be told of the conversion once all records are converted; None: nothing."""
         return "; ".join(unused_sentence(self._unknown)) or None
+
+
+class Plain(Converter):
+    """`alpaca`, `guanaco`, `prompt_completion` and `text`: a record is one example."""
+
+    def __init__(self, format: str) -> None:
+        super().__init__()
+        self.format = format
+
+    def _examples(self, item: dict[str, Any], where: str) -> Iterator[Example]:
+        self._unknown.update(str(key) for key in item if key not in _FIELDS[self.format] and not is_empty(item[key]))
+        segments = _SEGMENTS[self.format](item, where)
+        yield Example(segments, where, questions=_QUESTIONS[self.format](item))
 
 
 _FIELDS = {
@@ -173,36 +188,26 @@ _MOST_FIELDS = 12  # named in one note
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field holds nothing: null, or an empty text, list or object."""
+    """Whether a field holds nothing: None, or an empty text, list or object."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def unused_sentence(fields: Counter[str], by: str = "") -> list[str]:
     """`field 'id' of 12 records, 'source' of 3 records not used`, as a list of one sentence, or of none. `fields`
     counts records; `by` says who does not use them."""
-    counted = [(name, count) for name, count in fields.most_common() if count]
-    named = [f"'{shown(name)}' of {count:,} record{'s' if count > 1 else ''}" for name, count in counted[:_MOST_FIELDS]]
-    if len(counted) > _MOST_FIELDS:
-        named.append(f"{len(counted) - _MOST_FIELDS} others")
+    used = [(name, count) for name, count in fields.most_common() if count]
+    named = [f"'{shown(name)}' of {counted(count, 'record')}" for name, count in used[:_MOST_FIELDS]]
+    if len(used) > _MOST_FIELDS:
+        named.append(f"{len(used) - _MOST_FIELDS} others")
     if not named:
         return []
-    noun, verb = ("field", "is") if len(counted) == 1 else ("fields", "are")
+    noun, verb = ("field", "is") if len(used) == 1 else ("fields", "are")
     return [f"{noun} {', '.join(named)} {verb} not used{by}"]
 
 
-def convert(records: Records, format: str) -> list[Example]:
-    """The examples of all records in `format`: any of FORMATS but `messages` and `oasst_trees`, which have modules.
-
-    Raises UserError naming file and record for one that lacks a key, has no text in it, or an empty answer.
-    """
-    build = _BUILDERS[format]
-    examples = []
-    for index, item in enumerate(records.items):
-        where = records.where(index)
-        example = Example(build(item, where), where, records.start + index, questions=_QUESTIONS[format](item))
-        check_encodable(example)
-        examples.append(example)
-    return examples
+def counted(number: int, noun: str) -> str:
+    """`1 record`, `2 records`."""
+    return f"{number:,} {noun}{'s' if number > 1 else ''}"
 
 
 def check_encodable(example: Example) -> None:
@@ -219,17 +224,13 @@ def check_encodable(example: Example) -> None:
             ) from error
 
 
-def _alpaca(item: dict[str, Any], where: str) -> list[tuple[str, bool]]:
+def _alpaca(item: dict[str, Any], where: str) -> Segments:
     instruction = _text(item, "instruction", where, "alpaca")
     if not instruction.strip():
         raise UserError(f"{where}: 'instruction' is empty; an alpaca record needs a question.")
     given = "" if item.get("input") is None else _text(item, "input", where, "alpaca")
     system = "" if item.get("system") is None else _text(item, "system", where, "alpaca")
-    prompt, follow_up = "", False
-    for question, answer in _history(item, where):
-        prompt += alpaca_follow_up(question) if follow_up else alpaca_prompt(question, system=system)
-        prompt, follow_up = prompt + answer.rstrip(), True
-    prompt += alpaca_follow_up(instruction, given) if follow_up else alpaca_prompt(instruction, given, system)
+    prompt = alpaca_conversation(_history(item, where), instruction, given, system)
     return [(prompt, False), (_answer(item, "output", where, "alpaca"), True)]
 
 
@@ -246,16 +247,16 @@ def _history(item: dict[str, Any], where: str) -> list[tuple[str, str]]:
     return [(question, answer) for question, answer in history]
 
 
-def _prompt_completion(item: dict[str, Any], where: str) -> list[tuple[str, bool]]:
+def _prompt_completion(item: dict[str, Any], where: str) -> Segments:
     prompt = _text(item, "prompt", where, "prompt_completion")
     return [(prompt, False), (_answer(item, "completion", where, "prompt_completion"), True)]
 
 
-def _plain(item: dict[str, Any], where: str) -> list[tuple[str, bool]]:
+def _plain(item: dict[str, Any], where: str) -> Segments:
     return [(_answer(item, "text", where, "text"), True)]
 
 
-def _guanaco(item: dict[str, Any], where: str) -> list[tuple[str, bool]]:
+def _guanaco(item: dict[str, Any], where: str) -> Segments:
     """Cuts at the markers only: joined, the segments are the text exactly, white space and all.
 
     A prompt ends right after `### Assistant:`, as it does when a model is asked; the space that follows belongs to
@@ -267,28 +268,31 @@ def _guanaco(item: dict[str, Any], where: str) -> list[tuple[str, bool]]:
         raise UserError(f"{where}: the guanaco text has no '{ASSISTANT}' turn to learn from.")
     if HUMAN not in pieces[1::2]:
         raise UserError(f"{where}: the guanaco text has no '{HUMAN}' turn.")
-    segments: list[tuple[str, bool]] = []
-    prompt = pieces[0]
+    parts: Segments = [(pieces[0], False)]
     for marker, turn in zip(pieces[1::2], pieces[2::2], strict=True):
-        if marker == HUMAN:
-            prompt += marker + turn
-            continue
-        if not turn.strip():
+        if marker == ASSISTANT and not turn.strip():
             raise UserError(f"{where}: an '{ASSISTANT}' turn is empty; every answer needs text.")
-        segments += [(prompt + marker, False), (turn, True)]
-        prompt = ""
-    if prompt:
-        segments.append((prompt, False))  # a question nobody answered
-    return segments
+        parts += [(marker, False), (turn, marker == ASSISTANT)]
+    return join_prompts(parts)
 
 
-_BUILDERS: dict[str, Callable[[dict[str, Any], str], list[tuple[str, bool]]]] = {
+def join_prompts(segments: Segments) -> Segments:
+    """The segments with all that stands between two answers as one."""
+    joined: Segments = []
+    for text, answer in segments:
+        if joined and not answer and not joined[-1][1]:
+            joined[-1] = (joined[-1][0] + text, False)
+        elif text:
+            joined.append((text, answer))
+    return joined
+
+
+_SEGMENTS: dict[str, Callable[[dict[str, Any], str], Segments]] = {
     "alpaca": _alpaca,
     "guanaco": _guanaco,
     "prompt_completion": _prompt_completion,
     "text": _plain,
 }
-
 
 _QUESTIONS: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
     "alpaca": lambda item: (

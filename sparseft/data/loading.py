@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from sparseft.config import BUNDLED, DatasetConfig
+from sparseft.config import BUNDLED, DatasetConfig, in_bundle
 from sparseft.data.chat import Chats
-from sparseft.data.collating import seeded_first
-from sparseft.data.formats import DETECTION_RECORDS, Plain, check_format, check_records, detect_format
-from sparseft.data.oasst_trees import PATHS, Trees
+from sparseft.data.encoding import Encoder, tokenize
+from sparseft.data.formats import DETECTION_RECORDS, Converter, Plain, check_records, detect_format
+from sparseft.data.oasst_trees import Trees
 from sparseft.data.packing import PackedDataset
-from sparseft.data.question_hashes import Seen
-from sparseft.data.sources import BUNDLED_ROOT, Source, open_source
-from sparseft.data.token_cache import Cache, Damaged, MemoryWriter, Tokens, Writer, tokens_key
-from sparseft.data.tokenized import Encoder, TokenizedDataset, tokenize
+from sparseft.data.question_hashes import QuestionHashes
+from sparseft.data.sampling import seeded_first
+from sparseft.data.sources import Source, open_source
+from sparseft.data.token_cache import Cache, Damaged, Writer, tokens_key
+from sparseft.data.tokenized import TokenizedDataset, Tokens
 from sparseft.errors import UserError, nearest
 
 # What the package bundles for a family of data sets: training file, and an evaluation file where there is one.
@@ -28,21 +29,21 @@ BUNDLED_SETS = {
     "text": "text/train.txt",
     "json": "commonsense/train.json",
 }
-TOO_LONG = ("cut_answer", "drop")
 
 
 @dataclass
 class LoadedData:
+    """What a `DatasetConfig` names, in tokens."""
+
     train: TokenizedDataset
     eval: TokenizedDataset | None  # None: no evaluation examples
-    format: str  # one of formats.FORMATS, given or detected
+    format: str  # given or detected
     train_source: str  # as the user or the config named it
     eval_source: str  # empty without evaluation examples
     fingerprint: str  # sha256 over the tokenised training examples, labels included
     dropped: int  # training and split-off examples left out as too long or without a token to learn
     cut: int  # of those kept, how many had their answer cut
-    tokens: int  # of the training examples
-    questions: Seen  # of the training examples
+    questions: QuestionHashes  # of the training examples
     eval_overlap: int  # questions of the evaluation examples that are training questions too, by their normalised text
     packed: PackedDataset | None = None  # the training examples, several a row, with `packing`
     notes: list[str] = field(default_factory=list)  # sentences to tell the user: format, counts, overlap
@@ -56,66 +57,60 @@ def load_datasets(
     max_length: int,
     seed: int,
     bundled: bool,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | Path,
 ) -> LoadedData:
-    """Reads, converts, splits and tokenises what `config` names.
+    """Reads, converts, splits and tokenises what `config` names; its fields and `max_length` (tokens, at least 2) have
+    been validated.
 
     Training examples come from `train_path`; else, with the bundled model (`bundled`), from the bundled set of the
     family `config.name`; else from `hub_path`. Evaluation examples come from `eval_path`; else from the bundled set's
     own evaluation file; else `eval_fraction` of the training records is split off by a permutation of `seed`: at
     least one where there are two, and never all. Where there is one record only (a long text), its pieces are split.
-    `max_examples` cuts the training records before anything else. `max_length` is in tokens.
+    `max_examples` cuts the training records before anything else.
 
-    With `cache_dir` the tokens lie in files there, which are mapped into memory and used again by whoever has the same
-    data, tokenizer and settings: memory then does not grow with the data, but for some 50 bytes an example. Without,
-    they are kept in memory.
+    The tokens lie in files below `cache_dir`, which are mapped into memory and used again for the same data, tokenizer
+    and settings: memory does not grow with the data, but for some 50 bytes an example.
 
-    Raises UserError for a wrong setting, a missing or broken file, a bad record, or if no example is left.
+    Raises UserError for a missing or broken file, a bad record, or if no example is left.
     """
-    _check(config, max_length)
     path, split, own_eval = _training_path(config, bundled)
-    reader = _Reader(config, Encoder(tokenizer), max_length, Cache(cache_dir) if cache_dir is not None else None)
+    reader = _Reader(config, Encoder(tokenizer), max_length, Cache(cache_dir))
 
     source = open_source(path, split=split, key="dataset.train_path")
-    format, whole = reader.read(source, "training", config.max_examples)
-    train, questions = whole.dataset, Seen(whole.questions)
-    evaluation, eval_source, eval_questions = None, "", np.empty(0, np.uint64)
+    format, train = reader.read(source, "training", config.max_examples)
+    evaluation, eval_source, overlap = None, "", 0
     eval_path = config.eval_path or own_eval
     if eval_path:
         there = open_source(eval_path, split=None, key="dataset.eval_path")
-        _, held = reader.read(there, "evaluation", None)
-        evaluation, eval_source, eval_questions = held.dataset, there.name, held.questions
+        _, evaluation = reader.read(there, "evaluation", None)
+        eval_source = there.name
     elif config.eval_fraction > 0:
-        kept, held_out = split_off(whole.records, config.eval_fraction, seed)
-        if len(held_out):
-            train, evaluation = whole.dataset.subset(kept), whole.dataset.subset(held_out)
-            eval_source = f"{source.name} ({len(held_out)} examples split off)"
-            mine = np.isin(whole.question_records, whole.records[kept])
-            questions, eval_questions = Seen(whole.questions[mine]), whole.questions[~mine]
-        else:
+        train, evaluation = split_off(train, config.eval_fraction, seed)
+        if evaluation is None:
             reader.notes.append("a single example cannot be split: no evaluation examples")
-    eval_questions = np.unique(eval_questions)
-    overlap = int(np.isin(eval_questions, questions.hashes).sum())
+        else:
+            eval_source = f"{source.name} ({len(evaluation.dataset)} examples split off)"
+    questions = QuestionHashes(train.questions)
     if evaluation is not None:
+        eval_questions = np.unique(evaluation.questions)
+        overlap = int(np.isin(eval_questions, questions.hashes).sum())
         # Held-out data that the user chose should share nothing; repeats within one file are just worth knowing.
         said = reader.warnings if eval_path else reader.notes
-        said += _overlap(train, evaluation, overlap, len(eval_questions))
+        said += _overlap(train.dataset, evaluation.dataset, overlap, len(eval_questions))
     if reader.encoder.eos is None:
         reader.notes.append("the tokenizer has no EOS token, so answers do not teach the model to stop")
-    packed = PackedDataset(train, max_length) if config.packing else None
     return LoadedData(
-        train=train,
-        eval=evaluation,
+        train=train.dataset,
+        eval=None if evaluation is None else evaluation.dataset,
         format=format,
         train_source=source.name,
         eval_source=eval_source,
-        fingerprint=train.fingerprint(),
-        dropped=whole.facts.dropped,
-        cut=whole.facts.cut,
-        tokens=train.num_tokens,
+        fingerprint=train.dataset.fingerprint(),
+        dropped=train.facts.dropped,
+        cut=train.facts.cut,
         questions=questions,
         eval_overlap=overlap,
-        packed=packed,
+        packed=PackedDataset(train.dataset, max_length) if config.packing else None,
         notes=reader.notes,
         warnings=reader.warnings,
     )
@@ -141,22 +136,6 @@ def no_row(token: int, tokenizer: Any, rows: int, what: str = "embeddings have")
     )
 
 
-def _check(config: DatasetConfig, max_length: int) -> None:
-    check_format(config.format)
-    if config.too_long not in TOO_LONG:
-        raise UserError(
-            f"dataset.too_long: there is no choice '{config.too_long}'.{nearest(config.too_long, TOO_LONG)}"
-        )
-    if config.paths not in PATHS:
-        raise UserError(f"dataset.paths: there is no choice '{config.paths}'.{nearest(config.paths, PATHS)}")
-    if not 0 <= config.eval_fraction < 1:
-        raise UserError(f"dataset.eval_fraction is {config.eval_fraction}; expected a share in [0, 1).")
-    if config.max_examples is not None and config.max_examples < 1:
-        raise UserError(f"dataset.max_examples is {config.max_examples}; expected at least 1, or null for all.")
-    if max_length < 2:
-        raise UserError(f"trainer.max_length is {max_length} tokens; expected at least 2.")
-
-
 def _training_path(config: DatasetConfig, bundled: bool) -> tuple[str, str, str | None]:
     """Path, split (for a hub id) and, for a bundled set, its own evaluation file."""
     if config.train_path:
@@ -167,10 +146,9 @@ def _training_path(config: DatasetConfig, bundled: bool) -> tuple[str, str, str 
                 f"No data set is bundled for dataset '{config.name}'; give a file with dataset.train_path=FILE."
                 f"{nearest(config.name, BUNDLED_SETS)}"
             )
-        train = BUNDLED_SETS[config.name]
+        train = f"{BUNDLED}data/{BUNDLED_SETS[config.name]}"
         own_eval = train.replace("/train.", "/eval.")
-        has_eval = (BUNDLED_ROOT / "data" / own_eval).is_file()
-        return f"{BUNDLED}data/{train}", config.hub_split, f"{BUNDLED}data/{own_eval}" if has_eval else None
+        return train, config.hub_split, own_eval if in_bundle(own_eval) else None
     if config.hub_path:
         return config.hub_path, config.hub_split, None
     raise UserError(
@@ -182,7 +160,7 @@ def _training_path(config: DatasetConfig, bundled: bool) -> tuple[str, str, str 
 class _Reader:
     """Sources to tokens, by one configuration; collects what there is to say about them."""
 
-    def __init__(self, config: DatasetConfig, encoder: Encoder, max_length: int, cache: Cache | None) -> None:
+    def __init__(self, config: DatasetConfig, encoder: Encoder, max_length: int, cache: Cache) -> None:
         self.config, self.encoder, self.max_length, self.cache = config, encoder, max_length, cache
         self.notes: list[str] = []
         self.warnings: list[str] = []
@@ -222,10 +200,6 @@ class _Reader:
 
     def _cached(self, source: Source, format: str, role: str, count: int | None) -> tuple[Tokens, Path | None]:
         """The tokens, and where they were found if they need not be made."""
-        if self.cache is None:
-            writer = MemoryWriter()
-            self._write(source, format, role, count, writer)
-            return writer.tokens(), None
         content = source.content()
         key = tokens_key(content, self.encoder.tokenizer, self._settings(format, count))
         try:
@@ -257,7 +231,7 @@ class _Reader:
         }
 
     def _write(self, source: Source, format: str, role: str, count: int | None, writer: Writer) -> None:
-        converter: Chats | Plain | Trees
+        converter: Converter
         if format == "messages":
             converter = Chats(self.encoder, self.config.plain_chat)
         elif format == "oasst_trees":
@@ -270,7 +244,6 @@ class _Reader:
             writer.facts.mixed = writer.facts.mixed or mixed
             examples = converter.convert(records)
             writer.facts.records += len(records)
-            writer.facts.examples += len(examples)
             writer.add(
                 tokenize(
                     examples,
@@ -293,21 +266,24 @@ class _Reader:
             )
 
 
-def split_off(records: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of examples to train on and to evaluate on: disjoint, together all, both in ascending order.
+def split_off(tokens: Tokens, fraction: float, seed: int) -> tuple[Tokens, Tokens | None]:
+    """What to train on and what to evaluate on: disjoint, together all, both in the order of the file.
 
-    `records[i]` is the record that example i came from. Examples of one record go to one side, so a conversation
-    does not evaluate itself; with a single record the examples are split one by one. `fraction` is a share of the
-    records in (0, 1), rounded, at least one and never all. The second is empty if there is one example only.
+    Examples of one record go to one side, so a conversation does not evaluate itself; with a single record the examples
+    are split one by one. `fraction` is a share of the records in (0, 1), rounded, at least one and never all. The
+    second is None if there is one example only.
     """
-    names, groups = np.unique(records, return_inverse=True)
+    names, groups = np.unique(tokens.records, return_inverse=True)
     if len(names) == 1:
-        names = groups = np.arange(len(records))
+        names = groups = np.arange(len(tokens.records))
     count = min(max(1, round(fraction * len(names))), len(names) - 1)
+    if count == 0:
+        return tokens, None
     held_out = np.zeros(len(names), bool)
     held_out[seeded_first(count, len(names), seed, "evaluation")] = True
-    chosen = held_out[groups]
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    held_out = held_out[groups]
+    asked = np.isin(tokens.question_records, tokens.records[~held_out])  # in training
+    return tokens.part(~held_out, asked), tokens.part(held_out, ~asked)
 
 
 def _overlap(train: TokenizedDataset, evaluation: TokenizedDataset, questions: int, of: int) -> list[str]:

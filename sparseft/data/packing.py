@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from sparseft.models import probing
 
 
 class PackedDataset:
@@ -125,10 +124,6 @@ def check_packing(model: nn.Module, batch_size: int) -> None:
     Two random examples in a row: the second one's logits must not depend on the first (the gradient is exactly zero
     where attention is masked) and must be those that it has alone. Weights and modes are left as they were.
     """
-    import torch
-
-    from sparseft.models import probing
-
     rows, border, length = min(batch_size, 2), 7, 16
     ids = probing.plain_tokens(model, rows, length)
     positions = torch.cat([torch.arange(border), torch.arange(length - border)]).to(ids.device).expand(rows, -1)

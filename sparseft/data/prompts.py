@@ -5,6 +5,8 @@ A prompt that differs between the two silently costs accuracy, so nothing else m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -15,8 +17,21 @@ ALPACA_WITH_INPUT = (
     "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
+ALPACA_INSTRUCTION = "### Instruction"  # where a model that goes on begins a question of its own
+
+# Guanaco's turns. A prompt ends with `### Assistant:`; the space that follows belongs to the answer, where a tokenizer
+# can join it to the first word. The same holds for plain chats.
 HUMAN = "### Human:"
 ASSISTANT = "### Assistant:"
+
+PLAIN_ASSISTANT = "Assistant:"
+PLAIN_BREAK = "\n\n"  # between two messages of a plain chat
+
+# The first words of LLM-Adapters' questions with a choice of answers.
+CHOOSE_ANSWER = "Please choose the correct answer to the question: "
+CHOOSE_SOLUTION = "Please choose the correct solution to the question: "
+CHOOSE_ENDING = "Please choose the correct ending to complete the given sentence: "
+CHOOSE_OPTION = "Please choose the correct answer to fill in the blank to complete the given sentence: "
 
 
 def alpaca_prompt(instruction: str, input: str = "", system: str = "") -> str:
@@ -28,10 +43,47 @@ def alpaca_prompt(instruction: str, input: str = "", system: str = "") -> str:
     return system.rstrip() + prompt[prompt.index("\n\n### ") :] if system.strip() else prompt
 
 
-def alpaca_follow_up(instruction: str, input: str = "") -> str:
-    """What follows an answer to ask for the next one: the Alpaca prompt without its first words."""
+def alpaca_conversation(history: Iterable[tuple[str, str]], instruction: str, input: str = "", system: str = "") -> str:
+    """The Alpaca prompt behind earlier questions and their answers; only the first question has the words before it."""
+    text = ""
+    for question, answer in history:
+        text += _alpaca_turn(text, question, "", system) + answer.rstrip()
+    return text + _alpaca_turn(text, instruction, input, system)
+
+
+def _alpaca_turn(before: str, instruction: str, input: str, system: str) -> str:
+    if not before:
+        return alpaca_prompt(instruction, input, system)
     prompt = alpaca_prompt(instruction, input)
     return prompt[prompt.index("\n\n### ") :]
+
+
+def human_turn(text: str) -> str:
+    """A question in the guanaco format."""
+    return f"{HUMAN} {text}"
+
+
+def plain_turn(role: str, text: str) -> str:
+    """A message of a plain chat that is not learnt: with its role before it, but for instructions to the model."""
+    return text if role in ("system", "developer") else f"{role.capitalize()}: {text}"
+
+
+def true_or_false(question: str) -> str:
+    """LLM-Adapters' instruction for a question (without its mark) to be answered with true or false."""
+    head = "Please answer the following question with true or false, question: "
+    return f"{head}{question}?\n\nAnswer format: true/false"
+
+
+def choose(head: str, label: str, texts: list[str], separator: str = " ", before_format: str = "\n\n") -> str:
+    """LLM-Adapters' instruction for a choice: `head`, `Answer1: … Answer2: …`, `Answer format: answer1/answer2`."""
+    listed = separator.join(f"{label.capitalize()}{place}: {text}" for place, text in enumerate(texts, 1))
+    names = "/".join(f"{label}{place}" for place in range(1, len(texts) + 1))
+    return f"{head}\n\n{listed}{before_format}Answer format: {names}"
+
+
+def answer_choices(question: str, options: Iterable[tuple[str, str]]) -> str:
+    """LLM-Adapters' instruction for AQuA: the options, (letter, text), behind the question."""
+    return f"{question} Answer Choices: {' '.join(f'({letter}) {text}' for letter, text in options)}"
 
 
 def mmlu_header(subject: str) -> str:

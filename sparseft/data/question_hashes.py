@@ -61,7 +61,7 @@ def test_questions(record: dict[str, Any], prompt: str | None = None) -> list[st
     return found
 
 
-class Seen:
+class QuestionHashes:
     """The questions of a training set, as sorted hashes."""
 
     def __init__(self, hashes: Iterable[int] | np.ndarray) -> None:
@@ -92,7 +92,7 @@ class Seen:
         return path
 
     @classmethod
-    def load(cls, folder: Path) -> Seen | None:
+    def load(cls, folder: Path) -> QuestionHashes | None:
         """What `save` left in `folder`; None where nothing is there. UserError for a file that cannot be used."""
         from safetensors import SafetensorError, safe_open
 

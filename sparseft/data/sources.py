@@ -6,26 +6,22 @@ Records stay plain dicts here; `formats.py` knows what their keys mean. Nothing 
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparseft.config import BUNDLED
-from sparseft.data import readers as reading
-from sparseft.data import unpacking
+from sparseft.config import BUNDLED, BUNDLED_ROOT, in_bundle
+from sparseft.data import readers, unpacking
 from sparseft.data.readers import Item
 from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, where_looked
-
-BUNDLED_ROOT = Path(__file__).resolve().parent.parent / "bundled"
+from sparseft.files.hashing import file_hash
 
 _JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 _TEXT_SUFFIXES = {".txt", ".text", ".md"}
 _PARQUET_SUFFIXES = {".parquet"}
 _DATA_SUFFIXES = _JSON_SUFFIXES | _TEXT_SUFFIXES | _PARQUET_SUFFIXES
-
 
 CHUNK_BYTES = 2**22  # of records that are in memory together, about
 CHUNK_RECORDS = 4096
@@ -129,15 +125,12 @@ def locate_file(path: str, *, key: str = "dataset.train_path") -> Path | None:
 
 
 def _bundled_file(path: str, key: str) -> Path:
-    """`bundled:data/text/train.txt` and `bundled:text/train.txt` are the same file of the package."""
-    name = path.removeprefix(BUNDLED)
-    for root in (BUNDLED_ROOT, BUNDLED_ROOT / "data"):
-        file = (root / name).resolve()
-        if file.is_relative_to(BUNDLED_ROOT) and file.is_file():
-            return file
+    if (file := in_bundle(path)) is not None and file.is_file():
+        return file
     data = BUNDLED_ROOT / "data"
+    name = path.removeprefix(BUNDLED).removeprefix("data/")
     names = [file.relative_to(data).as_posix() for file in data.rglob("*") if _suffix(file) in _DATA_SUFFIXES]
-    raise UserError(f"{key}: the package bundles no data file '{path}'.{nearest(name.removeprefix('data/'), names)}")
+    raise UserError(f"{key}: the package bundles no data file '{path}'.{nearest(name, names)}")
 
 
 def _nearest_file(file: Path) -> str:
@@ -163,22 +156,24 @@ def open_file(file: Path, name: str | None = None) -> Source:
     suffix = _suffix(file)
     try:
         is_parquet = unpacking.head(file, name).startswith(b"PAR1") or suffix in _PARQUET_SUFFIXES
-        first = reading.first_character(file, name)
+        first = readers.first_character(file, name)
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}.") from error
     if not first:
         raise UserError(f"{name} is empty; training examples were expected.")
     if is_parquet:
-        unit, read = "record", reading.parquet
+        unit, read = "record", readers.parquet
     elif suffix in _JSON_SUFFIXES or (suffix not in _TEXT_SUFFIXES and first in "{["):
-        unit, read = ("record", reading.json_array) if first == "[" else ("line", reading.json_lines)
+        unit, read = ("record", readers.json_array) if first == "[" else ("line", readers.json_lines)
     elif suffix in {".csv", ".tsv"}:
         raise UserError(f"{name}: {suffix} files are not read; expected JSON, JSON lines, parquet or plain text.")
     else:
-        unit, read = "line", reading.plain_text
-    # Two files of the same bytes are not the same if their names say that they are read in different ways.
-    content = functools.partial(_hash, file, read.__name__)
-    return Source(name, unit, read is reading.plain_text, functools.partial(_items, read, file, name), content)
+        unit, read = "line", readers.plain_text
+
+    def content() -> str:  # files of the same bytes differ where their names say that they are read in different ways
+        return f"{read.__name__} {file_hash(file)}"
+
+    return Source(name, unit, read is readers.plain_text, functools.partial(_items, read, file, name), content)
 
 
 def _items(read: Callable[[Path, str], Iterator[Item]], file: Path, name: str) -> Iterator[Item]:
@@ -195,11 +190,6 @@ def _suffix(file: Path) -> str:
     if suffixes and suffixes[-1] in unpacking.SUFFIXES:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
-
-
-def _hash(file: Path, read: str) -> str:
-    with file.open("rb") as content:
-        return f"{read} {hashlib.file_digest(content, 'sha256').hexdigest()}"
 
 
 def open_hub(name: str, split: str | None, *, key: str = "dataset.train_path") -> Source:

@@ -3,12 +3,11 @@
 A cache entry is `<cache_dir>/tokens/<key>/`: flat little-endian arrays and `tokens.json`, which says how long they are
 and their checksums. The key is a hash over the file's content, the tokenizer, the format and all settings that decide
 the tokens. An entry is written aside and renamed, so it is whole or not there; of two runs that make the same one, the
-first to finish leaves it. One that does not fit its checksums is made anew.
+first to finish leaves it. An entry that does not match its checksums is made anew.
 """
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import hashlib
 import json
@@ -17,13 +16,16 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparseft.data.tokenized import Tokenized, TokenizedDataset, generation_ends
+from sparseft import __version__
+from sparseft.data.encoding import generation_ends
+from sparseft.data.tokenized import Facts, TokenizedDataset, Tokens
 from sparseft.errors import UserError
 from sparseft.files.atomic import asides, new_aside, publish, write_json
 from sparseft.files.untrusted import read_json
@@ -41,39 +43,12 @@ DESCRIPTION = "tokens.json"
 ABANDONED_SECONDS = 24 * 3600.0  # after which what a killed run was writing is cleared away
 
 
-@dataclass
-class Facts:
-    """What is known of a tokenised data set besides its arrays."""
-
-    records: int = 0  # read
-    examples: int = 0  # converted
-    dropped: int = 0
-    cut: int = 0
-    notes: list[str] = field(default_factory=list)
-    mixed: str | None = None  # names the first record that is of another format, where there is one
-
-
-@dataclass
-class Tokens:
-    """A tokenised data set."""
-
-    dataset: TokenizedDataset
-    records: np.ndarray  # int64 (examples,): the record that each came from
-    questions: np.ndarray  # uint64: hashes of what the examples ask
-    question_records: np.ndarray  # int64, of each question
-    facts: Facts
-
-
 class Damaged(Exception):
-    """A cache entry that is not what it says."""
+    """A cache entry does not match its description."""
 
 
 def tokens_key(content: str, tokenizer: Any, settings: dict[str, Any]) -> str:
     """The name of a cache entry. `content` is a hash of the records, `settings` all else that decides the tokens."""
-    from importlib.metadata import version
-
-    from sparseft import __version__
-
     parts = [LAYOUT, __version__, version("transformers"), version("tokenizers"), content, settings]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for part in tokenizer_content(tokenizer):
@@ -127,7 +102,7 @@ class Cache:
             reason = f"{there} cannot be written ({error.strerror})" if there.is_dir() else f"{there} is no folder"
             raise UserError(f"cache_dir={self.cache_dir}: {reason}.") from error
         try:
-            with FileWriter(aside) as writer:
+            with Writer(aside) as writer:
                 yield writer
             with _written(aside):
                 _publish(aside, self.path(key))
@@ -172,7 +147,11 @@ def _load(path: Path) -> Tokens:
         arrays = {name: _map(path / f"{name}.bin", dtype, description[name]) for name, dtype in ARRAYS.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{path}: {error}") from error
-    return _assemble(arrays, facts)
+    offsets = np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)])
+    if not offsets[-1] == len(arrays["input_ids"]) == len(arrays["labels"]):
+        raise Damaged(f"{path}: the examples' lengths do not add up to the number of tokens")
+    dataset = TokenizedDataset(arrays["input_ids"], arrays["labels"], offsets)
+    return Tokens(dataset, arrays["records"], arrays["questions"], arrays["question_records"], facts)
 
 
 def _map(path: Path, dtype: str, stated: dict[str, int]) -> np.ndarray:
@@ -190,86 +169,45 @@ def _map(path: Path, dtype: str, stated: dict[str, int]) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, mode="r"))
 
 
-def _assemble(arrays: dict[str, np.ndarray], facts: Facts) -> Tokens:
-    offsets = np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)])
-    if not offsets[-1] == len(arrays["input_ids"]) == len(arrays["labels"]):
-        raise Damaged("the examples' lengths do not add up to the number of tokens")
-    dataset = TokenizedDataset(arrays["input_ids"], arrays["labels"], offsets)
-    return Tokens(dataset, arrays["records"], arrays["questions"], arrays["question_records"], facts)
-
-
-class Writer(abc.ABC):
-    """Takes tokenised chunks one after another."""
-
-    def __init__(self) -> None:
-        self.facts = Facts()
-
-    def add(self, done: Tokenized) -> None:
-        """Appends a chunk."""
-        dataset = done.dataset
-        self.facts.dropped += done.dropped
-        self.facts.cut += done.cut
-        values = (
-            (dataset.flat("input_ids"), dataset.flat("labels"), dataset.lengths)
-            + (done.records, done.questions, done.question_records)
-        )  # fmt: skip
-        for (name, dtype), each in zip(ARRAYS.items(), values, strict=True):
-            self._append(name, np.ascontiguousarray(each, dtype))
-
-    @abc.abstractmethod
-    def _append(self, name: str, values: np.ndarray) -> None:
-        """Keeps more values of the array `name`."""
-
-
-class MemoryWriter(Writer):
-    """Keeps the arrays in memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._parts: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
-
-    def _append(self, name: str, values: np.ndarray) -> None:
-        self._parts[name].append(values)
-
-    def tokens(self) -> Tokens:
-        """All that was added."""
-        arrays = {
-            name: np.concatenate([np.empty(0, dtype), *self._parts[name]]).astype(dtype, copy=False)
-            for name, dtype in ARRAYS.items()
-        }
-        return _assemble(arrays, self.facts)
-
-
-class FileWriter(Writer):
-    """Appends to one file an array, and describes them at the end."""
+class Writer:
+    """Appends tokens, chunk by chunk, to one file an array, and describes them at the end."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
         self.folder = folder
+        self.facts = Facts()
 
-    def __enter__(self) -> FileWriter:
-        self._open()
-        return self
-
-    def _open(self) -> None:
+    def __enter__(self) -> Writer:
         self._files = {name: (self.folder / f"{name}.bin").open("wb") for name in ARRAYS}
         self._counts = dict.fromkeys(ARRAYS, 0)
         self._checksums = dict.fromkeys(ARRAYS, 0)
+        return self
 
-    def _append(self, name: str, values: np.ndarray) -> None:
-        content = memoryview(values).cast("B") if len(values) else b""
-        with _written(self.folder):
-            self._files[name].write(content)
-        self._counts[name] += len(values)
-        self._checksums[name] = zlib.crc32(content, self._checksums[name])
+    def add(self, tokens: Tokens) -> None:
+        """Appends a chunk."""
+        self.facts.examples += tokens.facts.examples
+        self.facts.dropped += tokens.facts.dropped
+        self.facts.cut += tokens.facts.cut
+        dataset = tokens.dataset
+        arrays = {
+            "input_ids": dataset.flat("input_ids"),
+            "labels": dataset.flat("labels"),
+            "lengths": dataset.lengths,
+            "records": tokens.records,
+            "questions": tokens.questions,
+            "question_records": tokens.question_records,
+        }
+        for name, dtype in ARRAYS.items():
+            values = np.ascontiguousarray(arrays[name], dtype)
+            content = memoryview(values).cast("B") if len(values) else b""
+            with _written(self.folder):
+                self._files[name].write(content)
+            self._counts[name] += len(values)
+            self._checksums[name] = zlib.crc32(content, self._checksums[name])
 
-    def _close(self) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         with _written(self.folder):
             for file in self._files.values():
                 file.close()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._close()
         if kind is None:
             stated = {name: {"count": self._counts[name], "crc32": self._checksums[name]} for name in ARRAYS}
             content = {"layout": LAYOUT, "facts": asdict(self.facts), **stated}

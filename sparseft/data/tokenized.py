@@ -1,212 +1,17 @@
-"""Examples to token ids and labels.
-
-A prompt's ids are those that the tokenizer gives for the prompt alone, as generation and evaluation feed it. What
-follows is tokenised where it stands, behind the text before it; only where a token would span the border (a tokenizer
-may merge the prompt's last characters with the answer's first ones) it is tokenised apart, since the model would else
-be trained on a prompt that it is never shown.
-"""
+"""Data sets of token ids and labels, and what is known of them."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import operator
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from sparseft.data.formats import Example
-from sparseft.data.question_hashes import question_hash
-from sparseft.errors import UserError
-
 IGNORED = -100  # the label that torch's cross entropy skips
-
-Run = tuple[list[int], bool]  # token ids of one segment, and whether it is an answer
-
-
-class Encoder:
-    """Token ids of segments, such that an example's prompt ids are `tokenizer(prompt).input_ids`.
-
-    `prefix` holds what the tokenizer itself puts before a text (BOS for Llama, nothing for GPT-2 or Qwen2): lm-eval
-    and `generate` feed prompts with the tokenizer's own defaults, so training follows them; a rendered chat that spells
-    BOS out does not get a second one. What it puts behind a text is left off, because answers follow prompts. `eos` is
-    the end-of-text id, None if the tokenizer has none; `ends` are all ids that end generation.
-
-    Added tokens (`<|im_start|>`, `</s>`) cut a text: what stands before one has no influence on the ids behind it. So a
-    segment is tokenised with the text from the last added token on, and that text's ids are taken off again. Without an
-    added token before it, it is tokenised without the space that SentencePiece-like tokenizers put before a text (`▁`),
-    as it would be in the middle of one; a slow tokenizer gets the whole text.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.prefix = _prefix(tokenizer)
-        self.eos: int | None = tokenizer.eos_token_id
-        self.ends = generation_ends(tokenizer)
-        self._fast = bool(getattr(tokenizer, "is_fast", False))
-        self._continuing = _without_leading_space(tokenizer)
-        added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
-        added |= set(getattr(tokenizer, "all_special_tokens", []))
-        longest_first = sorted(filter(None, added), key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-    def encode(self, examples: Sequence[Example], *, batch: int = 8192) -> Iterator[list[Run]]:
-        """One list of runs an example, in order; the first run starts with `prefix`. Empty segments are left out."""
-        for start in range(0, len(examples), batch):
-            yield from self._encode_batch(examples[start : start + batch])
-
-    def joins(self, segments: Sequence[tuple[str, bool]]) -> bool:
-        """Whether no token of the whole text spans a border of two segments."""
-        contexts, texts, whole = [], [], ""
-        for text, _ in segments:
-            if whole and text:
-                context = self._since_added(whole)
-                contexts.append(context)
-                # What stands behind an added token has no influence on a border before it.
-                texts.append(context + text[: match.end() if (match := self._added.search(text)) else None])
-            whole += text
-        ids = self._encode_texts([*contexts, *texts])
-        return all(_begins(long, short) for short, long in zip(ids, ids[len(contexts) :], strict=False))
-
-    def _since_added(self, text: str) -> str:
-        """`text` from its last added token on; all of it if there is none."""
-        starts = [match.start() for match in self._added.finditer(text)]
-        return text[starts[-1] :] if starts else text
-
-    def _encode_batch(self, examples: Sequence[Example]) -> Iterator[list[Run]]:
-        plan: list[list[tuple[str, str, bool]]] = []  # per example and segment: context, text, is an answer
-        for example in examples:
-            steps: list[tuple[str, str, bool]] = []
-            whole = ""  # since the last added token
-            for text, answer in example.segments:
-                if text:
-                    plain = self._fast and not self._added.match(whole) and not self._added.search(text)
-                    steps.append((_MIDDLE if whole and plain else whole, text, answer))
-                    whole = self._since_added(whole + text)
-            plan.append(steps)
-        every = [step for steps in plan for step in steps]
-        behind = [(context, text) for context, text, _ in every if context not in ("", _MIDDLE)]
-        starts = iter(self._encode_texts([text for context, text, _ in every if not context]))
-        contexts = iter(self._encode_texts([context for context, _ in behind]))
-        joined = iter(self._encode_texts([context + text for context, text in behind]))
-
-        def ids(context: str, text: str) -> list[int]:
-            if not context:
-                return next(starts)
-            if context == _MIDDLE:
-                return next(middles)
-            before, both = next(contexts), next(joined)
-            return both[len(before) :] if _begins(both, before) else self._encode_middles([text])[0]
-
-        middles = iter(self._encode_middles([text for context, text, _ in every if context == _MIDDLE]))
-        for steps in plan:
-            runs = [(ids(context, text), answer) for context, text, answer in steps]
-            # A rendered chat may spell BOS out; it must not stand there twice.
-            if self.prefix and runs and runs[0][0][: len(self.prefix)] != self.prefix:
-                runs.insert(0, (list(self.prefix), False))
-            yield runs
-
-    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning about texts longer than the context: they are cut below
-        )
-        return encoded["input_ids"]
-
-    def _encode_middles(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts that continue another one."""
-        if self._continuing is None or not texts:
-            return self._encode_texts(texts)
-        cuts = [match.start() if (match := self._added.search(text)) else len(text) for text in texts]
-        heads = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
-        tails = self._encode_texts([text[cut:] for text, cut in zip(texts, cuts, strict=True)])
-        encoded = self._continuing.encode_batch_fast(heads, add_special_tokens=False)
-        return [head.ids + tail for head, tail in zip(encoded, tails, strict=True)]
-
-
-_MIDDLE = "\0"  # stands for a text before a segment that has no influence on its ids
-
-
-def _begins(ids: list[int], start: list[int]) -> bool:
-    return ids[: len(start)] == start
-
-
-def generation_ends(tokenizer: Any) -> set[int]:
-    """Ids that end generation: the tokenizer's EOS, and those of the model's `generation_config.json` beside it."""
-    from transformers import GenerationConfig
-
-    ends = [tokenizer.eos_token_id]
-    if getattr(tokenizer, "name_or_path", None):
-        try:
-            own = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True).eos_token_id
-        except (OSError, ValueError):  # there is none, or none that can be read
-            own = None
-        ends += own if isinstance(own, list) else [own]
-    return {int(end) for end in ends if end is not None}
-
-
-def _prefix(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before any text by default."""
-    probe = "a"
-    full = list(tokenizer(probe)["input_ids"])
-    bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start]
-    raise UserError(
-        f"The tokenizer {getattr(tokenizer, 'name_or_path', '')!r} tokenises a text differently with and without "
-        "special tokens, so prompts and answers cannot be joined; expected a causal language model's tokenizer."
-    )
-
-
-def _without_leading_space(tokenizer: Any) -> Any | None:
-    """A `tokenizers.Tokenizer` that puts no space before a text, or None if `tokenizer` puts none itself."""
-    if not getattr(tokenizer, "is_fast", False):
-        return None
-    from tokenizers import Tokenizer
-
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    before = json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
-    spec["normalizer"] = _drop_prepend(spec["normalizer"])
-    _keep_start(spec["pre_tokenizer"])
-    if json.dumps([spec["normalizer"], spec["pre_tokenizer"]]) == before:
-        return None
-    spec["truncation"] = spec["padding"] = None
-    return Tokenizer.from_str(json.dumps(spec))
-
-
-def _drop_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    if normalizer is None or normalizer["type"] == "Prepend":
-        return None
-    if normalizer["type"] == "Sequence":
-        kept = [each for each in map(_drop_prepend, normalizer["normalizers"]) if each is not None]
-        return {**normalizer, "normalizers": kept} if kept else None
-    return normalizer
-
-
-def _keep_start(pre_tokenizer: dict[str, Any] | None) -> None:
-    """Turns off, in place, what pre-tokenizers put before a text."""
-    if pre_tokenizer is None:
-        return
-    if pre_tokenizer["type"] == "Sequence":
-        for each in pre_tokenizer["pretokenizers"]:
-            _keep_start(each)
-    elif pre_tokenizer["type"] == "Metaspace":
-        pre_tokenizer["prepend_scheme"] = "never"
-    elif pre_tokenizer["type"] == "ByteLevel":
-        pre_tokenizer["add_prefix_space"] = False
 
 
 class TokenizedDataset:
@@ -311,95 +116,33 @@ class TokenizedDataset:
 
 
 @dataclass
-class Tokenized:
-    """What came of a list of examples."""
+class Facts:
+    """What is known of tokenised records besides their tokens."""
+
+    records: int = 0  # read
+    examples: int = 0  # converted
+    dropped: int = 0  # examples left out: no token to learn fits, or too long with `drop`
+    cut: int = 0  # of the examples kept, how many had their answer cut
+    notes: list[str] = field(default_factory=list)
+    mixed: str | None = None  # names the first record that is of another format, where there is one
+
+
+@dataclass
+class Tokens:
+    """Tokenised records: a whole data set, or a chunk of it."""
 
     dataset: TokenizedDataset
-    records: list[int]  # per example of `dataset`, the index of the record it came from
-    dropped: int  # examples left out: no answer token fits, or too long with `drop`
-    cut: int  # examples whose end was cut away
-    questions: list[int] = field(default_factory=list)  # hashes of what the kept examples ask
-    question_records: list[int] = field(default_factory=list)  # the record of each question
+    records: np.ndarray  # int64 (examples,): the record that each came from
+    questions: np.ndarray  # uint64: hashes of what the examples ask
+    question_records: np.ndarray  # int64: the record of each question
+    facts: Facts  # of all that was read, also in a part
 
-
-def tokenize(
-    examples: Sequence[Example],
-    encoder: Encoder,
-    *,
-    max_length: int,
-    too_long: str = "cut_answer",
-    loss_on_prompt: bool = False,
-    chunk: bool = False,
-) -> Tokenized:
-    """Token ids and labels of `examples`, none longer than `max_length` tokens.
-
-    EOS, with loss, follows the last answer unless the text brings its own end; what follows the last answer in an
-    example is left out. `too_long`: `cut_answer` cuts at the end, but a question of which only a part would fit goes
-    whole, and so does an example without room for one answer token; `drop` leaves the whole example out. With `chunk`
-    (plain text) an example becomes consecutive pieces instead, which overlap by one token so that every token but the
-    first is predicted exactly once.
-    """
-    pairs: list[tuple[list[int], list[int]]] = []
-    records: list[int] = []
-    questions: list[int] = []
-    question_records: list[int] = []
-    dropped = cut = 0
-    for example, runs in zip(examples, encoder.encode(examples), strict=True):
-        runs = _end(runs, encoder.eos, example.closed)
-        too_many = sum(len(ids) for ids, _ in runs) > max_length
-        if too_many and not chunk:
-            runs = [] if too_long == "drop" else _cut(runs, max_length)
-        ids, labels = _flatten(runs)
-        stride = max_length - 1 if chunk else max(len(ids), 1)
-        kept = 0
-        for start in range(0, max(len(ids) - 1, 1), stride):
-            pair = _label(ids[start : start + max_length], labels[start : start + max_length], loss_on_prompt)
-            if pair is not None:
-                pairs.append(pair)
-                kept += 1
-        records += [example.record] * kept
-        dropped += not kept
-        cut += bool(kept) and too_many and not chunk
-        if kept:
-            found = [value for text in example.questions if (value := question_hash(text)) is not None]
-            questions += found
-            question_records += [example.record] * len(found)
-    return Tokenized(TokenizedDataset.from_lists(pairs), records, dropped, cut, questions, question_records)
-
-
-def _end(runs: list[Run], eos: int | None, closed: bool) -> list[Run]:
-    """`runs` up to the last answer, with EOS behind it unless it is `closed` or ends with EOS already."""
-    while runs and not (runs[-1][1] and runs[-1][0]):
-        runs = runs[:-1]
-    if not runs or eos is None or closed or runs[-1][0][-1] == eos:
-        return runs
-    return [*runs[:-1], ([*runs[-1][0], eos], True)]
-
-
-def _cut(runs: list[Run], max_length: int) -> list[Run]:
-    """The first `max_length` tokens of `runs`, less what then stands behind the last answer token."""
-    kept: list[Run] = []
-    room = max_length
-    for ids, answer in runs:
-        kept.append((ids[:room], answer))
-        room -= len(kept[-1][0])
-        if room == 0:
-            break
-    return _end(kept, None, closed=True)
-
-
-def _flatten(runs: list[Run]) -> tuple[list[int], list[int]]:
-    ids: list[int] = []
-    labels: list[int] = []
-    for run, answer in runs:
-        ids += run
-        labels += run if answer else [IGNORED] * len(run)
-    return ids, labels
-
-
-def _label(ids: list[int], labels: list[int], loss_on_prompt: bool) -> tuple[list[int], list[int]] | None:
-    """Ids and final labels, or None if no token of an answer can be predicted."""
-    labels = [IGNORED, *labels[1:]]  # nothing stands before the first token to predict it
-    if labels.count(IGNORED) == len(labels):
-        return None
-    return ids, [IGNORED, *ids[1:]] if loss_on_prompt else labels
+    def part(self, examples: np.ndarray, questions: np.ndarray) -> Tokens:
+        """Those that two masks, bool (examples,) and (questions,), choose; no token is copied."""
+        return Tokens(
+            self.dataset.subset(np.flatnonzero(examples)),
+            self.records[examples],
+            self.questions[questions],
+            self.question_records[questions],
+            self.facts,
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sparseft.data.question_hashes import Seen, test_questions
+from sparseft.data.question_hashes import QuestionHashes, test_questions
 from sparseft.evaluation.llm_adapters import find_file, read_records
 from sparseft.evaluation.run import Plan
 from sparseft.evaluation.tasks import ARITHMETIC, COMMONSENSE, HARNESS
@@ -14,7 +14,7 @@ COLUMNS = ["task", "questions", "trained on", "accuracy", "accuracy without them
 OF_BOTH = ["task", "questions", "trained on", "base", "adapter", "base without them", "adapter without them"]
 
 
-def overlap_of_plan(plan: Plan, seen: Seen) -> dict[str, tuple[int, int]]:
+def overlap_of_plan(plan: Plan, seen: QuestionHashes) -> dict[str, tuple[int, int]]:
     """Per task of the plan, the number of its questions that are in `seen`, and of all."""
     found = {}
     for name, task in (plan.tasks | plan.harness_tasks).items():
@@ -23,7 +23,7 @@ def overlap_of_plan(plan: Plan, seen: Seen) -> dict[str, tuple[int, int]]:
     return found
 
 
-def overlap_of_folder(data_dir: str, seen: Seen) -> dict[str, tuple[int, int]]:
+def overlap_of_folder(data_dir: str, seen: QuestionHashes) -> dict[str, tuple[int, int]]:
     """The same of every LLM-Adapters set whose test file is below `data_dir`; nothing of lm-eval is needed for that."""
     found = {}
     for task in (*COMMONSENSE, *ARITHMETIC):
@@ -33,7 +33,7 @@ def overlap_of_folder(data_dir: str, seen: Seen) -> dict[str, tuple[int, int]]:
     return found
 
 
-def annotate(outcome: dict[str, Any], plan: Plan, seen: Seen | None) -> None:
+def annotate(outcome: dict[str, Any], plan: Plan, seen: QuestionHashes | None) -> None:
     """Adds to an outcome of `evaluate` which questions had been trained on.
 
     Tasks and groups get `train_overlap` (questions) and `accuracy_without_overlap` (null where no question is left),

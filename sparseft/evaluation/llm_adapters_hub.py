@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sparseft.data import prompts
 from sparseft.errors import UserError
 from sparseft.evaluation.tasks import GROUPS
 
@@ -18,7 +19,7 @@ Converted = tuple[str, str]  # (instruction, answer)
 
 
 @dataclass(frozen=True)
-class Source:
+class HubSet:
     """One set on the hub."""
 
     path: str
@@ -27,25 +28,19 @@ class Source:
     convert: Callable[[dict[str, Any]], Converted]
 
 
-def _choices(head: str, label: str, texts: list[str], number: int, separator: str = " ") -> Converted:
-    """`<head>\\n\\nAnswer1: … Answer2: …\\n\\nAnswer format: answer1/answer2`; `number` counts from 0."""
-    listed = separator.join(f"{label.capitalize()}{place}: {text}" for place, text in enumerate(texts, 1))
-    names = "/".join(f"{label}{place}" for place in range(1, len(texts) + 1))
-    return f"{head}\n\n{listed}\n\nAnswer format: {names}", f"{label}{number + 1}"
-
-
 def _boolq(record: dict[str, Any]) -> Converted:
-    head = "Please answer the following question with true or false, question: "
-    return f"{head}{record['question']}?\n\nAnswer format: true/false", "true" if record["label"] else "false"
+    return prompts.true_or_false(record["question"]), "true" if record["label"] else "false"
 
 
 def _piqa(record: dict[str, Any]) -> Converted:
-    head = f"Please choose the correct solution to the question: {record['goal']}"
-    return _choices(head, "solution", [record["sol1"], record["sol2"]], int(record["label"]), "\n\n")
+    head = prompts.CHOOSE_SOLUTION + record["goal"]
+    texts = [record["sol1"], record["sol2"]]
+    return prompts.choose(head, "solution", texts, "\n\n"), f"solution{int(record['label']) + 1}"
 
 
 def _question(text: str, texts: list[str], number: int) -> Converted:
-    return _choices(f"Please choose the correct answer to the question: {text}", "answer", texts, number)
+    """`number` counts the right answer from 0."""
+    return prompts.choose(prompts.CHOOSE_ANSWER + text, "answer", texts), f"answer{number + 1}"
 
 
 def _social_i_qa(record: dict[str, Any]) -> Converted:
@@ -54,21 +49,15 @@ def _social_i_qa(record: dict[str, Any]) -> Converted:
 
 
 def _hellaswag(record: dict[str, Any]) -> Converted:
-    head = "Please choose the correct ending to complete the given sentence: "
-    return _choices(
-        f"{head}{record['activity_label']}: {record['ctx']}", "ending", record["endings"], int(record["label"])
-    )
+    head = f"{prompts.CHOOSE_ENDING}{record['activity_label']}: {record['ctx']}"
+    return prompts.choose(head, "ending", record["endings"]), f"ending{int(record['label']) + 1}"
 
 
 def _winogrande(record: dict[str, Any]) -> Converted:
+    head = prompts.CHOOSE_OPTION + record["sentence"]
+    texts = [record["option1"], record["option2"]]
     # Alone of all, its answer format follows after a space.
-    instruction, answer = _choices(
-        "Please choose the correct answer to fill in the blank to complete the given sentence: " + record["sentence"],
-        "option",
-        [record["option1"], record["option2"]],
-        int(record["answer"]) - 1,
-    )
-    return instruction.replace("\n\nAnswer format", " Answer format"), answer
+    return prompts.choose(head, "option", texts, before_format=" "), f"option{int(record['answer'])}"
 
 
 def _ai2(key: str) -> Callable[[dict[str, Any]], Converted]:
@@ -87,8 +76,8 @@ def _gsm8k(record: dict[str, Any]) -> Converted:
 
 def _aqua(record: dict[str, Any]) -> Converted:
     # The options stand as "A)21".
-    options = " ".join(f"({option[0]}) {option[2:].strip()}" for option in record["options"])
-    return f"{record['question']} Answer Choices: {options}", record["correct"]
+    options = [(option[0], option[2:].strip()) for option in record["options"]]
+    return prompts.answer_choices(record["question"], options), record["correct"]
 
 
 def _svamp(record: dict[str, Any]) -> Converted:
@@ -101,18 +90,18 @@ def _multi_arith(record: dict[str, Any]) -> Converted:
 
 
 SOURCES = {
-    "boolq": Source("aps/super_glue", "boolq", "validation", _boolq),
-    "piqa": Source("baber/piqa", None, "validation", _piqa),
-    "social_i_qa": Source("lighteval/siqa", None, "validation", _social_i_qa),
-    "hellaswag": Source("Rowan/hellaswag", None, "validation", _hellaswag),
-    "winogrande": Source("allenai/winogrande", "winogrande_xl", "validation", _winogrande),
-    "ARC-Easy": Source("allenai/ai2_arc", "ARC-Easy", "test", _ai2("question")),
-    "ARC-Challenge": Source("allenai/ai2_arc", "ARC-Challenge", "test", _ai2("question")),
-    "openbookqa": Source("allenai/openbookqa", "main", "test", _ai2("question_stem")),
-    "gsm8k": Source("openai/gsm8k", "main", "test", _gsm8k),
-    "AQuA": Source("deepmind/aqua_rat", "raw", "test", _aqua),
-    "SVAMP": Source("ChilleD/SVAMP", None, "train+test", _svamp),  # LLM-Adapters tests on all of it
-    "MultiArith": Source("ChilleD/MultiArith", None, "train+test", _multi_arith),
+    "boolq": HubSet("aps/super_glue", "boolq", "validation", _boolq),
+    "piqa": HubSet("baber/piqa", None, "validation", _piqa),
+    "social_i_qa": HubSet("lighteval/siqa", None, "validation", _social_i_qa),
+    "hellaswag": HubSet("Rowan/hellaswag", None, "validation", _hellaswag),
+    "winogrande": HubSet("allenai/winogrande", "winogrande_xl", "validation", _winogrande),
+    "ARC-Easy": HubSet("allenai/ai2_arc", "ARC-Easy", "test", _ai2("question")),
+    "ARC-Challenge": HubSet("allenai/ai2_arc", "ARC-Challenge", "test", _ai2("question")),
+    "openbookqa": HubSet("allenai/openbookqa", "main", "test", _ai2("question_stem")),
+    "gsm8k": HubSet("openai/gsm8k", "main", "test", _gsm8k),
+    "AQuA": HubSet("deepmind/aqua_rat", "raw", "test", _aqua),
+    "SVAMP": HubSet("ChilleD/SVAMP", None, "train+test", _svamp),  # LLM-Adapters tests on all of it
+    "MultiArith": HubSet("ChilleD/MultiArith", None, "train+test", _multi_arith),
 }
 
 

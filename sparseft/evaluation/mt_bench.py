@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_follow_up, alpaca_prompt
+from sparseft.data.prompts import ALPACA_INSTRUCTION, ASSISTANT, HUMAN, alpaca_conversation, human_turn
 from sparseft.errors import UserError
 from sparseft.evaluation.tasks import MT_BENCH
 from sparseft.files.atomic import dumps, write_text
@@ -38,7 +38,7 @@ OTHER_TEMPERATURE = 0.7
 GREEDY_BELOW = 1e-4
 # A model's own generation settings have no place in a comparison.
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0}
-STOPS = {"alpaca": ["### Instruction"], "guanaco": [HUMAN, ASSISTANT], "chat": []}
+STOPS = {"alpaca": [ALPACA_INSTRUCTION], "guanaco": [HUMAN, ASSISTANT], "chat": []}
 
 Turns = list[str]
 Prompt = Callable[[Turns, Turns], str]  # (questions so far, answers so far, one fewer) -> the text to go on from
@@ -101,16 +101,13 @@ def prompt_of(format: str, tokenizer: Any) -> tuple[str, Prompt]:
 
 
 def _alpaca(asked: Turns, answered: Turns) -> str:
-    text = alpaca_prompt(asked[0])
-    for answer, question in zip(answered, asked[1:], strict=True):
-        text += answer.rstrip() + alpaca_follow_up(question)
-    return text
+    return alpaca_conversation(zip(asked, answered, strict=False), asked[-1])
 
 
 def _guanaco(asked: Turns, answered: Turns) -> str:
     text = ""
     for question, answer in zip(asked, [*answered, ""], strict=True):
-        text += f"{HUMAN} {question}{ASSISTANT}{answer}"
+        text += human_turn(question) + ASSISTANT + answer
     return text
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseft.config import EvalConfig
+from sparseft.config import BUNDLED_ROOT, EvalConfig
 from sparseft.errors import RunError, UserError, nearest
 from sparseft.evaluation import llm_adapters, mmlu, mt_bench, results
 from sparseft.evaluation import llm_adapters_hub as hub
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BUNDLED_DATA = str(Path(__file__).parents[1] / "bundled" / "data")
+BUNDLED_DATA = str(BUNDLED_ROOT / "data")
 ARITHMETIC_TOKENS = 256  # the reasoning comes before the number
 FEWSHOT_SEED = 1234  # lm-eval's own default
 BOOTSTRAP = 1000  # resamplings for metrics without a closed standard error (accuracy has one)

@@ -66,8 +66,16 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(fitting, key=lambda item: sum(full_shape(p).numel() for p in item[1].parameters()))
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The table of the tokens' embeddings; None where a model's own code does not say which it is."""
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def context_length(config: Any) -> int | None:
-    """The tokens that a model's config says it takes at most; null where it names no bound (XLNet says -1, others what
+    """The tokens that a model's config says it takes at most; None where it names no bound (XLNet says -1, others what
     no sequence reaches)."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     bounded = isinstance(length, int | float) and 0 < length < 1e9

@@ -1,4 +1,4 @@
-"""Experts kept as one 3-D parameter (experts, out, in), as transformers 5 keeps them: which there are, and their names.
+"""Experts kept as one 3-D parameter (experts, out, in), as transformers 5 keeps them: which a model has, by name.
 
 Each expert's matrix is a logical linear of its own, named by the parameter's path and the expert's number:
 `model.layers.0.mlp.experts.down_proj.3`.
@@ -62,7 +62,7 @@ def other_stacks(module: nn.Module) -> list[str]:
 
 
 def find_expert(model: nn.Module, name: str) -> Expert | None:
-    """The expert that `<path of the parameter>.<number>` names, or null where it names none."""
+    """The expert that `<path of the parameter>.<number>` names, or None where it names none."""
     path, _, number = name.rpartition(".")
     owner, _, parameter = path.rpartition(".")
     if not number.isdecimal() or not owner:

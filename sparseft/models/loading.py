@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparseft.config import BUNDLED, ModelConfig
+from sparseft.config import BUNDLED, BUNDLED_ROOT, ModelConfig, in_bundle
 from sparseft.distributed.ranks import broadcast_object
 from sparseft.distributed.zero3 import full_shape
 from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, reason_of, where_looked
@@ -22,20 +22,22 @@ from sparseft.models.quantized import check_config
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def bundled_path(path: str) -> str:
+def _unbundled(path: str) -> str:
     """`bundled:tiny` -> the folder inside the package; any other path as it is."""
     if not path.startswith(BUNDLED):
         return path
-    folder = Path(__file__).parents[1] / "bundled" / path.removeprefix(BUNDLED)
-    if not folder.exists():
-        known = [entry.name for entry in (Path(__file__).parents[1] / "bundled").iterdir() if entry.is_dir()]
-        raise UserError(f"model.path={path}: nothing of that name is bundled.{nearest(folder.name, known)}")
+    folder = in_bundle(path)
+    if folder is None:
+        known = [entry.name for entry in BUNDLED_ROOT.iterdir() if entry.is_dir()]
+        raise UserError(
+            f"model.path={path}: nothing of that name is bundled.{nearest(path.removeprefix(BUNDLED), known)}"
+        )
     return str(folder)
 
 
 def check_model_path(path: str) -> str:
     """The folder or hub id to load; a path that looks local and is not there is a `UserError`."""
-    resolved = bundled_path(path)
+    resolved = _unbundled(path)
     folder = Path(resolved).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -76,7 +78,7 @@ def _load(what: str, path: str, loader, **options):
     except (OSError, RuntimeError, SafetensorError, StrictDataclassError, *content) as error:
         if isinstance(error, UserError):
             raise
-        gone = isinstance(error, OSError) and not Path(bundled_path(path)).expanduser().exists()
+        gone = isinstance(error, OSError) and not Path(_unbundled(path)).expanduser().exists()
         here = f"no such folder{where_looked(path)}, and " if gone else ""
         raise UserError(f"model.path={path}: {here}the {what} could not be loaded: {reason_of(error)}") from error
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparseft.distributed.zero3 import full_shape
 from sparseft.errors import UserError, reason_of
+from sparseft.models.decoder import input_embeddings
 
 # Rows and length of the tokens that a model is tried on; the second where it cannot be run on so few.
 SHAPES = ((7, 8), (2, 128))
@@ -55,7 +56,7 @@ def dependence(model: nn.Module, ids: Tensor, scored: Any, **inputs: Any) -> tup
     Returns the logits in fp32, (…, vocabulary), and how strongly they depend on each token, (rows, length); logits that
     are infinite or no number are left out of that. Raises `Untraceable`.
     """
-    embeddings = _embeddings(model)
+    embeddings = input_embeddings(model)
     if embeddings is None:
         raise Untraceable
     found: list[Tensor] = []
@@ -98,7 +99,7 @@ def plain_tokens(model: nn.Module, rows: int, length: int, shift: int = 0) -> Te
 
     None of them has a meaning of its own in the config: padding and images are not read as other tokens are.
     """
-    embeddings, config = _embeddings(model), model.config
+    embeddings, config = input_embeddings(model), model.config
     both = [config, config.get_text_config()]  # type: ignore[union-attr, operator]
     weight = getattr(embeddings, "weight", None)
     count = both[1].vocab_size if weight is None else full_shape(weight)[0]
@@ -149,7 +150,7 @@ def check_causal(model: nn.Module, what: str) -> None:
 
 
 def _sees_later(model: nn.Module, rows: int, length: int) -> bool | None:
-    """Whether a position depends on a later token; null where logits are no number.
+    """Whether a position depends on a later token; None where logits are no number.
 
     In every row of tokens it is another position, so that no border of a block or a window hides it.
     """
@@ -171,13 +172,6 @@ def _sees_later(model: nn.Module, rows: int, length: int) -> bool | None:
     with torch.no_grad():
         changed = run(model, others, **mask)[scored].float()
     return not torch.equal(logits, changed)
-
-
-def _embeddings(model: nn.Module) -> nn.Module | None:
-    try:
-        return model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # a model of its own code need not say
-        return None
 
 
 def _takes(model: nn.Module, name: str) -> bool:

@@ -55,7 +55,7 @@ def check_plain(model: nn.Module) -> None:
 
 
 def _problem(module: nn.Module) -> str | None:
-    """What is quantised in a module itself, as the end of a sentence; null where nothing is."""
+    """What is quantised in a module itself, as the end of a sentence; None where nothing is."""
     for name, tensor in module._parameters.items():
         if tensor is None or isinstance(tensor, UninitializedTensorMixin) or is_plain(tensor) or tensor.dim() == 0:
             continue

@@ -1,8 +1,9 @@
-"""Which linears of a model cannot train: found by running the model at hand once on a few tokens, and in its source.
+"""Which linears of a model cannot train: found by running the model once on a few tokens, and in its source code.
 
 A layer that is put in a linear's place (a sparse layer, LoRA) trains only if the model calls it and a gradient comes
-back. Not so where the model reads the weight itself (`self.dt_proj.weight @ x`, a fused kernel), never calls the linear
-(key and value projections of layers that share another's), or calls it without gradient (an index that only sorts).
+back. It does not train where the model reads the weight itself (`self.dt_proj.weight @ x`, a fused kernel), never calls
+the linear (key and value projections of layers that share another's), or calls it without gradient (an index that only
+sorts).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sparseft import console
 from sparseft.distributed.zero3 import is_sharded
 from sparseft.errors import reason_of
 from sparseft.models import probing
-from sparseft.models.decoder import context_length
+from sparseft.models.decoder import context_length, input_embeddings
 from sparseft.models.expert_weights import in_experts
 
 READ = "the model reads its weight itself"
@@ -48,8 +49,7 @@ def unreached(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, s
     parameters = list(model.parameters())
     if any(p.is_meta or is_sharded(p) for p in parameters):
         return found
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if not isinstance(getattr(embeddings, "weight", None), Tensor):
+    if not isinstance(getattr(input_embeddings(model), "weight", None), Tensor):
         return found
     try:
         found = found | _tried(model, linears)

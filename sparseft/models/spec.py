@@ -188,7 +188,7 @@ class ModelSpec:
         return self.linears | self.frozen_shapes
 
     def frozen_note(self, scope: str | None) -> str | None:
-        """Which linears in scope cannot train, and why, in a sentence; null where all can."""
+        """Which linears in scope cannot train, and why, in a sentence; None where all can."""
         by_reason: dict[str, dict[str, list[str]]] = {}
         for name, reason in self.frozen.items():
             if scope is None or scope in name:
@@ -212,7 +212,7 @@ class ModelSpec:
                 raise UserError(f"'{name}' cannot be trained: {self.frozen[name]}.")
 
     def linears_in(self, scope: str | None) -> dict[str, tuple[int, int]]:
-        """The linears whose name contains `scope` (null: all); none is a `UserError` that says what there is."""
+        """The linears whose name contains `scope` (None: all); none is a `UserError` that says what there is."""
         chosen = {name: shape for name, shape in self.linears.items() if scope is None or scope in name}
         if not chosen and (note := self.frozen_note(scope)):
             raise UserError(f"scope={scope} leaves nothing to train: {note}.")

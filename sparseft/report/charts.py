@@ -1,17 +1,73 @@
-"""Charts as inline SVG text: lines, bars with error bars, heat maps. No library, no script.
+"""Every chart there is, drawn by matplotlib as SVG text: lines, bars with error bars, heat maps.
 
-Colours come from the page's CSS variables (`--series-1` …, `--ink`, `--muted`, `--grid`), so that one drawing serves
-light, dark and print. All text is escaped here; numbers are formatted, never pasted.
+Text stays text, nothing is fetched, and the same values give the same bytes. Drawn in the light colours of `PALETTE`, a
+drawing names them as CSS variables in the end and so serves light, dark and print: the page around it says what they
+are, or the drawing itself once it is `standalone`. matplotlib is imported when something is drawn, not before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import html
+import io
+import logging
 import math
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-SERIES_COLOURS = 6  # distinct ones in the style sheet; more series repeat them with another dash
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+
+PALETTE = {  # by name: the colour on light paper, all different, and on dark
+    "paper": ("#ffffff", "#14171b"),
+    "card": ("#f6f7f8", "#1d2126"),
+    "ink": ("#1b1f24", "#e7eaee"),
+    "muted": ("#5b6570", "#9aa4af"),
+    "grid": ("#e3e6ea", "#2a3038"),
+    "rule": ("#cdd3da", "#3a424c"),
+    "neutral": ("#a9b1ba", "#66707c"),
+    "warn": ("#8a5300", "#f0c169"),
+    "warn-paper": ("#fdf4e3", "#2b2415"),
+    "heat": ("#1558c4", "#3273d6"),
+    "on-heat": ("#fefefe", "#fefefe"),
+    "series-1": ("#1f6feb", "#6ea8fe"),
+    "series-2": ("#d1570b", "#f2935a"),
+    "series-3": ("#14866d", "#4cc2a5"),
+    "series-4": ("#a83291", "#dd83cb"),
+    "series-5": ("#8f6b00", "#d6b04a"),
+    "series-6": ("#5b6ad0", "#a3adf5"),
+}
+LIGHT, DARK = (" ".join(f"--{name}: {pair[shade]};" for name, pair in PALETTE.items()) for shade in (0, 1))
+COLOURS = {name: light for name, (light, _) in PALETTE.items()}
+VARIABLES = {light: f"var(--{name})" for name, light in COLOURS.items()}
+FONT = "system-ui, sans-serif"
+STYLE = {  # over matplotlib's own defaults, whatever the user's matplotlibrc says
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sparseft",
+    "text.parse_math": False,
+    "font.sans-serif": "DejaVu Sans",  # which comes with matplotlib, to measure text by
+    "font.size": 12,
+    "axes.facecolor": "none",
+    "axes.edgecolor": COLOURS["rule"],
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "axes.grid": True,
+    "grid.color": COLOURS["grid"],
+    "text.color": COLOURS["ink"],
+    "legend.frameon": False,
+    "legend.borderpad": 0,
+    **{f"{axis}tick.{field}": value for axis in "xy" for field, value in (
+        ("color", COLOURS["rule"]), ("labelcolor", COLOURS["muted"]), ("labelsize", 12))},
+    **{f"axes.spines.{side}": side == "bottom" for side in ("left", "right", "top", "bottom")},
+}  # fmt: skip
+
+SERIES_COLOURS = 6  # more series repeat them with another dash
+DASHES = ("-", (0, (7, 4)), (0, (2, 4)), (0, (9, 3, 2, 3)))
 WIDTH = 892  # of the drawings, in CSS pixels at full size
 MAX_MARKERS = 40  # of a line: more would hide it
 MAX_POINTS = 500  # of a line: more would only overlap
@@ -22,10 +78,19 @@ class Series:
     """One line: `points` are (x, y) in order of x; a y of None interrupts it."""
 
     name: str
-    points: list[tuple[float, float | None]]
+    points: Sequence[tuple[float, float | None]]
     colour: int = 0  # index of the colour
     markers: bool = False
     faint: bool = False
+
+
+@dataclass
+class Panel:
+    """One line chart of a drawing."""
+
+    y_label: str
+    series: Sequence[Series]
+    zero: bool = False  # whether the y axis begins at 0
 
 
 @dataclass
@@ -38,47 +103,12 @@ class Bar:
     colour: int | None = 0
 
 
-def escape(value: object) -> str:
-    """Text made safe for HTML and SVG, in elements and attributes; lone surrogates and control characters replaced."""
-    text = str(value).encode("utf-8", "replace").decode("utf-8")
-    text = "".join(char if char in "\n\t" or ord(char) >= 32 else "\ufffd" for char in text)
-    return html.escape(text, quote=True)
-
-
-def colour(index: int | None) -> str:
-    return "var(--neutral)" if index is None else f"var(--series-{index % SERIES_COLOURS + 1})"
-
-
-def dash(index: int | None) -> str:
-    """Series beyond the number of colours are told apart by their dash."""
-    lap = (index or 0) // SERIES_COLOURS
-    return f' stroke-dasharray="{("", "7 4", "2 4", "9 3 2 3")[lap % 4]}"' if lap else ""
-
-
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round values (1, 2, 2.5 or 5 times a power of ten) that span [low, high] from outside."""
-    low, high = min(low, high), max(low, high)
-    if low == high:
-        spread = abs(low) * 0.1 or 1.0
-        low, high = low - spread, high + spread
-    raw = (high - low) / max(count, 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12 - math.floor(math.log10(step))) for index in range(first, last + 1)]
-
-
-def tick_text(value: float, step: float) -> str:
-    """A tick's label with as many decimals as its neighbours need; very small and large ones in powers of ten."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e6 or abs(value) < 1e-3:
-        mantissa, _, exponent = f"{value:.2e}".partition("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    if round(step, decimals) != round(step, decimals + 2):  # steps of 2.5
-        decimals += 1
-    return f"{value:,.{min(decimals, 8)}f}"
+def clean(value: Any) -> Any:
+    """Text without what neither HTML nor SVG can hold: lone surrogates and control characters are replaced."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):  # markup was made from clean text
+        return value
+    text = value.encode("utf-8", "replace").decode("utf-8")
+    return "".join(char if char in "\n\t" or ord(char) >= 32 else "\ufffd" for char in text)
 
 
 def thin(points: Sequence[tuple[float, float | None]]) -> tuple[list[tuple[float, float | None]], int]:
@@ -95,111 +125,88 @@ def thin(points: Sequence[tuple[float, float | None]]) -> tuple[list[tuple[float
 
 
 def line_chart(
-    series: Sequence[Series], x_label: str, y_label: str, *, height: int = 300, width: int = WIDTH, zero: bool = False
+    panels: Sequence[Sequence[Panel]], x_label: str, *, height: int = 300, width: int = WIDTH, legend: bool = True
 ) -> str:
-    """Lines over a common x axis that begins at 0; the y axis spans the values (from 0 with `zero`).
+    """Rows of line charts over one kind of x axis, which begins at 0; empty text when there is nothing to draw.
 
-    Empty text when there is nothing to draw.
+    height, width: of each panel, in CSS pixels. legend: above them, of the first panel's series.
     """
-    values = [y for one in series for _, y in one.points if y is not None]
-    if not values:
+    if not any(y is not None for row in panels for panel in row for one in panel.series for _, y in one.points):
         return ""
-    left, right, top, bottom = 66, 14, 10, 44
-    ys = nice_ticks(min(0.0, *values) if zero else min(values), max(values), 5 if height > 200 else 3)
-    longest = max(x for one in series for x, _ in one.points)
-    xs = [tick for tick in nice_ticks(0.0, longest or 1.0, 8 if width > 500 else 5) if tick == int(tick)]
-    end = max(longest, 1.0)
-    xs = [tick for tick in xs if tick <= end * 1.001]
+    rows, columns = len(panels), len(panels[0])
+    first = panels[0][0]
+    with _drawing(width * columns, height * rows, f"{first.y_label} over {x_label}", rows, columns) as drawing:
+        for axes, panel in zip(drawing.axes, (panel for row in panels for panel in row), strict=True):
+            _lines(drawing, axes, panel, x_label)
+        if legend:
+            drawing.legend([one.name for one in first.series])
+        drawing.figure.align_ylabels()
+    return drawing.svg
 
-    def x_at(x: float) -> float:
-        return left + (width - left - right) * x / end
 
-    def y_at(y: float) -> float:
-        return top + (height - top - bottom) * (ys[-1] - y) / (ys[-1] - ys[0])
-
-    parts = [_open(width, height, f"{y_label} over {x_label}")]
-    for tick in ys:
-        parts.append(f'<path class="grid" d="M{left} {y_at(tick):.1f}H{width - right}"/>')
-        parts.append(_text(left - 8, y_at(tick) + 4, tick_text(tick, ys[1] - ys[0]), "end"))
-    for tick in xs:
-        parts.append(f'<path class="axis" d="M{x_at(tick):.1f} {height - bottom}v4"/>')
-        parts.append(_text(x_at(tick), height - bottom + 18, f"{tick:,.0f}", "middle"))
-    parts.append(f'<path class="axis" d="M{left} {height - bottom}H{width - right}"/>')
-    parts.append(_text((left + width - right) / 2, height - 6, x_label, "middle", "label"))
-    middle = (top + height - bottom) / 2
-    parts.append(
-        f'<text class="label" text-anchor="middle" transform="translate(14 {middle:.1f}) rotate(-90)">'
-        f"{escape(y_label)}</text>"
-    )
-    for one in series:
+def _lines(drawing: Drawing, axes: Axes, panel: Panel, x_label: str) -> None:
+    axes.set(xlabel=x_label, ylabel=panel.y_label)
+    axes.grid(False, axis="x")
+    axes.tick_params(left=False)
+    for one in panel.series:
         points, _ = thin(one.points)
-        path, pen = [], "M"
-        for x, y in points:
-            if y is None:
-                pen = "M"
-                continue
-            path.append(f"{pen}{x_at(x):.1f} {y_at(y):.1f}")
-            pen = "L"
-        style = f'stroke="{colour(one.colour)}"{dash(one.colour)}' + (' opacity="0.45"' if one.faint else "")
-        drawn = sum(y is not None for _, y in points)
-        parts.append(f'<path class="line" d="{"".join(path)}" {style}><title>{escape(one.name)}</title></path>')
-        if (one.markers and drawn <= MAX_MARKERS) or drawn == 1:
-            for x, y in points:
-                if y is not None:
-                    parts.append(
-                        f'<circle class="dot" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="4" fill="{colour(one.colour)}">'
-                        f"<title>{escape(one.name)}, {escape(x_label)} {x:,.0f}: {y:.4g}</title></circle>"
-                    )
-    return "".join([*parts, "</svg>"])
+        known = [(x, y) for x, y in points if y is not None]
+        xs, ys = [x for x, _ in points], [math.nan if y is None else y for _, y in points]
+        colour = _colour(one.colour)
+        dots = (one.markers and len(known) <= MAX_MARKERS) or len(known) == 1
+        dash = DASHES[one.colour // SERIES_COLOURS % len(DASHES)]
+        look = {"color": colour, "linewidth": 2, "linestyle": dash, "alpha": 0.45 if one.faint else None}
+        (line,) = axes.plot(xs, ys, **look)
+        drawing.tip(line, one.name)
+        (drawing.keys[one.name],) = axes.plot([], [], marker="o" if one.markers else "", markersize=7, **look)
+        for x, y in known if dots else ():
+            (dot,) = axes.plot(x, y, "o", color=colour, markersize=8, markeredgecolor=COLOURS["paper"], clip_on=False)
+            drawing.tip(dot, f"{one.name}, {x_label} {x:,.4g}: {y:.4g}")
+    xs = [x for one in panel.series for x, _ in one.points]
+    axes.set_xlim(min(0.0, *xs), max(1.0, *xs))
+    if panel.zero and all(y is None or y >= 0 for one in panel.series for _, y in one.points):
+        axes.set_ylim(bottom=0.0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def bar_chart(groups: Sequence[tuple[str, Sequence[Bar]]], x_label: str) -> str:
     """Horizontal bars of shares in [0, 1], grouped, with their values, and a whisker of one standard error each way."""
     if not groups:
         return ""
-    thick, gap, between, top, bottom, right = 18, 4, 16, 6, 44, 96
-    left = min(260, 24 + 7 * max(len(name) for name, _ in groups))
-    rows = sum(len(bars) * (thick + gap) + between for _, bars in groups)
-    height = top + rows + bottom
-    highest = max((bar.value + (bar.stderr or 0) for _, bars in groups for bar in bars), default=0.0)
-    ticks = nice_ticks(0.0, min(1.0, max(highest, 0.01)), 5)
-
-    def x_at(value: float) -> float:
-        return left + (WIDTH - left - right) * min(max(value, 0.0), ticks[-1]) / ticks[-1]
-
-    parts = [_open(WIDTH, height, x_label)]
-    for tick in ticks:
-        parts.append(f'<path class="grid" d="M{x_at(tick):.1f} {top}V{height - bottom}"/>')
-        label = f"{tick_text(tick * 100, (ticks[1] - ticks[0]) * 100)}\u00a0%"
-        parts.append(_text(x_at(tick), height - bottom + 18, label, "middle"))
-    y = top + between / 2
-    for name, bars in groups:
-        middle = y + (len(bars) * (thick + gap) - gap) / 2
-        shown = name if len(name) <= 34 else name[:33] + "…"
-        parts.append(f"<g>{_text(left - 10, middle + 4, shown, 'end', 'label')}<title>{escape(name)}</title></g>")
-        for bar in bars:
-            tip = f"{name}, {bar.name}: {100 * bar.value:.2f} %"
-            if bar.stderr is not None:
-                tip += f" ± {100 * bar.stderr:.2f} (standard error)"
-            length = max(x_at(bar.value) - left, 1.0)
-            parts.append(
-                f'<rect x="{left}" y="{y:.1f}" width="{length:.1f}" height="{thick}" fill="{colour(bar.colour)}">'
-                f"<title>{escape(tip)}</title></rect>"
-            )
-            after = x_at(bar.value)
-            if bar.stderr:
-                low, after = x_at(bar.value - bar.stderr), x_at(bar.value + bar.stderr)
-                centre = y + thick / 2
-                parts.append(
-                    f'<path class="whisker" d="M{low:.1f} {centre}H{after:.1f}'
-                    f'M{low:.1f} {centre - 4}v8M{after:.1f} {centre - 4}v8"/>'
+    thick, step, between = 18, 22, 16
+    rows = sum(len(bars) * step + between for _, bars in groups)
+    with _drawing(WIDTH, rows + 80, x_label) as drawing:
+        (axes,) = drawing.axes
+        axes.set(xlabel=x_label)
+        axes.grid(False, axis="y")
+        axes.tick_params(left=False, bottom=False)
+        axes.spines["bottom"].set_visible(False)
+        axes.axvline(0, color=COLOURS["rule"], linewidth=1)
+        middles, y = [], between / 2
+        for name, bars in groups:
+            middles.append(y + (len(bars) * step - step + thick) / 2)
+            for bar in bars:
+                tip = f"{name}, {bar.name}: {100 * bar.value:.2f} %"
+                if bar.stderr is not None:
+                    tip += f" ± {100 * bar.stderr:.2f} (standard error)"
+                centre, end = y + thick / 2, bar.value + (bar.stderr or 0)
+                (drawn,) = axes.barh(centre, bar.value, thick, color=_colour(bar.colour))
+                drawing.tip(drawn, tip)
+                drawing.keys.setdefault(bar.name, drawn)
+                if bar.stderr:
+                    axes.errorbar(bar.value, centre, xerr=bar.stderr, ecolor=COLOURS["ink"], elinewidth=1.25, capsize=4)
+                axes.annotate(
+                    f"{100 * bar.value:.1f} %", (end, centre), (7, 0), textcoords="offset points", va="center"
                 )
-            parts.append(_text(after + 7, y + thick / 2 + 4, f"{100 * bar.value:.1f} %", "start", "value"))
-            y += thick + gap
-        y += between
-    parts.append(f'<path class="axis" d="M{left} {top}V{height - bottom}"/>')
-    parts.append(_text((left + WIDTH - right) / 2, height - 6, x_label, "middle", "label"))
-    return "".join([*parts, "</svg>"])
+                y += step
+            y += between
+        axes.set_ylim(y - between / 2, 0)
+        axes.set_xlim(0, min(1.0, max(0.01, *(bar.value + (bar.stderr or 0) for _, bars in groups for bar in bars))))
+        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g}\u00a0%")
+        drawing.names(axes.yaxis, middles, [name for name, _ in groups], lambda name: _short(name, 34))
+        drawing.legend(list(drawing.keys))
+    return drawing.svg
 
 
 def heat_map(
@@ -210,50 +217,120 @@ def heat_map(
 ) -> str:
     """Shares as shades of one colour, from nothing to the largest; `value(row, column)` is (share, text) or None.
 
-    The text stands in the cell where there is room for it, else in its tooltip.
+    The text stands in the cell where there is room for it, and in its tooltip.
     """
-    largest = max((cell[0] for row in rows for column in columns if (cell := value(row, column))), default=0.0)
-    left, top, bottom = min(240, 24 + 7 * max((len(row) for row in rows), default=0)), 6, 44
-    side = max(9.0, min(84.0, (WIDTH - left - 10) / max(len(columns), 1)))
-    tall = 26
-    width, height = max(WIDTH, int(left + side * len(columns) + 10)), top + tall * len(rows) + bottom
-    roomy = side >= 46
-    every = max(1, math.ceil(26 / side))
-    parts = [_open(width, height, x_label)]
-    for line, row in enumerate(rows):
-        y = top + line * tall
-        shown = row if len(row) <= 30 else "…" + row[-29:]
-        parts.append(f"<g>{_text(left - 10, y + tall / 2 + 4, shown, 'end', 'label')}<title>{escape(row)}</title></g>")
-        for number, column in enumerate(columns):
-            x = left + number * side
-            cell = value(row, column)
-            place = f'x="{x + 1:.1f}" y="{y + 1}" width="{side - 2:.1f}" height="{tall - 2}"'
-            if cell is None:
-                tip = escape(f"{row}, {x_label} {column}: nothing")
-                parts.append(f'<rect class="void" {place}><title>{tip}</title></rect>')
-                continue
-            share, text = cell
-            shade = 0.08 + 0.92 * share / largest if largest > 0 else 0.08
-            parts.append(
-                f'<rect fill="var(--heat)" fill-opacity="{shade:.3f}" {place}>'
-                f"<title>{escape(f'{row}, {x_label} {column}: {text}')}</title></rect>"
-            )
-            if roomy:
-                kind = "on-heat" if shade > 0.75 else "value"
-                parts.append(_text(x + side / 2, y + tall / 2 + 4, text, "middle", kind))
-    for number, column in enumerate(columns):
-        if number % every == 0:
-            parts.append(_text(left + (number + 0.5) * side, height - bottom + 18, column, "middle"))
-    parts.append(_text(left + side * len(columns) / 2, height - 6, x_label, "middle", "label"))
-    return "".join([*parts, "</svg>"])
+    cells = {(row, column): value(row, column) for row in rows for column in columns}
+    largest = max((cell[0] for cell in cells.values() if cell), default=0.0)
+    named = min(240, 24 + 7 * max((len(row) for row in rows), default=0))
+    wide = max(len(columns), 10)  # few columns do not fill the page
+    side = max(9.0, (WIDTH - named) / wide)
+    with _drawing(round(named + side * wide), 26 * len(rows) + 50, x_label) as drawing:
+        (axes,) = drawing.axes
+        axes.grid(False)
+        axes.tick_params(left=False, bottom=False)
+        axes.spines["bottom"].set_visible(False)
+        for y, row in enumerate(rows):
+            for x, column in enumerate(columns):
+                cell = cells[row, column]
+                place = {"y": y, "left": x + 1 / side - 0.5, "width": 1 - 2 / side, "height": 24 / 26}
+                if cell is None:
+                    (drawn,) = axes.barh(**place, facecolor="none", edgecolor=COLOURS["grid"])
+                    drawing.tip(drawn, f"{row}, {x_label} {column}: nothing")
+                    continue
+                share, text = cell
+                shade = 0.08 + 0.92 * share / largest if largest > 0 else 0.08
+                (drawn,) = axes.barh(**place, facecolor=(COLOURS["heat"], round(shade, 3)))
+                drawing.tip(drawn, f"{row}, {x_label} {column}: {text}")
+                if side >= 46:
+                    colour = COLOURS["on-heat" if shade > 0.75 else "ink"]
+                    axes.text(x, y, text, color=colour, ha="center", va="center")
+        axes.set(xlim=(-0.5, wide - 0.5), ylim=(len(rows) - 0.5, -0.5))
+        shown = range(0, len(columns), max(1, math.ceil(26 / side)))
+        drawing.names(axes.xaxis, list(shown), [columns[index] for index in shown], str)
+        drawing.names(axes.yaxis, list(range(len(rows))), rows, lambda row: _short(row, 30, end=True))
+        axes.set_xlabel(x_label, x=len(columns) / wide / 2)
+    return drawing.svg
 
 
-def _open(width: int, height: float, title: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}" role="img" '
-        f'aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">'
-    )
+def standalone(svg: str) -> str:
+    """A drawing as an SVG file of its own, on paper, with its colours inside."""
+    style = f"svg {{ {LIGHT} }} @media (prefers-color-scheme: dark) {{ svg {{ {DARK} }} }}"
+    root, _, content = svg.partition(">")
+    paper = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
+    return f"{root}><style>{style}</style>{paper}{content}\n"
 
 
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _colour(index: int | None) -> str:
+    return COLOURS["neutral" if index is None else f"series-{index % SERIES_COLOURS + 1}"]
+
+
+def _short(text: str, length: int, end: bool = False) -> str:
+    """`text`, or its beginning (or end) with an ellipsis where it is longer than `length`."""
+    if len(text) <= length:
+        return text
+    return f"…{text[1 - length :]}" if end else f"{text[: length - 1]}…"
+
+
+class Drawing:
+    """A figure and its axes while they are drawn, then its `svg`."""
+
+    def __init__(self, figure: Any, axes: Sequence[Axes]) -> None:
+        self.figure = figure
+        self.axes = axes
+        self.keys: dict[str, Artist] = {}  # what the legend may show, by name
+        self.svg = ""
+        self._tips: dict[str, str] = {}
+
+    def tip(self, artist: Artist, text: str) -> None:
+        """Shows `text` where the pointer rests on what `artist` draws."""
+        artist.set_gid(f"tip-{len(self._tips)}")
+        self._tips[artist.get_gid()] = html.escape(clean(text))
+
+    def names(self, axis: Any, places: Sequence[float], texts: Sequence[str], short: Callable[[str], str]) -> None:
+        """Labels an axis by names, shortened; the whole one is the label's tip."""
+        axis.set_ticks(places, labels=[clean(short(text)).replace("\n", " ") for text in texts])
+        for label, text in zip(axis.get_ticklabels(), texts, strict=True):
+            self.tip(label, text)
+
+    def legend(self, names: Sequence[str]) -> None:
+        """What the colours mean, above the charts, in as many columns as there is room for."""
+        texts = [clean(_short(name, 100)).replace("\n", " ") for name in names]
+        if texts:
+            columns = max(1, int(self.figure.bbox.width) // (60 + 7 * max(map(len, texts))))
+            keys = [self.keys[name] for name in names]
+            self.figure.legend(keys, texts, loc="outside upper left", ncols=min(columns, len(texts)))
+
+    def finish(self, title: str) -> None:
+        """Draws: no date, no ids of groups, which would not be the only ones of a page, colours by their variables."""
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        self.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        width, height = (round(side) for side in self.figure.bbox.size)
+        root = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width}" '
+            f'height="{height}" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(clean(title))}">'
+        )
+        content = re.split("<svg[^>]*>", buffer.getvalue(), maxsplit=1)[1].rstrip()
+        content = re.sub(r'<g id="([^"]*)">', lambda group: f"<g>{self._title(group[1])}", content)
+        content = re.sub(r"'DejaVu Sans'[^;\"]*", FONT, content)
+        self.svg = root + re.sub(r"(?<=: )#\w{6}", lambda found: VARIABLES.get(found[0], found[0]), content)
+
+    def _title(self, gid: str) -> str:
+        return f"<title>{self._tips[gid]}</title>" if gid in self._tips else ""
+
+
+@contextlib.contextmanager
+def _drawing(width: int, height: int, title: str, rows: int = 1, columns: int = 1) -> Iterator[Drawing]:
+    """A drawing of that many CSS pixels, with axes in rows and columns, in the style of all of them."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its list of fonts is not worth a line
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that the font for measuring lacks, and the like
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")  # 72: a point is a pixel
+        drawing = Drawing(figure, list(figure.subplots(rows, columns, squeeze=False).flat))
+        yield drawing
+        drawing.finish(title)

@@ -1,269 +1,337 @@
-"""The page around a report: its style sheet, tables, tiles, and numbers as people read them."""
+"""A run folder, or several side by side, as one self-contained HTML page: its content, which `page.html.j2` lays out.
+
+Read from the run's files alone, so a run that failed, or was made elsewhere, reports too: what is missing is said.
+Everything in those files is data of unknown origin: text is escaped, numbers are checked before they are drawn.
+Jinja2 is imported when a page is made, not before.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from datetime import datetime
+import importlib.resources
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from sparseft.report.charts import colour, dash, escape
-
-SPACE = "\u00a0"  # between a number and its unit, where no line may end
-
-# Nothing may be fetched and no script may run, whatever a run's files say.
-_HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-"""
-
-LIGHT = """--paper: #ffffff; --card: #f6f7f8; --ink: #1b1f24; --muted: #5b6570; --grid: #e3e6ea; --rule: #cdd3da;
---neutral: #a9b1ba; --warn: #8a5300; --warn-paper: #fdf4e3; --heat: #1558c4; --on-heat: #ffffff;
---series-1: #1f6feb; --series-2: #d1570b; --series-3: #14866d; --series-4: #a83291; --series-5: #8f6b00;
---series-6: #5b6ad0;"""
-
-DARK = """--paper: #14171b; --card: #1d2126; --ink: #e7eaee; --muted: #9aa4af; --grid: #2a3038; --rule: #3a424c;
---neutral: #66707c; --warn: #f0c169; --warn-paper: #2b2415; --heat: #3273d6; --on-heat: #ffffff;
---series-1: #6ea8fe; --series-2: #f2935a; --series-3: #4cc2a5; --series-4: #dd83cb; --series-5: #d6b04a;
---series-6: #a3adf5;"""
-
-_STYLE = f"""
-:root {{ {LIGHT} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}
-@page {{ margin: 16mm; }}
-* {{ box-sizing: border-box; }}
-body {{
-  margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-}}
-main {{ max-width: 940px; margin: 0 auto; padding: 40px 24px 72px; }}
-header p {{ margin: 0; }}
-.kicker {{ color: var(--muted); font-size: 14px; }}
-h1 {{ font-size: 28px; line-height: 1.2; margin: 4px 0 12px; overflow-wrap: anywhere; }}
-h2 {{ font-size: 19px; margin: 44px 0 4px; }}
-h3 {{ font-size: 15px; margin: 22px 0 6px; }}
-.lead {{ font-size: 18px; max-width: 46em; overflow-wrap: anywhere; }}
-.note {{ color: var(--muted); font-size: 14px; margin: 4px 0 12px; max-width: 54em; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 10px; margin: 26px 0 0; }}
-.tile {{ background: var(--card); border-radius: 6px; padding: 12px 14px; }}
-.tile .name {{ color: var(--muted); font-size: 13px; }}
-.tile .figure {{ font-size: 24px; line-height: 1.25; margin: 2px 0; font-variant-numeric: tabular-nums; }}
-.tile .detail {{ color: var(--muted); font-size: 13px; line-height: 1.35; }}
-figure {{ margin: 12px 0 0; overflow-x: auto; }}
-@media screen {{ figure.wide svg {{ min-width: 620px; }} }}
-.scroll {{ overflow-x: auto; }}
-.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 12px; }}
-svg {{ max-width: 100%; height: auto; display: block; }}
-.legend {{ display: flex; flex-wrap: wrap; gap: 4px 20px; font-size: 14px; margin: 8px 0 4px; }}
-.legend span {{ display: inline-flex; align-items: center; gap: 7px; }}
-.legend svg {{ flex: none; }}
-svg text {{ font-size: 12px; fill: var(--muted); font-family: inherit; font-variant-numeric: tabular-nums; }}
-svg text.label, svg text.value {{ fill: var(--ink); }}
-svg text.on-heat {{ fill: var(--on-heat); }}
-svg .grid {{ stroke: var(--grid); fill: none; }}
-svg .axis {{ stroke: var(--rule); fill: none; }}
-svg .line {{ fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }}
-svg .dot {{ stroke: var(--paper); stroke-width: 2; }}
-svg .whisker {{ stroke: var(--ink); stroke-width: 1.25; fill: none; }}
-svg .void {{ fill: none; stroke: var(--grid); }}
-table {{ border-collapse: collapse; font-size: 14px; width: 100%; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--grid); vertical-align: top; }}
-th {{ color: var(--muted); font-weight: 500; }}
-td {{ overflow-wrap: break-word; min-width: 5em; }}
-table.facts td {{ overflow-wrap: anywhere; }}
-th.number, td.number {{ text-align: right; white-space: nowrap; min-width: 0; }}
-td.best {{ font-weight: 650; }}
-table.facts td:first-child {{ color: var(--muted); width: 30%; }}
-.warnings {{
-  background: var(--warn-paper); color: var(--warn); border-radius: 6px; padding: 10px 16px; margin: 24px 0 0;
-  font-size: 14px; overflow-wrap: anywhere;
-}}
-.warnings ul {{ margin: 4px 0 0; padding-left: 20px; }}
-details {{ margin: 10px 0 0; }}
-summary {{ cursor: pointer; color: var(--muted); font-size: 14px; }}
-pre {{
-  background: var(--card); border-radius: 6px; padding: 12px 14px; margin: 8px 0 0; overflow-x: auto;
-  font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere;
-}}
-code {{ font: 0.9em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }}
-footer {{ margin-top: 56px; color: var(--muted); font-size: 13px; }}
-@media print {{
-  :root {{ {LIGHT} }}
-  main {{ max-width: none; padding: 0; }}
-  table {{ font-size: 10.5px; }}
-  th, td {{ padding-right: 8px; }}
-  figure, tr, .tile {{ break-inside: avoid; }}
-  h2 {{ break-after: avoid; }}
-  * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
-}}
-"""
+from sparseft.errors import UserError
+from sparseft.files.atomic import write_text
+from sparseft.report.charts import DARK, LIGHT, Bar, Panel, Series, bar_chart, clean, heat_map, line_chart, thin
+from sparseft.report.numbers import (
+    count,
+    duration,
+    fixed,
+    memory,
+    number,
+    percent,
+    rate,
+    short_count,
+    signed,
+    when,
+)
+from sparseft.report.run_data import Run, name_runs, read_run
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """A whole HTML page; `title` is text, `parts` are HTML."""
-    return _HEAD.format(title=escape(title), style=_STYLE) + "\n".join(part for part in parts if part) + _FOOT
+@dataclass
+class Table:
+    """Cells of text; columns in `numeric` are set right, cells (row, column) in `best` stand out."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numeric: Sequence[int] = ()
+    best: set[tuple[int, int]] = field(default_factory=set)
 
 
-_FOOT = "\n<footer>Made by sparseft from the files of the run folder; this page loads nothing else.</footer>\n"
-_FOOT += "</main>\n</body>\n</html>\n"
+def build_report(runs: Sequence[Path], out: Path) -> Path:
+    """Writes the page of `runs` (run folders) to `out` and returns it. Needs at least one run."""
+    import jinja2
 
-
-def number(value: Any) -> float | None:
-    """`value` as a float where it is a finite number that can be drawn, else None; text is never taken for one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if math.isfinite(value) and abs(value) < 1e30 else None
-
-
-def count(value: Any) -> str:
-    """`1049344` -> `1,049,344`."""
-    known = number(value)
-    return "–" if known is None else f"{known:,.0f}"
-
-
-def short_count(value: Any) -> str:
-    """`1049344` -> `1.05 M`: three digits that matter."""
-    known = number(value)
-    if known is None:
-        return "–"
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(known) >= limit * 0.9995:
-            return f"{_three(known / limit)}{SPACE}{unit}"
-    return f"{known:,.0f}"
-
-
-def _three(value: float) -> str:
-    """Three significant digits, without scientific notation."""
-    value = float(f"{value:.3g}")  # first, so that 0.9996 is 1.00 and not 1.000
-    decimals = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(decimals, 6)}f}"
-
-
-def percent(share: float | None, stderr: float | None = None) -> str:
-    """A share in [0, 1] in percent: `61.5 %`, with its standard error `61.5 ± 4.9 %`; tiny ones keep two digits."""
-    if share is None:
-        return "–"
-    value = 100 * share
-    if stderr is not None:
-        return f"{value:.1f} ± {100 * stderr:.1f}{SPACE}%"
-    if value in (0.0, 100.0):
-        return f"{value:.0f}{SPACE}%"
-    decimals = 1 if abs(value) >= 9.95 else min(6, 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{decimals}f}{SPACE}%"
-
-
-def fixed(value: Any, decimals: int = 3) -> str:
-    known = number(value)
-    return "–" if known is None else f"{known:,.{decimals}f}"
-
-
-def signed(value: float) -> str:
-    """`+62.0` or `−3.0`, with a true minus."""
-    return f"{value:+.1f}".replace("-", "\u2212")
-
-
-def when(moment: Any) -> str:
-    """`2026-01-31T23:59:59+00:00` -> `2026-01-31 23:59 UTC`; anything else as it is."""
-    try:
-        known = datetime.fromisoformat(str(moment))
-    except ValueError:
-        return str(moment)
-    return known.strftime("%Y-%m-%d %H:%M ") + (known.tzname() or "")
-
-
-def rate(value: Any) -> str:
-    """Tokens per second and the like: three digits that matter, thousands separated."""
-    known = number(value)
-    return "–" if known is None else (f"{known:,.0f}" if abs(known) >= 100 else _three(known))
-
-
-def memory(size: Any) -> str:
-    """Bytes -> `1.23 GiB` or `45.6 MiB`."""
-    known = number(size)
-    if known is None:
-        return "–"
-    return f"{_three(known / 2**30)}{SPACE}GiB" if known >= 2**30 else f"{_three(known / 2**20)}{SPACE}MiB"
-
-
-def duration(seconds: Any) -> str:
-    """`48.2 s`, `3 min 20 s`, `1 h 5 min`."""
-    known = number(seconds)
-    if known is None:
-        return "–"
-    if known < 59.95:
-        return f"{known:.1f}{SPACE}s"
-    whole = round(known)
-    if whole < 3600:
-        return f"{whole // 60}{SPACE}min {whole % 60}{SPACE}s"
-    return f"{whole // 3600}{SPACE}h {whole % 3600 // 60}{SPACE}min"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = (), best: Any = ()) -> str:
-    """A table of text cells; columns in `numeric` are set right, cells (row, column) in `best` stand out."""
-
-    def cell(tag: str, text: str, column: int, row: int = -1) -> str:
-        kinds = " ".join(["number"] * (column in numeric) + ["best"] * ((row, column) in best))
-        attribute = f' class="{kinds}"' if kinds else ""
-        return f"<{tag}{attribute}>{escape(text)}</{tag}>"
-
-    lines = ["<tr>" + "".join(cell("th", text, column) for column, text in enumerate(head)) + "</tr>"]
-    for index, row in enumerate(rows):
-        lines.append("<tr>" + "".join(cell("td", text, column, index) for column, text in enumerate(row)) + "</tr>")
-    return '<div class="scroll"><table>' + "".join(lines) + "</table></div>"
-
-
-def facts(pairs: Sequence[tuple[str, str]]) -> str:
-    """Names and values, without a heading row."""
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in pairs)
-    return f'<table class="facts">{rows}</table>'
-
-
-def tiles(entries: Sequence[tuple[str, str, str]]) -> str:
-    """The figures one looks for first: name, figure, detail."""
-    return '<div class="tiles">' + "".join(
-        f'<div class="tile"><div class="name">{escape(name)}</div><div class="figure">{escape(figure)}</div>'
-        f'<div class="detail">{escape(detail)}</div></div>'
-        for name, figure, detail in entries
-    ) + "</div>"  # fmt: skip
-
-
-def legend(entries: Sequence[tuple[str, int | None, str]]) -> str:
-    """What the colours mean; an entry is (name, colour, kind), kind `line`, `dots`, `faint` or `bar`."""
-    keys = []
-    for name, index, kind in entries:
-        paint = colour(index)
-        if kind == "bar":
-            mark = f'<rect width="14" height="12" y="1" fill="{paint}"/>'
-        else:
-            faded = ' opacity="0.45"' if kind == "faint" else ""
-            mark = f'<path d="M0 7H26" stroke="{paint}" stroke-width="2" fill="none"{dash(index)}{faded}/>'
-            if kind == "dots":
-                mark += f'<circle cx="13" cy="7" r="4" fill="{paint}"/>'
-        width = 14 if kind == "bar" else 26
-        keys.append(f'<span><svg width="{width}" height="14" aria-hidden="true">{mark}</svg>{escape(name)}</span>')
-    return f'<div class="legend">{"".join(keys)}</div>'
-
-
-def warnings(texts: Sequence[str]) -> str:
-    """Each warning once, in order; nothing when there are none."""
-    unique = list(dict.fromkeys(texts))
-    if not unique:
-        return ""
-    items = "".join(f"<li>{escape(text)}</li>" for text in unique)
-    return (
-        f'<div class="warnings"><strong>{"Warning" if len(unique) == 1 else "Warnings"}</strong><ul>{items}</ul></div>'
+    if not runs:
+        raise UserError("a report needs at least one run's folder.")
+    loaded = [read_run(Path(path)) for path in runs]
+    name_runs(loaded)
+    single = len(loaded) == 1
+    several = [f"{run.label}: {text}" for run in loaded for text in run.warnings]
+    environment = jinja2.Environment(
+        autoescape=True, finalize=clean, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    template = importlib.resources.files("sparseft.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    page = environment.from_string(template).render(
+        light=LIGHT,
+        dark=DARK,
+        single=single,
+        **_header(loaded),
+        warnings=list(dict.fromkeys(loaded[0].warnings if single else several)),
+        tiles=_tiles(loaded[0]) if single else [],
+        comparison=None if single else _comparison(loaded),
+        loss=_curves(loaded),
+        evaluation=_evaluation(loaded),
+        runs=[{"label": run.label, "selected": _selected(run), **_details(run)} for run in loaded],
+    )
+    return write_text(out, page)
+
+
+def sentence(run: Run) -> str:
+    """What came of the run, in one sentence."""
+    if run.summary is None:
+        return f"{run.method} training of {run.model} on {run.dataset} has not finished."
+    text = f"{run.method} trained {count(run.get('trainable_parameters'))} of {count(run.get('total_parameters'))} "
+    text += f"parameters ({percent(run.share)}) of {run.model} on {run.dataset}"
+    text += f" for {count(run.get('steps'))} steps in {duration(run.get('train_seconds'))}"
+    results = []
+    before, after = run.get("eval_loss_before"), run.get("eval_loss_after")
+    if number(after) is not None:
+        results.append(f"evaluation loss {fixed(before)} → {fixed(after)}")
+    for task in run.headline[:3]:
+        if task in run.before and task in run.after:
+            results.append(f"{task} {percent(run.before[task].accuracy)} → {percent(run.after[task].accuracy)}")
+        elif task in run.after:
+            results.append(f"{task} {percent(run.after[task].accuracy)}")
+    return text + (": " + ", ".join(results) if results else "") + "."
+
+
+def _header(runs: list[Run]) -> dict[str, str]:
+    run = runs[0]
+    if len(runs) > 1:
+        lead = f"{', '.join(run.label for run in runs)}, compared by what they trained, cost and learnt."
+        return {"title": f"{len(runs)} runs side by side", "kicker": "sparseft", "lead": lead}
+    started = run.environment.get("started")
+    kicker = f"sparseft run {run.path.resolve().name}" + (f", started {when(started)}" if started else "")
+    return {"title": f"{run.method} on {run.dataset}", "kicker": kicker, "lead": sentence(run)}
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """The figures one looks for first: name, figure, detail."""
+    if run.summary is None:
+        return []
+    get = run.get
+    scope = number(get("scope_parameters"))
+    detail = f"{percent(run.share)} of {short_count(get('total_parameters'))}"
+    if scope:
+        detail += f"; {percent((number(get('trainable_parameters')) or 0) / scope)} of the weights in scope"
+    per_step = (number(get("train_seconds")) or 0) / (number(get("steps")) or 1)
+    entries = [
+        ("Trainable parameters", short_count(get("trainable_parameters")), detail),
+        ("Tokens per second", rate(get("tokens_per_second")), f"{short_count(get('tokens'))} tokens in all"),
+        ("Peak memory", memory(get("peak_memory_bytes")), str(run.environment.get("device") or "device not recorded")),
+        ("Training time", duration(get("train_seconds")), f"{count(get('steps'))} steps of {rate(per_step)} s"),
+    ]
+    if number(get("eval_loss_after")) is not None:
+        was = f"{fixed(get('eval_loss_before'))} before"
+        entries.append(("Evaluation loss", fixed(get("eval_loss_after")), was))
+    for task in run.headline[:2]:
+        if task in run.after:
+            old = run.before.get(task)
+            was = f"{percent(old.accuracy)} before" if old else f"{count(run.after[task].samples)} questions"
+            entries.append((f"Accuracy, {task}", percent(run.after[task].accuracy), was))
+    return entries
+
+
+def _comparison(runs: list[Run]) -> dict[str, Any]:
+    """One row a run; what is the same for all is said once, above the table."""
+    tasks = list(dict.fromkeys(task for run in runs for task in run.headline))
+    columns: list[tuple[str, list[str]]] = [("run", [run.label for run in runs])]
+    shared = []
+    for name, texts in (("model", [run.model for run in runs]), ("data", [run.dataset for run in runs])):
+        if len(set(texts)) > 1:
+            columns.append((name, texts))
+        else:
+            shared.append(f"{name} {texts[0]}")
+    first_number = len(columns)
+    for name, key, shown in (
+        ("trainable", "trainable_parameters", short_count),
+        ("steps", "steps", count),
+        ("tokens/s", "tokens_per_second", rate),
+        ("memory", "peak_memory_bytes", memory),
+        ("time", "train_seconds", duration),
+    ):
+        columns.append((name, [shown(run.get(key)) for run in runs]))
+        if key == "trainable_parameters":
+            columns.append(("share", [percent(run.share) for run in runs]))
+    columns.append(
+        ("eval loss", [f"{fixed(run.get('eval_loss_before'))} → {fixed(run.get('eval_loss_after'))}" for run in runs])
+    )
+    best = _best(len(columns) - 1, [number(run.get("eval_loss_after")) for run in runs], min)
+    for task in tasks:
+        scores = [run.after.get(task) for run in runs]
+        columns.append((task, [percent(score.accuracy, score.stderr) if score else "–" for score in scores]))
+        best |= _best(len(columns) - 1, [score.accuracy if score else None for score in scores], max)
+    note = f"The same for all: {', '.join(shared)}. " if shared else ""
+    note += "Accuracies are ± one standard error. The best of a column stands out."
+    rows = list(zip(*(texts for _, texts in columns), strict=True))
+    table = Table([name for name, _ in columns], rows, range(first_number, len(columns)), best)
+    return {"note": note, "table": table, "settings": _differences(runs)}
+
+
+def _best(column: int, values: list[float | None], choose: Callable[..., float]) -> set[tuple[int, int]]:
+    """The cells (row, column) with the best value, where there is more than one to choose from."""
+    known = [value for value in values if value is not None]
+    if len(set(known)) < 2:
+        return set()
+    return {(row, column) for row, value in enumerate(values) if value == choose(known)}
+
+
+def _differences(runs: list[Run]) -> Table:
+    """The settings in which the runs differ, from their configs."""
+    settings = [flatten(run.config) for run in runs]
+    names = dict.fromkeys(name for one in settings for name in one)
+    rows = []
+    for name in names:
+        values = [json.dumps(one[name], ensure_ascii=False, default=str) if name in one else "–" for one in settings]
+        if len(set(values)) > 1:
+            rows.append([name, *values])
+    return Table(["setting", *(run.label for run in runs)], rows)
+
+
+def flatten(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{above}{name}.")
+        else:
+            flat[f"{above}{name}"] = value
+    return flat
+
+
+def _curves(runs: list[Run]) -> dict[str, Any]:
+    single = len(runs) == 1
+    series, grouped = [], 1
+    for index, run in enumerate(runs):
+        train, evaluated = run.curve("loss"), run.eval_curve()
+        grouped = max(grouped, thin(train)[1])
+        if train:
+            series.append(Series("training" if single else f"{run.label} training", train, index, faint=not single))
+        if evaluated:
+            name = "evaluation" if single else f"{run.label} evaluation"
+            series.append(Series(name, evaluated, index + single, markers=True))
+    others = []
+    for name, label in (("learning_rate", "learning rate"), ("grad_norm", "gradient norm")):
+        lines = [Series(run.label, run.curve(name), index) for index, run in enumerate(runs) if run.curve(name)]
+        panel = Panel(label, lines, zero=True)
+        others.append(line_chart([[panel]], "optimizer step", height=190, width=460, legend=False))
+    return {
+        "chart": line_chart([[Panel("loss (nats per token)", series)]], "optimizer step", height=324),
+        "grouped": grouped,
+        "others": [chart for chart in others if chart],
+    }
+
+
+def _evaluation(runs: list[Run]) -> dict[str, Any] | None:
+    tasks = list(dict.fromkeys(task for run in runs for task in run.headline))
+    if not tasks:
+        return None
+    single = len(runs) == 1
+    groups = []
+    for task in tasks:
+        bases = {run.before[task].accuracy: run.before[task] for run in runs if task in run.before}
+        same = list(bases.values()) if len(bases) == 1 else []
+        bars = [Bar("before training", base.accuracy, base.stderr, None) for base in same]
+        for index, run in enumerate(runs):
+            if task in run.after:
+                score = run.after[task]
+                bars.append(Bar("after training" if single else run.label, score.accuracy, score.stderr, index))
+        groups.append((task, bars))
+    members = sorted({task for run in runs for task in (*run.after, *run.before)} - set(tasks))
+    return {
+        "chart": bar_chart(groups, "accuracy"),
+        "table": _score_table(runs, tasks, single),
+        "named": len(members),
+        "members": _score_table(runs, members, single),
+    }
+
+
+def _score_table(runs: list[Run], tasks: list[str], single: bool) -> Table:
+    rows = []
+    for task in tasks:
+        for run in runs:
+            old, new = run.before.get(task), run.after.get(task)
+            known = new or old
+            if known is None:
+                continue
+            change = signed(100 * (new.accuracy - old.accuracy)) if old and new else "–"
+            rows.append(
+                [task, *([] if single else [run.label])]
+                + [percent(score.accuracy, score.stderr) if score else "–" for score in (old, new)]
+                + [change, count(known.shots), count(known.samples)]
+            )
+    head = ["task", *([] if single else ["run"]), "before", "after", "change (points)", "shots", "questions"]
+    return Table(head, rows, range(1 if single else 2, len(head)))
+
+
+def layer_and_role(module: str) -> tuple[str, str]:
+    """`model.layers.3.self_attn.q_proj` -> ("3", "self_attn.q_proj"): the first number names the layer, later ones
+    (experts) fall together; a module outside the layers has the layer ""."""
+    layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    if not layer:
+        return "", module
+    role = re.sub(r"\.\d+(?=\.|$)", "", module[layer.end() :])
+    return layer.group(1), role or module[: layer.start()]
+
+
+def _selected(run: Run) -> dict[str, str]:
+    """The trained share of each layer and role, as a chart and a note, or why there is none."""
+    modules = (run.selection or {}).get("modules")
+    if not isinstance(modules, dict) or not modules:
+        why = "the method selects no part of the weights, or the run stopped before."
+        return {"note": f"There is no selection/selection.json: {why}", "chart": ""}
+    trained: dict[tuple[str, str], float] = {}
+    weights: dict[tuple[str, str], float] = {}
+    kinds: dict[str, float] = {}
+    for module, entry in modules.items():
+        entry = entry if isinstance(entry, dict) else {}
+        shape = entry.get("shape")
+        sides = [number(side) for side in shape] if isinstance(shape, list) else []
+        trainable = number(entry.get("trainable"))
+        if len(sides) != 2 or None in sides or trainable is None or not sides[0] or not sides[1]:
+            return {"note": f"selection.json says neither shape nor trained weights of {module}.", "chart": ""}
+        place = layer_and_role(module)
+        trained[place] = trained.get(place, 0.0) + trainable
+        weights[place] = weights.get(place, 0.0) + sides[0] * sides[1]
+        for kind in ("rows", "columns", "blocks"):
+            kinds[kind] = kinds.get(kind, 0.0) + (number(entry.get(kind)) or 0.0)
+
+    def value(role: str, layer: str) -> tuple[float, str] | None:
+        whole = weights.get((layer, role))
+        if not whole:
+            return None
+        share = trained[layer, role] / whole
+        return share, percent(share)
+
+    layers = sorted({layer for layer, _ in weights}, key=lambda layer: (not layer, int(layer or 0)))
+    roles = list(dict.fromkeys(role for _, role in weights))
+    size = number((run.selection or {}).get("block_size"))
+    units = [f"{count(many)} {kind}" for kind, many in kinds.items() if many]
+    if size is not None and kinds["blocks"]:
+        units = [f"{unit} of {size:.0f} × {size:.0f}" if unit.endswith("blocks") else unit for unit in units]
+    note = (
+        f"{', '.join(units) or 'Nothing'} in {count(len(modules))} weights. Each cell: the share of that weight that "
+    )
+    note += f"trains; all together {percent(sum(trained.values()) / sum(weights.values()))} of them. The darkest: "
+    note += f"{percent(max(trained[place] / weights[place] for place in weights))}."
+    return {"note": note, "chart": heat_map(roles, layers, value, "layer")}
+
+
+def _details(run: Run) -> dict[str, Any]:
+    """Config and environment as they are on file."""
+    environment = run.environment
+    pairs = [("run folder", str(run.path))]
+    for name in ("command_line", "commit", "device", "dtype", "world_size", "platform", "cpu_count", "started"):
+        if environment.get(name) is not None:
+            pairs.append((name.replace("_", " "), str(environment[name])))
+    for name in ("seed", "sparsity", "scope"):
+        if run.get(name) is not None:
+            value = run.get(name)
+            pairs.append((name, f"{value:.6g}" if isinstance(value, float) else str(value)))
+    found = environment.get("versions")
+    if isinstance(found, dict):
+        pairs.append(("versions", ", ".join(f"{name} {version}" for name, version in found.items() if version)))
+    return {
+        "facts": pairs,
+        "environment": bool(environment),
+        "config": run.config_text,
+        "summary": "" if run.summary is None else json.dumps(run.summary, indent=2, ensure_ascii=False),
+    }

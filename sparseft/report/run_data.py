@@ -10,7 +10,7 @@ from typing import Any
 from sparseft.errors import UserError
 from sparseft.files.tensors import SELECTION_CONFIG
 from sparseft.files.untrusted import parse_yaml, read_bytes, read_json_object, why
-from sparseft.report.page import number
+from sparseft.report.numbers import number
 from sparseft.runs.folder import BEFORE, CONFIG, ENVIRONMENT, EVAL, METRICS, SELECTION, SUMMARY, load_summary
 from sparseft.runs.metrics import read_metrics
 

@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from sparseft import __version__, console, signals
-from sparseft.data import LoadedData, calibration_batches
+from sparseft.data.loading import LoadedData
+from sparseft.data.sampling import calibration_batches
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded
 from sparseft.errors import UserError

@@ -20,7 +20,7 @@ from sparseft import console
 from sparseft.adapters.lifecycle import save_adapter
 from sparseft.adapters.state import state_of
 from sparseft.config import HardwareConfig
-from sparseft.data.even import EvenDataset, EvenSampler, even
+from sparseft.data.sampling import PaddedDataset, PaddedSampler, pad_to_world
 from sparseft.distributed.deepspeed import (
     MAX_BUCKET,
     change_zero,
@@ -126,8 +126,8 @@ class DistributedTrainer(transformers.Trainer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         fillable = self.model_accepts_loss_kwargs
-        self.train_dataset = even(self.train_dataset, self.args.train_batch_size, fillable=fillable)
-        self.eval_dataset = even(self.eval_dataset, self.args.eval_batch_size)
+        self.train_dataset = pad_to_world(self.train_dataset, self.args.train_batch_size, fillable=fillable)
+        self.eval_dataset = pad_to_world(self.eval_dataset, self.args.eval_batch_size)
 
     @property
     def is_zero3(self) -> bool:
@@ -144,8 +144,8 @@ class DistributedTrainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(data, EvenDataset):
-            return EvenSampler(data, self.args.data_seed)
+        if isinstance(data, PaddedDataset):
+            return PaddedSampler(data, self.args.data_seed)
         return super()._get_train_sampler(train_dataset)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:

@@ -63,7 +63,7 @@ class Scorer:
         """The accuracy on the test split; writes `eval/<task>.json` into the run's folder, as `sparseft eval` does."""
         from sparseft import evaluation
         from sparseft.adapters.description import adapter_hash
-        from sparseft.data.question_hashes import Seen
+        from sparseft.data.question_hashes import QuestionHashes
         from sparseft.evaluation.contamination import annotate
         from sparseft.runs.environment import package_commit
 
@@ -71,7 +71,7 @@ class Scorer:
         score = outcome["tasks"][self.name]["accuracy"]
         if not is_main():  # of a model in shards, which all run
             return score
-        annotate(outcome, self.plans["test"], Seen.load(folder))
+        annotate(outcome, self.plans["test"], QuestionHashes.load(folder))
         header = {
             "evaluated": what,
             "model": self.config.model.path,

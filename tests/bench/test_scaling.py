@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from sparseft.bench import scaling
-from sparseft.bench.machine import cpu_name
-from sparseft.bench.plots import scaling_chart
+from sparseft.bench.output import cpu_name
 from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
 from support.running import files, sparseft
@@ -48,9 +47,7 @@ def test_a_density_beyond_a_methods_scope_is_refused_before_anything_is_measured
 ) -> None:
     asked = []
     plain = scaling.train.run
-    monkeypatch.setattr(
-        scaling.train, "run", lambda config, own: (asked.append(config.sparsity), plain(config, own))[1]
-    )
+    monkeypatch.setattr(scaling.train, "run", lambda config: (asked.append(config.sparsity), plain(config))[1])
     words = [*WORDS, "bench.methods=[floor,s2ft]", "bench.axes=[batch,density]", "bench.densities=[0.1,0.6]"]
     with pytest.raises(UserError, match="only .* in scope"):
         scaling.run(compose("bench", words))
@@ -81,12 +78,12 @@ def test_what_was_measured_before_an_end_is_kept(
 ) -> None:
     plain, asked, seen = scaling.train.run, [], []
 
-    def third_ends(config: Any, own: Any) -> Any:
+    def third_ends(config: Any) -> Any:
         asked.append(config.bench.width)
         if len(asked) == 3:
             seen.append(json.loads((in_tmp / "out/bench.json").read_text()))  # already there: a kill leaves it too
             raise error
-        return plain(config, own)
+        return plain(config)
 
     monkeypatch.setattr(scaling.train, "run", third_ends)
     words = [*WORDS, "bench.axes=[width,length]", "bench.widths=[64,128,192]", "bench.methods=[floor,s2ft]"]
@@ -108,11 +105,11 @@ def test_an_interrupted_rerun_leaves_a_complete_results_charts(in_tmp: Path, mon
     before = {name: (in_tmp / name).read_bytes() for name in files(in_tmp)}
     plain, asked = scaling.train.run, []
 
-    def second_ends(config: Any, own: Any) -> Any:
+    def second_ends(config: Any) -> Any:
         asked.append(config)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return plain(config, own)
+        return plain(config)
 
     with monkeypatch.context() as patched:
         patched.setattr(scaling.train, "run", second_ends)
@@ -153,14 +150,15 @@ def test_charts_stand_alone(grown: tuple[Path, dict[str, Any], str]) -> None:
     for name in result["charts"]:
         text = (folder / "out" / name).read_text()
         root = ElementTree.fromstring(text)
-        lines = [node for node in root.iter() if node.get("class") == "line"]
-        assert len(lines) == 4 * 3  # time, memory and their ratios, of three methods
-        assert all(method in text for method in ("floor", "s2ft", "lora rank=2")) and "--series-1" in text
+        names = [node.text for node in root.iter() if node.tag.endswith("title")]
+        for method in ("floor", "s2ft", "lora rank=2"):
+            assert names.count(method) == 4  # lines: time, memory and their ratios
+        assert "prefers-color-scheme: dark" in text and "--series-3: #" in text
 
 
 def test_a_chart_shows_ratios_to_the_floor() -> None:
     """The floor's ratio is 1 everywhere; a method that costs 1.5 times as much lies at 1.5."""
-    text = scaling_chart("x", {"floor": [(1, 10.0, 4.0), (2, 20.0, 8.0)], "a": [(2, 30.0, 12.0)]}, "floor")
+    text = scaling.chart("x", {"floor": [(1, 10.0, 4.0), (2, 20.0, 8.0)], "a": [(2, 30.0, 12.0)]})
     titles = [node.text for node in ElementTree.fromstring(text).iter() if node.tag.endswith("title")]
     assert titles.count("a, x 2: 1.5") == 2 and titles.count("floor, x 1: 1") == titles.count("floor, x 2: 1") == 2
     assert "a, x 2: 30" in titles and "a, x 2: 12" in titles

@@ -1,4 +1,4 @@
-"""What `bench.targets` may say and how it is judged; the turns that contenders take; tables on narrow terminals."""
+"""What `bench.targets` may say and how it is judged; the turns that contenders take."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparseft.bench import machine, targets
-from sparseft.bench.rows import failed
-from sparseft.bench.tables import SPACING, fitting
-from sparseft.bench.timing import orders, take_turns
+from sparseft.bench import output, targets
+from sparseft.bench.timing import failed_row, orders, take_turns
 from sparseft.compose.run_config import compose
 from sparseft.config import BenchConfig
 from sparseft.errors import UserError
@@ -202,29 +200,13 @@ def test_one_that_fails_takes_no_further_turns() -> None:
 def test_a_failure_names_the_line_below_the_package() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         take_turns({"a": lambda: 1 // 0}, BenchConfig(steps=1, warmup_steps=0), torch.device("cpu"))
-    found = failed(caught.value)
+    found = failed_row(caught.value)
     assert found["failed"].startswith("ZeroDivisionError: ")
     assert re.fullmatch(r"sparseft/bench/timing\.py:\d+", found["where"])
-    assert failed(ValueError()) == {"failed": "ValueError"}
+    assert failed_row(ValueError()) == {"failed": "ValueError"}
 
 
 # ---- what is printed ----
-
-
-@pytest.mark.parametrize("width", [20, 26, 40, 200])
-def test_tables_fit_narrow_terminals(width: int) -> None:
-    columns, rows = ["method", "one", "twotwo", "three"], [["a", "1" * 8, "2", "3"], ["bbbb", "1", "2", "3" * 9]]
-    parts = list(fitting(columns, rows, width))
-    assert [name for names, _ in parts for name in names[1:]] == columns[1:]
-    assert len(parts) == {20: 3, 26: 2, 40: 1, 200: 1}[width]
-    for names, cells in parts:
-        assert names[0] == "method" and [line[0] for line in cells] == ["a", "bbbb"]
-        sizes = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
-        assert sum(sizes) + SPACING * (len(sizes) - 1) <= width
-    assert [line[names.index("three")] for names, cells in parts if "three" in names for line in cells] == [
-        "3",
-        "3" * 9,
-    ]
 
 
 @pytest.mark.parametrize(
@@ -236,12 +218,12 @@ def test_tables_fit_narrow_terminals(width: int) -> None:
 )
 def test_the_processors_name(text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
-    assert machine.cpu_name() == expected
+    monkeypatch.setattr(output, "CPUINFO", tmp_path / "cpuinfo")
+    assert output.cpu_name() == expected
 
 
 def test_a_gpu_is_named_with_its_host() -> None:
     environment = {"cpu": "Some CPU", "cores": 1, "threads": 8}
-    assert machine.measured_on({"device": "cpu", "environment": environment}) == "Some CPU (1 core, 8 threads)"
-    named = machine.measured_on({"device": "Some GPU", "environment": environment})
+    assert output.measured_on({"device": "cpu", "environment": environment}) == "Some CPU (1 core, 8 threads)"
+    named = output.measured_on({"device": "Some GPU", "environment": environment})
     assert named == "Some GPU (host: Some CPU, 1 core, 8 threads)"

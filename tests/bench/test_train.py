@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparseft.bench.machine import cpu_name
-from sparseft.bench.shapes import SHAPES, random_llama, random_model
+from sparseft.bench.models import SHAPES, random_llama, random_model
+from sparseft.bench.output import cpu_name
 from sparseft.layers import S2ColumnLinear, S2RowLinear
 from sparseft.memory import AllocationCounter, SavedBytes, tensor_bytes
 from support.running import METHODS, files, refused, sparseft
@@ -277,9 +277,8 @@ def test_shapes_have_as_many_parameters_as_the_published_models(name: str, param
 def test_contenders_of_the_steps_train_equally_much(name: str) -> None:
     """To within 2 % of each other, counted without weights."""
     from sparseft.adapters.lifecycle import attach, trainable_count
-    from sparseft.bench.contenders import method_config
-    from sparseft.bench.shapes import square_shape
-    from sparseft.commands.bench import own_settings
+    from sparseft.bench.contenders import method_config, own_settings
+    from sparseft.bench.models import square_shape
     from sparseft.compose.run_config import compose
     from sparseft.selection.compute import compute_selection
 
@@ -460,8 +459,9 @@ def test_quality_names_the_device_that_its_runs_had(
     trials = []
     for variant, device in (("a", "auto"), ("b", "cuda")):
         config = compose("train", ["dataset.eval_fraction=0.1", f"hardware.device={device}", f"output_dir={variant}"])
-        trials.append(quality.Trial(variant, 0, config, lambda _path: True))
-    found = quality.run(trials[0].config, trials, lambda _config: summary) | {"environment": result["environment"]}
+        trials.append(quality.Trial(variant, 0, config))
+    monkeypatch.setattr(quality, "finished", lambda _trial: None)
+    found = quality.compare(trials[0].config, trials, lambda _config: summary) | {"environment": result["environment"]}
     assert quality.measured_on(found).startswith("Some GPU (host: ")
 
 
@@ -469,7 +469,7 @@ def test_interrupted_quality_says_how_to_go_on(in_tmp: Path, monkeypatch: pytest
     def interrupted(_config: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparseft.commands.bench._train", interrupted)
+    monkeypatch.setattr("sparseft.commands.train.run", interrupted)
     done = sparseft(in_tmp, *TRIALS[:-1], VARIANTS, code=130)
     assert "the same command with output_dir=outputs/bench-" in done.err and done.out == ""
 

@@ -6,6 +6,7 @@ import importlib.machinery
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -548,6 +549,18 @@ def test_a_table_on_a_terminal_cuts_nothing_off(terminal: Callable) -> None:
     text = out.getvalue()
     assert "…" not in text and "1.235" in text
     assert sum(line.count("name") for line in text.splitlines()) == 5
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 200])
+def test_a_table_on_a_narrow_terminal_breaks_no_number(
+    width: int, terminal: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = terminal()
+    monkeypatch.setenv("COLUMNS", str(width))
+    columns = ["method", "step ms", "p20-p80", "÷ floor", "tokens/s", "peak MiB", "trainable"]
+    console.table("t", columns, [["lora rank=16", "10.25", "10.1-10.5", "1.00", "12,345", "1,234.5", "12,345,678"]])
+    words = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()).split()
+    assert {"10.25", "10.1-10.5", "12,345", "1,234.5", "12,345,678", "rank=16", "trainable"} <= set(words)
 
 
 def test_plain_progress_is_a_line_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,33 +14,42 @@ import pytest
 from support.places import ROOT
 
 # Runs a command and prints, as the last line, the modules there are at its end, and which of WATCHED the package asked
-# for itself, at whatever moment: what transformers loads on its own account (its Trainer takes peft and datasets, where
-# they are installed) is none of our doing.
+# for itself: what transformers loads on its own account (its Trainer takes peft and datasets, where they are installed)
+# is none of our doing. What is asked for once a run's summary.json is there, and so all work done, counts apart, as
+# `late`, and the modules are those of that moment.
 PROGRAM = """
 import builtins, json, sys
-WATCHED = {"peft", "lm_eval", "datasets", "deepspeed", "accelerate", "hydra", "rich"}
-asked = set()
+import pathlib
+WATCHED = {"peft", "lm_eval", "datasets", "deepspeed", "accelerate", "hydra", "rich", "jinja2", "matplotlib"}
+asked, late, before = set(), set(), set()
 plain = builtins.__import__
 
 def watching(name, globals=None, locals=None, fromlist=(), level=0):
     if level == 0 and name.split(".")[0] in WATCHED and (globals or {}).get("__name__", "").startswith("sparseft"):
-        asked.add(name.split(".")[0])
+        done = list(pathlib.Path.cwd().glob("outputs/*/summary.json"))
+        (late if done else asked).add(name.split(".")[0])
+        if done and not before:
+            before.update(sys.modules)
     return plain(name, globals, locals, fromlist, level)
 
 builtins.__import__ = watching
 from sparseft.cli.app import main
 code = main(sys.argv[1:])
-print(json.dumps({"code": code, "modules": sorted(sys.modules), "asked": sorted(asked)}))
+modules = sorted(before or sys.modules)
+print(json.dumps({"code": code, "modules": modules, "asked": sorted(asked), "late": sorted(late)}))
 """
 
 
-def loads(cwd: Path, *words: str) -> tuple[set[str], set[str]]:
-    """Modules that `sparseft WORDS` has loaded at its end, and the watched packages that sparseft itself imported."""
+def loads(cwd: Path, *words: str, late: Sequence[str] = ()) -> tuple[set[str], set[str]]:
+    """Modules that `sparseft WORDS` has loaded when its work is done, and the watched packages that sparseft imported.
+
+    late: the packages that it imports after that.
+    """
     command = [sys.executable, "-c", PROGRAM, *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment())
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["code"] == 0, done.stderr
+    assert seen["code"] == 0 and seen["late"] == list(late), done.stderr
     return set(seen["modules"]), set(seen["asked"])
 
 
@@ -59,7 +69,8 @@ def test_help_loads_little(words: list[str], tmp_path: Path) -> None:
     """0.3 s are allowed for it."""
     modules, asked = loads(tmp_path, *words)
     assert not asked
-    heavy = {"torch", "transformers", "numpy", "yaml", "hydra", "omegaconf", "rich", "asyncio", "http", "ssl", "click"}
+    heavy = {"torch", "transformers", "numpy", "yaml", "hydra", "omegaconf", "rich", "asyncio", "http", "ssl", "click",
+             "jinja2", "matplotlib"}  # fmt: skip
     assert not heavy & modules
     assert len(modules) < 400
 
@@ -77,7 +88,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[st
     words.append("dataset.max_examples=40")
     command = [sys.executable, "-m", "sparseft", "preprocess", *words]
     subprocess.run(command, capture_output=True, cwd=folder, env=environment(), check=True)
-    loaded = loads(folder, "train", *words)
+    loaded = loads(folder, "train", *words, late=["jinja2", "matplotlib"])  # for the page at the end
     assert len(list((folder / ".cache" / "sparseft" / "selections").iterdir())) == 1  # the cached one was taken
     return loaded
 

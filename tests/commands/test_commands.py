@@ -165,10 +165,11 @@ def eval_loss(model: Any, tokenizer: Any, run: Path, data: Path) -> float:
     import yaml
 
     from sparseft.compose.run_config import from_dict
-    from sparseft.data import load_datasets
+    from sparseft.data.loading import load_datasets
 
     config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
-    loaded = load_datasets(config.dataset, tokenizer, max_length=config.trainer.max_length, seed=0, bundled=False)
+    length, cache = config.trainer.max_length, run / "cache"
+    loaded = load_datasets(config.dataset, tokenizer, max_length=length, seed=0, bundled=False, cache_dir=cache)
     total, count = 0.0, 0
     for example in loaded.eval:
         ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])[1:]

@@ -14,6 +14,7 @@ import os
 import random
 import resource
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from sparseft.config import DatasetConfig
 from sparseft.errors import UserError, shown
 from sparseft.files.hashing import BODY, HASHED, body_hash, file_hash
 from sparseft.importance.calibration_state import CalibrationState
-from sparseft.report.sections import build_report
+from sparseft.report.page import build_report
 from sparseft.runs.metrics import read_metrics, truncate_metrics
 from sparseft.selection.selection import Selection
 from sparseft.training.best import read_best
@@ -242,7 +243,7 @@ def loaders(make_model: Any, tokenizer: Any, root: Path) -> dict[str, Callable[[
             (folder / "train.txt").write_text("\n\n".join(f"{r['prompt']} {r['completion']}" for r in records))
 
         def load(folder: Path) -> None:
-            from sparseft.data import load_datasets
+            from sparseft.data.loading import load_datasets
             from sparseft.evaluation.llm_adapters import read_records
 
             file = folder / name
@@ -250,7 +251,8 @@ def loaders(make_model: Any, tokenizer: Any, root: Path) -> dict[str, Callable[[
                 with contextlib.suppress(UserError):
                     read_records(file, "boolq")
             config = DatasetConfig(name="json", train_path=str(file))
-            load_datasets(config, tokenizer, max_length=64, seed=0, bundled=False)
+            with tempfile.TemporaryDirectory() as cache:
+                load_datasets(config, tokenizer, max_length=64, seed=0, bundled=False, cache_dir=cache)
 
         return Loader(folder, load, False)
 

@@ -13,13 +13,25 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig
 
 from sparseft.config import DatasetConfig
-from sparseft.data.chat import convert_messages
+from sparseft.data.encoding import Encoder, generation_ends, tokenize
 from sparseft.data.loading import load_datasets
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.data.token_cache import tokens_key
-from sparseft.data.tokenized import Encoder, generation_ends, tokenize
 from sparseft.errors import UserError
-from support.data import BOS, CHATML, EOS, FORGETFUL, UNMARKED, labelled, load, make_tokenizer, records_of, write
+from support.data import (
+    BOS,
+    CHATML,
+    EOS,
+    FORGETFUL,
+    UNMARKED,
+    convert,
+    convert_messages,
+    labelled,
+    load,
+    make_tokenizer,
+    records_of,
+    write,
+)
 from support.places import SHARED
 
 STORIES = SHARED / "models/stories260k"
@@ -243,7 +255,7 @@ def test_second_prompt_behind_an_added_token_begins_as_the_tokenizer_has_it() ->
 
 
 def tokenize_one(tokenizer: Any, record: dict) -> list[dict[str, list[int]]]:
-    from sparseft.data.formats import convert, detect_format
+    from sparseft.data.formats import detect_format
 
     records = records_of(record)
     examples = convert(records, detect_format(records))

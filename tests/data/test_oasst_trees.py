@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from sparseft.config import DatasetConfig
-from sparseft.data import LoadedData, load_datasets
 from sparseft.data.formats import detect_format
 from sparseft.data.oasst_trees import Trees
 from sparseft.data.sources import Records, open_source
 from sparseft.errors import UserError
+from support.data import load
 from support.places import SHARED
 
 
@@ -121,11 +120,6 @@ def write(path: Path, roots: list[dict]) -> str:
     return str(path)
 
 
-def load(path: str, tokenizer: Any, **settings: Any) -> LoadedData:
-    config = DatasetConfig(**{"train_path": path, "eval_fraction": 0.0, **settings})
-    return load_datasets(config, tokenizer, max_length=256, seed=0, bundled=False)
-
-
 def test_trees_are_detected_and_settings_apply(tmp_path: Path, tokenizer: Any) -> None:
     german = say("frage", answer("antwort", lang="de"), lang="de")
     path = write(tmp_path / "trees.jsonl", [BRANCHING, german, say("nobody")])
@@ -151,8 +145,6 @@ def test_settings_of_trees_are_refused_elsewhere(tmp_path: Path, tokenizer: Any)
     for name, value in (("language", "en"), ("paths", "all")):
         with pytest.raises(UserError, match=f"dataset.{name}={value}: applies to message trees.*prompt_completion"):
             load(str(tmp_path / "pairs.jsonl"), tokenizer, **{name: value})
-    with pytest.raises(UserError, match="dataset.paths: there is no choice 'bets'.*Did you mean 'best'"):
-        load(str(tmp_path / "pairs.jsonl"), tokenizer, paths="bets")
     flat = [{"message_id": "1", "parent_id": None, "text": "hello", "role": "prompter"}] * 2
     with pytest.raises(UserError, match="single messages of OpenAssistant trees"):
         detect_format(Records(flat, "flat.jsonl", "line", [1, 2]))

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseft.config import DatasetConfig
-from sparseft.data import LoadedData, load_datasets, sources
-from sparseft.data import readers as reading
+from sparseft.data import readers, sources
 from sparseft.data import token_cache as caching
+from sparseft.data.loading import LoadedData, load_datasets
 from sparseft.data.sources import open_source
 from sparseft.data.token_cache import Cache, tokens_key
 from sparseft.errors import UserError
@@ -34,7 +34,7 @@ def write(path: Path, records: list[dict[str, str]]) -> str:
     return str(path)
 
 
-def load(path: str, tokenizer: Any, cache: Path | None, max_length: int = 64, **changes: Any) -> LoadedData:
+def load(path: str, tokenizer: Any, cache: Path, max_length: int = 64, **changes: Any) -> LoadedData:
     config = DatasetConfig(**{"train_path": path, "eval_fraction": 0.2, **changes})
     return load_datasets(config, tokenizer, max_length=max_length, seed=0, bundled=False, cache_dir=cache)
 
@@ -53,7 +53,7 @@ def was_cached(loaded: LoadedData) -> bool:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "CHUNK_RECORDS", 3)
-    monkeypatch.setattr(reading, "BLOCK", 16)
+    monkeypatch.setattr(readers, "BLOCK", 16)
 
 
 KINDS = {
@@ -80,14 +80,14 @@ def test_chunks_and_files_change_nothing(
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(KINDS[format]), path, row_group_size=4)
     else:
         path.write_text(json.dumps(KINDS[format], indent=1)) if suffix == "json" else write(path, KINDS[format])
-    whole = load(str(path), tokenizer, None, max_length=40)
+    whole = load(str(path), tokenizer, tmp_path / "whole", max_length=40)
     request.getfixturevalue("small_chunks")
-    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+    for cache in (tmp_path / "cache", tmp_path / "cache"):
         parts = load(str(path), tokenizer, cache, max_length=40)
         assert (list(parts.train), list(parts.eval)) == (list(whole.train), list(whole.eval))
         assert (parts.fingerprint, parts.format) == (whole.fingerprint, format)
         assert parts.questions.hashes.tolist() == whole.questions.hashes.tolist()
-        assert (parts.dropped, parts.cut, parts.tokens) == (whole.dropped, whole.cut, whole.tokens)
+        assert (parts.dropped, parts.cut) == (whole.dropped, whole.cut)
 
 
 @given(st.recursive(st.none() | st.floats(allow_nan=False) | st.text(), lambda inner: st.lists(inner, max_size=3)
@@ -101,12 +101,12 @@ def test_an_array_is_decoded_as_json_does_whatever_the_window(
     values = [value, {"a": value}, 12345678901234567890, "end"]
     file.write_text(json.dumps(values, indent=indent, ensure_ascii=escaped), encoding="utf-8", errors="surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "BLOCK", block)
+        patch.setattr(readers, "BLOCK", block)
         try:
             file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             return  # half a surrogate pair, which no file can hold
-        assert [item for _, item, _ in reading.json_array(file, "a.json")] == values
+        assert [item for _, item, _ in readers.json_array(file, "a.json")] == values
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ import resource, sys
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from sparseft.config import DatasetConfig
-from sparseft.data import load_datasets
+from sparseft.data.loading import load_datasets
 import pyarrow.parquet
 
 words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
@@ -180,7 +180,7 @@ for small in sys.argv[2:6]:
     load(small)
 for large in sys.argv[6:]:
     before = peak()
-    tokens = load(large).tokens
+    tokens = load(large).train.num_tokens
     print(large, peak() - before, tokens)
 """
 
@@ -248,7 +248,7 @@ def test_what_decides_the_tokens_is_part_of_the_key(tmp_path: Path, tokenizer: A
     other = load(path, tokenizer, tmp_path / "cache", **changes)
     same = "format" in changes  # the one that is detected
     assert was_cached(other) == same
-    fresh = load(path, tokenizer, None, **changes)
+    fresh = load(path, tokenizer, tmp_path / "fresh", **changes)
     assert list(other.train) == list(fresh.train)
 
 
@@ -325,13 +325,13 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a.jsonl", pairs(5))
-    add = caching.FileWriter.add
+    add = caching.Writer.add
 
     def add_late(self: Any, done: Any) -> None:
         write(Path(path), pairs(6))
         add(self, done)
 
-    monkeypatch.setattr(caching.FileWriter, "add", add_late)
+    monkeypatch.setattr(caching.Writer, "add", add_late)
     with pytest.raises(UserError, match="a.jsonl was changed while it was read"):
         load(path, tokenizer, tmp_path / "cache")
     assert entries(tmp_path / "cache") == []

@@ -21,7 +21,8 @@ import pyarrow.parquet
 import pytest
 
 from sparseft.config import DatasetConfig
-from sparseft.data import load_datasets, unpacking
+from sparseft.data import unpacking
+from sparseft.data.loading import load_datasets
 from sparseft.data.sources import open_source
 from sparseft.errors import UserError
 from support.running import sparseft
@@ -186,12 +187,12 @@ def test_tokens_are_cached_and_equal_those_of_the_plain_file(tmp_path: Path, tok
     (tmp_path / "a.jsonl").write_bytes(LINES)
     (tmp_path / "a.jsonl.zst").write_bytes(COMPRESS[".zst"](LINES))
 
-    def load(name: str, cache: Path | None = tmp_path / "cache") -> Any:
+    def load(name: str, cache: Path = tmp_path / "cache") -> Any:
         path = str(tmp_path / name)
         config = DatasetConfig(train_path=path, eval_path=path)
         return load_datasets(config, tokenizer, max_length=64, seed=0, bundled=False, cache_dir=cache)
 
-    plain, first, second = load("a.jsonl", None), load("a.jsonl.zst"), load("a.jsonl.zst")
+    plain, first, second = load("a.jsonl", tmp_path / "plain"), load("a.jsonl.zst"), load("a.jsonl.zst")
     assert first.fingerprint == second.fingerprint == plain.fingerprint
     assert len(first.eval) == len(plain.eval)
     assert not any("training tokens: cached" in note for note in first.notes)

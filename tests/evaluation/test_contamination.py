@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 
 from sparseft.config import DatasetConfig, EvalConfig
-from sparseft.data import load_datasets
 from sparseft.data import question_hashes as data
-from sparseft.data.question_hashes import Seen, normalised, question_hash
+from sparseft.data.loading import load_datasets
+from sparseft.data.question_hashes import QuestionHashes, normalised, question_hash
 from sparseft.errors import UserError
 from sparseft.evaluation import contamination, prepare
 from support.running import METHODS, on, sparseft, summary
@@ -40,7 +41,7 @@ def test_normalisation(one: str, other: str, same: bool) -> None:
 
 def test_nothing_is_no_question() -> None:
     assert question_hash("?! …") is None and question_hash("") is None
-    assert "?!" not in Seen([]) and "?!" not in Seen([question_hash("a") or 0])
+    assert "?!" not in QuestionHashes([]) and "?!" not in QuestionHashes([question_hash("a") or 0])
 
 
 def test_wordings_of_a_test_record() -> None:
@@ -51,25 +52,25 @@ def test_wordings_of_a_test_record() -> None:
 
 
 def test_saved_hashes_come_back_and_damage_is_refused(tmp_path: Path) -> None:
-    seen = Seen([question_hash(text) or 0 for text in ("one", "two", "two", "zwölf")])
+    seen = QuestionHashes([question_hash(text) or 0 for text in ("one", "two", "two", "zwölf")])
     path = seen.save(tmp_path)
-    again = Seen.load(tmp_path)
+    again = QuestionHashes.load(tmp_path)
     assert again is not None and again.hashes.tolist() == seen.hashes.tolist() and len(again) == 3
     assert "TWO!" in again and "three" not in again
     assert again.overlap([["nine", "one"], ["three"], [], ["Zwölf"]]) == [0, 3]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train_questions.safetensors"]
-    assert Seen.load(tmp_path / "elsewhere") is None
+    assert QuestionHashes.load(tmp_path / "elsewhere") is None
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match="train_questions.safetensors: truncated or damaged"):
-        Seen.load(tmp_path)
+        QuestionHashes.load(tmp_path)
     from safetensors.numpy import save_file
 
     save_file({"hashes": np.zeros(3, np.int64)}, path, metadata={"normalisation": "0"})
     with pytest.raises(UserError, match="written by another version"):
-        Seen.load(tmp_path)
+        QuestionHashes.load(tmp_path)
     save_file({"hashes": np.zeros(3, np.float32)}, path, metadata={"normalisation": "1"})
     with pytest.raises(UserError, match="expected one row of int64 hashes, got float32"):
-        Seen.load(tmp_path)
+        QuestionHashes.load(tmp_path)
 
 
 RECORDS: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -101,7 +102,7 @@ def test_questions_of_what_is_split_off_or_dropped_were_not_trained_on(tmp_path:
     records.append({"prompt": "far too long " * 40, "completion": "yes"})
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     config = DatasetConfig(train_path=str(tmp_path / "a.jsonl"), eval_fraction=0.25)
-    loaded = load_datasets(config, tokenizer, max_length=64, seed=0, bundled=False)
+    loaded = load_datasets(config, tokenizer, max_length=64, seed=0, bundled=False, cache_dir=tmp_path / "cache")
     assert (len(loaded.questions), loaded.eval_overlap, loaded.dropped) == (15, 0, 1)
     seen = [record["prompt"] in loaded.questions for record in records]
     assert sum(seen) == 15 and not seen[-1]
@@ -122,6 +123,11 @@ def test_records(count: int) -> list[dict[str, str]]:
 test_records.__test__ = False  # type: ignore[attr-defined]
 
 
+def pens(numbers: Iterable[int]) -> QuestionHashes:
+    """The questions of gsm8k below about so many pens."""
+    return QuestionHashes([question_hash(f"0: Tom has {n} pens and buys {n}. How many?") or 0 for n in numbers])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tests of two arithmetic tasks, and a training set that holds 3 of the 8 questions of one, in other letters."""
@@ -140,7 +146,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_overlap_of_a_plan_counts_each_task(folder: Path) -> None:
-    seen = Seen([question_hash(f"0: Tom has {n} pens and buys {n}. How many?") or 0 for n in (2, 5)])
+    seen = pens((2, 5))
     plan = prepare(["gsm8k", "SVAMP"], EvalConfig(), data_dir=str(folder / "tests"))
     expected = {"gsm8k": (2, 8), "SVAMP": (0, 8)}
     assert contamination.overlap_of_plan(plan, seen) == expected
@@ -166,8 +172,8 @@ def test_scores_without_the_overlap_by_hand(folder: Path, tmp_path: Path) -> Non
     untouched = json.dumps(found)
     contamination.annotate(found, plan, None)
     assert json.dumps(found) == untouched
-    Seen([question_hash(f"0: Tom has {n} pens and buys {n}. How many?") or 0 for n in (1, 2, 3)]).save(tmp_path)
-    contamination.annotate(found, plan, Seen.load(tmp_path))
+    pens((1, 2, 3)).save(tmp_path)
+    contamination.annotate(found, plan, QuestionHashes.load(tmp_path))
     tasks = found["tasks"]
     assert (tasks["gsm8k"]["train_overlap"], tasks["gsm8k"]["accuracy_without_overlap"]) == (3, pytest.approx(1 / 5))
     assert (tasks["SVAMP"]["train_overlap"], tasks["SVAMP"]["accuracy_without_overlap"]) == (0, pytest.approx(1 / 8))
@@ -188,7 +194,9 @@ def test_the_base_without_the_overlap_by_hand(folder: Path) -> None:
     for record in found["samples"]["SVAMP"]:
         record["base"] = {"metrics": {"acc": 0.0}}
     contamination.annotate(
-        found, plan, Seen([question_hash(f"0: Tom has {n} pens and buys {n}. How many?") or 0 for n in (1, 2, 3)])
+        found,
+        plan,
+        pens((1, 2, 3)),
     )
     assert contamination.compared(found["tasks"])
     assert contamination.rows(found["tasks"]) == [
@@ -203,16 +211,16 @@ def test_a_metric_that_no_single_question_has(folder: Path) -> None:
         found = outcome({"gsm8k": [1] * 8})
         for record in found["samples"]["gsm8k"]:
             record["metrics"]["acc"] = value
-        contamination.annotate(found, plan, Seen([1]))
+        contamination.annotate(found, plan, QuestionHashes([1]))
         assert found["tasks"]["gsm8k"]["accuracy_without_overlap"] is None
         assert found["tasks"]["gsm8k"]["train_overlap"] == 0
 
 
 def test_nothing_left_has_no_score(folder: Path, tmp_path: Path) -> None:
     plan = prepare(["gsm8k"], EvalConfig(), data_dir=str(folder / "tests"))
-    Seen([question_hash(f"0: Tom has {n} pens and buys {n}. How many?") or 0 for n in range(1, 9)]).save(tmp_path)
+    pens(range(1, 9)).save(tmp_path)
     found = outcome({"gsm8k": [1] * 8})
-    contamination.annotate(found, plan, Seen.load(tmp_path))
+    contamination.annotate(found, plan, QuestionHashes.load(tmp_path))
     assert found["tasks"]["gsm8k"]["accuracy_without_overlap"] is None
     assert contamination.rows(found["tasks"])[0] == ["gsm8k", 8, 8, "1.0000", "-"]
 

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparseft.config import EvalConfig
-from sparseft.data.formats import convert
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.data.sources import Records
 from sparseft.evaluation import evaluate, prepare
+from support.data import convert
 from support.places import ROOT
 from support.running import METHODS, on, sparseft, write_data
 

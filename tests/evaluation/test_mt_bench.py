@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from sparseft.config import EvalConfig
-from sparseft.data.chat import convert_messages
-from sparseft.data.formats import convert
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.data.sources import Records
 from sparseft.errors import UserError
 from sparseft.evaluation import compare, evaluate, prepare, write_answers
 from sparseft.evaluation.mt_bench import prompt_of, temperature
+from support.data import convert, convert_messages
 from support.running import METHODS, on, refused, sparseft, write_data
 
 QUESTIONS = [

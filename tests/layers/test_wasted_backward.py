@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparseft
 from sparseft.config import HardwareConfig, TrainerConfig
-from sparseft.data import Collator, TokenizedDataset
+from sparseft.data.collating import Collator
+from sparseft.data.tokenized import TokenizedDataset
 from sparseft.memory import SavedBytes
 from sparseft.training.arguments import training_arguments
 from sparseft.training.trainer import Trainer, train

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparseft.data.even import EvenDataset, EvenSampler
+from sparseft.data.sampling import PaddedDataset, PaddedSampler
 from sparseft.training.checkpoints import seal
 from support.ranks import COMMON, METHODS, TWO, Runs, run_ranks, split, trained
 from support.running import metrics, refused, sparseft, summary, write_data
@@ -474,18 +474,18 @@ class Numbers(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9])
 def test_lengthened_data_counts_no_example_twice(count: int) -> None:
-    data = EvenDataset(Numbers(count), 4)
+    data = PaddedDataset(Numbers(count), 4)
     assert len(data) % 4 == 0 and len(data) - count < 4
     labels = [label for index in range(len(data)) for label in data[index]["labels"]]
     assert [label for label in labels if label != -100] == list(range(count))
-    repeated = EvenDataset(Numbers(count), 4, fillable=False)
+    repeated = PaddedDataset(Numbers(count), 4, fillable=False)
     assert [repeated[index]["labels"][0] for index in range(len(repeated))] == [i % count for i in range(len(repeated))]
 
 
 def test_the_order_is_that_of_one_process() -> None:
     from accelerate.data_loader import SeedableRandomSampler
 
-    sampler, alone = EvenSampler(EvenDataset(Numbers(9), 4), 5), SeedableRandomSampler(Numbers(9), data_seed=5)
+    sampler, alone = PaddedSampler(PaddedDataset(Numbers(9), 4), 5), SeedableRandomSampler(Numbers(9), data_seed=5)
     for epoch in (0, 3):
         sampler.set_epoch(epoch)
         alone.set_epoch(epoch)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,10 +18,10 @@ from hypothesis import strategies as st
 from sparseft.commands import report as command
 from sparseft.errors import UserError
 from sparseft.files import atomic
-from sparseft.report.charts import MAX_POINTS, Bar, Series, bar_chart, heat_map, line_chart, nice_ticks, thin, tick_text
-from sparseft.report.page import count, duration, memory, number, percent, rate, short_count
+from sparseft.report.charts import MAX_POINTS, Bar, Panel, Series, bar_chart, heat_map, line_chart, thin
+from sparseft.report.numbers import count, duration, memory, number, percent, rate, short_count
+from sparseft.report.page import build_report, flatten, layer_and_role, sentence
 from sparseft.report.run_data import read_run
-from sparseft.report.sections import build_report, flatten, layer_and_role, sentence
 from sparseft.runs import environment
 from sparseft.runs import folder as runs
 from sparseft.runs import metrics as runs_metrics
@@ -133,10 +135,12 @@ def test_a_run_reports_what_its_files_say(tmp_path: Path) -> None:
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
     page = Page(build_report([make_run(tmp_path / "run")], tmp_path / "report.html"))
+    assert build_report([tmp_path / "run"], tmp_path / "again.html").read_text() == page.source
     assert not page.of("script") and not page.of("link") and not page.of("img")
     for _, attributes in page.elements:
-        assert not {"src", "href", "xlink:href", "onload", "onclick"} & set(attributes)
-    assert "url(" not in page.source and "@import" not in page.source
+        assert not {"src", "href", "onload", "onclick"} & set(attributes)
+        assert (attributes.get("xlink:href") or "#").startswith("#")  # what the drawing itself holds
+    assert not re.search(r"url\((?!#)", page.source) and "@import" not in page.source
     assert "default-src 'none'" in page.of("meta")[1]["content"]
     assert "prefers-color-scheme: dark" in page.source and "@media print" in page.source
 
@@ -215,10 +219,6 @@ def test_no_content_of_the_files_breaks_the_page(tmp_path_factory: pytest.TempPa
     assert not re.search(r"\b(nan|inf)\b", "".join(str(svg) for svg in page.of("path") + page.of("rect")))
 
 
-def test_ticks_of_an_axis_given_backwards() -> None:
-    assert nice_ticks(0.0, -2.0, 8) == nice_ticks(-2.0, 0.0, 8)
-
-
 def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     first = make_run(tmp_path / "a")
     second = make_run(tmp_path / "b", method="beta", trainable_parameters=1024000, eval_loss_after=0.5, seed=7)
@@ -267,21 +267,25 @@ def test_sentence_without_evaluation(tmp_path: Path) -> None:
     assert sentence(read_run(folder)).replace("\xa0", " ").endswith("for 20 steps in 48.2 s.")
 
 
-# -- charts: positions on the page are the values ---------------------------------------------------------------------
+# -- charts: positions in the drawing are the values ------------------------------------------------------------------
 
 
-def ticks_of(svg: str, axis: str) -> dict[float, float]:
-    """Tick value -> its pixel, from the labels that the drawing itself carries."""
-    found = {}
-    for x, y, anchor, text in re.findall(
-        r'<text class="tick" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]*)<', svg
-    ):
-        value = float(text.replace(",", "").replace("\xa0%", ""))
-        if axis == "y" and anchor == "end":
-            found[value] = float(y) - 4
-        elif axis == "x" and anchor == "middle":
-            found[value] = float(x)
-    return found
+def texts(svg: str, anchor: str) -> list[tuple[str, float]]:
+    """Texts set at their `middle` (below the x axis) or `end` (beside the y axis), and their x."""
+    nodes = [node for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("text")]
+    return [(node.text, float(node.get("x"))) for node in nodes if f"text-anchor: {anchor}" in node.get("style")]
+
+
+def x_ticks(svg: str) -> dict[float, float]:
+    """Value -> pixel, from the labels that the drawing itself carries."""
+    shown = [(text.replace(",", "").removesuffix("\xa0%"), x) for text, x in texts(svg, "middle")]
+    return {float(text): x for text, x in shown if re.fullmatch(r"[\d.]+", text)}
+
+
+def y_ticks(svg: str) -> dict[float, float]:
+    """Value -> pixel, from the labels and the lines across that belong to them, both from below."""
+    lines = [float(y) for _, y in re.findall(r'd="M ([\d.]+) ([\d.]+) \nL [\d.]+ \2 \n" [^>]*--grid', svg)]
+    return dict(zip([float(text) for text, _ in texts(svg, "end")], lines, strict=True))
 
 
 def at(ticks: dict[float, float], pixel: float) -> float:
@@ -290,31 +294,61 @@ def at(ticks: dict[float, float], pixel: float) -> float:
     return a + (pixel - pa) * (b - a) / (pb - pa)
 
 
+def tipped(svg: str) -> dict[str, str]:
+    """What the pointer shows -> the path under it, and its style."""
+    found = {}
+    for group in ElementTree.fromstring(svg).iter():
+        title = group.find("{*}title")
+        if title is not None:
+            drawn = next(node for node in group.iter() if node.get("style"))
+            found[title.text] = f"{drawn.get('d')} {drawn.get('style')}"
+    return found
+
+
+def lines(series: list[Series]) -> str:
+    return line_chart([[Panel("loss", series)]], "step")
+
+
 def test_lines_lie_where_the_axes_say() -> None:
     points = [(0.0, 3.0), (10.0, 2.25), (40.0, None), (60.0, 1.2), (100.0, 0.7)]
-    svg = line_chart([Series("s", points)], "step", "loss")
-    path = re.search(r'<path class="line" d="([^"]*)"', svg).group(1)
-    assert [kind for kind, *_ in re.findall(r"([ML])", path)] == ["M", "L", "M", "L"]  # the gap is not bridged
-    drawn = [(float(x), float(y)) for x, y in re.findall(r"[ML]([\d.]+) ([\d.]+)", path)]
+    svg = lines([Series("s", points)])
+    path = tipped(svg)["s"]
+    assert re.findall(r"\b[ML]\b", path) == ["M", "L", "M", "L"]  # the gap is not bridged
+    drawn = [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
     for (x, y), (step, value) in zip(drawn, [point for point in points if point[1] is not None], strict=True):
-        assert at(ticks_of(svg, "x"), x) == pytest.approx(step, abs=0.2)
-        assert at(ticks_of(svg, "y"), y) == pytest.approx(value, abs=0.01)
+        assert at(x_ticks(svg), x) == pytest.approx(step, abs=0.2)
+        assert at(y_ticks(svg), y) == pytest.approx(value, abs=0.01)
+
+
+def test_the_same_values_give_the_same_bytes() -> None:
+    series = [Series("a $x$ 语", [(0, 1.0), (5, 2.0)], markers=True), Series("_b", [(0, 2.0), (5, None)], 1)]
+    svg = lines(series)
+    assert svg == lines(series)
+    assert "a $x$ 语" in svg and "_b" in svg and not re.search("#[0-9a-f]{6}", svg)  # every colour has its variable
+
+
+def test_the_users_own_style_changes_nothing() -> None:
+    plain = lines([Series("s", [(0, 1.0), (5, 2.0)])])
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+        assert lines([Series("s", [(0, 1.0), (5, 2.0)])]) == plain
+        assert matplotlib.rcParams["font.size"] == 30
 
 
 def test_a_single_point_is_visible_and_nothing_draws_nothing() -> None:
-    assert "<circle" in line_chart([Series("s", [(5.0, 1.0)])], "step", "loss")
-    assert line_chart([Series("s", [(5.0, None)])], "step", "loss") == ""
-    assert line_chart([], "step", "loss") == "" and bar_chart([], "accuracy") == ""
+    assert "s, step 5: 1" in tipped(lines([Series("s", [(5.0, 1.0)])]))
+    assert lines([Series("s", [(5.0, None)])]) == "" and lines([]) == "" and bar_chart([], "accuracy") == ""
 
 
 def test_bars_and_whiskers_are_as_long_as_their_values() -> None:
     svg = bar_chart([("task", [Bar("before", 0.25, None, None), Bar("after", 0.6, 0.05)])], "accuracy")
-    ticks = ticks_of(svg, "x")
-    bars = [(float(x), float(width)) for x, width in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', svg)]
-    assert [at(ticks, x + width) for x, width in bars] == pytest.approx([25, 60], abs=0.1)
-    low, high = re.search(r'class="whisker" d="M([\d.]+) [\d.]+H([\d.]+)', svg).groups()
-    assert (at(ticks, float(low)), at(ticks, float(high))) == pytest.approx((55, 65), abs=0.1)
-    assert "var(--neutral)" in svg and "25.0 %" in svg and "60.0 %" in svg
+    ticks, drawn = x_ticks(svg), tipped(svg)
+    before, after = drawn["task, before: 25.00 %"], drawn["task, after: 60.00 % ± 5.00 (standard error)"]
+    for bar, value in ((before, 25), (after, 60)):
+        ends = [float(x) for x in re.findall(r"[ML] ([\d.]+) ", bar)]
+        assert [at(ticks, min(ends)), at(ticks, max(ends))] == pytest.approx([0, value], abs=0.1)
+    (ends,) = re.findall(r'd="M ([\d.]+) ([\d.]+) \nL ([\d.]+) \2 \n" [^>]*--ink', svg)
+    assert [at(ticks, float(x)) for x in ends[::2]] == pytest.approx([55, 65], abs=0.1)
+    assert "var(--neutral)" in before and ">25.0 %<" in svg and ">60.0 %<" in svg and "after" in svg
 
 
 def test_heat_map_shades_by_share() -> None:
@@ -324,46 +358,24 @@ def test_heat_map_shades_by_share() -> None:
         return (shares[row, column], f"{shares[row, column]:.0%}") if (row, column) in shares else None
 
     svg = heat_map(["a", "b"], ["0", "1"], value, "layer")
-    shades = [float(shade) for shade in re.findall(r'fill-opacity="([\d.]+)"', svg)]
-    assert shades == sorted(shades) and shades[-1] == 1.0 and shades[0] < 0.1
-    assert svg.count('class="void"') == 1 and "b, layer 1: nothing" in svg and "b, layer 0: 40%" in svg
+    drawn = tipped(svg)
+    shaded = [drawn[f"{cell}: {share}"] for cell, share in (("a, layer 0", "0%"), ("a, layer 1", "10%"))]
+    shades = [float(re.search(r"(?:^| )(?:fill-)?opacity: ([\d.]+)", cell)[1]) for cell in shaded]
+    assert 0 < shades[0] < 0.1 < shades[1] < 0.5
+    assert "fill: var(--heat)" in drawn["b, layer 0: 40%"] and "opacity" not in drawn["b, layer 0: 40%"]
+    assert "fill: none" in drawn["b, layer 1: nothing"] and ">40%<" in svg
+
+
+def test_names_that_are_too_long_are_whole_in_their_tips() -> None:
+    name = "a_task_with_a_name_that_is_longer_than_there_is_room_for"
+    svg = bar_chart([(name, [Bar("after", 0.5)])], "accuracy")
+    assert f">{name[:33]}…<" in svg and name in tipped(svg)
 
 
 def test_colours_beyond_the_palette_differ_by_dash() -> None:
-    series = [Series(str(index), [(0, 1.0), (1, 2.0)], index) for index in range(12)]
-    styles = re.findall(
-        r'class="line" d="[^"]*" (stroke="[^"]*"(?: stroke-dasharray="[^"]*")?)', line_chart(series, "x", "y")
-    )
-    assert len(set(styles)) == 12
-
-
-@given(st.floats(-1e12, 1e12), st.floats(1e-9, 1e12))
-def test_ticks_span_the_range_evenly(low: float, width: float) -> None:
-    high = low + width
-    ticks = nice_ticks(low, high)
-    span = max(high - low, abs(low) * 1e-9, 1e-12)
-    assert 2 <= len(ticks) <= 13
-    assert ticks[0] <= low + 1e-6 * span and ticks[-1] >= high - 1e-6 * span
-    steps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
-    assert max(steps) == pytest.approx(min(steps), rel=1e-3, abs=abs(low) * 1e-12)
-
-
-@pytest.mark.parametrize(
-    ("value", "step", "text"),
-    [
-        (0.0, 1, "0"),
-        (2.5, 0.5, "2.5"),
-        (0.25, 0.25, "0.25"),
-        (0.5, 0.25, "0.50"),
-        (7.5, 2.5, "7.5"),
-        (1000.0, 500, "1,000"),
-        (2e-4, 1e-4, "2e-4"),
-        (0.002, 0.001, "0.002"),
-        (1.5e6, 5e5, "1.5e6"),
-    ],
-)
-def test_tick_labels(value: float, step: float, text: str) -> None:
-    assert tick_text(value, step) == text
+    drawn = tipped(lines([Series(str(index), [(0, 1.0), (1, 2.0)], index) for index in range(12)]))
+    styles = {re.search(r"fill.*", path)[0] for path in drawn.values()}
+    assert len(styles) == 12
 
 
 def test_long_curves_are_averaged_in_groups() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from sparseft.config import DatasetConfig
-from sparseft.data import LoadedData, load_datasets
+from sparseft.data.chat import Chats
+from sparseft.data.encoding import Encoder
+from sparseft.data.formats import Example, Plain
+from sparseft.data.loading import LoadedData, load_datasets
 from sparseft.data.sources import Records
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -78,11 +82,22 @@ def write(path: Path, records: Any) -> str:
 
 def load(path: str | None, tokenizer: Any, *, max_length: int = 512, seed: int = 0, **settings: Any) -> LoadedData:
     config = DatasetConfig(train_path=path, **{"eval_fraction": 0.0, **settings})
-    return load_datasets(config, tokenizer, max_length=max_length, seed=seed, bundled=False)
+    with tempfile.TemporaryDirectory() as cache:
+        return load_datasets(config, tokenizer, max_length=max_length, seed=seed, bundled=False, cache_dir=cache)
 
 
 def records_of(*items: dict[str, Any]) -> Records:
     return Records(list(items), "set.jsonl", "line", list(range(1, len(items) + 1)))
+
+
+def convert(records: Records, format: str) -> list[Example]:
+    return Plain(format).convert(records)
+
+
+def convert_messages(records: Records, tokenizer: Any) -> tuple[list[Example], str]:
+    """The examples of chats, and what is said of them."""
+    chats = Chats(Encoder(tokenizer))
+    return chats.convert(records), chats.note(records.source)
 
 
 CHATML = (

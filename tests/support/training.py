@@ -11,7 +11,8 @@ import torch
 
 from sparseft.adapters.lifecycle import attach, trainable_parameters
 from sparseft.config import HardwareConfig, TrainerConfig
-from sparseft.data import Collator, TokenizedDataset
+from sparseft.data.collating import Collator
+from sparseft.data.tokenized import TokenizedDataset
 from sparseft.methods import get_method
 from sparseft.training.arguments import training_arguments
 from sparseft.training.trainer import Trainer

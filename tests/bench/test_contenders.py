@@ -1,4 +1,4 @@
-"""`bench train`: ways of running a step, what cannot be had, the profile; what is saved for the backward pass."""
+"""Contenders: the ways they run in, what cannot be had or fails, their profile, what they save for backward."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparseft.bench import contenders, profiling, train, ways
-from sparseft.bench.shapes import random_llama
+from sparseft.bench import contenders, profiling, train
+from sparseft.bench.models import random_llama
 from sparseft.bench.timing import held_bytes
 from sparseft.compose.run_config import compose
 from sparseft.memory import SavedBytes
@@ -51,21 +51,21 @@ def loss_and_gradients(c: contenders.Contender) -> tuple[float, list[torch.Tenso
 
 @pytest.mark.parametrize("name", ["floor", "s2ft", "sylva", "lora"])
 def test_compiled_methods_compute_the_same_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ways, "BACKEND", "aot_eager")
+    monkeypatch.setattr(contenders, "BACKEND", "aot_eager")
     c = made(name, depth=1)
     loss, gradients = loss_and_gradients(c)
-    ways.apply("compile", c, functools.partial(loss_and_gradients, c))
+    contenders.put_in_way("compile", c, functools.partial(loss_and_gradients, c))
     assert c.call is not None and c.facts["graph_breaks"] == 0 and c.facts["graphs"] == 1
     compiled_loss, compiled = loss_and_gradients(c)
     assert compiled_loss == pytest.approx(loss, abs=1e-6)
     assert bool(gradients) == (name != "floor")
     for one, other in zip(gradients, compiled, strict=True):
         torch.testing.assert_close(one, other)
-    ways.release()
+    contenders.forget_compiled()
 
 
 def test_graph_breaks_are_counted_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ways, "BACKEND", "eager")
+    monkeypatch.setattr(contenders, "BACKEND", "eager")
 
     class Breaks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -74,15 +74,15 @@ def test_graph_breaks_are_counted_and_named(monkeypatch: pytest.MonkeyPatch) -> 
             return x * 2
 
     c = contenders.Contender("breaks", Breaks(), None, 0)
-    ways.apply("compile", c, lambda: c.call(torch.ones(2)))
+    contenders.put_in_way("compile", c, lambda: c.call(torch.ones(2)))
     assert c.facts["graph_breaks"] == 1 and c.facts["graphs"] == 2 and len(c.facts["graph_break_reasons"]) == 1
-    ways.release()
+    contenders.forget_compiled()
 
 
 @pytest.mark.parametrize("name", ["floor", "s2ft", "sylva", "lora", "full"])
 def test_recomputing_activations_holds_less_and_computes_the_same(name: str) -> None:
     plain, recomputing = made(name, depth=4), made(name, depth=4)
-    ways.apply("checkpointing", recomputing, lambda: None)
+    contenders.put_in_way("checkpointing", recomputing, lambda: None)
     loss, gradients = loss_and_gradients(plain)
     again, recomputed = loss_and_gradients(recomputing)
     assert again == loss
@@ -108,7 +108,7 @@ def test_what_is_held_is_what_is_saved() -> None:
 
 
 def test_every_way_has_its_columns(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ways, "BACKEND", "aot_eager")
+    monkeypatch.setattr(contenders, "BACKEND", "aot_eager")
     chosen = "bench.ways=[eager,checkpointing,liger,compile]"
     done = sparseft(in_tmp, "bench", *SMALL, "bench.depth=1", chosen, "bench.methods=[floor,s2ft]", "output_dir=out")
     result = json.loads((in_tmp / "out/bench.json").read_text())
@@ -129,7 +129,7 @@ def test_a_compiler_that_is_not_there_is_said(in_tmp: Path, monkeypatch: pytest.
     def no_compiler(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no C++ compiler here")
 
-    monkeypatch.setattr(ways, "BACKEND", no_compiler)
+    monkeypatch.setattr(contenders, "BACKEND", no_compiler)
     words = ["bench.ways=[eager,compile]", "bench.methods=[floor,s2ft]", "bench.depth=1", "--json"]
     result = sparseft(in_tmp, "bench", *SMALL, *words).json
     for entry in result["ways"]["compile"].values():

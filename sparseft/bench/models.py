@@ -1,11 +1,12 @@
-"""Models for benchmarks: the run's own, or a Llama of a published shape with random weights, without download."""
+"""What is measured: the run's model, or a Llama of some shape with random weights, without download; random tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+import transformers
+from torch import Tensor, nn
 
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
@@ -29,8 +30,6 @@ DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfl
 
 def random_model(shape: dict[str, Any], dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> nn.Module:
     """A Llama of `shape` (fields of its config) with random weights, made on `device`."""
-    import transformers
-
     torch.manual_seed(seed)
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape), dtype=dtype)
@@ -71,10 +70,15 @@ def base_model(config: RunConfig, device: torch.device) -> nn.Module:
         return random_model(SHAPES[bench.shape], DTYPES[config.model.dtype], config.seed, device)
     if bench.width is not None and bench.depth is not None:
         return random_llama(bench.width, bench.depth, DTYPES[config.model.dtype], config.seed).to(device)
-    import transformers
-
     transformers.logging.disable_progress_bar()
     return load_model(config.model, device)
+
+
+def random_tokens(model: nn.Module, rows: int, length: int, seed: int, device: torch.device) -> Tensor:
+    """Token ids (rows, length), int64, drawn from the model's vocabulary."""
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (rows, length), generator=generator).to(device)
 
 
 def model_name(config: RunConfig) -> str:
