@@ -308,7 +308,7 @@ def test_each_act_has_one_place() -> None:
 # Libraries whose insides or whose grammar one part of the package knows for the others.
 LIBRARIES = {
     "deepspeed": ("distributed",),
-    "accelerate": ("distributed", "data.even"),  # even: the order in which its data loader draws
+    "accelerate": ("distributed", "data.sampling"),  # sampling: the order in which its data loader draws
     "hydra": ("compose",),
     "omegaconf": ("compose",),
     "lm_eval": ("evaluation",),

@@ -34,11 +34,6 @@ def environment(device: str, dtype: str, world_size: int) -> dict[str, Any]:
     }
 
 
-def usable_cores() -> int | None:
-    """The processor's cores that this process may use; None where the system does not say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
