@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from sparseft.files.atomic import try_writing, write_json, write_text
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.loading import resolve_device
 from sparseft.runs import folder as folders
-from sparseft.runs.environment import environment, usable_cores
+from sparseft.runs.environment import environment
 
 CPUINFO = Path("/proc/cpuinfo")
 # What lies in place of a complete result until there is another (`Output.place`).
@@ -115,7 +116,8 @@ def _complete(path: Path) -> bool:
 
 def machine() -> dict[str, Any]:
     """`cpu` (its model's name), `cores` (that this process may use) and `threads` (of torch's operations)."""
-    return {"cpu": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads()}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": cpu_name(), "cores": cores, "threads": torch.get_num_threads()}
 
 
 def cpu_name() -> str:
