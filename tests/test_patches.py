@@ -301,7 +301,7 @@ def test_how_experts_compute(kind: str) -> None:
 def test_a_stack_is_asked_as_a_parameter_is() -> None:
     """The same in one product and one after another, with an `ExpertStack` in the parameter's place."""
     from sparseft.layers.experts import close_experts, open_expert
-    from sparseft.models.expert_weights import find_expert
+    from sparseft.models.decoder import find_expert
 
     model = build("mixtral")
     with torch.no_grad():

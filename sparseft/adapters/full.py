@@ -18,7 +18,7 @@ from sparseft.files.atomic import write_json
 from sparseft.files.hashing import check_whole, describe_whole
 from sparseft.files.tensors import WHOLE_CONFIG, read_tensors
 from sparseft.methods.base import MethodConfig
-from sparseft.models.compiled import STATE
+from sparseft.models.decoder import STATE
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 

@@ -19,7 +19,7 @@ from sparseft.files.atomic import replaced_folder
 from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.layers import sparse_layers
 from sparseft.methods import checked
-from sparseft.models.compiled import inside_compiled
+from sparseft.models.decoder import inside_compiled
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 

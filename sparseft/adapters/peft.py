@@ -30,7 +30,7 @@ from sparseft.files.tensors import read_tensors
 from sparseft.files.untrusted import read_json_object
 from sparseft.methods.base import MethodConfig
 from sparseft.methods.exact_targets import as_written, exact_targets, portable
-from sparseft.models.compiled import STATE
+from sparseft.models.decoder import STATE
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparseft.errors import UserError, nearest
 from sparseft.methods.base import MethodConfig
-from sparseft.models.compiled import STATE
+from sparseft.models.decoder import STATE
 from sparseft.models.fingerprint import base_fingerprints
 from sparseft.models.quantized import check_plain
 from sparseft.models.spec import ModelSpec

@@ -21,9 +21,8 @@ from torch.utils.data import DataLoader
 from sparseft import console
 from sparseft.bench.output import Output, machine, measured_on
 from sparseft.config import BUNDLED, RunConfig
-from sparseft.data.collating import Collator, padding_id
 from sparseft.data.loading import load_datasets
-from sparseft.data.packing import PackedDataset
+from sparseft.data.packing import Collator, PackedDataset, padding_id
 from sparseft.models.loading import load_tokenizer
 
 PARAMETERS = 6_738_415_616  # LLaMA-2-7B

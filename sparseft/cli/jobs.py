@@ -26,7 +26,7 @@ class Options:
 
 
 def is_setting(name: str) -> bool:
-    from sparseft.compose.keys import known_keys
+    from sparseft.compose.validation import known_keys
 
     return name in GROUPS or name.startswith("method.") or name in known_keys()
 

@@ -12,7 +12,7 @@ from sparseft.distributed.ranks import is_main
 from sparseft.errors import UserError
 from sparseft.methods import sparse_methods
 from sparseft.models.spec import ModelSpec
-from sparseft.selection.describe import describe_selection
+from sparseft.selection.selection import describe_selection
 from sparseft.training import checks
 from sparseft.training.prepare import prepare, select
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from sparseft.compose import overrides as words
 from sparseft.compose import validation
-from sparseft.compose.keys import annotation_of, check_key, known_keys, method_fields
 from sparseft.compose.overrides import GROUPS, Override
+from sparseft.compose.validation import annotation_of, check_key, known_keys, method_fields
 from sparseft.config import RunConfig
 from sparseft.console import warn
 from sparseft.errors import UserError, nearest

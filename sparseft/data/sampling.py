@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from sparseft.data.collating import Collator
+from sparseft.data.packing import Collator
 from sparseft.data.tokenized import IGNORED, TokenizedDataset
 from sparseft.distributed.ranks import rank_and_world
 from sparseft.errors import UserError

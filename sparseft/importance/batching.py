@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded
 from sparseft.errors import UserError
-from sparseft.models.expert_weights import other_stacks, stacks
+from sparseft.models.decoder import other_stacks, stacks
 
 Sample = dict[str, Tensor]  # batches of one, without padding
 

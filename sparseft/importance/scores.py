@@ -27,8 +27,7 @@ from sparseft import __version__
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError
-from sparseft.importance.calibration import Calibration, Watch, keep
-from sparseft.importance.calibration_state import SCORES, CalibrationState
+from sparseft.importance.calibration import SCORES, Calibration, CalibrationState, Watch, keep
 from sparseft.importance.hooks import Observation
 from sparseft.importance.kfac import FactorSettings, KroneckerFactors, summary
 from sparseft.importance.units import Candidate, generator_for, sum_features, sum_units

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from sparseft.layers.convert import convert, restore, sparse_layers
-from sparseft.layers.linears import BlockSparseLinear, S2ColumnLinear, S2RowLinear
 from sparseft.layers.pattern import Pattern
 from sparseft.layers.permuted_layout import convert_permuted
 from sparseft.layers.saved_inputs import share_inputs
-from sparseft.layers.sparse_linear import SparseLinear
+from sparseft.layers.sparse_linear import BlockSparseLinear, S2ColumnLinear, S2RowLinear, SparseLinear
 from sparseft.layers.write_back import write_back
 
 __all__ = [

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError, nearest
 from sparseft.layers.experts import ExpertLinear, close_experts, open_expert
-from sparseft.layers.linears import BlockSparseLinear, S2ColumnLinear, S2RowLinear
 from sparseft.layers.permutation import can_train
 from sparseft.layers.saved_inputs import share_inputs
-from sparseft.layers.sparse_linear import SparseLinear
-from sparseft.models.decoder import logical_weight
-from sparseft.models.expert_weights import find_expert, stack_parameter
+from sparseft.layers.sparse_linear import BlockSparseLinear, S2ColumnLinear, S2RowLinear, SparseLinear
+from sparseft.models.decoder import find_expert, logical_weight, stack_parameter
 
 CLASSES = {("rows",): S2ColumnLinear, ("columns",): S2RowLinear, ("blocks",): BlockSparseLinear}
 

@@ -1,12 +1,19 @@
-"""The decoder's layers and linears, however a model stores them."""
+"""The decoder's layers and linears, however a model stores them: plain, transposed, or as slices of a 3-D parameter.
+
+Of experts kept as one parameter (experts, out, in), as transformers 5 keeps them, each expert's matrix is a linear of
+its own, named by the parameter's path and its number: `model.layers.0.mlp.experts.down_proj.3`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sparseft.distributed.zero3 import full_shape, running
@@ -96,3 +103,94 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def base_parameter_count(model: nn.Module) -> int:
     """Parameters of the base model, tied ones once."""
     return sum(full_shape(p).numel() for _, p in base_parameters(model))
+
+
+STATE = "_sparseft"  # the attribute of an attached model that holds `adapter.State`
+
+
+def inside_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets `function(model, …)` take what `torch.compile` made of a model: it works on the model inside, by whose
+    names adapters are kept. A model that stays attached is returned as it was given, compiled."""
+
+    @functools.wraps(function)
+    def call(model: nn.Module, *args: Any, **options: Any) -> Any:
+        inner = getattr(model, "_orig_mod", model)
+        result = function(inner, *args, **options)
+        return model if result is inner and hasattr(inner, STATE) else result
+
+    return call
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's matrix: `experts._parameters[parameter][number]`."""
+
+    experts: nn.Module
+    parameter: str
+    number: int
+
+    @property
+    def weight(self) -> Tensor:
+        """The expert's (out, in) weight: a view, without gradient."""
+        return stack_parameter(self.experts, self.parameter).detach()[self.number]
+
+
+def stack_parameter(experts: nn.Module, name: str) -> nn.Parameter:
+    """The 3-D parameter itself, also where a module of the same name stands before it."""
+    parameter = experts._parameters[name]
+    assert parameter is not None
+    return parameter
+
+
+def stacks(module: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """A module's own 3-D parameters that hold one linear weight (out, in) for each expert, with their shapes.
+
+    transformers marks such modules (`use_experts_implementation`), and says whether they are stored transposed or
+    with biases; those are left out, as is every 3-D parameter of an unmarked module.
+    """
+    marked = hasattr(getattr(module, "config", None), "_experts_implementation")
+    if not marked or getattr(module, "is_transposed", True) or getattr(module, "has_bias", True):
+        return {}
+    return {
+        name: (int(shape[0]), int(shape[1]), int(shape[2]))
+        for name, p in module._parameters.items()
+        if p is not None and len(shape := full_shape(p)) == 3 and is_plain(p)
+    }
+
+
+def other_stacks(module: nn.Module) -> list[str]:
+    """A module's own 3-D parameters that nothing here can train: transposed, biased, or of a kind unknown."""
+    if isinstance(module, _ConvNd) or getattr(module, "sparseft_pattern", False):  # a kernel; blocks that train
+        return []
+    known = stacks(module)
+    stacked = [name for name, p in module._parameters.items() if p is not None and len(full_shape(p)) == 3]
+    return [name for name in stacked if name not in known]
+
+
+def find_expert(model: nn.Module, name: str) -> Expert | None:
+    """The expert that `<path of the parameter>.<number>` names, or None where it names none."""
+    path, _, number = name.rpartition(".")
+    owner, _, parameter = path.rpartition(".")
+    if not number.isdecimal() or not owner:
+        return None
+    module: nn.Module | None = model
+    for part in owner.split("."):
+        module = module._modules.get(part) if module is not None else None
+    if module is None:
+        return None
+    shape = stacks(module).get(parameter)
+    return Expert(module, parameter, int(number)) if shape is not None and int(number) < shape[0] else None
+
+
+def is_router(parent: nn.Module, leaf: str) -> bool:
+    """Whether the child `leaf` of `parent` weighs experts (a router or a shared expert's gate): never trained.
+
+    Such a child stands beside the experts; a gate projection stands beside up and down.
+    """
+    has_experts = any("expert" in name and not name.endswith("gate") for name in parent._modules)
+    return has_experts and (leaf in ("gate", "router", "classifier") or leaf.endswith("expert_gate"))
+
+
+def in_experts(name: str) -> bool:
+    """Whether a linear or parameter of this name belongs to routed experts, which a batch's tokens may pass by."""
+    return "experts" in name.split(".")

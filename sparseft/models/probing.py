@@ -1,24 +1,36 @@
-"""Tries a model on a few tokens: which of them do its predictions depend on?
+"""Tries a model on a few tokens: is it causal, and which of its linears can train?
 
 The gradient of a position's logits towards a token's embedding is exactly zero where attention is masked, and where a
 recurrence, a convolution or a window does not reach. No list of architectures could tell: encoders become decoders by
 a setting, and a model's own code may do anything.
+
+A layer that is put in a linear's place (a sparse layer, LoRA) trains only if the model calls it and a gradient comes
+back. It does not train where the model reads the weight itself (`self.dt_proj.weight @ x`, a fused kernel), never calls
+the linear (key and value projections of layers that share another's), or calls it without gradient (an index that only
+sorts).
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import inspect
 import re
-from collections.abc import Iterator
+import textwrap
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from sparseft.distributed.zero3 import full_shape
+from sparseft import console
+from sparseft.distributed.zero3 import full_shape, is_sharded
 from sparseft.errors import UserError, reason_of
-from sparseft.models.decoder import input_embeddings
+from sparseft.models.decoder import context_length, in_experts, input_embeddings
 
 # Rows and length of the tokens that a model is tried on; the second where it cannot be run on so few.
 SHAPES = ((7, 8), (2, 128))
@@ -178,3 +190,194 @@ def _takes(model: nn.Module, name: str) -> bool:
     """Whether the forward pass can be given the argument `name`."""
     known = inspect.signature(model.forward).parameters
     return name in known or any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+
+
+READ = "the model reads its weight itself"
+KERNEL = "the model hands its weight to a fused kernel"
+UNCALLED = "the model does not call it"
+NO_GRADIENT = "no gradient reaches it"
+LENGTHS = (16, 256)  # tokens of the trials: the second where the first leaves linears out (long contexts' compressors)
+_FOUND: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
+
+
+def unreached(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The linears that would not train, with the reason; the model is unchanged afterwards.
+
+    `linears` are the model's, by name. The model is run once, in evaluation mode, with gradients of one number a linear
+    and none of its weights; what was found is kept for later calls. Models without values (`meta`) and in shards are
+    judged by their source alone. Experts that a trial's tokens do not come to are not judged.
+    """
+    if (known := _FOUND.get(model)) is not None:
+        return {name: reason for name, reason in known.items() if name in linears}
+    found = {name: KERNEL for name in linears if _handed_to_kernel(model, name)}
+    parameters = list(model.parameters())
+    if any(p.is_meta or is_sharded(p) for p in parameters):
+        return found
+    if not isinstance(getattr(input_embeddings(model), "weight", None), Tensor):
+        return found
+    try:
+        found = found | _tried(model, linears)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of whatever kind the model's own code raises: its batches may need more than tokens
+        console.warn(
+            f"{type(model).__name__} could not be run on tokens alone ({reason_of(error)}): which of its linears "
+            "cannot train is not known before the first step"
+        )
+    _FOUND[model] = found
+    return dict(found)
+
+
+def _tried(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    context = context_length(model.config)
+    read: dict[str, str] = {}
+    missed: dict[str, str] | None = None  # in every trial so far
+    for length in LENGTHS:
+        found = _trial(model, linears, min(length, context or length))
+        read |= {name: reason for name, reason in found.items() if reason == READ}
+        missed = {n: r for n, r in found.items() if r != READ and (missed is None or n in missed)}
+        if not missed:
+            break
+    left = read | (missed or {})
+    if len(left) == len(linears):  # a stand-in whose forward is not this decoder's says nothing of it
+        return {}
+    return left
+
+
+def _trial(model: nn.Module, linears: Mapping[str, nn.Module], length: int) -> dict[str, str]:
+    names = {id(module): name for name, module in linears.items()}
+    holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    # A weight that several modules hold is read by the others too; tied weights are refused where they are chosen.
+    reads = _Reads({id(m.weight): name for name, m in linears.items() if holders[id(m.weight)] == 1})
+    probes: dict[str, Tensor] = {}  # a zero that is added to each linear's output
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        reads.inside.append(names[id(module)])
+
+    def leave(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        reads.inside.pop()
+        name = names[id(module)]
+        probe = probes.setdefault(name, torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True))
+        return output + probe
+
+    handles = []
+    with undisturbed(model), torch.enable_grad():
+        try:
+            for module in {id(module): module for module in linears.values()}.values():
+                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+            with reads:
+                logits = run(model, plain_tokens(model, 1, length))
+        finally:
+            for handle in handles:
+                handle.remove()
+        gradients: Sequence[Tensor | None] = [None] * len(probes)
+        if probes and logits.requires_grad:
+            gradients = torch.autograd.grad(logits.float().square().mean(), list(probes.values()), allow_unused=True)
+    reached = {name for name, gradient in zip(probes, gradients, strict=True) if gradient is not None}
+    found: dict[str, str] = {}
+    for name, module in linears.items():
+        own = names[id(module)]  # of a module with several names, the one that was noted
+        if own in reads.found:
+            found[name] = READ
+        elif own not in probes:
+            if not in_experts(name):
+                found[name] = UNCALLED
+        elif own not in reached:
+            found[name] = NO_GRADIENT
+    return found
+
+
+class _Reads(TorchFunctionMode):
+    """Notes the linears whose weight enters an operation with gradients outside their own forward pass."""
+
+    LIKE = ("to", "type_as", "zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty",
+            "new_tensor", "new_full", "size", "stride", "expand_as", "view_as", "reshape_as")  # fmt: skip
+
+    def __init__(self, weights: Mapping[int, str]) -> None:
+        super().__init__()
+        self.weights, self.inside, self.found = weights, [], set()  # type: ignore[var-annotated]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and torch.is_grad_enabled():
+            given = [*args, *(kwargs or {}).values()]
+            if getattr(func, "__name__", "") in self.LIKE:  # only its dtype, device or shape, but for `weight.to(…)`
+                given = args[:1] if func.__name__ == "to" else []
+            for item in given:
+                name = self.weights.get(id(item))
+                if name is not None and name not in self.inside:
+                    self.found.add(name)
+        return result
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """What is to train and has no gradient, or zeros only: names of deltas, of linears with LoRA, of parameters.
+
+    Of routed experts none is named, as the tokens may have passed them by. Waits for the device once.
+    """
+    gradients: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not in_experts(name):
+            # LoRA's B starts at zero, which leaves A without a gradient in the first step: the pair counts.
+            trained = name.removeprefix("_orig_mod.").removeprefix("base_model.model.").partition(".lora_")[0]
+            gradients.setdefault(trained, []).extend([] if parameter.grad is None else [parameter.grad])
+    found = [(name, gradient) for name, those in gradients.items() for gradient in those]
+    if found:
+        device = found[0][1].device
+        flags = torch.stack([(gradient != 0).any().to(device) for _, gradient in found]).tolist()
+        moved = {name for (name, _), flag in zip(found, flags, strict=True) if flag}
+    else:
+        moved = set()
+    return [name for name in gradients if name not in moved]
+
+
+# ---- by the source: paths that this device or mode does not take ----
+
+# Callees whose use of a weight the trial sees for itself, or that only ask what it is.
+_PLAIN = ("F", "torch", "nn", "init", "isinstance", "getattr", "hasattr", "type", "len", "str", "print", "id")
+
+
+def _is_kernel(callee: ast.expr, known: Mapping[str, Any]) -> bool:
+    """Whether a call is of a function (of a module's or of `self`), not of torch's own or of a tensor's method."""
+    plain = isinstance(callee, ast.Name)
+    while isinstance(callee, ast.Attribute):
+        callee = callee.value
+    if not isinstance(callee, ast.Name) or callee.id in _PLAIN:
+        return False
+    return plain or callee.id == "self" or callee.id in known
+
+
+def _handed_to_kernel(model: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return leaf in _kernel_weights(type(model.get_submodule(owner)))
+
+
+@functools.cache
+def _kernel_weights(cls: type) -> frozenset[str]:
+    """The children whose `weight` the methods of a module's class give to a function: `kernel(x, self.o_proj.weight)`.
+
+    Such functions are kernels that run on some devices, or in training mode, only.
+    """
+    found: set[str] = set()
+    for method in _methods(cls):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        except (OSError, TypeError, SyntaxError):  # made at run time: there is no source
+            continue
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            if not _is_kernel(call.func, method.__globals__):
+                continue
+            for value in [*call.args, *(keyword.value for keyword in call.keywords)]:
+                parts = ast.unparse(value).split(".") if isinstance(value, ast.Attribute) else []
+                if len(parts) == 3 and parts[0] == "self" and parts[2] == "weight":
+                    found.add(parts[1])
+    return frozenset(found)
+
+
+def _methods(cls: type) -> Iterator[Callable[..., Any]]:
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] == "torch" or base is object:
+            continue
+        for name, value in vars(base).items():
+            if inspect.isfunction(value) and "init" not in name and "reset" not in name:
+                yield value

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from sparseft.errors import UserError, nearest
-from sparseft.models.decoder import base_parameter_count, decoder_layers, is_linear, is_transposed, logical_shape
-from sparseft.models.expert_weights import is_router, other_stacks, stacks
+from sparseft.models.decoder import (
+    base_parameter_count,
+    decoder_layers,
+    is_linear,
+    is_router,
+    is_transposed,
+    logical_shape,
+    other_stacks,
+    stacks,
+)
+from sparseft.models.probing import unreached
 from sparseft.models.quantized import check_plain
-from sparseft.models.reached import unreached
 
 # Last part of a module's name -> its role. A tuple names the parts of a fused projection in their order.
 ATTENTION_ROLES: dict[str, str | tuple[str, ...]] = {

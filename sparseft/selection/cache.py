@@ -22,8 +22,7 @@ from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded
 from sparseft.errors import UserError
 from sparseft.files.atomic import explained
-from sparseft.importance.calibration import Watch
-from sparseft.importance.calibration_state import saved_samples
+from sparseft.importance.calibration import Watch, saved_samples
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.selection.compute import Request, Settings, compute
 from sparseft.selection.selection import Selection

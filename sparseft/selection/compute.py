@@ -18,7 +18,7 @@ from sparseft.importance.scores import compute_scores
 from sparseft.layers import sparse_layers
 from sparseft.layers.convert import check_modules, original_order
 from sparseft.layers.experts import opened
-from sparseft.models.compiled import inside_compiled
+from sparseft.models.decoder import inside_compiled
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.budget import Budget
 from sparseft.selection.choose import choose

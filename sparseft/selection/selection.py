@@ -1,4 +1,4 @@
-"""Scores -> `Selection`: which rows, columns or blocks of which module train; and its files.
+"""Scores -> `Selection`: which rows, columns or blocks of which module train; its files, and how much it is in words.
 
 A `Budget` says what may be chosen (candidates), how much of it, and over which candidates the choice is pooled.
 """
@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseft import console
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import replaced_folder, write_json
 from sparseft.files.hashing import body_hash
 from sparseft.files.tensors import DESCRIPTIONS, SELECTION_CONFIG, SELECTION_TENSORS, read_described, split_name
 from sparseft.files.untrusted import read_json_object
 from sparseft.kernels.reference import KINDS, trainable_entries
+from sparseft.models.spec import ModelSpec
+from sparseft.selection import TOLERANCE
 
 FORMAT_VERSION = 1
 
@@ -152,3 +155,57 @@ class Selection:
         if texts.get("config_sha256") != body_hash(content):
             raise UserError(f"{folder}: selection.json is not the one that was written with its tensors (altered).")
         return selection
+
+
+HEAD_ROLES = ("q", "k", "v", "o")  # their units are heads, every other role's channels
+
+
+def describe_trainable(trainable: int, spec: ModelSpec, settings: Any, unit: str) -> None:
+    """Says how much trains by a method's `settings`, in which `unit`, and warns where it is off by more than a tenth
+    from the share asked for: what a method trains whole cannot meet every share. Linears in scope that cannot train
+    are named."""
+    if note := spec.frozen_note(settings.scope):
+        console.warn(note)
+    scope = spec.weights_in(settings.scope)
+    console.log(
+        f"trainable: {trainable:,} of {scope:,} weights in scope (sparsity {1 - trainable / scope:.2%} in scope, "
+        f"{1 - trainable / spec.total_parameters:.2%} of the whole model), in {unit}"
+    )
+    sparsity = settings.wanted_sparsity
+    if sparsity is not None:
+        wanted = (1 - sparsity) * scope
+        if abs(trainable - wanted) > TOLERANCE * wanted:
+            console.warn(
+                f"sparsity {sparsity} asks for {wanted:,.0f} trainable weights; with {unit} it is {trainable:,} "
+                f"(sparsity {1 - trainable / scope:.4f})"
+            )
+
+
+def describe_selection(selection: Selection, spec: ModelSpec, settings: Any) -> None:
+    """`describe_trainable` of a sparse method's selection, and what trains of each role."""
+    describe_trainable(selection.meta["trainable_parameters"], spec, settings, settings.granularity(selection))
+    if not settings.by_role:
+        return
+    roles = [
+        f"{role} {chosen:,} of {there:,} {'heads' if role in HEAD_ROLES else 'channels'} ({entries:,} weights)"
+        for role, (chosen, there, entries) in units_by_role(selection, spec).items()
+    ]
+    if roles:
+        console.log(f"trainable by role: {', '.join(roles)}")
+
+
+def units_by_role(selection: Selection, spec: ModelSpec) -> dict[str, tuple[int, int, int]]:
+    """Of each role that trains: its units chosen, its units in all layers, and the weights that the chosen ones have.
+
+    Empty of linears whose roles are not known.
+    """
+    totals: dict[str, list[int]] = {}
+    for slot in spec.slots:
+        index = selection.modules.get(slot.module, {}).get(slot.side)
+        features = 0
+        if index is not None:
+            features = int(((index >= slot.start) & (index < slot.start + slot.unit * slot.count)).sum())
+        total = totals.setdefault(slot.role, [0, 0, 0])
+        for position, value in enumerate((features // slot.unit, slot.count, features * slot.other)):
+            total[position] += value
+    return {role: (chosen, there, entries) for role, (chosen, there, entries) in totals.items() if entries}

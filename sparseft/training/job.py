@@ -21,8 +21,7 @@ from sparseft.adapters.lifecycle import trainable_count
 from sparseft.adapters.state import state_of
 from sparseft.compose.run_config import to_yaml
 from sparseft.config import BUNDLED, RunConfig
-from sparseft.data.collating import Collator
-from sparseft.data.packing import check_packing
+from sparseft.data.packing import Collator, check_packing
 from sparseft.data.sampling import calibration_batches
 from sparseft.distributed import ranks
 from sparseft.distributed.deepspeed import forget_zero
@@ -44,8 +43,7 @@ from sparseft.runs.folder import (
 )
 from sparseft.runs.metrics import truncate_metrics
 from sparseft.selection.compute import reselect
-from sparseft.selection.describe import describe_selection, describe_trainable
-from sparseft.selection.selection import Selection
+from sparseft.selection.selection import Selection, describe_selection, describe_trainable
 from sparseft.training import checks, schedules
 from sparseft.training import resume as resuming
 from sparseft.training.arguments import training_arguments

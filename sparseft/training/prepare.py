@@ -11,8 +11,8 @@ from torch import nn
 
 from sparseft import console
 from sparseft.config import BUNDLED, RunConfig
-from sparseft.data.collating import padding_id
 from sparseft.data.loading import check_tokens, load_datasets
+from sparseft.data.packing import padding_id
 from sparseft.kernels.dispatch import kernel_for
 from sparseft.models.decoder import base_parameter_count
 from sparseft.models.loading import load_in_shards, load_tokenizer, resolve_device, vocabulary_rows

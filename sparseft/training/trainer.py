@@ -22,7 +22,7 @@ from sparseft.errors import Interrupted
 from sparseft.files.atomic import explained, publish
 from sparseft.layers import sparse_layers
 from sparseft.models.decoder import runnable
-from sparseft.models.reached import without_gradient
+from sparseft.models.probing import without_gradient
 from sparseft.runs.folder import ADAPTER, CHECKPOINTS, checkpoint_name
 from sparseft.training import distributed_trainer, schedules
 from sparseft.training.arguments import tf32_as_set

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sparseft
-from sparseft.adapters.combine import Values, split_blocks, unite
 from sparseft.adapters.lifecycle import trainable_count
+from sparseft.adapters.sparse import Values, split_blocks, unite
 from sparseft.errors import UserError
 from sparseft.layers import sparse_layers
 from sparseft.methods.sylva import BLOCK_SIZES

@@ -34,7 +34,7 @@ from sparseft.compose.run_config import compose, to_yaml
 from sparseft.config import DatasetConfig
 from sparseft.errors import UserError, shown
 from sparseft.files.hashing import BODY, HASHED, body_hash, file_hash
-from sparseft.importance.calibration_state import CalibrationState
+from sparseft.importance.calibration import CalibrationState
 from sparseft.report.page import build_report
 from sparseft.runs.metrics import read_metrics, truncate_metrics
 from sparseft.selection.selection import Selection

@@ -21,9 +21,8 @@ from sparseft.files.tensors import read_tensors, split_name
 from sparseft.layers import sparse_layers
 from sparseft.methods.exact_targets import lora_modules
 from sparseft.methods.lora import target_modules
-from sparseft.models.decoder import is_transposed
-from sparseft.models.expert_weights import find_expert, in_experts
-from sparseft.models.reached import KERNEL, NO_GRADIENT, READ, UNCALLED, unreached, without_gradient
+from sparseft.models.decoder import find_expert, in_experts, is_transposed
+from sparseft.models.probing import KERNEL, NO_GRADIENT, READ, UNCALLED, unreached, without_gradient
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 from sparseft.training.trainer import train

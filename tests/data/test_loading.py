@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sparseft.config import BUNDLED_ROOT, DatasetConfig
-from sparseft.data.collating import Collator, padding_id
 from sparseft.data.encoding import Encoder, tokenize
 from sparseft.data.formats import Example, detect_format
 from sparseft.data.loading import LoadedData, load_datasets
+from sparseft.data.packing import Collator, padding_id
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.data.sampling import calibration_batches, calibration_count, seeded_first
 from sparseft.data.sources import Records, open_source

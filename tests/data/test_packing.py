@@ -12,8 +12,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseft.data.collating import Collator
-from sparseft.data.packing import PackedDataset, best_fit, check_packing, padding_share, real_tokens
+from sparseft.data.packing import Collator, PackedDataset, best_fit, check_packing, padding_share, real_tokens
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.errors import UserError
 from support.running import METHODS, metrics, on, refused, sparseft, summary, write_data

@@ -14,7 +14,7 @@ from sparseft.config import EvalConfig
 from sparseft.data.prompts import mmlu_header
 from sparseft.errors import UserError
 from sparseft.evaluation import llm_adapters
-from sparseft.evaluation import llm_adapters_hub as hub
+from sparseft.evaluation import llm_adapters as hub
 from sparseft.evaluation.llm_adapters import GROUPS, group_of
 from sparseft.evaluation.mmlu import MMLU_CATEGORIES, MMLU_SUBJECTS
 from sparseft.evaluation.run import evaluate, prepare

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparseft import SylvaConfig, compute_selection
-from sparseft.importance import calibration_state as resuming
+from sparseft.importance import calibration as resuming
 from sparseft.importance import scores
 from sparseft.importance.calibration import Watch
 from sparseft.importance.kfac import FactorSettings
@@ -128,7 +128,7 @@ def test_it_saves_now_and_then_and_survives_what_is_unusable(
 SLOW = textwrap.dedent(
     """
     import sys, time
-    import sparseft.importance.calibration as collecting, sparseft.importance.calibration_state as resuming
+    import sparseft.importance.calibration as collecting, sparseft.importance.calibration as resuming
     import sparseft.importance.scores as scores
     resuming.SAVE_SECONDS = resuming.SAVE_COST = 0.0
     scores.TOKENS_TOGETHER = 1  # one sample at a time

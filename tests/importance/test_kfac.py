@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparseft
 from sparseft.errors import RunError
-from sparseft.importance import host_sums as host_memory
+from sparseft.importance import kfac as host_memory
 from sparseft.importance.batching import WINDOW, groups_of, may_share, packed, pad_together, split_samples
 from sparseft.importance.hooks import Observation, observe
 from sparseft.importance.kfac import FactorSettings, KroneckerFactors, summary

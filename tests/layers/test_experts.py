@@ -18,7 +18,7 @@ from sparseft.errors import UserError
 from sparseft.kernels import reference
 from sparseft.layers import sparse_layers
 from sparseft.layers.experts import ExpertLinear, opened
-from sparseft.models.expert_weights import find_expert
+from sparseft.models.decoder import find_expert
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import reselect

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparseft
 from sparseft.config import HardwareConfig, TrainerConfig
-from sparseft.data.collating import Collator
+from sparseft.data.packing import Collator
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.memory import SavedBytes
 from sparseft.training.arguments import training_arguments

@@ -24,8 +24,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 
 import sparseft
 from sparseft.errors import UserError
-from sparseft.models.decoder import is_linear
-from sparseft.models.expert_weights import stacks
+from sparseft.models.decoder import is_linear, stacks
 from sparseft.models.quantized import check_config, check_plain
 from sparseft.models.spec import ModelSpec
 from support.running import files, on, refused, write_data

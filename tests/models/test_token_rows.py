@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers
 
-from sparseft.data.collating import padding_id
 from sparseft.data.loading import check_tokens
+from sparseft.data.packing import padding_id
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.errors import UserError
 from sparseft.models.loading import vocabulary_rows

@@ -27,8 +27,7 @@ from sparseft.models.spec import ModelSpec
 from sparseft.selection.budget import block_budget, blocks_spent, keep_count, ratio_budget
 from sparseft.selection.choose import choose, rank_units
 from sparseft.selection.compute import compute_selection, first_samples
-from sparseft.selection.describe import units_by_role
-from sparseft.selection.selection import Selection
+from sparseft.selection.selection import Selection, units_by_role
 from support.models import build_model
 
 DOWN = "model.layers.0.mlp.down_proj"

@@ -103,7 +103,7 @@ def nan() -> None:
 
 def slow() -> None:
     """Calibration saves its state after every sample and every linear, says where it is, and takes its time."""
-    from sparseft.importance import calibration_state as resuming
+    from sparseft.importance import calibration as resuming
     from sparseft.importance import scores
 
     resuming.SAVE_SECONDS = resuming.SAVE_COST = 0.0

@@ -110,7 +110,7 @@ def _child(words: list[str], cwd: str, operation: int, half: bool, variables: di
             os.kill(os.getpid(), signal.SIGKILL)
 
     _break_off(begin, half)
-    import sparseft.importance.calibration_state as resuming
+    import sparseft.importance.calibration as resuming
     import sparseft.importance.scores as scores
     from sparseft.cli.app import main
 

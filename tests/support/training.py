@@ -11,7 +11,7 @@ import torch
 
 from sparseft.adapters.lifecycle import attach, trainable_parameters
 from sparseft.config import HardwareConfig, TrainerConfig
-from sparseft.data.collating import Collator
+from sparseft.data.packing import Collator
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.methods import get_method
 from sparseft.training.arguments import training_arguments

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 from sparseft.config import HardwareConfig, TrainerConfig
-from sparseft.data.collating import Collator
+from sparseft.data.packing import Collator
 from sparseft.training.arguments import training_arguments
 from sparseft.training.trainer import Trainer
 from support.places import ROOT, SUPPORT
