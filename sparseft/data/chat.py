@@ -25,8 +25,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Converter, Example, Segments, counted, is_empty, join_prompts, unused_sentence
 from sparseft.data.prompts import PLAIN_ASSISTANT, PLAIN_BREAK, plain_turn
@@ -315,6 +313,8 @@ class Chats(Converter):
 
     def _try(self, messages: list[Message], chat: Conversation, *, prompt: bool = False) -> str:
         """What the template writes; `prompt`: with what asks for the next answer. Refused where it cannot."""
+        from jinja2.exceptions import TemplateError  # only conversations need it
+
         try:
             # As a batch of one, which unlike a conversation may be empty: the prompt of one that the assistant opens.
             return self.tokenizer.apply_chat_template(
