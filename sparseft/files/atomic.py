@@ -240,6 +240,5 @@ def explained(what: str, last_checkpoint: Callable[[], Any]) -> Iterator[None]:
             if not hasattr(error, "last_checkpoint"):
                 note_checkpoint(error, last_checkpoint())
             raise
-        failure = RunError(f"{what} could not be written: {problem.rstrip('.')}.")
-        note_checkpoint(failure, checkpoint_of(error) or last_checkpoint())
-        raise failure from error
+        checkpoint = checkpoint_of(error) or last_checkpoint()
+        raise RunError(f"{what} could not be written: {problem.rstrip('.')}.", checkpoint) from error
