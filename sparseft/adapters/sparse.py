@@ -144,7 +144,9 @@ class Sparse(Kind):
     def names(self, model: nn.Module) -> Collection[str]:
         return self.adapters
 
-    def save(self, model: nn.Module, state: State, name: str, folder: Path) -> None:
+    def save(
+        self, model: nn.Module, state: State, name: str, folder: Path, state_dict: dict[str, Tensor] | None
+    ) -> None:
         adapter = self.adapters[name]
         layers = sparse_layers(model)
         shapes = {module: (layers[module].out_features, layers[module].in_features) for module in adapter.patterns}

@@ -119,12 +119,6 @@ def judge_gradients(engine: Any) -> None:
         engine.optimizer.check_grad_overflow = True
 
 
-def gathered_state(engine: Any) -> dict[str, Tensor]:
-    """The whole state of a model that the engine has sharded, in the first process; all take part. In the parameters'
-    own dtype, whatever DeepSpeed calls it."""
-    return _inside(engine, "_zero3_consolidated_16bit_state_dict")()
-
-
 class WholeMoments:
     """What ZeRO keeps in shards, as `move_moments` takes an optimizer: of each parameter its moments, whole."""
 
