@@ -64,10 +64,6 @@ class TokenizedDataset:
         return int(self.lengths.sum())
 
     @property
-    def num_labelled_tokens(self) -> int:
-        return sum(int((self._labels[a:b] != IGNORED).sum()) for a, b in self._runs())
-
-    @property
     def lengths(self) -> np.ndarray:
         """int64 (examples,): tokens of each example."""
         return self._stops - self._starts

@@ -40,11 +40,6 @@ from sparseft.models.decoder import logical_weight
 TOKENS_TOGETHER = 1024
 
 
-def weight_norms(weight: Tensor, candidate: Candidate) -> Tensor:
-    """‖W_u‖₂ of each unit, in float64, from the logical weight (out, in)."""
-    return sum_units(weight.detach().float().square(), candidate).double().sqrt()
-
-
 def activation_norms(x: Tensor, y: Tensor, candidate: Candidate) -> Tensor:
     """‖a_u‖₂ of each unit over one sample's tokens."""
     inputs, outputs = x.float().square().sum(0), y.float().square().sum(0)
@@ -128,7 +123,8 @@ def compute_scores(
         for c in candidates:
             module = model.get_submodule(c.module)
             with gathered([module.weight]):
-                weights[c.key] = weight_norms(logical_weight(module), c).cpu()
+                weight = logical_weight(module).detach().float()
+                weights[c.key] = sum_units(weight.square(), c).double().sqrt().cpu()  # ‖W_u‖₂ of each unit
     if importance == "weight":
         return Scored(weights, {})
     if batches is None:

@@ -209,7 +209,8 @@ def unreached(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, s
     """
     if (known := _FOUND.get(model)) is not None:
         return {name: reason for name, reason in known.items() if name in linears}
-    found = {name: KERNEL for name in linears if _handed_to_kernel(model, name)}
+    owners = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in linears}
+    found = {name: KERNEL for name, owner in owners.items() if name.rpartition(".")[2] in _kernel_weights(owner)}
     parameters = list(model.parameters())
     if any(p.is_meta or is_sharded(p) for p in parameters):
         return found
@@ -345,11 +346,6 @@ def _is_kernel(callee: ast.expr, known: Mapping[str, Any]) -> bool:
     if not isinstance(callee, ast.Name) or callee.id in _PLAIN:
         return False
     return plain or callee.id == "self" or callee.id in known
-
-
-def _handed_to_kernel(model: nn.Module, name: str) -> bool:
-    owner, _, leaf = name.rpartition(".")
-    return leaf in _kernel_weights(type(model.get_submodule(owner)))
 
 
 @functools.cache

@@ -84,7 +84,6 @@ class ModelSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    num_layers: int
     total_parameters: int
     slots: list[RoleSlice] = field(default_factory=list)
     layer_of: dict[str, int] = field(default_factory=dict)  # the decoder layer of each linear
@@ -146,7 +145,6 @@ class ModelSpec:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=int(head_dim),
-            num_layers=len(layers),
             total_parameters=base_parameter_count(model),
             experts=experts,
             stacked=stacked,
