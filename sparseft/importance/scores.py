@@ -198,7 +198,7 @@ def score_modules(
         statistics.score({name: members for name, members in mine.items() if name not in set(names)}, finished)
     except BaseException:
         keep_scores()
-        if world == 1:  # with several ranks the sums are everybody's by now, and must not be counted as this one's
+        if world == 1:  # with several ranks the sums are reduced by now: no longer this rank's own
             keep(state, statistics, done)
         raise
     every = ranks.all_gather_object((scores, dampings))

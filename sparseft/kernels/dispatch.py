@@ -109,7 +109,7 @@ def columns_gradient(grad_output: Tensor, x_columns: Tensor) -> Tensor:
 
 
 def _token_product(left: Tensor, right: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() and left.dtype.itemsize < 4:  # pieces of so many tokens would be unrolled
+    if torch.compiler.is_compiling() and left.dtype.itemsize < 4:  # the compiler would unroll its loop over pieces
         return torch.ops.sparseft.token_product(left, right)
     return reference.token_product(left, right).float()
 

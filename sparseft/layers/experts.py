@@ -225,7 +225,7 @@ class ExpertStack(nn.Module):
         """The product of all experts with their tokens, by transformers' or torch's function."""
         layers: dict[int, Any] = {int(number): layer for number, layer in self._modules.items()}
         if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers.values()):
-            return self._one_by_one(x, offs)  # the joint product would pass by who watches a single expert
+            return self._one_by_one(x, offs)  # the joint product would not call the hooks of single experts
         return grouped_product(func, x, stack_parameter(self._experts[0], self.parameter).detach(), offs, layers)
 
     def _one_by_one(self, x: Tensor, offs: Tensor) -> Tensor:

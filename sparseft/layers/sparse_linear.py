@@ -93,7 +93,7 @@ class SparseLinear(nn.Module):
         layer.in_features, layer.out_features = (rows, columns) if layer.transposed else (columns, rows)
         layer.weight = linear.weight
         layer.register_parameter("bias", linear.bias)
-        layer.merged = not is_sharded(layer.weight)  # base + delta has no place to stay in a shard
+        layer.merged = not is_sharded(layer.weight)  # a sharded weight cannot hold base + delta
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)

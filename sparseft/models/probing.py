@@ -175,7 +175,7 @@ def _sees_later(model: nn.Module, rows: int, length: int) -> bool | None:
         logits, strength = dependence(model, ids, scored, **mask)
         if (strength[later] == 0).all() and not logits.isnan().any():
             return False
-    except Untraceable:  # then the second witness alone
+    except Untraceable:  # then only the comparison of outputs below can tell
         with torch.no_grad():
             logits = run(model, ids, **mask)[scored].float()
     if logits.isnan().any():
@@ -240,7 +240,7 @@ def _tried(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]
         if not missed:
             break
     left = read | (missed or {})
-    if len(left) == len(linears):  # a stand-in whose forward is not this decoder's says nothing of it
+    if len(left) == len(linears):  # the forward is not this decoder's (a stub): it tells nothing
         return {}
     return left
 
