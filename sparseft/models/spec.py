@@ -89,7 +89,7 @@ class ModelSpec:
     layer_of: dict[str, int] = field(default_factory=dict)  # the decoder layer of each linear
     experts: list[str] = field(default_factory=list)  # 3-D parameters of experts that nothing here can train
     stacked: set[str] = field(default_factory=set)  # linears that are one expert of a 3-D parameter: no modules
-    # Linears that nothing put in their place could train, with the reason (`reached.py`); not among `linears`.
+    # Linears that could not train, whatever replaced them, with the reason (`probing.py`); not among `linears`.
     frozen: dict[str, str] = field(default_factory=dict)
     frozen_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
