@@ -169,7 +169,7 @@ class Collator:
     tokens and 0 on padding, `labels` -100 on padding. The mask and the labels come from the lengths, never from
     comparing ids: where EOS pads, the real EOS keeps its label. `length` is the longest example's.
 
-    Packed rows (`packing.py`) bring `position_ids`, which take the place of `attention_mask`: with a mask, transformers
+    Packed rows bring `position_ids`, which take the place of `attention_mask`: with a mask, transformers
     would not read the borders of examples off the positions. Padding has position 0 throughout, which makes every
     padding token an example of its own.
     """

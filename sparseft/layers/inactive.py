@@ -113,24 +113,3 @@ def restore_active(layer: SparseLinear, kind: str, active: Tensor, index: Tensor
     pattern.set_index(active, reference.gather(weight, kind, pattern.stored(active), pattern.block_size))
     layer.write_back()
     layer.write_inactive()
-
-
-def move_moments(optimizer: torch.optim.Optimizer, pattern: Pattern, source: Tensor) -> None:
-    """Rearranges the optimizer's state after `swap`: entries that stayed keep their moments, newcomers start at 0.
-
-    State of another shape than the delta (Adafactor's factored moments) cannot be taken apart and starts anew.
-    """
-    state = optimizer.state.get(pattern.delta)
-    if not state:
-        return
-    stays = (source >= 0).nonzero().flatten()
-    dim = entry_dim(pattern.kind)
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() <= 1:
-            continue  # step counts
-        if value.shape != pattern.delta.shape:
-            del optimizer.state[pattern.delta]
-            return
-        moved = torch.zeros_like(value)
-        kept = value.index_select(dim, source[stays].to(value.device))
-        state[name] = moved.index_copy_(dim, stays.to(value.device), kept)

@@ -33,8 +33,9 @@ def get_method(name: str) -> type[MethodConfig]:
 
 
 def sparse_methods() -> str:
-    """The methods that train a selection, for messages: "s2ft or sylva"."""
-    return " or ".join(name for name in METHODS if get_method(name).sparse)
+    """The methods that train a selection, for messages: "s2ft, sylva or paca"."""
+    *first, last = (name for name in METHODS if get_method(name).sparse)
+    return f"{', '.join(first)} or {last}"
 
 
 def checked(config: Any) -> MethodConfig:

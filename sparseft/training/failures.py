@@ -1,8 +1,12 @@
-"""Memory that runs out: how it is told from other failures, and the settings that would have fitted."""
+"""What fails while a model trains: steps whose loss or gradient is not finite, and memory that runs out.
+
+Of the latter: how it is told from other failures, and the settings that would have fitted.
+"""
 
 from __future__ import annotations
 
 import errno
+import math
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +14,30 @@ from dataclasses import dataclass
 import torch
 
 from sparseft.errors import RunError, UserError, shown
+
+
+@dataclass
+class BadSteps:
+    """The steps whose loss or gradient was not finite: they update nothing."""
+
+    limit: int  # so many bad steps in a row end the run
+    count: int = 0  # in the whole run
+    streak: int = 0  # the last steps that were bad, in a row
+    proven: int = -1  # the last optimizer step whose weights gave a finite loss in the step after it; -1: none
+
+    def judge(self, step: int, loss: float, norm: float | None) -> bool:
+        """Counts the optimizer step number `step` (1-based), and says whether it is good."""
+        if math.isfinite(loss):
+            self.proven = step - 1
+        if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
+            self.streak = 0
+            return True
+        self.count += 1
+        self.streak += 1
+        return False
+
+
+# ---- memory ----
 
 # What libraries say, in lower case, where memory ran out: CUDA, HIP and Triton ("CUDA error: out of memory", "Triton
 # Error [CUDA]: out of memory"), their constants, cuBLAS, cuDNN and the like, NCCL, torch's and the system's allocators.

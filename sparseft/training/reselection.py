@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from sparseft import console
 from sparseft.adapters.description import read_config
@@ -16,7 +17,8 @@ from sparseft.adapters.sparse import read_sparse
 from sparseft.adapters.state import state_of
 from sparseft.distributed.deepspeed import whole_moments
 from sparseft.layers import share_inputs, sparse_layers
-from sparseft.layers.inactive import move_moments, restore_active, swap
+from sparseft.layers.inactive import restore_active, swap
+from sparseft.layers.pattern import Pattern, entry_dim
 from sparseft.layers.permuted_layout import Plan, carry_out, in_stored_order
 from sparseft.runs.folder import ADAPTER, SELECTION  # of a checkpoint: what was trained, what trained when it was saved
 from sparseft.selection.selection import Selection
@@ -44,6 +46,27 @@ def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = Non
     if plan is not None:
         carry_out(model, plan)
     return new / total
+
+
+def move_moments(optimizer: torch.optim.Optimizer, pattern: Pattern, source: Tensor) -> None:
+    """Rearranges the optimizer's state after `swap`: entries that stayed keep their moments, newcomers start at 0.
+
+    State of another shape than the delta (Adafactor's factored moments) cannot be taken apart and starts anew.
+    """
+    state = optimizer.state.get(pattern.delta)
+    if not state:
+        return
+    stays = (source >= 0).nonzero().flatten()
+    dim = entry_dim(pattern.kind)
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.numel() <= 1:
+            continue  # step counts
+        if value.shape != pattern.delta.shape:
+            del optimizer.state[pattern.delta]
+            return
+        moved = torch.zeros_like(value)
+        kept = value.index_select(dim, source[stays].to(value.device))
+        state[name] = moved.index_copy_(dim, stays.to(value.device), kept)
 
 
 def _plan(model: nn.Module, selection: Selection) -> Plan | None:

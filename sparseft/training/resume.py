@@ -103,7 +103,7 @@ def previous_run(config: RunConfig) -> Previous | None:
     previous = Previous(folder, good_checkpoint(folder))
     if previous.checkpoint is not None:
         _check_same(config, folder)
-        if config.trainer.max_steps > 0:  # else the data say how many; job.py checks it then
+        if config.trainer.max_steps > 0:  # else the data say how many; `job.set_up` asks again
             previous.check_steps(config.trainer, config.trainer.max_steps)
     return previous
 

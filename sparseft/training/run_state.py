@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from sparseft.distributed import ranks
 from sparseft.errors import RunError
 from sparseft.training.checkpoints import last_checkpoint, step_of
+from sparseft.training.failures import BadSteps
 
 
 class Clock:
@@ -55,27 +55,6 @@ class Mark:
     tokens: int = 0
     seconds: float = 0.0  # of training
     bad: int = 0  # steps whose loss or gradient was not finite: `loss` is the sum over the others
-
-
-@dataclass
-class BadSteps:
-    """The steps whose loss or gradient was not finite: they update nothing."""
-
-    limit: int  # so many bad steps in a row end the run
-    count: int = 0  # in the whole run
-    streak: int = 0  # the last steps that were bad, in a row
-    proven: int = -1  # the last optimizer step whose weights gave a finite loss in the step after it; -1: none
-
-    def judge(self, step: int, loss: float, norm: float | None) -> bool:
-        """Counts the optimizer step number `step` (1-based), and says whether it is good."""
-        if math.isfinite(loss):
-            self.proven = step - 1
-        if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
-            self.streak = 0
-            return True
-        self.count += 1
-        self.streak += 1
-        return False
 
 
 class RunState:

@@ -24,9 +24,10 @@ import sparseft
 from sparseft.errors import UserError
 from sparseft.kernels import reference
 from sparseft.layers import SparseLinear, sparse_layers, write_back
-from sparseft.layers.inactive import move_moments, swap
+from sparseft.layers.inactive import swap
 from sparseft.selection.selection import Selection
 from sparseft.training.optimizer import SparseAdamW
+from sparseft.training.reselection import move_moments
 from support.places import ROOT
 
 BY_KERNEL = os.environ.get("SPARSEFT_TEST_KERNEL") == "1"

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 import sparseft
 from sparseft.kernels import reference
 from sparseft.layers import sparse_layers
-from sparseft.layers.inactive import move_moments, swap, union
+from sparseft.layers.inactive import swap, union
 from sparseft.layers.pattern import positions_of
 from sparseft.selection.compute import reselect
-from sparseft.training.reselection import apply_selection, load_active, save_active
+from sparseft.training.reselection import apply_selection, load_active, move_moments, save_active
 from support.running import sparseft as command
 
 LAYERS = {
