@@ -332,11 +332,6 @@ class SparseLinear(nn.Module):
         self.restore_base()
         self.merged = False
 
-    def merge(self) -> None:
-        """The weight holds base + delta again."""
-        self.merged = True
-        self.write_back()
-
     @torch.no_grad()
     def _take_new_base(self) -> None:
         """The weight as it is now (a plain checkpoint's, say) is the base: the deltas start anew."""
