@@ -218,3 +218,14 @@ class RunConfig:
         content = asdict(self)
         content["method"] = {"name": content.pop("method_name"), **content["method"]}
         return content
+
+
+def flatten(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{above}{name}.")
+        else:
+            flat[f"{above}{name}"] = value
+    return flat

@@ -102,7 +102,7 @@ class SavedBytes:
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in self._own:
                     self._seen[storage.data_ptr()] = storage.nbytes()
-                    self._kept.append(tensor)  # so that no address is used twice
+                    self._kept.append(tensor)  # kept alive, so that its address is not reused
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -164,7 +164,7 @@ def check_choice(key: str, value: Any, choices: Iterable[Any]) -> None:
     begun = [option for option in map(str, options) if value and option.startswith(str(value))]
     near = f" Did you mean '{begun[0]}'?" if begun else nearest(str(value), map(str, options))
     if len(options) <= 12 and not near.startswith(" Did you mean"):
-        near = ""  # the list stands there already
+        near = ""  # the message lists all options already
     sweep = (
         " To sweep over several values add --multirun."
         if isinstance(value, str) and all(part in map(str, options) for part in value.split(","))

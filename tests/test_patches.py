@@ -284,9 +284,9 @@ def test_how_experts_compute(kind: str) -> None:
     with Products() as grouped, torch.no_grad():
         model(**batch())
     own = copy.copy(experts.config)
-    own._experts_implementation_internal = "eager"
-    assert own._experts_implementation == "eager", relied_on("_experts_implementation_internal")
-    assert experts.config._experts_implementation == "grouped_mm", relied_on("_experts_implementation_internal")
+    own._experts_implementation = "eager"
+    assert own._experts_implementation == "eager", relied_on("_experts_implementation")
+    assert experts.config._experts_implementation == "grouped_mm", relied_on("_experts_implementation")
     experts.config = own  # of this module alone
     with Products() as single, torch.no_grad():
         model(**batch())
@@ -295,7 +295,7 @@ def test_how_experts_compute(kind: str) -> None:
     slices = {experts.down_proj[number].data_ptr() for number in range(4)}
     loops = [args for name, func, args, _ in single.seen if func is F.linear and args[1].data_ptr() in slices]
     assert used or "linear" in names, relied_on("grouped_mm")
-    assert loops, relied_on("_experts_implementation_internal")
+    assert loops, relied_on("_experts_implementation")
 
 
 def test_a_stack_is_asked_as_a_parameter_is() -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparseft.adapters.description import FORMAT_VERSION
 from sparseft.adapters.state import DEFAULT, Kind, State
@@ -46,9 +46,11 @@ class Full(Kind):
     def names(self, model: nn.Module) -> Collection[str]:
         return [DEFAULT]
 
-    def save(self, model: nn.Module, state: State, name: str, folder: Path) -> None:
+    def save(
+        self, model: nn.Module, state: State, name: str, folder: Path, state_dict: dict[str, Tensor] | None
+    ) -> None:
         """A Hugging Face folder, with `sparseft_config.json` beside its files."""
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state_dict)
         content = {"format_version": FORMAT_VERSION, **state.header, "modules": {}}
         write_json(folder / WHOLE_CONFIG, describe_whole(folder, content))
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparseft.adapters.description import is_whole_model, read_config
 from sparseft.adapters.full import Full
@@ -64,10 +64,13 @@ def trainable_count(model: nn.Module) -> int:
 
 
 @inside_compiled
-def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
+def save_adapter(
+    model: nn.Module, path: str | Path, name: str | None = None, *, state_dict: dict[str, Tensor] | None = None
+) -> Path:
     """Writes an adapter (the active one, or `name`) into the folder `path`, whole or not at all.
 
-    LoRA and DoRA leave peft's own files, full fine-tuning a Hugging Face model folder.
+    LoRA and DoRA leave peft's own files, full fine-tuning a Hugging Face model folder. state_dict: a fully trained
+    model's, where ZeRO-3 has its parameters in shards.
     """
     state = require_state(model)
     name = name or state.active
@@ -75,7 +78,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
         raise UserError("no adapter is active: name the one to save.")
     state.kind.check_name(model, name)
     with replaced_folder(path, DESCRIPTIONS) as aside:
-        state.kind.save(model, state, name, aside)
+        state.kind.save(model, state, name, aside, state_dict)
     return Path(path)
 
 

@@ -115,7 +115,7 @@ class Peft(Kind):
     def names(self, model: Any) -> Collection[str]:
         return model.peft_config
 
-    def save(self, model: Any, state: State, name: str, folder: Path) -> None:
+    def save(self, model: Any, state: State, name: str, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         """peft's own files, with the adapter's values of the base's parameters."""
         active = state.active
         if name != active:
@@ -167,10 +167,6 @@ class Peft(Kind):
             whole = gathered([p for p in model.parameters() if p.requires_grad], changed=True)
         with whole:
             peft.set_peft_model_state_dict(model, tensors, adapter_name=state.active or DEFAULT)
-
-
-def _is_bias(name: str) -> bool:
-    return name == "bias" or name.endswith(".bias")
 
 
 # ---- loading ----
@@ -328,7 +324,9 @@ def _trained_biases(model: Any, kept: Overwritten, name: str) -> set[str]:
     if bias == "all":
         wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper) and name in m.modules_to_save]
         replaced = {id(parameter) for wrapper in wrappers for parameter in wrapper.original_module.parameters()}
-        return {n for n, parameter in kept.parameters.items() if _is_bias(n) and id(parameter) not in replaced}
+        return {
+            n for n, parameter in kept.parameters.items() if f".{n}".endswith(".bias") and id(parameter) not in replaced
+        }
     layers = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLayer) and name in m.r]
     chosen = {id(layer.bias) for layer in layers if getattr(layer, "bias", None) is not None}
     return {parameter for parameter, value in kept.parameters.items() if id(value) in chosen}

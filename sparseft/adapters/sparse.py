@@ -113,7 +113,7 @@ class Sparse(Kind):
             selection = compute(model, Request.of(spec, config))
         if not selection.modules:
             raise UserError("the selection is empty, so nothing would be trained.")
-        size = selection.block_size or config.block_size  # each where the other leaves it open
+        size = selection.block_size or config.block_size  # given by either
         selection, config = replace(selection, block_size=size), config.with_block_size(config.block_size or size)
         if selection.has_blocks and size is None:
             raise UserError("a selection of blocks needs its block_size: Selection({…}, block_size=64).")
@@ -144,7 +144,9 @@ class Sparse(Kind):
     def names(self, model: nn.Module) -> Collection[str]:
         return self.adapters
 
-    def save(self, model: nn.Module, state: State, name: str, folder: Path) -> None:
+    def save(
+        self, model: nn.Module, state: State, name: str, folder: Path, state_dict: dict[str, Tensor] | None
+    ) -> None:
         adapter = self.adapters[name]
         layers = sparse_layers(model)
         shapes = {module: (layers[module].out_features, layers[module].in_features) for module in adapter.patterns}

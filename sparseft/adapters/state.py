@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparseft.errors import UserError, nearest
 from sparseft.methods.base import MethodConfig
@@ -49,8 +49,10 @@ class Kind:
         """The adapters that the model has."""
         raise NotImplementedError
 
-    def save(self, model: nn.Module, state: State, name: str, folder: Path) -> None:
-        """Writes the adapter `name` into an existing folder."""
+    def save(
+        self, model: nn.Module, state: State, name: str, folder: Path, state_dict: dict[str, Tensor] | None
+    ) -> None:
+        """Writes the adapter `name` into an existing folder; `state_dict` is for a whole model in shards."""
         raise NotImplementedError
 
     def switch(self, model: nn.Module, state: State, name: str | None) -> None:

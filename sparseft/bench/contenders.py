@@ -48,10 +48,10 @@ class Contender:
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     trainable: int
-    call: Callable[..., Any] | None = None  # what runs in the model's place (it, compiled); null: the model
+    call: Callable[..., Any] | None = None  # what runs in the model's place (it, compiled); None: the model
     facts: dict[str, Any] = field(default_factory=dict)  # further figures of its row
     seconds: list[float] = field(default_factory=list)
-    saved_bytes: int | None = None  # null: not counted
+    saved_bytes: int | None = None  # None: not counted
     peak_bytes: int | None = None
 
 

@@ -113,16 +113,13 @@ def _without_probe_lines() -> Iterator[None]:
                     os.write(2, line)
 
 
-def _on_host(event: Any) -> bool:
-    return event.device_type == torch.autograd.DeviceType.CPU
-
-
 def split(events: Iterable[Any], tokens: int, on_device: bool) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds by part, and by operation the twelve that take longest, of one profiled step."""
     parts = dict.fromkeys(PARTS, 0.0)
     operations: dict[str, float] = defaultdict(float)
     first_product: set[int] = set()  # nodes of the backward pass whose first product has been seen
-    for event in sorted((e for e in events if _on_host(e)), key=lambda e: e.time_range.start):
+    on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    for event in sorted(on_host, key=lambda event: event.time_range.start):
         above = _ancestors(event)
         if STEP not in [parent.name for parent in above]:
             continue

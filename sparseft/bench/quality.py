@@ -94,7 +94,7 @@ def _variant(text: str) -> tuple[str, list[str]]:
 
 
 def finished(trial: Trial) -> dict[str, Any] | None:
-    """The summary of a trial that has run before, null where it has not, or not to its end.
+    """The summary of a trial that has run before, None where it has not, or not to its end.
 
     UserError where the folder holds a run with other settings.
     """

@@ -39,8 +39,8 @@ class Target:
     text: str  # as written, but for its spaces: one at a time, none at the ends
     quantity: str  # step | peak | saved
     one: str
-    other: str | None  # null: not a ratio
-    limit: float | None  # a ratio, seconds or bytes; null: the bound
+    other: str | None  # None: not a ratio
+    limit: float | None  # a ratio, seconds or bytes; None: the bound
 
 
 def parse(text: str, names: Iterable[str]) -> Target:

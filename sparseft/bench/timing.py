@@ -175,7 +175,7 @@ def held_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def absent(row: Mapping[str, Any]) -> str | None:
-    """Why a row has no figures; null where it has."""
+    """Why a row has no figures; None where it has."""
     return row.get("missing") or row.get("failed")
 
 

@@ -51,7 +51,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     so is a method that raises (`failed`), and the others go on.
 
     output: takes the traces of `bench.profile`, and what there is after each way but the last, before anything is
-    profiled, and where an interrupt ends a way, with the rounds that it has finished; null: nothing is written.
+    profiled, and where an interrupt ends a way, with the rounds that it has finished; None: nothing is written.
     """
     settings = config.bench
     check(config)
@@ -120,7 +120,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """The rows of all contenders in one way; of one that cannot be had or raises, why (`bench/timing.py`).
 
-    traces: takes the profiler's traces; null: nothing is profiled. keep: given the rows before they are profiled, and
+    traces: takes the profiler's traces; None: nothing is profiled. keep: given the rows before they are profiled, and
     where an interrupt ends it sooner, rows of the rounds that all have finished (`rounds` of each).
     """
     field = Field(way, base, batch, config, own, device)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseft import console
+from sparseft import __version__, console
 from sparseft.cli.jobs import Options, command_module, configured, finish, is_setting
 from sparseft.cli.outcome import FAILED, INTERRUPTED, WRONG_INPUT, emit, execute, flush_stdout, open_streams
 from sparseft.compose.overrides import is_override
@@ -55,8 +55,6 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        from sparseft import __version__
-
         emit(f"sparseft {__version__}")
         raise typer.Exit(0)
     if context.invoked_subcommand is None:

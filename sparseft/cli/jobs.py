@@ -11,6 +11,7 @@ from typing import Any
 from sparseft import console
 from sparseft.cli.outcome import FAILED, INTERRUPTED, Outcome, emit, execute, to_json
 from sparseft.compose.overrides import GROUPS, is_override
+from sparseft.compose.validation import known_keys
 from sparseft.errors import UserError
 
 
@@ -26,8 +27,6 @@ class Options:
 
 
 def is_setting(name: str) -> bool:
-    from sparseft.compose.validation import known_keys
-
     return name in GROUPS or name.startswith("method.") or name in known_keys()
 
 

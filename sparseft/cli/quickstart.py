@@ -90,7 +90,7 @@ def tell(result: dict[str, Any], seconds: float) -> None:
         rows.append([name, f"{old['accuracy']:.1%}", f"{new['accuracy']:.1%}", f"{100 * change:+.1f}", new["samples"]])
     rows.append(["eval loss", f"{trained['eval_loss_before']:.3f}", f"{trained['eval_loss_after']:.3f}", "", ""])
     console.table("Held-out accuracy", ["", "before", "after", "points", "questions"], rows)
-    kilobytes = adapter_size(Path(trained["run"]) / ADAPTER)
+    kilobytes = round(sum(file.stat().st_size for file in (Path(trained["run"]) / ADAPTER).iterdir()) / 1000)
     print(
         f"\nrun folder  {trained['run']}   (adapter/ is {kilobytes:,} KB)"
         f"\nreport      {result['report']}"
@@ -98,11 +98,6 @@ def tell(result: dict[str, Any], seconds: float) -> None:
         f"\n\nAll of it took {seconds:.0f} s. Next: sparseft train --help, or with your own model and data:"
         "\n  sparseft train model.path=FOLDER dataset=json dataset.train_path=FILE method=sylva sparsity=0.984"
     )
-
-
-def adapter_size(folder: Path) -> int:
-    """Kilobytes of the adapter's files."""
-    return round(sum(file.stat().st_size for file in folder.iterdir()) / 1000)
 
 
 if __name__ == "__main__":

@@ -72,5 +72,5 @@ def render(result: dict[str, Any]) -> None:
 
 
 def failure(result: dict[str, Any]) -> str | None:
-    """Why a finished benchmark ends with exit code 1: targets that do not hold; null where all do."""
+    """Why a finished benchmark ends with exit code 1: targets that do not hold; None where all do."""
     return targets.failure(result)

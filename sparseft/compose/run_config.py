@@ -220,7 +220,7 @@ def _compose_groups(command: str, choices: dict[str, str], config_dirs: Sequence
     GlobalHydra.instance().clear()
     try:
         with (
-            _hydra_errors(),
+            _hydra_errors(config_dirs),
             initialize_config_dir(config_dir=str(conf_dir()), job_name="sparseft", version_base="1.3"),
         ):
             return hydra_compose(command, group_words)

@@ -25,8 +25,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Converter, Example, Segments, counted, is_empty, join_prompts, unused_sentence
 from sparseft.data.prompts import PLAIN_ASSISTANT, PLAIN_BREAK, plain_turn
@@ -52,7 +50,7 @@ class Conversation:
     context: dict[str, list[Any]]  # `tools` and `documents`, where there are any
     where: str  # file and record
     asked: int = 0  # messages of others that ask to be learnt
-    inserted: int = 0  # messages that do not stand in the record's list
+    inserted: int = 0  # messages added in front of the record's own list
 
     def place(self, turn: int) -> str:
         """`train.jsonl, line 7, message 2`, for messages."""
@@ -90,7 +88,7 @@ class Chats(Converter):
         self._unused: Counter[str] = Counter()  # records, by a field that the template does not use
         self._unwritten: Counter[str] = Counter()  # messages whose content the template does not write, by role
         self._asked = 0
-        self._asked_with: Counter[str] = Counter()  # answers, by an end of the prompt that stands in no text
+        self._asked_with: Counter[str] = Counter()  # answers, by a generation prompt's end that is in no text
 
     def _examples(self, item: dict[str, Any], where: str) -> Iterator[Example]:
         """Raises UserError for a conversation that lacks something, that the template refuses, or in which it does not
@@ -315,6 +313,8 @@ class Chats(Converter):
 
     def _try(self, messages: list[Message], chat: Conversation, *, prompt: bool = False) -> str:
         """What the template writes; `prompt`: with what asks for the next answer. Refused where it cannot."""
+        from jinja2.exceptions import TemplateError  # only conversations need it
+
         try:
             # As a batch of one, which unlike a conversation may be empty: the prompt of one that the assistant opens.
             return self.tokenizer.apply_chat_template(

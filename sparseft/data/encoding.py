@@ -24,6 +24,8 @@ from sparseft.errors import UserError
 
 EncodedSegment = tuple[list[int], bool]  # token ids of one segment, and whether it is an answer
 
+BATCH = 8192  # examples that are tokenised together
+
 
 class Encoder:
     """Token ids of segments, such that an example's prompt ids are `tokenizer(prompt).input_ids`.
@@ -51,10 +53,10 @@ class Encoder:
         longest_first = sorted(filter(None, added), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    def encode(self, examples: Sequence[Example], *, batch: int = 8192) -> Iterator[list[EncodedSegment]]:
+    def encode(self, examples: Sequence[Example]) -> Iterator[list[EncodedSegment]]:
         """The encoded segments of each example, in order, without empty ones; the first one starts with `prefix`."""
-        for start in range(0, len(examples), batch):
-            yield from self._encode_batch(examples[start : start + batch])
+        for start in range(0, len(examples), BATCH):
+            yield from self._encode_batch(examples[start : start + BATCH])
 
     def joins(self, segments: Sequence[tuple[str, bool]]) -> bool:
         """Whether no token of the whole text spans a border of two segments."""

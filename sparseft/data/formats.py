@@ -73,7 +73,8 @@ def detect_format(records: Records) -> str:
     found = Counter(
         each for each in (_format_of(item) for item in records.items[:DETECTION_RECORDS]) if each is not None
     )
-    if found and all(_is_flat_message(item) for item in records.items[:DETECTION_RECORDS]):
+    flat_message = {"message_id", "parent_id", "text", "role"}
+    if found and all(flat_message <= item.keys() for item in records.items[:DETECTION_RECORDS]):
         raise UserError(
             f"{records.where(0)}: these are single messages of OpenAssistant trees (message_id, parent_id), no "
             "conversations; give the file of whole trees (….trees.jsonl), or set dataset.format."
@@ -133,10 +134,6 @@ def _check_types(item: dict[str, Any], format: str, where: str) -> None:
         if key in item and not (expected == "text" and isinstance(item[key], str)):
             without = " without them" if format == "oasst_trees" and isinstance(item[key], dict) else ""
             raise UserError(f"{where}: '{key}': expected {expected}, got {kind(item[key])}{without}.")
-
-
-def _is_flat_message(item: dict[str, Any]) -> bool:
-    return {"message_id", "parent_id", "text", "role"} <= item.keys()
 
 
 class Converter(abc.ABC):

@@ -104,7 +104,7 @@ class _Array:
             try:
                 value, end = _DECODER.raw_decode(self.window, self.position)
             except json.JSONDecodeError as error:
-                # What the window's end cuts off fails there, or as a string that never closes; all else is broken.
+                # A value cut by the window fails near its end or as an unclosed string; anything else is broken JSON.
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.window) - 16
                 if self.ended or not cut:
                     raise self._broken(error.msg, error.pos) from error
@@ -115,7 +115,7 @@ class _Array:
             except RecursionError as error:
                 raise UserError(f"{self._where(self.position)}: the JSON is nested too deep to be read.") from error
             else:
-                # A number may go on behind the window; more than a number takes need not be read to see that.
+                # A number may continue behind the window, but not for more than 32 characters.
                 whole = isinstance(value, dict | list | str) or self.window[end : end + 1] in tuple(" \t\r\n,]")
                 if self.ended or whole or len(self.window) - end > 32:
                     length, self.position = end - self.position, end

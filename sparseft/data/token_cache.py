@@ -40,7 +40,7 @@ ARRAYS = {
     "question_records": "<i8",
 }
 DESCRIPTION = "tokens.json"
-ABANDONED_SECONDS = 24 * 3600.0  # after which what a killed run was writing is cleared away
+ABANDONED_SECONDS = 24 * 3600.0  # the age at which a killed run's partial files are deleted
 
 
 class Damaged(Exception):
@@ -134,9 +134,9 @@ def _publish(aside: Path, path: Path) -> None:
             _load(path)
             return
     try:
-        publish(aside, path, sync=False)  # what is lost with the machine's power has not its checksum
+        publish(aside, path, sync=False)  # no fsync: a file cut short by a power failure fails its checksum
     except OSError:
-        if not path.is_dir():  # else another run was faster, with the same content
+        if not path.is_dir():  # else another run has published the same content first
             raise
 
 

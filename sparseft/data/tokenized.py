@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 IGNORED = -100  # the label that torch's cross entropy skips
+RUN = 2**22  # tokens that are looked at together
 
 
 class TokenizedDataset:
@@ -64,10 +65,6 @@ class TokenizedDataset:
         return int(self.lengths.sum())
 
     @property
-    def num_labelled_tokens(self) -> int:
-        return sum(int((self._labels[a:b] != IGNORED).sum()) for a, b in self._runs())
-
-    @property
     def lengths(self) -> np.ndarray:
         """int64 (examples,): tokens of each example."""
         return self._stops - self._starts
@@ -106,13 +103,13 @@ class TokenizedDataset:
             ids = np.ascontiguousarray(self._input_ids[start:stop], "<i4")
             yield hashlib.blake2b(ids, digest_size=16).digest()
 
-    def _runs(self, most: int = 2**22) -> Iterator[tuple[int, int]]:
-        """Where the examples lie, neighbours together, at most `most` tokens at a time."""
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Where the examples lie, neighbours together, at most `RUN` tokens at a time."""
         breaks = np.flatnonzero(self._stops[:-1] != self._starts[1:]) + 1
         edges = np.concatenate([[0], breaks, [len(self)]]) if len(self) else np.zeros(1, np.int64)
         for first, last in itertools.pairwise(edges):
-            for start in range(int(self._starts[first]), int(self._stops[last - 1]), most):
-                yield start, min(start + most, int(self._stops[last - 1]))
+            for start in range(int(self._starts[first]), int(self._stops[last - 1]), RUN):
+                yield start, min(start + RUN, int(self._stops[last - 1]))
 
 
 @dataclass

@@ -138,6 +138,6 @@ def _opened(file: Path, packed: str) -> Any:
         return bz2.open(file)
     if packed == "xz":
         return lzma.open(file)
-    import pyarrow  # whose wheels have what Python's library has not
+    import pyarrow  # reads what Python's own library cannot
 
     return pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), packed)

@@ -20,7 +20,7 @@ from sparseft.config import HardwareConfig
 from sparseft.distributed.ranks import all_gather_object
 from sparseft.errors import RunError
 
-MAX_BUCKET = 500_000_000  # numbers that ZeRO reduces at once at most, DeepSpeed's own default
+MAX_BUCKET = 500_000_000  # the most elements that ZeRO reduces at once: DeepSpeed's default
 
 
 def zero_config(hardware: HardwareConfig) -> dict[str, Any]:
@@ -119,12 +119,6 @@ def judge_gradients(engine: Any) -> None:
         engine.optimizer.check_grad_overflow = True
 
 
-def gathered_state(engine: Any) -> dict[str, Tensor]:
-    """The whole state of a model that the engine has sharded, in the first process; all take part. In the parameters'
-    own dtype, whatever DeepSpeed calls it."""
-    return _inside(engine, "_zero3_consolidated_16bit_state_dict")()
-
-
 class WholeMoments:
     """What ZeRO keeps in shards, as `move_moments` takes an optimizer: of each parameter its moments, whole."""
 
@@ -146,7 +140,7 @@ def whole_moments(optimizer: Any, parameters: Sequence[Tensor]) -> Iterator[Any]
         safe_set_full_optimizer_state,
     )
 
-    # A process has a mapping of those of which it keeps a part, and names of moments after its first update.
+    # Only parameters that this process holds a part of have a mapping; its moments exist after the first update.
     mappings = [_inside(parameter, "_hp_mapping") for parameter in parameters]
     own = {name for mapping in mappings if mapping is not None for name in _inside(mapping, "optim_fragment") or ()}
     names = sorted(set().union(*all_gather_object(own)))

@@ -36,8 +36,8 @@ WORKER = "sparseft.cli.worker"
 JOB, RESULT, END = "job.json", "result.json", "end-{rank}.json"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0  # that interrupted processes have to save, once the first of them has ended
-SEEN_LATE = 2.0  # seconds between a process's end and its record by torch, which knows whole seconds only
-LOG_LINES = 5  # of a process that left nothing but its log
+SEEN_LATE = 2.0  # seconds by which torch may record a process's end late: it knows whole seconds only
+LOG_LINES = 5  # lines of the log that are shown of a process that left no outcome
 # A collective may wait for rank 0 to score a task; a process that died is noticed by the launcher, not by this.
 TIMEOUT_HOURS = 6
 
@@ -152,7 +152,7 @@ def _run_children(folder: Path, envs: dict[int, dict[str, str]]) -> tuple[dict[i
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say, _raise says
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # _raise reports the failure itself
     seen: list[str] = []
     pids: list[int] = []
 
@@ -184,10 +184,10 @@ def _run_children(folder: Path, envs: dict[int, dict[str, str]]) -> tuple[dict[i
                 if not all(running):
                     first_end = min(first_end, time.monotonic())
                 if seen and any(running) and time.monotonic() < first_end + GRACE_SECONDS:
-                    continue  # interrupted, each ends by itself; torch would stop them when the first one has
+                    continue  # each saves and ends by itself: torch would kill the others after the first
                 result = children.wait(timeout=0)
         finally:
-            children.close(signal.SIGKILL)  # none is left, whatever happened here
+            children.close(signal.SIGKILL)  # whatever happened, no child is left running
     ends = dict.fromkeys(envs, (0, 0.0))
     ends |= {local: (failure.exitcode, float(failure.timestamp)) for local, failure in result.failures.items()}
     return ends, seen[0] if seen else None
@@ -220,7 +220,7 @@ def _end(folder: Path, rank: int, local: int, code: int, seen: float) -> End:
     if code < 0:
         name = signal.Signals(-code).name
         reason = f"was killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
-        # What brought a process down is seen a moment after the others have noticed. SIGTERM is the launcher's own.
+        # A kill is noticed only after the failures that it causes elsewhere. SIGTERM is the launcher's own.
         seen = math.inf if -code == signal.SIGTERM else seen - SEEN_LATE
     else:
         reason = f"ended with exit code {code} and said nothing"
@@ -271,7 +271,7 @@ def joined(hardware: HardwareConfig) -> Iterator[None]:
     backend = "gloo"
     if hardware.device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(env.local_rank())
-        backend = "cpu:gloo,cuda:nccl"  # small decisions travel between the hosts and wait for no kernel
+        backend = "cpu:gloo,cuda:nccl"  # small messages go by gloo: they need not wait for GPU kernels
     dist.init_process_group(backend, timeout=timedelta(hours=TIMEOUT_HOURS))
     yield
     dist.destroy_process_group()  # not after a failure, when the others cannot take part

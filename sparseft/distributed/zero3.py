@@ -39,18 +39,15 @@ def shard_of(parameter: Tensor) -> Tensor:
     return getattr(parameter, "ds_tensor", parameter)
 
 
-def _absent(parameter: Tensor | None) -> bool:
-    return is_sharded(parameter) and parameter.ds_status.name != "AVAILABLE"  # type: ignore[union-attr]
-
-
 @contextlib.contextmanager
 def gathered(parameters: Iterable[Tensor | None], *, changed: bool = False) -> Iterator[None]:
     """Inside, the parameters are whole in every process; None and whole ones may be among them.
 
     changed: what rank 0 has made of them is what all shards hold afterwards; else they must stay as they are.
     """
-    wanted = is_sharded if changed else _absent  # a gathered one changes in its shards too
-    chosen = [parameter for parameter in parameters if wanted(parameter)]
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    # What is whole at the moment needs no gathering to be read; changed, it changes in its shards too.
+    chosen = [p for p in sharded if changed or p.ds_status.name != "AVAILABLE"]  # type: ignore[union-attr]
     if not chosen:
         yield
         return

@@ -272,22 +272,18 @@ def _cuda_devices(model: torch.nn.Module) -> list[int]:
 
 
 @contextlib.contextmanager
-def quiet(progress: Progress | None = None, debug: bool = False) -> Iterator[None]:
-    """Keeps lm-eval off the terminal: its prints and log lines, and its bars, which go to `progress` instead.
-
-    With `debug` the log lines and bars stay; on stdout nothing of lm-eval's ever appears.
-    """
+def quiet(progress: Progress | None = None) -> Iterator[None]:
+    """Keeps lm-eval off the terminal: its prints and log lines, and its bars, which go to `progress` instead."""
     printed = io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(printed))
-        if not debug:
-            for name in ("lm_eval", "transformers", "datasets"):
-                stack.enter_context(_level(logging.getLogger(name), logging.ERROR))
-            for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
-                stack.enter_context(_bars(module, progress))
-            if not datasets.are_progress_bars_disabled():
-                datasets.disable_progress_bars()
-                stack.callback(datasets.enable_progress_bars)
+        for name in ("lm_eval", "transformers", "datasets"):
+            stack.enter_context(_level(logging.getLogger(name), logging.ERROR))
+        for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
+            stack.enter_context(_bars(module, progress))
+        if not datasets.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            stack.callback(datasets.enable_progress_bars)
         yield
     for line in printed.getvalue().splitlines():
         log.debug("lm-eval: %s", line)

@@ -135,7 +135,7 @@ def _write_conversations(
     """MT-Bench's answers in FastChat's format, one file a model."""
     place = target.folder or target.adapter
     if place is not None and place.name == ADAPTER:
-        place = place.absolute().parent  # it is the run's folder that has a name of its own
+        place = place.absolute().parent  # every run has an `adapter`: the run folder's name tells them apart
     name = plan.config.model_id or (place.absolute().name if place is not None else Path(target.model.path).name)
     answers = {results.file_stem(name): outcome}
     if of_base is not None and target.base is not None:

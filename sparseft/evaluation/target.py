@@ -58,13 +58,9 @@ def find_target(
     if not is_adapter(folder / ADAPTER):
         raise UserError(f"{latest} {folder} has no adapter (it did not finish): continue it with trainer.resume=auto.")
     runs.check_own(folder)
-    model = _run_model(folder)
+    # Whether to trust remote code, who evaluates decides: not a folder from elsewhere.
+    model = dataclasses.replace(from_dict(read_yaml_object(folder / runs.CONFIG)).model, trust_remote_code=False)
     return _with_adapter(f"{latest} {folder}", config, overrides, folder / ADAPTER, folder, model)
-
-
-def _run_model(folder: Path) -> ModelConfig:
-    """The model of a run, but for `trust_remote_code`: who evaluates says that, not a folder from elsewhere."""
-    return dataclasses.replace(from_dict(read_yaml_object(folder / runs.CONFIG)).model, trust_remote_code=False)
 
 
 def _with_adapter(

@@ -216,7 +216,7 @@ def storage_problem(error: BaseException) -> str | None:
     from safetensors import SafetensorError
 
     if isinstance(error, UserError) and getattr(error.__cause__, "errno", None) in NEVER_OF_READING:
-        error = error.__cause__  # refused as input where it comes first, but the work has begun
+        error = error.__cause__  # reading refuses it as wrong input, but here the disk failed during the work
     if isinstance(error, OSError) and error.errno in STORAGE:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}"
@@ -240,6 +240,5 @@ def explained(what: str, last_checkpoint: Callable[[], Any]) -> Iterator[None]:
             if not hasattr(error, "last_checkpoint"):
                 note_checkpoint(error, last_checkpoint())
             raise
-        failure = RunError(f"{what} could not be written: {problem.rstrip('.')}.")
-        note_checkpoint(failure, checkpoint_of(error) or last_checkpoint())
-        raise failure from error
+        checkpoint = checkpoint_of(error) or last_checkpoint()
+        raise RunError(f"{what} could not be written: {problem.rstrip('.')}.", checkpoint) from error

@@ -39,7 +39,7 @@ def read_described(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, 
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, so this is no {what} folder.") from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = shown(str(error).partition("\n")[0], 300)  # of a broken header it may hold the header
+        reason = shown(str(error).partition("\n")[0], 300)  # safetensors may quote a whole broken header
         raise UserError(f"{path}: truncated or damaged ({reason}).") from error
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sparseft.errors import UserError, shown
 
-MAX_BYTES = 256 << 20  # of a description: the largest that sparseft writes have a hundredth of it
+MAX_BYTES = 256 << 20  # of a description: a hundred times the largest that sparseft writes
 
 
 class KeyTwice(ValueError):
@@ -84,7 +84,7 @@ def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
             raise ValueError("not a regular file")
         if found.st_size > limit:
             raise ValueError(f"{found.st_size:,} bytes, more than the {limit:,} that a description may have")
-        return file.read(found.st_size)  # as large a buffer as is asked for is made at once
+        return file.read(found.st_size)  # never read(limit): that allocates the limit at once
 
 
 def read_json(path: str | Path, *, numbers: bool = True) -> Any:

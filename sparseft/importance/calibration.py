@@ -199,7 +199,7 @@ class Calibration:
         groups = groups_of(self.model, self.batches, gradients=gradients, together=together, share=share)
         observe(self.model, names, groups, statistics, gradients=gradients, reached=reached)
         if world > 1 and self.state.due():
-            keep(self.state, statistics, done)  # these are the rank's own sums; in a moment they are everybody's
+            keep(self.state, statistics, done)  # now: after the reduction they are no longer this rank's own sums
         if sum(ranks.all_gather_object(done[1])) == 0:
             raise UserError("the calibration batches hold no sample with a labelled token, so nothing can be scored.")
         if world > 1:

@@ -100,7 +100,7 @@ class _Watcher:
 
     def __enter__(self) -> _Watcher:
         self.handles = [m.register_forward_hook(self._after_forward(name)) for name, m in self.modules.items()]
-        if self.gradients:  # the weights are frozen: the embeddings' output is where the gradient's way ends
+        if self.gradients:  # the weights are frozen, so the gradient flows to the embeddings' output
             embeddings = self.model.get_input_embeddings()
             self.handles.append(embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True)))
         return self
@@ -157,7 +157,7 @@ class _Watcher:
             if not self.gradients:
                 y = output.detach().reshape(-1, output.shape[-1])
                 self.observer(Observation(name, x, y, None, name, self.samples))
-            elif output.requires_grad:  # not so in the first pass of a reentrant checkpoint, which is done again
+            elif output.requires_grad:  # a reentrant checkpoint's first pass has no gradient, and is repeated
                 if self.positions and len(x) != self.positions:
                     raise _NotByPosition
                 place = (inputs[0].data_ptr(), tuple(inputs[0].shape))

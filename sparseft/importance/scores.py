@@ -40,11 +40,6 @@ from sparseft.models.decoder import logical_weight
 TOKENS_TOGETHER = 1024
 
 
-def weight_norms(weight: Tensor, candidate: Candidate) -> Tensor:
-    """‖W_u‖₂ of each unit, in float64, from the logical weight (out, in)."""
-    return sum_units(weight.detach().float().square(), candidate).double().sqrt()
-
-
 def activation_norms(x: Tensor, y: Tensor, candidate: Candidate) -> Tensor:
     """‖a_u‖₂ of each unit over one sample's tokens."""
     inputs, outputs = x.float().square().sum(0), y.float().square().sum(0)
@@ -128,7 +123,8 @@ def compute_scores(
         for c in candidates:
             module = model.get_submodule(c.module)
             with gathered([module.weight]):
-                weights[c.key] = weight_norms(logical_weight(module), c).cpu()
+                weight = logical_weight(module).detach().float()
+                weights[c.key] = sum_units(weight.square(), c).double().sqrt().cpu()  # ‖W_u‖₂ of each unit
     if importance == "weight":
         return Scored(weights, {})
     if batches is None:
@@ -202,7 +198,7 @@ def score_modules(
         statistics.score({name: members for name, members in mine.items() if name not in set(names)}, finished)
     except BaseException:
         keep_scores()
-        if world == 1:  # with several ranks the sums are everybody's by now, and must not be counted as this one's
+        if world == 1:  # with several ranks the sums are reduced by now: no longer this rank's own
             keep(state, statistics, done)
         raise
     every = ranks.all_gather_object((scores, dampings))

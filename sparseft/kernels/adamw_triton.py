@@ -168,7 +168,7 @@ class Launch:
         self._grads: Tensor | None = None
 
     def run(self, grads: Sequence[Tensor | None], rates: Sequence[Sequence[float]]) -> None:
-        """One step: `grads` (fp32, contiguous, null: leave this one alone) and `rates` by entry."""
+        """One step: `grads` (fp32, contiguous, None: leave this one alone) and `rates` by entry."""
         addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
         if addresses != self._addresses:
             self._addresses, self._grads = addresses, _upload(addresses, torch.int64, self.device)

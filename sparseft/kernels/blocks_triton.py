@@ -100,7 +100,7 @@ def blocks_gradient(
         grad_output, x: bf16, fp16 or fp32, the same for both. `x` may be the needed column blocks of it alone.
         block_rows, block_columns: (n,) int64: each block's place among those of `grad_output` and of `x`.
         size: B, any size. The part of an edge block outside the operands is zero.
-        splits: runs the tokens are split into; null: by the number of multiprocessors.
+        splits: runs the tokens are split into; None: by the number of multiprocessors.
 
     fp32 products are IEEE's unless `torch.backends.cuda.matmul.allow_tf32` is set, as torch's own are.
     """

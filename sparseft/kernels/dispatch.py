@@ -33,7 +33,7 @@ def mode() -> str:
 
 @functools.cache
 def _blocks_triton() -> ModuleType | None:
-    """The kernel's module, or null where triton cannot be imported."""
+    """The kernel's module, or None where triton cannot be imported."""
     try:
         from sparseft.kernels import blocks_triton
     except ImportError:
@@ -42,7 +42,7 @@ def _blocks_triton() -> ModuleType | None:
 
 
 def kernel_for(tensor: Tensor) -> ModuleType | None:
-    """The module of the Triton kernel that computes with tensors like this one; null: plain torch does.
+    """The module of the Triton kernel that computes with tensors like this one; None: plain torch does.
 
     float64 is always computed in plain torch. A `UserError` where SPARSEFT_KERNELS=triton cannot be had.
     """
@@ -109,7 +109,7 @@ def columns_gradient(grad_output: Tensor, x_columns: Tensor) -> Tensor:
 
 
 def _token_product(left: Tensor, right: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() and left.dtype.itemsize < 4:  # pieces of so many tokens would be unrolled
+    if torch.compiler.is_compiling() and left.dtype.itemsize < 4:  # the compiler would unroll its loop over pieces
         return torch.ops.sparseft.token_product(left, right)
     return reference.token_product(left, right).float()
 

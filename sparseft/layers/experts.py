@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,6 @@ from torch.nn import functional as F
 from sparseft.kernels import dispatch, reference
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import Expert, find_expert, stack_parameter
-
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x (tokens, a), weight (experts, a, b), offs) -> (tokens, b)
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ class ExpertLinear(SparseLinear):
                 experts.__dict__[_CONFIG] = experts.config
                 experts.config = copy.copy(experts.config)
                 if eager or experts.config._experts_implementation != "grouped_mm":
-                    experts.config._experts_implementation_internal = "eager"
+                    experts.config._experts_implementation = "eager"
                 experts.register_forward_pre_hook(_write_stale)
                 experts.register_load_state_dict_pre_hook(_see_plain)
             stack = ExpertStack(experts, name)
@@ -227,7 +225,7 @@ class ExpertStack(nn.Module):
         """The product of all experts with their tokens, by transformers' or torch's function."""
         layers: dict[int, Any] = {int(number): layer for number, layer in self._modules.items()}
         if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers.values()):
-            return self._one_by_one(x, offs)  # the joint product would pass by who watches a single expert
+            return self._one_by_one(x, offs)  # the joint product would not call the hooks of single experts
         return grouped_product(func, x, stack_parameter(self._experts[0], self.parameter).detach(), offs, layers)
 
     def _one_by_one(self, x: Tensor, offs: Tensor) -> Tensor:

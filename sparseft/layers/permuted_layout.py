@@ -26,7 +26,7 @@ from sparseft.models.spec import ModelSpec, RoleSlice
 
 Modules = Mapping[str, Mapping[str, Tensor]]  # indices by module and kind, in the checkpoint's order
 
-ATTENTION = ("o", "v", "q", "k")  # whose selection is made consecutive first: o and v, then what is left
+ATTENTION = ("o", "v", "q", "k")  # in the order in which their selected units are moved to the front
 MLP = ("down", "up", "gate")
 # What a model's config calls things that tell heads apart, or let a layer read another's keys and values.
 HEADS_DIFFER = ("alibi", "num_kv_shared_layers")

@@ -134,7 +134,7 @@ class SharedSlice:
         """As `slice_of`, with `needed` being `columns` on the device of x."""
         if torch.compiler.is_compiling():  # the compiler finds by itself what is computed twice
             return slice_of(x, needed, size, dtype)
-        if x.is_inference():  # it keeps no count of its changes
+        if x.is_inference():  # inference tensors have no version counter
             return slice_of(x, needed, size, dtype)
         if (last := self._last) is not None and last[0]() is x and last[1] == x._version:
             known = last[2]()
@@ -146,4 +146,4 @@ class SharedSlice:
         return made
 
     def __reduce__(self) -> Any:
-        return SharedSlice, (self.columns,)  # copies share among themselves, and begin with no slice
+        return SharedSlice, (self.columns,)  # copied layers share a new, empty one

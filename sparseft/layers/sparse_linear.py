@@ -93,7 +93,7 @@ class SparseLinear(nn.Module):
         layer.in_features, layer.out_features = (rows, columns) if layer.transposed else (columns, rows)
         layer.weight = linear.weight
         layer.register_parameter("bias", linear.bias)
-        layer.merged = not is_sharded(layer.weight)  # base + delta has no place to stay in a shard
+        layer.merged = not is_sharded(layer.weight)  # a sharded weight cannot hold base + delta
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -331,11 +331,6 @@ class SparseLinear(nn.Module):
             raise ValueError("inactive entries need a weight that can be written")
         self.restore_base()
         self.merged = False
-
-    def merge(self) -> None:
-        """The weight holds base + delta again."""
-        self.merged = True
-        self.write_back()
 
     @torch.no_grad()
     def _take_new_base(self) -> None:

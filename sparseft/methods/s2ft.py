@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from sparseft.errors import LayoutWarning, UserError
+from sparseft.errors import LayoutWarning, UserError, nearest
 from sparseft.methods.base import SparseConfig
 from sparseft.rules import Rule
 
@@ -92,19 +92,42 @@ class S2FTConfig(SparseConfig):
         from sparseft.selection.budget import ratio_budget, sparsity_budget
 
         if self.rows is not None or self.columns is not None:
-            slots = spec.named_slots(self.rows or [], self.columns or [], self.scope)
+            slots = spec.feature_slots(self._named_sides(spec))
             roles = list(dict.fromkeys(slot.role for slot in slots))
-            sparsity = self.wanted_sparsity
-            return sparsity_budget(replace(spec, slots=slots), roles, sparsity, scope=self.scope)
+            return sparsity_budget(replace(spec, slots=slots), roles, self.wanted_sparsity, scope=self.scope)
+        present = {slot.role for slot in spec.slots_in(self.scope)}
+        if not present:
+            raise UserError(
+                f"no module in scope has a role that s2ft knows ({', '.join(ROLES)}); found {spec.leaves(self.scope)}: "
+                "name those to train in method.rows (output features) or method.columns (input features), or use "
+                "method=sylva."
+            )
         if self.ratios:
             return ratio_budget(spec, self.ratios, scope=self.scope)
         roles = self.roles
         if roles is None:
             roles = ["down"] if spec.num_kv_heads < spec.num_heads else ["o", "down"]
             # A scope that leaves out the default roles still has something to train: all that it holds.
-            present = {slot.role for slot in spec.slots_in(self.scope)}
             roles = [role for role in roles if role in present] or [role for role in ROLES if role in present]
         return sparsity_budget(spec, roles, self.wanted_sparsity, scope=self.scope)
+
+    def _named_sides(self, spec: ModelSpec) -> dict[str, str]:
+        """The side that trains of each linear whose name ends in one of `rows` or `columns` (whole parts of a name)."""
+        paths = {name: spec.path_of(name) for name in spec.linears_in(self.scope)}
+        sides: dict[str, str] = {}
+        for side in ("rows", "columns"):
+            for suffix in getattr(self, side) or []:
+                ending = [n for n, path in paths.items() if f".{path}".endswith(f".{suffix}") or n == suffix]
+                if not ending:
+                    spec.check_trains(n for n in spec.frozen if n.endswith(f".{suffix}") and (self.scope or "") in n)
+                    raise UserError(
+                        f"method.{side}: no linear in scope is called '{suffix}'; found {spec.leaves(self.scope)}."
+                        f"{nearest(suffix, [path.rpartition('.')[2] for path in paths.values()])}"
+                    )
+                for name in ending:
+                    if sides.setdefault(name, side) != side:
+                        raise UserError(f"method.rows and method.columns both name {name}: choose one side.")
+        return sides
 
     def granularity(self, selection: Selection | None) -> str | None:
         return "heads and channels"

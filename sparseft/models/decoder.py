@@ -90,7 +90,7 @@ def context_length(config: Any) -> int | None:
 
 
 def runnable(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Inside, a model in shards can be run, a decoder layer at a time (`sharding.running`); any other as it is."""
+    """Inside, a model in shards can be run, a decoder layer at a time (`zero3.running`); any other as it is."""
     return running(model, lambda: decoder_layers(model)[1])
 
 
@@ -105,7 +105,7 @@ def base_parameter_count(model: nn.Module) -> int:
     return sum(full_shape(p).numel() for _, p in base_parameters(model))
 
 
-STATE = "_sparseft"  # the attribute of an attached model that holds `adapter.State`
+STATE = "_sparseft"  # the attribute of an attached model that holds `adapters.state.State`
 
 
 def inside_compiled(function: Callable[..., Any]) -> Callable[..., Any]:

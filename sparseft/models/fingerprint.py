@@ -10,18 +10,20 @@ from torch import nn
 from sparseft.distributed.zero3 import full_shape, gathered
 from sparseft.models.decoder import base_parameters
 
+SAMPLES = 64  # values of each weight
 
-def base_fingerprint(model: nn.Module, samples: int = 64) -> str:
-    """A hash over the base weights' names, shapes and `samples` evenly spaced values each.
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A hash over the base weights' names, shapes and `SAMPLES` evenly spaced values each.
 
     Values are rounded to bf16, and those below fp16's smallest normal number to zero, so that a checkpoint loaded in
     fp32 or bf16 has the same fingerprint, and in fp16 too if it is stored in half precision.
     To be taken before any delta is written.
     """
-    return base_fingerprints(model, samples)[0]
+    return base_fingerprints(model)[0]
 
 
-def base_fingerprints(model: nn.Module, samples: int = 64) -> list[str]:
+def base_fingerprints(model: nn.Module) -> list[str]:
     """`base_fingerprint`, and where it differs, the one that the same weights have once they are loaded in fp16: there
     fp32 values are rounded twice. Two models are of one base where the lists share an entry.
     """
@@ -32,7 +34,7 @@ def base_fingerprints(model: nn.Module, samples: int = 64) -> list[str]:
             each.update(f"{name}{tuple(shape)}".encode())
         if parameter.is_meta or shape.numel() == 0:
             continue
-        positions = torch.linspace(0, shape.numel() - 1, min(samples, shape.numel()), dtype=torch.float64).long()
+        positions = torch.linspace(0, shape.numel() - 1, min(SAMPLES, shape.numel()), dtype=torch.float64).long()
         with gathered([parameter]):
             flat = parameter.detach().reshape(-1)
             sampled = flat[positions.to(flat.device)].cpu()

@@ -74,7 +74,7 @@ def _load(what: str, path: str, loader, **options):
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    content = (AttributeError, KeyError, TypeError, ValueError)  # of a config.json that is none
+    content = (AttributeError, KeyError, TypeError, ValueError)  # raised for a malformed config.json
     try:
         return loader(check_model_path(path), **options)
     except (OSError, RuntimeError, SafetensorError, StrictDataclassError, *content) as error:
@@ -144,7 +144,7 @@ def load_in_shards(config: ModelConfig, hardware: HardwareConfig, device: torch.
     stored = getattr(load_config(config), "dtype", None) if config.dtype == "auto" else config.dtype
     kind = {"bfloat16": "bf16", "float16": "fp16"}.get(str(stored).removeprefix("torch."))
     settings = {key: value for key, value in zero_config(hardware).items() if value != "auto"}
-    settings |= {"train_micro_batch_size_per_gpu": 1}  # asked for, and of no meaning here
+    settings |= {"train_micro_batch_size_per_gpu": 1}  # required by DeepSpeed, unused here
     alive = HfDeepSpeedConfig(settings | ({kind: {"enabled": True}} if kind else {}))
     with own_dtypes():
         model = load_model(config, device)

@@ -175,7 +175,7 @@ def _sees_later(model: nn.Module, rows: int, length: int) -> bool | None:
         logits, strength = dependence(model, ids, scored, **mask)
         if (strength[later] == 0).all() and not logits.isnan().any():
             return False
-    except Untraceable:  # then the second witness alone
+    except Untraceable:  # then only the comparison of outputs below can tell
         with torch.no_grad():
             logits = run(model, ids, **mask)[scored].float()
     if logits.isnan().any():
@@ -209,7 +209,8 @@ def unreached(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, s
     """
     if (known := _FOUND.get(model)) is not None:
         return {name: reason for name, reason in known.items() if name in linears}
-    found = {name: KERNEL for name in linears if _handed_to_kernel(model, name)}
+    owners = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in linears}
+    found = {name: KERNEL for name, owner in owners.items() if name.rpartition(".")[2] in _kernel_weights(owner)}
     parameters = list(model.parameters())
     if any(p.is_meta or is_sharded(p) for p in parameters):
         return found
@@ -239,7 +240,7 @@ def _tried(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]
         if not missed:
             break
     left = read | (missed or {})
-    if len(left) == len(linears):  # a stand-in whose forward is not this decoder's says nothing of it
+    if len(left) == len(linears):  # the forward is not this decoder's (a stub): it tells nothing
         return {}
     return left
 
@@ -345,11 +346,6 @@ def _is_kernel(callee: ast.expr, known: Mapping[str, Any]) -> bool:
     if not isinstance(callee, ast.Name) or callee.id in _PLAIN:
         return False
     return plain or callee.id == "self" or callee.id in known
-
-
-def _handed_to_kernel(model: nn.Module, name: str) -> bool:
-    owner, _, leaf = name.rpartition(".")
-    return leaf in _kernel_weights(type(model.get_submodule(owner)))
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -84,13 +84,12 @@ class ModelSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    num_layers: int
     total_parameters: int
     slots: list[RoleSlice] = field(default_factory=list)
     layer_of: dict[str, int] = field(default_factory=dict)  # the decoder layer of each linear
     experts: list[str] = field(default_factory=list)  # 3-D parameters of experts that nothing here can train
     stacked: set[str] = field(default_factory=set)  # linears that are one expert of a 3-D parameter: no modules
-    # Linears that nothing put in their place could train, with the reason (`probing.py`); not among `linears`.
+    # Linears that could not train, whatever replaced them, with the reason (`probing.py`); not among `linears`.
     frozen: dict[str, str] = field(default_factory=dict)
     frozen_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -146,7 +145,6 @@ class ModelSpec:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=int(head_dim),
-            num_layers=len(layers),
             total_parameters=base_parameter_count(model),
             experts=experts,
             stacked=stacked,
@@ -163,7 +161,7 @@ class ModelSpec:
 
     def _slots_of(self, name: str, layer: int) -> list[RoleSlice]:
         rows, columns = self.linears[name]
-        roles = role_of(name.rpartition(".")[0] if name in self.stacked else name)
+        roles = role_of(self.path_of(name))
         if roles is None:
             return []
         if isinstance(roles, str):
@@ -233,36 +231,22 @@ class ModelSpec:
         """Weights of the linears in scope."""
         return sum(rows * columns for rows, columns in self.linears_in(scope).values())
 
-    def named_slots(self, rows: list[str], columns: list[str], scope: str | None) -> list[RoleSlice]:
-        """Slots of single features in the linears whose names end in one of the given suffixes (whole parts of a name;
-        an expert goes by its parameter's name). A suffix that matches nothing, or a linear named for both, is a
-        `UserError`.
-        """
-        linears, slots = self.linears_in(scope), []
-        paths = {name: name.rpartition(".")[0] if name in self.stacked else name for name in linears}
-        chosen: dict[str, str] = {}
-        for side, suffixes in (("rows", rows), ("columns", columns)):
-            for suffix in suffixes:
-                ending = [n for n, path in paths.items() if f".{path}".endswith(f".{suffix}") or n == suffix]
-                if not ending:
-                    self.check_trains(n for n in self.frozen if n.endswith(f".{suffix}") and (scope or "") in n)
-                    raise UserError(
-                        f"method.{side}: no linear in scope is called '{suffix}'; found {self.leaves(scope)}."
-                        f"{nearest(suffix, [path.rpartition('.')[2] for path in paths.values()])}"
-                    )
-                for name in ending:
-                    if chosen.setdefault(name, side) != side:
-                        raise UserError(f"method.rows and method.columns both name {name}: choose one side.")
-        for name in (name for name in linears if name in chosen):  # in the model's order
-            out, inner = linears[name]
-            length, other = (out, inner) if chosen[name] == "rows" else (inner, out)
-            slots.append(RoleSlice(name, self.layer_of[name], chosen[name], chosen[name], 0, 1, length, other))
+    def feature_slots(self, sides: Mapping[str, str]) -> list[RoleSlice]:
+        """Slots of single features of the linears named in `sides` ("rows" or "columns"), in the model's order."""
+        slots = []
+        for name, (rows, columns) in self.linears.items():
+            if side := sides.get(name):
+                count, other = (rows, columns) if side == "rows" else (columns, rows)
+                slots.append(RoleSlice(name, self.layer_of[name], side, side, 0, 1, count, other))
         return slots
+
+    def path_of(self, name: str) -> str:
+        """The name that a linear's role is read from: an expert's is that of the 3-D parameter that holds it."""
+        return name.rpartition(".")[0] if name in self.stacked else name
 
     def leaves(self, scope: str | None) -> str:
         """The last parts of the names of the linears in scope, for messages: `dense, query_key_value`."""
-        names = (n.rpartition(".")[0] if n in self.stacked else n for n in self.linears_in(scope))
-        return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+        return ", ".join(sorted({self.path_of(name).rpartition(".")[2] for name in self.linears_in(scope)}))
 
     def slots_in(self, scope: str | None) -> list[RoleSlice]:
         """The slots of the linears in scope, in the model's order."""

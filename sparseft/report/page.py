@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparseft.config import flatten
 from sparseft.errors import UserError
 from sparseft.files.atomic import write_text
 from sparseft.report.charts import DARK, LIGHT, Bar, Panel, Series, bar_chart, clean, heat_map, line_chart, thin
@@ -184,17 +185,6 @@ def _differences(runs: list[Run]) -> Table:
         if len(set(values)) > 1:
             rows.append([name, *values])
     return Table(["setting", *(run.label for run in runs)], rows)
-
-
-def flatten(config: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{above}{name}.")
-        else:
-            flat[f"{above}{name}"] = value
-    return flat
 
 
 def _curves(runs: list[Run]) -> dict[str, Any]:

@@ -85,20 +85,19 @@ def timestamp() -> str:
     return datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
-def new_folder(name: str, parent: str | Path = OUTPUTS) -> Path:
-    """Creates `<parent>/<name>`, or `<name>-2`, `-3`, … when others have taken it within the same second."""
-    parent = Path(parent)
+def new_folder(name: str) -> Path:
+    """Creates `outputs/<name>`, or `<name>-2`, `-3`, … when others have taken it within the same second."""
     name = re.sub(r"[^\w.-]+", "_", name).strip("._") or "run"
     number = 1
     while True:
-        folder = parent / (name if number == 1 else f"{name}-{number}")
+        folder = OUTPUTS / (name if number == 1 else f"{name}-{number}")
         try:
-            parent.mkdir(parents=True, exist_ok=True)
+            OUTPUTS.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
             return folder
         except FileExistsError as error:
-            if not parent.is_dir():
-                raise UserError(f"cannot make a folder in '{parent}': it is a file.") from error
+            if not OUTPUTS.is_dir():
+                raise UserError(f"cannot make a folder in '{OUTPUTS}': it is a file.") from error
             number += 1
         except OSError as error:
             raise UserError(f"cannot make the folder '{folder}': {error.strerror}.") from error

@@ -41,17 +41,8 @@ def _require_roles(spec: ModelSpec, roles: Iterable[str], scope: str | None) -> 
     present = sorted({slot.role for slot in slots})
     for role in roles:
         if role not in present:
-            if not present:
-                raise _no_role(spec, scope)
             raise UserError(f"the model has no '{role}' projection in scope (it has {', '.join(present)}).")
     return slots
-
-
-def _no_role(spec: ModelSpec, scope: str | None) -> UserError:
-    return UserError(
-        f"no module in scope has a role that s2ft knows (q, k, v, o, gate, up, down); found {spec.leaves(scope)}: name "
-        "those to train in method.rows (output features) or method.columns (input features), or use method=sylva."
-    )
 
 
 def ratio_budget(spec: ModelSpec, ratios: Mapping[str, float], *, scope: str | None) -> Budget:
@@ -72,8 +63,6 @@ def sparsity_budget(spec: ModelSpec, roles: list[str], sparsity: float, *, scope
     `allocation: global` of all, so that the budget is met there to within one unit of that role.
     """
     slots = [slot for slot in _require_roles(spec, roles, scope) if slot.role in roles]
-    if not slots:
-        raise _no_role(spec, scope)
     candidates = _candidates(slots, spec)
     scope_parameters = spec.weights_in(scope)
     weights = sum(slot.count * slot.unit * slot.other for slot in slots)

@@ -65,14 +65,14 @@ def select(model: nn.Module, request: Request, data: LoadedData, pad: int, cache
     if settings.needs_data:
         batches = calibration_batches(data.train, settings.num_samples, settings.seed, pad)
         console.log(f"selection: scoring by {settings.importance} on {len(batches)} calibration examples")
-    stopped: list[str] = []  # the signal's name, for the work to end at the next point where nothing is half done
+    stopped: list[str] = []  # the signal's name; the work stops at the next consistent point
     with signals.noted(stopped.append):
         selection = _computed(model, request, batches, partial, stopped)
         selection.meta["key"] = key
         if first:
             with explained(f"the selection {path}", lambda: None):
                 selection.save(path, {name: request.spec.linears[name] for name in selection.modules})
-        ranks.broadcast_object(None)  # a rank that is still computing could leave its part behind
+        ranks.broadcast_object(None)  # wait for all ranks: one still computing could write its part after the deletion
         if first:
             shutil.rmtree(partial, ignore_errors=True)
     if stopped:
@@ -121,10 +121,10 @@ def _computed(
             console.log(f"{ends[0]}: what is done is kept in {partial}; the same command goes on from there")
             raise KeyboardInterrupt
 
-    in_step = any_sharded(model)  # all processes are here at once, and none may leave the others alone
+    in_step = any_sharded(model)  # with shards all processes work in step: none may stop alone
 
     def sampled(done: int) -> None:
-        # In step, only what all have heard of counts: a signal that has reached one alone would end it alone.
+        # In step, all processes stop together, also when a signal has reached only one of them.
         ends = [name for theirs in ranks.all_gather_object(stopped) for name in theirs] if in_step else stopped
         show("calibrate", min(done, total), total, "sample", ends=ends)
 

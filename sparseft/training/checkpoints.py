@@ -27,7 +27,7 @@ from sparseft.training.reselection import load_active
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
-OWN_STATE = "RunCallback"  # in it, transformers keeps a callback's state by the name of its class
+OWN_STATE = "RunCallback"  # the key of our callback's state in it: its class's name
 LATEST = "latest"  # DeepSpeed's file: the name of the folder beside it that holds its part
 FORMAT_VERSION = 1
 # Files that transformers silently does without where they are missing; DeepSpeed keeps its own beside LATEST.

@@ -22,7 +22,7 @@ from sparseft.adapters.lifecycle import save_adapter
 from sparseft.adapters.state import state_of
 from sparseft.config import HardwareConfig
 from sparseft.data.sampling import PaddedDataset, PaddedSampler, pad_to_world
-from sparseft.distributed.deepspeed import MAX_BUCKET, change_zero, gathered_state, judge_gradients, weights_only
+from sparseft.distributed.deepspeed import MAX_BUCKET, change_zero, judge_gradients, weights_only
 from sparseft.distributed.ranks import barrier, is_main, rank_and_world
 from sparseft.distributed.zero3 import full_shape, gathered, is_sharded, state_on_first
 from sparseft.errors import RunError, UserError
@@ -83,26 +83,19 @@ def size_buckets(configuration: Any, model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def whole_parameters(model: nn.Module, engine: Any) -> Iterator[None]:
+def whole_parameters(model: nn.Module) -> Iterator[dict[str, Tensor] | None]:
     """Inside, what trains can be read whole in the first process, also where ZeRO-3 has sharded it.
 
-    Adapters are gathered on every device. A fully trained model is gathered on the first process's host, part by part,
-    and is what its `state_dict` gives inside.
+    Adapters are gathered on every device. A fully trained model is gathered on the first process's host, part by part:
+    its state dict is what is yielded.
     """
     sharded = [p for p in model.parameters() if p.requires_grad and is_sharded(p)]
     state = state_of(model)
-    if not sharded:
-        yield
-    elif state is not None and state.kind.trains_all:
-        content = gathered_state(engine) if engine is not None else state_on_first(model)
-        model.state_dict = lambda *args, **options: content  # what save_pretrained asks
-        try:
-            yield
-        finally:
-            del model.state_dict
+    if sharded and state is not None and state.kind.trains_all:
+        yield state_on_first(model)
     else:
         with gathered(sharded):
-            yield
+            yield None
 
 
 def poison_gradient(loss: Tensor) -> Tensor:
@@ -199,7 +192,7 @@ class DistributedTrainer(transformers.Trainer):
     def save_trained(self, folder: Path) -> None:
         """Writes the adapter into `folder` (all processes call it, the first one writes), whole or not at all."""
         model = self.accelerator.unwrap_model(self.model)
-        with whole_parameters(model, self.deepspeed):
+        with whole_parameters(model) as state_dict:
             if is_main():
-                save_adapter(model, folder)
+                save_adapter(model, folder, state_dict=state_dict)
         barrier()

@@ -89,7 +89,7 @@ def _want_of_resources(error: BaseException) -> str | None:
     if type(error).__name__ != "OutOfResources" and not isinstance(error, RuntimeError):
         return None
     line = next((line.strip() for line in str(error).splitlines() if "out of resource:" in line), "")
-    return line.partition(". Reducing")[0].rstrip(".") or None  # what follows is for who writes kernels
+    return line.partition(". Reducing")[0].rstrip(".") or None  # the rest is advice for kernel authors
 
 
 def _want_of_memory(error: BaseException) -> str | None:

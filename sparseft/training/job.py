@@ -354,7 +354,7 @@ def _reselection(job: Job, trainer: Trainer) -> Reselection:
         batches = None
         if method.needs_data:
             batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
-        return reselect(prepared.model, method, batches, seed=seed)
+        return reselect(prepared.model, method, batches, seed=seed, spec=job.spec)
 
     ended_at = job.previous.ended_at if job.previous else None
     return Reselection(method.reselect_steps, choose, trainer.run_state.clock, ended_at)

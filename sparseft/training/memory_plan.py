@@ -144,7 +144,7 @@ def _on_meta(content: transformers.PretrainedConfig, dtype: torch.dtype, config:
             raise UserError(f"model.path={config.model.path}: cannot be built: {reason_of(error)}") from error
 
     asked = config.model.attn_implementation
-    flash = "flash" in (asked or "")  # its package need be where the run will be, not where it is planned
+    flash = "flash" in (asked or "")  # the optimizer's package is needed where the run happens, not to plan it
     model = build(None if flash else asked)
     _check_experts(model, config.model.path)
     text = content.get_text_config()

@@ -143,7 +143,7 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
             return set()
         steps = [self.state[item.parameter]["step"] for item in active]
         torch._foreach_add_(steps, 1)
-        made: dict[tuple[int, float], list[float]] = {}  # of most tensors the same
+        made: dict[tuple[int, float], list[float]] = {}  # most tensors share one entry
         by_item: dict[_Held, list[float]] = {}
         for item, step in zip(active, steps, strict=True):
             group, count = item.group, float(step)

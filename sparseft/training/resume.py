@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.compose.run_config import from_dict
-from sparseft.config import RunConfig, TrainerConfig
+from sparseft.config import RunConfig, TrainerConfig, flatten
 from sparseft.distributed.env import processes
 from sparseft.errors import UserError
 from sparseft.files.untrusted import read_json, read_json_object, read_yaml_object
@@ -120,7 +120,7 @@ def clean(previous: Previous, save_total_limit: int | None) -> None:
 
 def _check_same(config: RunConfig, folder: Path) -> None:
     old = from_dict(read_yaml_object(folder / CONFIG)).to_dict()
-    then, now = _flat(old), _flat(config.to_dict())
+    then, now = flatten(old), flatten(config.to_dict())
     then[PROCESSES], now[PROCESSES] = _processes(folder, old), processes(config.hardware)
     # What DeepSpeed has sharded, only as many processes at the same stage can put together again.
     fixed = {"hardware.zero_stage"} | ({PROCESSES} if config.hardware.zero_stage else set())
@@ -143,16 +143,6 @@ def _check_same(config: RunConfig, folder: Path) -> None:
             f"{key}={show(now.get(key))}: the run in '{folder}' was started with {show(then.get(key))}, and a run "
             "is continued with the settings that it was started with; give that, or another output_dir."
         )
-
-
-def _flat(content: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{name}": entry for name, entry in value.items()}
-        else:
-            flat[key] = value
-    return flat
 
 
 def _processes(folder: Path, old: dict[str, Any]) -> int:

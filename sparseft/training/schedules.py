@@ -73,7 +73,7 @@ def check(config: TrainerConfig, learning_rate: float, total_steps: int | None) 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
     """What trainer.scheduler_args may hold for a schedule."""
     function: Any = optimization.TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
-    if name in MEASURED:  # whose functions take whatever their classes take
+    if name in MEASURED:  # their functions pass **kwargs on to these classes
         function = ReduceLROnPlateau if name == MEASURED[0] else optimization.GreedyLR
     return {key: entry for key, entry in inspect.signature(function).parameters.items() if key not in _NOT_OURS}
 
@@ -109,7 +109,7 @@ def _check_values(name: str, given: dict[str, Any]) -> None:
     taken = _parameters(name)
     for key, value in given.items():
         default = taken[key].default
-        needless = default is None  # so that null says nothing
+        needless = default is None  # null is accepted where it is the default
         if isinstance(default, bool | str):
             fits, expected = type(value) is type(default), "text" if isinstance(default, str) else "true or false"
         else:

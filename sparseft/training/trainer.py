@@ -93,7 +93,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         self.memory.micro_step(batch["input_ids"].numel())
         loss = super().training_step(*args, **kwargs)
         self.run_state.step_loss += loss.double()
-        return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # transformers adds it to a sum of its own, which goes on
+        return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # transformers sums the losses too: one NaN would spoil its sum
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient's norm. transformers asks for it between the backward passes of a step and its update, so a step

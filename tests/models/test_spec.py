@@ -124,7 +124,7 @@ def test_roles_and_heads(name: str) -> None:
     config, heads, kv_heads, head_dim, roles = ARCHITECTURES[name]
     model = meta(config)
     spec = ModelSpec.of(model)
-    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.num_layers) == (heads, kv_heads, head_dim, 2)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (heads, kv_heads, head_dim)
     assert spec.experts == [] and spec.transposed == (set(spec.linears) if name == "gpt2" else set())
     assert spec.total_parameters == sum(p.numel() for p in model.parameters())
     for layer in range(2):

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseft.commands import report as command
+from sparseft.config import flatten
 from sparseft.errors import UserError
 from sparseft.files import atomic
 from sparseft.report.charts import MAX_POINTS, Bar, Panel, Series, bar_chart, heat_map, line_chart, thin
 from sparseft.report.numbers import count, duration, memory, number, percent, rate, short_count
-from sparseft.report.page import build_report, flatten, layer_and_role, sentence
+from sparseft.report.page import build_report, layer_and_role, sentence
 from sparseft.report.run_data import read_run
 from sparseft.runs import environment
 from sparseft.runs import folder as runs
