@@ -149,6 +149,11 @@ class HardwareConfig:
         known = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
         self.device = known.get(self.device.lower(), self.device)
 
+    @property
+    def all_processes(self) -> int:
+        """Processes on all machines."""
+        return self.num_processes * self.num_machines
+
 
 @dataclass
 class EvalConfig:

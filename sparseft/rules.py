@@ -167,7 +167,7 @@ def check_choice(key: str, value: Any, choices: Iterable[Any]) -> None:
         near = ""  # the message lists all options already
     sweep = (
         " To sweep over several values add --multirun."
-        if isinstance(value, str) and all(part in map(str, options) for part in value.split(","))
+        if isinstance(value, str) and "," in value and all(part in map(str, options) for part in value.split(","))
         else ""
     )
     raise UserError(f"{key}={show(value)}{listed}.{sweep or near}")
@@ -193,7 +193,10 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
             check_value(key, value, option)
 
 
-def check_fields(config: Any, key: Callable[[str], str]) -> None:
-    """`check_value` of every field of a dataclass. `key` makes of a field's name what a user calls it."""
+def check_fields(config: Any, key: Callable[[str], str], *, typed: bool = False) -> None:
+    """`check_value` of every field of a dataclass, with `typed` `check_type` before: of one that Python code may have
+    made. `key` makes of a field's name what a user calls it."""
     for name, annotation in field_types(type(config)).items():
+        if typed:
+            check_type(key(name), getattr(config, name), annotation)
         check_value(key(name), getattr(config, name), annotation)

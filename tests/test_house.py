@@ -247,6 +247,26 @@ def test_importing_light_modules_loads_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_nothing_private_is_taken_from_another_module(path: Path) -> None:
+    """A name with an underscore is its module's own: neither imported from another one nor read off it."""
+    taken: dict[str, str] = {}  # modules of the package, by the names that they have here
+    faults = []
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sparseft":
+            for alias in node.names:
+                taken[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                if alias.name.startswith("_") and not alias.name.startswith("__"):
+                    faults.append(f"line {node.lineno}: {node.module}.{alias.name}")
+    names = {dotted(module) for module in MODULES}
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in taken:
+            module = taken[node.value.id].removeprefix("sparseft.")
+            if module in names and node.attr.startswith("_") and not node.attr.startswith("__"):
+                faults.append(f"line {node.lineno}: {module}.{node.attr}")
+    assert not faults, "\n".join(faults)
+
+
 # -- one place for each act -------------------------------------------------------------------------------------------
 
 # A file's name of a run folder, as a text of its own: `runs/folder.py` has a constant for it.

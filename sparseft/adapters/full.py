@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparseft.adapters.description import FORMAT_VERSION
 from sparseft.adapters.state import DEFAULT, Kind, State
-from sparseft.distributed.ranks import rank_and_world
+from sparseft.distributed.ranks import is_main
 from sparseft.distributed.zero3 import any_sharded, load_state
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import write_json
@@ -71,7 +71,7 @@ class Full(Kind):
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
             raise UserError(f"{folder}: no model*.safetensors, so this is no fully fine-tuned model.")
-        reads = rank_and_world()[0] == 0 or not any_sharded(model)  # of a sharded model, for all
+        reads = is_main() or not any_sharded(model)  # of a sharded model, for all
         missing, unexpected = load_state(model, (read_tensors(file, "model") if reads else {} for file in files))
         tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
         if unexpected or set(missing) - tied:

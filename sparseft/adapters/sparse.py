@@ -34,7 +34,7 @@ from sparseft.selection.compute import Request, compute
 from sparseft.selection.selection import Selection
 
 
-class Values(NamedTuple):
+class SparseDelta(NamedTuple):
     """One pattern's content: index (k,) or (n, 2), int64; delta in the shapes of `kernels/reference.py`, fp32."""
 
     index: Tensor
@@ -42,7 +42,7 @@ class Values(NamedTuple):
     block_size: int | None = None
 
 
-def split_blocks(value: Values, size: int, shape: tuple[int, int]) -> Values:
+def split_blocks(value: SparseDelta, size: int, shape: tuple[int, int]) -> SparseDelta:
     """The same blocks cut into size×size ones; those wholly outside a weight of `shape` (out, in) are dropped."""
     assert value.block_size is not None and value.block_size % size == 0
     per_side = value.block_size // size
@@ -53,18 +53,18 @@ def split_blocks(value: Values, size: int, shape: tuple[int, int]) -> Values:
     offsets = torch.cartesian_prod(torch.arange(per_side), torch.arange(per_side))
     index = (value.index[:, None, :] * per_side + offsets[None]).reshape(-1, 2)
     inside = (index[:, 0] * size < shape[0]) & (index[:, 1] * size < shape[1])
-    return Values(index[inside], parts[inside], size)
+    return SparseDelta(index[inside], parts[inside], size)
 
 
 def unite(
-    parts: Sequence[tuple[float, dict[str, Values]]], shape: tuple[int, int], size: int | None = None
-) -> dict[str, Values]:
+    parts: Sequence[tuple[float, dict[str, SparseDelta]]], shape: tuple[int, int], size: int | None = None
+) -> dict[str, SparseDelta]:
     """Σ weight × delta of one module, by kind, over the union of the indices.
 
     Blocks of different sizes are cut to their greatest common divisor, or to `size`. Different kinds stay apart:
     the layer adds them up.
     """
-    united: dict[str, Values] = {}
+    united: dict[str, SparseDelta] = {}
     for kind in dict.fromkeys(kind for _, kinds in parts for kind in kinds):
         items = [(weight, kinds[kind]) for weight, kinds in parts if kind in kinds]
         block_size = None
@@ -78,7 +78,7 @@ def unite(
         else:
             joined = torch.cat(deltas)
             total = joined.new_zeros(len(index), *joined.shape[1:]).index_add_(0, position, joined)
-        united[kind] = Values(index, total, block_size)
+        united[kind] = SparseDelta(index, total, block_size)
     return united
 
 
@@ -162,10 +162,10 @@ class Sparse(Kind):
         for known in weights:
             self.check_name(model, known)
         shapes = _spec(model, state).known
-        parts: dict[str, list[tuple[float, dict[str, Values]]]] = defaultdict(list)
+        parts: dict[str, list[tuple[float, dict[str, SparseDelta]]]] = defaultdict(list)
         for known, weight in weights.items():
             for module, kinds in self._values(known).items():
-                cpu = {kind: Values(v.index.cpu(), v.delta.cpu(), v.block_size) for kind, v in kinds.items()}
+                cpu = {kind: SparseDelta(v.index.cpu(), v.delta.cpu(), v.block_size) for kind, v in kinds.items()}
                 parts[module].append((weight, cpu))
         united = {module: unite(items, shapes[module]) for module, items in parts.items()}
         methods = {self.adapters[known].method for known in weights}
@@ -192,10 +192,10 @@ class Sparse(Kind):
     def there(self, state: State) -> str:
         return "sparse layers: detach it first"
 
-    def _values(self, name: str) -> dict[str, dict[str, Values]]:
+    def _values(self, name: str) -> dict[str, dict[str, SparseDelta]]:
         """All that an adapter has trained, by module and kind: entries that re-selection has put aside too."""
         return {
-            module: {kind: Values(*union(p), p.block_size) for kind, p in kinds.items()}
+            module: {kind: SparseDelta(*union(p), p.block_size) for kind, p in kinds.items()}
             for module, kinds in self.adapters[name].patterns.items()
         }
 
@@ -205,7 +205,7 @@ class Sparse(Kind):
         state: State,
         name: str,
         adapter: Adapter,
-        values: dict[str, dict[str, Values]],
+        values: dict[str, dict[str, SparseDelta]],
         source: str,
     ) -> None:
         """Makes the adapter's patterns of `values`, checks them against the model, and only then changes it."""
@@ -237,7 +237,7 @@ def _spec(model: nn.Module, state: State) -> ModelSpec:
 
 
 def _patterns(
-    model: nn.Module, spec: ModelSpec, values: dict[str, dict[str, Values]], source: str
+    model: nn.Module, spec: ModelSpec, values: dict[str, dict[str, SparseDelta]], source: str
 ) -> dict[str, dict[str, Pattern]]:
     """Patterns of the model's weights with the given deltas; a `UserError` that starts with `source` where one does
     not fit."""
@@ -278,7 +278,7 @@ def _activate(model: nn.Module, patterns: dict[str, dict[str, Pattern]]) -> None
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, values: dict[str, dict[str, Values]], folder: Path) -> None:
+def _fill(model: nn.Module, values: dict[str, dict[str, SparseDelta]], folder: Path) -> None:
     """Fills the model's deltas, each entry by its index; a `UserError` where `values` are of other entries."""
     for module, layer in sparse_layers(model).items():
         for kind, pattern in layer.patterns.items():
@@ -290,7 +290,7 @@ def _fill(model: nn.Module, values: dict[str, dict[str, Values]], folder: Path) 
 
 
 def write_sparse(
-    values: dict[str, dict[str, Values]], shapes: dict[str, tuple[int, int]], header: dict[str, Any], folder: Path
+    values: dict[str, dict[str, SparseDelta]], shapes: dict[str, tuple[int, int]], header: dict[str, Any], folder: Path
 ) -> None:
     """Writes a sparse adapter's two files into an existing folder: int32 indices, float32 deltas."""
     from safetensors.torch import save_file
@@ -310,7 +310,7 @@ def write_sparse(
     write_json(folder / CONFIG, content | {"sha256": file_hash(folder / TENSORS)})
 
 
-def read_sparse(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Values]]:
+def read_sparse(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, SparseDelta]]:
     """The indices and deltas of a sparse adapter's folder, by module and kind, checked against its config."""
     tensors, texts = read_described(folder / TENSORS, "adapter")
     if file_hash(folder / TENSORS) != content.get("sha256", file_hash(folder / TENSORS)):  # others may leave it out
@@ -319,7 +319,7 @@ def read_sparse(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Va
     for tensor_name, tensor in tensors.items():
         module, kind, part = split_name(tensor_name, folder)
         found[module][kind][part] = tensor
-    values: dict[str, dict[str, Values]] = {}
+    values: dict[str, dict[str, SparseDelta]] = {}
     block_size = content.get("block_size")
     if block_size is not None and (type(block_size) is not int or not 1 <= block_size <= 1 << 16):
         raise UserError(f"{folder}: block_size={shown(repr(block_size))} in {CONFIG} is not a block size.")
@@ -340,7 +340,7 @@ def read_sparse(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Va
             count, shape = len(parts["index"]), tuple(parts["delta"].shape)
             if kind == "blocks" and shape != (count, size, size):  # before memory is taken for what the config says
                 raise UserError(f"{folder}: {module}: a delta of shape {shape} does not fit {count} blocks of {size}.")
-            values[module][kind] = Values(parts["index"].long(), parts["delta"], size)
+            values[module][kind] = SparseDelta(parts["index"].long(), parts["delta"], size)
     if not values:
         raise UserError(f"{folder}: the adapter holds no module.")
     _check_described(folder, content.get("modules"), values)
@@ -349,7 +349,7 @@ def read_sparse(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Va
     return values
 
 
-def _check_described(folder: Path, described: Any, values: dict[str, dict[str, Values]]) -> None:
+def _check_described(folder: Path, described: Any, values: dict[str, dict[str, SparseDelta]]) -> None:
     """Raises `UserError` where the tensors are not those that the config's `modules` lists."""
     if not isinstance(described, dict) or not all(isinstance(info, dict) for info in described.values()):
         raise UserError(f"{folder}: {CONFIG} needs modules, an object of objects.")

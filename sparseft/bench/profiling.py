@@ -60,7 +60,7 @@ def profile(
 
     Writes its Chrome trace, and returns its seconds by part and by operation. tokens: of a forward pass; by a sum over
     them a weight's gradient is told from other products. place: where a trace of the given file name belongs. failed:
-    told of a call that raised, which then has no profile; null: that ends them all. A `UserError` always does.
+    told of a call that raised, which then has no profile; None: that ends them all. A `UserError` always does.
     """
     seen: dict[str, list[tuple[float, Any]]] = {name: [] for name in calls}
     profiled: dict[str, dict[str, Any]] = {}

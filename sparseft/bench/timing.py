@@ -42,8 +42,8 @@ def take_turns(
     They take turns, so that a machine's slow moments meet all of them, in an order that changes from round to round
     (`orders`), so that none always runs in what the same neighbour leaves of caches and allocators.
 
-    failed: told of a call that raised, which then takes no further turns and has no times; null: that ends them all. A
-    `UserError` always does. seconds: filled as the rounds go, for what an interrupt leaves of them; null: a new one.
+    failed: told of a call that raised, which then takes no further turns and has no times; None: that ends them all. A
+    `UserError` always does. seconds: filled as the rounds go, for what an interrupt leaves of them; None: a new one.
     """
     seconds = {} if seconds is None else seconds
     seconds |= {name: [] for name in calls}
@@ -79,7 +79,7 @@ def attempt_each(
     """Does `work(name)` for one contender after another; returns those with which it went well.
 
     What it raises is that one's own row's business. failed: told of it, and forgets the contender, whose memory is then
-    given back; null: it is raised. A `UserError` always is: there is nothing to measure by wrong settings.
+    given back; None: it is raised. A `UserError` always is: there is nothing to measure by wrong settings.
     """
     return [name for name in names if _attempt(name, work, failed, device)]
 

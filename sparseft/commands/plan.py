@@ -34,7 +34,6 @@ def run(config: RunConfig) -> dict[str, Any]:
     """The plan of the composed config: of whatever `train` would take. Raises UserError for what the plan cannot know
     (experts that take turns)."""
     config = copy.deepcopy(config)
-    config.method.validate()
     console.clear_warnings()
     checks.check_trainer(config)
     content = load_config(config.model)
@@ -60,7 +59,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         "method": config.method_name,
         "dtype": str(dtype).removeprefix("torch."),
         "hardware": config.hardware.name,
-        "processes": memory_plan.world(config.hardware),
+        "processes": config.hardware.all_processes,
         "zero_stage": config.hardware.zero_stage,
         "batch": batch,
         "length": length,
@@ -115,7 +114,7 @@ def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> b
     elif name == "gradient_checkpointing" and not hardware.gradient_checkpointing:
         hardware.gradient_checkpointing = True
         given["hardware.gradient_checkpointing"] = "true"
-    elif name == "zero_stage" and memory_plan.world(hardware) > 1 and hardware.zero_stage < stage:
+    elif name == "zero_stage" and hardware.all_processes > 1 and hardware.zero_stage < stage:
         hardware.zero_stage = stage
         given["hardware.zero_stage"] = str(stage)
     elif name == "offload" and hardware.zero_stage == 3 and hardware.offload == "none":

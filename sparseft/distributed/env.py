@@ -40,7 +40,7 @@ def local_world() -> int:
 
 def processes(hardware: HardwareConfig) -> int:
     """How many processes there are in all, or will be."""
-    return int(os.environ["WORLD_SIZE"]) if started() else hardware.num_processes * hardware.num_machines
+    return int(os.environ["WORLD_SIZE"]) if started() else hardware.all_processes
 
 
 def number(name: str, least: int, most: int | None = None, why: str = "") -> int:
@@ -89,7 +89,7 @@ def check_complete() -> None:
 
 def adopt_slurm(hardware: HardwareConfig) -> None:
     """Takes a task of `srun` that is one of the processes asked for as started: its place becomes torch's."""
-    total = hardware.num_processes * hardware.num_machines
+    total = hardware.all_processes
     if started() or "SLURM_PROCID" not in os.environ or "SLURM_NTASKS" not in os.environ or total == 1:
         return
     if number("SLURM_NTASKS", 1) != total:

@@ -64,7 +64,7 @@ class ChildTraceback(Exception):
 def needed(hardware: HardwareConfig) -> bool:
     """Whether the command has to start processes of its own. ZeRO takes one even alone: DeepSpeed is set up there."""
     env.adopt_slurm(hardware)
-    total = hardware.num_processes * hardware.num_machines
+    total = hardware.all_processes
     return not env.started() and (total > 1 or hardware.zero_stage > 0)
 
 
@@ -72,7 +72,7 @@ def check(hardware: HardwareConfig) -> None:
     """Refuses numbers of processes that a launcher, or SLURM, contradicts, and a place that is none."""
     env.check_variables()
     env.adopt_slurm(hardware)
-    total = hardware.num_processes * hardware.num_machines
+    total = hardware.all_processes
     if env.started() and total > 1 and total != env.processes(hardware):
         raise UserError(
             f"hardware.num_processes={hardware.num_processes} on hardware.num_machines={hardware.num_machines} are "

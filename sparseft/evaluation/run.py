@@ -15,7 +15,7 @@ from typing import Any
 
 from sparseft.adapters.description import adapter_hash
 from sparseft.config import EvalConfig
-from sparseft.errors import RunError, UserError, nearest
+from sparseft.errors import RunError, UserError
 from sparseft.evaluation import harness, llm_adapters, mmlu, mt_bench, results
 from sparseft.evaluation.comparison import compare
 from sparseft.evaluation.contamination import annotate
@@ -24,6 +24,7 @@ from sparseft.evaluation.mmlu import MMLU, MMLU_CATEGORIES
 from sparseft.evaluation.mt_bench import MT_BENCH
 from sparseft.evaluation.target import Target
 from sparseft.evaluation.tasks import BUNDLED_DATA, HARNESS, Plan, expand_tasks, task_manager
+from sparseft.rules import check_fields
 from sparseft.runs.environment import package_commit
 from sparseft.runs.folder import ADAPTER
 
@@ -37,7 +38,7 @@ def prepare(
 
     Raises UserError for settings out of range, unknown names, and data that is missing or bad.
     """
-    _check(config)
+    check_fields(config, lambda name: f"eval.{name}", typed=True)
     plan = Plan(expand_tasks(tasks, data_dir=data_dir), config, config.prompt)
     with harness.seeded([]), harness.quiet(progress):
         _add_mmlu(plan, [name for name in plan.requested if mmlu.is_mmlu(name, data_dir)], data_dir)
@@ -145,19 +146,6 @@ def _write_conversations(
         mt_bench.write_answers(folder, answered["samples"][MT_BENCH], model_id)
         for model_id, answered in answers.items()
     ]
-
-
-def _check(config: EvalConfig) -> None:
-    if config.split not in llm_adapters.FILES:
-        raise UserError(f"eval.split='{config.split}' is no split.{nearest(config.split, llm_adapters.FILES)}")
-    least = {"shots": 0, "limit": 1, "num_beams": 1, "max_new_tokens": 1}
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and (not isinstance(value, int) or value < bound):
-            raise UserError(f"eval.{name}={value}: expected a whole number of at least {bound}.")
-    size = config.batch_size
-    if size != "auto" and not (isinstance(size, int) and size > 0):
-        raise UserError(f"eval.batch_size={size}: expected a whole number of at least 1, or auto.")
 
 
 def _add_mmlu(plan: Plan, requested: list[str], data_dir: str | None) -> None:

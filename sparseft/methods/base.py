@@ -60,7 +60,7 @@ class MethodConfig:
 
     def validate(self) -> None:
         """Raises `UserError` on a value outside its range, naming the field."""
-        check_fields(self, called)
+        check_fields(self, called, typed=True)
 
     def settled(self, spec: ModelSpec) -> Self:
         """The settings with what they leave to the model filled in; refuses what the model cannot meet."""

@@ -48,9 +48,16 @@ class PacaConfig(SparseConfig):
             raise UserError(
                 f"method.rank={self.rank}: {narrowest} has only {least} input features; use at most {least}."
             )
-        candidates = [Candidate(name, "columns", shape, 0, 1, shape[1]) for name, shape in linears.items()]
+        # A column costs as many weights as the linear has output features: those of one name compete with each other.
+        candidates = [
+            Candidate(name, "columns", shape, 0, 1, shape[1], name.rpartition(".")[2])
+            for name, shape in linears.items()
+        ]
         kept = {c.key: self.rank or keep_count(1.0 - self.wanted_sparsity, c.count) for c in candidates}
-        return Budget(candidates, kept, {"": sum(kept.values())}, 1, spec.weights_in(self.scope))
+        pooled: dict[str, int] = {}
+        for c in candidates:
+            pooled[c.role] = pooled.get(c.role, 0) + kept[c.key]
+        return Budget(candidates, kept, pooled, 1, spec.weights_in(self.scope))
 
     def granularity(self, selection: Selection | None) -> str | None:
         return "whole input features"

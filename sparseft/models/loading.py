@@ -20,8 +20,7 @@ from sparseft.files.hashing import check_whole
 from sparseft.models.decoder import runnable
 from sparseft.models.probing import check_causal
 from sparseft.models.quantized import check_config
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from sparseft.rules import check_fields
 
 
 def _unbundled(path: str) -> str:
@@ -97,8 +96,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
 
     check_whole(Path(config.path).expanduser())  # before transformers reads anything of it
     load_config(config, "model")  # refuses what is quantised, before any weight
-    if config.dtype not in DTYPES:
-        raise UserError(f"model.dtype={config.dtype}: expected {', '.join(DTYPES)}.{nearest(config.dtype, DTYPES)}")
+    check_fields(config, lambda name: f"model.{name}")
     options: dict[str, object] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation

@@ -22,6 +22,7 @@ from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded
 from sparseft.errors import UserError
 from sparseft.files.atomic import explained
+from sparseft.files.tensors import SELECTION_CONFIG
 from sparseft.importance.calibration import Watch, saved_samples
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.selection.compute import Request, Settings, compute
@@ -84,7 +85,7 @@ def select(model: nn.Module, request: Request, data: LoadedData, pad: int, cache
 
 def _cached(cache_dir: str, path: Path) -> Selection | None:
     """The selection that lies at `path`; None where there is none and one can be put there."""
-    if (path / "selection.json").is_file():
+    if (path / SELECTION_CONFIG).is_file():
         try:
             selection = Selection.load(path)
         except UserError as error:

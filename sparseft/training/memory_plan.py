@@ -249,11 +249,6 @@ def optimizer_bytes(optimizer: str, trained: list[Tensor]) -> int:
     return tensor_bytes([held for state in made.state.values() for held in state.values() if torch.is_tensor(held)])
 
 
-def world(hardware: HardwareConfig) -> int:
-    """Processes on all machines."""
-    return hardware.num_processes * hardware.num_machines
-
-
 def on_cpu(hardware: HardwareConfig) -> bool:
     """Whether the run is to be on the CPU."""
     return hardware.device == "cpu" or (hardware.device == "auto" and not torch.cuda.is_available())
@@ -277,7 +272,7 @@ def model_dtype(config: RunConfig, content: transformers.PretrainedConfig) -> to
 
 def sharded(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
     """What is left on one device when DeepSpeed's ZeRO shards over all processes."""
-    processes, stage = world(config.hardware), config.hardware.zero_stage
+    processes, stage = config.hardware.all_processes, config.hardware.zero_stage
     offload = config.hardware.offload != "none"
     if processes == 1 and stage == 0:
         return memory

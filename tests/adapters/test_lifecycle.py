@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import sparseft
 from sparseft.adapters.lifecycle import trainable_count
-from sparseft.adapters.sparse import Values, split_blocks, unite
+from sparseft.adapters.sparse import SparseDelta, split_blocks, unite
 from sparseft.errors import UserError
 from sparseft.layers import sparse_layers
 from sparseft.methods.sylva import BLOCK_SIZES
@@ -585,7 +585,7 @@ def test_fuse_refuses(make_model: Make, tmp_path: Path) -> None:
 
 def test_split_blocks_keeps_every_entry() -> None:
     torch.manual_seed(0)
-    value = Values(torch.tensor([[0, 1], [1, 0]]), torch.randn(2, 6, 6), 6)
+    value = SparseDelta(torch.tensor([[0, 1], [1, 0]]), torch.randn(2, 6, 6), 6)
     parts = split_blocks(value, 2, (9, 10))
     dense, cut = torch.zeros(12, 12), torch.zeros(12, 12)
     dense[0:6, 6:12], dense[6:12, 0:6] = value.delta[0], value.delta[1]
@@ -596,7 +596,7 @@ def test_split_blocks_keeps_every_entry() -> None:
 
 
 def test_unite_of_one_is_itself_sorted() -> None:
-    value = Values(torch.tensor([4, 1]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    value = SparseDelta(torch.tensor([4, 1]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     rows = unite([(2.0, {"rows": value})], (5, 2))["rows"]
     assert rows.index.tolist() == [1, 4] and rows.delta.tolist() == [[6.0, 8.0], [2.0, 4.0]]
     columns = unite([(1.0, {"columns": value}), (1.0, {"columns": value})], (2, 5))["columns"]
