@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import sparseft
 from sparseft import console
+from sparseft.adapters.state import state_of
 from sparseft.errors import LayoutWarning, UserError
 from sparseft.layers import S2RowLinear, SparseLinear, sparse_layers
 from sparseft.layers.permuted_layout import front_order, plan_permutations
@@ -228,7 +229,7 @@ def test_adapters_of_both_layouts_are_interchangeable(make_model: Make, tmp_path
         for model in (fresh(GATHER), fresh(PERMUTED), build(make_model, kind)):
             sparseft.load_adapter(model, tmp_path / layout, "other")
             torch.testing.assert_close(logits(model), expected, atol=1e-10, rtol=1e-10)
-            if "default" in model._sparseft.adapters:
+            if "default" in state_of(model).kind.names(model):
                 sparseft.set_adapter(model, "default")
                 torch.testing.assert_close(logits(model), base, atol=1e-10, rtol=1e-10)
                 sparseft.fuse(model, {"default": 1.0, "other": 1.0})
