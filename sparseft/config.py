@@ -61,6 +61,9 @@ RATE = Rule(
     "more than 0, and what fp32 can hold (from 1.2e-38 to 3.4e38)",
 )
 DECAY = Rule(lambda value: 0 <= value <= LARGEST_FP32, "at least 0, and what fp32 can hold (up to 3.4e38)")
+WHOLE_OR_AUTO = Rule(
+    lambda value: value == "auto" or (isinstance(value, int) and value >= 1), "a whole number of at least 1, or auto"
+)
 ACCURACY = Rule(lambda value: 0 < value <= 1, "an accuracy above 0, at most 1")
 
 
@@ -161,7 +164,7 @@ class EvalConfig:
     split: Literal["test", "validation", "any"] = "test"
     shots: Annotated[int, AT_LEAST_0] | None = None
     limit: Annotated[int, AT_LEAST_1] | None = None
-    batch_size: int | str = 8
+    batch_size: Annotated[int | str, WHOLE_OR_AUTO] = 8
     num_beams: Annotated[int, AT_LEAST_1] = 1
     max_new_tokens: Annotated[int, AT_LEAST_1] | None = None
     compare_base: bool = True

@@ -24,6 +24,7 @@ from torch.profiler import profile as profiler
 from sparseft.bench.contenders import FLOOR
 from sparseft.bench.timing import absent, attempt_each, synchronize
 from sparseft.files.atomic import replaced_file
+from sparseft.layers.product import SparseProduct
 
 STEP = "sparseft::step"
 ROUNDS = 3  # after one that does not count
@@ -46,7 +47,9 @@ VIEWS = {
 }  # fmt: skip
 _ATTENTION = re.compile(r"scaled_dot_product|flash_attn|flash_attention|efficient_attention|^_softmax")
 _BACKWARD = re.compile(r"^autograd::engine::evaluate_function|Backward\d*$")
-_OURS = "_SparseProduct"  # forward: the slices it saves; backward: everything but the product for the input's gradient
+_OURS = (
+    SparseProduct.__name__
+)  # forward: the slices it saves; backward: everything but the product for the input's gradient
 
 
 def profile(

@@ -84,9 +84,6 @@ def check(config: RunConfig) -> None:
         check_fields(getattr(config, section), lambda name, section=section: f"{section}.{name}")
     for name, annotation in run_fields().items():
         check_value(name, getattr(config, name), annotation)
-    batch_size = config.eval.batch_size
-    if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
-        raise UserError(f"eval.batch_size={batch_size}: expected a whole number of at least 1, or auto.")
     trainer = config.trainer
     if trainer.target_score is not None and not (trainer.eval_task and trainer.eval_steps):
         raise UserError(

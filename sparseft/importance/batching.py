@@ -84,8 +84,9 @@ def groups_of(
         yield from own
         return
     mine = list(own)
+    most = max(ranks.all_gather_object(len(mine)))  # asked before any pass, which all ranks make in step
     yield from mine
-    yield from [Group(every[:1], shown=False)] * (max(ranks.all_gather_object(len(mine))) - len(mine))
+    yield from [Group(every[:1], shown=False)] * (most - len(mine))
 
 
 def split_samples(batch: Mapping[str, Any]) -> Iterator[Sample]:

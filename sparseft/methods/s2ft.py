@@ -80,9 +80,7 @@ class S2FTConfig(SparseConfig):
             raise UserError(f"method.roles is empty: name at least one of {', '.join(ROLES)}.")
         named = [field for field in ("rows", "columns") if getattr(self, field) is not None]
         for field in named:
-            if isinstance(getattr(self, field), str):
-                raise UserError(f"method.{field}={getattr(self, field)}: expected a list of names, such as [fc_in].")
-            if not getattr(self, field) or not all(getattr(self, field)):
+            if not getattr(self, field):
                 raise UserError(f"method.{field} is empty: name at least one linear, or null for none.")
         if named and (self.ratios or self.roles is not None):
             other = "ratios" if self.ratios else "method.roles"
