@@ -74,6 +74,19 @@ def test_a_sparsity_is_met_to_a_column_of_each_linear(make_model: Make, sparsity
     assert abs(sum(map(len, columns.values())) - wanted) <= len(linears)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["largest", "smallest"])
+def test_a_global_choice_by_weight_costs_what_was_asked_for(make_model: Make, kind: str, order: str) -> None:
+    """Columns of wide outputs weigh more and cost more: they compete with their own kind alone."""
+    model = make_model(kind)
+    linears = ModelSpec.of(model).linears
+    columns = chosen(model, sparsity=0.8, allocation="global", importance="weight", order=order)
+    trained = sum(len(index) * linears[name][0] for name, index in columns.items())
+    wanted = sum(0.2 * rows * inputs for rows, inputs in linears.values())
+    assert abs(trained - wanted) <= sum(rows for rows, _ in linears.values()) / 2  # half a column of each, by rounding
+    assert len(set(map(len, columns.values()))) > 2  # not as many everywhere
+
+
 def test_a_scope_is_all_that_trains(make_model: Make) -> None:
     assert all("mlp" in name for name in chosen(make_model("llama"), rank=2, scope="mlp"))
 
@@ -81,6 +94,9 @@ def test_a_scope_is_all_that_trains(make_model: Make) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"rank": "3"}, r"method.rank=3: expected a whole number or null"),
+        ({"rank": 1.5}, r"method.rank=1.5: expected a whole number or null"),
+        ({"rank": True}, r"method.rank=true: expected a whole number or null"),
         ({"rank": 0}, r"method.rank=0: expected at least 1, or null"),
         ({"rank": 4, "sparsity": 0.9}, r"sparsity=0.9 and method.rank=4 both set the size: give one"),
         ({"rank": 10_000}, r"method.rank=10000: model\.layers\..* has only \d+ input features; use at most \d+"),
