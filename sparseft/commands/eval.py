@@ -35,7 +35,7 @@ def run(
     target = find_target(config, run=run, adapter=adapter, base=base, overrides=overrides)
     # What would be refused after the answers, which may take hours, is refused before them.
     _check_writable(config, target)
-    data_dir = data_folder(config.eval, target.model.path)
+    data_dir = data_folder(config.eval, (target.base or target.model).path)  # a whole model lies in its run
     console.log(f"evaluating {target.what} on {', '.join(tasks)}")
 
     # Tasks and data first: a wrong name or folder should not wait for the model to load.

@@ -20,7 +20,6 @@ from sparseft.models.spec import ModelSpec
 from sparseft.selection import cache
 from sparseft.selection.cache import Selected
 from sparseft.selection.compute import Request
-from sparseft.training.checks import check_data, check_model
 from sparseft.training.distributed_trainer import check_zero
 
 
@@ -41,9 +40,10 @@ class Prepared:
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Loads tokenizer, data and model, the cheapest to check first, and says what they are."""
-    check_data(config)
-    check_model(config)
+    """Loads tokenizer, data and model, the cheapest to check first, and says what they are.
+
+    `checks.check_data` and `checks.check_model` come before, once, by the command.
+    """
     transformers.logging.disable_progress_bar()
     device = resolve_device(config.hardware.device)
     kernel_for(torch.empty(0, device=device))  # an unusable SPARSEFT_KERNELS is said before anything is computed

@@ -168,3 +168,11 @@ def test_splits_and_batch_sizes_that_are_none(world: Path) -> None:
         world, "eval", "boolq", "--base", "--batch-size=2", "eval.batch_size=2"
     )
     assert "Did you mean 'any'" in refused(world, "eval", "boolq", "--base", "eval.split=an")
+
+
+def test_the_bundled_questions_are_found_for_a_whole_model_too(tmp_path: Path) -> None:
+    """The trained model lies in its run; the questions lie beside the model that it was trained from."""
+    words = ["method=full", "trainer.max_steps=1", "dataset.eval_fraction=0"]
+    sparseft(tmp_path, "train", *words, "output_dir=run")
+    done = sparseft(tmp_path, "eval", "boolq", "--run=run", "--limit=1", "eval.max_new_tokens=1", "--json")
+    assert done.json["tasks"]["boolq"]["samples"] == 1
