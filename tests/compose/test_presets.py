@@ -83,7 +83,11 @@ def test_sylva_and_lora_train_as_many_weights_in_both_scopes() -> None:
     assert abs(counts["sylva"] - counts["sylva_linear"]) < 0.1 * counts["sylva"], counts
 
 
-@pytest.mark.parametrize("name", PRESETS)
+DAILY = {name.split("_")[0]: name for name in PRESETS}.values()  # of each method one
+
+
+@pytest.mark.parametrize("name", [name if name in DAILY else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in PRESETS])  # fmt: skip
 def test_dry_run(name: str, in_tmp: Path) -> None:
     """Two steps in this process, on the bundled model and data."""
     config = make(name)

@@ -82,9 +82,18 @@ def measured(config: Any, content: Any, dtype: torch.dtype) -> int:
     return contender.peak_bytes
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["s2ft", "sylva", "lora", "dora", "full"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "phi3", "opt", "gpt2", "mixtral", "qwen3_moe"])
+KINDS = ["llama", "qwen2", "gemma2", "phi3", "opt", "gpt2", "mixtral", "qwen3_moe"]
+PLANNED = [(kind, method, checkpointing) for kind in KINDS for checkpointing in (False, True)
+           for method in ("s2ft", "sylva", "lora", "dora", "full")]  # fmt: skip
+
+
+def daily(kind: str, method: str, checkpointing: bool) -> bool:
+    """Every method on one architecture, and on the others one."""
+    return kind == "llama" or (method == "s2ft" and not checkpointing)
+
+
+@pytest.mark.parametrize(("kind", "method", "checkpointing"), [
+    each if daily(*each) else pytest.param(*each, marks=pytest.mark.slow) for each in PLANNED])  # fmt: skip
 def test_the_plan_is_what_a_step_takes(kind: str, method: str, checkpointing: bool) -> None:
     config = configured(method, f"hardware.gradient_checkpointing={str(checkpointing).lower()}")
     for dtype in (torch.float32, torch.bfloat16) if kind == "llama" else (torch.float32,):
