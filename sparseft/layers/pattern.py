@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch, reference
+from sparseft.layers.changes import changes
 from sparseft.layers.product import SharedSlice
 
 # A layer of blocks that stands alone saves the needed column blocks of x when they are at most this share of it: a
@@ -96,6 +97,7 @@ class Pattern(nn.Module):
         """Reads `base_values` anew from a weight (out, in) that holds the base's entries."""
         self.to(weight.device)
         self.base_values = self._read(weight)
+        changes.add()
         if self.inactive is not None:
             at = self.stored(self.inactive.index)
             self.inactive.base = reference.gather(weight.detach(), self.kind, at, self.block_size).cpu()
@@ -129,6 +131,7 @@ class Pattern(nn.Module):
 
     def _locate(self) -> None:
         """Ahead of the forward pass: what depends on the index's values cannot be compiled into a graph."""
+        changes.add()
         self.needed_columns = self.position = None
         self._block_runs: dict[int, BlockRuns] = {}
         self.run: reference.Run | None = None
@@ -152,6 +155,10 @@ class Pattern(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.written_version = -1  # a copy's delta counts its versions anew: to be written once more
+
+    def wrote(self, version: int) -> None:
+        """The weight holds base + delta, the delta being of this version."""
+        self.__dict__["written_version"] = version  # nn.Module's own way takes 1 µs, for each layer in each step
 
     @property
     def stale(self) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparseft.distributed.zero3 import full_shape, gathered, is_sharded
 from sparseft.kernels import reference
+from sparseft.layers.changes import changes
 from sparseft.layers.pattern import Pattern, as_index, version_of
 from sparseft.layers.permutation import can_train, inverse, permute_entries, permuted
 from sparseft.layers.product import Plan, SparseProduct, dense_product
@@ -112,6 +113,10 @@ class SparseLinear(nn.Module):
         """The weight as (out, in), in the order in which it is stored: a view, without gradient."""
         return logical_weight(self)
 
+    def weight_parameter(self) -> Tensor:
+        """The parameter whose storage the weight has; past `nn.Module.__getattr__`, as it is asked for in each step."""
+        return self._parameters["weight"]
+
     @property
     def is_permuted(self) -> bool:
         """Whether the weight is stored in another order than the checkpoint's."""
@@ -174,6 +179,7 @@ class SparseLinear(nn.Module):
                 self.add_module(kind, pattern)
         self.write_inactive()
         self.write_back()
+        changes.add()
         return old
 
     @torch.no_grad()
@@ -220,7 +226,7 @@ class SparseLinear(nn.Module):
                 values = reference.gather(total, p.kind, p.at, p.block_size).to(weight.dtype)
                 reference.scatter_(weight, p.kind, p.at, values, p.block_size)
         for pattern in patterns:
-            pattern.written_version = version_of(pattern.delta)
+            pattern.wrote(version_of(pattern.delta))
 
     def write_if_stale(self) -> None:
         """`write_back` where a delta was changed by other means than an optimizer's step."""
@@ -255,6 +261,7 @@ class SparseLinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         dtype = self.weight.dtype
         super()._apply(fn, recurse)
+        changes.add()
         if self.weight.dtype != dtype:
             self.write_inactive()
             self.write_back()  # base and delta were cast apart: their sum is rounded once again from fp32
@@ -331,6 +338,7 @@ class SparseLinear(nn.Module):
             raise ValueError("inactive entries need a weight that can be written")
         self.restore_base()
         self.merged = False
+        changes.add()
 
     @torch.no_grad()
     def _take_new_base(self) -> None:

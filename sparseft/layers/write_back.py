@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparseft.layers.changes import changes
 from sparseft.layers.pattern import Pattern
 
 
@@ -37,6 +38,8 @@ def enrol(layer: FollowsDeltas) -> None:
     """The layer's weight is written after the steps of any optimizer that holds one of its deltas, as long as it
     lives."""
     _enrolled.add(layer)
+    changes.add()
+    weakref.finalize(layer, changes.add).atexit = False
 
 
 def layers_of(parameters: Iterable[Tensor]) -> dict[int, tuple[Any, Pattern]]:
