@@ -269,7 +269,12 @@ class Table:
         chunks: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
         for number, entry in enumerate(entries):
             values = _wide_values(entry)
-            constants = KINDS.index(entry.kind), WEIGHT_DTYPES[entry.weight.dtype], values, values and _wide_weight(entry)
+            constants = (
+                KINDS.index(entry.kind),
+                WEIGHT_DTYPES[entry.weight.dtype],
+                values,
+                values and _wide_weight(entry),
+            )
             firsts = range(0, entry.delta.numel(), CHUNK)
             chunks.setdefault(constants, []).extend((number, first) for first in firsts)
         self.launches = [(constants, _upload(pairs, torch.int32, device)) for constants, pairs in chunks.items()]

@@ -31,6 +31,8 @@ _REFUSED = ("amsgrad", "maximize", "capturable", "differentiable")
 _FUSED_DEVICES = ("cpu", "cuda")  # where torch's fused AdamW is used
 _state_tensors = operator.itemgetter("exp_avg", "exp_avg_sq", "step")
 Gradients = Sequence[Tensor | None]
+Groups = Sequence[dict[str, Any]]
+Flag = Tensor | None
 
 
 class SparseAdamW(WritesWeights, torch.optim.AdamW):
@@ -51,7 +53,7 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
 
     kernel_devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
     found_inf: Tensor | None = None
-    grad_scale: Tensor | None = None
+    grad_scale: Tensor | None  # no value at all until there is one: GradScaler would multiply by a None
     _step_supports_amp_scaling = True  # GradScaler sets these two, and does not ask the device itself
     _plan: _Plan | None = None  # not part of the state: copies and loaded optimizers make their own
 
@@ -109,9 +111,10 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
                 if grad is not None and not self.state[parameter]:
                     self.state[parameter] = _fresh_state(parameter)
             plan = self._plan = _Plan(self, parameters)
-        plan.write_stale(grads, may_stop=self.found_inf is not None)
-        plan.step_by_kernel(self, grads)
-        plan.step_by_torch(self, grads)
+        found_inf, grad_scale = _as_scalar(self.found_inf), _as_scalar(getattr(self, "grad_scale", None))
+        plan.write_stale(grads, may_stop=found_inf is not None)
+        plan.step_by_kernel(self.param_groups, grads, found_inf, grad_scale)
+        plan.step_by_torch(self.param_groups, grads, found_inf, grad_scale)
         return loss
 
 
@@ -212,16 +215,13 @@ class _Plan:
             if version_of(self.parameters[place]) != self.patterns[place]().written_version:
                 self.layers[place]().write_back()
 
-    def step_by_kernel(self, optimizer: SparseAdamW, grads: Gradients) -> None:
+    def step_by_kernel(self, groups: Groups, grads: Gradients, found_inf: Flag, grad_scale: Flag) -> None:
         """Updates and writes what the kernel takes."""
         if not self.tables:
             return
         from sparseft.kernels.adamw_triton import numbers_of
 
-        numbers = [
-            numbers_of(group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-            for group in optimizer.param_groups
-        ]
+        numbers = [numbers_of(group["lr"], *group["betas"], group["eps"], group["weight_decay"]) for group in groups]
         for table, places in self.tables:
             own = [grads[place] for place in places]
             present = [grad for grad in own if grad is not None]
@@ -230,7 +230,7 @@ class _Plan:
             if not all([g.is_contiguous() for g in present]) or any([g.dtype != torch.float32 for g in present]):
                 # The copies live until the launch is queued: the allocator keeps streams in order.
                 own = [None if grad is None else grad.float().contiguous() for grad in own]
-            table.run(own, numbers, optimizer.found_inf, optimizer.grad_scale)
+            table.run(own, numbers, found_inf, grad_scale)
         deltas, weights, patterns = self.kernel_deltas, self.weights, self.kernel_patterns
         active = [grads[place] is not None for place in self.by_kernel]
         if not all(active):
@@ -241,29 +241,32 @@ class _Plan:
             pattern().wrote(delta._version)
         self.kernel_versions = [delta._version for delta in self.kernel_deltas]
 
-    def step_by_torch(self, optimizer: SparseAdamW, grads: Gradients) -> None:
+    def step_by_torch(self, groups: Groups, grads: Gradients, found_inf: Flag, grad_scale: Flag) -> None:
         """Updates the others by torch's own AdamW, of its kinds the fused one where it can be, and writes the layers."""
-        for group, kinds in zip(optimizer.param_groups, self.by_torch, strict=True):
-            for places, is_fused in zip(kinds, (True, False), strict=True):
-                chosen = [place for place in places if grads[place] is not None]
-                if chosen:
-                    self._adamw(optimizer, group, chosen, [grads[place] for place in chosen], is_fused)
+        for group, (fused, others) in zip(groups, self.by_torch, strict=True):
+            chosen = [(place, grad) for place in fused if (grad := grads[place]) is not None]
+            # it pairs elements by their place in memory
+            own = [grad if grad.is_contiguous() else grad.contiguous() for _, grad in chosen]
+            self._adamw(group, [place for place, _ in chosen], own, True, found_inf, grad_scale)
+            chosen = [(place, grad) for place in others if (grad := grads[place]) is not None]
+            if chosen and not (found_inf is not None and float(found_inf) == 1):
+                own = [grad if grad_scale is None else grad / grad_scale.to(grad.device) for _, grad in chosen]
+                self._adamw(group, [place for place, _ in chosen], own, None, None, None)
         for ref in dict.fromkeys(self.layers[place] for place in self.written if grads[place] is not None):
             ref().write_back()
 
     def _adamw(
-        self, optimizer: SparseAdamW, group: dict[str, Any], places: list[int], grads: list[Any], is_fused: bool
+        self,
+        group: dict[str, Any],
+        places: list[int],
+        grads: list[Tensor],
+        fused: bool | None,
+        found_inf: Flag,
+        grad_scale: Flag,
     ) -> None:
+        if not places:
+            return
         parameters, states = [self.parameters[place] for place in places], [self.states[place] for place in places]
-        found_inf, grad_scale = optimizer.found_inf, optimizer.grad_scale
-        if is_fused:  # pairs elements by their place in memory
-            grads = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
-        else:
-            if found_inf is not None and float(found_inf) == 1:
-                return
-            if grad_scale is not None:
-                grads = [grad / grad_scale.to(grad.device) for grad in grads]
-            found_inf = grad_scale = None
         beta1, beta2 = group["betas"]
         adamw(
             parameters,
@@ -272,7 +275,7 @@ class _Plan:
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            fused=is_fused or None,
+            fused=fused,
             grad_scale=grad_scale,
             found_inf=found_inf,
             has_complex=any(parameter.is_complex() for parameter in parameters),
@@ -294,9 +297,13 @@ def _check_group(group: dict[str, Any]) -> None:
         raise UserError("SparseAdamW: expected lr as a number, got a tensor.")
 
 
+def _as_scalar(number: Flag) -> Flag:
+    """Without a dimension, as torch's fused AdamW takes it."""
+    return number if number is None or number.dim() == 0 else number.reshape(())
+
+
 def _fuses(parameter: Tensor, state: dict[str, Tensor]) -> bool:
-    """Whether torch's fused AdamW may take it: that one pairs elements by their place in memory, whatever the strides
-    of gradient and moments."""
+    """Whether torch's fused AdamW may take it."""
     tensors = (parameter, state["exp_avg"], state["exp_avg_sq"])
     return (
         parameter.is_floating_point()
