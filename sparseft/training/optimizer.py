@@ -103,7 +103,7 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
                 loss = closure()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         grads = [parameter.grad for parameter in parameters]
-        if any([grad.is_sparse for grad in grads if grad is not None]):
+        if torch.sparse_coo in {grad.layout for grad in grads if grad is not None}:
             raise RuntimeError("AdamW does not take sparse gradients: use torch.optim.SparseAdam.")
         plan = self._plan
         if plan is None or not plan.holds(self, parameters, grads):
@@ -138,8 +138,10 @@ class _Plan:
         self.layers: dict[int, Callable[[], Any]] = {place: weakref.ref(layer) for place, layer, _ in found}
         self.patterns: dict[int, Callable[[], Any]] = {place: weakref.ref(pattern) for place, _, pattern in found}
         self.tables: list[tuple[Table, list[int]]] = []
-        if _has_triton():
-            self._make_tables(optimizer.kernel_devices)
+        devices = optimizer.kernel_devices
+        candidates = [p for p in self.layers if self.states[p] and parameters[p].device.type in devices]
+        if candidates and _has_triton():
+            self._make_tables(candidates)
         self.by_kernel = [place for _, places in self.tables for place in places]
         self.kernel_deltas = [parameters[place] for place in self.by_kernel]
         self.kernel_layers = [self.layers[place] for place in self.by_kernel]
@@ -157,17 +159,15 @@ class _Plan:
         self.state_ids = [id(state) for state in optimizer.state.values()]
         self.seen = self._look()
 
-    def _make_tables(self, devices: frozenset[str]) -> None:
-        """Tables of the deltas that the kernel can take; the others are torch's."""
+    def _make_tables(self, candidates: Sequence[int]) -> None:
+        """Tables of those deltas that the kernel can take; the others are torch's."""
         from sparseft.kernels.adamw_triton import Entry, Table
 
         entries: dict[torch.device, list[Entry]] = {}
         places: dict[torch.device, list[int]] = {}
-        for place, ref in self.layers.items():
-            layer, pattern, state = ref(), self.patterns[place](), self.states[place]
+        for place in candidates:
+            layer, pattern, state = self.layers[place](), self.patterns[place](), self.states[place]
             delta = self.parameters[place].detach()
-            if delta.device.type not in devices or not state:
-                continue
             moments, base = (state["exp_avg"], state["exp_avg_sq"]), pattern.base_values
             weight, at, group = layer.logical_weight, pattern.at, self.groups[place]
             entry = Entry(delta, *moments, base, weight, at, pattern.kind, state["step"], group)
@@ -227,7 +227,7 @@ class _Plan:
             present = [grad for grad in own if grad is not None]
             if not present:
                 continue
-            if not all([g.is_contiguous() for g in present]) or any([g.dtype != torch.float32 for g in present]):
+            if not all(map(Tensor.is_contiguous, present)) or {grad.dtype for grad in present} != {torch.float32}:
                 # The copies live until the launch is queued: the allocator keeps streams in order.
                 own = [None if grad is None else grad.float().contiguous() for grad in own]
             table.run(own, numbers, found_inf, grad_scale)
@@ -242,7 +242,7 @@ class _Plan:
         self.kernel_versions = [delta._version for delta in self.kernel_deltas]
 
     def step_by_torch(self, groups: Groups, grads: Gradients, found_inf: Flag, grad_scale: Flag) -> None:
-        """Updates the others by torch's own AdamW, of its kinds the fused one where it can be, and writes the layers."""
+        """Updates the others by torch's own AdamW, by its fused kind where it can be, and writes their layers."""
         for group, (fused, others) in zip(groups, self.by_torch, strict=True):
             chosen = [(place, grad) for place in fused if (grad := grads[place]) is not None]
             # it pairs elements by their place in memory

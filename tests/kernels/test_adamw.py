@@ -33,8 +33,14 @@ def off_by(tensor: Tensor, elements: int) -> Tensor:
 
 
 def entry(
-    kind: str, shape: tuple[int, int], index: object, dtype: torch.dtype, size: int | None = None, off: int = 0, step: int = 0
-) -> kernels.Entry:  # fmt: skip
+    kind: str,
+    shape: tuple[int, int],
+    index: object,
+    dtype: torch.dtype,
+    size: int | None = None,
+    off: int = 0,
+    step: int = 0,
+) -> kernels.Entry:
     weight = torch.randn(shape, device=DEVICE).to(dtype)
     at = index if isinstance(index, tuple) else torch.tensor(index, device=DEVICE)
     base = reference.gather(weight, kind, at, size)

@@ -1,4 +1,4 @@
-"""Kernels compiled to machine code: needs no device, but a process in which Triton was imported without its interpreter."""
+"""Kernels compiled to machine code: needs no device, but a process in which Triton has not its interpreter on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def run_compiling(code: str, folder: Path) -> str:
     return done.stdout
 
 
-def compiled(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], architecture: int, **options: Any) -> Compiled:  # fmt: skip
+def compiled(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], architecture: int, **options: Any
+) -> Compiled:
     """`kernel` for NVIDIA GPUs of `architecture` (90: sm_90); `types` of its arguments, as "*fp32" or "i32"; arguments'
     addresses are taken to be multiples of 16, as torch's are."""
     import triton
