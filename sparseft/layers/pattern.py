@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch, reference
-from sparseft.layers.changes import changes
 from sparseft.layers.product import SharedSlice
 
 # A layer of blocks that stands alone saves the needed column blocks of x when they are at most this share of it: a
@@ -21,6 +20,17 @@ SLICE_SHARE = 0.5
 
 INACTIVE = "parked_"  # how a state dict's names of inactive entries begin; checkpoints hold them
 BlockRuns = list[tuple[Tensor, Tensor]]  # see `block_runs`
+
+
+class Changes:
+    """Counts what happens to any pattern, of any layer, that makes a plan of how to train it out of date. That is
+    seldom, and a plan is made quickly; to know in each forward pass that nothing happened takes one comparison."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+changes = Changes()
 
 
 @dataclass
@@ -97,7 +107,7 @@ class Pattern(nn.Module):
         """Reads `base_values` anew from a weight (out, in) that holds the base's entries."""
         self.to(weight.device)
         self.base_values = self._read(weight)
-        changes.add()
+        changes.count += 1
         if self.inactive is not None:
             at = self.stored(self.inactive.index)
             self.inactive.base = reference.gather(weight.detach(), self.kind, at, self.block_size).cpu()
@@ -131,7 +141,7 @@ class Pattern(nn.Module):
 
     def _locate(self) -> None:
         """Ahead of the forward pass: what depends on the index's values cannot be compiled into a graph."""
-        changes.add()
+        changes.count += 1
         self.needed_columns = self.position = None
         self._block_runs: dict[int, BlockRuns] = {}
         self.run: reference.Run | None = None

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from sparseft.distributed.zero3 import full_shape, gathered, is_sharded
 from sparseft.kernels import reference
-from sparseft.layers.changes import changes
-from sparseft.layers.pattern import Pattern, as_index, version_of
+from sparseft.layers.pattern import Pattern, as_index, changes, version_of
 from sparseft.layers.permutation import can_train, inverse, permute_entries, permuted
 from sparseft.layers.product import Plan, SparseProduct, dense_product
 from sparseft.layers.unmerged import add_deltas
@@ -179,7 +178,7 @@ class SparseLinear(nn.Module):
                 self.add_module(kind, pattern)
         self.write_inactive()
         self.write_back()
-        changes.add()
+        changes.count += 1
         return old
 
     @torch.no_grad()
@@ -261,7 +260,7 @@ class SparseLinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         dtype = self.weight.dtype
         super()._apply(fn, recurse)
-        changes.add()
+        changes.count += 1
         if self.weight.dtype != dtype:
             self.write_inactive()
             self.write_back()  # base and delta were cast apart: their sum is rounded once again from fp32
@@ -338,7 +337,7 @@ class SparseLinear(nn.Module):
             raise ValueError("inactive entries need a weight that can be written")
         self.restore_base()
         self.merged = False
-        changes.add()
+        changes.count += 1
 
     @torch.no_grad()
     def _take_new_base(self) -> None:

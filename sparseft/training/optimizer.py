@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from sparseft.errors import UserError
-from sparseft.layers.changes import changes
-from sparseft.layers.pattern import version_of
+from sparseft.layers.pattern import changes, version_of
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.layers.write_back import WritesWeights, layers_of
 
