@@ -207,9 +207,11 @@ class SparseLinear(nn.Module):
     def write_back(self) -> None:
         """Writes base + delta into the weight, rounded once from fp32."""
         patterns = list(self.patterns.values())
-        if not patterns or self.weight.is_meta or not self.merged:
+        if not patterns or not self.merged:
             return
         weight = self.logical_weight
+        if weight.is_meta:
+            return
         if len(patterns) == 1:
             pattern = patterns[0]
             values = (pattern.base_values + pattern.delta).to(weight.dtype)  # in fp32, or float64 where the base is

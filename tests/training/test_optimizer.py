@@ -665,3 +665,49 @@ def test_on_the_gpu_a_step_takes_few_launches() -> None:
             torch.cuda.synchronize()
         counts.append(sum(event.count for event in profile.key_averages() if event.key == "_adamw_kernel"))
     assert counts == [2, 2]
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_no_step_waits() -> None:
+    """Nor where gradients lie elsewhere and rates are others."""
+    model = zoo().cuda()
+    optimizer = SparseAdamW(trained(model), lr=1e-2)
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    run(model, optimizer, range(2))
+    give_gradients(model, 2)
+    optimizer.param_groups[0]["lr"] = 2e-2
+    for layer in [layer for layer in sparse_layers(model).values() if len(layer.patterns) > 1]:
+        for pattern in layer.patterns.values():  # torch's, and a write-back that looks at the indices of cut blocks
+            pattern.delta.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_a_step_can_be_captured() -> None:
+    """Replays count steps, and heed the flag, by what the device holds at the time."""
+    model: nn.Module = nn.ModuleDict({kind: layer_of(kind) for kind in ("rows", "columns", "blocks")}).cuda()
+    oracle, bases = copy.deepcopy(model), bases_of(model)
+    ours, theirs = SparseAdamW(trained(model), lr=1e-2), torch.optim.AdamW(trained(oracle), lr=1e-2)
+    ours.found_inf = torch.zeros((), device="cuda")
+    give_gradients(model, 0)
+    ours.step()
+    run(oracle, theirs, range(1))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    for step in range(1, 6):
+        give_gradients(oracle, step)
+        for parameter, twin in zip(trained(model), trained(oracle), strict=True):
+            parameter.grad.copy_(twin.grad)
+        ours.found_inf.fill_(float(step == 3))
+        graph.replay()
+        if step != 3:
+            theirs.step()
+    check_alike(model, oracle)
+    check_state(ours, theirs)
+    check_weights(model, bases)
