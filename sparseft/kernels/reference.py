@@ -58,12 +58,17 @@ def trainable_entries(kind: str, index: Tensor, shape: tuple[int, int], block_si
 
 
 def _full_blocks(weight: Tensor, index: Tensor, block_size: int) -> tuple[Tensor | None, Tensor]:
-    """A (rows of blocks, columns of blocks, B, B) view over the whole blocks, and which of `index` are whole."""
+    """The whole blocks (`_blocks_view`; None: there are none), and which of `index` are whole."""
     out_features, in_features = weight.shape
     whole = (index[:, 0] < out_features // block_size) & (index[:, 1] < in_features // block_size)
     if out_features < block_size or in_features < block_size:
         return None, whole
-    return weight.unfold(0, block_size, block_size).unfold(1, block_size, block_size), whole
+    return _blocks_view(weight, block_size), whole
+
+
+def _blocks_view(weight: Tensor, block_size: int) -> Tensor:
+    """A (rows of blocks, columns of blocks, B, B) view over the whole blocks."""
+    return weight.unfold(0, block_size, block_size).unfold(1, block_size, block_size)
 
 
 def gather(weight: Tensor, kind: str, index: Tensor | Run, block_size: int | None = None) -> Tensor:
@@ -77,8 +82,7 @@ def gather(weight: Tensor, kind: str, index: Tensor | Run, block_size: int | Non
     assert block_size is not None
     out_features, in_features = weight.shape
     if out_features % block_size == 0 and in_features % block_size == 0:
-        view, _ = _full_blocks(weight, index, block_size)
-        return view[index[:, 0], index[:, 1]].contiguous()
+        return _blocks_view(weight, block_size)[index[:, 0], index[:, 1]].contiguous()
     values = weight.new_zeros(len(index), block_size, block_size)
     view, whole = _full_blocks(weight, index, block_size)
     if view is not None:
@@ -101,10 +105,10 @@ def scatter_(weight: Tensor, kind: str, index: Tensor | Run, values: Tensor, blo
     else:
         assert block_size is not None
         out_features, in_features = weight.shape
-        view, whole = _full_blocks(weight, index, block_size)
         if out_features % block_size == 0 and in_features % block_size == 0:
-            view[index[:, 0], index[:, 1]] = values
+            _blocks_view(weight, block_size)[index[:, 0], index[:, 1]] = values
             return
+        view, whole = _full_blocks(weight, index, block_size)
         if view is not None:
             view[index[whole, 0], index[whole, 1]] = values[whole]
         for position in (~whole).nonzero().flatten().tolist():

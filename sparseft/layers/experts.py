@@ -138,7 +138,11 @@ class ExpertLinear(SparseLinear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The expert's slice (out, in): a view of the 3-D parameter."""
-        return stack_parameter(self._experts[0], self.parameter)[self.number]
+        return self.weight_parameter()[self.number]
+
+    def weight_parameter(self) -> Tensor:
+        """The 3-D parameter, of all experts."""
+        return stack_parameter(self._experts[0], self.parameter)
 
     def put_in_place(self, *, eager: bool = False) -> None:
         """The experts module uses this layer from now on for its expert.

@@ -22,6 +22,17 @@ INACTIVE = "parked_"  # how a state dict's names of inactive entries begin; chec
 BlockRuns = list[tuple[Tensor, Tensor]]  # see `block_runs`
 
 
+class Changes:
+    """Counts what happens to any pattern, of any layer, that makes a plan of how to train it out of date. That is
+    seldom, and a plan is made quickly; to know in each forward pass that nothing happened takes one comparison."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+changes = Changes()
+
+
 @dataclass
 class Entries:
     """Some entries of a pattern: index (k,) or (n, 2), their deltas in fp32 and base values, shaped as values are."""
@@ -96,6 +107,7 @@ class Pattern(nn.Module):
         """Reads `base_values` anew from a weight (out, in) that holds the base's entries."""
         self.to(weight.device)
         self.base_values = self._read(weight)
+        changes.count += 1
         if self.inactive is not None:
             at = self.stored(self.inactive.index)
             self.inactive.base = reference.gather(weight.detach(), self.kind, at, self.block_size).cpu()
@@ -129,6 +141,7 @@ class Pattern(nn.Module):
 
     def _locate(self) -> None:
         """Ahead of the forward pass: what depends on the index's values cannot be compiled into a graph."""
+        changes.count += 1
         self.needed_columns = self.position = None
         self._block_runs: dict[int, BlockRuns] = {}
         self.run: reference.Run | None = None
@@ -152,6 +165,10 @@ class Pattern(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.written_version = -1  # a copy's delta counts its versions anew: to be written once more
+
+    def wrote(self, version: int) -> None:
+        """The weight holds base + delta, the delta being of this version."""
+        self.__dict__["written_version"] = version  # nn.Module's own way takes 1 µs, for each layer in each step
 
     @property
     def stale(self) -> bool:

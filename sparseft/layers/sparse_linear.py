@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sparseft.distributed.zero3 import full_shape, gathered, is_sharded
 from sparseft.kernels import reference
-from sparseft.layers.pattern import Pattern, as_index, version_of
+from sparseft.layers.pattern import Pattern, as_index, changes, version_of
 from sparseft.layers.permutation import can_train, inverse, permute_entries, permuted
 from sparseft.layers.product import Plan, SparseProduct, dense_product
 from sparseft.layers.unmerged import add_deltas
@@ -112,6 +112,10 @@ class SparseLinear(nn.Module):
         """The weight as (out, in), in the order in which it is stored: a view, without gradient."""
         return logical_weight(self)
 
+    def weight_parameter(self) -> Tensor:
+        """The parameter whose storage the weight has; past `nn.Module.__getattr__`, as it is asked for in each step."""
+        return self._parameters["weight"]
+
     @property
     def is_permuted(self) -> bool:
         """Whether the weight is stored in another order than the checkpoint's."""
@@ -174,6 +178,7 @@ class SparseLinear(nn.Module):
                 self.add_module(kind, pattern)
         self.write_inactive()
         self.write_back()
+        changes.count += 1
         return old
 
     @torch.no_grad()
@@ -202,9 +207,11 @@ class SparseLinear(nn.Module):
     def write_back(self) -> None:
         """Writes base + delta into the weight, rounded once from fp32."""
         patterns = list(self.patterns.values())
-        if not patterns or self.weight.is_meta or not self.merged:
+        if not patterns or not self.merged:
             return
         weight = self.logical_weight
+        if weight.is_meta:
+            return
         if len(patterns) == 1:
             pattern = patterns[0]
             values = (pattern.base_values + pattern.delta).to(weight.dtype)  # in fp32, or float64 where the base is
@@ -220,7 +227,7 @@ class SparseLinear(nn.Module):
                 values = reference.gather(total, p.kind, p.at, p.block_size).to(weight.dtype)
                 reference.scatter_(weight, p.kind, p.at, values, p.block_size)
         for pattern in patterns:
-            pattern.written_version = version_of(pattern.delta)
+            pattern.wrote(version_of(pattern.delta))
 
     def write_if_stale(self) -> None:
         """`write_back` where a delta was changed by other means than an optimizer's step."""
@@ -255,6 +262,7 @@ class SparseLinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         dtype = self.weight.dtype
         super()._apply(fn, recurse)
+        changes.count += 1
         if self.weight.dtype != dtype:
             self.write_inactive()
             self.write_back()  # base and delta were cast apart: their sum is rounded once again from fp32
@@ -331,6 +339,7 @@ class SparseLinear(nn.Module):
             raise ValueError("inactive entries need a weight that can be written")
         self.restore_base()
         self.merged = False
+        changes.count += 1
 
     @torch.no_grad()
     def _take_new_base(self) -> None:

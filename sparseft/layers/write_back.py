@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparseft.layers.pattern import Pattern
+from sparseft.layers.pattern import Pattern, changes
 
 
 class FollowsDeltas(Protocol):
@@ -37,6 +37,12 @@ def enrol(layer: FollowsDeltas) -> None:
     """The layer's weight is written after the steps of any optimizer that holds one of its deltas, as long as it
     lives."""
     _enrolled.add(layer)
+    _count_change()
+    weakref.finalize(layer, _count_change).atexit = False
+
+
+def _count_change() -> None:
+    changes.count += 1
 
 
 def layers_of(parameters: Iterable[Tensor]) -> dict[int, tuple[Any, Pattern]]:

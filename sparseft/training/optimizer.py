@@ -8,8 +8,10 @@ torch's fused AdamW updates the deltas, and each layer that changed is written o
 from __future__ import annotations
 
 import functools
+import operator
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,24 +19,19 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from sparseft.errors import UserError
-from sparseft.layers.pattern import Pattern
+from sparseft.layers.pattern import changes, version_of
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.layers.write_back import WritesWeights, layers_of
 
 if TYPE_CHECKING:
-    from sparseft.kernels.adamw_triton import Entry, Launch
+    from sparseft.kernels.adamw_triton import Entry, Table
 
 _REFUSED = ("amsgrad", "maximize", "capturable", "differentiable")
-
-
-@dataclass(eq=False)
-class _Held:
-    """One parameter of the optimizer in this step, with its layer and pattern if it is a delta."""
-
-    parameter: Tensor
-    group: dict[str, Any]
-    layer: SparseLinear | None
-    pattern: Pattern | None
+_FUSED_DEVICES = ("cpu", "cuda")  # where torch's fused AdamW is used
+_state_tensors = operator.itemgetter("exp_avg", "exp_avg_sq", "step")
+Gradients = Sequence[Tensor | None]
+Groups = Sequence[dict[str, Any]]
+Flag = Tensor | None
 
 
 class SparseAdamW(WritesWeights, torch.optim.AdamW):
@@ -44,12 +41,20 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
     other parameters are updated as ever. Weight decay is decoupled and acts on deltas, never on frozen entries.
     Parameters without a gradient are left alone. A checkpoint of either optimizer loads in the other.
 
+    `found_inf` and `grad_scale`, tensors of one number each, may be set before a step, as `torch.amp.GradScaler` does
+    with torch's fused AdamW: where the first is 1 the step changes nothing, counts of steps included, and gradients
+    are divided by the second. Neither makes the host wait, but for parameters that torch's fused AdamW cannot take
+    (complex numbers, gaps in memory).
+
     Raises `UserError` for `amsgrad`, `maximize`, `capturable`, `differentiable` and a learning rate that is a tensor,
     in a parameter group or a loaded state.
     """
 
     kernel_devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
-    _tables: _Tables | None = None  # not part of the state: copies and loaded optimizers make their own
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None  # no value at all until there is one: GradScaler would multiply by a None
+    _step_supports_amp_scaling = True  # GradScaler sets these two, and does not ask the device itself
+    _plan: _Plan | None = None  # not part of the state: copies and loaded optimizers make their own
 
     def __init__(
         self,
@@ -71,9 +76,19 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
         for group in state_dict["param_groups"]:
             _check_group(group)
         super().load_state_dict(state_dict)
+        self._plan = None
         for state in self.state.values():  # a fused optimizer, or map_location, keeps its counts on the device
             if "step" in state:
                 state["step"] = torch.as_tensor(state["step"]).to(device="cpu", dtype=torch.float32)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: counts of steps are on the CPU there, wherever they are kept between steps."""
+        found = super().state_dict()
+        found["state"] = {
+            key: state | {"step": state["step"].to("cpu", copy=True)} if "step" in state else state
+            for key, state in found["state"].items()
+        }
+        return found
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -85,105 +100,192 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        held = self._held()
-        written = self._step_by_kernel(held)
-        rest = [item for item in held if item.parameter.grad is not None and item not in written]
-        for group in self.param_groups:
-            self._step_by_torch(group, [item.parameter for item in rest if item.group is group])
-        # fused and foreach updates do not count as changes of a tensor's version, so it is no use to look there
-        layers = {item.layer: None for item in rest if item.layer is not None}
-        layers |= {item.layer: None for item in held if item.pattern is not None and item.pattern.stale}
-        for layer in layers:
-            layer.write_back()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        grads = [parameter.grad for parameter in parameters]
+        if torch.sparse_coo in {grad.layout for grad in grads if grad is not None}:
+            raise RuntimeError("AdamW does not take sparse gradients: use torch.optim.SparseAdam.")
+        plan = self._plan
+        if plan is None or not plan.holds(self, parameters, grads):
+            for parameter, grad in zip(parameters, grads, strict=True):
+                if grad is not None and not self.state[parameter]:
+                    self.state[parameter] = _fresh_state(parameter)
+            plan = self._plan = _Plan(self, parameters)
+        found_inf, grad_scale = _as_scalar(self.found_inf), _as_scalar(getattr(self, "grad_scale", None))
+        plan.write_stale(grads, may_stop=found_inf is not None)
+        plan.step_by_kernel(self.param_groups, grads, found_inf, grad_scale)
+        plan.step_by_torch(self.param_groups, grads, found_inf, grad_scale)
         return loss
 
-    def _held(self) -> list[_Held]:
-        """All parameters, with state for those that have a gradient."""
-        sites = layers_of(parameter for group in self.param_groups for parameter in group["params"])
-        held = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    if parameter.grad.is_sparse:
-                        raise RuntimeError("AdamW does not take sparse gradients: use torch.optim.SparseAdam.")
-                    if not self.state[parameter]:
-                        self.state[parameter] = _fresh_state(parameter)
-                held.append(_Held(parameter, group, *sites.get(id(parameter), (None, None))))
-        return held
 
-    def _step_by_kernel(self, held: list[_Held]) -> set[_Held]:
-        """Updates and writes what the kernel can take; returns what it has done."""
-        candidates = [
-            item
-            for item in held
-            if item.pattern is not None
-            and item.parameter.device.type in self.kernel_devices
-            and self.state.get(item.parameter)
+class _Plan:
+    """How the parameters are updated, and by what one sees that it has to be made anew.
+
+    Holds no layer, so that models die when their last user forgets them.
+    """
+
+    def __init__(self, optimizer: SparseAdamW, parameters: list[Tensor]) -> None:
+        self.changes = changes.count
+        self.parameters = parameters
+        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self.groups = [number for number, size in enumerate(self.sizes) for _ in range(size)]
+        self.states: list[dict[str, Any]] = [optimizer.state.get(parameter, {}) for parameter in parameters]
+        self.fresh = [place for place, state in enumerate(self.states) if not state]  # had no gradient yet
+        self.held = [state for state in self.states if state]
+        sites = layers_of(parameters)
+        found = [(place, *sites[id(parameter)]) for place, parameter in enumerate(parameters) if id(parameter) in sites]
+        # alive as long as `changes` stands still
+        self.layers: dict[int, Callable[[], Any]] = {place: weakref.ref(layer) for place, layer, _ in found}
+        self.patterns: dict[int, Callable[[], Any]] = {place: weakref.ref(pattern) for place, _, pattern in found}
+        self.tables: list[tuple[Table, list[int]]] = []
+        devices = optimizer.kernel_devices
+        candidates = [p for p in self.layers if self.states[p] and parameters[p].device.type in devices]
+        if candidates and _has_triton():
+            self._make_tables(candidates)
+        self.by_kernel = [place for _, places in self.tables for place in places]
+        self.kernel_deltas = [parameters[place] for place in self.by_kernel]
+        self.kernel_layers = [self.layers[place] for place in self.by_kernel]
+        self.kernel_patterns = [self.patterns[place] for place in self.by_kernel]
+        self.kernel_versions: list[int] = []  # of deltas that were as written, after the last step
+        by_kernel = set(self.by_kernel)
+        # by group: the places of those that torch's fused AdamW takes, and of those that it does not
+        self.by_torch: list[tuple[list[int], list[int]]] = [([], []) for _ in self.sizes]
+        for place, (parameter, state) in enumerate(zip(parameters, self.states, strict=True)):
+            if state and place not in by_kernel:
+                fuses = _fuses(parameter, state)
+                state["step"] = state["step"].to(parameter.device if fuses else "cpu")
+                self.by_torch[self.groups[place]][0 if fuses else 1].append(place)
+        self.written = [place for place in self.layers if place not in by_kernel]
+        self.state_ids = [id(state) for state in optimizer.state.values()]
+        self.seen = self._look()
+
+    def _make_tables(self, candidates: Sequence[int]) -> None:
+        """Tables of those deltas that the kernel can take; the others are torch's."""
+        from sparseft.kernels.adamw_triton import Entry, Table
+
+        entries: dict[torch.device, list[Entry]] = {}
+        places: dict[torch.device, list[int]] = {}
+        for place in candidates:
+            layer, pattern, state = self.layers[place](), self.patterns[place](), self.states[place]
+            delta = self.parameters[place].detach()
+            moments, base = (state["exp_avg"], state["exp_avg_sq"]), pattern.base_values
+            weight, at, group = layer.logical_weight, pattern.at, self.groups[place]
+            entry = Entry(delta, *moments, base, weight, at, pattern.kind, state["step"], group)
+            if _fits(entry, layer):
+                entries.setdefault(delta.device, []).append(entry)
+                places.setdefault(delta.device, []).append(place)
+        for device, found in entries.items():
+            table = Table(found, len(self.sizes))
+            self.tables.append((table, places[device]))
+            for place, count in zip(places[device], table.counts.unbind(), strict=True):
+                self.states[place]["step"] = count
+
+    def _look(self) -> list[Any]:
+        """What may change without a layer's, or the optimizer's, knowing: where tensors lie, and their layout."""
+        self.weights = [ref().weight_parameter() for ref in self.kernel_layers]
+        tensors = [*self.parameters, *self.weights, *chain.from_iterable(map(_state_tensors, self.held))]
+        return [
+            [*map(Tensor.data_ptr, tensors)],
+            [parameter.is_contiguous() for parameter in self.parameters],
+            [weight.stride() for weight in self.weights],
         ]
-        if not candidates or not _has_triton():
-            return set()
-        keys = [_key(item, self.state[item.parameter]) for item in candidates]
-        if self._tables is None or self._tables.keys != keys:
-            self._tables = _Tables.of(candidates, keys, self.state)
-        done: set[_Held] = set()
-        for launch, places in self._tables.launches:
-            done |= self._launch(launch, [candidates[place] for place in places])
-        for item in done:  # autograd must see what the kernel changed behind its back, so that it refuses stale graphs
-            assert item.layer is not None and item.pattern is not None
-            torch.autograd.graph.increment_version(item.parameter)
-            torch.autograd.graph.increment_version(item.layer.weight)
-            item.pattern.written_version = item.parameter._version
-        return done
 
-    def _launch(self, launch: Launch, items: Sequence[_Held]) -> set[_Held]:
-        from sparseft.kernels.adamw_triton import rates
+    def holds(self, optimizer: SparseAdamW, parameters: list[Tensor], grads: Gradients) -> bool:
+        """Whether nothing has changed since the plan was made."""
+        return (
+            self.changes == changes.count
+            and self.sizes == [len(group["params"]) for group in optimizer.param_groups]
+            and all(map(operator.is_, parameters, self.parameters))
+            and self.state_ids == [id(state) for state in optimizer.state.values()]
+            and all(self.held)
+            and all(grads[place] is None for place in self.fresh)
+            and self.seen == self._look()
+        )
 
-        active = [item for item in items if item.parameter.grad is not None]
-        if not active:
-            return set()
-        steps = [self.state[item.parameter]["step"] for item in active]
-        torch._foreach_add_(steps, 1)
-        made: dict[tuple[int, float], list[float]] = {}  # most tensors share one entry
-        by_item: dict[_Held, list[float]] = {}
-        for item, step in zip(active, steps, strict=True):
-            group, count = item.group, float(step)
-            if (id(group), count) not in made:
-                numbers = rates(group["lr"], *group["betas"], group["eps"], group["weight_decay"], count)
-                made[id(group), count] = numbers
-            by_item[item] = made[id(group), count]
-        nothing = [0.0] * len(next(iter(made.values())))
-        # Copies of gradients in another layout live until the launch is queued: the allocator keeps streams in order.
-        grads = [None if (g := item.parameter.grad) is None else g.float().contiguous() for item in items]
-        launch.run(grads, [by_item.get(item, nothing) for item in items])
-        return set(active)
+    def write_stale(self, grads: Gradients, *, may_stop: bool) -> None:
+        """Writes deltas that were changed by hand and that the step, which may stop at a flag, would leave unwritten.
 
-    def _step_by_torch(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """torch's own update: of the kinds that it has for the CPU, the fused one is the fastest."""
-        fused: list[Tensor] = []
-        other: list[Tensor] = []
-        for parameter in parameters:
-            (fused if _fuses(parameter, self.state[parameter]) else other).append(parameter)
+        Fused and foreach updates do not count as changes of a tensor's version: what they did is no use to look for.
+        """
+        if may_stop and self.kernel_versions != [delta._version for delta in self.kernel_deltas]:
+            places: Iterable[int] = self.patterns
+        else:
+            places = [place for place in self.patterns if grads[place] is None]
+        for place in places:
+            if version_of(self.parameters[place]) != self.patterns[place]().written_version:
+                self.layers[place]().write_back()
+
+    def step_by_kernel(self, groups: Groups, grads: Gradients, found_inf: Flag, grad_scale: Flag) -> None:
+        """Updates and writes what the kernel takes."""
+        if not self.tables:
+            return
+        from sparseft.kernels.adamw_triton import numbers_of
+
+        numbers = [numbers_of(group["lr"], *group["betas"], group["eps"], group["weight_decay"]) for group in groups]
+        for table, places in self.tables:
+            own = [grads[place] for place in places]
+            present = [grad for grad in own if grad is not None]
+            if not present:
+                continue
+            if not all(map(Tensor.is_contiguous, present)) or {grad.dtype for grad in present} != {torch.float32}:
+                # The copies live until the launch is queued: the allocator keeps streams in order.
+                own = [None if grad is None else grad.float().contiguous() for grad in own]
+            table.run(own, numbers, found_inf, grad_scale)
+        deltas, weights, patterns = self.kernel_deltas, self.weights, self.kernel_patterns
+        active = [grads[place] is not None for place in self.by_kernel]
+        if not all(active):
+            deltas, weights, patterns = (list(compress(each, active)) for each in (deltas, weights, patterns))
+        # autograd must see what the kernel changed behind its back, so that it refuses stale graphs
+        torch.autograd.graph.increment_version(deltas + weights)
+        for delta, pattern in zip(deltas, patterns, strict=True):
+            pattern().wrote(delta._version)
+        self.kernel_versions = [delta._version for delta in self.kernel_deltas]
+
+    def step_by_torch(self, groups: Groups, grads: Gradients, found_inf: Flag, grad_scale: Flag) -> None:
+        """Updates the others by torch's own AdamW, by its fused kind where it can be, and writes their layers."""
+        for group, (fused, others) in zip(groups, self.by_torch, strict=True):
+            chosen = [(place, grad) for place in fused if (grad := grads[place]) is not None]
+            # it pairs elements by their place in memory
+            own = [grad if grad.is_contiguous() else grad.contiguous() for _, grad in chosen]
+            self._adamw(group, [place for place, _ in chosen], own, True, found_inf, grad_scale)
+            chosen = [(place, grad) for place in others if (grad := grads[place]) is not None]
+            if chosen and not (found_inf is not None and float(found_inf) == 1):
+                own = [grad if grad_scale is None else grad / grad_scale.to(grad.device) for _, grad in chosen]
+                self._adamw(group, [place for place, _ in chosen], own, None, None, None)
+        for ref in dict.fromkeys(self.layers[place] for place in self.written if grads[place] is not None):
+            ref().write_back()
+
+    def _adamw(
+        self,
+        group: dict[str, Any],
+        places: list[int],
+        grads: list[Tensor],
+        fused: bool | None,
+        found_inf: Flag,
+        grad_scale: Flag,
+    ) -> None:
+        if not places:
+            return
+        parameters, states = [self.parameters[place] for place in places], [self.states[place] for place in places]
         beta1, beta2 = group["betas"]
-        for chosen, is_fused in ((fused, True), (other, None)):
-            if chosen:
-                states = [self.state[p] for p in chosen]
-                adamw(
-                    chosen,
-                    [p.grad for p in chosen],
-                    [state["exp_avg"] for state in states],
-                    [state["exp_avg_sq"] for state in states],
-                    [],
-                    [state["step"] for state in states],
-                    fused=is_fused,
-                    has_complex=any(p.is_complex() for p in chosen),
-                    amsgrad=False,
-                    beta1=beta1,
-                    beta2=beta2,
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                )
+        adamw(
+            parameters,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=fused,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            has_complex=any(parameter.is_complex() for parameter in parameters),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -194,17 +296,23 @@ def _check_group(group: dict[str, Any]) -> None:
         raise UserError("SparseAdamW: expected lr as a number, got a tensor.")
 
 
+def _as_scalar(number: Flag) -> Flag:
+    """Without a dimension, as torch's fused AdamW takes it."""
+    return number if number is None or number.dim() == 0 else number.reshape(())
+
+
 def _fuses(parameter: Tensor, state: dict[str, Tensor]) -> bool:
-    """Whether torch's fused AdamW for the CPU may take it: that one pairs elements by their place in memory, whatever
-    the strides of gradient and moments."""
-    tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-    return parameter.is_floating_point() and all(
-        t.device.type == "cpu" and t.is_contiguous() and t.dtype == parameter.dtype for t in tensors
+    """Whether torch's fused AdamW may take it."""
+    tensors = (parameter, state["exp_avg"], state["exp_avg_sq"])
+    return (
+        parameter.is_floating_point()
+        and parameter.device.type in _FUSED_DEVICES
+        and all(t.device == parameter.device and t.is_contiguous() and t.dtype == parameter.dtype for t in tensors)
     )
 
 
 def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:
-    """As torch's AdamW starts: counts on the CPU, where reading them costs no wait for the device."""
+    """As torch's AdamW starts: counts on the CPU, from where they go to where they are needed."""
     return {
         "step": torch.tensor(0.0, dtype=torch.float32),
         "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -221,34 +329,6 @@ def _has_triton() -> bool:
     return True
 
 
-@dataclass
-class _Tables:
-    """The kernel's launches over what was held when they were made, and by what one sees that anything moved."""
-
-    keys: list[Any]
-    launches: list[tuple[Launch, list[int]]]  # each with the places of its entries among the candidates
-    indices: list[Any]  # held, so that no other index can take their address while `keys` has it
-
-    @classmethod
-    def of(cls, items: Sequence[_Held], keys: list[Any], states: dict[Tensor, Any]) -> _Tables:
-        """Tables over those `items` that the kernel can take; the others are torch's."""
-        from sparseft.kernels.adamw_triton import Entry, Launch
-
-        entries: dict[Any, list[Entry]] = {}
-        places: dict[Any, list[int]] = {}
-        for place, item in enumerate(items):
-            layer, pattern, state = item.layer, item.pattern, states[item.parameter]
-            assert layer is not None and pattern is not None
-            weight, base = layer.logical_weight, pattern.base_values
-            entry = Entry(item.parameter.detach(), state["exp_avg"], state["exp_avg_sq"], base, weight, pattern.at)
-            if _fits(entry, layer):
-                key = (weight.device, weight.dtype, pattern.kind)
-                entries.setdefault(key, []).append(entry)
-                places.setdefault(key, []).append(place)
-        launches = [(Launch(found, key[2]), places[key]) for key, found in entries.items()]
-        return cls(keys, launches, [(item.pattern.index, item.pattern.inverse) for item in items if item.pattern])
-
-
 def _fits(entry: Entry, layer: SparseLinear) -> bool:
     """Whether the kernel can take this delta; patterns of one layer may overlap, which `write_back` sums up."""
     from sparseft.kernels.adamw_triton import LARGEST, WEIGHT_DTYPES
@@ -257,33 +337,12 @@ def _fits(entry: Entry, layer: SparseLinear) -> bool:
     index = (entry.at,) if isinstance(entry.at, Tensor) else ()
     return (
         len(layer.patterns) == 1
+        and layer.merged
         and entry.weight.dtype in WEIGHT_DTYPES
         and entry.base_values.dtype == entry.weight.dtype
         and all(value.dtype == torch.float32 for value in values[:3])
         and all(tensor.is_contiguous() for tensor in (*values, *index))
         and all(tensor.device == entry.weight.device for tensor in (*values, *index))
         and 0 < entry.delta.numel() <= LARGEST
-    )
-
-
-def _key(item: _Held, state: dict[str, Tensor]) -> tuple[Any, ...]:
-    """Changes whenever the kernel's tables have to: other storage, other entries, another order of the weight."""
-    layer, pattern = item.layer, item.pattern
-    assert layer is not None and pattern is not None
-    weight, base, index, inverse, run = layer.weight, pattern.base_values, pattern.index, pattern.inverse, pattern.run
-    return (
-        id(item.parameter),
-        item.parameter.data_ptr(),
-        item.parameter.stride(),
-        state["exp_avg"].data_ptr(),
-        state["exp_avg_sq"].data_ptr(),
-        base.data_ptr(),
-        base.dtype,
-        weight.data_ptr(),
-        weight.dtype,
-        weight.device,
-        weight.stride(),
-        len(layer.patterns),
-        run or (index.data_ptr(), index._version),
-        None if inverse is None else (inverse.data_ptr(), inverse._version),
+        and not entry.delta.is_inference()  # has no version to count
     )

@@ -7,17 +7,20 @@ starts this file so in a process of its own, as Triton reads its variable when i
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import io
 import os
 import subprocess
 import sys
-from pathlib import Path
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
 import sparseft
@@ -31,6 +34,8 @@ from sparseft.training.reselection import move_moments
 from support.places import ROOT
 
 BY_KERNEL = os.environ.get("SPARSEFT_TEST_KERNEL") == "1"
+if BY_KERNEL:
+    from sparseft.kernels import adamw_triton
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 SIZE = 4
 OUT, IN = 22, 13  # divisible by no block size
@@ -135,13 +140,14 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, skip: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_a_hundred_steps_are_torchs_and_a_write_back(dtype: torch.dtype) -> None:
+def test_many_steps_are_torchs_and_a_write_back(dtype: torch.dtype) -> None:
     model = zoo(dtype)
     oracle, bases = copy.deepcopy(model), bases_of(model)
     ours = SparseAdamW(trained(model), lr=1e-2, weight_decay=0.1)
     theirs = torch.optim.AdamW(trained(oracle), lr=1e-2, weight_decay=0.1)
-    slow = BY_KERNEL and dtype != torch.float32  # the interpreter; how deltas move does not depend on the weight
-    steps = range(100 if dtype in (torch.float32, torch.bfloat16) and not slow else 10)
+    # The interpreter is slow, and how deltas move does not depend on the weight.
+    many = (40 if dtype == torch.float32 else 5) if BY_KERNEL else 100
+    steps = range(many if dtype in (torch.float32, torch.bfloat16) else 5)
     run(model, ours, steps)
     run(oracle, theirs, steps)
     check_alike(model, oracle)
@@ -250,27 +256,249 @@ def test_reselection_moves_moments_and_the_tables_follow(kind: str) -> None:
     assert model["a"].patterns[kind].inactive is not None
 
 
-@pytest.mark.skipif(not BY_KERNEL, reason="only the kernel has tables: this runs in the interpreter's process")
-def test_tables_are_made_once_and_again_when_something_moved() -> None:
-    model = zoo()
-    del model["plain"]  # torch's AdamW does not follow a parameter that changes its dtype
+def replace_weight(model: nn.Module, optimizer: Any) -> None:
+    model["rows"].weight = nn.Parameter(model["rows"].weight.detach().clone(), requires_grad=False)
+
+
+def move_data(tensor: Tensor) -> None:
+    tensor.data = tensor.data.clone()
+
+
+def state_of(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    return optimizer.state[model["rows"].delta]
+
+
+def replace_state(model: nn.Module, optimizer: Any) -> None:
+    optimizer.state[model["rows"].delta] = {k: v.clone() for k, v in state_of(model, optimizer).items()}
+
+
+def take_out_and_put_back(model: nn.Module, optimizer: Any) -> None:
+    model["rows"].install(model["rows"].install({}))
+
+
+def add_group(model: nn.Module, optimizer: Any) -> None:
+    torch.manual_seed(1)
+    model["new"] = layer_of("columns")
+    optimizer.add_param_group({"params": [model["new"].delta], "lr": 0.1})
+
+
+def swap_parameters(model: nn.Module, optimizer: Any) -> None:
+    held = optimizer.param_groups[0]["params"]
+    held[0], held[1] = held[1], held[0]
+
+
+def index_in_place(model: nn.Module, optimizer: Any) -> None:
+    """As a state dict is loaded: these entries' own base values come with it."""
+    layer = model["rows"]
+    layer.restore_base()
+    layer.rows.index.copy_(torch.tensor([1, 2, 0]))
+    layer.rows._locate()
+    layer.rows.base_values.copy_(layer.weight.detach()[layer.rows.index])
+
+
+MOVES = {
+    "weight.data": lambda model, _: move_data(model["rows"].weight),
+    "another weight": replace_weight,
+    "delta.data": lambda model, _: move_data(model["rows"].delta),
+    "moment": lambda m, o: state_of(m, o).update(exp_avg=state_of(m, o)["exp_avg"].clone()),
+    "moment.data": lambda m, o: move_data(state_of(m, o)["exp_avg_sq"]),
+    "count": lambda m, o: state_of(m, o).update(step=torch.tensor(7.0)),
+    "state": replace_state,
+    "state forgotten": lambda m, o: o.state.pop(m["rows"].delta),
+    "optimizer's state loaded": lambda _, o: o.load_state_dict(copy.deepcopy(o.state_dict())),
+    "model's state loaded": lambda m, _: m.load_state_dict(copy.deepcopy(m.state_dict())),
+    "index in place": index_in_place,
+    "another dtype": lambda m, _: m.to(torch.bfloat16),
+    "another order": lambda m, _: m["rows"].permute(rows=torch.arange(OUT).roll(5)),
+    "patterns out and in again": take_out_and_put_back,
+    "a second pattern": lambda m, _: m["columns"].add_pattern("rows", [1]),
+    "unmerged": lambda m, _: m["rows"].unmerge(),
+    "another group": add_group,
+    "parameters in another order": swap_parameters,
+}
+
+
+@pytest.mark.parametrize("way", MOVES)
+def test_the_step_follows_whatever_moves(way: str) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = nn.ModuleDict({kind: layer_of(kind) for kind in ("rows", "columns", "blocks")})
+    oracle = copy.deepcopy(model)
+    ours, theirs = SparseAdamW(trained(model), lr=1e-2), torch.optim.AdamW(trained(oracle), lr=1e-2)
+    for m, optimizer in ((model, ours), (oracle, theirs)):
+        run(m, optimizer, range(2))
+        plans = [ours._plan]
+        run(m, optimizer, range(2, 4))
+        plans.append(ours._plan)
+        MOVES[way](m, optimizer)
+        run(m, optimizer, range(4, 6))
+        plans.append(ours._plan)
+        if m is model:
+            assert plans[0] is plans[1]  # made once
+            assert plans[1] is not plans[2] or not BY_KERNEL
+    check_alike(model, oracle)
+    for (name, layer), twin in zip(sparse_layers(model).items(), sparse_layers(oracle).values(), strict=True):
+        torch.testing.assert_close(layer.weight, twin.weight, msg=name)
+        found = layer.weight.detach().clone()
+        layer.restore_base()
+        layer.write_back()
+        assert torch.equal(found, layer.weight), name
+
+
+def test_a_layer_that_died_leaves_a_plain_parameter() -> None:
+    """Nor does the optimizer keep it alive."""
+    model = nn.ModuleDict({"a": layer_of("rows"), "b": layer_of("rows")})
     optimizer = SparseAdamW(trained(model), lr=1e-2)
     run(model, optimizer, range(2))
-    tables = optimizer._tables
-    run(model, optimizer, range(2, 6), skip=3)
-    assert optimizer._tables is tables
-    assert len(tables.launches) == 3  # the kinds
-    model.to(torch.bfloat16)  # another weight, other base values; the deltas stay
-    bases = bases_of(copy.deepcopy(model))
-    run(model, optimizer, range(6, 8))
-    assert optimizer._tables is not tables
-    tables = optimizer._tables
+    delta, weight = model["b"].delta, model["b"].weight
+    died = weakref.ref(model["b"])
+    before, values = weight.detach().clone(), delta.detach().clone()
+    del model["b"]
+    gc.collect()
+    assert died() is None
+    delta.grad = torch.ones_like(delta)
+    run(model, optimizer, range(2, 3))
+    assert torch.equal(weight, before) and not torch.equal(delta, values)
+
+
+class Operators(TorchDispatchMode):
+    """Counts what torch is asked to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Unseen:
+    """A kernel whose launches, which the interpreter makes of torch's operators, are not counted."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            with _disable_current_modes():
+                self.kernel[grid](*args, **options)
+
+        return launch
+
+
+def test_a_step_makes_no_host_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor, by the kernel, does it ask torch for anything: nothing is read, allocated or sent that did not change."""
+    model: nn.Module = nn.ModuleDict({kind: layer_of(kind) for kind in ("rows", "run", "columns")})
+    model["blocks"] = SparseLinear.wrap(nn.Linear(16, 16).to(torch.bfloat16))
+    model["blocks"].add_pattern("blocks", [[0, 0], [3, 1]], SIZE)
+    if BY_KERNEL:
+        for name in ("_count_kernel", "_adamw_kernel"):
+            monkeypatch.setattr(adamw_triton, name, Unseen(getattr(adamw_triton, name)))
+    optimizer = SparseAdamW(trained(model), lr=1e-2)
+    optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), torch.full((), 2.0)
+    give_gradients(model, 0)
+    optimizer.step()
+    seen = {}
+    for name, rate in (("the same", 1e-2), ("another rate", 2e-2)):
+        optimizer.param_groups[0]["lr"] = rate
+        with Operators() as operators:
+            optimizer.step()
+        seen[name] = [each for each in operators.seen if not each.startswith("profiler::")]
+    if BY_KERNEL:
+        assert seen["the same"] == []
+        assert set(seen["another rate"]) <= {"aten::lift_fresh", "aten::detach", "aten::copy_"}
+    else:
+        assert "aten::_fused_adamw_" in seen["the same"]
+    waits = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"}
+    assert not waits & {name.partition(".")[0] for name in seen["the same"]}
+
+
+def with_others(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """All layers, and parameters that torch's fused AdamW cannot take."""
+    model = zoo(dtype)
+    model["others"] = nn.ParameterList(
+        [torch.randn(3, 2, dtype=torch.complex64), nn.Parameter(torch.randn(4, 6)[:, ::2].detach())]
+    )
+    assert not model["others"][1].is_contiguous()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flag_stops_a_step_and_gradients_are_scaled_back(dtype: torch.dtype) -> None:
+    model = with_others(dtype)
+    oracle = copy.deepcopy(model)
+    ours, theirs = SparseAdamW(trained(model), lr=1e-2), torch.optim.AdamW(trained(oracle), lr=1e-2)
+    bases = bases_of(model)
+    ours.found_inf, ours.grad_scale = torch.zeros((), dtype=torch.float32), torch.tensor([4.0])
+    for step in range(8):
+        stops = step in (0, 3, 4)
+        give_gradients(model, step, skip=3 if step > 4 else 0)
+        for parameter in trained(model):
+            if parameter.grad is not None:
+                parameter.grad *= 4
+                if stops:
+                    parameter.grad.fill_(float("nan"))
+        ours.found_inf.fill_(float(stops))
+        before = copy.deepcopy((list(model.parameters()), ours.state_dict()["state"]))
+        ours.step()
+        if stops:
+            assert all(torch.equal(a, b) for a, b in zip(before[0], model.parameters(), strict=True))
+            after = ours.state_dict()["state"]
+            for key, state in before[1].items():
+                assert all(torch.equal(state[name], after[key][name]) for name in state)
+        else:
+            run(oracle, theirs, range(step, step + 1), skip=3 if step > 4 else 0)
+    check_alike(model, oracle)
+    check_state(ours, theirs)
     check_weights(model, bases)
-    layer = model["rows"]
-    layer.rows.index.copy_(torch.tensor([1, 2, 0]))  # as a state dict is loaded, in place
-    layer.rows._locate()
-    run(model, optimizer, range(8, 9))
-    assert optimizer._tables is not tables
+    assert {float(state["step"]) for state in ours.state_dict()["state"].values()} <= {3.0, 4.0, 5.0}
+
+
+def test_a_stopped_step_still_writes_what_was_changed_by_hand() -> None:
+    model = nn.ModuleDict({"a": layer_of("rows"), "b": layer_of("blocks")})
+    bases = bases_of(model)
+    optimizer = SparseAdamW(trained(model), lr=1e-2)
+    optimizer.found_inf = torch.zeros(1)
+    run(model, optimizer, range(2))
+    with torch.no_grad():
+        model["a"].delta.add_(1.0)
+    optimizer.found_inf = torch.ones(1)
+    run(model, optimizer, range(2, 3))
+    check_weights(model, bases)
+    assert not model["a"].rows.stale
+
+
+def test_a_grad_scaler_treats_it_as_torchs_fused_one() -> None:
+    model = nn.ModuleDict({"a": layer_of("rows"), "b": layer_of("columns")})
+    oracle, x = copy.deepcopy(model), torch.randn(5, IN)
+    for m, make in ((model, SparseAdamW), (oracle, functools.partial(torch.optim.AdamW, fused=True))):
+        optimizer, scaler = make(trained(m), lr=1e-2), torch.amp.GradScaler("cpu", init_scale=8.0)
+        for step in range(5):
+            loss = m["a"](x).square().mean() + m["b"](x).square().mean()
+            scaler.scale(loss).backward()
+            if step == 2:
+                m["a"].delta.grad[0, 0] = float("inf")
+            if step == 3:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert scaler.get_scale() == 4.0
+        assert {float(state["step"]) for state in optimizer.state.values()} == {4.0}
+        assert getattr(optimizer, "found_inf", None) is None
+    check_alike(model, oracle)
+
+
+def test_counts_of_steps_are_saved_as_torchs_are() -> None:
+    model = zoo()
+    optimizer = SparseAdamW(trained(model), lr=1e-2)
+    run(model, optimizer, range(2))
+    saved = optimizer.state_dict()["state"]
+    run(model, optimizer, range(2, 3))
+    for state in saved.values():
+        step = state["step"]
+        assert step.dtype == torch.float32 and step.device.type == "cpu" and step.shape == () and step == 2
+        assert step.untyped_storage().nbytes() == 4  # no view: a file would hold what it is a view of
 
 
 def test_experts_train_their_slices() -> None:
@@ -406,33 +634,6 @@ def test_the_kernel_does_the_same_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-COMPILING = """
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from sparseft.kernels import adamw_triton as module
-
-types = {"chunks": "*i32", "table": "*i64", "grads": "*i64", "rates": "*fp32"}
-for kind, weight in ((0, tl.bfloat16), (1, tl.float32), (2, tl.float16)):
-    constants = {"KIND": kind, "WEIGHT": weight, "FIELDS": module.FIELDS, "CHUNK": module.CHUNK}
-    source = ASTSource(module._adamw_kernel, types | dict.fromkeys(constants, "constexpr"), constants)
-    assert "cubin" in compile(source, target=GPUTarget("cuda", 80, 32), options=module.OPTIONS).asm
-"""
-
-
-@pytest.mark.skipif(BY_KERNEL, reason="this is the interpreter's process")
-def test_the_kernel_compiles_for_cuda(tmp_path: Path) -> None:
-    """Needs no GPU: the interpreter accepts code that the compiler does not."""
-    pytest.importorskip("triton", minversion="3.3", reason="needs triton with this way to compile")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    root = ROOT
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", COMPILING], env=env, cwd=root, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_the_gpu_as_torch_does(dtype: torch.dtype) -> None:
@@ -445,7 +646,8 @@ def test_on_the_gpu_as_torch_does(dtype: torch.dtype) -> None:
     check_alike(model, oracle)
     check_state(ours, theirs)
     check_weights(model, bases)
-    assert ours._tables is not None and len(ours._tables.launches) == 3
+    ((table, places),) = ours._plan.tables
+    assert len(places) > 3 and {constants[0] for constants, _ in table.launches} == {0, 1, 2}  # the kinds
 
 
 @pytest.mark.gpu
@@ -463,3 +665,49 @@ def test_on_the_gpu_a_step_takes_few_launches() -> None:
             torch.cuda.synchronize()
         counts.append(sum(event.count for event in profile.key_averages() if event.key == "_adamw_kernel"))
     assert counts == [2, 2]
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_no_step_waits() -> None:
+    """Nor where gradients lie elsewhere and rates are others."""
+    model = zoo().cuda()
+    optimizer = SparseAdamW(trained(model), lr=1e-2)
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    run(model, optimizer, range(2))
+    give_gradients(model, 2)
+    optimizer.param_groups[0]["lr"] = 2e-2
+    for layer in [layer for layer in sparse_layers(model).values() if len(layer.patterns) > 1]:
+        for pattern in layer.patterns.values():  # torch's, and a write-back that looks at the indices of cut blocks
+            pattern.delta.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_a_step_can_be_captured() -> None:
+    """Replays count steps, and heed the flag, by what the device holds at the time."""
+    model: nn.Module = nn.ModuleDict({kind: layer_of(kind) for kind in ("rows", "columns", "blocks")}).cuda()
+    oracle, bases = copy.deepcopy(model), bases_of(model)
+    ours, theirs = SparseAdamW(trained(model), lr=1e-2), torch.optim.AdamW(trained(oracle), lr=1e-2)
+    ours.found_inf = torch.zeros((), device="cuda")
+    give_gradients(model, 0)
+    ours.step()
+    run(oracle, theirs, range(1))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    for step in range(1, 6):
+        give_gradients(oracle, step)
+        for parameter, twin in zip(trained(model), trained(oracle), strict=True):
+            parameter.grad.copy_(twin.grad)
+        ours.found_inf.fill_(float(step == 3))
+        graph.replay()
+        if step != 3:
+            theirs.step()
+    check_alike(model, oracle)
+    check_state(ours, theirs)
+    check_weights(model, bases)
