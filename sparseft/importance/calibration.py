@@ -124,6 +124,12 @@ class CalibrationState:
             return None
 
 
+def check_samples(count: int) -> None:
+    """UserError where no rank has a sample; `count` are this one's."""
+    if sum(ranks.all_gather_object(count)) == 0:
+        raise UserError("the calibration batches hold no sample with a labelled token, so nothing can be scored.")
+
+
 @dataclass(frozen=True)
 class Watch:
     """How long work is followed, ended and taken up again. An exception out of `sampled` or `scored` ends it with what
@@ -200,8 +206,7 @@ class Calibration:
         observe(self.model, names, groups, statistics, gradients=gradients, reached=reached)
         if world > 1 and self.state.due():
             keep(self.state, statistics, done)  # now: after the reduction they are no longer this rank's own sums
-        if sum(ranks.all_gather_object(done[1])) == 0:
-            raise UserError("the calibration batches hold no sample with a labelled token, so nothing can be scored.")
+        check_samples(done[1])
         if world > 1:
             statistics.reduce()
         return done

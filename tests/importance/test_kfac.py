@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparseft
 from sparseft.errors import RunError
-from sparseft.importance import kfac as host_memory
+from sparseft.importance import room as host_memory
 from sparseft.importance.batching import WINDOW, groups_of, may_share, packed, pad_together, split_samples
 from sparseft.importance.hooks import Observation, observe
 from sparseft.importance.kfac import FactorSettings, KroneckerFactors, summary
@@ -219,13 +219,16 @@ def test_sums_that_would_crowd_memory_go_to_files_without_a_name(
     model, config = make_model("llama"), sparseft.SylvaConfig(sparsity=0.9, block_size=8)
     mapped = sparseft.compute_selection(model, config, samples(), resume=tmp_path / "unfinished")
     assert not list(tmp_path.rglob("*"))
-    sums = host_memory.HostSums(10**6, tmp_path)
-    assert sums.mapped
+    sums = host_memory.Room(10**6, torch.device("cpu"), "the summed gradients", tmp_path)
+    assert sums.place == host_memory.DISK and not sums.in_memory
     tensor = sums.zeros(7, 5)
     tensor += 1
     assert tensor.sum() == 35 and tensor.is_shared() and not list(tmp_path.iterdir())
     monkeypatch.undo()
-    assert host_memory.available_bytes() > 2**20 and not host_memory.HostSums(10**6).mapped
+    assert (
+        host_memory.available_bytes() > 2**20
+        and host_memory.Room(10**6, torch.device("cpu"), "").place == host_memory.HOST
+    )
     assert sparseft.compute_selection(model, config, samples()).digest() == mapped.digest()
 
 
@@ -235,7 +238,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, little_memory: None, mon
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(RunError, match=r"the summed gradients need 0\.0 GiB.*the disk has no room left"):
-        host_memory.HostSums(10**6, tmp_path).zeros(100, 100)
+        host_memory.Room(10**6, torch.device("cpu"), "the summed gradients", tmp_path).zeros(100, 100)
     assert not list(tmp_path.iterdir())
 
 
