@@ -236,6 +236,7 @@ class Walk:
             statistics: makes those of a layer's modules.
             scored: the scores and dampings that statistics come to, complete and the same on all ranks.
         """
+        self.state.expect(self.room.total_bytes // (len(self.layers) - self.lowest + 1))
         self._resume()
         try:
             with untouched(self.model), runnable(self.model):
@@ -285,6 +286,9 @@ class Walk:
         saved = self.state.load(LAYERS)
         tensors, meta = saved if saved is not None else ({}, {"left": None})
         gradient, left = tensors.get("gradient"), meta["left"]
+        if gradient is not None and len(gradient) != self.positions:
+            console.log("calibration: what was kept is of other samples, so it starts anew")
+            left = None
         if len({*ranks.all_gather_object(left)}) > 1:  # killed while they saved
             console.log("calibration: the ranks have kept different layers, so it starts anew")
             return

@@ -28,10 +28,18 @@ from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError
 from sparseft.importance.batching import Share, groups_of
-from sparseft.importance.calibration import SCORES, Calibration, CalibrationState, Watch, check_samples, keep
+from sparseft.importance.calibration import (
+    SCORES,
+    STATISTICS,
+    Calibration,
+    CalibrationState,
+    Watch,
+    check_samples,
+    keep,
+)
 from sparseft.importance.hooks import Observation
 from sparseft.importance.kfac import FactorSettings, KroneckerFactors, statistics_bytes, summary
-from sparseft.importance.layerwise import Walk, split_by_layer, trial
+from sparseft.importance.layerwise import LAYERS, Walk, split_by_layer, trial
 from sparseft.importance.room import DISK, Room
 from sparseft.importance.units import Candidate, generator_for, sum_features, sum_units
 from sparseft.kernels.reference import product, to_blocks, token_product
@@ -41,6 +49,10 @@ from sparseft.models.decoder import logical_weight
 # fill the products, and their activations take little beside a model for which memory matters (twice as many were 4 %
 # slower, half as many as fast); an accelerator needs more to be busy. A longer sample goes alone.
 TOKENS_TOGETHER, TOKENS_TOGETHER_CUDA = 1024, 4096
+
+
+# Importances that keep sums as large as the model: those that gain by taking a layer at a time.
+LARGE = ("sylva",)
 
 
 def activation_norms(x: Tensor, y: Tensor, candidate: Candidate) -> Tensor:
@@ -192,12 +204,14 @@ def compute_scores(
 
     found, gradients = None, importance in ("gradient", "fisher", "sylva")
     if gradients and by_layer is not False:
-        fits = Room(needed, device, "the summed gradients").in_memory
-        if by_layer or not all(ranks.all_gather_object(fits)):
+        crowded = not Room(needed, device, "the summed gradients").in_memory
+        begun = state.has(LAYERS) or (crowded and not state.has(STATISTICS))  # what was begun so goes on so
+        if by_layer or any(ranks.all_gather_object(begun)):
             batches = list(batches)
             found = _by_layer(model, by_module, batches, together, statistics, needed, state, watch)
     if found is None:
         sums = statistics(by_module)
+        state.expect(needed)
         calibration = Calibration(model, batches, state, watch)
         done = calibration.collect(by_module, sums, gradients=gradients, together=together)
         found = _scored(sums, by_module, state, watch, done)

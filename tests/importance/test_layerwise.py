@@ -278,13 +278,18 @@ def test_it_goes_on_below_the_layers_that_are_done(
         for number, layer in enumerate(model.model.layers)
     ]
     capsys.readouterr()
-    assert_equal(scored(model, watch=Watch(None, stop(lambda _: False), folder)), whole)
+    # by_layer=None: what was begun so goes on so, though there is room for all layers
+    assert_equal(scored(model, by_layer=None, watch=Watch(None, stop(lambda _: False), folder)), whole)
     for handle in handles:
         handle.remove()
     assert seen == [7, 7, 7, 14] and "goes on below decoder layer 1" in capsys.readouterr().err
     assert ran[4:] == [0] * 6  # after the trial: three groups forward and back, of the first layer alone
-    content = (folder / "layers-0of1.safetensors").read_bytes()
-    (folder / "layers-0of1.safetensors").write_bytes(content[:200])
+    kept = folder / "layers-0of1.safetensors"
+    content = kept.read_bytes()
+    few = samples((9, 5))
+    assert_equal(scored(model, batches=few, watch=Watch(resume=folder)), scored(model, batches=few))
+    assert "of other samples, so it starts anew" in capsys.readouterr().err
+    kept.write_bytes(content[:200])
     assert_equal(scored(model, watch=Watch(resume=folder)), whole)
     assert "cannot be used, so calibration starts anew" in capsys.readouterr().err
 
