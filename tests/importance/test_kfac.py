@@ -268,3 +268,39 @@ def test_the_selection_says_how_far_the_damping_rose(
 def test_samples_are_split_alike_whatever_the_batches() -> None:
     items = samples()
     assert [s["input_ids"].shape[1] for b in items for s in split_samples(b)] == list(LENGTHS)
+
+
+# -- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("importance", ["sylva", "gradient"])
+def test_the_device_chooses_what_the_cpu_chooses(
+    make_model: Callable[..., Any], importance: str, by_layer: bool
+) -> None:
+    config = sparseft.SylvaConfig(sparsity=0.9, block_size=8, importance=importance, num_partition=0)
+    chosen = []
+    for device in ("cpu", "cuda"):
+        model = make_model("llama").to(device)
+        found = sparseft.compute_selection(model, config, samples(lengths=(64,) * 8), by_layer=by_layer)
+        chosen.append({(name, *block) for name, p in found.modules.items() for block in p["blocks"].tolist()})
+    assert len(chosen[0] & chosen[1]) >= 0.99 * len(chosen[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_device_multiplies_halves_exactly(dtype: torch.dtype) -> None:
+    """The sums and sketches of the same observations, more than a chunk of them and of odd widths."""
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = (torch.randn(5000, n, generator=generator).to(dtype) for n in (777, 1001))
+    states = []
+    for device in ("cpu", "cuda"):
+        found = KroneckerFactors(FactorSettings(), 0, {"m": (1001, 777)}, torch.device(device))
+        found(Observation("m", x.to(device), None, gradient.to(device), "m", 3))
+        states.append(found.state()[0])
+    for name, wanted in states[0].items():
+        peak = float(wanted.abs().max())
+        torch.testing.assert_close(
+            states[1][name].cpu(), wanted, rtol=1e-5, atol=1e-5 * peak, msg=lambda m, n=name: f"{n}: {m}"
+        )
