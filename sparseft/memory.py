@@ -33,6 +33,15 @@ def available_bytes() -> int:
     return psutil.virtual_memory().available
 
 
+def free_device_bytes(device: torch.device) -> int:
+    """An accelerator's memory that this process may still take, what its allocator holds unused included; 0 of a
+    device that does not tell."""
+    if device.type != "cuda":
+        return 0
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Lets the peak start again from what is in use, so that a run does not report an earlier run's.
 

@@ -1,7 +1,8 @@
 """What choosing costs: the calibration and scoring of each importance, against plain forward and backward passes.
 
 The reference is what computing every weight gradient of the same samples takes, in batches of `bench.batch_size`. All
-take turns, so that a machine's slow moments meet all of them.
+take turns, so that a machine's slow moments meet all of them. An importance that keeps sums as large as the model is
+measured a second time, a decoder layer at a time; its memory then has the kept hidden states in it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sparseft.bench.output import Output, device_name, measured_on
 from sparseft.bench.timing import peak_bytes, spread, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
+from sparseft.importance.scores import LARGE
 from sparseft.methods import sparse_methods
 from sparseft.methods.base import IMPORTANCES
 from sparseft.models.loading import resolve_device
@@ -59,7 +61,11 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     work: dict[str, Callable[[], Any]] = {REFERENCE: lambda: forward_backward(model, batches)}
     for name in settings.importances:
         method = dataclasses.replace(chosen, importance=name, num_samples=settings.samples)
-        work[name] = lambda method=method: compute_selection(model, method, batches)
+        work[name] = lambda method=method: compute_selection(model, method, batches, by_layer=False)
+        if name in LARGE:
+            work[f"{name}, layer by layer"] = lambda method=method: compute_selection(
+                model, method, batches, by_layer=True
+            )
     parameters = sum(p.numel() for p in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
     console.log(

@@ -26,9 +26,10 @@ from sparseft.importance.batching import Share, groups_of
 from sparseft.importance.hooks import Observation, observe
 
 # Between two saves pass at least so many seconds, and at least so many times as long as the last save took: the sums
-# of a large model are tens of gigabytes.
+# of a large model are tens of gigabytes. The first one is taken to write so many bytes a second.
 SAVE_SECONDS = 30.0
 SAVE_COST = 20.0
+SAVE_RATE = 5e8
 
 STATISTICS, SCORES = "statistics", "scores"
 
@@ -72,6 +73,10 @@ class CalibrationState:
         self._saved_at = time.monotonic()
         self._last_cost = 0.0
 
+    def expect(self, size: int) -> None:
+        """How many bytes a save will write."""
+        self._last_cost = size / SAVE_RATE
+
     def due(self) -> bool:
         """Whether it is time to save again."""
         waited = time.monotonic() - self._saved_at
@@ -98,6 +103,10 @@ class CalibrationState:
         self._saved_at = time.monotonic()
         self._last_cost = self._saved_at - start
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a file, of use or not."""
+        return self.folder is not None and (self.folder / (name + self.suffix)).is_file()
+
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A file's tensors and description; None where there is none, or, with a word, where it is of no use."""
         if self.folder is None:
@@ -122,6 +131,12 @@ class CalibrationState:
         except Exception as error:  # a damaged file of any kind
             console.warn(f"{path}: cannot be used, so calibration starts anew ({error})")
             return None
+
+
+def check_samples(count: int) -> None:
+    """UserError where no rank has a sample; `count` are this one's."""
+    if sum(ranks.all_gather_object(count)) == 0:
+        raise UserError("the calibration batches hold no sample with a labelled token, so nothing can be scored.")
 
 
 @dataclass(frozen=True)
@@ -200,8 +215,7 @@ class Calibration:
         observe(self.model, names, groups, statistics, gradients=gradients, reached=reached)
         if world > 1 and self.state.due():
             keep(self.state, statistics, done)  # now: after the reduction they are no longer this rank's own sums
-        if sum(ranks.all_gather_object(done[1])) == 0:
-            raise UserError("the calibration batches hold no sample with a labelled token, so nothing can be scored.")
+        check_samples(done[1])
         if world > 1:
             statistics.reduce()
         return done

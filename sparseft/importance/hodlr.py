@@ -17,13 +17,15 @@ from torch import Tensor
 
 from sparseft.errors import RunError, UserError
 from sparseft.importance.hodlr_factors import Hierarchy, Layout, truncate_block, truncate_sketch
+from sparseft.kernels.reference import FP32_PRODUCTS, product
 
 # Levels beyond those that leave this many rows to a leaf are dropped: halving further costs more than it saves.
 SMALLEST_LEAF_ROWS = 4
 
 # Tokens that one pass of `update` takes at a time: bounds its float32 copies when a caller gives a whole epoch. On a
-# CPU they are then small enough for the allocator to use again (about 1.3 times as fast as 4,096).
-CHUNK_TOKENS = 512
+# CPU they are then small enough for the allocator to use again (about 1.3 times as fast as 4,096); elsewhere each chunk
+# costs some dozens of launches.
+CHUNK_TOKENS_CPU, CHUNK_TOKENS = 512, 4096
 
 # Leaves and low-rank blocks are put together into dense blocks of at most so many rows before a large product: a few
 # well-shaped products instead of many thin ones.
@@ -113,23 +115,30 @@ class Hodlr:
             raise ValueError(f"Hodlr.update: x has shape {tuple(x.shape)}; expected (..., {self.n}).")
         self._forget()
         x = x.detach().reshape(-1, self.n)
-        with _full_precision(self.device):
-            for chunk in x.split(CHUNK_TOKENS):
+        exact = FP32_PRODUCTS and self.device.type == "cuda" and x.dtype.itemsize == 2  # products of halves, in float32
+        with full_precision(self.device):
+            for chunk in x.split(CHUNK_TOKENS_CPU if self.device.type == "cpu" else CHUNK_TOKENS):
                 if len(chunk):
-                    self._add(self._layout.spread(chunk.to(self.device, torch.float32), 1).contiguous())
+                    chunk = chunk.to(self.device, x.dtype if exact else torch.float32)
+                    self._add(self._layout.spread(chunk, 1).contiguous())
         self._tokens += len(x)
 
     def _add(
         self,
-        x: Tensor,  # (tokens, slots) float32
+        x: Tensor,  # (tokens, slots), float32, or halves where their products come in float32
     ) -> None:
         nodes = self._at(x, self._sketched)
-        self._gram.baddbmm_(nodes.mT, nodes)
+        if x.dtype == torch.float32:
+            self._gram.baddbmm_(nodes.mT, nodes)
+        else:
+            self._gram += product(nodes.mT, nodes)
         if self._test is None:
             return
         width = self._ranges[0].shape[-1]
         # x times the test matrix, by node of the finest sketched level; a coarser node is the sum of its two halves.
-        tested = torch.bmm(nodes, self._test.view(len(nodes), -1, self._test.shape[1]))  # (nodes, tokens, widths)
+        test = self._test.view(len(nodes), -1, self._test.shape[1])
+        tested = product(nodes, test.to(x.dtype))  # (nodes, tokens, widths) float32
+        x = x.float()  # what was multiplied so is no half any more
         for level in range(self._sketched, 0, -1):
             halves = self._at(x, level).unflatten(0, (-1, 2))  # (pairs, 2, tokens, node)
             tested = tested.unflatten(0, (-1, 2))
@@ -149,7 +158,7 @@ class Hodlr:
             raise ValueError(f"Hodlr.matmul: v has shape {tuple(v.shape)}; expected ({self.n}, any).")
         dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
         matrix = self._factors().to(self.device, dtype)
-        with torch.no_grad(), _full_precision(self.device):
+        with torch.no_grad(), full_precision(self.device):
             out = matrix.matmul(v.detach().to(self.device, dtype).reshape(self.n, -1))
         return out.reshape(v.shape)
 
@@ -164,7 +173,7 @@ class Hodlr:
         dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
         factors = self._factors()
         unit = float(factors.diagonal().mean()) or 1.0
-        with torch.no_grad(), _full_precision(self.device):
+        with torch.no_grad(), full_precision(self.device):
             matrix = factors.coarsened(PRODUCT_LEAF_ROWS).to(self.device, dtype, 1 / unit)
             return matrix.quadratic(v.detach().to(self.device, dtype)) * unit
 
@@ -261,6 +270,11 @@ class Hodlr:
         return [self._tokens, *self._sums()]
 
 
+def sums_bytes(n: int, num_partition: int, rank: int) -> int:
+    """What the raw sums of a `Hodlr` of these arguments take."""
+    return sum(x.nbytes for x in Hodlr(n, num_partition, rank, device="meta").tensors())
+
+
 def _diagonal_blocks(gram: Tensor, size: int) -> Tensor:
     """(blocks, side, side) -> (blocks * side / size, size, size): the diagonal blocks of each."""
     cut = gram.view(len(gram), gram.shape[1] // size, size, -1, size)
@@ -268,17 +282,23 @@ def _diagonal_blocks(gram: Tensor, size: int) -> Tensor:
 
 
 def _test_matrix(slots: int, width: int, seed: int, device: torch.device) -> Tensor:
-    """Standard normal (slots, width), float32, the same for equal arguments on every device (drawn on the CPU)."""
+    """Standard normal in steps of 1/32 (slots, width), float32, the same for equal arguments on every device (drawn on
+    the CPU). In such steps each is a number of bf16 and of fp16 too (8 bits, as it is below 8), so that halves can be
+    multiplied by it as they are.
+    """
+    if device.type == "meta":
+        return torch.empty(slots, width, device=device)
     key = (slots, width, seed, device)
     test = _shared_tests.get(key)
     if test is None:
         generator = torch.Generator().manual_seed(seed)
-        test = _shared_tests[key] = torch.randn(slots, width, generator=generator, device="cpu").to(device)
+        drawn = torch.randn(slots, width, generator=generator, device="cpu")
+        test = _shared_tests[key] = drawn.mul_(32).round_().div_(32).to(device)
     return test
 
 
 @contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Products in true float32: no autocast, and no TF32 on CUDA, whose rounding of 1e-3 is as large as the damping."""
     with torch.autocast(device.type, enabled=False):
         if device.type != "cuda":

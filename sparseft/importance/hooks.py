@@ -8,7 +8,7 @@ no weight gradient is kept.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,42 @@ def untouched(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What goes through the model at once: one sample, or several that were padded to one batch."""
+
+    batch: Sample  # on the model's device, with labels
+    kept: Tensor | None = None  # flat positions of its tokens; None: all
+    samples: int = 1
+    padded: bool = False  # its loss is computed here, for each sample apart
+
+    @staticmethod
+    def of(group: Group, device: torch.device) -> Iterator[Pass]:
+        """The passes of a group, one after another."""
+        if group.padded:
+            batch, kept = pad_together(group.samples)
+            kept = kept.to(device) if kept is not None else None
+            yield Pass(_moved(batch, device), kept, len(group.samples), padded=True)
+        else:
+            yield from (Pass(_moved(sample, device)) for sample in group.samples)
+
+    @property
+    def positions(self) -> int:
+        """Of the batch, padding included."""
+        return self.batch["input_ids"].numel()
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """The sum over the samples of the mean loss of their labelled tokens: a forward pass."""
+        if not self.padded:
+            return model(**self.batch, use_cache=False).loss
+        inputs = {name: value for name, value in self.batch.items() if name != "labels"}
+        return summed_loss(model(**inputs, use_cache=False).logits, self.batch["labels"])
+
+
+def _moved(batch: Sample, device: torch.device) -> Sample:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 def observe(
     model: nn.Module,
     names: Iterable[str],
@@ -69,10 +105,17 @@ def observe(
     pass holds anyway. `reached` is called after each group with the number of samples of it that the observer has
     seen; nothing is half done then.
     """
-    watcher, count = _Watcher(model, names, observer, gradients), 0
-    with untouched(model), runnable(model), watcher:
+    device, count = next(model.parameters()).device, 0
+    watcher = Watcher({name: model.get_submodule(name) for name in names}, observer, gradients=gradients)
+    with untouched(model), runnable(model), watcher, differentiable(model) if gradients else contextlib.nullcontext():
         for group in groups:
-            watcher.run(group)
+            watcher.shown = group.shown
+            try:
+                for one in Pass.of(group, device):
+                    _run(model, one, watcher)
+            except NotByPosition:  # nothing was shown to the observer yet
+                for one in Pass.of(Group(group.samples), device):
+                    _run(model, one, watcher)
             seen = len(group.samples) if group.shown else 0
             count += seen
             if reached is not None:
@@ -80,89 +123,81 @@ def observe(
     return count
 
 
-class _NotByPosition(Exception):
-    """A watched linear was given something else than the batch's positions."""
+@contextlib.contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside, the embeddings' output takes a gradient: the weights are frozen, so it has to flow there."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-class _Watcher:
-    """Hooks on the named linears while samples run."""
+def _run(model: nn.Module, one: Pass, watcher: Watcher) -> None:
+    with watcher.over(one):
+        if watcher.gradients:
+            with torch.enable_grad():
+                loss = one.loss(model)
+                watcher.forget()  # the graph holds what the hooks need
+                torch.autograd.backward(loss, inputs=None)
+        else:
+            with torch.no_grad():
+                inputs = {name: value for name, value in one.batch.items() if name != "labels"}
+                model(**inputs, use_cache=False)
 
-    def __init__(self, model: nn.Module, names: Iterable[str], observer: Observer, gradients: bool) -> None:
-        self.model, self.observer, self.gradients = model, observer, gradients
-        self.modules = {name: model.get_submodule(name) for name in names}
-        self.device = next(model.parameters()).device
-        # This pass's inputs by their place in memory, each with its first module; held, so that no place is used twice.
-        self.given: dict[tuple[int, tuple[int, ...]], tuple[str, Tensor]] = {}
-        self.kept: Tensor | None = None  # flat positions of the batch's tokens; None: all
-        self.positions = 0  # of the batch, where it has several samples
-        self.samples = 1  # of the batch
+
+class NotByPosition(Exception):
+    """A watched linear was given something else than the positions of a batch of several samples."""
+
+
+class Watcher:
+    """Hooks on linears, by name, that show an observer what they are given while a pass runs (`over`)."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], observer: Observer, *, gradients: bool) -> None:
+        self.modules, self.observer, self.gradients = modules, observer, gradients
         self.shown = True  # whether the observer sees what runs
+        # This pass's inputs by their place in memory, each with its first module; held, so that no place is used twice.
+        self._given: dict[tuple[int, tuple[int, ...]], tuple[str, Tensor]] = {}
+        self._pass: Pass | None = None
 
-    def __enter__(self) -> _Watcher:
-        self.handles = [m.register_forward_hook(self._after_forward(name)) for name, m in self.modules.items()]
-        if self.gradients:  # the weights are frozen, so the gradient flows to the embeddings' output
-            embeddings = self.model.get_input_embeddings()
-            self.handles.append(embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True)))
+    def __enter__(self) -> Watcher:
+        self._handles = [m.register_forward_hook(self._after_forward(name)) for name, m in self.modules.items()]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for handle in self.handles:
+        for handle in self._handles:
             handle.remove()
-        self.given.clear()
 
-    def run(self, group: Group) -> None:
-        """One pass over the group, or where it turns out that its samples cannot share one, a pass for each."""
-        self.shown = group.shown
-        if group.padded:
-            try:
-                self._run_together(group.samples)
-                return
-            except _NotByPosition:  # nothing was shown to the observer yet
-                pass
-        for sample in group.samples:
-            self._run_alone(sample)
-
-    def _run_together(self, samples: list[Sample]) -> None:
-        batch, kept = pad_together(samples)
-        batch = {name: value.to(self.device) for name, value in batch.items()}
-        labels = batch.pop("labels")
-        self.kept = kept.to(self.device) if kept is not None else None
-        self.positions, self.samples = labels.numel() if len(samples) > 1 else 0, len(samples)
+    @contextlib.contextmanager
+    def over(self, one: Pass) -> Iterator[None]:
+        """Inside, what runs are this pass's positions, or a part of the model over them."""
+        self._pass = one
         try:
-            with torch.enable_grad():
-                self._backward(summed_loss(self.model(**batch, use_cache=False).logits, labels))
+            yield
         finally:
-            self.kept, self.positions, self.samples = None, 0, 1
-            self.given.clear()
+            self._pass = None
+            self.forget()
 
-    def _run_alone(self, sample: Sample) -> None:
-        sample = {name: value.to(self.device) for name, value in sample.items()}
-        if self.gradients:
-            with torch.enable_grad():
-                self._backward(self.model(**sample, use_cache=False).loss)
-        else:
-            with torch.no_grad():
-                sample.pop("labels")
-                self.model(**sample, use_cache=False)
-
-    def _backward(self, loss: Tensor) -> None:
-        self.given.clear()  # the graph holds what the hooks need
-        torch.autograd.backward(loss, inputs=None)
+    def forget(self) -> None:
+        """Lets go of the inputs that were told apart, where no forward pass follows."""
+        self._given.clear()
 
     def _after_forward(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not self.shown:
+            one = self._pass
+            if not self.shown or one is None:
                 return
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
             if not self.gradients:
                 y = output.detach().reshape(-1, output.shape[-1])
-                self.observer(Observation(name, x, y, None, name, self.samples))
+                self.observer(Observation(name, x, y, None, name, one.samples))
             elif output.requires_grad:  # a reentrant checkpoint's first pass has no gradient, and is repeated
-                if self.positions and len(x) != self.positions:
-                    raise _NotByPosition
+                if one.samples > 1 and len(x) != one.positions:
+                    raise NotByPosition
                 place = (inputs[0].data_ptr(), tuple(inputs[0].shape))
-                source, _ = self.given.setdefault(place, (name, inputs[0]))
-                held, kept, samples = [x], self.kept, self.samples
+                source, _ = self._given.setdefault(place, (name, inputs[0]))
+                held, kept, samples = [x], one.kept, one.samples
 
                 def show(grad: Tensor) -> None:
                     x, flat = held.pop(), grad.detach().reshape(-1, grad.shape[-1])

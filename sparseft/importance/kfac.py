@@ -1,15 +1,11 @@
 """Sylva's importance from the mean gradient and the second moments of a linear layer's inputs and output gradients
-(doi 10.1145/3650200.3656619). Sums as large as the model lie in host memory or, where they would crowd it, in
-memory-mapped files.
+(doi 10.1145/3650200.3656619).
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import statistics
-import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,46 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparseft.distributed import env, ranks
+from sparseft.distributed import ranks
 from sparseft.errors import RunError, UserError
-from sparseft.importance.hodlr import Hodlr
+from sparseft.importance.hodlr import Hodlr, full_precision, sums_bytes
 from sparseft.importance.hooks import Observation
+from sparseft.importance.room import Room
 from sparseft.importance.units import Candidate, sum_features
-from sparseft.memory import available_bytes
+from sparseft.kernels.reference import FP32_PRODUCTS, token_product
 
-# Sums that take more than this share of the memory that is free go to disk.
-MEMORY_SHARE = 0.25
-
-
-class HostSums:
-    """Makes float32 zeros of `total_bytes` in all: plain tensors, or mapped files in `folder` (None: the system's
-    folder for temporary files) where the total exceeds a quarter of this process's share of the available memory.
-
-    A file loses its name as soon as it is mapped, so its space is freed with the tensor, however the process ends.
-    """
-
-    def __init__(self, total_bytes: int, folder: Path | None = None) -> None:
-        self.mapped = total_bytes > MEMORY_SHARE * available_bytes() / env.local_world()
-        self.total_bytes, self.folder = total_bytes, folder
-
-    def zeros(self, rows: int, columns: int) -> Tensor:
-        """(rows, columns) float32. RunError where the disk has no room for it."""
-        if not self.mapped:
-            return torch.zeros(rows, columns)
-        folder = self.folder or Path(tempfile.gettempdir())
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(prefix=".sparseft-sums-", dir=folder) as file:
-                # A sparse file would end the process by a signal at the first page that finds no room.
-                os.posix_fallocate(file.fileno(), 0, rows * columns * 4)
-                return torch.from_file(file.name, shared=True, size=rows * columns).view(rows, columns)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            reason = "the disk has no room left" if full else f"the file cannot be written ({error.strerror})"
-            raise RunError(
-                f"{folder}: the summed gradients need {self.total_bytes / 2**30:.1f} GiB, more than a quarter of the "
-                f"free memory, so they go to disk, but {reason}."
-            ) from error
+# Linears that are scored at once where the sums are on an accelerator: each takes a copy of a few slices of its own.
+DEVICE_JOBS = 8
 
 
 @dataclass(frozen=True)
@@ -71,15 +37,24 @@ class FactorSettings:
     damping: float = 1e-3
 
 
+def statistics_bytes(settings: FactorSettings, shapes: Iterable[tuple[int, int]]) -> int:
+    """What the `KroneckerFactors` of linears of `shapes` (out, in) hold at most: where inputs are shared, less."""
+    counts: Counter[int] = Counter()
+    total = 0
+    for rows, columns in shapes:
+        counts.update((rows, columns))
+        total += 4 * rows * columns
+    return total + sum(count * sums_bytes(n, settings.num_partition, settings.rank) for n, count in counts.items())
+
+
 class KroneckerFactors:
     """`calibration.Statistics` of sylva: per linear the Kronecker factors of its curvature (K-FAC), A of its inputs and
-    G of its output gradients, and Σ of its per-sample gradients. Modules with the same input share one A. The
-    gradients' sums lie in host memory, or on disk where they would take more than a quarter of it, in fp32 whatever
-    the model's dtype.
+    G of its output gradients, and Σ of its per-sample gradients, in fp32 whatever the model's dtype. Modules with the
+    same input share one A.
 
     Args:
         shapes: (out, in) of every module that will be observed.
-        folder: for sums that go to disk.
+        folder: for summed gradients that go to disk (`room.Room`); the matrices stay on the device.
     """
 
     def __init__(
@@ -97,7 +72,7 @@ class KroneckerFactors:
         self.sources: dict[str, str] = {}
         self.sums: dict[str, Tensor] = {}  # (out, in)
         self.samples: dict[str, int] = {}
-        self._memory = HostSums(4 * sum(rows * columns for rows, columns in shapes.values()), folder)
+        self.room = Room(statistics_bytes(settings, shapes.values()), device, "the summed gradients", folder)
 
     def __call__(self, seen: Observation) -> None:
         name = seen.name
@@ -107,11 +82,7 @@ class KroneckerFactors:
         if name == self.sources[name]:
             self.inputs[name].update(seen.x)
         self.gradients[name].update(seen.gradient)
-        total, x, grad = self.sums[name], seen.x.float(), seen.gradient.float()
-        if x.device == total.device:
-            total.addmm_(grad.t(), x)
-        else:  # one layer's dense gradient, freed on return
-            total += (grad.t() @ x).to(total.device)
+        _add_product(self.sums[name], seen.gradient, seen.x)
         self.samples[name] += seen.samples
 
     def _open(self, name: str, source: str) -> None:
@@ -120,7 +91,7 @@ class KroneckerFactors:
         if source not in self.inputs:
             self.inputs[source] = self._matrix(columns)
         self.gradients[name] = self._matrix(rows)
-        self.sums[name] = self._memory.zeros(rows, columns)
+        self.sums[name] = self.room.zeros(rows, columns)
         self.samples[name] = 0
 
     def _matrix(self, n: int) -> Hodlr:
@@ -186,12 +157,15 @@ class KroneckerFactors:
             by_source[self.sources.get(name, name)].append(name)
         jobs = [{name: modules[name] for name in names} for names in by_source.values()]
         threads = torch.get_num_threads()
-        if threads == 1 or self.device.type != "cpu":
+        if threads == 1:
             for job in jobs:
                 finished(list(job), *self._scored(job))
             return
-        # Hundreds of small decompositions, which one thread does best: a job to each thread, not threads to a job.
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # Hundreds of small decompositions, on the CPU wherever the sums are, which one thread does best: a job to each
+        # thread, not threads to a job. The switch to full precision is the process's, so it is thrown here for all.
+        workers = min(threads, len(jobs), threads if self.device.type == "cpu" else DEVICE_JOBS)
+        pool = ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,))
+        with full_precision(self.device), pool:
             torch.set_num_threads(1)  # MKL's number is the whole process's
             try:
                 futures = {pool.submit(self._scored, job): list(job) for job in jobs}
@@ -228,6 +202,16 @@ class KroneckerFactors:
         for matrix in seen.values():
             matrix.release()
         return scores, dampings
+
+
+def _add_product(total: Tensor, gradient: Tensor, x: Tensor) -> None:
+    """total (out, in) float32 += gradient (tokens, out)ᵀ x (tokens, in), with at most a copy of one layer."""
+    if total.device != x.device:
+        total += token_product(gradient, x).to(total.device)
+    elif FP32_PRODUCTS and x.is_cuda and x.dtype.itemsize == 2:
+        total += token_product(gradient, x)  # on the tensor cores, summed in float32
+    else:
+        total.addmm_(gradient.float().t(), x.float())
 
 
 def summary(dampings: Iterable[float], asked: float) -> dict[str, Any]:

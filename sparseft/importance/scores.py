@@ -16,28 +16,43 @@ A sample's gradient is that of its loss, the mean over its labelled tokens.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparseft import __version__
+from sparseft import __version__, console
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError
-from sparseft.importance.calibration import SCORES, Calibration, CalibrationState, Watch, keep
+from sparseft.importance.batching import Share, groups_of
+from sparseft.importance.calibration import (
+    SCORES,
+    STATISTICS,
+    Calibration,
+    CalibrationState,
+    Watch,
+    check_samples,
+    keep,
+)
 from sparseft.importance.hooks import Observation
-from sparseft.importance.kfac import FactorSettings, KroneckerFactors, summary
+from sparseft.importance.kfac import FactorSettings, KroneckerFactors, statistics_bytes, summary
+from sparseft.importance.layerwise import LAYERS, Walk, split_by_layer, trial
+from sparseft.importance.room import DISK, Room
 from sparseft.importance.units import Candidate, generator_for, sum_features, sum_units
-from sparseft.kernels.reference import to_blocks
+from sparseft.kernels.reference import product, to_blocks, token_product
 from sparseft.models.decoder import logical_weight
 
-# Tokens, padding included, that go through the model at once where samples may be summed together: a thousand fill the
-# products, and their activations take little beside a model for which memory matters (twice as many were 4 % slower on
-# a CPU, half as many as fast). A longer sample goes alone.
-TOKENS_TOGETHER = 1024
+# Tokens, padding included, that go through the model at once where samples may be summed together: on a CPU a thousand
+# fill the products, and their activations take little beside a model for which memory matters (twice as many were 4 %
+# slower, half as many as fast); an accelerator needs more to be busy. A longer sample goes alone.
+TOKENS_TOGETHER, TOKENS_TOGETHER_CUDA = 1024, 4096
+
+
+# Importances that keep sums as large as the model: those that gain by taking a layer at a time.
+LARGE = ("sylva",)
 
 
 def activation_norms(x: Tensor, y: Tensor, candidate: Candidate) -> Tensor:
@@ -52,14 +67,42 @@ def activation_norms(x: Tensor, y: Tensor, candidate: Candidate) -> Tensor:
     return (block_out[:, None] * block_in[None, :]).reshape(-1)
 
 
+def gradient_norms(x: Tensor, gradient: Tensor, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Tensor]]:
+    """‖∇W_u‖₂² of each unit of a linear's candidates, float64, from its input (tokens, in) and its output's gradient
+    (tokens, out).
+
+    Of columns alone (or rows) no dense gradient is needed: ‖gᵀ x_u‖² = x_uᵀ (g gᵀ) x_u, which is cheaper by a long
+    way where there are fewer tokens than features.
+    """
+    kinds = {c.kind for c in candidates}
+    if (
+        len(kinds) == 1
+        and "blocks" not in kinds
+        and len(x) * (x.shape[1] + gradient.shape[1]) < x.shape[1] * gradient.shape[1]
+    ):
+        one, other = (x, gradient) if kinds == {"columns"} else (gradient, x)
+        within = product(other, other.t())  # (tokens, tokens)
+        side = (within @ one.to(within.dtype)).mul_(one).sum(0).clamp_(min=0)
+        for c in candidates:
+            yield c, sum_features(side, c).double()
+        return
+    squares = token_product(gradient, x).square_()  # (out, in): one layer's, freed at the end
+    for c in candidates:
+        yield c, sum_units(squares, c).double()
+
+
 class UnitSums:
     """`calibration.Statistics` of the scores that are sums over samples of one number per unit: activation (product),
-    gradient and fisher. One sample at a time; float64 on the CPU."""
+    gradient and fisher. One sample at a time; float64 on `device`, so that nothing waits for it."""
 
-    def __init__(self, importance: str, by_module: Mapping[str, Sequence[Candidate]]) -> None:
+    def __init__(
+        self, importance: str, by_module: Mapping[str, Sequence[Candidate]], device: torch.device | str = "cpu"
+    ) -> None:
         self.importance, self.by_module = importance, by_module
         self.totals = {
-            c.key: torch.zeros(c.count, dtype=torch.float64) for members in by_module.values() for c in members
+            c.key: torch.zeros(c.count, dtype=torch.float64, device=device)
+            for members in by_module.values()
+            for c in members
         }
 
     def __call__(self, seen: Observation) -> None:
@@ -67,11 +110,9 @@ class UnitSums:
         if seen.gradient is None:
             assert seen.y is not None
             for c in self.by_module[seen.name]:
-                self.totals[c.key] += activation_norms(seen.x, seen.y, c).cpu()
+                self.totals[c.key] += activation_norms(seen.x, seen.y, c)
             return
-        squares = (seen.gradient.float().t() @ seen.x.float()).square_()  # (out, in): one layer's, freed on return
-        for c in self.by_module[seen.name]:
-            sums = sum_units(squares, c).double().cpu()
+        for c, sums in gradient_norms(seen.x, seen.gradient, self.by_module[seen.name]):
             self.totals[c.key] += sums.sqrt() if self.importance == "gradient" else sums
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -87,6 +128,10 @@ class UnitSums:
         """Adds up the totals of all ranks."""
         for total in self.totals.values():
             ranks.all_reduce_sum(total)
+
+    def scores(self) -> dict[str, Tensor]:
+        """The totals on the CPU."""
+        return {key: total.cpu() for key, total in self.totals.items()}
 
 
 class Scored(NamedTuple):
@@ -105,6 +150,7 @@ def compute_scores(
     batches: Iterable[Mapping[str, Any]] | None = None,
     factors: FactorSettings | None = None,
     watch: Watch | None = None,
+    by_layer: bool | None = None,
 ) -> Scored:
     """The scores of all candidates' units.
 
@@ -115,6 +161,8 @@ def compute_scores(
         batches: dicts as the model takes them, the same on all ranks; needed by all but random and weight.
         factors: the settings of sylva's Kronecker factors.
         watch: of its folder, a call that was interrupted with the same arguments goes on.
+        by_layer: whether an importance that needs gradients takes a decoder layer at a time (`layerwise.py`), where the
+            model allows it, so that the sums of one layer alone exist; None: where those of all crowd the memory.
     """
     if importance == "random":
         return Scored({c.key: _random(c, seed) for c in candidates}, {})
@@ -136,22 +184,94 @@ def compute_scores(
     for c in candidates:
         by_module[c.module].append(c)
     factors, watch = factors or FactorSettings(), watch or Watch()
-    together = 0 if any_sharded(model) else TOKENS_TOGETHER
+    device = next(model.parameters()).device
+    together = TOKENS_TOGETHER_CUDA if device.type == "cuda" else TOKENS_TOGETHER
+    if importance != "sylva" or any_sharded(model):
+        together = 0
     own = [asdict(factors), together] if importance == "sylva" else None
     units = [(c.key, c.kind, c.shape, c.start, c.unit, c.count) for c in candidates]
     state = CalibrationState(watch.resume, [__version__, importance, seed, own, units], ranks.rank_and_world())
-    calibration = Calibration(model, batches, state, watch)
+    folder = watch.resume.parent if watch.resume else None
+    needed = 0  # bytes of the sums of all layers that count beside the model
     if importance == "sylva":
-        shapes = {module: members[0].shape for module, members in by_module.items()}
-        device = next(model.parameters()).device
-        folder = watch.resume.parent if watch.resume else None
-        statistics = KroneckerFactors(factors, seed, shapes, device, folder)
-        done = calibration.collect(by_module, statistics, gradients=True, together=together)
-        scores, dampings = score_modules(statistics, by_module, calibration, done)
-        return Scored({c.key: scores[c.key] for c in candidates}, {"second_order": summary(dampings, factors.damping)})
-    sums = UnitSums(importance, by_module)
-    calibration.collect(by_module, sums, gradients=importance in ("gradient", "fisher"))
-    return Scored({key: weights[key] * total for key, total in sums.totals.items()} if weights else sums.totals, {})
+        needed = statistics_bytes(factors, (members[0].shape for members in by_module.values()))
+
+    def statistics(modules: Mapping[str, Sequence[Candidate]]) -> UnitSums | KroneckerFactors:
+        if importance != "sylva":
+            return UnitSums(importance, modules, device)
+        shapes = {module: members[0].shape for module, members in modules.items()}
+        return KroneckerFactors(factors, seed, shapes, device, folder)
+
+    found, gradients = None, importance in ("gradient", "fisher", "sylva")
+    if gradients and by_layer is not False:
+        crowded = not Room(needed, device, "the summed gradients").in_memory
+        begun = state.has(LAYERS) or (crowded and not state.has(STATISTICS))  # what was begun so goes on so
+        if by_layer or any(ranks.all_gather_object(begun)):
+            batches = list(batches)
+            found = _by_layer(model, by_module, batches, together, statistics, needed, state, watch)
+    if found is None:
+        sums = statistics(by_module)
+        state.expect(needed)
+        calibration = Calibration(model, batches, state, watch)
+        done = calibration.collect(by_module, sums, gradients=gradients, together=together)
+        found = _scored(sums, by_module, state, watch, done)
+    scores, dampings = found
+    scores = {c.key: weights[c.key] * scores[c.key] if weights else scores[c.key] for c in candidates}
+    return Scored(scores, {"second_order": summary(dampings, factors.damping)} if importance == "sylva" else {})
+
+
+Found = tuple[dict[str, Tensor], list[float]]  # scores by candidate key, and every matrix's effective damping
+
+
+def _by_layer(
+    model: nn.Module,
+    by_module: Mapping[str, Sequence[Candidate]],
+    batches: Sequence[Mapping[str, Any]],
+    together: int,
+    statistics: Callable[[Mapping[str, Sequence[Candidate]]], UnitSums | KroneckerFactors],
+    needed: int,  # bytes of all layers' sums
+    state: CalibrationState,
+    watch: Watch,
+) -> Found | None:
+    """The scores, a decoder layer at a time; None, with a line that says why, where all layers have to be taken at
+    once."""
+    rank, world = ranks.rank_and_world()
+    split = split_by_layer(model, by_module)
+    if isinstance(split, str):
+        console.log(f"calibration: all layers at once, as {split}")
+        return None
+    layers, members = split
+    first = next(groups_of(model, batches, gradients=True, together=together), None)
+    groups = list(groups_of(model, batches, gradients=True, together=together, share=Share(rank, world)))
+    count = sum(len(group.samples) for group in groups)
+    check_samples(count)
+    assert first is not None
+    found = ranks.all_gather_object(trial(model, layers, members, first))
+    for token_bytes in found:
+        if isinstance(token_bytes, str):
+            console.log(f"calibration: all layers at once, as {token_bytes}")
+            return None
+    chosen = [{name: by_module[name] for name in names} for names in members]
+    walk = Walk(model, layers, chosen, groups, found[0], state)
+    sizes = f"their hidden states ({walk.room.total_bytes / 2**30:.1f} GiB) are kept {walk.room.place}"
+    if needed and any(ranks.all_gather_object(walk.room.place == DISK and walk.room.total_bytes >= needed)):
+        console.log(f"calibration: all layers at once, as {sizes} would take more than their sums")
+        return None
+    console.log(f"calibration: layer by layer; {sizes}")
+    return walk.run(statistics, lambda sums, modules: _scored(sums, modules), watch)
+
+
+def _scored(
+    sums: UnitSums | KroneckerFactors,
+    by_module: Mapping[str, Sequence[Candidate]],
+    state: CalibrationState | None = None,
+    watch: Watch | None = None,
+    done: tuple[int, int] = (0, 0),
+) -> Found:
+    """What complete statistics come to; with several ranks on each the same."""
+    if isinstance(sums, UnitSums):
+        return sums.scores(), []
+    return score_modules(sums, by_module, state or CalibrationState(None, None), watch or Watch(), done)
 
 
 def _random(candidate: Candidate, seed: int) -> Tensor:
@@ -162,13 +282,14 @@ def _random(candidate: Candidate, seed: int) -> Tensor:
 def score_modules(
     statistics: KroneckerFactors,
     by_module: Mapping[str, Sequence[Candidate]],
-    calibration: Calibration,
+    state: CalibrationState,
+    watch: Watch,
     done: tuple[int, int],  # (groups, samples) that this rank's statistics have seen
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Every unit's score and every matrix's effective damping, from statistics that are complete. Each rank scores a
     share of the modules; what an interrupted call has finished is not scored again."""
     rank, world = ranks.rank_and_world()
-    state, scored = calibration.state, calibration.watch.scored
+    scored = watch.scored
     scores: dict[str, Tensor] = {}
     names: list[str] = []
     dampings: list[float] = []

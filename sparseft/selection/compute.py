@@ -75,6 +75,7 @@ def compute_selection(
     progress: Callable[[int], None] | None = None,
     scoring: Callable[[int, int], None] | None = None,
     resume: Path | None = None,
+    by_layer: bool | None = None,
 ) -> Selection:
     """Which units of a plain model a sparse method trains; the model is unchanged afterwards.
 
@@ -92,6 +93,9 @@ def compute_selection(
         resume: a folder that takes what is done of the calibration, every half minute or so and when `progress` or
             `scoring` raises; a later call with the same model, config and batches goes on from there, and comes to the
             same selection. The caller removes it when the selection is safe.
+        by_layer: whether gradients are taken a decoder layer at a time, where the model allows it: then the sums of one
+            layer alone exist, and the hidden states at the layers' borders are kept. None: where the sums of all layers
+            would crowd the memory.
 
     Raises:
         UserError: a value out of range, a scope that matches nothing, a budget that cannot be met.
@@ -101,7 +105,7 @@ def compute_selection(
     config.validate()
     if sparse_layers(model):
         raise UserError("the model has sparse layers already: detach or merge them before selecting anew.")
-    return compute(model, Request.of(ModelSpec.of(model), config), batches, Watch(progress, scoring, resume))
+    return compute(model, Request.of(ModelSpec.of(model), config), batches, Watch(progress, scoring, resume), by_layer)
 
 
 def compute(
@@ -109,6 +113,7 @@ def compute(
     request: Request,
     batches: Iterable[Mapping[str, Any]] | None = None,
     watch: Watch | None = None,
+    by_layer: bool | None = None,
 ) -> Selection:
     """`compute_selection` of what is known already."""
     settings, budget = request.settings, request.budget
@@ -125,6 +130,7 @@ def compute(
             batches=batches,
             factors=FactorSettings(**settings.statistics()),
             watch=watch,
+            by_layer=by_layer,
         )
     selection = choose(budget, scores, order=settings.order, allocation=settings.allocation, seed=settings.seed)
     if settings.needs_data and batches is not None:

@@ -308,7 +308,7 @@ def test_the_cost_of_choosing(in_tmp: Path) -> None:
     )  # fmt: skip
     result = done.json
     rows = result["importances"]
-    assert list(rows) == ["forward+backward", "random", "gradient", "sylva"]
+    assert list(rows) == ["forward+backward", "random", "gradient", "sylva", "sylva, layer by layer"]
     for row in rows.values():
         assert 0 < row["seconds_p20"] <= row["seconds"] <= row["seconds_p80"]
         assert row["ratio"] == pytest.approx(row["seconds"] / rows["forward+backward"]["seconds"])
@@ -317,6 +317,7 @@ def test_the_cost_of_choosing(in_tmp: Path) -> None:
     assert rows["forward+backward"]["peak_memory_bytes"] > weights  # every weight's gradient at once
     layer = 4 * 128 * 384  # the largest gradient of one linear
     assert layer < rows["gradient"]["peak_memory_bytes"] < weights
+    assert layer < rows["sylva, layer by layer"]["peak_memory_bytes"] < rows["sylva"]["peak_memory_bytes"]
     assert json.loads((in_tmp / "out" / "bench.json").read_text()) == result
     table = sparseft(
         in_tmp, "bench", "preprocess", "bench.width=64", "bench.depth=1", "bench.length=8", "bench.samples=1",

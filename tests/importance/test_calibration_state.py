@@ -197,6 +197,7 @@ def worker(rank: int, world: int, port: int, folder: str, importance: str, count
         seen: list[int] = []
         selection = compute_selection(model, config, samples(count), progress=seen.append, resume=partial)
         found = scored(model, importance, batches=samples(count))
+        assert equal(scored(model, importance, batches=samples(count), by_layer=True), found)
         torch.save((selection.modules, found, seen), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()

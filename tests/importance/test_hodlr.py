@@ -510,3 +510,16 @@ def test_importance_refuses_what_does_not_fit() -> None:
         entry_importance(torch.full((4, 6), float("nan")), A, G)
     with pytest.raises(UserError, match="block_size"):
         block_scores(torch.ones(4), torch.ones(6), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_can_be_multiplied_as_they_are(dtype: torch.dtype) -> None:
+    """As on CUDA, where their products come in float32: what `update` otherwise casts first."""
+    x = torch.randn(70, 1001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    cast, direct = Hodlr(1001), Hodlr(1001)
+    assert direct._test is not None and torch.equal(direct._test.to(dtype).float(), direct._test)
+    cast.update(x)
+    direct._add(direct._layout.spread(x, 1).contiguous())
+    for one, other in zip(direct.tensors()[1:], cast.tensors()[1:], strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))

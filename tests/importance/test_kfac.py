@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparseft
 from sparseft.errors import RunError
-from sparseft.importance import kfac as host_memory
+from sparseft.importance import room as host_memory
 from sparseft.importance.batching import WINDOW, groups_of, may_share, packed, pad_together, split_samples
 from sparseft.importance.hooks import Observation, observe
 from sparseft.importance.kfac import FactorSettings, KroneckerFactors, summary
@@ -219,13 +219,16 @@ def test_sums_that_would_crowd_memory_go_to_files_without_a_name(
     model, config = make_model("llama"), sparseft.SylvaConfig(sparsity=0.9, block_size=8)
     mapped = sparseft.compute_selection(model, config, samples(), resume=tmp_path / "unfinished")
     assert not list(tmp_path.rglob("*"))
-    sums = host_memory.HostSums(10**6, tmp_path)
-    assert sums.mapped
+    sums = host_memory.Room(10**6, torch.device("cpu"), "the summed gradients", tmp_path)
+    assert sums.place == host_memory.DISK and not sums.in_memory
     tensor = sums.zeros(7, 5)
     tensor += 1
     assert tensor.sum() == 35 and tensor.is_shared() and not list(tmp_path.iterdir())
     monkeypatch.undo()
-    assert host_memory.available_bytes() > 2**20 and not host_memory.HostSums(10**6).mapped
+    assert (
+        host_memory.available_bytes() > 2**20
+        and host_memory.Room(10**6, torch.device("cpu"), "").place == host_memory.HOST
+    )
     assert sparseft.compute_selection(model, config, samples()).digest() == mapped.digest()
 
 
@@ -235,7 +238,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, little_memory: None, mon
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(RunError, match=r"the summed gradients need 0\.0 GiB.*the disk has no room left"):
-        host_memory.HostSums(10**6, tmp_path).zeros(100, 100)
+        host_memory.Room(10**6, torch.device("cpu"), "the summed gradients", tmp_path).zeros(100, 100)
     assert not list(tmp_path.iterdir())
 
 
@@ -265,3 +268,39 @@ def test_the_selection_says_how_far_the_damping_rose(
 def test_samples_are_split_alike_whatever_the_batches() -> None:
     items = samples()
     assert [s["input_ids"].shape[1] for b in items for s in split_samples(b)] == list(LENGTHS)
+
+
+# -- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("importance", ["sylva", "gradient"])
+def test_the_device_chooses_what_the_cpu_chooses(
+    make_model: Callable[..., Any], importance: str, by_layer: bool
+) -> None:
+    config = sparseft.SylvaConfig(sparsity=0.9, block_size=8, importance=importance, num_partition=0)
+    chosen = []
+    for device in ("cpu", "cuda"):
+        model = make_model("llama").to(device)
+        found = sparseft.compute_selection(model, config, samples(lengths=(64,) * 8), by_layer=by_layer)
+        chosen.append({(name, *block) for name, p in found.modules.items() for block in p["blocks"].tolist()})
+    assert len(chosen[0] & chosen[1]) >= 0.99 * len(chosen[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_device_multiplies_halves_exactly(dtype: torch.dtype) -> None:
+    """The sums and sketches of the same observations, more than a chunk of them and of odd widths."""
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = (torch.randn(5000, n, generator=generator).to(dtype) for n in (777, 1001))
+    states = []
+    for device in ("cpu", "cuda"):
+        found = KroneckerFactors(FactorSettings(), 0, {"m": (1001, 777)}, torch.device(device))
+        found(Observation("m", x.to(device), None, gradient.to(device), "m", 3))
+        states.append(found.state()[0])
+    for name, wanted in states[0].items():
+        peak = float(wanted.abs().max())
+        torch.testing.assert_close(
+            states[1][name].cpu(), wanted, rtol=1e-5, atol=1e-5 * peak, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparseft.errors import UserError
 from sparseft.importance.batching import groups_of, split_samples
 from sparseft.importance.hooks import observe, untouched
-from sparseft.importance.scores import compute_scores
+from sparseft.importance.scores import compute_scores, gradient_norms
 from sparseft.importance.units import Candidate
 from sparseft.methods.s2ft import ROLES
 from sparseft.models.spec import ModelSpec
@@ -156,6 +156,30 @@ def test_equals_brute_force(make_model: Callable[..., Any], kind: str, importanc
     assert kinds == {"rows", "columns", "blocks"} and all(len(unit_slices(c)) == c.count for c in candidates)
     items = samples()
     assert_same(score(model, candidates, importance, items), brute_force(model, candidates, importance, items))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kinds", [("rows",), ("columns",), ("rows", "columns"), ("blocks",)])
+@pytest.mark.parametrize("tokens", [1, 13, 200])  # more than features: by the dense gradient
+def test_gradient_norms_are_those_of_the_dense_gradient(
+    kinds: tuple[str, ...], tokens: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 40, generator=generator).to(dtype)
+    gradient = torch.randn(tokens, 56, generator=generator).mul_(1e-4).to(dtype)
+    shape = (56, 40)
+    known = {
+        "rows": [Candidate("m", "rows", shape, 5, 7, 3, "q"), Candidate("m", "rows", shape, 26, 10, 3, "k")],
+        "columns": [Candidate("m", "columns", shape, 1, 13, 3)],
+        "blocks": [Candidate("m", "blocks", shape, 0, 16, 12)],
+    }
+    candidates = [c for kind in kinds for c in known[kind]]
+    dense = (gradient.double().t() @ x.double()).square()
+    found = dict(gradient_norms(x, gradient, candidates))
+    assert list(found) == candidates
+    for c, sums in found.items():
+        wanted = torch.stack([dense[rows, columns].sum() for rows, columns in unit_slices(c)])
+        torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=0)
 
 
 def test_heads_are_counted_from_the_config(make_model: Callable[..., Any]) -> None:

@@ -1,0 +1,66 @@
+"""Where large tensors of a calibration lie: on the device, in host memory, or in memory-mapped files."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparseft.distributed import env
+from sparseft.errors import RunError
+from sparseft.memory import available_bytes, free_device_bytes
+
+# What is kept takes at most so much of the memory that is free: on an accelerator the rest is for activations, on the
+# host for all else that runs there.
+DEVICE_SHARE = 0.5
+HOST_SHARE = 0.25
+
+DEVICE, HOST, DISK = "on the device", "in host memory", "on disk"
+
+
+class Room:
+    """Makes zeros of `total_bytes` in all, where they do not crowd what is free, which is asked once: on the device,
+    else in host memory (locked, beside an accelerator), else in mapped files in `folder` (None: the system's folder
+    for temporary files).
+
+    A file loses its name as soon as it is mapped, so its space is freed with the tensor, however the process ends.
+    """
+
+    def __init__(self, total_bytes: int, device: torch.device, what: str, folder: Path | None = None) -> None:
+        self.total_bytes, self.device, self.what, self.folder = total_bytes, device, what, folder
+        self.place = DISK
+        if total_bytes <= HOST_SHARE * available_bytes() / env.local_world():
+            self.place = HOST
+        if device.type != "cpu" and total_bytes <= DEVICE_SHARE * free_device_bytes(device):
+            self.place = DEVICE
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether what the device works on lies in its own memory: the host's, where that is the device."""
+        return self.place == (HOST if self.device.type == "cpu" else DEVICE)
+
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """RunError where the disk has no room for it."""
+        if self.place == DEVICE:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+        if self.place == HOST:
+            return torch.zeros(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        folder, size = self.folder or Path(tempfile.gettempdir()), math.prod(shape)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(prefix=".sparseft-sums-", dir=folder) as file:
+                # A sparse file would end the process by a signal at the first page that finds no room.
+                os.posix_fallocate(file.fileno(), 0, max(1, size) * dtype.itemsize)
+                return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            reason = "the disk has no room left" if full else f"the file cannot be written ({error.strerror})"
+            raise RunError(
+                f"{folder}: {self.what} need {self.total_bytes / 2**30:.1f} GiB, more than a quarter of the "
+                f"free memory, so they go to disk, but {reason}."
+            ) from error
