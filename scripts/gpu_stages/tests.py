@@ -1,0 +1,96 @@
+"""The project's own tests that need a device, and its kernels under compute-sanitizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpu_stages.findings import Findings, Skip
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ("tests/kernels/test_triton.py", "tests/training/test_optimizer.py")
+WHOLE = "tests/gpu"  # layers, models, runs: the same tests as on the CPU, on the device
+SMALL = "tests/gpu/test_layers.py"
+COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|deselected)")
+
+
+def kernels(findings: Findings) -> None:
+    """What is marked `gpu` of the kernels, then both files whole: on a device they run compiled."""
+    _tests(findings, "marked gpu", "-m", "gpu", *KERNELS)
+    if findings.dry:
+        findings.skip("both files whole, compiled", "needs CUDA")
+    else:
+        _tests(findings, "both files whole, compiled", *_in_parallel(4), *KERNELS)
+
+
+def numerics(findings: Findings) -> None:
+    """Layers, models and runs on the device against `nn.Linear`, float64 and the CPU."""
+    if findings.dry:  # they run there with all the other tests
+        _tests(findings, "layers, as on the CPU", "-m", "not gpu", SMALL)
+    else:
+        _tests(findings, "layers, models, runs", "-m", "gpu", *_in_parallel(8), WHOLE)
+
+
+def sanitizer(findings: Findings) -> None:
+    """One test of each kernel under memcheck."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        raise Skip("compute-sanitizer is not on the PATH")
+    for what, file, chosen in (
+        ("blocks kernel", KERNELS[0], "test_auto_takes_the_kernel_on_cuda"),
+        ("optimizer kernel", KERNELS[1], "test_on_the_gpu_a_step_takes_few_launches"),
+    ):
+        command = [tool, "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "77",
+                   *_pytest("-m", "gpu", "-k", chosen, file)]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
+        print(done.stdout[-8000:], done.stderr[-4000:])
+        errors = re.findall(r"ERROR SUMMARY: (\d+) error", done.stdout + done.stderr)
+        passed = _counts(done.stdout).get("passed", 0)
+        found = f"{sum(map(int, errors))} errors, {passed} passed" if errors else f"no summary, code {done.returncode}"
+        fine = bool(errors) and not any(map(int, errors)) and passed >= 1
+        findings.fact(f"memcheck: {what}", fine, found, "0 errors")
+
+
+def _tests(findings: Findings, what: str, *arguments: str) -> None:
+    if importlib.util.find_spec("pytest") is None:
+        raise Skip("pytest is not installed")
+    done = subprocess.run(_pytest(*arguments), cwd=ROOT, env=_environment(), capture_output=True, text=True)
+    print(done.stdout[-30000:], done.stderr[-4000:])
+    counts = _counts(done.stdout)
+    found = ", ".join(f"{count} {name}" for name, count in counts.items()) or f"nothing, code {done.returncode}"
+    bad = [name for name in ("failed", "error", "errors") if counts.get(name)]
+    ran = counts.get("passed", 0) > 0 or (findings.dry and counts.get("skipped", 0) > 0)
+    findings.fact(what, done.returncode == 0 and not bad and ran, found, "no failures")
+    for line in done.stdout.splitlines():
+        if line.startswith(("FAILED ", "ERROR ")):
+            findings.fact("  " + line.split(" - ")[0][:200], False, line.partition(" - ")[2][:200])
+
+
+def _counts(output: str) -> dict[str, int]:
+    """`{"passed": 52}` of pytest's last line."""
+    for line in reversed(output.splitlines()):
+        if found := COUNT.findall(line):
+            return {name: int(count) for count, name in found}
+    return {}
+
+
+def _pytest(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+
+
+def _in_parallel(processes: int) -> Sequence[str]:
+    if importlib.util.find_spec("xdist") is None:
+        return ()
+    return ("-n", str(processes), "--dist", "worksteal")
+
+
+def _environment() -> dict[str, str]:
+    """The checkout first on the path, also for what the tests start elsewhere."""
+    before = os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), before))), "HF_HUB_OFFLINE": "1"}
