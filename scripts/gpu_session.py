@@ -87,13 +87,13 @@ def prepare(dry: bool) -> str:
         return "cpu"
     with tempfile.TemporaryDirectory() as made:
         name = Path(made, "name")
-        _, why = in_child(lambda: _touch(name), 120)
+        _, why = in_child(lambda: _touch(name), 120, log=Path(made, "log"))
         if name.is_file():
             return name.read_text()
     if APART in os.environ:
         raise UserError(f"no CUDA device can be used ({why}): --dry runs all stages on the CPU, cut down.")
     os.environ[APART] = "1"
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+    os.execv(sys.executable, sys.orig_argv)
 
 
 def _touch(name: Path) -> None:

@@ -117,7 +117,7 @@ def _command(
             threading.Thread(target=_kill_when_there, args=(kill_at,), daemon=True).start()
         code.write_text(str(main([command, *words])))
 
-    _, why = in_child(do, 600, log=log)
+    _, why = in_child(do, 600, log=log, group=False)
     print(f"$ sparseft {command} {' '.join(words)}\n{log.read_text(errors='replace')}", flush=True)
     return (int(code.read_text()), "") if code.is_file() else (None, why)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from gpu_stages.clock import enqueued, wait, waited
-from gpu_stages.findings import Expected, Findings, at_most, between
+from gpu_stages.findings import Findings, at_most, between
 from gpu_stages.models import METHODS, batch_of, floor_step, made, shape_of, trained_by
 
 # Milliseconds to queue a step, and kernels beyond the floor's a layer: by count, and by a CPU's host (a proxy).
@@ -21,24 +21,35 @@ ENQUEUE = {
 KERNELS = {"s2ft, down 0.03": at_most(4), "s2ft, o and down": at_most(7), "sylva": at_most(15)}
 
 
+FEW = 8  # tokens, over which a step is the host's alone: a queue that is full would make it wait for the device
+
+
 def work(findings: Findings) -> None:
     shape = shape_of("llama2-7b", findings.dry)
     model = made(shape, findings.device)
-    batch = batch_of(model, 1, 32 if findings.dry else 512)
+    few, many = (batch_of(model, 1, length) for length in (FEW, 32 if findings.dry else 512))
     layers = shape["num_hidden_layers"]
-    floor = _measure(findings, "floor", floor_step(model, batch), ENQUEUE["floor"])
+    _host(findings, "floor", floor_step(model, few))
+    floor = _device(findings, "floor", floor_step(model, many))
     for name in METHODS:
-        with findings.attempt(name), trained_by(name, model, batch) as step:
-            launched = _measure(findings, name, step, ENQUEUE.get(name))
+        with findings.attempt(name):
+            with trained_by(name, model, few) as step:
+                _host(findings, name, step)
+            with trained_by(name, model, many) as step:
+                launched = _device(findings, name, step)
             if floor and launched:
                 more = (launched - floor) / layers
                 findings.number(f"{name}: kernels beyond the floor's, a layer", more, "", KERNELS.get(name))
 
 
-def _measure(findings: Findings, name: str, step: Callable[[], None], expected: Expected | None) -> int:
-    rounds = 1 if findings.dry else 5
-    findings.number(f"{name}: to queue a step", 1000 * enqueued(step, rounds), "ms", expected)
-    findings.number(f"{name}: a step", 1000 * waited(step, rounds), "ms")
+def _host(findings: Findings, name: str, step: Callable[[], None]) -> None:
+    seconds = enqueued(step, 1 if findings.dry else 5)
+    findings.number(f"{name}: to queue a step of {FEW} tokens", 1000 * seconds, "ms", ENQUEUE.get(name))
+
+
+def _device(findings: Findings, name: str, step: Callable[[], None]) -> int:
+    """Kernels of a step; 0 where there is nothing to count them by."""
+    findings.number(f"{name}: a step", 1000 * waited(step, 1 if findings.dry else 5), "ms")
     if findings.dry:
         findings.skip(f"{name}: kernels a step", "needs CUDA")
         return 0

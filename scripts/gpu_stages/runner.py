@@ -181,12 +181,15 @@ def _keep(place: Path, folder: Path, name: str) -> None:
 # ---- a process of its own ----
 
 
-def in_child(work: Callable[[], None], limit: float, *, log: Path | None = None) -> tuple[str, str]:
+def in_child(work: Callable[[], None], limit: float, *, log: Path | None = None, group: bool = True) -> tuple[str, str]:
     """Does `work` in a forked process with a limit in seconds. Returns (verdict, reason): ("", "") where it came to its
-    end, else FAILED or SKIPPED and why. Whatever it has started is ended with it."""
+    end, else FAILED or SKIPPED and why.
+
+    group: it leads a group of processes, which is ended with it; false inside another one's, so that it ends with that.
+    """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(work, sender, log))
+    child = context.Process(target=_child, args=(work, sender, log, group))
     sys.stdout.flush()
     sys.stderr.flush()
     child.start()
@@ -199,7 +202,7 @@ def in_child(work: Callable[[], None], limit: float, *, log: Path | None = None)
             if not late and receiver.poll(0):
                 said = receiver.recv()
     finally:
-        _end(child)
+        _end(child, group)
         receiver.close()
     if late:
         stuck = child.exitcode is None
@@ -211,16 +214,18 @@ def in_child(work: Callable[[], None], limit: float, *, log: Path | None = None)
     return FAILED, f"ended with exit code {child.exitcode} and no word"
 
 
-def _end(child: Any) -> None:
-    """Kills the process and all that it has started (they are a group of their own), and waits for it a little."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
+def _end(child: Any, group: bool) -> None:
+    """Kills the process, and all that it has started where that is a group of their own, and waits for it a little."""
+    if group:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
     child.kill()  # where it had no time to make a group of its own
     child.join(GRACE)
 
 
-def _child(work: Callable[[], None], sender: Any, log: Path | None) -> None:
-    os.setsid()
+def _child(work: Callable[[], None], sender: Any, log: Path | None, group: bool) -> None:
+    if group:
+        os.setsid()  # away from the terminal too, whose Ctrl-C is for the session
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if log is not None:

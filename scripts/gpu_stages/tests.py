@@ -15,24 +15,31 @@ from gpu_stages.findings import Findings, Skip
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("tests/kernels/test_triton.py", "tests/training/test_optimizer.py")
+MARK = "mark.gpu"  # files that have tests for a device
 WHOLE = "tests/gpu"  # layers, models, runs: the same tests as on the CPU, on the device
 SMALL = "tests/gpu/test_layers.py"
 COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|deselected)")
 
 
 def kernels(findings: Findings) -> None:
-    """What is marked `gpu` of the kernels, then both files whole: on a device they run compiled."""
-    _tests(findings, "marked gpu", "-m", "gpu", *KERNELS)
+    """What is marked `gpu` beside `tests/gpu`, then the kernels' files whole: on a device they run compiled."""
+    _tests(findings, "marked gpu", "-m", "gpu", *(() if findings.dry else _in_parallel(4)), *_marked())
     if findings.dry:
-        findings.skip("both files whole, compiled", "needs CUDA")
+        findings.skip("kernels' files whole, compiled", "needs CUDA")
     else:
-        _tests(findings, "both files whole, compiled", *_in_parallel(4), *KERNELS)
+        _tests(findings, "kernels' files whole, compiled", "-m", "not gpu", *_in_parallel(4), *KERNELS)
+
+
+def _marked() -> list[str]:
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    named = [path.relative_to(ROOT).as_posix() for path in files if MARK in path.read_text(encoding="utf-8")]
+    return [path for path in named if not path.startswith(WHOLE)]
 
 
 def numerics(findings: Findings) -> None:
     """Layers, models and runs on the device against `nn.Linear`, float64 and the CPU."""
     if findings.dry:  # they run there with all the other tests
-        _tests(findings, "layers, as on the CPU", "-m", "not gpu", SMALL)
+        _tests(findings, "layers, as on the CPU", "-m", "not gpu", "-k", "twenty_steps or unmerged", SMALL)
     else:
         _tests(findings, "layers, models, runs", "-m", "gpu", *_in_parallel(8), WHOLE)
 
@@ -48,7 +55,7 @@ def sanitizer(findings: Findings) -> None:
     ):
         command = [tool, "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "77",
                    *_pytest("-m", "gpu", "-k", chosen, file)]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=_environment(findings.dry), capture_output=True, text=True)
         print(done.stdout[-8000:], done.stderr[-4000:])
         errors = re.findall(r"ERROR SUMMARY: (\d+) error", done.stdout + done.stderr)
         passed = _counts(done.stdout).get("passed", 0)
@@ -60,7 +67,8 @@ def sanitizer(findings: Findings) -> None:
 def _tests(findings: Findings, what: str, *arguments: str) -> None:
     if importlib.util.find_spec("pytest") is None:
         raise Skip("pytest is not installed")
-    done = subprocess.run(_pytest(*arguments), cwd=ROOT, env=_environment(), capture_output=True, text=True)
+    environment = _environment(findings.dry)
+    done = subprocess.run(_pytest(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout[-30000:], done.stderr[-4000:])
     counts = _counts(done.stdout)
     found = ", ".join(f"{count} {name}" for name, count in counts.items()) or f"nothing, code {done.returncode}"
@@ -90,7 +98,8 @@ def _in_parallel(processes: int) -> Sequence[str]:
     return ("-n", str(processes), "--dist", "worksteal")
 
 
-def _environment() -> dict[str, str]:
-    """The checkout first on the path, also for what the tests start elsewhere."""
-    before = os.environ.get("PYTHONPATH")
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), before))), "HF_HUB_OFFLINE": "1"}
+def _environment(dry: bool) -> dict[str, str]:
+    """The checkout first on the path, also for what the tests start elsewhere; without a device they fail, not skip."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    changes = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"} | ({} if dry else {"SPARSEFT_REQUIRE_GPU": "1"})
+    return os.environ | changes
