@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import transformers
 
 from gpu_stages.findings import Findings, Skip, between
 from gpu_stages.models import SPARSITY, shape_of
-from sparseft.commands import plan
 from sparseft.compose.run_config import compose
+from sparseft.training import memory_plan
 
 # Rows of the step's stage, by the method of the plan.
 ROWS = {"s2ft": "s2ft: peak", "sylva": "sylva: peak", "lora": "lora: peak"}
@@ -18,10 +19,7 @@ def work(findings: Findings) -> None:
     measured = findings.earlier(STEP)
     if not any(row in measured for row in ROWS.values()):
         raise Skip(f"there is no peak of the stage {STEP} to compare with")
-    shape = shape_of("llama2-7b", findings.dry)
-    folder = findings.scratch / "model"
-    config = transformers.LlamaConfig(**shape, dtype="bfloat16", architectures=["LlamaForCausalLM"])
-    config.save_pretrained(folder)
+    config = transformers.LlamaConfig(**shape_of("llama2-7b", findings.dry))
     length = 32 if findings.dry else 512
     for method, row in ROWS.items():
         if row not in measured:
@@ -30,10 +28,11 @@ def work(findings: Findings) -> None:
         with findings.attempt(method):
             made = compose(
                 "train",
-                [f"model.path={folder}", "model.dtype=bfloat16", f"method={method}", f"sparsity={SPARSITY}",
+                ["model.dtype=bfloat16", f"method={method}", f"sparsity={SPARSITY}",
                  f"hardware.device={findings.device}", "trainer.batch_size=1", f"trainer.max_length={length}",
                  "trainer.optimizer=adamw_torch_fused"],
             )  # fmt: skip
-            planned = plan.run(made)["per_device"]["total"] / 1e9
+            shape = memory_plan.trainable_shape(made, config, torch.bfloat16)
+            planned = memory_plan.step_memory(made, shape, batch=1, length=length).total / 1e9
             findings.number(f"{method}: planned", planned, "GB")
             findings.number(f"{method}: planned ÷ measured", planned / measured[row], "", between(0.85, 1.15))

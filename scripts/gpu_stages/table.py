@@ -26,7 +26,7 @@ STAGES = (
     Stage("host", 25, "queueing a step, and its kernels", _of("host")),
     Stage("products", 30, "small kernels by graph replay", _of("products")),
     Stage("preprocess", 50, "choosing: time, and the same units as on the CPU", _of("choosing")),
-    Stage("plan", 10, "train --plan against the steps' peaks", _of("plan")),
+    Stage("plan", 15, "train --plan against the steps' peaks", _of("plan")),
     Stage("step-8b", 40, "a step of LLaMA-3 8B, 4 x 2048 tokens", _of("steps", "eight")),
     Stage("sanitizer", 40, "kernels under compute-sanitizer", _of("tests", "sanitizer"), needs_cuda=True),
 )
