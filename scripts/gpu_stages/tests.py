@@ -50,37 +50,41 @@ def sanitizer(findings: Findings) -> None:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise Skip("compute-sanitizer is not on the PATH")
-    command = [
-        tool,
-        "--tool",
-        "memcheck",
-        "--target-processes",
-        "all",
-        *_pytest("-m", "gpu", "-k", SANITIZED, *KERNELS),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(findings.dry), capture_output=True, text=True)
-    print(done.stdout[-8000:], done.stderr[-4000:])
-    errors = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", done.stdout + done.stderr)]
-    passed = _counts(done.stdout).get("passed", 0)
-    found = f"{sum(errors)} errors, {passed} passed" if errors else f"no summary, code {done.returncode}"
-    fine = bool(errors) and not any(errors) and done.returncode == 0 and passed >= 2
+    memcheck = [tool, "--tool", "memcheck", "--target-processes", "all"]
+    code, output = _run(findings, *memcheck, *_pytest("-m", "gpu", "-k", SANITIZED, *KERNELS))
+    errors = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", output)]
+    passed = _counts(output).get("passed", 0)
+    found = f"{sum(errors)} errors, {passed} passed" if errors else f"no summary, code {code}"
+    fine = bool(errors) and not any(errors) and code == 0 and passed >= 2
     findings.fact("memcheck: blocks, optimizer", fine, found, "0 errors")
 
 
 def _tests(findings: Findings, what: str, *arguments: str) -> None:
     if importlib.util.find_spec("pytest") is None:
         raise Skip("pytest is not installed")
-    environment = _environment(findings.dry)
-    done = subprocess.run(_pytest(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
-    print(done.stdout[-30000:], done.stderr[-4000:])
-    counts = _counts(done.stdout)
-    found = ", ".join(f"{count} {name}" for name, count in counts.items()) or f"nothing, code {done.returncode}"
+    code, output = _run(findings, *_pytest(*arguments))
+    counts = _counts(output)
+    found = ", ".join(f"{count} {name}" for name, count in counts.items()) or f"nothing, code {code}"
     bad = [name for name in ("failed", "error", "errors") if counts.get(name)]
     ran = counts.get("passed", 0) > 0 or (findings.dry and counts.get("skipped", 0) > 0)
-    findings.fact(what, done.returncode == 0 and not bad and ran, found, "no failures")
-    for line in done.stdout.splitlines():
+    findings.fact(what, code == 0 and not bad and ran, found, "no failures")
+    for line in output.splitlines():
         if line.startswith(("FAILED ", "ERROR ")):
             findings.fact("  " + line.split(" - ")[0][:200], False, line.partition(" - ")[2][:200])
+
+
+def _run(findings: Findings, *command: str) -> tuple[int, str]:
+    """(exit code, output) of a command, which is in the log as it comes: a limit may end it."""
+    lines = []
+    with subprocess.Popen(
+        command, cwd=ROOT, env=_environment(findings.dry), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace",
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return process.returncode, "".join(lines)
 
 
 def _counts(output: str) -> dict[str, int]:
@@ -92,7 +96,8 @@ def _counts(output: str) -> dict[str, int]:
 
 
 def _pytest(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    verbose = ("-v", "--no-header")  # a test that hangs is the last one named
+    return [sys.executable, "-m", "pytest", *verbose, "-p", "no:cacheprovider", *arguments]
 
 
 def _in_parallel(processes: int) -> Sequence[str]:
