@@ -1,0 +1,1 @@
+"""What `scripts/gpu_session.py` runs: the runner, and the stages one file each."""
