@@ -29,6 +29,17 @@ MOST_SPLITS = 65535  # the launch grid's second side
 PROGRAMS_A_PROCESSOR = 2  # that many should be in flight before splitting stops
 
 
+def _interpreted_steps(first, last, step):
+    """`range` over the interpreter's numbers: triton 3.6 cannot turn them into Python's from numpy 2.4 on."""
+    at = first
+    while at < last:
+        yield at
+        at += step
+
+
+_steps = _interpreted_steps if INTERPRETED else tl.range  # compiled, a `while` would not be pipelined
+
+
 @triton.jit(do_not_specialize=["tokens", "split"])
 def _blocks_kernel(
     grad_output, x, block_rows, block_columns, out,
@@ -56,7 +67,7 @@ def _blocks_kernel(
     first = tl.program_id(1) * split
     last = tl.minimum(first + split, tokens)
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for start in range(first, last, CHUNK):
+    for start in _steps(first, last, CHUNK):
         token = start + tl.arange(0, CHUNK)
         there = token < last
         at = token.to(tl.int64)

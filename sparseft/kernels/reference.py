@@ -129,6 +129,8 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         if left.dtype == dtype and not (left.is_meta or torch.is_autocast_enabled(left.device.type)):
             return multiply(left, right)
         out = left.new_empty(*left.shape[:-1], right.shape[-1], dtype=dtype)
+    if out.is_meta:
+        return out  # nothing to compute; torch 2.11 does not know all of these products there
     # With `out` no product is autocast: one of fp32 within a backward pass under autocast would be rounded too.
     if left.dtype == dtype:
         return multiply(left, right, out=out)
