@@ -11,8 +11,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
-# what touches other libraries: models and their layers, adapters, training in one and several processes, evaluation
-LOWEST_TESTS := tests/test_patches.py tests/contract tests/adapters tests/layers tests/models tests/training \
+# what touches other libraries: kernels, models and their layers, adapters, training in one and several processes, evaluation
+LOWEST_TESTS := tests/test_patches.py tests/contract tests/kernels tests/adapters tests/layers tests/models tests/training \
 	tests/evaluation tests/cli tests/processes/test_distributed.py tests/processes/test_sharding.py
 OFFLINE := HF_HUB_OFFLINE=1
 ARGS ?=

@@ -29,6 +29,17 @@ MOST_SPLITS = 65535  # the launch grid's second side
 PROGRAMS_A_PROCESSOR = 2  # that many should be in flight before splitting stops
 
 
+def _interpreted_steps(first, last, step):
+    """`range` over the interpreter's numbers: triton 3.6 cannot turn them into Python's from numpy 2.4 on."""
+    at = first
+    while at < last:
+        yield at
+        at += step
+
+
+steps = _interpreted_steps if INTERPRETED else tl.range  # compiled, a `while` would not be pipelined
+
+
 @triton.jit(do_not_specialize=["tokens", "split"])
 def _blocks_kernel(
     grad_output, x, block_rows, block_columns, out,
@@ -56,7 +67,7 @@ def _blocks_kernel(
     first = tl.program_id(1) * split
     last = tl.minimum(first + split, tokens)
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for start in range(first, last, CHUNK):
+    for start in steps(first, last, CHUNK):
         token = start + tl.arange(0, CHUNK)
         there = token < last
         at = token.to(tl.int64)
@@ -84,7 +95,7 @@ def splits_of(tokens: int, programs: int, processors: int) -> int:
     return max(1, min(wanted, tokens // FEWEST_TOKENS, MOST_SPLITS))
 
 
-def _tf32_allowed() -> bool:
+def tf32_allowed() -> bool:
     """Whether torch's own fp32 products may round their operands to TF32."""
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)  # torch 2.9's name: asking by the old one can be an error there
@@ -122,7 +133,7 @@ def blocks_gradient(
             tokens, split, grad_output.shape[1], x.shape[1],
             *grad_output.stride(), *x.stride(), block_rows.stride(0), block_columns.stride(0), out.stride(0),
             SIZE=size, TILE=tile, TILES=tiles, CHUNK=chunk,
-            PRECISION="tf32" if _tf32_allowed() else "ieee",
+            PRECISION="tf32" if tf32_allowed() else "ieee",
             # The interpreter holds bf16 as integers, of which its dot would take the product. Compiled, this is false.
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
             num_warps=warps, num_stages=stages,

@@ -122,3 +122,40 @@ def _token_product_op(left: Tensor, right: Tensor) -> Tensor:
 @_token_product_op.register_fake
 def _(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(left.shape[1], right.shape[1], dtype=torch.float32)
+
+
+def experts_gradient(
+    grad_output: Tensor, x: Tensor, offs: Tensor, parts: Tensor, sizes: tuple[int, int], total: int, block_size: int
+) -> Tensor:
+    """The weight gradients of experts' parts, summed and kept in fp32, one after another in one tensor (total,).
+
+    `reference.experts_gradient` says what they are; `sizes` are the largest height and width among the parts. Where a
+    kernel computes, that is one launch, and nothing waits for the device.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.sparseft.experts_gradient(grad_output, x, offs, parts, *sizes, total, block_size)
+    return _experts_gradient(grad_output, x, offs, parts, *sizes, total, block_size)
+
+
+def _experts_gradient(
+    grad_output: Tensor, x: Tensor, offs: Tensor, parts: Tensor, height: int, width: int, total: int, block_size: int
+) -> Tensor:
+    if kernel_for(x) is not None:
+        from sparseft.kernels import experts_triton
+
+        return experts_triton.experts_gradient(grad_output, x, offs, parts, (height, width), total, block_size)
+    return reference.experts_gradient(grad_output, x, offs, parts, total, block_size).float()
+
+
+@torch.library.custom_op("sparseft::experts_gradient", mutates_args=())
+def _experts_gradient_op(
+    grad_output: Tensor, x: Tensor, offs: Tensor, parts: Tensor, height: int, width: int, total: int, block_size: int
+) -> Tensor:
+    return _experts_gradient(grad_output, x, offs, parts, height, width, total, block_size)
+
+
+@_experts_gradient_op.register_fake
+def _(
+    grad_output: Tensor, x: Tensor, offs: Tensor, parts: Tensor, height: int, width: int, total: int, block_size: int
+) -> Tensor:
+    return x.new_empty(total, dtype=torch.float32)

@@ -133,6 +133,8 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         if left.dtype == dtype and not (left.is_meta or torch.is_autocast_enabled(left.device.type)):
             return multiply(left, right)
         out = left.new_empty(*left.shape[:-1], right.shape[-1], dtype=dtype)
+    if out.is_meta:
+        return out  # nothing to compute; torch 2.11 does not know all of these products there
     # With `out` no product is autocast: one of fp32 within a backward pass under autocast would be rounded too.
     if left.dtype == dtype:
         return multiply(left, right, out=out)
@@ -214,3 +216,45 @@ def _own_products(result: Tensor, left: Tensor, right: Tensor, rows: list[int], 
         width = min(size, right.shape[1] - column * size)
         inside = block if height == width == size else block[:height, :width]
         product(left.narrow(0, row * size, height), right.narrow(1, column * size, width), out=inside)
+
+
+def take_columns(matrix: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """Of each row of a matrix (tokens, features) the entries that `columns` (lists, k) has for it, as `rows` (tokens,)
+    says: (tokens, k). A piece at a time, since what is taken is named by 8 bytes an entry."""
+    at_once = max(1, (GATHERED_CPU if matrix.device.type == "cpu" else GATHERED) // columns.shape[1])
+    pieces = [
+        part.gather(1, columns.index_select(0, row))
+        for part, row in zip(matrix.split(at_once), rows.split(at_once), strict=True)
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def experts_gradient(
+    grad_output: Tensor, x: Tensor, offs: Tensor, parts: Tensor, total: int, block_size: int
+) -> Tensor:
+    """The weight gradients of experts' parts, one after another in one tensor (total,), in `sum_dtype`.
+
+    grad_output (tokens, out) and x (tokens, in) are sorted by expert: expert e's tokens end at `offs[e]`. Each of
+    `parts` (n, 6), those of one expert beside each other, is (expert, block row, block column, height, width, place of
+    its first entry). With a `block_size` it is a block; with 0, the first columns of both operands, `height` and
+    `width` of them. An expert without a token has a gradient of zeros. Looks at the values of `offs` and `parts`.
+    """
+    result = grad_output.new_zeros(total, dtype=sum_dtype(grad_output.dtype))
+    if result.is_meta:
+        return result
+    ends = offs.tolist()
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    grads, inputs = grad_output[: ends[-1]].split(lengths), x[: ends[-1]].split(lengths)
+    experts, counts = parts[:, 0].unique_consecutive(return_counts=True)
+    heads = parts[counts.cumsum(0) - counts].tolist()
+    for (expert, _, _, height, width, place), own in zip(heads, parts.split(counts.tolist()), strict=True):
+        if not lengths[expert]:
+            continue
+        left, right = grads[expert], inputs[expert]
+        if block_size:
+            found = blocks_gradient(left, right, own[:, 1], own[:, 2], block_size)
+        else:
+            left = left if left.shape[1] == height else left[:, :height]
+            found = token_product(left, right if right.shape[1] == width else right[:, :width])
+        result[place : place + found.numel()] = found.view(-1)
+    return result

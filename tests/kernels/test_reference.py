@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseft.kernels import dispatch, reference
 from sparseft.memory import AllocationCounter
@@ -189,23 +188,39 @@ def test_a_sum_over_tokens_casts_a_piece_at_a_time(monkeypatch: pytest.MonkeyPat
     assert memory.peak < 16 * 2**10 < x.nbytes
 
 
-def test_where_torch_keeps_products_of_halves_in_fp32_nothing_is_cast() -> None:
-    """As on CUDA: the meta device has that product too."""
+def test_where_torch_keeps_products_of_halves_in_fp32_nothing_is_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, whose two products are stood in for here: they alone cast."""
     assert reference.FP32_PRODUCTS  # of the torch that is installed here
-    grad, x = (torch.empty(6, n, dtype=torch.bfloat16, device="meta") for n in (5, 7))
-    calls: list[Any] = []
+    calls: list[str] = []
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            calls.append(func)
-            return func(*args, **(kwargs or {}))
+    def stand_in(multiply: Any) -> Any:
+        def product(left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+            assert left.dtype == right.dtype == torch.bfloat16
+            calls.append(multiply.__name__)
+            return multiply(left.to(out_dtype), right.to(out_dtype), out=out)
 
-    with Watch():
-        assert dispatch.columns_gradient(grad, x).dtype == torch.float32
-        blocks = reference.blocks_gradient(grad, x, torch.tensor([0]), torch.tensor([1]), 4)
-    assert blocks.dtype == torch.float32
-    assert torch.ops.aten.mm.dtype_out in calls and torch.ops.aten.bmm.dtype_out in calls
-    assert torch.ops.aten._to_copy.default not in calls
+        return product
+
+    grad, x = (torch.randn(6, n).bfloat16() for n in (5, 7))
+    blocks = torch.tensor([0]), torch.tensor([1])
+    expected = dispatch.columns_gradient(grad, x), reference.blocks_gradient(grad, x, *blocks, 4)
+    monkeypatch.setattr(reference, "_fp32_products", lambda half: True)
+    for multiply in (torch.mm, torch.bmm):
+        monkeypatch.setattr(torch, multiply.__name__, stand_in(multiply))
+    found = dispatch.columns_gradient(grad, x), reference.blocks_gradient(grad, x, *blocks, 4)
+    assert calls == ["mm", "bmm"]
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_the_meta_device_gradients_have_their_shapes_and_nothing_is_cast(dtype: torch.dtype) -> None:
+    grad, x = (torch.empty(6, n, dtype=dtype, device="meta") for n in (5, 7))
+    with AllocationCounter() as memory:
+        columns = dispatch.columns_gradient(grad, x)
+    assert columns.shape == (5, 7) and columns.dtype == torch.float32 and memory.peak == columns.nbytes
+    blocks = dispatch.blocks_gradient(grad, x, torch.tensor([0]), torch.tensor([1]), 4)
+    assert blocks.shape == (1, 4, 4) and blocks.dtype == torch.float32
 
 
 def test_the_sum_over_tokens_is_one_operator_to_the_compiler() -> None:

@@ -160,8 +160,9 @@ def test_gradients_are_the_dense_ones_on_the_pattern(
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_an_expert_without_tokens_gets_no_gradient_and_the_input_gets_all(name: str) -> None:
-    """Both implementations on the experts module alone, expert 2 idle, against dense autograd."""
+def test_an_expert_without_tokens_gets_none_or_zeros_and_the_input_gets_all(name: str) -> None:
+    """Both implementations on the experts module alone, expert 2 idle, against dense autograd: the loop does not call
+    the expert, the grouped product gives it zeros as the dense gradient has."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(7, 48, generator=generator)
     routes = torch.tensor([[0, 1], [1, 3], [3, 0], [0, 1], [1, 0], [3, 1], [0, 3]])
@@ -179,7 +180,7 @@ def test_an_expert_without_tokens_gets_no_gradient_and_the_input_gets_all(name: 
         for module, layer in sparse_layers(experts).items():
             parameter, number = module.split(".")
             for pattern_kind, pattern in layer.patterns.items():
-                if number == "2":
+                if number == "2" and implementation == "eager":
                     assert pattern.delta.grad is None
                     continue
                 dense = getattr(plain, parameter).grad[int(number)]
@@ -362,7 +363,7 @@ def test_hooks_of_single_experts_are_called_in_a_grouped_product(kind: str) -> N
     sparseft.attach(model, CONFIGS["ratios"])
     data = batch()
     model(**data).loss.backward()
-    expected = {n: p.grad.clone() for n, p in sparseft.trainable_parameters(model).items() if p.grad is not None}
+    expected = {n: p.grad.clone() for n, p in sparseft.trainable_parameters(model).items()}
     before, seen = logits(model), {}
     model.zero_grad()
     layer = model.get_submodule(f"{DOWN}.1")
@@ -370,10 +371,8 @@ def test_hooks_of_single_experts_are_called_in_a_grouped_product(kind: str) -> N
     torch.testing.assert_close(logits(model), before)
     torch.testing.assert_close(seen["y"], seen["x"] @ layer.weight.detach().t())
     model(**data).loss.backward()
-    found = {n: p.grad for n, p in sparseft.trainable_parameters(model).items() if p.grad is not None}
-    assert found.keys() == expected.keys()
-    for name, grad in found.items():
-        torch.testing.assert_close(grad, expected[name])
+    for name, delta in sparseft.trainable_parameters(model).items():  # an expert that is not called has none
+        torch.testing.assert_close(torch.zeros_like(delta) if delta.grad is None else delta.grad, expected[name])
     handle.remove()
     assert torch.equal(logits(model), before)
 

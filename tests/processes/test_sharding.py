@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.integrations import deepspeed
 
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
@@ -21,6 +23,9 @@ from support.ranks import METHODS, Runs, run_ranks, trained
 from support.running import sparseft
 
 WORKER = SUPPORT / "sharding_worker.py"
+# Whether transformers fills a layer's experts before it puts the next layer's together. 5.17 puts all of them together
+# first, in every process, on the host.
+ONE_LAYER_AT_ONCE = inspect.isgeneratorfunction(deepspeed._apply_weight_conversions_to_state_dict)
 
 
 def experts_folder(folder: Path, tokenizer: Any) -> Path:
@@ -90,7 +95,8 @@ def test_each_process_holds_half_and_one_module(found: list[dict[str, Any]], nam
         assert abs(facts["shards"] - facts["whole"] / 2) <= spare
         assert abs(facts["resident"] - facts["whole"] / 2) <= spare
         # One module is gathered while it is made, one while it is filled; and of experts, one layer's are put together.
-        assert facts["peak"] <= facts["whole"] / 2 + 2 * facts["largest"] + spare
+        together = facts["largest"] if ONE_LAYER_AT_ONCE else max(facts["experts"], facts["largest"])
+        assert facts["peak"] <= facts["whole"] / 2 + facts["largest"] + together + spare
 
 
 def test_weights_that_do_not_fit_are_refused(found: list[dict[str, Any]]) -> None:

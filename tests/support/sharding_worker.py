@@ -82,6 +82,7 @@ def compare(path: str, dtype: str, importances: list[str]) -> dict[str, Any]:
     whole = load_model(config, device)
     largest = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in whole.modules())
     found["whole"], found["largest"] = sum(p.nbytes for p in whole.parameters()), largest
+    found["experts"] = sum(p.nbytes for p in whole.parameters() if p.dim() == 3)
     found["shards"] = sum(p.ds_tensor.nbytes + p.nbytes for p in model.parameters())
 
     ours, theirs = dict(model.named_parameters()), dict(whole.named_parameters())
