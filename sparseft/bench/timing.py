@@ -35,8 +35,9 @@ def take_turns(
     settings: BenchConfig,
     device: torch.device,
     failed: Callable[[str, Exception], None] | None = None,
-    seconds: dict[str, list[float]] | None = None,
-) -> dict[str, list[float]]:
+    seconds: dict[str, list[Any]] | None = None,
+    clock: Callable[[Callable[[], Any], torch.device], Any] | None = None,
+) -> dict[str, list[Any]]:
     """Seconds of every call in `steps` rounds after `warmup_steps`.
 
     They take turns, so that a machine's slow moments meet all of them, in an order that changes from round to round
@@ -44,7 +45,9 @@ def take_turns(
 
     failed: told of a call that raised, which then takes no further turns and has no times; None: that ends them all. A
     `UserError` always does. seconds: filled as the rounds go, for what an interrupt leaves of them; None: a new one.
+    clock: calls, and returns what is put into the list; None: `seconds_of`.
     """
+    clock = seconds_of if clock is None else clock
     seconds = {} if seconds is None else seconds
     seconds |= {name: [] for name in calls}
     names = list(calls)
@@ -58,7 +61,7 @@ def take_turns(
             timed = turn >= settings.warmup_steps
 
             def take(name: str, timed: bool = timed) -> None:
-                spent = seconds_of(calls[name], device)
+                spent = clock(calls[name], device)
                 if timed:
                     seconds[name].append(spent)
 

@@ -585,7 +585,7 @@ TINY = ["bench.width=64", "bench.depth=1", "bench.length=16", "bench.batch_size=
         "bench.warmup_steps=0", "bench.methods=[floor,s2ft]", "sparsity=0.9", "output_dir=out"]  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ["train", "scaling", "preprocess", "quality", "kernels", "loader"])
+@pytest.mark.parametrize("what", ["train", "scaling", "host", "preprocess", "quality", "kernels", "loader"])
 def test_a_folder_that_refuses_files_is_found_before_anything_is_measured(
     what: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
