@@ -25,6 +25,7 @@ from sparseft.bench import targets
 from sparseft.bench.contenders import FLOOR, Contender, check_hardware, contender, loss_of, own_settings
 from sparseft.bench.models import base_model, check_length, model_name, random_tokens
 from sparseft.bench.output import Output, device_name, measured_on
+from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import absent, attempt_each, failed_row, kind, measured, spread, synchronize, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
@@ -62,18 +63,20 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
         "steps": settings.steps,
     }
     console.log(f"bench: {said['parameters']:,} parameters, {said['dtype']} on {device}")
+    weights = SharedWeights(base)
     contenders: dict[str, Contender] = {}
     rows: dict[str, dict[str, Any]] = {entry: {} for entry in settings.methods}
 
     def make(entry: str) -> None:
         try:
-            contenders[entry] = contender(entry, base, config, own.get(entry))
+            contenders[entry] = contender(entry, weights, config, own.get(entry))
         except ModuleNotFoundError as error:
             rows[entry] = {"missing": f"{error.name} is not installed"}
 
     def failed(entry: str, error: Exception) -> None:
         rows[entry] = failed_row(error)
         console.log(f"bench: {entry} failed: {rows[entry]['failed']}")
+        weights.give(None)
         contenders.pop(entry, None)
         calls.pop(entry, None)
 
@@ -81,7 +84,15 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     with one_thread():
         attempt_each(settings.methods, make, failed, device)
         calls |= {entry: functools.partial(turn, made, batch, device) for entry, made in contenders.items()}
-        seconds = take_turns(calls, settings, device, failed, clock=lambda call, _device: call())
+        seconds = take_turns(
+            calls,
+            settings,
+            device,
+            failed,
+            clock=lambda call, _device: call(),
+            prepare=lambda entry: contenders[entry].take_turn(),
+        )
+    weights.give(None)
     floor = seconds.get(FLOOR)
     rows |= {entry: row(made, seconds[entry], floor) for entry, made in contenders.items()}
     judged = targets.judge(settings.targets, rows, 0, targets.HOST)

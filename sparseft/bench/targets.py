@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparseft.bench.timing import absent, measured
+from sparseft.bench.timing import absent, comparable, measured
 from sparseft.errors import UserError, nearest
 
 FIELDS = {  # of a row, by quantity
@@ -119,18 +119,22 @@ def judge(
     for text in targets:
         target = parse(text, methods, quantities)
         needed = [target.one, *([target.other] if target.other else []), *([FLOOR] if target.limit is None else [])]
-        field = FIELDS[target.quantity]
+        field, in_seconds = FIELDS[target.quantity], UNITS[target.quantity] is SECONDS
         reasons = [
             f"{name}: {absent(methods[name]) or f'{target.quantity} is not counted in this way'}"
             for name in dict.fromkeys(needed)
             if methods[name].get(field) is None
         ]
-        unit = "ratio" if target.other else "seconds" if UNITS[target.quantity] is SECONDS else "bytes"
+        unit = "ratio" if target.other else "seconds" if in_seconds else "bytes"
         entry = {"target": target.text, "measured": None, "limit": target.limit, "unit": unit, "met": None}
         if reasons:
             judged.append(entry | {"reason": "; ".join(reasons)})
             continue
-        value = methods[target.one][field] / (methods[target.other][field] if target.other else 1)
+        value = methods[target.one][field]
+        if target.other:
+            of = [methods[target.one], methods[target.other]]
+            one, other = (comparable(row, field) if in_seconds else row[field] for row in of)
+            value = one / other
         limit = target.limit
         if limit is None:
             limit = peak_bound(methods[FLOOR][field], methods[target.one]["trainable_parameters"], weights_bytes)

@@ -11,6 +11,7 @@ import torch
 
 from sparseft.bench import contenders, host
 from sparseft.bench.models import random_llama
+from sparseft.bench.sharing import SharedWeights
 from sparseft.compose.run_config import compose
 from sparseft.kernels import dispatch
 from sparseft.layers import sparse_layers
@@ -23,7 +24,7 @@ SYLVA = "sylva block_size=8"
 
 def made(name: str) -> contenders.Contender:
     config = compose("bench", ["sparsity=0.9", "method=sylva", "method.block_size=8"])
-    return contenders.contender(name, random_llama(64, 2, torch.float32, seed=0), config)
+    return contenders.contender(name, SharedWeights(random_llama(64, 2, torch.float32, seed=0)), config)
 
 
 def batch() -> dict[str, torch.Tensor]:

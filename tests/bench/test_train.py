@@ -13,6 +13,8 @@ from torch import nn
 
 from sparseft.bench.models import SHAPES, random_llama, random_model
 from sparseft.bench.output import cpu_name
+from sparseft.bench.sharing import SharedWeights
+from sparseft.bench.timing import comparable
 from sparseft.layers import S2ColumnLinear, S2RowLinear
 from sparseft.memory import AllocationCounter, SavedBytes, tensor_bytes
 from support.running import METHODS, files, refused, sparseft
@@ -149,7 +151,7 @@ def test_figures_of_a_bench_are_sane(measured: tuple[Path, dict[str, Any]]) -> N
         assert entry["step_seconds_p50"] == entry["step_seconds"]
         assert entry["tokens_per_second"] == pytest.approx(2 * 128 / entry["step_seconds"])
         for other in ("floor", "lora", "full"):
-            ratio = entry["step_seconds"] / methods[other]["step_seconds"]
+            ratio = comparable(entry) / comparable(methods[other])
             assert entry["ratio_to"][other] == pytest.approx(ratio), name
     linears = 3 * (4 * 128 * 128 + 3 * 128 * 384)
     total = linears + 2 * 2048 * 128 + 7 * 128
@@ -180,12 +182,12 @@ def test_columns_save_their_slice_and_no_other_linear_anything() -> None:
     from sparseft.compose.run_config import compose
 
     config = compose("bench", ["method=s2ft", "sparsity=0.9"])
-    base = random_llama(128, 2, torch.float32, seed=0)
+    weights = SharedWeights(random_llama(128, 2, torch.float32, seed=0))
     ids = torch.randint(2048, (2, 64))
     batch = {"input_ids": ids, "labels": ids}
     kept = {}
     for name in ("floor", "s2ft"):
-        made = bench.contender(name, base, config)
+        made = bench.contender(name, weights, config)
         if name == "s2ft":  # where the floor's gradient ends; by itself S2FT's ends at its lowest trained layer
             made.model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
         bench.measure_memory(made, batch, torch.device("cpu"))
@@ -253,7 +255,7 @@ def test_targets_are_judged_by_the_medians(in_tmp: Path) -> None:
     result = json.loads((in_tmp / "out" / "bench.json").read_text())
     methods = result["methods"]
     found = [(entry["target"], entry["measured"], entry["met"]) for entry in result["targets"]]
-    ratios = [methods[a]["step_seconds"] / methods[b]["step_seconds"] for a, b in (
+    ratios = [comparable(methods[a]) / comparable(methods[b]) for a, b in (
         ("s2ft d_ratio=0.1", "full"), ("full", "floor"))]  # fmt: skip
     assert found == [(targets[0], pytest.approx(ratios[0]), True), (targets[1], pytest.approx(ratios[1]), False)]
     assert f"met: {targets[0]} (measured " in done.out and f"MISSED: {targets[1]} (measured " in done.out
