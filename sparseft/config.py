@@ -175,7 +175,7 @@ class EvalConfig:
 @dataclass
 class BenchConfig:
     methods: list[str] = field(default_factory=lambda: ["floor", "s2ft", "sylva", "lora", "full"])
-    steps: Annotated[int, AT_LEAST_1] = 10
+    steps: Annotated[int, AT_LEAST_1] = 12
     warmup_steps: Annotated[int, AT_LEAST_0] = 2
     batch_size: Annotated[int, AT_LEAST_1] = 2
     length: Annotated[int, AT_LEAST_1] = 256

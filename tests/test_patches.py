@@ -769,6 +769,27 @@ def test_hydras_state_can_be_put_back() -> None:
     assert parsed.value() == [1, "x"], relied_on("OverridesParser")
 
 
+def test_tritons_kernels_are_launched_by_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `kernel[grid](...)` comes down to, compiled and interpreted: `bench host` leaves it out."""
+    triton = pytest.importorskip("triton")
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    seen: list[tuple[str, object, tuple[object, ...]]] = []
+    for kind in (JITFunction, InterpretedFunction):
+        run = lambda self, *args, grid, warmup, **kwargs: seen.append((type(self).__name__, grid, args))  # noqa: E731
+        monkeypatch.setattr(kind, "run", run)
+
+    def kernel(pointer):
+        pass
+
+    for made in (JITFunction(kernel), InterpretedFunction(kernel)):
+        made[(3,)](7)
+    expected = [("JITFunction", (3,), (7,)), ("InterpretedFunction", (3,), (7,))]
+    assert seen == expected, relied_on("InterpretedFunction")
+    assert isinstance(triton.jit(kernel), (JITFunction, InterpretedFunction)), relied_on("JITFunction")
+
+
 def test_ligers_patch_of_one_model() -> None:
     liger = pytest.importorskip("liger_kernel.transformers")
     assert callable(liger._apply_liger_kernel_to_instance), relied_on("_apply_liger_kernel_to_instance")

@@ -10,7 +10,6 @@ is applied to every contender alike, the floor included, so that no method gets 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib.util
 import time
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from sparseft import console
 from sparseft.adapters.lifecycle import attach, trainable_count, trainable_parameters
+from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import held_bytes, peak_bytes
 from sparseft.compose import overrides, validation
 from sparseft.config import HardwareConfig, RunConfig
@@ -53,6 +53,18 @@ class Contender:
     seconds: list[float] = field(default_factory=list)
     saved_bytes: int | None = None  # None: not counted
     peak_bytes: int | None = None
+    weights: SharedWeights | None = None  # None: its own
+
+    def take_turn(self) -> None:
+        """Ahead of its steps, so that none of them takes the time: the shared weights are as this one has trained
+        them. It changes nothing in the middle of a turn."""
+        if self.weights is not None:
+            self.weights.give(self.model)
+
+    def free(self) -> None:
+        """Lets go of model and optimizer, which must not have the turn; its figures stay."""
+        assert self.weights is None or self.weights.holder is not self.model
+        self.model, self.optimizer, self.call = nn.Module(), None, None
 
 
 def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -96,23 +108,33 @@ def method_config(name: str, config: RunConfig, own: Mapping[str, Any] | None = 
     return made.for_benchmark()
 
 
-def contender(entry: str, base: nn.Module, config: RunConfig, own: Mapping[str, Any] | None = None) -> Contender:
-    """A copy of `base` made trainable by the method that `entry` starts with, with its optimizer.
+def owns_weights(entry: str) -> bool:
+    """Whether the method that `entry` starts with trains the weights themselves, so that it needs its own."""
+    name = entry.split()[0]
+    return name != FLOOR and get_method(name).trains_all
+
+
+def contender(entry: str, weights: SharedWeights, config: RunConfig, own: Mapping[str, Any] | None = None) -> Contender:
+    """A copy of a plain model made trainable by the method that `entry` starts with, with its optimizer; it has the
+    turn, and storages of its own for what it trains only (`owns_weights`: for all).
 
     own: settings of the method, as the rest of the entry gives them.
     """
     name = entry.split()[0]
-    model = copy.deepcopy(base)
+    model = weights.copy(own=owns_weights(entry))
+    shares = None if owns_weights(entry) else weights
     if name == FLOOR:
-        return Contender(entry, model.requires_grad_(False).train(), None, 0)
+        return Contender(entry, model.requires_grad_(False).train(), None, 0, weights=shares)
     model = attach(model, method_config(name, config, own)).train()
+    if shares is not None:
+        shares.claim(model)
     parameters = list(trainable_parameters(model).values())
     optimizer: torch.optim.Optimizer
     if get_method(name).sparse:  # as training does
         optimizer = SparseAdamW(parameters, lr=1e-4, weight_decay=0.0)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    return Contender(entry, model, optimizer, trainable_count(model))
+    return Contender(entry, model, optimizer, trainable_count(model), weights=shares)
 
 
 def loss_of(c: Contender, batch: dict[str, Tensor]) -> Tensor:
@@ -120,6 +142,7 @@ def loss_of(c: Contender, batch: dict[str, Tensor]) -> Tensor:
 
     They are looked up before the model is called: a compiler cannot follow a tensor that begins to ask for a gradient.
     """
+    c.take_turn()
     if c.name == FLOOR:
         embedded = c.model.get_input_embeddings()(batch["input_ids"]).requires_grad_(True)
         batch = {"inputs_embeds": embedded, **{name: value for name, value in batch.items() if name != "input_ids"}}
@@ -142,6 +165,7 @@ def measure_memory(
 
     recomputes: the activations are recomputed in the backward pass: autograd does not see what is kept for that.
     """
+    c.take_turn()
     if recomputes:
         c.saved_bytes = held_bytes(lambda: loss_of(c, batch), device)
     else:

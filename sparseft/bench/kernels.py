@@ -2,7 +2,7 @@
 
 `bound` is the time the device needs to move what any way of computing must move: the strips of the gradient and of the
 input that the blocks touch, read once, and the result, written once, at the bandwidth of a large copy on that device.
-On CUDA the caches are overwritten before each call, so that nothing is read from them.
+On CUDA the caches are overwritten before each call, so that nothing is read from them, and times are the device's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sparseft.models.loading import resolve_device
 
 LLAMA_7B = ((4096, 4096), (11008, 4096), (4096, 11008))  # (out, in): attention, gate and up, down
 BLOCK_SIZES = (16, 64, 128)
-SPIN = 2_000_000  # cycles of a GPU: about 1 ms
+SPIN, LONGEST_SPIN = 2_000_000, 2**8 * 1_000_000  # cycles of a GPU: about 1 ms, 130 ms
 TRANSFER = {"cuda": 2**29, "cpu": 2**26}  # bytes of the copy that measures the bandwidth: far more than any cache
 
 
@@ -40,6 +40,7 @@ class KernelRow:
     density: float  # as reached
     blocks: int
     way: str  # triton | reference
+    timed: str  # how: `Timer`
     kernel_us: float
     dense_us: float
     bound_us: float
@@ -154,6 +155,7 @@ def _measure(
         density=len(index) * size * size / (shape[0] * shape[1]),
         blocks=len(index),
         way="reference" if dispatch.kernel_for(x) is None else "triton",
+        timed=timer.timed,
         kernel_us=kernel * 1e6,
         dense_us=dense * 1e6,
         bound_us=moved_bytes(index, size, len(x), x.element_size()) / bandwidth * 1e6,
@@ -182,31 +184,60 @@ def measured_bandwidth(timer: Timer) -> float:
 
 
 class Timer:
-    """Seconds of a call on a device: CUDA's own events there, the clock elsewhere."""
+    """Seconds of a call on a device: between CUDA's own events there, by the clock elsewhere.
+
+    On CUDA a graph of the call is replayed, so that its launches follow each other as fast as the device takes them;
+    one that cannot be captured is called (`timed`). Either way the device is kept busy until the host has sent all of
+    it: else the time between the events would be the host's, which takes longer over a kernel than the device does.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.spin = SPIN
+        self.timed = "clock"  # how the last ones were: clock | graph | launches
         self._cache = torch.empty(2**27, dtype=torch.uint8, device=device) if device.type == "cuda" else None
 
     def medians(self, calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-        """The median of each call's times; they take turns, after two rounds that do not count."""
+        """The median of each call's times; they take turns, after two rounds that do not count, all timed alike."""
+        if self._cache is not None:
+            with torch.cuda.device(self.device):
+                for call in calls:  # kernels are compiled, and libraries choose theirs
+                    call()
+                graphs = [replay_of(call) for call in calls]
+            self.timed = "launches" if None in graphs else "graph"
+            calls = calls if None in graphs else [graph for graph in graphs if graph is not None]
         found = [[self.once(call) for call in calls] for _ in range(repeats + 2)][2:]
         return [statistics.median(times) for times in zip(*found, strict=True)]
 
     def once(self, call: Callable[[], object]) -> float:
-        """Seconds of one call."""
+        """Seconds of one call. RuntimeError where the host waits for the device in the middle of it."""
         if self._cache is None:
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
-        self._cache.zero_()
-        # The device has something to do while the host prepares the launches: else the time between the events is the
-        # host's, which takes longer over a kernel than the device does.
-        torch.cuda._sleep(SPIN)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.device(self.device):
-            begin.record()
+        while True:
+            self._cache.zero_()
+            torch.cuda._sleep(self.spin)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with torch.cuda.device(self.device):
+                begin.record()
+                call()
+                end.record()
+                idle = begin.query()  # the device has come to the call before the host has sent all of it
+                end.synchronize()
+            if not idle:
+                return begin.elapsed_time(end) / 1e3
+            if self.spin >= LONGEST_SPIN:
+                raise RuntimeError("a call waits for the device: between two events its time is the host's too")
+            self.spin *= 2
+
+
+def replay_of(call: Callable[[], object]) -> Callable[[], object] | None:
+    """What replays a CUDA graph of a call that has been made before; None where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
             call()
-            end.record()
-            end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+    except RuntimeError:  # it waits for the device, or asks for something else that a stream under capture refuses
+        return None
+    return graph.replay

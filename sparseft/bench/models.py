@@ -13,7 +13,7 @@ from sparseft.errors import UserError, nearest
 from sparseft.models.decoder import context_length
 from sparseft.models.loading import load_model
 
-# As in the checkpoints' config.json; heads are 128 wide.
+# Published ones as in the checkpoints' config.json; their heads are 128 wide.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
                  "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048},
@@ -23,6 +23,9 @@ SHAPES: dict[str, dict[str, Any]] = {
                    "num_key_value_heads": 40, "vocab_size": 32000, "max_position_embeddings": 4096},
     "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
                   "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192},
+    # As deep as a 7B and so narrow that only the host's work counts.
+    "llama-64x32": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 32, "num_attention_heads": 4,
+                    "num_key_value_heads": 4, "vocab_size": 2048, "max_position_embeddings": 2048},
 }  # fmt: skip
 CONTEXT = 8192  # of the random models that are no published shape
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -17,7 +17,7 @@ from sparseft.bench import train
 from sparseft.bench.contenders import FLOOR, check_hardware
 from sparseft.bench.models import CONTEXT
 from sparseft.bench.output import Output, measured_on
-from sparseft.bench.timing import absent, kind, measured
+from sparseft.bench.timing import absent, comparable, kind, measured
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
 from sparseft.files.atomic import write_text
@@ -174,7 +174,7 @@ def series(result: Mapping[str, Any], axis: str) -> dict[str, list[tuple[float, 
             continue
         x = point["value"] * (100 if axis == "density" else 1)
         for name, entry in measured(point["methods"]).items():
-            values = (x, 1000 * entry[STEP], entry["peak_memory_bytes"] / 2**20)
+            values = (x, 1000 * comparable(entry, STEP), entry["peak_memory_bytes"] / 2**20)
             lines.setdefault(name, []).append(values)
     return lines
 
@@ -207,5 +207,6 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 if absent(entry):
                     rows[-1].append(kind(entry))
                 else:
-                    rows[-1].append("-" if absent(floor) else shown(entry[key] * scale, floor[key] * scale))
+                    value = comparable(entry, key) if key == STEP else entry[key]
+                    rows[-1].append("-" if absent(floor) else shown(value * scale, floor[key] * scale))
     return columns, rows

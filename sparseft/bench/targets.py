@@ -6,6 +6,9 @@
     peak s2ft <= bound            the weights, 1.03 x the floor's activations and 20 bytes for each trained weight
     peak s2ft <= 17.5 GB          or GiB, MB, MiB; a step in s or ms
 
+Of `bench host`: `passes sylva / floor <= 1.20` (forward and backward; `passes` may be left out), `reference` (the same
+with plain torch's products) and `update sylva <= 0.5 ms` (the optimizer's step).
+
 The bound's 20 bytes are a delta, its gradient, two moments and the base value, in fp32; the floor's activations are
 what its peak has beyond the weights (parameters and buffers of the plain model).
 """
@@ -18,15 +21,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparseft.bench.timing import absent, measured
+from sparseft.bench.timing import absent, comparable, measured
 from sparseft.errors import UserError, nearest
 
-FIELDS = {"step": "step_seconds", "peak": "peak_memory_bytes", "saved": "saved_bytes"}  # of a row, by quantity
+FIELDS = {  # of a row, by quantity
+    "step": "step_seconds",
+    "peak": "peak_memory_bytes",
+    "saved": "saved_bytes",
+    "passes": "passes_seconds",
+    "reference": "reference_seconds",
+    "update": "update_seconds",
+}
+STEP = ("step", "peak", "saved")  # what a benchmark measures; the first is meant where a target names none
+HOST = ("passes", "reference", "update")
 BYTES = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20}
-UNITS = {"step": {"s": 1.0, "ms": 1e-3}, "peak": BYTES, "saved": BYTES}
+SECONDS = {"s": 1.0, "ms": 1e-3}
+UNITS = {quantity: BYTES if quantity in ("peak", "saved") else SECONDS for quantity in FIELDS}
 BOUND, FLOOR = "bound", "floor"
 ACTIVATIONS, TRAINED = 1.03, 20  # times the floor's; bytes for each trained weight
-EXPECTED = "expected 'one / other <= 1.00', 'saved one / other <= 0.70', 'peak one <= bound' or 'peak one <= 17.5 GB'"
+EXPECTED = {
+    STEP: "expected 'one / other <= 1.00', 'saved one / other <= 0.70', 'peak one <= bound' or 'peak one <= 17.5 GB'",
+    HOST: "expected 'one / other <= 1.00', 'reference one / other <= 1.00' or 'update one <= 0.5 ms'",
+}
 
 MOST_DIGITS = 15  # after the point; a float has no more
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
@@ -37,14 +53,17 @@ class Target:
     """One line of `bench.targets`."""
 
     text: str  # as written, but for its spaces: one at a time, none at the ends
-    quantity: str  # step | peak | saved
+    quantity: str  # one of FIELDS
     one: str
     other: str | None  # None: not a ratio
     limit: float | None  # a ratio, seconds or bytes; None: the bound
 
 
-def parse(text: str, names: Iterable[str]) -> Target:
-    """A line as a `Target`; `UserError` where it is none, or names no contender of `names`."""
+def parse(text: str, names: Iterable[str], quantities: tuple[str, ...] = STEP) -> Target:
+    """A line as a `Target`; `UserError` where it is none, or names no contender of `names`.
+
+    quantities: STEP or HOST, those that are measured.
+    """
     known, text = list(names), " ".join(text.split())
 
     def wrong(why: str) -> UserError:
@@ -53,18 +72,18 @@ def parse(text: str, names: Iterable[str]) -> Target:
     left, sign, right = (part.strip() for part in text.partition("<="))
     number = _NUMBER.fullmatch(right)
     if not (left and sign and (right == BOUND or number)):
-        raise wrong(f" is no target: {EXPECTED}.")
+        raise wrong(f" is no target: {EXPECTED[quantities]}.")
     first, _, rest = left.partition(" ")
-    if first in FIELDS:
+    if first in quantities:
         quantity, left = first, rest.strip()
     elif rest.partition("/")[0].strip() in known:
-        raise wrong(f": unknown quantity '{first}': expected {', '.join(FIELDS)}.{nearest(first, FIELDS)}")
+        raise wrong(f": unknown quantity '{first}': expected {', '.join(quantities)}.{nearest(first, quantities)}")
     else:
-        quantity = "step"
+        quantity = quantities[0]
     one, slash, other = (part.strip() for part in left.partition("/"))
     named = (one, other) if slash else (one,)
     if not all(named):
-        raise wrong(f" is no target: {EXPECTED}.")
+        raise wrong(f" is no target: {EXPECTED[quantities]}.")
     for name in named:
         if name not in known:
             raise wrong(f": no contender '{name}'.{nearest(name, known)}")
@@ -85,7 +104,12 @@ def parse(text: str, names: Iterable[str]) -> Target:
     return Target(text, quantity, one, None, value * UNITS[quantity][unit])
 
 
-def judge(targets: Iterable[str], methods: Mapping[str, Mapping[str, Any]], weights_bytes: int) -> list[dict[str, Any]]:
+def judge(
+    targets: Iterable[str],
+    methods: Mapping[str, Mapping[str, Any]],
+    weights_bytes: int,
+    quantities: tuple[str, ...] = STEP,
+) -> list[dict[str, Any]]:
     """Each target with what was measured, its limit (both a ratio, seconds or bytes: `unit`), and whether it is met.
 
     Where something was not measured, `met` and `measured` are null and `reason` says why. weights_bytes: of the plain
@@ -93,20 +117,24 @@ def judge(targets: Iterable[str], methods: Mapping[str, Mapping[str, Any]], weig
     """
     judged: list[dict[str, Any]] = []
     for text in targets:
-        target = parse(text, methods)
+        target = parse(text, methods, quantities)
         needed = [target.one, *([target.other] if target.other else []), *([FLOOR] if target.limit is None else [])]
-        field = FIELDS[target.quantity]
+        field, in_seconds = FIELDS[target.quantity], UNITS[target.quantity] is SECONDS
         reasons = [
             f"{name}: {absent(methods[name]) or f'{target.quantity} is not counted in this way'}"
             for name in dict.fromkeys(needed)
             if methods[name].get(field) is None
         ]
-        unit = "ratio" if target.other else "seconds" if target.quantity == "step" else "bytes"
+        unit = "ratio" if target.other else "seconds" if in_seconds else "bytes"
         entry = {"target": target.text, "measured": None, "limit": target.limit, "unit": unit, "met": None}
         if reasons:
             judged.append(entry | {"reason": "; ".join(reasons)})
             continue
-        value = methods[target.one][field] / (methods[target.other][field] if target.other else 1)
+        value = methods[target.one][field]
+        if target.other:
+            of = [methods[target.one], methods[target.other]]
+            one, other = (comparable(row, field) if in_seconds else row[field] for row in of)
+            value = one / other
         limit = target.limit
         if limit is None:
             limit = peak_bound(methods[FLOOR][field], methods[target.one]["trainable_parameters"], weights_bytes)
@@ -149,7 +177,7 @@ def _amounts(entry: Mapping[str, Any]) -> list[str]:
     if entry["unit"] != "ratio":
         written = _NUMBER.fullmatch(_limit(entry))
         unit = written[2] if written else "MiB"
-        scale = (UNITS["step"] | BYTES)[unit]
+        scale = (SECONDS | BYTES)[unit]
     values = [entry[key] / scale for key in ("measured", "limit")]
     least = min((abs(value) for value in values if value), default=1.0)
     digits = max(3 if entry["unit"] == "ratio" else 2, 2 - math.floor(math.log10(least)))
@@ -162,6 +190,8 @@ def failure(result: dict[str, Any]) -> str | None:
     """What makes a benchmark a failed one: contenders that raised, nothing to measure at all, and targets that do not
     hold or were not measured."""
     groups = {"" if way == "eager" else f"{way}: ": rows for way, rows in result.get("ways", {}).items()}
+    if "ways" not in result and "methods" in result:
+        groups[""] = result["methods"]
     groups |= {f"{at['axis']} {at['value']:g}: ": at["methods"] for at in result.get("points", ())}
     without = {f"{where}{name}": row for where, rows in groups.items() for name, row in rows.items() if absent(row)}
     sentences = []

@@ -35,8 +35,10 @@ def take_turns(
     settings: BenchConfig,
     device: torch.device,
     failed: Callable[[str, Exception], None] | None = None,
-    seconds: dict[str, list[float]] | None = None,
-) -> dict[str, list[float]]:
+    seconds: dict[str, list[Any]] | None = None,
+    clock: Callable[[Callable[[], Any], torch.device], Any] | None = None,
+    prepare: Callable[[str], Any] | None = None,
+) -> dict[str, list[Any]]:
     """Seconds of every call in `steps` rounds after `warmup_steps`.
 
     They take turns, so that a machine's slow moments meet all of them, in an order that changes from round to round
@@ -44,7 +46,10 @@ def take_turns(
 
     failed: told of a call that raised, which then takes no further turns and has no times; None: that ends them all. A
     `UserError` always does. seconds: filled as the rounds go, for what an interrupt leaves of them; None: a new one.
+    clock: calls, and returns what is put into the list; None: `seconds_of`. prepare: what a turn needs ahead of its
+    call, which takes no time of it.
     """
+    clock = seconds_of if clock is None else clock
     seconds = {} if seconds is None else seconds
     seconds |= {name: [] for name in calls}
     names = list(calls)
@@ -58,7 +63,9 @@ def take_turns(
             timed = turn >= settings.warmup_steps
 
             def take(name: str, timed: bool = timed) -> None:
-                spent = seconds_of(calls[name], device)
+                if prepare is not None:
+                    prepare(name)
+                spent = clock(calls[name], device)
                 if timed:
                     seconds[name].append(spent)
 
@@ -94,6 +101,8 @@ def _attempt(
     except Exception as error:
         if failed is None:
             raise
+        # What its frames hold (activations) goes first: `failed` may need memory itself, to put weights back.
+        traceback.clear_frames(error.__traceback__)
         failed(name, error)
     else:
         return True
@@ -141,6 +150,11 @@ def spread(name: str, times: Sequence[float]) -> dict[str, float]:
         f"{name}_p50": median,
         f"{name}_p80": ordered[round(0.8 * (len(ordered) - 1))],
     }
+
+
+def comparable(row: Mapping[str, Any], quantity: str = "step_seconds") -> float:
+    """A time of a row as it would have been among the others, whose machine may have been faster or slower by then."""
+    return row[quantity] / row.get("pace", 1.0)
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:

@@ -1,8 +1,8 @@
 """One training step of every method, side by side.
 
-The methods take turns, so that a machine's slow moments meet all of them. The ways of `bench.ways` follow one after
-another, so that the models of one way only are in memory at once: compare methods within a way, and ways by their
-ratios to the floor.
+The methods take turns, so that a machine's slow moments meet all of them. They share the frozen weights; one that
+trains all of them has its own, and takes turns with the floor alone, when the others are done and gone. The ways of
+`bench.ways` follow one after another: compare methods within a way, and ways by their ratios to the floor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparseft import console
 from sparseft.bench import profiling, targets
@@ -29,19 +29,22 @@ from sparseft.bench.contenders import (
     forget_compiled,
     measure_memory,
     own_settings,
+    owns_weights,
     parts_of,
     put_in_way,
     step,
 )
 from sparseft.bench.models import base_model, check_length, model_name, random_tokens
 from sparseft.bench.output import Output, device_name, measured_on
-from sparseft.bench.timing import absent, attempt_each, failed_row, kind, measured, spread, take_turns
+from sparseft.bench.sharing import SharedWeights
+from sparseft.bench.timing import absent, attempt_each, failed_row, kind, measured, reclaim, spread, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.memory import tensor_bytes
 from sparseft.models.loading import resolve_device
 
 NOTHING = "-"
+NOT_YET = {"missing": "not measured yet"}  # what an incomplete result says of a row
 
 
 def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
@@ -74,6 +77,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
         "steps": settings.steps,
     }
     console.log(f"bench: {said['parameters']:,} parameters, {said['dtype']} on {device}, {_tokens(said)}")
+    weights = SharedWeights(base)
     found: dict[str, dict[str, dict[str, Any]]] = {}
 
     def so_far() -> dict[str, Any]:
@@ -88,7 +92,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
 
     for position, way in enumerate(settings.ways):
         traces = output if settings.profile and position == 0 else None
-        found[way] = measure(way, base, batch, config, own, device, traces, functools.partial(keep, way))
+        found[way] = measure(way, weights, batch, config, own, device, traces, functools.partial(keep, way))
         gc.collect()  # its models hold themselves in cycles, and the next are made at once
         if len(found) < len(settings.ways):
             keep(way, found[way])
@@ -110,7 +114,7 @@ def check(config: RunConfig) -> None:
 
 def measure(
     way: str,
-    base: nn.Module,
+    weights: SharedWeights,
     batch: dict[str, Tensor],
     config: RunConfig,
     own: Mapping[str, Mapping[str, Any]],
@@ -123,28 +127,18 @@ def measure(
     traces: takes the profiler's traces; None: nothing is profiled. keep: given the rows before they are profiled, and
     where an interrupt ends it sooner, rows of the rounds that all have finished (`rounds` of each).
     """
-    field = Field(way, base, batch, config, own, device)
+    field = Field(way, weights, batch, config, own, device)
+    keep = keep if keep is not None else lambda rows: None
+    owners = [entry for entry in config.bench.methods if owns_weights(entry)]
     try:
-        take_turns(field.calls, config.bench, device, field.failed, field.seconds)
-        if not field.compiled:  # the counters do not see inside compiled code
-            attempt_each(list(field.contenders), field.count_memory, field.failed, device)
-    except BaseException:  # an interrupt
-        rounds = min((len(field.seconds[entry]) for entry in field.contenders), default=0)
-        if rounds and keep is not None:
-            keep(field.filled(rounds))
-        raise
-    rows = field.filled()
-    if traces is not None and field.calls:
-        if keep is not None:
-            keep(rows)
-        profiled = profiling.profile(
-            field.calls, batch["input_ids"].numel(), device, traces.place, field.failed_profile
-        )
-        for entry, profile in profiled.items():
-            rows[entry]["profile"] = profile
-    if field.compiled:
-        forget_compiled()
-    return rows
+        field.measure([entry for entry in config.bench.methods if entry not in owners], traces, keep)
+        for entry in owners:
+            field.measure_alone(entry, traces, keep)
+    finally:
+        weights.give(None)
+        if field.compiled:
+            forget_compiled()
+    return field.rows()
 
 
 class Field:
@@ -153,23 +147,81 @@ class Field:
     def __init__(
         self,
         way: str,
-        base: nn.Module,
+        weights: SharedWeights,
         batch: dict[str, Tensor],
         config: RunConfig,
         own: Mapping[str, Mapping[str, Any]],
         device: torch.device,
     ) -> None:
-        self.way, self.base, self.batch, self.config, self.own, self.device = way, base, batch, config, own, device
+        self.way, self.weights, self.batch, self.config, self.own = way, weights, batch, config, own
+        self.device = device
         self.compiled = "compile" in parts_of(way)
         self.contenders: dict[str, Contender] = {}
-        self.calls: dict[str, Callable[[], None]] = {}  # a step of each
-        self.seconds: dict[str, list[float]] = {}
-        self._rows: dict[str, dict[str, Any]] = {entry: {} for entry in config.bench.methods}
-        attempt_each(config.bench.methods, self._make, self.failed, device)
+        self.calls: dict[str, Callable[[], None]] = {}  # a step of each that is in memory
+        self._rows: dict[str, dict[str, Any]] = dict.fromkeys(config.bench.methods, NOT_YET)
+
+    def measure(
+        self, entries: Sequence[str], traces: Output | None, keep: Callable[[dict[str, dict[str, Any]]], None]
+    ) -> None:
+        """Makes these contenders, which share the weights, and measures them in turns."""
+        attempt_each(entries, self._make, self.failed, self.device)
+        seconds: dict[str, list[float]] = {}
+        try:
+            take_turns(self.calls, self.config.bench, self.device, self.failed, seconds, prepare=self.prepare)
+            self._count_memory()
+        except BaseException:  # an interrupt
+            rounds = min((len(seconds[entry]) for entry in self.contenders), default=0)
+            if rounds:
+                self._take_times({entry: seconds[entry][:rounds] for entry in self.contenders}, rounds)
+                keep(self.rows())
+            raise
+        self._take_times({entry: seconds[entry] for entry in self.contenders})
+        self._profile(traces, keep)
+
+    def measure_alone(
+        self, entry: str, traces: Output | None, keep: Callable[[dict[str, dict[str, Any]]], None]
+    ) -> None:
+        """Makes one that has weights of its own, when the others have left the memory to it, and measures it in turns
+        with the floor (or another one that is there), by which its times can be compared with the others'."""
+        beside = FLOOR if FLOOR in self.calls else next(iter(self.calls), None)
+        self.weights.give(None)
+        for other in [other for other in self.calls if other != beside]:
+            self._free(other)
+        reclaim(self.device)
+        attempt_each([entry], self._make, self.failed, self.device)
+        if entry not in self.calls:
+            return
+        seconds: dict[str, list[float]] = {}
+
+        def failed(name: str, error: Exception) -> None:
+            if name == entry:
+                self.failed(entry, error)
+                return
+            console.log(f"bench: {name} failed beside {entry}: {failed_row(error)['failed']}")
+            self.weights.give(None)
+            self._free(name)  # its figures from before hold
+
+        try:
+            take_turns(dict(self.calls), self.config.bench, self.device, failed, seconds, prepare=self.prepare)
+            self._count_memory([entry])
+        except BaseException:
+            rounds = min((len(times) for times in seconds.values()), default=0)
+            self._take_alone(entry, beside, {name: times[:rounds] for name, times in seconds.items()}, rounds)
+            keep(self.rows())
+            raise
+        self._take_alone(entry, beside, seconds)
+        self._profile(traces, keep, [entry])
+        if entry in self.calls:
+            self._free(entry)
+            reclaim(self.device)
+
+    def prepare(self, entry: str) -> None:
+        """Ahead of a turn."""
+        self.contenders[entry].take_turn()
 
     def _make(self, entry: str) -> None:
         try:
-            made = contender(entry, self.base, self.config, self.own.get(entry))
+            made = contender(entry, self.weights, self.config, self.own.get(entry))
             put_in_way(self.way, made, functools.partial(step, made, self.batch))
         except ModuleNotFoundError as error:
             self._rows[entry] = {"missing": f"{error.name} is not installed"}
@@ -179,42 +231,88 @@ class Field:
             self.contenders[entry] = made
             self.calls[entry] = functools.partial(step, made, self.batch, self.config.bench.accumulation)
 
+    def _count_memory(self, entries: Sequence[str] | None = None) -> None:
+        if not self.compiled:  # the counters do not see inside compiled code
+            entries = list(self.calls) if entries is None else [entry for entry in entries if entry in self.calls]
+            attempt_each(entries, self.count_memory, self.failed, self.device)
+
     def count_memory(self, entry: str) -> None:
         recomputes = "checkpointing" in parts_of(self.way)
         accumulation = self.config.bench.accumulation
         measure_memory(self.contenders[entry], self.batch, self.device, accumulation, recomputes)
 
+    def _profile(
+        self,
+        traces: Output | None,
+        keep: Callable[[dict[str, dict[str, Any]]], None],
+        entries: Sequence[str] | None = None,
+    ) -> None:
+        calls = {entry: call for entry, call in self.calls.items() if entries is None or entry in entries}
+        if traces is None or not calls:
+            return
+        keep(self.rows())
+        profiled = profiling.profile(
+            calls, self.batch["input_ids"].numel(), self.device, traces.place, self.failed_profile, self.prepare
+        )
+        for entry, profile in profiled.items():
+            self.contenders[entry].facts["profile"] = profile
+
     def failed(self, entry: str, error: Exception) -> None:
         """Says so in its row, and forgets it: nothing holds its memory any more, which the others may need."""
         self._rows[entry] = failed_row(error)
         console.log(f"bench: {entry} failed: {self._rows[entry]['failed']}")
+        self.weights.give(None)
+        if entry in self.calls:
+            self._free(entry)
         self.contenders.pop(entry, None)
-        self.calls.pop(entry, None)
 
     def failed_profile(self, entry: str, error: Exception) -> None:
         """Says so beside its figures, which hold."""
-        self._rows[entry]["profile"] = failed_row(error)
-        console.log(f"bench: {entry} failed under the profiler: {self._rows[entry]['profile']['failed']}")
+        profile = self.contenders[entry].facts["profile"] = failed_row(error)
+        console.log(f"bench: {entry} failed under the profiler: {profile['failed']}")
 
-    def filled(self, rounds: int | None = None) -> dict[str, dict[str, Any]]:
-        """The rows with what was measured, or with the first `rounds` of it, which then say so."""
-        tokens = self.batch["input_ids"].numel() * self.config.bench.accumulation
-        for entry, c in self.contenders.items():
-            c.seconds = self.seconds[entry][:rounds]
-        for entry, c in self.contenders.items():
-            self._rows[entry] = row(c, list(self.contenders.values()), tokens)
+    def _free(self, entry: str) -> None:
+        del self.calls[entry]
+        self.contenders[entry].free()
+
+    def _take_times(self, seconds: Mapping[str, list[float]], rounds: int | None = None) -> None:
+        """rounds: how many there have been, where an interrupt ends them."""
+        for entry, times in seconds.items():
+            self.contenders[entry].seconds = times
             if rounds is not None:
-                self._rows[entry]["rounds"] = rounds
-        return self._rows
+                self.contenders[entry].facts["rounds"] = rounds
+
+    def _take_alone(
+        self, entry: str, beside: str | None, seconds: Mapping[str, list[float]], rounds: int | None = None
+    ) -> None:
+        """The times of one with weights of its own, and `pace`: how much longer the one beside it took by then."""
+        if not seconds.get(entry):
+            return
+        self._take_times({entry: seconds[entry]}, rounds)
+        self.contenders[entry].facts["beside"] = None
+        if beside is not None and seconds.get(beside):
+            pace = statistics.median(seconds[beside]) / statistics.median(self.contenders[beside].seconds)
+            self.contenders[entry].facts |= {"beside": beside, "pace": pace}
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The rows with what has been measured so far."""
+        tokens = self.batch["input_ids"].numel() * self.config.bench.accumulation
+        timed = [c for c in self.contenders.values() if c.seconds]
+        return self._rows | {c.name: row(c, timed, tokens) for c in timed}
 
 
 def row(c: Contender, contenders: Sequence[Contender], tokens: int) -> dict[str, Any]:
-    """One method's figures; ratios are of median step times."""
-    median = statistics.median(c.seconds)
-    ratios = {}
-    for other in contenders:
-        if other.name.split()[0] in (FLOOR, "lora", "full"):
-            ratios[other.name] = median / statistics.median(other.seconds)
+    """One method's figures; ratios are of median step times, those of one that ran after the others at their pace."""
+
+    def median_of(one: Contender) -> float:
+        return statistics.median(one.seconds)
+
+    def paced(one: Contender) -> float:
+        return median_of(one) / one.facts.get("pace", 1.0)
+
+    median = median_of(c)
+    compared = [other for other in contenders if other.name.split()[0] in (FLOOR, "lora", "full")]
+    ratios = {other.name: paced(c) / paced(other) for other in compared}
     return {
         **spread("step_seconds", c.seconds),
         "tokens_per_second": tokens / median,
@@ -315,8 +413,20 @@ def notes(result: dict[str, Any]) -> list[str]:
             name, entry = next(iter(without.items()))
             said = {name: f"{where}every method: {absent(entry)}"}
         lines += [f"{kind(without[name])}: {text}" for name, text in said.items()]
+        for name, entry in measured(entries).items():
+            if "beside" in entry:
+                lines.append(f"{where}{name} {_after(entry)}")
         for name, entry in entries.items():
             if "profile" in entry and (why := absent(entry["profile"])):
                 lines.append(f"failed: {where}{name}, under the profiler: {why}")
             lines += [f"graph break: {name}: {reason}" for reason in entry.get("graph_break_reasons", ())]
     return lines + targets.lines(result["targets"])
+
+
+def _after(entry: Mapping[str, Any]) -> str:
+    if entry["beside"] is None:
+        return "has weights of its own and ran after the others, alone."
+    return (
+        f"has weights of its own and ran after the others, beside {entry['beside']}, which by then took "
+        f"{entry['pace']:.2f} of its time: ratios allow for that."
+    )

@@ -17,7 +17,8 @@ from sparseft.cli.outcome import FAILED, INTERRUPTED, WRONG_INPUT, emit, execute
 from sparseft.compose.overrides import is_override
 from sparseft.errors import UserError, nearest
 
-BENCHMARKS = ("train", "scaling", "preprocess", "quality", "kernels", "loader")
+BENCHMARKS = ("train", "scaling", "host", "preprocess", "quality", "kernels", "loader")
+EXPERIMENTS = {"host": "host"}  # what a benchmark measures unless another experiment is named
 
 # typer carries its own copy of click, and does not export the base of its errors.
 ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -169,8 +170,8 @@ def bench(
 ) -> int:
     """Measure methods side by side; prints a table and leaves `bench.json`.
 
-    BENCHMARK is train (the default), scaling, preprocess, quality, kernels or loader. KEY=VALUE sets a setting or
-    chooses an option of a group (model, hardware, …). Exit code 1: nothing was measured,
+    BENCHMARK is train (the default), scaling, host, preprocess, quality, kernels or loader. KEY=VALUE sets a setting
+    or chooses an option of a group (model, hardware, …). Exit code 1: nothing was measured,
     a method failed, a target of bench.targets is missed, or a stage of loader is below its target.
     """
     overrides = [word for word in words or [] if is_override(word)]
@@ -186,6 +187,8 @@ def bench(
             raise UserError(f"--profile belongs to 'sparseft bench train', not to 'bench {what}'.")
         if profile:
             overrides.append("bench.profile=true")
+        if what in EXPERIMENTS and not any(word.lstrip("+~").startswith("experiment=") for word in overrides):
+            overrides.insert(0, f"experiment={EXPERIMENTS[what]}")
 
     def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
         return module.run(config, what=what, words=point, config_dirs=config_dir or [])

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.bench import kernels, loader, preprocess, profiling, quality, scaling, targets, train
+from sparseft.bench import host, kernels, loader, preprocess, profiling, quality, scaling, targets, train
 from sparseft.bench.output import Output
 from sparseft.commands import train as training
 from sparseft.config import RunConfig
 from sparseft.training import checks
 
-# Each has run(config, output), and title and table of what that returns.
+# Each has run(config, output), and title and table of what that returns; some have notes, lines below the table.
 BENCHMARKS: dict[str, Any] = {
     "train": train,
     "scaling": scaling,
+    "host": host,
     "preprocess": preprocess,
     "quality": quality,
     "kernels": kernels,
@@ -59,15 +60,14 @@ def normalised(config: RunConfig) -> RunConfig:
 
 
 def render(result: dict[str, Any]) -> None:
-    """The table on stdout, and what `train` has to say below it."""
+    """The table on stdout, and what the benchmark has to say below it."""
     benchmark = BENCHMARKS[result["benchmark"]]
     console.table(benchmark.title(result), *benchmark.table(result))
-    if benchmark is train:
-        if any("profile" in entry for entry in result["methods"].values()):
-            console.table("Where the time goes, under the profiler", *profiling.table(result["methods"]))
-            print(f"traces: {Path(result['path']).parent}/trace-*.json.gz")
-        for line in train.notes(result):
-            print(line)
+    if any("profile" in entry for entry in result.get("methods", {}).values()):
+        console.table("Where the time goes, under the profiler", *profiling.table(result["methods"]))
+        print(f"traces: {Path(result['path']).parent}/trace-*.json.gz")
+    for line in benchmark.notes(result) if hasattr(benchmark, "notes") else ():
+        print(line)
     print(f"bench: {result['path']}")
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from sparseft.bench import contenders, profiling, train
 from sparseft.bench.models import random_llama
+from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import held_bytes
 from sparseft.compose.run_config import compose
 from sparseft.memory import SavedBytes
@@ -29,7 +30,7 @@ CPU = torch.device("cpu")
 
 def made(name: str, depth: int = 2, width: int = 64) -> contenders.Contender:
     config = compose("bench", ["sparsity=0.9", "method=sylva", "method.block_size=8"])
-    return contenders.contender(name, random_llama(width, depth, torch.float32, seed=0), config)
+    return contenders.contender(name, SharedWeights(random_llama(width, depth, torch.float32, seed=0)), config)
 
 
 def batch(length: int = 48) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from torch import nn
 
 from sparseft.bench.models import SHAPES, random_llama, random_model
 from sparseft.bench.output import cpu_name
+from sparseft.bench.sharing import SharedWeights
+from sparseft.bench.timing import comparable
 from sparseft.layers import S2ColumnLinear, S2RowLinear
 from sparseft.memory import AllocationCounter, SavedBytes, tensor_bytes
 from support.running import METHODS, files, refused, sparseft
@@ -149,7 +150,7 @@ def test_figures_of_a_bench_are_sane(measured: tuple[Path, dict[str, Any]]) -> N
         assert entry["step_seconds_p50"] == entry["step_seconds"]
         assert entry["tokens_per_second"] == pytest.approx(2 * 128 / entry["step_seconds"])
         for other in ("floor", "lora", "full"):
-            ratio = entry["step_seconds"] / methods[other]["step_seconds"]
+            ratio = comparable(entry) / comparable(methods[other])
             assert entry["ratio_to"][other] == pytest.approx(ratio), name
     linears = 3 * (4 * 128 * 128 + 3 * 128 * 384)
     total = linears + 2 * 2048 * 128 + 7 * 128
@@ -180,12 +181,12 @@ def test_columns_save_their_slice_and_no_other_linear_anything() -> None:
     from sparseft.compose.run_config import compose
 
     config = compose("bench", ["method=s2ft", "sparsity=0.9"])
-    base = random_llama(128, 2, torch.float32, seed=0)
+    weights = SharedWeights(random_llama(128, 2, torch.float32, seed=0))
     ids = torch.randint(2048, (2, 64))
     batch = {"input_ids": ids, "labels": ids}
     kept = {}
     for name in ("floor", "s2ft"):
-        made = bench.contender(name, base, config)
+        made = bench.contender(name, weights, config)
         if name == "s2ft":  # where the floor's gradient ends; by itself S2FT's ends at its lowest trained layer
             made.model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
         bench.measure_memory(made, batch, torch.device("cpu"))
@@ -253,7 +254,7 @@ def test_targets_are_judged_by_the_medians(in_tmp: Path) -> None:
     result = json.loads((in_tmp / "out" / "bench.json").read_text())
     methods = result["methods"]
     found = [(entry["target"], entry["measured"], entry["met"]) for entry in result["targets"]]
-    ratios = [methods[a]["step_seconds"] / methods[b]["step_seconds"] for a, b in (
+    ratios = [comparable(methods[a]) / comparable(methods[b]) for a, b in (
         ("s2ft d_ratio=0.1", "full"), ("full", "floor"))]  # fmt: skip
     assert found == [(targets[0], pytest.approx(ratios[0]), True), (targets[1], pytest.approx(ratios[1]), False)]
     assert f"met: {targets[0]} (measured " in done.out and f"MISSED: {targets[1]} (measured " in done.out
@@ -346,39 +347,6 @@ def test_wrong_costs(words: list[str], parts: list[str], in_tmp: Path) -> None:
     assert files(in_tmp) == set()
 
 
-def test_on_cuda_the_launches_are_prepared_while_the_device_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the events lies the device's time only where it comes to the first after the host has sent the last."""
-    from sparseft.bench.kernels import Timer
-
-    acts: list[str] = []
-
-    class Event:
-        def __init__(self, **_: Any) -> None:
-            self.name = "end" if "made" in acts else "begin"
-            acts.append("made")
-
-        def record(self) -> None:
-            acts.append(self.name)
-
-        def synchronize(self) -> None:
-            acts.append("waited")
-
-        def elapsed_time(self, end: Any) -> float:
-            return 2.5
-
-    class Cache:
-        def zero_(self) -> None:
-            acts.append("caches overwritten")
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: acts.append("busy"), raising=False)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    timer = Timer(torch.device("cpu"))
-    timer._cache = Cache()  # type: ignore[assignment]
-    assert timer.once(lambda: acts.append("call")) == 2.5e-3
-    assert [act for act in acts if act != "made"] == ["caches overwritten", "busy", "begin", "call", "end", "waited"]
-
-
 def test_the_kernels_command_shows_every_row(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparseft.bench import kernels
 
@@ -390,6 +358,7 @@ def test_the_kernels_command_shows_every_row(in_tmp: Path, monkeypatch: pytest.M
     assert [(row["block_size"], row["tokens"], row["way"]) for row in result["rows"]] == [
         (size, 9, "reference") for size in (16, 64, 128) for _ in range(2)
     ]
+    assert {row["timed"] for row in result["rows"]} == {"clock"}
     assert (
         done.out.startswith(f"Weight gradient of blocks: float32 on {cpu_name()}") and done.out.count("256 x 256") == 6
     )
@@ -586,7 +555,7 @@ TINY = ["bench.width=64", "bench.depth=1", "bench.length=16", "bench.batch_size=
         "bench.warmup_steps=0", "bench.methods=[floor,s2ft]", "sparsity=0.9", "output_dir=out"]  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ["train", "scaling", "preprocess", "quality", "kernels", "loader"])
+@pytest.mark.parametrize("what", ["train", "scaling", "host", "preprocess", "quality", "kernels", "loader"])
 def test_a_folder_that_refuses_files_is_found_before_anything_is_measured(
     what: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
