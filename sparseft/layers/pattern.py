@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch, reference
-from sparseft.layers.product import SharedSlice
+from sparseft.layers.product import Blocks, Columns, Rows, SharedSlice, slice_of
 
 # A layer of blocks that stands alone saves the needed column blocks of x when they are at most this share of it: a
 # larger slice of its own may cost more than x itself, which others may save too. In a model
@@ -20,6 +20,17 @@ SLICE_SHARE = 0.5
 
 INACTIVE = "parked_"  # how a state dict's names of inactive entries begin; checkpoints hold them
 BlockRuns = list[tuple[Tensor, Tensor]]  # see `block_runs`
+
+
+class Changes:
+    """Counts what happens to any pattern, of any layer, that makes a plan of how to train it out of date. That is
+    seldom, and a plan is made quickly; to know in each forward pass that nothing happened takes one comparison."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+changes = Changes()
 
 
 @dataclass
@@ -116,6 +127,17 @@ class Pattern(nn.Module):
             keeps_input = len(self.needed_columns) > SLICE_SHARE * math.ceil(in_features / self.block_size)
         return None if keeps_input else (self.needed_columns, self.position)
 
+    def plan(self, transposed: bool, in_features: int, keeps_input: bool | None) -> Rows | Columns | Blocks:
+        """How the product trains this pattern of a weight (stored `transposed` or not); up to date until `changes`
+        counts. `keeps_input` is as in `columns_needed`."""
+        if self.kind != "blocks":
+            return (Rows if self.kind == "rows" else Columns)(transposed, self.at)
+        assert self.block_size is not None
+        needed, columns = self.columns_needed(in_features, keeps_input) or (None, self.index[:, 1].contiguous())
+        rows = self.index[:, 0].contiguous()
+        take = slice_of if self.slices is None else self.slices.take
+        return Blocks(transposed, rows, columns, self.block_size, needed, take)
+
     def share(self, slices: SharedSlice | None) -> None:
         """Of blocks: saves a slice together with other layers, from which it takes its own columns; None: alone."""
         self.slices = slices
@@ -129,6 +151,7 @@ class Pattern(nn.Module):
 
     def _locate(self) -> None:
         """Ahead of the forward pass: what depends on the index's values cannot be compiled into a graph."""
+        changes.count += 1
         self.needed_columns = self.position = None
         self._block_runs: dict[int, BlockRuns] = {}
         self.run: reference.Run | None = None
