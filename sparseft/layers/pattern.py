@@ -130,8 +130,10 @@ class Pattern(nn.Module):
     def plan(self, transposed: bool, in_features: int, keeps_input: bool | None) -> Rows | Columns | Blocks:
         """How the product trains this pattern of a weight (stored `transposed` or not); up to date until `changes`
         counts. `keeps_input` is as in `columns_needed`."""
-        if self.kind != "blocks":
-            return (Rows if self.kind == "rows" else Columns)(transposed, self.at)
+        if self.kind == "rows":
+            return Rows(transposed, self.at)
+        if self.kind == "columns":
+            return Columns(transposed, self.at if self.padded is None else self.padded, len(self.index))
         assert self.block_size is not None
         needed, columns = self.columns_needed(in_features, keeps_input) or (None, self.index[:, 1].contiguous())
         rows = self.index[:, 0].contiguous()
@@ -155,6 +157,7 @@ class Pattern(nn.Module):
         self.needed_columns = self.position = None
         self._block_runs: dict[int, BlockRuns] = {}
         self.run: reference.Run | None = None
+        self.padded: Tensor | None = None
         if self.index.is_meta:
             return
         if self.kind == "blocks":
@@ -171,6 +174,8 @@ class Pattern(nn.Module):
         start = int(position[0])
         if torch.equal(position, torch.arange(start, start + len(position), device=position.device)):
             self.run = (start, len(position))
+        elif self.kind == "columns":
+            self.padded = reference.padded(position)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -27,10 +27,11 @@ class Rows(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """How columns are trained; `at` as in `Rows`."""
+    """How columns are trained: `count` ones, at (start, count), or at a `reference.padded` index."""
 
     transposed: bool
     at: Tensor | reference.Run
+    count: int
 
 
 class Blocks(NamedTuple):
@@ -83,7 +84,7 @@ class ColumnsProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, delta, plan):
         y = dense_product(x, weight, bias, plan.transposed)
-        ctx.save_for_backward(weight, _columns_of(x, plan, y.dtype))
+        ctx.save_for_backward(weight, reference.aligned_columns(x, plan.at, plan.count, y.dtype))
         ctx.plan = plan
         return y
 
@@ -120,7 +121,9 @@ class PatternsProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, rows_delta, columns_delta, blocks_delta, transposed, rows, columns, blocks):
         y = dense_product(x, weight, bias, transposed)
         sliced = blocks is not None and blocks.needed is not None
-        x_columns = _columns_of(x, columns, y.dtype) if columns is not None else None
+        x_columns = None
+        if columns is not None:
+            x_columns = reference.aligned_columns(x, columns.at, columns.count, y.dtype)
         x_blocks = blocks.take(x, blocks.needed, blocks.size, y.dtype) if sliced else None
         whole = rows is not None or (blocks is not None and not sliced)
         ctx.save_for_backward(weight, x if whole else None, x_columns, x_blocks)
@@ -161,13 +164,6 @@ def _dense_gradients(
 
 def _rows_gradient(grad_output: Tensor, x: Tensor, plan: Rows) -> Tensor:
     return dispatch.rows_gradient(flat(grad_output), as_dtype(flat(x), grad_output.dtype), plan.at)
-
-
-def _columns_of(x: Tensor, plan: Columns, dtype: torch.dtype) -> Tensor:
-    """The columns of x (…, in) in storage of their own: (…, k)."""
-    if isinstance(plan.at, tuple):  # a view would keep all of x alive
-        return reference.select(x, -1, plan.at).to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return as_dtype(x.index_select(-1, plan.at), dtype)
 
 
 def _columns_gradient(grad_output: Tensor, x_columns: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class _Plan(NamedTuple):
     pattern: Pattern | None = None
     product: Callable[..., Tensor] | None = None
     how: Any = None
-    holds_weight: bool = True  # as a parameter, which may be exchanged for another at any time; else it is computed
+    plain: bool = True  # weight and bias are parameters, which may be exchanged at any time; else they are computed
 
 
 class SparseLinear(nn.Module):
@@ -267,8 +267,11 @@ class SparseLinear(nn.Module):
         delta = pattern._parameters["delta"]
         if delta._version != pattern.written_version:
             self.write_back()
-        weight = self._parameters["weight"] if plan.holds_weight else self.weight
-        bias = self._parameters["bias"]
+        if plan.plain:
+            parameters = self._parameters
+            weight, bias = parameters["weight"], parameters["bias"]
+        else:
+            weight, bias = self.weight, self.bias
         if torch.is_grad_enabled() and delta.requires_grad:
             y = plan.product(x, weight, bias, delta, plan.how)
         else:
@@ -276,12 +279,14 @@ class SparseLinear(nn.Module):
         return y if self.merged else add_deltas(y, x, (pattern,))
 
     def _make_plan(self) -> _Plan:
+        count = changes.count  # before anything is read: another thread may change it
         patterns = self.patterns
         pattern = next(iter(patterns.values())) if len(patterns) == 1 else None
-        if pattern is None or pattern.delta.is_inference():  # whose changes nobody counts
-            return _Plan(changes.count)
+        if pattern is None or "delta" not in pattern._parameters or pattern.delta.is_inference():
+            return _Plan(count)  # a delta that is computed, or whose changes nobody counts, is looked at each time
         how = pattern.plan(self.transposed, self.in_features, self.keeps_input)
-        return _Plan(changes.count, pattern, _PRODUCTS[pattern.kind].apply, how, "weight" in self._parameters)
+        plain = self._parameters.keys() >= {"weight", "bias"}
+        return _Plan(count, pattern, _PRODUCTS[pattern.kind].apply, how, plain)
 
     def _with_patterns(self, x: Tensor) -> Tensor:
         """The forward pass with any number of patterns, and what a compiler sees of it."""
