@@ -24,7 +24,7 @@ from torch.profiler import profile as profiler
 from sparseft.bench.contenders import FLOOR
 from sparseft.bench.timing import absent, attempt_each, synchronize
 from sparseft.files.atomic import replaced_file
-from sparseft.layers.product import SparseProduct
+from sparseft.layers.product import FUNCTIONS
 
 STEP = "sparseft::step"
 ROUNDS = 3  # after one that does not count
@@ -47,9 +47,8 @@ VIEWS = {
 }  # fmt: skip
 _ATTENTION = re.compile(r"scaled_dot_product|flash_attn|flash_attention|efficient_attention|^_softmax")
 _BACKWARD = re.compile(r"^autograd::engine::evaluate_function|Backward\d*$")
-_OURS = (
-    SparseProduct.__name__
-)  # forward: the slices it saves; backward: everything but the product for the input's gradient
+# Forward: the slices they save; backward: everything but the product for the input's gradient.
+_OURS = tuple(function.__name__ for function in FUNCTIONS)
 
 
 def profile(
@@ -156,7 +155,7 @@ def part_of(event: Any, above: list[Any], tokens: int, first_product: set[int]) 
         return OPTIMIZER
     if any(_ATTENTION.search(name.removeprefix("aten::")) for name in (event.name, *names)):
         return ATTENTION
-    ours = any(name.startswith(_OURS) or f": {_OURS}" in name for name in (event.name, *names))
+    ours = any(name.rpartition(": ")[2].startswith(_OURS) for name in (event.name, *names))
     if operation in PRODUCTS:
         node = next((parent for parent in above if _BACKWARD.search(parent.name)), None)
         if node is None:

@@ -12,7 +12,10 @@ Importing this needs triton. With TRITON_INTERPRET=1 set before, the kernel runs
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+from typing import Any
 
 import torch
 import triton
@@ -24,7 +27,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as triton itself read
 # tl.dot takes no side below 16: smaller blocks are padded with masked, zero entries.
 SMALLEST_TILE, LARGEST_TILE = 16, 128
 LARGEST_TILE_FP32 = 64  # twice the registers and shared memory an entry
-FEWEST_TOKENS = 128  # a split's; with less, its partial sum costs more memory traffic than the strips it reads
+FEWEST_TOKENS = 512  # a split's; with less, its partial sum costs more memory traffic than the strips it reads
+SPLIT_FROM = 2048  # tokens; with less, the second launch takes longer than what the idle multiprocessors would save
 MOST_SPLITS = 65535  # the launch grid's second side
 PROGRAMS_A_PROCESSOR = 2  # that many should be in flight before splitting stops
 
@@ -81,6 +85,7 @@ def _blocks_kernel(
     tl.store(out + place + down[:, None] * SIZE + across[None, :], total, mask=inside)
 
 
+@functools.cache
 def tile_of(size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """(tile's side, tokens a step, warps, pipeline stages) for blocks of `size` in `dtype`."""
     largest = LARGEST_TILE_FP32 if dtype == torch.float32 else LARGEST_TILE
@@ -92,7 +97,19 @@ def tile_of(size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
 def splits_of(tokens: int, programs: int, processors: int) -> int:
     """In how many runs to split the tokens, where `programs` tiles are to keep `processors` busy."""
     wanted = triton.cdiv(PROGRAMS_A_PROCESSOR * processors, programs)
-    return max(1, min(wanted, tokens // FEWEST_TOKENS, MOST_SPLITS))
+    return max(1, min(wanted, tokens // FEWEST_TOKENS, MOST_SPLITS)) if tokens >= SPLIT_FROM else 1
+
+
+@functools.cache  # asking the device takes as long as a small product
+def processors_of(device: torch.device) -> int:
+    """Its multiprocessors; 1 where Triton's interpreter stands for a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, `device` is the current one, on which Triton launches; nothing to do for the CPU."""
+    there = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return contextlib.nullcontext() if there else torch.cuda.device(device)
 
 
 def tf32_allowed() -> bool:
@@ -122,12 +139,11 @@ def blocks_gradient(
     tiles = triton.cdiv(size, tile)
     programs = count * tiles * tiles
     if splits is None:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-        splits = splits_of(tokens, programs, processors)
+        splits = splits_of(tokens, programs, processors_of(x.device))
     split = triton.cdiv(triton.cdiv(tokens, splits), chunk) * chunk  # whole steps
     splits = triton.cdiv(tokens, split)
     out = torch.empty(splits, count, size, size, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):  # triton launches on the current device; nothing to do for CPU tensors
+    with current(x.device):
         _blocks_kernel[(programs, splits)](
             grad_output, x, block_rows, block_columns, out,
             tokens, split, grad_output.shape[1], x.shape[1],

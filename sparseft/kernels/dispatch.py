@@ -50,7 +50,7 @@ def kernel_for(tensor: Tensor) -> ModuleType | None:
     if wanted == "reference" or tensor.dtype not in KERNEL_DTYPES:
         return None
     if wanted == "auto":
-        return _blocks_triton() if tensor.is_cuda and _gpu_knows(tensor) else None
+        return _blocks_triton() if tensor.is_cuda and _gpu_knows(tensor.device, tensor.dtype) else None
     module = _blocks_triton()
     if module is None:
         raise UserError(f"{VARIABLE}=triton: triton cannot be imported; install it, or choose auto or reference.")
@@ -62,11 +62,12 @@ def kernel_for(tensor: Tensor) -> ModuleType | None:
     return module
 
 
-def _gpu_knows(tensor: Tensor) -> bool:
+@functools.cache  # asking the device takes as long as a small product
+def _gpu_knows(device: torch.device, dtype: torch.dtype) -> bool:
     if torch.version.hip:
         return True
-    first = FIRST_GPU_BF16 if tensor.dtype == torch.bfloat16 else FIRST_GPU
-    return torch.cuda.get_device_capability(tensor.device) >= first
+    first = FIRST_GPU_BF16 if dtype == torch.bfloat16 else FIRST_GPU
+    return torch.cuda.get_device_capability(device) >= first
 
 
 def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_columns: Tensor, size: int) -> Tensor:

@@ -27,12 +27,32 @@ GATHERED_CPU, GATHERED = 2**20, 2**26
 # Whether a product of fp16 or bf16 can be had in fp32, as it was summed: in torch's builds for CUDA, since 2.8.
 FP32_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads() and not torch.version.hip
 
+# Fast products of halves want rows that begin at multiples of 16 bytes.
+ALIGNED = 8
+
 Run = tuple[int, int]  # (start, length): consecutive rows or columns, which a view reaches without an index
 
 
 def select(tensor: Tensor, dim: int, at: Tensor | Run) -> Tensor:
     """The entries `at` of one dimension: a view of a run, a copy otherwise."""
     return tensor.narrow(dim, *at) if isinstance(at, tuple) else tensor.index_select(dim, at)
+
+
+def padded(index: Tensor) -> Tensor:
+    """An index (k,) with its last entry repeated until its length is a multiple of `ALIGNED`."""
+    missing = -len(index) % ALIGNED
+    return torch.cat([index, index[-1:].expand(missing)]) if missing else index
+
+
+def aligned_columns(x: Tensor, at: Tensor | Run, count: int, dtype: torch.dtype) -> Tensor:
+    """`count` columns of x (…, in) in `dtype`, (…, count), in storage of their own, each row of which begins at a
+    multiple of `ALIGNED` entries. `at` is (start, count), or an index as `padded` makes it."""
+    if not isinstance(at, tuple):
+        columns = x.index_select(-1, at)
+        columns = columns if columns.dtype == dtype else columns.to(dtype)
+        return columns if len(at) == count else columns.narrow(-1, 0, count)
+    wide = x.new_empty(*x.shape[:-1], count + -count % ALIGNED, dtype=dtype)
+    return wide.narrow(-1, 0, count).copy_(x.narrow(-1, *at))
 
 
 def values_shape(kind: str, index: Tensor, shape: tuple[int, int], block_size: int | None) -> tuple[int, ...]:

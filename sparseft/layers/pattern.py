@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch, reference
-from sparseft.layers.product import SharedSlice
+from sparseft.layers.product import Blocks, Columns, Rows, SharedSlice, slice_of
 
 # A layer of blocks that stands alone saves the needed column blocks of x when they are at most this share of it: a
 # larger slice of its own may cost more than x itself, which others may save too. In a model
@@ -128,6 +128,19 @@ class Pattern(nn.Module):
             keeps_input = len(self.needed_columns) > SLICE_SHARE * math.ceil(in_features / self.block_size)
         return None if keeps_input else (self.needed_columns, self.position)
 
+    def plan(self, transposed: bool, in_features: int, keeps_input: bool | None) -> Rows | Columns | Blocks:
+        """How the product trains this pattern of a weight (stored `transposed` or not); up to date until `changes`
+        counts. `keeps_input` is as in `columns_needed`."""
+        if self.kind == "rows":
+            return Rows(transposed, self.at)
+        if self.kind == "columns":
+            return Columns(transposed, self.at if self.padded is None else self.padded, len(self.index))
+        assert self.block_size is not None
+        needed, columns = self.columns_needed(in_features, keeps_input) or (None, self.index[:, 1].contiguous())
+        rows = self.index[:, 0].contiguous()
+        take = slice_of if self.slices is None else self.slices.take
+        return Blocks(transposed, rows, columns, self.block_size, needed, take)
+
     def share(self, slices: SharedSlice | None) -> None:
         """Of blocks: saves a slice together with other layers, from which it takes its own columns; None: alone."""
         self.slices = slices
@@ -145,6 +158,7 @@ class Pattern(nn.Module):
         self.needed_columns = self.position = None
         self._block_runs: dict[int, BlockRuns] = {}
         self.run: reference.Run | None = None
+        self.padded: Tensor | None = None
         if self.index.is_meta:
             return
         if self.kind == "blocks":
@@ -161,6 +175,8 @@ class Pattern(nn.Module):
         start = int(position[0])
         if torch.equal(position, torch.arange(start, start + len(position), device=position.device)):
             self.run = (start, len(position))
+        elif self.kind == "columns":
+            self.padded = reference.padded(position)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

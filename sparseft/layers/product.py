@@ -6,9 +6,10 @@ unless the input is kept anyway (`layers/saved_inputs.py` settles that for a who
 
 from __future__ import annotations
 
+import functools
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,78 +19,165 @@ from torch.nn import functional as F
 from sparseft.kernels import dispatch, reference
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a weight is stored, which of its entries train, and what of the input that takes in the backward pass.
+class Rows(NamedTuple):
+    """How rows are trained: `at` (k,) in the stored weight, (start, length) where they are consecutive."""
 
-    Rows and columns are indices (k,) into the stored weight, or (start, length) where they are consecutive. Of blocks
-    (n, 2), `needed` (m,) are the block columns that a slice has and `position` (n,) each block's place among them;
-    None: x itself is saved.
+    transposed: bool
+    at: Tensor | reference.Run
+
+
+class Columns(NamedTuple):
+    """How columns are trained: `count` ones, at (start, count), or at a `reference.padded` index."""
+
+    transposed: bool
+    at: Tensor | reference.Run
+    count: int
+
+
+class Blocks(NamedTuple):
+    """How blocks are trained: `rows` and `columns` (n,) are each one's place in y and in what is saved of x.
+
+    `needed` (m,) are the block columns that are saved, made by `take`; None: x itself is.
     """
 
     transposed: bool
-    rows: Tensor | reference.Run | None = None
-    columns: Tensor | reference.Run | None = None
-    blocks: Tensor | None = None
-    block_size: int | None = None
-    needed: Tensor | None = None
-    position: Tensor | None = None
-    slices: SharedSlice | None = None
-
-    @property
-    def saves_input(self) -> bool:
-        """Whether x itself is saved."""
-        return self.rows is not None or (self.blocks is not None and self.needed is None)
+    rows: Tensor
+    columns: Tensor
+    size: int
+    needed: Tensor | None
+    take: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
 
 
-class SparseProduct(torch.autograd.Function):
-    """y = x Wᵀ + b with the weight gradient on the patterns only.
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that cannot be differentiated itself: what was saved has no history, so a second derivative
+    would be wrong without a word. torch's own guard costs as much as a small product: only where one may be asked."""
+    guarded = once_differentiable(backward)
 
-    The deltas enter for their gradients' sake: their values are already in the weight.
-    """
+    @functools.wraps(backward)
+    def run(ctx: Any, grad_output: Tensor) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, grad_output)
+
+    return run
+
+
+class RowsProduct(torch.autograd.Function):
+    """y = x Wᵀ + b of a frozen W (stored `transposed` or not) with the gradient of some rows, which `delta` takes: its
+    values are in the weight already. x (…, in), delta (k, in)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, rows_delta, columns_delta, blocks_delta, plan):
+    def forward(ctx, x, weight, bias, delta, plan):
+        ctx.save_for_backward(weight, x)
+        ctx.plan = plan
+        return dense_product(x, weight, bias, plan.transposed)
+
+    @staticmethod
+    @once
+    def backward(ctx, grad_output):
+        weight, x = ctx.saved_tensors
+        grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.plan.transposed)
+        return grad_x, None, bias_grad, _rows_gradient(grad_output, x, ctx.plan), None
+
+
+class ColumnsProduct(torch.autograd.Function):
+    """As `RowsProduct` for columns, delta (out, k)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, delta, plan):
         y = dense_product(x, weight, bias, plan.transposed)
-        ctx.bias_dtype = bias.dtype if bias is not None else None
-        ctx.run, rows = (plan.rows, None) if isinstance(plan.rows, tuple) else (None, plan.rows)
-        saved = [weight, rows, plan.blocks, plan.position, x if plan.saves_input else None]
-        if isinstance(plan.columns, tuple):
-            own = {"copy": True, "memory_format": torch.contiguous_format}  # a view would keep all of x alive
-            saved.append(reference.select(x, -1, plan.columns).to(y.dtype, **own))
-        else:
-            saved.append(x.index_select(-1, plan.columns).to(y.dtype) if plan.columns is not None else None)
-        if plan.blocks is not None and not plan.saves_input:
-            take = slice_of if plan.slices is None else plan.slices.take
-            saved.append(take(x, plan.needed, plan.block_size, y.dtype))
-        else:
-            saved.append(None)
-        ctx.save_for_backward(*saved)
-        ctx.transposed, ctx.size = plan.transposed, plan.block_size
+        ctx.save_for_backward(weight, reference.aligned_columns(x, plan.at, plan.count, y.dtype))
+        ctx.plan = plan
         return y
 
     @staticmethod
-    @once_differentiable  # a slice's own history is not kept, so a second derivative would be wrong without a word
+    @once
     def backward(ctx, grad_output):
-        weight, rows, blocks, position, x, x_columns, x_blocks = ctx.saved_tensors
-        rows = rows if ctx.run is None else ctx.run
-        grad_x = bias_grad = rows_grad = columns_grad = blocks_grad = None
-        if ctx.needs_input_grad[0]:
-            w = weight.to(grad_output.dtype)
-            grad_x = grad_output @ (w.t() if ctx.transposed else w)
-        grad = flat(grad_output)
-        if ctx.needs_input_grad[2]:  # frozen unless the caller thawed it
-            bias_grad = grad.sum(0).to(ctx.bias_dtype)
-        if x is not None:
-            x = flat(x).to(grad.dtype)
-        if rows is not None:
-            rows_grad = dispatch.rows_gradient(grad, x, rows)
-        if x_columns is not None:
-            columns_grad = dispatch.columns_gradient(grad, flat(x_columns).to(grad.dtype))
-        if blocks is not None:
-            x_side, at = (x, blocks[:, 1]) if x_blocks is None else (x_blocks.to(grad.dtype), position)
-            blocks_grad = dispatch.blocks_gradient(grad, x_side, blocks[:, 0], at, ctx.size)
-        return grad_x, None, bias_grad, rows_grad, columns_grad, blocks_grad, None
+        weight, x = ctx.saved_tensors
+        grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.plan.transposed)
+        return grad_x, None, bias_grad, _columns_gradient(grad_output, x), None
+
+
+class BlocksProduct(torch.autograd.Function):
+    """As `RowsProduct` for blocks, delta (n, B, B)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, delta, plan):
+        y = dense_product(x, weight, bias, plan.transposed)
+        ctx.save_for_backward(weight, x if plan.needed is None else plan.take(x, plan.needed, plan.size, y.dtype))
+        ctx.plan = plan
+        return y
+
+    @staticmethod
+    @once
+    def backward(ctx, grad_output):
+        weight, x = ctx.saved_tensors
+        grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.plan.transposed)
+        return grad_x, None, bias_grad, _blocks_gradient(grad_output, x, ctx.plan), None
+
+
+class PatternsProduct(torch.autograd.Function):
+    """As `RowsProduct` for any patterns of one weight, which may overlap: a delta and a plan each, or None."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, rows_delta, columns_delta, blocks_delta, transposed, rows, columns, blocks):
+        y = dense_product(x, weight, bias, transposed)
+        sliced = blocks is not None and blocks.needed is not None
+        x_columns = None
+        if columns is not None:
+            x_columns = reference.aligned_columns(x, columns.at, columns.count, y.dtype)
+        x_blocks = blocks.take(x, blocks.needed, blocks.size, y.dtype) if sliced else None
+        whole = rows is not None or (blocks is not None and not sliced)
+        ctx.save_for_backward(weight, x if whole else None, x_columns, x_blocks)
+        ctx.transposed, ctx.rows, ctx.columns, ctx.blocks = transposed, rows, columns, blocks
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        weight, x, x_columns, x_blocks = ctx.saved_tensors
+        grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.transposed)
+        rows_grad = columns_grad = blocks_grad = None
+        if ctx.rows is not None:
+            rows_grad = _rows_gradient(grad_output, x, ctx.rows)
+        if ctx.columns is not None:
+            columns_grad = _columns_gradient(grad_output, x_columns)
+        if ctx.blocks is not None:
+            blocks_grad = _blocks_gradient(grad_output, x if x_blocks is None else x_blocks, ctx.blocks)
+        return grad_x, None, bias_grad, rows_grad, columns_grad, blocks_grad, None, None, None, None
+
+
+FUNCTIONS = (RowsProduct, ColumnsProduct, BlocksProduct, PatternsProduct)
+
+
+def _dense_gradients(
+    ctx: Any, grad_output: Tensor, weight: Tensor, transposed: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of x and of the bias, where they are needed."""
+    grad_x = bias_grad = None
+    needed = ctx.needs_input_grad
+    if needed[0]:
+        w = as_dtype(weight, grad_output.dtype)
+        grad_x = grad_output @ (w.t() if transposed else w)
+    if needed[2]:  # frozen unless the caller thawed it; autograd casts to the bias's own dtype
+        bias_grad = flat(grad_output).sum(0)
+    return grad_x, bias_grad
+
+
+def _rows_gradient(grad_output: Tensor, x: Tensor, plan: Rows) -> Tensor:
+    return dispatch.rows_gradient(flat(grad_output), as_dtype(flat(x), grad_output.dtype), plan.at)
+
+
+def _columns_gradient(grad_output: Tensor, x_columns: Tensor) -> Tensor:
+    return dispatch.columns_gradient(flat(grad_output), as_dtype(flat(x_columns), grad_output.dtype))
+
+
+def _blocks_gradient(grad_output: Tensor, x: Tensor, plan: Blocks) -> Tensor:
+    x = as_dtype(flat(x), grad_output.dtype)
+    return dispatch.blocks_gradient(flat(grad_output), x, plan.rows, plan.columns, plan.size)
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which takes its time even where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -102,8 +190,8 @@ def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bo
 
 
 def flat(x: Tensor) -> Tensor:
-    """(..., features) as (tokens, features); no -1, which nothing says where there is no feature."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    """(..., features) as (tokens, features)."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def slice_of(

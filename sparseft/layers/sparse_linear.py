@@ -12,8 +12,8 @@ Each kind of pattern has a layer of its own: S2FT's rows or columns (arXiv 2412.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,22 @@ from sparseft.distributed.zero3 import full_shape, gathered, is_sharded
 from sparseft.kernels import reference
 from sparseft.layers.pattern import Pattern, as_index, changes, version_of
 from sparseft.layers.permutation import can_train, inverse, permute_entries, permuted
-from sparseft.layers.product import Plan, SparseProduct, dense_product
+from sparseft.layers.product import BlocksProduct, ColumnsProduct, PatternsProduct, RowsProduct, dense_product
 from sparseft.layers.unmerged import add_deltas
 from sparseft.layers.write_back import enrol
 from sparseft.models.decoder import is_transposed, logical_weight
+
+_PRODUCTS = {"rows": RowsProduct, "columns": ColumnsProduct, "blocks": BlocksProduct}
+
+
+class _Plan(NamedTuple):
+    """What the forward pass of a layer with one pattern does, as of `changes`; else it is found out each time."""
+
+    changes: int
+    pattern: Pattern | None = None
+    product: Callable[..., Tensor] | None = None
+    how: Any = None
+    plain: bool = True  # weight and bias are parameters, which may be exchanged at any time; else they are computed
 
 
 class SparseLinear(nn.Module):
@@ -44,7 +56,8 @@ class SparseLinear(nn.Module):
     weight: nn.Parameter
     row_permutation: Tensor | None
     column_permutation: Tensor | None
-    keeps_input: bool | None = None  # whether blocks save x itself, not a slice; None: decided for this layer alone
+    _keeps_input: bool | None = None
+    _plan: _Plan | None = None
     merged = True  # whether the weight holds base + delta; else the base, and the forward adds the deltas' product
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
@@ -68,6 +81,9 @@ class SparseLinear(nn.Module):
         self.register_buffer("column_permutation", None, persistent=False)
         self.register_load_state_dict_post_hook(_after_load)
         enrol(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -171,6 +187,7 @@ class SparseLinear(nn.Module):
         old = self.patterns
         for kind in old:
             del self._modules[kind]
+        changes.count += 1
         with gathered([self.weight] if patterns else []):
             for kind, pattern in patterns.items():
                 pattern.permute(inverses[kind])
@@ -234,30 +251,64 @@ class SparseLinear(nn.Module):
         if any(pattern.stale for pattern in self.patterns.values()):
             self.write_back()
 
-    def forward(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
-        if not torch.compiler.is_compiling():
-            self.write_if_stale()
-        trains = torch.is_grad_enabled() and any(p.delta.requires_grad for p in self.patterns.values())
-        y = self._product_that_trains(x) if trains else dense_product(x, self.weight, self.bias, self.transposed)
-        return y if self.merged else add_deltas(y, x, self.patterns.values())
+    @property
+    def keeps_input(self) -> bool | None:
+        """Whether blocks save x itself, not a slice; None: decided for this layer alone."""
+        return self._keeps_input
 
-    def _product_that_trains(self, x: Tensor) -> Tensor:
-        rows, columns, blocks = (self._modules.get(kind) for kind in reference.KINDS)
-        needed = blocks.columns_needed(self.in_features, self.keeps_input) if blocks is not None else None
-        plan = Plan(
-            self.transposed,
-            rows.at if rows is not None else None,
-            columns.at if columns is not None else None,
-            blocks.index if blocks is not None else None,
-            blocks.block_size if blocks is not None else None,
-            needed[0] if needed is not None else None,
-            needed[1] if needed is not None else None,
-            blocks.slices if blocks is not None else None,
-        )
-        rows_delta, columns_delta, blocks_delta = (
-            pattern.delta if pattern is not None else None for pattern in (rows, columns, blocks)
-        )
-        return SparseProduct.apply(x, self.weight, self.bias, rows_delta, columns_delta, blocks_delta, plan)
+    @keeps_input.setter
+    def keeps_input(self, keeps_input: bool | None) -> None:
+        self._keeps_input = keeps_input
+        changes.count += 1
+
+    def forward(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
+        if torch.compiler.is_compiling():
+            return self._with_patterns(x)
+        plan = self._plan
+        if plan is None or plan.changes != changes.count:
+            plan = self._plan = self._make_plan()
+        pattern = plan.pattern
+        if pattern is None:
+            self.write_if_stale()
+            return self._with_patterns(x)
+        delta = pattern._parameters["delta"]
+        if delta._version != pattern.written_version:
+            self.write_back()
+        if plan.plain:
+            parameters = self._parameters
+            weight, bias = parameters["weight"], parameters["bias"]
+        else:
+            weight, bias = self.weight, self.bias
+        if torch.is_grad_enabled() and delta.requires_grad:
+            y = plan.product(x, weight, bias, delta, plan.how)
+        else:
+            y = dense_product(x, weight, bias, self.transposed)
+        return y if self.merged else add_deltas(y, x, (pattern,))
+
+    def _make_plan(self) -> _Plan:
+        count = changes.count  # before anything is read: another thread may change it
+        patterns = self.patterns
+        pattern = next(iter(patterns.values())) if len(patterns) == 1 else None
+        if pattern is None or "delta" not in pattern._parameters or pattern.delta.is_inference():
+            return _Plan(count)  # a delta that is computed, or whose changes nobody counts, is looked at each time
+        how = pattern.plan(self.transposed, self.in_features, self.keeps_input)
+        plain = self._parameters.keys() >= {"weight", "bias"}
+        return _Plan(count, pattern, _PRODUCTS[pattern.kind].apply, how, plain)
+
+    def _with_patterns(self, x: Tensor) -> Tensor:
+        """The forward pass with any number of patterns, and what a compiler sees of it."""
+        patterns = self.patterns
+        if torch.is_grad_enabled() and any(p.delta.requires_grad for p in patterns.values()):
+            found = [patterns.get(kind) for kind in reference.KINDS]
+            deltas = [pattern.delta if pattern is not None else None for pattern in found]
+            plans = [
+                pattern.plan(self.transposed, self.in_features, self.keeps_input) if pattern is not None else None
+                for pattern in found
+            ]
+            y = PatternsProduct.apply(x, self.weight, self.bias, *deltas, self.transposed, *plans)
+        else:
+            y = dense_product(x, self.weight, self.bias, self.transposed)
+        return y if self.merged else add_deltas(y, x, patterns.values())
 
     def _apply(self, fn, recurse: bool = True):
         dtype = self.weight.dtype

@@ -133,9 +133,10 @@ def test_splits_of_the_tokens_add_up(tokens: int, splits: int) -> None:
 
 
 def test_number_of_splits() -> None:
-    assert blocks_triton.splits_of(tokens=512, programs=66, processors=132) == 4
+    for tokens in (1, 512, 2047):
+        assert blocks_triton.splits_of(tokens=tokens, programs=66, processors=132) == 1
     assert blocks_triton.splits_of(tokens=8192, programs=66, processors=132) == 4
-    assert blocks_triton.splits_of(tokens=8192, programs=1, processors=132) == 64  # of 128 tokens each
+    assert blocks_triton.splits_of(tokens=8192, programs=1, processors=132) == 16  # of 512 tokens each
     assert blocks_triton.splits_of(tokens=8192, programs=4000, processors=132) == 1
     assert blocks_triton.splits_of(tokens=1, programs=1, processors=132) == 1
 

@@ -229,11 +229,31 @@ def saved_storages(function: Callable[[], Any], ignore: list[Tensor]) -> dict[in
 
 def test_columns_keep_only_their_slice() -> None:
     torch.manual_seed(0)
-    layer = S2RowLinear(64, 32, columns=[3, 60])
+    layer = S2RowLinear(64, 32, columns=range(0, 32, 2))
     x = torch.randn(5, 9, 64)
     saved = saved_storages(lambda: layer(x), [layer.weight])
     assert x.untyped_storage().data_ptr() not in saved
-    assert list(saved.values()) == [5 * 9 * 2 * 4]  # tokens × columns × fp32, in a storage of its own
+    assert list(saved.values()) == [5 * 9 * 16 * 4]  # tokens × columns × fp32, in a storage of its own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("columns", [[3, 60, 9], range(20, 31), [5], range(8, 16)])
+def test_rows_of_a_slice_are_aligned(columns: Any, dtype: torch.dtype) -> None:
+    """Products of halves are slow where rows begin elsewhere; what is between them is no part of the result."""
+    torch.manual_seed(0)
+    layer = S2RowLinear(64, 33, columns=columns, dtype=dtype)
+    x, upstream = torch.randn(5, 9, 64).to(dtype), torch.randn(5, 9, 33).to(dtype)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    y.backward(upstream)
+    (kept,) = [t for t in saved if t.shape[:-1] == (5, 9)]
+    step = -(-len(columns) // 8) * 8
+    assert kept.shape[-1] == len(columns) and kept.stride() == (9 * step, step, 1)
+    assert torch.equal(kept, x[..., list(columns)])
+    assert kept.untyped_storage().nbytes() == 45 * step * dtype.itemsize
+    expected = upstream.double().flatten(0, 1).t() @ x.double().flatten(0, 1)[:, list(columns)]
+    torch.testing.assert_close(layer.delta.grad.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_share_x_with_their_siblings() -> None:

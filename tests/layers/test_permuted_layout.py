@@ -533,15 +533,15 @@ def test_permutations_that_cannot_be() -> None:
 
 
 def test_a_consecutive_slice_has_storage_of_its_own() -> None:
-    layer = S2RowLinear(64, 8, bias=False, columns=range(16, 20))
-    assert layer.patterns["columns"].at == (16, 4)
+    layer = S2RowLinear(64, 8, bias=False, columns=range(16, 24))
+    assert layer.patterns["columns"].at == (16, 8)
     saved: list[Tensor] = []
     for dtype in (torch.float32, torch.bfloat16):
         saved.clear()
         layer.to(dtype)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             layer(torch.randn(5, 64, dtype=dtype))
-        slices = [t for t in saved if t.shape == (5, 4)]
+        slices = [t for t in saved if t.shape == (5, 8)]
         assert len(slices) == 1 and slices[0].untyped_storage().nbytes() == slices[0].numel() * dtype.itemsize
         assert not any(t.shape == (5, 64) for t in saved)
 
