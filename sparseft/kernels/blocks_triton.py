@@ -33,6 +33,17 @@ MOST_SPLITS = 65535  # the launch grid's second side
 PROGRAMS_A_PROCESSOR = 2  # that many should be in flight before splitting stops
 
 
+def _interpreted_steps(first, last, step):
+    """`range` over the interpreter's numbers: triton 3.6 cannot turn them into Python's from numpy 2.4 on."""
+    at = first
+    while at < last:
+        yield at
+        at += step
+
+
+steps = _interpreted_steps if INTERPRETED else tl.range  # compiled, a `while` would not be pipelined
+
+
 @triton.jit(do_not_specialize=["tokens", "split"])
 def _blocks_kernel(
     grad_output, x, block_rows, block_columns, out,
@@ -60,7 +71,7 @@ def _blocks_kernel(
     first = tl.program_id(1) * split
     last = tl.minimum(first + split, tokens)
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for start in range(first, last, CHUNK):
+    for start in steps(first, last, CHUNK):
         token = start + tl.arange(0, CHUNK)
         there = token < last
         at = token.to(tl.int64)
@@ -79,8 +90,8 @@ def tile_of(size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """(tile's side, tokens a step, warps, pipeline stages) for blocks of `size` in `dtype`."""
     largest = LARGEST_TILE_FP32 if dtype == torch.float32 else LARGEST_TILE
     tile = min(max(triton.next_power_of_2(size), SMALLEST_TILE), largest)
-    chunk = 32 if tile >= 128 or dtype == torch.float32 else 64
-    return tile, chunk, (8 if tile >= 128 else 4 if tile >= 64 else 2), 3
+    chunk = 16 if dtype == torch.float32 else 32 if tile >= 128 else 64  # with more, registers do not suffice
+    return tile, chunk, (8 if tile >= 128 else 4 if tile >= 32 else 2), 3
 
 
 def splits_of(tokens: int, programs: int, processors: int) -> int:
@@ -101,7 +112,7 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if there else torch.cuda.device(device)
 
 
-def _tf32_allowed() -> bool:
+def tf32_allowed() -> bool:
     """Whether torch's own fp32 products may round their operands to TF32."""
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)  # torch 2.9's name: asking by the old one can be an error there
@@ -138,7 +149,7 @@ def blocks_gradient(
             tokens, split, grad_output.shape[1], x.shape[1],
             *grad_output.stride(), *x.stride(), block_rows.stride(0), block_columns.stride(0), out.stride(0),
             SIZE=size, TILE=tile, TILES=tiles, CHUNK=chunk,
-            PRECISION="tf32" if _tf32_allowed() else "ieee",
+            PRECISION="tf32" if tf32_allowed() else "ieee",
             # The interpreter holds bf16 as integers, of which its dot would take the product. Compiled, this is false.
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
             num_warps=warps, num_stages=stages,

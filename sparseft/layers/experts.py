@@ -140,6 +140,11 @@ class ExpertLinear(SparseLinear):
         """The expert's slice (out, in): a view of the 3-D parameter."""
         return stack_parameter(self._experts[0], self.parameter)[self.number]
 
+    @property
+    def joins(self) -> bool:
+        """Never: each expert has tokens of its own, and many have none."""
+        return False
+
     def put_in_place(self, *, eager: bool = False) -> None:
         """The experts module uses this layer from now on for its expert.
 
