@@ -90,8 +90,8 @@ def tile_of(size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """(tile's side, tokens a step, warps, pipeline stages) for blocks of `size` in `dtype`."""
     largest = LARGEST_TILE_FP32 if dtype == torch.float32 else LARGEST_TILE
     tile = min(max(triton.next_power_of_2(size), SMALLEST_TILE), largest)
-    chunk = 32 if tile >= 128 or dtype == torch.float32 else 64
-    return tile, chunk, (8 if tile >= 128 else 4 if tile >= 64 else 2), 3
+    chunk = 16 if dtype == torch.float32 else 32 if tile >= 128 else 64  # with more, registers do not suffice
+    return tile, chunk, (8 if tile >= 128 else 4 if tile >= 32 else 2), 3
 
 
 def splits_of(tokens: int, programs: int, processors: int) -> int:

@@ -13,6 +13,8 @@ Weights stored transposed (Conv1D) are passed as their transposed view, so every
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,6 +55,12 @@ def aligned_columns(x: Tensor, at: Tensor | Run, count: int, dtype: torch.dtype)
         return columns if len(at) == count else columns.narrow(-1, 0, count)
     wide = x.new_empty(*x.shape[:-1], count + -count % ALIGNED, dtype=dtype)
     return wide.narrow(-1, 0, count).copy_(x.narrow(-1, *at))
+
+
+def flat(x: Tensor) -> Tensor:
+    """(..., features) as (tokens, features)."""
+    dims = x.dim()
+    return x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
 
 
 def values_shape(kind: str, index: Tensor, shape: tuple[int, int], block_size: int | None) -> tuple[int, ...]:
@@ -143,7 +151,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     Kept in half precision, a sum over tokens leaves the range of fp16, and in bf16 each micro-step's gradient is
     rounded to 8 bits before it is accumulated.
     """
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float32 if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float64
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -223,6 +231,25 @@ def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_co
     for part, rows, columns in zip(*(t.split(at_once) for t in (result, block_rows, block_columns)), strict=True):
         product(left.index_select(0, rows).mT, right.index_select(0, columns), out=part)
     return result
+
+
+def group_gradient(
+    grads: Sequence[Tensor], xs: Sequence[Tensor], block_rows: Tensor, block_columns: Tensor, size: int
+) -> Tensor:
+    """dW of the blocks (n, B, B) of several weights in `sum_dtype`, from grads (tokens, out) and xs (tokens, in).
+
+    `block_rows` and `block_columns` count on from weight to weight, as if their operands lay beside each other.
+    """
+    left, right = _strips(grads, block_rows, size), _strips(xs, block_columns, size)
+    return product(left.mT, right)
+
+
+def _strips(matrices: Sequence[Tensor], places: Tensor, size: int) -> Tensor:
+    """Column blocks of matrices (tokens, …) that lie beside each other: (n, tokens, B)."""
+    if any(matrix.shape[1] % size for matrix in matrices):
+        matrices = [F.pad(matrix, (0, -matrix.shape[1] % size)) for matrix in matrices]
+    joined = torch.cat(matrices, 1)
+    return joined.view(len(joined), joined.shape[1] // size, size).transpose(0, 1).index_select(0, places)
 
 
 def _own_products(result: Tensor, left: Tensor, right: Tensor, rows: list[int], columns: list[int]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError, nearest
 from sparseft.layers.experts import ExpertLinear, close_experts, open_expert
+from sparseft.layers.joint_gradients import separate
 from sparseft.layers.permutation import can_train
 from sparseft.layers.saved_inputs import share_inputs
 from sparseft.layers.sparse_linear import BlockSparseLinear, S2ColumnLinear, S2RowLinear, SparseLinear
@@ -124,6 +125,7 @@ def convert(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], block_si
 
 def restore(model: nn.Module, *, merged: bool) -> nn.Module:
     """Puts the original modules back, with the base's own weights, or with the deltas in them (`merged`)."""
+    separate(model)
     for layer in sparse_layers(model).values():
         if merged:
             layer.write_back()

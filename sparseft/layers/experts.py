@@ -56,6 +56,11 @@ class ExpertLinear(SparseLinear):
         """The 3-D parameter, of all experts."""
         return stack_parameter(self._experts[0], self.parameter)
 
+    @property
+    def joins(self) -> bool:
+        """Never: each expert has tokens of its own, and many have none."""
+        return False
+
     def put_in_place(self, *, eager: bool = False) -> None:
         """The experts module uses this layer from now on for its expert.
 

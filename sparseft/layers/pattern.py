@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch, reference
+from sparseft.kernels.block_group import joint_tokens
 from sparseft.layers.product import Blocks, Columns, Rows, SharedSlice, slice_of
 
 # A layer of blocks that stands alone saves the needed column blocks of x when they are at most this share of it: a
@@ -138,8 +139,12 @@ class Pattern(nn.Module):
         assert self.block_size is not None
         needed, columns = self.columns_needed(in_features, keeps_input) or (None, self.index[:, 1].contiguous())
         rows = self.index[:, 0].contiguous()
-        take = slice_of if self.slices is None else self.slices.take
-        return Blocks(transposed, rows, columns, self.block_size, needed, take)
+        # A compiler finds by itself what is computed twice.
+        alone = self.slices is None or torch.compiler.is_compiling()
+        take = slice_of if alone else self.slices.take
+        return Blocks(
+            transposed, rows, columns, self.block_size, needed, take, joint_tokens(self.block_size, rows.device)
+        )
 
     def share(self, slices: SharedSlice | None) -> None:
         """Of blocks: saves a slice together with other layers, from which it takes its own columns; None: alone."""

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparseft.kernels import dispatch, reference
+from sparseft.kernels.reference import flat
 
 
 class Rows(NamedTuple):
@@ -46,6 +47,7 @@ class Blocks(NamedTuple):
     size: int
     needed: Tensor | None
     take: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
+    joint_tokens: int  # below so many tokens, other weights' gradients are waited for
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,21 +99,35 @@ class ColumnsProduct(torch.autograd.Function):
 
 
 class BlocksProduct(torch.autograd.Function):
-    """As `RowsProduct` for blocks, delta (n, B, B)."""
+    """As `RowsProduct` for blocks, delta (n, B, B).
+
+    With a `ticket`, a node of `layers/joint_gradients.py` and the linear's place there, the gradient is made by that
+    node, and what is taken in place of the delta has none.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, delta, plan):
+    def forward(ctx, x, weight, bias, delta, plan, ticket=None):
         y = dense_product(x, weight, bias, plan.transposed)
         ctx.save_for_backward(weight, x if plan.needed is None else plan.take(x, plan.needed, plan.size, y.dtype))
-        ctx.plan = plan
+        ctx.plan, ctx.ticket = plan, ticket
         return y
 
     @staticmethod
     @once
     def backward(ctx, grad_output):
         weight, x = ctx.saved_tensors
-        grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.plan.transposed)
-        return grad_x, None, bias_grad, _blocks_gradient(grad_output, x, ctx.plan), None
+        plan = ctx.plan
+        grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, plan.transposed)
+        if ctx.ticket is None:
+            return grad_x, None, bias_grad, _blocks_gradient(grad_output, x, plan), None, None
+        node, place = ctx.ticket
+        left = left_at(node)
+        if left is not None:
+            if grad_output.numel() < plan.joint_tokens * grad_output.shape[-1]:
+                left.append(Operands(place, plan, grad_output, as_dtype(x, grad_output.dtype)))
+            else:
+                left.append(Operands(place, plan, gradient=_blocks_gradient(grad_output, x, plan)))
+        return grad_x, None, bias_grad, None, None, None
 
 
 class PatternsProduct(torch.autograd.Function):
@@ -143,6 +159,36 @@ class PatternsProduct(torch.autograd.Function):
         if ctx.blocks is not None:
             blocks_grad = _blocks_gradient(grad_output, x if x_blocks is None else x_blocks, ctx.blocks)
         return grad_x, None, bias_grad, rows_grad, columns_grad, blocks_grad, None, None, None, None
+
+
+class Operands(NamedTuple):
+    """What a use of a linear leaves for its gradient: grad_output (…, out) and x (…, in) or its slice, of one dtype.
+
+    Where they are too large to be kept until other linears' are there, it is the `gradient` (n, B, B) already.
+    """
+
+    place: int
+    plan: Blocks
+    grad_output: Tensor | None = None
+    x: Tensor | None = None
+    gradient: Tensor | None = None
+
+
+def left_at(node: Any) -> list[Operands] | None:
+    """What was left at a node by the pass that runs, to add to; None where that pass does not come to the node, as only
+    gradients of activations are asked for. By passes (torch's graph tasks), as another may have failed, or run at the
+    same time."""
+    task = torch._C._current_graph_task_id()
+    left = node.left.get(task)
+    if left is None and torch._C._will_engine_execute_node(node):
+        left = node.left[task] = []
+    return left
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+    """`function.apply` without what torch's Python does ahead of it for functorch, which takes as long again. What is
+    below refuses functorch's transforms itself."""
+    return super(torch.autograd.Function, function).apply
 
 
 FUNCTIONS = (RowsProduct, ColumnsProduct, BlocksProduct, PatternsProduct)
@@ -189,11 +235,6 @@ def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bo
     return y.view(*x.shape[:-1], weight.shape[1])
 
 
-def flat(x: Tensor) -> Tensor:
-    """(..., features) as (tokens, features)."""
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-
-
 def slice_of(
     x: Tensor,  # (..., in)
     needed: Tensor,  # (k,) block columns
@@ -201,7 +242,7 @@ def slice_of(
     dtype: torch.dtype,
 ) -> Tensor:
     """The needed column blocks of x, in storage of their own: (tokens, k · size)."""
-    return reference.to_blocks(flat(x), size).index_select(1, needed).flatten(1).to(dtype)
+    return as_dtype(reference.to_blocks(flat(x), size).index_select(1, needed).flatten(1), dtype)
 
 
 class SharedSlice:
@@ -220,8 +261,6 @@ class SharedSlice:
 
     def take(self, x: Tensor, needed: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         """As `slice_of`, with `needed` being `columns` on the device of x."""
-        if torch.compiler.is_compiling():  # the compiler finds by itself what is computed twice
-            return slice_of(x, needed, size, dtype)
         if x.is_inference():  # inference tensors have no version counter
             return slice_of(x, needed, size, dtype)
         if (last := self._last) is not None and last[0]() is x and last[1] == x._version:

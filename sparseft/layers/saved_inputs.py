@@ -15,6 +15,7 @@ from collections.abc import Hashable
 import torch
 from torch import nn
 
+from sparseft.layers.joint_gradients import join
 from sparseft.layers.product import SharedSlice
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import decoder_layers
@@ -30,8 +31,10 @@ def share_inputs(model: nn.Module) -> None:
     """Settles for every layer of blocks whether it saves its input or a slice, by what all of them train now.
 
     Together the layers that read one input then never save more than that input. To be called when patterns have
-    changed; until then, and where a layer stands alone, `SLICE_SHARE` decides.
+    changed; until then, and where a layer stands alone, `SLICE_SHARE` decides. Which layers make their gradients
+    together is settled with it.
     """
+    join(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     if not any("blocks" in layer.patterns for layer in layers.values()):
         return

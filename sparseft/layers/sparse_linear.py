@@ -22,12 +22,19 @@ from sparseft.distributed.zero3 import full_shape, gathered, is_sharded
 from sparseft.kernels import reference
 from sparseft.layers.pattern import Pattern, as_index, changes, version_of
 from sparseft.layers.permutation import can_train, inverse, permute_entries, permuted
-from sparseft.layers.product import BlocksProduct, ColumnsProduct, PatternsProduct, RowsProduct, dense_product
+from sparseft.layers.product import (
+    BlocksProduct,
+    ColumnsProduct,
+    PatternsProduct,
+    RowsProduct,
+    applied,
+    dense_product,
+)
 from sparseft.layers.unmerged import add_deltas
 from sparseft.layers.write_back import enrol
 from sparseft.models.decoder import is_transposed, logical_weight
 
-_PRODUCTS = {"rows": RowsProduct, "columns": ColumnsProduct, "blocks": BlocksProduct}
+_PRODUCTS = {"rows": applied(RowsProduct), "columns": applied(ColumnsProduct), "blocks": applied(BlocksProduct)}
 
 
 class _Plan(NamedTuple):
@@ -37,6 +44,8 @@ class _Plan(NamedTuple):
     pattern: Pattern | None = None
     product: Callable[..., Tensor] | None = None
     how: Any = None
+    joint: Any = None  # those that make gradients together, and the layer's place among them
+    place: int = 0
     plain: bool = True  # weight and bias are parameters, which may be exchanged at any time; else they are computed
 
 
@@ -57,6 +66,7 @@ class SparseLinear(nn.Module):
     row_permutation: Tensor | None
     column_permutation: Tensor | None
     _keeps_input: bool | None = None
+    _joint: tuple[Any, int] | None = None
     _plan: _Plan | None = None
     merged = True  # whether the weight holds base + delta; else the base, and the forward adds the deltas' product
 
@@ -261,6 +271,21 @@ class SparseLinear(nn.Module):
         self._keeps_input = keeps_input
         changes.count += 1
 
+    @property
+    def joint(self) -> tuple[Any, int] | None:
+        """The layers with which this one makes its gradients (`layers/joint_gradients.py`), and its place there."""
+        return self._joint
+
+    @joint.setter
+    def joint(self, joint: tuple[Any, int] | None) -> None:
+        self._joint = joint
+        changes.count += 1
+
+    @property
+    def joins(self) -> bool:
+        """Whether it may have such. Deltas in shards are whole in the product alone."""
+        return self.merged
+
     def forward(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
         if torch.compiler.is_compiling():
             return self._with_patterns(x)
@@ -280,7 +305,11 @@ class SparseLinear(nn.Module):
         else:
             weight, bias = self.weight, self.bias
         if torch.is_grad_enabled() and delta.requires_grad:
-            y = plan.product(x, weight, bias, delta, plan.how)
+            joint = plan.joint
+            if joint is None or joint.node is None or joint.deltas[plan.place] is not delta:
+                y = plan.product(x, weight, bias, delta, plan.how)
+            else:
+                y = plan.product(x, weight, bias, joint.token, plan.how, (joint.node, plan.place))
         else:
             y = dense_product(x, weight, bias, self.transposed)
         return y if self.merged else add_deltas(y, x, (pattern,))
@@ -293,7 +322,7 @@ class SparseLinear(nn.Module):
             return _Plan(count)  # a delta that is computed, or whose changes nobody counts, is looked at each time
         how = pattern.plan(self.transposed, self.in_features, self.keeps_input)
         plain = self._parameters.keys() >= {"weight", "bias"}
-        return _Plan(count, pattern, _PRODUCTS[pattern.kind].apply, how, plain)
+        return _Plan(count, pattern, _PRODUCTS[pattern.kind], how, *(self.joint or (None, 0)), plain)
 
     def _with_patterns(self, x: Tensor) -> Tensor:
         """The forward pass with any number of patterns, and what a compiler sees of it."""

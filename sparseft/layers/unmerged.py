@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparseft.kernels import reference
+from sparseft.kernels.reference import flat
 from sparseft.layers.pattern import Pattern
-from sparseft.layers.product import flat
 
 
 def add_deltas(y: Tensor, x: Tensor, patterns: Iterable[Pattern]) -> Tensor:

@@ -319,27 +319,50 @@ def test_without_triton() -> None:
 
 
 COMPILED = """
-import sys, torch, triton
+import re, subprocess, sys, torch, triton
 from triton.backends.compiler import GPUTarget
-from sparseft.kernels import blocks_triton as kernels
-from sparseft.kernels import experts_triton
+from sparseft.kernels import blocks_triton, experts_triton, group_triton
 
-kernel = kernels._blocks_kernel
-for name, dtype, size, precision in (
-    ("bf16", torch.bfloat16, 64, "ieee"), ("fp16", torch.float16, 4, "ieee"), ("fp32", torch.float32, 128, "ieee"),
-):
-    tile, chunk, warps, stages = kernels.tile_of(size, dtype)
-    constants = dict(SIZE=size, TILE=tile, TILES=triton.cdiv(size, tile), CHUNK=chunk, PRECISION=precision,
-                     UPCAST=False, grad_feature=1, x_feature=1)
-    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
-    types |= {"grad_output": "*" + name, "x": "*" + name, "block_rows": "*i64", "block_columns": "*i64", "out": "*fp32"}
-    values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=values)
-    made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=dict(num_warps=warps, num_stages=stages))
+ARCHITECTURES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}  # with their instruction for products of large tiles
+
+
+def check(what, kernel, types, constants, options, architecture, divisible, registers, wanted):
+    place = kernel.arg_names.index
+    types = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(constants, "constexpr")
+    values = {(place(key),): value for key, value in constants.items()}
+    attributes = {(place(key),): [["tt.divisibility", 16]] for key in divisible}
+    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=values, attrs=attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     assert made.metadata.shared <= 64 * 1024, "more shared memory than the smallest GPU has"
-    products = "fma.rn.f32" if name == "fp32" else "mma.sync"
-    assert products in made.asm["ptx"], f"{name} {size}: no {products}"
-    assert "scf.while" not in made.asm["ttir"] and "scf.for" in made.asm["ttir"], "a loop that is not pipelined"
+    assert wanted in made.asm["ptx"], f"{what}: no {wanted}"
+    assert "scf.while" not in made.asm["ttir"] and "scf.for" in made.asm["ttir"], f"{what}: a loop not pipelined"
+    with open("kernel.cubin", "wb") as file:
+        file.write(made.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "kernel.cubin"]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage)}
+    assert found["REG"] <= registers and found["STACK"] == found["LOCAL"] == 0, f"{what}: {found}"
+
+
+for architecture, large in ARCHITECTURES.items():
+    for name, dtype, size in (("bf16", torch.bfloat16, 64), ("fp16", torch.float16, 4), ("fp32", torch.float32, 128)):
+        tile, chunk, warps, stages = blocks_triton.tile_of(size, dtype)
+        constants = dict(SIZE=size, TILE=tile, TILES=triton.cdiv(size, tile), CHUNK=chunk, PRECISION="ieee")
+        constants["UPCAST"] = False
+        options = dict(num_warps=warps, num_stages=stages)
+        wanted = "fma.rn.f32" if name == "fp32" else large if tile >= 64 else "mma.sync"
+        for aligned, registers in ((True, 128), (False, 208))[: 1 if size < 16 else 2]:
+            what = f"{architecture} {name} {size} {aligned}"
+            pointers = {"grad_output": "*" + name, "x": "*" + name, "block_rows": "*i64", "block_columns": "*i64",
+                        "out": "*fp32"}
+            lengths = ["grad_output", "x", "out", "grad_token", "x_token", "out_features", "in_features"]
+            check(f"blocks {what}", blocks_triton._blocks_kernel, pointers,
+                  constants | dict(grad_feature=1, x_feature=1), options, architecture, lengths if aligned else [],
+                  registers, wanted)
+            pointers = {"blocks": "*i32", "table": "*i64", "out": "*fp32"}
+            fixed = dict(DTYPE=group_triton.DTYPES[dtype], ALIGNED=aligned, FIELDS=group_triton.FIELDS)
+            check(f"group {what}", group_triton._group_kernel, pointers, constants | fixed, options, architecture,
+                  pointers, registers, wanted)
 
 # The experts' kernel, whose loads are asynchronous copies of 16 bytes.
 kernel = experts_triton._experts_kernel
@@ -363,15 +386,16 @@ for target, height, width, unit, products in ((80, 24, 2048, 16, "mma.sync"), (9
 @pytest.mark.skipif(
     importlib.util.find_spec("triton.backends.nvidia") is None, reason="triton without NVIDIA's backend"
 )
-def test_the_kernel_compiles_for_cuda(tmp_path: Path) -> None:
-    """No GPU is needed for this: to machine code, by tensor cores but for fp32 products that must be exact."""
+def test_the_kernels_compile_for_cuda(tmp_path: Path) -> None:
+    """No GPU is needed for this: to machine code, by tensor cores but for fp32 products that must be exact, in
+    registers alone."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     root = ROOT
     (tmp_path / "compiled.py").write_text(COMPILED)
     environment["PYTHONPATH"] = str(root)
     done = subprocess.run(
-        [sys.executable, tmp_path / "compiled.py"], capture_output=True, text=True, env=environment, cwd=root
+        [sys.executable, tmp_path / "compiled.py"], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
 
