@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -69,12 +68,14 @@ def test_whatever_a_stage_does_the_next_one_runs(run: Any, runner: Any, findings
         fine(found)
         raise ValueError("no\nsuch kernel")
 
+    def waits() -> None:
+        orphan.write_text(str(os.getpid()))
+        time.sleep(100)
+
     def hangs(found: Any) -> None:
         fine(found)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-        orphan.write_text(str(child.pid))
-        time.sleep(100)
+        runner.in_child(waits, 100, group=False)
 
     def dies(found: Any) -> None:
         fine(found)
