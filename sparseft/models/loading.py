@@ -85,7 +85,8 @@ def _load(what: str, path: str, loader, **options):
 
 
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Module:
-    """The model on `device`, in evaluation mode, in the dtype asked for (`auto`: as stored).
+    """The model on `device`, in evaluation mode, in the dtype asked for (`auto`: as stored); of one on another device
+    than the CPU the host never holds more than a few tensors.
 
     A checkpoint that lacks a weight is a `UserError`: a random one in its place would be trained and never noticed. So
     is one that full fine-tuning wrote and that was altered since, one that is quantised, and a model that is not
@@ -103,6 +104,10 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
     if config.revision:
         options["revision"] = config.revision
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # said below, in a sentence
+    device = torch.device(device)
+    if device.type != "cpu" and not is_deepspeed_zero3_enabled():
+        # Tensor by tensor from the files: the host need not hold the model, which may be larger than its memory.
+        options["device_map"] = {"": device}
     refused = None
     try:
         with without_report():

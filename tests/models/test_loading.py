@@ -1,0 +1,68 @@
+"""To which device a checkpoint's tensors are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from sparseft.config import ModelConfig
+from sparseft.models import loading
+from sparseft.models.loading import load_model
+from support.models import build_model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_tensors_are_read_to_their_device_at_once(
+    kind: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands for one that is not the host: nothing is moved there afterwards, ties and dtypes are the
+    host's."""
+    build_model(kind, torch.bfloat16).save_pretrained(tmp_path, max_shard_size="50KB")
+    config = ModelConfig(path=str(tmp_path), dtype=dtype)
+    host, moved = load_model(config), []
+    move = torch.nn.Module.to
+
+    def watched(module: Any, *args: Any, **options: Any) -> Any:
+        moved.extend(tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta)
+        return move(module, *args, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", watched)
+    monkeypatch.setattr(loading, "check_causal", lambda *_: None)  # without values nothing can be tried
+    away = load_model(config, "meta")
+    assert not moved and not hasattr(away, "hf_device_map")  # by which the Trainer would take it for split
+    for of in ("named_parameters", "named_buffers"):
+        ours, theirs = dict(getattr(away, of)()), dict(getattr(host, of)())
+        assert list(ours) == list(theirs)
+        for name, tensor in theirs.items():
+            assert ours[name].is_meta and (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape)
+
+
+class Asked(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("device", "sharded", "given"),
+    [("cpu", False, None), ("cuda", False, "cuda"), ("cuda:1", False, "cuda:1"), ("cuda", True, None)],
+)
+def test_what_transformers_is_asked_for(
+    device: str, sharded: bool, given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing on the CPU, and nothing in shards, which DeepSpeed places."""
+    build_model("llama").save_pretrained(tmp_path)
+    options: dict[str, Any] = {}
+
+    def asked(_path: str, **given: Any) -> None:
+        options.update(given)
+        raise Asked
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", asked)
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: sharded)
+    with pytest.raises(Asked):
+        load_model(ModelConfig(path=str(tmp_path)), device)
+    assert options.get("device_map") == (None if given is None else {"": torch.device(given)})
