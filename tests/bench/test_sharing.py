@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import weakref
 from collections.abc import Mapping
@@ -109,6 +110,7 @@ def test_frozen_weights_are_in_memory_once() -> None:
 
 @pytest.mark.parametrize("entry", ["floor", "s2ft", "sylva", "lora"])
 def test_memory_is_what_it_would_be_alone(entry: str) -> None:
+    gc.collect()  # layers of other tests that go in the middle of a step would let it make its plans anew
     weights = SharedWeights(base_model())
     together = [made(other, weights) for other in OWN]
     shared, alone = together[list(OWN).index(entry)], made(entry, SharedWeights(base_model()))
