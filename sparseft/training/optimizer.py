@@ -120,7 +120,7 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
 class _Plan:
     """How the parameters are updated, and by what one sees that it has to be made anew.
 
-    Holds no layer, so that models die when their last user forgets them.
+    Holds no layer, and between steps no weight, so that models die when their last user forgets them.
     """
 
     def __init__(self, optimizer: SparseAdamW, parameters: list[Tensor]) -> None:
@@ -181,7 +181,7 @@ class _Plan:
 
     def _look(self) -> list[Any]:
         """What may change without a layer's, or the optimizer's, knowing: where tensors lie, and their layout."""
-        self.weights = [ref().weight_parameter() for ref in self.kernel_layers]
+        self.weights: list[Tensor] = [ref().weight_parameter() for ref in self.kernel_layers]
         tensors = [*self.parameters, *self.weights, *chain.from_iterable(map(_state_tensors, self.held))]
         return [
             [*map(Tensor.data_ptr, tensors)],
@@ -231,6 +231,7 @@ class _Plan:
                 own = [None if grad is None else grad.float().contiguous() for grad in own]
             table.run(own, numbers, found_inf, grad_scale)
         deltas, weights, patterns = self.kernel_deltas, self.weights, self.kernel_patterns
+        self.weights = []  # until the next step looks for them
         active = [grads[place] is not None for place in self.by_kernel]
         if not all(active):
             deltas, weights, patterns = (list(compress(each, active)) for each in (deltas, weights, patterns))

@@ -358,6 +358,10 @@ def test_a_layer_that_died_leaves_a_plain_parameter() -> None:
     delta.grad = torch.ones_like(delta)
     run(model, optimizer, range(2, 3))
     assert torch.equal(weight, before) and not torch.equal(delta, values)
+    last = weakref.ref(model["a"].weight)
+    del model
+    gc.collect()
+    assert last() is None
 
 
 class Operators(TorchDispatchMode):
