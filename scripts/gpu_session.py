@@ -73,6 +73,7 @@ def prepare(dry: bool) -> str:
     os.environ["HF_HUB_OFFLINE"] = "1"
     if dry:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads cost more than they bring
         hide()
     if APART not in os.environ:
         import peft  # noqa: F401
