@@ -6,6 +6,7 @@ number, and where tokens went is known on the device alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from sparseft.kernels import dispatch, reference
 from sparseft.layers.pattern import version_of
 
+ALIGNED = 4  # each delta's gradient begins at a multiple of so many fp32 entries: 16 bytes, as one of its own would
 EVEN = 8  # sides of gathered operands are filled up to a multiple of it: 16 bytes of bf16, as fast loads want them
 
 
@@ -46,25 +48,29 @@ class Group:
         """Of (expert, pattern) pairs on a parameter of `shape` (experts, out, in)."""
         indices = [pattern.index for _, pattern in members]
         shapes = tuple(tuple(pattern.delta.shape) for _, pattern in members)
+        starts, total = [], 0
+        for own in shapes:
+            starts.append(total)
+            total += _aligned(own)
         if kind == "blocks":
             numbers = torch.tensor([number for number, _ in members], device="cpu")
             lengths = torch.tensor([len(index) for index in indices], device="cpu")
             experts = numbers.repeat_interleave(lengths)
-            places = torch.arange(len(experts), device="cpu")[:, None] * block_size**2
+            within = torch.cat([torch.arange(len(index), device="cpu") for index in indices]) * block_size**2
+            places = (torch.tensor(starts, device="cpu").repeat_interleave(lengths) + within)[:, None]
             sides = torch.full((len(experts), 2), block_size, device="cpu")
             where = torch.cat(indices).to("cpu") if not indices[0].is_meta else torch.zeros_like(sides)
             parts = torch.cat([experts[:, None], where, sides, places], dim=1)
-            taken, sizes, total = None, (block_size, block_size), len(experts) * block_size**2
+            taken, sizes = None, (block_size, block_size)
         else:
             longest = max(len(index) for index in indices)
             spare = 0 if indices[0].device.type == "cpu" else -longest % EVEN
             taken = indices[0].new_zeros(shape[0], longest + spare)
             for (number, _), index in zip(members, indices, strict=True):
                 taken[number, : len(index)] = index
-            rows, total = [], 0
-            for (number, _), (height, width) in zip(members, shapes, strict=True):
-                rows.append((number, 0, 0, height, width, total))
-                total += height * width
+            rows = [
+                (number, 0, 0, *sides, start) for (number, _), sides, start in zip(members, shapes, starts, strict=True)
+            ]
             parts = torch.tensor(rows, device="cpu")
             sizes = max(height for height, _ in shapes), max(width for _, width in shapes)
         return cls(kind, block_size, taken, parts.to(indices[0].device), sizes, total, shapes)
@@ -76,10 +82,15 @@ class Group:
             assert self.taken is not None
             grad = reference.take_columns(grad, self.taken, experts)
         found = dispatch.experts_gradient(grad, x, offs, self.parts, self.sizes, self.total, self.block_size)
-        if len(set(self.shapes)) == 1:
+        if len(set(self.shapes)) == 1 and math.prod(self.shapes[0]) == _aligned(self.shapes[0]):
             return found.view(-1, *self.shapes[0]).unbind(0)
-        sizes = [torch.Size(shape).numel() for shape in self.shapes]
-        return [part.view(shape) for part, shape in zip(found.split(sizes), self.shapes, strict=True)]
+        pieces = found.split([_aligned(shape) for shape in self.shapes])
+        return [part[: math.prod(shape)].view(shape) for part, shape in zip(pieces, self.shapes, strict=True)]
+
+
+def _aligned(shape: tuple[int, ...]) -> int:
+    """The entries that a gradient of this shape takes of the joint result."""
+    return -(-math.prod(shape) // ALIGNED) * ALIGNED
 
 
 class Grouping:

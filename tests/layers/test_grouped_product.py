@@ -17,7 +17,7 @@ from sparseft.layers.grouped_product import Grouping, grouped_product
 from sparseft.layers.pattern import Pattern
 from sparseft.memory import AllocationCounter
 
-OUT, IN = 44, 37  # the last blocks of 8 lie half outside
+OUT, IN = 45, 37  # the last blocks of 8 lie half outside
 TOKENS = (5, 0, 17, 3, 1, 9)  # of each expert; three more tokens lie here for none
 REST = 3
 
@@ -105,6 +105,7 @@ def test_gradients_are_the_dense_ones_on_the_patterns(way: str, case: str, dtype
             assert pattern.delta.grad is not None and pattern.delta.grad.dtype == torch.float32
             torch.testing.assert_close(pattern.delta.grad.double(), expected, rtol=1e-5, atol=1e-5)
             assert bool(pattern.delta.grad.any()) == (TOKENS[number] > 0)
+            assert pattern.delta.grad.data_ptr() % 16 == 0 and pattern.delta.grad.is_contiguous()
 
 
 def test_without_a_token_all_gradients_are_zero(way: str) -> None:
