@@ -253,12 +253,12 @@ def _by_layer(
             return None
     chosen = [{name: by_module[name] for name in names} for names in members]
     walk = Walk(model, layers, chosen, groups, found[0], state)
-    sizes = f"their hidden states ({walk.room.total_bytes / 2**30:.1f} GiB) are kept {walk.room.place}"
+    size = f"{walk.room.total_bytes / 2**30:.1f} GiB"
     if needed and any(ranks.all_gather_object(walk.room.place == DISK and walk.room.total_bytes >= needed)):
-        console.log(f"calibration: all layers at once, as {sizes} would take more than their sums")
+        console.log(f"calibration: all layers at once, as hidden states ({size}) would take more disk than the sums")
         return None
-    console.log(f"calibration: layer by layer; {sizes}")
-    return walk.run(statistics, lambda sums, modules: _scored(sums, modules), watch)
+    console.log(f"calibration: layer by layer; hidden states ({size}) are kept {walk.room.place}")
+    return walk.run(statistics, _scored, watch)
 
 
 def _scored(
