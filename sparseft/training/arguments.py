@@ -104,9 +104,8 @@ def training_arguments(
         ddp_broadcast_buffers=False,  # base values and indices, which no step changes
         ddp_find_unused_parameters=unused,
         deepspeed=zero_config(hardware) if hardware.zero_stage else None,
-        accelerator_config=deepspeed_on_cpu() if hardware.zero_stage and device.type == "cpu" else None,
+        accelerator_config=_accelerator(hardware, device),
         dataloader_pin_memory=device.type == "cuda",
-        include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,
@@ -117,6 +116,12 @@ def training_arguments(
     # `nn.DataParallel`: larger batches, in copies of the sparse layers whose deltas never come back.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _accelerator(hardware: HardwareConfig, device: torch.device) -> dict[str, Any] | None:
+    if device.type == "cuda":
+        return {"non_blocking": True}  # batches travel from pinned memory while the device computes
+    return deepspeed_on_cpu() if hardware.zero_stage else None
 
 
 def micro_batches(config: TrainerConfig, hardware: HardwareConfig) -> tuple[int, int]:

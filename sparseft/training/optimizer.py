@@ -49,6 +49,7 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
     """
 
     kernel_devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
+    found_inf: Tensor | None = None  # float32 (): where it is 1, a step leaves weights, moments and counts as they are
     _tables: _Tables | None = None  # not part of the state: copies and loaded optimizers make their own
 
     def __init__(
@@ -86,6 +87,8 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         held = self._held()
+        if self._skips(held):
+            return loss
         written = self._step_by_kernel(held)
         rest = [item for item in held if item.parameter.grad is not None and item not in written]
         for group in self.param_groups:
@@ -110,6 +113,13 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
                         self.state[parameter] = _fresh_state(parameter)
                 held.append(_Held(parameter, group, *sites.get(id(parameter), (None, None))))
         return held
+
+    def _skips(self, held: list[_Held]) -> bool:
+        """Whether the whole step is skipped, which the host has to ask where anything is not torch's fused update's."""
+        updated = [item.parameter for item in held if item.parameter.grad is not None]
+        if self.found_inf is None or all(_fuses(parameter, self.state[parameter]) for parameter in updated):
+            return False
+        return bool(self.found_inf)
 
     def _step_by_kernel(self, held: list[_Held]) -> set[_Held]:
         """Updates and writes what the kernel can take; returns what it has done."""
@@ -175,6 +185,7 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
                     [],
                     [state["step"] for state in states],
                     fused=is_fused,
+                    found_inf=self.found_inf if is_fused else None,
                     has_complex=any(p.is_complex() for p in chosen),
                     amsgrad=False,
                     beta1=beta1,
