@@ -16,6 +16,7 @@ from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.distributed.deepspeed import deepspeed_on_cpu, zero_config
 from sparseft.distributed.ranks import is_distributed
 from sparseft.training import schedules
+from sparseft.training.compiling import GRAPHS
 
 
 @contextlib.contextmanager
@@ -98,7 +99,8 @@ def training_arguments(
         seed=seed,
         data_seed=seed,
         bf16=autocast,
-        torch_compile=hardware.compile,
+        torch_compile=config.compile in ("model", "graphs"),
+        torch_compile_mode=GRAPHS if config.compile == "graphs" else None,
         use_cpu=device.type == "cpu" and not hardware.zero_stage,  # accelerate knows DeepSpeed on devices only
         ddp_backend="gloo" if device.type == "cpu" and is_distributed() else None,
         ddp_broadcast_buffers=False,  # base values and indices, which no step changes

@@ -37,6 +37,7 @@ from sparseft.training.checkpoints import (
     step_of,
     write_manifest,
 )
+from sparseft.training.compiling import GRAPHS, CompiledLayers, own_gradients
 from sparseft.training.failures import MemoryAdvice, memory_problem
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.reselection import save_active
@@ -61,8 +62,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
 
     `run` is the run folder: metrics go to its `metrics.jsonl`, checkpoints to `checkpoints/checkpoint-N/`, of which
     the newest `save_total_limit` are kept (None: all). `score()` measures the model on a task; evaluations then carry
-    it beside the loss. A step whose loss or gradient is not finite updates nothing; `max_bad_steps` of them in a row
-    end the run.
+    it beside the loss. With `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is
+    not finite updates nothing; `max_bad_steps` of them in a row end the run.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         save_total_limit: int | None = None,
         max_bad_steps: int = 10,
         score: Callable[[], float] | None = None,
+        compile_layers: bool = False,
         **options: Any,
     ) -> None:
         args.output_dir = str(run / CHECKPOINTS)
@@ -89,6 +91,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
             args.per_device_train_batch_size, args.gradient_accumulation_steps, longest,
             bool(getattr(args, "activation_checkpointing", getattr(args, "gradient_checkpointing", False))),
         )  # fmt: skip
+        self.compiled = CompiledLayers(self.model) if compile_layers else None
+        self.graphs = args.torch_compile_mode == GRAPHS
         self.looked = False  # whether the first good step's gradients were looked at
         self._aside: str | None = None
         self.remove_callback(PrinterCallback)
@@ -108,7 +112,12 @@ class Trainer(distributed_trainer.DistributedTrainer):
         """One micro-step: forward and backward; returns its share of the step's mean loss over labelled tokens."""
         batch = args[1] if len(args) > 1 else kwargs["inputs"]
         self.memory.micro_step(batch["input_ids"].numel())
-        loss = super().training_step(*args, **kwargs)
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        with self.compiled.running() if self.compiled is not None else contextlib.nullcontext():
+            loss = super().training_step(*args, **kwargs)
+        if self.graphs and not self.accelerator.sync_gradients:
+            own_gradients(self.model)
         self.run_state.step_loss += loss.double()
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # transformers sums the losses too: one NaN would spoil its sum
 

@@ -302,7 +302,7 @@ def refused_by_triton(module: str) -> BaseException:
          "the environment does without"),
         ("sparseft.kernels.adamw_triton", "another trainer.optimizer does without it"),
         ("torch._inductor.runtime", "it is none of sparseft's, so try without what may have brought it "
-         "(hardware.compile=false, model.attn_implementation=sdpa), or with other shapes: trainer.batch_size=2 "
+         "(trainer.compile=none, model.attn_implementation=sdpa), or with other shapes: trainer.batch_size=2 "
          "trainer.gradient_accumulation=2 take the same 4 examples a step in smaller pieces"),
     ],
 )  # fmt: skip
