@@ -111,6 +111,8 @@ class TrainerConfig:
     batch_size: Annotated[int, AT_LEAST_1] = 1
     gradient_accumulation: Annotated[int, AT_LEAST_1] = 16
     max_length: Annotated[int, AT_LEAST_2] = 512
+    pad_to: Literal["longest", "max_length"] = "longest"
+    compile: Literal["none", "model", "layers", "graphs"] = "none"
     warmup_steps: Annotated[int, AT_LEAST_0] = 100
     scheduler: Literal[SCHEDULERS] = "linear"
     scheduler_args: dict[str, Any] | None = None
@@ -145,7 +147,6 @@ class HardwareConfig:
     offload_dir: str | None = None
     micro_batch: Annotated[int, AT_LEAST_1] | None = None
     gradient_checkpointing: bool = False
-    compile: bool = False
     memory_gib: Annotated[float, ABOVE_0] | None = None
 
     def __post_init__(self) -> None:

@@ -62,6 +62,7 @@ OVERRIDDEN = {
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_load_rng_state": ["checkpoint"],
+    "_prepare_inputs": ["inputs"],
     "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
     "_save_checkpoint": ["model", "trial"],
     "_save_optimizer_and_scheduler": ["output_dir"],
@@ -73,7 +74,7 @@ OVERRIDDEN = {
     "save_model": ["output_dir", "_internal_call"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
 }
-CALLED = {"_prepare_inputs": ["inputs"], "get_optimizer_cls_and_kwargs": ["args", "model"]}
+CALLED = {"get_optimizer_cls_and_kwargs": ["args", "model"]}
 
 
 @pytest.mark.parametrize("name", [*OVERRIDDEN, *CALLED])
@@ -117,7 +118,7 @@ def test_the_trainer_calls_them_in_this_order(tmp_path: Path, make_model: Any) -
     def train(steps: int, resume: str | None = None) -> list[str]:
         args = transformers.TrainingArguments(
             str(tmp_path), max_steps=steps, save_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to=[],
-            include_num_input_tokens_seen="non_padding", disable_tqdm=True, max_grad_norm=1.0,
+            disable_tqdm=True, max_grad_norm=1.0,
         )  # fmt: skip
         calls: list[str] = []
         trainer = recording(calls)(make_model("llama"), args, train_dataset=data, callbacks=[Updates(calls)])
@@ -136,6 +137,7 @@ def test_the_trainer_calls_them_in_this_order(tmp_path: Path, make_model: Any) -
     assert calls.index("training_step") < calls.index("_get_grad_norm") < calls.index("update"), (
         f"a step is no longer judged between backward and update: {relied_on('_get_grad_norm')}"
     )
+    all_in_order(calls, "training_step", "_prepare_inputs", "compute_loss", "_track_num_input_tokens")
     assert "_track_num_input_tokens" in calls, relied_on("_track_num_input_tokens")
     assert "create_optimizer" in calls, relied_on("create_optimizer")
     all_in_order(calls, "_get_grad_norm", "_save_checkpoint", "_get_output_dir", "save_model")
@@ -170,6 +172,18 @@ def test_the_models_attention(make_model: Any) -> None:
     assert parameters(plain)[:5] == ["module", "query", "key", "value", "attention_mask"], relied_on(
         "eager_attention_forward"
     )
+
+
+def test_what_makes_masks_asks_by_these_names() -> None:
+    """Both are looked up when they are called, so that they can be replaced; `test_masks.py` has what comes of it."""
+    from transformers import masking_utils
+
+    name = "warn_if_padding_and_no_attention_mask"
+    assert parameters(getattr(transformers.PreTrainedModel, name)) == ["input_ids", "attention_mask"], relied_on(name)
+    asked = "_preprocess_mask_arguments", "find_packed_sequence_indices"
+    for name, user in (("find_packed_sequence_indices", asked[0]), ("is_tracing", asked[1])):
+        names = getattr(masking_utils, user).__code__.co_names
+        assert hasattr(masking_utils, name) and name in names, f"{user} of masking_utils: {relied_on(name)}"
 
 
 def test_which_models_there_are() -> None:
@@ -793,3 +807,19 @@ def test_tritons_kernels_are_launched_by_run(monkeypatch: pytest.MonkeyPatch) ->
 def test_ligers_patch_of_one_model() -> None:
     liger = pytest.importorskip("liger_kernel.transformers")
     assert callable(liger._apply_liger_kernel_to_instance), relied_on("_apply_liger_kernel_to_instance")
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_fused_optimizers_skip_a_step_by_a_flag(kind: Any) -> None:
+    parameter = nn.Parameter(torch.ones(3, 2))
+    optimizer = kind([parameter], lr=0.1, fused=True)
+    assert getattr(optimizer, "_step_supports_amp_scaling", False), relied_on("_step_supports_amp_scaling")
+    seen = []
+    for bad in (0.0, 1.0, 0.0):
+        parameter.grad = torch.full_like(parameter, float("nan") if bad else 1.0)
+        optimizer.found_inf = torch.full((), bad)
+        optimizer.step()
+        state = optimizer.state[parameter]
+        seen.append([value.clone() for value in (parameter.detach(), *state.values())])
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True)), relied_on("found_inf")
+    assert not torch.equal(seen[1][0], seen[2][0]) and state["step"] == 2, relied_on("found_inf")

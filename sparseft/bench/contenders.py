@@ -216,23 +216,27 @@ def check_ways(chosen: Sequence[str]) -> None:
         seen[frozenset(parts_of(way))] = way
 
 
-def check_hardware(hardware: HardwareConfig, choosable: bool = True) -> None:
-    """Refuses settings of `hardware` that say what only `bench.ways` says: how the step is run.
+def check_steps(config: RunConfig, choosable: bool = True) -> None:
+    """Refuses settings of runs that say what only `bench.ways` says: how the step is run.
 
     choosable: whether the benchmark has ways to choose from.
     """
-    asked = {"gradient_checkpointing": "checkpointing", "compile": "compile"}
-    named = [field for field in asked if getattr(hardware, field)]
-    if named:
-        given = " and ".join(f"hardware.{field}=true" for field in named)
-        instead = " ".join(f"hardware.{field}=false" for field in named)
-        if hardware.name != HardwareConfig.name:  # not typed, maybe
+    hardware, compiled = config.hardware, config.trainer.compile
+    asked = {  # part of a way: what asks for it, what does not
+        "checkpointing": ("hardware.gradient_checkpointing=true", "hardware.gradient_checkpointing=false"),
+        "compile": (f"trainer.compile={compiled}", "trainer.compile=none"),
+    }
+    parts = ["checkpointing"] * hardware.gradient_checkpointing + ["compile"] * (compiled != "none")
+    if parts:
+        given = " and ".join(asked[part][0] for part in parts)
+        instead = " ".join(asked[part][1] for part in parts)
+        if hardware.name != HardwareConfig.name and hardware.gradient_checkpointing:  # not typed, maybe
             given += f" (hardware={hardware.name} may say so)"
         if not choosable:
             raise UserError(f"{given}: this benchmark runs plain steps only: give {instead}.")
         raise UserError(
             f"{given}: how benchmarks run a step is what bench.ways says: use 'sparseft bench train "
-            f"bench.ways=[{'+'.join(asked[field] for field in named)}]' with {instead}."
+            f"bench.ways=[{'+'.join(parts)}]' with {instead}."
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sparseft import console
 from sparseft.bench import train
-from sparseft.bench.contenders import FLOOR, check_hardware
+from sparseft.bench.contenders import FLOOR, check_steps
 from sparseft.bench.models import CONTEXT
 from sparseft.bench.output import Output, measured_on
 from sparseft.bench.timing import absent, comparable, kind, measured
@@ -122,7 +122,7 @@ def base_point(config: RunConfig) -> dict[str, Any]:
         raise UserError("bench.methods: bench scaling needs the floor, to which it compares.")
     if bench.targets or bench.profile or bench.ways != ["eager"]:
         raise UserError("bench.targets, bench.profile and bench.ways belong to 'sparseft bench train'.")
-    check_hardware(config.hardware, choosable=False)
+    check_steps(config, choosable=False)
     sparsity = DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
     return {
         "width": BASE_WIDTH if bench.width is None else bench.width,

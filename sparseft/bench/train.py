@@ -23,7 +23,7 @@ from sparseft.bench.contenders import (
     FLOOR,
     Contender,
     NotAvailable,
-    check_hardware,
+    check_steps,
     check_ways,
     contender,
     forget_compiled,
@@ -107,7 +107,7 @@ def check(config: RunConfig) -> None:
     for target in settings.targets:
         targets.parse(target, settings.methods)
     check_ways(settings.ways)
-    check_hardware(config.hardware)
+    check_steps(config)
     if settings.profile and "compile" in parts_of(settings.ways[0]):
         raise UserError(f"bench.profile: the first of bench.ways is '{settings.ways[0]}': only eager steps show parts.")
 

@@ -97,6 +97,7 @@ def from_dict(content: dict[str, Any]) -> RunConfig:
     if not isinstance(content, dict):
         raise UserError(f"a configuration is a group of settings, not '{show(content)}'.")
     content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+    _rename(content)
     method_name = _method_name(content)
     method = content["method"]
     for field in SHARED:
@@ -109,6 +110,14 @@ def from_dict(content: dict[str, Any]) -> RunConfig:
         if method[field] is None:
             method[field] = top
     return _build(content, " in the configuration")
+
+
+def _rename(content: dict[str, Any]) -> None:
+    """Settings of older runs under their present names, in place."""
+    hardware = content.get("hardware")
+    compiled = hardware.pop("compile", None) if isinstance(hardware, dict) else None
+    if compiled is not None and isinstance(content.setdefault("trainer", {}), dict):
+        content["trainer"].setdefault("compile", "model" if compiled is True else "none")
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -94,6 +94,16 @@ def check(config: RunConfig) -> None:
         name = "keep_best=true" if trainer.keep_best else f"eval_task={trainer.eval_task}"
         raise UserError(f"trainer.{name}: needs trainer.eval_steps, the optimizer steps between evaluations.")
     hardware = config.hardware
+    if trainer.compile == "graphs" and trainer.pad_to != "max_length":
+        raise UserError(
+            "trainer.compile=graphs: a CUDA graph repeats steps of one shape, and batches as long as their longest "
+            "sequence have many; give trainer.pad_to=max_length."
+        )
+    if hardware.zero_stage and trainer.compile in ("layers", "graphs"):
+        raise UserError(
+            f"trainer.compile={trainer.compile}: DeepSpeed gathers and reduces between a model's modules, in Python; "
+            f"with hardware.zero_stage={hardware.zero_stage} use trainer.compile=none or model."
+        )
     if hardware.offload != "none" and hardware.zero_stage == 0:
         raise UserError(
             f"hardware.offload={hardware.offload}: it is ZeRO that offloads; give hardware.zero_stage=1 to 3."

@@ -112,14 +112,6 @@ def padding_share(lengths: np.ndarray, batch_size: int) -> float:
     return 1 - int(lengths.sum()) / filled if filled else 0.0
 
 
-def real_tokens(position_ids: Tensor) -> Tensor:
-    """Which positions (batch, length) of packed rows hold tokens: padding stands at 0 with no 1 behind it, and every
-    example has two tokens at least."""
-    following = position_ids.roll(-1, dims=1)
-    following[:, -1] = 0
-    return (position_ids > 0) | (following == 1)
-
-
 def check_packing(model: nn.Module, batch_size: int) -> None:
     """Refuses a model that would let an example of a packed row see another one.
 
@@ -165,27 +157,37 @@ def padding_id(tokenizer: Any, rows: int | None = None) -> int:
 class Collator:
     """Pads examples on the right into one batch.
 
-    Returns int64 tensors of shape (batch, length): `input_ids` padded with `pad_token_id`, `attention_mask` 1 on
-    tokens and 0 on padding, `labels` -100 on padding. The mask and the labels come from the lengths, never from
-    comparing ids: where EOS pads, the real EOS keeps its label. `length` is the longest example's.
+    Returns int64 tensors of shape (batch, length): `input_ids` padded with `pad_token_id`, `labels` -100 on padding
+    and, where there is padding, `attention_mask`, 1 on tokens and 0 on padding. The mask and the labels come from the
+    lengths, never from comparing ids: where EOS pads, the real EOS keeps its label. `length` is the longest example's,
+    or `pad_to` where that is more.
 
-    Packed rows bring `position_ids`, which take the place of `attention_mask`: with a mask, transformers
-    would not read the borders of examples off the positions. Padding has position 0 throughout, which makes every
-    padding token an example of its own.
+    Rows that hold several examples bring `position_ids`, which take the place of `attention_mask`: with a mask,
+    transformers would not read the borders of examples off the positions. Padding has position 0 throughout, which
+    makes every padding token an example of its own.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, pad_to: int = 0) -> None:
+        self.pad_token_id, self.pad_to = pad_token_id, pad_to
 
     def __call__(self, examples: Sequence[dict[str, Sequence[int]]]) -> dict[str, Tensor]:
-        shape = (len(examples), max(len(example["input_ids"]) for example in examples))
+        counts = [len(example["input_ids"]) for example in examples]
+        shape = (len(examples), max(self.pad_to, *counts))
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
-        packed = "position_ids" in examples[0]
-        positions = torch.zeros(shape, dtype=torch.long)  # packed: of each token; else 1 for a token
         labels = torch.full(shape, IGNORED, dtype=torch.long)
-        for row, example in enumerate(examples):
-            count = len(example["input_ids"])
+        for row, (example, count) in enumerate(zip(examples, counts, strict=True)):
             input_ids[row, :count] = torch.tensor(example["input_ids"], dtype=torch.long)
-            positions[row, :count] = torch.tensor(example["position_ids"], dtype=torch.long) if packed else 1
             labels[row, :count] = torch.tensor(example["labels"], dtype=torch.long)
-        return {"input_ids": input_ids, "position_ids" if packed else "attention_mask": positions, "labels": labels}
+        batch = {"input_ids": input_ids, "labels": labels}
+        padded = min(counts) < shape[1]
+        # A row's last position says how many examples it holds: positions start anew at each.
+        if any(
+            "position_ids" in each and each["position_ids"][-1] < n - 1
+            for each, n in zip(examples, counts, strict=True)
+        ):
+            batch["position_ids"] = torch.zeros(shape, dtype=torch.long)
+            for row, (example, count) in enumerate(zip(examples, counts, strict=True)):
+                batch["position_ids"][row, :count] = torch.tensor(example["position_ids"], dtype=torch.long)
+        elif padded:
+            batch["attention_mask"] = (torch.arange(shape[1]) < torch.tensor(counts)[:, None]).long()
+        return batch

@@ -91,7 +91,10 @@ class Pattern(nn.Module):
     @property
     def at(self) -> Tensor | reference.Run:
         """Where the entries lie in the stored weight: (start, length) where consecutive, else as `index` has them."""
-        return self.run if self.run is not None else self.stored(self.index)
+        # To a compiler the numbers are part of the code, which would serve no layer whose entries start elsewhere. In a
+        # permuted layout they start at 0 in all of them.
+        by_chance = self.inverse is None and torch.compiler.is_compiling()
+        return self.stored(self.index) if by_chance or self.run is None else self.run
 
     def stored(self, index: Tensor) -> Tensor:
         """Where the entries `index` of the checkpoint lie in the stored weight, on the pattern's device."""

@@ -16,6 +16,7 @@ from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.distributed.deepspeed import deepspeed_on_cpu, zero_config
 from sparseft.distributed.ranks import is_distributed
 from sparseft.training import schedules
+from sparseft.training.compiling import GRAPHS
 
 
 @contextlib.contextmanager
@@ -98,15 +99,15 @@ def training_arguments(
         seed=seed,
         data_seed=seed,
         bf16=autocast,
-        torch_compile=hardware.compile,
+        torch_compile=config.compile in ("model", "graphs"),
+        torch_compile_mode=GRAPHS if config.compile == "graphs" else None,
         use_cpu=device.type == "cpu" and not hardware.zero_stage,  # accelerate knows DeepSpeed on devices only
         ddp_backend="gloo" if device.type == "cpu" and is_distributed() else None,
         ddp_broadcast_buffers=False,  # base values and indices, which no step changes
         ddp_find_unused_parameters=unused,
         deepspeed=zero_config(hardware) if hardware.zero_stage else None,
-        accelerator_config=deepspeed_on_cpu() if hardware.zero_stage and device.type == "cpu" else None,
+        accelerator_config=_accelerator(hardware, device),
         dataloader_pin_memory=device.type == "cuda",
-        include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,
@@ -117,6 +118,12 @@ def training_arguments(
     # `nn.DataParallel`: larger batches, in copies of the sparse layers whose deltas never come back.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _accelerator(hardware: HardwareConfig, device: torch.device) -> dict[str, Any] | None:
+    if device.type == "cuda":
+        return {"non_blocking": True}  # batches travel from pinned memory while the device computes
+    return deepspeed_on_cpu() if hardware.zero_stage else None
 
 
 def micro_batches(config: TrainerConfig, hardware: HardwareConfig) -> tuple[int, int]:

@@ -30,8 +30,10 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
         self.saved = Mark()  # when the checkpoint was begun
 
     def now(self, state: transformers.TrainerState) -> Mark:
-        """The totals of the whole run so far."""
-        return self.run.totals(state.global_step, int(state.num_input_tokens_seen))
+        """The totals of the whole run so far (a call of all processes), of which transformers keeps the tokens too."""
+        mark = self.run.totals(state.global_step)
+        state.num_input_tokens_seen = mark.tokens
+        return mark
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps (`trainer_state.json`)."""
@@ -71,7 +73,9 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
         if self.progress is not None and not control.should_log:  # else on_log does, with the loss
             self.progress.update(state.global_step)
         self._stop_if_interrupted(control)
-        self.run.stop_if_bad(state.global_step)
+        # The device has come to this step's verdict only where someone waits for its numbers now; else the last one's.
+        waits = control.should_log or control.should_evaluate or control.should_save
+        self.run.settle(None if waits else state.global_step - 1)
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         self._stop_if_interrupted(control)

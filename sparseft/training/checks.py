@@ -31,6 +31,11 @@ def check_hardware(config: RunConfig) -> None:
     """Refuses processes that cannot be started, and what cannot be trained in several."""
     hardware = config.hardware
     launch.check(hardware)
+    if config.trainer.compile == "graphs" and resolve_device(hardware.device).type != "cuda":
+        raise UserError(
+            "trainer.compile=graphs: CUDA graphs need a CUDA device, and this run is on the CPU; use "
+            "trainer.compile=none, model or layers."
+        )
     if hardware.zero_stage == 3 and config.method.reselect_steps:
         raise UserError(
             f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in the "

@@ -174,6 +174,11 @@ def _check_context(config: RunConfig, prepared: Prepared) -> None:
     """Refuses examples longer than the model's context: learned positions end there, others never saw more."""
     context, data = context_length(prepared.model.config), prepared.data
     longest = max(int(part.lengths.max()) for part in (data.train, data.eval) if part is not None)
+    if context and config.trainer.pad_to == "max_length" and config.trainer.max_length > context:
+        raise UserError(
+            f"trainer.pad_to=max_length: trainer.max_length={config.trainer.max_length} is more than the model's "
+            f"context of {context} tokens; use trainer.max_length={context} or less."
+        )
     if context and longest > context:
         raise UserError(
             f"trainer.max_length={config.trainer.max_length}: the longest example has {longest} tokens, but the "
@@ -317,7 +322,8 @@ def train(job: Job, folder: Path) -> Trained:
         score=job.scorer.on_validation(prepared.model, prepared.tokenizer) if job.scorer else None,
         train_dataset=job.rows,
         eval_dataset=prepared.data.eval,
-        data_collator=Collator(prepared.pad),
+        compile_layers=config.trainer.compile == "layers",
+        data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
         processing_class=None,
     )
     if config.method.reselect_steps:

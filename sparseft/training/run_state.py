@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from sparseft import console
 from sparseft.distributed import ranks
 from sparseft.errors import RunError
 from sparseft.training.checkpoints import last_checkpoint, step_of
 from sparseft.training.failures import BadSteps
+from sparseft.training.verdicts import Verdicts
 
 
 class Clock:
@@ -67,16 +70,44 @@ class RunState:
         self.folder = folder
         self.clock = Clock()
         self.bad_steps = BadSteps(max_bad_steps)
+        self.verdicts = Verdicts(device)
         self.interrupted: str | None = None  # the signal's name
+        self.tokens = 0  # that this process has trained on in this session
+        self._earlier_tokens = 0  # of all processes, in the sessions before
         # Sums of the micro-steps' losses, each already its share of its step's mean: over the good steps, and over the
         # present step.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.step_loss = torch.zeros_like(self.loss_sum)
 
-    def totals(self, step: int, tokens: int) -> Mark:
+    def judge(self, step: int, norm: Tensor | float | None) -> Tensor:
+        """Decides over the optimizer step number `step` (1-based) whose gradients are there, without waiting for them:
+        a float32 () on the device, 1 where the step is bad. A call of all processes; its sum of losses starts anew."""
+        bad = self.verdicts.add(step, ranks.mean_over_ranks(self.step_loss), norm)
+        self.loss_sum += torch.where(bad > 0, 0.0, self.step_loss)
+        self.step_loss.zero_()
+        return bad
+
+    def settle(self, until: int | None = None) -> None:
+        """Counts the steps that were judged (up to `until`, where given); RunError where too many in a row are bad.
+
+        Waits for the device where it has not come to the last of them yet.
+        """
+        for step, loss, norm in self.verdicts.settled(until):
+            if self.bad_steps.judge(step, loss, norm):
+                continue
+            if self.bad_steps.streak == 1 and ranks.is_main():
+                console.warn(
+                    f"step {step}: loss {loss:.4g}, gradient norm {norm}: not finite, so the step updates nothing"
+                )
+            self._stop_if_too_many(step)
+
+    def totals(self, step: int) -> Mark:
         """The totals of the whole run so far, earlier sessions of it included (a call of all processes)."""
-        loss = ranks.mean_over_ranks(self.loss_sum).item()
-        return Mark(step, loss, tokens, self.clock.seconds, self.bad_steps.count)
+        self.settle()
+        sums = torch.stack([self.loss_sum, torch.full_like(self.loss_sum, self.tokens)])
+        loss, tokens = ranks.mean_over_ranks(sums).tolist()
+        everywhere = round(tokens * ranks.rank_and_world()[1])
+        return Mark(step, loss, self._earlier_tokens + everywhere, self.clock.seconds, self.bad_steps.count)
 
     def bad_step_counts(self) -> dict[str, int]:
         """What a checkpoint keeps of the bad steps, under the names that it has them by."""
@@ -85,6 +116,7 @@ class RunState:
     def restore(self, kept: dict[str, Any]) -> None:
         """Goes on from what a checkpoint kept (`checkpoints.read_state`); a fresh run's is zero."""
         self.loss_sum.fill_(kept["now"]["loss"])
+        self.tokens, self._earlier_tokens = 0, kept["now"]["tokens"]
         self.clock.start(kept["now"]["seconds"])
         counts = kept["health"]
         self.bad_steps = BadSteps(self.bad_steps.limit, counts["bad"], counts["streak"], counts["proven"])
@@ -101,8 +133,7 @@ class RunState:
             )
         return RunError(message, checkpoint)
 
-    def stop_if_bad(self, step: int) -> None:
-        """Ends a run whose last steps, up to this one, were all bad: RunError."""
+    def _stop_if_too_many(self, step: int) -> None:
         bad = self.bad_steps
         if bad.streak < bad.limit:
             return

@@ -15,13 +15,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
 from sparseft import console, signals
-from sparseft.data.packing import real_tokens
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import shard_of
 from sparseft.errors import Interrupted
 from sparseft.files.atomic import explained, publish
 from sparseft.layers import sparse_layers
 from sparseft.models.decoder import runnable
+from sparseft.models.masks import unasked
 from sparseft.models.probing import without_gradient
 from sparseft.runs.folder import ADAPTER, CHECKPOINTS, checkpoint_name
 from sparseft.training import distributed_trainer, schedules
@@ -37,10 +37,24 @@ from sparseft.training.checkpoints import (
     step_of,
     write_manifest,
 )
+from sparseft.training.compiling import GRAPHS, CompiledLayers, own_gradients
 from sparseft.training.failures import MemoryAdvice, memory_problem
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.reselection import save_active
 from sparseft.training.run_state import Mark, RunState
+from sparseft.training.verdicts import takes_flag
+
+COUNT = "num_tokens"  # in a batch: its tokens without padding, an int, which never reaches the model
+
+
+class Counting:
+    """A collator whose batches say how many tokens they hold, as only the host knows without asking the device."""
+
+    def __init__(self, collate: Callable[[Any], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: Any) -> dict[str, Any]:
+        return {**self.collate(examples), COUNT: sum(len(example["input_ids"]) for example in examples)}
 
 
 class Trainer(distributed_trainer.DistributedTrainer):
@@ -48,8 +62,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
 
     `run` is the run folder: metrics go to its `metrics.jsonl`, checkpoints to `checkpoints/checkpoint-N/`, of which
     the newest `save_total_limit` are kept (None: all). `score()` measures the model on a task; evaluations then carry
-    it beside the loss. A step whose loss or gradient is not finite updates nothing; `max_bad_steps` of them in a row
-    end the run.
+    it beside the loss. With `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is
+    not finite updates nothing; `max_bad_steps` of them in a row end the run.
     """
 
     def __init__(
@@ -61,9 +75,11 @@ class Trainer(distributed_trainer.DistributedTrainer):
         save_total_limit: int | None = None,
         max_bad_steps: int = 10,
         score: Callable[[], float] | None = None,
+        compile_layers: bool = False,
         **options: Any,
     ) -> None:
         args.output_dir = str(run / CHECKPOINTS)
+        options["data_collator"] = Counting(options["data_collator"])
         with tf32_as_set():
             super().__init__(model=model, args=args, **options)
         self.run_state = RunState(run, max_bad_steps, args.device)
@@ -75,6 +91,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
             args.per_device_train_batch_size, args.gradient_accumulation_steps, longest,
             bool(getattr(args, "activation_checkpointing", getattr(args, "gradient_checkpointing", False))),
         )  # fmt: skip
+        self.compiled = CompiledLayers(self.model) if compile_layers else None
+        self.graphs = args.torch_compile_mode == GRAPHS
         self.looked = False  # whether the first good step's gradients were looked at
         self._aside: str | None = None
         self.remove_callback(PrinterCallback)
@@ -82,37 +100,50 @@ class Trainer(distributed_trainer.DistributedTrainer):
         self.run_callback = RunCallback(self.run_state)
         self.add_callback(self.run_callback)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model is given: the batch without its count of tokens."""
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != COUNT})
+
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        if "attention_mask" not in inputs and "position_ids" in inputs:  # packed rows carry no mask
-            inputs = inputs | {"attention_mask": real_tokens(inputs["position_ids"])}
-        super()._track_num_input_tokens(inputs)
+        """Counted where the batch was made. transformers would ask the device after each backward pass."""
+        self.run_state.tokens += inputs[COUNT]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-step: forward and backward; returns its share of the step's mean loss over labelled tokens."""
         batch = args[1] if len(args) > 1 else kwargs["inputs"]
         self.memory.micro_step(batch["input_ids"].numel())
-        loss = super().training_step(*args, **kwargs)
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        with self.compiled.running() if self.compiled is not None else contextlib.nullcontext():
+            loss = super().training_step(*args, **kwargs)
+        if self.graphs and not self.accelerator.sync_gradients:
+            own_gradients(self.model)
         self.run_state.step_loss += loss.double()
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # transformers sums the losses too: one NaN would spoil its sum
 
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        """As transformers computes it, whose masks are made by what the batch says of itself."""
+        with unasked(inputs):
+            return super().compute_loss(model, inputs, return_outputs, **options)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm. transformers asks for it between the backward passes of a step and its update, so a step
-        that is not finite is skipped here: without gradients the optimizer leaves everything as it is."""
+        """The gradient's norm. transformers asks for it between the backward passes of a step and its update, so here a
+        step that is not finite is kept from updating anything: by a flag that the optimizer reads on the device, or,
+        with one that reads none, without gradients, which the host has to wait for."""
         norm = super()._get_grad_norm(model, grad_norm)
-        run, step = self.run_state, self.state.global_step + 1
-        loss = ranks.mean_over_ranks(run.step_loss).item()
-        if run.bad_steps.judge(step, loss, None if norm is None else float(norm)):
-            run.loss_sum += run.step_loss
-            if not self.looked:
+        run = self.run_state
+        bad = run.judge(self.state.global_step + 1, norm)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        flagged = takes_flag(optimizer)
+        if flagged:
+            optimizer.found_inf = bad
+        if not flagged or not self.looked:
+            run.settle()
+            if run.bad_steps.streak:
+                model.zero_grad()
+            elif not self.looked:
                 self.looked = True
                 self.name_untrained()
-        else:
-            model.zero_grad()
-            if run.bad_steps.streak == 1 and ranks.is_main():
-                console.warn(
-                    f"step {step}: loss {loss:.4g}, gradient norm {norm}: not finite, so the step updates nothing"
-                )
-        run.step_loss.zero_()
         self.memory.step_done()
         return norm
 
@@ -132,13 +163,18 @@ class Trainer(distributed_trainer.DistributedTrainer):
             )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """transformers' own, with its parameter groups; SparseAdamW in AdamW's place where a sparse method trains."""
+        """transformers' own, with its parameter groups; in AdamW's place SparseAdamW where a sparse method trains, and
+        the fused one elsewhere."""
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         plain = self.args.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
-        if plain and not sharded and self.optimizer_cls_and_kwargs is None and sparse_layers(self.model):
-            _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if plain and not sharded and self.optimizer_cls_and_kwargs is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             options.pop("fused", None)
-            self.optimizer_cls_and_kwargs = (SparseAdamW, options)
+            if sparse_layers(self.model):
+                kind = SparseAdamW
+            elif self.args.device.type in ("cpu", "cuda"):  # one launch instead of many, and it takes `found_inf`
+                options["fused"] = True
+            self.optimizer_cls_and_kwargs = (kind, options)
         return super().create_optimizer(model)
 
     @contextlib.contextmanager
@@ -160,6 +196,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A checkpoint must be worth going back to. Bad steps change nothing, so saving waits for the next good one,
         # except at the end of training.
+        self.run_state.settle()
         if self.run_state.bad_steps.streak and not self.control.should_training_stop:
             return
         mine = (shard_of(p) for p in self.model.parameters() if p.requires_grad)
@@ -258,7 +295,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
             for batch in loader:
                 batch = self._prepare_inputs(batch)
                 labelled = (batch["labels"][:, 1:] != -100).sum()
-                with self.compute_loss_context_manager():
+                with self.compute_loss_context_manager(), unasked(batch):
                     loss = model(**batch, use_cache=False).loss
                 if labelled:  # a batch without labels has no loss (NaN)
                     total += torch.stack([loss.double() * labelled, labelled.double()])

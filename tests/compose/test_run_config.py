@@ -642,3 +642,16 @@ def test_composing_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr
+
+
+def test_runs_of_before_compile_as_they_did() -> None:
+    content = make().to_dict()
+    for before, now in ((True, "model"), (False, "none")):
+        old = content | {
+            "hardware": content["hardware"] | {"compile": before},
+            "trainer": {name: value for name, value in content["trainer"].items() if name not in ("compile", "pad_to")},
+        }
+        assert from_dict(old).trainer.compile == now
+        assert "compile" in old["hardware"]  # what was given is left as it was
+    with pytest.raises(UserError, match="Unknown key 'hardware.compile' in .* Did you mean 'trainer.compile'"):
+        make("hardware.compile=true")

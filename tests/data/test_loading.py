@@ -786,6 +786,17 @@ def test_collator_pads_right_and_keeps_the_label_of_a_real_eos() -> None:
         "labels": [[-100, 6, 2], [-100, 2, -100]],
     }
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    whole = Collator(2)(examples[:1])
+    assert {name: tensor.tolist() for name, tensor in whole.items()} == {  # no mask where nothing is to be masked
+        "input_ids": [[5, 6, 2]],
+        "labels": [[-100, 6, 2]],
+    }
+    longer = Collator(2, pad_to=4)(examples[:1])
+    assert {name: tensor.tolist() for name, tensor in longer.items()} == {
+        "input_ids": [[5, 6, 2, 2]],
+        "attention_mask": [[1, 1, 1, 0]],
+        "labels": [[-100, 6, 2, -100]],
+    }
 
 
 def test_padding_without_a_pad_token() -> None:
@@ -802,7 +813,7 @@ def test_calibration_batches_are_distinct_seeded_and_unpadded() -> None:
     chosen = [tuple(batch["input_ids"][0].tolist()) for batch in batches]
     assert len(set(chosen)) == len(chosen) == 8
     assert set(chosen) <= {tuple(item["input_ids"]) for item in data}
-    assert all(batch["attention_mask"].all() and batch["labels"].shape[0] == 1 for batch in batches)
+    assert all("attention_mask" not in batch and batch["labels"].shape[0] == 1 for batch in batches)
     again = [tuple(batch["input_ids"][0].tolist()) for batch in calibration_batches(data, 8, 5, 0)]
     other = [tuple(batch["input_ids"][0].tolist()) for batch in calibration_batches(data, 8, 6, 0)]
     assert chosen == again != other

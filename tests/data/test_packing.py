@@ -12,7 +12,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseft.data.packing import Collator, PackedDataset, best_fit, check_packing, padding_share, real_tokens
+from sparseft.data.packing import Collator, PackedDataset, best_fit, check_packing, padding_share
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.errors import UserError
 from support.running import METHODS, metrics, on, refused, sparseft, summary, write_data
@@ -60,13 +60,17 @@ def test_a_row_is_its_examples_with_positions_that_start_again() -> None:
         packed[2]
 
 
-def test_batches_of_rows_have_positions_instead_of_a_mask_and_know_their_padding() -> None:
+def test_batches_of_rows_have_positions_instead_of_a_mask() -> None:
     packed = PackedDataset(examples([4, 8, 5, 2]), 10)
     batch = Collator(0)([packed[0], packed[1]])
     assert set(batch) == {"input_ids", "labels", "position_ids"}
     assert batch["position_ids"].tolist() == [[*range(8), 0, 1], [*range(4), *range(5), 0]]
     assert batch["labels"][1, 9:].tolist() == [-100]
-    assert real_tokens(batch["position_ids"]).tolist() == [[True] * 10, [True] * 9 + [False]]
+    # Rows of one example each are what they were before packing.
+    alone = PackedDataset(examples([10, 10, 9]), 10)
+    assert set(Collator(0)([alone[0], alone[1]])) == {"input_ids", "labels"}
+    assert Collator(0)([alone[0], alone[2]])["attention_mask"].tolist() == [[1] * 10, [1] * 9 + [0]]
+    assert Collator(0)([packed[0], alone[0]])["position_ids"].tolist() == [[*range(8), 0, 1], [*range(10)]]
 
 
 def test_padding_share_by_hand() -> None:

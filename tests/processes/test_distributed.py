@@ -235,7 +235,7 @@ def test_the_best_of_every_method_in_shards(tmp_path: Path, model_folder: Any) -
 @pytest.mark.slow
 def test_compiled_in_two_processes(runs: Runs) -> None:
     """Compiled, in two processes, against one that computes eagerly."""
-    case = runs.case("s2ft", 0, "hardware.compile=true", "output_dir=compiled")
+    case = runs.case("s2ft", 0, "trainer.compile=model", "output_dir=compiled")
     run_ranks(runs.folder, [case | {"name": "compiled"}], seconds=1200)
     assert difference(runs.one("s2ft"), runs.folder / "compiled") < 1e-5
     assert_same_losses(runs.one("s2ft"), runs.folder / "compiled")

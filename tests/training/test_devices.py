@@ -24,9 +24,9 @@ from support.training import attached, examples
 CPU = torch.device("cpu")
 
 
-def arguments_on(device: str, **hardware: Any) -> transformers.TrainingArguments:
+def arguments_on(device: str, **settings: Any) -> transformers.TrainingArguments:
     return training_arguments(
-        TrainerConfig(batch_size=3, learning_rate=1e-3), HardwareConfig(**hardware), seed=0,
+        TrainerConfig(batch_size=3, learning_rate=1e-3, **settings), HardwareConfig(), seed=0,
         device=torch.device(device), total_steps=1,
     )  # fmt: skip
 
@@ -126,7 +126,7 @@ def compile_as(user: str, folder: str) -> list[list[Any]]:
     transformers.training_args.is_torch_tf32_available = lambda: True  # as on a GPU that knows it
     transformers.training_args.enable_tf32 = enable
     Trainer.create_accelerator_and_postprocess = create  # type: ignore[method-assign]
-    arguments = arguments_on("cpu", compile=True)
+    arguments = arguments_on("cpu", compile="model")
     assert arguments.torch_compile
     said.append(precisions())
     Trainer(build_model("llama"), arguments, run=Path(folder), train_dataset=examples(2), data_collator=Collator(0))

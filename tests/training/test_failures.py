@@ -72,6 +72,45 @@ def test_bad_steps_in_a_row_end_the_run(make_model: Any, tmp_path: Path) -> None
     assert checkpoint_steps(tmp_path / "checkpoints") == [1, 3, 4]
 
 
+@pytest.mark.parametrize("kind", ["s2ft adamw_torch", "lora adamw_torch", "full adamw_torch", "sylva sgd"])
+def test_bad_steps_that_nobody_waits_for_are_told_later(
+    kind: str, make_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Logged at the end alone: the same weights, counts and losses as where every step is looked at at once."""
+    method, optimizer = kind.split()
+    ends = []
+    for logging_steps in (1, 9):
+        run = tmp_path / str(logging_steps)
+        trainer = trainer_of(attached(make_model("llama"), method), run, examples(16), max_steps=6, optimizer=optimizer,
+                             gradient_accumulation=2, weight_decay=0.1, logging_steps=logging_steps)  # fmt: skip
+        spoil(trainer, {3, 4}, "loss")
+        said: list[int] = []
+        for step in (2, 3, 4, 5):  # when the step after it begins
+            trainer.add_callback(At(step, lambda t=trainer, s=said: s.append(t.run_state.bad_steps.count)))
+        done = train(trainer, None, 6)
+        assert said == ([0, 1, 2, 2] if logging_steps == 1 or optimizer == "sgd" else [0, 0, 1, 2])
+        health = trainer.run_state.bad_step_counts()
+        ends.append((trained(trainer.model), done.bad, done.loss, done.tokens, health, metrics(run)[-1]["step"]))
+        err = capsys.readouterr().err
+        assert err.count("warning: step 3: loss nan, gradient norm nan: not finite, so the step updates nothing") == 1
+    (weights, *facts), (later_weights, *later_facts) = ends
+    assert facts == later_facts and facts[0] == 2 and facts[2] > 0
+    assert facts[3] == {"bad": 2, "streak": 0, "proven": 5}
+    assert all(torch.equal(weights[name], later_weights[name]) for name in weights)
+
+
+def test_a_run_that_nobody_waits_for_ends_a_step_later(make_model: Any, tmp_path: Path) -> None:
+    trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, examples(16), max_steps=9, save_steps=4,
+                         gradient_accumulation=1, logging_steps=20)  # fmt: skip
+    trainer.run_state.bad_steps.limit = 2
+    spoil(trainer, {5, 6})
+    with pytest.raises(RunError, match=r"not finite in the steps 5 to 6 \(trainer.max_bad_steps=2\)") as caught:
+        train(trainer, None, 9)
+    assert trainer.state.global_step == 7
+    # The weights of step 4 never gave a finite loss, and no earlier ones were saved.
+    assert caught.value.last_checkpoint is None and checkpoint_steps(tmp_path / "checkpoints") == [4]
+
+
 @pytest.mark.parametrize(
     ("limit", "bad", "message"),
     [
@@ -263,7 +302,7 @@ def refused_by_triton(module: str) -> BaseException:
          "the environment does without"),
         ("sparseft.kernels.adamw_triton", "another trainer.optimizer does without it"),
         ("torch._inductor.runtime", "it is none of sparseft's, so try without what may have brought it "
-         "(hardware.compile=false, model.attn_implementation=sdpa), or with other shapes: trainer.batch_size=2 "
+         "(trainer.compile=none, model.attn_implementation=sdpa), or with other shapes: trainer.batch_size=2 "
          "trainer.gradient_accumulation=2 take the same 4 examples a step in smaller pieces"),
     ],
 )  # fmt: skip

@@ -61,7 +61,8 @@ def seen_examples(trainer: Trainer, steps: int, per_step: int) -> list[list[dict
     """The examples of each optimizer step, as the trainer's own loader gives them, padding cut off."""
     found: list[dict[str, list[int]]] = []
     for batch in trainer.get_train_dataloader():
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        masks = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        for ids, mask, labels in zip(batch["input_ids"], masks, batch["labels"], strict=True):
             kept = mask.bool()
             found.append({"input_ids": ids[kept].tolist(), "labels": labels[kept].tolist()})
     return [found[per_step * i : per_step * (i + 1)] for i in range(steps)]

@@ -1,0 +1,62 @@
+"""Masks made by what a batch says of itself are those that transformers makes by looking at it, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from sparseft.data.packing import Collator, PackedDataset
+from sparseft.data.tokenized import TokenizedDataset
+from sparseft.models.masks import unasked
+from support.syncs import Audit
+
+
+def batch_of(rows: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = {"whole": [9, 9], "padded": [9, 6], "packed": [9, 4, 5]}[rows]
+    ids = [torch.randint(3, 96, (length,), generator=generator).tolist() for length in lengths]
+    data: Any = TokenizedDataset.from_lists([(each, [-100, *each[1:]]) for each in ids])
+    return Collator(0)(list(PackedDataset(data, 9) if rows == "packed" else data))
+
+
+def sliding() -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.MistralConfig(
+            vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, sliding_window=4,
+        )
+    )  # fmt: skip
+
+
+def trained(model: Any, batch: dict[str, Any], told: bool) -> tuple[list[torch.Tensor], list[str]]:
+    audit = Audit()
+    model.zero_grad()
+    audit.start()
+    if told:
+        with unasked(batch):
+            loss = model(**batch, use_cache=False).loss
+    else:
+        loss = model(**batch, use_cache=False).loss
+    audit.stop()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], audit.found
+
+
+@pytest.mark.parametrize("rows", ["whole", "padded", "packed"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "sliding"])
+def test_losses_and_gradients_are_the_same_bits(kind: str, rows: str, make_model: Any) -> None:
+    model = sliding() if kind == "sliding" else make_model(kind)
+    batch = batch_of(rows)
+    names = {"whole": set(), "padded": {"attention_mask"}, "packed": {"position_ids"}}
+    assert batch.keys() == {"input_ids", "labels"} | names[rows]
+    asking = batch | ({"attention_mask": torch.ones_like(batch["input_ids"])} if rows == "whole" else {})
+    expected, waits = trained(model, asking, told=False)
+    found, none = trained(model, batch, told=True)
+    assert len(expected) == len(found) > 1
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert none == []
+    assert waits or (kind == "sliding" and rows != "packed")  # its window needs a mask in any case

@@ -1,0 +1,176 @@
+"""No step of a training waits for the device, but where the user asked for a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.utils.data import dataloader
+
+from sparseft.adapters.lifecycle import attach
+from sparseft.config import HardwareConfig, TrainerConfig
+from sparseft.data.packing import Collator, PackedDataset
+from sparseft.methods import get_method
+from sparseft.training.arguments import training_arguments
+from sparseft.training.trainer import Trainer, train
+from sparseft.training.verdicts import Verdict, Verdicts
+from support.syncs import Audit
+from support.training import examples
+
+# Every kind of layer that trains, and the baselines.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "s2ft": ("s2ft", {"sparsity": 0.9, "roles": ["q", "o", "up", "down"]}),
+    "s2ft permuted": ("s2ft", {"sparsity": 0.9, "roles": ["o", "down"], "layout": "permuted"}),
+    "sylva 64": ("sylva", {"sparsity": 0.5, "block_size": 64, "importance": "weight"}),
+    "sylva 16": ("sylva", {"sparsity": 0.9, "block_size": 16, "importance": "weight"}),
+    "sylva 4": ("sylva", {"sparsity": 0.9, "block_size": 4, "importance": "weight"}),
+    "paca": ("paca", {"sparsity": 0.9}),
+    "lora": ("lora", {"rank": 4, "dropout": 0.1}),
+    "full": ("full", {"dtype": "model"}),
+}
+WARMUP, STEPS = 2, 5
+
+
+def model_of(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    method, settings = KINDS[kind]
+    if method == "s2ft":
+        settings = settings | {"importance": "weight"}
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return attach(model, get_method(method)(**settings))
+
+
+def trainer_on(kind: str, rows: str, run: Path, device: torch.device, **settings: Any) -> Trainer:
+    data: Any = examples(64)
+    if rows == "packed":
+        data = PackedDataset(data, 32)
+    config = TrainerConfig(
+        max_steps=STEPS, batch_size=1 if rows == "single" else 2, gradient_accumulation=2, learning_rate=1e-3,
+        warmup_steps=1, logging_steps=100, max_grad_norm=1.0, weight_decay=0.1, **settings,
+    )  # fmt: skip
+    hardware = HardwareConfig(device=device.type)
+    arguments = training_arguments(config, hardware, seed=0, device=device, total_steps=STEPS)
+    return Trainer(
+        model_of(kind).to(device), arguments, run=run, train_dataset=data, eval_dataset=None,
+        data_collator=Collator(0), processing_class=None,
+    )  # fmt: skip
+
+
+class Between(transformers.TrainerCallback):
+    """Calls `start` after the warm-up, and `stop` where the last step begins, whose end is logged and saved."""
+
+    def __init__(self, start: Callable[[], None], stop: Callable[[], None]) -> None:
+        self.acts = {WARMUP: start, STEPS - 1: stop}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.acts.get(state.global_step, lambda: None)()
+
+
+@pytest.fixture
+def audit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Audit]:
+    """An audit to which two things are the host's own: batches until they leave the loader, and verdicts of earlier
+    steps than the last one."""
+    audit, latest = Audit(), [0]
+    load, add, read = dataloader._BaseDataLoaderIter.__next__, Verdicts.add, Verdict.read
+
+    def loaded(self: Any) -> Any:
+        with audit.suspended():
+            return load(self)
+
+    def added(self: Verdicts, step: int, *numbers: Any) -> Any:
+        latest[0] = step
+        return add(self, step, *numbers)
+
+    def reading(self: Verdict) -> Any:
+        if self.step >= latest[0]:
+            audit.note("a verdict of the step that is under way")
+        with audit.suspended():
+            return read(self)
+
+    monkeypatch.setattr(dataloader._BaseDataLoaderIter, "__next__", loaded)
+    monkeypatch.setattr(Verdicts, "add", added)
+    monkeypatch.setattr(Verdict, "read", reading)
+    yield audit
+    audit.stop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"), [*((kind, "packed") for kind in KINDS), ("s2ft", "single"), ("lora", "padded")]
+)
+def test_no_step_waits_for_the_device(kind: str, rows: str, audit: Audit, tmp_path: Path) -> None:
+    trainer = trainer_on(kind, rows, tmp_path, torch.device("cpu"))
+    trainer.add_callback(Between(audit.start, audit.stop))
+    done = train(trainer, None, STEPS)
+    assert audit.found == []
+    assert done.step == STEPS and done.bad == 0
+
+
+def test_the_audit_sees_what_makes_a_host_wait() -> None:
+    x = torch.tensor([1.0, -1.0, 2.0])
+    waits: dict[str, Callable[[], Any]] = {
+        "item": lambda: x[0].item(), "float": lambda: float(x[0]), "bool": lambda: bool(x[0] > 0),
+        "if": lambda: 1 if (x > 0).all() else 0, "tolist": x.tolist, "numpy": x.numpy, "cpu": x.cpu,
+        "to": lambda: x.to("cpu"), "equal": lambda: torch.equal(x, x), "nonzero": x.nonzero,
+        "where": lambda: torch.where(x > 0), "mask": lambda: x[x > 0], "masked_select": lambda: x.masked_select(x > 0),
+        "mask assigned": lambda: x.__setitem__(x > 5, torch.ones(())), "unique": x.unique,
+        "repeats": lambda: x.repeat_interleave(torch.ones(3, dtype=torch.long)), "tensor": lambda: torch.tensor(1.0),
+        "bincount": lambda: x.long().abs().bincount(), 
+        "in backward": lambda: Reads.apply(x.requires_grad_()).sum().backward(),
+    }  # fmt: skip
+    for name, act in waits.items():
+        audit = Audit()
+        audit.start()
+        act()
+        audit.stop()
+        assert audit.found, name
+    audit = Audit()
+    audit.start()
+    with torch.no_grad():
+        torch.where(x > 0, x, 0.0).index_select(0, torch.arange(2)).to(x.device).clone().add_(x[:2]).isfinite().all()
+        x[torch.arange(2)].masked_fill(torch.zeros(2, dtype=torch.bool), 1.0).to(torch.float64)
+    with audit.suspended():
+        x.sum().item()
+    audit.stop()
+    assert audit.found == []
+
+
+class Reads(torch.autograd.Function):
+    """Reads a number in its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * gradient.sum().item()
+
+
+def test_an_optimizer_without_the_flag_is_waited_for(audit: Audit, tmp_path: Path) -> None:
+    """What makes the audit of a whole run fail."""
+    trainer = trainer_on("s2ft", "packed", tmp_path, torch.device("cpu"), optimizer="sgd")
+    trainer.add_callback(Between(audit.start, audit.stop))
+    train(trainer, None, STEPS)
+    assert set(audit.found) == {"a verdict of the step that is under way in training/test_syncs.py:reading"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", ["single", "padded", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_waits_for_the_gpu(kind: str, rows: str, tmp_path: Path) -> None:
+    trainer = trainer_on(kind, rows, tmp_path, torch.device("cuda"))
+    mode = torch.cuda.set_sync_debug_mode
+    trainer.add_callback(Between(lambda: mode("error"), lambda: mode("default")))
+    try:
+        done = train(trainer, None, STEPS)
+    finally:
+        mode("default")
+    assert done.step == STEPS and done.bad == 0
