@@ -621,6 +621,52 @@ def test_tensors_count_their_changes() -> None:
             pytest.fail(f"inference tensors count too: {relied_on('_version')}")
 
 
+def test_which_nodes_a_backward_pass_comes_to() -> None:
+    """A node that is given no gradient is called all the same, and those above it can ask whether it will be."""
+    seen: list[Any] = []
+
+    class Below(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, delta):
+            ctx.set_materialize_grads(False)
+            return delta.new_empty(0)
+
+        @staticmethod
+        def backward(ctx, nothing):
+            seen.append((nothing, torch._C._current_graph_task_id()))
+            return torch.ones(2)
+
+    class Above(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, token):
+            ctx.node = token.grad_fn
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append((torch._C._will_engine_execute_node(ctx.node), torch._C._current_graph_task_id()))
+            return grad, None
+
+    x, delta = torch.zeros(3, requires_grad=True), torch.zeros(2, requires_grad=True)
+    loss = Above.apply(x, Below.apply(delta)).sum()
+    torch.autograd.grad(loss, x, retain_graph=True)
+    loss.backward()
+    (first, one), (second, other), (nothing, same) = seen
+    assert (first, second, nothing) == (False, True, None), relied_on("_will_engine_execute_node")
+    assert one != other == same >= 0, relied_on("_current_graph_task_id")
+    assert delta.grad.tolist() == [1, 1], relied_on("set_materialize_grads")
+
+
+def test_functorch_is_refused_below_its_own_check() -> None:
+    """`applied` leaves out what `Function.apply` does ahead of torch's own."""
+    from sparseft.layers import S2RowLinear
+
+    layer, x = S2RowLinear(4, 3, columns=[1]), torch.randn(2, 4)
+    with pytest.raises(RuntimeError, match="functorch|setup_context"):
+        torch.func.grad(lambda x: layer(x).sum())(x)
+        pytest.fail(f"a transform went through: {relied_on('applied')}")
+
+
 def test_storages_on_the_meta_device_are_told_apart() -> None:
     one, other = torch.empty(3, device="meta"), torch.empty(3, device="meta")
     assert one.untyped_storage()._cdata != other.untyped_storage()._cdata, relied_on("_cdata")

@@ -45,7 +45,7 @@ class BlockGroup:
     def gradients(self, grads: Sequence[Tensor], xs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Of each weight what `dispatch.blocks_gradient` gives, of operands (…, features); where it is one product,
         views of one tensor."""
-        grads, xs = [reference.flat(grad) for grad in grads], [reference.flat(x) for x in xs]
+        grads, xs = list(map(reference.flat, grads)), list(map(reference.flat, xs))
         first = grads[0]
         tokens, dtype, device = first.shape[0], first.dtype, first.device
         for grad in grads:

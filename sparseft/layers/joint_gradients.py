@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparseft.kernels.block_group import BlockGroup
-from sparseft.layers.product import Blocks, Operands, applied
+from sparseft.layers.product import Blocks, Left, applied
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import decoder_layers
 
@@ -42,7 +42,7 @@ class JointGradients(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, _: Any) -> tuple[Tensor | None, ...]:
-    return (None, *ctx.joint.gradients(ctx.left.pop(torch._C._current_graph_task_id(), ())))
+    return (None, *ctx.joint.gradients(ctx.left.pop(torch._C._current_graph_task_id(), None)))
 
 
 _guarded = once_differentiable(_gradients)  # asks its arguments whether they have a gradient
@@ -63,6 +63,7 @@ class Joint:
         self.token: Tensor | None = None
         self.deltas: list[Tensor] = []
         self._plans: list[Blocks] = []
+        self._keys: list[int] = []
         self._group: BlockGroup | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,27 +84,24 @@ class Joint:
             if token.requires_grad:
                 self.token, self.node = token, token.grad_fn
 
-    def gradients(self, left: Sequence[Operands]) -> list[Tensor | None]:
+    def gradients(self, left: Left | None) -> list[Tensor | None]:
         """That of each linear, None where it left nothing; those made together are views of one tensor."""
         found: list[Tensor | None] = [None] * len(self.layers)
-        waiting = [operands for operands in left if operands.gradient is None]
-        made = [(operands.place, operands.gradient) for operands in left if operands.gradient is not None]
-        if waiting:
-            plans = [operands.plan for operands in waiting]
-            if self._group is None or not _same(plans, self._plans):
-                self._plans = plans
+        if left is None:
+            return found
+        made = left.made
+        if left.places:
+            plans = left.plans
+            keys = list(map(id, plans))
+            if keys != self._keys:
+                self._keys, self._plans = keys, plans  # held, so that no other gets the number of one
                 self._group = BlockGroup([(plan.rows, plan.columns) for plan in plans], plans[0].size)
-            products = self._group.gradients([o.grad_output for o in waiting], [o.x for o in waiting])
-            made += [(operands.place, product) for operands, product in zip(waiting, products, strict=True)]
+            assert self._group is not None
+            made = [*zip(left.places, self._group.gradients(left.grads, left.xs), strict=True), *made]
         for place, gradient in made:
             before = found[place]  # a linear may be used twice
             found[place] = gradient if before is None else before + gradient
         return found
-
-
-def _same(plans: list[Blocks], others: list[Blocks]) -> bool:
-    """Whether these are the very same plans."""
-    return len(plans) == len(others) and all(one is other for one, other in zip(plans, others, strict=True))
 
 
 def join(model: nn.Module) -> None:

@@ -124,9 +124,12 @@ class BlocksProduct(torch.autograd.Function):
         left = left_at(node)
         if left is not None:
             if grad_output.numel() < plan.joint_tokens * grad_output.shape[-1]:
-                left.append(Operands(place, plan, grad_output, as_dtype(x, grad_output.dtype)))
+                left.places.append(place)
+                left.plans.append(plan)
+                left.grads.append(grad_output)
+                left.xs.append(x if x.dtype == grad_output.dtype else x.to(grad_output.dtype))
             else:
-                left.append(Operands(place, plan, gradient=_blocks_gradient(grad_output, x, plan)))
+                left.made.append((place, _blocks_gradient(grad_output, x, plan)))
         return grad_x, None, bias_grad, None, None, None
 
 
@@ -161,27 +164,29 @@ class PatternsProduct(torch.autograd.Function):
         return grad_x, None, bias_grad, rows_grad, columns_grad, blocks_grad, None, None, None, None
 
 
-class Operands(NamedTuple):
-    """What a use of a linear leaves for its gradient: grad_output (…, out) and x (…, in) or its slice, of one dtype.
+class Left:
+    """What uses of linears leave for their gradients: by use the linear's place and plan, grad_output (…, out), and x
+    (…, in) or its slice, of one dtype. `made` are gradients (n, B, B) by place, of operands that are too large to be
+    kept until those of other linears are there."""
 
-    Where they are too large to be kept until other linears' are there, it is the `gradient` (n, B, B) already.
-    """
+    __slots__ = ("grads", "made", "places", "plans", "xs")
 
-    place: int
-    plan: Blocks
-    grad_output: Tensor | None = None
-    x: Tensor | None = None
-    gradient: Tensor | None = None
+    def __init__(self) -> None:
+        self.places: list[int] = []
+        self.plans: list[Blocks] = []
+        self.grads: list[Tensor] = []
+        self.xs: list[Tensor] = []
+        self.made: list[tuple[int, Tensor]] = []
 
 
-def left_at(node: Any) -> list[Operands] | None:
+def left_at(node: Any) -> Left | None:
     """What was left at a node by the pass that runs, to add to; None where that pass does not come to the node, as only
     gradients of activations are asked for. By passes (torch's graph tasks), as another may have failed, or run at the
     same time."""
     task = torch._C._current_graph_task_id()
     left = node.left.get(task)
     if left is None and torch._C._will_engine_execute_node(node):
-        left = node.left[task] = []
+        left = node.left[task] = Left()
     return left
 
 

@@ -81,7 +81,7 @@ def test_runs(method: str, device: str, data: Path, model_folder: Any, tmp_path:
 @pytest.mark.gpu
 def test_a_compiled_run(data: Path, model_folder: Any, tmp_path: Path) -> None:
     model, method = model_folder(), "sylva"
-    runs = {"eager": [], "compiled": ["hardware.compile=true"]}
+    runs = {"eager": [], "compiled": ["trainer.compile=model"]}
     for name, more in runs.items():
         sparseft(tmp_path, *words(model, data, method, "cuda", tmp_path / name), *more)
     eager, compiled = (summary(tmp_path / name)["eval_loss_after"] for name in runs)

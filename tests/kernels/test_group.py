@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from support.blocks import DEVICE, block_parts, dense_gradient, operands, some_blocks
+
 pytest.importorskip("triton", reason="needs triton, which Linux has")
-from kernels.test_triton import DEVICE, block_parts, dense_gradient, operands, some_blocks
 from sparseft.kernels import block_group, blocks_triton, group_triton
 from sparseft.kernels.block_group import BlockGroup, joint_tokens
 
