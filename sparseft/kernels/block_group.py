@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 # Below so many tokens operands are worth keeping for one product: with more, products outlast their launches, and the
 # kernel of one weight splits its tokens.
 JOINT_TOKENS = 2048
-# Tokens times the side of a block, likewise, on the CPU: from there on it is the products that take the time.
-JOINT_CPU = 2**13
+# Tokens times the side of a block, likewise, on the CPU, where operands are copied beside each other: with more, copies
+# would take memory that counts, and products take the time anyway.
+JOINT_CPU = 2**10
 
 
 def joint_tokens(size: int, device: torch.device) -> int:

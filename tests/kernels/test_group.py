@@ -100,5 +100,5 @@ def test_float64_stays_out_of_the_kernel() -> None:
 def test_where_waiting_pays() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert joint_tokens(64, cuda) == blocks_triton.SPLIT_FROM == block_group.JOINT_TOKENS
-    assert joint_tokens(64, cpu) == 128 and joint_tokens(4, cpu) == 2048
+    assert joint_tokens(64, cpu) == 16 and joint_tokens(4, cpu) == 256
     assert joint_tokens(5, cuda) == 0  # gradients would not begin at multiples of 16 bytes
