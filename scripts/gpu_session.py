@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the latter for support/syncs.py
 APART = "SPARSEFT_SESSION_APART"  # set where a forked process cannot use what this one has imported
 
 from gpu_stages.findings import FAILED, OFF  # noqa: E402

@@ -8,36 +8,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_stages.findings import Findings, told
 from sparseft.layers import BlockSparseLinear, S2ColumnLinear, S2RowLinear, SparseLinear
 from sparseft.training.optimizer import SparseAdamW
-
-aten = torch.ops.aten
-WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten.unique_dim,
-         aten._unique2}  # fmt: skip
-
-
-class _Audit(TorchDispatchMode):
-    """Refuses what makes a host wait for a device: a CPU sees it as well."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        packet = func.overloadpacket
-        by_mask = packet in (aten.index, aten.index_put_) and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if packet in WAITS or by_mask:
-            raise RuntimeError(f"{func} waits for the device")
-        return func(*args, **(kwargs or {}))
+from support.syncs import Audit
 
 
 @contextlib.contextmanager
 def no_waiting(dry: bool) -> Iterator[None]:
     """Inside, an operation that waits for the device raises."""
     if dry:
-        with _Audit():
+        audit = Audit()
+        audit.start()
+        try:
             yield
+        finally:
+            audit.stop()
+        if audit.found:
+            raise RuntimeError("waits for the device: " + "; ".join(sorted(set(audit.found))))
         return
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparseft import console
 from sparseft.bench import targets
-from sparseft.bench.contenders import FLOOR, Contender, check_hardware, contender, loss_of, own_settings
+from sparseft.bench.contenders import FLOOR, Contender, check_steps, contender, loss_of, own_settings
 from sparseft.bench.models import base_model, check_length, model_name, random_tokens
 from sparseft.bench.output import Output, device_name, measured_on
 from sparseft.bench.sharing import SharedWeights
@@ -109,7 +109,7 @@ def check(config: RunConfig) -> None:
         targets.parse(target, settings.methods, targets.HOST)
     if settings.profile or settings.ways != ["eager"]:
         raise UserError("bench.profile and bench.ways belong to 'sparseft bench train'.")
-    check_hardware(config.hardware, choosable=False)
+    check_steps(config, choosable=False)
 
 
 @contextlib.contextmanager

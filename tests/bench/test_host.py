@@ -178,7 +178,7 @@ def test_a_method_that_raises_takes_no_further_turns(in_tmp: Path, monkeypatch: 
         (["bench.targets=['update lroa <= 1 ms']"], ["no contender 'lroa'", "lora"]),
         (["bench.ways=[compile]"], ["bench.ways", "bench train"]),
         (["bench.methods=[]"], ["bench.methods"]),
-        (["hardware.compile=true"], ["hardware.compile=true", "plain steps only"]),
+        (["trainer.compile=model"], ["trainer.compile=model", "plain steps only"]),
         (["experiment=step_llama2_7b"], ["bench.targets", "peak s2ft <= bound"]),
     ],
 )
