@@ -673,12 +673,6 @@ def test_storages_on_the_meta_device_are_told_apart() -> None:
     assert one.untyped_storage()._cdata == one[1:].untyped_storage()._cdata, relied_on("_cdata")
 
 
-def test_many_tensors_are_added_to_at_once() -> None:
-    steps = [torch.zeros(()), torch.ones(())]
-    torch._foreach_add_(steps, 1)
-    assert [step.item() for step in steps] == [1.0, 2.0], relied_on("_foreach_add_")
-
-
 def test_the_product_of_all_experts() -> None:
     assert torch.ops.aten._grouped_mm.default is not None, relied_on("_grouped_mm")
     x, weight = torch.randn(8, 16, dtype=torch.bfloat16), torch.randn(2, 16, 16, dtype=torch.bfloat16)

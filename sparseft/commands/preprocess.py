@@ -23,9 +23,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         raise UserError(f"method={config.method_name} selects nothing to preprocess: use {sparse_methods()}.")
     console.clear_warnings()
     checks.check_hardware(config)
+    checks.check_data(config)
+    checks.check_model(config)
     if launch.needed(config.hardware):
-        checks.check_data(config)
-        checks.check_model(config)
         return launch.run("preprocess", config)
     with launch.joined(config.hardware):
         return _preprocess(config)

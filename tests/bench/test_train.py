@@ -14,7 +14,7 @@ from sparseft.bench.models import SHAPES, random_llama, random_model
 from sparseft.bench.output import cpu_name
 from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import comparable
-from sparseft.layers import S2ColumnLinear, S2RowLinear
+from sparseft.layers import S2ColumnLinear, S2RowLinear, sparse_layers
 from sparseft.memory import AllocationCounter, SavedBytes, tensor_bytes
 from support.running import METHODS, files, refused, sparseft
 
@@ -88,7 +88,7 @@ def test_saved_bytes_of_layers_counted_by_hand() -> None:
     assert saved(linear, x) == 8 * 64 * 4  # x, for the weight's gradient
     assert saved(linear.requires_grad_(False), x) == 0  # frozen: the weight alone, which is the model's own
     columns = S2RowLinear(64, 32, columns=[3, 5, 60])
-    assert saved(columns, x) == 8 * 3 * 4  # only the slice of x
+    assert saved(columns, x) == 8 * 8 * 4  # only the slice of x, its rows filled up to a multiple of 8
     rows = S2ColumnLinear(64, 32, rows=[1, 2])
     assert saved(rows, x) == 8 * 64 * 4  # all of x
     assert saved(nn.Sequential(nn.Linear(64, 32), nn.ReLU()), x) == 8 * 64 * 4 + 8 * 32 * 4
@@ -105,7 +105,7 @@ def test_siblings_share_what_they_save() -> None:
 
     x = torch.randn(8, 64, requires_grad=True)
     assert saved(Siblings(S2ColumnLinear(64, 32, rows=[1]), S2ColumnLinear(64, 32, rows=[2])), x) == 8 * 64 * 4
-    assert saved(Siblings(S2RowLinear(64, 32, columns=[1]), S2RowLinear(64, 32, columns=[2])), x) == 2 * 8 * 4
+    assert saved(Siblings(S2RowLinear(64, 32, columns=[1]), S2RowLinear(64, 32, columns=[2])), x) == 2 * 8 * 8 * 4
 
 
 def test_tensor_bytes_counts_storages_once() -> None:
@@ -193,7 +193,10 @@ def test_columns_save_their_slice_and_no_other_linear_anything() -> None:
         kept[name] = made.saved_bytes
     columns = made.trainable // 128  # o and down have 128 rows each
     assert columns > 100
-    assert kept["s2ft"] - kept["floor"] == columns * 2 * 64 * 4
+    slices = [len(layer.columns.index) for layer in sparse_layers(made.model).values()]
+    assert sum(slices) == columns
+    filled = sum(-(-k // 8) * 8 for k in slices)  # each token's part begins at a multiple of 8
+    assert kept["s2ft"] - kept["floor"] == filled * 2 * 64 * 4
 
 
 def test_bench_prints_one_table(in_tmp: Path, model_folder: Any) -> None:
