@@ -140,8 +140,9 @@ class Pattern(nn.Module):
         if self.kind == "columns":
             return Columns(transposed, self.at if self.padded is None else self.padded, len(self.index))
         assert self.block_size is not None
-        needed, columns = self.columns_needed(in_features, keeps_input) or (None, self.index[:, 1].contiguous())
-        rows = self.index[:, 0].contiguous()
+        assert self.sides is not None
+        rows, columns = self.sides
+        needed, columns = self.columns_needed(in_features, keeps_input) or (None, columns)
         # A compiler finds by itself what is computed twice.
         alone = self.slices is None or torch.compiler.is_compiling()
         take = slice_of if alone else self.slices.take
@@ -167,6 +168,7 @@ class Pattern(nn.Module):
         self._block_runs: dict[int, BlockRuns] = {}
         self.run: reference.Run | None = None
         self.padded: Tensor | None = None
+        self.sides = tuple(one.contiguous() for one in self.index.unbind(1)) if self.kind == "blocks" else None
         if self.index.is_meta:
             return
         if self.kind == "blocks":
@@ -177,7 +179,7 @@ class Pattern(nn.Module):
                     self.slices = None
                     return
                 self.needed_columns = shared
-                self.position = torch.searchsorted(shared, self.index[:, 1].contiguous())
+                self.position = torch.searchsorted(shared, self.sides[1])
             return
         position = self.at
         start = int(position[0])
