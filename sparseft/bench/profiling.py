@@ -24,6 +24,7 @@ from torch.profiler import profile as profiler
 from sparseft.bench.contenders import FLOOR
 from sparseft.bench.timing import absent, attempt_each, synchronize
 from sparseft.files.atomic import replaced_file
+from sparseft.layers.joint_gradients import JointGradients
 from sparseft.layers.product import FUNCTIONS
 
 STEP = "sparseft::step"
@@ -48,7 +49,8 @@ VIEWS = {
 _ATTENTION = re.compile(r"scaled_dot_product|flash_attn|flash_attention|efficient_attention|^_softmax")
 _BACKWARD = re.compile(r"^autograd::engine::evaluate_function|Backward\d*$")
 # Forward: the slices they save; backward: everything but the product for the input's gradient.
-_OURS = tuple(function.__name__ for function in FUNCTIONS)
+_JOINT = JointGradients.__name__
+_OURS = (*(function.__name__ for function in FUNCTIONS), _JOINT)
 
 
 def profile(
@@ -160,6 +162,8 @@ def part_of(event: Any, above: list[Any], tokens: int, first_product: set[int]) 
         node = next((parent for parent in above if _BACKWARD.search(parent.name)), None)
         if node is None:
             return MATMUL
+        if node.name.startswith(_JOINT):  # that one has no input's gradient
+            return WEIGHT_GRADIENT
         first = id(node) not in first_product
         first_product.add(id(node))
         return WEIGHT_GRADIENT if sums_over_tokens(event.input_shapes, tokens, first) else MATMUL
