@@ -350,8 +350,8 @@ def test_other_processes_draw_other_random_numbers(
     ("stage", "words", "message"),
     [
         (0, ["hardware.zero_stage=2"], "hardware.zero_stage=2: the run in "),
-        (2, ["hardware.zero_stage=0"], "hardware.zero_stage=0: the run in "),
-        (2, ["hardware.num_processes=1", "trainer.gradient_accumulation=4"], "hardware.num_processes=1: the run in "),
+        (3, ["hardware.zero_stage=0"], "hardware.zero_stage=0: the run in "),
+        (3, ["hardware.num_processes=1", "trainer.gradient_accumulation=4"], "hardware.num_processes=1: the run in "),
         (3, ["hardware.zero_stage=1"], "hardware.zero_stage=1: the run in "),
     ],
 )
