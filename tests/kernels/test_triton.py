@@ -320,7 +320,8 @@ for architecture, large in ARCHITECTURES.items():
         constants["UPCAST"] = False
         options = dict(num_warps=warps, num_stages=stages)
         wanted = "fma.rn.f32" if name == "fp32" else large if tile >= 64 else "mma.sync"
-        for aligned, registers in ((True, 128), (False, 208))[: 1 if size < 16 else 2]:
+        # of strides that are not aligned only that all fits into a thread's registers, 255
+        for aligned, registers in ((True, 128), (False, 255))[: 1 if size < 16 else 2]:
             what = f"{architecture} {name} {size} {aligned}"
             pointers = {"grad_output": "*" + name, "x": "*" + name, "block_rows": "*i64", "block_columns": "*i64",
                         "out": "*fp32"}
