@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import io
 import json
 import logging
 import pickle
@@ -671,6 +672,14 @@ def test_storages_on_the_meta_device_are_told_apart() -> None:
     one, other = torch.empty(3, device="meta"), torch.empty(3, device="meta")
     assert one.untyped_storage()._cdata != other.untyped_storage()._cdata, relied_on("_cdata")
     assert one.untyped_storage()._cdata == one[1:].untyped_storage()._cdata, relied_on("_cdata")
+
+
+def test_a_cpu_with_a_number_is_the_cpu() -> None:
+    file = io.BytesIO()
+    torch.save(torch.arange(3), file)
+    file.seek(0)
+    loaded = torch.load(file, map_location=torch.device("cpu", 0), weights_only=True)
+    assert torch.equal(loaded, torch.arange(3)), relied_on("register_package")
 
 
 def test_the_product_of_all_experts() -> None:

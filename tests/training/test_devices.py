@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 
 from sparseft.config import HardwareConfig, TrainerConfig
@@ -162,7 +163,9 @@ def test_compiling_leaves_tf32_as_the_user_had_it(user: str, compiled: dict[str,
     for was, now in zip(before[7:], after[7:], strict=True):
         assert now == was or was == "unreadable"
     if user == "nothing" and before[0] is not None:
-        assert exact[:7] == ["ieee"] * 7  # they go on following what is said for all
+        # They go on following what is said for all; torch 2.11 keeps what its old name said of convolutions and RNNs.
+        following = [0, 1, 2, 5, 6] if Version(torch.__version__) < Version("2.13") else range(7)
+        assert {exact[place] for place in following} == {"ieee"}
 
 
 if __name__ == "__main__":
