@@ -305,11 +305,12 @@ class SparseLinear(nn.Module):
         else:
             weight, bias = self.weight, self.bias
         if torch.is_grad_enabled() and delta.requires_grad:
-            joint = plan.joint
-            if joint is None or joint.node is None or joint.deltas[plan.place] is not delta:
+            begun = None if plan.joint is None else plan.joint.begun
+            if begun is None or begun[2][plan.place] is not delta:
                 y = plan.product(x, weight, bias, delta, plan.how)
             else:
-                y = plan.product(x, weight, bias, joint.token, plan.how, (joint.node, plan.place))
+                node, token, _ = begun
+                y = plan.product(x, weight, bias, token, plan.how, (node, plan.place))
         else:
             y = dense_product(x, weight, bias, self.transposed)
         return y if self.merged else add_deltas(y, x, (pattern,))
