@@ -61,8 +61,8 @@ class Joint:
 
     def _forget(self) -> None:
         # Each of these is one value: threads may call the layers, or go back, at the same time.
-        # The last forward pass's node, its output, and the deltas that it gives gradients to.
-        self.begun: tuple[Any, Tensor, list[Tensor]] | None = None
+        # The last forward pass's node, its output, and by place the deltas that it gives gradients to.
+        self.begun: tuple[Any, Tensor, list[Tensor | None]] | None = None
         self._fits = (-1, False)  # as of a count of `changes`
         # The last product, by its plans: held, so that no other gets the number of one.
         self._group: tuple[list[int], list[Blocks], BlockGroup] | None = None
@@ -87,7 +87,7 @@ class Joint:
             deltas = [layer._modules["blocks"]._parameters["delta"] for layer in self.layers]
             token = _make_node(self, *deltas)
             if token.requires_grad:
-                self.begun = token.grad_fn, token, deltas
+                self.begun = token.grad_fn, token, [delta if delta.requires_grad else None for delta in deltas]
 
     def gradients(self, left: Left | None) -> list[Tensor | None]:
         """That of each linear, None where it left nothing; those made together are views of one tensor."""

@@ -273,6 +273,19 @@ def test_a_frozen_delta_has_no_gradient_and_may_have_again() -> None:
     check(model, expected)
 
 
+def test_a_delta_that_trains_since_the_decoder_layer_was_called() -> None:
+    """A linear may be called by itself, after a forward pass in which it was frozen."""
+    model = sparse()
+    k = model.layers[0].k
+    k.delta.requires_grad_(False)
+    model(batch())
+    k.delta.requires_grad_(True)
+    k(batch()).square().sum().backward()
+    alone = BlockSparseLinear.from_linear(Model().layers[0].k, blocks_of("k"), SIZE)
+    alone(batch()).square().sum().backward()
+    torch.testing.assert_close(k.delta.grad, alone.delta.grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_sums_are_in_fp32(dtype: torch.dtype) -> None:
     model = sparse(dtype)
