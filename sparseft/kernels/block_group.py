@@ -46,11 +46,13 @@ class BlockGroup:
     def gradients(self, grads: Sequence[Tensor], xs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Of each weight what `dispatch.blocks_gradient` gives, of operands (…, features); where it is one product,
         views of one tensor."""
-        grads, xs = list(map(reference.flat, grads)), list(map(reference.flat, xs))
         first = grads[0]
-        tokens, dtype, device = first.shape[0], first.dtype, first.device
+        dtype, device = first.dtype, first.device
+        before = [grad.shape[:-1] for grad in grads]
+        if before.count(before[0]) < len(before) and len({shape.numel() for shape in before}) > 1:
+            return self._one_by_one(grads, xs)
         for grad in grads:
-            if grad.shape[0] != tokens or grad.dtype != dtype or grad.device != device:
+            if grad.dtype != dtype or grad.device != device:
                 return self._one_by_one(grads, xs)
         kernel = dispatch.kernel_for(first)
         if kernel is not None and not (first.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -68,13 +70,13 @@ class BlockGroup:
 
     def _one_by_one(self, grads: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
         return [
-            dispatch.blocks_gradient(grad, x, rows, columns, self.size)
+            dispatch.blocks_gradient(reference.flat(grad), reference.flat(x), rows, columns, self.size)
             for grad, x, (rows, columns) in zip(grads, xs, self.places, strict=True)
         ]
 
     def _in_one(self, grads: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The block rows and columns as they are where the operands lie beside each other."""
-        widths = [(grad.shape[1], x.shape[1]) for grad, x in zip(grads, xs, strict=True)]
+        widths = [(grad.shape[-1], x.shape[-1]) for grad, x in zip(grads, xs, strict=True)]
         if self._joined is None or widths != self._widths:
             rows, columns, down, across = [], [], 0, 0
             for (row, column), (height, width) in zip(self.places, widths, strict=True):
