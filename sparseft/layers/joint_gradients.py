@@ -62,7 +62,7 @@ class Joint:
         self.node: Any = None
         self.token: Tensor | None = None
         self.deltas: list[Tensor] = []
-        self._plans: list[Blocks] = []
+        self._plans: tuple[Blocks, ...] = ()
         self._keys: list[int] = []
         self._group: BlockGroup | None = None
 
@@ -90,14 +90,14 @@ class Joint:
         if left is None:
             return found
         made = left.made
-        if left.places:
-            plans = left.plans
+        if left.uses:
+            places, plans, grads, xs = zip(*left.uses, strict=True)
             keys = list(map(id, plans))
             if keys != self._keys:
                 self._keys, self._plans = keys, plans  # held, so that no other gets the number of one
                 self._group = BlockGroup([(plan.rows, plan.columns) for plan in plans], plans[0].size)
             assert self._group is not None
-            made = [*zip(left.places, self._group.gradients(left.grads, left.xs), strict=True), *made]
+            made = [*zip(places, self._group.gradients(grads, xs), strict=True), *made]
         for place, gradient in made:
             before = found[place]  # a linear may be used twice
             found[place] = gradient if before is None else before + gradient

@@ -309,7 +309,7 @@ class SparseLinear(nn.Module):
             if joint is None or joint.node is None or joint.deltas[plan.place] is not delta:
                 y = plan.product(x, weight, bias, delta, plan.how)
             else:
-                y = plan.product(x, weight, bias, joint.token, plan.how, (joint.node, plan.place))
+                y = plan.product(x, weight, bias, joint.token, plan.how, joint.node, plan.place)
         else:
             y = dense_product(x, weight, bias, self.transposed)
         return y if self.merged else add_deltas(y, x, (pattern,))
