@@ -62,6 +62,7 @@ class BlockGroup:
                 self._launch = Launch(self.places, self.size)
             joint = self._launch.run(grads, xs)
         elif kernel is None and device.type == "cpu":
+            grads, xs = [*map(reference.flat, grads)], [*map(reference.flat, xs)]
             joint = reference.group_gradient(grads, xs, *self._in_one(grads, xs), self.size)
             joint = joint if joint.dtype == torch.float32 else joint.float()
         else:  # a captured launch reads its table later; and copies side by side are for small memories of fast access
@@ -76,7 +77,7 @@ class BlockGroup:
 
     def _in_one(self, grads: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The block rows and columns as they are where the operands lie beside each other."""
-        widths = [(grad.shape[-1], x.shape[-1]) for grad, x in zip(grads, xs, strict=True)]
+        widths = [(grad.shape[1], x.shape[1]) for grad, x in zip(grads, xs, strict=True)]
         if self._joined is None or widths != self._widths:
             rows, columns, down, across = [], [], 0, 0
             for (row, column), (height, width) in zip(self.places, widths, strict=True):

@@ -236,7 +236,7 @@ def blocks_gradient(grad_output: Tensor, x: Tensor, block_rows: Tensor, block_co
 def group_gradient(
     grads: Sequence[Tensor], xs: Sequence[Tensor], block_rows: Tensor, block_columns: Tensor, size: int
 ) -> Tensor:
-    """dW of the blocks (n, B, B) of several weights in `sum_dtype`, from grads (…, out) and xs (…, in) of as many tokens.
+    """dW of the blocks (n, B, B) of several weights in `sum_dtype`, from grads (tokens, out) and xs (tokens, in).
 
     `block_rows` and `block_columns` count on from weight to weight, as if their operands lay beside each other.
     """
@@ -245,13 +245,10 @@ def group_gradient(
 
 
 def _strips(matrices: Sequence[Tensor], places: Tensor, size: int) -> Tensor:
-    """Column blocks of matrices (…, features) that lie beside each other: (n, tokens, B)."""
-    shapes = [matrix.shape for matrix in matrices]
-    if len({shape[:-1] for shape in shapes}) > 1:
-        matrices = [*map(flat, matrices)]
-    if any(shape[-1] % size for shape in shapes):
-        matrices = [F.pad(matrix, (0, -matrix.shape[-1] % size)) for matrix in matrices]
-    joined = flat(torch.cat(matrices, -1))
+    """Column blocks of matrices (tokens, …) that lie beside each other: (n, tokens, B)."""
+    if any(matrix.shape[1] % size for matrix in matrices):
+        matrices = [F.pad(matrix, (0, -matrix.shape[1] % size)) for matrix in matrices]
+    joined = torch.cat(matrices, 1)
     return joined.view(len(joined), joined.shape[1] // size, size).transpose(0, 1).index_select(0, places)
 
 

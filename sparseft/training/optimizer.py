@@ -147,7 +147,7 @@ class _Plan:
         self.kernel_deltas = [parameters[place] for place in self.by_kernel]
         self.kernel_patterns = [self.patterns[place] for place in self.by_kernel]
         self.kernel_versions: list[int] = []  # of the deltas, after the last step: it left all as written
-        # Layers lie all over the memory: what is asked of each in each step costs more than all else.
+        # held, since layers lie all over the memory: to ask each of them in each step took as long as the update
         self.weight_places = [self.layers[place]().weight_place() for place in self.by_kernel]
         by_kernel = set(self.by_kernel)
         # by group: the places of those that torch's fused AdamW takes, and of those that it does not
@@ -235,8 +235,8 @@ class _Plan:
             table.run(own, numbers, found_inf, grad_scale)
         weights, self.weights = self.weights, []  # until the next step looks for them
         active = [grads[place] is not None for place in self.by_kernel]
-        # autograd must see what the kernel changed behind its back, so that it refuses stale graphs; deltas, as those of
-        # torch's fused steps, count no change: nobody has to be told that the weight holds them
+        # autograd must see that the kernel changed weights behind its back, so that it refuses stale graphs. Deltas
+        # count no change, as in torch's fused steps: so no pattern has to be told that the weight holds its delta.
         torch.autograd.graph.increment_version(weights if all(active) else [*compress(weights, active)])
         versions = [delta._version for delta in self.kernel_deltas]
         if versions != self.kernel_versions:
