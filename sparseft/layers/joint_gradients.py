@@ -65,7 +65,7 @@ class Joint:
         self.begun: tuple[Any, Tensor, list[Tensor | None]] | None = None
         self._fits = (-1, False)  # as of a count of `changes`
         # The last product, by its plans: held, so that no other gets the number of one.
-        self._group: tuple[list[int], list[Blocks], BlockGroup] | None = None
+        self._group: tuple[list[int], tuple[Blocks, ...], BlockGroup] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers}
@@ -95,14 +95,14 @@ class Joint:
         if left is None:
             return found
         made = left.made
-        if left.places:
-            plans = left.plans
+        if left.uses:
+            places, plans, grads, xs = zip(*left.uses, strict=True)
             keys = list(map(id, plans))
             group = self._group
             if group is None or group[0] != keys:
-                places = [(plan.rows, plan.columns) for plan in plans]
-                group = self._group = keys, plans, BlockGroup(places, plans[0].size)
-            made = [*zip(left.places, group[2].gradients(left.grads, left.xs), strict=True), *made]
+                where = [(plan.rows, plan.columns) for plan in plans]
+                group = self._group = keys, plans, BlockGroup(where, plans[0].size)
+            made = [*zip(places, group[2].gradients(grads, xs), strict=True), *made]
         for place, gradient in made:
             before = found[place]  # a linear may be used twice
             found[place] = gradient if before is None else before + gradient

@@ -138,9 +138,9 @@ class SparseLinear(nn.Module):
         """The weight as (out, in), in the order in which it is stored: a view, without gradient."""
         return logical_weight(self)
 
-    def weight_parameter(self) -> Tensor:
-        """The parameter whose storage the weight has; past `nn.Module.__getattr__`, as it is asked for in each step."""
-        return self._parameters["weight"]
+    def weight_place(self) -> tuple[dict[str, Any], str]:
+        """Where the parameter is held, and under which name, whose storage the weight has."""
+        return self._parameters, "weight"
 
     @property
     def is_permuted(self) -> bool:
@@ -310,7 +310,7 @@ class SparseLinear(nn.Module):
                 y = plan.product(x, weight, bias, delta, plan.how)
             else:
                 node, token, _ = begun
-                y = plan.product(x, weight, bias, token, plan.how, (node, plan.place))
+                y = plan.product(x, weight, bias, token, plan.how, node, plan.place)
         else:
             y = dense_product(x, weight, bias, self.transposed)
         return y if self.merged else add_deltas(y, x, (pattern,))
