@@ -30,6 +30,7 @@ from gpu_stages.runner import COLUMNS, Stage, in_child, run, table  # noqa: E402
 from gpu_stages.table import STAGES  # noqa: E402
 
 from sparseft.errors import UserError, nearest  # noqa: E402
+from sparseft.runs.folder import check_writable  # noqa: E402
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,6 +61,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
         raise UserError(f"--seconds {chosen.seconds:g}: expected more than 0.")
     if chosen.out.exists() and not chosen.out.is_dir():
         raise UserError(f"--out {chosen.out}: expected a folder, this is a file.")
+    check_writable(chosen.out, "--out")
     return chosen
 
 
@@ -124,8 +126,8 @@ def main(arguments: list[str]) -> int:
     try:
         chosen = options(arguments)
         about = facts(prepare(chosen.dry))
-        seconds = chosen.seconds - (time.monotonic() - start)
-        content = run(STAGES, chosen.out, seconds, facts=about, dry=chosen.dry, only=chosen.only)
+        spent = time.monotonic() - start
+        content = run(STAGES, chosen.out, chosen.seconds, spent=spent, facts=about, dry=chosen.dry, only=chosen.only)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -70,23 +70,28 @@ def run(
     seconds: float,
     *,
     facts: dict[str, Any],
+    spent: float = 0.0,
     dry: bool = False,
     only: Collection[str] = (),
     say: Callable[[str], None] = lambda text: print(text, flush=True),
 ) -> dict[str, Any]:
     """The session's content, as `session.json` has it.
 
-    only: the stages to run; of the others stays what the folder holds from before. Interrupted (Ctrl-C, SIGTERM),
+    spent: of the seconds, before the first stage. only: the stages to run; of the others stays what the folder holds
+    from before. UserError where the folder cannot be made. Interrupted (Ctrl-C, SIGTERM),
     leaves what there is and raises KeyboardInterrupt.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file system that lets nobody write asks for no permission
+        raise UserError(f"--out {folder}: the folder cannot be made: {error.strerror}.") from error
     session = Session(folder, facts | {"dry": dry, "seconds_allowed": seconds}, stages, {})
     if only:
         session.results |= _before(folder, dry)
     else:
         (folder / LOG).unlink(missing_ok=True)
     chosen = [stage for stage in stages if not only or stage.name in only]
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds - spent
     with _ending_by_signal():
         for position, stage in enumerate(chosen):
             try:
@@ -132,7 +137,9 @@ def _result(stage: Stage, session: Session, end: float, dry: bool, say: Callable
     if dry and stage.needs_cuda:
         return _entry(stage, SKIPPED, "needs CUDA")
     if left < LEAST:
-        return _entry(stage, SKIPPED, f"no time left of {session.facts['seconds_allowed']:g} s")
+        # A dry session is to show that everything works: without this stage it does not.
+        verdict = FAILED if dry else SKIPPED
+        return _entry(stage, verdict, f"no time left of {session.facts['seconds_allowed']:g} s")
     limit = min(stage.seconds * (DRY if dry else 1.0), left)
     say(f"{stage.name}: {stage.what} (at most {limit:.0f} s)")
     with tempfile.TemporaryDirectory(prefix="gpu-session-", ignore_cleanup_errors=True) as made:

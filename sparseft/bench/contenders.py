@@ -125,9 +125,9 @@ def contender(entry: str, weights: SharedWeights, config: RunConfig, own: Mappin
     shares = None if owns_weights(entry) else weights
     if name == FLOOR:
         return Contender(entry, model.requires_grad_(False).train(), None, 0, weights=shares)
-    model = attach(model, method_config(name, config, own)).train()
     if shares is not None:
         shares.claim(model)
+    model = attach(model, method_config(name, config, own)).train()
     parameters = list(trainable_parameters(model).values())
     optimizer: torch.optim.Optimizer
     if get_method(name).sparse:  # as training does

@@ -25,6 +25,7 @@ class SharedWeights:
     def __init__(self, base: nn.Module) -> None:
         self.base = base
         self.holder: nn.Module | None = None
+        self._written: list[SparseLinear] = []  # the layers whose deltas, and order, are in the weights
 
     def copy(self, *, own: bool = False) -> nn.Module:
         """A copy of the plain model with its storages, or with storages of its own.
@@ -41,21 +42,30 @@ class SharedWeights:
         return copy.deepcopy(self.base, dict(shared))
 
     def claim(self, model: nn.Module) -> None:
-        """Says that the copy `model` has just written into the weights: attaching may store them in another order."""
+        """Says that the copy `model` is going to write into the weights: attaching may store them in another order."""
+        self.give(None)
         self.holder = model
 
     def give(self, model: nn.Module | None) -> None:
-        """Lets the copy `model` step: its deltas are in the weights, nobody else's are. None: the plain model's."""
-        if model is self.holder:
+        """Lets the copy `model` step: its deltas are in the weights, nobody else's are. None: the plain model's.
+
+        Where that fails midway (memory may run out), nobody holds the weights, and the next call puts back what is
+        written until then.
+        """
+        if model is not None and model is self.holder:
             return
-        before, self.holder = self.holder, None
-        if before is not None:
-            for layer in sparse_layers(before).values():
-                layer.restore_base()
-                _reorder(layer, inverse(layer.row_permutation), inverse(layer.column_permutation))
+        if self.holder is not None:
+            self._written = list(sparse_layers(self.holder).values())
+        self.holder = None
+        while self._written:
+            layer = self._written[-1]
+            layer.restore_base()
+            _reorder(layer, inverse(layer.row_permutation), inverse(layer.column_permutation))
+            self._written.pop()
         if model is not None:
             for layer in sparse_layers(model).values():
                 _reorder(layer, layer.row_permutation, layer.column_permutation)
+                self._written.append(layer)
                 layer.write_back()
         self.holder = model
 
@@ -66,6 +76,8 @@ def _reorder(layer: SparseLinear, rows: Tensor | None, columns: Tensor | None) -
     optimizer know of where things lie is for its turn, and stays."""
     if rows is None and columns is None:
         return
-    for tensor in (layer.weight, layer.bias):
-        if tensor is not None:
-            tensor.data.copy_(permuted(tensor.data, rows, columns, transposed=layer.transposed))
+    tensors = [tensor.data for tensor in (layer.weight, layer.bias) if tensor is not None]
+    # All or nothing: memory may run out.
+    moved = [permuted(tensor, rows, columns, transposed=layer.transposed) for tensor in tensors]
+    for tensor, values in zip(tensors, moved, strict=True):
+        tensor.copy_(values)

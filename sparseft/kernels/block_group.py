@@ -46,11 +46,13 @@ class BlockGroup:
     def gradients(self, grads: Sequence[Tensor], xs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Of each weight what `dispatch.blocks_gradient` gives, of operands (…, features); where it is one product,
         views of one tensor."""
-        grads, xs = list(map(reference.flat, grads)), list(map(reference.flat, xs))
         first = grads[0]
-        tokens, dtype, device = first.shape[0], first.dtype, first.device
+        dtype, device = first.dtype, first.device
+        before = [grad.shape[:-1] for grad in grads]
+        if before.count(before[0]) < len(before) and len({shape.numel() for shape in before}) > 1:
+            return self._one_by_one(grads, xs)
         for grad in grads:
-            if grad.shape[0] != tokens or grad.dtype != dtype or grad.device != device:
+            if grad.dtype != dtype or grad.device != device:
                 return self._one_by_one(grads, xs)
         kernel = dispatch.kernel_for(first)
         if kernel is not None and not (first.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -60,6 +62,7 @@ class BlockGroup:
                 self._launch = Launch(self.places, self.size)
             joint = self._launch.run(grads, xs)
         elif kernel is None and device.type == "cpu":
+            grads, xs = [*map(reference.flat, grads)], [*map(reference.flat, xs)]
             joint = reference.group_gradient(grads, xs, *self._in_one(grads, xs), self.size)
             joint = joint if joint.dtype == torch.float32 else joint.float()
         else:  # a captured launch reads its table later; and copies side by side are for small memories of fast access
@@ -68,7 +71,7 @@ class BlockGroup:
 
     def _one_by_one(self, grads: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
         return [
-            dispatch.blocks_gradient(grad, x, rows, columns, self.size)
+            dispatch.blocks_gradient(reference.flat(grad), reference.flat(x), rows, columns, self.size)
             for grad, x, (rows, columns) in zip(grads, xs, self.places, strict=True)
         ]
 

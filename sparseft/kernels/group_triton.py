@@ -7,6 +7,9 @@ small one that is made again where one of them lies elsewhere than the last time
 
 from __future__ import annotations
 
+import array
+import functools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseft.kernels.blocks_triton import INTERPRETED, current, steps, tf32_allowed, tile_of
+from sparseft.kernels.reference import flat
 
-FIELDS = 9  # int64 numbers that describe the operands of one weight: `_describe`
+FIELDS = 9  # int64 numbers that describe the operands of one weight: their addresses, and `_layout`
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -77,17 +81,19 @@ def _group_kernel(
     tl.store(place + down[:, None] * SIZE + across[None, :], total, mask=inside)
 
 
-def _describe(grad_output: Tensor, x: Tensor) -> list[int]:
-    """The FIELDS of one weight's operands."""
-    addresses = (grad_output.data_ptr(), x.data_ptr())
-    return [*addresses, *grad_output.stride(), *x.stride(), len(x), grad_output.shape[1], x.shape[1]]
+def _layout(grad_output: Tensor, x: Tensor) -> tuple[int, ...]:
+    """The FIELDS of one weight's operands (tokens, …) that follow their two addresses."""
+    return (*grad_output.stride(), *x.stride(), x.shape[0], grad_output.shape[1], x.shape[1])
 
 
-def is_aligned(fields: Sequence[int]) -> bool:
-    grad_output, x, grad_token, grad_feature, x_token, x_feature, _, height, width = fields
-    return grad_feature == x_feature == 1 and not any(
-        number % 16 for number in (grad_output, x, grad_token, x_token, height, width)
-    )
+def _is_regular(layout: Sequence[int]) -> bool:
+    grad_token, grad_feature, x_token, x_feature, _, height, width = layout
+    return grad_feature == x_feature == 1 and not (grad_token | x_token | height | width) % 16
+
+
+def is_aligned(addresses: Sequence[int], regular: bool) -> bool:
+    """What the kernel calls ALIGNED; `regular`: all layouts are as it needs them."""
+    return regular and functools.reduce(operator.or_, addresses) % 16 == 0
 
 
 class Launch:
@@ -100,22 +106,29 @@ class Launch:
             for number, (rows, columns) in enumerate(places)
         ]
         self.blocks = torch.cat(numbered).to(torch.int32)
-        self._fields: list[list[int]] = []
+        self._count, self._device = len(self.blocks), self.blocks.device
+        self._shapes: list[torch.Size] = []  # of contiguous operands, by which their layouts are known
+        self._layouts: list[tuple[int, ...]] = []
+        self._addresses: list[int] = []
+        self._regular = self._aligned = False
         self._table: Tensor | None = None
-        self._aligned = False
 
     def run(self, grads: Sequence[Tensor], xs: Sequence[Tensor]) -> Tensor:
-        """All blocks (n, B, B) in fp32, from operands (tokens, …) of any strides, of one dtype on one device."""
-        dtype, device = grads[0].dtype, self.blocks.device
-        fields = [_describe(grad, x) for grad, x in zip(grads, xs, strict=True)]
-        if fields != self._fields:
-            self._fields, self._aligned = fields, all(is_aligned(line) for line in fields)
-            # From pinned memory, so that nothing waits for the device.
-            pinned = torch.tensor(fields, dtype=torch.int64, pin_memory=device.type == "cuda")
-            self._table = pinned.to(device, non_blocking=True)
+        """All blocks (n, B, B) in fp32, from operands (…, features) of any strides, of one dtype on one device."""
+        operands = [*grads, *xs]
+        if not all(map(Tensor.is_contiguous, operands)):
+            operands = [*map(flat, operands)]  # held until the launch is queued: it may have copied
+            self._shapes = []
+            self._take_layouts(operands)
+        elif (shapes := [operand.shape for operand in operands]) != self._shapes:
+            self._shapes = shapes
+            self._take_layouts([*map(flat, operands)])
+        addresses = [*map(Tensor.data_ptr, operands)]
+        if addresses != self._addresses:
+            self._send(addresses)
+        dtype, device, count = grads[0].dtype, self._device, self._count
         tile, chunk, warps, stages = tile_of(self.size, dtype)
-        tiles = triton.cdiv(self.size, tile)
-        count = len(self.blocks)
+        tiles = -(-self.size // tile)
         out = torch.empty(count, self.size, self.size, dtype=torch.float32, device=device)
         with current(device):
             _group_kernel[(count * tiles * tiles,)](
@@ -125,3 +138,20 @@ class Launch:
                 UPCAST=INTERPRETED and dtype == torch.bfloat16, num_warps=warps, num_stages=stages,
             )  # fmt: skip
         return out
+
+    def _take_layouts(self, operands: Sequence[Tensor]) -> None:
+        half = len(operands) // 2
+        self._layouts = [*map(_layout, operands[:half], operands[half:])]
+        self._regular = all(map(_is_regular, self._layouts))
+        self._addresses = []  # sent with layouts
+
+    def _send(self, addresses: list[int]) -> None:
+        self._addresses, self._aligned = addresses, is_aligned(addresses, self._regular)
+        fields = array.array("q")
+        half = len(addresses) // 2
+        for line in zip(addresses[:half], addresses[half:], self._layouts, strict=True):
+            fields.extend((line[0], line[1], *line[2]))
+        sent = torch.frombuffer(fields, dtype=torch.int64)  # which takes a fifth of torch.tensor's time
+        if self._device.type == "cuda":  # from pinned memory, so that nothing waits for the device
+            sent = sent.pin_memory().to(self._device, non_blocking=True)
+        self._table = sent

@@ -50,11 +50,10 @@ class ExpertLinear(SparseLinear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The expert's slice (out, in): a view of the 3-D parameter."""
-        return self.weight_parameter()[self.number]
+        return stack_parameter(self._experts[0], self.parameter)[self.number]
 
-    def weight_parameter(self) -> Tensor:
-        """The 3-D parameter, of all experts."""
-        return stack_parameter(self._experts[0], self.parameter)
+    def weight_place(self) -> tuple[dict[str, Any], str]:
+        return self._experts[0]._parameters, self.parameter
 
     @property
     def joins(self) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparseft.kernels.block_group import BlockGroup
+from sparseft.layers.pattern import changes
 from sparseft.layers.product import Blocks, Left, applied
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import decoder_layers
@@ -59,12 +60,12 @@ class Joint:
         self._forget()
 
     def _forget(self) -> None:
-        self.node: Any = None
-        self.token: Tensor | None = None
-        self.deltas: list[Tensor] = []
-        self._plans: list[Blocks] = []
-        self._keys: list[int] = []
-        self._group: BlockGroup | None = None
+        # Each of these is one value: threads may call the layers, or go back, at the same time.
+        # The last forward pass's node, its output, and by place the deltas that it gives gradients to.
+        self.begun: tuple[Any, Tensor, list[Tensor | None]] | None = None
+        self._fits = (-1, False)  # as of a count of `changes`
+        # The last product, by its plans: held, so that no other gets the number of one.
+        self._group: tuple[list[int], tuple[Blocks, ...], BlockGroup] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers}
@@ -77,12 +78,16 @@ class Joint:
         """A hook: a forward pass of the decoder layer begins."""
         if torch.compiler.is_compiling():
             return  # the compiler sees each linear on its own
-        self.node = self.token = None
-        if torch.is_grad_enabled():
-            self.deltas = [layer._modules["blocks"]._parameters["delta"] for layer in self.layers]
-            token = _make_node(self, *self.deltas)
+        self.begun = None
+        fits = self._fits
+        if fits[0] != changes.count:
+            count = changes.count  # before anything is read
+            fits = self._fits = (count, _fit(self.layers))
+        if fits[1] and torch.is_grad_enabled():
+            deltas = [layer._modules["blocks"]._parameters["delta"] for layer in self.layers]
+            token = _make_node(self, *deltas)
             if token.requires_grad:
-                self.token, self.node = token, token.grad_fn
+                self.begun = token.grad_fn, token, [delta if delta.requires_grad else None for delta in deltas]
 
     def gradients(self, left: Left | None) -> list[Tensor | None]:
         """That of each linear, None where it left nothing; those made together are views of one tensor."""
@@ -90,18 +95,32 @@ class Joint:
         if left is None:
             return found
         made = left.made
-        if left.places:
-            plans = left.plans
+        if left.uses:
+            places, plans, grads, xs = zip(*left.uses, strict=True)
             keys = list(map(id, plans))
-            if keys != self._keys:
-                self._keys, self._plans = keys, plans  # held, so that no other gets the number of one
-                self._group = BlockGroup([(plan.rows, plan.columns) for plan in plans], plans[0].size)
-            assert self._group is not None
-            made = [*zip(left.places, self._group.gradients(left.grads, left.xs), strict=True), *made]
+            group = self._group
+            if group is None or group[0] != keys:
+                where = [(plan.rows, plan.columns) for plan in plans]
+                group = self._group = keys, plans, BlockGroup(where, plans[0].size)
+            made = [*zip(places, group[2].gradients(grads, xs), strict=True), *made]
         for place, gradient in made:
             before = found[place]  # a linear may be used twice
             found[place] = gradient if before is None else before + gradient
         return found
+
+
+def _fit(layers: Sequence[SparseLinear]) -> bool:
+    """Whether all train nothing but blocks, of one size: after a layer is given others, `join` looks at the model anew,
+    but it may be called before. A delta that is computed is no parameter."""
+    return all(_trains_blocks(layer) for layer in layers) and len({_size(layer) for layer in layers}) == 1
+
+
+def _trains_blocks(layer: SparseLinear) -> bool:
+    return layer.joins and list(layer.patterns) == ["blocks"] and "delta" in layer.patterns["blocks"]._parameters
+
+
+def _size(layer: SparseLinear) -> int | None:
+    return layer.patterns["blocks"].block_size
 
 
 def join(model: nn.Module) -> None:
@@ -114,10 +133,10 @@ def join(model: nn.Module) -> None:
     if getattr(model, "config", None) is None:
         return
     for module in decoder_layers(model)[1]:
-        by_size: dict[int, list[SparseLinear]] = defaultdict(list)
+        by_size: dict[int | None, list[SparseLinear]] = defaultdict(list)
         for layer in module.modules():
-            if isinstance(layer, SparseLinear) and layer.joins and list(layer.patterns) == ["blocks"]:
-                by_size[layer.patterns["blocks"].block_size].append(layer)
+            if isinstance(layer, SparseLinear) and _trains_blocks(layer):
+                by_size[_size(layer)].append(layer)
         for layers in by_size.values():
             if len(layers) > 1:
                 module.register_forward_pre_hook(Joint(layers).begin)

@@ -101,15 +101,15 @@ class ColumnsProduct(torch.autograd.Function):
 class BlocksProduct(torch.autograd.Function):
     """As `RowsProduct` for blocks, delta (n, B, B).
 
-    With a `ticket`, a node of `layers/joint_gradients.py` and the linear's place there, the gradient is made by that
-    node, and what is taken in place of the delta has none.
+    With a node of `layers/joint_gradients.py`, where the linear has its place, the gradient is made by that node, and
+    what is taken in place of the delta has none.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, delta, plan, ticket=None):
+    def forward(ctx, x, weight, bias, delta, plan, node=None, place=0):
         y = dense_product(x, weight, bias, plan.transposed)
         ctx.save_for_backward(weight, x if plan.needed is None else plan.take(x, plan.needed, plan.size, y.dtype))
-        ctx.plan, ctx.ticket = plan, ticket
+        ctx.plan, ctx.node, ctx.place = plan, node, place
         return y
 
     @staticmethod
@@ -118,19 +118,15 @@ class BlocksProduct(torch.autograd.Function):
         weight, x = ctx.saved_tensors
         plan = ctx.plan
         grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, plan.transposed)
-        if ctx.ticket is None:
-            return grad_x, None, bias_grad, _blocks_gradient(grad_output, x, plan), None, None
-        node, place = ctx.ticket
-        left = left_at(node)
+        if ctx.node is None:
+            return grad_x, None, bias_grad, _blocks_gradient(grad_output, x, plan), None, None, None
+        left = left_at(ctx.node)
         if left is not None:
             if grad_output.numel() < plan.joint_tokens * grad_output.shape[-1]:
-                left.places.append(place)
-                left.plans.append(plan)
-                left.grads.append(grad_output)
-                left.xs.append(x if x.dtype == grad_output.dtype else x.to(grad_output.dtype))
+                left.uses.append((ctx.place, plan, grad_output, as_dtype(x, grad_output.dtype)))
             else:
-                left.made.append((place, _blocks_gradient(grad_output, x, plan)))
-        return grad_x, None, bias_grad, None, None, None
+                left.made.append((ctx.place, _blocks_gradient(grad_output, x, plan)))
+        return grad_x, None, bias_grad, None, None, None, None
 
 
 class PatternsProduct(torch.autograd.Function):
@@ -165,17 +161,14 @@ class PatternsProduct(torch.autograd.Function):
 
 
 class Left:
-    """What uses of linears leave for their gradients: by use the linear's place and plan, grad_output (…, out), and x
-    (…, in) or its slice, of one dtype. `made` are gradients (n, B, B) by place, of operands that are too large to be
-    kept until those of other linears are there."""
+    """What uses of linears leave for their gradients: the linear's place and plan, grad_output (…, out), and x (…, in)
+    or its slice, of one dtype. `made` are gradients (n, B, B) by place, of operands that are too large to be kept until
+    those of other linears are there."""
 
-    __slots__ = ("grads", "made", "places", "plans", "xs")
+    __slots__ = ("made", "uses")
 
     def __init__(self) -> None:
-        self.places: list[int] = []
-        self.plans: list[Blocks] = []
-        self.grads: list[Tensor] = []
-        self.xs: list[Tensor] = []
+        self.uses: list[tuple[int, Blocks, Tensor, Tensor]] = []
         self.made: list[tuple[int, Tensor]] = []
 
 
@@ -247,7 +240,12 @@ def slice_of(
     dtype: torch.dtype,
 ) -> Tensor:
     """The needed column blocks of x, in storage of their own: (tokens, k · size)."""
-    return as_dtype(reference.to_blocks(flat(x), size).index_select(1, needed).flatten(1), dtype)
+    features = x.shape[-1]
+    if features % size == 0 and x.numel():  # no -1 without a token
+        blocks = x.reshape(-1, features // size, size)
+    else:
+        blocks = reference.to_blocks(flat(x), size)
+    return as_dtype(blocks.index_select(1, needed).flatten(1), dtype)
 
 
 class SharedSlice:

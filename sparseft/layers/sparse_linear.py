@@ -138,9 +138,9 @@ class SparseLinear(nn.Module):
         """The weight as (out, in), in the order in which it is stored: a view, without gradient."""
         return logical_weight(self)
 
-    def weight_parameter(self) -> Tensor:
-        """The parameter whose storage the weight has; past `nn.Module.__getattr__`, as it is asked for in each step."""
-        return self._parameters["weight"]
+    def weight_place(self) -> tuple[dict[str, Any], str]:
+        """Where the parameter is held, and under which name, whose storage the weight has."""
+        return self._parameters, "weight"
 
     @property
     def is_permuted(self) -> bool:
@@ -305,11 +305,12 @@ class SparseLinear(nn.Module):
         else:
             weight, bias = self.weight, self.bias
         if torch.is_grad_enabled() and delta.requires_grad:
-            joint = plan.joint
-            if joint is None or joint.node is None or joint.deltas[plan.place] is not delta:
+            begun = None if plan.joint is None else plan.joint.begun
+            if begun is None or begun[2][plan.place] is not delta:
                 y = plan.product(x, weight, bias, delta, plan.how)
             else:
-                y = plan.product(x, weight, bias, joint.token, plan.how, (joint.node, plan.place))
+                node, token, _ = begun
+                y = plan.product(x, weight, bias, token, plan.how, node, plan.place)
         else:
             y = dense_product(x, weight, bias, self.transposed)
         return y if self.merged else add_deltas(y, x, (pattern,))

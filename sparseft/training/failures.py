@@ -122,8 +122,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _without_kernel(refusal: BaseException, memory: MemoryAdvice) -> str:
     """What does without the kernel that was refused, or makes it smaller: by whose it is, as the traceback tells."""
     modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(refusal.__traceback__)}
-    if "sparseft.kernels.blocks_triton" in modules:
+    if modules & {"sparseft.kernels.blocks_triton", "sparseft.kernels.group_triton"}:
         return "a smaller method.block_size needs less, and SPARSEFT_KERNELS=reference in the environment does without"
+    if "sparseft.kernels.experts_triton" in modules:
+        return "SPARSEFT_KERNELS=reference in the environment does without it"
     if "sparseft.kernels.adamw_triton" in modules:
         return "another trainer.optimizer does without it"
     return (

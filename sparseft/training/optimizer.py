@@ -120,7 +120,8 @@ class SparseAdamW(WritesWeights, torch.optim.AdamW):
 class _Plan:
     """How the parameters are updated, and by what one sees that it has to be made anew.
 
-    Holds no layer, and between steps no weight, so that models die when their last user forgets them.
+    Holds no layer, and lets go of where weights are held when a layer dies, so that models die when their last user
+    forgets them.
     """
 
     def __init__(self, optimizer: SparseAdamW, parameters: list[Tensor]) -> None:
@@ -134,7 +135,8 @@ class _Plan:
         sites = layers_of(parameters)
         found = [(place, *sites[id(parameter)]) for place, parameter in enumerate(parameters) if id(parameter) in sites]
         # alive as long as `changes` stands still
-        self.layers: dict[int, Callable[[], Any]] = {place: weakref.ref(layer) for place, layer, _ in found}
+        forget = functools.partial(_forget_weights, weakref.ref(self))
+        self.layers: dict[int, Callable[[], Any]] = {place: weakref.ref(layer, forget) for place, layer, _ in found}
         self.patterns: dict[int, Callable[[], Any]] = {place: weakref.ref(pattern) for place, _, pattern in found}
         self.tables: list[tuple[Table, list[int]]] = []
         devices = optimizer.kernel_devices
@@ -143,9 +145,10 @@ class _Plan:
             self._make_tables(candidates)
         self.by_kernel = [place for _, places in self.tables for place in places]
         self.kernel_deltas = [parameters[place] for place in self.by_kernel]
-        self.kernel_layers = [self.layers[place] for place in self.by_kernel]
         self.kernel_patterns = [self.patterns[place] for place in self.by_kernel]
-        self.kernel_versions: list[int] = []  # of deltas that were as written, after the last step
+        self.kernel_versions: list[int] = []  # of the deltas, after the last step: it left all as written
+        # held, since layers lie all over the memory: to ask each of them in each step took as long as the update
+        self.weight_places = [self.layers[place]().weight_place() for place in self.by_kernel]
         by_kernel = set(self.by_kernel)
         # by group: the places of those that torch's fused AdamW takes, and of those that it does not
         self.by_torch: list[tuple[list[int], list[int]]] = [([], []) for _ in self.sizes]
@@ -155,7 +158,7 @@ class _Plan:
                 state["step"] = state["step"].to(parameter.device if fuses else "cpu")
                 self.by_torch[self.groups[place]][0 if fuses else 1].append(place)
         self.written = [place for place in self.layers if place not in by_kernel]
-        self.state_ids = [id(state) for state in optimizer.state.values()]
+        self.state_ids = [*map(id, optimizer.state.values())]
         self.seen = self._look()
 
     def _make_tables(self, candidates: Sequence[int]) -> None:
@@ -181,12 +184,12 @@ class _Plan:
 
     def _look(self) -> list[Any]:
         """What may change without a layer's, or the optimizer's, knowing: where tensors lie, and their layout."""
-        self.weights: list[Tensor] = [ref().weight_parameter() for ref in self.kernel_layers]
+        self.weights: list[Tensor] = [held[name] for held, name in self.weight_places]
         tensors = [*self.parameters, *self.weights, *chain.from_iterable(map(_state_tensors, self.held))]
         return [
             [*map(Tensor.data_ptr, tensors)],
-            [parameter.is_contiguous() for parameter in self.parameters],
-            [weight.stride() for weight in self.weights],
+            [*map(Tensor.is_contiguous, self.parameters)],
+            [*map(Tensor.stride, self.weights)],
         ]
 
     def holds(self, optimizer: SparseAdamW, parameters: list[Tensor], grads: Gradients) -> bool:
@@ -195,7 +198,7 @@ class _Plan:
             self.changes == changes.count
             and self.sizes == [len(group["params"]) for group in optimizer.param_groups]
             and all(map(operator.is_, parameters, self.parameters))
-            and self.state_ids == [id(state) for state in optimizer.state.values()]
+            and self.state_ids == [*map(id, optimizer.state.values())]
             and all(self.held)
             and all(grads[place] is None for place in self.fresh)
             and self.seen == self._look()
@@ -230,16 +233,16 @@ class _Plan:
                 # The copies live until the launch is queued: the allocator keeps streams in order.
                 own = [None if grad is None else grad.float().contiguous() for grad in own]
             table.run(own, numbers, found_inf, grad_scale)
-        deltas, weights, patterns = self.kernel_deltas, self.weights, self.kernel_patterns
-        self.weights = []  # until the next step looks for them
+        weights, self.weights = self.weights, []  # until the next step looks for them
         active = [grads[place] is not None for place in self.by_kernel]
-        if not all(active):
-            deltas, weights, patterns = (list(compress(each, active)) for each in (deltas, weights, patterns))
-        # autograd must see what the kernel changed behind its back, so that it refuses stale graphs
-        torch.autograd.graph.increment_version(deltas + weights)
-        for delta, pattern in zip(deltas, patterns, strict=True):
-            pattern().wrote(delta._version)
-        self.kernel_versions = [delta._version for delta in self.kernel_deltas]
+        # autograd must see that the kernel changed weights behind its back, so that it refuses stale graphs. Deltas
+        # count no change, as in torch's fused steps: so no pattern has to be told that the weight holds its delta.
+        torch.autograd.graph.increment_version(weights if all(active) else [*compress(weights, active)])
+        versions = [delta._version for delta in self.kernel_deltas]
+        if versions != self.kernel_versions:
+            for pattern, version in compress(zip(self.kernel_patterns, versions, strict=True), active):
+                pattern().wrote(version)
+            self.kernel_versions = versions
 
     def step_by_torch(self, groups: Groups, grads: Gradients, found_inf: Flag, grad_scale: Flag) -> None:
         """Updates the others by torch's own AdamW, by its fused kind where it can be, and writes their layers."""
@@ -287,6 +290,12 @@ class _Plan:
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _forget_weights(plan: Callable[[], _Plan | None], _: Any) -> None:
+    """A layer died."""
+    if (found := plan()) is not None:
+        found.weight_places = []
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from sparseft.bench import contenders, targets, timing, train
+from sparseft.bench import contenders, sharing, targets, timing, train
 from sparseft.bench.contenders import Contender, contender, loss_of, measure_memory, step
 from sparseft.bench.models import random_llama
 from sparseft.bench.sharing import SharedWeights
 from sparseft.compose.run_config import compose
-from sparseft.layers import sparse_layers
+from sparseft.layers import SparseLinear, sparse_layers
 from sparseft.memory import tensor_bytes
 from support.running import sparseft
 
@@ -235,3 +236,51 @@ def test_a_failed_step_leaves_nothing_in_the_weights() -> None:
     sylva.free()
     assert same(bits(base), before) and torch.equal(loss_of(floor, batch(0)), expected)
     assert contenders.owns_weights("full") and not contenders.owns_weights("floor")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(sharing, "_reorder"), (SparseLinear, "write_back")], ids=["order", "deltas"]
+)
+def test_a_turn_that_cannot_begin_leaves_nothing_in_the_weights(
+    module: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_model()
+    before = copy.deepcopy(bits(base))
+    weights = SharedWeights(base)
+    one = made("s2ft permuted", weights)
+    step(one, batch(0))
+    weights.give(None)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, ending(getattr(module, name), calls=6))
+        with pytest.raises(torch.OutOfMemoryError):
+            one.take_turn()
+    assert not same(bits(base), before)
+    weights.give(None)
+    assert same(bits(base), before)
+    one.take_turn()  # it may begin another time
+    assert weights.holder is one.model and not same(bits(base), before)
+
+
+def test_a_contender_that_cannot_be_attached_leaves_the_weights_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_model()
+    before = copy.deepcopy(bits(base))
+    weights = SharedWeights(base)
+    with monkeypatch.context() as patched:
+        patched.setattr(SparseLinear, "permute", ending(SparseLinear.permute, calls=4))
+        with pytest.raises(torch.OutOfMemoryError):
+            made("s2ft permuted", weights)
+    assert not same(bits(base), before)
+    weights.give(None)
+    assert same(bits(base), before)
+
+
+def ending(function: Callable[..., Any], calls: int) -> Callable[..., Any]:
+    """The function until its call number `calls`, for which memory runs out."""
+    count = itertools.count(1)
+
+    def run(*args: Any, **options: Any) -> Any:
+        if next(count) == calls:
+            raise torch.OutOfMemoryError("no memory")
+        return function(*args, **options)
+
+    return run

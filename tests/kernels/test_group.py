@@ -67,7 +67,7 @@ def test_operands_that_move_and_change_their_strides(way: str, monkeypatch: pyte
     """Aligned or not, in three dimensions, expanded, slices of x; the table follows."""
     made: list[Any] = []
     real = group_triton.is_aligned
-    monkeypatch.setattr(group_triton, "is_aligned", lambda fields: made.append(real(fields)) or made[-1])
+    monkeypatch.setattr(group_triton, "is_aligned", lambda *given: made.append(real(*given)) or made[-1])
     shapes = [(32, 16), (16, 32)]
     group, indices = group_of(shapes, 16)
     plain = [operands(30, shape) for shape in shapes]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,12 +16,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import sparseft
 from sparseft.kernels import dispatch
 from sparseft.kernels.block_group import BlockGroup
 from sparseft.layers import BlockSparseLinear, SparseLinear, restore, share_inputs, sparse_layers
+from sparseft.layers.pattern import Pattern
 
 SIZE, HIDDEN, INNER = 4, 16, 24
 
@@ -268,6 +273,19 @@ def test_a_frozen_delta_has_no_gradient_and_may_have_again() -> None:
     check(model, expected)
 
 
+def test_a_delta_that_trains_since_the_decoder_layer_was_called() -> None:
+    """A linear may be called by itself, after a forward pass in which it was frozen."""
+    model = sparse()
+    k = model.layers[0].k
+    k.delta.requires_grad_(False)
+    model(batch())
+    k.delta.requires_grad_(True)
+    k(batch()).square().sum().backward()
+    alone = BlockSparseLinear.from_linear(Model().layers[0].k, blocks_of("k"), SIZE)
+    alone(batch()).square().sum().backward()
+    torch.testing.assert_close(k.delta.grad, alone.delta.grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_sums_are_in_fp32(dtype: torch.dtype) -> None:
     model = sparse(dtype)
@@ -345,6 +363,72 @@ def test_what_trains_is_looked_at_anew(products: list[int]) -> None:
     restore(model, merged=False)
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not any(isinstance(module, SparseLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("what", ["nothing", "rows", "blocks of another size", "a computed delta"])
+def test_a_layer_that_trains_something_else_before_it_is_looked_at(what: str) -> None:
+    model = sparse()
+    model(batch())
+    q = model.layers[0].q
+    if what == "a computed delta":
+        parametrize.register_parametrization(q.blocks, "delta", nn.Identity())
+        q.add_pattern("rows", [1])
+    else:
+        patterns = {
+            "rows": {"kind": "rows", "index": torch.tensor([1])},
+            "blocks of another size": {"kind": "blocks", "index": torch.tensor([[0, 0]]), "block_size": 8},
+        }
+        made = Pattern(weight=q.logical_weight, **patterns[what]) if what in patterns else None
+        q.install({} if made is None else {made.kind: made})
+    model(batch()).square().sum().backward()
+    for name, expected in dense(batch()).items():
+        if name != "layers.0.q":
+            torch.testing.assert_close(model.get_submodule(name).delta.grad, expected, rtol=1e-4, atol=1e-4)
+    parts = q.patterns.values()
+    grads = [p.parametrizations.delta.original.grad if hasattr(p, "parametrizations") else p.delta.grad for p in parts]
+    assert len(grads) == (0 if what == "nothing" else 2 if what == "a computed delta" else 1)
+    assert all(grad.any() for grad in grads)
+
+
+def test_threads_go_forward_and_back_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with a graph of its own, of one decoder layer whose linears they use differently."""
+    model = sparse()
+    begin = BlockGroup.__init__
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.001)  # lets another thread run
+        begin(*args)
+
+    monkeypatch.setattr(BlockGroup, "__init__", slow)
+    uses = ["qkm", "km", "mq", "q"]
+    failed: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            for step in range(40):
+                model(batch(40 * number + step), uses[(number + step) % 4]).square().sum().backward()
+        except BaseException as error:
+            failed.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed
+    total: dict[str, Tensor] = {}
+    for number in range(4):
+        for step in range(40):
+            for name, gradient in dense(batch(40 * number + step), use=uses[(number + step) % 4]).items():
+                total[name] = total[name] + gradient if name in total else gradient
+    for name, expected in total.items():
+        found = model.get_submodule(name).delta.grad
+        assert (found - expected).norm() <= 1e-4 * expected.norm(), name
 
 
 def test_a_compiled_decoder_layer() -> None:

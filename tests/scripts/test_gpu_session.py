@@ -138,7 +138,7 @@ def test_after_each_stage_all_that_is_known_is_there(run: Any, tmp_path: Path) -
     assert "| stage | what | expected | found | verdict |" in text and "|  | time |  | 2.5 ms |  |" in text
 
 
-def test_no_stage_starts_when_the_time_is_spent(run: Any, runner: Any) -> None:
+def test_no_stage_starts_when_the_time_is_spent(run: Any, runner: Any, session: Any) -> None:
     def slow(found: Any) -> None:
         time.sleep(100)
 
@@ -146,6 +146,9 @@ def test_no_stage_starts_when_the_time_is_spent(run: Any, runner: Any) -> None:
     assert stages["slow"]["reason"].startswith("did not end within")  # it had what was left
     assert stages["late"]["verdict"] == "skipped"
     assert stages["late"]["reason"] == f"no time left of {runner.LEAST + 0.5:g} s"
+    dry = run({"late": fine}, seconds=60, spent=61, dry=True)
+    assert dry["seconds_allowed"] == 60 and dry["stages"]["late"]["reason"] == "no time left of 60 s"
+    assert session.code(dry | {"stages": list(dry["stages"].values())}, (), []) == 1  # it has shown nothing
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -214,11 +217,17 @@ def test_some_stages_again(run: Any, runner: Any, tmp_path: Path) -> None:
         (["--out", "x", "--seconds", "soon"], "argument --seconds: invalid float value: 'soon'."),
         ([], "the following arguments are required: --out."),
         (["--out", __file__], f"--out {__file__}: expected a folder, this is a file."),
+        (["--out", f"{__file__}/x"], f"cannot write to --out '{__file__}/x': Not a directory, '{__file__}' is a file."),
     ],
 )
 def test_wrong_options(session: Any, words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
     assert session.main(words) == 2
     assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_a_folder_that_cannot_be_made(run: Any, runner: Any) -> None:
+    with pytest.raises(UserError, match=r"^--out /proc/session: the folder cannot be made: "):
+        runner.run((), Path("/proc/session"), 60, facts={})
 
 
 def test_the_stages_fit_into_a_session(session: Any) -> None:

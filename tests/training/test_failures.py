@@ -300,6 +300,9 @@ def refused_by_triton(module: str) -> BaseException:
     [
         ("sparseft.kernels.blocks_triton", "a smaller method.block_size needs less, and SPARSEFT_KERNELS=reference in "
          "the environment does without"),
+        ("sparseft.kernels.group_triton", "a smaller method.block_size needs less, and SPARSEFT_KERNELS=reference in "
+         "the environment does without"),
+        ("sparseft.kernels.experts_triton", "SPARSEFT_KERNELS=reference in the environment does without it"),
         ("sparseft.kernels.adamw_triton", "another trainer.optimizer does without it"),
         ("torch._inductor.runtime", "it is none of sparseft's, so try without what may have brought it "
          "(trainer.compile=none, model.attn_implementation=sdpa), or with other shapes: trainer.batch_size=2 "

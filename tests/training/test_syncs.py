@@ -14,6 +14,7 @@ from torch.utils.data import dataloader
 from sparseft.adapters.lifecycle import attach
 from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.data.packing import Collator, PackedDataset
+from sparseft.kernels import reference
 from sparseft.methods import get_method
 from sparseft.training.arguments import training_arguments
 from sparseft.training.trainer import Trainer, train
@@ -48,7 +49,7 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     return attach(model, get_method(method)(**settings))
 
 
-def trainer_on(kind: str, rows: str, run: Path, device: torch.device, **settings: Any) -> Trainer:
+def trainer_on(model: Any, rows: str, run: Path, device: torch.device, **settings: Any) -> Trainer:
     data: Any = examples(64)
     if rows == "packed":
         data = PackedDataset(data, 32)
@@ -59,7 +60,7 @@ def trainer_on(kind: str, rows: str, run: Path, device: torch.device, **settings
     hardware = HardwareConfig(device=device.type)
     arguments = training_arguments(config, hardware, seed=0, device=device, total_steps=STEPS)
     return Trainer(
-        model_of(kind).to(device), arguments, run=run, train_dataset=data, eval_dataset=None,
+        model.to(device), arguments, run=run, train_dataset=data, eval_dataset=None,
         data_collator=Collator(0), processing_class=None,
     )  # fmt: skip
 
@@ -106,10 +107,37 @@ def audit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Audit]:
     ("kind", "rows"), [*((kind, "packed") for kind in KINDS), ("s2ft", "single"), ("lora", "padded")]
 )
 def test_no_step_waits_for_the_device(kind: str, rows: str, audit: Audit, tmp_path: Path) -> None:
-    trainer = trainer_on(kind, rows, tmp_path, torch.device("cpu"))
+    trainer = trainer_on(model_of(kind), rows, tmp_path, torch.device("cpu"))
     trainer.add_callback(Between(audit.start, audit.stop))
     done = train(trainer, None, STEPS)
     assert audit.found == []
+    assert done.step == STEPS and done.bad == 0
+
+
+@pytest.mark.parametrize(("method", "settings"), [("sylva", {"block_size": 8}), ("s2ft", {"roles": ["up", "down"]})])
+def test_no_step_of_experts_waits_for_the_device(
+    method: str, settings: dict[str, Any], audit: Audit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for plain torch's product of the experts' gradients, which a kernel does on GPUs."""
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
+    model = attach(plain, get_method(method)(sparsity=0.8, importance="random", **settings))
+    product, calls = reference.experts_gradient, []
+
+    def by_a_kernel(*operands: Any) -> Any:
+        calls.append(operands)
+        with audit.suspended():
+            return product(*operands)
+
+    monkeypatch.setattr(reference, "experts_gradient", by_a_kernel)
+    trainer = trainer_on(model, "padded", tmp_path, torch.device("cpu"))
+    trainer.add_callback(Between(audit.start, audit.stop))
+    done = train(trainer, None, STEPS)
+    assert audit.found == [] and calls
     assert done.step == STEPS and done.bad == 0
 
 
@@ -156,7 +184,7 @@ class Reads(torch.autograd.Function):
 
 def test_an_optimizer_without_the_flag_is_waited_for(audit: Audit, tmp_path: Path) -> None:
     """What makes the audit of a whole run fail."""
-    trainer = trainer_on("s2ft", "packed", tmp_path, torch.device("cpu"), optimizer="sgd")
+    trainer = trainer_on(model_of("s2ft"), "packed", tmp_path, torch.device("cpu"), optimizer="sgd")
     trainer.add_callback(Between(audit.start, audit.stop))
     train(trainer, None, STEPS)
     assert set(audit.found) == {"a verdict of the step that is under way in training/test_syncs.py:reading"}
@@ -166,7 +194,7 @@ def test_an_optimizer_without_the_flag_is_waited_for(audit: Audit, tmp_path: Pat
 @pytest.mark.parametrize("rows", ["single", "padded", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_step_waits_for_the_gpu(kind: str, rows: str, tmp_path: Path) -> None:
-    trainer = trainer_on(kind, rows, tmp_path, torch.device("cuda"))
+    trainer = trainer_on(model_of(kind), rows, tmp_path, torch.device("cuda"))
     mode = torch.cuda.set_sync_debug_mode
     trainer.add_callback(Between(lambda: mode("error"), lambda: mode("default")))
     try:
