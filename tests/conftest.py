@@ -5,7 +5,9 @@ The environment is set here, before any test module imports torch, triton or tra
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+_imported = 0  # modules when the collector was last told to leave out what is there
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leaves the libraries out of garbage collection: each pass over their million objects takes half a second, and
+    every run of training asks for one. Cycles made later are collected as ever."""
+    global _imported
+    if len(sys.modules) > _imported + 300:
+        _imported = len(sys.modules)
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture
