@@ -41,8 +41,14 @@ hypothesis.settings.register_profile("fuzz", deadline=None)
 hypothesis.settings.load_profile("fuzz" if os.environ.get("SPARSEFT_FUZZ") == "1" else "steady")
 
 
+LONG = ["processes", "bench", "training", "importance"]  # folders whose files take a minute and more, longest first
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` without a CUDA device; with SPARSEFT_REQUIRE_GPU=1 they run, and so fail, instead."""
+    """Puts the files that take long first, as pytest-xdist hands them out in this order: else one ends alone.
+
+    Skips tests marked `gpu` without a CUDA device; with SPARSEFT_REQUIRE_GPU=1 they run, and so fail, instead."""
+    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked or os.environ.get("SPARSEFT_REQUIRE_GPU") == "1":
         return
