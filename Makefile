@@ -15,6 +15,8 @@ LOWEST := .venv-lowest
 LOWEST_TESTS := tests/test_patches.py tests/contract tests/kernels tests/adapters tests/layers tests/models tests/training \
 	tests/evaluation tests/cli tests/processes/test_distributed.py tests/processes/test_sharding.py
 OFFLINE := HF_HUB_OFFLINE=1
+# files in the order that tests/conftest.py gives them: the long ones first, so that both processes end together
+DIST := --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 .PHONY: help
@@ -29,11 +31,11 @@ quickstart: $(STAMP) ## fine-tune the bundled model offline: preprocess, train, 
 
 .PHONY: test
 test: $(STAMP) ## every test that a CPU can run in minutes
-	@$(OFFLINE) $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+	@$(OFFLINE) $(PY) -m pytest -q -n 2 $(DIST) -m "not slow and not gpu" $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## the tests that take longer
-	@$(OFFLINE) $(PY) -m pytest -q -n 2 --dist loadfile -m "slow and not gpu" $(ARGS)
+	@$(OFFLINE) $(PY) -m pytest -q -n 2 $(DIST) -m "slow and not gpu" $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(STAMP) ## the tests that need a CUDA device; fails where there is none
@@ -41,7 +43,7 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device; fails where there is no
 
 .PHONY: test-lowest
 test-lowest: $(LOWEST)/.installed ## the tests that touch other libraries, at the lowest versions that pyproject.toml allows
-	@$(OFFLINE) $(LOWEST)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" $(LOWEST_TESTS) $(ARGS)
+	@$(OFFLINE) $(LOWEST)/bin/python -m pytest -q -n 2 $(DIST) -m "not slow and not gpu" $(LOWEST_TESTS) $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## check style, formatting and which way imports point, change nothing

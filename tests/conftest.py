@@ -5,7 +5,9 @@ The environment is set here, before any test module imports torch, triton or tra
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,14 @@ hypothesis.settings.register_profile("fuzz", deadline=None)
 hypothesis.settings.load_profile("fuzz" if os.environ.get("SPARSEFT_FUZZ") == "1" else "steady")
 
 
+LONG = ["processes", "bench", "training", "importance"]  # folders whose files take a minute and more, longest first
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` without a CUDA device; with SPARSEFT_REQUIRE_GPU=1 they run, and so fail, instead."""
+    """Puts the files that take long first, as pytest-xdist hands them out in this order: else one ends alone.
+
+    Skips tests marked `gpu` without a CUDA device; with SPARSEFT_REQUIRE_GPU=1 they run, and so fail, instead."""
+    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked or os.environ.get("SPARSEFT_REQUIRE_GPU") == "1":
         return
@@ -49,6 +57,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+_imported = 0  # modules when the collector was last told to leave out what is there
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leaves the libraries out of garbage collection: each pass over their million objects takes half a second, and
+    every run of training asks for one. Cycles made later are collected as ever."""
+    global _imported
+    if len(sys.modules) > _imported + 300:
+        _imported = len(sys.modules)
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

@@ -144,7 +144,9 @@ SLOW = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_preprocess_goes_on_after_a_signal(
     tmp_path: Path, model_folder: Any, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,8 +184,11 @@ def test_preprocess_goes_on_after_a_signal(
 # -- ranks ------------------------------------------------------------------------------------------------------------
 
 
-def worker(rank: int, world: int, port: int, folder: str, importance: str, count: int) -> None:
-    """One gloo process: its selection and its scores, written to a file."""
+RANKED = [("sylva", COUNT), ("sylva", 1), ("fisher", COUNT)]
+
+
+def worker(rank: int, world: int, port: int, folder: str) -> None:
+    """One gloo process: its selections and its scores, written to files."""
     import torch.distributed as dist
 
     from support.models import build_model
@@ -192,26 +197,28 @@ def worker(rank: int, world: int, port: int, folder: str, importance: str, count
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        model, partial = build_model("llama"), Path(folder) / "key.partial"
-        config = SylvaConfig(sparsity=0.9, block_size=8, importance=importance)
-        seen: list[int] = []
-        selection = compute_selection(model, config, samples(count), progress=seen.append, resume=partial)
-        found = scored(model, importance, batches=samples(count))
-        assert equal(scored(model, importance, batches=samples(count), by_layer=True), found)
-        torch.save((selection.modules, found, seen), f"{folder}/{rank}.pt")
+        for importance, count in RANKED:
+            model, case = build_model("llama"), Path(folder) / f"{importance}-{count}"
+            config = SylvaConfig(sparsity=0.9, block_size=8, importance=importance)
+            seen: list[int] = []
+            partial = case.with_suffix(".partial")
+            selection = compute_selection(model, config, samples(count), progress=seen.append, resume=partial)
+            found = scored(model, importance, batches=samples(count))
+            assert equal(scored(model, importance, batches=samples(count), by_layer=True), found)
+            torch.save((selection.modules, found, seen), f"{case}-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("importance", "count"), [("sylva", COUNT), ("sylva", 1), ("fisher", COUNT)])
-def test_two_ranks_choose_what_one_process_chooses(
-    make_model: Callable[..., Any], tmp_path: Path, importance: str, count: int
-) -> None:
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two ranks have found of each case."""
+    folder = tmp_path_factory.mktemp("ranked")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = torch.multiprocessing.spawn(worker, (2, port, str(tmp_path), importance, count), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
+    context = torch.multiprocessing.spawn(worker, (2, port, str(folder)), nprocs=2, join=False)
+    deadline = time.monotonic() + 300
     try:
         while not context.join(timeout=5):
             assert time.monotonic() < deadline, "the ranks wait for each other"
@@ -219,11 +226,18 @@ def test_two_ranks_choose_what_one_process_chooses(
         for process in context.processes:
             if process.is_alive():
                 process.kill()
+    return folder
+
+
+@pytest.mark.parametrize(("importance", "count"), RANKED)
+def test_two_ranks_choose_what_one_process_chooses(
+    make_model: Callable[..., Any], ranked: Path, importance: str, count: int
+) -> None:
     model = make_model("llama")
     alone = scored(model, importance, batches=samples(count))
     config = SylvaConfig(sparsity=0.9, block_size=8, importance=importance)
     wanted = compute_selection(model, config, samples(count)).modules
-    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    both = [torch.load(ranked / f"{importance}-{count}-{rank}.pt") for rank in range(2)]
     for modules, found, _ in both:
         assert equal(found, both[0][1])
         for key, value in alone.items():

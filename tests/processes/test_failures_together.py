@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,19 @@ CASES: dict[str, tuple[dict[str, Any], str, int]] = {
 EVERYDAY = ["disk full, optimizer", "memory"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data: Path, model_folder: Any) -> Callable[[int], Path]:
+    """`whole(stage)`: the run in which nothing fails."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def make(stage: int) -> Path:
+        sparseft(folder, "train", *training(data, model_folder(), stage, f"output_dir=whole-{stage}"), TWO)
+        return folder / f"whole-{stage}"
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("case", "stage"),
     [
@@ -107,7 +122,7 @@ EVERYDAY = ["disk full, optimizer", "memory"]
     ],
 )
 def test_a_failure_of_one_process_ends_both(
-    case: str, stage: int, failing: Failing, data: Path, model_folder: Any
+    case: str, stage: int, failing: Failing, data: Path, model_folder: Any, whole: Callable[[int], Path]
 ) -> None:
     what, sentence, step = CASES[case]
     words = training(data, model_folder(), stage, "trainer.max_bad_steps=2", "trainer.save_total_limit=1")
@@ -120,8 +135,8 @@ def test_a_failure_of_one_process_ends_both(
     if case not in EVERYDAY:
         return
     sparseft(failing.folder, "train", *words, TWO, "trainer.resume=auto")
-    sparseft(failing.folder, "train", *words, TWO, "output_dir=whole")
-    left, right = (load_file(failing.folder / run / "adapter/adapter_model.safetensors") for run in ("run", "whole"))
+    runs = failing.folder / "run", whole(stage)
+    left, right = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 

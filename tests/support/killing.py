@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -85,6 +86,7 @@ def _ended(child: Any, cwd: Path, rank: int) -> Ended:
 
 
 def _child(words: list[str], cwd: str, operation: int, half: bool, variables: dict[str, str]) -> None:
+    gc.freeze()  # what was preloaded: a collection would touch, and so copy, all of it
     os.chdir(cwd)
     os.environ.update(variables)
     rank = variables.get("RANK", "0")

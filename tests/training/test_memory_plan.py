@@ -139,7 +139,9 @@ def model_folder(folder: Path, content: dict[str, Any]) -> str:
     return str(folder)
 
 
-def test_llama_70b_on_eight_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_70b_on_eight_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Only its config.json is there, no weight and no tokenizer."""
     monkeypatch.setattr(command, "_around", lambda value, limit: [value])  # 80 layers take seconds each time
     path = model_folder(tmp_path / "llama3-70b", LLAMA_70B)
@@ -161,7 +163,8 @@ def test_llama_70b_on_eight_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert one["moments"] == pytest.approx(12 * plan["trainable_parameters"] / 8, rel=1e-3)
     assert one["total"] == sum(one[part] for part in ("weights", "trained", "gradients", "moments", "activations"))
     assert plan["fits"] is (one["total"] <= plan["device_bytes"])
-    shown = sparseft(tmp_path, "train", "--plan", *words, "trainer.max_length=2048").out
+    command.render(plan)
+    shown = capsys.readouterr().out
     assert "70,553,706,496" in shown and "8 processes, ZeRO 3" in shown and f"{one['total'] / 2**30:.2f}" in shown
 
 
