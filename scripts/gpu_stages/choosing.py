@@ -14,6 +14,7 @@ from gpu_stages.models import SPARSITY, made, shape_of
 from sparseft.bench.preprocess import forward_backward
 from sparseft.methods import get_method
 from sparseft.selection.compute import compute_selection
+from support.oracles import chosen_units
 
 RATIO: dict[str, Expected] = {"sylva": at_most(1.8)}
 
@@ -58,19 +59,9 @@ def _alike(findings: Findings) -> None:
     batches = batches_of(shape["vocab_size"], 8, 32, "cpu")
     for name, settings in (("sylva", {"block_size": 16}), ("s2ft", {"importance": "fisher"})):
         config = get_method(name)(sparsity=0.9, num_samples=8, **settings)
-        expected = units(compute_selection(model, config, batches))
+        expected = chosen_units(compute_selection(model, config, batches))
         there = copy.deepcopy(model).to(findings.device)
         moved = [{key: value.to(findings.device) for key, value in batch.items()} for batch in batches]
-        found = units(compute_selection(there, config, moved))
+        found = chosen_units(compute_selection(there, config, moved))
         share = len(expected & found) / len(expected)
         findings.number(f"{name}: units chosen as on the CPU", 100 * share, "%", at_least(99))
-
-
-def units(selection: Any) -> set[tuple[Any, ...]]:
-    """Every chosen row, column or block by its module."""
-    return {
-        (module, kind, *(unit if isinstance(unit, list) else [unit]))
-        for module, kinds in selection.modules.items()
-        for kind, index in kinds.items()
-        for unit in torch.as_tensor(index).tolist()
-    }

@@ -16,25 +16,23 @@ def wait() -> None:
 
 def waited(call: Callable[[], object], repeats: int, inner: int = 1) -> float:
     """The median seconds of a call with the device's work, over rounds of `inner` calls; two more before them."""
-    found = []
-    for _ in range(repeats + 2):
-        wait()
-        start = time.perf_counter()
-        for _ in range(inner):
-            call()
-        wait()
-        found.append((time.perf_counter() - start) / inner)
-    return statistics.median(found[2:])
+    return _median(call, repeats, inner, to_the_end=True)
 
 
 def enqueued(call: Callable[[], object], repeats: int, inner: int = 1) -> float:
-    """The median seconds in which the host has queued a call, without waiting for what it has queued."""
+    """The same, of what the host takes to queue a call, without waiting for what it has queued."""
+    return _median(call, repeats, inner, to_the_end=False)
+
+
+def _median(call: Callable[[], object], repeats: int, inner: int, *, to_the_end: bool) -> float:
     found = []
     for _ in range(repeats + 2):
         wait()
         start = time.perf_counter()
         for _ in range(inner):
             call()
+        if to_the_end:
+            wait()
         found.append((time.perf_counter() - start) / inner)
     wait()
     return statistics.median(found[2:])

@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from gpu_stages.findings import FAILED, OFF, OK, SKIPPED, Findings, Skip, told
 from sparseft.errors import UserError
 from sparseft.files.atomic import write_json, write_text
 from sparseft.files.untrusted import read_json_object
+from sparseft.signals import terminable
 
 JSON, MARKDOWN, LOG = "session.json", "session.md", "session.log"
 LEAST = 3.0  # seconds below which starting a stage is no use
@@ -92,7 +93,7 @@ def run(
         (folder / LOG).unlink(missing_ok=True)
     chosen = [stage for stage in stages if not only or stage.name in only]
     end = time.monotonic() + seconds - spent
-    with _ending_by_signal():
+    with terminable():  # with what there is written
         for position, stage in enumerate(chosen):
             try:
                 result = _result(stage, session, end, dry, say)
@@ -254,20 +255,6 @@ def _child(work: Callable[[], None], sender: Any, log: Path | None, group: bool)
     sender.send(said)
     sender.close()
     os._exit(0)  # whatever threads a library has started
-
-
-@contextlib.contextmanager
-def _ending_by_signal() -> Iterator[None]:
-    """SIGTERM ends a session as Ctrl-C does, with what there is written."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # ---- what is shown ----

@@ -12,7 +12,7 @@ from torch import nn
 from gpu_stages.findings import Findings, told
 from sparseft.layers import BlockSparseLinear, S2ColumnLinear, S2RowLinear, SparseLinear
 from sparseft.training.optimizer import SparseAdamW
-from support.syncs import Audit
+from support.syncs import Audit, waiting_is_an_error
 
 
 @contextlib.contextmanager
@@ -28,12 +28,8 @@ def no_waiting(dry: bool) -> Iterator[None]:
         if audit.found:
             raise RuntimeError("waits for the device: " + "; ".join(sorted(set(audit.found))))
         return
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def work(findings: Findings) -> None:

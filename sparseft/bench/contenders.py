@@ -30,12 +30,12 @@ from sparseft.errors import UserError, nearest
 from sparseft.memory import SavedBytes, tensor_bytes
 from sparseft.methods import get_method
 from sparseft.rules import field_types, is_text
+from sparseft.training.compiling import BACKEND
 from sparseft.training.optimizer import SparseAdamW
 
 FLOOR = "floor"
 EAGER = "eager"
 WAY_PARTS = ("compile", "liger", "checkpointing")
-BACKEND = "inductor"  # of torch.compile
 # Contenders of one way share the code that is compiled, each with a model of its own.
 RECOMPILE_LIMIT = 64
 
@@ -65,6 +65,12 @@ class Contender:
         """Lets go of model and optimizer, which must not have the turn; its figures stay."""
         assert self.weights is None or self.weights.holder is not self.model
         self.model, self.optimizer, self.call = nn.Module(), None, None
+
+
+def check_methods(entries: Sequence[str]) -> None:
+    """Refuses no entries of `bench.methods`, and one twice."""
+    if not entries or len(set(entries)) != len(entries):
+        raise UserError("bench.methods: expected one or more different methods.")
 
 
 def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -23,16 +23,15 @@ from torch import Tensor
 
 from sparseft import console
 from sparseft.bench import targets
-from sparseft.bench.contenders import FLOOR, Contender, check_steps, contender, loss_of, own_settings
-from sparseft.bench.models import base_model, check_length, model_name, random_tokens
-from sparseft.bench.output import Output, device_name, measured_on
+from sparseft.bench.contenders import FLOOR, Contender, check_methods, check_steps, contender, loss_of, own_settings
+from sparseft.bench.models import measured_model
+from sparseft.bench.output import Output, measured_on
 from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import absent, attempt_each, failed_row, kind, measured, spread, synchronize, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch
 from sparseft.layers import sparse_layers
-from sparseft.models.loading import resolve_device
 from sparseft.training.optimizer import SparseAdamW
 
 NOTHING = "-"
@@ -47,22 +46,9 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     settings = config.bench
     check(config)
     own = own_settings(settings.methods)
-    device = resolve_device(config.hardware.device)
-    base = base_model(config, device)
-    check_length(config, base)
-    ids = random_tokens(base, settings.batch_size, settings.length, config.seed, device)
-    batch = {"input_ids": ids, "labels": ids}
-    said = {
-        "benchmark": "host",
-        "model": model_name(config),
-        "parameters": sum(p.numel() for p in base.parameters()),
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "device": device_name(device),
-        "threads": 1,
-        "batch_size": settings.batch_size,
-        "length": settings.length,
-        "steps": settings.steps,
-    }
+    base, batch, facts = measured_model(config)
+    device = batch["input_ids"].device
+    said = {"benchmark": "host", **facts, "threads": 1}
     console.log(f"bench: {said['parameters']:,} parameters, {said['dtype']} on {device}")
     weights = SharedWeights(base)
     contenders: dict[str, Contender] = {}
@@ -103,8 +89,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
 def check(config: RunConfig) -> None:
     """Refuses settings by which there is nothing to measure."""
     settings = config.bench
-    if len(set(settings.methods)) != len(settings.methods) or not settings.methods:
-        raise UserError("bench.methods: expected one or more different methods.")
+    check_methods(settings.methods)
     for target in settings.targets:
         targets.parse(target, settings.methods, targets.HOST)
     if settings.profile or settings.ways != ["eager"]:

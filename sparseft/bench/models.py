@@ -8,10 +8,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from sparseft.bench.output import device_name
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
 from sparseft.models.decoder import context_length
-from sparseft.models.loading import load_model
+from sparseft.models.loading import load_model, resolve_device
 
 # Published ones as in the checkpoints' config.json; their heads are 128 wide.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -99,3 +100,23 @@ def check_length(config: RunConfig, model: nn.Module) -> None:
     limit = context_length(model.config)
     if limit and length > limit:
         raise UserError(f"bench.length={length}: the model's context is {limit} tokens.")
+
+
+def measured_model(config: RunConfig) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
+    """What a benchmark of steps begins with: the model on its device, a batch of random tokens, and what the result
+    says of both."""
+    settings = config.bench
+    device = resolve_device(config.hardware.device)
+    model = base_model(config, device)
+    check_length(config, model)
+    ids = random_tokens(model, settings.batch_size, settings.length, config.seed, device)
+    facts = {
+        "model": model_name(config),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(device),
+        "batch_size": settings.batch_size,
+        "length": settings.length,
+        "steps": settings.steps,
+    }
+    return model, {"input_ids": ids, "labels": ids}, facts

@@ -23,6 +23,7 @@ from sparseft.bench.contenders import (
     FLOOR,
     Contender,
     NotAvailable,
+    check_methods,
     check_steps,
     check_ways,
     contender,
@@ -34,14 +35,13 @@ from sparseft.bench.contenders import (
     put_in_way,
     step,
 )
-from sparseft.bench.models import base_model, check_length, model_name, random_tokens
-from sparseft.bench.output import Output, device_name, measured_on
+from sparseft.bench.models import measured_model
+from sparseft.bench.output import Output, measured_on
 from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import absent, attempt_each, failed_row, kind, measured, reclaim, spread, take_turns
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.memory import tensor_bytes
-from sparseft.models.loading import resolve_device
 
 NOTHING = "-"
 NOT_YET = {"missing": "not measured yet"}  # what an incomplete result says of a row
@@ -59,22 +59,13 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     settings = config.bench
     check(config)
     own = own_settings(settings.methods)
-    device = resolve_device(config.hardware.device)
-    base = base_model(config, device)
-    check_length(config, base)
-    ids = random_tokens(base, settings.batch_size, settings.length, config.seed, device)
-    batch = {"input_ids": ids, "labels": ids}
+    base, batch, facts = measured_model(config)
+    device = batch["input_ids"].device
     said = {
         "benchmark": "train",
-        "model": model_name(config),
-        "parameters": sum(p.numel() for p in base.parameters()),
+        **facts,
         "weights_bytes": tensor_bytes([*base.parameters(), *base.buffers()]),
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "device": device_name(device),
-        "batch_size": settings.batch_size,
-        "length": settings.length,
         "accumulation": settings.accumulation,
-        "steps": settings.steps,
     }
     console.log(f"bench: {said['parameters']:,} parameters, {said['dtype']} on {device}, {_tokens(said)}")
     weights = SharedWeights(base)
@@ -102,8 +93,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
 def check(config: RunConfig) -> None:
     """Refuses settings by which there is nothing to measure."""
     settings = config.bench
-    if len(set(settings.methods)) != len(settings.methods) or not settings.methods:
-        raise UserError("bench.methods: expected one or more different methods.")
+    check_methods(settings.methods)
     for target in settings.targets:
         targets.parse(target, settings.methods)
     check_ways(settings.ways)

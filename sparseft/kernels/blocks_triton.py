@@ -44,6 +44,26 @@ def _interpreted_steps(first, last, step):
 steps = _interpreted_steps if INTERPRETED else tl.range  # compiled, a `while` would not be pipelined
 
 
+@triton.jit
+def sum_of_tokens(
+    total, grad_strip, x_strip, row_inside, column_inside, grad_token, x_token, first, last,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`total` (rows, columns) fp32 plus, for the tokens from `first` to before `last`, the products of their entries in
+    two strips: pointers (rows, 1) and (1, columns) to the first token's, the others' following by a stride. Rows and
+    columns that are not inside are zero."""
+    for start in steps(first, last, CHUNK):
+        token = start + tl.arange(0, CHUNK)
+        there = token < last
+        at = token.to(tl.int64)
+        left = tl.load(grad_strip + at[None, :] * grad_token, mask=row_inside[:, None] & there[None, :], other=0.0)
+        right = tl.load(x_strip + at[:, None] * x_token, mask=there[:, None] & column_inside[None, :], other=0.0)
+        if UPCAST:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    return total
+
+
 @triton.jit(do_not_specialize=["tokens", "split"])
 def _blocks_kernel(
     grad_output, x, block_rows, block_columns, out,
@@ -71,15 +91,10 @@ def _blocks_kernel(
     first = tl.program_id(1) * split
     last = tl.minimum(first + split, tokens)
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for start in steps(first, last, CHUNK):
-        token = start + tl.arange(0, CHUNK)
-        there = token < last
-        at = token.to(tl.int64)
-        left = tl.load(grad_strip + at[None, :] * grad_token, mask=row_inside[:, None] & there[None, :], other=0.0)
-        right = tl.load(x_strip + at[:, None] * x_token, mask=there[:, None] & column_inside[None, :], other=0.0)
-        if UPCAST:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+    total = sum_of_tokens(
+        total, grad_strip, x_strip, row_inside, column_inside, grad_token, x_token, first, last,
+        CHUNK, PRECISION, UPCAST,
+    )  # fmt: skip
     place = tl.program_id(1).to(tl.int64) * out_split + block.to(tl.int64) * SIZE * SIZE
     inside = (down < SIZE)[:, None] & (across < SIZE)[None, :]
     tl.store(out + place + down[:, None] * SIZE + across[None, :], total, mask=inside)

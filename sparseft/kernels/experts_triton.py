@@ -20,7 +20,8 @@ from sparseft.kernels.blocks_triton import (
     LARGEST_TILE,
     LARGEST_TILE_FP32,
     SMALLEST_TILE,
-    steps,
+    current,
+    sum_of_tokens,
     tf32_allowed,
 )
 
@@ -54,15 +55,10 @@ def _experts_kernel(
     first = tl.load(offs + expert - 1, mask=expert > 0, other=0).to(tl.int32)
     last = tl.load(offs + expert).to(tl.int32)
     total = tl.zeros((DOWN, ACROSS), dtype=tl.float32)
-    for start in steps(first, last, CHUNK):
-        token = start + tl.arange(0, CHUNK)
-        there = token < last
-        at = token.to(tl.int64)
-        left = tl.load(grad_strip + at[None, :] * grad_token, mask=row_inside[:, None] & there[None, :], other=0.0)
-        right = tl.load(x_strip + at[:, None] * x_token, mask=there[:, None] & column_inside[None, :], other=0.0)
-        if UPCAST:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+    total = sum_of_tokens(
+        total, grad_strip, x_strip, row_inside, column_inside, grad_token, x_token, first, last,
+        CHUNK, PRECISION, UPCAST,
+    )  # fmt: skip
     inside = (down < height)[:, None] & (across < width)[None, :]
     tl.store(out + tl.load(part + 5) + down[:, None] * width + across[None, :], total, mask=inside)
 
@@ -90,7 +86,7 @@ def experts_gradient(
     down, across, chunk, warps, stages = tiles_of(height, width, x.dtype)
     tiles_across = triton.cdiv(width, across)
     tiles = triton.cdiv(height, down) * tiles_across
-    with torch.cuda.device_of(x):  # triton launches on the current device; nothing to do for CPU tensors
+    with current(x.device):
         _experts_kernel[(len(parts) * tiles,)](
             grad_output, x, offs, parts, out,
             grad_output.shape[1], x.shape[1], *grad_output.stride(), *x.stride(), tiles_across,

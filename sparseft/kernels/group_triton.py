@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseft.kernels.blocks_triton import INTERPRETED, current, steps, tf32_allowed, tile_of
+from sparseft.kernels.blocks_triton import INTERPRETED, current, sum_of_tokens, tf32_allowed, tile_of
 from sparseft.kernels.reference import flat
 
 FIELDS = 9  # int64 numbers that describe the operands of one weight: their addresses, and `_layout`
@@ -67,15 +67,10 @@ def _group_kernel(
     grad_strip = grad_output + row[:, None].to(tl.int64) * grad_feature
     x_strip = x + column[None, :].to(tl.int64) * x_feature
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for start in steps(0, tokens, CHUNK):
-        token = start + tl.arange(0, CHUNK)
-        there = token < tokens
-        at = token.to(tl.int64)
-        left = tl.load(grad_strip + at[None, :] * grad_token, mask=row_inside[:, None] & there[None, :], other=0.0)
-        right = tl.load(x_strip + at[:, None] * x_token, mask=there[:, None] & column_inside[None, :], other=0.0)
-        if UPCAST:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+    total = sum_of_tokens(
+        total, grad_strip, x_strip, row_inside, column_inside, grad_token, x_token, 0, tokens,
+        CHUNK, PRECISION, UPCAST,
+    )  # fmt: skip
     place = out + block.to(tl.int64) * SIZE * SIZE
     inside = (down < SIZE)[:, None] & (across < SIZE)[None, :]
     tl.store(place + down[:, None] * SIZE + across[None, :], total, mask=inside)

@@ -12,7 +12,7 @@ from torch import nn
 from sparseft.models.decoder import decoder_layers
 
 GRAPHS = "reduce-overhead"  # torch.compile's mode that records CUDA graphs
-BACKEND = "inductor"  # of torch.compile, for layers
+BACKEND = "inductor"  # of torch.compile
 VARIANTS = 4  # of a layer's code: in training and evaluation, with other lengths, on an input that asks for no gradient
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from sparseft.kernels import reference
 from sparseft.layers import SparseLinear
 from sparseft.training.optimizer import SparseAdamW
+from support.syncs import waiting_is_an_error
 
 OUT, IN, TOKENS = 150, 203, 77  # no multiple of 8, and divisible by no block size
 EPSILON = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
@@ -240,16 +240,6 @@ def test_a_graph_of_passes_replays(name: str) -> None:
     eager(other).backward(other_grad)
     for kind, pattern in captured.patterns.items():
         torch.testing.assert_close(pattern.delta.grad, eager.patterns[kind].delta.grad, rtol=1e-5, atol=1e-5)
-
-
-@contextlib.contextmanager
-def waiting_is_an_error() -> Any:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.gpu

@@ -13,12 +13,11 @@ from torch import Tensor
 import sparseft
 from sparseft.kernels import reference
 from sparseft.layers import sparse_layers
-from sparseft.models.decoder import find_expert, stack_parameter
-from sparseft.models.spec import ModelSpec
 from sparseft.training.optimizer import SparseAdamW
 from support.experts import MODELS
 from support.experts import build as build_experts
 from support.models import build_model
+from support.oracles import chosen_units, dense_gradients
 
 KINDS: dict[
     str, Callable[[], Any]
@@ -42,21 +41,6 @@ CASES = [
 def tokens(device: str, seed: int = 0, rows: int = 3, length: int = 10) -> dict[str, Tensor]:
     ids = torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(seed)).to(device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-
-
-def dense_gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradient (out, in) of each linear, experts' too, by autograd on a plain model."""
-    model.requires_grad_(True)
-    model(**batch).loss.backward()
-    found = {}
-    for name in ModelSpec.of(model).linears:
-        expert = find_expert(model, name)
-        if expert is None:
-            module = model.get_submodule(name)
-            found[name] = module.weight.grad.t() if type(module).__name__ == "Conv1D" else module.weight.grad
-        else:
-            found[name] = stack_parameter(expert.experts, expert.parameter).grad[expert.number]
-    return found
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
@@ -101,15 +85,6 @@ def test_a_model_trains_and_comes_back(kind: str, method: str, device: str) -> N
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
-def units(selection: Any) -> set[tuple[Any, ...]]:
-    return {
-        (module, kind, *(unit if isinstance(unit, list) else [unit]))
-        for module, kinds in selection.modules.items()
-        for kind, index in kinds.items()
-        for unit in torch.as_tensor(index).tolist()
-    }
-
-
 @pytest.mark.parametrize(
     ("method", "importance"),
     [("s2ft", "activation"), ("s2ft", "gradient"), ("s2ft", "fisher"), ("sylva", "sylva"), ("sylva", "fisher")],
@@ -122,6 +97,6 @@ def test_the_same_units_are_chosen(method: str, importance: str, device: str) ->
     for place, dtype in (("cpu", torch.float64), (device, torch.float32)):
         model = build_model("llama").to(place, dtype)
         batches = [tokens(place, seed, rows=4, length=24) for seed in range(3)]
-        chosen.append(units(sparseft.compute_selection(model, config, batches)))
+        chosen.append(chosen_units(sparseft.compute_selection(model, config, batches)))
     expected, found = chosen
     assert len(found) == len(expected) and len(found & expected) >= 0.99 * len(expected)

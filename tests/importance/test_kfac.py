@@ -22,20 +22,8 @@ from sparseft.importance.batching import WINDOW, groups_of, may_share, packed, p
 from sparseft.importance.hooks import Observation, observe
 from sparseft.importance.kfac import FactorSettings, KroneckerFactors, summary
 from sparseft.models.spec import ModelSpec
-
-LENGTHS = (9, 5, 12, 7, 2, 12)
-
-
-def samples(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Tensor]]:
-    """Batches of one; the first third of each is prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for length in lengths:
-        ids = torch.randint(3, 96, (1, length), generator=generator)
-        labels = ids.clone()
-        labels[:, : length // 3] = -100
-        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return made
+from support.calibration import LENGTHS, samples
+from support.oracles import chosen_units
 
 
 def collected(model: nn.Module, batches: Any, together: int = 0) -> KroneckerFactors:
@@ -284,7 +272,7 @@ def test_the_device_chooses_what_the_cpu_chooses(
     for device in ("cpu", "cuda"):
         model = make_model("llama").to(device)
         found = sparseft.compute_selection(model, config, samples(lengths=(64,) * 8), by_layer=by_layer)
-        chosen.append({(name, *block) for name, p in found.modules.items() for block in p["blocks"].tolist()})
+        chosen.append(chosen_units(found))
     assert len(chosen[0] & chosen[1]) >= 0.99 * len(chosen[0])
 
 

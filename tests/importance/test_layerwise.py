@@ -18,21 +18,9 @@ from sparseft.importance.calibration import Watch
 from sparseft.importance.kfac import FactorSettings, KroneckerFactors
 from sparseft.memory import AllocationCounter, tensor_bytes
 from sparseft.models.spec import ModelSpec
+from support.calibration import samples
 
-LENGTHS = (9, 5, 12, 7, 2, 12)
 LINE = "calibration: layer by layer"
-
-
-def samples(lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Tensor]]:
-    """Batches of one; the first third of each is prompt."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for length in lengths:
-        ids = torch.randint(3, 96, (1, length), generator=generator)
-        labels = ids.clone()
-        labels[:, : length // 3] = -100
-        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return made
 
 
 def scored(model: nn.Module, importance: str = "sylva", **options: Any) -> scores.Scored:

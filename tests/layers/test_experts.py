@@ -18,13 +18,13 @@ from sparseft.errors import UserError
 from sparseft.kernels import reference
 from sparseft.layers import sparse_layers
 from sparseft.layers.experts import ExpertLinear, opened
-from sparseft.models.decoder import find_expert
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import reselect
 from sparseft.selection.selection import Selection
 from sparseft.training.reselection import apply_selection
 from support.experts import MODELS, SIZES, batch, build
+from support.oracles import dense_gradients
 
 CONFIGS: dict[str, Any] = {
     "ratios": sparseft.S2FTConfig(g_ratio=0.1, u_ratio=0.2, d_ratio=0.1, o_ratio=0.5, importance="weight"),
@@ -54,20 +54,6 @@ def train(model: Any, steps: int = 2) -> None:
         model(**batch(step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def dense_gradients(model: Any, data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The dense gradient of each logical linear, (out, in), by autograd on a plain model."""
-    model.requires_grad_(True)
-    model(**data).loss.backward()
-    found = {}
-    for name in ModelSpec.of(model).linears:
-        expert = find_expert(model, name)
-        if expert is None:
-            found[name] = model.get_submodule(name).weight.grad
-        else:
-            found[name] = expert.experts._parameters[expert.parameter].grad[expert.number]
-    return found
 
 
 def test_the_spec_names_each_expert(kind: str) -> None:

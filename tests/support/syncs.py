@@ -21,6 +21,17 @@ INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_inde
 SPOKEN = {"tolist", "numpy", "__array__", "cpu", "__reduce_ex__"}
 
 
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Inside, torch raises where the host would wait for a GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 class Audit(TorchDispatchMode):
     """Notes, while it is on, each operation that would make the host wait for a GPU, with who asked for it.
 

@@ -32,6 +32,7 @@ from sparseft.selection.selection import Selection
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.reselection import move_moments
 from support.places import ROOT
+from support.syncs import waiting_is_an_error
 
 BY_KERNEL = os.environ.get("SPARSEFT_TEST_KERNEL") == "1"
 if BY_KERNEL:
@@ -684,11 +685,8 @@ def test_on_the_gpu_no_step_waits() -> None:
         for pattern in layer.patterns.values():  # torch's, and a write-back that looks at the indices of cut blocks
             pattern.delta.grad = None
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
