@@ -197,6 +197,53 @@ def bench(
 
 
 @app.command(
+    short_help="Write what other tools load.",
+    epilog="\b\nExamples:\n"
+    "  sparseft export outputs/latest --format peft-lora --engine vllm --out for-vllm\n"
+    "  sparseft export outputs/latest --format merged --out my-model\n"
+    "  sparseft export ./adapter --format gguf-lora --out for-llama.cpp model.path=./base",
+)
+def export(
+    words: Annotated[list[str] | None, typer.Argument(metavar="DIR|KEY=VALUE", hidden=True)] = None,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", metavar="FORMAT", help="peft-lora, peft-shira, merged, patch, gguf-lora or mlx."),
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="The folder to write.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", metavar="ENGINE", help="Refuse what it would: peft, vllm, sglang, tgi, lorax, …"),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="DTYPE", help="Of what is written: float32, bfloat16 or float16.")
+    ] = None,
+    config_dir: ConfigDir = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Write what other tools load, from a run or an adapter folder, and prove that it answers as what was trained.
+
+    DIR is the run (default: the latest) or the adapter. KEY=VALUE sets a setting, such as model.path=FOLDER where the
+    base has moved. Exit code 1: what was written is not what was trained; nothing of it is kept.
+    """
+    overrides = [word for word in words or [] if is_override(word)]
+    folders = [word for word in words or [] if not is_override(word)]
+
+    def check() -> None:
+        if len(folders) > 1:
+            raise UserError(f"One run or adapter at a time: '{folders[1]}' comes after '{folders[0]}'.")
+        for name, value in (("format", format), ("out", out)):
+            if value is None:
+                raise UserError(f"--{name} is missing: sparseft export DIR --format FORMAT --out DIR.")
+
+    def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
+        folder = folders[0] if folders else None
+        return module.run(config, folder=folder, format=format, out=out, engine=engine, dtype=dtype, overrides=point)
+
+    return configured("export", overrides, Options(False, False, config_dir, json, debug), call, check)
+
+
+@app.command(
     short_help="Write one HTML page of one or several runs.",
     epilog="\b\nExample:\n  sparseft report outputs/latest",
 )

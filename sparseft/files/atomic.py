@@ -150,6 +150,16 @@ def remove(folder: Path) -> None:
     _delete(old)
 
 
+def check_replaceable(path: Path, marks: Collection[str]) -> None:
+    """Refuses a path that `replaced_folder` would refuse: a file, or a folder that holds anything of the user's own."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: expected a folder to write, this is a file.")
+    there = list(path.iterdir()) if path.exists() else []
+    ours = any(entry.name in marks for entry in there) and not any(entry.is_dir() for entry in there)
+    if there and not ours:
+        raise UserError(f"{path}: the folder holds other files, which would be lost: name a new one.")
+
+
 @contextlib.contextmanager
 def replaced_folder(path: str | Path, marks: Collection[str]) -> Iterator[Path]:
     """`with replaced_folder(path, marks) as aside:` fills a new folder that takes the place of `path` at the end, or
@@ -172,12 +182,8 @@ def replaced_folder(path: str | Path, marks: Collection[str]) -> Iterator[Path]:
         for file in aside.iterdir():  # safetensors writes for the owner alone
             if file.is_file():
                 file.chmod(0o666 & ~mask)
-        if aside != path and path.exists():
-            there = list(path.iterdir())
-            ours = any(entry.name in marks for entry in there) and not any(entry.is_dir() for entry in there)
-            if there and not ours:
-                raise UserError(f"{path}: the folder holds other files, which would be lost: name a new one.")
         if aside != path:
+            check_replaceable(path, marks)
             publish(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

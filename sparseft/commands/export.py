@@ -1,0 +1,54 @@
+"""`sparseft export`: what other tools load of a run or an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sparseft import console
+from sparseft.config import RunConfig
+from sparseft.errors import UserError, nearest
+from sparseft.export.formats import format_of
+from sparseft.export.formats.base import Options
+from sparseft.export.job import export
+from sparseft.export.source import Source
+from sparseft.runs import folder as runs
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def run(
+    config: RunConfig,
+    *,
+    folder: str | None,
+    format: str,
+    out: str,
+    engine: str | None = None,
+    dtype: str | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Writes the run or adapter in `folder` (default: the latest run); returns path, format, its facts and the proof."""
+    import torch
+
+    console.clear_warnings()
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: no such dtype.{nearest(dtype, DTYPES)}")
+    wanted = format_of(format)
+    options = Options(None if dtype is None else getattr(torch, dtype), engine)
+    source = Source.find(folder if folder is not None else str(runs.latest_run()), config, overrides)
+    console.log(f"exporting {source.target.what} as {format}")
+    return export(source, wanted, out, options)
+
+
+def render(result: dict[str, Any]) -> None:
+    """Where it lies, and how near it came to the attached model."""
+    proof = result["proof"]
+    print(
+        f"loaded by {proof['loader']}: logits differ from the attached model's by up to "
+        f"{proof['largest_difference']:.2g} (rounding explains {proof['allowed']:.2g}; the adapter changes them by up "
+        f"to {proof['largest_change']:.2g}); {proof['same_answers']} of {proof['prompts']} prompts answered alike"
+    )
+    facts = {key: value for key, value in result.items() if key not in ("path", "format", "notes", "proof")}
+    for key, value in facts.items():
+        print(f"{key}: {value}")
+    print(f"{result['format']} written to {result['path']}")

@@ -1,0 +1,62 @@
+"""What a format of other tools is: how it is written, checked value by value, and loaded again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from sparseft.export.source import Source
+
+
+@dataclass
+class Options:
+    """What the user may say of an export.
+
+    dtype: of what is written (`float32`, …), None: the format's own; engine: the one whose rules it must meet.
+    """
+
+    dtype: torch.dtype | None = None
+    engine: str | None = None
+
+
+class Answering(Protocol):
+    """A loaded model that can be asked."""
+
+    name: str  # what loaded it: "peft 0.21.0"
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """The fp32 logits (tokens, vocabulary) after each token of one sequence."""
+        ...
+
+
+class Format:
+    """One format. `sparseft export` calls `check`, `write`, `verify` and `load`, in this order."""
+
+    name: ClassVar[str]
+    # Whether files hold weights, rounded once as the attached model's are; else differences, which are added in fp32.
+    rounded: ClassVar[bool]
+
+    def check(self, source: Source, options: Options) -> list[str]:
+        """Refuses (`UserError`) what the format cannot hold, before any work; returns what the user should know."""
+        raise NotImplementedError
+
+    def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
+        """Fills an empty folder; returns facts for the result (`rank`, …)."""
+        raise NotImplementedError
+
+    def verify(self, source: Source, options: Options, folder: Path) -> None:
+        """Reads the files by the format's own rules and holds every value against the adapter's: RunError where a
+        linear is missing, one is too many, or a value differs beyond the rounding of the files' dtype."""
+        raise NotImplementedError
+
+    def load(self, source: Source, options: Options, folder: Path) -> Answering:
+        """Loads the files as their users do, by the target's own loader where it is installed."""
+        raise NotImplementedError
+
+    def resolution(self, options: Options) -> float:
+        """The largest relative rounding of a difference in the files: 0 in fp32, 2⁻⁸ in bf16."""
+        return 0.0

@@ -1,0 +1,45 @@
+"""One export: checked, written aside, proven, and only then put in its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparseft import __version__, console
+from sparseft.errors import UserError
+from sparseft.export.formats.base import Format, Options
+from sparseft.export.proof import prove
+from sparseft.export.source import Source
+from sparseft.files.atomic import check_replaceable, explained, replaced_folder, write_json
+
+NOTE = "sparseft_export.json"  # in every export: what it is of, and how near it came; by it a folder may be replaced
+
+
+def export(source: Source, format: Format, out: str | Path, options: Options) -> dict[str, Any]:
+    """Writes `source` in a format into the folder `out`, whole or not at all.
+
+    Returns what the command prints: path, format, facts of the format, and the proof's numbers.
+
+    Raises:
+        UserError: a format that does not hold it, an engine that would refuse it, a folder with other files.
+        RunError: what was written is not what was trained; nothing of it is kept.
+    """
+    out = Path(out).expanduser()
+    check_replaceable(out, (NOTE,))
+    if out.resolve() == source.folder.resolve() or out.resolve() in source.folder.resolve().parents:
+        raise UserError(f"--out {out}: there lies what is exported; name a new folder.")
+    notes = format.check(source, options)
+    for note in notes:
+        console.warn(note)
+    with explained(f"the export {out}", lambda: None), replaced_folder(out, (NOTE,)) as aside:
+        facts = format.write(source, options, aside)
+        format.verify(source, options, aside)
+        proof = prove(source, format, options, aside)
+        about = {
+            "sparseft": __version__,
+            "format": format.name,
+            "of": source.target.what,
+            "base_model": source.target.model.path,
+        }
+        write_json(aside / NOTE, about | {"method": source.method} | facts | {"proof": proof})
+    return {"path": str(out), "format": format.name, **facts, "notes": notes, "proof": proof}

@@ -1,0 +1,152 @@
+"""The proof of an export: what was written, loaded as its users load it, answers as the attached model does.
+
+Both compute in fp32 whatever they are stored in, so that rounding hides no fault: a module at a time is widened for its
+own forward pass. A format of weights is held against the attached model's weights as they are, one of differences
+against base + delta before it is rounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.errors import RunError
+from sparseft.export.formats.base import Answering, Format, Options
+from sparseft.export.source import Source
+from sparseft.layers import sparse_layers
+from sparseft.models.decoder import decoder_layers
+
+NOISE = 1e-4  # of the largest logit: what fp32 sums in another order may differ by
+ROUNDINGS = 4  # how many times a format's rounding of differences may show in what they change
+
+PROMPTS = (
+    "The capital of France is",
+    "Question: If a train travels 60 miles in 1.5 hours, what is its average speed? Answer:",
+    "Below is an instruction that describes a task. Write a response that completes the request.\n\n### Instruction:\n"
+    "Name three primary colours.\n\n### Response:\n",
+    "Once upon a time, there was a little girl who",
+    "def fibonacci(n):",
+    "The opposite of hot is",
+    "Please answer with true or false. Is the sun a star?",
+    "List the first five prime numbers:",
+)
+LENGTH = 48  # tokens of a prompt at most
+ANSWER = 8  # tokens of an answer
+
+
+@dataclass
+class HuggingFace:
+    """A Hugging Face model that computes in fp32; `unrounded`: with base + delta as they are before rounding."""
+
+    model: nn.Module
+    name: str
+    unrounded: bool = False
+
+    @torch.no_grad()
+    def logits(self, ids: list[int]) -> Tensor:
+        device = next(self.model.parameters()).device
+        with in_float32(self.model, unrounded=self.unrounded):
+            return self.model(torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
+
+
+def prove(source: Source, format: Format, options: Options, folder: Path) -> dict[str, Any]:
+    """Compares the export in `folder` with the attached model on a few prompts, with one model in memory at a time.
+
+    Returns `loader`, `prompts`, `largest_difference` (of any logit), `allowed`, `largest_change` (of the attached
+    model to the base) and `same_answers` (prompts answered alike, greedily). RunError where they differ beyond
+    rounding, and where the export is the base.
+    """
+    prompts = prompts_of(source)
+    base = source.base()
+    plain = [HuggingFace(base, "base").logits(ids) for ids in prompts]
+    attached = HuggingFace(source.attached(base), "attached", unrounded=not format.rounded)
+    wanted = [attached.logits(ids) for ids in prompts]
+    wanted_answers = [greedy(attached, ids) for ids in prompts]
+    del base, attached
+    written = format.load(source, options, folder)
+    found = [written.logits(ids) for ids in prompts]
+    answers = [greedy(written, ids) for ids in prompts]
+    change, difference, largest = (
+        distance(wanted, plain),
+        distance(found, wanted),
+        max(float(w.abs().max()) for w in wanted),
+    )
+    allowed = NOISE * largest + ROUNDINGS * format.resolution(options) * change
+    report = {
+        "loader": written.name,
+        "prompts": len(prompts),
+        "largest_difference": difference,
+        "allowed": allowed,
+        "largest_change": change,
+        "same_answers": sum(answer == known for answer, known in zip(answers, wanted_answers, strict=True)),
+    }
+    if not difference <= allowed:  # NaN too
+        raise RunError(
+            f"the export is not what was trained: loaded by {written.name}, its logits differ from the attached "
+            f"model's by up to {difference:.3g}, where rounding explains {allowed:.2g}. Nothing was kept."
+        )
+    if distance(found, plain) == 0:
+        raise RunError(
+            f"the export is the base model: loaded by {written.name}, all logits are the base's"
+            + (", as are the attached model's: the adapter changes nothing. " if change == 0 else ". ")
+            + "Nothing was kept."
+        )
+    return report
+
+
+def prompts_of(source: Source) -> list[list[int]]:
+    """The prompts as tokens of the source's tokenizer."""
+    return [ids for text in PROMPTS if (ids := source.tokenizer(text)["input_ids"][:LENGTH])]
+
+
+def greedy(model: Answering, ids: list[int]) -> list[int]:
+    """The next `ANSWER` tokens, each the likeliest."""
+    answer = list(ids)
+    for _ in range(ANSWER):
+        answer.append(int(model.logits(answer)[-1].argmax()))
+    return answer[len(ids) :]
+
+
+def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest difference of any logit; NaN where one is not a number."""
+    worst = [(a - b[:, : a.shape[1]]).abs().max() for a, b in zip(found, wanted, strict=True)]
+    return float(torch.stack(worst).max())
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module, *, unrounded: bool) -> Iterator[None]:
+    """Inside, the model computes in fp32: a decoder layer, or a module outside them, is widened for its own forward.
+
+    unrounded: sparse layers then hold base + delta in fp32.
+    """
+    layers = list(decoder_layers(model)[1])
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    outside = [m for m in model.modules() if id(m) not in inside and any(p is not None for p in m._parameters.values())]
+    kept: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
+
+    def widen(module: nn.Module, *_: Any) -> None:
+        narrow = [p for p in module.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+        kept[id(module)] = [(p, p.data) for p in narrow]
+        for p in narrow:
+            p.data = p.data.float()
+        if unrounded and narrow:
+            for layer in sparse_layers(module).values():
+                layer.write_back()
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for parameter, data in kept.pop(id(module), ()):
+            parameter.data = data
+
+    hooks = [m.register_forward_pre_hook(widen) for m in (*layers, *outside)]
+    hooks += [m.register_forward_hook(restore, always_call=True) for m in (*layers, *outside)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,74 @@
+"""What is exported: a run's or an adapter's folder, and the base model that it was made for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparseft.adapters.description import is_whole_model, read_config
+from sparseft.adapters.lifecycle import load_adapter
+from sparseft.config import RunConfig
+from sparseft.errors import UserError, nearest_path, where_looked
+from sparseft.evaluation.target import Target, find_target, load_target
+from sparseft.export.changes import SparseChange, sparse_changes
+from sparseft.models.loading import check_model_path, load_tokenizer
+from sparseft.runs import folder as runs
+
+
+@dataclass
+class Source:
+    """A run's or an adapter's folder.
+
+    folder: the adapter's, or a fully trained model's; content: what it says of itself.
+    """
+
+    target: Target
+    config: RunConfig
+    folder: Path
+    content: dict[str, Any]
+
+    @staticmethod
+    def find(folder: str, config: RunConfig, overrides: Sequence[str] = ()) -> Source:
+        """The source in a run's folder or an adapter's; what is neither is a `UserError`."""
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise UserError(f"{folder}: no such folder{where_looked(folder)}.{nearest_path(folder)}")
+        run = runs.is_run(path)
+        given = {"run": folder if run else None, "adapter": None if run else folder}
+        target = find_target(config, **given, base=False, overrides=overrides)
+        place = target.adapter or Path(check_model_path(target.model.path))
+        return Source(target, config, place, read_config(place))
+
+    @property
+    def kind(self) -> str:
+        """sparse | peft | full"""
+        return "peft" if "peft_type" in self.content else "full" if is_whole_model(self.folder) else "sparse"
+
+    @property
+    def method(self) -> str:
+        """The method that trained it; `lora` or `dora` of a peft folder made by others."""
+        own = self.content.get("sparseft") or {}
+        known = self.content.get("method") or own.get("method")
+        return str(known or ("dora" if self.content.get("use_dora") else "lora"))
+
+    @functools.cached_property
+    def changes(self) -> dict[str, SparseChange]:
+        """What a sparse adapter changes, by linear."""
+        return sparse_changes(self.folder)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.target.model)
+
+    def base(self) -> nn.Module:
+        """The base model as stored, on the configured device. A fully trained model is its own."""
+        return load_target(replace(self.target, adapter=None), self.config)[0]
+
+    def attached(self, base: nn.Module) -> nn.Module:
+        """`base()` with the adapter active; of a fully trained model that itself."""
+        return base if self.target.adapter is None else load_adapter(base, self.target.adapter).eval()
