@@ -20,7 +20,7 @@ from sparseft.errors import RunError
 from sparseft.export.formats.base import Answering, Format, Options
 from sparseft.export.source import Source
 from sparseft.layers import sparse_layers
-from sparseft.models.decoder import decoder_layers
+from sparseft.models.decoder import context_length, decoder_layers
 
 NOISE = 1e-4  # of the largest logit: what fp32 sums in another order may differ by
 ROUNDINGS = 4  # how many times a format's rounding of differences may show in what they change
@@ -62,8 +62,8 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
     model to the base) and `same_answers` (prompts answered alike, greedily). RunError where they differ beyond
     rounding, and where the export is the base.
     """
-    prompts = prompts_of(source)
     base = source.base()
+    prompts = prompts_of(source, context_length(base.config) or LENGTH + ANSWER)
     plain = [HuggingFace(base, "base").logits(ids) for ids in prompts]
     attached = HuggingFace(source.attached(base), "attached", unrounded=not format.rounded)
     wanted = [attached.logits(ids) for ids in prompts]
@@ -100,9 +100,10 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
     return report
 
 
-def prompts_of(source: Source) -> list[list[int]]:
-    """The prompts as tokens of the source's tokenizer."""
-    return [ids for text in PROMPTS if (ids := source.tokenizer(text)["input_ids"][:LENGTH])]
+def prompts_of(source: Source, context: int) -> list[list[int]]:
+    """The prompts as tokens of the source's tokenizer, cut so that an answer fits into the context."""
+    length = min(LENGTH, context - ANSWER)
+    return [ids for text in PROMPTS if (ids := source.tokenizer(text)["input_ids"][:length])]
 
 
 def greedy(model: Answering, ids: list[int]) -> list[int]:
@@ -115,7 +116,8 @@ def greedy(model: Answering, ids: list[int]) -> list[int]:
 
 def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest difference of any logit; NaN where one is not a number."""
-    worst = [(a - b[:, : a.shape[1]]).abs().max() for a, b in zip(found, wanted, strict=True)]
+    size = min(a.shape[1] for a in (*found, *wanted))  # some loaders leave out what pads a vocabulary
+    worst = [(a[:, :size] - b[:, :size]).abs().max() for a, b in zip(found, wanted, strict=True)]
     return float(torch.stack(worst).max())
 
 

@@ -24,7 +24,7 @@ from sparseft.compose.run_config import from_dict
 from sparseft.errors import RunError, UserError
 from support.places import ROOT
 
-COMMANDS = ("preprocess", "train", "eval", "bench", "report")
+COMMANDS = ("preprocess", "train", "eval", "export", "bench", "report")
 
 
 @pytest.fixture
@@ -208,7 +208,8 @@ def test_cfg_as_json_and_with_own_files(tmp_path: Path, capfd: pytest.CaptureFix
         (["bench", "trian"], ["Unknown benchmark 'trian'", "'train'"]),
         (["bench", "train", "loader"], ["One benchmark at a time"]),
         (["bench", "serve"], ["Unknown benchmark 'serve'"]),
-        (["export", "x", "--out", "y"], ["No such command: export"]),
+        (["export", "x", "--out", "y"], ["--format is missing"]),
+        (["export", "x", "y", "--format", "merged", "--out", "z"], ["One run or adapter at a time: 'y'"]),
         (["report", "--format", "html"], ["No such option: --format"]),
         (["train", "--limit", "3"], ["No such option: --limit. Available: ", "-m. (see sparseft train --help)"]),
     ],
