@@ -61,7 +61,7 @@ def engines_note(needed: int, module: str) -> str:
         f"{name} (up to {highest})" for name, highest in HIGHEST.items() if highest is not None and rank > highest
     ]
     ends = f"; not {', '.join(refused)}: method.max_rank={RANKS[-1]} would fit" if refused else ""
-    return f"an exact LoRA export needs rank {needed} ({module}): fits {', '.join(fits + slow)}{ends}"
+    return f"export: an exact LoRA needs rank {needed} ({module}): fits {', '.join(fits + slow)}{ends}"
 
 
 def describe_export(selection: Selection, shapes: Mapping[str, tuple[int, int]], settings: Any) -> int:
