@@ -52,10 +52,10 @@ class Source:
 
     @property
     def method(self) -> str:
-        """The method that trained it; `lora` or `dora` of a peft folder made by others."""
+        """The method that trained it; of a peft folder made by others the type that it says."""
         own = self.content.get("sparseft") or {}
         known = self.content.get("method") or own.get("method")
-        return str(known or ("dora" if self.content.get("use_dora") else "lora"))
+        return str(known or self.content["peft_type"]).lower()
 
     @functools.cached_property
     def changes(self) -> dict[str, SparseChange]:
