@@ -51,7 +51,7 @@ def layout_of(skeleton: Skeleton, changed: Iterable[str]) -> Layout:
     experts = _expert_parts(skeleton, changed) if changed & spec.stacked else {}
     linears = _completed(skeleton, changed - spec.stacked)
     parts = {name: Part(name, 0, spec.known[name]) for name in linears} | experts
-    targets = _targets(skeleton, linears)
+    targets = skeleton.targets(linears)
     if experts:
         targets = sorted({*targets, *(name.rpartition(".")[2] for name in experts)})
     transposed = tuple(name for name in linears if name in spec.transposed)
@@ -74,20 +74,6 @@ def _completed(skeleton: Skeleton, changed: set[str]) -> list[str]:
             if members & kinds:
                 kinds |= members
     return [name for name in plain if skeleton.place(name)[1] in kinds]
-
-
-def _targets(skeleton: Skeleton, linears: list[str]) -> list[str]:
-    """The shortest ends of names, or whole names, that PEFT takes for exactly these linears."""
-    meant = set(linears)
-    others = [name for name, _ in skeleton.model.named_modules() if name not in meant]
-    targets = set()
-    for name in linears:
-        pieces = name.split(".")
-        first = 2 + skeleton.prefix.count(".")  # behind the layer's number
-        ends = [".".join(pieces[start:]) for start in range(len(pieces) - 1, first - 1, -1)]
-        fitting = [end for end in ends if not any(other == end or other.endswith(f".{end}") for other in others)]
-        targets.add(fitting[0] if fitting else name)
-    return sorted(targets)
 
 
 def _expert_parts(skeleton: Skeleton, changed: set[str]) -> dict[str, Part]:

@@ -64,6 +64,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("kind", DENSE + EXPERTS)
 def test_peft_and_transformers_load_what_was_trained(made: Any, kind: str, tmp_path: Path, capsys: Any) -> None:
     model, source = made(kind)
+    capsys.readouterr()
     assert export(source, tmp_path / "out") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["format"] == "peft-lora" and result["rank"] >= result["needed"] > 0
