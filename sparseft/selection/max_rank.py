@@ -42,22 +42,16 @@ def within(pools: list[Pool], max_rank: int) -> list[Pool]:
             modules[c.module].append(c)
     if all(_need(members, best) <= max_rank for members in modules.values()):
         return pools
-    allowed: dict[str, Tensor] = {}
+    if pools[0].members[0].kind != "blocks":
+        return _features(pools, max_rank)
+    limited = []
     for pool in pools:
-        if pool.members[0].kind == "blocks":
-            standing = pool.split(pool.standing())
-            allowed |= {c.key: _blocks(c, standing[c.key], best[c.key], max_rank) for c in pool.members}
-            if sum(int(allowed[c.key].sum()) for c in pool.members) < pool.total:
-                allowed |= {c.key: _blocks(c, None, best[c.key], max_rank) for c in pool.members}
-    # Relative to what its role gets in all, so that roles in one weight are cut alike.
-    share = {key: own for pool in pools for key, own in pool.split(pool.standing() / max(1, pool.total)).items()}
-    for members in modules.values():
-        if members[0].kind != "blocks":
-            allowed |= _units(members, share, max_rank)
-    return [
-        replace(pool, ranked=pool.ranked[torch.cat([allowed[c.key] for c in pool.members])[pool.ranked]])
-        for pool in pools
-    ]
+        standing = pool.split(pool.standing())
+        allowed = torch.cat([_blocks(c, standing[c.key], best[c.key], max_rank) for c in pool.members])
+        if allowed.sum() < pool.total:
+            allowed = torch.cat([_blocks(c, None, best[c.key], max_rank) for c in pool.members])
+        limited.append(replace(pool, ranked=pool.ranked[allowed[pool.ranked]]))
+    return limited
 
 
 def _need(members: list[Candidate], units: dict[str, Tensor]) -> int:
@@ -68,15 +62,32 @@ def _need(members: list[Candidate], units: dict[str, Tensor]) -> int:
     return needed_rank({kind: torch.cat(parts) for kind, parts in kinds.items()}, members[0].shape, members[0].unit)
 
 
-def _units(members: list[Candidate], standing: dict[str, Tensor], max_rank: int) -> dict[str, Tensor]:
-    """Which heads and channels of one weight fit, those of lowest standing first: (count,) for each of its members."""
-    if max_rank >= min(members[0].shape):  # all of the weight needs no more
-        return {c.key: torch.ones(c.count, dtype=torch.bool) for c in members}
-    order = torch.cat([standing[c.key] for c in members]).argsort(stable=True)
-    widths = torch.cat([torch.full((c.count,), c.unit) for c in members])
-    fits = torch.empty(len(order), dtype=torch.bool)
-    fits[order] = widths[order].cumsum(0) <= max_rank
-    return {c.key: part for c, part in zip(members, fits.split([c.count for c in members]), strict=True)}
+def _features(pools: list[Pool], max_rank: int) -> list[Pool]:
+    """The pools with the heads and channels that are taken: down all rankings at once, each whose weight has room.
+
+    A unit's turn comes by the share of its pool that stands before it, so that roles in one weight are cut alike.
+    """
+    room = {
+        c.module: max_rank if max_rank < min(c.shape) else c.shape[0] + c.shape[1] for p in pools for c in p.members
+    }
+    orders, turns, wanted = [], [], []
+    for pool in pools:
+        order, taken = pool.order()
+        orders.append(order)
+        turns.append(torch.arange(len(order)).double() / max(1, taken))
+        wanted.append(taken)
+    whose = torch.cat([torch.full((len(order),), number) for number, order in enumerate(orders)])
+    sequence = torch.cat(turns).argsort(stable=True)
+    kept: list[list[int]] = [[] for _ in pools]
+    owners = [[c for c in pool.members for _ in range(c.count)] for pool in pools]
+    for number, unit in zip(whose[sequence].tolist(), torch.cat(orders)[sequence].tolist(), strict=True):
+        c = owners[number][unit]
+        if len(kept[number]) < wanted[number] and room[c.module] >= c.unit:
+            kept[number].append(unit)
+            room[c.module] -= c.unit
+    return [
+        replace(pool, ranked=torch.tensor(units, dtype=torch.int64)) for pool, units in zip(pools, kept, strict=True)
+    ]
 
 
 def _blocks(c: Candidate, standing: Tensor | None, best: Tensor, max_rank: int) -> Tensor:
