@@ -29,6 +29,8 @@ _EXPORTS = {
     "S2RowLinear": "sparseft.layers",
     "BlockSparseLinear": "sparseft.layers",
     "SparseAdamW": "sparseft.training.optimizer",
+    "apply_patch": "sparseft.export.patch",
+    "Patch": "sparseft.export.patch",
     "UserError": "sparseft.errors",
     "RunError": "sparseft.errors",
 }

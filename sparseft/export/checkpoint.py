@@ -56,7 +56,7 @@ class Checkpoint:
             names = sorted(set(files.values()))
         else:
             raise UserError(
-                f"{folder}: no {FILE} and no {INDEX}: only checkpoints in safetensors can be exported tensor by tensor; "
+                f"{folder}: no {FILE} and no {INDEX}: export reads checkpoints in safetensors; "
                 "load the model and save it with save_pretrained first."
             )
         tensors: dict[str, Stored] = {}
@@ -136,7 +136,7 @@ def weight_of(model: nn.Module, module: str) -> Weight:
 
 
 class Part(NamedTuple):
-    """Some entries of one tensor: `index` (k,) flat, int64, sorted; `which` (k,): their places among those asked for."""
+    """Entries of one tensor: `index` (k,) flat, int64, sorted; `which` (k,): their places among those asked for."""
 
     name: str
     index: Tensor
@@ -193,23 +193,18 @@ class Places:
             group.parameters = [target]
             self.group_with |= dict.fromkeys([*group.names, *group.twins], group)
             if group.pattern is not None:
-                group.parameters = list(self._converted(target, group, meta=True))
+                shapes = {name: torch.empty(tensors[name].shape, device="meta") for name in group.names}
+                group.parameters = list(self._converted(target, group, shapes.__getitem__))
             self._group_of |= dict.fromkeys(group.parameters, group)
         self._numbers: tuple[int, dict[str, Tensor]] = (0, {})
+        self._inverted: tuple[int, Tensor] = (0, torch.empty(0))
 
-    def _converted(self, target: str, group: Group, *, meta: bool = False) -> dict[str, Tensor]:
-        """What transformers makes of a group's entries, numbered from 0 through all its tensors, by parameter."""
-        total = sum(torch.Size(self.tensors[name].shape).numel() for name in group.names)
-        dtype = torch.int32 if total < 2**31 else torch.int64
+    def _converted(self, target: str, group: Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """What transformers makes of a group's tensors, by parameter."""
         converter = copy.deepcopy(self._converters[group.pattern or ""])
-        start = 0
         ways = dict(self._ways[target])
         for name in group.names:
-            shape = torch.Size(self.tensors[name].shape)
-            device = "meta" if meta else "cpu"
-            numbers = torch.arange(start, start + shape.numel(), dtype=dtype, device=device).view(shape)
-            converter.add_tensor(target, name, ways[name], numbers)
-            start += shape.numel()
+            converter.add_tensor(target, name, ways[name], read(name))
         made = converter.convert(target, model=self._model, config=self._model.config)
         made = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         for name, value in made.items():
@@ -220,7 +215,13 @@ class Places:
     def numbers(self, group: Group) -> dict[str, Tensor]:
         """By parameter of a converted group: the number of each of its entries among those of all the tensors."""
         if self._numbers[0] != id(group):  # one at a time: it is as large as the parameters
-            self._numbers = (id(group), self._converted(group.parameters[0], group))
+            starts = {name: (start, end) for name, start, end in self.starts(group)}
+            dtype = torch.int32 if max(end for _, end in starts.values()) < 2**31 else torch.int64
+
+            def numbered(name: str) -> Tensor:
+                return torch.arange(*starts[name], dtype=dtype).view(self.tensors[name].shape)
+
+            self._numbers = (id(group), self._converted(group.parameters[0], group, numbered))
         return self._numbers[1]
 
     def starts(self, group: Group) -> Iterator[tuple[str, int, int]]:
@@ -231,15 +232,23 @@ class Places:
             yield name, start, end
             start = end
 
+    def names(self) -> list[str]:
+        """The checkpoint's tensors that are parameters of the model."""
+        return [name for name, group in self.group_with.items() if group.parameters[0] in self.parameters]
+
     def holds(self, parameter: str) -> bool:
         """Whether the checkpoint has a parameter (of a tied one: under its first name)."""
         return parameter in self._group_of
 
+    def group_of(self, parameter: str) -> Group:
+        """The tensors of which a parameter is made; one that the checkpoint lacks is a `UserError`."""
+        if parameter not in self._group_of:
+            raise UserError(f"the checkpoint has no tensor of its own for '{shown(parameter)}'.")
+        return self._group_of[parameter]
+
     def in_checkpoint(self, parameter: str, flat: Tensor) -> list[Part]:
         """Where entries (k,) of a parameter are in the checkpoint; one that it lacks is a `UserError`."""
-        group = self._group_of.get(parameter)
-        if group is None:
-            raise UserError(f"the checkpoint has no tensor of its own for '{shown(parameter)}'.")
+        group = self.group_of(parameter)
         if group.pattern is None:
             index, which = flat.sort()
             return [Part(group.names[0], index, which)]
@@ -257,23 +266,37 @@ class Places:
     def in_model(self, name: str, index: Tensor) -> list[Part]:
         """Where entries (k,) of a checkpoint's tensor are in the model; none where it has no such parameter."""
         group = self.group_with.get(name)
-        if group is None:
+        if group is None or group.parameters[0] not in self.parameters:
             return []
         if group.pattern is None:
             flat, which = index.sort()
             return [Part(group.parameters[0], flat, which)]
         start = next(start for each, start, _ in self.starts(group) if each == name)
-        parts = []
-        for parameter, numbers in self.numbers(group).items():
-            order = numbers.flatten().argsort()
-            at = torch.searchsorted(numbers.flatten()[order], (index + start).to(numbers.dtype))
-            at = at.clamp_max(len(order) - 1)
-            flat = order[at]
-            here = (numbers.flatten()[flat] == index + start).nonzero().flatten()
-            flat, place = flat[here].sort()
-            if len(flat):
-                parts.append(Part(parameter, flat, here[place]))
+        flat, which = self._inverse(group)[index + start].long().sort()
+        parts, begin = [], 0
+        for parameter in group.parameters:
+            end = begin + self.parameters[parameter].numel()
+            first, last = torch.searchsorted(flat, torch.tensor([begin, end])).tolist()
+            if last > first:
+                parts.append(Part(parameter, flat[first:last] - begin, which[first:last]))
+            begin = end
         return parts
+
+    def _inverse(self, group: Group) -> Tensor:
+        """By the number of an entry of a converted group: its place among those of all its parameters."""
+        if self._inverted[0] != id(group):
+            numbers = torch.cat([self.numbers(group)[parameter].flatten() for parameter in group.parameters])
+            inverse = torch.empty_like(numbers)
+            inverse[numbers.long()] = torch.arange(len(numbers), dtype=numbers.dtype)
+            self._inverted = (id(group), inverse)
+        return self._inverted[1]
+
+    def parameter(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """A parameter as transformers makes it of the checkpoint's tensors, which `read` gives by name."""
+        group = self.group_of(name)
+        if group.pattern is None:
+            return read(group.names[0])
+        return self._converted(group.parameters[0], group, read)[name]
 
     def stored(self, parameters: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the checkpoint that the model has, of the values that its parameters (by name) hold, in

@@ -63,9 +63,9 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
     rounding, and where the export is the base.
     """
     prompts = prompts_of(source)
-    base = source.base()
+    base = format.base(source, options)
     plain = [HuggingFace(base, "base").logits(ids) for ids in prompts]
-    attached = HuggingFace(source.attached(base), "attached", unrounded=not format.rounded)
+    attached = HuggingFace(format.attached(source, options, base), "attached", unrounded=not format.rounded)
     wanted = [attached.logits(ids) for ids in prompts]
     wanted_answers = [greedy(attached, ids) for ids in prompts]
     del base, attached
