@@ -163,12 +163,17 @@ def base_model(source: Source, dtype: torch.dtype | None = None) -> nn.Module:
 def merged_model(source: Source, base: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """What a source makes of its `base_model`, which is changed in place: the plain model in the base's dtype, or in
     `dtype`."""
+    stored = next(base.parameters()).dtype
     if source.target.adapter is None:  # a whole model: the base's memory is needed for it
-        stored = next(base.to("meta").parameters()).dtype
+        base.to("meta")
         merged = load_model(replace(source.target.model, dtype="auto"), resolve_device(source.config.hardware.device))
-        return merged.to(dtype or stored)
-    merged = merge(load_adapter(base, source.target.adapter)).eval()
-    return merged if dtype is None else merged.to(dtype)
+        dtype = dtype or stored
+    else:
+        merged = merge(load_adapter(base, source.target.adapter)).eval()
+    if dtype is not None:
+        for parameter in merged.parameters():  # not the buffers: rotary frequencies stay in fp32
+            parameter.data = parameter.data.to(dtype)
+    return merged
 
 
 def added(change: SparseChange, entries: Tensor, base: Tensor) -> Tensor:

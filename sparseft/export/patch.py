@@ -106,7 +106,9 @@ def _checked(holder: Holder, patch: Patch) -> Patch:
             raise UserError(f"'{shown(name)}' is {there.shape}, in the patch {wanted.shape}: it is of another model.")
         if there.dtype != wanted.dtype:
             dtypes = [str(each.dtype).removeprefix("torch.") for each in (there, wanted)]
-            raise UserError(f"'{shown(name)}' is {dtypes[0]}, the patch's values are {dtypes[1]}: load it in {dtypes[1]}.")
+            raise UserError(
+                f"'{shown(name)}' is {dtypes[0]}, the patch's values are {dtypes[1]}: load it in {dtypes[1]}."
+            )
     base = patch.about.get("base_model") or "unknown"
     if missing := [name for name in patch.checkpoint if holder.stored(name) is None]:
         raise UserError(f"the patch is for another base model ({shown(base)}), which has '{shown(missing[0])}'.")
@@ -132,7 +134,9 @@ def _apply_to_folder(folder: Path, patch: Patch, out: str | Path | None) -> Patc
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder{where_looked(folder)}.{nearest_path(folder)}")
     if out is None:
-        raise UserError(f"{folder}: a model folder is not changed in place: name a new one, apply_patch(…, out=FOLDER).")
+        raise UserError(
+            f"{folder}: a model folder is not changed in place: name a new one, apply_patch(…, out=FOLDER)."
+        )
     checkpoint = Checkpoint.of_folder(folder)
     undo = _checked(DictHolder(_Lazy(checkpoint)), patch)
     shards = {checkpoint.files[name] for name in patch.tensors}
@@ -221,9 +225,7 @@ def write_patch(
         "rest_fingerprint": rest(sampled),
     }
     values = (
-        item
-        for name, each in entries()
-        for item in ((f"{name}.indices", each.index), (f"{name}.values", each.values))
+        item for name, each in entries() for item in ((f"{name}.indices", each.index), (f"{name}.values", each.values))
     )
     write_streamed(folder / TENSORS, tensors, values, {BODY: body_hash(content)})
     write_json(folder / CONFIG, content | {"sha256": file_hash(folder / TENSORS)})
@@ -270,5 +272,3 @@ def _read(folder: Path) -> Patch:
     about = {key: content.get(key) for key in ("base_model", "base_fingerprint", "method")}
     shapes = {str(name): tuple(shape) for name, shape in checkpoint.items()}
     return Patch(found, about, shapes, str(content.get("rest_fingerprint")))
-
-

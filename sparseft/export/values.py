@@ -51,9 +51,7 @@ def check_values(source: Source, read: Callable[[str], Tensor], dtype: torch.dty
             )
 
 
-def _of_sparse(
-    source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None
-) -> Iterator[Wanted]:
+def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Wanted]:
     model = without_weights(base_of(source))
     linears: dict[str, list[tuple[Weight, SparseChange]]] = defaultdict(list)
     for module, change in source.changes.items():
@@ -78,14 +76,14 @@ def _of_sparse(
         yield Wanted(name, wide.to(target), sums)
 
 
-def _of_merged(
-    source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None
-) -> Iterator[Wanted]:
+def _of_merged(source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Wanted]:
     merged = dict(merged_model(source, base_model(source, dtype), dtype).named_parameters(remove_duplicate=False))
     for name in places.parameters:
         if not places.holds(name):
             continue
         base, value = places.parameter(name, checkpoint.read), merged[name].detach().cpu()
         target = dtype if dtype is not None and base.dtype in FLOATS else base.dtype
-        same = bits(base.to(value.dtype)) == bits(value)  # a tensor that is wider in the files keeps what did not change
+        same = bits(base.to(value.dtype)) == bits(
+            value
+        )  # a tensor that is wider in the files keeps what did not change
         yield Wanted(name, torch.where(same, base.to(target), value.to(target)))

@@ -133,4 +133,7 @@ def _values(changed: ChangedTensors, names: list[str]) -> Iterator[tuple[str, Te
         tensor.view(-1)[index] = values
         yield name, tensor
     for name in sorted(left):
-        yield name, changed.extra[name] if name in changed.extra else changed.checkpoint.read(name).to(changed.target(name))
+        yield (
+            name,
+            changed.extra[name] if name in changed.extra else changed.checkpoint.read(name).to(changed.target(name)),
+        )

@@ -101,9 +101,7 @@ class PatchFormat(Format):
         checkpoint = Checkpoint.of(base_of(source))
         described = read_json_object(folder / CONFIG)
         with safe_open(folder / TENSORS, "pt") as file:
-            tensors = {
-                name: _patched(file, described, checkpoint.read(name), name) for name in checkpoint.tensors
-            }
+            tensors = {name: _patched(file, described, checkpoint.read(name), name) for name in checkpoint.tensors}
         plain = without_weights(base_of(source))
         model = type(plain).from_pretrained(None, config=plain.config, state_dict=tensors, dtype="auto")  # type: ignore[attr-defined]
         return HuggingFace(model.eval(), f"transformers {transformers.__version__}")
