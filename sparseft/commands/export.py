@@ -27,7 +27,7 @@ def run(
     dtype: str | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Writes the run or adapter in `folder` (default: the latest run); returns path, format, its facts and the proof."""
+    """Writes the run or adapter in `folder` (default: the latest run); returns path, format, facts and the proof."""
     import torch
 
     console.clear_warnings()

@@ -1,8 +1,8 @@
 """What an adapter of any kind makes of its base's checkpoint: the entries that change, with their new values.
 
-A sparse adapter needs no model in memory: its entries are read from the files, the deltas added. LoRA and DoRA are merged
-into the model, once in memory, and every entry that then differs counts. Of a fully trained model the two checkpoints are
-compared.
+A sparse adapter needs no model in memory: its entries are read from the files, the deltas added. LoRA and DoRA are
+merged into the model, once in memory, and every entry that then differs counts. Of a fully trained model the two
+checkpoints are compared.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def base_of(source: Source) -> ModelConfig:
 class ChangedTensors:
     """The changed entries of a source, as often as they are asked for.
 
-    checkpoint: the base's; places: of the model's parameters in it. dtype: of the new values, None: each tensor's own. extra: tensors that the checkpoint lacks
-    (a head that was tied in the base and is not any more), by name; fingerprint: the base's.
+    checkpoint: the base's; places: of the model's parameters in it. dtype: of the new values, None: each tensor's own.
+    extra: tensors that the checkpoint lacks (a head that was tied in the base and is not any more), by name.
+    fingerprint: the base's.
 
     Raises:
         UserError: a base that is quantized or has no safetensors, an adapter that does not fit it.

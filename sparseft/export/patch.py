@@ -115,8 +115,8 @@ def _checked(holder: Holder, patch: Patch) -> Patch:
     patched = {name: entries.index for name, entries in patch.tensors.items()}
     if rest_fingerprint(patch.checkpoint, holder.read, patched) != patch.rest:
         raise UserError(
-            f"the patch is for another base model ({shown(base)}), or another patch was applied before: weights that it "
-            "does not set are not those it was made for."
+            f"the patch is for another base model ({shown(base)}), or another patch was applied before: weights that "
+            "it does not set are not those it was made for."
         )
     undo = {}
     for name, entries in patch.tensors.items():

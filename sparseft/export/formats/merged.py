@@ -9,14 +9,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparseft.config import ModelConfig
 from sparseft.errors import RunError
-from sparseft.export.changed import FLOATS, ChangedTensors, base_model, base_of, merged_model
+from sparseft.export.changed import ChangedTensors, base_model, base_of, merged_model
 from sparseft.export.checkpoint import FILE, INDEX, Checkpoint
 from sparseft.export.formats.base import Format, Options
 from sparseft.export.proof import HuggingFace
@@ -48,7 +48,7 @@ class Merged(Format):
         return []
 
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
-        source.tokenizer  # of a hub id: its files are in the cache then
+        tokenizer = source.tokenizer  # of a hub id: its files are in the cache then
         changed = ChangedTensors(source, options.dtype)
         checkpoint = changed.checkpoint
         tensors = {name: Stored(changed.target(name), each.shape) for name, each in checkpoint.tensors.items()}
@@ -61,10 +61,12 @@ class Merged(Format):
         if len(files) > 1:
             weight_map = {name: file for file, names in files.items() for name in names}
             write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        self._copy(source, options, checkpoint.folder, folder, untied=bool(changed.extra))
+        self._copy(source, options, tokenizer, checkpoint.folder, folder, untied=bool(changed.extra))
         return {"files": len(files), "bytes": size}
 
-    def _copy(self, source: Source, options: Options, base: Path, folder: Path, *, untied: bool) -> None:
+    def _copy(
+        self, source: Source, options: Options, tokenizer: Any, base: Path, folder: Path, *, untied: bool
+    ) -> None:
         """All else that makes the model work: the base's own files, and the tokenizer that was trained with."""
         trusted = source.target.model.trust_remote_code
         for entry in base.iterdir():
@@ -74,7 +76,7 @@ class Merged(Format):
             elif entry.is_dir() and entry.name == TEMPLATES:
                 shutil.copytree(entry, folder / entry.name)
         if source.target.model.tokenizer or source.kind == "full":  # another than the base's
-            source.tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         content = read_json_object(folder / "config.json")
         if options.dtype is not None:
             content.pop("torch_dtype", None)

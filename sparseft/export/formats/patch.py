@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -43,8 +43,8 @@ class PatchFormat(Format):
         changed = ChangedTensors(source)
         if changed.extra:
             raise UserError(
-                f"{source.folder}: it changes {next(iter(changed.extra))}, which the base ties to its embeddings and has "
-                "no tensor for: a patch cannot hold it; use --format merged."
+                f"{source.folder}: it changes {next(iter(changed.extra))}, which the base ties to its embeddings and "
+                "has no tensor for: a patch cannot hold it; use --format merged."
             )
         checkpoint = changed.checkpoint
         shapes = {name: checkpoint.tensors[name].shape for name in changed.places.names()}

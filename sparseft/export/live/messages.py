@@ -65,7 +65,8 @@ def message_of(header: list[int], body: Tensor) -> Message:
     _, kind, session, sequence, plan, size, digest, _ = header
     if body.numel() != size or checksum(body) != digest:
         raise RunError(
-            f"step {sequence} arrived damaged: its values are not what was sent. The weights are those of the step before."
+            f"step {sequence} arrived damaged: its values are not what was sent. The weights are those of the step "
+            "before."
         )
     return Message(kind, session, sequence, plan, body)
 

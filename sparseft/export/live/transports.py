@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy
 import torch
-from torch import Tensor
 
-from sparseft.errors import RunError, UserError
+from sparseft.errors import RunError, UserError, reason_of
 from sparseft.export.live.messages import END, HEADER, Message, check_header, message_of
 from sparseft.files.atomic import replaced_file
 
@@ -70,7 +71,7 @@ class Folder:
                 )
             time.sleep(PATIENCE / 4)
         path = self.folder / f"{message.sequence:012d}{SUFFIX}"
-        with replaced_file(path, sync=False) as aside, open(aside, "xb") as file:  # noqa: SIM117
+        with replaced_file(path, sync=False) as aside, open(aside, "xb") as file:
             file.write(memoryview(message.header.numpy().view("uint8")))
             file.write(memoryview(message.body.numpy()))
 
@@ -116,15 +117,24 @@ class PatchPeer:
     def receive(self, timeout: float) -> Message:
         header = torch.empty(HEADER, dtype=torch.int64, device=self.device)
         with _reachable(self.rank):
-            self._wait(header, timeout)
+            torch.distributed.recv(header, self.rank, group=self.group)
             numbers = check_header(header)
             body = torch.empty(numbers[5], dtype=torch.uint8, device=self.device)
             if body.numel():
-                self._wait(body, timeout)
+                torch.distributed.recv(body, self.rank, group=self.group)
         return message_of(numbers, body)
-
-    def _wait(self, tensor: Tensor, timeout: float) -> None:
-        torch.distributed.recv(tensor, self.rank, group=self.group)
 
     def applied(self, message: Message) -> None:
         pass
+
+
+@contextlib.contextmanager
+def _reachable(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RunError:
+        raise
+    except RuntimeError as error:  # whatever the backend raises where the other process is gone, or late
+        raise RunError(
+            f"the process of rank {rank} cannot be reached ({reason_of(error)}): it may have ended."
+        ) from error
