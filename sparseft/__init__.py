@@ -29,6 +29,11 @@ _EXPORTS = {
     "S2RowLinear": "sparseft.layers",
     "BlockSparseLinear": "sparseft.layers",
     "SparseAdamW": "sparseft.training.optimizer",
+    "apply_patch": "sparseft.export.patch",
+    "PatchSender": "sparseft.export.live.sender",
+    "PatchReceiver": "sparseft.export.live.receiver",
+    "PatchPeer": "sparseft.export.live.transports",
+    "Patch": "sparseft.export.patch",
     "UserError": "sparseft.errors",
     "RunError": "sparseft.errors",
 }

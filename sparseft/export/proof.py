@@ -62,10 +62,10 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
     model to the base) and `same_answers` (prompts answered alike, greedily). RunError where they differ beyond
     rounding, and where the export is the base.
     """
-    base = source.base()
+    base = format.base(source, options)
     prompts = prompts_of(source, context_length(base.config) or LENGTH + ANSWER)
     plain = [HuggingFace(base, "base").logits(ids) for ids in prompts]
-    attached = HuggingFace(source.attached(base), "attached", unrounded=not format.rounded)
+    attached = HuggingFace(format.attached(source, options, base), "attached", unrounded=not format.rounded)
     wanted = [attached.logits(ids) for ids in prompts]
     wanted_answers = [greedy(attached, ids) for ids in prompts]
     del base, attached

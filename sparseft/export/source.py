@@ -57,6 +57,13 @@ class Source:
         known = self.content.get("method") or own.get("method")
         return str(known or self.content["peft_type"]).lower()
 
+    @property
+    def fingerprint(self) -> str | None:
+        """The base's, as the adapter knows it; None of a peft folder made by others."""
+        own = self.content if self.kind != "peft" else self.content.get("sparseft") or {}
+        known = own.get("base_fingerprint")
+        return known if isinstance(known, str) else None
+
     @functools.cached_property
     def changes(self) -> dict[str, SparseChange]:
         """What a sparse adapter changes, by linear."""

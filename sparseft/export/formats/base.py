@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparseft.export.source import Source
 
@@ -52,6 +52,14 @@ class Format:
         """Reads the files by the format's own rules and holds every value against the adapter's: RunError where a
         linear is missing, one is too many, or a value differs beyond the rounding of the files' dtype."""
         raise NotImplementedError
+
+    def base(self, source: Source, options: Options) -> nn.Module:
+        """The base model that the proof compares with."""
+        return source.base()
+
+    def attached(self, source: Source, options: Options, base: nn.Module) -> nn.Module:
+        """`base` with what is exported: what the files must answer as."""
+        return source.attached(base)
 
     def load(self, source: Source, options: Options, folder: Path) -> Answering:
         """Loads the files as their users do, by the target's own loader where it is installed."""

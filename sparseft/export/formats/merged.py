@@ -1,8 +1,37 @@
-"""`merged`: a Hugging Face model folder with the adapter in its weights."""
+"""`merged`: a Hugging Face model folder with the adapter in its weights.
+
+The base's own files are copied, its weights one tensor after another with what changes in them: names, shapes and the
+values of everything else are the base's to the bit.
+"""
 
 from __future__ import annotations
 
-from sparseft.export.formats.base import Format
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.config import ModelConfig
+from sparseft.errors import RunError
+from sparseft.export.changed import ChangedTensors, base_model, base_of, merged_model
+from sparseft.export.checkpoint import FILE, INDEX, Checkpoint
+from sparseft.export.formats.base import Format, Options
+from sparseft.export.proof import HuggingFace
+from sparseft.export.source import Source
+from sparseft.export.values import check_values
+from sparseft.files.atomic import write_json
+from sparseft.files.tensors import DESCRIPTIONS, Stored, write_streamed
+from sparseft.files.untrusted import read_json_object
+from sparseft.models.loading import load_config, load_model
+
+SHARD = 5 * 10**9  # bytes of a file at most, where no single tensor is larger
+
+# Of a model folder: what a tokenizer, a config or a template is kept in; code comes along only where it is trusted.
+KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm")
+CODE, TEMPLATES = ".py", "additional_chat_templates"
 
 
 class Merged(Format):
@@ -10,3 +39,103 @@ class Merged(Format):
 
     name = "merged"
     rounded = True
+
+    def check(self, source: Source, options: Options) -> list[str]:
+        load_config(base_of(source))  # refuses what is quantized
+        Checkpoint.of(base_of(source))
+        if source.kind == "sparse":
+            ChangedTensors(source, options.dtype)
+        return []
+
+    def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
+        tokenizer = source.tokenizer  # of a hub id: its files are in the cache then
+        changed = ChangedTensors(source, options.dtype)
+        checkpoint = changed.checkpoint
+        tensors = {name: Stored(changed.target(name), each.shape) for name, each in checkpoint.tensors.items()}
+        tensors |= {name: Stored(each.dtype, tuple(each.shape)) for name, each in changed.extra.items()}
+        files = shards(tensors)
+        for file, names in files.items():
+            inside = {name: tensors[name] for name in names}
+            write_streamed(folder / file, inside, _values(changed, names), {"format": "pt"})
+        size = sum(torch.Size(each.shape).numel() * each.dtype.itemsize for each in tensors.values())
+        if len(files) > 1:
+            weight_map = {name: file for file, names in files.items() for name in names}
+            write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        self._copy(source, options, tokenizer, checkpoint.folder, folder, untied=bool(changed.extra))
+        return {"files": len(files), "bytes": size}
+
+    def _copy(
+        self, source: Source, options: Options, tokenizer: Any, base: Path, folder: Path, *, untied: bool
+    ) -> None:
+        """All else that makes the model work: the base's own files, and the tokenizer that was trained with."""
+        trusted = source.target.model.trust_remote_code
+        for entry in base.iterdir():
+            kept = entry.suffix in KEPT or (trusted and entry.suffix == CODE)
+            if entry.is_file() and kept and entry.name not in (INDEX, *DESCRIPTIONS):
+                shutil.copyfile(entry, folder / entry.name)
+            elif entry.is_dir() and entry.name == TEMPLATES:
+                shutil.copytree(entry, folder / entry.name)
+        if source.target.model.tokenizer or source.kind == "full":  # another than the base's
+            tokenizer.save_pretrained(folder)
+        content = read_json_object(folder / "config.json")
+        if options.dtype is not None:
+            content.pop("torch_dtype", None)
+            content["dtype"] = str(options.dtype).removeprefix("torch.")
+        if not trusted:
+            content.pop("auto_map", None)  # names code that is not there
+        if untied:
+            for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+                if part is content or "tie_word_embeddings" in part:
+                    part["tie_word_embeddings"] = False
+        write_json(folder / "config.json", content)
+
+    def verify(self, source: Source, options: Options, folder: Path) -> None:
+        written, base = Checkpoint.of_folder(folder), Checkpoint.of(base_of(source))
+        if missing := sorted(base.tensors.keys() - written.tensors.keys()):
+            raise RunError(f"the export lacks {missing[0]} of the base. Nothing was kept.")
+        check_values(source, written.read, options.dtype)
+
+    def base(self, source: Source, options: Options) -> nn.Module:
+        return base_model(source, options.dtype)
+
+    def attached(self, source: Source, options: Options, base: nn.Module) -> nn.Module:
+        return merged_model(source, base, options.dtype)
+
+    def load(self, source: Source, options: Options, folder: Path) -> HuggingFace:
+        import transformers
+
+        trusted = source.target.model.trust_remote_code
+        model = load_model(ModelConfig(path=str(folder), trust_remote_code=trusted))
+        return HuggingFace(model, f"transformers {transformers.__version__}")
+
+
+def shards(tensors: dict[str, Stored], limit: int = SHARD) -> dict[str, list[str]]:
+    """The files that tensors are written to, in their order, each at most `limit` bytes (or one tensor)."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, each in tensors.items():
+        own = torch.Size(each.shape).numel() * each.dtype.itemsize
+        if parts[-1] and size + own > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += own
+    if len(parts) == 1:
+        return {FILE: parts[0]}
+    stem, suffix = Path(FILE).stem, Path(FILE).suffix
+    return {f"{stem}-{i + 1:05d}-of-{len(parts):05d}{suffix}": names for i, names in enumerate(parts)}
+
+
+def _values(changed: ChangedTensors, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The merged tensors of those names, each once."""
+    left = set(names)
+    for name, index, values, _ in changed(left):
+        left.remove(name)
+        tensor = changed.checkpoint.read(name).to(changed.target(name), copy=True)
+        tensor.view(-1)[index] = values
+        yield name, tensor
+    for name in sorted(left):
+        yield (
+            name,
+            changed.extra[name] if name in changed.extra else changed.checkpoint.read(name).to(changed.target(name)),
+        )

@@ -1,0 +1,89 @@
+"""Whole weights that were written, held against base + delta, parameter by parameter.
+
+The checkpoint's tensors are read as transformers makes parameters of them, and each linear's matrix is compared as a
+whole: an entry that is missing, one too many and one that differs in a bit are all seen.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseft.errors import RunError, shown
+from sparseft.export.changed import FLOATS, base_model, base_of, bits, merged_model
+from sparseft.export.changes import SparseChange
+from sparseft.export.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
+from sparseft.export.source import Source
+
+
+class Wanted(NamedTuple):
+    """A parameter's values; `sums`: several differences meet in an entry, which may be added in any order."""
+
+    name: str
+    values: Tensor
+    sums: bool = False
+
+
+def check_values(source: Source, read: Callable[[str], Tensor], dtype: torch.dtype | None = None) -> None:
+    """RunError where a parameter, made of the tensors that `read` gives by the names of the base's checkpoint, is not
+    the base's with the source's differences, rounded once (to `dtype`, None: to the dtype of the base's)."""
+    checkpoint = Checkpoint.of(base_of(source))
+    places = Places(without_weights(base_of(source)), checkpoint.tensors)
+    wanted = _of_sparse if source.kind == "sparse" else _of_merged
+    for name, values, sums in wanted(source, places, checkpoint, dtype):
+        found = places.parameter(name, read)
+        if (found.dtype, found.shape) != (values.dtype, values.shape):
+            raise RunError(
+                f"the export is not what was trained: {shown(name)} is {found.dtype} {tuple(found.shape)} there, "
+                f"expected {values.dtype} {tuple(values.shape)}. Nothing was kept."
+            )
+        differs = bits(found) != bits(values)
+        if sums:
+            differs &= ~((found - values).abs() <= torch.finfo(values.dtype).eps * values.abs())
+        if count := int(differs.sum()):
+            raise RunError(
+                f"the export is not what was trained: {count:,} of the {differs.numel():,} values of {shown(name)} are "
+                "not base + delta. Nothing was kept."
+            )
+
+
+def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Wanted]:
+    model = without_weights(base_of(source))
+    linears: dict[str, list[tuple[Weight, SparseChange]]] = defaultdict(list)
+    for module, change in source.changes.items():
+        weight = weight_of(model, module)
+        linears[weight.parameter].append((weight, change))
+    for name in places.parameters:
+        if not places.holds(name):
+            continue
+        base = places.parameter(name, checkpoint.read)
+        target = dtype if dtype is not None and base.dtype in FLOATS else base.dtype
+        if name not in linears:
+            yield Wanted(name, base.to(target))
+            continue
+        wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        for weight, change in linears[name]:
+            rows, columns = weight.shape
+            part = wide.flatten().narrow(0, weight.offset, rows * columns)
+            part.view(columns, rows).t().add_(change.dense()) if weight.transposed else part.view(rows, columns).add_(
+                change.dense()
+            )
+        sums = any(len(change.kinds) > 1 for _, change in linears[name])
+        yield Wanted(name, wide.to(target), sums)
+
+
+def _of_merged(source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Wanted]:
+    merged = dict(merged_model(source, base_model(source, dtype), dtype).named_parameters(remove_duplicate=False))
+    for name in places.parameters:
+        if not places.holds(name):
+            continue
+        base, value = places.parameter(name, checkpoint.read), merged[name].detach().cpu()
+        target = dtype if dtype is not None and base.dtype in FLOATS else base.dtype
+        same = bits(base.to(value.dtype)) == bits(
+            value
+        )  # a tensor that is wider in the files keeps what did not change
+        yield Wanted(name, torch.where(same, base.to(target), value.to(target)))

@@ -1,0 +1,136 @@
+"""Where a model's weights lie in its checkpoint, held against the files and against transformers' own loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from sparseft.config import ModelConfig
+from sparseft.errors import UserError
+from sparseft.export.checkpoint import Checkpoint, Places, saved_tensors, weight_of, without_weights
+from sparseft.files.tensors import Stored, stored_tensors, write_streamed
+from support import adapted, experts
+
+
+def places_of(folder: Path) -> tuple[Checkpoint, Places]:
+    config = ModelConfig(path=str(folder))
+    checkpoint = Checkpoint.of(config)
+    return checkpoint, Places(without_weights(config), checkpoint.tensors)
+
+
+def check(folder: Path, model: Any) -> None:
+    """Every entry of every parameter is found in the files and back again."""
+    checkpoint, places = places_of(folder)
+    parameters = dict(model.named_parameters())
+    assert set(places.parameters) == set(parameters)
+    for name, values in places.stored(lambda name: parameters[name].detach()):
+        assert torch.equal(values, checkpoint.read(name)), name
+    for name, parameter in parameters.items():
+        flat = torch.randperm(parameter.numel(), generator=torch.Generator().manual_seed(0))[:200]
+        parts = places.in_checkpoint(name, flat)
+        assert sum(len(part.index) for part in parts) == len(flat)
+        for part in parts:
+            assert (part.index.diff() > 0).all()
+            there = checkpoint.read(part.name).flatten()[part.index]
+            assert torch.equal(there, parameter.detach().flatten()[flat[part.which]])
+            backs = places.in_model(part.name, part.index)
+            assert sum(len(back.index) for back in backs) == len(part.index)
+            for back in backs:
+                assert torch.equal(parameters[back.name].detach().flatten()[back.index], there[back.which])
+        assert torch.equal(places.parameter(name, checkpoint.read), parameter.detach())
+
+
+@pytest.mark.parametrize("kind", adapted.BASES)
+def test_every_entry_is_found(kind: str, tmp_path: Path) -> None:
+    adapted.base(kind, tmp_path, shard="70KB")
+    model = adapted.load(tmp_path)
+    check(tmp_path, model)
+    assert len(set(Checkpoint.of_folder(tmp_path).files.values())) > 1
+    assert saved_tensors(model) == Checkpoint.of_folder(tmp_path).tensors
+
+
+def test_a_fresh_model_is_saved_under_the_names_that_are_told(tmp_path: Path) -> None:
+    for kind in ("mixtral", "qwen3_moe"):
+        model = experts.build(kind)
+        model.save_pretrained(tmp_path / kind)
+        assert saved_tensors(model) == Checkpoint.of_folder(tmp_path / kind).tensors
+
+
+def renamed(folder: Path, rename: Any) -> dict[str, Any]:
+    tensors = {rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return tensors
+
+
+def test_a_checkpoint_that_lacks_the_prefix(tmp_path: Path) -> None:
+    """As GPT-2's own: `h.0.attn…`, where the model says `transformer.h.0.attn…`."""
+    adapted.base("gpt2", tmp_path)
+    tensors = renamed(tmp_path, lambda name: name.removeprefix("transformer."))
+    assert "h.0.attn.c_attn.weight" in tensors
+    check(tmp_path, adapted.load(tmp_path))
+
+
+def test_a_tied_weight_that_the_file_holds_twice(tmp_path: Path) -> None:
+    adapted.base("gpt2", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    check(tmp_path, adapted.load(tmp_path))
+    _, places = places_of(tmp_path)
+    assert {"lm_head.weight", "transformer.wte.weight"} <= set(places.names())
+
+
+def test_experts_that_the_file_keeps_in_one_tensor(tmp_path: Path) -> None:
+    config = transformers.GraniteMoeConfig(**experts.SIZES, num_local_experts=4)
+    experts.build("granitemoe", config=config).save_pretrained(tmp_path)
+    assert any("input_linear" in name for name in Checkpoint.of_folder(tmp_path).tensors)
+    check(tmp_path, adapted.load(tmp_path))
+
+
+@pytest.mark.parametrize("kind", adapted.BASES)
+def test_a_linears_entries(kind: str, tmp_path: Path) -> None:
+    """The logical (out, in) entry is the one by which the module multiplies, however it is stored."""
+    from sparseft.layers.convert import plain_weight
+
+    adapted.base(kind, tmp_path)
+    model = adapted.load(tmp_path)
+    for module in adapted.modules(kind):
+        weight, logical = weight_of(model, module), plain_weight(model, module)
+        assert weight.shape == tuple(logical.shape)
+        entries = torch.arange(logical.numel())
+        there = model.get_parameter(weight.parameter).detach().flatten()[weight.flat(entries)]
+        assert torch.equal(there, logical.flatten())
+    with pytest.raises(UserError, match="no module 'model.layers.9.nothing'"):
+        weight_of(model, "model.layers.9.nothing")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no model\.safetensors and no"):
+        Checkpoint.of_folder(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}')
+    with pytest.raises(UserError, match="is no file of the folder"):
+        Checkpoint.of_folder(tmp_path)
+    adapted.base("llama", tmp_path / "cut", shard="70KB")
+    next((tmp_path / "cut").glob("*-00002-*.safetensors")).unlink()
+    with pytest.raises(UserError, match="no such file"):
+        Checkpoint.of_folder(tmp_path / "cut")
+
+
+def test_a_file_written_one_tensor_at_a_time(tmp_path: Path) -> None:
+    """Read by safetensors itself, with tensors of every width, in another order than they lie, and one that is empty."""
+    tensors = {
+        "b": torch.randn(3, 5).bfloat16(), "a": torch.arange(7, dtype=torch.int32), "e": torch.zeros(0, 4),
+        "c": torch.randn(2, 3).t(), "d": torch.arange(3), "f": torch.tensor(2.0), "g": torch.tensor([True, False]),
+    }  # fmt: skip
+    facts = {name: Stored(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    path = tmp_path / "file.safetensors"
+    write_streamed(path, facts, iter(tensors.items()), {"format": "pt"})
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert stored_tensors(path, "model") == facts
