@@ -40,7 +40,9 @@ class Full(Kind):
         return model
 
     @classmethod
-    def load(cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str) -> nn.Module:
+    def load(
+        cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str, keep: str, activate: bool
+    ) -> nn.Module:
         raise UserError(f"{folder}: a whole model, not an adapter: load it as one (model.path={folder}).")
 
     def names(self, model: nn.Module) -> Collection[str]:

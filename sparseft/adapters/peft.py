@@ -95,7 +95,11 @@ class Peft(Kind):
         return model
 
     @classmethod
-    def load(cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str) -> nn.Module:
+    def load(
+        cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str, keep: str, activate: bool
+    ) -> nn.Module:
+        if keep != "device":
+            raise UserError(f"{folder}: keep='{keep}' is for sparse adapters: peft keeps its own beside the weights.")
         if state_of(model) is None and hasattr(model, "peft_config"):
             raise UserError(
                 f"{folder}: the model has peft's layers from elsewhere: merge them, or load all by sparseft."
@@ -107,9 +111,13 @@ class Peft(Kind):
             state = State.of(model, cls(Overwritten.of(model)), method)
         if own:
             check_base(state.fingerprints, state.dtype, folder, own)
-        model = _load(model, folder, content, name, state.kind.kept, state.active)
+        before = state.active
+        model = _load(model, folder, content, name, state.kind.kept, before)
         state.active, state.method_config = name, dict(own.get("method_config") or {})
         setattr(model, STATE, state)
+        if not activate and before != name:
+            _switch(model, state.kind.kept, name, before)
+            state.active = before
         return model
 
     def names(self, model: Any) -> Collection[str]:

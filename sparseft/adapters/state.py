@@ -41,8 +41,11 @@ class Kind:
         raise NotImplementedError
 
     @classmethod
-    def load(cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str) -> nn.Module:
-        """Loads an adapter's folder, described by `content`, onto a plain or attached model and makes it active."""
+    def load(
+        cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str, keep: str, activate: bool
+    ) -> nn.Module:
+        """Loads an adapter's folder, described by `content`, onto a plain or attached model; `keep` is one of
+        `waiting.KEEP`. It becomes the active one (`activate`), or that stays which was."""
         raise NotImplementedError
 
     def names(self, model: nn.Module) -> Collection[str]:
