@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparseft.adapters import by_row
 from sparseft.adapters.description import is_whole_model, read_config
 from sparseft.adapters.full import Full
 from sparseft.adapters.peft import Peft
@@ -48,7 +49,9 @@ def attach(
         raise UserError(f"expected a sparseft.Selection, got {type(selection).__name__}: Selection({{…}}) makes one.")
     if selection is not None and not config.sparse:
         raise UserError(f"method {config.name} takes no selection.")
-    return KINDS[config.kind].attach(model, config, selection, spec)
+    model = KINDS[config.kind].attach(model, config, selection, spec)
+    by_row.listen(model)
+    return model
 
 
 @inside_compiled
@@ -107,7 +110,9 @@ def load_adapter(
     folder = Path(path)
     content = read_config(folder)
     kind = "peft" if "peft_type" in content else "full" if is_whole_model(folder) else "sparse"
-    return KINDS[kind].load(model, folder, content, name, keep, activate)
+    model = KINDS[kind].load(model, folder, content, name, keep, activate)
+    by_row.listen(model)
+    return model
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
@@ -165,7 +170,12 @@ def detach(model: nn.Module) -> nn.Module:
 @inside_compiled
 def _leave(model: nn.Module, *, merged: bool) -> nn.Module:
     state = require_state(model)
-    model = state.kind.leave(model, state, merged=merged)
+    by_row.ignore(model)
+    try:
+        model = state.kind.leave(model, state, merged=merged)
+    except UserError:
+        by_row.listen(model)
+        raise
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, True))
     return model

@@ -5,9 +5,10 @@ Several fuse into one by a weighted sum of their deltas; where patterns differ, 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check_base, read_config
-from sparseft.adapters.state import DEFAULT, Kind, State, state_for, state_of
+from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State, state_for, state_of
 from sparseft.adapters.waiting import Adapter, Source, SparseDelta, Values, on_host
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError, shown
@@ -25,10 +26,11 @@ from sparseft.files.hashing import BODY, HASHED, body_hash, file_hash
 from sparseft.files.tensors import KINDS, read_described, split_name
 from sparseft.kernels import reference
 from sparseft.layers import restore, sparse_layers, write_back
+from sparseft.layers.by_row import ByRow
 from sparseft.layers.convert import check_modules, exchange, layer_at, weight_parameter
 from sparseft.layers.pattern import check_index, entry_dim, index_keys, positions_of, same_entries
 from sparseft.methods.base import SparseConfig
-from sparseft.models.decoder import STATE
+from sparseft.models.decoder import STATE, in_experts
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.selection import Selection
@@ -81,6 +83,7 @@ class Sparse(Kind):
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
+        self._rows: tuple[list[int], list[Adapter], dict[str, ByRow]] | None = None
 
     @classmethod
     def attach(
@@ -167,6 +170,51 @@ class Sparse(Kind):
             united = {m: unite([(1.0, kinds)], shapes[m], math.gcd(*sizes)) for m, kinds in united.items()}
         self._install(model, state, name, Adapter(method, {"fused": dict(weights)}), united, "fuse")
 
+    @contextlib.contextmanager
+    def by_row(
+        self,
+        model: nn.Module,
+        state: State,
+        names: Names,
+        now: Now,
+    ) -> Iterator[dict[str, Any]]:
+        """The weights hold the base inside, and hooks on the linears concerned add the deltas' product."""
+        used = {name: number for number, name in enumerate(sorted({name for name in names if name is not None}))}
+        for name in used:
+            for module in self.adapters[name].modules:
+                if in_experts(module):
+                    raise UserError(
+                        f"'{name}' trains experts ({module}), which are given tokens without their rows: use it alone."
+                    )
+        active = state.active
+        self.switch(model, state, None)
+        state.active = None
+        handles = []
+        try:
+            for module, linear in self._linears(model, state, list(used)).items():
+                layer = model.get_submodule(module)
+                handles.append(layer.register_forward_hook(_adding(linear, used, now)))
+            yield {}
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.switch(model, state, active)
+            state.active = active
+
+    def _linears(self, model: nn.Module, state: State, names: list[str]) -> dict[str, ByRow]:
+        """What adapters, by their place among `names`, add to each linear; that of the last names is kept."""
+        adapters = [self.adapters[name] for name in names]
+        versions = [adapter.version for adapter in adapters]
+        if self._rows is None or self._rows[0] != versions or self._rows[1] != adapters:
+            contents: dict[str, dict[int, Any]] = defaultdict(dict)
+            for number, adapter in enumerate(adapters):
+                for module, kinds in adapter.values().items():
+                    contents[module][number] = kinds
+            shapes = _spec(model, state).known
+            linears = {module: ByRow(shapes[module], kinds) for module, kinds in contents.items()}
+            self._rows = versions, adapters, linears
+        return self._rows[2]
+
     def leave(self, model: nn.Module, state: State, *, merged: bool) -> nn.Module:
         restore(model, merged=merged)
         delattr(model, STATE)
@@ -221,6 +269,18 @@ class Sparse(Kind):
         if activate or active:
             self.switch(model, state, name)
             state.active = name
+
+
+def _adding(linear: ByRow, numbers: Mapping[str, int], now: Now) -> Callable[..., Tensor | None]:
+    """A hook that adds to a linear's product what the adapters of the rows make of its input."""
+
+    def add(layer: nn.Module, inputs: Any, y: Tensor) -> Tensor | None:
+        names = now()
+        if names is None:
+            return None
+        return linear.add(y, inputs[0], tuple(-1 if name is None else numbers[name] for name in names), layer)
+
+    return add
 
 
 def _spec(model: nn.Module, state: State) -> ModelSpec:

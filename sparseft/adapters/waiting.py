@@ -58,7 +58,7 @@ def _state(path: Path) -> tuple[int, int, int, int]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-@dataclass
+@dataclass(eq=False)
 class Adapter:
     """A named adapter: what it changes, and what its description says of it.
 
@@ -83,6 +83,11 @@ class Adapter:
     def modules(self) -> list[str]:
         """The names of the linears that it changes."""
         return list(self.patterns or self.waiting)
+
+    @property
+    def version(self) -> int:
+        """A number that is another one after any of its deltas was changed in place."""
+        return sum(version_of(pattern.delta) for pattern in self.live())
 
     def values(self) -> Values:
         """All that it has trained: entries that re-selection has put aside too. Shares memory with the adapter."""
