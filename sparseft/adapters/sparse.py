@@ -254,7 +254,7 @@ class Sparse(Kind):
                 for module, kinds in values.items():
                     for kind, value in kinds.items():
                         known.patterns[module][kind].delta.copy_(value.delta)
-            known.method_config = adapter.method_config
+            known.method_config, known.source = adapter.method_config, adapter.source
             if active:
                 write_back(layer_at(model, module) for module in values)
         else:
