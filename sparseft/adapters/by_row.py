@@ -32,7 +32,7 @@ class Call:
     model: nn.Module
     names: Rows
     forward: bool  # one pass; else `generate`
-    now: Rows = ()  # the names of the pass that runs
+    now: tuple[Rows, int] = ((), 0)  # of the pass that runs: the names, and how many tokens each row has
     leave: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
@@ -86,10 +86,10 @@ def names_of_rows(names: Rows, rows: int) -> Rows:
     return names if each == 1 else tuple(name for name in names for _ in range(each))
 
 
-def rows_in(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
-    """How many rows a forward pass or `generate` was given; None where it was given none."""
+def shape_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """How many rows, and tokens of each, a forward pass or `generate` was given; zeros where it was given none."""
     given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
-    return next((len(value) for value in given if isinstance(value, Tensor)), None)
+    return next(((value.shape[0], value.shape[1]) for value in given if isinstance(value, Tensor)), (0, 0))
 
 
 def _checked(model: Any, names: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Rows:
@@ -101,21 +101,21 @@ def _checked(model: Any, names: Any, args: Sequence[Any], kwargs: dict[str, Any]
     for name in names:
         if name is not None:
             state.kind.check_name(model, name)
-    rows = rows_in(args, kwargs)
-    if rows is None or len(names) != rows:
-        raise UserError(f"{ARGUMENT}: {len(names)} names for a batch of {rows or 0} rows.")
+    rows, _ = shape_of(args, kwargs)
+    if len(names) != rows:
+        raise UserError(f"{ARGUMENT}: {len(names)} names for a batch of {rows} rows.")
     if model.training:
         raise UserError(f"{ARGUMENT} is for using adapters, not for training them: call model.eval() first.")
     return names
 
 
-def _enter(call: Call) -> dict[str, Any]:
+def _enter(call: Call, tokens: int = 0) -> dict[str, Any]:
     """The kind of the adapters sees to the rows until `call.leave` is closed; what the model is to be given."""
     state = state_of(call.model)
     assert state is not None
-    call.now = call.names
+    call.now = call.names, tokens
 
-    def now() -> Rows | None:
+    def now() -> tuple[Rows, int] | None:
         return call.now if _call.get() is call else None
 
     return call.leave.enter_context(state.kind.by_row(call.model, state, call.names, now))
@@ -125,7 +125,8 @@ def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Ahead of a forward pass."""
     names, current = kwargs.get(ARGUMENT), _call.get()
     if current is not None and current.model is model:  # a pass of `generate`
-        current.now = names_of_rows(current.names, rows_in(args, kwargs) or len(current.names))
+        rows, tokens = shape_of(args, kwargs)
+        current.now = names_of_rows(current.names, rows), tokens
         return None
     if names is None:
         return None
@@ -133,7 +134,7 @@ def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise UserError(f"{ARGUMENT} is not for compiled models: call the model that was compiled.")
     rest = {key: value for key, value in kwargs.items() if key != ARGUMENT}
     call = Call(model, _checked(model, names, args, rest), forward=True)
-    rest |= _enter(call)
+    rest |= _enter(call, shape_of(args, rest)[1])
     _call.set(call)
     return args, rest
 

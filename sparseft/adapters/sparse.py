@@ -171,13 +171,7 @@ class Sparse(Kind):
         self._install(model, state, name, Adapter(method, {"fused": dict(weights)}), united, "fuse")
 
     @contextlib.contextmanager
-    def by_row(
-        self,
-        model: nn.Module,
-        state: State,
-        names: Names,
-        now: Now,
-    ) -> Iterator[dict[str, Any]]:
+    def by_row(self, model: nn.Module, state: State, names: Names, now: Now) -> Iterator[dict[str, Any]]:
         """The weights hold the base inside, and hooks on the linears concerned add the deltas' product."""
         used = {name: number for number, name in enumerate(sorted({name for name in names if name is not None}))}
         for name in used:
@@ -275,10 +269,12 @@ def _adding(linear: ByRow, numbers: Mapping[str, int], now: Now) -> Callable[...
     """A hook that adds to a linear's product what the adapters of the rows make of its input."""
 
     def add(layer: nn.Module, inputs: Any, y: Tensor) -> Tensor | None:
-        names = now()
-        if names is None:
+        found = now()
+        if found is None:
             return None
-        return linear.add(y, inputs[0], tuple(-1 if name is None else numbers[name] for name in names), layer)
+        names, tokens = found
+        choice = tuple(-1 if name is None else numbers[name] for name in names)
+        return linear.add(y, inputs[0], choice, tokens, layer)
 
     return add
 

@@ -20,7 +20,7 @@ from sparseft.selection.selection import Selection
 
 DEFAULT = "default"
 Names = Sequence[str | None]  # of the adapters of a batch's rows; None: the base
-Now = Callable[[], Names | None]
+Now = Callable[[], tuple[Names, int] | None]
 
 
 class Kind:
@@ -91,7 +91,8 @@ class Kind:
         """Inside, each row of a batch has the adapter of its own name (None: the base); gives what the model is to be
         passed for that.
 
-        `now` says the names of the pass that runs, which may have more rows; None where the pass is another thread's.
+        `now` says the names of the pass that runs, which may have more rows, and how many tokens each row has there;
+        None where the pass is another thread's.
         """
         raise NotImplementedError
 

@@ -134,22 +134,21 @@ class ByRow:
         # The parts of the last call and what they were made for, as one value: threads may call at the same time.
         self._made: tuple[Made, list[Part]] | None = None
 
-    def add(self, y: Tensor, x: Tensor, choice: tuple[int, ...], layer: nn.Module) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, choice: tuple[int, ...], tokens: int, layer: nn.Module) -> Tensor:
         """y (…, out), the base's product of x (…, in), with the deltas of adapter `choice[r]` added to each row r of
         the batch, in place where that can be. `layer` is the linear, sparse or not.
 
-        x is (rows, tokens, in), or has the tokens of all rows one after another. Differentiable in y and x.
-        RunError where it has another number of rows.
+        x is (rows, `tokens`, in), or (rows · tokens, in). Differentiable in y and x. RunError where it has another
+        shape.
         """
-        if x.dim() < 2 or x.shape[0] % len(choice) or (x.dim() != 2 and x.shape[0] != len(choice)):
+        rows = len(choice)
+        if x.shape[:-1] not in ((rows, tokens), (rows * tokens,)):
             raise RunError(
-                f"a linear was given an input of shape {tuple(x.shape)}, which are no {len(choice)} rows, so that each "
-                "could have its own adapter: use one adapter at a time with this model."
+                f"a linear was given an input of shape {tuple(x.shape)}, which are no {rows} rows of {tokens} tokens, "
+                "so that each could have its own adapter: use one adapter at a time with this model."
             )
         y = y if y.is_contiguous() else y.contiguous()
-        tokens = y.numel() // (len(choice) * y.shape[-1])
-        rows_of_y = y.view(len(choice), tokens, y.shape[-1])
-        rows_of_x = x.reshape(len(choice), tokens, x.shape[-1])
+        rows_of_y, rows_of_x = y.view(rows, tokens, y.shape[-1]), x.reshape(rows, tokens, x.shape[-1])
         if x.dtype != y.dtype:
             rows_of_x = rows_of_x.to(y.dtype)
         wanted = Made(
