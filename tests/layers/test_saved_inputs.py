@@ -152,8 +152,13 @@ def test_another_adapter_decides_anew(tmp_path) -> None:
     many = sparseft.attach(llama(), config, blocks_of(q_proj=8, k_proj=1))
     sparseft.save_adapter(many, tmp_path / "many")
     sparseft.load_adapter(few, tmp_path / "many", name="many")
+    assert saved(few) <= with_inputs(few)  # a pass that trains settles it, one that does not leaves it
     assert decisions(few) == {"q_proj": True, "k_proj": True}
     sparseft.set_adapter(few, "default")
+    with torch.no_grad():
+        few(input_ids=torch.tensor([[1, 2]]))
+    assert decisions(few) == {"q_proj": True, "k_proj": True}
+    assert saved(few) <= with_inputs(few)
     assert decisions(few) == {"q_proj": False, "k_proj": False}
 
 
