@@ -321,6 +321,10 @@ def mixed(
 
     attempt_each(rows, make, failed, device)
     with torch.inference_mode():
+        plain = base(ids, use_cache=False).logits
+        for name, call in calls.items():
+            unlike = [not torch.equal(row, other) for row, other in zip(call().logits, plain, strict=True)]
+            assert all(unlike) or name == BASE, f"{name} answers as the base does"
         seconds = take_turns(calls, config.bench, device, failed)
     for name, times in seconds.items():
         rows[name] |= spread("mixed_seconds", times)
