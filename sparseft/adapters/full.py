@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparseft.adapters.description import FORMAT_VERSION
-from sparseft.adapters.state import DEFAULT, Kind, State
+from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State
 from sparseft.distributed.ranks import is_main
 from sparseft.distributed.zero3 import any_sharded, load_state
 from sparseft.errors import UserError, shown
@@ -40,7 +41,9 @@ class Full(Kind):
         return model
 
     @classmethod
-    def load(cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str) -> nn.Module:
+    def load(
+        cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str, keep: str, activate: bool
+    ) -> nn.Module:
         raise UserError(f"{folder}: a whole model, not an adapter: load it as one (model.path={folder}).")
 
     def names(self, model: nn.Module) -> Collection[str]:
@@ -59,6 +62,15 @@ class Full(Kind):
 
     def fuse(self, model: nn.Module, state: State, weights: dict[str, float], name: str) -> None:
         raise UserError("full fine-tuning has no adapters to fuse.")
+
+    def by_row(
+        self,
+        model: nn.Module,
+        state: State,
+        names: Names,
+        now: Now,
+    ) -> contextlib.AbstractContextManager[dict[str, Any]]:
+        raise UserError("full fine-tuning has no adapters that rows could have.")
 
     def leave(self, model: nn.Module, state: State, *, merged: bool) -> nn.Module:
         if not merged:

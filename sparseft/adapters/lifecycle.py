@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparseft.adapters import by_row
 from sparseft.adapters.description import is_whole_model, read_config
 from sparseft.adapters.full import Full
 from sparseft.adapters.peft import Peft
 from sparseft.adapters.sparse import Sparse
 from sparseft.adapters.state import DEFAULT, Kind, require_state, state_of
+from sparseft.adapters.waiting import KEEP
 from sparseft.distributed.zero3 import full_shape
-from sparseft.errors import UserError
+from sparseft.errors import UserError, nearest
 from sparseft.files.atomic import replaced_folder
 from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.layers import sparse_layers
@@ -47,7 +49,9 @@ def attach(
         raise UserError(f"expected a sparseft.Selection, got {type(selection).__name__}: Selection({{…}}) makes one.")
     if selection is not None and not config.sparse:
         raise UserError(f"method {config.name} takes no selection.")
-    return KINDS[config.kind].attach(model, config, selection, spec)
+    model = KINDS[config.kind].attach(model, config, selection, spec)
+    by_row.listen(model)
+    return model
 
 
 @inside_compiled
@@ -83,16 +87,32 @@ def save_adapter(
 
 
 @inside_compiled
-def load_adapter(model: nn.Module, path: str | Path, name: str = DEFAULT) -> nn.Module:
+def load_adapter(
+    model: nn.Module, path: str | Path, name: str = DEFAULT, *, keep: str = "device", activate: bool = True
+) -> nn.Module:
     """Loads an adapter folder onto a plain or attached model, makes it the active one, and returns the model.
 
     A sparse adapter is refused where it was made for another base or the files were truncated or altered. A folder
     that peft made is loaded through peft; the return value is then peft's wrapper.
+
+    Args:
+        keep: Where a sparse adapter's deltas lie while it is not the active one: `device` (beside the weights),
+            `host` (in host memory, pinned where the weights are on a CUDA device) or `disk` (mapped from its file,
+            which is read when the adapter becomes active).
+        activate: False leaves the adapter that is active as it is: to load many.
+
+    Raises:
+        UserError: the folder does not fit the model, or `keep` is no such place.
+        RunError: later, where the file of an adapter on `disk` was altered meanwhile.
     """
+    if keep not in KEEP:
+        raise UserError(f"keep='{keep}': expected {', '.join(KEEP)}.{nearest(keep, KEEP)}")
     folder = Path(path)
     content = read_config(folder)
     kind = "peft" if "peft_type" in content else "full" if is_whole_model(folder) else "sparse"
-    return KINDS[kind].load(model, folder, content, name)
+    model = KINDS[kind].load(model, folder, content, name, keep, activate)
+    by_row.listen(model)
+    return model
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
@@ -150,7 +170,12 @@ def detach(model: nn.Module) -> nn.Module:
 @inside_compiled
 def _leave(model: nn.Module, *, merged: bool) -> nn.Module:
     state = require_state(model)
-    model = state.kind.leave(model, state, merged=merged)
+    by_row.ignore(model)
+    try:
+        model = state.kind.leave(model, state, merged=merged)
+    except UserError:
+        by_row.listen(model)
+        raise
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, True))
     return model

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check_base, check_peft, peft_hash
-from sparseft.adapters.state import DEFAULT, Kind, State, state_for, state_of
+from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State, state_for, state_of
 from sparseft.adapters.tied_weights import always_tied, changed_apart, tell_untied, untie
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError, shown
@@ -36,6 +36,7 @@ from sparseft.selection.selection import Selection
 
 WRAPPED = "base_model.model."  # what peft's wrapper puts before the base's names
 INSIDE = ("token_adapter", "base_layer", "original_module")  # and into them, where it put a layer around a module
+PEFT_BASE = "__base__"  # in the names of a batch's adapters
 HOOKS = ("_require_grads_hooks", "_require_grads_hook")
 
 
@@ -95,7 +96,11 @@ class Peft(Kind):
         return model
 
     @classmethod
-    def load(cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str) -> nn.Module:
+    def load(
+        cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str, keep: str, activate: bool
+    ) -> nn.Module:
+        if keep != "device":
+            raise UserError(f"{folder}: keep='{keep}' is for sparse adapters: peft keeps its own beside the weights.")
         if state_of(model) is None and hasattr(model, "peft_config"):
             raise UserError(
                 f"{folder}: the model has peft's layers from elsewhere: merge them, or load all by sparseft."
@@ -107,9 +112,13 @@ class Peft(Kind):
             state = State.of(model, cls(Overwritten.of(model)), method)
         if own:
             check_base(state.fingerprints, state.dtype, folder, own)
-        model = _load(model, folder, content, name, state.kind.kept, state.active)
+        before = state.active
+        model = _load(model, folder, content, name, state.kind.kept, before)
         state.active, state.method_config = name, dict(own.get("method_config") or {})
         setattr(model, STATE, state)
+        if not activate and before != name:
+            _switch(model, state.kind.kept, name, before)
+            state.active = before
         return model
 
     def names(self, model: Any) -> Collection[str]:
@@ -138,6 +147,23 @@ class Peft(Kind):
         _fuse(model, self.kept, state.active, weights, name)
         _switch(model, self.kept, None, name)
         state.active = name
+
+    @contextlib.contextmanager
+    def by_row(self, model: Any, state: State, names: Names, now: Now) -> Iterator[dict[str, Any]]:
+        """By peft's own way, which wants an adapter to be active, and none of those that differ by more than layers."""
+        used = list(dict.fromkeys(name for name in names if name is not None))
+        for name in used:
+            if model.peft_config[name].use_dora:
+                raise UserError(f"'{name}' is a DoRA adapter, which peft cannot mix in one batch: use it alone.")
+            if name in self.kept.own:
+                parameter = next(iter(self.kept.own[name]))
+                raise UserError(f"'{name}' trained the base's own {parameter}, which all rows share: use it alone.")
+        before = state.active
+        _switch(model, self.kept, before, used[0] if used else None)
+        try:
+            yield {"adapter_names": [PEFT_BASE if name is None else name for name in names]} if used else {}
+        finally:
+            _switch(model, self.kept, used[0] if used else None, before)
 
     def leave(self, model: Any, state: State, *, merged: bool) -> nn.Module:
         """A head or embedding that only the adapter's part of a tied pair changed is untied, in the config too."""

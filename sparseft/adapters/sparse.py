@@ -5,41 +5,35 @@ Several fuse into one by a weighted sum of their deltas; where patterns differ, 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check_base, read_config
-from sparseft.adapters.state import DEFAULT, Kind, State, state_for, state_of
+from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State, state_for, state_of
+from sparseft.adapters.waiting import Adapter, Source, SparseDelta, Values, on_host
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import write_json
 from sparseft.files.hashing import BODY, HASHED, body_hash, file_hash
 from sparseft.files.tensors import KINDS, read_described, split_name
-from sparseft.layers import Pattern, restore, share_inputs, sparse_layers
-from sparseft.layers.convert import check_modules, make_sparse, make_way, plain_weight, weight_parameter
-from sparseft.layers.experts import close_experts
-from sparseft.layers.inactive import union
-from sparseft.layers.pattern import entry_dim, index_keys, positions_of, same_patterns
+from sparseft.kernels import reference
+from sparseft.layers import restore, sparse_layers, write_back
+from sparseft.layers.by_row import ByRow
+from sparseft.layers.convert import check_modules, exchange, layer_at, weight_parameter
+from sparseft.layers.pattern import check_index, entry_dim, index_keys, positions_of, same_entries
 from sparseft.methods.base import SparseConfig
-from sparseft.models.decoder import STATE
+from sparseft.models.decoder import STATE, in_experts
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.selection import Selection
-
-
-class SparseDelta(NamedTuple):
-    """One pattern's content: index (k,) or (n, 2), int64; delta in the shapes of `kernels/reference.py`, fp32."""
-
-    index: Tensor
-    delta: Tensor
-    block_size: int | None = None
 
 
 def split_blocks(value: SparseDelta, size: int, shape: tuple[int, int]) -> SparseDelta:
@@ -82,15 +76,6 @@ def unite(
     return united
 
 
-@dataclass
-class Adapter:
-    """A named adapter: its patterns by module and kind, and what its description says of it."""
-
-    patterns: dict[str, dict[str, Pattern]]
-    method: str
-    method_config: dict[str, Any]
-
-
 class Sparse(Kind):
     """Adapters that are deltas on patterns of the model's own linears."""
 
@@ -98,6 +83,7 @@ class Sparse(Kind):
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
+        self._rows: tuple[list[int], list[Adapter], dict[str, ByRow]] | None = None
 
     @classmethod
     def attach(
@@ -123,22 +109,26 @@ class Sparse(Kind):
         state = State.of(model, self, config.name, spec)
         config.convert(model, selection, spec)
         patterns = {module: layer.patterns for module, layer in sparse_layers(model).items() if layer.patterns}
-        self.adapters[DEFAULT] = Adapter(patterns, config.name, asdict(config))
+        self.adapters[DEFAULT] = Adapter(config.name, asdict(config), patterns=patterns)
         state.config, state.active, state.method_config = config, DEFAULT, asdict(config)
         setattr(model, STATE, state)
         return model
 
     @classmethod
-    def load(cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str) -> nn.Module:
+    def load(
+        cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str, keep: str, activate: bool
+    ) -> nn.Module:
         state = state_for(model, cls, folder)
+        file = folder / TENSORS
+        source = Source.of(file) if keep == "disk" and file.is_file() else None
         values = read_sparse(folder, content)
         method = str(content.get("method"))
         if state is None:
             state = State.of(model, cls(), method)
         check_base(state.fingerprints, state.dtype, folder, content)
         method_config = content.get("method_config")
-        adapter = Adapter({}, method, method_config if isinstance(method_config, dict) else {})
-        state.kind._install(model, state, name, adapter, values, str(folder))
+        adapter = Adapter(method, method_config if isinstance(method_config, dict) else {}, keep=keep, source=source)
+        state.kind._install(model, state, name, adapter, values, str(folder), activate=activate)
         return model
 
     def names(self, model: nn.Module) -> Collection[str]:
@@ -148,15 +138,20 @@ class Sparse(Kind):
         self, model: nn.Module, state: State, name: str, folder: Path, state_dict: dict[str, Tensor] | None
     ) -> None:
         adapter = self.adapters[name]
-        layers = sparse_layers(model)
-        shapes = {module: (layers[module].out_features, layers[module].in_features) for module in adapter.patterns}
         header = state.header | {"method": adapter.method, "method_config": adapter.method_config}
-        write_sparse(self._values(name), shapes, header, folder)
+        write_sparse(adapter.values(), _spec(model, state).known, header, folder)
 
     def switch(self, model: nn.Module, state: State, name: str | None) -> None:
         if name is not None:
             self.check_name(model, name)
-        _activate(model, self.adapters[name].patterns if name is not None else {})
+        if name == state.active:
+            return
+        with torch.inference_mode(False):  # parameters made inside would be of no use outside
+            old = self.adapters.get(state.active) if state.active is not None else None
+            new = self.adapters[name].fetch(model) if name is not None else {}
+            exchange(model, old.patterns if old is not None else {}, new)
+            if old is not None:
+                old.park()
 
     def fuse(self, model: nn.Module, state: State, weights: dict[str, float], name: str) -> None:
         for known in weights:
@@ -164,7 +159,7 @@ class Sparse(Kind):
         shapes = _spec(model, state).known
         parts: dict[str, list[tuple[float, dict[str, SparseDelta]]]] = defaultdict(list)
         for known, weight in weights.items():
-            for module, kinds in self._values(known).items():
+            for module, kinds in self.adapters[known].values().items():
                 cpu = {kind: SparseDelta(v.index.cpu(), v.delta.cpu(), v.block_size) for kind, v in kinds.items()}
                 parts[module].append((weight, cpu))
         united = {module: unite(items, shapes[module]) for module, items in parts.items()}
@@ -173,7 +168,52 @@ class Sparse(Kind):
         sizes = {value.block_size for kinds in united.values() for value in kinds.values() if value.block_size}
         if len(sizes) > 1:  # an adapter's file has one block size
             united = {m: unite([(1.0, kinds)], shapes[m], math.gcd(*sizes)) for m, kinds in united.items()}
-        self._install(model, state, name, Adapter({}, method, {"fused": dict(weights)}), united, "fuse")
+        self._install(model, state, name, Adapter(method, {"fused": dict(weights)}), united, "fuse")
+
+    @contextlib.contextmanager
+    def by_row(
+        self,
+        model: nn.Module,
+        state: State,
+        names: Names,
+        now: Now,
+    ) -> Iterator[dict[str, Any]]:
+        """The weights hold the base inside, and hooks on the linears concerned add the deltas' product."""
+        used = {name: number for number, name in enumerate(sorted({name for name in names if name is not None}))}
+        for name in used:
+            for module in self.adapters[name].modules:
+                if in_experts(module):
+                    raise UserError(
+                        f"'{name}' trains experts ({module}), which are given tokens without their rows: use it alone."
+                    )
+        active = state.active
+        self.switch(model, state, None)
+        state.active = None
+        handles = []
+        try:
+            for module, linear in self._linears(model, state, list(used)).items():
+                layer = model.get_submodule(module)
+                handles.append(layer.register_forward_hook(_adding(linear, used, now)))
+            yield {}
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.switch(model, state, active)
+            state.active = active
+
+    def _linears(self, model: nn.Module, state: State, names: list[str]) -> dict[str, ByRow]:
+        """What adapters, by their place among `names`, add to each linear; that of the last names is kept."""
+        adapters = [self.adapters[name] for name in names]
+        versions = [adapter.version for adapter in adapters]
+        if self._rows is None or self._rows[0] != versions or self._rows[1] != adapters:
+            contents: dict[str, dict[int, Any]] = defaultdict(dict)
+            for number, adapter in enumerate(adapters):
+                for module, kinds in adapter.values().items():
+                    contents[module][number] = kinds
+            shapes = _spec(model, state).known
+            linears = {module: ByRow(shapes[module], kinds) for module, kinds in contents.items()}
+            self._rows = versions, adapters, linears
+        return self._rows[2]
 
     def leave(self, model: nn.Module, state: State, *, merged: bool) -> nn.Module:
         restore(model, merged=merged)
@@ -183,7 +223,7 @@ class Sparse(Kind):
     def load_trained(self, model: nn.Module, state: State, folder: Path) -> None:
         content = read_config(folder)
         if not any_sharded(model):
-            self.load(model, folder, content, state.active or DEFAULT)
+            self.load(model, folder, content, state.active or DEFAULT, "device", True)
             return
         values = read_sparse(folder, content)
         with gathered([p for p in model.parameters() if p.requires_grad], changed=True):
@@ -192,41 +232,55 @@ class Sparse(Kind):
     def there(self, state: State) -> str:
         return "sparse layers: detach it first"
 
-    def _values(self, name: str) -> dict[str, dict[str, SparseDelta]]:
-        """All that an adapter has trained, by module and kind: entries that re-selection has put aside too."""
-        return {
-            module: {kind: SparseDelta(*union(p), p.block_size) for kind, p in kinds.items()}
-            for module, kinds in self.adapters[name].patterns.items()
-        }
-
     def _install(
         self,
         model: nn.Module,
         state: State,
         name: str,
         adapter: Adapter,
-        values: dict[str, dict[str, SparseDelta]],
+        values: Values,
         source: str,
+        *,
+        activate: bool = True,
     ) -> None:
-        """Makes the adapter's patterns of `values`, checks them against the model, and only then changes it."""
-        adapter.patterns = patterns = _patterns(model, _spec(model, state), values, source)
+        """Checks the adapter's `values` against the model, and only then changes it."""
+        _check_values(model, _spec(model, state), values, source)
+        values = _placed(model, values, adapter.keep)
+        active = state.active == name
         known = self.adapters.get(name)
-        if known is not None and same_patterns(known.patterns, patterns):
-            # The same entries: the deltas are filled in place, so that an optimizer that holds them stays valid.
+        if known is not None and known.keep == adapter.keep and same_entries(known.patterns, values):
+            # The deltas are filled in place, so that an optimizer that holds them stays valid.
             with torch.no_grad():
-                for module, kinds in patterns.items():
-                    for kind, pattern in kinds.items():
-                        known.patterns[module][kind].delta.copy_(pattern.delta)
+                for module, kinds in values.items():
+                    for kind, value in kinds.items():
+                        known.patterns[module][kind].delta.copy_(value.delta)
             known.method_config = adapter.method_config
+            if active:
+                write_back(layer_at(model, module) for module in values)
         else:
+            if active:
+                self.switch(model, state, None)
+                state.active = None
+            adapter.waiting = values
             self.adapters[name] = adapter
-            if state.active == name:
-                _activate(model, {})
         if state_of(model) is None:
             model.requires_grad_(False)
             setattr(model, STATE, state)
-        self.switch(model, state, name)
-        state.active = name
+        if activate or active:
+            self.switch(model, state, name)
+            state.active = name
+
+
+def _adding(linear: ByRow, numbers: Mapping[str, int], now: Now) -> Callable[..., Tensor | None]:
+    """A hook that adds to a linear's product what the adapters of the rows make of its input."""
+
+    def add(layer: nn.Module, inputs: Any, y: Tensor) -> Tensor | None:
+        names = now()
+        if names is None:
+            return None
+        return linear.add(y, inputs[0], tuple(-1 if name is None else numbers[name] for name in names), layer)
+
+    return add
 
 
 def _spec(model: nn.Module, state: State) -> ModelSpec:
@@ -236,45 +290,41 @@ def _spec(model: nn.Module, state: State) -> ModelSpec:
     return state.spec
 
 
-def _patterns(
-    model: nn.Module, spec: ModelSpec, values: dict[str, dict[str, SparseDelta]], source: str
-) -> dict[str, dict[str, Pattern]]:
-    """Patterns of the model's weights with the given deltas; a `UserError` that starts with `source` where one does
-    not fit."""
-    patterns: dict[str, dict[str, Pattern]] = {}
+def _check_values(model: nn.Module, spec: ModelSpec, values: Values, source: str) -> None:
+    """A `UserError` that starts with `source` where values do not fit the model's weights."""
     try:
         check_modules(model, values, spec.known)
         for module, kinds in values.items():
-            patterns[module] = {}
+            shape = spec.known[module]
             for kind, value in kinds.items():
                 try:
-                    with gathered([weight_parameter(model, module)]):
-                        pattern = Pattern(kind, value.index, plain_weight(model, module), value.block_size)
+                    check_index(kind, value.index, shape, value.block_size)
                 except UserError as error:
                     raise UserError(f"{module}: {error}") from None
-                if pattern.delta.shape != value.delta.shape:
+                expected = reference.values_shape(kind, value.index, shape, value.block_size)
+                if tuple(value.delta.shape) != expected:
                     raise UserError(
                         f"{module}.{kind}: a delta of shape {tuple(value.delta.shape)} does not fit the model's "
-                        f"{tuple(pattern.delta.shape)}."
+                        f"{expected}."
                     )
-                with torch.no_grad():
-                    pattern.delta.copy_(value.delta)
-                patterns[module][kind] = pattern
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    return patterns
 
 
-def _activate(model: nn.Module, patterns: dict[str, dict[str, Pattern]]) -> None:
-    """Gives every sparse layer its patterns of the adapter, converting modules that have none yet."""
-    layers = sparse_layers(model)
-    make_way(layers, patterns)
-    for module, layer in layers.items():
-        layer.install(patterns.get(module, {}))
-    for module in patterns.keys() - layers.keys():
-        make_sparse(model, module).install(patterns[module])
-    close_experts(model, idle=True)  # the base's own way of computing, to the bit
-    share_inputs(model)
+def _placed(model: nn.Module, values: Values, keep: str) -> Values:
+    """The values where they are kept; those of a file stay mapped on `disk`, and are copied otherwise."""
+    if keep == "disk":
+        return values
+    placed: Values = {}
+    for module, kinds in values.items():
+        device = weight_parameter(model, module).device
+        placed[module] = {
+            kind: value._replace(
+                delta=on_host(value.delta, device) if keep == "host" else value.delta.to(device, copy=True)
+            )
+            for kind, value in kinds.items()
+        }
+    return placed
 
 
 @torch.no_grad()
@@ -289,9 +339,7 @@ def _fill(model: nn.Module, values: dict[str, dict[str, SparseDelta]], folder: P
             pattern.delta.copy_(value.delta.index_select(entry_dim(kind), place))
 
 
-def write_sparse(
-    values: dict[str, dict[str, SparseDelta]], shapes: dict[str, tuple[int, int]], header: dict[str, Any], folder: Path
-) -> None:
+def write_sparse(values: Values, shapes: Mapping[str, tuple[int, int]], header: dict[str, Any], folder: Path) -> None:
     """Writes a sparse adapter's two files into an existing folder: int32 indices, float32 deltas."""
     from safetensors.torch import save_file
 
@@ -313,7 +361,7 @@ def write_sparse(
 def read_sparse(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, SparseDelta]]:
     """The indices and deltas of a sparse adapter's folder, by module and kind, checked against its config."""
     tensors, texts = read_described(folder / TENSORS, "adapter")
-    if file_hash(folder / TENSORS) != content.get("sha256", file_hash(folder / TENSORS)):  # others may leave it out
+    if "sha256" in content and file_hash(folder / TENSORS) != content["sha256"]:  # others may leave it out
         raise UserError(f"{folder}: {TENSORS} is not the file that {CONFIG} describes (altered).")
     found: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for tensor_name, tensor in tensors.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,8 @@ from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 
 DEFAULT = "default"
+Names = Sequence[str | None]  # of the adapters of a batch's rows; None: the base
+Now = Callable[[], Names | None]
 
 
 class Kind:
@@ -41,8 +44,11 @@ class Kind:
         raise NotImplementedError
 
     @classmethod
-    def load(cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str) -> nn.Module:
-        """Loads an adapter's folder, described by `content`, onto a plain or attached model and makes it active."""
+    def load(
+        cls, model: nn.Module, folder: Path, content: dict[str, Any], name: str, keep: str, activate: bool
+    ) -> nn.Module:
+        """Loads an adapter's folder, described by `content`, onto a plain or attached model; `keep` is one of
+        `waiting.KEEP`. It becomes the active one (`activate`), or that stays which was."""
         raise NotImplementedError
 
     def names(self, model: nn.Module) -> Collection[str]:
@@ -73,6 +79,20 @@ class Kind:
 
     def load_trained(self, model: nn.Module, state: State, folder: Path) -> None:
         """Fills what trains from a folder that the same method saved, in place; a model in shards too."""
+        raise NotImplementedError
+
+    def by_row(
+        self,
+        model: nn.Module,
+        state: State,
+        names: Names,
+        now: Now,
+    ) -> contextlib.AbstractContextManager[dict[str, Any]]:
+        """Inside, each row of a batch has the adapter of its own name (None: the base); gives what the model is to be
+        passed for that.
+
+        `now` says the names of the pass that runs, which may have more rows; None where the pass is another thread's.
+        """
         raise NotImplementedError
 
     def there(self, state: State) -> str:

@@ -6,13 +6,15 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparseft.errors import UserError, nearest
 from sparseft.layers.experts import ExpertLinear, close_experts, open_expert
 from sparseft.layers.joint_gradients import separate
+from sparseft.layers.pattern import Pattern
 from sparseft.layers.permutation import can_train
-from sparseft.layers.saved_inputs import share_inputs
+from sparseft.layers.saved_inputs import forget_sharing, share_inputs, share_inputs_in_training
 from sparseft.layers.sparse_linear import BlockSparseLinear, S2ColumnLinear, S2RowLinear, SparseLinear
 from sparseft.models.decoder import find_expert, logical_weight, stack_parameter
 
@@ -56,6 +58,39 @@ def make_sparse(model: nn.Module, name: str) -> SparseLinear:
     new = SparseLinear.wrap(old)
     replace_module(model, old, new)
     return new
+
+
+def layer_at(model: nn.Module, name: str) -> SparseLinear:
+    """The sparse layer of the linear or the expert `name`, made where there is none yet."""
+    module: Any = model
+    for part in name.split("."):  # as `get_submodule`, which takes ten times as long: experts are found here as well
+        module = module._modules.get(part) if module is not None else None
+    return module if isinstance(module, SparseLinear) else make_sparse(model, name)
+
+
+@torch.no_grad()
+def exchange(
+    model: nn.Module, old: Mapping[str, Mapping[str, Pattern]], new: Mapping[str, Mapping[str, Pattern]]
+) -> None:
+    """The layers that train `old` (patterns by module and kind) get the base's entries back, and then train `new`.
+
+    Touches the layers of these two alone, and reads and writes their entries alone. Converts modules that are not
+    sparse yet.
+    """
+    layers = {name: layer_at(model, name) for name in [*old, *(name for name in new if name not in old)]}
+    if not all(
+        can_train(kind, layers[name].row_permutation, layers[name].column_permutation)
+        for name, kinds in new.items()
+        for kind in kinds
+    ):  # into the original order, all of them, because coupled layers are in one order
+        for layer in sparse_layers(model).values():
+            layer.permute()
+    for name, layer in layers.items():
+        layer.install(dict(new.get(name, {})))
+    for layer in layers.values():
+        if isinstance(layer, ExpertLinear) and not layer.patterns:
+            close_experts(layer.experts, idle=True)  # the base's own way of computing, to the bit
+    share_inputs_in_training(model)
 
 
 def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -126,6 +161,7 @@ def convert(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], block_si
 def restore(model: nn.Module, *, merged: bool) -> nn.Module:
     """Puts the original modules back, with the base's own weights, or with the deltas in them (`merged`)."""
     separate(model)
+    forget_sharing(model)
     for layer in sparse_layers(model).values():
         if merged:
             layer.write_back()
@@ -142,20 +178,6 @@ def restore(model: nn.Module, *, merged: bool) -> nn.Module:
         replace_module(model, layer, original)
     close_experts(model)
     return model
-
-
-def make_way(layers: Mapping[str, SparseLinear], patterns: Mapping[str, Mapping[str, Any]]) -> None:
-    """Brings all layers into the original order if any could not train its `patterns` (by module and kind) as it is.
-
-    All, because coupled layers are in one order.
-    """
-    if not all(
-        can_train(kind, layer.row_permutation, layer.column_permutation)
-        for module, layer in layers.items()
-        for kind in patterns.get(module, {})
-    ):
-        for layer in layers.values():
-            layer.permute()
 
 
 @contextlib.contextmanager

@@ -48,6 +48,11 @@ class ExpertLinear(SparseLinear):
         self._set_up()
 
     @property
+    def experts(self) -> nn.Module:
+        """The experts module that the layer's slice is of."""
+        return self._experts[0]
+
+    @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The expert's slice (out, in): a view of the 3-D parameter."""
         return stack_parameter(self._experts[0], self.parameter)[self.number]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,8 @@ class Pattern(nn.Module):
 
     def take_base(self, weight: Tensor) -> None:
         """Reads `base_values` anew from a weight (out, in) that holds the base's entries."""
-        self.to(weight.device)
+        if self.index.device != weight.device or self.delta.device != weight.device:
+            self.to(weight.device)
         self.base_values = self._read(weight)
         changes.count += 1
         if self.inactive is not None:
@@ -305,17 +307,14 @@ def check_index(kind: str, index: Tensor, shape: tuple[int, int], block_size: in
         raise UserError(f"{kind}: an index occurs twice.")
 
 
-def same_patterns(left: dict[str, dict[str, Pattern]], right: dict[str, dict[str, Pattern]]) -> bool:
-    """Whether two adapters' patterns (by module and kind) train the same entries in the same order."""
-
-    def entries(patterns: dict[str, dict[str, Pattern]]) -> dict[tuple[str, str], Pattern]:
-        return {(module, kind): pattern for module, kinds in patterns.items() for kind, pattern in kinds.items()}
-
-    a, b = entries(left), entries(right)
-    return a.keys() == b.keys() and all(
-        a[key].inactive is None
-        and b[key].inactive is None
-        and a[key].block_size == b[key].block_size
-        and torch.equal(a[key].index.cpu(), b[key].index.cpu())
-        for key in a
+def same_entries(patterns: Mapping[str, Mapping[str, Pattern]], others: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether patterns train exactly the entries that `others` (each with `index` and `block_size`) name, in the same
+    order; both by module and kind."""
+    mine = {(module, kind): pattern for module, kinds in patterns.items() for kind, pattern in kinds.items()}
+    theirs = {(module, kind): other for module, kinds in others.items() for kind, other in kinds.items()}
+    return mine.keys() == theirs.keys() and all(
+        pattern.inactive is None
+        and pattern.block_size == theirs[key].block_size
+        and torch.equal(pattern.index.cpu(), theirs[key].index.cpu())
+        for key, pattern in mine.items()
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,6 +47,26 @@ def share_inputs(model: nn.Module) -> None:
         members = {name: layers[name] for name in names}
         kept = any("rows" in layer.patterns for layer in members.values()) or _kept_by_maker(model, names[0])
         _settle(members, kept)
+
+
+def share_inputs_in_training(model: nn.Module) -> None:
+    """`share_inputs` ahead of the model's next forward pass that may train: looking at all layers takes longer than
+    exchanging the adapter of a model that is only used. Until then gradients are right, and may save more."""
+    if not any(hook is _share_now for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(_share_now)
+
+
+def _share_now(model: nn.Module, _inputs: Any) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        forget_sharing(model)
+        share_inputs(model)
+
+
+def forget_sharing(model: nn.Module) -> None:
+    """Takes back `share_inputs_in_training`."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _share_now:
+            del model._forward_pre_hooks[key]
 
 
 def _settle(members: dict[str, SparseLinear], kept: bool) -> None:

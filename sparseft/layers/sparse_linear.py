@@ -89,11 +89,12 @@ class SparseLinear(nn.Module):
         the original order, do not hold them."""
         self.register_buffer("row_permutation", None, persistent=False)
         self.register_buffer("column_permutation", None, persistent=False)
+        self._inverses: dict[str, tuple[Tensor, Tensor]] = {}  # by kind: a permutation and its inverse
         self.register_load_state_dict_post_hook(_after_load)
         enrol(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"} | {"_inverses": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -150,7 +151,8 @@ class SparseLinear(nn.Module):
     @property
     def patterns(self) -> dict[str, Pattern]:
         """The patterns in use, by kind."""
-        return {kind: self._modules[kind] for kind in reference.KINDS if self._modules.get(kind) is not None}
+        modules = self._modules
+        return {kind: modules[kind] for kind in reference.KINDS if modules.get(kind) is not None}
 
     @property
     def delta(self) -> nn.Parameter:
@@ -198,14 +200,17 @@ class SparseLinear(nn.Module):
         for kind in old:
             del self._modules[kind]
         changes.count += 1
-        with gathered([self.weight] if patterns else []):
-            for kind, pattern in patterns.items():
-                pattern.permute(inverses[kind])
-                pattern.take_base(self.logical_weight)
-                self.add_module(kind, pattern)
-        self.write_inactive()
-        self.write_back()
-        changes.count += 1
+        if patterns:
+            with gathered([self.weight]):
+                weight = self.logical_weight
+                for kind, pattern in patterns.items():
+                    if pattern.inverse is not inverses[kind]:
+                        pattern.permute(inverses[kind])
+                    pattern.take_base(weight)
+                    self._modules[kind] = pattern
+            self.write_inactive()
+            self.write_back()
+            changes.count += 1
         return old
 
     @torch.no_grad()
@@ -380,7 +385,13 @@ class SparseLinear(nn.Module):
         """
         if not can_train(kind, self.row_permutation, self.column_permutation):
             raise ValueError(f"{kind} need the weight's other side in its original order: layer.permute() first")
-        return inverse({"rows": self.row_permutation, "columns": self.column_permutation}.get(kind))
+        permutation = {"rows": self.row_permutation, "columns": self.column_permutation}.get(kind)
+        if permutation is None:
+            return None
+        known = self._inverses.get(kind)
+        if known is None or known[0] is not permutation:  # the same tensor each time, by which a pattern knows it
+            known = self._inverses[kind] = permutation, permutation.argsort()
+        return known[1]
 
     @torch.no_grad()
     def permute(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
