@@ -7,7 +7,8 @@
     peak s2ft <= 17.5 GB          or GiB, MB, MiB; a step in s or ms
 
 Of `bench host`: `passes sylva / floor <= 1.20` (forward and backward; `passes` may be left out), `reference` (the same
-with plain torch's products) and `update sylva <= 0.5 ms` (the optimizer's step).
+with plain torch's products) and `update sylva <= 0.5 ms` (the optimizer's step). Of `bench serve`: `switch s2ft / lora
+<= 0.50` at `bench.width`, and `mixed s2ft / lora <= 0.83` in each mixed batch.
 
 The bound's 20 bytes are a delta, its gradient, two moments and the base value, in fp32; the floor's activations are
 what its peak has beyond the weights (parameters and buffers of the plain model).
@@ -31,9 +32,12 @@ FIELDS = {  # of a row, by quantity
     "passes": "passes_seconds",
     "reference": "reference_seconds",
     "update": "update_seconds",
+    "switch": "switch_seconds",
+    "mixed": "mixed_seconds",
 }
 STEP = ("step", "peak", "saved")  # what a benchmark measures; the first is meant where a target names none
 HOST = ("passes", "reference", "update")
+SERVE = ("switch", "mixed")
 BYTES = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20}
 SECONDS = {"s": 1.0, "ms": 1e-3}
 UNITS = {quantity: BYTES if quantity in ("peak", "saved") else SECONDS for quantity in FIELDS}
@@ -42,6 +46,7 @@ ACTIVATIONS, TRAINED = 1.03, 20  # times the floor's; bytes for each trained wei
 EXPECTED = {
     STEP: "expected 'one / other <= 1.00', 'saved one / other <= 0.70', 'peak one <= bound' or 'peak one <= 17.5 GB'",
     HOST: "expected 'one / other <= 1.00', 'reference one / other <= 1.00' or 'update one <= 0.5 ms'",
+    SERVE: "expected 'switch one / other <= 0.10' or 'mixed one / other <= 0.83'",
 }
 
 MOST_DIGITS = 15  # after the point; a float has no more
@@ -62,7 +67,7 @@ class Target:
 def parse(text: str, names: Iterable[str], quantities: tuple[str, ...] = STEP) -> Target:
     """A line as a `Target`; `UserError` where it is none, or names no contender of `names`.
 
-    quantities: STEP or HOST, those that are measured.
+    quantities: STEP, HOST or SERVE, those that are measured.
     """
     known, text = list(names), " ".join(text.split())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.bench import host, kernels, loader, preprocess, profiling, quality, scaling, targets, train
+from sparseft.bench import host, kernels, loader, preprocess, profiling, quality, scaling, serve, targets, train
 from sparseft.bench.output import Output
 from sparseft.commands import train as training
 from sparseft.config import RunConfig
@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, Any] = {
     "quality": quality,
     "kernels": kernels,
     "loader": loader,
+    "serve": serve,
 }
 
 

@@ -1,0 +1,132 @@
+"""`sparseft bench serve`: what is switched, what a mixed batch answers, and the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparseft.adapters.lifecycle import set_adapter
+from sparseft.bench import serve
+from sparseft.bench.models import random_llama
+from sparseft.bench.sharing import SharedWeights
+from sparseft.compose.run_config import compose
+from support.running import refused, sparseft
+
+CPU = torch.device("cpu")
+WORDS = ["bench.width=128", "bench.widths=[64,128]", "bench.batches=[1,3]", "bench.lengths=[1,4]", "bench.steps=1",
+         "bench.warmup_steps=0", "sparsity=0.9", "bench.targets=[]"]  # fmt: skip
+
+
+def config(*words: str) -> Any:
+    return compose("bench", ["experiment=serve", *WORDS, *words])
+
+
+def test_a_bench_has_every_way_at_every_point(in_tmp: Path) -> None:
+    targets = ["switch s2ft / state dict <= 1e9", "mixed s2ft / lora <= 0.000001"]
+    words = [*WORDS[:-1], f"bench.targets={json.dumps([t.replace('1e9', '1000000') for t in targets])}"]
+    done = sparseft(in_tmp, "bench", "serve", "--json", *words, "output_dir=out", code=1)
+    result = done.json
+    assert json.loads((in_tmp / "out/bench.json").read_text())["points"] == result["points"]
+    widths = [point for point in result["points"] if point["axis"] == "width"]
+    mixed = [point for point in result["points"] if point["axis"] == "adapters"]
+    assert [point["value"] for point in widths] == [64, 128]
+    assert [(point["length"], point["value"]) for point in mixed] == [(1, 1), (1, 3), (4, 1), (4, 3)]
+    for point in widths:
+        assert list(point["methods"]) == ["s2ft", "sylva", "lora", "merge and unmerge", "state dict"]
+        assert all(row["switch_seconds"] > 0 and row["bytes"] > 0 for row in point["methods"].values())
+        trained = point["methods"]["s2ft"]["trainable_parameters"]
+        assert point["methods"]["s2ft"]["bytes"] == 2 * 2 * trained  # bf16, one put back and one written
+        linears = 4 * point["value"] ** 2 + 3 * point["value"] * (192 if point["value"] == 64 else 384)
+        assert trained == pytest.approx(0.1 * linears, rel=0.15)
+        assert point["methods"]["merge and unmerge"]["bytes"] == 2 * 2 * linears
+    for point in mixed:
+        assert list(point["methods"]) == ["base", "s2ft", "sylva", "lora"]
+        for row in point["methods"].values():
+            assert row["tokens_per_second"] == pytest.approx(point["value"] * point["length"] / row["mixed_seconds"])
+    met = [entry["met"] for entry in result["targets"]]
+    assert met == [True, False, False, False, False]  # a switch at bench.width, each mixed batch
+    assert result["targets"][2]["target"].endswith("(3 adapters, 1 tokens a row)")
+    assert result["charts"] == ["serve-switch.svg", "serve-mixed.svg"]
+    assert all((in_tmp / "out" / name).read_text().startswith("<svg") for name in result["charts"])
+    assert "4 of 5 targets missed" in done.err
+
+
+@pytest.mark.parametrize("entry", ["s2ft", "sylva"])
+def test_a_switch_leaves_the_second_adapter_and_then_the_base(entry: str) -> None:
+    base = random_llama(128, 1, torch.bfloat16, 0).eval()
+    weights = SharedWeights(base)
+    model = weights.copy()
+    weights.claim(model)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    made, _ = serve.sparse_adapters(model, config(), entry, {}, 2)
+    seen = []
+
+    def changed() -> set[str]:
+        return {name for name, value in base.state_dict().items() if not torch.equal(value, before[name])}
+
+    def timed(call: Any, _device: Any) -> float:
+        seen.append({name: value.clone() for name, value in base.state_dict().items()})
+        call()
+        seen.append({name: value.clone() for name, value in base.state_dict().items()})
+        return 1.0
+
+    assert not changed()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(serve, "seconds_of", timed)
+        turn, _ = serve.sparse_switch(made, 1, CPU)
+        assert turn() == 1.0
+    assert not changed()
+    for number, found in enumerate(seen):
+        set_adapter(made, str(number))
+        assert changed(), "the adapter changes nothing"
+        assert all(torch.equal(value, found[name]) for name, value in base.state_dict().items())
+        set_adapter(made, None)
+
+
+def test_others_ways_end_where_they_say() -> None:
+    weights = SharedWeights(random_llama(64, 1, torch.float32, 0).eval())
+    model, _ = serve.lora_adapters(weights.copy(own=True), config(), "lora", {}, 2)
+    plain = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
+    first = next(module for module in model.modules() if hasattr(module, "base_layer"))
+    turn, facts = serve.merge_switch(model, 1, CPU)
+    ended = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            serve, "seconds_of", lambda call, _device: (call(), ended.append(first.base_layer.weight.clone()))[1]
+        )
+        turn()
+    delta = first.get_delta_weight("1")
+    name = next(name for name in plain if plain[name].shape == first.base_layer.weight.shape)
+    assert torch.allclose(ended[0], plain[name] + delta, atol=1e-5) and facts["bytes"] > 0
+    for name, value in model.named_parameters():
+        if name in plain:
+            assert torch.allclose(value, plain[name], atol=1e-5)
+
+    model, _ = serve.lora_adapters(weights.copy(), config(), "lora", {}, 1)
+    before = {name: p.clone() for name, p in model.named_parameters() if ".lora_" in name}
+    turn, _ = serve.hot_swap(model, 1, CPU)
+    turn()
+    assert all(torch.equal(p, before[n].flip(0)) for n, p in model.named_parameters() if n in before)
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("bench.methods=[full]", ["'full' has no adapter"]),
+        ("bench.methods=[floor,s2ft]", ["'floor' has no adapter"]),
+        ("bench.shape=llama-7b", ["bench.width and bench.depth"]),
+        ("bench.widths=[100]", ["multiple of 64"]),
+        ("bench.batches=[0]", ["bench.batches"]),
+        ("bench.lengths=[9000]", ["8192"]),
+        ("bench.targets=['passes s2ft / lora <= 1']", ["unknown quantity 'passes'"]),
+        ("bench.targets=['switch s2ft / merge <= 1']", ["no contender 'merge'", "merge and unmerge"]),
+    ],
+)
+def test_wrong_settings_are_refused_before_work(word: str, parts: list[str], in_tmp: Path) -> None:
+    message = refused(in_tmp, "bench", "serve", *WORDS[:-1], word)
+    assert all(part in message for part in parts), message
+    assert not list(in_tmp.iterdir())
