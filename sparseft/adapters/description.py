@@ -10,11 +10,10 @@ from torch import Tensor
 from sparseft.errors import UserError, shown
 from sparseft.files.hashing import BODY, body_hash, file_hash
 from sparseft.files.tensors import ADAPTER_CONFIG as CONFIG
+from sparseft.files.tensors import ADAPTER_FORMAT as FORMAT_VERSION
 from sparseft.files.tensors import ADAPTER_TENSORS as TENSORS
 from sparseft.files.tensors import WHOLE_CONFIG, read_tensors
 from sparseft.files.untrusted import read_json_object
-
-FORMAT_VERSION = 1
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -83,23 +82,6 @@ def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         ranks = shown(given[:3])
         raise UserError(f"{folder}: {CONFIG} gives the ranks {ranks}, but the tensors' largest is {largest}.")
     return tensors
-
-
-def check_base(fingerprints: list[str], dtype: str, folder: Path, content: dict[str, Any]) -> None:
-    """Refuses an adapter whose fingerprints say that it was made for other weights than a model's.
-
-    fingerprints, dtype: the model's own, as it was loaded.
-    """
-    first, others = content.get("base_fingerprint"), content.get("other_fingerprints")
-    known = [first, *(others if isinstance(others, list) else [])]
-    if isinstance(first, str) and any(entry in known for entry in fingerprints):
-        return
-    base, then = shown(content.get("base_model") or "unknown"), content.get("base_dtype")
-    message = f"{folder}: made for another base model ({base}): the weights' fingerprints differ."
-    if then != dtype:
-        before = shown(then) if isinstance(then, str) else "another dtype"
-        message += f" If it is this one: it was loaded in {before} then, in {dtype} now (model.dtype)."
-    raise UserError(message)
 
 
 def adapter_hash(path: Path | None) -> str | None:

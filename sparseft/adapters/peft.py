@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check_base, check_peft, peft_hash
+from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check_peft, peft_hash
 from sparseft.adapters.state import DEFAULT, Kind, State, state_for, state_of
 from sparseft.adapters.tied_weights import always_tied, changed_apart, tell_untied, untie
 from sparseft.distributed.zero3 import any_sharded, gathered
@@ -31,6 +31,7 @@ from sparseft.files.untrusted import read_json_object
 from sparseft.methods.base import MethodConfig
 from sparseft.methods.exact_targets import as_written, exact_targets, portable
 from sparseft.models.decoder import STATE
+from sparseft.models.fingerprint import check_base
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check_base, read_config
+from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, read_config
 from sparseft.adapters.state import DEFAULT, Kind, State, state_for, state_of
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError, shown
@@ -29,6 +29,7 @@ from sparseft.layers.inactive import union
 from sparseft.layers.pattern import entry_dim, index_keys, positions_of, same_patterns
 from sparseft.methods.base import SparseConfig
 from sparseft.models.decoder import STATE
+from sparseft.models.fingerprint import check_base
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.selection import Selection

@@ -30,6 +30,7 @@ SAMPLES = Rule(
     "a whole number of calibration examples, at least 1, or a share of the training data below 1 (0.01; null is that "
     "too)",
 )
+FOLDER = Rule(lambda path: bool(path.strip()), "a run's or an adapter's folder")
 EVERY = Rule(lambda steps: steps >= 0, "0 (never) or a number of steps")
 
 
@@ -105,6 +106,7 @@ class SparseConfig(MethodConfig):
     allocation: Literal["per_layer", "global"] = "per_layer"
     num_samples: Annotated[int | float, SAMPLES] | None = 128
     reselect_steps: Annotated[int, EVERY] = 0
+    exclude: list[Annotated[str, FOLDER]] | None = None
     seed: int = 0
 
     @property
@@ -138,4 +140,5 @@ class SparseConfig(MethodConfig):
         return convert(model, selection.modules, selection.block_size)
 
     def for_benchmark(self) -> Self:
-        return replace(self, importance="random") if self.needs_data else self  # which units train takes the same time
+        # Which units train takes the same time.
+        return replace(self, importance="random" if self.needs_data else self.importance, exclude=None)

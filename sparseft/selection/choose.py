@@ -37,7 +37,7 @@ def choose(budget: Budget, scores: Mapping[str, Tensor], *, order: str, allocati
     if allocation == "per_layer":
         for c in budget.candidates:
             ranked = rank_units(scores[c.key], order, generator_for(seed, "choose", c.key))
-            kept[c.key] = ranked[: budget.per_candidate[c.key]]
+            kept[c.key] = _taken_last(ranked, budget, [c])[: budget.per_candidate[c.key]]
     else:
         groups: dict[str, list[Candidate]] = defaultdict(list)
         for c in budget.candidates:
@@ -45,7 +45,9 @@ def choose(budget: Budget, scores: Mapping[str, Tensor], *, order: str, allocati
         for role, members in groups.items():
             generator = generator_for(seed, "choose", "global", role)
             ranked = rank_units(torch.cat([scores[c.key].cpu() for c in members]), order, generator)
-            kept |= _best_together(ranked, members, budget.pooled[role], budget.minimum)
+            ranked = _taken_last(ranked, budget, members)
+            minimum = {c.key: min(budget.minimum, _left(c, budget)) for c in members}
+            kept |= _best_together(ranked, members, budget.pooled[role], minimum)
     modules: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for c in budget.candidates:
         units = kept[c.key].sort().values
@@ -60,8 +62,24 @@ def choose(budget: Budget, scores: Mapping[str, Tensor], *, order: str, allocati
     return Selection(joined, block_size=budget.block_size)
 
 
-def _best_together(ranked: Tensor, members: list[Candidate], total: int, minimum: int) -> dict[str, Tensor]:
-    """The first `total` units of a ranking of all members' units, each member keeping at least `minimum`."""
+def _left(candidate: Candidate, budget: Budget) -> int:
+    """How many of a candidate's units may be chosen."""
+    taken = budget.taken.get(candidate.key)
+    return candidate.count - (int(taken.sum()) if taken is not None else 0)
+
+
+def _taken_last(ranked: Tensor, budget: Budget, members: list[Candidate]) -> Tensor:
+    """A ranking of all members' units, those that are not to be chosen at its end."""
+    if not budget.taken:
+        return ranked
+    last = torch.cat([budget.taken[c.key] for c in members])[ranked]
+    return torch.cat([ranked[~last], ranked[last]])
+
+
+def _best_together(
+    ranked: Tensor, members: list[Candidate], total: int, minimum: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The first `total` units of a ranking of all members' units, each member keeping at least its `minimum`."""
     offsets, position = {}, 0
     for c in members:
         offsets[c.key] = position
@@ -71,7 +89,7 @@ def _best_together(ranked: Tensor, members: list[Candidate], total: int, minimum
     first = []
     for c in members:
         own = rank[offsets[c.key] : offsets[c.key] + c.count]
-        first.append(own.argsort()[:minimum] + offsets[c.key])
+        first.append(own.argsort()[: minimum[c.key]] + offsets[c.key])
     forced = torch.cat(first)
     is_forced = torch.zeros(len(ranked), dtype=torch.bool)
     is_forced[forced] = True
