@@ -273,7 +273,10 @@ REFUSED = {
     "another base": (lambda _, f: saved(build_model("llama", seed=1), METHODS["paca"], f)[0], "made for another base"),
     "nothing there": (lambda _, folder: folder, "no such folder"),
     "an empty folder": (lambda _, f: f.mkdir() or f, "no adapter and no finished run"),
-    "exhausted": (lambda m, f: saved(m, sparseft.PacaConfig(sparsity=0.1), f)[0], r"leaves \d of the \d+ units of .*proj, and"),
+    "exhausted": (
+        lambda m, f: saved(m, sparseft.PacaConfig(sparsity=0.1), f)[0],
+        r"leaves \d of the \d+ units of .*proj, and",
+    ),
 }
 
 
