@@ -14,6 +14,7 @@ from sparseft.files.tensors import ADAPTER_FORMAT as FORMAT_VERSION
 from sparseft.files.tensors import ADAPTER_TENSORS as TENSORS
 from sparseft.files.tensors import WHOLE_CONFIG, read_tensors
 from sparseft.files.untrusted import read_json_object
+from sparseft.rules import Rule
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -52,6 +53,14 @@ PLAIN_PEFT = (
 
 INITIAL = (True, False, "gaussian", "orthogonal")  # values that the file's replace; the base stays as it is
 
+# What peft takes as it comes, or looks at late or not at all.
+SWITCH = Rule(lambda value: value is None or isinstance(value, bool), "true or false")
+PEFT_RULES = {
+    "bias": Rule(lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "lora_alpha": Rule(lambda value: type(value) in (int, float) and abs(value) < 1e9, "a number below 1e9"),
+    "lora_dropout": Rule(lambda value: type(value) in (int, float) and 0 <= value <= 1, "a probability"),
+} | dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"), SWITCH)
+
 
 def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     """Refuses a peft adapter that is no plain LoRA (DoRA included), or not what was written. Returns its tensors."""
@@ -62,8 +71,11 @@ def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     usual = peft.LoraConfig().to_dict()
     for key, value in content.items():
         known = key in PLAIN_PEFT or key not in usual or (key == "init_lora_weights" and value in INITIAL)
-        if not known and value and value != usual[key]:
+        if not known and value is not None and value is not False and value != usual[key]:
             raise UserError(f"{folder}: {shown(key)} in {CONFIG} is not supported: only plain LoRA and DoRA are.")
+    for key, rule in PEFT_RULES.items():
+        if key in content and not rule.holds(content[key]):
+            raise UserError(f"{folder}: {key}={shown(repr(content[key]))} in {CONFIG}: expected {rule.expected}.")
     tensors = read_tensors(folder / TENSORS, "adapter")
     own = content.get("sparseft")
     if isinstance(own, dict):
