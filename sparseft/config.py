@@ -196,6 +196,9 @@ class BenchConfig:
     importances: list[str] = field(default_factory=lambda: ["activation", "gradient", "fisher", "sylva"])
     samples: Annotated[int, AT_LEAST_1] = 8
     seeds: Annotated[int, AT_LEAST_1] = 3
+    skills: list[str] = field(default_factory=lambda: [f"{s}: dataset={s}" for s in ("arithmetic", "commonsense")])
+    rates: list[Annotated[float, RATE]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=lambda: [1.0])
     variants: list[str] = field(default_factory=lambda: [f"{m}: method={m}" for m in ("s2ft", "sylva", "lora", "full")])
 
 

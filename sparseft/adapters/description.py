@@ -10,11 +10,11 @@ from torch import Tensor
 from sparseft.errors import UserError, shown
 from sparseft.files.hashing import BODY, body_hash, file_hash
 from sparseft.files.tensors import ADAPTER_CONFIG as CONFIG
+from sparseft.files.tensors import ADAPTER_FORMAT as FORMAT_VERSION
 from sparseft.files.tensors import ADAPTER_TENSORS as TENSORS
 from sparseft.files.tensors import WHOLE_CONFIG, read_tensors
 from sparseft.files.untrusted import read_json_object
-
-FORMAT_VERSION = 1
+from sparseft.rules import Rule
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -53,6 +53,14 @@ PLAIN_PEFT = (
 
 INITIAL = (True, False, "gaussian", "orthogonal")  # values that the file's replace; the base stays as it is
 
+# What peft takes as it comes, or looks at late or not at all.
+SWITCH = Rule(lambda value: value is None or isinstance(value, bool), "true or false")
+PEFT_RULES = {
+    "bias": Rule(lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "lora_alpha": Rule(lambda value: type(value) in (int, float) and abs(value) < 1e9, "a number below 1e9"),
+    "lora_dropout": Rule(lambda value: type(value) in (int, float) and 0 <= value <= 1, "a probability"),
+} | dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"), SWITCH)
+
 
 def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     """Refuses a peft adapter that is no plain LoRA (DoRA included), or not what was written. Returns its tensors."""
@@ -63,8 +71,11 @@ def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     usual = peft.LoraConfig().to_dict()
     for key, value in content.items():
         known = key in PLAIN_PEFT or key not in usual or (key == "init_lora_weights" and value in INITIAL)
-        if not known and value and value != usual[key]:
+        if not known and value is not None and value is not False and value != usual[key]:
             raise UserError(f"{folder}: {shown(key)} in {CONFIG} is not supported: only plain LoRA and DoRA are.")
+    for key, rule in PEFT_RULES.items():
+        if key in content and not rule.holds(content[key]):
+            raise UserError(f"{folder}: {key}={shown(repr(content[key]))} in {CONFIG}: expected {rule.expected}.")
     tensors = read_tensors(folder / TENSORS, "adapter")
     own = content.get("sparseft")
     if isinstance(own, dict):
@@ -83,23 +94,6 @@ def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         ranks = shown(given[:3])
         raise UserError(f"{folder}: {CONFIG} gives the ranks {ranks}, but the tensors' largest is {largest}.")
     return tensors
-
-
-def check_base(fingerprints: list[str], dtype: str, folder: Path, content: dict[str, Any]) -> None:
-    """Refuses an adapter whose fingerprints say that it was made for other weights than a model's.
-
-    fingerprints, dtype: the model's own, as it was loaded.
-    """
-    first, others = content.get("base_fingerprint"), content.get("other_fingerprints")
-    known = [first, *(others if isinstance(others, list) else [])]
-    if isinstance(first, str) and any(entry in known for entry in fingerprints):
-        return
-    base, then = shown(content.get("base_model") or "unknown"), content.get("base_dtype")
-    message = f"{folder}: made for another base model ({base}): the weights' fingerprints differ."
-    if then != dtype:
-        before = shown(then) if isinstance(then, str) else "another dtype"
-        message += f" If it is this one: it was loaded in {before} then, in {dtype} now (model.dtype)."
-    raise UserError(message)
 
 
 def adapter_hash(path: Path | None) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check_base, check_peft, peft_hash
+from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check_peft, peft_hash
 from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State, state_for, state_of
 from sparseft.adapters.tied_weights import always_tied, changed_apart, tell_untied, untie
 from sparseft.distributed.zero3 import any_sharded, gathered
@@ -31,6 +31,7 @@ from sparseft.files.untrusted import read_json_object
 from sparseft.methods.base import MethodConfig
 from sparseft.methods.exact_targets import as_written, exact_targets, portable
 from sparseft.models.decoder import STATE
+from sparseft.models.fingerprint import check_base
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 
@@ -436,15 +437,16 @@ def _fuse(model: Any, kept: Overwritten, active: str | None, weights: dict[str, 
     Biases and whole modules that they trained are summed by what they differ from the base.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper
 
     for known in weights:
         config = model.peft_config[known]
         if config.use_dora:
             raise UserError(f"fuse: '{known}' is a DoRA adapter, whose magnitudes do not add up: merge it instead.")
-        for setting in ("trainable_token_indices", "target_parameters"):
-            if getattr(config, setting, None):
-                raise UserError(f"fuse: '{known}' has {setting}, which peft does not add up: merge it instead.")
+        if config.trainable_token_indices:
+            reason = "has trainable_token_indices, which peft does not add up"
+            raise UserError(f"fuse: '{known}' {reason}: merge it instead.")
     if name in weights:
         raise UserError(f"fuse: '{name}' cannot be made of itself: name the sum differently.")
     _switch(model, kept, active, None)  # the base's own values, which differences are taken from
@@ -454,15 +456,18 @@ def _fuse(model: Any, kept: Overwritten, active: str | None, weights: dict[str, 
         for layer_name, layer in base.named_modules()
         if isinstance(layer, LoraLayer)
     }
-    targets = sorted(layer_name for layer_name, (_, parts) in layers.items() if parts)
+    targets = sorted(n for n, (layer, parts) in layers.items() if parts and not isinstance(layer, ParamWrapper))
     rank = max(sum(layer.r[known] for known in parts) for layer, parts in layers.values() if parts)
     configs = [model.peft_config[known] for known in weights]
+    parameters = next((c.target_parameters for c in configs if c.target_parameters), None)  # peft wants one spelling
     config = dataclasses.replace(
         configs[0], r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={},
-        target_modules=targets, exclude_modules=None, layers_to_transform=None, layers_pattern=None, bias="none",
-        lora_bias=any(c.lora_bias for c in configs), inference_mode=False,
+        target_modules=targets, target_parameters=parameters, exclude_modules=None, layers_to_transform=None,
+        layers_pattern=None, bias="none", lora_bias=any(c.lora_bias for c in configs), inference_mode=False,
         modules_to_save=sorted({module for c in configs for module in c.modules_to_save or ()}) or None,
     )  # fmt: skip
+    if parameters:
+        config.lora_dropout = 0.0  # peft's condition
     modes = {id(module): module.training for module in model.modules()}
     with _quiet(), _without_biases(model), exact_targets():
         if name in model.peft_config:
@@ -507,8 +512,15 @@ def _add_up(layer: Any, weights: dict[str, float], name: str) -> None:
     """Fills the adapter `name` of one LoRA layer: the others' factors side by side, zeros in the ranks left over."""
     layer.scaling[name] = 1.0
     embedding = name in layer.lora_embedding_A
-    first = layer.lora_embedding_A[name] if embedding else layer.lora_A[name].weight
-    second = layer.lora_embedding_B[name] if embedding else layer.lora_B[name].weight
+    experts = getattr(layer, "num_experts", 1)
+
+    def factors(known: str) -> tuple[Tensor, Tensor]:
+        """(experts, rank, in) and (out, rank, experts), as peft keeps those of experts in one parameter."""
+        left = layer.lora_embedding_A[known] if embedding else layer.lora_A[known].weight
+        right = layer.lora_embedding_B[known] if embedding else layer.lora_B[known].weight
+        return left.view(experts, -1, left.shape[1]), right.view(len(right), -1, experts)
+
+    first, second = factors(name)
     first.zero_()
     second.zero_()
     bias = None if embedding else layer.lora_B[name].bias
@@ -517,11 +529,11 @@ def _add_up(layer: Any, weights: dict[str, float], name: str) -> None:
     start = 0
     for known, weight in weights.items():
         scale = weight * layer.scaling[known]
-        left = layer.lora_embedding_A[known] if embedding else layer.lora_A[known].weight
-        right = layer.lora_embedding_B[known] if embedding else layer.lora_B[known].weight
-        first[start : start + len(left)] = left
-        second[:, start : start + len(left)] = scale * right
-        start += len(left)
+        left, right = factors(known)
+        stop = start + left.shape[1]
+        first[:, start:stop] = left
+        second[:, start:stop] = scale * right
+        start = stop
         if bias is not None and layer.lora_B[known].bias is not None:
             bias += scale * layer.lora_B[known].bias
 

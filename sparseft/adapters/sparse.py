@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check_base, read_config
+from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, read_config
 from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State, state_for, state_of
 from sparseft.adapters.waiting import Adapter, Source, SparseDelta, Values, on_host
 from sparseft.distributed.zero3 import any_sharded, gathered
@@ -31,6 +31,7 @@ from sparseft.layers.convert import check_modules, exchange, layer_at, weight_pa
 from sparseft.layers.pattern import check_index, entry_dim, index_keys, positions_of, same_entries
 from sparseft.methods.base import SparseConfig
 from sparseft.models.decoder import STATE, in_experts
+from sparseft.models.fingerprint import check_base
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.selection import Selection

@@ -114,6 +114,24 @@ def _complete(path: Path) -> bool:
         return True
 
 
+def as_markdown(result: Mapping[str, Any], facts: str, columns: list[str], rows: list[list[str]]) -> str:
+    """A result's table as Markdown, with the command and the versions that made it, after `facts`."""
+    environment = result["environment"]
+    versions = ", ".join(
+        f"{name} {environment['versions'][name]}" for name in ("sparseft", "torch", "transformers", "peft")
+    )
+    lines = [
+        f"`{environment['command_line']}`",
+        "",
+        f"{facts}; {versions}, {measured_on(result)}.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "| --- " * len(columns) + "|",
+    ]
+    lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
 def machine() -> dict[str, Any]:
     """`cpu` (its model's name), `cores` (that this process may use) and `threads` (of torch's operations)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.bench.output import Output, device_name, measured_on
+from sparseft.bench.output import Output, as_markdown, device_name, measured_on
 from sparseft.compose.run_config import compose, from_dict
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
@@ -47,7 +47,7 @@ def folder_name(variant: str, seed: int) -> str:
 def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], folder: Path) -> list[Trial]:
     """`bench.variants` × `bench.seeds`, each composed and checked before the first one runs."""
     made, names = [], set()
-    named = [_variant(text) for text in config.bench.variants]
+    named = named_settings("bench.variants", config.bench.variants)
     if not named:
         raise UserError("bench.variants is empty: name at least one variant.")
     own = [word for word in words if word.partition("=")[0] not in ("bench.variants", "bench.seeds", "output_dir")]
@@ -75,21 +75,27 @@ def same_training(config: RunConfig, path: Path) -> bool:
     return all(here[key] == there[key] for key in here if key not in elsewhere)
 
 
-def _variant(text: str) -> tuple[str, list[str]]:
-    """`name: key=value …` -> the name and its overrides."""
+def named_settings(key: str, texts: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each `name: key=value …` of a setting -> the name and its overrides."""
+    return [_named(key, text) for text in texts]
+
+
+def _named(key: str, text: str) -> tuple[str, list[str]]:
     name, colon, rest = text.partition(":")
     try:
         changes = shlex.split(rest)
     except ValueError as error:
-        raise UserError(f"bench.variants: '{text}' has quotes that do not close.") from error
+        raise UserError(f"{key}: '{text}' has quotes that do not close.") from error
     if not (colon and name.strip() and changes):
-        raise UserError(f"bench.variants: '{text}' is no variant: expected 'name: key=value …'.")
+        raise UserError(
+            f"{key}: '{text}' is no {key.removeprefix('bench.').rstrip('s')}: expected 'name: key=value …'."
+        )
     for word in changes:
-        key, equals, _ = word.partition("=")
+        setting, equals, _ = word.partition("=")
         if not equals:
-            raise UserError(f"bench.variants: '{word}' of '{name}' is not a setting: expected key=value.")
-        if key in ("seed", "output_dir", "overwrite"):
-            raise UserError(f"bench.variants: '{name}' sets {key}, which is the benchmark's own.")
+            raise UserError(f"{key}: '{word}' of '{name}' is not a setting: expected key=value.")
+        if setting in ("seed", "output_dir", "overwrite"):
+            raise UserError(f"{key}: '{name}' sets {setting}, which is the benchmark's own.")
     return name.strip(), changes
 
 
@@ -209,20 +215,6 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The table as Markdown, with the command and the versions that made it."""
-    environment = result["environment"]
-    versions = ", ".join(
-        f"{name} {environment['versions'][name]}" for name in ("sparseft", "torch", "transformers", "peft")
-    )
     first = next(iter(result["variants"].values()))
-    columns, rows = table(result)
-    lines = [
-        f"`{environment['command_line']}`",
-        "",
-        f"{len(result['seeds'])} seeds, held-out loss before training {first['eval_loss_before']:.4f}; {versions}, "
-        f"{measured_on(result)}.",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "| --- " * len(columns) + "|",
-    ]
-    lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    facts = f"{len(result['seeds'])} seeds, held-out loss before training {first['eval_loss_before']:.4f}"
+    return as_markdown(result, facts, *table(result))

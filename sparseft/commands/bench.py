@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.bench import host, kernels, loader, preprocess, profiling, quality, scaling, serve, targets, train
+from sparseft.bench import (
+    fusion,
+    host,
+    kernels,
+    loader,
+    preprocess,
+    profiling,
+    quality,
+    scaling,
+    serve,
+    targets,
+    train,
+)
 from sparseft.bench.output import Output
 from sparseft.commands import train as training
 from sparseft.config import RunConfig
@@ -21,10 +33,12 @@ BENCHMARKS: dict[str, Any] = {
     "host": host,
     "preprocess": preprocess,
     "quality": quality,
+    "fusion": fusion,
     "kernels": kernels,
     "loader": loader,
     "serve": serve,
 }
+TRAINING = ("quality", "fusion")  # their runs are composed anew, and trained as `sparseft train` does
 
 
 def run(
@@ -32,7 +46,7 @@ def run(
 ) -> dict[str, Any]:
     """Runs the benchmark `what` and writes `bench.json` into `output_dir` (default `outputs/bench-<date>-<time>`).
 
-    words, config_dirs: what `config` was composed from, which quality puts its variants on top of.
+    words, config_dirs: what `config` was composed from, which quality and fusion put their variants on top of.
     """
     console.clear_warnings()
     checks.check_one_process(config, "bench")
@@ -40,8 +54,8 @@ def run(
     output = Output(config)
     output.check()
     try:
-        if what == "quality":
-            result = quality.run(config, output, words, config_dirs, training.run)
+        if what in TRAINING:
+            result = BENCHMARKS[what].run(config, output, words, config_dirs, training.run)
         else:
             result = BENCHMARKS[what].run(config, output)
     except BaseException:  # an interrupt too
@@ -49,8 +63,8 @@ def run(
             console.log(f"bench: what was measured is kept in {output.left}, marked incomplete")
         raise
     output.leave(result, complete=True)
-    if what == "quality":
-        output.write("bench.md", quality.markdown(result))
+    if what in TRAINING:
+        output.write("bench.md", BENCHMARKS[what].markdown(result))
     return result
 
 

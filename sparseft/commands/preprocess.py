@@ -25,6 +25,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     console.clear_warnings()
     checks.check_hardware(config)
     checks.check_data(config)
+    checks.check_excluded(config)
     checks.check_model(config)
     if launch.needed(config.hardware):
         return launch.run("preprocess", config)

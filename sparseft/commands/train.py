@@ -25,6 +25,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         check_run_folder(config.output_dir, overwrite=config.overwrite, resume=config.trainer.resume is not None)
     checks.check_trainer(config)
     checks.check_data(config)
+    checks.check_excluded(config)
     checks.check_model(config)
     if launch.needed(config.hardware):
         previous_run(config)  # so that it refuses other settings before any process starts

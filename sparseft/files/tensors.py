@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # folder with an adapter_config.json for a peft adapter.
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 WHOLE_CONFIG = "sparseft_config.json"
+ADAPTER_FORMAT = 1  # version of a sparse adapter's folder
 SELECTION_CONFIG, SELECTION_TENSORS = "selection.json", "selection.safetensors"
 DESCRIPTIONS = (ADAPTER_CONFIG, WHOLE_CONFIG, SELECTION_CONFIG)
 

@@ -31,6 +31,7 @@ SAMPLES = Rule(
     "a whole number of calibration examples, at least 1, or a share of the training data below 1 (0.01; null is that "
     "too)",
 )
+FOLDER = Rule(lambda path: bool(path.strip()), "a run's or an adapter's folder")
 EVERY = Rule(lambda steps: steps >= 0, "0 (never) or a number of steps")
 
 
@@ -107,6 +108,7 @@ class SparseConfig(MethodConfig):
     num_samples: Annotated[int | float, SAMPLES] | None = 128
     reselect_steps: Annotated[int, EVERY] = 0
     max_rank: Annotated[int, AT_LEAST_1] | None = None
+    exclude: list[Annotated[str, FOLDER]] | None = None
     seed: int = 0
 
     def validate(self) -> None:
@@ -148,4 +150,5 @@ class SparseConfig(MethodConfig):
         return convert(model, selection.modules, selection.block_size)
 
     def for_benchmark(self) -> Self:
-        return replace(self, importance="random") if self.needs_data else self  # which units train takes the same time
+        # Which units train takes the same time.
+        return replace(self, importance="random" if self.needs_data else self.importance, exclude=None)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparseft.distributed.zero3 import full_shape, gathered
+from sparseft.errors import UserError, shown
 from sparseft.models.decoder import base_parameters
 
 SAMPLES = 64  # values of each weight
@@ -43,3 +46,20 @@ def base_fingerprints(model: nn.Module) -> list[str]:
             values = values.masked_fill(values.abs() < 2.0**-14, 0.0)  # this also leaves one sign of zero
             each.update(values.numpy().tobytes())
     return list(dict.fromkeys((digest.hexdigest(), as_fp16.hexdigest())))
+
+
+def check_base(fingerprints: list[str], dtype: str, folder: Path, content: dict[str, Any]) -> None:
+    """Refuses an adapter whose fingerprints say that it was made for other weights than a model's.
+
+    fingerprints, dtype: the model's own, as it was loaded.
+    """
+    first, others = content.get("base_fingerprint"), content.get("other_fingerprints")
+    known = [first, *(others if isinstance(others, list) else [])]
+    if isinstance(first, str) and any(entry in known for entry in fingerprints):
+        return
+    base, then = shown(content.get("base_model") or "unknown"), content.get("base_dtype")
+    message = f"{folder}: made for another base model ({base}): the weights' fingerprints differ."
+    if then != dtype:
+        before = shown(then) if isinstance(then, str) else "another dtype"
+        message += f" If it is this one: it was loaded in {before} then, in {dtype} now (model.dtype)."
+    raise UserError(message)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from sparseft.errors import UserError
 from sparseft.importance.units import Candidate
@@ -22,6 +24,7 @@ class Budget:
     minimum: int  # units that every candidate keeps under `allocation: global`
     scope_parameters: int
     block_size: int | None = None
+    taken: dict[str, Tensor] = field(default_factory=dict)  # units not to choose, (units,) bool, by Candidate.key
 
 
 def keep_count(share: float, units: int) -> int:

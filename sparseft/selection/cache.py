@@ -26,13 +26,17 @@ from sparseft.files.tensors import SELECTION_CONFIG
 from sparseft.importance.calibration import Watch, saved_samples
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.selection.compute import Request, Settings, compute
+from sparseft.selection.exclude import Excluded
 from sparseft.selection.selection import Selection
 
 
-def selection_key(fingerprint: str, data_fingerprint: str, settings: Settings) -> str:
-    """What a cached selection depends on: base weights, training examples, method, its settings and seed, and the
-    version of the code that chose."""
-    content = [__version__, fingerprint, data_fingerprint, settings.name, asdict(settings)]
+def selection_key(
+    fingerprint: str, data_fingerprint: str, settings: Settings, excluded: Sequence[Excluded] = ()
+) -> str:
+    """What a cached selection depends on: base weights, training examples, method, its settings and seed, what it
+    leaves to other adapters (wherever they lie), and the version of the code that chose."""
+    others = sorted(each.selection.digest() for each in excluded)
+    content = [__version__, fingerprint, data_fingerprint, settings.name, asdict(settings) | {"exclude": others}]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -52,7 +56,7 @@ def select(model: nn.Module, request: Request, data: LoadedData, pad: int, cache
     `pad` is the id to pad calibration examples with. All processes take part and get the same.
     """
     settings = request.settings
-    key = selection_key(base_fingerprint(model), data.fingerprint, settings)
+    key = selection_key(base_fingerprint(model), data.fingerprint, settings, request.excluded)
     path = Path(cache_dir) / "selections" / key
     start = time.perf_counter()
     first = ranks.is_main()

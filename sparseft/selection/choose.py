@@ -51,7 +51,7 @@ def choose(
     if allocation == "per_layer":
         for c in budget.candidates:
             ranked = rank_units(scores[c.key], order, generator_for(seed, "choose", c.key))
-            pools.append(Pool([c], budget.per_candidate[c.key], 0, ranked))
+            pools.append(Pool([c], budget.per_candidate[c.key], 0, _free(ranked, budget, [c])))
     else:
         groups: dict[str, list[Candidate]] = defaultdict(list)
         for c in budget.candidates:
@@ -59,7 +59,7 @@ def choose(
         for role, members in groups.items():
             generator = generator_for(seed, "choose", "global", role)
             ranked = rank_units(torch.cat([scores[c.key].cpu() for c in members]), order, generator)
-            pools.append(Pool(members, budget.pooled[role], budget.minimum, ranked))
+            pools.append(Pool(members, budget.pooled[role], budget.minimum, _free(ranked, budget, members)))
     if max_rank is not None:
         pools = within(pools, max_rank)
     kept = {key: units for pool in pools for key, units in pool.best().items()}
@@ -77,3 +77,10 @@ def choose(
     placed, asked = sum(map(len, kept.values())), sum(pool.total for pool in pools)
     meta = {} if max_rank is None or placed >= asked else {"placed": [placed, asked]}
     return Selection(joined, block_size=budget.block_size, meta=meta)
+
+
+def _free(ranked: Tensor, budget: Budget, members: list[Candidate]) -> Tensor:
+    """A ranking of all members' units without those that are not to be chosen."""
+    if not budget.taken:
+        return ranked
+    return ranked[~torch.cat([budget.taken[c.key] for c in members])[ranked]]

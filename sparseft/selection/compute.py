@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
@@ -22,6 +22,7 @@ from sparseft.models.decoder import inside_compiled
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.budget import Budget
 from sparseft.selection.choose import choose
+from sparseft.selection.exclude import Excluded, check_bases, leave_out, read_excluded
 from sparseft.selection.max_rank import check_units
 from sparseft.selection.selection import Selection
 
@@ -37,6 +38,7 @@ class Settings(Protocol):
     num_samples: int | float | None
     max_rank: int | None
     seed: int
+    exclude: list[str] | None
 
     @property
     def needs_data(self) -> bool: ...
@@ -55,19 +57,21 @@ class Settings(Protocol):
 @dataclass(frozen=True)
 class Request:
     """What is to be chosen of a model: its linears and roles, the settings with what they leave to the model filled in,
-    and the budget."""
+    the budget, and the adapters whose weights it leaves out."""
 
     spec: ModelSpec
     settings: Settings
     budget: Budget
+    excluded: Sequence[Excluded] = ()
 
     @staticmethod
     def of(spec: ModelSpec, settings: Settings) -> Request:
         """UserError where the model cannot meet the settings."""
         settings = settings.settled(spec)
-        budget = settings.budget(spec)
-        check_units(budget, settings.max_rank)
-        return Request(spec, settings, budget)
+        request = Request(spec, settings, settings.budget(spec), read_excluded(settings.exclude))
+        leave_out(request.budget, request.excluded, settings.allocation)
+        check_units(request.budget, settings.max_rank)
+        return request
 
 
 @inside_compiled
@@ -123,6 +127,7 @@ def compute(
     settings, budget = request.settings, request.budget
     modules = list(dict.fromkeys(c.module for c in budget.candidates))
     check_modules(model, modules, request.spec.linears)
+    check_bases(model, request.excluded)
     if settings.needs_data and batches is not None:
         batches = first_samples(batches, settings.num_samples)
     with opened(model, modules):
@@ -160,10 +165,11 @@ def reselect(
     *,
     seed: int,
     spec: ModelSpec | None = None,
+    excluded: Sequence[Excluded] | None = None,
 ) -> Selection:
     """Chooses anew for an attached model, from its weights as they are: in each layer as many units as train now.
 
-    `spec` is the model's, where it is known.
+    `spec` is the model's, `excluded` what `config.exclude` names, where they are known.
     """
     if config.max_rank is not None:
         raise UserError(
@@ -188,6 +194,7 @@ def reselect(
             counts[c.key] = int(there.sum()) // c.unit
     budget.candidates = [c for c in budget.candidates if counts.get(c.key)]
     budget.per_candidate = counts
+    leave_out(budget, read_excluded(config.exclude) if excluded is None else excluded, "per_layer")
     with original_order(layers.values()):  # units are counted as in the checkpoint
         scores, _ = compute_scores(
             model,

@@ -13,6 +13,7 @@ from sparseft.distributed import launch
 from sparseft.distributed.env import check_variables
 from sparseft.errors import UserError, looks_local, nearest_path, where_looked
 from sparseft.models.loading import load_config, resolve_device
+from sparseft.selection.exclude import find_excluded
 from sparseft.training import schedules
 
 
@@ -99,6 +100,13 @@ def check_data(config: RunConfig) -> None:
     if config.dataset.eval_path is not None:
         locate_file(config.dataset.eval_path, key="dataset.eval_path")
     check_tests(config)
+
+
+def check_excluded(config: RunConfig) -> None:
+    """Refuses `method.exclude` where a folder is none of a sparse adapter; a run that goes on has its selection."""
+    if config.method.sparse and (config.trainer.resume is None or config.method.reselect_steps):
+        for folder in config.method.exclude or ():
+            find_excluded(folder)
 
 
 def check_model(config: RunConfig) -> None:

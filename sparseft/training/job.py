@@ -44,6 +44,7 @@ from sparseft.runs.folder import (
 from sparseft.runs.metrics import truncate_metrics
 from sparseft.selection.compute import reselect
 from sparseft.selection.engine_ranks import describe_export
+from sparseft.selection.exclude import read_excluded
 from sparseft.selection.selection import Selection, describe_selection, describe_trainable
 from sparseft.training import checks, schedules
 from sparseft.training import resume as resuming
@@ -357,13 +358,14 @@ def _last_step(job: Job, folder: Path) -> int:
 def _reselection(job: Job, trainer: Trainer) -> Reselection:
     """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time."""
     method, prepared = job.config.method, job.prepared
+    excluded = read_excluded(method.exclude)  # now: the folders may go while it trains
 
     def choose(step: int) -> Selection:
         seed = method.seed + step
         batches = None
         if method.needs_data:
             batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
-        return reselect(prepared.model, method, batches, seed=seed, spec=job.spec)
+        return reselect(prepared.model, method, batches, seed=seed, spec=job.spec, excluded=excluded)
 
     ended_at = job.previous.ended_at if job.previous else None
     return Reselection(method.reselect_steps, choose, trainer.run_state.clock, ended_at)

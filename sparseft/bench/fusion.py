@@ -1,0 +1,392 @@
+"""Two skills trained apart and put together: what a sum of adapters keeps of each (Table 5 of the S2FT paper).
+
+Of every variant (a method with its settings) and seed:
+
+- each skill is trained alone, an ordinary run in `runs/`; with the first seed at every rate of `bench.rates`, of which
+  that with the lowest held-out loss is kept for all seeds;
+- a sparse method trains every skill but the first once more, with `method.exclude` naming those before it;
+- `sparseft.fuse` adds the adapters up, with the one weight of `bench.weights` for all that gives the lowest mean of the
+  skills' held-out losses with the first seed;
+- alone and fused, each is asked both skills' test questions, and its held-out losses are measured.
+
+Held out are examples of the training data (`dataset.eval_fraction`): the test questions choose nothing. Interrupted,
+the benchmark goes on with the runs and the scores that are missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseft import console
+from sparseft.adapters.description import adapter_hash
+from sparseft.adapters.lifecycle import detach, fuse, load_adapter, set_adapter
+from sparseft.bench.output import Output, as_markdown, device_name, measured_on
+from sparseft.bench.quality import Trial, finished, folder_name, named_settings
+from sparseft.compose.run_config import compose
+from sparseft.config import BUNDLED, RunConfig
+from sparseft.data.loading import load_datasets
+from sparseft.data.packing import Collator, padding_id
+from sparseft.errors import UserError
+from sparseft.evaluation.run import evaluate, prepare
+from sparseft.evaluation.tasks import data_folder
+from sparseft.files.atomic import write_json
+from sparseft.files.untrusted import read_json_object
+from sparseft.models.decoder import runnable
+from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
+from sparseft.runs.folder import ADAPTER, SELECTION
+from sparseft.selection.selection import Selection
+from sparseft.training import checks
+
+OWN = ("bench.variants", "bench.seeds", "bench.skills", "bench.rates", "bench.weights", "output_dir", "seed")
+BASE, APART = "base", ", disjoint"
+
+# 97.5 % quantiles of Student's t, by degrees of freedom from 1: half the width of a 95 % interval in standard errors.
+T_QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093,
+)  # fmt: skip
+
+
+@dataclass
+class Study:
+    """What is compared, checked before the first run."""
+
+    config: RunConfig
+    base: list[str]  # the words that all runs share
+    config_dirs: Sequence[str]
+    folder: Path
+    skills: dict[str, list[str]]  # the settings of each, by its name, which is its evaluation task's
+    variants: dict[str, list[str]]
+    rates: list[float | None]  # None: what the configuration says
+    train: Callable[[RunConfig], dict[str, Any]]
+    seeds: list[int] = field(default_factory=list)
+
+    def trial(self, variant: str, skill: str, seed: int, rate: float | None, exclude: Sequence[str] = ()) -> Trial:
+        """One training, composed and checked."""
+        changes = [*self.variants[variant], *self.skills[skill], f"seed={seed}", "overwrite=true"]
+        if rate is not None:
+            changes.append(f"trainer.learning_rate={rate:g}")
+        trial = compose("train", [*self.base, *changes], self.config_dirs)
+        name = f"{variant} {skill}{APART if exclude else ''}" + (f" lr {rate:g}" if rate is not None else "")
+        if exclude:
+            trial.method = dataclasses.replace(trial.method, exclude=list(exclude))
+        trial.output_dir = str(self.folder / "runs" / folder_name(name, seed))
+        return Trial(name, seed, trial)
+
+    def summary(self, trial: Trial) -> dict[str, Any]:
+        """What the trial's run says of itself; it is trained where it has not been."""
+        summary = finished(trial)
+        if summary is None:
+            console.log(f"bench: training {trial.variant}, seed {trial.seed}")
+            with console.quiet():
+                summary = self.train(trial.config)
+        if summary["eval_loss_after"] is None:
+            raise UserError(f"bench fusion chooses by held-out loss, and {trial.variant} has no evaluation examples.")
+        return summary
+
+
+def run(
+    config: RunConfig,
+    output: Output,
+    words: Sequence[str],
+    config_dirs: Sequence[str],
+    train: Callable[[RunConfig], dict[str, Any]],
+) -> dict[str, Any]:
+    """Trains, fuses and measures all of it, and returns what `bench.json` holds; interrupted, says how to go on.
+
+    words, config_dirs: what `config` was composed from. train: trains one config and returns its summary.
+    """
+    folder = output.choose()
+    study = plan(config, words, config_dirs, folder, train)
+    try:
+        return measure(study)
+    except KeyboardInterrupt:
+        console.log(f"bench: what is done is kept; the same command with output_dir={folder} goes on from there")
+        raise
+
+
+def plan(
+    config: RunConfig,
+    words: Sequence[str],
+    config_dirs: Sequence[str],
+    folder: Path,
+    train: Callable[[RunConfig], dict[str, Any]],
+) -> Study:
+    """Reads and checks the settings; UserError where a run could not start."""
+    settings = config.bench
+    skills = dict(named_settings("bench.skills", settings.skills))
+    variants = dict(named_settings("bench.variants", settings.variants))
+    if len(skills) < 2 or len(skills) < len(settings.skills):
+        raise UserError("bench.skills: name at least two skills, each once, by the tasks that ask for them.")
+    if not variants or len(variants) < len(settings.variants):
+        raise UserError("bench.variants: name at least one variant, each once.")
+    if not settings.weights:
+        raise UserError("bench.weights is empty: name at least one weight of the summands.")
+    own = [word for word in words if word.partition("=")[0] not in OWN]
+    study = Study(config, own, config_dirs, folder, skills, variants, [*settings.rates] or [None], train)
+    study.seeds = list(range(config.seed, config.seed + settings.seeds))
+    for variant in variants:
+        for skill in skills:
+            trial = study.trial(variant, skill, study.seeds[0], study.rates[0]).config
+            if trial.method.trains_all:
+                raise UserError(f"bench.variants: '{variant}' trains whole models, which have no sum of adapters.")
+            if not (trial.dataset.eval_path or trial.dataset.eval_fraction):
+                raise UserError("bench fusion chooses by held-out loss: give dataset.eval_path or .eval_fraction.")
+            checks.check_trainer(trial)
+            checks.check_data(trial)
+            checks.check_model(trial)
+    return study
+
+
+def measure(study: Study) -> dict[str, Any]:
+    """Every training, sum and score; the first seed comes first, as it chooses rates and weights."""
+    config = study.config
+    tests = prepare(list(study.skills), config.eval, data_dir=data_folder(config.eval, config.model.path))
+    found: dict[str, dict[str, Any]] = {}
+    for variant in study.variants:
+        found[variant] = {"rates": _choose_rates(study, variant), "weight": {}, "overlap": [], "ways": {}}
+    total = len(study.seeds) * len(study.variants)
+    with console.Progress(total, "bench fusion", unit="variant", plain_line_pause=0) as progress:
+        for number, seed in enumerate(study.seeds):
+            for position, variant in enumerate(study.variants):
+                _measure_one(study, variant, seed, found[variant], tests)
+                progress.update(number * len(study.variants) + position + 1)
+    return {
+        "benchmark": "fusion",
+        "model": config.model.path,
+        "dtype": config.model.dtype,
+        "device": device_name(resolve_device(config.hardware.device)),
+        "seeds": study.seeds,
+        "skills": list(study.skills),
+        "variants": {name: entry | _summary(entry["ways"], list(study.skills)) for name, entry in found.items()},
+    }
+
+
+def _choose_rates(study: Study, variant: str) -> dict[str, dict[str, Any]]:
+    """Of each skill the rate with the lowest held-out loss, with the first seed, and what each rate came to."""
+    chosen = {}
+    for skill in study.skills:
+        losses = {}
+        for rate in study.rates:
+            losses[rate] = study.summary(study.trial(variant, skill, study.seeds[0], rate))["eval_loss_after"]
+        best = min(losses, key=lambda rate: losses[rate])
+        chosen[skill] = {"rate": best, "losses": [[rate, loss] for rate, loss in losses.items()]}
+    return chosen
+
+
+def _measure_one(study: Study, variant: str, seed: int, found: dict[str, Any], tests: Any) -> None:
+    """Adds one seed's numbers of a variant to what is found so far."""
+    rates = {skill: found["rates"][skill]["rate"] for skill in study.skills}
+    alone = {skill: study.trial(variant, skill, seed, rates[skill]) for skill in study.skills}
+    runs = dict(alone)
+    for trial in alone.values():
+        study.summary(trial)
+    sparse = next(iter(alone.values())).config.method.sparse
+    apart: dict[str, str] = {}  # the disjoint sum's adapters, by skill
+    if sparse:
+        for skill in study.skills:
+            name = skill
+            if apart:
+                name = skill + APART
+                before = [str(runs[other].config.output_dir) for other in apart.values()]
+                runs[name] = study.trial(variant, skill, seed, rates[skill], before)
+                study.summary(runs[name])
+            apart[skill] = name
+        selections = [Selection.load(Path(str(t.config.output_dir)) / SELECTION) for t in alone.values()]
+        found["overlap"].append(overlap(selections[0], selections[1]))
+    sums = {"fused": list(study.skills)} | ({f"fused{APART}": list(apart.values())} if sparse else {})
+    scores = _scores(study, variant, seed, runs, sums, found["weight"], tests)
+    for way, by_skill in scores.items():
+        for skill, numbers in by_skill.items():
+            entry = found["ways"].setdefault(way, {}).setdefault(skill, {"accuracy": [], "eval_loss": [], "kept": []})
+            entry["accuracy"].append(numbers["accuracy"])
+            entry["eval_loss"].append(numbers["eval_loss"])
+            before, own = (scores[name][skill]["accuracy"] for name in (BASE, skill))
+            entry["kept"].append((numbers["accuracy"] - before) / (own - before) if own > before else None)
+
+
+def overlap(first: Selection, second: Selection) -> float:
+    """The share of the second selection's rows, columns or blocks that the first has too."""
+
+    def units(selection: Selection) -> Iterator[tuple[Any, ...]]:
+        for module, kinds in selection.modules.items():
+            for kind, index in kinds.items():
+                yield from ((module, kind, *row) for row in index.reshape(len(index), -1).tolist())
+
+    known, mine = set(units(first)), list(units(second))
+    return sum(unit in known for unit in mine) / len(mine)
+
+
+def _scores(
+    study: Study,
+    variant: str,
+    seed: int,
+    runs: dict[str, Trial],
+    sums: dict[str, list[str]],
+    weights: dict[str, float],
+    tests: Any,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy and held-out loss of the base, each run and each sum on every skill: `{way: {skill: …}}`.
+
+    weights: of each sum, chosen with the first seed and added here. What was measured before is read.
+    """
+    folders = {name: Path(str(trial.config.output_dir)) / ADAPTER for name, trial in runs.items()}
+    path = study.folder / "scores" / f"{folder_name(variant, seed)}.json"
+    key = {
+        "adapters": {name: adapter_hash(folder) for name, folder in folders.items()},
+        "weights": study.config.bench.weights if not weights else weights,
+        "eval": dataclasses.asdict(study.config.eval),
+    }
+    if path.is_file() and (there := read_json_object(path)).get("key") == key:
+        weights |= there["weights"]
+        return there["scores"]
+    config = next(iter(runs.values())).config
+    device = resolve_device(config.hardware.device)
+    tokenizer = load_tokenizer(config.model)
+    model: Any = load_model(config.model, device).eval()
+    pad = padding_id(tokenizer, vocabulary_rows(model)[0])
+    held_out = {skill: _held_out(runs[skill].config, tokenizer) for skill in study.skills}
+
+    def losses() -> dict[str, float]:
+        return {skill: held_out_loss(model, rows, pad, device) for skill, rows in held_out.items()}
+
+    def score(name: str) -> dict[str, dict[str, float]]:
+        console.log(f"bench: asking {variant}, {name}, seed {seed}")
+        tasks = evaluate(model, tokenizer, tests)["tasks"]
+        found = losses()
+        return {s: {"accuracy": tasks[s]["accuracy"], "eval_loss": found[s]} for s in study.skills}
+
+    scores = {BASE: score(BASE)}
+    for name, folder in folders.items():
+        model = load_adapter(model, folder, name).eval()
+    for name in folders:
+        set_adapter(model, name)
+        scores[name] = score(name)
+    chosen = dict(weights)
+    for name, parts in sums.items():
+        if name not in chosen:
+            means = {}
+            for weight in study.config.bench.weights:
+                fuse(model, dict.fromkeys(parts, weight), name)
+                means[weight] = statistics.fmean(losses().values())
+            chosen[name] = min(means, key=lambda weight: means[weight])
+        fuse(model, dict.fromkeys(parts, chosen[name]), name)
+        scores[name] = score(name)
+    detach(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"key": key, "weights": chosen, "scores": scores})
+    weights |= chosen
+    return scores
+
+
+def _held_out(config: RunConfig, tokenizer: Any) -> Any:
+    """A run's evaluation examples."""
+    data = load_datasets(
+        config.dataset, tokenizer, max_length=config.trainer.max_length, seed=config.seed,
+        bundled=config.model.path.startswith(BUNDLED), cache_dir=config.cache_dir,
+    )  # fmt: skip
+    assert data.eval is not None
+    return data.eval
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, rows: Any, pad: int, device: torch.device, batch_size: int = 8) -> float:
+    """The mean loss over all labelled tokens of examples, as a run's evaluation has it."""
+    collate, total, count = Collator(pad), 0.0, 0
+    with runnable(model):
+        for start in range(0, len(rows), batch_size):
+            batch = collate([rows[position] for position in range(start, min(start + batch_size, len(rows)))])
+            batch = {name: value.to(device) for name, value in batch.items()}
+            labelled = int((batch["labels"][:, 1:] != -100).sum())
+            if labelled:
+                total += float(model(**batch, use_cache=False).loss) * labelled
+                count += labelled
+    return total / count
+
+
+def interval(values: Iterable[float | None]) -> tuple[float, float] | None:
+    """The mean over seeds and half the width of its 95 % interval (NaN of a single value); None without values."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    if len(known) == 1:
+        return known[0], math.nan
+    quantile = T_QUANTILES[min(len(known) - 1, len(T_QUANTILES)) - 1]
+    return statistics.fmean(known), quantile * statistics.stdev(known) / math.sqrt(len(known))
+
+
+def _summary(ways: dict[str, Any], skills: list[str]) -> dict[str, Any]:
+    """What disjoint adapters gain over overlapping ones, seed by seed."""
+    if f"fused{APART}" not in ways:
+        return {}
+    gained = {}
+    for skill in skills:
+        one, two = ways["fused"][skill], ways[f"fused{APART}"][skill]
+        gained[skill] = {
+            what: [b - a for a, b in zip(one[what], two[what], strict=True)] for what in ("accuracy", "eval_loss")
+        }
+    return {"disjoint - overlapping": gained}
+
+
+def title(result: dict[str, Any]) -> str:
+    """What was compared, in one line."""
+    seeds = len(result["seeds"])
+    return f"Fusion of {' and '.join(result['skills'])}: {result['model']}, {seeds} seeds, on {measured_on(result)}"
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a row for the base, for each adapter alone and for each sum: means with 95 % intervals."""
+    columns = ["model"]
+    for skill in result["skills"]:
+        columns += [f"{skill}, %", "kept, %", "held-out loss"]
+    rows: list[list[str]] = []
+    for variant, entry in result["variants"].items():
+        for way, by_skill in entry["ways"].items():
+            if way == BASE and rows:
+                continue  # the same one
+            weight = entry["weight"].get(way)
+            name = BASE if way == BASE else f"{variant}: {way}" + (f" (weight {weight:g})" if weight else "")
+            row = [name]
+            for skill in result["skills"]:
+                numbers = by_skill[skill]
+                kept = "" if way in (BASE, skill) else _shown(numbers["kept"], 100, ".0f")
+                row += [_shown(numbers["accuracy"], 100, ".1f"), kept, _shown(numbers["eval_loss"], 1, ".3f")]
+            rows.append(row)
+    return columns, rows
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What is chosen, what overlaps, and what disjoint adapters gain."""
+    lines = ["kept: what is left of a skill's own gain over the base; ± 95 % intervals over seeds (Student's t)"]
+    for variant, entry in result["variants"].items():
+        rates = ", ".join(f"{s} {r['rate']:g}" for s, r in entry["rates"].items() if r["rate"] is not None)
+        if rates:
+            lines.append(f"{variant}: learning rates {rates}, chosen by held-out loss with the first seed")
+        if entry["overlap"]:
+            lines.append(f"{variant}: {100 * statistics.fmean(entry['overlap']):.0f} % of the units are in both skills")
+        for skill, gained in entry.get("disjoint - overlapping", {}).items():
+            accuracy, loss = _shown(gained["accuracy"], 100, "+.1f"), _shown(gained["eval_loss"], 1, "+.3f")
+            lines.append(f"{variant}, {skill}: disjoint - overlapping {accuracy} points, held-out loss {loss}")
+    return lines
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table as Markdown, with the command and the versions that made it, and the notes."""
+    lines = "".join(f"- {note}\n" for note in notes(result))
+    return as_markdown(result, f"{len(result['seeds'])} seeds", *table(result)) + "\n" + lines
+
+
+def _shown(values: Sequence[float | None], scale: float, form: str) -> str:
+    found = interval(values)
+    if found is None:
+        return "-"
+    mean, half = (scale * value for value in found)
+    return f"{mean:{form}}" + ("" if math.isnan(half) else f" ± {half:{form.lstrip('+')}}")
