@@ -158,9 +158,14 @@ def test_narrow_files_round_each_value_once(made: Any, dtype: str, tmp_path: Pat
     assert all(torch.equal(tensor.to(getattr(torch, dtype)), narrow[name]) for name, tensor in wide.items())
 
 
-def test_a_bf16_base(tmp_path: Path) -> None:
+def test_a_bf16_base_computes_with_it(tmp_path: Path) -> None:
+    """Not only in the fp32 of the proof."""
     model = saved_model("llama", tmp_path / "model", torch.bfloat16)
-    assert export(adapter(model, tmp_path / "adapter"), tmp_path / "out") == 0
+    source = adapter(model, tmp_path / "adapter")
+    assert export(source, tmp_path / "out", "--dtype", "bfloat16") == 0
+    loaded = peft.PeftModel.from_pretrained(load(model), str(tmp_path / "out"))
+    wanted = sparseft.merge(sparseft.load_adapter(load(model), source))
+    assert (logits(loaded) - logits(wanted)).abs().max() < 0.05 * (logits(load(model)) - logits(wanted)).abs().max()
 
 
 def test_fused_adapters(made: Any, tmp_path: Path) -> None:
@@ -248,7 +253,7 @@ def test_ranks_above_every_engines(made: Any, tmp_path: Path, monkeypatch: Any, 
     names = [f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)]
     source = adapter(model, tmp_path / "adapter", {names[0]: {"rows": list(range(40))}, names[1]: {"rows": [0]}})
     monkeypatch.setattr(engines, "RANKS", (8, 16, 32))
-    monkeypatch.setitem(engines.ENGINES, "vllm", engines.Engine("vLLM", ("peft-lora",), highest=32))
+    monkeypatch.setitem(engines.HIGHEST, "vllm", 32)
     for words in ((), ("--engine", "vllm")):
         assert export(source, tmp_path / "out", *words) == 2
         error = capsys.readouterr().err
@@ -390,3 +395,24 @@ def test_an_adapter_of_zeros_is_refused(made: Any, tmp_path: Path, capsys: Any) 
     source = adapter(model, tmp_path / "adapter", scale=0.0)
     assert export(source, tmp_path / "out") == 1
     assert "the export is the base model" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "linear", "said"),
+    [
+        ("qwen3_moe_dense", "layers.1.mlp.down_proj", "takes the name for the routed experts'"),
+        ("qwen2_moe", "layers.1.mlp.experts.down_proj.2", "routed experts of qwen2_moe cannot be LoRA"),
+    ],
+)
+def test_what_peft_would_put_elsewhere(kind: str, linear: str, said: str, tmp_path: Path, capsys: Any) -> None:
+    """In architectures with experts PEFT takes `down_proj` for theirs, wherever it stands; of some it knows none."""
+    model = saved_model(kind, tmp_path / "model")
+    source = adapter(model, tmp_path / "adapter", {f"model.{linear}": {"columns": [1]}})
+    assert export(source, tmp_path / "out") == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_shared_expert_is_a_linear_like_others(tmp_path: Path) -> None:
+    model = saved_model("qwen2_moe", tmp_path / "model")
+    source = adapter(model, tmp_path / "adapter", {"model.layers.1.mlp.shared_expert.down_proj": {"columns": [1]}})
+    assert export(source, tmp_path / "out") == 0

@@ -71,7 +71,11 @@ def test_r_is_the_least_that_holds_the_fullest_linear(made: Any, tmp_path: Path)
 
 def test_a_base_in_bf16(tmp_path: Path) -> None:
     model = saved_model("llama", tmp_path / "model", torch.bfloat16)
-    assert export(adapter(model, tmp_path / "adapter"), tmp_path / "out") == 0
+    source = adapter(model, tmp_path / "adapter")
+    assert export(source, tmp_path / "out") == 0
+    loaded = peft.PeftModel.from_pretrained(load(model), str(tmp_path / "out"))
+    wanted = sparseft.merge(sparseft.load_adapter(load(model), source))
+    assert (logits(loaded) - logits(wanted)).abs().max() < 0.05 * (logits(load(model)) - logits(wanted)).abs().max()
 
 
 @pytest.mark.parametrize(

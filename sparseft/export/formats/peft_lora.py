@@ -56,7 +56,9 @@ class PeftLora(Format):
     def check(self, source: Source, options: Options) -> list[str]:
         engines.check(options.engine, self.name)
         changes = changes_of(source)
-        layout = layout_of(Skeleton.of(source), changes)
+        skeleton = Skeleton.of(source)
+        layout = layout_of(skeleton, changes)
+        _check_names(skeleton, layout)
         needs = {}
         for name, (b, _) in _factors(layout, changes):
             needs[name] = b.shape[1]
@@ -143,6 +145,25 @@ def changes_of(source: Source) -> Mapping[str, Change]:
     if source.kind == "full":
         raise UserError(f"{source.folder}: every weight was trained, which LoRA cannot hold: use --format merged.")
     return source.low_rank if source.kind == "peft" else source.changes
+
+
+def _check_names(skeleton: Skeleton, layout: Layout) -> None:
+    """Refuses names of dense linears that PEFT would take for those of routed experts, as it does of shared ones."""
+    import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    for target in layout.dense:
+        config = peft.LoraConfig(target_modules=[target])
+        try:
+            convert_peft_config_for_transformers(config, skeleton.model, None)
+        except ValueError:  # one of two that experts have together
+            config.target_modules = None
+        if config.target_modules != {target}:
+            taken = [name for name in layout.parts if name not in layout.experts and name.endswith(target)]
+            raise UserError(
+                f"{taken[0]} ({len(taken)} such) cannot be LoRA of PEFT, which takes the name for the routed experts': "
+                "use --format patch or merged."
+            )
 
 
 def config_of(source: Source, plan: Plan) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`peft-shira`: single entries of weights as PEFT's SHiRA holds them, where its shape allows all of them.
 
-PEFT gives every linear of shape (out, in) exactly r · (in + out) entries, with one r for all. What is fewer is filled up
-with entries of zero; r is the least that holds the fullest linear, and must leave each linear room for its entries.
+PEFT gives every linear of shape (out, in) exactly r · (in + out) entries, with one r for all. Those that fewer were
+trained in are filled up with zeros; r is the least that holds the fullest one, and no linear may be too small for it.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def plan_of(source: Source) -> Plan:
     tightest = min(room, key=lambda name: room[name])
     if needs[fullest] > room[tightest]:
         raise UserError(
-            f"SHiRA has one r for all linears, r · (in + out) entries each: {fullest} needs r = {needs[fullest]} for its "
-            f"{len(changes[fullest].entries()):,} entries, of which {tightest} with its "
+            f"SHiRA has one r for all linears, r · (in + out) entries each: {fullest} needs r = {needs[fullest]} for "
+            f"its {len(changes[fullest].entries()):,} entries, of which {tightest} with its "
             f"{changes[tightest].shape[0]} x {changes[tightest].shape[1]} has room for {room[tightest]}: {OTHER}."
         )
     return Plan(linears, skeleton.targets(linears), needs[fullest])
