@@ -261,6 +261,10 @@ def reshaped(it: Case) -> Any:
     ("target", "said"),
     [
         (wrong_base, "for another base model"),
+        (
+            lambda it: adapted.build("qwen2", torch.bfloat16),
+            r"is \(\d+, \d+\), in the patch .*: it is of another model",
+        ),
         (changed_elsewhere, "for another base model .* or another patch was applied before"),
         (patched_before, "holds neither the values of the base .* nor the patch's"),
         (lambda it: adapted.load(it.base, torch.float32), "is float32, the patch's values are bfloat16: load it in"),
