@@ -872,3 +872,34 @@ def test_fused_optimizers_skip_a_step_by_a_flag(kind: Any) -> None:
         seen.append([value.clone() for value in (parameter.detach(), *state.values())])
     assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True)), relied_on("found_inf")
     assert not torch.equal(seen[1][0], seen[2][0]) and state["step"] == 2, relied_on("found_inf")
+
+
+# -- how transformers turns a checkpoint's tensors into parameters ----------------------------------------------------
+
+
+def test_conversions_of_a_checkpoint() -> None:
+    """Names are asked one by one, converters are fed by hand, and the way back works without values."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key, revert_weight_conversion
+
+    model = build("mixtral")
+    known = dict(model.named_parameters())
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    renamings = [each for each in transforms if not isinstance(each, WeightConverter)]
+    name = "model.layers.0.block_sparse_moe.experts.2.w2.weight"
+    target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+    assert target == "model.layers.0.mlp.experts.down_proj", relied_on("rename_source_key")
+    assert pattern in {each for one in converters for each in one.source_patterns}, relied_on("rename_source_key")
+    bare, _ = rename_source_key("norm.weight", renamings, converters, model.base_model_prefix, known)
+    assert bare == "model.norm.weight", relied_on("rename_source_key")
+    converter = copy.deepcopy(next(each for each in converters if pattern in each.source_patterns))
+    for number in range(4):
+        converter.add_tensor(target, name.replace(".2.", f".{number}."), pattern, torch.full((48, 80), number))
+    made = converter.convert(target, model=model, config=model.config)
+    assert list(made) == [target], relied_on("add_tensor")
+    value = made[target][0] if isinstance(made[target], list) else made[target]
+    assert value[:, 0, 0].tolist() == [0, 1, 2, 3], relied_on("add_tensor")
+    saved = revert_weight_conversion(model, {name: p.to("meta") for name, p in known.items()})
+    assert saved[name].shape == (48, 80), relied_on("revert_weight_conversion")
+    assert saved[name].is_meta, relied_on("revert_weight_conversion")

@@ -94,7 +94,8 @@ class ModelHolder(Holder):
         group = self.places.group_with.get(name)
         if group is None or (parameter := self.places.parameters.get(group.parameters[0])) is None:
             return None
-        return Stored(parameter.dtype, self.places.tensors[name].shape)
+        own = tuple(parameter.shape) if group.pattern is None else self.places.tensors[name].shape
+        return Stored(parameter.dtype, own)
 
     def slots(self, name: str, index: Tensor) -> list[Slot]:
         return [

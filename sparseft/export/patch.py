@@ -110,8 +110,10 @@ def _checked(holder: Holder, patch: Patch) -> Patch:
                 f"'{shown(name)}' is {dtypes[0]}, the patch's values are {dtypes[1]}: load it in {dtypes[1]}."
             )
     base = patch.about.get("base_model") or "unknown"
-    if missing := [name for name in patch.checkpoint if holder.stored(name) is None]:
-        raise UserError(f"the patch is for another base model ({shown(base)}), which has '{shown(missing[0])}'.")
+    for name, shape in patch.checkpoint.items():
+        if (there := holder.stored(name)) is None or there.shape != shape:
+            found = "is not here" if there is None else f"is {there.shape} here"
+            raise UserError(f"the patch is for another base model ({shown(base)}): its '{shown(name)}' {found}.")
     patched = {name: entries.index for name, entries in patch.tensors.items()}
     if rest_fingerprint(patch.checkpoint, holder.read, patched) != patch.rest:
         raise UserError(

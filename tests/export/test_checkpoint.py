@@ -122,7 +122,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_written_one_tensor_at_a_time(tmp_path: Path) -> None:
-    """Read by safetensors itself, with tensors of every width, in another order than they lie, and one that is empty."""
+    """Read by safetensors itself, tensors of every width, in another order than they lie, and an empty one."""
     tensors = {
         "b": torch.randn(3, 5).bfloat16(), "a": torch.arange(7, dtype=torch.int32), "e": torch.zeros(0, 4),
         "c": torch.randn(2, 3).t(), "d": torch.arange(3), "f": torch.tensor(2.0), "g": torch.tensor([True, False]),

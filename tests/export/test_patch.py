@@ -261,11 +261,15 @@ def reshaped(it: Case) -> Any:
     ("target", "said"),
     [
         (wrong_base, "for another base model"),
+        (
+            lambda it: adapted.build("qwen2", torch.bfloat16),
+            r"for another base model .*: its '.*' is \(48, 48\) here",
+        ),
         (changed_elsewhere, "for another base model .* or another patch was applied before"),
         (patched_before, "holds neither the values of the base .* nor the patch's"),
         (lambda it: adapted.load(it.base, torch.float32), "is float32, the patch's values are bfloat16: load it in"),
         (without, "sets 'model.layers.0.self_attn.v_proj.weight', which is not there: it is of another model. Did you"),
-        (without_norm, "for another base model .*, which has 'model.norm.weight'"),
+        (without_norm, "for another base model .*: its 'model.norm.weight' is not here"),
         (reshaped, r"is \(48, 24\), in the patch \(24, 48\)"),
         (
             lambda it: adapted.attached("llama", "rows", adapted.load(it.base)),

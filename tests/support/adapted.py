@@ -77,7 +77,8 @@ def attached(kind: str, method: str, model: Any, seed: int = 0) -> Any:
         model = sparseft.attach(model, sparseft.FullConfig())
     else:
         targets = ["c_attn", "c_fc"] if kind == "gpt2" else ["o_proj"] if kind == "phi3" else ["q_proj", "o_proj"]
-        model = sparseft.attach(model, sparseft.LoraConfig(rank=2, targets=targets, use_dora=method == "dora"))
+        settings = sparseft.DoraConfig if method == "dora" else sparseft.LoraConfig
+        model = sparseft.attach(model, settings(rank=2, targets=targets))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         if method in chosen:

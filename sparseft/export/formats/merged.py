@@ -53,7 +53,7 @@ class Merged(Format):
         checkpoint = changed.checkpoint
         tensors = {name: Stored(changed.target(name), each.shape) for name, each in checkpoint.tensors.items()}
         tensors |= {name: Stored(each.dtype, tuple(each.shape)) for name, each in changed.extra.items()}
-        files = shards(tensors)
+        files = shards(tensors, SHARD)
         for file, names in files.items():
             inside = {name: tensors[name] for name in names}
             write_streamed(folder / file, inside, _values(changed, names), {"format": "pt"})
@@ -109,7 +109,7 @@ class Merged(Format):
         return HuggingFace(model, f"transformers {transformers.__version__}")
 
 
-def shards(tensors: dict[str, Stored], limit: int = SHARD) -> dict[str, list[str]]:
+def shards(tensors: dict[str, Stored], limit: int) -> dict[str, list[str]]:
     """The files that tensors are written to, in their order, each at most `limit` bytes (or one tensor)."""
     parts: list[list[str]] = [[]]
     size = 0

@@ -29,8 +29,8 @@ class PatchReceiver:
     the weights stay those of the step before.
 
     target: a plain model of transformers, or a state dict with the checkpoint's names, on any device and in the
-    sender's dtype, changed in place; or a function `update(name, shape, dtype, indices, values)`, called for each tensor
-    of a step, in the checkpoint's own coordinates: what a server's loader of sparse updates takes.
+    sender's dtype, changed in place; or a function `update(name, shape, dtype, indices, values)`, called for each
+    tensor of a step, in the checkpoint's own coordinates: what a server's loader of sparse updates takes.
     source: the folder or the `PatchPeer` that the sender sends to. timeout: seconds to wait for a step (of a peer:
     those of its group count).
 

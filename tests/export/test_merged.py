@@ -1,0 +1,210 @@
+"""`--format merged`: a model folder that transformers loads, the base's to the bit but for what was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import sparseft
+from sparseft.export.formats import merged as format_file
+from sparseft.export.formats.merged import Merged, shards
+from sparseft.files.hashing import file_hash
+from sparseft.files.tensors import Stored
+from support import adapted
+from support.running import refused
+from support.running import sparseft as run
+
+CASES = [
+    *(("llama", method) for method in ("columns", "fused", "dora", "full")),
+    ("qwen2", "blocks"),
+    *(("gpt2", method) for method in ("rows", "lora")),
+    ("phi3", "rows"),
+    *(("mixtral", method) for method in ("fused", "full")),
+]
+
+
+def checkpoint(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def wanted(kind: str, method: str, base: Path, adapter: Path) -> Any:
+    if method == "full":
+        return adapted.load(adapter, torch.bfloat16)
+    return sparseft.merge(sparseft.load_adapter(adapted.load(base), adapter))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = adapted.base(kind, tmp_path_factory.mktemp(kind) / "base", torch.bfloat16, shard="70KB")
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_the_folder_is_the_merged_model(
+    kind: str, method: str, bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(format_file, "SHARD", 60_000)
+    base = bases(kind)
+    adapter = adapted.adapter(kind, method, base, tmp_path / "adapter")
+    if method == "full":
+        transformers.AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    result = run(tmp_path, "export", adapter, "--format", "merged", "--out", "out", "--json").json
+    out, model = tmp_path / "out", wanted(kind, method, base, adapter)
+    found = adapted.load(out)
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())
+    assert found.dtype == torch.bfloat16
+    assert result["files"] == len(list(out.glob("model-*.safetensors"))) > 1
+    before, after = checkpoint(base), checkpoint(out)
+    assert {name: t.dtype for name, t in after.items()} == {name: t.dtype for name, t in before.items()}
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed if method == "full" else 0 < len(changed) < len(before) / 2
+    for name in ("generation_config.json", *(() if method == "full" else ("tokenizer.json", "tokenizer_config.json"))):
+        assert file_hash(out / name) == file_hash(base / name)
+    assert transformers.AutoTokenizer.from_pretrained(out)("true")["input_ids"]
+    assert not (out / "sparseft_config.json").exists()
+
+
+@pytest.mark.parametrize("method", ["fused", "lora"])
+@pytest.mark.parametrize(
+    ("stored", "asked"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float16")]
+)
+def test_in_another_dtype(method: str, stored: str, asked: str, tmp_path: Path) -> None:
+    """base + delta in the wider dtype, rounded once."""
+    base = adapted.base("llama", tmp_path / "base", getattr(torch, stored))
+    adapter = adapted.adapter("llama", method, base, tmp_path / "adapter")
+    run(tmp_path, "export", adapter, "--format", "merged", "--out", "out", "--dtype", asked)
+    wide = sparseft.merge(sparseft.load_adapter(adapted.load(base, torch.float32), adapter)).state_dict()
+    found = adapted.load(tmp_path / "out")
+    assert found.dtype == getattr(torch, asked)
+    assert all(torch.equal(value, wide[name].to(found.dtype)) for name, value in found.state_dict().items())
+
+
+def test_tensors_that_the_checkpoint_keeps_wider_stay_so(tmp_path: Path) -> None:
+    """A checkpoint of mixed dtypes: what the adapter does not change is copied, whatever the model is loaded in."""
+    base = adapted.base("llama", tmp_path / "base", torch.bfloat16)
+    tensors = load_file(base / "model.safetensors")
+    for name in tensors:
+        if "norm" in name:
+            tensors[name] = torch.randn(tensors[name].shape) * 0.1 + 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    for method in ("rows", "lora"):
+        adapter = adapted.adapter("llama", method, base, tmp_path / method)
+        run(tmp_path, "export", adapter, "--format", "merged", "--out", f"out-{method}")
+        after = checkpoint(tmp_path / f"out-{method}")
+        assert all(torch.equal(after[name], tensors[name]) for name in tensors if "norm" in name)
+        assert all(after[name].dtype == tensor.dtype for name, tensor in tensors.items())
+
+
+def test_a_head_that_was_untied(tmp_path: Path) -> None:
+    """A LoRA on the head of a tied pair: the folder has both, and the config says that they are two."""
+    import peft
+
+    base = adapted.base("gpt2", tmp_path / "base", torch.bfloat16)
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    peft.get_peft_model(adapted.load(base), config).save_pretrained(tmp_path / "adapter")
+    words = ("export", tmp_path / "adapter", f"model.path={base}")
+    run(tmp_path, *words, "--format", "merged", "--out", "out")
+    model, found = wanted("gpt2", "lora", base, tmp_path / "adapter"), adapted.load(tmp_path / "out")
+    assert found.config.tie_word_embeddings is False
+    assert not torch.equal(found.lm_head.weight, found.transformer.wte.weight)
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())
+    assert torch.equal(found.transformer.wte.weight, adapted.load(base).transformer.wte.weight)
+    said = refused(tmp_path, *words, "--format", "patch", "--out", "patch")
+    assert "which the base ties to its embeddings" in said and "use --format merged" in said
+
+
+def test_what_makes_the_base_work_comes_along(tmp_path: Path) -> None:
+    base = adapted.base("llama", tmp_path / "base", torch.bfloat16)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "merges.txt").write_text("a b")
+    (base / "modeling_own.py").write_text("raise SystemExit")
+    (base / "README.md").write_text("the base's card")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/tool.jinja").write_text("{{ tools }}")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "modeling_own.C"}, "own": 7}))
+    adapter = adapted.adapter("llama", "rows", base, tmp_path / "adapter")
+    run(tmp_path, "export", adapter, "--format", "merged", "--out", "out")
+    names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
+    assert {"chat_template.jinja", "merges.txt", "additional_chat_templates/tool.jinja"} <= names
+    assert not names & {"modeling_own.py", "README.md"}
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written == {key: value for key, value in config.items() if key != "auto_map"} | {"own": 7}
+
+
+def test_files_are_cut_at_the_limit() -> None:
+    tensors = {name: Stored(torch.float32, (10,)) for name in "abcde"} | {"large": Stored(torch.bfloat16, (500,))}
+    cut = shards(tensors, 100)
+    assert list(cut.values()) == [["a", "b"], ["c", "d"], ["e"], ["large"]]
+    assert list(cut)[0] == "model-00001-of-00004.safetensors"
+    assert list(shards(tensors, 10**6)) == ["model.safetensors"]
+
+
+# -- faults that the export must see ----------------------------------------------------------------------------------
+
+
+def one_value(folder: Path, tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.self_attn.v_proj.weight"][7, 3] *= 1.01
+
+
+def one_value_that_did_not_train(folder: Path, tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.weight"][3] *= 1.01
+
+
+def the_base(folder: Path, tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.self_attn.v_proj.weight"] = BASE["model.layers.0.self_attn.v_proj.weight"].clone()
+
+
+def a_tensor_less(folder: Path, tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+
+
+def another_dtype(folder: Path, tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+
+
+def another_config(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """All values right, and a model that computes something else of them."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+
+
+BASE: dict[str, Tensor] = {}
+
+
+@pytest.mark.parametrize(
+    "fault", [one_value, one_value_that_did_not_train, the_base, a_tensor_less, another_dtype, another_config]
+)
+def test_a_fault_put_in_on_purpose_is_seen(
+    fault: Any, bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, write = bases("llama"), Merged.write
+    BASE.update(checkpoint(base))
+    adapter = adapted.adapter("llama", "rows", base, tmp_path / "adapter")
+
+    def damaged(self: Any, source: Any, options: Any, folder: Path) -> Any:
+        facts = write(self, source, options, folder)
+        tensors = load_file(folder / "model.safetensors")
+        fault(folder, tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return facts
+
+    monkeypatch.setattr(Merged, "write", damaged)
+    done = run(tmp_path, "export", adapter, "--format", "merged", "--out", "out", code=1)
+    assert "Nothing was kept" in done.err
+    assert done.err.count("error:") == 1
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".partial*"))
