@@ -118,7 +118,10 @@ def _enter(call: Call, tokens: int = 0) -> dict[str, Any]:
     assert state is not None
     call.now = call.names, tokens
     if "torch._dynamo" in sys.modules:  # what was compiled calls no hook that came later
-        call.leave.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            call.leave.enter_context(torch.compiler.set_stance("force_eager"))
+        except RuntimeError:  # within a call of what was compiled
+            raise _untraceable() from None
 
     def now() -> tuple[Rows, int] | None:
         return call.now if _call.get() is call else None
