@@ -7,6 +7,7 @@ takes the names out of the arguments, and for the time of the call the kind of t
 from __future__ import annotations
 
 import contextlib
+import sys
 import types
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -111,9 +112,16 @@ def _checked(model: Any, names: Any, args: Sequence[Any], kwargs: dict[str, Any]
 
 def _enter(call: Call, tokens: int = 0) -> dict[str, Any]:
     """The kind of the adapters sees to the rows until `call.leave` is closed; what the model is to be given."""
+    if torch.compiler.is_compiling():
+        raise _untraceable()
     state = state_of(call.model)
     assert state is not None
     call.now = call.names, tokens
+    if "torch._dynamo" in sys.modules:  # what was compiled calls no hook that came later
+        try:
+            call.leave.enter_context(torch.compiler.set_stance("force_eager"))
+        except RuntimeError:  # within a call of what was compiled
+            raise _untraceable() from None
 
     def now() -> tuple[Rows, int] | None:
         return call.now if _call.get() is call else None
@@ -121,17 +129,24 @@ def _enter(call: Call, tokens: int = 0) -> dict[str, Any]:
     return call.leave.enter_context(state.kind.by_row(call.model, state, call.names, now))
 
 
+def _untraceable() -> UserError:
+    return UserError(f"{ARGUMENT} cannot be compiled: call the model that was given to torch.compile.")
+
+
 def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Ahead of a forward pass."""
-    names, current = kwargs.get(ARGUMENT), _call.get()
+    names = kwargs.get(ARGUMENT)
+    if torch.compiler.is_compiling():
+        if names is not None:
+            raise _untraceable()
+        return None
+    current = _call.get()
     if current is not None and current.model is model:  # a pass of `generate`
         rows, tokens = shape_of(args, kwargs)
         current.now = names_of_rows(current.names, rows), tokens
         return None
     if names is None:
         return None
-    if torch.compiler.is_compiling():
-        raise UserError(f"{ARGUMENT} is not for compiled models: call the model that was compiled.")
     rest = {key: value for key, value in kwargs.items() if key != ARGUMENT}
     call = Call(model, _checked(model, names, args, rest), forward=True)
     rest |= _enter(call, shape_of(args, rest)[1])
@@ -141,6 +156,8 @@ def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _after(model: nn.Module, *_: Any) -> None:
     """After a forward pass, also one that failed."""
+    if torch.compiler.is_compiling():
+        return
     call = _call.get()
     if call is not None and call.forward and call.model is model:
         _call.set(None)

@@ -253,6 +253,26 @@ def test_layers_that_see_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert state_of(model).active == "fused"
 
 
+def test_compiled_models(tmp_path: Path) -> None:
+    """What was compiled calls no hook that came later: the base's logits must not pass for those of the rows."""
+    model = loaded("llama", tmp_path)
+    sparseft.set_adapter(model, None)
+    expected = one_by_one(model, ids(3), ["s2ft", None, "sylva"])
+    sparseft.set_adapter(model, None)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        base = compiled(input_ids=ids(3)).logits
+        with pytest.raises(UserError, match="call the model that was given to torch.compile"):
+            compiled(input_ids=ids(3), adapter_names=["s2ft", None, "sylva"])
+        assert torch.equal(compiled(input_ids=ids(3)).logits, base)
+        for layer in model.model.layers:  # in parts
+            layer.compile(backend="eager")
+        assert torch.equal(model(input_ids=ids(3)).logits, base)
+        found = model(input_ids=ids(3), adapter_names=["s2ft", None, "sylva"]).logits
+        assert torch.equal(model(input_ids=ids(3)).logits, base)
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
+
+
 # ---- peft's ----
 
 
