@@ -15,7 +15,8 @@ from sparseft.adapters.lifecycle import load_adapter
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest_path, where_looked
 from sparseft.evaluation.target import Target, find_target, load_target
-from sparseft.export.changes import SparseChange, sparse_changes
+from sparseft.export.changes import LowRankChange, SparseChange, sparse_changes
+from sparseft.export.lora_changes import lora_changes
 from sparseft.models.loading import check_model_path, load_tokenizer
 from sparseft.runs import folder as runs
 
@@ -60,6 +61,11 @@ class Source:
     def changes(self) -> dict[str, SparseChange]:
         """What a sparse adapter changes, by linear."""
         return sparse_changes(self.folder)
+
+    @functools.cached_property
+    def low_rank(self) -> dict[str, LowRankChange]:
+        """What a LoRA changes, by linear."""
+        return lora_changes(self.folder, self.content)
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
-
-from sparseft.adapters.lifecycle import merge
-from sparseft.errors import UserError
-from sparseft.export.formats.base import Format, Options
-from sparseft.export.proof import HuggingFace
-from sparseft.export.source import Source
-from sparseft.models.loading import load_model
+from sparseft.export.formats.base import Format
 
 
 class Merged(Format):

@@ -1,0 +1,250 @@
+"""`peft-lora`: a LoRA folder whose products are exactly what was trained, in the form that every engine takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparseft.errors import RunError, UserError
+from sparseft.export import engines
+from sparseft.export.changes import Change, LowRankChange
+from sparseft.export.formats.base import Answering, Format, Options
+from sparseft.export.lora_layout import EXPERTS, Layout, layout_of
+from sparseft.export.low_rank import factors
+from sparseft.export.proof import HuggingFace
+from sparseft.export.safetensors_stream import write_stream
+from sparseft.export.skeleton import Skeleton
+from sparseft.export.source import Source
+from sparseft.files.atomic import write_json
+from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS
+from sparseft.files.untrusted import read_json_object
+from sparseft.models.loading import check_model_path
+
+# How much a value may change, relative to itself, when it is stored; in fp16 no less than `TINY`.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+TINY = {torch.float16: 2.0**-25}
+SUMS = 2.0**-22  # what fp32 sums of a few terms may differ by, relative to their sizes
+KEY = "base_model.model.{}.lora_{}.weight"
+
+
+@dataclass
+class Plan:
+    """What is written: the linears, the one rank of all, and what each changed linear of the file needs of it."""
+
+    layout: Layout
+    rank: int
+    needs: dict[str, int]
+
+
+class PeftLora(Format):
+    """`adapter_config.json` and `adapter_model.safetensors`: one rank for all linears, alpha the same (scale 1), no
+    pattern fields, every layer of a kind and all of q, k, v and of gate, up, with zeros where nothing was trained."""
+
+    name: ClassVar[str] = "peft-lora"
+    rounded: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+
+    def check(self, source: Source, options: Options) -> list[str]:
+        engines.check(options.engine, self.name)
+        changes = changes_of(source)
+        layout = layout_of(Skeleton.of(source), changes)
+        needs = {}
+        for name, (b, _) in _factors(layout, changes):
+            needs[name] = b.shape[1]
+        rank = engines.lora_rank(max(needs.values(), default=0))
+        self.plan = Plan(layout, rank, needs)
+        facts = engines.LoraFacts(rank, needs, tuple(layout.parts), layout.experts, layout.transposed)
+        return engines.check(options.engine, self.name, facts)
+
+    def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
+        assert self.plan is not None, "check comes first"
+        layout, rank = self.plan.layout, self.plan.rank
+        dtype = options.dtype or torch.float32
+        header = {}
+        for name, part in layout.parts.items():
+            header[KEY.format(name, "A")] = (dtype, (rank, part.shape[1]))
+            header[KEY.format(name, "B")] = (dtype, (part.shape[0], rank))
+        path = folder / ADAPTER_TENSORS
+        write_stream(path, header, self._tensors(source, dtype), {"format": "pt"})
+        write_json(folder / ADAPTER_CONFIG, config_of(source, self.plan))
+        return {
+            "rank": rank,
+            "needed": max(self.plan.needs.values(), default=0),
+            "linears": len(layout.parts),
+            "target_modules": layout.targets,
+            "bytes": path.stat().st_size,
+        }
+
+    def _tensors(self, source: Source, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The file's tensors in its order, one linear's in memory at a time."""
+        assert self.plan is not None
+        layout, rank = self.plan.layout, self.plan.rank
+        filled = _factors(layout, changes_of(source))
+        ready = next(filled, None)
+        for name, part in layout.parts.items():
+            if ready is not None and ready[0] == name:
+                b, a = ready[1]
+                ready = next(filled, None)
+            else:
+                b, a = torch.zeros(part.shape[0], 0), torch.zeros(0, part.shape[1])
+            yield KEY.format(name, "A"), pad(a, (0, 0, 0, rank - len(a))).to(dtype)
+            yield KEY.format(name, "B"), pad(b, (0, rank - b.shape[1])).to(dtype)
+        assert ready is None
+
+    def verify(self, source: Source, options: Options, folder: Path) -> None:
+        dtype = options.dtype or torch.float32
+        reader = Reader(folder)
+        skeleton = Skeleton.of(source)
+        expected = _in_the_file(source, skeleton)
+        if missing := sorted(expected.keys() - reader.linears):
+            raise _wrong(f"{missing[0]} is missing")
+        for name in sorted(reader.linears):
+            if name in skeleton.spec.known:
+                kind = skeleton.place(name)[1]
+                same = {n for n in skeleton.spec.known if skeleton.place(n)[1] == kind}
+                if absent := sorted(same - reader.linears):
+                    raise _wrong(f"{absent[0]} is missing beside {name}")
+            found = reader.product(name)
+            wanted, mass = expected[name]() if name in expected else (None, None)
+            if wanted is None or mass is None:
+                if bool(found.any()):
+                    raise _wrong(f"{name} is changed, which the adapter leaves as it is")
+                continue
+            if found.shape != wanted.shape:
+                raise _wrong(f"{name} has the shape {tuple(found.shape)} instead of {tuple(wanted.shape)}")
+            allowed = (ROUNDING[dtype] + SUMS) * mass + TINY.get(dtype, 0.0)
+            difference = (found - wanted).abs()
+            if not bool((difference <= allowed).all()):  # NaN too
+                raise _wrong(f"{name} differs by up to {float(difference.max()):.3g}")
+
+    def load(self, source: Source, options: Options, folder: Path) -> Answering:
+        import peft
+
+        base: Any = source.base()
+        device = str(next(base.parameters()).device)
+        model = peft.PeftModel.from_pretrained(base, str(folder), torch_device=device)
+        return HuggingFace(model.eval(), f"peft {peft.__version__}")
+
+    def resolution(self, options: Options) -> float:
+        return ROUNDING[options.dtype or torch.float32]
+
+
+def changes_of(source: Source) -> Mapping[str, Change]:
+    """What a source changes, linear by linear; of one that trained every weight that is a `UserError`."""
+    if source.kind == "full":
+        raise UserError(f"{source.folder}: every weight was trained, which LoRA cannot hold: use --format merged.")
+    return source.low_rank if source.kind == "peft" else source.changes
+
+
+def config_of(source: Source, plan: Plan) -> dict[str, Any]:
+    """`adapter_config.json`."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": check_model_path(source.target.model.path),
+        "revision": source.target.model.revision,
+        "inference_mode": True,
+        "r": plan.rank,
+        "lora_alpha": plan.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": bool(plan.layout.transposed),
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "target_modules": plan.layout.targets,
+    }
+
+
+def _factors(layout: Layout, changes: Mapping[str, Change]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """b (out, r) and a (r, in) of each linear of the file that changed, in the file's order."""
+    for name, part in layout.parts.items():
+        change = changes.get(part.linear)
+        if change is None:
+            continue
+        b, a = factors(change)
+        if part.shape != change.shape:  # of stacked linears each has its rows
+            b = b[part.start : part.start + part.shape[0]]
+            live = b.any(dim=0)
+            b, a = b[:, live], a[live]
+        yield name, (b, a)
+
+
+# ---- reading, by PEFT's rules alone ----
+
+
+class Reader:
+    """A LoRA folder as PEFT documents it: ΔW = alpha / r · B A, of `base_model.model.<linear>.lora_A.weight`."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        config = read_json_object(folder / ADAPTER_CONFIG, "adapter")
+        self.rank, self.scale = config["r"], config["lora_alpha"] / config["r"]
+        for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora", "use_dora"):
+            if config.get(key):
+                raise _wrong(f"{key} is set in {ADAPTER_CONFIG}")
+        self.file = safe_open(folder / ADAPTER_TENSORS, "pt")
+        sides: dict[str, set[str]] = {}
+        for key in self.file.keys():
+            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+            if match is None:
+                raise _wrong(f"{key} is no linear's LoRA")
+            sides.setdefault(match[1], set()).add(match[2])
+        targets = config["target_modules"]
+        for name, found in sides.items():
+            if found != {"A", "B"}:
+                raise _wrong(f"{name} has one of lora_A and lora_B alone")
+            if not any(name == target or name.endswith(f".{target}") for target in targets):
+                raise _wrong(f"{name} is not among the target_modules of {ADAPTER_CONFIG}")
+        self.linears = sides.keys()
+
+    def product(self, name: str) -> Tensor:
+        """ΔW (out, in) of one linear, in fp32."""
+        a, b = (self.file.get_tensor(f"base_model.model.{name}.lora_{side}.weight").float() for side in "AB")
+        if len(a) != self.rank or b.shape[1] != self.rank:
+            raise _wrong(f"{name} has the rank {len(a)}, the config {self.rank}")
+        live = a.any(dim=1) & b.any(dim=0) | ~(a.isfinite().all(dim=1) & b.isfinite().all(dim=0))
+        return self.scale * (b[:, live] @ a[live])
+
+
+def _in_the_file(source: Source, skeleton: Skeleton) -> dict[str, Any]:
+    """What each linear of the file must hold: functions that return ΔW and the sum of its terms' sizes, (out, in)."""
+    expected: dict[str, Any] = {}
+    block, names = EXPERTS.get(skeleton.model.config.model_type, ("", {}))  # type: ignore[union-attr]
+    for linear, change in changes_of(source).items():
+        if linear not in skeleton.spec.stacked:
+            expected[linear] = lambda change=change: _dense(change)
+            continue
+        match = re.fullmatch(r"(.+)\.mlp\.experts\.(\w+)\.(\d+)", linear)
+        assert match is not None
+        for half, leaf in enumerate(names[match[2]]):
+            size = change.shape[0] // len(names[match[2]])
+            rows = slice(half * size, (half + 1) * size)
+            expected[f"{match[1]}{block}experts.{match[3]}.{leaf}"] = lambda change=change, rows=rows: tuple(
+                part[rows] for part in _dense(change)
+            )
+    return expected
+
+
+def _dense(change: Change) -> tuple[Tensor, Tensor]:
+    """ΔW (out, in), and the sum of the sizes of the terms that make it."""
+    if isinstance(change, LowRankChange):
+        return change.dense(), abs(change.scale) * (change.b.float().abs() @ change.a.float().abs())
+    parts = [type(change)(change.shape, {kind: value}).dense().abs() for kind, value in change.kinds.items()]
+    return change.dense(), torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
+
+
+def _wrong(what: str) -> RunError:
+    return RunError(f"the export is not what was trained: {what}. Nothing was kept.")

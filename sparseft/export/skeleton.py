@@ -1,0 +1,42 @@
+"""The base model without weights: what an export asks of its linears before anything large is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+
+from sparseft.errors import UserError, reason_of
+from sparseft.export.source import Source
+from sparseft.models.decoder import decoder_layers
+from sparseft.models.loading import load_config
+from sparseft.models.spec import ModelSpec
+
+
+@dataclass
+class Skeleton:
+    """model: on the meta device; prefix: the name of its list of decoder layers."""
+
+    model: nn.Module
+    spec: ModelSpec
+    prefix: str
+
+    @staticmethod
+    def of(source: Source) -> Skeleton:
+        """The skeleton of the source's base model."""
+        settings = source.target.model
+        try:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(
+                    load_config(settings), trust_remote_code=settings.trust_remote_code
+                )
+        except (ImportError, ValueError) as error:
+            raise UserError(f"model.path={settings.path}: cannot be built: {reason_of(error)}") from error
+        return Skeleton(model, ModelSpec.of(model, tried=False), decoder_layers(model)[0])
+
+    def place(self, linear: str) -> tuple[int, str]:
+        """A linear's decoder layer and its name within it."""
+        number, _, rest = linear.removeprefix(f"{self.prefix}.").partition(".")
+        return int(number), rest
