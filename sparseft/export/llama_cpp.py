@@ -14,13 +14,28 @@ from sparseft.errors import RunError, UserError
 CONTEXT = 256  # tokens
 
 
-def check_llama_cpp(base: str) -> None:
-    """A `UserError` where `llama-cpp-python` or the base's file is missing."""
+def check_llama_cpp(base: str, architecture: str, shapes: dict[str, tuple[int, int]]) -> None:
+    """A `UserError` where `llama-cpp-python` or the base's file is missing, or the file is of another model.
+
+    shapes: of the tensors that the adapter changes, (in, out). llama-cpp-python crashes on an adapter that does not fit.
+    """
+    import gguf
+
     if importlib.util.find_spec("llama_cpp") is None:
         raise UserError("--base-gguf needs the package that runs it: pip install llama-cpp-python.")
     path = Path(base).expanduser()
     if not path.is_file() or path.open("rb").read(4) != b"GGUF":
         raise UserError(f"--base-gguf {base}: expected a GGUF file of the base model.")
+    file = gguf.GGUFReader(path)
+    found = file.fields["general.architecture"].contents()
+    if found != architecture:
+        raise UserError(f"--base-gguf {base}: a model of '{found}', where the base is one of '{architecture}'.")
+    known = {tensor.name: tuple(map(int, tensor.shape[:2])) for tensor in file.tensors}
+    for name, shape in shapes.items():
+        if known.get(f"{name}.weight") != shape:
+            raise UserError(
+                f"--base-gguf {base}: {name}.weight is {known.get(f'{name}.weight')} there and {shape} in the base."
+            )
 
 
 class LlamaCpp:

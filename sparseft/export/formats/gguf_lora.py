@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import RunError, UserError
+from sparseft.export import engines
 from sparseft.export.added import add_while_computing
 from sparseft.export.changes import Change
 from sparseft.export.formats.base import Answering, Format, Options
 from sparseft.export.gguf_adapter import GgufAdapter
 from sparseft.export.gguf_names import Place, architecture_of, check_gguf, experts_of, places_of, stored
 from sparseft.export.llama_cpp import LlamaCpp, check_llama_cpp
-from sparseft.export.lora_changes import lora_changes
 from sparseft.export.low_rank import factors, rank
 from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
@@ -39,18 +39,18 @@ class GgufLora(Format):
 
     def check(self, source: Source, options: Options) -> list[str]:
         check_gguf()
-        if options.engine not in (None, "llama.cpp"):
-            raise UserError(f"--engine {options.engine} reads no GGUF adapter: --format gguf-lora is for llama.cpp.")
+        notes = engines.check(options.engine, self.name)
         if source.kind == "full":
             raise UserError(
                 f"--format gguf-lora holds differences, and {source.folder} is a model trained whole: llama.cpp's "
                 "convert_hf_to_gguf.py takes that folder as it is."
             )
+        config, changes = _config(source), _changes(source)
+        places = places_of(config, {module: change.shape for module, change in changes.items()})
         if options.base_gguf is not None:
-            check_llama_cpp(options.base_gguf)
-        changes = _changes(source)
-        places_of(_config(source), {module: change.shape for module, change in changes.items()})
-        return []
+            sides = {n: (changes[at[0].module].shape[1], at[0].stop - at[0].start) for n, at in places.items()}
+            check_llama_cpp(options.base_gguf, architecture_of(config), sides)
+        return notes
 
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
         import gguf
@@ -119,7 +119,7 @@ def _config(source: Source) -> Any:
 
 
 def _changes(source: Source) -> Mapping[str, Change]:
-    return source.changes if source.kind == "sparse" else lora_changes(source.folder, source.content)
+    return source.changes if source.kind == "sparse" else source.low_rank
 
 
 def _power_of_two(number: int) -> int:
