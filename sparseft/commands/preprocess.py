@@ -12,6 +12,7 @@ from sparseft.distributed.ranks import is_main
 from sparseft.errors import UserError
 from sparseft.methods import sparse_methods
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.selection import describe_selection
 from sparseft.training import checks
 from sparseft.training.prepare import prepare, select
@@ -37,6 +38,7 @@ def _preprocess(config: RunConfig) -> dict[str, Any]:
     spec = ModelSpec.of(prepared.model)
     selected = select(config, prepared, spec)
     describe_selection(selected.selection, spec, config.method)
+    describe_export(selected.selection, spec.linears, config.method)
     return {
         "selection": str(selected.path),
         "cached": selected.cached,

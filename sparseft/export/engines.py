@@ -9,21 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sparseft.errors import UserError, nearest
-
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what every engine takes: vLLM's steps of --max-lora-rank, from 8
+from sparseft.selection.engine_ranks import FAST, HIGHEST, RANKS
 
 
 @dataclass(frozen=True)
 class Engine:
     """Its name as its users write it, the formats it reads, and the rules for LoRA files.
 
-    highest: the largest rank; leaves: the names of linears that it takes (None: all of a model's); experts, transposed:
-    whether it takes LoRA on routed experts, and on Conv1D.
+    leaves: the names of linears that it takes (None: all of a model's); experts, transposed: whether it takes LoRA on
+    routed experts, and on Conv1D.
     """
 
     name: str
     formats: tuple[str, ...]
-    highest: int | None = None
     leaves: frozenset[str] | None = None
     experts: bool = False
     transposed: bool = False
@@ -33,7 +31,7 @@ _PARTS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pro
 _OTHER_PARTS = frozenset({"gate_up_proj", "c_attn", "c_proj", "c_fc"})  # of Phi-3 and GPT-2
 
 ENGINES = {
-    "vllm": Engine("vLLM", ("peft-lora", "patch", "merged"), highest=RANKS[-1], experts=True),
+    "vllm": Engine("vLLM", ("peft-lora", "patch", "merged"), experts=True),
     "sglang": Engine("SGLang", ("peft-lora", "merged")),
     "tgi": Engine("TGI", ("peft-lora", "merged"), leaves=_PARTS),
     "lorax": Engine("LoRAX", ("peft-lora", "merged"), leaves=_PARTS | _OTHER_PARTS, transposed=True),
@@ -91,10 +89,9 @@ def check(name: str | None, format_name: str, facts: LoraFacts | None = None) ->
 
 
 def _check_lora(name: str, engine: Engine, facts: LoraFacts) -> list[str]:
-    if engine.highest is not None and facts.rank > engine.highest:
-        raise UserError(
-            f"--engine {name}: {engine.name} takes ranks up to {engine.highest}, and {too_high(facts, RANKS[-1])}"
-        )
+    highest = HIGHEST[name]
+    if highest is not None and facts.rank > highest:
+        raise UserError(f"--engine {name}: {engine.name} takes ranks up to {highest}, and {too_high(facts, highest)}")
     refused = []
     if facts.experts and not engine.experts:
         refused.append((facts.experts, "routed experts"))
@@ -108,19 +105,19 @@ def _check_lora(name: str, engine: Engine, facts: LoraFacts) -> list[str]:
             raise UserError(
                 f"--engine {name}: {engine.name} takes no LoRA on {what}: {_some(linears)}; --format merged holds them."
             )
-    return _how_to_start(engine, facts)
+    return _how_to_start(name, engine, facts)
 
 
-def _how_to_start(engine: Engine, facts: LoraFacts) -> list[str]:
-    if engine.name == "vLLM":
+def _how_to_start(name: str, engine: Engine, facts: LoraFacts) -> list[str]:
+    if name == "vllm":
         return [f"start vLLM with --enable-lora --max-lora-rank {facts.rank}"]
-    if engine.name == "SGLang":
+    if name == "sglang":
         return [f"start SGLang with --enable-lora --max-lora-rank {facts.rank} --lora-target-modules all"]
-    if engine.name in ("TGI", "LoRAX"):
+    if name in FAST:
         # Both pad the rank to 8 x GPUs and then divide alpha by the padded one for all kinds but the first.
         notes = [f"{engine.name} scales rank {facts.rank} rightly on up to {facts.rank // 8} GPUs"]
-        if facts.rank > 128:
-            notes.append(f"{engine.name}'s fast kernels end at rank 128, and this is {facts.rank}: --format merged")
+        if facts.rank > FAST[name]:
+            notes.append(f"{engine.name}'s fast kernels end at rank {FAST[name]}: --format merged is faster there")
         return notes
     return []
 

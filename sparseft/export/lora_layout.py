@@ -14,10 +14,9 @@ from sparseft.models.spec import ModelSpec, role_of
 TOGETHER = (("q", "k", "v"), ("gate", "up"))  # what engines stack to one matrix, or PEFT finds stacked
 
 # Of architectures whose experts transformers stacks and PEFT reads one by one: what stands for `.mlp.`, and the linears
-# in gate_up_proj and down_proj. What PEFT takes for an expert's in a config is never a dense MLP's there.
+# in gate_up_proj and down_proj.
 EXPERTS = {
     "mixtral": (".block_sparse_moe.", {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}),
-    "qwen2_moe": (".mlp.", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}),
     "qwen3_moe": (".mlp.", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}),
     "olmoe": (".mlp.", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}),
 }
@@ -32,12 +31,18 @@ class Part(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the file holds: its linears by the names after `base_model.model.`, and the config's `target_modules`."""
+    """What the file holds: its linears by the names after `base_model.model.`, and the config's `target_modules`: those
+    of dense linears, and those of experts."""
 
     parts: dict[str, Part]
-    targets: list[str]
+    dense: list[str]
+    routed: list[str]
     experts: tuple[str, ...]
     transposed: tuple[str, ...]
+
+    @property
+    def targets(self) -> list[str]:
+        return self.dense + self.routed
 
 
 def layout_of(skeleton: Skeleton, changed: Iterable[str]) -> Layout:
@@ -51,11 +56,9 @@ def layout_of(skeleton: Skeleton, changed: Iterable[str]) -> Layout:
     experts = _expert_parts(skeleton, changed) if changed & spec.stacked else {}
     linears = _completed(skeleton, changed - spec.stacked)
     parts = {name: Part(name, 0, spec.known[name]) for name in linears} | experts
-    targets = _targets(skeleton, linears)
-    if experts:
-        targets = sorted({*targets, *(name.rpartition(".")[2] for name in experts)})
+    routed = sorted({name.rpartition(".")[2] for name in experts})
     transposed = tuple(name for name in linears if name in spec.transposed)
-    return Layout(parts, targets, tuple(experts), transposed)
+    return Layout(parts, skeleton.targets(linears), routed, tuple(experts), transposed)
 
 
 def _completed(skeleton: Skeleton, changed: set[str]) -> list[str]:
@@ -76,20 +79,6 @@ def _completed(skeleton: Skeleton, changed: set[str]) -> list[str]:
     return [name for name in plain if skeleton.place(name)[1] in kinds]
 
 
-def _targets(skeleton: Skeleton, linears: list[str]) -> list[str]:
-    """The shortest ends of names, or whole names, that PEFT takes for exactly these linears."""
-    meant = set(linears)
-    others = [name for name, _ in skeleton.model.named_modules() if name not in meant]
-    targets = set()
-    for name in linears:
-        pieces = name.split(".")
-        first = 2 + skeleton.prefix.count(".")  # behind the layer's number
-        ends = [".".join(pieces[start:]) for start in range(len(pieces) - 1, first - 1, -1)]
-        fitting = [end for end in ends if not any(other == end or other.endswith(f".{end}") for other in others)]
-        targets.add(fitting[0] if fitting else name)
-    return sorted(targets)
-
-
 def _expert_parts(skeleton: Skeleton, changed: set[str]) -> dict[str, Part]:
     """All experts of all layers, by the names of their checkpoint."""
     spec: ModelSpec = skeleton.spec
@@ -101,12 +90,6 @@ def _expert_parts(skeleton: Skeleton, changed: set[str]) -> dict[str, Part]:
             f"those of {', '.join(EXPERTS)}. Use --format patch or merged."
         )
     block, names = EXPERTS[kind]
-    leaves = {leaf for group in names.values() for leaf in group}
-    if dense := sorted(name for name in changed - spec.stacked if name.rpartition(".")[2] in leaves):
-        raise UserError(
-            f"{dense[0]} ({len(dense)} such) cannot be LoRA of PEFT beside routed experts, for one of which it takes "
-            "the name. Use --format patch or merged."
-        )
     parts = {}
     for linear, (rows, columns) in spec.known.items():
         if linear in spec.stacked:

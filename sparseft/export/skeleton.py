@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -40,3 +41,16 @@ class Skeleton:
         """A linear's decoder layer and its name within it."""
         number, _, rest = linear.removeprefix(f"{self.prefix}.").partition(".")
         return int(number), rest
+
+    def targets(self, linears: Iterable[str]) -> list[str]:
+        """The shortest ends of names, or whole names, that PEFT takes for exactly these linears: `target_modules`."""
+        meant = set(linears)
+        others = [name for name, _ in self.model.named_modules() if name not in meant]
+        first = 2 + self.prefix.count(".")  # behind the layer's number
+        targets = set()
+        for name in meant:
+            pieces = name.split(".")
+            ends = [".".join(pieces[start:]) for start in range(len(pieces) - 1, first - 1, -1)]
+            fitting = [end for end in ends if not any(other == end or other.endswith(f".{end}") for other in others)]
+            targets.add(fitting[0] if fitting else name)
+        return sorted(targets)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from sparseft.config import SPARSITY
-from sparseft.rules import Rule, check_fields
+from sparseft.errors import UserError
+from sparseft.rules import AT_LEAST_1, Rule, check_fields
 
 if TYPE_CHECKING:
     from typing import Self
@@ -105,7 +106,16 @@ class SparseConfig(MethodConfig):
     allocation: Literal["per_layer", "global"] = "per_layer"
     num_samples: Annotated[int | float, SAMPLES] | None = 128
     reselect_steps: Annotated[int, EVERY] = 0
+    max_rank: Annotated[int, AT_LEAST_1] | None = None
     seed: int = 0
+
+    def validate(self) -> None:
+        super().validate()
+        if self.max_rank is not None and self.reselect_steps:
+            raise UserError(
+                f"method.max_rank={self.max_rank} and method.reselect_steps={self.reselect_steps}: an export holds all "
+                "that ever trained, so choosing anew goes beyond any rank; give one of them."
+            )
 
     @property
     def wanted_sparsity(self) -> float | None:

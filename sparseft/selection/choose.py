@@ -11,6 +11,8 @@ from torch import Tensor
 from sparseft.errors import RunError
 from sparseft.importance.units import Candidate, generator_for, unit_index
 from sparseft.selection.budget import Budget
+from sparseft.selection.max_rank import within
+from sparseft.selection.pool import Pool
 from sparseft.selection.selection import Selection
 
 
@@ -31,13 +33,25 @@ def rank_units(scores: Tensor, order: str, generator: torch.Generator) -> Tensor
     return torch.argsort(keys, descending=True, stable=True)
 
 
-def choose(budget: Budget, scores: Mapping[str, Tensor], *, order: str, allocation: str, seed: int) -> Selection:
-    """The selection that spends `budget` on the units with the best `scores` ((units,) by `Candidate.key`)."""
-    kept: dict[str, Tensor] = {}
+def choose(
+    budget: Budget,
+    scores: Mapping[str, Tensor],
+    *,
+    order: str,
+    allocation: str,
+    seed: int,
+    max_rank: int | None = None,
+) -> Selection:
+    """The selection that spends `budget` on the units with the best `scores` ((units,) by `Candidate.key`).
+
+    max_rank: the most that any weight may need in an exact low-rank form. Where less than the budget finds a place, the
+    selection's meta says how much: `placed`, (units chosen, units asked for).
+    """
+    pools = []
     if allocation == "per_layer":
         for c in budget.candidates:
             ranked = rank_units(scores[c.key], order, generator_for(seed, "choose", c.key))
-            kept[c.key] = ranked[: budget.per_candidate[c.key]]
+            pools.append(Pool([c], budget.per_candidate[c.key], 0, ranked))
     else:
         groups: dict[str, list[Candidate]] = defaultdict(list)
         for c in budget.candidates:
@@ -45,10 +59,13 @@ def choose(budget: Budget, scores: Mapping[str, Tensor], *, order: str, allocati
         for role, members in groups.items():
             generator = generator_for(seed, "choose", "global", role)
             ranked = rank_units(torch.cat([scores[c.key].cpu() for c in members]), order, generator)
-            kept |= _best_together(ranked, members, budget.pooled[role], budget.minimum)
+            pools.append(Pool(members, budget.pooled[role], budget.minimum, ranked))
+    if max_rank is not None:
+        pools = within(pools, max_rank)
+    kept = {key: units for pool in pools for key, units in pool.best().items()}
     modules: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for c in budget.candidates:
-        units = kept[c.key].sort().values
+        units = kept[c.key]
         if len(units):
             modules[c.module][c.kind].append(unit_index(c, units))
     joined = {
@@ -57,26 +74,6 @@ def choose(budget: Budget, scores: Mapping[str, Tensor], *, order: str, allocati
         }
         for module, kinds in modules.items()
     }
-    return Selection(joined, block_size=budget.block_size)
-
-
-def _best_together(ranked: Tensor, members: list[Candidate], total: int, minimum: int) -> dict[str, Tensor]:
-    """The first `total` units of a ranking of all members' units, each member keeping at least `minimum`."""
-    offsets, position = {}, 0
-    for c in members:
-        offsets[c.key] = position
-        position += c.count
-    rank = torch.empty_like(ranked)
-    rank[ranked] = torch.arange(len(ranked))
-    first = []
-    for c in members:
-        own = rank[offsets[c.key] : offsets[c.key] + c.count]
-        first.append(own.argsort()[:minimum] + offsets[c.key])
-    forced = torch.cat(first)
-    is_forced = torch.zeros(len(ranked), dtype=torch.bool)
-    is_forced[forced] = True
-    rest = ranked[~is_forced[ranked]][: max(0, total - len(forced))]
-    taken = torch.cat([forced, rest])
-    return {
-        c.key: taken[(taken >= offsets[c.key]) & (taken < offsets[c.key] + c.count)] - offsets[c.key] for c in members
-    }
+    placed, asked = sum(map(len, kept.values())), sum(pool.total for pool in pools)
+    meta = {} if max_rank is None or placed >= asked else {"placed": [placed, asked]}
+    return Selection(joined, block_size=budget.block_size, meta=meta)

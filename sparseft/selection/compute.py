@@ -22,6 +22,7 @@ from sparseft.models.decoder import inside_compiled
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.budget import Budget
 from sparseft.selection.choose import choose
+from sparseft.selection.max_rank import check_units
 from sparseft.selection.selection import Selection
 
 
@@ -34,6 +35,7 @@ class Settings(Protocol):
     order: str
     allocation: str
     num_samples: int | float | None
+    max_rank: int | None
     seed: int
 
     @property
@@ -63,7 +65,9 @@ class Request:
     def of(spec: ModelSpec, settings: Settings) -> Request:
         """UserError where the model cannot meet the settings."""
         settings = settings.settled(spec)
-        return Request(spec, settings, settings.budget(spec))
+        budget = settings.budget(spec)
+        check_units(budget, settings.max_rank)
+        return Request(spec, settings, budget)
 
 
 @inside_compiled
@@ -132,7 +136,14 @@ def compute(
             watch=watch,
             by_layer=by_layer,
         )
-    selection = choose(budget, scores, order=settings.order, allocation=settings.allocation, seed=settings.seed)
+    selection = choose(
+        budget,
+        scores,
+        order=settings.order,
+        allocation=settings.allocation,
+        seed=settings.seed,
+        max_rank=settings.max_rank,
+    )
     if settings.needs_data and batches is not None:
         selection = ranks.broadcast_object(selection)
     selection.meta |= facts
@@ -154,6 +165,11 @@ def reselect(
 
     `spec` is the model's, where it is known.
     """
+    if config.max_rank is not None:
+        raise UserError(
+            f"method.max_rank={config.max_rank}: what trained before stays in the adapter, so choosing anew goes "
+            "beyond any rank; reselect without it."
+        )
     spec = spec or ModelSpec.of(model)
     layers = sparse_layers(model)
     size = max((p.block_size or 0 for layer in layers.values() for p in layer.patterns.values()), default=0)

@@ -18,7 +18,7 @@ def needed_rank(kinds: Mapping[str, Tensor], shape: tuple[int, int], block_size:
     if "blocks" in kinds:
         assert block_size is not None
         rows, columns = cover(kinds["blocks"], shape, block_size)
-        rank += int(_extents(rows, shape[0], block_size).sum() + _extents(columns, shape[1], block_size).sum())
+        rank += int(extents(rows, shape[0], block_size).sum() + extents(columns, shape[1], block_size).sum())
     return min(rank, *shape)
 
 
@@ -53,13 +53,13 @@ def cover(index: Tensor, shape: tuple[int, int] | None = None, block_size: int |
                 crossing = crossing | taken
             rest = rest[~crossing]
         rows, columns = (torch.cat([*s, more]).unique() for s, more in zip(sides, _fewest(rest), strict=True))
-        cost = _extents(rows, shape[0], block_size).sum() + _extents(columns, shape[1], block_size).sum()
+        cost = extents(rows, shape[0], block_size).sum() + extents(columns, shape[1], block_size).sum()
         found.append((int(cost), rows, columns))
     _, rows, columns = min(found, key=lambda option: option[0])
     return rows, columns
 
 
-def _extents(lines: Tensor, side: int, block_size: int) -> Tensor:
+def extents(lines: Tensor, side: int, block_size: int) -> Tensor:
     """How many rows (columns) of the weight each block row (column) has."""
     return (side - lines * block_size).clamp(max=block_size)
 

@@ -184,6 +184,12 @@ def describe_trainable(trainable: int, spec: ModelSpec, settings: Any, unit: str
 def describe_selection(selection: Selection, spec: ModelSpec, settings: Any) -> None:
     """`describe_trainable` of a sparse method's selection, and what trains of each role."""
     describe_trainable(selection.meta["trainable_parameters"], spec, settings, settings.granularity(selection))
+    if "placed" in selection.meta:
+        placed, asked = selection.meta["placed"]
+        console.warn(
+            f"method.max_rank={settings.max_rank} has room for {placed:,} of the {asked:,} "
+            f"{settings.granularity(selection)} that the budget asks for"
+        )
     if not settings.by_role:
         return
     roles = [

@@ -43,6 +43,7 @@ from sparseft.runs.folder import (
 )
 from sparseft.runs.metrics import truncate_metrics
 from sparseft.selection.compute import reselect
+from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.selection import Selection, describe_selection, describe_trainable
 from sparseft.training import checks, schedules
 from sparseft.training import resume as resuming
@@ -75,6 +76,7 @@ class Job:
     selection_cached: bool | None = None
     method_config: dict[str, Any] | None = None  # with what the method left to the model
     trainable: int = 0
+    export_rank: int | None = None  # that an exact LoRA of the selection needs
     arguments: transformers.TrainingArguments | None = None
 
     @property
@@ -243,6 +245,7 @@ def attach(job: Job) -> None:
     job.trainable = trainable_count(model)
     if job.selection is not None:
         describe_selection(job.selection, job.spec, config.method)
+        job.export_rank = describe_export(job.selection, job.spec.linears, config.method)
     elif (unit := config.method.granularity(None)) is not None:
         describe_trainable(job.trainable, job.spec, config.method, unit)
     else:
@@ -438,6 +441,7 @@ def _summary(job: Job, trained: Trained, after: Evaluation | None) -> dict[str, 
         "trainable_parameters": job.trainable,
         "scope_parameters": scope,
         "total_parameters": job.spec.total_parameters,
+        "export_rank": None if config.method.reselect_steps else job.export_rank,
         "steps": done.step,
         "tokens": done.tokens,
         "train_seconds": done.seconds,

@@ -26,6 +26,7 @@ from sparseft.memory import AllocationCounter, available_bytes, tensor_bytes
 from sparseft.models.decoder import decoder_layers
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
+from sparseft.selection.engine_ranks import describe_export
 from sparseft.training.distributed_trainer import check_zero
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
@@ -122,6 +123,8 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
         request = Request.of(ModelSpec.of(model), settings.for_benchmark())
         check_zero(request, config.hardware)
         selection = compute(model, request)
+        if settings.importance == "random":  # else the run's own selection is another
+            describe_export(selection, request.spec.linears, settings)
         model = attach(model, request.settings, selection, spec=request.spec)
         _indices_with_content(model, selection)
     else:

@@ -117,6 +117,24 @@ def test_a_process_prints_useful_lines_only(in_tmp: Path) -> None:
     assert "\x1b" not in done.stderr and "\r" not in done.stderr
 
 
+def test_train_says_the_rank_that_an_export_needs(in_tmp: Path) -> None:
+    """Before training starts; a cap binds, and what found no place is said."""
+    words = ["method=s2ft", "method.o_ratio=0.5", "method.d_ratio=0.25", *SHORT]
+    done = sparseft(in_tmp, "train", "--json", *words, "output_dir=free")
+    assert done.json["export_rank"] == 96
+    said = [line for line in done.err.splitlines() if line.startswith("export: ")]
+    assert len(said) == 1 and "needs rank 96 (model.layers.0.mlp.down_proj): fits vllm (--max-lora-rank 128)" in said[0]
+    assert done.err.index("export: ") < done.err.index("train: ")
+    capped = sparseft(in_tmp, "train", "--json", *words, "method.max_rank=40", "output_dir=capped")
+    assert capped.json["export_rank"] == 40
+    warning = "warning: method.max_rank=40 has room for 164 of the 392 heads and channels that the budget asks for"
+    assert warning in capped.err and warning.removeprefix("warning: ") in capped.json["warnings"]
+    config = json.loads((in_tmp / "capped" / "selection" / "selection.json").read_text())
+    assert config["placed"] == [164, 392] and config["method_config"]["max_rank"] == 40
+    anew = sparseft(in_tmp, "train", "--json", *words, "method.reselect_steps=2", "output_dir=anew")
+    assert anew.json["export_rank"] is None and "; every new selection adds to it" in anew.err
+
+
 def test_exit_codes_of_a_process(in_tmp: Path) -> None:
     wrong = command(in_tmp, "train", "method=silva")
     assert wrong.returncode == 2 and wrong.stdout == ""

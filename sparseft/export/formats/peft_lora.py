@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from sparseft.errors import RunError, UserError
 from sparseft.export import engines
-from sparseft.export.changes import Change, LowRankChange
+from sparseft.export.changes import Change, LowRankChange, SparseChange
 from sparseft.export.formats.base import Answering, Format, Options
 from sparseft.export.lora_layout import EXPERTS, Layout, layout_of
 from sparseft.export.low_rank import factors
@@ -56,7 +56,9 @@ class PeftLora(Format):
     def check(self, source: Source, options: Options) -> list[str]:
         engines.check(options.engine, self.name)
         changes = changes_of(source)
-        layout = layout_of(Skeleton.of(source), changes)
+        skeleton = Skeleton.of(source)
+        layout = layout_of(skeleton, changes)
+        _check_names(skeleton, layout)
         needs = {}
         for name, (b, _) in _factors(layout, changes):
             needs[name] = b.shape[1]
@@ -113,8 +115,8 @@ class PeftLora(Format):
                 same = {n for n in skeleton.spec.known if skeleton.place(n)[1] == kind}
                 if absent := sorted(same - reader.linears):
                     raise _wrong(f"{absent[0]} is missing beside {name}")
-            found = reader.product(name)
             wanted, mass = expected[name]() if name in expected else (None, None)
+            found = reader.product(name, torch.float32 if wanted is None else wanted.dtype)
             if wanted is None or mass is None:
                 if bool(found.any()):
                     raise _wrong(f"{name} is changed, which the adapter leaves as it is")
@@ -143,6 +145,25 @@ def changes_of(source: Source) -> Mapping[str, Change]:
     if source.kind == "full":
         raise UserError(f"{source.folder}: every weight was trained, which LoRA cannot hold: use --format merged.")
     return source.low_rank if source.kind == "peft" else source.changes
+
+
+def _check_names(skeleton: Skeleton, layout: Layout) -> None:
+    """Refuses names of dense linears that PEFT would take for those of routed experts, as it does of shared ones."""
+    import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    for target in layout.dense:
+        config = peft.LoraConfig(target_modules=[target])
+        try:
+            convert_peft_config_for_transformers(config, skeleton.model, None)
+        except ValueError:  # one of two that experts have together
+            config.target_modules = None
+        if config.target_modules != {target}:
+            taken = [name for name in layout.parts if name not in layout.experts and name.endswith(target)]
+            raise UserError(
+                f"{taken[0]} ({len(taken)} such) cannot be LoRA of PEFT, which takes the name for the routed experts': "
+                "use --format patch or merged."
+            )
 
 
 def config_of(source: Source, plan: Plan) -> dict[str, Any]:
@@ -210,12 +231,12 @@ class Reader:
                 raise _wrong(f"{name} is not among the target_modules of {ADAPTER_CONFIG}")
         self.linears = sides.keys()
 
-    def product(self, name: str) -> Tensor:
-        """ΔW (out, in) of one linear, in fp32."""
-        a, b = (self.file.get_tensor(f"base_model.model.{name}.lora_{side}.weight").float() for side in "AB")
+    def product(self, name: str, dtype: torch.dtype) -> Tensor:
+        """ΔW (out, in) of one linear, computed in `dtype`."""
+        a, b = (self.file.get_tensor(f"base_model.model.{name}.lora_{side}.weight").to(dtype) for side in "AB")
         if len(a) != self.rank or b.shape[1] != self.rank:
             raise _wrong(f"{name} has the rank {len(a)}, the config {self.rank}")
-        live = a.any(dim=1) & b.any(dim=0) | ~(a.isfinite().all(dim=1) & b.isfinite().all(dim=0))
+        live = a.any(dim=1) & b.any(dim=0) | ~(a.isfinite().all(dim=1) & b.isfinite().all(dim=0))  # not the padding
         return self.scale * (b[:, live] @ a[live])
 
 
@@ -240,9 +261,11 @@ def _in_the_file(source: Source, skeleton: Skeleton) -> dict[str, Any]:
 
 def _dense(change: Change) -> tuple[Tensor, Tensor]:
     """ΔW (out, in), and the sum of the sizes of the terms that make it."""
-    if isinstance(change, LowRankChange):
-        return change.dense(), abs(change.scale) * (change.b.float().abs() @ change.a.float().abs())
-    parts = [type(change)(change.shape, {kind: value}).dense().abs() for kind, value in change.kinds.items()]
+    if isinstance(change, LowRankChange):  # sums of r terms, which fp32 would round in another order
+        b, a = change.b.double(), change.a.double()
+        return change.scale * (b @ a), abs(change.scale) * (b.abs() @ a.abs())
+    assert isinstance(change, SparseChange)
+    parts = [SparseChange(change.shape, {kind: value}).dense().abs() for kind, value in change.kinds.items()]
     return change.dense(), torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
 
 

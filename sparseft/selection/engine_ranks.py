@@ -1,0 +1,72 @@
+"""The ranks of LoRA files that inference engines load, and what a selection will need.
+
+Read in the engines' sources (2025-26).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparseft import console
+from sparseft.selection.cover import needed_rank
+from sparseft.selection.selection import Selection
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's steps of --max-lora-rank, from 8
+HIGHEST: dict[str, int | None] = {  # None: any rank
+    "vllm": RANKS[-1],
+    "sglang": None,
+    "tgi": None,
+    "lorax": None,
+    "llama.cpp": None,
+    "mlx": None,
+    "peft": None,
+}
+FAST = {"tgi": 128, "lorax": 128}  # up to where their fast kernels go
+
+
+def file_rank(needed: int) -> int:
+    """The rank that files have which hold `needed`: the next one of `RANKS`; beyond those as it is."""
+    return next((rank for rank in RANKS if rank >= needed), needed)
+
+
+def largest_need(selection: Selection, shapes: Mapping[str, tuple[int, int]]) -> tuple[int, str]:
+    """The highest rank that an exact LoRA of a selection needs, and the first linear that needs it.
+
+    shapes: (out, in) of each linear.
+    """
+    most, where = 0, ""
+    for module, kinds in selection.modules.items():
+        # A cover has at most a row, and at most a column, for each block row or block column in use.
+        bound = sum(
+            min(index[:, dim].unique().numel() for dim in (0, 1)) * (selection.block_size or 0)
+            if kind == "blocks"
+            else len(index)
+            for kind, index in kinds.items()
+        )
+        if bound > most and (needed := needed_rank(kinds, shapes[module], selection.block_size)) > most:
+            most, where = needed, module
+    return most, where
+
+
+def engines_note(needed: int, module: str) -> str:
+    """What each engine will need for an exact LoRA of rank `needed`, which `module` takes."""
+    rank = file_rank(needed)
+    fits = [name for name, highest in HIGHEST.items() if highest is None or rank <= highest]
+    slow = [f"{name} without its fast kernels (up to {FAST[name]})" for name in fits if rank > FAST.get(name, rank)]
+    fits = [name for name in fits if rank <= FAST.get(name, rank)]
+    if "vllm" in fits:
+        fits[fits.index("vllm")] = f"vllm (--max-lora-rank {rank})"
+    refused = [
+        f"{name} (up to {highest})" for name, highest in HIGHEST.items() if highest is not None and rank > highest
+    ]
+    ends = f"; not {', '.join(refused)}: method.max_rank={RANKS[-1]} would fit" if refused else ""
+    return f"export: an exact LoRA needs rank {needed} ({module}): fits {', '.join(fits + slow)}{ends}"
+
+
+def describe_export(selection: Selection, shapes: Mapping[str, tuple[int, int]], settings: Any) -> int:
+    """Says what rank an exact LoRA export needs and which engines take it, and returns the rank."""
+    needed, module = largest_need(selection, shapes)
+    more = "; every new selection adds to it" if settings.reselect_steps else ""
+    console.log(engines_note(needed, module) + more)
+    return needed
