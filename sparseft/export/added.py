@@ -47,9 +47,7 @@ def _adding(parts: Sequence[LowRank]) -> Any:
     return add
 
 
-def _widen(
-    model: nn.Module, owner: nn.Module, names: list[str], differences: Mapping[str, Sequence[LowRank]]
-) -> None:
+def _widen(model: nn.Module, owner: nn.Module, names: list[str], differences: Mapping[str, Sequence[LowRank]]) -> None:
     kept: dict[nn.Parameter, Tensor] = {}
 
     def add(*_: Any) -> None:

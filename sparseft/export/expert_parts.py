@@ -1,4 +1,4 @@
-"""One expert's linear as engines keep it: gate and up apart, all experts of a layer in one tensor (experts, out, in)."""
+"""An expert's linear as engines keep it: gate and up apart, all experts of a layer in one tensor (experts, out, in)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseft.errors import UserError, nearest
+from sparseft.errors import UserError
 from sparseft.export.expert_parts import parts_of
 
 # transformers' model_type -> llama.cpp's architecture, where its converter keeps every linear whole or only splits

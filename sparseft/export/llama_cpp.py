@@ -17,7 +17,7 @@ CONTEXT = 256  # tokens
 def check_llama_cpp(base: str, architecture: str, shapes: dict[str, tuple[int, int]]) -> None:
     """A `UserError` where `llama-cpp-python` or the base's file is missing, or the file is of another model.
 
-    shapes: of the tensors that the adapter changes, (in, out). llama-cpp-python crashes on an adapter that does not fit.
+    shapes: of the tensors that the adapter changes, (in, out). llama-cpp-python crashes on one that does not fit.
     """
     import gguf
 

@@ -98,7 +98,8 @@ def expected(kind: str, changes: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 def test_keys_are_reordered_by_their_own_heads(made, tmp_path):
     folder = made("llama")
-    chosen = {"model.layers.1.self_attn.k_proj": {"rows": [0, 1, 7, 20]}, "model.layers.0.self_attn.q_proj": {"rows": [3]}}
+    keys, queries = "model.layers.1.self_attn.k_proj", "model.layers.0.self_attn.q_proj"
+    chosen = {keys: {"rows": [0, 1, 7, 20]}, queries: {"rows": [3]}}
     exported.adapter(folder / "base", tmp_path / "adapter", chosen)
     export(tmp_path, tmp_path / "out")
     found = tensors(tmp_path / "out" / FILE)

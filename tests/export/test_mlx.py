@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import sparseft as library
@@ -28,10 +29,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folder = root / kind
         if not folder.exists():
             exported.saved_model(kind, folder / "base", torch.bfloat16)
-            if kind == "gpt2":  # mlx-lm reads the names of the original checkpoint alone
+            if kind == "gpt2":  # mlx-lm reads the names and the sides of the original checkpoint alone
+                config = transformers.AutoConfig.from_pretrained(folder / "base", n_inner=None)
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+                model.save_pretrained(folder / "base")
                 path = folder / "base" / "model.safetensors"
                 named = {name.removeprefix("transformer."): value for name, value in load_file(path).items()}
                 save_file(named, path, {"format": "pt"})
+            add_to_config(folder / "base")
             exported.adapter(folder / "base", folder / "adapter")
         return folder
 
@@ -39,10 +44,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
+def add_to_config(base: Path) -> None:
+    """What mlx-lm reads in the configs on the hub, and transformers 5 no longer writes."""
+    path = base / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"n_ctx": 128, "num_experts": 3, **config.get("rope_parameters", {})}
+    path.write_text(json.dumps(config))
+
+
 @pytest.fixture
 def without_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "mlx_lm" else real(name, *rest))
+
+    def find_spec(name: str, *more: Any) -> Any:
+        return None if name == "mlx_lm" else real(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
 
 def export(folder: Path, out: Path, *words: str, code: int = 0) -> Any:
@@ -127,6 +144,19 @@ def test_faults_are_found(made, fault, verified, tmp_path, monkeypatch, without_
     text = export(made("llama"), tmp_path / "out", code=1)
     assert len([line for line in text.splitlines() if line.startswith("error: ")]) == 1, text
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_rotary_base_that_mlx_lm_would_not_see_is_said(made, tmp_path):
+    folder = made("llama")
+    path = folder / "base" / "config.json"
+    kept = path.read_text()
+    config = json.loads(kept)
+    del config["rope_theta"]
+    path.write_text(json.dumps(config))
+    try:
+        assert any('"rope_theta": 10000.0' in note for note in export(folder, tmp_path / "out")["notes"])
+    finally:
+        path.write_text(kept)
 
 
 def test_what_it_cannot_hold_is_refused(made, tmp_path):

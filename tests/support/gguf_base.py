@@ -1,4 +1,4 @@
-"""A Hugging Face model as a GGUF file in fp32, exact, for tests that run llama.cpp: written by its converter's rules."""
+"""A Hugging Face model as a GGUF file in fp32, exact, for tests that run llama.cpp: by its converter's rules."""
 
 from __future__ import annotations
 

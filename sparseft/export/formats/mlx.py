@@ -44,7 +44,7 @@ class Mlx(Format):
             raise UserError(f"{source.folder} is a model trained whole: mlx_lm loads that folder as it is.")
         if source.kind == "peft":
             raise UserError(
-                f"{source.folder}: a LoRA changes every entry of its weights, so that --format mlx would hold them all: "
+                f"{source.folder}: a LoRA changes all entries of its weights, so --format mlx would hold them all: "
                 "--format merged makes a folder that mlx_lm loads."
             )
         if options.dtype is not None:
@@ -55,7 +55,7 @@ class Mlx(Format):
                 f"--format mlx: how mlx-lm names the weights of '{kind}' is not known here (known: "
                 f"{', '.join(ARCHITECTURES)}); --format merged makes a folder that it loads."
             )
-        return engines.check(options.engine, self.name)
+        return engines.check(options.engine, self.name) + _rope_note(source)
 
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
         config = _config(source)
@@ -106,7 +106,7 @@ class MlxModel:
 
         try:
             self._model = mlx_lm.load(base, adapter_path=str(adapter))[0]
-        except (ValueError, KeyError, FileNotFoundError) as error:
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise RunError(f"mlx-lm does not load {base} with the adapter: {reason_of(error)}") from error
         self._model.set_dtype(mx.float32)
         self.name = f"mlx-lm {version('mlx-lm')}"
@@ -121,6 +121,19 @@ class MlxModel:
 
 def _config(source: Source) -> Any:
     return load_config(source.target.model, "model").get_text_config()
+
+
+def _rope_note(source: Source) -> list[str]:
+    """mlx-lm's older architectures know `rope_theta` at the top of config.json alone, and else take their default."""
+    file = Path(check_model_path(source.target.model.path)) / "config.json"
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    theta = (stored.get("rope_parameters") or {}).get("rope_theta")
+    if theta is None or "rope_theta" in stored:
+        return []
+    return [
+        f"{file} has rope_theta within rope_parameters alone, where most of mlx-lm's models do not read it: they would "
+        f'take another base for the rotary embedding. Add "rope_theta": {theta} to it.'
+    ]
 
 
 def _parts(shapes: dict[str, tuple[int, int]]) -> Iterator[tuple[str, Part]]:
@@ -154,7 +167,7 @@ def _read(folder: Path, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if settings.get("fine_tune_type") != "full":
             raise RunError(f"{CONFIG} says fine_tune_type {settings.get('fine_tune_type')!r}, not 'full'.")
         with safe_open(folder / TENSORS, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
+            for name in file.keys():
                 value = file.get_tensor(name)
                 path, _, leaf = name.removesuffix(".weight").rpartition(".")
                 if path.startswith("model.h."):
