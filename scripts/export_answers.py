@@ -3,7 +3,7 @@
     python scripts/export_answers.py RUN --gguf-lora DIR [--base-gguf FILE …] [--f32 FILE] [--mlx DIR --mlx-base DIR]
 
 RUN is what was trained, each DIR what `sparseft export` made of it. On 50 prompts of the bundled questions it compares
-the logits of all positions, and 16 tokens answered greedily, with base + delta in fp32; the same of the base without
+the logits of all positions, and 8 tokens answered greedily, with base + delta in fp32; the same of the base without
 the adapter. --f32 writes the base as a GGUF in fp32 first (with tests/support/gguf_base.py) and runs on it too.
 """
 
@@ -27,8 +27,9 @@ from sparseft.export.formats.mlx import MlxModel
 from sparseft.export.llama_cpp import LlamaCpp
 from sparseft.export.source import Source
 
-ANSWER = 16
-Logits = Callable[[list[int]], Tensor]
+ANSWER = 8
+# Of a prompt the logits of all positions; then `ANSWER` tokens, each the likeliest.
+Ask = Callable[[list[int]], tuple[Tensor, list[int]]]
 
 
 def main() -> None:
@@ -57,10 +58,10 @@ def main() -> None:
     del model
     for file in [*([str(given.f32)] if given.f32 else []), *given.base_gguf]:
         name = Path(file).name
-        report(f"llama.cpp, {name}, no adapter, beside the base", asked(LlamaCpp(file, None).logits, prompts), base)
-        report(f"llama.cpp, {name}", asked(LlamaCpp(file, given.gguf_lora / FILE).logits, prompts), attached)
+        report(f"llama.cpp, {name}, no adapter, beside the base", asked(llama_cpp(file, None), prompts), base)
+        report(f"llama.cpp, {name}", asked(llama_cpp(file, given.gguf_lora / FILE), prompts), attached)
     if given.mlx is not None:
-        report("mlx-lm", asked(MlxModel(given.mlx_base, given.mlx).logits, prompts), attached)
+        report("mlx-lm", asked(mlx(given.mlx_base, given.mlx), prompts), attached)
 
 
 def questions() -> list[str]:
@@ -72,24 +73,49 @@ def questions() -> list[str]:
     return texts
 
 
-def hugging_face(model: torch.nn.Module) -> Logits:
+def hugging_face(model: torch.nn.Module) -> Ask:
     @torch.no_grad()
-    def logits(ids: list[int]) -> Tensor:
-        return model(torch.tensor([ids])).logits[0]
-
-    return logits
-
-
-def asked(logits: Logits, prompts: list[list[int]]) -> list[tuple[Tensor, list[int]]]:
-    """Of each prompt its logits, and the likeliest tokens that follow."""
-    found = []
-    for ids in prompts:
-        first = logits(ids)
-        answer = [int(first[-1].argmax())]
+    def ask(ids: list[int]) -> tuple[Tensor, list[int]]:
+        found = model(torch.tensor([ids]), use_cache=True)
+        answer = [int(found.logits[0, -1].argmax())]
+        logits = found.logits[0]
         while len(answer) < ANSWER:
-            answer.append(int(logits([*ids, *answer])[-1].argmax()))
-        found.append((first, answer))
-    return found
+            found = model(torch.tensor([answer[-1:]]), past_key_values=found.past_key_values, use_cache=True)
+            answer.append(int(found.logits[0, -1].argmax()))
+        return logits, answer
+
+    return ask
+
+
+def llama_cpp(base: str, adapter: Path | None) -> Ask:
+    model = LlamaCpp(base, adapter)
+
+    def ask(ids: list[int]) -> tuple[Tensor, list[int]]:
+        logits = model.logits(ids)
+        answer = [int(logits[-1].argmax())]
+        while len(answer) < ANSWER:
+            answer.append(int(model.more(answer[-1:])[-1].argmax()))
+        return logits, answer
+
+    return ask
+
+
+def mlx(base: str, adapter: Path) -> Ask:
+    model = MlxModel(base, adapter)
+
+    def ask(ids: list[int]) -> tuple[Tensor, list[int]]:
+        logits = model.logits(ids)
+        answer = [int(logits[-1].argmax())]
+        while len(answer) < ANSWER:
+            answer.append(int(model.logits([*ids, *answer])[-1].argmax()))
+        return logits, answer
+
+    return ask
+
+
+def asked(ask: Ask, prompts: list[list[int]]) -> list[tuple[Tensor, list[int]]]:
+    """Of each prompt its logits, and the answer."""
+    return [ask(ids) for ids in prompts]
 
 
 def report(name: str, found: list[tuple[Tensor, list[int]]], wanted: list[tuple[Tensor, list[int]]]) -> None:

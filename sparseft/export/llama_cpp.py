@@ -61,14 +61,15 @@ class LlamaCpp:
     def logits(self, ids: list[int]) -> Tensor:
         """The fp32 logits (tokens, vocabulary) of one sequence."""
         self._model.reset()
+        return self.more(ids)
+
+    def more(self, ids: list[int]) -> Tensor:
+        """The same of tokens that go on behind those asked before."""
+        start = self._model.n_tokens
         self._model.eval(ids)
-        return torch.tensor(self._model.scores[: len(ids)])
+        return torch.tensor(self._model.scores[start : start + len(ids)])
 
     def base_logits(self, prompts: list[list[int]]) -> list[Tensor]:
         """What the same file answers without the adapter: it may be quantized, so not be the base to the bit."""
         plain = LlamaCpp(self._base, None)
         return [plain.logits(ids) for ids in prompts]
-
-    def close(self) -> None:
-        """Frees the model now."""
-        self._model.close()
