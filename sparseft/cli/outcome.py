@@ -74,6 +74,7 @@ def quiet_libraries() -> None:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.filterwarnings("ignore", "Both num_training_steps and num_stable_steps")  # as the user wrote it
+        warnings.filterwarnings("ignore", "Sparse invariant checks")  # torch's, of PEFT's SHiRA
     logging.getLogger("DeepSpeed").addFilter(_no_accelerator_line)  # kept when DeepSpeed sets the logger up
     logging.getLogger("accelerate.accelerator").addFilter(_no_accumulation_line)
 
