@@ -47,8 +47,8 @@ OTHER_SETTINGS = {"adapters.peft", "importance.kfac"}  # theirs are of their own
 
 # Only these may know a method by name: the methods themselves, the comparisons and what shows users an example.
 KNOWS_METHODS = {"methods", "bench", "cli", "commands", "__init__"}
-ALSO_KNOWS = {("config", "s2ft"), ("config", "sylva"), ("config", "lora"), ("importance", "sylva")}
-# config: the benchmark's default list; importance: the score that is called so.
+ALSO_KNOWS = {("config", "s2ft"), ("config", "sylva"), ("config", "lora"), ("importance", "sylva"), ("export", "lora")}
+# config: the benchmark's default list; importance: the score that is called so; export: what GGUF calls an adapter.
 SHARED_METHODS = ("methods.base", "methods.exact_targets")  # what every method or kind of it uses
 
 
@@ -427,7 +427,7 @@ def test_ruff_is_pinned_once() -> None:
 def test_every_import_is_declared() -> None:
     """A third-party package that the source imports is a dependency, not one that happens to come with another."""
     provided = {"lm_eval": "lm-eval", "hydra": "hydra-core", "yaml": "pyyaml"}
-    optional = {"liger_kernel", "bitsandbytes"}
+    optional = {"liger_kernel", "bitsandbytes", "gguf", "llama_cpp", "mlx", "mlx_lm"}
     declared = {normal(Requirement(text).name) for text in project()["dependencies"]}
     comes_with = {"tokenizers": "transformers", "huggingface_hub": "transformers", "click": "typer"}
     comes_with |= {"pyarrow": "datasets"}

@@ -218,6 +218,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="DTYPE", help="Of what is written: float32, bfloat16 or float16.")
     ] = None,
+    base_gguf: Annotated[
+        str | None, typer.Option("--base-gguf", metavar="FILE", help="gguf-lora: prove it in llama.cpp, on this base.")
+    ] = None,
     config_dir: ConfigDir = None,
     json: Json = False,
     debug: Debug = False,
@@ -239,7 +242,8 @@ def export(
 
     def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
         folder = folders[0] if folders else None
-        return module.run(config, folder=folder, format=format, out=out, engine=engine, dtype=dtype, overrides=point)
+        given = {"engine": engine, "dtype": dtype, "base_gguf": base_gguf}
+        return module.run(config, folder=folder, format=format, out=out, overrides=point, **given)
 
     return configured("export", overrides, Options(False, False, config_dir, json, debug), call, check)
 

@@ -25,6 +25,7 @@ def run(
     out: str,
     engine: str | None = None,
     dtype: str | None = None,
+    base_gguf: str | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes the run or adapter in `folder` (default: the latest run); returns path, format, facts and the proof."""
@@ -34,7 +35,9 @@ def run(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: no such dtype.{nearest(dtype, DTYPES)}")
     wanted = format_of(format)
-    options = Options(None if dtype is None else getattr(torch, dtype), engine)
+    if base_gguf is not None and format != "gguf-lora":
+        raise UserError(f"--base-gguf {base_gguf}: it is for --format gguf-lora, which llama.cpp proves on it.")
+    options = Options(None if dtype is None else getattr(torch, dtype), engine, base_gguf)
     source = Source.find(folder if folder is not None else str(runs.latest_run()), config, overrides)
     console.log(f"exporting {source.target.what} as {format}")
     return export(source, wanted, out, options)

@@ -16,15 +16,20 @@ from sparseft.export.source import Source
 class Options:
     """What the user may say of an export.
 
-    dtype: of what is written (`float32`, …), None: the format's own; engine: the one whose rules it must meet.
+    dtype: of what is written (`float32`, …), None: the format's own; engine: the one whose rules it must meet;
+    base_gguf: the base model's GGUF file, on which llama.cpp itself proves `gguf-lora`.
     """
 
     dtype: torch.dtype | None = None
     engine: str | None = None
+    base_gguf: str | None = None
 
 
 class Answering(Protocol):
-    """A loaded model that can be asked."""
+    """A loaded model that can be asked.
+
+    A loader whose base is a file of its own has `base_logits(prompts)` too: what that answers without the adapter.
+    """
 
     name: str  # what loaded it: "peft 0.21.0"
 
