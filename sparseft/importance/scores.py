@@ -208,7 +208,8 @@ def compute_scores(
         begun = state.has(LAYERS) or (crowded and not state.has(STATISTICS))  # what was begun so goes on so
         if by_layer or any(ranks.all_gather_object(begun)):
             batches = list(batches)
-            found = _by_layer(model, by_module, batches, together, statistics, needed, state, watch)
+            instead = 0 if by_layer else needed
+            found = _by_layer(model, by_module, batches, together, statistics, instead, state, watch)
     if found is None:
         sums = statistics(by_module)
         state.expect(needed)
@@ -229,7 +230,7 @@ def _by_layer(
     batches: Sequence[Mapping[str, Any]],
     together: int,
     statistics: Callable[[Mapping[str, Sequence[Candidate]]], UnitSums | KroneckerFactors],
-    needed: int,  # bytes of all layers' sums
+    needed: int,  # bytes of all layers' sums, where they may be kept instead; else 0
     state: CalibrationState,
     watch: Watch,
 ) -> Found | None:

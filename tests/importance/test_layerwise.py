@@ -152,10 +152,10 @@ def test_the_memory_that_is_free_decides(
     needed = kfac.statistics_bytes(FactorSettings(), ModelSpec.of(model).linears.values())
     monkeypatch.setattr(room, "available_bytes", lambda: 4 * needed - 4)
     assert_equal(scored(model, by_layer=None), at_once)
-    assert f"{LINE}; hidden states (0.0 GiB) are kept in host memory" in capsys.readouterr().err
+    assert f"{LINE}; hidden states (0.0 GiB) are kept on disk" in capsys.readouterr().err
     monkeypatch.setattr(room, "available_bytes", lambda: 4096)
     assert_equal(scored(model, by_layer=None, watch=Watch(resume=tmp_path / "partial")), at_once)
-    assert "are kept on disk" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert LINE in capsys.readouterr().err and not list(tmp_path.iterdir())
     long = samples((128,) * 60)  # hidden states of more than the sums
     scored(model, by_layer=None, batches=long)
     assert (
