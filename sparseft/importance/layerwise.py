@@ -1,10 +1,10 @@
 """Calibration a decoder layer at a time, so that the statistics of one layer alone exist, whatever the model's size.
 
 One forward pass over the samples keeps the hidden states at the layers' borders (`room.py`), and the loss's gradient at
-the last one. Then, from the last layer to the first, each is run again and differentiated over all samples, from the gradient
-at its output to that at its input, which takes the hidden state's place; its linears are scored and its sums dropped.
-Each layer is called with what the model itself has called it with, and a trial on a few tokens says whether that comes
-to the model's own passes.
+the last one. Then, from the last layer to the first, each is run again and differentiated over all samples, from the
+gradient at its output to that at its input, which takes the hidden state's place; its linears are scored and its sums
+dropped. Each layer is called with what the model itself has called it with, and a trial on a few tokens says whether
+that comes to the model's own passes.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ class Room:
 def ahead(loads: Iterable[Callable[[], tuple[Tensor, ...]]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """What each of `loads` gives, in their order, each called while the one before is being worked on.
 
-    On CUDA in a stream of its own: copies out of locked memory (`non_blocking`) then run beside the work, after all that
-    was under way when they were asked for.
+    On CUDA in a stream of its own: copies out of locked memory (`non_blocking`) then run beside the work, after all
+    that was under way when they were asked for.
     """
     beside = torch.cuda.Stream(device) if device.type == "cuda" else None
 

@@ -45,10 +45,10 @@ from sparseft.importance.units import Candidate, generator_for, sum_features, su
 from sparseft.kernels.reference import product, to_blocks, token_product
 from sparseft.models.decoder import logical_weight
 
-# Tokens, padding included, that go through the model at once where samples may be summed together: on a CPU a thousand
-# fill the products, and their activations take little beside a model for which memory matters (twice as many were 4 %
-# slower, half as many as fast); an accelerator needs more to be busy. A longer sample goes alone.
-TOKENS_TOGETHER, TOKENS_TOGETHER_CUDA = 1024, 4096
+# Tokens, padding included, that go through the model at once where samples may be summed together: on a CPU 512 fill
+# the products (256 were 10 % slower, 1,024 as fast), and from a width of a thousand on their activations are less than
+# a layer's gradient; an accelerator needs more to be busy. A longer sample goes alone.
+TOKENS_TOGETHER, TOKENS_TOGETHER_CUDA = 512, 4096
 
 
 # Importances that keep sums as large as the model: those that gain by taking a layer at a time.
