@@ -58,7 +58,8 @@ class AllocationCounter(TorchDispatchMode):
     """Bytes of the storages that operations make inside, now and at their peak.
 
     For the CPU, where no allocator keeps count and a process's high-water mark never falls. A storage counts from the
-    operation that returns it until it is freed; scratch space inside an operation is not seen.
+    operation that returns it until it is freed; scratch space inside an operation is not seen, nor is a mapped file,
+    whose pages the system takes back where memory is short.
     """
 
     def __init__(self) -> None:
@@ -69,6 +70,8 @@ class AllocationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.from_file.default:
+            return result
         seen = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if _is_dense(leaf)}
         for leaf in tree_leaves(result):
             if _is_dense(leaf) and id(leaf.untyped_storage()) not in seen:

@@ -130,7 +130,17 @@ def check_type(key: str, value: Any, annotation: Any) -> Any:
             return {str(name): _plain(f"{key}.{name}", entry) for name, entry in value.items()}
     quoting = is_text(annotation) and value is not None and not isinstance(value, dict | list)
     hint = " (in a YAML file, quote the value)" if quoting else ""
-    raise UserError(f"{key}={show(value)}: expected {describe(annotation)}{hint}.")
+    seen = f"'{value}'" if isinstance(value, str) and _reads_as_other(value) else show(value)
+    raise UserError(f"{key}={seen}: expected {describe(annotation)}{hint}.")
+
+
+def _reads_as_other(text: str) -> bool:
+    """Whether text would be taken for a number, true, false or null if it stood without quotes."""
+    try:
+        float(text)
+    except ValueError:
+        return text.strip().lower() in ("true", "false", "null")
+    return True
 
 
 def _plain(key: str, value: Any) -> Any:

@@ -32,9 +32,14 @@ class Full(Kind):
 
     @classmethod
     def attach(
-        cls, model: nn.Module, config: MethodConfig, selection: Selection | None, spec: ModelSpec | None
+        cls,
+        model: nn.Module,
+        config: MethodConfig,
+        selection: Selection | None,
+        spec: ModelSpec | None,
+        fingerprints: list[str] | None = None,
     ) -> nn.Module:
-        state = State.of(model, cls(), config.name, spec)
+        state = State.of(model, cls(), config.name, spec, fingerprints)
         state.config, state.active, state.method_config = config, DEFAULT, asdict(config)
         model = config.convert(model, None, spec)
         setattr(model, STATE, state)

@@ -30,14 +30,20 @@ KINDS: dict[str, type[Kind]] = {"sparse": Sparse, "peft": Peft, "full": Full}  #
 
 @inside_compiled
 def attach(
-    model: nn.Module, config: Any, selection: Selection | None = None, *, spec: ModelSpec | None = None
+    model: nn.Module,
+    config: Any,
+    selection: Selection | None = None,
+    *,
+    spec: ModelSpec | None = None,
+    fingerprints: list[str] | None = None,
 ) -> nn.Module:
     """Makes a plain model trainable by the method that `config` configures, and returns it.
 
     Sparse methods convert in place; without a selection only importance random or weight can choose one here.
     LoRA and DoRA return peft's wrapper around the model.
 
-    spec: the model's, where the caller has it: it is not made a second time.
+    spec, fingerprints: the model's (`models.fingerprint.base_fingerprints`), where the caller has them: they are not
+    made a second time.
 
     Raises:
         UserError: a value out of range, a selection that does not fit, a model that is attached already.
@@ -49,7 +55,7 @@ def attach(
         raise UserError(f"expected a sparseft.Selection, got {type(selection).__name__}: Selection({{…}}) makes one.")
     if selection is not None and not config.sparse:
         raise UserError(f"method {config.name} takes no selection.")
-    model = KINDS[config.kind].attach(model, config, selection, spec)
+    model = KINDS[config.kind].attach(model, config, selection, spec, fingerprints)
     by_row.listen(model)
     return model
 

@@ -87,10 +87,15 @@ class Peft(Kind):
 
     @classmethod
     def attach(
-        cls, model: nn.Module, config: MethodConfig, selection: Selection | None, spec: ModelSpec | None
+        cls,
+        model: nn.Module,
+        config: MethodConfig,
+        selection: Selection | None,
+        spec: ModelSpec | None,
+        fingerprints: list[str] | None = None,
     ) -> nn.Module:
         spec = ModelSpec.of(model) if spec is None else spec
-        state = State.of(model, cls(Overwritten.of(model)), config.name, spec)
+        state = State.of(model, cls(Overwritten.of(model)), config.name, spec, fingerprints)
         state.config, state.active, state.method_config = config, DEFAULT, dataclasses.asdict(config)
         model = config.convert(model, None, spec)
         setattr(model, STATE, state)

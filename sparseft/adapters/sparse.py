@@ -88,7 +88,12 @@ class Sparse(Kind):
 
     @classmethod
     def attach(
-        cls, model: nn.Module, config: SparseConfig, selection: Selection | None, spec: ModelSpec | None
+        cls,
+        model: nn.Module,
+        config: SparseConfig,
+        selection: Selection | None,
+        spec: ModelSpec | None,
+        fingerprints: list[str] | None = None,
     ) -> nn.Module:
         spec = ModelSpec.of(model) if spec is None else spec
         if selection is None:
@@ -107,7 +112,7 @@ class Sparse(Kind):
         spec.check_trains(selection.modules)
         check_modules(model, selection.modules, spec.linears)
         self = cls()
-        state = State.of(model, self, config.name, spec)
+        state = State.of(model, self, config.name, spec, fingerprints)
         config.convert(model, selection, spec)
         patterns = {module: layer.patterns for module, layer in sparse_layers(model).items() if layer.patterns}
         self.adapters[DEFAULT] = Adapter(config.name, asdict(config), patterns=patterns)

@@ -35,11 +35,16 @@ class Kind:
 
     @classmethod
     def attach(
-        cls, model: nn.Module, config: MethodConfig, selection: Selection | None, spec: ModelSpec | None
+        cls,
+        model: nn.Module,
+        config: MethodConfig,
+        selection: Selection | None,
+        spec: ModelSpec | None,
+        fingerprints: list[str] | None = None,
     ) -> nn.Module:
         """Makes a plain model trainable and returns it, or what wraps it.
 
-        spec: the model's, where the caller has it.
+        spec, fingerprints: the model's (`base_fingerprints`), where the caller has them.
         """
         raise NotImplementedError
 
@@ -122,13 +127,19 @@ class State:
     method_config: dict[str, Any] = field(default_factory=dict)  # as the active adapter's description has it
 
     @staticmethod
-    def of(model: nn.Module, kind: Kind, method: str, spec: ModelSpec | None = None) -> State:
+    def of(
+        model: nn.Module,
+        kind: Kind,
+        method: str,
+        spec: ModelSpec | None = None,
+        fingerprints: list[str] | None = None,
+    ) -> State:
         """The state of a model about to be attached."""
         check_plain(model)
         return State(
             kind=kind,
             method=method,
-            fingerprints=base_fingerprints(model),
+            fingerprints=base_fingerprints(model) if fingerprints is None else fingerprints,
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             base_model=getattr(model, "name_or_path", "") or "",
             requires_grad={name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},

@@ -97,6 +97,19 @@ def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
     return own
 
 
+def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """`own_settings` of `bench.methods`, each checked together with what the run's own settings leave in force."""
+    own = own_settings(config.bench.methods)
+    for entry in config.bench.methods:
+        if (name := entry.split()[0]) == FLOOR:
+            continue
+        try:
+            method_config(name, config, own.get(entry)).validate()
+        except UserError as error:
+            raise UserError(f"bench.methods: '{entry}': {error}") from None
+    return own
+
+
 def method_config(name: str, config: RunConfig, own: Mapping[str, Any] | None = None) -> Any:
     """The run's own settings for its method, the defaults for the others; nothing that needs data, no dropout.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparseft import console
 from sparseft.bench import targets
-from sparseft.bench.contenders import FLOOR, Contender, check_methods, check_steps, contender, loss_of, own_settings
+from sparseft.bench.contenders import FLOOR, Contender, check_methods, check_steps, contender, loss_of, settings_of
 from sparseft.bench.models import measured_model
 from sparseft.bench.output import Output, measured_on
 from sparseft.bench.sharing import SharedWeights
@@ -45,7 +45,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     """
     settings = config.bench
     check(config)
-    own = own_settings(settings.methods)
+    own = settings_of(config)
     base, batch, facts = measured_model(config)
     device = batch["input_ids"].device
     said = {"benchmark": "host", **facts, "threads": 1}

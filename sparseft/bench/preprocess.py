@@ -2,7 +2,8 @@
 
 The reference is what computing every weight gradient of the same samples takes, in batches of `bench.batch_size`. All
 take turns, so that a machine's slow moments meet all of them. An importance that keeps sums as large as the model is
-measured a second time, a decoder layer at a time; its memory then has the kept hidden states in it.
+measured a second time, a decoder layer at a time; on the CPU the kept hidden states lie in a file, which is no part of
+its memory.
 """
 
 from __future__ import annotations

@@ -29,10 +29,10 @@ from sparseft.bench.contenders import (
     contender,
     forget_compiled,
     measure_memory,
-    own_settings,
     owns_weights,
     parts_of,
     put_in_way,
+    settings_of,
     step,
 )
 from sparseft.bench.models import measured_model
@@ -58,7 +58,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     """
     settings = config.bench
     check(config)
-    own = own_settings(settings.methods)
+    own = settings_of(config)
     base, batch, facts = measured_model(config)
     device = batch["input_ids"].device
     said = {

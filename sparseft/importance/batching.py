@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded
 from sparseft.errors import UserError
+from sparseft.importance.loss import head_is_apart
 from sparseft.models.decoder import other_stacks, stacks
 
 Sample = dict[str, Tensor]  # batches of one, without padding
@@ -25,8 +26,6 @@ Sample = dict[str, Tensor]  # batches of one, without padding
 # Samples are sorted by length within windows of so many, so that a group has little padding. A fixed number: groups
 # must be the same when an interrupted run goes on.
 WINDOW = 32
-# A group's logits in float32 stay below 512 MiB, whatever the vocabulary.
-LOGIT_ELEMENTS = 2**27
 # Losses that are the mean cross-entropy of the next token: transformers' own of every "…ForCausalLM", and of those
 # classes whose names do not say so.
 USUAL_LOSS, USUAL_CLASSES = "ForCausalLM", ("GPT2LMHeadModel",)
@@ -72,8 +71,6 @@ def groups_of(
     in_step = any_sharded(model)
     if not (gradients and together and may_share(model)) or in_step:
         together = 0
-    else:
-        together = max(1, min(together, LOGIT_ELEMENTS // model.config.get_text_config().vocab_size))
     samples = (sample for batch in batches for sample in split_samples(batch))
     if gradients:  # the first label predicts nothing: the loss is over labels[1:]
         samples = (sample for sample in samples if (sample["labels"][:, 1:] != -100).any())
@@ -112,11 +109,13 @@ def may_share(model: nn.Module) -> bool:
     """Whether padded samples can go through the model together.
 
     Not where experts are (padding would be routed to them, and their inputs do not tell samples apart), nor where the
-    model's loss is another than the usual one, which is computed here for each sample apart.
+    model's loss is another than the usual one, which is computed here for each sample apart (`loss.py`).
     """
     if getattr(model, "loss_type", None) != USUAL_LOSS and type(model).__name__ not in USUAL_CLASSES:
         return False
-    return not any("expert" in name or stacks(m) or other_stacks(m) for name, m in model.named_modules())
+    if any("expert" in name or stacks(m) or other_stacks(m) for name, m in model.named_modules()):
+        return False
+    return head_is_apart(model)
 
 
 def packed(
@@ -167,15 +166,3 @@ def pad_together(group: Sequence[Sample]) -> tuple[Sample, Tensor | None]:
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
     batch["attention_mask"] = mask.to(batch["input_ids"])
     return batch, mask.reshape(-1).nonzero().squeeze(1)
-
-
-def summed_loss(
-    logits: Tensor,  # (samples, tokens, vocabulary)
-    labels: Tensor,  # (samples, tokens)
-) -> Tensor:
-    """The sum over samples of the mean cross-entropy of their labelled tokens, each predicted by those before it."""
-    targets = labels[:, 1:]
-    labelled = targets != -100
-    share = labelled / labelled.sum(1, keepdim=True).clamp_min(1)  # float32
-    losses = F.cross_entropy(logits[:, :-1][labelled].float(), targets[labelled], reduction="none")
-    return (losses * share[labelled]).sum()

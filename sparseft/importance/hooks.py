@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparseft.importance.batching import Group, Sample, pad_together, summed_loss
+from sparseft.importance.batching import Group, Sample, pad_together
+from sparseft.importance.loss import decoder_output, loss_gradient
 from sparseft.models.decoder import runnable
 
 
@@ -77,12 +78,14 @@ class Pass:
         """Of the batch, padding included."""
         return self.batch["input_ids"].numel()
 
-    def loss(self, model: nn.Module) -> Tensor:
-        """The sum over the samples of the mean loss of their labelled tokens: a forward pass."""
+    def ending(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """A forward pass: the end of its graph, and the gradient by it of the sum over the samples of the mean loss of
+        their labelled tokens; None where the end is that loss."""
         if not self.padded:
-            return model(**self.batch, use_cache=False).loss
+            return model(**self.batch, use_cache=False).loss, None
         inputs = {name: value for name, value in self.batch.items() if name != "labels"}
-        return summed_loss(model(**inputs, use_cache=False).logits, self.batch["labels"])
+        hidden = decoder_output(model, inputs)
+        return hidden, loss_gradient(model, hidden, self.batch["labels"])
 
 
 def _moved(batch: Sample, device: torch.device) -> Sample:
@@ -138,9 +141,9 @@ def _run(model: nn.Module, one: Pass, watcher: Watcher) -> None:
     with watcher.over(one):
         if watcher.gradients:
             with torch.enable_grad():
-                loss = one.loss(model)
+                ending = one.ending(model)
                 watcher.forget()  # the graph holds what the hooks need
-                torch.autograd.backward(loss, inputs=None)
+                torch.autograd.backward(*ending)
         else:
             with torch.no_grad():
                 inputs = {name: value for name, value in one.batch.items() if name != "labels"}

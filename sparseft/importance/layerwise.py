@@ -1,16 +1,18 @@
 """Calibration a decoder layer at a time, so that the statistics of one layer alone exist, whatever the model's size.
 
-One forward pass over the samples keeps the hidden states at the layers' borders, and the loss's gradient at the last
-one. Then, from the last layer to the first, each is run again and differentiated over all samples, from the gradient
-at its output to that at its input, which takes the hidden state's place; its linears are scored and its sums dropped.
-Each layer is called with what the model itself has called it with, and a trial on a few tokens says whether that comes
-to the model's own passes.
+One forward pass over the samples keeps the hidden states at the layers' borders (`room.py`), and the loss's gradient at
+the last one. Then, from the last layer to the first, each is run again and differentiated over all samples, from the
+gradient at its output to that at its input, which takes the hidden state's place; its linears are scored and its sums
+dropped. Each layer is called with what the model itself has called it with, and a trial on a few tokens says whether
+that comes to the model's own passes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +25,7 @@ from sparseft.distributed.zero3 import any_sharded
 from sparseft.importance.batching import Group, Sample
 from sparseft.importance.calibration import CalibrationState, Statistics, Watch
 from sparseft.importance.hooks import NotByPosition, Pass, Watcher, differentiable, untouched
-from sparseft.importance.room import Room
+from sparseft.importance.room import Room, ahead
 from sparseft.importance.units import Candidate
 from sparseft.models.decoder import decoder_layers, runnable
 
@@ -150,7 +152,7 @@ def _as_always(model: nn.Module, layers: Sequence[nn.Module], one: Pass) -> tupl
     handles.append(layers[-1].register_forward_hook(after))
     try:
         with differentiable(model):
-            one.loss(model).backward()
+            torch.autograd.backward(*one.ending(model))
     finally:
         for handle in handles:
             handle.remove()
@@ -186,6 +188,18 @@ def _same(one: Tensor, other: Tensor | None) -> bool:
 # -- the walk ----------------------------------------------------------------------------------------------------------
 
 
+def _in_step(work: Callable[[], None]) -> None:
+    """Where a rank's work ends in KeyboardInterrupt, all ranks' does: none waits for one that has gone, and all have
+    done the same layers."""
+    interrupted = False
+    try:
+        work()
+    except KeyboardInterrupt:
+        interrupted = True
+    if any(ranks.all_gather_object(interrupted)):
+        raise KeyboardInterrupt
+
+
 class Walk:
     """The way back over a model's decoder layers: where it is, what is kept, what was found.
 
@@ -213,7 +227,9 @@ class Walk:
         self.positions = sum(one.positions for one in self._passes())
         borders = len(layers) - self.lowest + 1
         folder = state.folder.parent if state.folder is not None else None
-        self.room = Room(self.positions * token_bytes * borders, self.device, "the kept hidden states", folder)
+        # Each border is written and read once or twice in the whole walk: on the CPU a file will do.
+        size = self.positions * token_bytes * borders
+        self.room = Room(size, self.device, "the kept hidden states", folder, spare=True)
         # At each border from the lowest layer's input on (positions, features): the hidden state, or at `left` the
         # loss's gradient by it. What is above `left` is dropped.
         self.kept: dict[int, Tensor] = {}
@@ -241,11 +257,11 @@ class Walk:
         try:
             with untouched(self.model), runnable(self.model):
                 if self.left > self.lowest:
-                    self._forward(watch)
+                    _in_step(partial(self._forward, watch))
                 while self.left > self.lowest:
                     modules = self.members[self.left - 1]
                     sums = statistics(modules)
-                    self._back(modules, sums, watch)
+                    _in_step(partial(self._back, modules, sums, watch))
                     sums.reduce()
                     found, raised = scored(sums, modules)
                     del sums
@@ -255,7 +271,7 @@ class Walk:
                     self.kept.pop(self.left + 1, None)  # a rank without samples has none
                     if any(ranks.all_gather_object(self.state.due())):  # all save the same layer, or none could go on
                         self._save()
-                    self._tell(watch)
+                    _in_step(partial(self._tell, watch))
         except BaseException:
             self._save()
             raise
@@ -339,7 +355,7 @@ class Walk:
             handles.append(self.layers[-1].register_forward_hook(after))
         try:
             with torch.enable_grad():
-                one.loss(self.model).backward()
+                torch.autograd.backward(*one.ending(self.model))
         except _Enough:
             return
         finally:
@@ -363,21 +379,27 @@ class Walk:
         its input."""
         number = self.left - 1
         watcher = Watcher({name: self.model.get_submodule(name) for name in names}, observer, gradients=True)
-        start, calls = 0, iter(self.calls)
+        calls = [of_pass[number - self.lowest] for of_pass in self.calls]
+        ends = list(itertools.accumulate(call.shape[:-1].numel() for call in calls))
+        rows = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        loads = [partial(self._load, number, at, call.shape) for call, at in zip(calls, rows, strict=True)]
+        work = zip(calls, rows, ahead(loads, self.device), strict=True)
         with watcher, torch.enable_grad():
             for group in self.groups:
                 for one in Pass.of(group, self.device):
-                    at = slice(start, start + one.positions)
-                    call = next(calls)[number - self.lowest]
+                    call, at, (hidden, gradient) = next(work)
                     with watcher.over(one):
-                        x = self._at(number, at, call.shape).requires_grad_()
+                        x = hidden.requires_grad_()
                         y = call.again(self.layers[number], x)
-                        torch.autograd.backward(y, self._at(number + 1, at, call.shape))
+                        torch.autograd.backward(y, gradient)
                     if number > self.lowest:
                         assert x.grad is not None
                         self._keep(number, at, x.grad)
-                    start = at.stop
+                    del hidden, gradient, x, y  # before the next pass
                 self._tell(watch)
 
-    def _at(self, number: int, at: slice, shape: torch.Size) -> Tensor:
-        return self.kept[number][at].view(shape).to(self.device, non_blocking=True).detach()
+    def _load(self, number: int, at: slice, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """A pass's hidden state at a layer's input and the gradient at its output, on the device."""
+        kept = (self.kept[border][at].view(shape) for border in (number, number + 1))
+        hidden, gradient = (x.to(self.device, non_blocking=True).detach() for x in kept)
+        return hidden, gradient

@@ -1,4 +1,5 @@
-"""Where large tensors of a calibration lie: on the device, in host memory, or in memory-mapped files."""
+"""Where large tensors of a calibration lie: on the device, in host memory, or in memory-mapped files; and how they come
+to the device ahead of the work."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import errno
 import math
 import os
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,12 +31,17 @@ class Room:
     for temporary files).
 
     A file loses its name as soon as it is mapped, so its space is freed with the tensor, however the process ends.
+
+    spare: not in host memory where the device itself works in it.
     """
 
-    def __init__(self, total_bytes: int, device: torch.device, what: str, folder: Path | None = None) -> None:
+    def __init__(
+        self, total_bytes: int, device: torch.device, what: str, folder: Path | None = None, *, spare: bool = False
+    ) -> None:
         self.total_bytes, self.device, self.what, self.folder = total_bytes, device, what, folder
         self.place = DISK
-        if total_bytes <= HOST_SHARE * available_bytes() / env.local_world():
+        allowed = HOST_SHARE * available_bytes() / env.local_world()
+        if total_bytes <= allowed and not (spare and device.type == "cpu"):
             self.place = HOST
         if device.type != "cpu" and total_bytes <= DEVICE_SHARE * free_device_bytes(device):
             self.place = DEVICE
@@ -61,6 +68,39 @@ class Room:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             reason = "the disk has no room left" if full else f"the file cannot be written ({error.strerror})"
             raise RunError(
-                f"{folder}: {self.what} need {self.total_bytes / 2**30:.1f} GiB, more than a quarter of the "
-                f"free memory, so they go to disk, but {reason}."
+                f"{folder}: {self.what} need {self.total_bytes / 2**30:.1f} GiB, which go to disk so as not to crowd "
+                f"the memory, but {reason}."
             ) from error
+
+
+def ahead(loads: Iterable[Callable[[], tuple[Tensor, ...]]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """What each of `loads` gives, in their order, each called while the one before is being worked on.
+
+    On CUDA in a stream of its own: copies out of locked memory (`non_blocking`) then run beside the work, after all
+    that was under way when they were asked for.
+    """
+    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def loaded(load: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if beside is None:
+            return load()
+        beside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(beside):
+            return load()
+
+    def handed(tensors: tuple[Tensor, ...], copied: torch.cuda.Event | None) -> tuple[Tensor, ...]:
+        if copied is not None:
+            working = torch.cuda.current_stream(device)
+            working.wait_event(copied)
+            for tensor in tensors:  # made in the other stream, so its allocator has to be told who uses them
+                tensor.record_stream(working)
+        return tensors
+
+    waiting = None
+    for load in loads:
+        upcoming = loaded(load), beside.record_event() if beside is not None else None
+        if waiting is not None:
+            yield handed(*waiting)
+        waiting = upcoming
+    if waiting is not None:
+        yield handed(*waiting)

@@ -45,10 +45,10 @@ from sparseft.importance.units import Candidate, generator_for, sum_features, su
 from sparseft.kernels.reference import product, to_blocks, token_product
 from sparseft.models.decoder import logical_weight
 
-# Tokens, padding included, that go through the model at once where samples may be summed together: on a CPU a thousand
-# fill the products, and their activations take little beside a model for which memory matters (twice as many were 4 %
-# slower, half as many as fast); an accelerator needs more to be busy. A longer sample goes alone.
-TOKENS_TOGETHER, TOKENS_TOGETHER_CUDA = 1024, 4096
+# Tokens, padding included, that go through the model at once where samples may be summed together: on a CPU 512 fill
+# the products (256 were 10 % slower, 1,024 as fast), and from a width of a thousand on their activations are less than
+# a layer's gradient; an accelerator needs more to be busy. A longer sample goes alone.
+TOKENS_TOGETHER, TOKENS_TOGETHER_CUDA = 512, 4096
 
 
 # Importances that keep sums as large as the model: those that gain by taking a layer at a time.
@@ -208,7 +208,8 @@ def compute_scores(
         begun = state.has(LAYERS) or (crowded and not state.has(STATISTICS))  # what was begun so goes on so
         if by_layer or any(ranks.all_gather_object(begun)):
             batches = list(batches)
-            found = _by_layer(model, by_module, batches, together, statistics, needed, state, watch)
+            instead = 0 if by_layer else needed
+            found = _by_layer(model, by_module, batches, together, statistics, instead, state, watch)
     if found is None:
         sums = statistics(by_module)
         state.expect(needed)
@@ -229,7 +230,7 @@ def _by_layer(
     batches: Sequence[Mapping[str, Any]],
     together: int,
     statistics: Callable[[Mapping[str, Sequence[Candidate]]], UnitSums | KroneckerFactors],
-    needed: int,  # bytes of all layers' sums
+    needed: int,  # bytes of all layers' sums, where they may be kept instead; else 0
     state: CalibrationState,
     watch: Watch,
 ) -> Found | None:

@@ -24,7 +24,7 @@ from sparseft.errors import UserError
 from sparseft.files.atomic import explained
 from sparseft.files.tensors import SELECTION_CONFIG
 from sparseft.importance.calibration import Watch, saved_samples
-from sparseft.models.fingerprint import base_fingerprint
+from sparseft.models.fingerprint import base_fingerprints
 from sparseft.selection.compute import Request, Settings, compute
 from sparseft.selection.exclude import Excluded
 from sparseft.selection.selection import Selection
@@ -48,6 +48,7 @@ class Selected:
     path: Path
     cached: bool
     seconds: float
+    fingerprints: list[str]  # the base model's
 
 
 def select(model: nn.Module, request: Request, data: LoadedData, pad: int, cache_dir: str) -> Selected:
@@ -56,7 +57,8 @@ def select(model: nn.Module, request: Request, data: LoadedData, pad: int, cache
     `pad` is the id to pad calibration examples with. All processes take part and get the same.
     """
     settings = request.settings
-    key = selection_key(base_fingerprint(model), data.fingerprint, settings, request.excluded)
+    fingerprints = base_fingerprints(model)
+    key = selection_key(fingerprints[0], data.fingerprint, settings, request.excluded)
     path = Path(cache_dir) / "selections" / key
     start = time.perf_counter()
     first = ranks.is_main()
@@ -65,7 +67,7 @@ def select(model: nn.Module, request: Request, data: LoadedData, pad: int, cache
     if found is not None:
         if first:  # of a process that was killed when it had saved the selection
             shutil.rmtree(partial, ignore_errors=True)
-        return Selected(found, path, True, time.perf_counter() - start)
+        return Selected(found, path, True, time.perf_counter() - start, fingerprints)
     batches = None
     if settings.needs_data:
         batches = calibration_batches(data.train, settings.num_samples, settings.seed, pad)
@@ -84,7 +86,7 @@ def select(model: nn.Module, request: Request, data: LoadedData, pad: int, cache
         raise KeyboardInterrupt
     seconds = time.perf_counter() - start
     console.log(f"selection: computed in {seconds:.1f} s, kept in {path}")
-    return Selected(selection, path, False, seconds)
+    return Selected(selection, path, False, seconds, fingerprints)
 
 
 def _cached(cache_dir: str, path: Path) -> Selection | None:

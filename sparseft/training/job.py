@@ -75,6 +75,7 @@ class Job:
     dtype: torch.dtype  # of the base model
     selection: Selection | None = None
     selection_cached: bool | None = None
+    fingerprints: list[str] | None = None  # the base model's, where choosing took them
     method_config: dict[str, Any] | None = None  # with what the method left to the model
     trainable: int = 0
     export_rank: int | None = None  # that an exact LoRA of the selection needs
@@ -232,13 +233,16 @@ def select(job: Job) -> None:
     else:
         selected = cached_or_computed(job.config, job.prepared, job.spec)
         job.selection, job.selection_cached = selected.selection, selected.cached
+        job.fingerprints = selected.fingerprints
 
 
 def attach(job: Job) -> None:
     """Makes the model trainable by the run's method, says what trains, and settles the Trainer's arguments."""
     config, prepared = job.config, job.prepared
     with console.showing(LayoutWarning):
-        model = attach_method(prepared.model, config.method, job.selection, spec=job.spec)
+        model = attach_method(
+            prepared.model, config.method, job.selection, spec=job.spec, fingerprints=job.fingerprints
+        )
     prepared.model = model
     job.method_config = state_of(model).method_config
     if config.model.path.startswith(BUNDLED):

@@ -485,6 +485,10 @@ def test_wrong_comparisons(words: list[str], parts: list[str], in_tmp: Path) -> 
         (["bench.methods=['lora rnak=16']"], ["lora", "rnak", "rank"]),
         (["bench.methods=['lora rank']"], ["'rank'", "key=value"]),
         (["bench.methods=['lora rank=many']"], ["rank", "many"]),
+        (
+            ["method=lora", "method.rank=8", "bench.methods=['lora sparsity=0.9']", "model.path=nowhere"],
+            ["bench.methods: 'lora sparsity=0.9'", "sparsity=0.9 and method.rank=8 both set the size"],
+        ),
         (["bench.methods=['floor rank=2']"], ["floor"]),
         (["bench.methods=['s2ft d_ratio=2']"], ["d_ratio"]),
         (["bench.methods=[s2ft,sylvia]"], ["sylvia", "sylva"]),

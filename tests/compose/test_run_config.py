@@ -20,6 +20,7 @@ from sparseft.compose.run_config import from_dict, points, to_yaml
 from sparseft.config import BITSANDBYTES, OPTIMIZERS, SCHEDULERS, RunConfig
 from sparseft.errors import UserError
 from sparseft.methods import METHODS, get_method
+from sparseft.rules import check_type
 from support.places import ROOT
 
 CONF = ROOT / "conf"
@@ -655,3 +656,10 @@ def test_runs_of_before_compile_as_they_did() -> None:
         assert "compile" in old["hardware"]  # what was given is left as it was
     with pytest.raises(UserError, match="Unknown key 'hardware.compile' in .* Did you mean 'trainer.compile'"):
         make("hardware.compile=true")
+
+
+@pytest.mark.parametrize(("value", "shown"), [("3", "'3'"), ("null", "'null'"), ("1e3x", "1e3x"), (True, "true")])
+def test_text_that_looks_like_a_number_is_shown_in_quotes(value: object, shown: str) -> None:
+    """Of a config made in Python: `method.rank=3: expected a whole number` would be a riddle."""
+    with pytest.raises(UserError, match=f"^method.rank={shown}: expected a whole number or null"):
+        check_type("method.rank", value, int | None)

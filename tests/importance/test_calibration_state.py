@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,89 @@ def test_preprocess_goes_on_after_a_signal(
     fresh = sparseft(tmp_path, *words, "--json", "cache_dir=fresh").json
     for name in ("selection.json", "selection.safetensors"):
         assert (resumed / name).read_bytes() == (tmp_path / fresh["selection"] / name).read_bytes()
+
+
+BY_LAYER = textwrap.dedent(
+    """
+    import sys, time
+    import sparseft.selection.compute as computing
+    from sparseft.importance.layerwise import Walk
+    plain, score, back = Walk._tell, computing.compute_scores, Walk._back
+    computing.compute_scores = lambda *args, **options: score(*args, **options | {"by_layer": True})
+    def tell(self, watch):
+        print("left", self.left, flush=True, file=sys.stderr)
+        time.sleep(float(sys.argv[1]))
+        plain(self, watch)
+    Walk._tell = tell
+    from sparseft.cli.app import main
+    sys.exit(main(sys.argv[2:]))
+    """
+)
+
+
+def two(folder: Path, words: list[str], seconds: Sequence[float]) -> list[subprocess.Popen[str]]:
+    """Two ranks of a command, as torchrun starts them, that wait so long after each pass of a layer."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", BY_LAYER, str(wait), *words], cwd=folder, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.DEVNULL, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, wait in enumerate(seconds)
+    ]  # fmt: skip
+
+
+def ended(children: list[subprocess.Popen[str]], seconds: float = 240) -> list[str]:
+    try:
+        errors = [child.communicate(timeout=seconds)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("signalled", "waits"),
+    [((0, 1), (0.3, 0.3)), pytest.param((0, 1), (0.0, 1.5), marks=pytest.mark.slow), ((1,), (0.0, 0.3))],
+    ids=["both", "one-is-far-ahead", "one-alone"],
+)
+def test_two_ranks_go_on_below_the_layers_that_are_done(
+    tmp_path: Path, model_folder: Any, signalled: Sequence[int], waits: Sequence[float]
+) -> None:
+    """SIGINT once the first layer is done: all ranks end with that layer, also where a signal reaches one only, or the
+    other waits for its sums already."""
+    words = [
+        "preprocess", *on(model_folder("llama"), write_data(tmp_path)["json"]), "method=sylva", "sparsity=0.9",
+        "method.block_size=8", "method.num_samples=8",
+    ]  # fmt: skip
+    children, read = two(tmp_path, words, waits), []
+    slower = children[1]
+    assert slower.stderr is not None
+    for line in slower.stderr:
+        read.append(line)
+        if line.startswith("left 1"):
+            for rank in signalled:
+                children[rank].send_signal(signal.SIGINT)
+            break
+    errors = ended(children)
+    assert [child.returncode for child in children] == [130, 130], "".join([*read, *errors])
+    assert all("Traceback" not in error for error in errors)
+    (partial,) = (tmp_path / ".cache/sparseft/selections").iterdir()
+    assert {path.name for path in partial.iterdir()} == {f"layers-{rank}of2.safetensors" for rank in (0, 1)}
+    children = two(tmp_path, words, (0.0, 0.0))
+    errors = ended(children)
+    assert [child.returncode for child in children] == [0, 0], "".join(errors)
+    assert all("goes on below decoder layer 1" in errors[rank] and "left 2" not in errors[rank] for rank in (0,))
+    (found,) = (tmp_path / ".cache/sparseft/selections").iterdir()
+    two_fresh = two(tmp_path, [*words, "cache_dir=fresh"], (0.0, 0.0))
+    errors = ended(two_fresh)
+    assert [child.returncode for child in two_fresh] == [0, 0], "".join(errors)
+    for name in ("selection.json", "selection.safetensors"):
+        assert (found / name).read_bytes() == (tmp_path / "fresh/selections" / found.name / name).read_bytes()
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,33 @@ def test_memory_is_one_layers_whatever_the_depth(monkeypatch: pytest.MonkeyPatch
     assert deep < 2.5 * held[0]
 
 
+def test_loads_come_in_order_each_one_ahead_of_the_work() -> None:
+    events: list[tuple[str, int]] = []
+
+    def load(number: int) -> tuple[Tensor, ...]:
+        events.append(("load", number))
+        return (torch.tensor(number), torch.tensor(-number))
+
+    for hidden, gradient in room.ahead([partial(load, number) for number in range(4)], torch.device("cpu")):
+        assert int(hidden) == -int(gradient)
+        events.append(("work", int(hidden)))
+    order = [("load", 0), ("load", 1), ("work", 0), ("load", 2), ("work", 1), ("load", 3), ("work", 2), ("work", 3)]
+    assert events == order
+    assert not list(room.ahead([], torch.device("cpu")))
+
+
+def test_each_pass_gets_its_own_samples_whatever_their_lengths(make_model: Callable[..., Any]) -> None:
+    """Of every layer and pass: what it is given again is what it was given in the forward pass, in the same order."""
+    model = make_model("llama")
+    given: dict[int, list[Tensor]] = {0: [], 1: []}
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda _m, a, n=number: given[n].append(a[0].detach().clone()))
+    scored(model)
+    for states in given.values():  # before these the trial
+        assert len({state.shape for state in states[-3:]}) == 3
+        assert all(torch.equal(one, again) for one, again in zip(states[-6:-3], states[-3:], strict=True))
+
+
 def test_the_memory_that_is_free_decides(
     make_model: Callable[..., Any],
     tmp_path: Path,
@@ -152,10 +180,10 @@ def test_the_memory_that_is_free_decides(
     needed = kfac.statistics_bytes(FactorSettings(), ModelSpec.of(model).linears.values())
     monkeypatch.setattr(room, "available_bytes", lambda: 4 * needed - 4)
     assert_equal(scored(model, by_layer=None), at_once)
-    assert f"{LINE}; hidden states (0.0 GiB) are kept in host memory" in capsys.readouterr().err
+    assert f"{LINE}; hidden states (0.0 GiB) are kept on disk" in capsys.readouterr().err
     monkeypatch.setattr(room, "available_bytes", lambda: 4096)
     assert_equal(scored(model, by_layer=None, watch=Watch(resume=tmp_path / "partial")), at_once)
-    assert "are kept on disk" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert LINE in capsys.readouterr().err and not list(tmp_path.iterdir())
     long = samples((128,) * 60)  # hidden states of more than the sums
     scored(model, by_layer=None, batches=long)
     assert (

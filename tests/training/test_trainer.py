@@ -512,3 +512,18 @@ def test_the_peak_starts_again_with_each_run() -> None:
     assert memory_bytes(CPU, peak=False) < now + size * 0.5
     reset_peak_memory(CPU)
     assert memory_bytes(CPU, peak=True) < now + size * 0.5
+
+
+def test_the_bases_fingerprint_is_taken_once(in_tmp: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the selection's key, which hands it on to the adapter's description."""
+    from transformers import AutoModelForCausalLM
+
+    from sparseft.adapters import state
+    from sparseft.models.fingerprint import base_fingerprint
+
+    monkeypatch.setattr(state, "base_fingerprints", lambda _: pytest.fail("a second time"))
+    words = ["train", *on(model_folder(), write_data(in_tmp)["json"]), "method=s2ft", "trainer.max_steps=1"]
+    sparseft(in_tmp, *words, "output_dir=run")
+    (description,) = (in_tmp / "run/adapter").glob("*.json")
+    base = AutoModelForCausalLM.from_pretrained(model_folder())
+    assert json.loads(description.read_text())["base_fingerprint"] == base_fingerprint(base)
