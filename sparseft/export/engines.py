@@ -62,12 +62,6 @@ def engine_of(name: str) -> Engine:
     return ENGINES[name]
 
 
-def lora_rank(need: int) -> int:
-    """The rank that all linears get where the largest need is `need`: the smallest that every engine takes, above the
-    largest of those a multiple of 16."""
-    return next((rank for rank in RANKS if rank >= need), -(-need // 16) * 16)
-
-
 def check(name: str | None, format_name: str, facts: LoraFacts | None = None) -> list[str]:
     """Refuses (`UserError`) what the engine would refuse or silently drop of an export; returns what to start it with.
 

@@ -30,7 +30,7 @@ def export(source: Source, format: Format, out: str | Path, options: Options) ->
         raise UserError(f"--out {out}: there lies what is exported; name a new folder.")
     notes = format.check(source, options)
     for note in notes:
-        console.warn(note)
+        console.log(note)
     with explained(f"the export {out}", lambda: None), replaced_folder(out, (NOTE,)) as aside:
         facts = format.write(source, options, aside)
         format.verify(source, options, aside)

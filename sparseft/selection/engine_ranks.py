@@ -19,15 +19,14 @@ HIGHEST: dict[str, int | None] = {  # None: any rank
     "tgi": None,
     "lorax": None,
     "llama.cpp": None,
-    "mlx": None,
     "peft": None,
 }
 FAST = {"tgi": 128, "lorax": 128}  # up to where their fast kernels go
 
 
 def file_rank(needed: int) -> int:
-    """The rank that files have which hold `needed`: the next one of `RANKS`; beyond those as it is."""
-    return next((rank for rank in RANKS if rank >= needed), needed)
+    """The rank that files have which hold `needed`: the next one of `RANKS`; beyond those a multiple of 16."""
+    return next((rank for rank in RANKS if rank >= needed), -(-needed // 16) * 16)
 
 
 def largest_need(selection: Selection, shapes: Mapping[str, tuple[int, int]]) -> tuple[int, str]:

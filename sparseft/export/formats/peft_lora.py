@@ -26,6 +26,7 @@ from sparseft.files.atomic import write_json
 from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.loading import check_model_path
+from sparseft.selection.engine_ranks import file_rank
 
 # How much a value may change, relative to itself, when it is stored; in fp16 no less than `TINY`.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -62,7 +63,7 @@ class PeftLora(Format):
         needs = {}
         for name, (b, _) in _factors(layout, changes):
             needs[name] = b.shape[1]
-        rank = engines.lora_rank(max(needs.values(), default=0))
+        rank = file_rank(max(needs.values(), default=0))
         self.plan = Plan(layout, rank, needs)
         facts = engines.LoraFacts(rank, needs, tuple(layout.parts), layout.experts, layout.transposed)
         return engines.check(options.engine, self.name, facts)
