@@ -253,6 +253,7 @@ def test_layers_that_see_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert state_of(model).active == "fused"
 
 
+@pytest.mark.slow
 def test_compiled_models(tmp_path: Path) -> None:
     """What was compiled calls no hook that came later: the base's logits must not pass for those of the rows."""
     model = loaded("llama", tmp_path)

@@ -68,7 +68,7 @@ def odd_base(kind: str, dtype: torch.dtype) -> Any:
         ("llama", torch.float16),
         ("gpt2", torch.bfloat16),
         ("phi3", torch.bfloat16),
-        ("mixtral", torch.bfloat16),
+        pytest.param("mixtral", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_a_thousand_switches_leave_every_bit(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
