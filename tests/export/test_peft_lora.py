@@ -248,11 +248,13 @@ def test_a_whole_model_is_refused(made: Any, tmp_path: Path, capsys: Any) -> Non
 def test_ranks_above_every_engines(made: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """As 40 of 80 rows are where 32 is the most: the numbers, and what helps, before anything is written."""
     from sparseft.export import engines
+    from sparseft.selection import engine_ranks
 
     model, _ = made("llama")
     names = [f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)]
     source = adapter(model, tmp_path / "adapter", {names[0]: {"rows": list(range(40))}, names[1]: {"rows": [0]}})
-    monkeypatch.setattr(engines, "RANKS", (8, 16, 32))
+    for module in (engines, engine_ranks):
+        monkeypatch.setattr(module, "RANKS", (8, 16, 32))
     monkeypatch.setitem(engines.HIGHEST, "vllm", 32)
     for words in ((), ("--engine", "vllm")):
         assert export(source, tmp_path / "out", *words) == 2
