@@ -46,10 +46,11 @@ def within(pools: list[Pool], max_rank: int) -> list[Pool]:
         return _features(pools, max_rank)
     limited = []
     for pool in pools:
-        standing = pool.split(pool.standing())
-        allowed = torch.cat([_blocks(c, standing[c.key], best[c.key], max_rank) for c in pool.members])
-        if allowed.sum() < pool.total:
-            allowed = torch.cat([_blocks(c, None, best[c.key], max_rank) for c in pool.members])
+        places = pool.standing()
+        standing, free = pool.split(places), pool.split(places < len(pool.ranked))
+        allowed = torch.cat([_blocks(c, free[c.key], standing[c.key], best[c.key], max_rank) for c in pool.members])
+        if allowed[pool.ranked].sum() < pool.total:
+            allowed = torch.cat([_blocks(c, free[c.key], None, best[c.key], max_rank) for c in pool.members])
         limited.append(replace(pool, ranked=pool.ranked[allowed[pool.ranked]]))
     return limited
 
@@ -90,12 +91,13 @@ def _features(pools: list[Pool], max_rank: int) -> list[Pool]:
     ]
 
 
-def _blocks(c: Candidate, standing: Tensor | None, best: Tensor, max_rank: int) -> Tensor:
+def _blocks(c: Candidate, free: Tensor, standing: Tensor | None, best: Tensor, max_rank: int) -> Tensor:
     """Which blocks (count,) lie in the block rows and columns that are to hold all that trains.
 
     These are a cover of `best`, where one fits, and then one by one the row or column with the most in it for its
     height or width. A block counts the more the better it stands, also beyond those that are taken, since the lines are
-    filled up with such; where standing is None all blocks count alike, which makes the most room.
+    filled up with such; where standing is None all blocks count alike, which makes the most room. Those that are not
+    `free` (count,) count nothing.
     """
     if max_rank >= min(c.shape):
         return torch.ones(c.count, dtype=torch.bool)
@@ -103,7 +105,7 @@ def _blocks(c: Candidate, standing: Tensor | None, best: Tensor, max_rank: int) 
     values = torch.ones(c.count, dtype=torch.float64)
     if standing is not None:
         values[standing.argsort(stable=True)] = (1.0 + torch.arange(c.count) / max(1, len(best))).double() ** -2
-    values = values.view(high, wide)
+    values = values.masked_fill(~free, 0.0).view(high, wide)
     sizes = torch.cat([extents(torch.arange(n), side, c.unit) for n, side in zip((high, wide), c.shape, strict=True)])
     taken = torch.zeros(high + wide, dtype=torch.bool)  # block rows, then block columns
     rows, columns = cover(unit_index(c, best), c.shape, c.unit)
