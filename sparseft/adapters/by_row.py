@@ -7,8 +7,8 @@ takes the names out of the arguments, and for the time of the call the kind of t
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-import types
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.adapters.state import state_of
+from sparseft.adapters.state import BASE, state_of
 from sparseft.errors import UserError
 
 ARGUMENT = "adapter_names"
 Rows = tuple[str | None, ...]
-PEFT_BASE = "__base__"  # how peft spells None
 _INPUTS = ("input_ids", "inputs_embeds", "inputs")
 
 
@@ -47,7 +46,7 @@ def listen(model: nn.Module) -> None:
     model.register_forward_pre_hook(_before, with_kwargs=True)
     model.register_forward_hook(_after, always_call=True)
     if hasattr(type(model), "generate") and "generate" not in vars(model):
-        model.generate = types.MethodType(generate, model)  # type: ignore[assignment]
+        model.generate = functools.partial(generate, model)  # type: ignore[assignment]  # a method is lost by pickle
 
 
 def ignore(model: nn.Module) -> None:
@@ -58,7 +57,7 @@ def ignore(model: nn.Module) -> None:
             for flags in (model._forward_pre_hooks_with_kwargs, model._forward_hooks_always_called):
                 flags.pop(key, None)
     method = vars(model).get("generate")
-    if getattr(method, "__func__", None) is generate:
+    if getattr(method, "func", None) is generate:
         del model.generate
 
 
@@ -96,7 +95,7 @@ def shape_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
 def _checked(model: Any, names: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Rows:
     if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
         raise UserError(f"{ARGUMENT}: expected a list with a name or None for each row of the batch, got {names!r}.")
-    names = tuple(None if name == PEFT_BASE else name for name in names)
+    names = tuple(None if name == BASE else name for name in names)
     state = state_of(model)
     assert state is not None
     for name in names:
@@ -126,7 +125,11 @@ def _enter(call: Call, tokens: int = 0) -> dict[str, Any]:
     def now() -> tuple[Rows, int] | None:
         return call.now if _call.get() is call else None
 
-    return call.leave.enter_context(state.kind.by_row(call.model, state, call.names, now))
+    try:
+        return call.leave.enter_context(state.kind.by_row(call.model, state, call.names, now))
+    except BaseException:  # `_after` knows nothing of a pass that was refused
+        call.leave.close()
+        raise
 
 
 def _untraceable() -> UserError:

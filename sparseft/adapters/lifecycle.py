@@ -13,7 +13,7 @@ from sparseft.adapters.description import is_whole_model, read_config
 from sparseft.adapters.full import Full
 from sparseft.adapters.peft import Peft
 from sparseft.adapters.sparse import Sparse
-from sparseft.adapters.state import DEFAULT, Kind, require_state, state_of
+from sparseft.adapters.state import DEFAULT, Kind, check_new_name, require_state, state_of
 from sparseft.adapters.waiting import KEEP
 from sparseft.distributed.zero3 import full_shape
 from sparseft.errors import UserError, nearest
@@ -83,7 +83,7 @@ def save_adapter(
     model's, where ZeRO-3 has its parameters in shards.
     """
     state = require_state(model)
-    name = name or state.active
+    name = state.active if name is None else name
     if name is None:
         raise UserError("no adapter is active: name the one to save.")
     state.kind.check_name(model, name)
@@ -108,11 +108,12 @@ def load_adapter(
         activate: False leaves the adapter that is active as it is: to load many.
 
     Raises:
-        UserError: the folder does not fit the model, or `keep` is no such place.
+        UserError: the folder does not fit the model, `keep` is no such place, or `name` cannot be one.
         RunError: later, where the file of an adapter on `disk` was altered meanwhile.
     """
     if keep not in KEEP:
         raise UserError(f"keep='{keep}': expected {', '.join(KEEP)}.{nearest(keep, KEEP)}")
+    check_new_name(name)
     folder = Path(path)
     content = read_config(folder)
     kind = "peft" if "peft_type" in content else "full" if is_whole_model(folder) else "sparse"
@@ -149,6 +150,7 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
     for known, weight in weights.items():
         if not math.isfinite(weight):
             raise UserError(f"fuse: the weight of '{known}' is {weight}: expected a finite number.")
+    check_new_name(name)
     state.kind.fuse(model, state, weights, name)
     return model
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check_peft, peft_hash
-from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State, state_for, state_of
+from sparseft.adapters.state import BASE, DEFAULT, Kind, Names, Now, State, state_for, state_of
 from sparseft.adapters.tied_weights import always_tied, changed_apart, tell_untied, untie
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError, shown
@@ -37,7 +37,6 @@ from sparseft.selection.selection import Selection
 
 WRAPPED = "base_model.model."  # what peft's wrapper puts before the base's names
 INSIDE = ("token_adapter", "base_layer", "original_module")  # and into them, where it put a layer around a module
-PEFT_BASE = "__base__"  # in the names of a batch's adapters
 HOOKS = ("_require_grads_hooks", "_require_grads_hook")
 
 
@@ -167,7 +166,7 @@ class Peft(Kind):
         before = state.active
         _switch(model, self.kept, before, used[0] if used else None)
         try:
-            yield {"adapter_names": [PEFT_BASE if name is None else name for name in names]} if used else {}
+            yield {"adapter_names": [BASE if name is None else name for name in names]} if used else {}
         finally:
             _switch(model, self.kept, used[0] if used else None, before)
 

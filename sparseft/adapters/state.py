@@ -19,6 +19,7 @@ from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 
 DEFAULT = "default"
+BASE = "__base__"  # how peft spells None among the names of a batch's rows
 Names = Sequence[str | None]  # of the adapters of a batch's rows; None: the base
 Now = Callable[[], tuple[Names, int] | None]
 
@@ -154,6 +155,12 @@ class State:
         if others:
             header["other_fingerprints"] = others
         return header | {"method": self.method, "method_config": self.method_config}
+
+
+def check_new_name(name: str) -> None:
+    """Refuses a name that an adapter cannot be asked for by."""
+    if not isinstance(name, str) or name in ("", BASE):
+        raise UserError(f"an adapter cannot be called {name!r}: expected a text that is not empty and not '{BASE}'.")
 
 
 def state_of(model: nn.Module) -> State | None:

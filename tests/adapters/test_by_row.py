@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import threading
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,30 @@ def test_experts_are_refused(tmp_path: Path) -> None:
     assert state_of(model).active == "default" and torch.equal(model(ids(2)).logits, before)
 
 
+def test_a_refused_pass_leaves_compiling_as_it_was(tmp_path: Path) -> None:
+    """Compiled code is set aside for a batch by row: also where the batch is refused then."""
+    from torch._dynamo import eval_frame  # as where something was compiled
+
+    assert eval_frame._stance.stance == "default"
+    model = randomise(sparseft.attach(build("mixtral"), METHODS["s2ft"](0))).eval()
+    with pytest.raises(UserError, match="trains experts"):
+        model(input_ids=ids(2), adapter_names=["default", None])
+    assert eval_frame._stance.stance == "default"
+
+
+def test_names_that_mean_the_base_are_no_names(tmp_path: Path) -> None:
+    folder = saved(lambda: build("llama"), tmp_path / "a", METHODS["s2ft"](0), 0)
+    model = sparseft.load_adapter(build("llama"), folder, "a.b/ü")
+    for name in ("", "__base__", None):
+        with pytest.raises(UserError, match="an adapter cannot be called"):
+            sparseft.load_adapter(model, folder, name)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="an adapter cannot be called"):
+            sparseft.fuse(model, {"a.b/ü": 1.0}, name)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no adapter is called ''"):
+        sparseft.save_adapter(model, tmp_path / "b", "")
+    assert state_of(model).active == "a.b/ü" and list(state_of(model).kind.names(model)) == ["a.b/ü"]
+
+
 def test_detached_models_and_copies_are_their_own(tmp_path: Path) -> None:
     model = loaded("llama", tmp_path)
     twin = copy.deepcopy(model)
@@ -209,6 +234,12 @@ def test_detached_models_and_copies_are_their_own(tmp_path: Path) -> None:
         torch.testing.assert_close(twin(ids(2), adapter_names=["s2ft", "sylva"]).logits, expected)
         assert generated(twin, ids(2), adapter_names=["s2ft", "sylva"]).shape[0] == 2
     assert state_of(model).active is None and state_of(twin).active == "sylva"
+    file = io.BytesIO()
+    torch.save(twin, file)
+    file.seek(0)
+    read = torch.load(file, weights_only=False)
+    two = {"max_new_tokens": 3, "do_sample": False, "adapter_names": ["s2ft", None]}
+    assert torch.equal(read.generate(ids(2), **two), twin.generate(ids(2), **two))
     plain = sparseft.detach(model)
     assert not plain._forward_pre_hooks and not plain._forward_hooks and "generate" not in vars(plain)
     assert not plain._forward_pre_hooks_with_kwargs and not plain._forward_hooks_always_called
