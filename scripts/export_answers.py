@@ -2,10 +2,10 @@
 
     python scripts/export_answers.py RUN OUT [--f32 FILE] [--base-gguf FILE …] [--mlx-base DIR]
 
-Exports RUN into OUT/<format> in every format, loads each as its users do, and compares the logits of all positions, and 8
-tokens answered greedily, with the attached model's: of formats of weights as they are rounded, of formats of differences
-with base + delta in fp32. llama.cpp runs the adapter on --base-gguf, and on the base in fp32, which --f32 writes first
-(with tests/support/gguf_base.py). --mlx-base: the base as mlx-lm reads it.
+Exports RUN into OUT/<format> in every format, loads each as its users do, and compares the logits of all positions,
+and 8 tokens answered greedily, with the attached model's: of formats of weights as they are rounded, of formats of
+differences with base + delta in fp32. llama.cpp runs the adapter on --base-gguf, and on the base in fp32, which --f32
+writes first (with tests/support/gguf_base.py). --mlx-base: the base as mlx-lm reads it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from sparseft.compose.run_config import compose
 from sparseft.config import BUNDLED_ROOT
 from sparseft.data.prompts import alpaca_prompt
-from sparseft.errors import UserError
+from sparseft.errors import RunError, UserError
 from sparseft.export.formats import FORMATS, format_of
 from sparseft.export.formats.base import Answering, Options
 from sparseft.export.formats.gguf_lora import FILE
@@ -63,7 +63,7 @@ def main() -> None:
         start = time.perf_counter()
         try:
             export(source, format, folder, options)
-        except UserError as error:
+        except (UserError, RunError) as error:
             print(f"  {name}: {error}", flush=True)
             continue
         seconds = time.perf_counter() - start
