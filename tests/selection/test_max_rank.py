@@ -323,12 +323,12 @@ def test_the_cached_selection_depends_on_the_cap() -> None:
 
 
 def test_what_each_engine_needs() -> None:
-    assert [file_rank(n) for n in (1, 8, 9, 257, 320, 321, 512, 513)] == [8, 8, 16, 320, 320, 512, 512, 513]
+    assert [file_rank(n) for n in (1, 8, 9, 257, 320, 321, 512, 513)] == [8, 8, 16, 320, 320, 512, 512, 528]
     assert engines_note(100, "a.b") == (
         "export: an exact LoRA needs rank 100 (a.b): fits vllm (--max-lora-rank 128), sglang, tgi, lorax, llama.cpp, "
-        "mlx, peft"
+        "peft"
     )
-    assert "vllm (--max-lora-rank 320), sglang, llama.cpp, mlx, peft, tgi without its fast kernels (up to 128)" in (
+    assert "vllm (--max-lora-rank 320), sglang, llama.cpp, peft, tgi without its fast kernels (up to 128)" in (
         engines_note(300, "a.b")
     )
     assert engines_note(600, "a.b").endswith("not vllm (up to 512): method.max_rank=512 would fit")
