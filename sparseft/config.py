@@ -195,6 +195,7 @@ class BenchConfig:
     depths: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     importances: list[str] = field(default_factory=lambda: ["activation", "gradient", "fisher", "sylva"])
     samples: Annotated[int, AT_LEAST_1] = 8
+    adapters: list[str] = field(default_factory=list)
     seeds: Annotated[int, AT_LEAST_1] = 3
     skills: list[str] = field(default_factory=lambda: [f"{s}: dataset={s}" for s in ("arithmetic", "commonsense")])
     rates: list[Annotated[float, RATE]] = field(default_factory=list)

@@ -37,6 +37,7 @@ from sparseft.selection.selection import Selection
 
 WRAPPED = "base_model.model."  # what peft's wrapper puts before the base's names
 INSIDE = ("token_adapter", "base_layer", "original_module")  # and into them, where it put a layer around a module
+PEFT_PARTS = {*WRAPPED.split("."), *INSIDE, "modules_to_save", "weight", "bias"}  # of the names of its weights
 HOOKS = ("_require_grads_hooks", "_require_grads_hook")
 
 
@@ -117,6 +118,7 @@ class Peft(Kind):
             state = State.of(model, cls(Overwritten.of(model)), method)
         if own:
             check_base(state.fingerprints, state.dtype, folder, own)
+        _check_telling(state.kind.kept, name)
         before = state.active
         model = _load(model, folder, content, name, state.kind.kept, before)
         state.active, state.method_config = name, dict(own.get("method_config") or {})
@@ -149,6 +151,7 @@ class Peft(Kind):
     def fuse(self, model: Any, state: State, weights: dict[str, float], name: str) -> None:
         for known in weights:
             self.check_name(model, known)
+        _check_telling(self.kept, name)
         _fuse(model, self.kept, state.active, weights, name)
         _switch(model, self.kept, None, name)
         state.active = name
@@ -249,6 +252,16 @@ def _load(
     _switch(wrapper, kept, active, name)
     _set_modes(wrapper, modes)  # peft's new modules would drop out in evaluation mode too
     return wrapper
+
+
+def _check_telling(kept: Overwritten, name: str) -> None:
+    """Refuses an adapter's name that peft would take for a part of a weight's name, where it would save and load other
+    weights than the adapter's, or that is no folder's."""
+    parts = {part for known in kept.names for part in known.split(".")}
+    if name in parts | PEFT_PARTS or name.startswith("lora_") or any(letter in name for letter in "./\\"):
+        raise UserError(
+            f"a peft adapter cannot be called {name!r}: expected no dots and slashes, and no part of a weight's name."
+        )
 
 
 def _structure(model: nn.Module) -> Callable[[], None]:

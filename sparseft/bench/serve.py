@@ -5,7 +5,8 @@ copies a LoRA over another (every forward pass then pays for the low-rank produc
 does not; and loading a state dict of the whole model. All have as many trained weights. Bytes are what a switch writes
 into the model's tensors.
 
-In a mixed batch row i has adapter i; a forward pass without a cache is timed.
+In a mixed batch row i has adapter i; a forward pass without a cache is timed. With `bench.adapters` the adapters are
+the user's own, on their base, with nothing beside them (`own_adapters.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 
 from sparseft import console
 from sparseft.adapters.lifecycle import attach, detach, load_adapter, save_adapter, set_adapter
-from sparseft.bench import targets
+from sparseft.bench import own_adapters, targets
 from sparseft.bench.contenders import FLOOR, check_methods, check_steps, method_config, own_settings
 from sparseft.bench.models import CONTEXT, DTYPES, random_llama, random_tokens, square_shape
 from sparseft.bench.output import Output, device_name, measured_on
@@ -37,6 +38,7 @@ from sparseft.bench.timing import (
     take_turns,
 )
 from sparseft.config import RunConfig
+from sparseft.data.formats import counted
 from sparseft.errors import UserError
 from sparseft.files.atomic import write_text
 from sparseft.layers import sparse_layers
@@ -48,7 +50,7 @@ from sparseft.report.charts import Panel, Series, line_chart, standalone
 MERGE, STATE, BASE = "merge and unmerge", "state dict", "base"
 LORA = "lora"  # whose adapters are merged
 NOTHING = "-"
-WIDTH, ADAPTERS = "width", "adapters"
+WIDTH, ADAPTERS, OWN = "width", "adapters", "own"
 Timed = Callable[[], float]  # does what is measured, and returns its seconds
 
 
@@ -70,6 +72,8 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
         "width": settings.width,
         "depth": settings.depth,
     }
+    if settings.adapters:
+        return said | {"width": None, "depth": None} | _own(config, device)
     points: list[dict[str, Any]] = []
     judged: list[dict[str, Any]] = []
 
@@ -100,6 +104,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
 def check(config: RunConfig) -> None:
     """Refuses settings by which there is nothing to measure."""
     settings = config.bench
+    own_adapters.folders(config)
     check_methods(settings.methods)
     check_steps(config, choosable=False)
     if settings.profile or settings.ways != ["eager"]:
@@ -121,6 +126,22 @@ def check(config: RunConfig) -> None:
         square_shape(width, settings.depth)
     for line in settings.targets:
         parsed(line, config)
+
+
+def _own(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """The points of `bench.adapters`, of which no target speaks."""
+    console.log(f"bench: {len(config.bench.adapters)} adapters of {config.model.path}")
+    switch, mixed = own_adapters.measure(config, device)
+    count = len(config.bench.adapters)
+    points = [{"axis": OWN, "value": count, "methods": switch}]
+    points += [{"axis": ADAPTERS, "value": count, "length": n, "methods": rows} for n, rows in mixed.items()]
+    return {
+        "model": config.model.path,
+        "adapters": config.bench.adapters,
+        "points": points,
+        "targets": [],
+        "charts": [],
+    }
 
 
 def parsed(line: str, config: RunConfig) -> targets.Target:
@@ -339,7 +360,9 @@ def label(point: Mapping[str, Any]) -> str:
     """What a point is, in a few words."""
     if point["axis"] == WIDTH:
         return f"width {point['value']}"
-    return f"{point['value']} adapters, {point['length']} tokens a row"
+    if point["axis"] == OWN:
+        return "a switch"
+    return f"{counted(point['value'], 'adapter')}, {counted(point['length'], 'token')} a row"
 
 
 def drawn(result: dict[str, Any], output: Output) -> dict[str, Any]:
@@ -395,7 +418,7 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             if absent(row):
                 rows.append([label(point), name, kind(row), *[NOTHING] * 6])
                 continue
-            field = "switch_seconds" if point["axis"] == WIDTH else "mixed_seconds"
+            field = "mixed_seconds" if point["axis"] == ADAPTERS else "switch_seconds"
             trained, written, speed = (row.get(key) for key in ("trainable_parameters", "bytes", "tokens_per_second"))
             rows.append(
                 [

@@ -241,3 +241,25 @@ def test_what_is_wrong_is_said(key: str, value: Any, message: str, tmp_path: Pat
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UserError, match=message):
         sparseft.load_adapter(build("llama"), folder)
+
+
+@pytest.mark.parametrize("name", ["0", "mlp", "model", "weight", "lora_A", "base_layer", "a.b", "z/ü", ".."])
+def test_names_that_peft_takes_for_parts_of_weights(name: str, tmp_path: Path) -> None:
+    """PEFT strips `.0` from `layers.0` too when it saves an adapter called 0, or one beside it."""
+    for folder in ("a", "b"):
+        sparseft.save_adapter(sparseft.attach(build("llama"), sparseft.LoraConfig(rank=2)), tmp_path / folder)
+    plain = build("llama")
+    before = [*plain.state_dict()]
+    with pytest.raises(UserError, match="a peft adapter cannot be called"):
+        sparseft.load_adapter(plain, tmp_path / "a", name)
+    assert [*plain.state_dict()] == before and not hasattr(plain, "peft_config")
+    model = sparseft.load_adapter(plain, tmp_path / "a", "first one")
+    for act in (
+        lambda: sparseft.load_adapter(model, tmp_path / "b", name),
+        lambda: sparseft.fuse(model, {"first one": 1.0}, name),
+    ):
+        with pytest.raises(UserError, match="a peft adapter cannot be called"):
+            act()
+    assert [*model.peft_config] == ["first one"]
+    sparseft.save_adapter(model, tmp_path / "c")
+    assert all(file.is_file() for file in (tmp_path / "c").iterdir())

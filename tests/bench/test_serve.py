@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from sparseft.adapters.lifecycle import set_adapter
+from sparseft.adapters.lifecycle import attach, save_adapter, set_adapter
 from sparseft.bench import serve
 from sparseft.bench.models import random_llama
 from sparseft.bench.sharing import SharedWeights
 from sparseft.compose.run_config import compose
+from sparseft.config import BUNDLED_ROOT
+from sparseft.methods.s2ft import S2FTConfig
 from support.running import refused, sparseft
 
 CPU = torch.device("cpu")
@@ -49,7 +53,7 @@ def test_a_bench_has_every_way_at_every_point(in_tmp: Path) -> None:
             assert row["tokens_per_second"] == pytest.approx(point["value"] * point["length"] / row["mixed_seconds"])
     met = [entry["met"] for entry in result["targets"]]
     assert met == [True, False, False, False, False]  # a switch at bench.width, each mixed batch
-    assert result["targets"][2]["target"].endswith("(3 adapters, 1 tokens a row)")
+    assert result["targets"][2]["target"].endswith("(3 adapters, 1 token a row)")
     assert result["charts"] == ["serve-switch.svg", "serve-mixed.svg"]
     assert all((in_tmp / "out" / name).read_text().startswith("<svg") for name in result["charts"])
     assert "4 of 5 targets missed" in done.err
@@ -113,9 +117,37 @@ def test_others_ways_end_where_they_say() -> None:
     assert all(torch.equal(p, before[n].flip(0)) for n, p in model.named_parameters() if n in before)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "sparse"])
+def test_adapters_of_ones_own(kind: str, in_tmp: Path) -> None:
+    """PEFT's folders that others made, and ours, by PEFT's own hands and no others'."""
+    source = BUNDLED_ROOT / "tiny"
+    for name in ("a", "b"):
+        base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        if kind == "sparse":
+            save_adapter(attach(base, S2FTConfig(importance="random")), in_tmp / name)
+        else:
+            config = peft.LoraConfig(r=4, use_rslora=True, use_dora=kind == "dora", target_modules="all-linear")
+            peft.get_peft_model(base, config).save_pretrained(in_tmp / name)
+    words = [*WORDS, "bench.adapters=[a,b]", f"model.path={source}", "model.dtype=float32"]
+    done = sparseft(in_tmp, "bench", "serve", "--json", *words, "output_dir=out")
+    points = done.json["points"]
+    lengths = [] if kind == "dora" else [1, 4]  # which peft cannot mix
+    assert [(p["axis"], p["value"], p.get("length")) for p in points] == [
+        ("own", 2, None), *(("adapters", 2, length) for length in lengths)
+    ]  # fmt: skip
+    assert ("peft cannot mix in one batch" in done.err) == (kind == "dora")
+    assert points[0]["methods"]["adapters"]["switch_seconds"] > 0
+    for point in points[1:]:
+        for name in ("base", "adapters"):
+            row = point["methods"][name]
+            assert row["tokens_per_second"] == pytest.approx(2 * point["length"] / row["mixed_seconds"])
+
+
 @pytest.mark.parametrize(
     ("word", "parts"),
     [
+        ("bench.adapters=[nosuch]", ["bench.adapters: nosuch: no such folder"]),
+        ("bench.adapters=[/]", ["no adapter and no finished run"]),
         ("bench.methods=[full]", ["'full' has no adapter"]),
         ("bench.methods=[floor,s2ft]", ["'floor' has no adapter"]),
         ("bench.shape=llama-7b", ["bench.width and bench.depth"]),
