@@ -1,10 +1,14 @@
-"""An adapter's answers in llama.cpp and mlx-lm beside those of the attached model: docs/benchmarks/export.md.
+"""The answers of exports beside those of the attached model: docs/benchmarks/export.md.
 
-    python scripts/export_answers.py RUN --gguf-lora DIR [--base-gguf FILE …] [--f32 FILE] [--mlx DIR --mlx-base DIR]
+    python scripts/export_answers.py RUN EXPORT … [--base-gguf FILE …] [--f32 FILE] [--mlx-base DIR]
 
-RUN is what was trained, each DIR what `sparseft export` made of it. On 50 prompts of the bundled questions it compares
-the logits of all positions, and 8 tokens answered greedily, with base + delta in fp32; the same of the base without
-the adapter. --f32 writes the base as a GGUF in fp32 first (with tests/support/gguf_base.py) and runs on it too.
+RUN is what was trained, each EXPORT a folder that `sparseft export` made of it, in any format. On 50 prompts of the
+bundled questions it compares the logits of all positions, and 8 tokens answered greedily, all computed in fp32: formats
+of differences with base + delta, formats of weights with the weights that these are rounded to.
+
+`gguf-lora` is run by llama.cpp on each --base-gguf, and on the base in fp32 that --f32 writes first (with
+tests/support/gguf_base.py), with the adapter and without; without either by the independent reader. `mlx` is run by
+mlx-lm on --mlx-base, without it on the run's base.
 """
 
 from __future__ import annotations
@@ -22,9 +26,14 @@ from torch import Tensor
 from sparseft.compose.run_config import compose
 from sparseft.config import BUNDLED_ROOT
 from sparseft.data.prompts import alpaca_prompt
+from sparseft.export.changed import base_model, merged_model
+from sparseft.export.formats import format_of
+from sparseft.export.formats.base import Answering, Options
 from sparseft.export.formats.gguf_lora import FILE
 from sparseft.export.formats.mlx import MlxModel
+from sparseft.export.job import NOTE
 from sparseft.export.llama_cpp import LlamaCpp
+from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
 
 ANSWER = 8
@@ -35,14 +44,14 @@ Ask = Callable[[list[int]], tuple[Tensor, list[int]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
-    parser.add_argument("--gguf-lora", type=Path)
+    parser.add_argument("exports", nargs="*", type=Path)
     parser.add_argument("--base-gguf", nargs="*", default=[])
     parser.add_argument("--f32", type=Path)
-    parser.add_argument("--mlx", type=Path)
     parser.add_argument("--mlx-base")
     given = parser.parse_args()
 
     source = Source.find(given.run, compose("export", []))
+    rounded = merged_model(source, base_model(source)).float()
     source.target.model = replace(source.target.model, dtype="float32")
     prompts = [source.tokenizer(text)["input_ids"] for text in questions()]
     model = source.base()
@@ -53,15 +62,26 @@ def main() -> None:
         write_base(model, given.f32)
     base = asked(hugging_face(model), prompts)
     attached = asked(hugging_face(source.attached(model)), prompts)
+    weights = asked(hugging_face(rounded), prompts)
     print(f"{given.run}: {len(prompts)} prompts, {sum(map(len, prompts))} tokens; with the adapter")
     report("base in fp32 (no adapter)", base, attached)
-    del model
-    for file in [*([str(given.f32)] if given.f32 else []), *given.base_gguf]:
-        name = Path(file).name
-        report(f"llama.cpp, {name}, no adapter, beside the base", asked(llama_cpp(file, None), prompts), base)
-        report(f"llama.cpp, {name}", asked(llama_cpp(file, given.gguf_lora / FILE), prompts), attached)
-    if given.mlx is not None:
-        report("mlx-lm", asked(mlx(given.mlx_base, given.mlx), prompts), attached)
+    del model, rounded
+    files = [*([str(given.f32)] if given.f32 else []), *given.base_gguf]
+    for file in files:
+        report(f"{Path(file).name} (no adapter) beside the base", asked(llama_cpp(file, None), prompts), base)
+    for folder in given.exports:
+        name = json.loads((folder / NOTE).read_text())["format"]
+        form = format_of(name)
+        if name == "gguf-lora" and files:
+            for file in files:
+                report(f"{name}, {Path(file).name}", asked(llama_cpp(file, folder / FILE), prompts), attached)
+            continue
+        if name == "mlx" and given.mlx_base:
+            ask, by = mlx(given.mlx_base, folder), "mlx-lm"
+        else:
+            written = form.load(source, Options(), folder)
+            ask, by = loaded(written), written.name
+        report(f"{name}, {by}", asked(ask, prompts), weights if form.rounded else attached)
 
 
 def questions() -> list[str]:
@@ -101,8 +121,15 @@ def llama_cpp(base: str, adapter: Path | None) -> Ask:
 
 
 def mlx(base: str, adapter: Path) -> Ask:
-    model = MlxModel(base, adapter)
+    return uncached(MlxModel(base, adapter))
 
+
+def loaded(written: Answering) -> Ask:
+    """Whatever a format's own `load` gives."""
+    return hugging_face(written.model.float()) if isinstance(written, HuggingFace) else uncached(written)
+
+
+def uncached(model: Answering) -> Ask:
     def ask(ids: list[int]) -> tuple[Tensor, list[int]]:
         logits = model.logits(ids)
         answer = [int(logits[-1].argmax())]

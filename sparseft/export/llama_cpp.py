@@ -69,7 +69,6 @@ class LlamaCpp:
         self._model.eval(ids)
         return torch.tensor(self._model.scores[start : start + len(ids)])
 
-    def base_logits(self, prompts: list[list[int]]) -> list[Tensor]:
-        """What the same file answers without the adapter: it may be quantized, so not be the base to the bit."""
-        plain = LlamaCpp(self._base, None)
-        return [plain.logits(ids) for ids in prompts]
+    def base(self) -> LlamaCpp:
+        """The same file without the adapter: it may be quantized, so not be the base to the bit."""
+        return LlamaCpp(self._base, None)

@@ -14,13 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sparseft.errors import RunError, UserError, reason_of
-from sparseft.export import engines
 from sparseft.export.expert_parts import Part, parts_of
 from sparseft.export.formats.base import Answering, Format, Options
 from sparseft.export.proof import HuggingFace
-from sparseft.export.safetensors_stream import write_stream
 from sparseft.export.source import Source
 from sparseft.files.atomic import write_json
+from sparseft.files.tensors import Stored, write_streamed
 from sparseft.layers.convert import plain_weight, weight_parameter
 from sparseft.models.loading import check_model_path, load_config
 
@@ -55,7 +54,7 @@ class Mlx(Format):
                 f"--format mlx: how mlx-lm names the weights of '{kind}' is not known here (known: "
                 f"{', '.join(ARCHITECTURES)}); --format merged makes a folder that it loads."
             )
-        return engines.check(options.engine, self.name) + _rope_note(source)
+        return _rope_note(source)
 
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
         config = _config(source)
@@ -63,8 +62,8 @@ class Mlx(Format):
         parts = {_name(config.model_type, part.linear): (module, part) for module, part in _parts(shapes)}
         model = source.attached(source.base())
         values = {name: _weight(model, module, part) for name, (module, part) in parts.items()}  # views
-        described = {name: (value.dtype, tuple(value.shape)) for name, value in values.items()}
-        write_stream(folder / TENSORS, described, values.items())
+        described = {name: Stored(value.dtype, tuple(value.shape)) for name, value in values.items()}
+        write_streamed(folder / TENSORS, described, values.items(), {})
         settings = {"fine_tune_type": "full", "num_layers": config.num_hidden_layers, "model": source.target.model.path}
         write_json(folder / CONFIG, settings)
         return {"tensors": len(values), "bytes": (folder / TENSORS).stat().st_size}
@@ -117,6 +116,9 @@ class MlxModel:
         import numpy as np
 
         return torch.from_numpy(np.array(self._model(mx.array([ids]))[0].astype(mx.float32)))
+
+    def base(self) -> None:
+        """mlx-lm loads the same base."""
 
 
 def _config(source: Source) -> Any:
