@@ -30,10 +30,11 @@ def export(source: Source, format: Format, out: str | Path, options: Options) ->
     if out.resolve() == source.folder.resolve() or out.resolve() in source.folder.resolve().parents:
         raise UserError(f"--out {out}: there lies what is exported; name a new folder.")
     engines.check(options.engine, format.name)
+    _ = source.tokenizer  # the proof needs it
     notes = format.check(source, options)
     for note in notes:
         console.log(note)
-    with explained(f"the export {out}", lambda: None), replaced_folder(out, (NOTE,)) as aside:
+    with explained(f"the export {out}", lambda: None), replaced_folder(out.resolve(), (NOTE,)) as aside:
         facts = format.write(source, options, aside)
         format.verify(source, options, aside)
         proof = prove(source, format, options, aside)
