@@ -17,7 +17,7 @@ from sparseft.errors import UserError, nearest_path, where_looked
 from sparseft.evaluation.target import Target, find_target, load_target
 from sparseft.export.changes import Change, LowRankChange, SparseChange, sparse_changes
 from sparseft.export.lora_changes import lora_changes
-from sparseft.models.loading import check_model_path, load_tokenizer
+from sparseft.models.loading import check_model_path, load_config, load_tokenizer
 from sparseft.runs import folder as runs
 
 
@@ -80,6 +80,11 @@ class Source:
         if self.kind == "full":
             raise UserError(f"{self.folder}: every weight was trained, which LoRA cannot hold: use --format merged.")
         return self.low_rank if self.kind == "peft" else self.changes
+
+    @functools.cached_property
+    def text_config(self) -> Any:
+        """transformers' config of the base's language model."""
+        return load_config(self.target.model, "model").get_text_config()
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -143,6 +143,7 @@ def test_what_makes_the_base_work_comes_along(tmp_path: Path) -> None:
     base = adapted.base("llama", tmp_path / "base", torch.bfloat16)
     (base / "chat_template.jinja").write_text("{{ messages }}")
     (base / "merges.txt").write_text("a b")
+    (base / "pytorch_model.bin.index.json").write_text("{}")
     (base / "modeling_own.py").write_text("raise SystemExit")
     (base / "README.md").write_text("the base's card")
     (base / "additional_chat_templates").mkdir()
@@ -153,7 +154,7 @@ def test_what_makes_the_base_work_comes_along(tmp_path: Path) -> None:
     run(tmp_path, "export", adapter, "--format", "merged", "--out", "out")
     names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
     assert {"chat_template.jinja", "merges.txt", "additional_chat_templates/tool.jinja"} <= names
-    assert not names & {"modeling_own.py", "README.md"}
+    assert not names & {"modeling_own.py", "README.md", "pytorch_model.bin.index.json"}
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written == {key: value for key, value in config.items() if key != "auto_map"} | {"own": 7}
 

@@ -21,7 +21,7 @@ from sparseft.export.source import Source
 from sparseft.files.atomic import write_json
 from sparseft.files.tensors import Stored, write_streamed
 from sparseft.layers.convert import plain_weight, weight_parameter
-from sparseft.models.loading import check_model_path, load_config
+from sparseft.models.loading import check_model_path
 
 TENSORS, CONFIG = "adapters.safetensors", "adapter_config.json"
 # Architectures whose linears have transformers' names in mlx-lm, but for what `_name` says. Each was loaded there.
@@ -48,7 +48,7 @@ class Mlx(Format):
             )
         if options.dtype is not None:
             raise UserError("--dtype: --format mlx keeps the base's, so that the loaded model has one. Leave it out.")
-        kind = _config(source).model_type
+        kind = source.text_config.model_type
         if kind not in ARCHITECTURES:
             raise UserError(
                 f"--format mlx: how mlx-lm names the weights of '{kind}' is not known here (known: "
@@ -57,7 +57,7 @@ class Mlx(Format):
         return _rope_note(source)
 
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
-        config = _config(source)
+        config = source.text_config
         shapes = {module: change.shape for module, change in source.changes.items()}
         parts = {_name(config.model_type, part.linear): (module, part) for module, part in _parts(shapes)}
         model = source.attached(source.base())
@@ -119,10 +119,6 @@ class MlxModel:
 
     def base(self) -> None:
         """mlx-lm loads the same base."""
-
-
-def _config(source: Source) -> Any:
-    return load_config(source.target.model, "model").get_text_config()
 
 
 def _rope_note(source: Source) -> list[str]:
