@@ -27,7 +27,6 @@ LLAMA = {
 }
 PHI3 = LLAMA | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 GPT2 = {"attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
-STARCODER2 = LLAMA | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 # Which part of which 3-D parameter a tensor of all experts is: gate before up.
 EXPERTS = {"ffn_gate_exps": ("gate_up_proj", 0), "ffn_up_exps": ("gate_up_proj", 1), "ffn_down_exps": ("down_proj", 0)}
 NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight\.lora_([ab])")
@@ -66,7 +65,7 @@ class GgufAdapter:
 
     def _place(self, layer: int, tensor: str, a: Tensor, b: Tensor, scale: float) -> None:
         kind = self.config.model_type
-        linears = {"gpt2": GPT2, "phi3": PHI3, "starcoder2": STARCODER2}.get(kind, LLAMA)
+        linears = {"gpt2": GPT2, "phi3": PHI3}.get(kind, LLAMA)
         prefix = f"transformer.h.{layer}" if kind == "gpt2" else f"model.layers.{layer}"
         if tensor in EXPERTS and a.dim() == 3:
             parameter, half = EXPERTS[tensor]
@@ -84,7 +83,7 @@ class GgufAdapter:
         """Which row of the Hugging Face weight each row of a tensor is. Where llama.cpp turns pairs of neighbours, its
         rows 2j and 2j + 1 of a head are the rows j and j + head_dim / 2 there."""
         index = torch.arange(count)
-        neighbours = self.config.model_type in ("llama", "mistral", "mixtral", "granite", "smollm3")
+        neighbours = self.config.model_type in ("llama", "mistral", "mixtral", "smollm3")
         if not neighbours or tensor not in ("attn_q", "attn_k"):
             return index
         heads = self.config.num_attention_heads if tensor == "attn_q" else self.config.num_key_value_heads

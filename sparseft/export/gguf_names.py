@@ -13,7 +13,7 @@ from sparseft.errors import UserError
 from sparseft.export.expert_parts import parts_of
 
 # transformers' model_type -> llama.cpp's architecture, where its converter keeps every linear whole or only splits
-# experts. Each was compared with what convert_lora_to_gguf.py writes.
+# experts: by the source of its conversion/*.py. tests/export runs most of them in llama.cpp.
 ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
@@ -23,16 +23,10 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "phi3": "phi3",
     "gpt2": "gpt2",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "granite": "granite",
-    "olmo2": "olmo2",
     "smollm3": "smollm3",
-    "starcoder2": "starcoder2",
 }
 # Their rotary embedding turns pairs of neighbours (2i, 2i + 1), where transformers turns (i, i + head_dim / 2).
-NEIGHBOURS = ("llama", "granite", "smollm3")
+NEIGHBOURS = ("llama", "smollm3")
 
 
 @dataclass(frozen=True)

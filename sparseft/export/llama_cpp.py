@@ -34,7 +34,7 @@ def check_llama_cpp(base: str, architecture: str, shapes: dict[str, tuple[int, i
     for name, shape in shapes.items():
         if known.get(f"{name}.weight") != shape:
             raise UserError(
-                f"--base-gguf {base}: {name}.weight is {known.get(f'{name}.weight')} there and {shape} in the base."
+                f"--base-gguf {base}: {name}.weight is {known.get(f'{name}.weight', 'not')} there and {shape} in the base."
             )
 
 

@@ -44,7 +44,7 @@ def check_values(source: Source, read: Callable[[str], Tensor], dtype: torch.dty
         differs = bits(found) != bits(values)
         if sums:
             differs &= ~((found - values).abs() <= torch.finfo(values.dtype).eps * values.abs())
-        if count := int(differs.sum()):
+        if count := int(differs.count_nonzero()):
             raise RunError(
                 f"the export is not what was trained: {count:,} of the {differs.numel():,} values of {shown(name)} are "
                 "not base + delta. Nothing was kept."

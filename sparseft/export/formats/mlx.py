@@ -24,11 +24,8 @@ from sparseft.layers.convert import plain_weight, weight_parameter
 from sparseft.models.loading import check_model_path
 
 TENSORS, CONFIG = "adapters.safetensors", "adapter_config.json"
-# Architectures whose linears have transformers' names in mlx-lm, but for what `_name` says. Each was loaded there.
-ARCHITECTURES = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gpt2", "gemma", "gemma2", "granite", "olmo2",
-    "smollm3", "starcoder2",
-)  # fmt: skip
+# Architectures whose linears have transformers' names in mlx-lm, but for what `_name` says: by its source.
+ARCHITECTURES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gpt2")
 
 
 class Mlx(Format):
