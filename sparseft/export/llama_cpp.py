@@ -32,10 +32,9 @@ def check_llama_cpp(base: str, architecture: str, shapes: dict[str, tuple[int, i
         raise UserError(f"--base-gguf {base}: a model of '{found}', where the base is one of '{architecture}'.")
     known = {tensor.name: tuple(map(int, tensor.shape[:2])) for tensor in file.tensors}
     for name, shape in shapes.items():
-        if known.get(f"{name}.weight") != shape:
-            raise UserError(
-                f"--base-gguf {base}: {name}.weight is {known.get(f'{name}.weight', 'not')} there and {shape} in the base."
-            )
+        there = known.get(f"{name}.weight", "not")
+        if there != shape:
+            raise UserError(f"--base-gguf {base}: {name}.weight is {there} there and {shape} in the base.")
 
 
 class LlamaCpp:

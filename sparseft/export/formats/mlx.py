@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
 from sparseft.files.atomic import write_json
 from sparseft.files.tensors import Stored, write_streamed
+from sparseft.files.untrusted import read_json_object
 from sparseft.layers.convert import plain_weight, weight_parameter
 from sparseft.models.loading import check_model_path
 
@@ -121,7 +121,7 @@ class MlxModel:
 def _rope_note(source: Source) -> list[str]:
     """mlx-lm's older architectures know `rope_theta` at the top of config.json alone, and else take their default."""
     file = Path(check_model_path(source.target.model.path)) / "config.json"
-    stored = json.loads(file.read_text()) if file.is_file() else {}
+    stored = read_json_object(file, "model") if file.is_file() else {}
     theta = (stored.get("rope_parameters") or {}).get("rope_theta")
     if theta is None or "rope_theta" in stored:
         return []
@@ -158,7 +158,7 @@ def _read(folder: Path, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     experts once both of its halves are there."""
     halves: dict[str, dict[str, Tensor]] = {}
     try:
-        settings = json.loads((folder / CONFIG).read_text())
+        settings = read_json_object(folder / CONFIG, "adapter")
         if settings.get("fine_tune_type") != "full":
             raise RunError(f"{CONFIG} says fine_tune_type {settings.get('fine_tune_type')!r}, not 'full'.")
         with safe_open(folder / TENSORS, "pt") as file:
