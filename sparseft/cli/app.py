@@ -213,7 +213,9 @@ def export(
     out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="The folder to write.")] = None,
     engine: Annotated[
         str | None,
-        typer.Option("--engine", metavar="ENGINE", help="Refuse what it would: peft, vllm, sglang, tgi, lorax, …"),
+        typer.Option(
+            "--engine", metavar="ENGINE", help="Refuse what it would: vllm, sglang, tgi, lorax, llama.cpp, mlx or peft."
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="DTYPE", help="Of what is written: float32, bfloat16 or float16.")

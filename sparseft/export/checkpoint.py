@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.config import ModelConfig
-from sparseft.errors import UserError, shown
+from sparseft.errors import UserError, reason_of, shown
 from sparseft.files.tensors import Stored, opened, stored_tensors
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.decoder import base_parameters, find_expert, is_transposed, logical_shape
@@ -93,12 +93,16 @@ def _from_hub(path: str, revision: str | None) -> Path:
 
 
 def without_weights(model: ModelConfig) -> nn.Module:
-    """The model as transformers builds it, on the meta device: its modules and their shapes, in no memory."""
+    """The model as transformers builds it, on the meta device: its modules and their shapes, in no memory. One that it
+    cannot build is a `UserError`."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(model)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"model.path={model.path}: cannot be built: {reason_of(error)}") from error
 
 
 # ---- one linear's place in the model ----

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparseft import __version__, console
 from sparseft.errors import UserError
+from sparseft.export import engines
 from sparseft.export.formats.base import Format, Options
 from sparseft.export.proof import prove
 from sparseft.export.source import Source
@@ -28,10 +29,12 @@ def export(source: Source, format: Format, out: str | Path, options: Options) ->
     check_replaceable(out, (NOTE,))
     if out.resolve() == source.folder.resolve() or out.resolve() in source.folder.resolve().parents:
         raise UserError(f"--out {out}: there lies what is exported; name a new folder.")
+    engines.check(options.engine, format.name)
+    _ = source.tokenizer  # the proof needs it
     notes = format.check(source, options)
     for note in notes:
         console.log(note)
-    with explained(f"the export {out}", lambda: None), replaced_folder(out, (NOTE,)) as aside:
+    with explained(f"the export {out}", lambda: None), replaced_folder(out.resolve(), (NOTE,)) as aside:
         facts = format.write(source, options, aside)
         format.verify(source, options, aside)
         proof = prove(source, format, options, aside)

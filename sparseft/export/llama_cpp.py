@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparseft.errors import RunError, UserError
+from sparseft.errors import RunError, UserError, reason_of
 
 CONTEXT = 256  # tokens
 
@@ -26,8 +26,11 @@ def check_llama_cpp(base: str, architecture: str, shapes: dict[str, tuple[int, i
     path = Path(base).expanduser()
     if not path.is_file() or path.open("rb").read(4) != b"GGUF":
         raise UserError(f"--base-gguf {base}: expected a GGUF file of the base model.")
-    file = gguf.GGUFReader(path)
-    found = file.fields["general.architecture"].contents()
+    try:
+        file = gguf.GGUFReader(path)
+        found = file.fields["general.architecture"].contents()
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise UserError(f"--base-gguf {base}: truncated or damaged ({reason_of(error)}).") from error
     if found != architecture:
         raise UserError(f"--base-gguf {base}: a model of '{found}', where the base is one of '{architecture}'.")
     known = {tensor.name: tuple(map(int, tensor.shape[:2])) for tensor in file.tensors}
@@ -68,7 +71,6 @@ class LlamaCpp:
         self._model.eval(ids)
         return torch.tensor(self._model.scores[start : start + len(ids)])
 
-    def base_logits(self, prompts: list[list[int]]) -> list[Tensor]:
-        """What the same file answers without the adapter: it may be quantized, so not be the base to the bit."""
-        plain = LlamaCpp(self._base, None)
-        return [plain.logits(ids) for ids in prompts]
+    def base(self) -> LlamaCpp:
+        """The same file without the adapter: it may be quantized, so not be the base to the bit."""
+        return LlamaCpp(self._base, None)

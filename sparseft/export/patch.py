@@ -20,7 +20,7 @@ from sparseft.errors import UserError, nearest, nearest_path, shown, where_looke
 from sparseft.export.changed import Changed
 from sparseft.export.checkpoint import Checkpoint
 from sparseft.export.holders import DictHolder, Holder, holder_of, rest_fingerprint, sampled_places
-from sparseft.files.atomic import replaced_folder, write_json
+from sparseft.files.atomic import check_replaceable, replaced_folder, write_json
 from sparseft.files.hashing import BODY, body_hash, file_hash
 from sparseft.files.tensors import WHOLE_CONFIG, Stored, read_described, write_streamed
 from sparseft.files.untrusted import read_json_object
@@ -139,6 +139,9 @@ def _apply_to_folder(folder: Path, patch: Patch, out: str | Path | None) -> Patc
         raise UserError(
             f"{folder}: a model folder is not changed in place: name a new one, apply_patch(…, out=FOLDER)."
         )
+    check_replaceable(Path(out), ())
+    if Path(out).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{out}: lies in the folder that is patched: name one beside it.")
     checkpoint = Checkpoint.of_folder(folder)
     undo = _checked(DictHolder(_Lazy(checkpoint)), patch)
     shards = {checkpoint.files[name] for name in patch.tensors}

@@ -55,6 +55,9 @@ class HuggingFace:
         with in_float32(self.model, unrounded=self.unrounded):
             return self.model(torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
 
+    def base(self) -> None:
+        """It runs on the base that the adapter was trained on."""
+
 
 def prove(source: Source, format: Format, options: Options, folder: Path) -> dict[str, Any]:
     """Compares the export in `folder` with the attached model on a few prompts, with one model in memory at a time.
@@ -72,8 +75,9 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
     del base, attached
     written = format.load(source, options, folder)
     found = [written.logits(ids) for ids in prompts]
-    own = written.base_logits(prompts) if hasattr(written, "base_logits") else plain
     answers = [greedy(written, ids) for ids in prompts]
+    own_base = written.base()
+    own = plain if own_base is None else [own_base.logits(ids) for ids in prompts]
     change, difference, largest = (
         distance(wanted, plain),
         distance(found, wanted),

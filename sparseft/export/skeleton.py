@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-import transformers
 from torch import nn
 
-from sparseft.errors import UserError, reason_of
+from sparseft.export.checkpoint import without_weights
 from sparseft.export.source import Source
 from sparseft.models.decoder import decoder_layers
-from sparseft.models.loading import load_config
 from sparseft.models.spec import ModelSpec
 
 
@@ -27,14 +24,7 @@ class Skeleton:
     @staticmethod
     def of(source: Source) -> Skeleton:
         """The skeleton of the source's base model."""
-        settings = source.target.model
-        try:
-            with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(
-                    load_config(settings), trust_remote_code=settings.trust_remote_code
-                )
-        except (ImportError, ValueError) as error:
-            raise UserError(f"model.path={settings.path}: cannot be built: {reason_of(error)}") from error
+        model = without_weights(source.target.model)
         return Skeleton(model, ModelSpec.of(model, tried=False), decoder_layers(model)[0])
 
     def place(self, linear: str) -> tuple[int, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from sparseft.adapters.lifecycle import load_adapter
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest_path, where_looked
 from sparseft.evaluation.target import Target, find_target, load_target
-from sparseft.export.changes import LowRankChange, SparseChange, sparse_changes
+from sparseft.export.changes import Change, LowRankChange, SparseChange, sparse_changes
 from sparseft.export.lora_changes import lora_changes
-from sparseft.models.loading import check_model_path, load_tokenizer
+from sparseft.models.loading import check_model_path, load_config, load_tokenizer
 from sparseft.runs import folder as runs
 
 
@@ -73,6 +73,18 @@ class Source:
     def low_rank(self) -> dict[str, LowRankChange]:
         """What a LoRA changes, by linear."""
         return lora_changes(self.folder, self.content)
+
+    @property
+    def linears(self) -> Mapping[str, Change]:
+        """What it changes, by linear, sparse or as a LoRA; of a model trained whole that is a `UserError`."""
+        if self.kind == "full":
+            raise UserError(f"{self.folder}: every weight was trained, which LoRA cannot hold: use --format merged.")
+        return self.low_rank if self.kind == "peft" else self.changes
+
+    @functools.cached_property
+    def text_config(self) -> Any:
+        """transformers' config of the base's language model."""
+        return load_config(self.target.model, "model").get_text_config()
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -35,7 +35,7 @@ def check_values(source: Source, read: Callable[[str], Tensor], dtype: torch.dty
     places = Places(without_weights(base_of(source)), checkpoint.tensors)
     wanted = _of_sparse if source.kind == "sparse" else _of_merged
     for name, values, sums in wanted(source, places, checkpoint, dtype):
-        found = places.parameter(name, read)
+        found = places.parameter(name, read) if places.holds(name) else read(name)
         if (found.dtype, found.shape) != (values.dtype, values.shape):
             raise RunError(
                 f"the export is not what was trained: {shown(name)} is {found.dtype} {tuple(found.shape)} there, "
@@ -65,7 +65,7 @@ def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
         if name not in linears:
             yield Wanted(name, base.to(target))
             continue
-        wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        wide = base.contiguous().to(torch.promote_types(base.dtype, torch.float32), copy=True)
         for weight, change in linears[name]:
             rows, columns = weight.shape
             part = wide.flatten().narrow(0, weight.offset, rows * columns)
@@ -77,7 +77,12 @@ def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
 
 
 def _of_merged(source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Wanted]:
-    merged = dict(merged_model(source, base_model(source, dtype), dtype).named_parameters(remove_duplicate=False))
+    model = merged_model(source, base_model(source, dtype), dtype)
+    merged = dict(model.named_parameters(remove_duplicate=False))
+    own = Places(model, checkpoint.tensors)
+    for name, value in own.parameters.items():
+        if not own.holds(name):  # a head that is not tied any more
+            yield Wanted(name, value.detach().cpu())
     for name in places.parameters:
         if not places.holds(name):
             continue

@@ -152,9 +152,12 @@ def remove(folder: Path) -> None:
 
 def check_replaceable(path: Path, marks: Collection[str]) -> None:
     """Refuses a path that `replaced_folder` would refuse: a file, or a folder that holds anything of the user's own."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: expected a folder to write, this is a file.")
-    there = list(path.iterdir()) if path.exists() else []
+    try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: expected a folder to write, this is a file.")
+        there = list(path.iterdir()) if path.exists() else []
+    except OSError as error:  # a name that is too long, say
+        raise UserError(f"{path}: cannot be written: {error.strerror}.") from error
     ours = any(entry.name in marks for entry in there) and not any(entry.is_dir() for entry in there)
     if there and not ours:
         raise UserError(f"{path}: the folder holds other files, which would be lost: name a new one.")
@@ -165,9 +168,9 @@ def replaced_folder(path: str | Path, marks: Collection[str]) -> Iterator[Path]:
     """`with replaced_folder(path, marks) as aside:` fills a new folder that takes the place of `path` at the end, or
     never. What is replaced holds a file named in `marks`: never a folder of the user's other files (`UserError`)."""
     path = Path(os.path.abspath(path))
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: expected a folder to write, this is a file.")
     try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: expected a folder to write, this is a file.")
         if any(parent.name.startswith(PARTIAL) for parent in path.parents) and not path.exists():
             aside = path  # within what is itself aside
             aside.mkdir(parents=True)

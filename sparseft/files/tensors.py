@@ -119,7 +119,7 @@ def write_streamed(
     with open(path, "xb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for name, value in values:
-            assert Stored(value.dtype, tuple(value.shape)) == tensors[name], name
+            assert tensors.get(name) == Stored(value.dtype, tuple(value.shape)), name
             left.remove(name)
             file.seek(8 + len(head) + header[name]["data_offsets"][0])
             file.write(memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))

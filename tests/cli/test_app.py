@@ -207,7 +207,7 @@ def test_cfg_as_json_and_with_own_files(tmp_path: Path, capfd: pytest.CaptureFix
         (["train", "--config-dir", "/nowhere/at/all"], ["/nowhere/at/all", "no such folder"]),
         (["bench", "trian"], ["Unknown benchmark 'trian'", "'train'"]),
         (["bench", "train", "loader"], ["One benchmark at a time"]),
-        (["bench", "serve"], ["Unknown benchmark 'serve'"]),
+        (["bench", "served"], ["Unknown benchmark 'served'"]),
         (["export", "x", "--out", "y"], ["--format is missing"]),
         (["export", "x", "y", "--format", "merged", "--out", "z"], ["One run or adapter at a time: 'y'"]),
         (["report", "--format", "html"], ["No such option: --format"]),

@@ -134,3 +134,25 @@ def test_a_file_written_one_tensor_at_a_time(tmp_path: Path) -> None:
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert stored_tensors(path, "model") == facts
+
+
+def test_one_tensor_is_made_at_a_time(tmp_path: Path) -> None:
+    """The second is asked for when the first is in the file."""
+    sizes = []
+
+    def tensors():
+        for name in "ab":
+            sizes.append((tmp_path / "x").stat().st_size)
+            yield name, torch.zeros(2**16)
+
+    write_streamed(tmp_path / "x", dict.fromkeys("ab", Stored(torch.float32, (2**16,))), tensors(), {})
+    assert sizes[1] - sizes[0] >= 2**17
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [[("b", torch.zeros(2))], [("a", torch.zeros(3))], [], [("a", torch.zeros(2).half())]],
+)
+def test_what_the_header_does_not_say_is_a_fault(tmp_path: Path, tensors: list) -> None:
+    with pytest.raises(AssertionError):
+        write_streamed(tmp_path / "x", {"a": Stored(torch.float32, (2,))}, tensors, {})

@@ -247,6 +247,17 @@ def test_what_it_cannot_hold_is_refused(made, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("length", [4, 9, 1000, -40])
+def test_a_damaged_base_is_refused(made, length, tmp_path, monkeypatch):
+    """Before llama.cpp sees it, which may crash; it need not be installed here."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    write_base(exported.load(made("llama") / "base"), tmp_path / "whole.gguf")
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "whole.gguf").read_bytes()[:length])
+    words = ("export", "adapter", "--format", "gguf-lora", "--out", tmp_path / "out", "--base-gguf")
+    assert "cut.gguf: truncated or damaged" in refused(made("llama"), *words, tmp_path / "cut.gguf")
+    assert not (tmp_path / "out").exists()
+
+
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3", "gpt2", "mixtral"])
 def test_llama_cpp_answers_as_the_attached_model(made, kind, tmp_path):

@@ -312,6 +312,19 @@ def test_a_sender_waits_for_its_receiver(tmp_path: Path) -> None:
         pair.sender.send()
 
 
+def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+    """A step that cannot be written was not sent: it is sent once the folder is there again."""
+    pair = Pair(tmp_path)
+    pair.step(1)
+    pair.receiver.receive()
+    pair.live.rename(tmp_path / "away")
+    with pytest.raises(RunError, match=r"000000000002\.step cannot be written: No such file or directory"):
+        pair.step(2)
+    (tmp_path / "away").rename(pair.live)
+    assert pair.step(3) == pair.receiver.receive() == 2
+    assert_same(pair.plain, pair.model)
+
+
 def test_a_checksum_sees_every_change() -> None:
     body = torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     whole = checksum(body)

@@ -109,7 +109,7 @@ def test_tensors_that_the_checkpoint_keeps_wider_stay_so(tmp_path: Path) -> None
         assert all(after[name].dtype == tensor.dtype for name, tensor in tensors.items())
 
 
-def test_a_head_that_was_untied(tmp_path: Path) -> None:
+def test_a_head_that_was_untied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A LoRA on the head of a tied pair: the folder has both, and the config says that they are two."""
     import peft
 
@@ -123,6 +123,18 @@ def test_a_head_that_was_untied(tmp_path: Path) -> None:
     assert not torch.equal(found.lm_head.weight, found.transformer.wte.weight)
     assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())
     assert torch.equal(found.transformer.wte.weight, adapted.load(base).transformer.wte.weight)
+    write = Merged.write
+
+    def damaged(self: Any, source: Any, options: Any, folder: Path) -> Any:
+        facts = write(self, source, options, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"][7, 3] *= 1.01
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return facts
+
+    monkeypatch.setattr(Merged, "write", damaged)
+    done = run(tmp_path, *words, "--format", "merged", "--out", "wrong", code=1)
+    assert "1 of the" in done.err and "lm_head.weight" in done.err and not (tmp_path / "wrong").exists()
     said = refused(tmp_path, *words, "--format", "patch", "--out", "patch")
     assert "which the base ties to its embeddings" in said and "use --format merged" in said
 
@@ -131,6 +143,7 @@ def test_what_makes_the_base_work_comes_along(tmp_path: Path) -> None:
     base = adapted.base("llama", tmp_path / "base", torch.bfloat16)
     (base / "chat_template.jinja").write_text("{{ messages }}")
     (base / "merges.txt").write_text("a b")
+    (base / "pytorch_model.bin.index.json").write_text("{}")
     (base / "modeling_own.py").write_text("raise SystemExit")
     (base / "README.md").write_text("the base's card")
     (base / "additional_chat_templates").mkdir()
@@ -141,7 +154,7 @@ def test_what_makes_the_base_work_comes_along(tmp_path: Path) -> None:
     run(tmp_path, "export", adapter, "--format", "merged", "--out", "out")
     names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
     assert {"chat_template.jinja", "merges.txt", "additional_chat_templates/tool.jinja"} <= names
-    assert not names & {"modeling_own.py", "README.md"}
+    assert not names & {"modeling_own.py", "README.md", "pytorch_model.bin.index.json"}
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written == {key: value for key, value in config.items() if key != "auto_map"} | {"own": 7}
 

@@ -219,6 +219,9 @@ def test_a_folder_stays_and_a_new_one_is_patched(case: Any, tmp_path: Path) -> N
         sparseft.apply_patch(it.base, it.patch)
     with pytest.raises(UserError, match="the folder holds other files"):
         sparseft.apply_patch(it.base, it.patch, out=tmp_path / "back")
+    with pytest.raises(UserError, match="lies in the folder that is patched"):
+        sparseft.apply_patch(it.base, it.patch, out=it.base / "patched")
+    assert hashes == {file.name: file_hash(file) for file in it.base.iterdir()}
     assert not list(tmp_path.glob(".partial*"))
 
 

@@ -26,15 +26,16 @@ class Options:
 
 
 class Answering(Protocol):
-    """A loaded model that can be asked.
-
-    A loader whose base is a file of its own has `base_logits(prompts)` too: what that answers without the adapter.
-    """
+    """A loaded model that can be asked."""
 
     name: str  # what loaded it: "peft 0.21.0"
 
     def logits(self, ids: list[int]) -> Tensor:
         """The fp32 logits (tokens, vocabulary) after each token of one sequence."""
+        ...
+
+    def base(self) -> Answering | None:
+        """The same without the adapter, where it runs on a base of its own (a quantized file, say); else None."""
         ...
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import RunError, UserError
-from sparseft.export import engines
 from sparseft.export.added import add_while_computing
 from sparseft.export.changes import Change
 from sparseft.export.formats.base import Answering, Format, Options
@@ -20,7 +19,6 @@ from sparseft.export.llama_cpp import LlamaCpp, check_llama_cpp
 from sparseft.export.low_rank import factors, rank
 from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
-from sparseft.models.loading import load_config
 
 FILE = "adapter.gguf"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -39,23 +37,22 @@ class GgufLora(Format):
 
     def check(self, source: Source, options: Options) -> list[str]:
         check_gguf()
-        notes = engines.check(options.engine, self.name)
         if source.kind == "full":
             raise UserError(
                 f"--format gguf-lora holds differences, and {source.folder} is a model trained whole: llama.cpp's "
                 "convert_hf_to_gguf.py takes that folder as it is."
             )
-        config, changes = _config(source), _changes(source)
+        config, changes = source.text_config, source.linears
         places = places_of(config, {module: change.shape for module, change in changes.items()})
         if options.base_gguf is not None:
             sides = {n: (changes[at[0].module].shape[1], at[0].stop - at[0].start) for n, at in places.items()}
             check_llama_cpp(options.base_gguf, architecture_of(config), sides)
-        return notes
+        return []
 
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
         import gguf
 
-        config, changes = _config(source), _changes(source)
+        config, changes = source.text_config, source.linears
         dtype = options.dtype or torch.float32
         live = {module: r for module, change in changes.items() if (r := rank(change)) > 0}
         if not live:
@@ -83,11 +80,11 @@ class GgufLora(Format):
         return {"tensors": len(places), "rank": max(ranks.values()), "bytes": (folder / FILE).stat().st_size}
 
     def verify(self, source: Source, options: Options, folder: Path) -> None:
-        config = _config(source)
+        config = source.text_config
         found = GgufAdapter(folder / FILE, config)
         if found.architecture != architecture_of(config):
             raise RunError(f"{FILE} is for '{found.architecture}', not for {architecture_of(config)}.")
-        changes = _changes(source)
+        changes = source.linears
         for module in sorted(found.pieces.keys() - changes.keys()):
             _check_zero(found, module)
         for module, change in changes.items():
@@ -112,14 +109,6 @@ class GgufLora(Format):
 
     def resolution(self, options: Options) -> float:
         return {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}.get(options.dtype or torch.float32, 0.0)
-
-
-def _config(source: Source) -> Any:
-    return load_config(source.target.model, "model").get_text_config()
-
-
-def _changes(source: Source) -> Mapping[str, Change]:
-    return source.changes if source.kind == "sparse" else source.low_rank
 
 
 def _power_of_two(number: int) -> int:

@@ -71,7 +71,7 @@ class Merged(Format):
         trusted = source.target.model.trust_remote_code
         for entry in base.iterdir():
             kept = entry.suffix in KEPT or (trusted and entry.suffix == CODE)
-            if entry.is_file() and kept and entry.name not in (INDEX, *DESCRIPTIONS):
+            if entry.is_file() and kept and entry.name not in DESCRIPTIONS and not entry.name.endswith(".index.json"):
                 shutil.copyfile(entry, folder / entry.name)
             elif entry.is_dir() and entry.name == TEMPLATES:
                 shutil.copytree(entry, folder / entry.name)

@@ -13,16 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sparseft.errors import RunError, UserError, reason_of
-from sparseft.export import engines
 from sparseft.export.expert_parts import Part, parts_of
 from sparseft.export.formats.base import Answering, Format, Options
 from sparseft.export.proof import HuggingFace
-from sparseft.export.safetensors_stream import write_stream
 from sparseft.export.source import Source
 from sparseft.files.atomic import write_json
+from sparseft.files.tensors import Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
 from sparseft.layers.convert import plain_weight, weight_parameter
-from sparseft.models.loading import check_model_path, load_config
+from sparseft.models.loading import check_model_path
 
 TENSORS, CONFIG = "adapters.safetensors", "adapter_config.json"
 # Architectures whose linears have transformers' names in mlx-lm, but for what `_name` says: by its source.
@@ -46,22 +45,22 @@ class Mlx(Format):
             )
         if options.dtype is not None:
             raise UserError("--dtype: --format mlx keeps the base's, so that the loaded model has one. Leave it out.")
-        kind = _config(source).model_type
+        kind = source.text_config.model_type
         if kind not in ARCHITECTURES:
             raise UserError(
                 f"--format mlx: how mlx-lm names the weights of '{kind}' is not known here (known: "
                 f"{', '.join(ARCHITECTURES)}); --format merged makes a folder that it loads."
             )
-        return engines.check(options.engine, self.name) + _rope_note(source)
+        return _rope_note(source)
 
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
-        config = _config(source)
+        config = source.text_config
         shapes = {module: change.shape for module, change in source.changes.items()}
         parts = {_name(config.model_type, part.linear): (module, part) for module, part in _parts(shapes)}
         model = source.attached(source.base())
         values = {name: _weight(model, module, part) for name, (module, part) in parts.items()}  # views
-        described = {name: (value.dtype, tuple(value.shape)) for name, value in values.items()}
-        write_stream(folder / TENSORS, described, values.items())
+        described = {name: Stored(value.dtype, tuple(value.shape)) for name, value in values.items()}
+        write_streamed(folder / TENSORS, described, values.items(), {})
         settings = {"fine_tune_type": "full", "num_layers": config.num_hidden_layers, "model": source.target.model.path}
         write_json(folder / CONFIG, settings)
         return {"tensors": len(values), "bytes": (folder / TENSORS).stat().st_size}
@@ -115,9 +114,8 @@ class MlxModel:
 
         return torch.from_numpy(np.array(self._model(mx.array([ids]))[0].astype(mx.float32)))
 
-
-def _config(source: Source) -> Any:
-    return load_config(source.target.model, "model").get_text_config()
+    def base(self) -> None:
+        """mlx-lm loads the same base."""
 
 
 def _rope_note(source: Source) -> list[str]:

@@ -81,6 +81,7 @@ class PatchFormat(Format):
                 if (
                     (facts["shape"], facts["dtype"]) != (list(stored.shape), str(stored.dtype).removeprefix("torch."))
                     or index.dtype != fits
+                    or not len(index)
                     or not (index.diff() > 0).all()
                     or not 0 <= int(index[0]) <= int(index[-1]) < count
                 ):

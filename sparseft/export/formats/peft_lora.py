@@ -19,11 +19,10 @@ from sparseft.export.formats.base import Answering, Format, Options
 from sparseft.export.lora_layout import EXPERTS, Layout, layout_of
 from sparseft.export.low_rank import factors
 from sparseft.export.proof import HuggingFace
-from sparseft.export.safetensors_stream import write_stream
 from sparseft.export.skeleton import Skeleton
 from sparseft.export.source import Source
 from sparseft.files.atomic import write_json
-from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS
+from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS, Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.loading import check_model_path
 from sparseft.selection.engine_ranks import file_rank
@@ -55,8 +54,7 @@ class PeftLora(Format):
         self.plan: Plan | None = None
 
     def check(self, source: Source, options: Options) -> list[str]:
-        engines.check(options.engine, self.name)
-        changes = changes_of(source)
+        changes = source.linears
         skeleton = Skeleton.of(source)
         layout = layout_of(skeleton, changes)
         _check_names(skeleton, layout)
@@ -72,12 +70,12 @@ class PeftLora(Format):
         assert self.plan is not None, "check comes first"
         layout, rank = self.plan.layout, self.plan.rank
         dtype = options.dtype or torch.float32
-        header = {}
+        tensors = {}
         for name, part in layout.parts.items():
-            header[KEY.format(name, "A")] = (dtype, (rank, part.shape[1]))
-            header[KEY.format(name, "B")] = (dtype, (part.shape[0], rank))
+            tensors[KEY.format(name, "A")] = Stored(dtype, (rank, part.shape[1]))
+            tensors[KEY.format(name, "B")] = Stored(dtype, (part.shape[0], rank))
         path = folder / ADAPTER_TENSORS
-        write_stream(path, header, self._tensors(source, dtype), {"format": "pt"})
+        write_streamed(path, tensors, self._tensors(source, dtype), {"format": "pt"})
         write_json(folder / ADAPTER_CONFIG, config_of(source, self.plan))
         return {
             "rank": rank,
@@ -91,7 +89,7 @@ class PeftLora(Format):
         """The file's tensors in its order, one linear's in memory at a time."""
         assert self.plan is not None
         layout, rank = self.plan.layout, self.plan.rank
-        filled = _factors(layout, changes_of(source))
+        filled = _factors(layout, source.linears)
         ready = next(filled, None)
         for name, part in layout.parts.items():
             if ready is not None and ready[0] == name:
@@ -139,13 +137,6 @@ class PeftLora(Format):
 
     def resolution(self, options: Options) -> float:
         return ROUNDING[options.dtype or torch.float32]
-
-
-def changes_of(source: Source) -> Mapping[str, Change]:
-    """What a source changes, linear by linear; of one that trained every weight that is a `UserError`."""
-    if source.kind == "full":
-        raise UserError(f"{source.folder}: every weight was trained, which LoRA cannot hold: use --format merged.")
-    return source.low_rank if source.kind == "peft" else source.changes
 
 
 def _check_names(skeleton: Skeleton, layout: Layout) -> None:
@@ -245,7 +236,7 @@ def _in_the_file(source: Source, skeleton: Skeleton) -> dict[str, Any]:
     """What each linear of the file must hold: functions that return ΔW and the sum of its terms' sizes, (out, in)."""
     expected: dict[str, Any] = {}
     block, names = EXPERTS.get(skeleton.model.config.model_type, ("", {}))  # type: ignore[union-attr]
-    for linear, change in changes_of(source).items():
+    for linear, change in source.linears.items():
         if linear not in skeleton.spec.stacked:
             expected[linear] = lambda change=change: _dense(change)
             continue

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import RunError, UserError
-from sparseft.export import engines
 from sparseft.export.formats.base import Answering, Format, Options
 from sparseft.export.proof import HuggingFace
-from sparseft.export.safetensors_stream import write_stream
 from sparseft.export.skeleton import Skeleton
 from sparseft.export.source import Source
 from sparseft.files.atomic import write_json
-from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS
+from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS, Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.loading import check_model_path
 
@@ -50,23 +48,22 @@ class PeftShira(Format):
         self.plan: Plan | None = None
 
     def check(self, source: Source, options: Options) -> list[str]:
-        notes = engines.check(options.engine, self.name)
         if options.dtype not in (None, torch.float32):
             raise UserError("--dtype: PEFT keeps SHiRA's values in float32: leave it out.")
         if source.kind != "sparse":
             raise UserError(f"{source.folder}: {source.method} changes every entry of its weights: {OTHER}.")
         self.plan = plan_of(source)
-        return notes
+        return []
 
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
         assert self.plan is not None, "check comes first"
-        r, header = self.plan.r, {}
+        r, tensors = self.plan.r, {}
         for name in self.plan.linears:
             count = r * sum(source.changes[name].shape)
-            header[KEY.format(name, "weight")] = (torch.float32, (count,))
-            header[KEY.format(name, "indices")] = (torch.int32, (2, count))
+            tensors[KEY.format(name, "weight")] = Stored(torch.float32, (count,))
+            tensors[KEY.format(name, "indices")] = Stored(torch.int32, (2, count))
         path = folder / ADAPTER_TENSORS
-        write_stream(path, header, self._tensors(source), {"format": "pt"})
+        write_streamed(path, tensors, self._tensors(source), {"format": "pt"})
         content = {
             "peft_type": "SHIRA",
             "task_type": "CAUSAL_LM",

@@ -71,9 +71,12 @@ class Folder:
                 )
             time.sleep(PATIENCE / 4)
         path = self.folder / f"{message.sequence:012d}{SUFFIX}"
-        with replaced_file(path, sync=False) as aside, open(aside, "xb") as file:
-            file.write(memoryview(message.header.numpy().view("uint8")))
-            file.write(memoryview(message.body.numpy()))
+        try:
+            with replaced_file(path, sync=False) as aside, open(aside, "xb") as file:
+                file.write(memoryview(message.header.numpy().view("uint8")))
+                file.write(memoryview(message.body.numpy()))
+        except OSError as error:  # a full disk, a folder that is gone
+            raise RunError(f"{path} cannot be written: {error.strerror}. The step was not sent.") from error
 
     def receive(self, timeout: float) -> Message:
         end, pause = time.monotonic() + timeout, 0.0005
@@ -82,7 +85,10 @@ class Folder:
                 raise RunError(f"{self.folder}: no step came for {timeout:g} s: is the sender there?")
             time.sleep(pause)
             pause = min(2 * pause, PATIENCE)
-        content = torch.from_numpy(numpy.fromfile(waiting[0], dtype="uint8"))
+        try:
+            content = torch.from_numpy(numpy.fromfile(waiting[0], dtype="uint8"))
+        except OSError as error:  # another receiver has taken it
+            raise RunError(f"{waiting[0]} cannot be read: {error.strerror}.") from error
         size = 8 * HEADER
         if len(content) < size:
             raise RunError(f"{waiting[0]} is truncated. The weights are those of the step before.")

@@ -1,0 +1,78 @@
+"""What every export refuses before it writes, whatever its format, and what a stopped one leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseft.cli.app import main
+from sparseft.export.formats.patch import PatchFormat
+from support.exported import adapter, saved_model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("made")
+    model = saved_model("llama", root / "model")
+    return model, adapter(model, root / "adapter")
+
+
+def export(source: Path, format: str, out: Path, *words: str) -> int:
+    return main(["export", str(source), "--format", format, "--out", str(out), *words])
+
+
+@pytest.mark.parametrize(
+    ("format", "engine", "said"),
+    [
+        ("merged", "vlm", "no such engine"),
+        ("patch", "vlm", "no such engine"),
+        ("patch", "tgi", "TGI does not read --format patch, but peft-lora or merged"),
+        ("mlx", "vllm", "vLLM does not read --format mlx"),
+        ("merged", "peft", "PEFT does not read --format merged"),
+    ],
+)
+def test_every_format_knows_who_reads_it(
+    made: Any, format: str, engine: str, said: str, tmp_path: Path, capsys: Any
+) -> None:
+    assert export(made[1], format, tmp_path / "out", "--engine", engine) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_behind_a_link_is_written_where_it_lies(made: Any, tmp_path: Path) -> None:
+    """On another disk, say: the link stays."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk", target_is_directory=True)
+    for _ in range(2):
+        assert export(made[1], "peft-shira", tmp_path / "out") == 0
+        assert (tmp_path / "out").is_symlink() and (tmp_path / "disk/adapter_config.json").is_file()
+
+
+def test_a_name_that_no_folder_can_have(made: Any, tmp_path: Path, capsys: Any) -> None:
+    assert export(made[1], "patch", tmp_path / ("x" * 300)) == 2
+    assert "cannot be written: File name too long" in capsys.readouterr().err
+
+
+def test_a_base_without_a_tokenizer_is_refused_first(made: Any, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """The proof needs one: to say so afterwards would be late."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (model / file).write_bytes((made[0] / file).read_bytes())
+    monkeypatch.setattr(PatchFormat, "write", lambda *_: pytest.fail("it was written"))
+    assert export(made[1], "patch", tmp_path / "out", f"model.path={model}") == 2
+    assert "tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["write", "verify", "load"])
+def test_stopped_at_any_time_it_leaves_nothing(made: Any, when: str, tmp_path: Path, monkeypatch: Any) -> None:
+    act = getattr(PatchFormat, when)
+
+    def stopped(*given: Any) -> Any:
+        act(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PatchFormat, when, stopped)
+    assert export(made[1], "patch", tmp_path / "out") == 130
+    assert not list(tmp_path.iterdir())
