@@ -134,7 +134,7 @@ def test_environment_and_config_explain_the_run(
 
 
 def test_stderr_is_useful_lines_only(trained: dict[str, Done]) -> None:
-    begins = "data: model: selection: trainable run: eval step train: calibrate: score: second warning:".split()
+    begins = "data: model: selection: trainable run: eval step train: calibrate: score: second warning: export:".split()
     assert "trainable by role: " in trained["s2ft"].err and "trainable by role: " not in trained["sylva"].err
     for method, done in trained.items():
         odd = [line for line in done.err.splitlines() if not line.startswith(tuple(begins))]

@@ -94,7 +94,7 @@ def test_a_scope_is_all_that_trains(make_model: Make) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": "3"}, r"method.rank=3: expected a whole number or null"),
+        ({"rank": "3"}, r"method.rank='3': expected a whole number or null"),
         ({"rank": 1.5}, r"method.rank=1.5: expected a whole number or null"),
         ({"rank": True}, r"method.rank=true: expected a whole number or null"),
         ({"rank": 0}, r"method.rank=0: expected at least 1, or null"),
