@@ -55,8 +55,10 @@ Timed = Callable[[], float]  # does what is measured, and returns its seconds
 
 
 def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
-    """Measures switches on a layer of each of `bench.widths`, and forward passes of mixed batches of each of
-    `bench.batches` adapters by each of `bench.lengths` tokens; draws both, and returns what `bench.json` holds.
+    """Measures switches on a layer of each of `bench.widths`, and, on the narrowest, forward passes of mixed batches of
+    each of `bench.batches` adapters by each of `bench.lengths` tokens; draws both, and returns what `bench.json` holds.
+
+    `bench.width` is where a target of switches is judged.
 
     output: takes the charts; None: nothing is written.
     """
@@ -92,7 +94,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
         console.log(f"bench: switches at width {width:,}")
         add(WIDTH, width, switches(config, own, width, device))
         reclaim(device)
-    base = random_llama(settings.width, settings.depth, DTYPES[config.model.dtype], config.seed).to(device).eval()
+    base = random_llama(min(settings.widths), settings.depth, DTYPES[config.model.dtype], config.seed).to(device).eval()
     for length in settings.lengths:
         for count in settings.batches:
             console.log(f"bench: a mixed batch: {count} adapters, {length} tokens a row")
