@@ -35,8 +35,6 @@ from sparseft.config import BUNDLED, RunConfig
 from sparseft.data.loading import load_datasets
 from sparseft.data.packing import Collator, padding_id
 from sparseft.errors import UserError
-from sparseft.evaluation.run import evaluate, prepare
-from sparseft.evaluation.tasks import data_folder
 from sparseft.files.atomic import write_json
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.decoder import runnable
@@ -149,6 +147,10 @@ def plan(
 def measure(study: Study) -> dict[str, Any]:
     """Every training, sum and score; the first seed comes first, as it chooses rates and weights."""
     config = study.config
+    # Here, as `sparseft bench` and the session for a GPU run where lm-eval and datasets are not installed.
+    from sparseft.evaluation.run import prepare
+    from sparseft.evaluation.tasks import data_folder
+
     tests = prepare(list(study.skills), config.eval, data_dir=data_folder(config.eval, config.model.path))
     found: dict[str, dict[str, Any]] = {}
     for variant in study.variants:
@@ -260,6 +262,8 @@ def _scores(
 
     def score(name: str) -> dict[str, dict[str, float]]:
         console.log(f"bench: asking {variant}, {name}, seed {seed}")
+        from sparseft.evaluation.run import evaluate
+
         tasks = evaluate(model, tokenizer, tests)["tasks"]
         found = losses()
         return {s: {"accuracy": tasks[s]["accuracy"], "eval_loss": found[s]} for s in study.skills}
