@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import RunError, reason_of
-from sparseft.export.added import LowRank
+from sparseft.export.low_rank_forward import LowRank
 
 LLAMA = {
     "attn_q": "self_attn.q_proj",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import RunError, shown
-from sparseft.export.changed import FLOATS, base_model, base_of, bits, merged_model
+from sparseft.export.changed_tensors import FLOATS, base_model, base_of, bits, merged_model
 from sparseft.export.changes import SparseChange
 from sparseft.export.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
 from sparseft.export.source import Source
@@ -68,10 +68,9 @@ def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
         wide = base.contiguous().to(torch.promote_types(base.dtype, torch.float32), copy=True)
         for weight, change in linears[name]:
             rows, columns = weight.shape
-            part = wide.flatten().narrow(0, weight.offset, rows * columns)
-            part.view(columns, rows).t().add_(change.dense()) if weight.transposed else part.view(rows, columns).add_(
-                change.dense()
-            )
+            part = wide.view(-1).narrow(0, weight.offset, rows * columns)
+            matrix = part.view(columns, rows).t() if weight.transposed else part.view(rows, columns)
+            matrix += change.dense()
         sums = any(len(change.kinds) > 1 for _, change in linears[name])
         yield Wanted(name, wide.to(target), sums)
 
@@ -88,7 +87,6 @@ def _of_merged(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
             continue
         base, value = places.parameter(name, checkpoint.read), merged[name].detach().cpu()
         target = dtype if dtype is not None and base.dtype in FLOATS else base.dtype
-        same = bits(base.to(value.dtype)) == bits(
-            value
-        )  # a tensor that is wider in the files keeps what did not change
+        # A tensor that is wider in the files keeps what did not change.
+        same = bits(base.to(value.dtype)) == bits(value)
         yield Wanted(name, torch.where(same, base.to(target), value.to(target)))

@@ -141,7 +141,7 @@ def test_of_a_sparse_adapter_exactly_its_entries(case: Any, kind: str, method: s
 def test_a_sparse_adapter_needs_no_model_to_be_written(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the proof, at the end, loads one."""
     it, loaded = case("llama", "rows"), []
-    monkeypatch.setattr("sparseft.export.changed.load_model", lambda *_: loaded.append("written") or 1 / 0)
+    monkeypatch.setattr("sparseft.export.changed_tensors.load_model", lambda *_: loaded.append("written") or 1 / 0)
     done = run(it.base.parent, "export", it.adapter, "--format", "patch", "--out", "again", code=None)
     assert loaded == ["written"]  # by the proof: write and verify have passed
     assert "ZeroDivisionError" in done.err

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import sparseft
 from sparseft.cli.app import main
 from sparseft.export.formats.peft_lora import PeftLora
-from support.exported import adapter, load, patterns, saved_model
+from support.exported import adapter, load, maker, patterns, saved_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -32,17 +32,7 @@ PROMPT = torch.tensor([[5, 77, 130, 9, 40, 8]])
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """The folders of a tiny model and of an adapter on it, made once."""
-    folders: dict[str, tuple[Path, Path]] = {}
-
-    def make(kind: str) -> tuple[Path, Path]:
-        if kind not in folders:
-            root = tmp_path_factory.mktemp(kind)
-            model = saved_model(kind, root / "model")
-            folders[kind] = (model, adapter(model, root / "adapter"))
-        return folders[kind]
-
-    return make
+    return maker(tmp_path_factory)
 
 
 def export(source: Path, out: Path, *words: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,17 @@ def adapter(model: Path, folder: Path, chosen: dict[str, dict[str, Any]] | None 
                 pattern.delta.copy_(reference.gather(dense, kind, pattern.index, pattern.block_size))
     sparseft.save_adapter(attached, folder)
     return folder
+
+
+def maker(tmp_path_factory: Any) -> Callable[[str], tuple[Path, Path]]:
+    """What gives the folders of a tiny model of some kind and of an adapter on it, made once."""
+    folders: dict[str, tuple[Path, Path]] = {}
+
+    def make(kind: str) -> tuple[Path, Path]:
+        if kind not in folders:
+            root = tmp_path_factory.mktemp(kind)
+            model = saved_model(kind, root / "model")
+            folders[kind] = (model, adapter(model, root / "adapter"))
+        return folders[kind]
+
+    return make

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import RunError, UserError
-from sparseft.export.added import add_while_computing
 from sparseft.export.changes import Change
 from sparseft.export.formats.base import Answering, Format, Options
 from sparseft.export.gguf_adapter import GgufAdapter
 from sparseft.export.gguf_names import Place, architecture_of, check_gguf, experts_of, places_of, stored
 from sparseft.export.llama_cpp import LlamaCpp, check_llama_cpp
 from sparseft.export.low_rank import factors, rank
+from sparseft.export.low_rank_forward import add_while_computing
 from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
 

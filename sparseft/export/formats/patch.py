@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparseft.errors import RunError, UserError
-from sparseft.export.changed import ChangedTensors, base_model, base_of, merged_model
+from sparseft.export.changed_tensors import ChangedTensors, base_model, base_of, merged_model
 from sparseft.export.checkpoint import Checkpoint, without_weights
 from sparseft.export.formats.base import Format, Options
 from sparseft.export.holders import rest_fingerprint
