@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -37,6 +38,38 @@ class Call:
 
 
 _call: ContextVar[Call | None] = ContextVar("sparseft_rows", default=None)  # by thread, as models are called
+
+
+class _Eager:
+    """While any thread is inside, nothing compiled is used.
+
+    The compiler's stance is the process's, not the thread's: threads that each restored what they had found would
+    leave it changed, where one came after another and went later.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.first: Any = None  # holds the stance before
+
+    def __enter__(self) -> None:
+        with self.lock:
+            try:
+                stance = torch.compiler.set_stance("force_eager")
+            except RuntimeError:  # within a call of what was compiled
+                raise _untraceable() from None
+            if not self.inside:
+                self.first = stance
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.first.__exit__(None, None, None)
+
+
+_eager = _Eager()
 
 
 def listen(model: nn.Module) -> None:
@@ -117,10 +150,7 @@ def _enter(call: Call, tokens: int = 0) -> dict[str, Any]:
     assert state is not None
     call.now = call.names, tokens
     if "torch._dynamo" in sys.modules:  # what was compiled calls no hook that came later
-        try:
-            call.leave.enter_context(torch.compiler.set_stance("force_eager"))
-        except RuntimeError:  # within a call of what was compiled
-            raise _untraceable() from None
+        call.leave.enter_context(_eager)
 
     def now() -> tuple[Rows, int] | None:
         return call.now if _call.get() is call else None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import sparseft
+from sparseft.adapters import by_row
 from sparseft.adapters.state import state_of
 from sparseft.errors import RunError, UserError
 from sparseft.layers import sparse_layers
@@ -212,6 +213,18 @@ def test_a_refused_pass_leaves_compiling_as_it_was(tmp_path: Path) -> None:
     assert eval_frame._stance.stance == "default"
 
 
+def test_threads_that_overlap_leave_compiling_as_it_was() -> None:
+    """The compiler's stance is the process's: one thread comes after another and goes later."""
+    from torch._dynamo import eval_frame
+
+    by_row._eager.__enter__()
+    by_row._eager.__enter__()
+    by_row._eager.__exit__()
+    assert eval_frame._stance.stance == "force_eager"
+    by_row._eager.__exit__()
+    assert eval_frame._stance.stance == "default"
+
+
 def test_names_that_mean_the_base_are_no_names(tmp_path: Path) -> None:
     folder = saved(lambda: build("llama"), tmp_path / "a", METHODS["s2ft"](0), 0)
     model = sparseft.load_adapter(build("llama"), folder, "a.b/ü")
@@ -248,6 +261,8 @@ def test_detached_models_and_copies_are_their_own(tmp_path: Path) -> None:
 
 
 def test_threads_have_rows_of_their_own(tmp_path: Path) -> None:
+    from torch._dynamo import eval_frame  # as where something was compiled
+
     model = loaded("llama", tmp_path)
     sparseft.set_adapter(model, None)
     lists: list[list[str | None]] = [["s2ft", None], ["sylva", "paca"], [None, "fused"], ["s2ft", None]]
@@ -269,6 +284,7 @@ def test_threads_have_rows_of_their_own(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+    assert eval_frame._stance.stance == "default"
 
 
 def test_layers_that_see_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
