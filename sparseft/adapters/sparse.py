@@ -34,6 +34,7 @@ from sparseft.models.decoder import STATE, in_experts
 from sparseft.models.fingerprint import check_base
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
+from sparseft.selection.engine_ranks import check_rank
 from sparseft.selection.selection import Selection
 
 
@@ -111,6 +112,7 @@ class Sparse(Kind):
             raise UserError("a selection of blocks needs its block_size: Selection({…}, block_size=64).")
         spec.check_trains(selection.modules)
         check_modules(model, selection.modules, spec.linears)
+        check_rank(selection, spec.linears, config.max_rank)
         self = cls()
         state = State.of(model, self, config.name, spec, fingerprints)
         config.convert(model, selection, spec)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparseft import console
+from sparseft.errors import UserError
 from sparseft.selection.cover import needed_rank
 from sparseft.selection.selection import Selection
 
@@ -46,6 +47,14 @@ def largest_need(selection: Selection, shapes: Mapping[str, tuple[int, int]]) ->
         if bound > most and (needed := needed_rank(kinds, shapes[module], selection.block_size)) > most:
             most, where = needed, module
     return most, where
+
+
+def check_rank(selection: Selection, shapes: Mapping[str, tuple[int, int]], max_rank: int | None) -> None:
+    """Refuses a selection, given from elsewhere, that needs a higher rank than `method.max_rank` allows."""
+    if max_rank is not None:
+        needed, module = largest_need(selection, shapes)
+        if needed > max_rank:
+            raise UserError(f"method.max_rank={max_rank}: the selection that was given needs rank {needed} ({module}).")
 
 
 def engines_note(needed: int, module: str) -> str:

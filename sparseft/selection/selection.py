@@ -184,12 +184,7 @@ def describe_trainable(trainable: int, spec: ModelSpec, settings: Any, unit: str
 def describe_selection(selection: Selection, spec: ModelSpec, settings: Any) -> None:
     """`describe_trainable` of a sparse method's selection, and what trains of each role."""
     describe_trainable(selection.meta["trainable_parameters"], spec, settings, settings.granularity(selection))
-    if "placed" in selection.meta:
-        placed, asked = selection.meta["placed"]
-        console.warn(
-            f"method.max_rank={settings.max_rank} has room for {placed:,} of the {asked:,} "
-            f"{settings.granularity(selection)} that the budget asks for"
-        )
+    warn_of_cap(selection, settings)
     if not settings.by_role:
         return
     roles = [
@@ -198,6 +193,16 @@ def describe_selection(selection: Selection, spec: ModelSpec, settings: Any) -> 
     ]
     if roles:
         console.log(f"trainable by role: {', '.join(roles)}")
+
+
+def warn_of_cap(selection: Selection, settings: Any) -> None:
+    """Says how much of the budget `method.max_rank` leaves unspent, where it does."""
+    if "placed" in selection.meta:
+        placed, asked = selection.meta["placed"]
+        console.warn(
+            f"method.max_rank={settings.max_rank} has room for {placed:,} of the {asked:,} "
+            f"{settings.granularity(selection)} that the budget asks for"
+        )
 
 
 def units_by_role(selection: Selection, spec: ModelSpec) -> dict[str, tuple[int, int, int]]:

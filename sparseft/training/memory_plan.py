@@ -27,6 +27,7 @@ from sparseft.models.decoder import decoder_layers
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.engine_ranks import describe_export
+from sparseft.selection.selection import warn_of_cap
 from sparseft.training.distributed_trainer import check_zero
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
@@ -123,6 +124,7 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
         request = Request.of(ModelSpec.of(model), settings.for_benchmark())
         check_zero(request, config.hardware)
         selection = compute(model, request)
+        warn_of_cap(selection, settings)
         if settings.importance == "random":  # else the run's own selection is another
             describe_export(selection, request.spec.linears, settings)
         model = attach(model, request.settings, selection, spec=request.spec)

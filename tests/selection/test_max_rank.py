@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparseft.adapters.lifecycle import attach
+from sparseft.adapters.state import state_of
 from sparseft.errors import UserError
 from sparseft.importance.units import Candidate
 from sparseft.kernels import reference
@@ -286,6 +288,17 @@ def test_every_method_stays_within_the_cap_on_real_architectures(
     capped = compute_selection(model, replace(config, max_rank=cap))
     assert max(needs(capped, spec.linears).values()) <= cap
     assert capped.meta["trainable_parameters"] <= free.meta["trainable_parameters"] * 1.3
+
+
+def test_a_given_selection_is_held_against_the_cap(make_model: Callable[..., Any]) -> None:
+    config = S2FTConfig(d_ratio=0.5)
+    free = compute_selection(make_model("llama"), config)
+    needed, module = largest_need(free, ModelSpec.of(make_model("llama")).linears)
+    model = attach(make_model("llama"), replace(config, max_rank=needed), free)
+    assert state_of(model) is not None
+    with pytest.raises(UserError, match=rf"method\.max_rank={needed - 1}: .* needs rank {needed} \({module}\)"):
+        attach(plain := make_model("llama"), replace(config, max_rank=needed - 1), free)
+    assert state_of(plain) is None
 
 
 # ---- settings ----

@@ -183,6 +183,12 @@ def test_what_does_not_fit_comes_with_a_setting_that_does(tmp_path: Path, monkey
     assert tiny["fits"] is False and tiny["remedy"] is None
 
 
+def test_the_plan_says_what_a_cap_on_the_rank_leaves_unspent(tmp_path: Path) -> None:
+    words = ["train", "--plan", "method=s2ft", "method.importance=random", "method.d_ratio=0.5"]
+    assert "method.max_rank" not in sparseft(tmp_path, *words).err
+    assert "method.max_rank=8 has room for" in sparseft(tmp_path, *words, "method.max_rank=8").err
+
+
 def test_more_sequences_and_tokens_take_more(tmp_path: Path) -> None:
     plan = sparseft(tmp_path, "train", "--plan", "trainer.max_length=128", "trainer.batch_size=2", "--json").json
     totals = {(row["batch"], row["length"]): row["bytes"] for row in plan["by_length_and_batch"]}
