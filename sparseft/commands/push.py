@@ -55,8 +55,8 @@ def _warn(listing: Listing) -> None:
     data = checked(listing.card).data
     if not data.get("base_model"):
         console.warn(
-            "the card names no base model that others can load: the run's was a folder; --base-model OWNER/NAME says "
-            "which model of the hub it is."
+            "the card names no base model that others can load: it was none of the hub's here; --base-model OWNER/NAME "
+            "says which it is."
         )
     if not data.get("license"):
         console.warn("the licence of the base is not known here, so the card states none: --license NAME states it.")

@@ -19,6 +19,9 @@ ADAPTER_FILES = [
 ]
 
 
+NAME = "expected owner/name, of letters, digits, '-', '_' and '.'"
+
+
 def adapter_folder(path: str | Path) -> Path:
     """The folder of an adapter: itself where it is one, and of a hub id `owner/name` that is no path here its copy in
     the hub's cache, fetched unless it is up to date there.
@@ -40,7 +43,7 @@ def adapter_folder(path: str | Path) -> Path:
         except LocalEntryNotFoundError as error:
             if is_offline():
                 raise UserError(
-                    f"{name}: no such folder, and not in the hub's cache; HF_HUB_OFFLINE is set, so the hub is not asked."
+                    f"{name}: no such folder, and not in the hub's cache; HF_HUB_OFFLINE forbids to ask the hub."
                 ) from None
             raise RunError(f"{name}: no such folder, and the hub cannot be reached ({_cause(error)}).") from None
 
@@ -90,9 +93,7 @@ def _problem(what: str, error: Exception) -> Exception:
     if isinstance(error, OfflineModeIsEnabled):
         return UserError(f"{what}: HF_HUB_OFFLINE is set, so the hub is not asked: unset it.")
     if isinstance(error, HFValidationError):
-        return UserError(
-            f"{what}: no name that the hub takes: expected owner/name of letters, digits, '-', '_' and '.'."
-        )
+        return UserError(f"{what}: no name that the hub takes: {NAME}.")
     if isinstance(error, GatedRepoError):
         return UserError(f"{what}: the hub asks who you are, and to accept the model's terms on its page first.")
     if isinstance(error, HfHubHTTPError):

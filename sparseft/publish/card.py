@@ -17,10 +17,11 @@ from sparseft.data import prompts
 from sparseft.errors import UserError, reason_of, shown
 from sparseft.publish.facts import Facts, Score, shown_config, shown_path
 from sparseft.publish.usage import BASE, REPO, usage
-from sparseft.report.numbers import count, duration, fixed, memory, number, percent, signed
+from sparseft.report.numbers import SPACE, count, duration, fixed, memory, number, percent, signed
 
 CARD = "README.md"
 NO_LICENCE = "not stated here: see its page"
+NO_BASE = f"The base lay in a folder of this name: put its id on the hub where `{BASE}` stands below."
 SEAL = re.compile(r"\n<!-- sparseft card ([0-9a-f]{64}): [^\n]*-->\s*\Z")
 
 # What the hub is told of each kind: its library, and how it relates to its base.
@@ -58,7 +59,7 @@ def card_of(facts: Facts) -> str:
         licence=_licence(facts),
         config=_yaml(shown_config(facts)) if facts.config else "",
     )
-    return sealed(f"---\n{metadata(facts)}\n---\n\n{body}")
+    return sealed(f"---\n{metadata(facts)}\n---\n\n{body.replace(SPACE, ' ')}")
 
 
 def metadata(facts: Facts) -> str:
@@ -78,19 +79,19 @@ def metadata(facts: Facts) -> str:
             metric_value=round(100 * score.accuracy, 2),
         )
         for score in facts.scores
+        if score.asked
     ]
     language = facts.group("dataset").get("language")
+    tags = ["sparseft", facts.method, *(["sparse-fine-tuning"] if facts.kind == "sparse" else [])]
     data = ModelCardData(
         base_model=facts.base_id,
-        base_model_relation=relation,
+        base_model_relation=relation if facts.base_id else None,
         library_name=library,
         pipeline_tag="text-generation",
         license=facts.licence,
         language=language if isinstance(language, str) and language else None,
         datasets=[facts.dataset_id] if facts.dataset_id else None,
-        tags=list(
-            dict.fromkeys(["sparseft", facts.method, *(["sparse-fine-tuning"] if facts.kind == "sparse" else [])])
-        ),
+        tags=tags,
         eval_results=results or None,
         model_name=_title(facts) if results else None,
     )
@@ -133,6 +134,9 @@ def filled(text: str, repo: str, base: str | None, licence: str | None) -> str:
     body = SEAL.sub("\n", card.text.replace("\r\n", "\n")).replace(REPO, repo)
     if base is not None:
         card.data.base_model = base
+        relation = "finetune" if card.data.library_name == "transformers" else "adapter"
+        card.data.base_model_relation = card.data.get("base_model_relation") or relation
+        body = body.replace(NO_BASE, f"On the hub that is [{base}](https://huggingface.co/{base}).")
     if licence is not None:
         card.data.license = licence
     known = card.data.base_model
@@ -151,9 +155,8 @@ def checked(text: str, name: str = CARD) -> Any:
     try:
         return ModelCard(text, ignore_metadata_errors=False)
     except Exception as error:  # what YAML's reader, or the metadata's classes, raise
-        raise UserError(
-            f"{name}: its metadata, between the lines `---`, cannot be read ({reason_of(error)})."
-        ) from error
+        said = reason_of(error)
+        raise UserError(f"{name}: its metadata, between the lines `---`, cannot be read ({said}).") from error
 
 
 # ---- what it says ----
@@ -177,7 +180,7 @@ def _lead(facts: Facts) -> str:
     version = (facts.environment.get("versions") or {}).get("sparseft") or __version__
     text = f"This is {what} of {base}{on} by the method `{facts.method}` of sparseft {version}."
     if facts.base and not facts.base_id and not facts.base.startswith("bundled:"):
-        text += f" The base lay in a folder of this name: put its id on the hub where `{BASE}` stands below."
+        text += f" {NO_BASE}"
     return text
 
 
@@ -222,7 +225,8 @@ def _hardware(facts: Facts) -> str | None:
     device = str(known.get("device_name") or known.get("device")).partition(":")[0]
     where = f"{world} × {device}" if world > 1 or device != "cpu" else f"CPU, {count(known.get('cpu_count'))} cores"
     peak = facts.summary.get("peak_memory_bytes")
-    text = f"{where}, {duration(seconds)} ({seconds * world / 3600:.2g} device hours)"
+    hours = seconds * world / 3600
+    text = f"{where}, {duration(seconds)}" + (f" ({hours:,.2f} device hours)" if hours >= 0.1 else "")
     return f"{text}, {memory(peak)} at most" if number(peak) else text
 
 
@@ -289,7 +293,7 @@ def _score(score: Score) -> list[str]:
 
 def _forgetting(facts: Facts) -> str:
     """The tasks that were not trained, the base's scores beside this model's; members of a group stand in the table."""
-    others = [score for score in facts.scores if not score.learnt and score.base is not None]
+    others = [score for score in facts.scores if score.asked and not score.learnt and score.base is not None]
     if not others:
         return (
             "Not measured: no task that was not trained has the base's score beside this model's, so nothing is known "
@@ -312,10 +316,10 @@ def _forgetting(facts: Facts) -> str:
 
 def _limits(facts: Facts) -> list[str]:
     lines = [
-        f"For text in the manner of its training data{f' ({_data(facts)})' if facts.dataset else ''}; made to study and "
-        "to build on, not tested for any particular use.",
-        "What its base gets wrong, invents or is biased to, this model does too; the training data adds its own. It was "
-        "not trained or tested for safety.",
+        f"For text in the manner of its training data{f' ({_data(facts)})' if facts.dataset else ''}; made to study "
+        "and to build on, not tested for any particular use.",
+        "What its base gets wrong, invents or is biased to, this model does too; the training data adds its own. It "
+        "was not trained or tested for safety.",
     ]
     if facts.scores:
         lines.append("The scores are of the tasks above and of no others; small differences lie within their errors.")
@@ -330,8 +334,8 @@ def _limits(facts: Facts) -> list[str]:
 
 def _licence(facts: Facts) -> str:
     return (
-        f"The base's licence ({facts.licence or NO_LICENCE}) holds for what is derived from it, this model included. The "
-        "training data may have one of its own."
+        f"The base's licence ({facts.licence or NO_LICENCE}) holds for what is derived from it, this model included. "
+        "The training data may have one of its own."
     )
 
 
@@ -352,7 +356,7 @@ def _prompt(facts: Facts) -> str | None:
 
 def _cell(value: Any) -> str:
     """A text that a table's cell can hold."""
-    return shown(str(value), 600).replace("|", "\\|").replace("<", "&lt;")
+    return shown(str(value).replace(SPACE, " "), 600).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _yaml(content: dict[str, Any]) -> str:

@@ -50,6 +50,7 @@ class Score:
     metric: str | None
     overlap: int  # questions that were trained on
     learnt: bool  # of the family that was trained
+    asked: bool  # by itself, not as a member of a group
 
 
 @dataclass
@@ -207,7 +208,7 @@ def _scores(run: Path, family: str) -> Iterator[Score]:
         if len(names) > MEMBERS + 1:
             names = [name for name in names if name == asked]
         for name in names:
-            score = _score(name, tasks[name], before.get(name) or {}, family)
+            score = _score(name, tasks[name], before.get(name) or {}, family, name == asked or asked not in tasks)
             if score is not None and name not in seen:
                 seen.add(name)
                 yield score
@@ -216,7 +217,7 @@ def _scores(run: Path, family: str) -> Iterator[Score]:
 MEMBERS = 8  # of a group that are shown one by one: MMLU has 57
 
 
-def _score(name: str, entry: dict[str, Any], before: dict[str, Any], family: str) -> Score | None:
+def _score(name: str, entry: dict[str, Any], before: dict[str, Any], family: str, asked: bool) -> Score | None:
     accuracy = number(entry.get("accuracy"))
     if accuracy is None:
         return None
@@ -239,6 +240,7 @@ def _score(name: str, entry: dict[str, Any], before: dict[str, Any], family: str
         str(entry.get("metric") or "").partition(",")[0] or None,
         int(number(entry.get("train_overlap")) or 0),
         name == family or name in GROUPS.get(family, ()),
+        asked,
     )
 
 

@@ -17,20 +17,12 @@ from typing import Any
 
 from sparseft import __version__, console
 from sparseft.errors import RunError, UserError, shown
-from sparseft.files.hub import explained, is_offline
+from sparseft.files.hub import NAME, explained, is_offline
 from sparseft.publish.card import CARD, is_untouched
 from sparseft.publish.listing import Listing
 
 # What a loader takes a repository for: of another kind than what is pushed, it would win over it, or be taken along.
-LOADED = (
-    "adapter_config.json",
-    "adapter_model.*",
-    "config.json",
-    "model*.safetensors",
-    "*.gguf",
-    "patch.*",
-    "adapters.*",
-)
+LOADED = "adapter_config.json adapter_model.* adapters.* config.json model*.safetensors patch.* *.gguf".split()
 
 
 @dataclass
@@ -54,9 +46,7 @@ def check_repo(repo: str) -> None:
     except HFValidationError:
         right = False
     if not right:
-        raise UserError(
-            f"'{shown(repo)}' is no repository of the hub: expected owner/name of letters, digits, '-', '_' and '.'."
-        )
+        raise UserError(f"'{shown(repo)}' is no repository's name: {NAME}.")
 
 
 def url_of(repo: str) -> str:

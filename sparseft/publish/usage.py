@@ -40,11 +40,7 @@ def _shell(code: str) -> str:
 def _sparse(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
     rank = number(facts.summary.get("export_rank"))
     ready = f" --max-lora-rank {vllm_rank(int(rank))}" if rank and rank <= VLLM[-1] else " --max-lora-rank RANK"
-    told = (
-        ""
-        if rank and rank <= VLLM[-1]
-        else "\n\nThe export prints the rank; vLLM takes up to 512, else serve `merged`."
-    )
+    told = "" if rank and rank <= VLLM[-1] else "\n\nThe export prints RANK; of one above 512, serve `merged`."
     return [
         ("sparseft", _python(f'import sparseft\n{load}\nsparseft.load_adapter(model, "{REPO}")')),
         (
@@ -107,12 +103,8 @@ def _patch(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
 
 
 def _mlx(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
-    return [
-        (
-            "mlx-lm",
-            _shell(f"hf download {REPO} --local-dir adapter\nmlx_lm.generate --model {base} --adapter-path adapter"),
-        )
-    ]
+    get = f"hf download {REPO} --local-dir adapter"
+    return [("mlx-lm", _shell(f"{get}\nmlx_lm.generate --model {base} --adapter-path adapter"))]
 
 
 def _gguf(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
