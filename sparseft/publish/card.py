@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -303,8 +304,10 @@ def _forgetting(facts: Facts) -> str:
     for score in others:
         assert score.base is not None
         change, error = 100 * (score.accuracy - score.base), score.difference_stderr
+        if error is None and score.stderr is not None and score.base_stderr is not None:
+            error = math.hypot(score.stderr, score.base_stderr)  # as of two that have nothing to do with each other
         if error is None:
-            verdict = "the error of the difference was not measured"
+            verdict = "the error of the difference is not known"
         elif abs(change) <= 200 * error:
             verdict = "within two standard errors of no change"
         else:

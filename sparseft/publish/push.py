@@ -94,6 +94,9 @@ def push(listing: Listing, repo: str, *, private: bool = False, overwrite_card: 
         if changed := [file.name for file in files if file.has_changed()]:
             raise RunError(f"{changed[0]} was changed while it was sent: nothing was committed; push again.")
         done = api.create_commit(repo, operations, commit_message=f"sparseft {__version__}", parent_commit=head)
+        _, names, hidden = _state(api, repo)
+        if missing := sorted({file.name for file in files} - names):
+            raise RunError(f"{repo} does not hold {missing[0]}, which was sent: does its .gitignore name it?")
     return Pushed(url_of(repo), done.oid, "kept" if keeps else "written", hidden)
 
 
