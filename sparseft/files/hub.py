@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sparseft.errors import HUB_ID, RunError, UserError, looks_local, shown
 
@@ -78,7 +79,7 @@ def explained(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         problem = _problem(what, error)
-    raise problem  # outside of the handler, so that it has no context
+    raise problem from None  # so that no traceback shows them either
 
 
 def _problem(what: str, error: Exception) -> Exception:
@@ -90,6 +91,8 @@ def _problem(what: str, error: Exception) -> Exception:
         RepositoryNotFoundError,
     )
 
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HfHubHTTPError):  # of the storage, not the hub
+        return RunError(f"{what}: the hub's storage answered {_status(error.__cause__)}: try again.")
     if isinstance(error, OfflineModeIsEnabled):
         return UserError(f"{what}: HF_HUB_OFFLINE is set, so the hub is not asked: unset it.")
     if isinstance(error, HFValidationError):
@@ -97,7 +100,7 @@ def _problem(what: str, error: Exception) -> Exception:
     if isinstance(error, GatedRepoError):
         return UserError(f"{what}: the hub asks who you are, and to accept the model's terms on its page first.")
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code if error.response is not None else 0
+        status = _status(error)
         said = f" The hub says: {without_token(error.server_message)}" if error.server_message else ""
         if status == 401 and not isinstance(error, RepositoryNotFoundError):
             return UserError(f"{what}: the hub does not know your token: make one that can write and `hf auth login`.")
@@ -110,7 +113,15 @@ def _problem(what: str, error: Exception) -> Exception:
         if status in (409, 412):
             return RunError(f"{what}: somebody else has changed it meanwhile: try again.")
         return RunError(f"{what}: the hub answered {status or 'nothing that could be read'}: try again later.{said}")
-    return RunError(f"{what}: the hub cannot be reached ({_cause(error)}): try again.")
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    if isinstance(cause, HfHubHTTPError.__bases__):  # an HTTP library's, and the system's
+        return RunError(f"{what}: the hub cannot be reached ({_cause(cause)}): try again.")
+    return RunError(f"{what}: huggingface_hub failed ({type(error).__name__}: {without_token(str(error))}).")
+
+
+def _status(error: Any) -> int:
+    """Of the answer that an error of the hub is about; 0: there was none."""
+    return 0 if error.response is None else int(error.response.status_code)
 
 
 def _cause(error: BaseException) -> str:

@@ -97,7 +97,9 @@ class Hub:
         wanted = json.loads(body)
         name = f"{wanted['organization']}/{wanted['name']}"
         if not authorized or wanted["organization"] != USER:
-            raise Fault(403, f"You don't have the rights to create a model under the namespace {wanted['organization']}")
+            raise Fault(
+                403, f"You don't have the rights to create a model under the namespace {wanted['organization']}"
+            )
         private = wanted.get("private") or wanted.get("visibility") == "private"
         self.new(name, private=bool(private))
         return _json({"url": f"{self.url}/{name}"})
@@ -224,7 +226,7 @@ def running() -> Iterator[Hub]:
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-        do_GET = do_POST = do_PUT = do_HEAD = work  # noqa: N815
+        do_GET = do_POST = do_PUT = do_HEAD = work
 
         def log_message(self, *_: Any) -> None:
             pass

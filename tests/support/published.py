@@ -10,7 +10,9 @@ from typing import Any
 HOME = "/home/alice/secret"  # where the run's base and data lay: nothing that is published may say so
 
 
-def finished_run(adapter: Path, folder: Path, *, base: str = f"{HOME}/tiny-base", data: str = f"{HOME}/own.json") -> Path:
+def finished_run(
+    adapter: Path, folder: Path, *, base: str = f"{HOME}/tiny-base", data: str = f"{HOME}/own.json"
+) -> Path:
     """A run of four steps. base, data: what its files say that it was trained on; hub ids, or paths below HOME."""
     folder.mkdir()
     shutil.copytree(adapter, folder / "adapter")
