@@ -199,7 +199,7 @@ def _overview(facts: Facts) -> list[tuple[str, Any]]:
     examples = f", {count(data['examples'])} examples" if number(data.get("examples")) else ""
     return [
         ("base model", f"{base} ({revision})"),
-        ("base fingerprint", f"`{fingerprint}`: a load on other weights is refused" if fingerprint else None),
+        ("base fingerprint", f"`{fingerprint}`, by which sparseft knows it" if fingerprint else None),
         ("data", f"{_data(facts)}{examples}" if facts.dataset else None),
         ("method", f"`{facts.method}`"),
         ("trained weights", _share(facts)),
@@ -262,6 +262,10 @@ def _trains(facts: Facts) -> str:
     share = _share(facts)
     if facts.kind in ("full", "merged") and not facts.roles:
         return "Every weight." if share is None else f"Every weight: {share}."
+    if "peft_type" in facts.content:
+        return (
+            f"{share or 'Parameters'}, in low-rank sides beside the base's linears; its own weights stay as they are."
+        )
     scope = number(facts.summary.get("scope_parameters"))
     part = number(facts.summary.get("trainable_parameters"))
     of_scope = f", {percent(part / scope)} of the weights that could have been chosen" if part and scope else ""
@@ -298,7 +302,8 @@ def _forgetting(facts: Facts) -> str:
     if not others:
         return (
             "Not measured: no task that was not trained has the base's score beside this model's, so nothing is known "
-            f"here of what it unlearnt. `sparseft eval mmlu --adapter {REPO}` measures it."
+            "here of what it unlearnt."
+            + (f" `sparseft eval mmlu --adapter {REPO}` measures it." if facts.kind in ("sparse", "peft") else "")
         )
     lines = []
     for score in others:

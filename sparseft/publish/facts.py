@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 from sparseft.adapters.description import is_whole_model, read_config
 from sparseft.errors import HUB_ID, UserError, looks_local
 from sparseft.evaluation.llm_adapters import GROUPS
-from sparseft.files.tensors import ADAPTER_TENSORS, SELECTION_CONFIG, stored_tensors
+from sparseft.files.tensors import ADAPTER_TENSORS, opened, split_name
 from sparseft.files.untrusted import read_json_object, read_yaml_object
+from sparseft.kernels.reference import trainable_entries
 from sparseft.publish.licences import licence_in
 from sparseft.report.numbers import number
 from sparseft.runs.folder import (
@@ -21,7 +23,6 @@ from sparseft.runs.folder import (
     ENVIRONMENT,
     EVAL,
     METRICS,
-    SELECTION,
     SUMMARY,
     is_run,
     load_summary,
@@ -140,17 +141,14 @@ def facts_of(folder: Path, kind: str | None = None, rank: int | None = None) -> 
     facts.licence = licence_in(facts.base) if facts.base else None
     known = number(content.get("r")) if kind is None else rank
     facts.rank = None if known is None else int(known)
-    selected: dict[str, Any] = {}
     if run:
         facts.summary = load_summary(run)
         facts.config = read_yaml_object(run / CONFIG)
         if (run / ENVIRONMENT).is_file():
             facts.environment = read_json_object(run / ENVIRONMENT)
-        if (run / SELECTION / SELECTION_CONFIG).is_file():
-            selected = read_json_object(run / SELECTION / SELECTION_CONFIG).get("modules") or {}
         facts.scores = list(_scores(run, str(facts.group("dataset").get("name"))))
     if not whole:
-        facts.roles = _roles(place, content, selected)
+        facts.roles = _roles(place, content)
     return facts
 
 
@@ -247,41 +245,33 @@ def _score(name: str, entry: dict[str, Any], before: dict[str, Any], family: str
 # ---- what trains ----
 
 
-def _roles(folder: Path, content: dict[str, Any], selected: dict[str, Any]) -> list[Role]:
-    """What trains, by the linears' names, of the header of the adapter's tensors.
-
-    selected: the selection's modules, which know how much of an edge block lies within its weight.
-    """
+def _roles(folder: Path, content: dict[str, Any]) -> list[Role]:
+    """What trains, by the linears' names: counted from the adapter's indices, or the shapes of a LoRA's two sides."""
     if not (folder / ADAPTER_TENSORS).is_file():
         return []
     trained: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    for name, stored in stored_tensors(folder / ADAPTER_TENSORS, "adapter").items():
-        module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
-        if not rest:
-            module, _, part = name.rpartition(".")
-            if part == "index":
-                continue
-            module = module.rpartition(".")[0] if part == "delta" else module
-        count = 1
-        for length in stored.shape:
-            count *= length
-        trained[module] = trained.get(module, 0) + count
-        if rest.startswith("A.") or rest.startswith("B."):  # (r, in), (out, r)
-            side = stored.shape[1] if rest.startswith("A.") else stored.shape[0]
-            sizes[module] = sizes.get(module, 1) * side
     modules = content.get("modules")
-    for module, entry in (modules if isinstance(modules, dict) else {}).items():
-        out, inside = entry["shape"]
-        sizes[module] = out * inside
-    trained |= {name: entry["trainable"] for name, entry in selected.items() if name in trained}
+    with opened(folder / ADAPTER_TENSORS, "adapter") as file:
+        for name in file.keys():
+            if isinstance(modules, dict):
+                module, kind, part = split_name(name, folder / ADAPTER_TENSORS)
+                if part == "index":
+                    shape = tuple(modules[module]["shape"])
+                    held = trainable_entries(kind, file.get_tensor(name), shape, content.get("block_size"))
+                    trained[module] = trained.get(module, 0) + held
+                    sizes[module] = math.prod(shape)
+                continue
+            module, _, side = name.removeprefix("base_model.model.").partition(".lora_")
+            shape = file.get_slice(name).get_shape()
+            trained[module] = trained.get(module, 0) + math.prod(shape)
+            if side.startswith(("A.", "B.")):  # (r, in), (out, r)
+                sizes[module] = sizes.get(module, 1) * shape[1 if side.startswith("A.") else 0]
     roles: dict[str, Role] = {}
     for module, count in trained.items():
-        parts = [part for part in module.split(".") if not part.isdigit()]
-        name = parts[-1] if parts else module
-        role = roles.setdefault(name, Role(name, 0, 0, 0))
+        parts = [part for part in module.split(".") if not part.isdigit()]  # an expert's number
+        role = roles.setdefault(parts[-1] if parts else module, Role(parts[-1] if parts else module, 0, 0, 0))
         role.linears += 1
         role.trained += count
-        size = sizes.get(module)
-        role.weights = None if size is None or role.weights is None else role.weights + size
+        role.weights = None if module not in sizes or role.weights is None else role.weights + sizes[module]
     return sorted(roles.values(), key=lambda role: -role.trained)

@@ -94,8 +94,7 @@ def test_each_role_is_counted_as_the_adapter_itself_counts(made: Any) -> None:
     model = sparseft.load_adapter(load(made[0]), made[1])
     entries: dict[str, list[int]] = {}
     for name, layer in sparse_layers(model).items():
-        held = sum(pattern.delta.numel() for pattern in layer.patterns.values())
-        entries.setdefault(name.rpartition(".")[2], []).append(held)
+        entries.setdefault(name.rpartition(".")[2], []).append(layer.trainable_entries)
     roles = {role.name: role for role in facts_of(made[1]).roles}
     assert {name: (len(counts), sum(counts)) for name, counts in entries.items()} == {
         name: (role.linears, role.trained) for name, role in roles.items()
@@ -197,3 +196,20 @@ def test_a_run_that_went_on_is_not_finished(made: Any, tmp_path: Path) -> None:
         file.write(json.dumps({"step": 5, "loss": 1.0}) + "\n")
     with pytest.raises(UserError, match="continued past step 4"):
         facts_of(run)
+
+
+def test_a_lora_is_counted_by_its_two_sides(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "meta/Base-1B"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    key = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    sides = {"A": zeros(4, 48), "B": zeros(72, 4)}
+    save_file({key.format(layer, side): t.clone() for layer in (0, 1) for side, t in sides.items()},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    (role,) = facts_of(tmp_path).roles
+    assert (role.name, role.linears, role.trained, role.weights) == ("q_proj", 2, 2 * 4 * 120, 2 * 48 * 72)
+    text = filled(card_of(facts_of(tmp_path)), "me/mine", None, None)
+    assert ModelCard(text).data.library_name == "peft"
+    assert "vllm serve meta/Base-1B --enable-lora --lora-modules tuned=me/mine --max-lora-rank 8" in text

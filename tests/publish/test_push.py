@@ -16,8 +16,11 @@ import torch
 from huggingface_hub import ModelCard, constants
 
 import sparseft as package
+from sparseft.compose.run_config import compose
+from sparseft.evaluation.target import find_target
 from sparseft.publish import listing
 from sparseft.publish.card import is_untouched
+from support import adapted
 from support import hub as stand_in
 from support.exported import load, maker
 from support.hub import TOKEN, Fault, Hub
@@ -143,6 +146,23 @@ def test_an_adapters_folder_and_its_run_are_the_same(hub: Hub, run: Path) -> Non
     first = dict(hub.repos["me/mine"].files)
     push(run / "adapter")
     assert hub.repos["me/mine"].files == first
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_adapters_of_other_kinds(hub: Hub, made: Any, tmp_path: Path, method: str) -> None:
+    trained = adapted.attached("llama", method, load(made[0]))
+    package.save_adapter(trained, tmp_path / "trained")
+    push(tmp_path / "trained", "--base-model", "meta/Base-1B")
+    there = hub.repos["me/mine"].files
+    assert str(tmp_path).encode() not in b"".join(there.values())
+    data = ModelCard(there["README.md"].decode()).data
+    expected = ("transformers", "finetune") if method == "full" else ("peft", "adapter")
+    assert (data.library_name, data.base_model_relation, data.base_model) == (*expected, "meta/Base-1B")
+    fetched = package.load_adapter(load(made[0]), "me/mine")
+    tokens = torch.arange(1, 9)[None]
+    assert torch.equal(fetched.eval()(tokens).logits, trained.eval()(tokens).logits)
+    said = there["README.md"].decode()
+    assert ("takes no DoRA" in said) == (method == "dora") and ("vllm serve" in said) == (method != "dora")
 
 
 # ---- pushed again ----
@@ -338,13 +358,8 @@ PLACES = ("/whoami-v2", "/models/me/mine", "/repos/create", "/preupload/", "/bat
 
 @pytest.mark.parametrize(
     ("where", "fault"),
-    [
-        *((place, 503) for place in PLACES),
-        ("/batch", 429),
-        ("/store/", 403),
-        ("/whoami-v2", "dead"),
-        ("/store/", "dead"),
-    ],
+    [(place, 503) for place in PLACES]
+    + [("/batch", 429), ("/store/", 403), ("/whoami-v2", "dead"), ("/store/", "dead")],
 )
 def test_a_hub_that_fails(hub: Hub, run: Path, where: str, fault: Any, caplog: Any) -> None:
     def fail(method: str, path: str) -> None:
@@ -398,6 +413,8 @@ def test_an_adapter_is_loaded_from_the_hub(hub: Hub, run: Path, made: Any, monke
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the cache has it
     asked = len(hub.log)
     again = package.load_adapter(load(made[0]), "me/mine")
+    target = find_target(compose("eval", [f"model.path={made[0]}"]), run=None, adapter="me/mine", base=False)
+    assert target.adapter is not None and (target.adapter / "adapter_config.json").is_file()
     assert torch.equal(again(tokens).logits, local(tokens).logits) and len(hub.log) == asked
     with pytest.raises(package.UserError, match="HF_HUB_OFFLINE"):
         package.load_adapter(load(made[0]), "me/other")
@@ -437,6 +454,7 @@ def test_a_folder_here_is_not_looked_for_on_the_hub(hub: Hub, made: Any, tmp_pat
 def test_an_export_is_pushed_with_the_runs_card(hub: Hub, run: Path, made: Any, tmp_path: Path) -> None:
     out = tmp_path / "lora"
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(", sample_prompts: [what I asked]", ""))
+    (run / "train_questions.safetensors").unlink()
     sparseft(tmp_path, "export", run, "--format", "peft-lora", "--out", out, f"model.path={made[0]}")
     text = (out / "README.md").read_text()
     assert "USER/NAME" in text and "14,042" in text and ModelCard(text).data.library_name == "peft"
