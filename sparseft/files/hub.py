@@ -6,10 +6,12 @@ huggingface_hub is imported where it is used. Offline (`HF_HUB_OFFLINE=1`) the h
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sparseft import console
 from sparseft.errors import HUB_ID, RunError, UserError, looks_local, shown
 
 # What an adapter's or a whole model's folder may hold: safetensors, JSON and a tokenizer, nothing that executes.
@@ -38,7 +40,7 @@ def adapter_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with explained(f"the adapter {name}"):
+    with explained(f"the adapter {name}"), bars():
         try:
             return Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
         except LocalEntryNotFoundError as error:
@@ -55,6 +57,22 @@ def cached_file(repo: str, name: str) -> Path | None:
 
     found = try_to_load_from_cache(repo, name)
     return Path(found) if isinstance(found, str) else None
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[None]:
+    """Inside, huggingface_hub shows its bars only where this program would: on a terminal, and not when quiet."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = console.is_terminal(sys.stderr) and not console.is_quiet()
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def is_offline() -> bool:

@@ -7,9 +7,7 @@ follows, so that it never undoes what somebody else has committed meanwhile.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 from sparseft import __version__, console
 from sparseft.errors import RunError, UserError, shown
-from sparseft.files.hub import NAME, explained, is_offline
+from sparseft.files.hub import NAME, bars, explained, is_offline
 from sparseft.publish.card import CARD, is_untouched
 from sparseft.publish.listing import Listing
 
@@ -89,7 +87,7 @@ def push(listing: Listing, repo: str, *, private: bool = False, overwrite_card: 
         operations = [
             CommitOperationAdd(file.name, file.path if file.content is None else file.content) for file in files
         ]
-    with explained(f"{repo} as {user}"), _bars():
+    with explained(f"{repo} as {user}"), bars():
         api.preupload_lfs_files(repo, operations, free_memory=False)
         if changed := [file.name for file in files if file.has_changed()]:
             raise RunError(f"{changed[0]} was changed while it was sent: nothing was committed; push again.")
@@ -98,21 +96,6 @@ def push(listing: Listing, repo: str, *, private: bool = False, overwrite_card: 
         if missing := sorted({file.name for file in files} - names):
             raise RunError(f"{repo} does not hold {missing[0]}, which was sent: does its .gitignore name it?")
     return Pushed(url_of(repo), done.oid, "kept" if keeps else "written", hidden)
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator[None]:
-    """Inside, huggingface_hub shows its bars only where this program would."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    silent = console.is_quiet() and not are_progress_bars_disabled()
-    if silent:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if silent:
-            enable_progress_bars()
 
 
 def _check_token() -> None:

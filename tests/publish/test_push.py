@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, constants
 import sparseft as package
 from sparseft.compose.run_config import compose
 from sparseft.evaluation.target import find_target
+from sparseft.files.hub import adapter_folder
 from sparseft.publish import listing
 from sparseft.publish.card import is_untouched
 from support import adapted
@@ -158,7 +159,7 @@ def test_adapters_of_other_kinds(hub: Hub, made: Any, tmp_path: Path, method: st
     data = ModelCard(there["README.md"].decode()).data
     expected = ("transformers", "finetune") if method == "full" else ("peft", "adapter")
     assert (data.library_name, data.base_model_relation, data.base_model) == (*expected, "meta/Base-1B")
-    fetched = package.load_adapter(load(made[0]), "me/mine")
+    fetched = load(adapter_folder("me/mine")) if method == "full" else package.load_adapter(load(made[0]), "me/mine")
     tokens = torch.arange(1, 9)[None]
     assert torch.equal(fetched.eval()(tokens).logits, trained.eval()(tokens).logits)
     said = there["README.md"].decode()
