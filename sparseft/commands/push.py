@@ -48,7 +48,8 @@ def run(
     if done.card == "kept":
         console.warn(f"the {CARD} there was edited by a person, so it stays as it is: --overwrite-card replaces it.")
         result["files"] = [file for file in result["files"] if file["path"] != CARD]
-    return result | {"commit": done.commit, "card": done.card, "private": done.private}
+    facts = {"commit": done.commit, "news": done.news, "card": done.card, "private": done.private}
+    return result | facts
 
 
 def _warn(listing: Listing) -> None:
@@ -93,4 +94,5 @@ def render(result: dict[str, Any]) -> None:
         print(result["card_text"])
         print(f"nothing was sent: {len(result['files'])} files ({size}) would go to {result['url']}")
         return
-    print(f"{len(result['files'])} files ({size}) pushed to {result['url']}{' (private)' if result['private'] else ''}")
+    what = "pushed to" if result["news"] else "lie already, as they are here, in"
+    print(f"{len(result['files'])} files ({size}) {what} {result['url']}{' (private)' if result['private'] else ''}")

@@ -40,7 +40,7 @@ def adapter_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with explained(f"the adapter {name}"), bars():
+    with explained(f"the adapter {name}"), calm():
         try:
             return Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
         except LocalEntryNotFoundError as error:
@@ -60,19 +60,22 @@ def cached_file(repo: str, name: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def bars() -> Iterator[None]:
-    """Inside, huggingface_hub shows its bars only where this program would: on a terminal, and not when quiet."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def calm() -> Iterator[None]:
+    """Inside, huggingface_hub shows its bars only where this program would, on a terminal and not when quiet, and logs
+    errors alone: what it says of each try again quotes addresses that are signed."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     shown = console.is_terminal(sys.stderr) and not console.is_quiet()
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
+    hides, verbosity = not shown and not are_progress_bars_disabled(), logging.get_verbosity()
+    if hides:
+        disable_progress_bars()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        enable_progress_bars()
+        logging.set_verbosity(verbosity)
+        if hides:
+            enable_progress_bars()
 
 
 def is_offline() -> bool:

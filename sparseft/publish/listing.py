@@ -39,8 +39,7 @@ IN_THE_CARD = "the card has its facts; it names folders of this machine"
 REASONS = (
     (f"{CHECKPOINTS}/*", TRAINING),
     (QUESTIONS, "hashes of the training questions, by which one could ask what was trained on"),
-    ("*.samples.jsonl", ANSWERS),
-    ("samples.jsonl", ANSWERS),
+    ("*samples.jsonl", ANSWERS),
     ("eval/mt_bench/*", ANSWERS),
     (REPORT, "may hold prompts and answers"),
     (f"{SELECTION}/*", "the adapter has its indices"),

@@ -15,7 +15,7 @@ from typing import Any
 
 from sparseft import __version__, console
 from sparseft.errors import RunError, UserError, shown
-from sparseft.files.hub import NAME, bars, explained, is_offline
+from sparseft.files.hub import NAME, calm, explained, is_offline
 from sparseft.publish.card import CARD, is_untouched
 from sparseft.publish.listing import Listing
 
@@ -25,12 +25,16 @@ LOADED = "adapter_config.json adapter_model.* adapters.* config.json model*.safe
 
 @dataclass
 class Pushed:
-    """What came of it. card: written | kept (a person has edited it)."""
+    """What came of it.
+
+    card: written | kept (a person has edited it); news: whether any file differs from what lay there.
+    """
 
     url: str
     commit: str
     card: str
     private: bool
+    news: bool
 
 
 def check_repo(repo: str) -> None:
@@ -87,7 +91,7 @@ def push(listing: Listing, repo: str, *, private: bool = False, overwrite_card: 
         operations = [
             CommitOperationAdd(file.name, file.path if file.content is None else file.content) for file in files
         ]
-    with explained(f"{repo} as {user}"), bars():
+    with explained(f"{repo} as {user}"), calm():
         api.preupload_lfs_files(repo, operations, free_memory=False)
         if changed := [file.name for file in files if file.has_changed()]:
             raise RunError(f"{changed[0]} was changed while it was sent: nothing was committed; push again.")
@@ -95,7 +99,7 @@ def push(listing: Listing, repo: str, *, private: bool = False, overwrite_card: 
         _, names, hidden = _state(api, repo)
         if missing := sorted({file.name for file in files} - names):
             raise RunError(f"{repo} does not hold {missing[0]}, which was sent: does its .gitignore name it?")
-    return Pushed(url_of(repo), done.oid, "kept" if keeps else "written", hidden)
+    return Pushed(url_of(repo), done.oid, "kept" if keeps else "written", hidden, done.oid != head)
 
 
 def _check_token() -> None:

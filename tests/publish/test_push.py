@@ -171,6 +171,7 @@ def test_adapters_of_other_kinds(hub: Hub, made: Any, tmp_path: Path, method: st
 
 def test_what_the_hub_has_is_not_sent_again(hub: Hub, run: Path) -> None:
     push(run)
+    assert push(run, "--json").json["news"] is False and "lie already" in push(run).out
     commits, sent = len(hub.repos["me/mine"].commits), hub.asked("PUT", "/store/")
     push(run)
     assert len(hub.repos["me/mine"].commits) == commits and hub.asked("PUT", "/store/") == sent == 1
@@ -377,7 +378,7 @@ def test_a_hub_that_fails(hub: Hub, run: Path, where: str, fault: Any, caplog: A
     debugged = sparseft_debug(run, "--debug")
     assert debugged.code == 1 and "Traceback" in debugged.err
     for text in (debugged.err, debugged.out, caplog.text):
-        assert "secretSecret" not in text
+        assert "secretSecret" not in text and "X-Signature" not in text
 
 
 def test_no_network(hub: Hub, run: Path, monkeypatch: Any) -> None:
