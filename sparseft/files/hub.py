@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.errors import HUB_ID, RunError, UserError, looks_local, shown
+from sparseft.errors import HUB_ID, RunError, UserError, looks_local, nearest_path, shown
 
 # What an adapter's or a whole model's folder may hold: safetensors, JSON and a tokenizer, nothing that executes.
 ADAPTER_FILES = [
@@ -40,7 +40,7 @@ def adapter_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with explained(f"the adapter {name}"), calm():
+    with explained(f"{name} (no folder here{nearest_path(name)})"), calm():
         try:
             return Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
         except LocalEntryNotFoundError as error:

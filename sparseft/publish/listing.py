@@ -28,7 +28,6 @@ from sparseft.runs.folder import (
     REPORT,
     SELECTION,
     SUMMARY,
-    find_run,
     is_run,
 )
 
@@ -130,7 +129,7 @@ def listing_of(
         run = is_run(path)
         what, root = f"the run {path}" if run else f"the adapter {path}", path
         if run:
-            check_finished(find_run(path))
+            check_finished(path)
         place = path / ADAPTER if run else path
         check_intact(place)
         wanted = sorted(each for each in place.iterdir() if any(fnmatch(each.name, name) for name in ADAPTER_FILES))

@@ -46,9 +46,9 @@ def _sparse(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
         (
             "PEFT",
             "written as an exact LoRA first:\n\n"
-            + _shell(f"sparseft export {REPO} --format peft-lora --out lora")
+            + _shell(f"sparseft export {REPO} --format peft-lora --out my-lora")
             + "\n\n"
-            + _python(f'from peft import PeftModel\n{load}\nmodel = PeftModel.from_pretrained(model, "lora")'),
+            + _python(f'from peft import PeftModel\n{load}\nmodel = PeftModel.from_pretrained(model, "my-lora")'),
         ),
         (
             "transformers",
@@ -57,7 +57,7 @@ def _sparse(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
             + "\n\n"
             + _python('model = AutoModelForCausalLM.from_pretrained("merged")'),
         ),
-        ("vLLM", f"the LoRA folder, on its base:\n\n{_shell(_vllm(base, 'lora', ready))}{told}"),
+        ("vLLM", f"the LoRA folder, on its base:\n\n{_shell(_vllm(base, 'my-lora', ready))}{told}"),
     ]
 
 

@@ -112,7 +112,7 @@ def test_every_tool_is_told_how_to_load_it(card: Any) -> None:
     text = card.text
     assert 'sparseft.load_adapter(model, "me/mine")' in text
     assert "sparseft export me/mine --format peft-lora" in text and "PeftModel.from_pretrained" in text
-    assert "vllm serve meta/Base-1B --enable-lora --lora-modules tuned=lora --max-lora-rank 64" in text
+    assert "vllm serve meta/Base-1B --enable-lora --lora-modules tuned=my-lora --max-lora-rank 64" in text
     assert 'from_pretrained("meta/Base-1B", revision="abc123"' in text
     for code in re.findall(r"```python\n(.*?)```", text, re.S):
         compile(code, "card", "exec")
