@@ -46,7 +46,7 @@ def find_target(
     if base:
         return Target(f"the base model {config.model.path}", config.model, None, None)
     if adapter is not None:
-        path = adapter_folder(adapter)
+        path = adapter_folder(adapter, "--adapter ")
         if not path.is_dir():
             raise UserError(f"--adapter {adapter}: no such folder{where_looked(adapter)}.{nearest_path(adapter)}")
         if not is_adapter(path) and is_adapter(path / ADAPTER):

@@ -25,9 +25,9 @@ ADAPTER_FILES = [
 NAME = "expected owner/name, of letters, digits, '-', '_' and '.'"
 
 
-def adapter_folder(path: str | Path) -> Path:
+def adapter_folder(path: str | Path, option: str = "") -> Path:
     """The folder of an adapter: itself where it is one, and of a hub id `owner/name` that is no path here its copy in
-    the hub's cache, fetched unless it is up to date there.
+    the hub's cache, fetched unless it is up to date there. option: how the user gave it, for messages.
 
     Raises:
         UserError: the hub has no such model, or it is private, or it is not in the cache and the hub may not be asked.
@@ -40,15 +40,15 @@ def adapter_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with explained(f"{name} (no folder here{nearest_path(name)})"), calm():
+    hint = nearest_path(name)
+    with explained(f"{option}{name}: no such folder.{hint} As an id of the hub"), calm():
         try:
             return Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
-        except LocalEntryNotFoundError as error:
+        except LocalEntryNotFoundError:
             if is_offline():
-                raise UserError(
-                    f"{name}: no such folder, and not in the hub's cache; HF_HUB_OFFLINE forbids to ask the hub."
-                ) from None
-            raise RunError(f"{name}: no such folder, and the hub cannot be reached ({_cause(error)}).") from None
+                why = "it is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub"
+                raise UserError(f"{option}{name}: no such folder.{hint} As an id of the hub: {why}.") from None
+            raise
 
 
 def cached_file(repo: str, name: str) -> Path | None:
