@@ -11,7 +11,7 @@ from typing import Any
 from sparseft.adapters.description import is_whole_model, read_config
 from sparseft.errors import HUB_ID, UserError, looks_local
 from sparseft.evaluation.llm_adapters import GROUPS
-from sparseft.files.tensors import ADAPTER_TENSORS, opened, split_name
+from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS, opened, split_name
 from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.kernels.reference import trainable_entries
 from sparseft.publish.licences import licence_in
@@ -148,7 +148,10 @@ def facts_of(folder: Path, kind: str | None = None, rank: int | None = None) -> 
             facts.environment = read_json_object(run / ENVIRONMENT)
         facts.scores = list(_scores(run, str(facts.group("dataset").get("name"))))
     if not whole:
-        facts.roles = _roles(place, content)
+        try:
+            facts.roles = _roles(place, content)
+        except (KeyError, TypeError, IndexError, AssertionError) as error:  # of a description that somebody has written
+            raise UserError(f"{place}: {ADAPTER_CONFIG} does not describe the tensors of {ADAPTER_TENSORS}.") from error
     return facts
 
 

@@ -213,3 +213,13 @@ def test_a_lora_is_counted_by_its_two_sides(tmp_path: Path) -> None:
     text = filled(card_of(facts_of(tmp_path)), "me/mine", None, None)
     assert ModelCard(text).data.library_name == "peft"
     assert "vllm serve meta/Base-1B --enable-lora --lora-modules tuned=me/mine --max-lora-rank 8" in text
+
+
+def test_a_description_that_does_not_fit_is_refused(made: Any, tmp_path: Path) -> None:
+    run = finished_run(made[1], tmp_path / "run")
+    path = run / "adapter/adapter_config.json"
+    content = json.loads(path.read_text())
+    content["modules"].pop(next(iter(content["modules"])))
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="does not describe the tensors"):
+        facts_of(run)
