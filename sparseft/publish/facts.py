@@ -148,10 +148,7 @@ def facts_of(folder: Path, kind: str | None = None, rank: int | None = None) -> 
             facts.environment = read_json_object(run / ENVIRONMENT)
         facts.scores = list(_scores(run, str(facts.group("dataset").get("name"))))
     if not whole:
-        try:
-            facts.roles = _roles(place, content)
-        except (KeyError, TypeError, IndexError, AssertionError) as error:  # of a description that somebody has written
-            raise UserError(f"{place}: {ADAPTER_CONFIG} does not describe the tensors of {ADAPTER_TENSORS}.") from error
+        facts.roles = _roles(place, content)
     return facts
 
 
@@ -260,8 +257,13 @@ def _roles(folder: Path, content: dict[str, Any]) -> list[Role]:
             if isinstance(modules, dict):
                 module, kind, part = split_name(name, folder / ADAPTER_TENSORS)
                 if part == "index":
-                    shape = tuple(modules[module]["shape"])
-                    held = trainable_entries(kind, file.get_tensor(name), shape, content.get("block_size"))
+                    entry, size = modules.get(module), content.get("block_size")
+                    shape = tuple(entry.get("shape") or ()) if isinstance(entry, dict) else ()
+                    if len(shape) != 2 or (kind == "blocks" and not isinstance(size, int)):
+                        raise UserError(
+                            f"{folder}: {ADAPTER_CONFIG} does not describe the tensors of {ADAPTER_TENSORS}."
+                        )
+                    held = trainable_entries(kind, file.get_tensor(name), shape, size)
                     trained[module] = trained.get(module, 0) + held
                     sizes[module] = math.prod(shape)
                 continue
