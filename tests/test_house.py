@@ -429,7 +429,7 @@ def test_every_import_is_declared() -> None:
     provided = {"lm_eval": "lm-eval", "hydra": "hydra-core", "yaml": "pyyaml"}
     optional = {"liger_kernel", "bitsandbytes", "gguf", "llama_cpp", "mlx", "mlx_lm"}
     declared = {normal(Requirement(text).name) for text in project()["dependencies"]}
-    comes_with = {"tokenizers": "transformers", "huggingface_hub": "transformers", "click": "typer"}
+    comes_with = {"tokenizers": "transformers", "click": "typer"}
     comes_with |= {"pyarrow": "datasets"}
     for path in MODULES:
         for node in ast.walk(parse(path)):

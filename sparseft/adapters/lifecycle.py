@@ -18,6 +18,7 @@ from sparseft.adapters.waiting import KEEP
 from sparseft.distributed.zero3 import full_shape
 from sparseft.errors import UserError, nearest
 from sparseft.files.atomic import replaced_folder
+from sparseft.files.hub import adapter_folder
 from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.layers import sparse_layers
 from sparseft.methods import checked
@@ -96,7 +97,10 @@ def save_adapter(
 def load_adapter(
     model: nn.Module, path: str | Path, name: str = DEFAULT, *, keep: str = "device", activate: bool = True
 ) -> nn.Module:
-    """Loads an adapter folder onto a plain or attached model, makes it the active one, and returns the model.
+    """Loads an adapter onto a plain or attached model, makes it the active one, and returns the model.
+
+    path: its folder, or where it lies on the Hugging Face hub, `owner/name`: it is then fetched into the hub's cache
+    (with HF_HUB_OFFLINE=1 it must be there).
 
     A sparse adapter is refused where it was made for another base or the files were truncated or altered. A folder
     that peft made is loaded through peft; the return value is then peft's wrapper.
@@ -109,12 +113,12 @@ def load_adapter(
 
     Raises:
         UserError: the folder does not fit the model, `keep` is no such place, or `name` cannot be one.
-        RunError: later, where the file of an adapter on `disk` was altered meanwhile.
+        RunError: the hub cannot be reached; later, where the file of an adapter on `disk` was altered meanwhile.
     """
     if keep not in KEEP:
         raise UserError(f"keep='{keep}': expected {', '.join(KEEP)}.{nearest(keep, KEEP)}")
     check_new_name(name)
-    folder = Path(path)
+    folder = adapter_folder(path)
     content = read_config(folder)
     kind = "peft" if "peft_type" in content else "full" if is_whole_model(folder) else "sparse"
     model = KINDS[kind].load(model, folder, content, name, keep, activate)

@@ -263,6 +263,45 @@ def report(
     return finish("report", execute(lambda: command_module("report").run(list(runs or [])), debug), json, debug)
 
 
+@app.command(
+    short_help="Publish a run on the Hugging Face hub.",
+    epilog="\b\nExamples:\n"
+    "  sparseft push outputs/latest me/my-adapter --dry-run\n"
+    "  sparseft push outputs/latest me/my-adapter --private --license apache-2.0",
+)
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="REPO", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; send nothing.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", metavar="ID", help="The base on the hub, where it was a folder here."),
+    ] = None,
+    licence: Annotated[str | None, typer.Option("--license", metavar="NAME", help="The base's licence.")] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="PATTERN", help="Send such files too: report.html, 'eval/*'; repeatable."),
+    ] = None,
+    overwrite_card: Annotated[
+        bool, typer.Option("--overwrite-card", help="Replace a README.md there that a person has edited.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Publish a run on the Hugging Face hub: a model card and what others load.
+
+    RUN is a run's folder, an adapter's, or one that `sparseft export` has made; REPO is owner/name, made if it is not
+    there. The token is HF_TOKEN, or that of `hf auth login`.
+    """
+
+    def work() -> Any:
+        options = {"dry_run": dry_run, "private": private, "overwrite_card": overwrite_card, "base_model": base_model}
+        return command_module("push").run(run, repo, licence=licence, include=include or [], **options)
+
+    return finish("push", execute(work, debug), json, debug)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line (default: of this process) and returns the exit code."""
     open_streams()

@@ -12,6 +12,8 @@ from sparseft.export.formats import format_of
 from sparseft.export.formats.base import Options
 from sparseft.export.job import export
 from sparseft.export.source import Source
+from sparseft.publish.card import card_of
+from sparseft.publish.facts import facts_of
 from sparseft.runs import folder as runs
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,7 +42,12 @@ def run(
     options = Options(None if dtype is None else getattr(torch, dtype), engine, base_gguf)
     source = Source.find(folder if folder is not None else str(runs.latest_run()), config, overrides)
     console.log(f"exporting {source.target.what} as {format}")
-    return export(source, wanted, out, options)
+
+    def readme(facts: dict[str, Any]) -> str:
+        place = source.target.folder or source.folder
+        return card_of(facts_of(place, wanted.name, facts.get("rank")))
+
+    return export(source, wanted, out, options, readme)
 
 
 def render(result: dict[str, Any]) -> None:

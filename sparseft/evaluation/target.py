@@ -17,6 +17,7 @@ from sparseft.compose.run_config import from_dict
 from sparseft.config import ModelConfig, RunConfig
 from sparseft.data.question_hashes import QuestionHashes
 from sparseft.errors import UserError, nearest_path, shown, where_looked
+from sparseft.files.hub import adapter_folder
 from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.models.loading import check_model_path, load_model, load_tokenizer, resolve_device
 from sparseft.runs import folder as runs
@@ -45,7 +46,7 @@ def find_target(
     if base:
         return Target(f"the base model {config.model.path}", config.model, None, None)
     if adapter is not None:
-        path = Path(adapter).expanduser()
+        path = adapter_folder(adapter, "--adapter ")
         if not path.is_dir():
             raise UserError(f"--adapter {adapter}: no such folder{where_looked(adapter)}.{nearest_path(adapter)}")
         if not is_adapter(path) and is_adapter(path / ADAPTER):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,22 @@ from sparseft.export import engines
 from sparseft.export.formats.base import Format, Options
 from sparseft.export.proof import prove
 from sparseft.export.source import Source
-from sparseft.files.atomic import check_replaceable, explained, replaced_folder, write_json
+from sparseft.files.atomic import check_replaceable, explained, replaced_folder, write_json, write_text
 
 NOTE = "sparseft_export.json"  # in every export: what it is of, and how near it came; by it a folder may be replaced
+README = "README.md"
 
 
-def export(source: Source, format: Format, out: str | Path, options: Options) -> dict[str, Any]:
+def export(
+    source: Source,
+    format: Format,
+    out: str | Path,
+    options: Options,
+    readme: Callable[[dict[str, Any]], str] | None = None,
+) -> dict[str, Any]:
     """Writes `source` in a format into the folder `out`, whole or not at all.
+
+    readme: makes the text of a README.md of the format's facts.
 
     Returns what the command prints: path, format, facts of the format, and the proof's numbers.
 
@@ -44,5 +54,7 @@ def export(source: Source, format: Format, out: str | Path, options: Options) ->
             "of": source.target.what,
             "base_model": source.target.model.path,
         }
+        if readme is not None:
+            write_text(aside / README, readme(facts))
         write_json(aside / NOTE, about | {"method": source.method} | facts | {"proof": proof})
     return {"path": str(out), "format": format.name, **facts, "notes": notes, "proof": proof}

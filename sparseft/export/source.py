@@ -17,6 +17,7 @@ from sparseft.errors import UserError, nearest_path, where_looked
 from sparseft.evaluation.target import Target, find_target, load_target
 from sparseft.export.changes import Change, LowRankChange, SparseChange, sparse_changes
 from sparseft.export.lora_changes import lora_changes
+from sparseft.files.hub import adapter_folder
 from sparseft.models.loading import check_model_path, load_config, load_tokenizer
 from sparseft.runs import folder as runs
 
@@ -35,8 +36,8 @@ class Source:
 
     @staticmethod
     def find(folder: str, config: RunConfig, overrides: Sequence[str] = ()) -> Source:
-        """The source in a run's folder or an adapter's; what is neither is a `UserError`."""
-        path = Path(folder).expanduser()
+        """The source in a run's folder, or an adapter's, here or on the hub; what is neither is a `UserError`."""
+        path = adapter_folder(folder)
         if not path.is_dir():
             raise UserError(f"{folder}: no such folder{where_looked(folder)}.{nearest_path(folder)}")
         run = runs.is_run(path)

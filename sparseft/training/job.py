@@ -309,7 +309,10 @@ def _describe(job: Job, folder: Path) -> None:
         "fingerprint": data.fingerprint,
     }
     dtype, world = str(job.dtype).removeprefix("torch."), ranks.rank_and_world()[1]
-    write_json(folder / ENVIRONMENT, environment(str(job.prepared.device), dtype, world) | {"data": facts})
+    known = environment(str(job.prepared.device), dtype, world)
+    if job.prepared.device.type == "cuda":
+        known["device_name"] = torch.cuda.get_device_name(job.prepared.device)
+    write_json(folder / ENVIRONMENT, known | {"data": facts})
     if job.selection is not None and job.resumed_from is None:
         job.selection.save(folder / SELECTION)
     data.questions.save(folder)

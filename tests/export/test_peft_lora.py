@@ -126,7 +126,7 @@ def test_the_form_that_every_engine_takes(made: Any, kind: str, layers: tuple[in
     for name, (a, b, _) in loras.items():
         assert bool((b @ a).any()) == (name in chosen), name
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "sparseft_export.json"
+        "adapter_config.json", "adapter_model.safetensors", "sparseft_export.json", "README.md"
     }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""What is published of a run: a model card, and the files, sent to the Hugging Face hub."""

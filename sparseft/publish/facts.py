@@ -1,0 +1,282 @@
+"""What a model card says: read from a run's files, or from an adapter's alone. No network, no weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparseft.adapters.description import is_whole_model, read_config
+from sparseft.errors import HUB_ID, UserError, looks_local
+from sparseft.evaluation.llm_adapters import GROUPS
+from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS, opened, split_name
+from sparseft.files.untrusted import read_json_object, read_yaml_object
+from sparseft.kernels.reference import trainable_entries
+from sparseft.publish.licences import licence_in
+from sparseft.report.numbers import number
+from sparseft.runs.folder import (
+    ADAPTER,
+    BEFORE,
+    CONFIG,
+    ENVIRONMENT,
+    EVAL,
+    METRICS,
+    SUMMARY,
+    is_run,
+    load_summary,
+)
+from sparseft.runs.metrics import read_metrics
+
+# Groups of the configuration that say nothing of how the adapter came to be, and settings that hold texts of their own.
+NOT_SHOWN = {"bench", "eval", "output_dir", "cache_dir", "overwrite"}
+TEXTS = {"sample_prompts"}
+
+
+@dataclass
+class Score:
+    """One task's result in shares; of the base and the difference where it answered the same questions."""
+
+    task: str
+    accuracy: float
+    stderr: float | None
+    samples: Any
+    shots: Any
+    base: float | None
+    base_stderr: float | None
+    difference_stderr: float | None  # paired, question by question
+    data: str | None  # the hub's id of its questions
+    split: str | None
+    metric: str | None
+    overlap: int  # questions that were trained on
+    learnt: bool  # of the family that was trained
+    asked: bool  # by itself, not as a member of a group
+
+
+@dataclass
+class Role:
+    """The linears of one name: how many, their weights, how many of those train."""
+
+    name: str
+    linears: int
+    weights: int | None
+    trained: int
+
+
+@dataclass
+class Facts:
+    """Of a run, or of an adapter's folder alone (what only a run knows is then empty).
+
+    kind: sparse | peft | full, or the format of an export; folder: the adapter's; rank: of a LoRA.
+    """
+
+    kind: str
+    folder: Path
+    content: dict[str, Any]
+    method: str
+    base: str | None
+    licence: str | None
+    rank: int | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    scores: list[Score] = field(default_factory=list)
+    roles: list[Role] = field(default_factory=list)
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What sparseft says of the adapter, wherever its kind keeps it; empty of a folder made by others."""
+        return self.content if "peft_type" not in self.content else self.content.get("sparseft") or {}
+
+    @property
+    def base_id(self) -> str | None:
+        """The base's id on the hub; None of a folder."""
+        return self.base if self.base is not None and is_hub_id(self.base) else None
+
+    @property
+    def revision(self) -> str | None:
+        return self.group("model").get("revision") or self.content.get("revision")
+
+    @property
+    def dataset(self) -> str | None:
+        """What was trained on, as it may be shown: a hub id or a file's name."""
+        known = (self.environment.get("data") or {}).get("train") or self.summary.get("dataset")
+        return None if known is None else shown_path(str(known))
+
+    @property
+    def dataset_id(self) -> str | None:
+        """The data's id on the hub; None of a file."""
+        known = str((self.environment.get("data") or {}).get("train") or "").partition(" ")[0]
+        return known if is_hub_id(known) else None
+
+    def group(self, name: str) -> dict[str, Any]:
+        section = self.config.get(name)
+        return section if isinstance(section, dict) else {}
+
+
+def facts_of(folder: Path, kind: str | None = None, rank: int | None = None) -> Facts:
+    """The facts of a run's folder or an adapter's. kind: the format that it is exported in, with its rank.
+
+    Raises:
+        UserError: neither a run nor an adapter, a run that has not finished, or a file that cannot be read.
+    """
+    run = folder if is_run(folder) else None
+    place = folder / ADAPTER if run else folder
+    if run:
+        check_finished(run)
+    content = read_config(place)
+    whole = is_whole_model(place)
+    own = content.get("sparseft") or {}
+    method = content.get("method") or own.get("method") or str(content.get("peft_type", "")).lower()
+    named = content.get("base_model") or own.get("base_model") or content.get("base_model_name_or_path")
+    facts = Facts(
+        kind or ("full" if whole else "peft" if "peft_type" in content else "sparse"),
+        place,
+        content,
+        str(method),
+        None if named is None else str(named),
+        None,
+    )
+    facts.licence = licence_in(facts.base) if facts.base else None
+    known = number(content.get("r")) if kind is None else rank
+    facts.rank = None if known is None else int(known)
+    if run:
+        facts.summary = load_summary(run)
+        facts.config = read_yaml_object(run / CONFIG)
+        if (run / ENVIRONMENT).is_file():
+            facts.environment = read_json_object(run / ENVIRONMENT)
+        facts.scores = list(_scores(run, str(facts.group("dataset").get("name"))))
+    if not whole:
+        facts.roles = _roles(place, content)
+    return facts
+
+
+def check_finished(run: Path) -> None:
+    """Refuses a run that has no summary, or went on after it was written."""
+    steps = number(load_summary(run).get("steps"))
+    if not (run / METRICS).is_file() or steps is None:
+        return
+    last = max((number(record.get("step")) or 0 for record in read_metrics(run / METRICS)), default=0)
+    if last > steps:
+        raise UserError(
+            f"the run '{run}' was continued past step {steps:.0f}, where its {SUMMARY} ends, and has not finished: "
+            "continue it with trainer.resume=auto."
+        )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is an id of the hub, `owner/name`, and not a path."""
+    return bool(HUB_ID.fullmatch(name)) and not looks_local(name)
+
+
+def shown_path(text: str) -> str:
+    """A text of a run's files as strangers may read it: of a path the last part alone, which names no user."""
+    path, space, rest = text.partition(" (")  # `data/train.json (23 examples split off)`
+    return (Path(path).name if looks_local(path) and Path(path).name else path) + space + rest
+
+
+def shown_config(facts: Facts) -> dict[str, Any]:
+    """The settings that repeat the run: paths by their last part, and no texts of the user's own."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shown(item) for key, item in value.items() if key not in TEXTS}
+        if isinstance(value, list):
+            return [shown(item) for item in value]
+        return shown_path(value) if isinstance(value, str) else value
+
+    return {key: shown(value) for key, value in facts.config.items() if key not in NOT_SHOWN}
+
+
+# ---- scores ----
+
+
+def _scores(run: Path, family: str) -> Iterator[Score]:
+    """What the tasks asked for scored, each once; groups first, then their members where there are few."""
+    before: dict[str, dict[str, Any]] = {}
+    for path in sorted((run / BEFORE).glob("*.json")):
+        before |= read_json_object(path).get("tasks") or {}
+    seen: set[str] = set()
+    for path in sorted((run / EVAL).glob("*.json")):
+        content = read_json_object(path)
+        tasks = content.get("tasks") or {}
+        asked = content.get("task")
+        names = [asked, *(name for name in tasks if name != asked)] if asked in tasks else list(tasks)
+        if len(names) > MEMBERS + 1:
+            names = [name for name in names if name == asked]
+        for name in names:
+            score = _score(name, tasks[name], before.get(name) or {}, family, name == asked or asked not in tasks)
+            if score is not None and name not in seen:
+                seen.add(name)
+                yield score
+
+
+MEMBERS = 8  # of a group that are shown one by one: MMLU has 57
+
+
+def _score(name: str, entry: dict[str, Any], before: dict[str, Any], family: str, asked: bool) -> Score | None:
+    accuracy = number(entry.get("accuracy"))
+    if accuracy is None:
+        return None
+    base = number(entry.get("base"))
+    error = number(entry.get("base_stderr"))
+    if base is None and before.get("samples") == entry.get("samples"):
+        base, error = number(before.get("accuracy")), number(before.get("stderr"))
+    data = entry.get("data")
+    return Score(
+        name,
+        accuracy,
+        number(entry.get("stderr")),
+        entry.get("samples"),
+        entry.get("shots"),
+        base,
+        error,
+        number(entry.get("difference_stderr")),
+        data if isinstance(data, str) and is_hub_id(data) else None,
+        entry.get("split"),
+        str(entry.get("metric") or "").partition(",")[0] or None,
+        int(number(entry.get("train_overlap")) or 0),
+        name == family or name in GROUPS.get(family, ()),
+        asked,
+    )
+
+
+# ---- what trains ----
+
+
+def _roles(folder: Path, content: dict[str, Any]) -> list[Role]:
+    """What trains, by the linears' names: counted from the adapter's indices, or the shapes of a LoRA's two sides."""
+    if not (folder / ADAPTER_TENSORS).is_file():
+        return []
+    trained: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    modules = content.get("modules")
+    with opened(folder / ADAPTER_TENSORS, "adapter") as file:
+        for name in file.keys():
+            if isinstance(modules, dict):
+                module, kind, part = split_name(name, folder / ADAPTER_TENSORS)
+                if part == "index":
+                    entry, size = modules.get(module), content.get("block_size")
+                    shape = tuple(entry.get("shape") or ()) if isinstance(entry, dict) else ()
+                    if len(shape) != 2 or (kind == "blocks" and not isinstance(size, int)):
+                        raise UserError(
+                            f"{folder}: {ADAPTER_CONFIG} does not describe the tensors of {ADAPTER_TENSORS}."
+                        )
+                    held = trainable_entries(kind, file.get_tensor(name), shape, size)
+                    trained[module] = trained.get(module, 0) + held
+                    sizes[module] = math.prod(shape)
+                continue
+            module, _, side = name.removeprefix("base_model.model.").partition(".lora_")
+            shape = file.get_slice(name).get_shape()
+            trained[module] = trained.get(module, 0) + math.prod(shape)
+            if side.startswith(("A.", "B.")):  # (r, in), (out, r)
+                sizes[module] = sizes.get(module, 1) * shape[1 if side.startswith("A.") else 0]
+    roles: dict[str, Role] = {}
+    for module, count in trained.items():
+        parts = [part for part in module.split(".") if not part.isdigit()]  # an expert's number
+        role = roles.setdefault(parts[-1] if parts else module, Role(parts[-1] if parts else module, 0, 0, 0))
+        role.linears += 1
+        role.trained += count
+        role.weights = None if module not in sizes or role.weights is None else role.weights + sizes[module]
+    return sorted(roles.values(), key=lambda role: -role.trained)
