@@ -45,6 +45,7 @@ from sparseft.runs.metrics import truncate_metrics
 from sparseft.selection.compute import reselect
 from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.exclude import read_excluded
+from sparseft.selection.picture import draw_shares, trained_shares
 from sparseft.selection.selection import Selection, describe_selection, describe_trainable
 from sparseft.training import checks, schedules
 from sparseft.training import resume as resuming
@@ -56,6 +57,7 @@ from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.prepare import select as cached_or_computed
 from sparseft.training.reselection import Reselection
 from sparseft.training.run_state import Mark
+from sparseft.training.trackers import Trackers, tracked
 from sparseft.training.trainer import Trainer
 from sparseft.training.trainer import train as run_loop
 
@@ -116,7 +118,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     attach(job)
     folder = open_folder(job)
     with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
-        summary = finish(job, train(job, folder))
+        step = max(0, job.previous.step) if job.previous else None
+        with tracked(config, job.arguments, job.prepared.model, folder, step) as trackers:
+            summary = finish(job, train(job, folder, trackers), trackers)
     return summary | {"run": str(folder)}
 
 
@@ -318,9 +322,11 @@ def _describe(job: Job, folder: Path) -> None:
 # ---- train ----
 
 
-def train(job: Job, folder: Path) -> Trained:
+def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
     """Measures, and trains in the run's folder."""
     config, prepared = job.config, job.prepared
+    if job.resumed_from is None:
+        _picture(job, trackers, 0)
     trainer = Trainer(
         prepared.model,
         job.arguments,
@@ -328,6 +334,7 @@ def train(job: Job, folder: Path) -> Trained:
         save_total_limit=config.trainer.save_total_limit,
         max_bad_steps=config.trainer.max_bad_steps,
         score=job.scorer.on_validation(prepared.model, prepared.tokenizer) if job.scorer else None,
+        report=trackers.log,
         train_dataset=job.rows,
         eval_dataset=prepared.data.eval,
         compile_layers=config.trainer.compile == "layers",
@@ -348,6 +355,12 @@ def train(job: Job, folder: Path) -> Trained:
     transformers.set_seed(config.seed)  # whatever was drawn before, as by an evaluation, training starts the same
     totals = run_loop(trainer, job.resumed_from, _last_step(job, folder))
     return Trained(trainer, best, before, totals)
+
+
+def _picture(job: Job, trackers: Trackers, step: int) -> None:
+    """Shows trackers what trains; where nothing is chosen there is nothing to see."""
+    if trackers.opened and not job.method.trains_all:
+        trackers.picture("selection", draw_shares(trained_shares(job.prepared.model, job.spec)), step)
 
 
 def _last_step(job: Job, folder: Path) -> int:
@@ -402,7 +415,7 @@ def _say(job: Job, when: str, seen: Evaluation | None, where: str = "") -> None:
 # ---- finish ----
 
 
-def finish(job: Job, trained: Trained) -> dict[str, Any]:
+def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
     """Measures again, leaves the adapter (the best one where it was kept) and the summary, which it returns."""
     config, prepared, trainer = job.config, job.prepared, trained.trainer
     folder = trainer.run_state.folder
@@ -418,20 +431,25 @@ def finish(job: Job, trained: Trained) -> dict[str, Any]:
         prepared.tokenizer.save_pretrained(folder / ADAPTER)
     scores: dict[str, Any] = {}
     if job.scorer is not None:
-        test_score = None
+        test_score = stderr = None
         if first or config.hardware.zero_stage == 3:
-            test_score = job.scorer.on_test(prepared.model, prepared.tokenizer, folder)
-            console.log(f"{job.scorer.name}: {test_score:.4f} on the test split")
+            test_score, stderr = job.scorer.on_test(prepared.model, prepared.tokenizer, folder)
+            error = "" if stderr is None else f" ± {stderr:.4f}"
+            console.log(f"{job.scorer.name}: {test_score:.4f}{error} on the test split")
         scores = {
             "eval_task": job.scorer.name,
             "eval_score_before": trained.before.eval_score,
             "eval_score_after": after.eval_score,
             "test_score": test_score,
+            "test_score_stderr": stderr,
         }
     summary = _summary(job, trained, after) | ({"best_step": kept.step} if kept else {})
     summary |= ({"bad_steps": trained.totals.bad} if trained.totals.bad else {}) | scores
     if first:
         write_json(folder / SUMMARY, summary)
+    if config.method.reselect_steps:
+        _picture(job, trackers, trained.totals.step)
+    trackers.summary(summary)
     return summary
 
 
