@@ -53,7 +53,9 @@ def draw_shares(shares: dict[tuple[str, int], float]) -> np.ndarray:
     roles = list(dict.fromkeys(role for role, _ in shares))
     layers = sorted({layer for _, layer in shares})
     table = np.array([[shares.get((role, layer), np.nan) for layer in layers] for role in roles])
-    figure = Figure(figsize=(max(6.0, 2.5 + 0.32 * len(layers)), 1.4 + 0.36 * len(roles)), dpi=100, layout="constrained")
+    figure = Figure(
+        figsize=(max(6.0, 2.5 + 0.32 * len(layers)), 1.4 + 0.36 * len(roles)), dpi=100, layout="constrained"
+    )
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     image = axes.imshow(100 * table, cmap="Blues", vmin=0.0, aspect="auto")

@@ -36,6 +36,7 @@ from sparseft.runs.folder import (
     CONFIG,
     ENVIRONMENT,
     METRICS,
+    SAMPLES,
     SELECTION,
     SUMMARY,
     link_latest,
@@ -57,6 +58,7 @@ from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.prepare import select as cached_or_computed
 from sparseft.training.reselection import Reselection
 from sparseft.training.run_state import Mark
+from sparseft.training.sample_answers import Asked, SampleAnswers, read_prompts
 from sparseft.training.trackers import Trackers, tracked
 from sparseft.training.trainer import Trainer
 from sparseft.training.trainer import train as run_loop
@@ -75,6 +77,7 @@ class Job:
     contamination: dict[str, Any] | None  # training questions in the evaluation data and the test sets
     spec: ModelSpec
     dtype: torch.dtype  # of the base model
+    asked: Asked | None = None  # what is answered on the way
     selection: Selection | None = None
     selection_cached: bool | None = None
     fingerprints: list[str] | None = None  # the base model's, where choosing took them
@@ -153,7 +156,17 @@ def set_up(config: RunConfig, previous: resuming.Previous | None) -> Job:
         console.log(f"data: {data.packed.note(config.trainer.batch_size, config.trainer.gradient_accumulation)}")
     contamination = _contamination(config, data, scorer)
     spec, dtype = ModelSpec.of(prepared.model), next(prepared.model.parameters()).dtype
-    return Job(config, previous, scorer, prepared, total_steps, learning_rate, contamination, spec, dtype)
+    asked = _asked(config, prepared)
+    return Job(config, previous, scorer, prepared, total_steps, learning_rate, contamination, spec, dtype, asked)
+
+
+def _asked(config: RunConfig, prepared: Prepared) -> Asked | None:
+    prompts = read_prompts(config.trainer.sample_prompts)
+    if not prompts:
+        return None
+    asked = Asked(prompts, prepared.tokenizer, prepared.data.format, config.dataset.plain_chat)
+    asked.check(context_length(prepared.model.config))
+    return asked
 
 
 def _scorer(config: RunConfig) -> Any:
@@ -295,6 +308,7 @@ def open_folder(job: Job) -> Path:
         if previous is not None:
             resuming.clean(previous, config.trainer.save_total_limit)
             truncate_metrics(folder / METRICS, previous.step)
+            truncate_metrics(folder / SAMPLES, previous.step)
             console.log(f"resume: {previous.describe(job.total_steps)}")
     return ranks.broadcast_object(folder)
 
@@ -350,10 +364,20 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         target_score=config.trainer.target_score,
     )
     trainer.add_callback(best)
+    samples = None
+    if job.asked is not None:
+        samples = SampleAnswers(
+            job.asked, trainer, prepared.model, prepared.pad, config.trainer.sample_steps,
+            lambda rows, step: trackers.table("samples", rows, step),
+        )  # fmt: skip
+        trainer.add_callback(samples)
+        samples.base()
     before = _evaluation(job, trainer, 0)
     _say(job, "before", before, f" ({prepared.data.eval_source})")
     transformers.set_seed(config.seed)  # whatever was drawn before, as by an evaluation, training starts the same
     totals = run_loop(trainer, job.resumed_from, _last_step(job, folder))
+    if samples is not None:
+        samples.adapter(totals.step)
     return Trained(trainer, best, before, totals)
 
 

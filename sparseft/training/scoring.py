@@ -19,7 +19,6 @@ from sparseft.evaluation.tasks import data_folder, expand_tasks
 from sparseft.models.decoder import runnable
 from sparseft.runs.folder import ADAPTER
 
-
 Score = tuple[float, float | None]  # an accuracy and its standard error, None where there is none
 
 

@@ -135,7 +135,9 @@ class WandB(Tracker):
         return {"id": self.run.id}
 
     def where(self) -> str:
-        return self.run.url or f"wandb sync {Path(self.run.dir).parent} (offline: no login, or WANDB_MODE)"
+        if self.run.offline:
+            return f"wandb sync {Path(self.run.dir).parent} (offline, as there is no login or WANDB_MODE says so)"
+        return self.run.url or "disabled by WANDB_MODE"
 
     def _log(self, name: str, value: Any, step: int) -> None:
         self.run.log({name: value, "train/global_step": step})  # by which the callback has all charts drawn
@@ -162,7 +164,8 @@ class MLflow(Tracker):
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         if self.set_here:
             self._open_store(experiment)
-        args.to_dict = lambda content=args.to_dict(): flatten(content)  # its parameters are texts by names
+        settings = flatten(args.to_dict())
+        args.to_dict = lambda: settings  # MLflow's parameters are texts by names
         names = {"MLFLOW_EXPERIMENT_NAME": experiment, "MLFLOW_RUN_ID": (known or {}).get("id")}
         self.callback = MLflowCallback()
         with _variables({name: value for name, value in names.items() if value and name not in os.environ}):
@@ -183,7 +186,9 @@ class MLflow(Tracker):
             self.mlflow.create_experiment(experiment, artifact_location=(place / "artifacts").as_uri())
 
     def where(self) -> str:
-        return f"mlflow ui --backend-store-uri {self.mlflow.get_tracking_uri()}"
+        uri = self.mlflow.get_tracking_uri()
+        allowed = "MLFLOW_ALLOW_FILE_STORE=true " if uri.startswith("file:") else ""
+        return uri if uri.startswith("http") else f"{allowed}mlflow ui --backend-store-uri {uri}"
 
     def picture(self, name: str, pixels: Any, step: int) -> None:
         self.mlflow.log_image(pixels, f"{name}-{step}.png")
@@ -193,6 +198,7 @@ class MLflow(Tracker):
 
     def summary(self, content: dict[str, Any]) -> None:
         self.mlflow.log_dict(content, "summary.json")
+        self.mlflow.log_metrics({n: v for n, v in content.items() if type(v) in (int, float)})  # to compare runs by
 
     def end(self, failed: bool) -> None:
         self.mlflow.flush_async_logging()
@@ -205,21 +211,18 @@ class MLflow(Tracker):
 
 class Trackio(Tracker):
     def begin(self, args: Any, model: Any, known: dict[str, Any] | None, step: int) -> dict[str, Any]:
-        self.place = os.environ.get("TRACKIO_DIR")
-        if self.place is None:
-            self.place = str(self.folder / TRACKIO)
-            with _variables({"TRACKIO_DIR": self.place}):  # it looks once, when it is imported
-                import trackio
-            keep_trackio_in(Path(self.place))
-        import trackio
-
+        self.place = os.environ.get("TRACKIO_DIR") or str(self.folder / TRACKIO)
+        with _variables({"TRACKIO_DIR": self.place}):  # it looks once, when it is imported
+            import trackio
+        keep_trackio_in(Path(self.place))
         self.trackio = trackio
         # Not by transformers' callback: that goes on with any older run of this name, and counts lines as steps.
         trackio.init(PROJECT, args.run_name, config=args.to_dict(), resume="never" if known is None else "allow")
         return {}
 
     def where(self) -> str:
-        return f"TRACKIO_DIR={self.place} trackio show --project {PROJECT}"
+        remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
+        return remote or f"TRACKIO_DIR={self.place} trackio show --project {PROJECT}"
 
     def log(self, logs: dict[str, float], step: int) -> None:
         from transformers.integrations.integration_utils import rewrite_logs
@@ -308,12 +311,13 @@ def tracked(
     if is_main():
         known = read_json_object(folder / TRACKERS) if (folder / TRACKERS).is_file() else {}
         for name in config.trainer.trackers:
+            known.setdefault(name, {})
+            write_json(folder / TRACKERS, known)  # before, as it says too which folders are the run's
             try:
-                known[name] = _open(trackers, name, config, arguments, model, folder, resumed, known.get(name))
+                known[name] = _open(trackers, name, config, arguments, model, folder, resumed, known[name])
             except BaseException:
                 trackers.end(failed=True)
                 raise
-        if config.trainer.trackers:
             write_json(folder / TRACKERS, known)
     failed = True
     try:
@@ -331,7 +335,7 @@ def _open(
     tracker = KINDS[name](folder)
     settings = copy.copy(arguments)  # the run's own settings, where transformers' callbacks ask for its arguments
     settings.run_name = folder.resolve().name
-    settings.to_dict = config.to_dict
+    settings.to_dict = lambda: {name: part for name, part in config.to_dict().items() if name != "bench"}
     settings.to_json_string = lambda: "".join(f"    {line}\n" for line in to_yaml(config).splitlines())  # as code
     again = known if isinstance(known, dict) and resumed is not None else None
     try:

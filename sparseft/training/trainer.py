@@ -61,9 +61,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
     """Trains what is trainable of an attached model, and saves only that.
 
     `run` is the run folder: metrics go to its `metrics.jsonl`, checkpoints to `checkpoints/checkpoint-N/`, of which
-    the newest `save_total_limit` are kept (None: all). `report(record)` gets each line of metrics too. `score()` measures
-    the model on a task, and how far that may be off (its standard error, or None); evaluations then carry both beside
-    the loss. With `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is
+    the newest `save_total_limit` are kept (None: all). `report(record)` gets each line of metrics too. `score()` is the
+    model's accuracy on a task and its standard error (or None); evaluations then carry both beside the loss. With `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is
     not finite updates nothing; `max_bad_steps` of them in a row end the run.
     """
 
