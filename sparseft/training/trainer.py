@@ -62,8 +62,9 @@ class Trainer(distributed_trainer.DistributedTrainer):
 
     `run` is the run folder: metrics go to its `metrics.jsonl`, checkpoints to `checkpoints/checkpoint-N/`, of which
     the newest `save_total_limit` are kept (None: all). `report(record)` gets each line of metrics too. `score()` is the
-    model's accuracy on a task and its standard error (or None); evaluations then carry both beside the loss. With `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is
-    not finite updates nothing; `max_bad_steps` of them in a row end the run.
+    model's accuracy on a task and its standard error (or None); evaluations then carry both beside the loss. With
+    `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is not finite updates nothing;
+    `max_bad_steps` of them in a row end the run.
     """
 
     def __init__(
