@@ -119,14 +119,15 @@ class WandB(Tracker):
         from transformers.integrations import WandbCallback
 
         self.wandb = wandb
-        own = {  # where the environment says nothing
-            "WANDB_PROJECT": ("project", PROJECT),
-            "WANDB_NAME": ("name", args.run_name),
-            "WANDB_DIR": ("dir", str(self.folder)),
-            "WANDB_RUN_ID": ("id", (known or {}).get("id")),
-            "WANDB_RESUME": ("resume", "allow" if known else None),
+        own = {  # where the environment says nothing; W&B itself reads that once a process
+            "project": PROJECT,
+            "name": args.run_name,
+            "dir": str(self.folder),
+            "run_id": (known or {}).get("id"),
+            "resume": "allow" if known else None,
         }
-        options = {name: value for variable, (name, value) in own.items() if not os.environ.get(variable)}
+        options = {name: os.environ.get(f"WANDB_{name.upper()}") or value for name, value in own.items()}
+        options["id"] = options.pop("run_id")
         if not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False, verify=False):
             options["mode"] = "offline"
         self.run = wandb.init(**options, settings=wandb.Settings(silent=True))
@@ -164,14 +165,14 @@ class MLflow(Tracker):
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         if self.set_here:
             self._open_store(experiment)
-        settings = flatten(args.to_dict())
-        args.to_dict = lambda: settings  # MLflow's parameters are texts by names
+        # MLflow's parameters are texts by names, and those of a run that goes on stand.
+        settings = flatten(args.to_dict()) if known is None else {}
+        args.to_dict = lambda: settings
         names = {"MLFLOW_EXPERIMENT_NAME": experiment, "MLFLOW_RUN_ID": (known or {}).get("id")}
         self.callback = MLflowCallback()
         with _variables({name: value for name, value in names.items() if value and name not in os.environ}):
-            self.callback.on_train_begin(args, _state(step), None, model=model)
-        self.id = mlflow.active_run().info.run_id
-        return {"id": self.id}
+            self.callback.on_train_begin(args, _state(step), None, model=model if known is None else None)
+        return {"id": mlflow.active_run().info.run_id}
 
     def _open_store(self, experiment: str) -> None:
         """A store in the run's folder: a database, or files where there is no SQLAlchemy (mlflow-skinny)."""
@@ -181,7 +182,7 @@ class MLflow(Tracker):
             self.mlflow.set_tracking_uri(f"sqlite:///{place / 'mlflow.db'}")
         else:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-            self.mlflow.set_tracking_uri(place.as_uri())
+            self.mlflow.set_tracking_uri((place / "store").as_uri())
         if self.mlflow.get_experiment_by_name(experiment) is None:
             self.mlflow.create_experiment(experiment, artifact_location=(place / "artifacts").as_uri())
 
@@ -297,6 +298,8 @@ class Trackers:
             except Exception as error:  # whatever a tracker or its network comes up with
                 console.warn(f"{name}: {_words(error)}; the run goes on without it")
                 del self.opened[name]
+                with contextlib.suppress(Exception), _silent():
+                    tracker.end(failed=True)
 
 
 @contextlib.contextmanager

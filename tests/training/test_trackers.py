@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,16 +122,29 @@ def test_a_resumed_run_hides_what_comes_again(words: list[str], tmp_path: Path) 
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
 
 
+def logged(content: bytes) -> Iterator[bytes]:
+    """The records of a W&B file: LevelDB's log format, blocks of 32 KiB, behind a header of 7 bytes."""
+    place, parts = 7, b""
+    while place < len(content):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack("<4xHB", content[place : place + 7])
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
 def test_wandb_has_each_line_once_and_goes_on_under_one_id(runs: Path) -> None:
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     found: dict[str, list[Any]] = {}
     ids, summaries, config = set(), {}, {}
     for file in sorted((runs / "run" / "wandb").glob("offline-run-*/run-*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
+        for data in logged(file.read_bytes()):
             record = Record()
             record.ParseFromString(data)
             kind = record.WhichOneof("record_type")
@@ -162,7 +176,7 @@ def test_wandb_has_each_line_once_and_goes_on_under_one_id(runs: Path) -> None:
 def test_mlflow_has_each_line_once_in_one_run(runs: Path) -> None:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient((runs / "run" / "mlflow").resolve().as_uri())
+    client = MlflowClient((runs / "run" / "mlflow" / "store").resolve().as_uri())
     (experiment,) = client.search_experiments(filter_string="name = 'sparseft'")
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
@@ -304,9 +318,7 @@ def test_evaluations_carry_scores_with_their_errors(tmp_path: Path) -> None:
 # ---- what trains, as a picture ----
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"), [("llama", "s2ft"), ("gpt2", "sylva"), ("llama", "lora"), ("mixtral", "s2ft")]
-)
+@pytest.mark.parametrize(("kind", "method"), [("llama", "s2ft"), ("gpt2", "sylva"), ("llama", "lora")])
 def test_the_picture_shows_what_trains(kind: str, method: str, make_model: Any) -> None:
     model = attached(make_model(kind), method)
     spec = ModelSpec.of(model)
