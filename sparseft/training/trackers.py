@@ -206,6 +206,7 @@ class MLflow(Tracker):
         if failed:
             self.mlflow.end_run("FAILED")
         self.callback.on_train_end(None, _state(0), None)
+        self.callback = None  # now: once collected it ends whatever run of MLflow is open then
         if self.set_here:
             self.mlflow.set_tracking_uri(None)  # the next run of this process has a store of its own
 

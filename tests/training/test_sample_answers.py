@@ -104,14 +104,14 @@ def test_answers_are_those_of_generate_one_at_a_time(method: str, make_model: An
 def test_an_answer_ends_where_a_question_of_its_own_begins(tokenizer: Any) -> None:
     asked = Asked([Prompt(QUESTION, "here")], tokenizer, "guanaco", False)
 
-    class Model:
+    class Model(torch.nn.Module):
         device, config = torch.device("cpu"), transformers.LlamaConfig(max_position_embeddings=512)
 
         def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
             said = tokenizer(" it is 5### Human: and now?").input_ids
             return torch.cat([input_ids, torch.tensor([said])], 1)
 
-    assert asked._batch(Model(), asked.ids, 0) == [("it is 5", False)]
+    assert asked.answers(Model(), 0) == [("it is 5", False)]
 
 
 # ---- in a run ----
