@@ -272,7 +272,7 @@ def test_nothing_private_is_taken_from_another_module(path: Path) -> None:
 # A file's name of a run folder, as a text of its own: `runs/folder.py` has a constant for it.
 RUN_FILES = set(
     "config.yaml environment.json metrics.jsonl summary.json report.html bench.json train_questions.safetensors "
-    "checkpoints checkpoint- .best best.json .partial- eval/before".split()
+    "samples.jsonl trackers.json checkpoints checkpoint- .best best.json .partial- eval/before".split()
 )
 RUN_FOLDERS = {"adapter", "selection", "eval"}  # words of many meanings: where they are joined to a path
 RANK_WORDS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SPARSEFT_QUIET"}

@@ -199,7 +199,8 @@ class MLflow(Tracker):
 
     def summary(self, content: dict[str, Any]) -> None:
         self.mlflow.log_dict(content, "summary.json")
-        self.mlflow.log_metrics({n: v for n, v in content.items() if type(v) in (int, float)})  # to compare runs by
+        numbers = {f"summary/{name}": value for name, value in content.items() if type(value) in (int, float)}
+        self.mlflow.log_metrics(numbers)  # which MLflow's table of runs compares
 
     def end(self, failed: bool) -> None:
         self.mlflow.flush_async_logging()

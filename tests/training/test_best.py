@@ -155,9 +155,11 @@ def test_scores_are_those_that_eval_measures(judged: Path) -> None:
         checkpoint = f"run/checkpoints/checkpoint-{step}/adapter"
         assert measured("--adapter", checkpoint, "eval.split=validation") == seen[step]
     result = summary(judged)
+    assert all(line["eval_score_stderr"] > 0 for line in metrics(judged) if "eval_score" in line)
     best = result["best_step"]
     assert seen[best] == max(seen[2], seen[4]) == result["eval_score_after"] and result["eval_score_before"] == seen[0]
     stored = json.loads((judged / "eval" / "mmlu.json").read_text())
+    assert stored["tasks"]["mmlu"]["stderr"] == result["test_score_stderr"]
     assert stored["tasks"]["mmlu"]["accuracy"] == result["test_score"] and stored["sparseft"]["split"] == "test"
     assert measured("--run", "run") == result["test_score"]
 

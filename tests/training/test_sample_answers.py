@@ -80,8 +80,11 @@ def test_several_turns_are_a_chat(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["s2ft", "sylva", "lora", "full"])
-def test_answers_are_those_of_generate_one_at_a_time(method: str, make_model: Any, tokenizer: Any) -> None:
+def test_answers_are_those_of_generate_one_at_a_time(
+    method: str, make_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without padding, on a model in float64, whose best token padding cannot change. Fresh, they are the base's."""
+    monkeypatch.setattr(sample_answers, "NEW_TOKENS", 16)
     base = make_model("llama", torch.float64, vocab_size=len(tokenizer))
     model = attached(base, method).train()
     prompts = ["a", "the answer is", "What is 2 + 3?", "true or false", *map(str, range(7))]
@@ -97,8 +100,7 @@ def test_answers_are_those_of_generate_one_at_a_time(method: str, make_model: An
         assert cut == (2 not in new)
         kept = new[: new.index(2)] if 2 in new else new
         expected = tokenizer.decode(kept, skip_special_tokens=True).strip()
-        # Batches have the room of their longest prompt.
-        assert text == expected or (cut and text.startswith(expected[:40]))
+        assert text == expected
 
 
 def test_an_answer_ends_where_a_question_of_its_own_begins(tokenizer: Any) -> None:

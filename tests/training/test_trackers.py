@@ -183,7 +183,7 @@ def test_mlflow_has_each_line_once_in_one_run(runs: Path) -> None:
         history = client.get_metric_history(run.info.run_id, name)
         close([(metric.step, metric.value) for metric in history], expected(runs / "run", name))
     assert run.data.params["trainer.learning_rate"] == "0.01"
-    assert run.data.metrics["eval_loss_after"] == summary(runs / "run")["eval_loss_after"]
+    assert run.data.metrics["summary/eval_loss_after"] == summary(runs / "run")["eval_loss_after"]
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert artifacts == {"selection-0.png", "summary.json", "samples-0.md", "samples-2.md", "samples-4.md"}
 
