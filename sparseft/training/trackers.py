@@ -98,7 +98,7 @@ class TensorBoard(Tracker):
         return {}
 
     def where(self) -> str:
-        return f"tensorboard --logdir {self.place}"
+        return f"tensorboard --logdir {_shown(self.place)}"
 
     def picture(self, name: str, pixels: Any, step: int) -> None:
         self.writer.add_image(name, pixels, step, dataformats="HWC")
@@ -137,7 +137,9 @@ class WandB(Tracker):
 
     def where(self) -> str:
         if self.run.offline:
-            return f"wandb sync {Path(self.run.dir).parent} (offline, as there is no login or WANDB_MODE says so)"
+            return (
+                f"wandb sync {_shown(Path(self.run.dir).parent)} (offline, as there is no login or WANDB_MODE says so)"
+            )
         return self.run.url or "disabled by WANDB_MODE"
 
     def _log(self, name: str, value: Any, step: int) -> None:
@@ -188,8 +190,12 @@ class MLflow(Tracker):
 
     def where(self) -> str:
         uri = self.mlflow.get_tracking_uri()
-        allowed = "MLFLOW_ALLOW_FILE_STORE=true " if uri.startswith("file:") else ""
-        return uri if uri.startswith("http") else f"{allowed}mlflow ui --backend-store-uri {uri}"
+        kind, _, place = uri.partition("//")
+        if kind not in ("file:", "sqlite:"):
+            return uri
+        if kind == "file:":
+            return f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {_shown(place)}"
+        return f"mlflow ui --backend-store-uri sqlite:///{_shown(place.removeprefix('/'))}"
 
     def picture(self, name: str, pixels: Any, step: int) -> None:
         self.mlflow.log_image(pixels, f"{name}-{step}.png")
@@ -225,7 +231,7 @@ class Trackio(Tracker):
 
     def where(self) -> str:
         remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
-        return remote or f"TRACKIO_DIR={self.place} trackio show --project {PROJECT}"
+        return remote or f"TRACKIO_DIR={_shown(self.place)} trackio show --project {PROJECT}"
 
     def log(self, logs: dict[str, float], step: int) -> None:
         from transformers.integrations.integration_utils import rewrite_logs
@@ -362,6 +368,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def _state(step: int) -> transformers.TrainerState:
     return transformers.TrainerState(global_step=step, is_world_process_zero=True)
+
+
+def _shown(path: str | Path) -> str:
+    """A path for a command to type: from the working directory where it lies below that."""
+    path, here = Path(path), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _words(error: Exception) -> str:
