@@ -33,7 +33,7 @@ from sparseft.distributed.ranks import is_main
 from sparseft.errors import RunError, UserError
 from sparseft.files.atomic import plain, write_json
 from sparseft.files.untrusted import read_json_object
-from sparseft.runs.folder import MLFLOW, TENSORBOARD, TRACKERS, TRACKIO, WANDB
+from sparseft.runs.folder import MLFLOW, SUMMARY, TENSORBOARD, TRACKERS, TRACKIO, WANDB
 
 PROJECT = "sparseft"  # of those that keep runs in projects, where the environment names none
 NOISY = ("transformers", "mlflow", "wandb", "trackio", "tensorboard", "alembic", "matplotlib", "urllib3")
@@ -204,7 +204,7 @@ class MLflow(Tracker):
         self.mlflow.log_text(markdown(rows), f"{name}-{step}.md")
 
     def summary(self, content: dict[str, Any]) -> None:
-        self.mlflow.log_dict(content, "summary.json")
+        self.mlflow.log_dict(content, SUMMARY)
         numbers = {f"summary/{name}": value for name, value in content.items() if type(value) in (int, float)}
         self.mlflow.log_metrics(numbers)  # which MLflow's table of runs compares
 
