@@ -64,6 +64,7 @@ DECAY = Rule(lambda value: 0 <= value <= LARGEST_FP32, "at least 0, and what fp3
 WHOLE_OR_AUTO = Rule(
     lambda value: value == "auto" or (isinstance(value, int) and value >= 1), "a whole number of at least 1, or auto"
 )
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each an extra of the package, by the same name
 ACCURACY = Rule(lambda value: 0 < value <= 1, "an accuracy above 0, at most 1")
 
 
@@ -131,6 +132,14 @@ class TrainerConfig:
     save_steps: Annotated[int, AT_LEAST_1] | None = None
     save_total_limit: Annotated[int, AT_LEAST_1] = 2
     resume: Literal["auto"] | None = None
+    report_to: list[str] | str = field(default_factory=list)
+    sample_prompts: list[str] | str | None = None
+    sample_steps: Annotated[int, AT_LEAST_1] | None = None
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`, where one may stand alone."""
+        return [self.report_to] if isinstance(self.report_to, str) else self.report_to
 
 
 @dataclass

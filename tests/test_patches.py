@@ -903,3 +903,40 @@ def test_conversions_of_a_checkpoint() -> None:
     saved = revert_weight_conversion(model, {name: p.to("meta") for name, p in known.items()})
     assert saved[name].shape == (48, 80), relied_on("revert_weight_conversion")
     assert saved[name].is_meta, relied_on("revert_weight_conversion")
+
+
+# -- trackers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_trackers_callbacks_are_called_as_they_take_it() -> None:
+    from transformers import integrations
+    from transformers.integrations.integration_utils import rewrite_logs
+
+    assert "tb_writer" in parameters(integrations.TensorBoardCallback.__init__), relied_on("TensorBoardCallback")
+    for name in ("WandbCallback", "MLflowCallback"):
+        callback = getattr(integrations, name)
+        assert parameters(callback.on_train_begin)[:3] == ["args", "state", "control"], relied_on("WandbCallback")
+        assert "logs" in parameters(callback.on_log), relied_on("MLflowCallback")
+    assert rewrite_logs({"loss": 1, "eval_loss": 2}) == {"train/loss": 1, "eval/loss": 2}, relied_on("rewrite_logs")
+
+
+def test_trackio_holds_its_folder_as_constants(tmp_path: Path) -> None:
+    import trackio.media.media
+    import trackio.sqlite_storage
+    import trackio.utils
+
+    from sparseft.training.trackers import keep_trackio_in
+
+    before = trackio.utils.TRACKIO_DIR
+    try:
+        keep_trackio_in(tmp_path)
+        assert trackio.sqlite_storage.TRACKIO_DIR == trackio.utils.TRACKIO_DIR == tmp_path, relied_on("TRACKIO_DIR")
+        assert trackio.media.media.MEDIA_DIR == tmp_path / "media", relied_on("MEDIA_DIR")
+    finally:
+        keep_trackio_in(before)
+
+
+def test_wandb_says_without_asking_whether_there_is_a_login() -> None:
+    import wandb
+
+    assert {"prompt", "verify"} <= set(parameters(wandb.login)), relied_on("wandb")

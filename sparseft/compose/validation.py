@@ -10,6 +10,7 @@ from typing import Any
 from sparseft.compose.overrides import GROUPS, Override
 from sparseft.config import (
     OPTIMIZERS,
+    TRACKERS,
     BenchConfig,
     DatasetConfig,
     EvalConfig,
@@ -93,6 +94,10 @@ def check(config: RunConfig) -> None:
     if (trainer.keep_best or trainer.eval_task) and not trainer.eval_steps:
         name = "keep_best=true" if trainer.keep_best else f"eval_task={trainer.eval_task}"
         raise UserError(f"trainer.{name}: needs trainer.eval_steps, the optimizer steps between evaluations.")
+    for name in trainer.trackers:
+        check_choice("trainer.report_to", name, TRACKERS)
+    if trainer.sample_steps is not None and trainer.sample_prompts is None:
+        raise UserError(f"trainer.sample_steps={trainer.sample_steps}: needs trainer.sample_prompts, what is asked.")
     hardware = config.hardware
     if trainer.compile == "graphs" and trainer.pad_to != "max_length":
         raise UserError(

@@ -37,6 +37,7 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+SAMPLES = "samples.jsonl"  # what base and adapter answered on the way
 REPORT = "report.html"
 BENCH = "bench.json"
 QUESTIONS = "train_questions.safetensors"
@@ -49,6 +50,12 @@ CHECKPOINTS = "checkpoints"
 CHECKPOINT = "checkpoint-"  # below `checkpoints/`, before the step
 BEST = ".best"  # there too, and in each checkpoint
 BEST_NOTE = "best.json"
+TRACKERS = "trackers.json"  # by which a run that is continued is found again
+TENSORBOARD = "tensorboard"  # the folders that trackers fill as they like
+WANDB = "wandb"
+MLFLOW = "mlflow"
+TRACKIO = "trackio"
+TRACKED = (TENSORBOARD, WANDB, MLFLOW, TRACKIO)
 
 # A folder with any of these holds a run.
 MARKS = (CONFIG, SUMMARY, METRICS, ADAPTER)
@@ -58,7 +65,7 @@ FOLDERS = (SELECTION, ADAPTER, BEFORE, ANSWERS, "eval/mt_bench", EVAL, CHECKPOIN
 
 # All files that a run writes, as patterns, by folder: what `overwrite=true` may delete, and nothing else.
 OWN_FILES = {
-    "": (CONFIG, ENVIRONMENT, METRICS, SUMMARY, REPORT, BENCH, QUESTIONS),
+    "": (CONFIG, ENVIRONMENT, METRICS, SUMMARY, REPORT, BENCH, QUESTIONS, SAMPLES, TRACKERS),
     SELECTION: (SELECTION_CONFIG, SELECTION_TENSORS),
     ADAPTER: (ADAPTER_CONFIG, WHOLE_CONFIG, ADAPTER_TENSORS, "README.md")
     + ("config.json", "generation_config.json", "chat_template.jinja", "special_tokens_map.json")
@@ -174,6 +181,7 @@ def _delete_run(run: Path) -> None:
     for part in reversed(FOLDERS):
         if (run / part).is_symlink():
             (run / part).unlink()
+    _delete_tracked(run)
     for part, patterns in OWN_FILES.items():
         for path in (path for pattern in patterns for path in (run / part).glob(pattern)):
             if path.is_file() or path.is_symlink():
@@ -187,6 +195,19 @@ def _delete_run(run: Path) -> None:
     for part in FOLDERS:
         with contextlib.suppress(OSError):  # not there, or not empty: someone else's files stay
             (run / part).rmdir()
+
+
+def _delete_tracked(run: Path) -> None:
+    """Deletes the folders that trackers filled, of those that the run says it had: others are somebody else's."""
+    try:
+        had = read_json_object(run / TRACKERS)
+    except UserError:  # none, or what nobody wrote
+        return
+    for path in (run / name for name in TRACKED if name in had):
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
 
 
 def delete_leftovers(run: Path) -> None:
@@ -239,7 +260,7 @@ def check_own(run: str | Path) -> None:
     """Refuses a run folder whose parts are links that lead out of it: what is written or removed there would be
     somebody else's. Raises UserError naming the link."""
     run = Path(run)
-    for part in (METRICS, *FOLDERS):
+    for part in (METRICS, SAMPLES, *FOLDERS, *TRACKED):
         if (run / part).is_symlink() and not (run / part).resolve().is_relative_to(run.resolve()):
             raise UserError(
                 f"'{run / part}' is a link that leads out of the run's folder: put what it names in its place."

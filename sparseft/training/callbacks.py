@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -21,9 +22,10 @@ from sparseft.training.run_state import Mark, RunState
 class RunCallback(transformers.TrainerCallback, ExportableState):
     """Metrics, progress and interrupts of one run; checkpoints carry its totals, so that a resumed run goes on."""
 
-    def __init__(self, run: RunState) -> None:
+    def __init__(self, run: RunState, report: Callable[[dict[str, Any]], None] | None = None) -> None:
         assert type(self).__name__ == OWN_STATE
         self.run = run
+        self.report = report  # gets each line of metrics too
         self.progress: console.Progress | None = None
         self.writes = ranks.is_main()
         self.logged = Mark()  # at the last line of metrics
@@ -90,7 +92,7 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
         record: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
         logs = logs or {}
         if "eval_loss" in logs:
-            score = {"eval_score": logs["eval_score"]} if "eval_score" in logs else {}
+            score = {name: logs[name] for name in ("eval_score", "eval_score_stderr") if name in logs}
             self._append(record | {"eval_loss": logs["eval_loss"]} | score)
             if not math.isfinite(logs["eval_loss"]):
                 raise self.run.failure(
@@ -99,7 +101,8 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
                     self.run.bad_steps.proven,
                 )
             if self.progress is not None:
-                shown = "".join(f", score {value:.4f}" for value in score.values())
+                shown = f", score {score['eval_score']:.4f}" if score else ""
+                shown += f" ± {score['eval_score_stderr']:.4f}" if "eval_score_stderr" in score else ""
                 console.log(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}{shown}")
             return
         if "loss" not in logs:  # the Trainer's own summary at the end
@@ -125,3 +128,5 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
     def _append(self, record: dict[str, Any]) -> None:
         if self.writes:
             append_metrics(self.run.folder / METRICS, record)
+            if self.report is not None:
+                self.report(record)

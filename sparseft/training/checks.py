@@ -14,7 +14,8 @@ from sparseft.distributed.env import check_variables
 from sparseft.errors import UserError, looks_local, nearest_path, where_looked
 from sparseft.models.loading import load_config, resolve_device
 from sparseft.selection.exclude import find_excluded
-from sparseft.training import schedules
+from sparseft.training import schedules, trackers
+from sparseft.training.sample_answers import read_prompts
 
 
 def check_one_process(config: RunConfig, command: str) -> None:
@@ -70,8 +71,11 @@ def learning_rate(config: RunConfig) -> float:
 
 
 def check_trainer(config: RunConfig) -> None:
-    """Refuses a schedule that cannot be followed, and an optimizer that this machine or run has not."""
+    """Refuses a schedule that cannot be followed, and an optimizer or a tracker that this machine has not, and
+    prompts that cannot be read."""
     trainer, hardware = config.trainer, config.hardware
+    trackers.check(trainer.trackers)
+    read_prompts(trainer.sample_prompts)
     schedules.check(trainer, learning_rate(config), trainer.max_steps if trainer.max_steps > 0 else None)
     name = trainer.optimizer
     if hardware.zero_stage and name in ("adafactor", *BITSANDBYTES):

@@ -36,6 +36,7 @@ from sparseft.runs.folder import (
     CONFIG,
     ENVIRONMENT,
     METRICS,
+    SAMPLES,
     SELECTION,
     SUMMARY,
     link_latest,
@@ -45,6 +46,7 @@ from sparseft.runs.metrics import truncate_metrics
 from sparseft.selection.compute import reselect
 from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.exclude import read_excluded
+from sparseft.selection.picture import draw_shares, trained_shares
 from sparseft.selection.selection import Selection, describe_selection, describe_trainable
 from sparseft.training import checks, schedules
 from sparseft.training import resume as resuming
@@ -56,6 +58,8 @@ from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.prepare import select as cached_or_computed
 from sparseft.training.reselection import Reselection
 from sparseft.training.run_state import Mark
+from sparseft.training.sample_answers import Asked, SampleAnswers, read_prompts
+from sparseft.training.trackers import Trackers, tracked
 from sparseft.training.trainer import Trainer
 from sparseft.training.trainer import train as run_loop
 
@@ -73,6 +77,7 @@ class Job:
     contamination: dict[str, Any] | None  # training questions in the evaluation data and the test sets
     spec: ModelSpec
     dtype: torch.dtype  # of the base model
+    asked: Asked | None = None  # what is answered on the way
     selection: Selection | None = None
     selection_cached: bool | None = None
     fingerprints: list[str] | None = None  # the base model's, where choosing took them
@@ -116,7 +121,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     attach(job)
     folder = open_folder(job)
     with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
-        summary = finish(job, train(job, folder))
+        step = max(0, job.previous.step) if job.previous else None
+        with tracked(config, job.arguments, job.prepared.model, folder, step) as trackers:
+            summary = finish(job, train(job, folder, trackers), trackers)
     return summary | {"run": str(folder)}
 
 
@@ -149,7 +156,17 @@ def set_up(config: RunConfig, previous: resuming.Previous | None) -> Job:
         console.log(f"data: {data.packed.note(config.trainer.batch_size, config.trainer.gradient_accumulation)}")
     contamination = _contamination(config, data, scorer)
     spec, dtype = ModelSpec.of(prepared.model), next(prepared.model.parameters()).dtype
-    return Job(config, previous, scorer, prepared, total_steps, learning_rate, contamination, spec, dtype)
+    asked = _asked(config, prepared)
+    return Job(config, previous, scorer, prepared, total_steps, learning_rate, contamination, spec, dtype, asked)
+
+
+def _asked(config: RunConfig, prepared: Prepared) -> Asked | None:
+    prompts = read_prompts(config.trainer.sample_prompts)
+    if not prompts:
+        return None
+    asked = Asked(prompts, prepared.tokenizer, prepared.data.format, config.dataset.plain_chat)
+    asked.check(context_length(prepared.model.config))
+    return asked
 
 
 def _scorer(config: RunConfig) -> Any:
@@ -291,6 +308,7 @@ def open_folder(job: Job) -> Path:
         if previous is not None:
             resuming.clean(previous, config.trainer.save_total_limit)
             truncate_metrics(folder / METRICS, previous.step)
+            truncate_metrics(folder / SAMPLES, previous.step)
             console.log(f"resume: {previous.describe(job.total_steps)}")
     return ranks.broadcast_object(folder)
 
@@ -321,9 +339,11 @@ def _describe(job: Job, folder: Path) -> None:
 # ---- train ----
 
 
-def train(job: Job, folder: Path) -> Trained:
+def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
     """Measures, and trains in the run's folder."""
     config, prepared = job.config, job.prepared
+    if job.resumed_from is None:
+        _picture(job, trackers, 0)
     trainer = Trainer(
         prepared.model,
         job.arguments,
@@ -331,6 +351,7 @@ def train(job: Job, folder: Path) -> Trained:
         save_total_limit=config.trainer.save_total_limit,
         max_bad_steps=config.trainer.max_bad_steps,
         score=job.scorer.on_validation(prepared.model, prepared.tokenizer) if job.scorer else None,
+        report=trackers.log,
         train_dataset=job.rows,
         eval_dataset=prepared.data.eval,
         compile_layers=config.trainer.compile == "layers",
@@ -346,11 +367,27 @@ def train(job: Job, folder: Path) -> Trained:
         target_score=config.trainer.target_score,
     )
     trainer.add_callback(best)
+    samples = None
+    if job.asked is not None:
+        samples = SampleAnswers(
+            job.asked, trainer, prepared.model, prepared.pad, config.trainer.sample_steps,
+            lambda rows, step: trackers.table("samples", rows, step),
+        )  # fmt: skip
+        trainer.add_callback(samples)
+        samples.base()
     before = _evaluation(job, trainer, 0)
     _say(job, "before", before, f" ({prepared.data.eval_source})")
     transformers.set_seed(config.seed)  # whatever was drawn before, as by an evaluation, training starts the same
     totals = run_loop(trainer, job.resumed_from, _last_step(job, folder))
+    if samples is not None:
+        samples.adapter(totals.step)
     return Trained(trainer, best, before, totals)
+
+
+def _picture(job: Job, trackers: Trackers, step: int) -> None:
+    """Shows trackers what trains; where nothing is chosen there is nothing to see."""
+    if trackers.opened and not job.method.trains_all:
+        trackers.picture("selection", draw_shares(trained_shares(job.prepared.model, job.spec)), step)
 
 
 def _last_step(job: Job, folder: Path) -> int:
@@ -405,7 +442,7 @@ def _say(job: Job, when: str, seen: Evaluation | None, where: str = "") -> None:
 # ---- finish ----
 
 
-def finish(job: Job, trained: Trained) -> dict[str, Any]:
+def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
     """Measures again, leaves the adapter (the best one where it was kept) and the summary, which it returns."""
     config, prepared, trainer = job.config, job.prepared, trained.trainer
     folder = trainer.run_state.folder
@@ -421,20 +458,25 @@ def finish(job: Job, trained: Trained) -> dict[str, Any]:
         prepared.tokenizer.save_pretrained(folder / ADAPTER)
     scores: dict[str, Any] = {}
     if job.scorer is not None:
-        test_score = None
+        test_score = stderr = None
         if first or config.hardware.zero_stage == 3:
-            test_score = job.scorer.on_test(prepared.model, prepared.tokenizer, folder)
-            console.log(f"{job.scorer.name}: {test_score:.4f} on the test split")
+            test_score, stderr = job.scorer.on_test(prepared.model, prepared.tokenizer, folder)
+            error = "" if stderr is None else f" ± {stderr:.4f}"
+            console.log(f"{job.scorer.name}: {test_score:.4f}{error} on the test split")
         scores = {
             "eval_task": job.scorer.name,
             "eval_score_before": trained.before.eval_score,
             "eval_score_after": after.eval_score,
             "test_score": test_score,
+            "test_score_stderr": stderr,
         }
     summary = _summary(job, trained, after) | ({"best_step": kept.step} if kept else {})
     summary |= ({"bad_steps": trained.totals.bad} if trained.totals.bad else {}) | scores
     if first:
         write_json(folder / SUMMARY, summary)
+    if config.method.reselect_steps:
+        _picture(job, trackers, trained.totals.step)
+    trackers.summary(summary)
     return summary
 
 

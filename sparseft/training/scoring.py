@@ -19,6 +19,8 @@ from sparseft.evaluation.tasks import data_folder, expand_tasks
 from sparseft.models.decoder import runnable
 from sparseft.runs.folder import ADAPTER
 
+Score = tuple[float, float | None]  # an accuracy and its standard error, None where there is none
+
 
 class Scorer:
     """A task of both splits, read and checked before anything is trained. One split chooses, the other one reports."""
@@ -52,16 +54,19 @@ class Scorer:
         with runnable(model):  # before DeepSpeed's engine has it, and where an ended run is only judged
             return evaluate(model, tokenizer, self.plans[split])
 
-    def on_validation(self, model: Any, tokenizer: Any) -> Callable[[], float]:
-        """Measures the accuracy on the validation split, whenever it is called."""
-        return lambda: self._evaluate(model, tokenizer, "validation")["tasks"][self.name]["accuracy"]
+    def _score(self, outcome: dict[str, Any]) -> Score:
+        found = outcome["tasks"][self.name]
+        return found["accuracy"], found["stderr"]
 
-    def on_test(self, model: Any, tokenizer: Any, folder: Path) -> float:
+    def on_validation(self, model: Any, tokenizer: Any) -> Callable[[], Score]:
+        """Measures the accuracy on the validation split, whenever it is called."""
+        return lambda: self._score(self._evaluate(model, tokenizer, "validation"))
+
+    def on_test(self, model: Any, tokenizer: Any, folder: Path) -> Score:
         """The accuracy on the test split; writes `eval/<task>.json` into the run's folder, as `sparseft eval` does."""
         outcome = self._evaluate(model, tokenizer, "test")
-        score = outcome["tasks"][self.name]["accuracy"]
         if is_main():  # a model in shards answers in all of them
             seen = QuestionHashes.load(folder)
             target = Target(f"the run {folder}", self.config.model, folder / ADAPTER, folder, seen=seen)
             conclude(outcome, self.plans["test"], target, folder)
-        return score
+        return self._score(outcome)

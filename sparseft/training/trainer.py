@@ -61,9 +61,10 @@ class Trainer(distributed_trainer.DistributedTrainer):
     """Trains what is trainable of an attached model, and saves only that.
 
     `run` is the run folder: metrics go to its `metrics.jsonl`, checkpoints to `checkpoints/checkpoint-N/`, of which
-    the newest `save_total_limit` are kept (None: all). `score()` measures the model on a task; evaluations then carry
-    it beside the loss. With `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is
-    not finite updates nothing; `max_bad_steps` of them in a row end the run.
+    the newest `save_total_limit` are kept (None: all). `report(record)` gets each line of metrics too. `score()` is the
+    model's accuracy on a task and its standard error (or None); evaluations then carry both beside the loss. With
+    `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is not finite updates nothing;
+    `max_bad_steps` of them in a row end the run.
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
         run: Path,
         save_total_limit: int | None = None,
         max_bad_steps: int = 10,
-        score: Callable[[], float] | None = None,
+        score: Callable[[], tuple[float, float | None]] | None = None,
+        report: Callable[[dict[str, Any]], None] | None = None,
         compile_layers: bool = False,
         **options: Any,
     ) -> None:
@@ -97,7 +99,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         self._aside: str | None = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.run_callback = RunCallback(self.run_state)
+        self.run_callback = RunCallback(self.run_state, report)
         self.add_callback(self.run_callback)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -265,8 +267,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """`{"eval_loss": …}`: the mean loss over all labelled tokens of the evaluation set; with `eval_score` where
-        there is one."""
+        """`{"eval_loss": …}`: the mean loss over all labelled tokens of the evaluation set; with `eval_score`, and
+        `eval_score_stderr`, where there is one."""
         # A loader draws a seed whenever it is iterated over; the dropout of training must not depend on that.
         cuda = [self.args.device] if self.args.device.type == "cuda" else []
         with self.run_state.clock.paused(), torch.random.fork_rng(devices=cuda), self.advising_memory():
@@ -275,7 +277,10 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 # With ZeRO-3 all processes answer the same questions in step, also while the model is whole yet:
                 # transformers' generate() waits for the others.
                 measured = self.score() if ranks.is_main() or self.is_zero3 else None
-                metrics[f"{metric_key_prefix}_score"] = ranks.broadcast_object(measured)
+                score, stderr = ranks.broadcast_object(measured)
+                metrics[f"{metric_key_prefix}_score"] = score
+                if stderr is not None:
+                    metrics[f"{metric_key_prefix}_score_stderr"] = stderr
         self.log(dict(metrics))
         # As in transformers' own: this resets `should_evaluate`, else the end of an epoch evaluates once more.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -246,6 +246,7 @@ def test_scores_of_a_model_in_shards_are_those_of_one_process(tmp_path: Path) ->
     words = ["method=s2ft", "sparsity=0.9", "dataset.max_examples=24", "dataset.eval_fraction=0.2", "hardware=cpu"]
     words += ["trainer.max_steps=4", "trainer.eval_steps=2", "trainer.max_length=64", "trainer.learning_rate=1e-2"]
     words += ["trainer.warmup_steps=0", "trainer.eval_task=mmlu", "eval.limit=10", "model.dtype=float32"]
+    words += ["trainer.sample_prompts=[Name a colour]", "trainer.report_to=tensorboard"]
     sparseft(tmp_path, "train", *words, *split(2, 4), "output_dir=alone")
     sharded = [*words, *split(2, 2), "output_dir=sharded", TWO, "hardware.zero_stage=3"]
     run_ranks(tmp_path, [{"name": "sharded", "command": "train", "overrides": sharded}])
@@ -255,6 +256,9 @@ def test_scores_of_a_model_in_shards_are_those_of_one_process(tmp_path: Path) ->
     )
     assert alone == together and [step for step, _ in alone] == [0, 2, 4] and any(score for _, score in alone)
     assert summary(tmp_path / "alone")["test_score"] == summary(tmp_path / "sharded")["test_score"]
+    answers = [(tmp_path / name / "samples.jsonl").read_text() for name in ("alone", "sharded")]
+    assert answers[0] == answers[1] and answers[0].count("\n") == 3
+    assert len(list((tmp_path / "sharded" / "tensorboard").iterdir())) == 1
 
 
 @pytest.mark.parametrize("stage", CONTINUED)

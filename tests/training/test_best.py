@@ -141,14 +141,15 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_scores_are_those_that_eval_measures(judged: Path) -> None:
-    """On the validation split while training, on the test split at the end: each as `sparseft eval` finds it."""
-    seen = {line["step"]: line["eval_score"] for line in metrics(judged) if "eval_score" in line}
+    """On the validation split while training, on the test split at the end: each as `sparseft eval` finds it, with its
+    standard error."""
+    lines = [line for line in metrics(judged) if "eval_score" in line]
+    seen = {line["step"]: (line["eval_score"], line["eval_score_stderr"]) for line in lines}
     assert list(seen) == [0, 2, 4]
 
-    def measured(*words: str) -> float:
-        return sparseft(judged.parent, "eval", "mmlu", "--json", "eval.limit=10", *words).json["tasks"]["mmlu"][
-            "accuracy"
-        ]
+    def measured(*words: str) -> tuple[float, float]:
+        done = sparseft(judged.parent, "eval", "mmlu", "--json", "eval.limit=10", *words)
+        return done.json["tasks"]["mmlu"]["accuracy"], done.json["tasks"]["mmlu"]["stderr"]
 
     assert measured("--base", "eval.split=validation") == seen[0]
     for step in (2, 4):
@@ -156,10 +157,11 @@ def test_scores_are_those_that_eval_measures(judged: Path) -> None:
         assert measured("--adapter", checkpoint, "eval.split=validation") == seen[step]
     result = summary(judged)
     best = result["best_step"]
-    assert seen[best] == max(seen[2], seen[4]) == result["eval_score_after"] and result["eval_score_before"] == seen[0]
+    assert seen[best][0] == max(seen[2][0], seen[4][0]) == result["eval_score_after"]
+    assert result["eval_score_before"] == seen[0][0]
     stored = json.loads((judged / "eval" / "mmlu.json").read_text())
     assert stored["tasks"]["mmlu"]["accuracy"] == result["test_score"] and stored["sparseft"]["split"] == "test"
-    assert measured("--run", "run") == result["test_score"]
+    assert measured("--run", "run") == (result["test_score"], result["test_score_stderr"])
 
 
 def test_training_ends_at_the_target_and_stays_ended(judged: Path, tmp_path: Path) -> None:

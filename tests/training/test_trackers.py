@@ -1,0 +1,336 @@
+"""`trainer.report_to`: what each tracker holds, read back from its own files, against the run's metrics."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparseft.errors import UserError
+from sparseft.layers import sparse_layers
+from sparseft.models.spec import ModelSpec
+from sparseft.runs.folder import TRACKED
+from sparseft.selection.picture import draw_shares, trained_shares
+from sparseft.training import trackers
+from support.running import METHODS, files, metrics, on, refused, sparseft, summary, write_data
+from support.training import attached, same_end
+
+VARIABLES = "TENSORBOARD_LOGGING_DIR WANDB_MODE WANDB_PROJECT WANDB_DIR MLFLOW_TRACKING_URI TRACKIO_DIR".split()
+ALL = f"trainer.report_to=[{','.join(TRACKED)}]"
+NAMES = "loss learning_rate grad_norm tokens_per_second step_seconds memory_gib".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in VARIABLES:
+            patch.delenv(name, raising=False)
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("TRACKIO_STORAGE_MODE", "sqlite")
+        yield
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> list[str]:
+    data = write_data(tmp_path_factory.mktemp("data"))["json"]
+    words = [*on(model_folder(), data), *METHODS["lora"], "method.dropout=0.2", "trainer.learning_rate=1e-2"]
+    words += ["trainer.save_steps=2", "trainer.eval_steps=2", "trainer.logging_steps=1", "dataset.max_examples=16"]
+    return ["train", *words, "trainer.max_steps=4"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
+    """`plain`, and `run`, which all trackers watch and which is continued after its second step."""
+    folder = tmp_path_factory.mktemp("runs")
+    sparseft(folder, *words, "output_dir=plain")
+    tracked = [*words, ALL, "output_dir=run", "trainer.sample_prompts=['2+3=']"]
+    first = sparseft(folder, *[word for word in tracked if "max_steps" not in word], "trainer.max_steps=2")
+    for name in TRACKED:
+        assert f"{name}: " in first.err
+    # The first session's rates are those of a run of two steps; the continued one's those of four.
+    sparseft(folder, *tracked, "trainer.resume=auto")
+    return folder
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics, each with what trackers are to get of it."""
+    kept = []
+    for line in metrics(run):
+        names = ["eval_loss"] if "eval_loss" in line else NAMES
+        kept.append({"step": line["step"], **{name: line[name] for name in names}})
+    return kept
+
+
+def expected(run: Path, name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in lines(run) if name in line]
+
+
+def split(name: str) -> str:
+    """The chart that transformers' callbacks draw a metric in."""
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+
+
+def close(found: list[tuple[int, float]], wanted: list[tuple[int, float]]) -> None:
+    assert [step for step, _ in found] == [step for step, _ in wanted]
+    np.testing.assert_allclose([value for _, value in found], [value for _, value in wanted], rtol=1e-6)
+
+
+def test_training_is_bit_for_bit_the_same(runs: Path, words: list[str], tmp_path: Path) -> None:
+    """With dropout, and with all trackers and sample answers, without a break."""
+    sparseft(tmp_path, *words, ALL, "output_dir=watched", "trainer.sample_prompts=['2+3=']", "trainer.sample_steps=1")
+    own = [path for path in files(tmp_path / "watched") if path.split("/")[0] in TRACKED]
+    for path in [*own, "trackers.json", "samples.jsonl"]:
+        (tmp_path / "watched" / path).unlink()
+    same_end(tmp_path / "watched", runs / "plain")
+
+
+def test_tensorboard_has_each_line_once(runs: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(runs / "run" / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    for name in (*NAMES, "eval_loss"):
+        close([(event.step, event.value) for event in events.Scalars(split(name))], expected(runs / "run", name))
+    (picture,) = events.Images("selection")
+    assert picture.encoded_image_string.startswith(b"\x89PNG") and picture.step == 0
+    texts = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
+    config = texts["args/text_summary"][0].tensor_proto.string_val[0].decode()
+    assert "path: " in config and "max_steps: 2" in config
+    assert b"eval_loss_after" in texts["summary/text_summary"][-1].tensor_proto.string_val[0]
+    assert [event.step for event in texts["samples/text_summary"]] == [0, 2, 4]
+    assert b"2+3=" in texts["samples/text_summary"][0].tensor_proto.string_val[0]
+
+
+def test_a_resumed_run_hides_what_comes_again(words: list[str], tmp_path: Path) -> None:
+    """TensorBoard: a session that logged beyond its last checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    one = [*words, "trainer.report_to=tensorboard", "output_dir=run"]
+    sparseft(tmp_path, *one)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    sparseft(tmp_path, *one, "trainer.resume=auto")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def logged(content: bytes) -> Iterator[bytes]:
+    """The records of a W&B file: LevelDB's log format, blocks of 32 KiB, behind a header of 7 bytes."""
+    place, parts = 7, b""
+    while place < len(content):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack("<4xHB", content[place : place + 7])
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+def test_wandb_has_each_line_once_and_goes_on_under_one_id(runs: Path) -> None:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found: dict[str, list[Any]] = {}
+    ids, summaries, config = set(), {}, {}
+    for file in sorted((runs / "run" / "wandb").glob("offline-run-*/run-*.wandb")):
+        for data in logged(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                ids.add((record.run.run_id, record.run.project, record.run.display_name))
+                config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            elif kind == "config":
+                config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+            elif kind == "summary":
+                summaries |= {(item.key or item.nested_key[0]): item.value_json for item in record.summary.update}
+            elif kind == "history":
+                row = {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+                }
+                for name, value in row.items():
+                    found.setdefault(name, []).append((row.get("train/global_step"), value))
+    ((identity, project, name),) = ids
+    assert (project, name) == ("sparseft", "run")
+    assert json.loads((runs / "run" / "trackers.json").read_text())["wandb"] == {"id": identity}
+    for name in (*NAMES, "eval_loss"):
+        close(found[split(name)], expected(runs / "run", name))
+    assert config["trainer"]["learning_rate"] == 1e-2
+    assert float(summaries["eval_loss_after"]) == summary(runs / "run")["eval_loss_after"]
+    assert found["selection/_type"] == [(0, "image-file")]
+    assert found["samples/_type"] == [(step, "table-file") for step in (0, 2, 4)]
+
+
+def test_mlflow_has_each_line_once_in_one_run(runs: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient((runs / "run" / "mlflow" / "store").resolve().as_uri())
+    (experiment,) = client.search_experiments(filter_string="name = 'sparseft'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
+    for name in (*NAMES, "eval_loss"):
+        history = client.get_metric_history(run.info.run_id, name)
+        close([(metric.step, metric.value) for metric in history], expected(runs / "run", name))
+    assert run.data.params["trainer.learning_rate"] == "0.01"
+    assert run.data.metrics["summary/eval_loss_after"] == summary(runs / "run")["eval_loss_after"]
+    artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert artifacts == {"selection-0.png", "summary.json", "samples-0.md", "samples-2.md", "samples-4.md"}
+
+
+def test_trackio_has_each_line_once_in_one_run(runs: Path) -> None:
+    with sqlite3.connect(runs / "run" / "trackio" / "sparseft.db") as database:
+        rows = [(step, json.loads(row)) for step, row in database.execute("select step, metrics from metrics")]
+        found = set(database.execute("select run_id, run_name from metrics"))
+        (config,) = database.execute("select config from configs").fetchone()
+    ((_, name),) = found
+    assert name == "run" and json.loads(config)["trainer"]["learning_rate"] == 1e-2
+    for name in (*NAMES, "eval_loss"):
+        close([(step, row[split(name)]) for step, row in rows if split(name) in row], expected(runs / "run", name))
+    seen = {name: (step, value) for step, row in rows for name, value in row.items()}
+    assert seen["summary/eval_loss_after"] == (4, summary(runs / "run")["eval_loss_after"])
+    assert seen["selection"][1]["_type"] == "trackio.image" and "samples" in seen
+
+
+def test_the_environment_says_where(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {name: tmp_path / name for name in ("boards", "lake", "flow", "tracks")}
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(places["boards"]))
+    monkeypatch.setenv("WANDB_DIR", str(places["lake"]))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", places["flow"].as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    monkeypatch.setenv("TRACKIO_DIR", str(places["tracks"]))
+    places["lake"].mkdir()
+    sparseft(tmp_path, *[word for word in words if "max_steps" not in word], "trainer.max_steps=1", ALL, "output_dir=r")
+    assert list(places["boards"].glob("events*")) and list(places["lake"].glob("wandb/offline-run-*"))
+    assert list(places["flow"].rglob("loss")) and (places["tracks"] / "sparseft.db").is_file()
+    assert not any((tmp_path / "r" / name).exists() for name in TRACKED)
+
+
+def test_overwriting_takes_trackers_with_it_and_nothing_else(words: list[str], tmp_path: Path) -> None:
+    short = [*[word for word in words if "max_steps" not in word], "trainer.max_steps=1", "output_dir=run"]
+    sparseft(tmp_path, *short, "trainer.report_to=tensorboard")
+    (tmp_path / "run" / "wandb").mkdir()
+    (tmp_path / "run" / "wandb" / "mine").write_text("no tracker of this run wrote it")
+    sparseft(tmp_path, *short, "overwrite=true")
+    assert not (tmp_path / "run" / "tensorboard").exists() and not (tmp_path / "run" / "trackers.json").exists()
+    assert (tmp_path / "run" / "wandb" / "mine").is_file()
+
+
+# ---- what goes wrong ----
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ("[tensorboard,wandbb]", ["trainer.report_to=wandbb", "tensorboard, wandb, mlflow, trackio", "'wandb'"]),
+        ("comet", ["trainer.report_to=comet", "tensorboard"]),
+        ("3", ["trainer.report_to=3", "a list"]),
+    ],
+)
+def test_an_unknown_tracker_is_refused(given: str, parts: list[str], words: list[str], tmp_path: Path) -> None:
+    message = refused(tmp_path, *words, f"trainer.report_to={given}", "output_dir=run")
+    assert all(part in message for part in parts), message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named_before_work(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = refused(tmp_path, *words, "trainer.report_to=[tensorboard,wandb]", "output_dir=run")
+    assert message == "trainer.report_to=wandb: the package wandb is not installed; pip install 'sparseft[wandb]'."
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As W&B leaves one in the working directory."""
+    (tmp_path / "tracked_folder" / "run-1").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="tracked_folder is not installed"):
+        trackers.check(["tracked_folder"])
+
+
+def test_a_tracker_that_fails_on_the_way_is_left_out(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, logs: Any, step: int) -> None:
+        raise ConnectionError("no route to\nhost")
+
+    monkeypatch.setattr(trackers.Trackio, "log", fail)
+    done = sparseft(tmp_path, *words, "trainer.report_to=[trackio,tensorboard]", "output_dir=run")
+    said = "trackio: no route to host; the run goes on without it"
+    assert done.err.count(said) == 1 and said in summary(tmp_path / "run")["warnings"]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_tracker_that_cannot_start_ends_the_run_before_it_trains(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[bool] = []
+
+    def fail(*_: Any) -> None:
+        raise OSError("refused")
+
+    monkeypatch.setattr(trackers.MLflow, "begin", fail)
+    monkeypatch.setattr(trackers.TensorBoard, "end", lambda self, failed: ended.append(failed))
+    done = sparseft(tmp_path, *words, "trainer.report_to=[tensorboard,mlflow]", "output_dir=run", code=1)
+    assert "trainer.report_to=mlflow: it cannot be started: refused." in done.err
+    assert ended == [True] and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_only_the_first_process_has_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "is_main", lambda: False)
+    config: Any = None  # is not even looked at
+    with trackers.tracked(config, config, None, tmp_path, None) as found:
+        assert not found.opened
+        found.log({"step": 1, "loss": 1.0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluations_carry_scores_with_their_errors(tmp_path: Path) -> None:
+    seen: list[tuple[dict[str, float], int]] = []
+
+    class Noting(trackers.Tracker):
+        def log(self, logs: dict[str, float], step: int) -> None:
+            seen.append((logs, step))
+
+    found = trackers.Trackers({"noting": Noting(tmp_path)})
+    found.log({"step": 4, "epoch": 1.0, "eval_loss": 2.0, "eval_score": 0.5, "eval_score_stderr": 0.1})
+    found.log({"step": 5, "epoch": 1.5, "loss": None, "learning_rate": 1.0})
+    assert seen == [
+        ({"eval_loss": 2.0, "eval_score": 0.5, "eval_score_stderr": 0.1}, 4),
+        ({"epoch": 1.5, "learning_rate": 1.0}, 5),
+    ]
+
+
+# ---- what trains, as a picture ----
+
+
+@pytest.mark.parametrize(("kind", "method"), [("llama", "s2ft"), ("gpt2", "sylva"), ("llama", "lora")])
+def test_the_picture_shows_what_trains(kind: str, method: str, make_model: Any) -> None:
+    model = attached(make_model(kind), method)
+    spec = ModelSpec.of(model)
+    shares = trained_shares(model, spec)
+    assert all("." in role and not any(part.isdigit() for part in role.split(".")) for role, _ in shares)
+    sizes = dict.fromkeys(shares, 0)
+    for name, (rows, columns) in spec.linears.items():
+        role = next(role for role, _ in shares if spec.path_of(name).endswith(role))
+        sizes[role, spec.layer_of[name]] += rows * columns
+    trained = sum(share * sizes[at] for at, share in shares.items())
+    if method != "lora":
+        assert trained == pytest.approx(sum(layer.trainable_entries for layer in sparse_layers(model).values()))
+    else:
+        assert trained == pytest.approx(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    pixels = draw_shares(shares)
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.std() > 10
