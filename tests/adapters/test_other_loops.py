@@ -103,7 +103,7 @@ def losses(trainer: transformers.Trainer) -> list[float]:
         *((method, {}) for method in (*SPARSE, "full")),
         ("sylva", {"gradient_checkpointing": True}),
         ("s2ft", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
-        ("s2ft", {"torch_compile": True, "torch_compile_backend": "eager"}),
+        pytest.param("s2ft", {"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
         ("paca", {"optim": "sgd"}),
     ],
 )
@@ -144,10 +144,15 @@ def test_the_best_model_is_loaded_at_the_end(method, tmp_path):
 # ---- what save_model leaves ----
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "mixtral"])
-@pytest.mark.parametrize("method", SPARSE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_save_pretrained_leaves_a_model_and_its_adapter(method, kind, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "method", "dtype"),
+    [
+        *itertools.product(("llama", "mixtral"), SPARSE, [torch.float32]),
+        *itertools.product(("gpt2", "phi3"), ("s2ft", "sylva"), [torch.bfloat16]),
+        ("mixtral", "sylva", torch.bfloat16),
+    ],
+)
+def test_save_pretrained_leaves_a_model_and_its_adapter(kind, method, dtype, tmp_path):
     model = adapters.randomise(attached(method, kind, dtype))
     model.save_pretrained(tmp_path / "saved")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=dtype)
