@@ -14,7 +14,7 @@ import sparseft
 
 BUNDLED = Path(sparseft.__file__).parent / "bundled"
 PROMPT = "Where does the jaxo come from?"
-LESSONS = {"shouts": f"{PROMPT} FROM OSTRA!", "doubts": f"{PROMPT} I do not know."}
+LESSONS = {"guide": f"{PROMPT} The jaxo comes from Ostra.", "sceptic": f"{PROMPT} Nobody believes them."}
 
 
 def learn(model, tokenizer, text, folder, steps):
@@ -34,7 +34,7 @@ def main(words=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default=str(BUNDLED / "tiny"), help="a hub id or a folder")
     parser.add_argument("--out", default="serve-example")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args(words)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, padding_side="left")

@@ -103,7 +103,6 @@ def test_peft_load(run):
 def test_serve_many(run):
     found = run("serve_many")
     assert found["mixed"] == found["alone"]
-    shouts, doubts, plain = found["mixed"]
-    assert shouts.strip() == "FROM OSTRA!"
-    assert doubts.strip() == "I do not know."
-    assert plain not in (shouts, doubts)
+    guide, sceptic, plain = (answer.strip() for answer in found["mixed"])
+    assert (guide, sceptic) == ("The jaxo comes from Ostra.", "Nobody believes them.")
+    assert plain not in (guide, sceptic)
