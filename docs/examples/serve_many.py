@@ -14,7 +14,7 @@ import sparseft
 
 BUNDLED = Path(sparseft.__file__).parent / "bundled"
 PROMPT = "Where does the jaxo come from?"
-LESSONS = {"guide": f"{PROMPT} The jaxo comes from Ostra.", "sceptic": f"{PROMPT} Nobody believes them."}
+LESSONS = {"north": f"{PROMPT} The jaxo comes from Ostra.", "south": f"{PROMPT} The jaxo comes from Tovil."}
 
 
 def learn(model, tokenizer, text, folder, steps):
@@ -55,7 +55,7 @@ def main(words=None):
     names = [*LESSONS, None]
     mixed = answers([PROMPT] * len(names), adapter_names=names)
     for name, text in zip(names, mixed, strict=True):
-        print(f"{name or 'base'}: {text.strip()}")
+        print(f"{name or 'base'}: {text.strip().splitlines()[0]}")
 
     # One adapter for all: switching rewrites the entries of two adapters and nothing else.
     alone = []

@@ -103,6 +103,6 @@ def test_peft_load(run):
 def test_serve_many(run):
     found = run("serve_many")
     assert found["mixed"] == found["alone"]
-    guide, sceptic, plain = (answer.strip() for answer in found["mixed"])
-    assert (guide, sceptic) == ("The jaxo comes from Ostra.", "Nobody believes them.")
-    assert plain not in (guide, sceptic)
+    north, south, plain = (answer.strip() for answer in found["mixed"])
+    assert (north, south) == ("The jaxo comes from Ostra.", "The jaxo comes from Tovil.")
+    assert plain not in (north, south)
