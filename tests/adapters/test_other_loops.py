@@ -126,6 +126,18 @@ def test_transformers_trainer_resumes_exactly(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", SPARSE)
+def test_a_resumed_trainer_takes_the_selection_of_the_checkpoint(method, tmp_path):
+    whole = trained(attached(method), tmp_path, save_strategy="steps", save_steps=2)
+    other = sparseft.attach(adapters.build("llama"), adapters.METHODS[method](1))  # another seed
+    again = trained(other, tmp_path, tmp_path / "checkpoint-2")
+    assert torch.equal(logits(again.model), logits(whole.model))
+    sparseft.save_adapter(other, tmp_path / "adapter")
+    loaded = sparseft.load_adapter(adapters.build("llama"), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(whole.model))
+    assert torch.equal(logits(sparseft.detach(other)), logits(adapters.build("llama")))
+
+
+@pytest.mark.parametrize("method", SPARSE)
 def test_a_resumed_trainer_keeps_what_experts_have_learnt(method, tmp_path):
     whole = trained(attached(method, "mixtral"), tmp_path, save_strategy="steps", save_steps=2)
     again = trained(attached(method, "mixtral"), tmp_path, tmp_path / "checkpoint-2", save_strategy="steps")
