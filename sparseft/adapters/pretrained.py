@@ -15,7 +15,7 @@ from torch import nn
 
 from sparseft.adapters.state import require_state
 from sparseft.distributed.zero3 import any_sharded
-from sparseft.files.atomic import replaced_folder
+from sparseft.files.atomic import check_replaceable, replaced_folder
 from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.runs.folder import ADAPTER
 
@@ -39,10 +39,16 @@ def save_pretrained(
 
     Weights keep the names that they have in the model, which `from_pretrained` reads too. transformers would take the
     deltas of experts for experts and split them, and its `Trainer` resumes from no other names.
+
+    Raises `UserError` where `adapter` holds other files, before anything is written.
     """
     kwargs["save_original_format"] = False
+    state, folder = require_state(model), Path(save_directory) / ADAPTER
+    # of shards saving is a call of all processes, and this one is not
+    writes = is_main_process and state.active is not None and not any_sharded(model)
+    if writes:
+        check_replaceable(folder, DESCRIPTIONS)
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
-    state = require_state(model)
-    if is_main_process and state.active is not None and not any_sharded(model):  # shards: a call of all processes
-        with replaced_folder(Path(save_directory) / ADAPTER, DESCRIPTIONS) as aside:
+    if writes:
+        with replaced_folder(folder, DESCRIPTIONS) as aside:
             state.kind.save(model, state, state.active, aside, None)

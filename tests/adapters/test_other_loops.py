@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import sparseft
 from sparseft.cli.app import main
 from sparseft.console import recorded_warnings
+from sparseft.errors import UserError
 from sparseft.kernels import reference
 from sparseft.layers import sparse_layers
 from support import adapters
@@ -197,6 +198,14 @@ def test_save_pretrained_is_the_plain_models_again_once_detached(tmp_path):
     copied.save_pretrained(tmp_path / "three")
     loaded = sparseft.load_adapter(adapters.build("llama"), tmp_path / "three" / "adapter")
     assert torch.equal(logits(loaded), logits(copied))  # of the copy, not of what it is a copy of
+
+
+def test_save_pretrained_writes_nothing_over_other_files(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="adapter: the folder holds other files"):
+        attached("s2ft").save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 # ---- accelerate ----
