@@ -55,7 +55,8 @@ def main(words=None):
     names = [*LESSONS, None]
     mixed = answers([PROMPT] * len(names), adapter_names=names)
     for name, text in zip(names, mixed, strict=True):
-        print(f"{name or 'base'}: {text.strip().splitlines()[0]}")
+        first_line = text.strip().partition("\n")[0]
+        print(f"{name or 'base'}: {first_line}")
 
     # One adapter for all: switching rewrites the entries of two adapters and nothing else.
     alone = []
