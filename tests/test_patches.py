@@ -228,6 +228,18 @@ def test_a_model_asks_itself_for_its_state_when_it_is_saved(tmp_path: Path, make
     assert all((value == 3.0).all() for value in saved.values()), relied_on("model.state_dict")
 
 
+def test_trainers_save_by_the_models_own_save_pretrained(make_model: Any, tmp_path: Path) -> None:
+    """It is replaced on the model, and told by position what its third argument is not."""
+    names = parameters(transformers.PreTrainedModel.save_pretrained)
+    assert names[:2] == ["save_directory", "is_main_process"], relied_on("save_pretrained")
+    assert "save_original_format" in names, relied_on("save_original_format")
+    model, asked = make_model("llama"), []
+    model.save_pretrained = lambda *args, **options: asked.append((args, options))
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    transformers.Trainer(model, arguments).save_model(str(tmp_path / "saved"))
+    assert len(asked) == 1, relied_on("save_pretrained")
+
+
 def test_linears_that_are_told_by_their_names() -> None:
     from transformers.pytorch_utils import Conv1D
 

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseft.adapters import pretrained
 from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, read_config
 from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State, state_for, state_of
 from sparseft.adapters.waiting import Adapter, Source, SparseDelta, Values, on_host
+from sparseft.console import warn
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import write_json
@@ -120,6 +122,7 @@ class Sparse(Kind):
         self.adapters[DEFAULT] = Adapter(config.name, asdict(config), patterns=patterns)
         state.config, state.active, state.method_config = config, DEFAULT, asdict(config)
         setattr(model, STATE, state)
+        pretrained.listen(model)
         return model
 
     @classmethod
@@ -145,6 +148,8 @@ class Sparse(Kind):
     def save(
         self, model: nn.Module, state: State, name: str, folder: Path, state_dict: dict[str, Tensor] | None
     ) -> None:
+        if name == state.active:
+            _warn_of_loops(model)
         adapter = self.adapters[name]
         header = state.header | {"method": adapter.method, "method_config": adapter.method_config}
         write_sparse(adapter.values(), _spec(model, state).known, header, folder)
@@ -219,6 +224,7 @@ class Sparse(Kind):
 
     def leave(self, model: nn.Module, state: State, *, merged: bool) -> nn.Module:
         restore(model, merged=merged)
+        pretrained.ignore(model)
         delattr(model, STATE)
         return model
 
@@ -268,6 +274,7 @@ class Sparse(Kind):
         if state_of(model) is None:
             model.requires_grad_(False)
             setattr(model, STATE, state)
+            pretrained.listen(model)
         if activate or active:
             self.switch(model, state, name)
             state.active = name
@@ -285,6 +292,27 @@ def _adding(linear: ByRow, numbers: Mapping[str, int], now: Now) -> Callable[...
         return linear.add(y, inputs[0], choice, tokens, layer)
 
     return add
+
+
+def _warn_of_loops(model: nn.Module) -> None:
+    """Says what a training loop did that an adapter's file does not show."""
+    layers = sparse_layers(model)
+    deltas = {id(pattern.delta) for layer in layers.values() for pattern in layer.patterns.values()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in deltas]
+    if others:
+        warn(
+            f"{len(others)} parameters train that no sparse adapter holds, so they are not saved in it ({others[0]}): "
+            "model.save_pretrained keeps them."
+        )
+    for layer in layers.values():
+        layer.write_if_stale()
+    late = [name for name, layer in layers.items() if not layer.is_written]
+    if late:
+        warn(
+            f"the weights do not hold the deltas that are saved ({late[0]}): something wrote to delta.data, which "
+            "PyTorch does not count, so the model has not computed with them; write under torch.no_grad() instead, or "
+            "call model.train() or model.eval() to change the mode afterwards."
+        )
 
 
 def _spec(model: nn.Module, state: State) -> ModelSpec:

@@ -267,6 +267,30 @@ class SparseLinear(nn.Module):
             self.write_back()
 
     @property
+    def is_written(self) -> bool:
+        """Whether the weight's entries are base + delta, by their values: waits for the device.
+
+        False after a delta was changed through `.data`, which PyTorch does not count, until `write_back`.
+        """
+        patterns = list(self.patterns.values())
+        if len(patterns) != 1 or not self.merged or self.weight.is_meta:  # of patterns that overlap no entry says whose
+            return True
+        pattern, weight = patterns[0], self.logical_weight
+        if pattern.delta.is_inference():
+            return True
+        values = (pattern.base_values + pattern.delta.detach()).to(weight.dtype)
+        expected = weight.clone()
+        reference.scatter_(expected, pattern.kind, pattern.at, values, pattern.block_size)
+        return torch.equal(weight, expected)
+
+    def train(self, mode: bool = True) -> SparseLinear:
+        """Also writes the deltas where the mode changes: what averages of parameters put into `delta.data`, as they do
+        ahead of an evaluation, leaves no trace in its version."""
+        if mode != self.training:
+            self.write_back()
+        return super().train(mode)
+
+    @property
     def keeps_input(self) -> bool | None:
         """Whether blocks save x itself, not a slice; None: decided for this layer alone."""
         return self._keeps_input
