@@ -191,3 +191,27 @@ def test_lists_begin_after_an_empty_line() -> None:
 def test_blocks_close() -> None:
     for page in sorted((ROOT / "docs").rglob("*.md")):
         assert page.read_text().count("\n```") == 2 * len(blocks(page)), page
+
+
+def test_the_messages_on_the_page_of_errors_are_those_of_the_code() -> None:
+    """Their fixed parts: between what is seen in a case, numbers and names, stand in a string of the source."""
+    literals = []
+    for path in (ROOT / "sparseft").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                literals.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                literals.append(node.value)
+    source = "\n".join(literals)
+    rows = re.findall(r"^\| (.*?) \| .* \|$", (ROOT / "docs/errors.md").read_text(), flags=re.MULTILINE)
+    messages = [message for row in rows for message in re.findall(r"`([^`]*)`", row)]
+    assert len(messages) > 30
+    missing = []
+    for message in messages:
+        for part in re.split(r"…|'[^']*'|\S*[=_]\S*|\S*\d\S*|[():;,.](?= |$)|[()]", message):
+            words = part.split()
+            holed = (" ".join([*words[:place], "…", *words[place + 1 :]]) for place in range(len(words)))
+            found = part.strip() in source or any(each in source for each in holed)
+            missing += [] if found else [f"'{part.strip()}' ({message})"]
+    assert not missing, "\n".join(missing)
