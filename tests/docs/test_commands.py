@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import shutil
 from pathlib import Path
@@ -26,9 +27,10 @@ from support.models import build_model
 from support.places import ROOT
 from support.running import sparseft as run
 
+LATER = {"chat", "push"}  # commands of other branches; to be removed with them merged
 COMMANDS = typer.main.get_command(app).commands
 MARKS = re.compile(r"(needs: \S.*|shape|written by .*)?")
-DOCUMENTED = commands()
+DOCUMENTED = [command for command in commands() if command.words[1:2] and command.words[1] not in LATER - {*COMMANDS}]
 TARGETS = re.findall(r"^\.PHONY: ([\w-]+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
@@ -52,7 +54,7 @@ def test_a_command_composes(command: Command) -> None:
         assert (ROOT / (rest[0] if program == "python" else program)).is_file()
 
 
-@pytest.mark.parametrize("command", named(inline_commands()))
+@pytest.mark.parametrize("command", named([one for one in inline_commands() if one.words[1] not in LATER - {*COMMANDS}]))
 def test_a_command_within_text_has_its_options(command: Command) -> None:
     has_options(command.offered[1:])
 
@@ -122,11 +124,14 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", sorted({command.page for command in RUNNING}), ids=lambda page: page.name)
-def test_the_commands_of_a_page_run_one_after_the_other(page: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_the_commands_of_a_page_run_one_after_the_other(
+    page: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a reader types them."""
     shutil.copytree(tiny_run, tmp_path / "here", symlinks=True)
     for command in RUNNING:
         if command.page == page:
+            monkeypatch.setattr("sys.stdin", io.StringIO(command.stdin))
             done = run(tmp_path / "here", *shortened(command.words[1:]), code=None)
             assert done.code == 0, f"{command.place}: {command.text}\n{done.err}"
 

@@ -22,6 +22,7 @@ BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?
 SHELL = ("", "sh", "bash")
 OURS = re.compile(r"(?:sparseft|make|scripts/\w+\.sh|python scripts/\w+\.py|python docs/\S+\.py)\b")
 STARTED = re.compile(r"^(?:srun|torchrun|deepspeed)\b.*?\bsparseft (?=[a-z])")  # by another program
+PIPED = re.compile(r"^echo '(.*)' \| (?=sparseft )")
 OPTIONAL = re.compile(r" \[--?\w[^\]]*\]")  # of a command's shape: [--engine ENGINE]
 
 
@@ -46,6 +47,7 @@ class Command:
     place: str
     mark: str
     text: str
+    stdin: str = ""
 
     @property
     def words(self) -> list[str]:
@@ -77,9 +79,12 @@ def commands(pages: list[Path] = PAGES) -> list[Command]:
         for line in re.sub(r"\\\n\s*", "", block.body).splitlines():
             line = re.sub(r"\s+#\s.*", "", line.strip())
             started = STARTED.match(line)
+            piped = PIPED.match(line)
+            stdin, line = (piped[1] + "\n", line[piped.end() :]) if piped else ("", line)
             text = f"sparseft {line[started.end() :]}" if started else line
             if OURS.match(text):
-                found.append(Command(block.page, block.place, block.mark or ("needs: others" if started else ""), text))
+                mark = block.mark or ("needs: others" if started else "")
+                found.append(Command(block.page, block.place, mark, text, stdin))
     return found
 
 
