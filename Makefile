@@ -59,7 +59,7 @@ format: $(STAMP) ## sort imports, format, and fix what can be fixed safely
 .PHONY: docs
 docs: $(STAMP) ## build the documentation as pages of HTML, offline: site/index.html
 	@$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
-	@echo "built: site/index.html"
+	@echo "built: site/index.html; with search: python3 -m http.server -d site"
 
 .PHONY: bench
 bench: $(STAMP) ## a training step against its targets, in fp32 and bf16 on the CPU; fails where one is missed
