@@ -54,7 +54,9 @@ def test_a_command_composes(command: Command) -> None:
         assert (ROOT / (rest[0] if program == "python" else program)).is_file()
 
 
-@pytest.mark.parametrize("command", named([one for one in inline_commands() if one.words[1] not in LATER - {*COMMANDS}]))
+@pytest.mark.parametrize(
+    "command", named([one for one in inline_commands() if one.words[1] not in LATER - {*COMMANDS}])
+)
 def test_a_command_within_text_has_its_options(command: Command) -> None:
     has_options(command.offered[1:])
 
@@ -81,7 +83,9 @@ def has_options(words: list[str]) -> None:
     """Whether the command, its options and its keys exist; what stands for something else is passed over."""
     name, *rest = words
     options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
-    keys = known_keys() | {f"method.{field}": hint for method in METHODS for field, hint in method_fields(method).items()}
+    keys = known_keys() | {
+        f"method.{field}": hint for method in METHODS for field, hint in method_fields(method).items()
+    }
     for word in rest:
         if word.startswith("-"):
             assert word.partition("=")[0] in options, f"sparseft {name} has no option {word}"
@@ -93,7 +97,12 @@ def has_options(words: list[str]) -> None:
 # ---- what runs: on the bundled model, in a folder that the commands of a page share, a few steps and questions long ----
 
 SHORT = {  # by the command: what is added to it
-    "train": ["trainer.max_steps=2", "trainer.gradient_accumulation=1", "trainer.max_length=64", "dataset.max_examples=24"],
+    "train": [
+        "trainer.max_steps=2",
+        "trainer.gradient_accumulation=1",
+        "trainer.max_length=64",
+        "dataset.max_examples=24",
+    ],
     "preprocess": ["method.num_samples=2", "trainer.max_length=64", "dataset.max_examples=24"],
     "eval": ["eval.limit=2", "eval.max_new_tokens=4", "eval.batch_size=2"],
 }
@@ -147,7 +156,11 @@ def test_python_compiles_and_names_what_there_is(block: Block) -> None:
             assert node.attr in sparseft.__all__, f"{block.place}: no sparseft.{node.attr}"
 
 
-RUNS = [block for block in python_blocks() if block.page.name in ("README.md", "api.md", "how-it-works.md") and not block.mark]
+RUNS = [
+    block
+    for block in python_blocks()
+    if block.page.name in ("README.md", "api.md", "how-it-works.md") and not block.mark
+]
 
 
 @pytest.mark.parametrize("block", named(RUNS))

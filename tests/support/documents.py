@@ -18,7 +18,9 @@ import pytest
 from support.places import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```", re.DOTALL | re.MULTILINE
+)
 SHELL = ("", "sh", "bash")
 OURS = re.compile(r"(?:sparseft|make|scripts/\w+\.sh|python scripts/\w+\.py|python docs/\S+\.py)\b")
 STARTED = re.compile(r"^(?:srun|torchrun|deepspeed)\b.*?\bsparseft (?=[a-z])")  # by another program
@@ -67,7 +69,13 @@ class Command:
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     return [
-        Block(page, text.count("\n", 0, found.start("language")) + 1, found["language"], found["mark"] or "", found["body"])
+        Block(
+            page,
+            text.count("\n", 0, found.start("language")) + 1,
+            found["language"],
+            found["mark"] or "",
+            found["body"],
+        )
         for found in BLOCK.finditer(text)
     ]
 
@@ -96,7 +104,9 @@ def inline_commands() -> list[Command]:
     """`sparseft …` within text and tables: the shape of a command, or one."""
     found = []
     for page in PAGES:
-        text = re.sub(r"^```.*?^```", lambda it: "\n" * it[0].count("\n"), page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        text = re.sub(
+            r"^```.*?^```", lambda it: "\n" * it[0].count("\n"), page.read_text(), flags=re.DOTALL | re.MULTILINE
+        )
         for code in re.finditer(r"`(sparseft [a-z][^`]*)`", text):
             place = f"{page.relative_to(ROOT)}:{text.count(chr(10), 0, code.start()) + 1}"
             words = " ".join(code[1].replace(r"\|", "|").split())
