@@ -29,8 +29,8 @@ INTRO = """# Every setting
 <!-- Written by scripts/config_reference.py from conf/ and the dataclasses: change those, and run it. -->
 
 A setting is an override, `key=value`, in any order with a command's options; a group is chosen by `group=option`. Later
-words win over earlier ones, the command line over an experiment, an experiment over the rest. `sparseft train --cfg` prints
-what a command line comes to and runs nothing.
+words win over earlier ones, the command line over an experiment, an experiment over the rest. `sparseft train --cfg`
+prints what a command line comes to and runs nothing.
 
 ```
 sparseft train method=s2ft sparsity=0.95 trainer.max_steps=100 --cfg

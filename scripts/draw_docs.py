@@ -30,7 +30,8 @@ def svg(width: int, height: int, label: str, content: list[str]) -> str:
         ".frozen { fill: var(--grid); stroke: var(--rule); } .trains { fill: var(--series-1); } "
         ".may { fill: var(--series-1); fill-opacity: .28; } .second { fill: var(--series-2); } "
         ".box { fill: var(--card); stroke: var(--rule); } .store { fill: var(--paper); stroke: var(--muted); } "
-        ".way { fill: none; stroke: var(--muted); stroke-width: 1.5; marker-end: url(#tip); } .tip { fill: var(--muted); }"
+        ".way { fill: none; stroke: var(--muted); stroke-width: 1.5; marker-end: url(#tip); } "
+        ".tip { fill: var(--muted); }"
     )
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
