@@ -94,16 +94,12 @@ def has_options(words: list[str]) -> None:
             assert key in GROUPS or annotation_of(key, keys), f"no setting {key}"
 
 
-# ---- what runs: on the bundled model, in a folder that the commands of a page share, a few steps and questions long ----
+# ---- what runs: on the bundled model, in a folder that a page's commands share, a few steps and questions long ----
 
+FEW = ["trainer.max_length=64", "dataset.max_examples=24"]
 SHORT = {  # by the command: what is added to it
-    "train": [
-        "trainer.max_steps=2",
-        "trainer.gradient_accumulation=1",
-        "trainer.max_length=64",
-        "dataset.max_examples=24",
-    ],
-    "preprocess": ["method.num_samples=2", "trainer.max_length=64", "dataset.max_examples=24"],
+    "train": ["trainer.max_steps=2", "trainer.gradient_accumulation=1", *FEW],
+    "preprocess": ["method.num_samples=2", *FEW],
     "eval": ["eval.limit=2", "eval.max_new_tokens=4", "eval.batch_size=2"],
 }
 RUNNING = [command for command in DOCUMENTED if not command.mark and command.text.startswith("sparseft")]
@@ -156,11 +152,8 @@ def test_python_compiles_and_names_what_there_is(block: Block) -> None:
             assert node.attr in sparseft.__all__, f"{block.place}: no sparseft.{node.attr}"
 
 
-RUNS = [
-    block
-    for block in python_blocks()
-    if block.page.name in ("README.md", "api.md", "how-it-works.md") and not block.mark
-]
+WHOLE = ("README.md", "api.md", "how-it-works.md", "serving.md")  # pages whose Python runs
+RUNS = [block for block in python_blocks() if block.page.name in WHOLE and not block.mark]
 
 
 @pytest.mark.parametrize("block", named(RUNS))
