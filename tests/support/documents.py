@@ -24,8 +24,8 @@ BLOCK = re.compile(
 SHELL = ("", "sh", "bash")
 OURS = re.compile(r"(?:sparseft|make|scripts/\w+\.sh|python scripts/\w+\.py|python docs/\S+\.py)\b")
 STARTED = re.compile(r"^(?:srun|torchrun|deepspeed)\b.*?\bsparseft (?=[a-z])")  # by another program
-PIPED = re.compile(r"^echo '(.*)' \| (?=sparseft )")
-OPTIONAL = re.compile(r" \[--?\w[^\]]*\]")  # of a command's shape: [--engine ENGINE]
+PIPED = re.compile(r"^(?:echo|printf) '(.*)' \| (?=sparseft )")
+OPTIONAL = re.compile(r" \[[^\]]*\]")  # of a command's shape: [--engine ENGINE]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def commands(pages: list[Path] = PAGES) -> list[Command]:
             line = re.sub(r"\s+#\s.*", "", line.strip())
             started = STARTED.match(line)
             piped = PIPED.match(line)
-            stdin, line = (piped[1] + "\n", line[piped.end() :]) if piped else ("", line)
+            stdin, line = (piped[1].replace(r"\n", "\n") + "\n", line[piped.end() :]) if piped else ("", line)
             text = f"sparseft {line[started.end() :]}" if started else line
             if OURS.match(text):
                 mark = block.mark or ("needs: others" if started else "")
