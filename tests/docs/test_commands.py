@@ -115,6 +115,8 @@ def shortened(words: list[str]) -> list[str]:
     """The command on the bundled model, with a few steps and questions."""
     name = words[0]
     words = ["model.path=bundled:tiny" if word.startswith("model.path=") else word for word in words]
+    if "-m" in words:  # a sweep of one point
+        words = [re.sub(r"^([\w.]+=[^\[,]+),.*$", r"\1", word) for word in words]
     added = SHORT.get(name, [])
     keys = {word.partition("=")[0] for word in added}
     kept = [word for word in words if word.partition("=")[0] not in keys]
