@@ -111,7 +111,7 @@ def cell(text: str) -> str:
 
 def table(prefix: str, config_class: type, meanings: dict[str, str], below: str = "") -> list[str]:
     """Rows of one dataclass; `below`: the section under which `meanings` has its keys."""
-    rows = ["| setting | default | may be | meaning |", "| --- | --- | --- | --- |"]
+    rows = ["| setting | default | meaning | may be |", "| --- | --- | --- | --- |"]
     hints = field_types(config_class)
     for entry in fields(config_class):
         if config_class is RunConfig and entry.name not in run_fields():
@@ -120,7 +120,7 @@ def table(prefix: str, config_class: type, meanings: dict[str, str], below: str 
         if not meanings.get(key):
             raise SystemExit(f"conf/ says nothing of {prefix}{entry.name}")
         shown = show(default(entry)).replace("|", r"\|")
-        row = [f"`{prefix}{entry.name}`", f"`{shown}`", cell(values(hints[entry.name])), cell(meanings[key])]
+        row = [f"`{prefix}{entry.name}`", f"`{shown}`", cell(meanings[key]), cell(values(hints[entry.name]))]
         rows.append("| " + " | ".join(row) + " |")
     return rows
 
@@ -139,8 +139,8 @@ def page() -> str:
         lines += ["", f"## `{group}`", "", text, ""]
         lines += table(f"{group}.", SECTIONS[group], comments(conf / group / "_defaults.yaml"))
         lines += ["", "Options: " + ", ".join(f"`{group}={name}`" for name in options(group)) + "."]
-    for section, command in (("eval", "`sparseft eval`"), ("bench", "`sparseft bench`")):
-        lines += ["", f"## `{section}`", "", f"Of {command} alone.", ""]
+    for section in [name for name in SECTIONS if name not in (*GROUPS, "trainer")]:
+        lines += ["", f"## `{section}`", "", f"Of `sparseft {section}` alone.", ""]
         lines += table(f"{section}.", SECTIONS[section], base, section)
     lines += ["", "## `experiment`", "", "Settings that belong together, chosen by `experiment=NAME`.", ""]
     lines += ["| option | what |", "| --- | --- |"]
