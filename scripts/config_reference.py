@@ -46,7 +46,10 @@ GROUPS = {
 }
 
 KEY = re.compile(r"(\s*)(\w+):(?: +([^#\s].*?))?(?: +# ?(.*))?$")
-SETTING = re.compile(r"(?<![\w`./])((?:model|dataset|method|trainer|hardware|eval|bench)\.[a-z]\w*(?:=\w+)?)(?![\w/])")
+SETTING = re.compile(
+    r"(?<![\w`./])((?:model|dataset|method|trainer|hardware|eval|bench)(?:\.[a-z]\w*)+(?:=[\w.]*\w)?)(?![\w/])"
+)
+BRACES = re.compile(r"\{[^}]*\}")  # in braces the site's Markdown would see attributes of the cell
 
 
 def comments(path: Path) -> dict[str, str]:
@@ -106,7 +109,12 @@ def default(entry: Field) -> Any:
 
 
 def cell(text: str) -> str:
-    return SETTING.sub(r"`\1`", text).replace("|", r"\|").replace("<", "&lt;").replace("*_", r"\*_")
+    return (
+        SETTING.sub(r"`\1`", BRACES.sub(r"`\g<0>`", text))
+        .replace("|", r"\|")
+        .replace("<", "&lt;")
+        .replace("*_", r"\*_")
+    )
 
 
 def table(prefix: str, config_class: type, meanings: dict[str, str], below: str = "") -> list[str]:
