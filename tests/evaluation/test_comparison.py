@@ -180,7 +180,7 @@ def test_the_bundled_questions_are_found_for_a_whole_model_too(tmp_path: Path) -
 
 
 def test_the_bundled_questions_serve_any_model(tmp_path: Path) -> None:
-    build_model("llama").save_pretrained(tmp_path / "mine")
+    build_model("llama", vocab_size=512).save_pretrained(tmp_path / "mine")
     build_tokenizer().save_pretrained(tmp_path / "mine")
     words = ["boolq", "--base", "--limit=1", "model.path=mine", "eval.max_new_tokens=1", "--json"]
     done = sparseft(tmp_path, "eval", *words, "eval.data_dir=bundled:data")
