@@ -56,6 +56,11 @@ format: $(STAMP) ## sort imports, format, and fix what can be fixed safely
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
+.PHONY: docs
+docs: $(STAMP) ## build the documentation as pages of HTML, offline: site/index.html
+	@$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
+	@echo "built: site/index.html; with search: python3 -m http.server -d site"
+
 .PHONY: bench
 bench: $(STAMP) ## a training step against its targets, in fp32 and bf16 on the CPU; fails where one is missed
 	@status=0; for row in step_1024_fp32 step_1024_bf16; do \
@@ -67,7 +72,7 @@ install: $(STAMP) ## create .venv and install, no more
 
 .PHONY: clean
 clean: ## remove caches and build products; outputs/ and the environments stay
-	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 	@find . -path ./$(VENV) -prune -o -path ./$(LOWEST) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # A stamp is newer than what it was installed from, so editing either file installs again. torch goes first and alone:

@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sparseft.config import BUNDLED, BUNDLED_ROOT, EvalConfig
+from sparseft.config import BUNDLED, BUNDLED_ROOT, EvalConfig, in_bundle
 from sparseft.errors import UserError, nearest
 from sparseft.evaluation.llm_adapters import ARITHMETIC, COMMONSENSE, GROUPS
 from sparseft.evaluation.mmlu import MMLU, MMLU_CATEGORIES, MMLU_SUBJECTS, local_subjects
@@ -87,6 +87,8 @@ def data_folder(config: EvalConfig, model_path: str) -> str | None:
     """Where the test data are: `eval.data_dir`, for the bundled model the bundled ones; None: on the hub."""
     if config.data_dir is None and model_path.startswith(BUNDLED):
         return BUNDLED_DATA
+    if config.data_dir is not None and config.data_dir.startswith(BUNDLED):
+        return str(in_bundle(config.data_dir) or config.data_dir)
     return config.data_dir
 
 

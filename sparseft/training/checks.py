@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sparseft.config import BITSANDBYTES, OPTIMIZERS, RunConfig
+from sparseft.config import BITSANDBYTES, BUNDLED, OPTIMIZERS, RunConfig, in_bundle
 from sparseft.data.sources import locate_file
 from sparseft.distributed import launch
 from sparseft.distributed.env import check_variables
@@ -60,7 +60,10 @@ def check_hardware(config: RunConfig) -> None:
 def check_tests(config: RunConfig) -> None:
     """Refuses a folder of test data that is not there."""
     folder = config.eval.data_dir
-    if folder is not None and not Path(folder).expanduser().is_dir():
+    if folder is not None and folder.startswith(BUNDLED):
+        if in_bundle(folder) is None:
+            raise UserError(f"eval.data_dir={folder}: nothing of that name is bundled; bundled:data has all test data.")
+    elif folder is not None and not Path(folder).expanduser().is_dir():
         raise UserError(f"eval.data_dir={folder}: no such folder{where_looked(folder)}.{nearest_path(folder)}")
 
 

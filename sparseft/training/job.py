@@ -215,11 +215,12 @@ def _contamination(config: RunConfig, data: Any, scorer: Any) -> dict[str, Any] 
     counted: dict[str, dict[str, tuple[int, int]]] = {}  # by split and task: overlapping, all
     if scorer is not None or config.eval.data_dir is not None:
         from sparseft.evaluation.contamination import overlap_of_folder, overlap_of_plan  # most runs need none of it
+        from sparseft.evaluation.tasks import data_folder
 
         if scorer is not None:
             counted = {split: overlap_of_plan(plan, data.questions) for split, plan in scorer.plans.items()}
         else:
-            counted = {"test": overlap_of_folder(str(config.eval.data_dir), data.questions)}
+            counted = {"test": overlap_of_folder(str(data_folder(config.eval, config.model.path)), data.questions)}
     for split, tasks in counted.items():
         for task, (overlapping, questions) in tasks.items():
             found.setdefault("tasks", {}).setdefault(task, {})[split] = overlapping

@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 from sparseft.evaluation.comparison import compare, mean_and_error, sign_test, weighted_error
+from support.models import build_model, build_tokenizer
 from support.running import METHODS, on, refused, sparseft, write_data
 
 
@@ -176,3 +177,12 @@ def test_the_bundled_questions_are_found_for_a_whole_model_too(tmp_path: Path) -
     sparseft(tmp_path, "train", *words, "output_dir=run")
     done = sparseft(tmp_path, "eval", "boolq", "--run=run", "--limit=1", "eval.max_new_tokens=1", "--json")
     assert done.json["tasks"]["boolq"]["samples"] == 1
+
+
+def test_the_bundled_questions_serve_any_model(tmp_path: Path) -> None:
+    build_model("llama", vocab_size=512).save_pretrained(tmp_path / "mine")
+    build_tokenizer().save_pretrained(tmp_path / "mine")
+    words = ["boolq", "--base", "--limit=1", "model.path=mine", "eval.max_new_tokens=1", "--json"]
+    done = sparseft(tmp_path, "eval", *words, "eval.data_dir=bundled:data")
+    assert done.json["tasks"]["boolq"]["samples"] == 1
+    assert "bundled:data" in refused(tmp_path, "eval", *words, "eval.data_dir=bundled:dat")
