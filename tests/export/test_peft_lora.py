@@ -271,6 +271,7 @@ def test_what_an_engine_would_refuse_is_said_first(
     made: Any, kind: str, engine: str, said: str, tmp_path: Path, capsys: Any
 ) -> None:
     _, source = made(kind)
+    capsys.readouterr()  # of making it
     assert export(source, tmp_path / "out", "--engine", engine) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") <= 2 and not (tmp_path / "out").exists()
