@@ -11,6 +11,7 @@ from sparseft.compose.overrides import GROUPS, Override
 from sparseft.config import (
     OPTIMIZERS,
     BenchConfig,
+    ChatConfig,
     DatasetConfig,
     EvalConfig,
     HardwareConfig,
@@ -28,6 +29,7 @@ SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
     "hardware": HardwareConfig,
     "eval": EvalConfig,
+    "chat": ChatConfig,
     "bench": BenchConfig,
 }
 
