@@ -13,7 +13,7 @@ from typing import Any
 
 from sparseft.chat.conversation import Message
 from sparseft.data.encoding import Encoder
-from sparseft.data.formats import Example
+from sparseft.data.formats import Example, check_encodable
 from sparseft.data.prompts import (
     ALPACA_INSTRUCTION,
     ASSISTANT,
@@ -124,5 +124,7 @@ def end_of_turn(tokenizer: Any) -> set[int]:
 
 def prompt_ids(form: Form, messages: list[Message], encoder: Encoder) -> list[int]:
     """The token ids of the prompt, as training has them: one BOS where the tokenizer puts one."""
-    (segments,) = encoder.encode([Example([(form.write(messages), False)], "the conversation")])
+    example = Example([(form.write(messages), False)], "the conversation")
+    check_encodable(example)
+    (segments,) = encoder.encode([example])
     return [token for ids, _ in segments for token in ids]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sparseft import console
+from sparseft.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +31,10 @@ class Pipe:
 
     def ask(self, name: str) -> str:
         """The next line, without its end; EOFError after the last."""
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin is not text in {error.encoding}: {error.reason}.") from error
         if not line:
             raise EOFError
         return line.rstrip("\r\n")
