@@ -39,7 +39,7 @@ class Form:
     """How questions are put: `chat` (the tokenizer's template), `alpaca`, `guanaco`, `plain` or `raw`."""
 
     name: str
-    why: str  # how it is called where one is told whom one talks to
+    why: str  # why this one, as a sentence goes on
     write: Write  # messages, the last of them the user's -> the text to go on from
     stops: tuple[str, ...] = ()  # texts at which an answer ends, where the model goes on with a question of its own
 
@@ -51,12 +51,12 @@ def find_form(wanted: str, tokenizer: Any, run: Path | None) -> Form:
     """
     templated = bool(getattr(tokenizer, "chat_template", None))
     name = prompt_format(wanted, run)
-    why = "as set" if wanted != "auto" else "as its training data"
+    why = "as set" if wanted != "auto" else "as in the training data"
     if name == "auto" and data_format(run) in ("prompt_completion", "text"):
         name = "raw"
     elif name == "auto":
         name = "chat" if templated else "alpaca"
-        why = "the model's template" if templated else "the tokenizer has no chat template"
+        why = "by the model's template" if templated else "the tokenizer has no chat template"
     if wanted == "chat" and not templated:
         raise UserError("chat.prompt=chat: the tokenizer has no chat template; use alpaca, guanaco, plain or raw.")
     if wanted == "auto" and name == "chat" and (not templated or _plain_chat(run)):

@@ -104,7 +104,7 @@ class Terminal:
         try:
             yield line.say
         finally:
-            _write("\n")
+            _write("\n\n")
 
     @contextlib.contextmanager
     def answers(self, names: Sequence[str]) -> Iterator[dict[str, Say]]:
@@ -121,7 +121,7 @@ class Terminal:
             def say(text: str) -> None:
                 nonlocal begun
                 if not begun:
-                    line.say("\n" * bool(index))
+                    line.say("\n\n" * bool(index))
                     self.console.print(f"{name}:", style=STYLES[index % 2])
                     line.column, begun = 0, True
                 line.say(text)
@@ -131,7 +131,7 @@ class Terminal:
         try:
             yield {name: under(name, index) for index, name in enumerate(names)}
         finally:
-            _write("\n")
+            _write("\n\n")
 
     @contextlib.contextmanager
     def _columns(self, names: Sequence[str]) -> Iterator[dict[str, Say]]:
@@ -153,7 +153,7 @@ class Terminal:
             finally:
                 live.update("")
                 live.stop()
-                self.console.print(self._table(texts, None))
+                self.console.print(self._table(texts, None), "")
 
     def _table(self, texts: dict[str, str], height: int | None) -> Table:
         from rich.table import Table

@@ -47,6 +47,7 @@ class Talk:
         self.turns: list[dict[str, Any]] = []  # of the whole talk, for a result
         self.saved: list[Path] = []
         self._left_out = 0  # turns that the context had no room for
+        self._form = ("", "")  # that was said last
         self.actions: dict[str, Callable[[str], None]] = {
             "/base": self._base,
             "/adapter": self._adapter,
@@ -179,10 +180,12 @@ class Talk:
             self.screen.note(f"{before}no answer: the model ended at once")
 
     def _introduce(self) -> None:
-        """Says whom one talks to, and how questions are put."""
+        """Says whom one talks to, and how questions are put where that is new."""
         whom = " and ".join(voice.what for voice in self.asked)
         form = self.asked[-1].form
-        self.screen.note(f"talking to {whom}; prompts: {form.name} ({form.why})")
+        how = f"; prompts: {form.name}, {form.why}" if (form.name, form.why) != self._form else ""
+        self._form = (form.name, form.why)
+        self.screen.note(f"talking to {whom}{how}")
 
     def _base(self, _: str) -> None:
         self.asked = [self.voices.base()]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sparseft import console
+from sparseft.adapters.description import read_config
 from sparseft.adapters.lifecycle import load_adapter, set_adapter
 from sparseft.adapters.state import state_of
 from sparseft.chat.answer import Memory, set_up
@@ -26,7 +27,7 @@ BASE = "base"  # how the base model is called
 class Voice:
     """One who answers.
 
-    adapter: its name on the base model; None: the base itself, or a whole model (`model`).
+    adapter: its name on the base model; None: the base itself, or one with a model of its own (`model`).
     """
 
     name: str
@@ -49,6 +50,7 @@ class Voices:
         self.tokenizer: Any = None
         self._base: ModelConfig | None = target.model if is_base or target.adapter is not None else target.base
         self._attached: Any = None  # the base model, with the adapters that were loaded
+        self._peft: bool | None = None  # whether those are peft's; None: there is none
         self._chosen: Voice | None = None  # of the trained ones, the last
         if is_base:
             self._load_base(target.what)
@@ -106,9 +108,7 @@ class Voices:
 
     def _add(self, target: Target) -> str:
         """Loads who was trained; returns the name."""
-        # Adapters have names of their own: peft allows few that a folder may have.
-        own = None if target.adapter is None else f"chat-{len(self.trained)}"
-        model = None
+        own = model = None
         if target.adapter is None:
             model = self._load(target)
         else:
@@ -116,7 +116,13 @@ class Voices:
             if self._attached is None:
                 self._load_base(f"the base model {self._base.path}")
             console.log(f"loading {target.adapter}")
-            self._attached = load_adapter(self._attached, target.adapter, own).eval()
+            peft = "peft_type" in read_config(target.adapter)
+            if self._peft in (None, peft):
+                # Not by the folder's name, as peft allows few.
+                self._peft, own = peft, f"chat-{len(self.trained)}"
+                self._attached = load_adapter(self._attached, target.adapter, own).eval()
+            else:  # the two kinds cannot share a model
+                model = self._load(replace(target, model=self._base))
         place = target.folder or target.adapter or Path(target.model.path)
         form = find_form(self.config.chat.prompt, self.tokenizer, target.folder or place.absolute().parent)
         name = self._new_name(place)
@@ -124,7 +130,7 @@ class Voices:
         return name
 
     def _load(self, target: Target) -> Any:
-        """A plain model, set up for answers; the first tokenizer is everyone's."""
+        """A model of its own, set up for answers; the first tokenizer is everyone's."""
         console.log(f"loading {target.model.path}")
         model, tokenizer = load_target(target, self.config)
         if self.tokenizer is None:
