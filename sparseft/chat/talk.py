@@ -70,8 +70,12 @@ class Talk:
         leaving = False
         while True:
             try:
+                if leaving:
+                    self.screen.note("Ctrl-C again or Ctrl-D leaves")
                 line = self.screen.ask("+".join(voice.name for voice in self.asked))
-            except EOFError:
+                leaving = False
+                self.take(line)
+            except (EOFError, Leave):
                 return
             except KeyboardInterrupt as signal:
                 if isinstance(signal, Interrupted) or not self.screen.interactive:
@@ -79,13 +83,6 @@ class Talk:
                 if leaving:
                     return
                 leaving = True
-                self.screen.note("Ctrl-C again or Ctrl-D leaves")
-                continue
-            leaving = False
-            try:
-                self.take(line)
-            except Leave:
-                return
             except UserError as error:
                 if not self.screen.interactive:
                     raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sparseft.chat.voices import Voices
 from sparseft.compose.run_config import compose, to_yaml
 from sparseft.config import BUNDLED_ROOT
 from sparseft.data.prompts import alpaca_conversation
-from sparseft.errors import UserError
+from sparseft.errors import Interrupted, UserError
 from sparseft.evaluation.target import find_target
 from sparseft.layers import sparse_layers
 from support.data import load
@@ -246,27 +247,24 @@ def test_what_is_saved_can_be_learnt(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_context_loses_its_oldest_turns_and_says_so_once(world: Path) -> None:
-    talk, heard = talk_to("chat.prompt=plain", "chat.max_new_tokens=100")
-    model, tokenizer = talk.voices.model(talk.asked[0]), talk.voices.tokenizer
+    talk, heard = talk_to("chat.prompt=plain")
+    tokenizer = talk.voices.tokenizer
     talk.take("/system Answer.")
-    prompts: list[str] = []
-    model.register_forward_pre_hook(
-        lambda _, args, given: prompts.append(given["input_ids"].shape[1]), with_kwargs=True
-    )
-    longest = 0
-    for number in range(14):
-        talk.take(f"{number}: " + "the raven is black and " * 6)
-        ids = talk._prompt(talk.asked[0], "x")[0]
-        longest = max(longest, len(ids))
-        assert tokenizer.decode(ids).startswith("<s>Answer.") or "Answer." in tokenizer.decode(ids)
-    assert 512 - 2 * 128 < longest <= 512 - 100 + 12
-    assert [note for note in heard.notes if "no longer sees the oldest" in note] == [
+    lengths = []
+    for number in range(8):
+        talk.take(f"{number}: " + "the raven is black and " * 8)
+        lengths.append(len(talk.asked[0].memory.ids))
+        text = tokenizer.decode(talk.asked[0].memory.ids, skip_special_tokens=True)
+        assert text.startswith("Answer.") and f"User: {number}" in text
+    assert "User: 0" not in text and "User: 6" in text  # the oldest first, and not more than it takes
+    assert 512 - 130 < lengths[-1] < 512
+    assert [note for note in heard.notes if "no longer sees" in note] == [
         "the context of 512 tokens is full: from now on the model no longer sees the oldest questions and answers"
     ]
-    assert len(talk.conversation.turns) == 14  # what is saved is whole
+    assert len(talk.conversation.turns) == 8  # what is saved is whole
     with pytest.raises(UserError, match=r"the question takes \d+ tokens, the model's context has 512"):
         talk.take("raven " * 600)
-    assert len(talk.conversation.turns) == 14
+    assert len(talk.conversation.turns) == 8
     talk.take("/reset")
     assert not talk.conversation.turns and talk.conversation.system == "Answer."
 
@@ -303,3 +301,75 @@ def test_sampling_follows_the_seed(world: Path) -> None:
         talk.take(QUESTIONS[0])
         found.append(heard.said)
     assert found[0] == found[1] != found[2]
+
+
+class Typed(Heard):
+    """A terminal on which these things happen; a type is what is raised."""
+
+    interactive = True
+
+    def __init__(self, *happens: Any) -> None:
+        super().__init__()
+        self.happens = list(happens)
+
+    def ask(self, name: str) -> str:
+        found = self.happens.pop(0)
+        if isinstance(found, str):
+            return found
+        raise found
+
+    def error(self, text: str) -> None:
+        self.notes.append(f"error: {text}")
+
+
+def test_a_terminal_goes_on_after_what_was_wrong_and_is_left_in_time(world: Path) -> None:
+    voices = talk_to()[0].voices
+    again = "Ctrl-C again or Ctrl-D leaves"
+    screen = Typed("/nonsense", KeyboardInterrupt, "", KeyboardInterrupt, "/reset", KeyboardInterrupt, EOFError, "no")
+    Talk(voices, screen).run()
+    assert screen.happens == ["no"] and screen.notes.count(again) == 3
+    assert [note for note in screen.notes if note.startswith("error: no command /nonsense")]
+    screen = Typed(KeyboardInterrupt, KeyboardInterrupt, "no")
+    Talk(voices, screen).run()
+    assert screen.happens == ["no"]
+    for end, pipe in ((Interrupted("SIGTERM"), False), (KeyboardInterrupt(), True), (UserError("x"), True)):
+        screen = Typed(end, "no")
+        screen.interactive = not pipe
+        with pytest.raises(type(end)):
+            Talk(voices, screen).run()
+
+
+def test_what_was_said_before_an_interrupt_is_kept(world: Path) -> None:
+    """The first signal ends the answer after the present token, a second one at once; SIGTERM ends the talk too."""
+    voices = talk_to("chat.max_new_tokens=60", "chat.prompt=raw")[0].voices
+
+    def after(pieces: int, *signals: int) -> Talk:
+        class Screen(Typed):
+            @contextlib.contextmanager
+            def answer(self) -> Iterator[Any]:
+                def say(text: str) -> None:
+                    self.said.append(("", text))
+                    if len(self.said) == pieces:
+                        for number in signals:
+                            signal.raise_signal(number)
+
+                yield say
+
+        screen = Screen()
+        talk = Talk(voices, screen)
+        try:
+            talk.take("The raven")
+        except Interrupted:
+            screen.notes.append("SIGTERM")
+        return talk
+
+    whole = after(0).turns[0]["answers"]["base"]
+    assert whole["tokens"] > 12
+    for signals in ((signal.SIGINT,), (signal.SIGINT, signal.SIGINT)):
+        talk = after(3, *signals)
+        answer = talk.turns[0]["answers"]["base"]
+        assert answer["ended"] == "interrupted" and 2 < answer["tokens"] < 12
+        assert whole["text"].startswith(answer["text"]) and talk.screen.notes == ["stopped"]
+        assert talk.conversation.turns[0].answers == {"base": answer["text"]} and answer["text"]
+        assert after(0).turns[0]["answers"]["base"] == whole  # nothing wrong is left behind
+    assert after(3, signal.SIGTERM).screen.notes == ["SIGTERM"]
