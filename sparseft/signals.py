@@ -15,8 +15,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM (a cluster's warning) interrupts as Ctrl-C does, by `Interrupted`. In another thread than the main
-    one it stays with whoever runs it."""
+    """Inside, SIGTERM (a cluster's warning) interrupts as Ctrl-C does, by `Interrupted`. In another thread than the
+    main one it stays with whoever runs it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -129,7 +129,9 @@ class Talk:
         longest = model.generation_config.max_new_tokens
         room = longest if context is None else min(longest, context // 4)
         for left_out in range(self._left_out, len(self.conversation.turns) + 1):
-            ids = prompt_ids(voice.form, self.conversation.messages(voice.name, question, left_out), self.voices.encoder)
+            ids = prompt_ids(
+                voice.form, self.conversation.messages(voice.name, question, left_out), self.voices.encoder
+            )
             if context is None or len(ids) + room <= context:
                 break
         if not ids:

@@ -48,7 +48,9 @@ def told(tokenizer: Any, ids: list[int], stops: tuple[str, ...] = ()) -> tuple[l
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@given(text=st.text(st.sampled_from("ab cd.,'\n\té日\N{PILE OF POO}\N{ZERO WIDTH JOINER}") | st.characters(codec="utf-8")))
+@given(
+    text=st.text(st.sampled_from("ab cd.,'\n\té日\N{PILE OF POO}\N{ZERO WIDTH JOINER}") | st.characters(codec="utf-8"))
+)
 def test_pieces_make_the_text(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     ids = tokenizer(text, add_special_tokens=False).input_ids

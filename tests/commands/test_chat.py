@@ -54,7 +54,9 @@ def test_only_answers_are_on_stdout(run: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_options_and_overrides_mix(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = chat(run.parents[1], monkeypatch, "Hello\n", "--run", run, "--json", "chat.prompt=plain")
-    mixed = chat(run.parents[1], monkeypatch, "Hello\n", "chat.prompt=plain", "--json", "model.dtype=auto", "--run", run)
+    mixed = chat(
+        run.parents[1], monkeypatch, "Hello\n", "chat.prompt=plain", "--json", "model.dtype=auto", "--run", run
+    )
     assert plain.json == mixed.json and plain.json["prompt"] == "plain"
 
 
@@ -72,7 +74,10 @@ def test_json_is_the_talk(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
             assert answer["tokens"] <= 8 and answer["ended"] in ("itself", "length")
     assert result["saved"] == [str(tmp_path / "talk.jsonl")]
     (said,) = map(json.loads, (tmp_path / "talk.jsonl").read_text().splitlines())
-    assert [message["content"] for message in said["messages"]] == ["Hello", result["turns"][1]["answers"]["base"]["text"]]
+    assert [message["content"] for message in said["messages"]] == [
+        "Hello",
+        result["turns"][1]["answers"]["base"]["text"],
+    ]
 
 
 def test_nothing_at_all_is_fine(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,13 +90,18 @@ def test_what_is_wrong_is_one_sentence(run: Path, tmp_path: Path, monkeypatch: p
     assert "exclude each other" in refused(cwd, "chat", "--base", "--run", str(run))
     assert "no such folder" in refused(cwd, "chat", "--adapter", "nowhere")
     assert "outputs/mine" in refused(cwd, "chat", "--run", "outputs/mine")
-    assert "'outputs/latest' is not a setting (key=value): a run is given as --run" in refused(cwd, "chat", "outputs/latest")
+    assert "'outputs/latest' is not a setting (key=value): a run is given as --run" in refused(
+        cwd, "chat", "outputs/latest"
+    )
     assert "Did you mean 'chat.temperature'?" in refused(cwd, "chat", "chat.temperatur=1")
     assert "chat.max_new_tokens=0" in refused(cwd, "chat", "chat.max_new_tokens=0")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     other = ROOT.parent / "no-such"
     assert "no such folder" in refused(cwd, "chat", "--run", str(run), f"model.path={other}/x")
-    for line, message in {"/hlep": "no command /hlep. Did you mean '/help'?", "/adapter": "no adapter is loaded yet"}.items():
+    for line, message in {
+        "/hlep": "no command /hlep. Did you mean '/help'?",
+        "/adapter": "no adapter is loaded yet",
+    }.items():
         done = chat(cwd, monkeypatch, f"{line}\n", "--base", code=2)
         assert message in done.err and done.out == ""
 
@@ -104,7 +114,7 @@ def test_a_run_of_another_base_is_refused(run: Path, model_folder: Any) -> None:
 def test_a_real_pipe(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparseft", "chat", "--base", *QUIET_WORDS]
     done = subprocess.run(
-        command, input="What is 12 + 30?\nAnd 3 + 4?\n".encode(), capture_output=True, cwd=tmp_path, timeout=300,
+        command, input=b"What is 12 + 30?\nAnd 3 + 4?\n", capture_output=True, cwd=tmp_path, timeout=300,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
@@ -169,7 +179,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path: Path) -> None:
     model.generation_config.suppress_tokens = [2]
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(BUNDLED_ROOT / "tiny").save_pretrained(folder)
-    terminal = Terminal(tmp_path, "--base", f"model.path={folder}", "chat.max_new_tokens=900000", "hardware=cpu", "chat.prompt=raw")
+    terminal = Terminal(
+        tmp_path, "--base", f"model.path={folder}", "chat.max_new_tokens=900000", "hardware=cpu", "chat.prompt=raw"
+    )
     terminal.until("base>")
     place = terminal.type("The raven is black.\r")
     terminal.until("raven is black.\r\n", place)
