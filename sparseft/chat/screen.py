@@ -44,6 +44,11 @@ class Pipe:
 
     error = note
 
+    def listing(self, rows: dict[str, str]) -> None:
+        """Names with what is said of each."""
+        for name, text in rows.items():
+            self.note(f"{name:<{max(map(len, rows))}}  {text}")
+
     @contextlib.contextmanager
     def answer(self) -> Iterator[Say]:
         yield _write
@@ -81,9 +86,12 @@ class Terminal:
 
         self.console: Console = Console(markup=False, highlight=False, emoji=False)
         self.fancy = console.is_terminal(sys.stdout)
+        self.answered = False  # since the last line was typed
 
     def ask(self, name: str) -> str:
         """The line that is typed; EOFError for Ctrl-D."""
+        _write("\n" * self.answered)
+        self.answered = False
         # What stands between \1 and \2 takes no room, as readline has to know.
         prompt = f"\1\x1b[1m\2{name}>\1\x1b[0m\2 " if self.fancy else f"{name}> "
         try:
@@ -98,13 +106,22 @@ class Terminal:
     def error(self, text: str) -> None:
         self.console.print(text, style="red")
 
+    def listing(self, rows: dict[str, str]) -> None:
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        for row in rows.items():
+            table.add_row(*row)
+        self.console.print(table, style="dim")
+
     @contextlib.contextmanager
     def answer(self) -> Iterator[Say]:
         line = Wrapped(self.console.width if self.fancy else 0)
         try:
             yield line.say
         finally:
-            _write("\n\n")
+            self._end()
 
     @contextlib.contextmanager
     def answers(self, names: Sequence[str]) -> Iterator[dict[str, Say]]:
@@ -131,7 +148,11 @@ class Terminal:
         try:
             yield {name: under(name, index) for index, name in enumerate(names)}
         finally:
-            _write("\n\n")
+            self._end()
+
+    def _end(self) -> None:
+        _write("\n")
+        self.answered = True
 
     @contextlib.contextmanager
     def _columns(self, names: Sequence[str]) -> Iterator[dict[str, Say]]:
@@ -153,7 +174,8 @@ class Terminal:
             finally:
                 live.update("")
                 live.stop()
-                self.console.print(self._table(texts, None), "")
+                self.console.print(self._table(texts, None))
+                self.answered = True
 
     def _table(self, texts: dict[str, str], height: int | None) -> Table:
         from rich.table import Table

@@ -30,7 +30,6 @@ HELP = {
     "/help": "this list",
     "/quit": "leave; Ctrl-D does too",
 }
-COMMANDS = {usage.split()[0]: usage for usage in HELP}
 
 
 class Leave(Exception):
@@ -229,9 +228,7 @@ class Talk:
         self.screen.note(f"saved to {path}{whose}")
 
     def _help(self, _: str) -> None:
-        wide = max(map(len, HELP))
-        for usage, words in HELP.items():
-            self.screen.note(f"{usage:<{wide}}  {words}")
+        self.screen.listing(HELP)
         if self.voices.trained:
             self.screen.note(f"trained: {', '.join(self.voices.trained)}")
 

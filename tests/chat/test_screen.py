@@ -99,3 +99,15 @@ def test_or_one_below_the_other_where_it_is_narrow(monkeypatch: pytest.MonkeyPat
         says["mine"]("short")
     lines = plain(file.getvalue())
     assert lines[0] == "base:" and lines[-2:] == ["mine:", "short"] and max(map(len, lines)) < 60
+
+
+def test_a_list_keeps_its_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, file = terminal(30, monkeypatch)
+    made.listing({"/adapter [NAME|FOLDER]": "one two three four", "/base": "five"})
+    assert plain(file.getvalue()) == [
+        "/adapter [NAME|FOLDER]  one",
+        " " * 24 + "two",
+        " " * 24 + "three",
+        " " * 24 + "four",
+        "/base                   five",
+    ]
