@@ -51,7 +51,7 @@ class Pipe:
 
     @contextlib.contextmanager
     def answer(self) -> Iterator[Say]:
-        yield _write
+        yield _pass_on
         _write("\n")
 
     @contextlib.contextmanager
@@ -92,8 +92,9 @@ class Terminal:
         """The line that is typed; EOFError for Ctrl-D."""
         _write("\n" * self.answered)
         self.answered = False
-        # What stands between \1 and \2 takes no room, as readline has to know.
-        prompt = f"\1\x1b[1m\2{name}>\1\x1b[0m\2 " if self.fancy else f"{name}> "
+        # What stands between \1 and \2 takes no room, as readline has to know, which edits on the true stdout alone.
+        edits = self.fancy and sys.stdout is sys.__stdout__
+        prompt = f"\1\x1b[1m\2{name}>\1\x1b[0m\2 " if edits else f"{name}> "
         try:
             return input(prompt)
         except (EOFError, KeyboardInterrupt):
@@ -241,10 +242,15 @@ def _under(head: str, index: int) -> Say:
 
     def say(text: str) -> None:
         nonlocal begun
-        _write(("" if begun else "\n" * bool(index) + head) + text)
+        _pass_on(("" if begun else "\n" * bool(index) + head) + text)
         begun = True
 
     return say
+
+
+def _pass_on(text: str) -> None:
+    """The very text into a pipe or a file; lines may come through a pipe though answers go to a terminal."""
+    _write(visible(text) if sys.stdout.isatty() else text)
 
 
 def _write(text: str) -> None:

@@ -163,7 +163,8 @@ class Talk:
                     raise
         if "SIGTERM" in heard:
             raise Interrupted("SIGTERM")
-        full = not telling.stopped and len(telling.ids) >= longest and telling.ids[-1] not in _ends(model)
+        ends = model.generation_config.eos_token_id or []
+        full = not telling.stopped and len(telling.ids) >= longest and telling.ids[-1] not in ends
         ended = "interrupted" if heard else "length" if full else "itself"
         return {"text": telling.text, "tokens": len(telling.ids), "ended": ended}
 
@@ -171,7 +172,9 @@ class Talk:
         """What is worth knowing of an answer that is no plain one."""
         before = f"{name}: " if name else ""
         if answer["ended"] == "length":
-            self.screen.note(f"{before}cut after {answer['tokens']} tokens (chat.max_new_tokens)")
+            wanted = self.voices.model(self.asked[-1]).generation_config.max_new_tokens
+            why = "chat.max_new_tokens" if answer["tokens"] >= wanted else "the context is full"
+            self.screen.note(f"{before}cut after {answer['tokens']} tokens ({why})")
         elif answer["ended"] == "interrupted":
             self.screen.note(f"{before}stopped")
         elif not answer["text"]:
@@ -234,7 +237,3 @@ class Talk:
 
     def _quit(self, _: str) -> None:
         raise Leave
-
-
-def _ends(model: Any) -> list[int]:
-    return model.generation_config.eos_token_id or []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from sparseft.chat.screen import Terminal, Wrapped, visible
+from sparseft.chat.screen import Pipe, Terminal, Wrapped, visible
 
 LETTERS = "abcdefg hijk  lmn\n日\N{PILE OF POO}é"
 
@@ -61,6 +62,20 @@ def test_words_are_kept_whole_however_they_come(pieces: list[str], width: int) -
 
 def test_a_terminal_obeys_nothing_that_a_model_says() -> None:
     assert visible("a\x1b[2Jb\x07\r\n\tc\N{ZERO WIDTH JOINER}") == "a[2Jb\n\tc\N{ZERO WIDTH JOINER}"
+
+
+class Screenlike(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stdout", "found"), [(io.StringIO, "a\x1b[2Jb\n"), (Screenlike, "a[2Jb\n")])
+def test_a_pipe_gets_the_very_text(stdout: type, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", stdout())
+    with Pipe().answer() as say:
+        say("a\x1b[2J")
+        say("b")
+    assert sys.stdout.getvalue() == found  # type: ignore[attr-defined]
 
 
 def terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, io.StringIO]:

@@ -267,6 +267,9 @@ def test_a_full_context_loses_its_oldest_turns_and_says_so_once(world: Path) -> 
     assert len(talk.conversation.turns) == 8
     talk.take("/reset")
     assert not talk.conversation.turns and talk.conversation.system == "Answer."
+    talk.take("the raven is black and " * 82)  # leaves room for six tokens
+    answer = talk.turns[-1]["answers"]["base"]
+    assert answer["tokens"] < 12 and (answer["ended"] == "itself") != heard.notes[-1].endswith("(the context is full)")
 
 
 def test_commands(world: Path) -> None:
