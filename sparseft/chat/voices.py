@@ -51,6 +51,7 @@ class Voices:
         self._base: ModelConfig | None = target.model if is_base or target.adapter is not None else target.base
         self._attached: Any = None  # the base model, with the adapters that were loaded
         self._peft: bool | None = None  # whether those are peft's; None: there is none
+        self._places: dict[Path, str] = {}  # names by the folders that were loaded
         self._chosen: Voice | None = None  # of the trained ones, the last
         if is_base:
             self._load_base(target.what)
@@ -98,7 +99,8 @@ class Voices:
             raise UserError(f"no adapter is called '{name}', and there is no such folder{where_looked(name)}.{hint}")
         run = runs.is_run(path)
         given = {"run": name if run else None, "adapter": None if run else name}
-        return self._add(find_target(self.config, **given, base=False, overrides=self.overrides))
+        target = find_target(self.config, **given, base=False, overrides=self.overrides)
+        return self._places.get(_place(target).resolve()) or self._add(target)
 
     def _load_base(self, what: str) -> None:
         assert self._base is not None
@@ -118,15 +120,16 @@ class Voices:
             console.log(f"loading {target.adapter}")
             peft = "peft_type" in read_config(target.adapter)
             if self._peft in (None, peft):
-                # Not by the folder's name, as peft allows few.
-                self._peft, own = peft, f"chat-{len(self.trained)}"
+                own = f"chat-{len(self.trained)}"  # not the folder's name, as peft allows few
                 self._attached = load_adapter(self._attached, target.adapter, own).eval()
+                self._peft = peft
             else:  # the two kinds cannot share a model
                 model = self._load(replace(target, model=self._base))
-        place = target.folder or target.adapter or Path(target.model.path)
+        place = _place(target)
         form = find_form(self.config.chat.prompt, self.tokenizer, target.folder or place.absolute().parent)
         name = self._new_name(place)
         self.trained[name] = Voice(name, target.what, form, own, model)
+        self._places[place.resolve()] = name
         return name
 
     def _load(self, target: Target) -> Any:
@@ -149,3 +152,8 @@ class Voices:
             number += 1
             name = f"{bare}-{number}"
         return name
+
+
+def _place(target: Target) -> Path:
+    """The folder of who was trained: the run's, the adapter's or the whole model's."""
+    return target.folder or target.adapter or Path(target.model.path)

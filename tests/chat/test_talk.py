@@ -171,7 +171,8 @@ def test_switching_between_adapters_and_the_base(world: Path) -> None:
     base = alone("/base")
     two = alone(f"/adapter {world / 'two'}")
     assert talk.asked[0].form.name == "guanaco" and list(talk.voices.trained) == ["one", "two"]
-    assert (alone("/adapter one"), alone("/base"), alone("/adapter two")) == (one, base, two)
+    assert (alone("/adapter one"), alone("/base"), alone(f"/adapter {world / 'two'}")) == (one, base, two)
+    assert list(talk.voices.trained) == ["one", "two"]  # not loaded twice
     assert len({one, base}) == 2
     again, there = talk_to(run=world / "two")
     again.take(question)
