@@ -117,13 +117,14 @@ class Voices:
             self._base = self._base or target.model
             if self._attached is None:
                 self._load_base(f"the base model {self._base.path}")
-            console.log(f"loading {target.adapter}")
             peft = "peft_type" in read_config(target.adapter)
-            if self._peft in (None, peft):
+            apart = self._peft not in (None, peft)  # the two kinds cannot share a model
+            console.log(f"loading {target.adapter}{' on a copy of the base, for its kind' if apart else ''}")
+            if not apart:
                 own = f"chat-{len(self.trained)}"  # not the folder's name, as peft allows few
                 self._attached = load_adapter(self._attached, target.adapter, own).eval()
                 self._peft = peft
-            else:  # the two kinds cannot share a model
+            else:
                 model = self._load(replace(target, model=self._base))
         place = _place(target)
         form = find_form(self.config.chat.prompt, self.tokenizer, target.folder or place.absolute().parent)
