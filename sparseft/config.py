@@ -183,6 +183,13 @@ class EvalConfig:
 
 
 @dataclass
+class ChatConfig:
+    prompt: Literal["auto", "chat", "alpaca", "guanaco", "plain", "raw"] = "auto"
+    temperature: Annotated[float, AT_LEAST_0] | None = None
+    max_new_tokens: Annotated[int, AT_LEAST_1] | None = None
+
+
+@dataclass
 class BenchConfig:
     methods: list[str] = field(default_factory=lambda: ["floor", "s2ft", "sylva", "lora", "full"])
     steps: Annotated[int, AT_LEAST_1] = 12
@@ -223,6 +230,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     seed: Annotated[int, SEED] = 0
     sparsity: Annotated[float, SPARSITY] | None = None

@@ -8,19 +8,21 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from sparseft.errors import Interrupted
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM (a cluster's warning) interrupts as Ctrl-C does. In another thread than the main one it stays
-    with whoever runs it."""
+    """Inside, SIGTERM (a cluster's warning) interrupts as Ctrl-C does, by `Interrupted`. In another thread than the
+    main one it stays with whoever runs it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise Interrupted(signal.SIGTERM.name)
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

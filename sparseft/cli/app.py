@@ -157,6 +157,41 @@ def evaluate(
 
 
 @app.command(
+    short_help="Talk to a run, an adapter or the base model.",
+    epilog="\b\nExamples:\n"
+    "  sparseft chat\n"
+    "  sparseft chat --run outputs/my-run chat.temperature=0.7\n"
+    "  echo 'What is 12 + 30?' | sparseft chat --base model.path=./my-model",
+)
+def chat(
+    words: Words = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="A run (default: the latest).")] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", metavar="DIR", help="An adapter folder.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="The base model, untrained.")] = False,
+    cfg: Cfg = False,
+    config_dir: ConfigDir = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Talk to a run (default: the latest), an adapter or the base model, in the terminal or through a pipe.
+
+    A line is a question; /help lists the commands: the base, another adapter or both side by side, a system message,
+    saving. KEY=VALUE sets a setting or chooses an option of a group (model, hardware, …).
+    """
+    overrides = list(words or [])
+
+    def check() -> None:
+        for word in overrides:
+            if not is_override(word):
+                raise UserError(f"'{word}' is not a setting (key=value): a run is given as --run {word}.")
+
+    def call(module: Any, config: Any, point: list[str]) -> Any:
+        return module.run(config, run=run, adapter=adapter, base=base, overrides=point, as_json=json)
+
+    return configured("chat", overrides, Options(False, cfg, config_dir, json, debug), call, check)
+
+
+@app.command(
     short_help="Measure methods side by side.",
     epilog="\b\nExample:\n  sparseft bench train model.path=./my-model bench.length=512 sparsity=0.95",
 )

@@ -23,7 +23,7 @@ from sparseft.methods import METHODS, get_method
 from sparseft.methods.base import SHARED
 from sparseft.rules import check_type, is_optional, is_text, show
 
-COMMANDS = ("train", "preprocess", "eval", "export", "bench")
+COMMANDS = ("train", "preprocess", "eval", "chat", "export", "bench")
 
 # Text that other YAML readers (YAML 1.2, OmegaConf) would take for a number: written with quotes.
 _NUMBER_LIKE = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
@@ -51,7 +51,7 @@ def options(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
 def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> RunConfig:
     """One run from `conf/<command>.yaml`, the groups chosen and the settings on the command line.
 
-    command: train | preprocess | eval | bench.
+    command: one of `COMMANDS`.
     overrides: words as typed (`model=tiny`, `trainer.max_steps=5`, `+experiment=quickstart`, `~scope`); the last of
         two that set the same key counts.
     config_dirs: folders of the user's own YAML files (`DIR/model/mine.yaml`).

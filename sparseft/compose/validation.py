@@ -12,6 +12,7 @@ from sparseft.config import (
     OPTIMIZERS,
     TRACKERS,
     BenchConfig,
+    ChatConfig,
     DatasetConfig,
     EvalConfig,
     HardwareConfig,
@@ -29,6 +30,7 @@ SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
     "hardware": HardwareConfig,
     "eval": EvalConfig,
+    "chat": ChatConfig,
     "bench": BenchConfig,
 }
 

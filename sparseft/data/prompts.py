@@ -24,6 +24,7 @@ ALPACA_INSTRUCTION = "### Instruction"  # where a model that goes on begins a qu
 HUMAN = "### Human:"
 ASSISTANT = "### Assistant:"
 
+PLAIN_USER = "User:"
 PLAIN_ASSISTANT = "Assistant:"
 PLAIN_BREAK = "\n\n"  # between two messages of a plain chat
 
@@ -61,6 +62,22 @@ def _alpaca_turn(before: str, instruction: str, input: str, system: str) -> str:
 def human_turn(text: str) -> str:
     """A question in the guanaco format."""
     return f"{HUMAN} {text}"
+
+
+def guanaco_conversation(history: Iterable[tuple[str, str]], question: str, system: str = "") -> str:
+    """Guanaco's turns up to and including the `### Assistant:` that asks for an answer to `question`."""
+    text = f"{system.rstrip()}\n" if system.strip() else ""
+    for asked, answered in history:
+        text += f"{human_turn(asked)}{ASSISTANT} {answered}"
+    return text + human_turn(question) + ASSISTANT
+
+
+def plain_conversation(history: Iterable[tuple[str, str]], question: str, system: str = "") -> str:
+    """A plain chat up to and including the `Assistant:` that asks for an answer to `question`."""
+    blocks = [system] if system.strip() else []
+    for asked, answered in history:
+        blocks += [f"{PLAIN_USER} {asked}", f"{PLAIN_ASSISTANT} {answered}"]
+    return PLAIN_BREAK.join([*blocks, f"{PLAIN_USER} {question}", PLAIN_ASSISTANT])
 
 
 def plain_turn(role: str, text: str) -> str:

@@ -154,9 +154,16 @@ def score_both(
     return score(model, tokenizer), of_base
 
 
+def data_format(run: Path | None) -> str | None:
+    """The format of the data that a run was trained on; None where that is not known."""
+    if run is None or not (run / runs.ENVIRONMENT).is_file():
+        return None
+    return (read_json_object(run / runs.ENVIRONMENT).get("data") or {}).get("format")
+
+
 def prompt_format(wanted: str, run: Path | None) -> str:
     """`eval.prompt`, with `auto` the format that the run was trained on where that is a conversation's."""
-    if wanted != "auto" or run is None or not (run / runs.ENVIRONMENT).is_file():
+    if wanted != "auto":
         return wanted
-    format = (read_json_object(run / runs.ENVIRONMENT).get("data") or {}).get("format")
-    return {"alpaca": "alpaca", "guanaco": "guanaco", "messages": "chat"}.get(format, "auto")
+    known = {"alpaca": "alpaca", "guanaco": "guanaco", "oasst_trees": "guanaco", "messages": "chat"}
+    return known.get(str(data_format(run)), "auto")

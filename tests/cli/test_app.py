@@ -24,7 +24,7 @@ from sparseft.compose.run_config import from_dict
 from sparseft.errors import RunError, UserError
 from support.places import ROOT
 
-COMMANDS = ("preprocess", "train", "eval", "export", "bench", "report", "push")
+COMMANDS = ("preprocess", "train", "eval", "export", "chat", "bench", "report", "push")
 
 
 @pytest.fixture

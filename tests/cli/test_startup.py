@@ -66,7 +66,9 @@ def test_importing_the_package_loads_next_to_nothing() -> None:
     assert int(done.stdout) <= 40
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["bench", "-h"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["bench", "-h"], ["chat", "-h"], ["--version"]], ids=" ".join
+)
 def test_help_loads_little(words: list[str], tmp_path: Path) -> None:
     """0.3 s are allowed for it."""
     modules, asked = loads(tmp_path, *words)

@@ -90,12 +90,12 @@ def test_the_defaults_of_a_group_are_its_dataclass(section: str) -> None:
     assert content == dataclasses.asdict(validation.SECTIONS[section]())
 
 
-@pytest.mark.parametrize("section", ["trainer", "eval", "bench"])
+@pytest.mark.parametrize("section", ["trainer", "eval", "chat", "bench"])
 def test_the_base_file_holds_each_section(section: str) -> None:
     content = yaml.safe_load((CONF / "_base.yaml").read_text())
     assert list(content[section]) == field_names(validation.SECTIONS[section])
     assert content[section] == dataclasses.asdict(validation.SECTIONS[section]())
-    assert set(content) - {"defaults", "trainer", "eval", "bench"} == set(validation.run_fields())
+    assert set(content) - {"defaults", "trainer", "eval", "chat", "bench"} == set(validation.run_fields())
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,0 +1,130 @@
+"""How a conversation becomes the text that a model goes on from, and where its answer ends.
+
+The wording is that of training (`data/prompts.py`, the tokenizer's chat template), and so are the token ids
+(`data/encoding.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparseft.chat.conversation import Message
+from sparseft.data.encoding import Encoder
+from sparseft.data.formats import Example, check_encodable
+from sparseft.data.prompts import (
+    ALPACA_INSTRUCTION,
+    ASSISTANT,
+    HUMAN,
+    PLAIN_BREAK,
+    PLAIN_USER,
+    alpaca_conversation,
+    guanaco_conversation,
+    plain_conversation,
+)
+from sparseft.errors import UserError, shown
+from sparseft.evaluation.target import data_format, prompt_format
+from sparseft.files.untrusted import read_yaml_object
+from sparseft.runs.folder import CONFIG
+
+_STAND_IN = "STANDS7IN7FOR7AN7ANSWER"
+
+Write = Callable[[list[Message]], str]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How questions are put: `chat` (the tokenizer's template), `alpaca`, `guanaco`, `plain` or `raw`."""
+
+    name: str
+    why: str  # why this one, as a sentence goes on
+    write: Write  # messages, the last of them the user's -> the text to go on from
+    stops: tuple[str, ...] = ()  # texts at which an answer ends, where the model goes on with a question of its own
+
+
+def find_form(wanted: str, tokenizer: Any, run: Path | None) -> Form:
+    """`chat.prompt`; `auto` is the form of the run's training data, else the chat template, else alpaca.
+
+    UserError for `chat` where the tokenizer has no template.
+    """
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    name = prompt_format(wanted, run)
+    why = "as set" if wanted != "auto" else "as in the training data"
+    if name == "auto" and data_format(run) in ("prompt_completion", "text"):
+        name = "raw"
+    elif name == "auto":
+        name = "chat" if templated else "alpaca"
+        why = "by the model's template" if templated else "the tokenizer has no chat template"
+    if wanted == "chat" and not templated:
+        raise UserError("chat.prompt=chat: the tokenizer has no chat template; use alpaca, guanaco, plain or raw.")
+    if wanted == "auto" and name == "chat" and (not templated or _plain_chat(run)):
+        name = "plain"
+    if name == "chat":
+        return Form(name, why, lambda messages: _templated(messages, tokenizer))
+    write, stops = {
+        "alpaca": (_turns(alpaca_conversation), (ALPACA_INSTRUCTION,)),
+        "guanaco": (_turns(guanaco_conversation), (HUMAN, ASSISTANT)),
+        "plain": (_turns(plain_conversation), (PLAIN_BREAK + PLAIN_USER,)),
+        "raw": (_alone, ()),
+    }[name]
+    return Form(name, why, write, stops)
+
+
+def _plain_chat(run: Path | None) -> bool:
+    """Whether a run wrote chats without the template (`dataset.plain_chat`)."""
+    if run is None or not (run / CONFIG).is_file():
+        return False
+    return bool((read_yaml_object(run / CONFIG).get("dataset") or {}).get("plain_chat"))
+
+
+def _turns(write: Callable[..., str]) -> Write:
+    """The wording of `data/prompts.py`, which takes pairs, for messages."""
+
+    def written(messages: list[Message]) -> str:
+        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        said = [message["content"] for message in messages if message["role"] != "system"]
+        return write(zip(said[:-1:2], said[1::2], strict=True), said[-1], system=system)
+
+    return written
+
+
+def _alone(messages: list[Message]) -> str:
+    if messages[0]["role"] == "system":
+        raise UserError("questions are put alone, as they are (raw), which leaves no place for a system message.")
+    return messages[-1]["content"]
+
+
+def _templated(messages: list[Message], tokenizer: Any, prompt: bool = True) -> str:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    # A template is a program, which may fail in any of these ways.
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        reason = shown(str(error).strip().rstrip("."), 300) or type(error).__name__
+        raise UserError(f"the model's chat template refuses this: {reason}.") from error
+
+
+def end_of_turn(tokenizer: Any) -> set[int]:
+    """The token with which the chat template ends an answer, which a model may have learnt to say instead of EOS; empty
+    where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return set()
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _STAND_IN}]
+    try:
+        behind = _templated(messages, tokenizer, prompt=False).partition(_STAND_IN)[2].lstrip()
+    except UserError:  # nothing can be asked of it, which is said where something is
+        return set()
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    marks = [token for token in special if behind.startswith(token)]
+    return {tokenizer.convert_tokens_to_ids(max(marks, key=len))} if marks else set()
+
+
+def prompt_ids(form: Form, messages: list[Message], encoder: Encoder) -> list[int]:
+    """The token ids of the prompt, as training has them: one BOS where the tokenizer puts one."""
+    example = Example([(form.write(messages), False)], "the conversation")
+    check_encodable(example)
+    (segments,) = encoder.encode([example])
+    return [token for ids, _ in segments for token in ids]
