@@ -27,10 +27,9 @@ from support.models import build_model
 from support.places import ROOT
 from support.running import sparseft as run
 
-LATER = {"chat", "push"}  # commands of other branches; to be removed with them merged
 COMMANDS = typer.main.get_command(app).commands
 MARKS = re.compile(r"(needs: \S.*|shape|written by .*)?")
-DOCUMENTED = [command for command in commands() if command.words[1:2] and command.words[1] not in LATER - {*COMMANDS}]
+DOCUMENTED = [command for command in commands() if command.words[1:2]]
 TARGETS = re.findall(r"^\.PHONY: ([\w-]+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
@@ -55,7 +54,7 @@ def test_a_command_composes(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", named([one for one in inline_commands() if one.words[1] not in LATER - {*COMMANDS}])
+    "command", named(inline_commands())
 )
 def test_a_command_within_text_has_its_options(command: Command) -> None:
     has_options(command.offered[1:])
