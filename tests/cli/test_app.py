@@ -572,14 +572,14 @@ def test_plain_progress_is_a_line_every_tenth(capsys: pytest.CaptureFixture[str]
     lines = err.splitlines()
     assert out == "" and len(lines) == 10
     assert lines[0].startswith("train: 5/50 steps (10 %), loss 0.4, 12,346 tokens/s, 0:00 left")
-    assert lines[-1] == "train: 50/50 steps (100 %), loss 0.04, 12,346 tokens/s"
+    assert lines[-1] == "train: 50/50 steps, loss 0.04, 12,346 tokens/s, in 0:00"
 
 
 def test_plain_progress_of_a_quick_loop_is_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     with console.Progress(50, "calibrate", unit="sample") as progress:
         for done in range(1, 51):
             progress.update(done)
-    assert capsys.readouterr().err.splitlines() == ["calibrate: 50/50 samples (100 %)"]
+    assert capsys.readouterr().err.splitlines() == ["calibrate: 50/50 samples, in 0:00"]
 
 
 def test_plain_progress_by_the_clock(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
