@@ -142,8 +142,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 
 class Progress:
-    """The progress of a loop, on stderr: one live line on a terminal, otherwise plain lines: every tenth of the way (not
-    more often than every 5 seconds), every 10 seconds, later every minute. Its last line stays.
+    """The progress of a loop, on stderr: one live line on a terminal, otherwise plain lines: every tenth of the way
+    (not more often than every 5 seconds), every 10 seconds, later every minute. Its last line stays.
 
         with Progress(100, "train") as progress:
             progress.update(1, loss=2.31, tokens_per_second=812.0)
@@ -203,7 +203,7 @@ class Progress:
         self.completed = completed
         self.fields |= fields
         self.pace.update(completed)
-        if is_terminal(sys.stderr) or (completed == self.total and self.keeps):  # `__exit__` says the last
+        if is_terminal(sys.stderr) or completed == self.total:  # `__exit__` says the last
             return
         last = self._printed if self._printed is not None else self.initial
         tenth_passed = bool(self.total) and completed * 10 // self.total > last * 10 // self.total
@@ -229,11 +229,14 @@ class Progress:
             return Text(_fitted([self.description, *shown], width))
         bar = min(BAR_MOST, room)
         full = min(bar, bar * self.completed // self.total)
-        line = "-" if ascii_only else "━"
+        done, open = ("-", " ") if ascii_only else ("━", "━")
         return Text.assemble(
-            f"{self.description}  ", (line * full, "green"), ((" " if ascii_only else line) * (bar - full), "bright_black"),
-            "  " + "  ".join(shown),
-        )  # fmt: skip
+            f"{self.description}  ",
+            (done * full, "green"),
+            (open * (bar - full), "bright_black"),
+            "  ",
+            "  ".join(shown),
+        )
 
     def _details(self) -> str:
         return ", ".join(_field(name, value) for name, value in self.fields.items())
@@ -258,8 +261,8 @@ class Progress:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Shows that a step without a count is being done: on a terminal as a live line with its time, which goes when it is
-    over; otherwise as a line, once it takes longer than 10 seconds, and again after 20, 40, … seconds."""
+    """Shows that a step without a count is being done: on a terminal as a live line with its time, which goes when it
+    is over; otherwise as a line, once it takes longer than 10 seconds, and again after 20, 40, … seconds."""
     over = threading.Event()
 
     def say() -> None:
@@ -324,6 +327,14 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def size(count: int) -> str:
+    """Bytes as `12.3 kB`, `32.4 MB` or `1.5 GB`: what a disk's space is said in."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count / 1e3:,.1f} kB"
 
 
 def _field(name: str, value: Any) -> str:

@@ -10,8 +10,8 @@ RECENT = 64  # marks that are kept of the later half of the way, about
 class Pace:
     """The time left of a loop of `total` units, of which `initial` were done before it started.
 
-    Judged by the later half of the units done here, since the first ones load, compile and warm up. Pauses (evaluations,
-    checkpoints) do not count as work; where they came regularly, as many are expected on the rest of the way.
+    Judged by the later half of the units done here, since the first ones load, compile and warm up. Pauses
+    (evaluations, checkpoints) do not count as work; where they came regularly, as many are expected on the rest of the way.
     """
 
     def __init__(self, total: int | None, initial: int = 0) -> None:
