@@ -127,18 +127,40 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
+    least = []
     for position, (name, number) in enumerate(zip(columns, right, strict=True)):
-        words = [word for text in (name, *(row[position] for row in cells)) for word in text.split()]
-        longest = max((Text(word).cell_len for word in words), default=None)  # where it is narrow, no word is broken
-        made.add_column(Text(name), justify="right" if number else "left", min_width=longest)
+        # Where it is narrow, no word and no short value ("+0.01 ± 0.02") is broken.
+        values = [row[position] for row in cells]
+        kept = [part for value in values for part in ([value] if position and len(value) <= 24 else value.split())]
+        least.append(max((Text(part).cell_len for part in (*name.split(), *kept)), default=0))
+        made.add_column(Text(name), justify="right" if number else "left", min_width=least[-1] or None)
     for row in cells:
         made.add_row(*map(Text, row))
     console = _console(stderr=False) if on_terminal else Console(width=WIDE, color_system=None, force_terminal=False)
+    if on_terminal and sum(least) + 2 * (len(least) - 1) > console.width:
+        _stacked(title, columns, cells, console.width)
+        return
     with console.capture() as captured:
         console.print(made, crop=False)
     print(title)
     for line in captured.get().splitlines():
         print(line.rstrip())
+
+
+def _stacked(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> None:
+    """A table that is too wide for a terminal: of each row the first cell, and below it the others with their names."""
+    print(title)
+    for row in cells:
+        print(row[0])
+        line = ""
+        for name, cell in zip(columns[1:], row[1:], strict=True):
+            part = f"  {name} {cell}"
+            if line and len(line) + len(part) > width:
+                print(line)
+                line = ""
+            line += part
+        if line:
+            print(line)
 
 
 class Progress:

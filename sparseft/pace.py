@@ -11,7 +11,7 @@ class Pace:
     """The time left of a loop of `total` units, of which `initial` were done before it started.
 
     Judged by the later half of the units done here, since the first ones load, compile and warm up. Pauses
-    (evaluations, checkpoints) do not count as work; where they came regularly, as many are expected on the rest of the way.
+    (evaluations, checkpoints) do not count as work; where they came regularly, as many are expected to come.
     """
 
     def __init__(self, total: int | None, initial: int = 0) -> None:
@@ -22,7 +22,7 @@ class Pace:
         self._pauses = 0
         self._pause_seconds = 0.0
         self._last_pause = initial  # units done at the last pause
-        self._marks: list[tuple[int, float]] = []  # units done, seconds of work
+        self.marks: list[tuple[int, float]] = []  # units done, seconds of work
 
     @property
     def seconds(self) -> float:
@@ -32,7 +32,7 @@ class Pace:
     def update(self, completed: int) -> None:
         """`completed` units are done in all."""
         self.completed = completed
-        marks, here = self._marks, completed - self.initial
+        marks, here = self.marks, completed - self.initial
         if marks and completed - marks[-1][0] < max(1, here // (2 * RECENT)):
             return
         marks.append((completed, self.seconds))
@@ -57,9 +57,9 @@ class Pace:
     def left(self) -> float | None:
         """Seconds, pauses to come included; None where it cannot be said yet: after the first units at the earliest, as
         these say little."""
-        if not self.total or len(self._marks) < 2:
+        if not self.total or len(self.marks) < 2:
             return None
-        (first, begin), (last, end) = self._marks[0], self._marks[-1]
+        (first, begin), (last, end) = self.marks[0], self.marks[-1]
         work = (end - begin) / (last - first) * (self.total - self.completed)
         since_last = self.seconds - end  # of the unit that is being done
         return max(0.0, work - min(since_last, (end - begin) / (last - first))) + self._pauses_to_come()

@@ -48,8 +48,8 @@ def render(result: dict[str, Any]) -> None:
     proof = result["proof"]
     print(
         f"loaded by {proof['loader']}: {proof['same_answers']} of {proof['prompts']} prompts answered as by the "
-        f"attached model; logits differ by up to {proof['largest_difference']:.2g}, rounding explains {proof['allowed']:.2g} "
-        f"(the adapter changes them by up to {proof['largest_change']:.2g})"
+        f"attached model; logits differ by up to {proof['largest_difference']:.2g}, rounding explains "
+        f"{proof['allowed']:.2g} (the adapter changes them by up to {proof['largest_change']:.2g})"
     )
     print(f"{result['format']} written to {result['path']}: {', '.join(facts(result))}")
 

@@ -50,10 +50,8 @@ class Scorer:
             console.warn(warning)
 
     def _evaluate(self, model: Any, tokenizer: Any, split: str) -> dict[str, Any]:
-        with (
-            Answers(self.name) as answers,
-            runnable(model),
-        ):  # before DeepSpeed's engine has it, and where an ended run is only judged
+        # Runnable: before DeepSpeed's engine has it, and where an ended run is only judged.
+        with Answers(self.name) as answers, runnable(model):
             return evaluate(model, tokenizer, self.plans[split], progress=answers)
 
     def on_validation(self, model: Any, tokenizer: Any) -> Callable[[], float]:
