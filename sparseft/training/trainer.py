@@ -326,6 +326,7 @@ def train(trainer: Trainer, resume_from: str | None, total_steps: int) -> Mark:
     finally:
         callback.close()
     if run.interrupted:
+        console.log(f"the same command with output_dir={run.folder} trainer.resume=auto goes on from there")
         raise Interrupted(run.interrupted, last_checkpoint(run.folder))
     if run.bad_steps.streak and ranks.is_main():
         console.warn(f"training ends with {run.bad_steps.streak} steps whose loss or gradient was not finite")
