@@ -686,3 +686,20 @@ def test_a_quiet_part_leaves_the_progress_around_it_alone(terminal: Callable) ->
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3723, "1:02:03")])
 def test_duration(seconds: float, text: str) -> None:
     assert console.duration(seconds) == text
+
+
+def test_quiet_silences_progress_and_logs_of_one_command(fake: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(config: Any) -> dict[str, Any]:
+        console.log("a log line")
+        console.warn("a warning")
+        with console.Progress(1, "train") as progress:
+            progress.update(1)
+        return {}
+
+    fake("train", work)
+    assert main(["train", "--quiet", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("{}\n", "warning: a warning\n")
+    assert main(["train"]) == 0  # the next one speaks again
+    assert "a log line\n" in capsys.readouterr().err
+    console.clear_warnings()
