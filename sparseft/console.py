@@ -282,9 +282,10 @@ class Progress:
 
 
 @contextlib.contextmanager
-def working(what: str) -> Iterator[None]:
+def working(what: str, logged: bool = True) -> Iterator[None]:
     """Shows that a step without a count is being done: on a terminal as a live line with its time, which goes when it
-    is over; otherwise as a line, once it takes longer than 10 seconds, and again after 20, 40, … seconds."""
+    is over; otherwise as a line, once it takes longer than 10 seconds, and again after 20, 40, … seconds (not
+    `logged`: never)."""
     over = threading.Event()
 
     def say() -> None:
@@ -294,7 +295,7 @@ def working(what: str) -> Iterator[None]:
             seconds += min(seconds, 600.0)
 
     with Progress(None, what, unit="") as shown:
-        if is_quiet() or is_terminal(sys.stderr):
+        if not logged or is_quiet() or is_terminal(sys.stderr):
             yield
             return
         thread = threading.Thread(target=say, daemon=True)

@@ -79,7 +79,7 @@ def _configured(
                 point.append(f"output_dir={config.output_dir}")
             if options.cfg:
                 return config.to_dict() if options.json else compose.to_yaml(config)
-            with console.working("loading libraries"):
+            with console.working("loading libraries", logged=False):
                 found = command_module(module)
             return call(found, config, point)
 
