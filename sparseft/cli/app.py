@@ -47,6 +47,7 @@ ConfigDir = Annotated[
     list[str] | None,
     typer.Option("--config-dir", metavar="DIR", help="Folder of your own files, DIR/model/mine.yaml; repeatable."),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no log, only warnings and the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -72,6 +73,7 @@ def preprocess(
     multirun: Multirun = False,
     cfg: Cfg = False,
     config_dir: ConfigDir = None,
+    quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -79,7 +81,7 @@ def preprocess(
 
     KEY=VALUE sets a setting or chooses an option of a group (model, dataset, method, hardware, experiment).
     """
-    options = Options(multirun, cfg, config_dir, json, debug)
+    options = Options(multirun, cfg, config_dir, json, debug, quiet)
     return configured("preprocess", words or [], options, lambda module, config, _: module.run(config))
 
 
@@ -96,6 +98,7 @@ def train(
     multirun: Multirun = False,
     cfg: Cfg = False,
     config_dir: ConfigDir = None,
+    quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -103,7 +106,7 @@ def train(
 
     KEY=VALUE sets a setting or chooses an option of a group (model, dataset, method, hardware, experiment).
     """
-    options = Options(multirun, cfg, config_dir, json, debug)
+    options = Options(multirun, cfg, config_dir, json, debug, quiet)
     module = "plan" if plan else "train"
     return configured("train", words or [], options, lambda found, config, _: found.run(config), module=module)
 
@@ -127,6 +130,7 @@ def evaluate(
     multirun: Multirun = False,
     cfg: Cfg = False,
     config_dir: ConfigDir = None,
+    quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -153,7 +157,7 @@ def evaluate(
     def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
         return module.run(config, tasks=tasks, run=run, adapter=adapter, base=base, overrides=point)
 
-    return configured("eval", overrides, Options(multirun, cfg, config_dir, json, debug), call, check)
+    return configured("eval", overrides, Options(multirun, cfg, config_dir, json, debug, quiet), call, check)
 
 
 @app.command(
@@ -201,6 +205,7 @@ def bench(
     multirun: Multirun = False,
     cfg: Cfg = False,
     config_dir: ConfigDir = None,
+    quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -229,7 +234,7 @@ def bench(
     def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
         return module.run(config, what=what, words=point, config_dirs=config_dir or [])
 
-    return configured("bench", overrides, Options(multirun, cfg, config_dir, json, debug), call, check)
+    return configured("bench", overrides, Options(multirun, cfg, config_dir, json, debug, quiet), call, check)
 
 
 @app.command(
@@ -259,6 +264,7 @@ def export(
         str | None, typer.Option("--base-gguf", metavar="FILE", help="gguf-lora: prove it in llama.cpp, on this base.")
     ] = None,
     config_dir: ConfigDir = None,
+    quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -282,7 +288,7 @@ def export(
         given = {"engine": engine, "dtype": dtype, "base_gguf": base_gguf}
         return module.run(config, folder=folder, format=format, out=out, overrides=point, **given)
 
-    return configured("export", overrides, Options(False, False, config_dir, json, debug), call, check)
+    return configured("export", overrides, Options(False, False, config_dir, json, debug, quiet), call, check)
 
 
 @app.command(

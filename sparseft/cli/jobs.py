@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable
@@ -24,6 +25,7 @@ class Options:
     config_dir: list[str] | None
     json: bool
     debug: bool
+    quiet: bool = False
 
 
 def is_setting(name: str) -> bool:
@@ -44,10 +46,21 @@ def configured(
     check: refuses wrong options before anything else happens; may add to `words`.
     module: the one of `commands/` that works and renders, where it is not the command's own.
     """
+    with console.quiet() if options.quiet else contextlib.nullcontext():
+        return _configured(command, words, options, call, check, module or command)
+
+
+def _configured(
+    command: str,
+    words: list[str],
+    options: Options,
+    call: Callable[[Any, Any, list[str]], dict[str, Any]],
+    check: Callable[[], None],
+    module: str,
+) -> int:
     from sparseft.compose import run_config as compose
 
     folders = options.config_dir or []
-    module = module or command
 
     def expand() -> list[list[str]]:
         check()
@@ -66,7 +79,9 @@ def configured(
                 point.append(f"output_dir={config.output_dir}")
             if options.cfg:
                 return config.to_dict() if options.json else compose.to_yaml(config)
-            return call(command_module(module), config, point)
+            with console.working("loading libraries", logged=False):
+                found = command_module(module)
+            return call(found, config, point)
 
         outcome = execute(work, options.debug)
         return outcome if options.cfg else _judged(module, outcome)

@@ -90,9 +90,9 @@ def tell(result: dict[str, Any], seconds: float) -> None:
         rows.append([name, f"{old['accuracy']:.1%}", f"{new['accuracy']:.1%}", f"{100 * change:+.1f}", new["samples"]])
     rows.append(["eval loss", f"{trained['eval_loss_before']:.3f}", f"{trained['eval_loss_after']:.3f}", "", ""])
     console.table("Held-out accuracy", ["", "before", "after", "points", "questions"], rows)
-    kilobytes = round(sum(file.stat().st_size for file in (Path(trained["run"]) / ADAPTER).iterdir()) / 1000)
+    adapter = console.size(sum(file.stat().st_size for file in (Path(trained["run"]) / ADAPTER).iterdir()))
     print(
-        f"\nrun folder  {trained['run']}   (adapter/ is {kilobytes:,} KB)"
+        f"\nrun folder  {trained['run']}   (adapter/ is {adapter})"
         f"\nreport      {result['report']}"
         f"\nselection   {result['selection']['selection']}"
         f"\n\nAll of it took {seconds:.0f} s. Next: sparseft train --help, or with your own model and data:"

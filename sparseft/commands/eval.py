@@ -10,6 +10,7 @@ from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.evaluation import contamination
+from sparseft.evaluation.progress import Answers
 from sparseft.evaluation.run import conclude, evaluate, prepare
 from sparseft.evaluation.target import Target, find_target, prompt_format, score_both
 from sparseft.evaluation.tasks import data_folder, expand_tasks
@@ -36,19 +37,21 @@ def run(
     # What would be refused after the answers, which may take hours, is refused before them.
     _check_writable(config, target)
     data_dir = data_folder(config.eval, (target.base or target.model).path)  # a whole model lies in its run
-    console.log(f"evaluating {target.what} on {', '.join(tasks)}")
+    beside = target.base is not None and config.eval.compare_base
+    first = ", and its base on the same questions (eval.compare_base=false: not)" if beside else ""
+    console.log(f"evaluating {target.what} on {', '.join(tasks)}{first}")
 
     # Tasks and data first: a wrong name or folder should not wait for the model to load.
     names = expand_tasks(list(tasks), data_dir=data_dir)
-    with Requests() as requests:
-        plan = prepare(names, config.eval, data_dir=data_dir, progress=requests)
-        plan.prompt = prompt_format(config.eval.prompt, target.folder)
+    with console.working("reading the questions"):
+        plan = prepare(names, config.eval, data_dir=data_dir)
+    plan.prompt = prompt_format(config.eval.prompt, target.folder)
+    with Answers() as answers:
 
         def score(model: Any, tokenizer: Any) -> dict[str, Any]:
-            requests.close()
-            return evaluate(model, tokenizer, plan, progress=requests)
+            return evaluate(model, tokenizer, plan, progress=answers)
 
-        outcome, of_base = score_both(target, config, score)
+        outcome, of_base = score_both(target, config, score, answers.prepare)
     for warning in outcome["warnings"]:
         console.warn(warning)
     written = conclude(outcome, plan, target, target.folder or new_folder(config), of_base)
@@ -77,36 +80,6 @@ def new_folder(config: RunConfig) -> Path:
     if config.output_dir:
         return Path(config.output_dir).expanduser()
     return runs.new_folder(f"eval-{runs.timestamp()}")
-
-
-class Requests:
-    """lm-eval's request counts as one progress display at a time."""
-
-    def __init__(self) -> None:
-        self.display: console.Progress | None = None
-        self.what: str | None = None
-
-    def __enter__(self) -> Requests:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the present display."""
-        if self.display is not None:
-            self.display.__exit__(None, None, None)
-            self.display = None
-
-    def __call__(self, what: str, done: int, total: int | None) -> None:
-        if what.startswith("Tokenizing"):  # over in a moment
-            return
-        if self.display is None or what != self.what or done < self.display.completed:
-            self.close()
-            self.what = what
-            self.display = console.Progress(total, what, unit="request")
-            self.display.__enter__()
-        self.display.update(done)
 
 
 def render(result: dict[str, Any]) -> None:

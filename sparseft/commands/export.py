@@ -54,11 +54,21 @@ def render(result: dict[str, Any]) -> None:
     """Where it lies, and how near it came to the attached model."""
     proof = result["proof"]
     print(
-        f"loaded by {proof['loader']}: logits differ from the attached model's by up to "
-        f"{proof['largest_difference']:.2g} (rounding explains {proof['allowed']:.2g}; the adapter changes them by up "
-        f"to {proof['largest_change']:.2g}); {proof['same_answers']} of {proof['prompts']} prompts answered alike"
+        f"loaded by {proof['loader']}: {proof['same_answers']} of {proof['prompts']} prompts answered as by the "
+        f"attached model; logits differ by up to {proof['largest_difference']:.2g}, rounding explains "
+        f"{proof['allowed']:.2g} (the adapter changes them by up to {proof['largest_change']:.2g})"
     )
-    facts = {key: value for key, value in result.items() if key not in ("path", "format", "notes", "proof")}
-    for key, value in facts.items():
-        print(f"{key}: {value}")
-    print(f"{result['format']} written to {result['path']}")
+    print(f"{result['format']} written to {result['path']}: {', '.join(facts(result))}")
+
+
+def facts(result: dict[str, Any]) -> list[str]:
+    """What is said of the files, as counts with their units."""
+    said = []
+    if (rank := result.get("rank", result.get("r"))) is not None:
+        said.append(f"rank {rank}" + (f" ({result['needed']} needed)" if "needed" in result else ""))
+    for many, one in (("linears", "linear"), ("tensors", "tensor"), ("entries", "entry"), ("files", "file")):
+        if many in result:
+            said.append(f"{result[many]:,} {one if result[many] == 1 else many}")
+    if "target_modules" in result:
+        said[-1] += f" ({', '.join(result['target_modules'])})"
+    return [*said, console.size(result["bytes"])]

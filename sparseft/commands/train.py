@@ -51,4 +51,10 @@ def render(result: dict[str, Any]) -> None:
         f"{result['method']}: {change}{result['trainable_parameters']:,} trainable parameters ({share:.2%} of the "
         f"model), {result['steps']} steps in {result['train_seconds']:.1f} s"
     )
+    if result.get("eval_task"):
+        error = "" if result["test_score_stderr"] is None else f" ± {result['test_score_stderr']:.4f}"
+        print(
+            f"{result['eval_task']}: {result['eval_score_before']:.4f} -> {result['eval_score_after']:.4f} on the "
+            f"validation split, {result['test_score']:.4f}{error} on the test split"
+        )
     print(f"run: {result['run']}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sparseft import console
 from sparseft.config import BUNDLED, DatasetConfig, in_bundle
 from sparseft.data.chat import Chats
 from sparseft.data.encoding import Encoder, tokenize
@@ -200,7 +201,8 @@ class _Reader:
 
     def _cached(self, source: Source, format: str, role: str, count: int | None) -> tuple[Tokens, Path | None]:
         """The tokens, and where they were found if they need not be made."""
-        content = source.content()
+        with console.working(f"reading {source.name}"):
+            content = source.content()
         key = tokens_key(content, self.encoder.tokenizer, self._settings(format, count))
         try:
             tokens = self.cache.load(key)
@@ -238,22 +240,24 @@ class _Reader:
             converter = Trees(self.config.paths, self.config.language)
         else:
             converter = Plain(format)
-        for records in source.chunks(count):
-            mixed = check_records(records, format)
-            self._refuse_mixed(mixed)
-            writer.facts.mixed = writer.facts.mixed or mixed
-            examples = converter.convert(records)
-            writer.facts.records += len(records)
-            writer.add(
-                tokenize(
-                    examples,
-                    self.encoder,
-                    max_length=self.max_length,
-                    too_long=self.config.too_long,
-                    loss_on_prompt=self.config.loss_on_prompt,
-                    chunk=format == "text",
+        with console.Progress(None, f"tokenising the {role} data", unit="record", keeps=False) as progress:
+            for records in source.chunks(count):
+                mixed = check_records(records, format)
+                self._refuse_mixed(mixed)
+                writer.facts.mixed = writer.facts.mixed or mixed
+                examples = converter.convert(records)
+                writer.facts.records += len(records)
+                writer.add(
+                    tokenize(
+                        examples,
+                        self.encoder,
+                        max_length=self.max_length,
+                        too_long=self.config.too_long,
+                        loss_on_prompt=self.config.loss_on_prompt,
+                        chunk=format == "text",
+                    )
                 )
-            )
+                progress.update(writer.facts.records)
         note = converter.note(source.name)
         facts = writer.facts
         facts.notes += [note] if note else []

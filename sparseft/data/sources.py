@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparseft import console
 from sparseft.config import BUNDLED, BUNDLED_ROOT, in_bundle
 from sparseft.data import readers, unpacking
 from sparseft.data.readers import Item
@@ -196,8 +197,11 @@ def open_hub(name: str, split: str | None, *, key: str = "dataset.train_path") -
     """One split of the hub's data set `name` (from the cache when offline). Split None: validation, else test."""
     import datasets
 
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_dataset(name)
+        with console.working(f"loading {name} from the Hugging Face hub or its cache"):
+            loaded = datasets.load_dataset(name)
     # DatasetNotFoundError and the connection errors are OSErrors; a missing configuration is a ValueError.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -205,6 +209,9 @@ def open_hub(name: str, split: str | None, *, key: str = "dataset.train_path") -
             f"'{name}' is no file here, and could not be loaded from the Hugging Face hub or its cache ({reason}). "
             f"Give a local file: {key}=FILE."
         ) from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
     splits = [str(each) for each in loaded]
     if split is None:
         split = next((each for each in ("validation", "test") if each in splits), None)

@@ -309,6 +309,7 @@ def _bars(module: Any, progress: Progress | None) -> Iterator[None]:
         def __init__(self, items: Any = None, *_: Any, total: int | None = None, desc: str = "", **__: Any) -> None:
             self.items, self.desc, self.done = items, desc, 0
             self.total = len(items) if total is None and hasattr(items, "__len__") else total
+            self.update(0)  # the first batch, of the longest requests, takes longest
 
         def __iter__(self) -> Iterator[Any]:
             for item in self.items:

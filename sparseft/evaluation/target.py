@@ -10,7 +10,6 @@ from typing import Any
 
 import transformers
 
-from sparseft import console
 from sparseft.adapters.description import is_adapter, is_whole_model, read_config
 from sparseft.adapters.lifecycle import detach, load_adapter, merge, mergeable
 from sparseft.compose.run_config import from_dict
@@ -127,9 +126,13 @@ def load_target(target: Target, config: RunConfig) -> tuple[Any, Any]:
 
 
 def score_both(
-    target: Target, config: RunConfig, score: Callable[[Any, Any], dict[str, Any]]
+    target: Target,
+    config: RunConfig,
+    score: Callable[[Any, Any], dict[str, Any]],
+    asked: Callable[[str], None] = lambda who: None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What `score(model, tokenizer)` makes of the target, and of its base where that is to be compared.
+    """What `score(model, tokenizer)` makes of the target, and of its base where that is to be compared. `asked(who)`
+    is called before each: "base", "adapter" or "model".
 
     An adapter is loaded first, so that one that does not fit is refused before hours of work, and detached for the
     base, which is then the plain model that the base alone is. Whole models are loaded one after the other.
@@ -137,20 +140,23 @@ def score_both(
     compared = target.base is not None and config.eval.compare_base
     model, tokenizer = load_target(target, config)
     if target.adapter is None:
+        asked("model")
         outcome = score(model, tokenizer)
         if not compared:
             return outcome, None
         del model  # two at once may not fit
-        console.log(f"the base model {target.base.path} on the same questions")
-        return outcome, score(*load_target(Target("", target.base, None, None), config))
+        loaded = load_target(Target("", target.base, None, None), config)
+        asked("base")
+        return outcome, score(*loaded)
     of_base = None
     if compared:
-        console.log(f"the base model {target.base.path} on the same questions first (eval.compare_base=false: not)")
         model = detach(model)
+        asked("base")
         of_base = score(model, tokenizer)
         model = load_adapter(model, target.adapter).eval()
     if mergeable(model):
         model = merge(model)  # else every layer of LoRA would compute its low-rank product beside the dense one
+    asked("adapter")
     return score(model, tokenizer), of_base
 
 

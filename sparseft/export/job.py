@@ -45,8 +45,10 @@ def export(
     for note in notes:
         console.log(note)
     with explained(f"the export {out}", lambda: None), replaced_folder(out.resolve(), (NOTE,)) as aside:
-        facts = format.write(source, options, aside)
-        format.verify(source, options, aside)
+        with console.working(f"writing {format.name}"):
+            facts = format.write(source, options, aside)
+        with console.working("checking every value that was written"):
+            format.verify(source, options, aside)
         proof = prove(source, format, options, aside)
         about = {
             "sparseft": __version__,

@@ -8,7 +8,7 @@ against base + delta before it is rounded.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseft import console
 from sparseft.errors import RunError
 from sparseft.export.formats.base import Answering, Format, Options
 from sparseft.export.source import Source
@@ -68,16 +69,19 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
     """
     base = format.base(source, options)
     prompts = prompts_of(source, context_length(base.config) or LENGTH + ANSWER)
-    plain = [HuggingFace(base, "base").logits(ids) for ids in prompts]
-    attached = HuggingFace(format.attached(source, options, base), "attached", unrounded=not format.rounded)
-    wanted = [attached.logits(ids) for ids in prompts]
-    wanted_answers = [greedy(attached, ids) for ids in prompts]
-    del base, attached
-    written = format.load(source, options, folder)
-    found = [written.logits(ids) for ids in prompts]
-    answers = [greedy(written, ids) for ids in prompts]
+    with console.Progress(len(prompts) * (1 + 2 * (1 + ANSWER)), "prove", unit="token") as progress:
+        plain = [logits for logits, _ in _answers(HuggingFace(base, "base"), prompts, 0, progress)]
+        attached = HuggingFace(format.attached(source, options, base), "attached", unrounded=not format.rounded)
+        wanted, wanted_answers = zip(*_answers(attached, prompts, ANSWER, progress), strict=True)
+        del base, attached
+        with console.working("loading what was written"):
+            written = format.load(source, options, folder)
+        found, answers = zip(*_answers(written, prompts, ANSWER, progress), strict=True)
     own_base = written.base()
-    own = plain if own_base is None else [own_base.logits(ids) for ids in prompts]
+    own = plain
+    if own_base is not None:
+        with console.working(f"prove: the base of {written.name}"):
+            own = [own_base.logits(ids) for ids in prompts]
     change, difference, largest = (
         distance(wanted, plain),
         distance(found, wanted),
@@ -106,21 +110,35 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
     return report
 
 
+def _answers(
+    model: Answering, prompts: list[list[int]], length: int, progress: console.Progress
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """Of each prompt the logits (tokens, vocabulary) and the greedy answer of `length` tokens."""
+    for ids in prompts:
+        logits = model.logits(ids)
+        progress.update(progress.completed + 1)
+        answer = []
+        for token in greedy(model, ids, length):
+            answer.append(token)
+            progress.update(progress.completed + 1)
+        yield logits, answer
+
+
 def prompts_of(source: Source, context: int) -> list[list[int]]:
     """The prompts as tokens of the source's tokenizer, cut so that an answer fits into the context."""
     length = min(LENGTH, context - ANSWER)
     return [ids for text in PROMPTS if (ids := source.tokenizer(text)["input_ids"][:length])]
 
 
-def greedy(model: Answering, ids: list[int]) -> list[int]:
-    """The next `ANSWER` tokens, each the likeliest."""
+def greedy(model: Answering, ids: list[int], length: int = ANSWER) -> Iterator[int]:
+    """The next `length` tokens, each the likeliest."""
     answer = list(ids)
-    for _ in range(ANSWER):
+    for _ in range(length):
         answer.append(int(model.logits(answer)[-1].argmax()))
-    return answer[len(ids) :]
+        yield answer[-1]
 
 
-def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
+def distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest difference of any logit; NaN where one is not a number."""
     size = min(a.shape[1] for a in (*found, *wanted))  # some loaders leave out what pads a vocabulary
     worst = [(a[:, :size] - b[:, :size]).abs().max() for a, b in zip(found, wanted, strict=True)]

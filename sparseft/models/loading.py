@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparseft import console
 from sparseft.config import BUNDLED, BUNDLED_ROOT, HardwareConfig, ModelConfig, in_bundle
 from sparseft.distributed.deepspeed import no_shared_memory, own_dtypes, zero_config
 from sparseft.distributed.ranks import broadcast_object
@@ -110,7 +111,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
         options["device_map"] = {"": device}
     refused = None
     try:
-        with without_report():
+        with without_report(), console.working(f"loading {config.path}"):
             model, report = _load("model", config.path, AutoModelForCausalLM.from_pretrained, **options)
         check_complete(config.path, report)
     except UserError as error:
@@ -207,15 +208,18 @@ def load_tokenizer(config: ModelConfig):
 
 @contextlib.contextmanager
 def without_report() -> Iterator[None]:
-    """Inside, transformers does not print its table of weights that do not fit, which speaks of training on."""
+    """Inside, transformers prints no table of weights that do not fit, which speaks of training on, and no bars."""
     import transformers
 
-    usual = transformers.logging.get_verbosity()
+    usual, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(usual)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def check_complete(path: str, report: Mapping[str, Any]) -> None:

@@ -376,8 +376,7 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         )  # fmt: skip
         trainer.add_callback(samples)
         samples.base()
-    before = _evaluation(job, trainer, 0)
-    _say(job, "before", before, f" ({prepared.data.eval_source})")
+    before = _evaluation(job, trainer, 0, "before")
     transformers.set_seed(config.seed)  # whatever was drawn before, as by an evaluation, training starts the same
     totals = run_loop(trainer, job.resumed_from, _last_step(job, folder))
     if samples is not None:
@@ -416,8 +415,8 @@ def _reselection(job: Job, trainer: Trainer) -> Reselection:
     return Reselection(method.reselect_steps, choose, trainer.run_state.clock, ended_at)
 
 
-def _evaluation(job: Job, trainer: Trainer, step: int) -> Evaluation | None:
-    """The evaluation at the present step: as recorded where it was measured there, else measured now."""
+def _evaluation(job: Job, trainer: Trainer, step: int, when: str) -> Evaluation | None:
+    """The evaluation at the present step: as recorded where it was measured there, else measured now, and said."""
     if job.prepared.data.eval is None:
         return None
     folder = trainer.run_state.folder
@@ -425,6 +424,7 @@ def _evaluation(job: Job, trainer: Trainer, step: int) -> Evaluation | None:
     if seen is None:
         trainer.evaluate()
         seen = first_recorded(folder, step)
+        _say(job, when, seen)
     return seen
 
 
@@ -433,8 +433,9 @@ def first_recorded(folder: Path, step: int) -> Evaluation | None:
     return ranks.broadcast_object(recorded(folder, step) if ranks.is_main() else None)
 
 
-def _say(job: Job, when: str, seen: Evaluation | None, where: str = "") -> None:
+def _say(job: Job, when: str, seen: Evaluation | None) -> None:
     if seen is not None:
+        where = f", on {job.prepared.data.eval_source}" if when == "before" else ""
         console.log(f"eval loss {when}: {seen.eval_loss:.4f}{where}")
         if job.scorer is not None:
             console.log(f"{job.scorer.name} {when}: {seen.eval_score:.4f} on the validation split")
@@ -447,12 +448,11 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
     """Measures again, leaves the adapter (the best one where it was kept) and the summary, which it returns."""
     config, prepared, trainer = job.config, job.prepared, trained.trainer
     folder = trainer.run_state.folder
-    after = _evaluation(job, trainer, trained.totals.step)
+    after = _evaluation(job, trainer, trained.totals.step, "after")
     kept = trained.best.take(prepared.model)
     if kept is not None:
         console.log(f"best: the evaluation at step {kept.step}, whose adapter is kept")
         after = kept
-    _say(job, "after", after)
     trainer.save_trained(folder / ADAPTER)
     first = ranks.is_main()
     if job.method.trains_all and first:
@@ -462,8 +462,6 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
         test_score = stderr = None
         if first or config.hardware.zero_stage == 3:
             test_score, stderr = job.scorer.on_test(prepared.model, prepared.tokenizer, folder)
-            error = "" if stderr is None else f" ± {stderr:.4f}"
-            console.log(f"{job.scorer.name}: {test_score:.4f}{error} on the test split")
         scores = {
             "eval_task": job.scorer.name,
             "eval_score_before": trained.before.eval_score,

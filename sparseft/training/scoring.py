@@ -13,6 +13,7 @@ from sparseft.data.question_hashes import QuestionHashes
 from sparseft.distributed.ranks import is_main
 from sparseft.errors import UserError
 from sparseft.evaluation.mt_bench import MT_BENCH
+from sparseft.evaluation.progress import Answers
 from sparseft.evaluation.run import conclude, evaluate, prepare
 from sparseft.evaluation.target import Target
 from sparseft.evaluation.tasks import data_folder, expand_tasks
@@ -51,8 +52,9 @@ class Scorer:
             console.warn(warning)
 
     def _evaluate(self, model: Any, tokenizer: Any, split: str) -> dict[str, Any]:
-        with runnable(model):  # before DeepSpeed's engine has it, and where an ended run is only judged
-            return evaluate(model, tokenizer, self.plans[split])
+        # Runnable: before DeepSpeed's engine has it, and where an ended run is only judged.
+        with Answers(self.name) as answers, runnable(model):
+            return evaluate(model, tokenizer, self.plans[split], progress=answers)
 
     def _score(self, outcome: dict[str, Any]) -> Score:
         found = outcome["tasks"][self.name]

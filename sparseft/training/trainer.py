@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -209,7 +208,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 self.run_state.bad_steps.proven,
             )
         what = checkpoint_name(self.state.global_step)
-        with self.run_state.clock.paused(), explained(what, lambda: last_checkpoint(self.run_state.folder)):
+        explaining = explained(what, lambda: last_checkpoint(self.run_state.folder))
+        with self.run_state.clock.paused(), explaining, console.working(f"saving {what}"):
             self._save_aside(model, trial)
 
     def _save_aside(self, model: nn.Module, trial: Any) -> None:
@@ -292,11 +292,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
         training = model.training
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        # A second display beside the training's own would tear it, and plain lines are for what takes long.
-        alone = not self.is_in_train and console.is_terminal(sys.stderr)
-        count, done = len(loader.dataset), 0
-        progress = console.Progress(count, "evaluate", unit="example") if alone else contextlib.nullcontext()
-        with torch.no_grad(), progress as display, runnable(model):
+        done, display = 0, console.Progress(len(loader.dataset), "evaluate", unit="example", keeps=False)
+        with torch.no_grad(), display, runnable(model):
             for batch in loader:
                 batch = self._prepare_inputs(batch)
                 labelled = (batch["labels"][:, 1:] != -100).sum()
@@ -305,8 +302,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 if labelled:  # a batch without labels has no loss (NaN)
                     total += torch.stack([loss.double() * labelled, labelled.double()])
                 done += len(batch["labels"])
-                if display is not None:
-                    display.update(done)
+                display.update(done)
         model.train(training)
         total = self.accelerator.reduce(total)
         return (total[0] / total[1]).item()
@@ -335,6 +331,7 @@ def train(trainer: Trainer, resume_from: str | None, total_steps: int) -> Mark:
     finally:
         callback.close()
     if run.interrupted:
+        console.log(f"the same command with output_dir={run.folder} trainer.resume=auto goes on from there")
         raise Interrupted(run.interrupted, last_checkpoint(run.folder))
     if run.bad_steps.streak and ranks.is_main():
         console.warn(f"training ends with {run.bad_steps.streak} steps whose loss or gradient was not finite")

@@ -10,6 +10,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,7 +212,10 @@ def test_cfg_as_json_and_with_own_files(tmp_path: Path, capfd: pytest.CaptureFix
         (["export", "x", "--out", "y"], ["--format is missing"]),
         (["export", "x", "y", "--format", "merged", "--out", "z"], ["One run or adapter at a time: 'y'"]),
         (["report", "--format", "html"], ["No such option: --format"]),
-        (["train", "--limit", "3"], ["No such option: --limit. Available: ", "-m. (see sparseft train --help)"]),
+        (
+            ["train", "--limit", "3"],
+            ["No such option: --limit. Available: ", "--quiet, -m, -q. (see sparseft train --help)"],
+        ),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])
@@ -564,6 +568,20 @@ def test_a_table_on_a_narrow_terminal_breaks_no_number(
     assert {"10.25", "10.1-10.5", "12,345", "1,234.5", "12,345,678", "rank=16", "trainable"} <= set(words)
 
 
+@pytest.mark.parametrize("width", [30, 60])
+def test_a_table_too_wide_for_a_terminal_is_stacked(
+    width: int, terminal: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = terminal()
+    monkeypatch.setenv("COLUMNS", str(width))
+    columns = ["task", "base", "adapter", "difference", "p", "samples"]
+    console.table("Evaluated: r", columns, [["mmlu_high_school_government", "0.25", "0.26", "+0.01 ± 0.02", "1", 57]])
+    lines = out.getvalue().splitlines()
+    assert lines[:2] == ["Evaluated: r", "mmlu_high_school_government"] and max(map(len, lines)) <= width
+    for text in ("base 0.25", "difference +0.01 ± 0.02", "samples 57"):
+        assert any(text in line for line in lines)
+
+
 def test_plain_progress_is_a_line_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
     with console.Progress(50, "train", plain_line_seconds=1e9, plain_line_pause=0) as progress:
         for step in range(1, 51):
@@ -572,14 +590,14 @@ def test_plain_progress_is_a_line_every_tenth(capsys: pytest.CaptureFixture[str]
     lines = err.splitlines()
     assert out == "" and len(lines) == 10
     assert lines[0].startswith("train: 5/50 steps (10 %), loss 0.4, 12,346 tokens/s, 0:00 left")
-    assert lines[-1] == "train: 50/50 steps (100 %), loss 0.04, 12,346 tokens/s"
+    assert lines[-1] == "train: 50/50 steps, loss 0.04, 12,346 tokens/s, in 0:00"
 
 
 def test_plain_progress_of_a_quick_loop_is_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     with console.Progress(50, "calibrate", unit="sample") as progress:
         for done in range(1, 51):
             progress.update(done)
-    assert capsys.readouterr().err.splitlines() == ["calibrate: 50/50 samples (100 %)"]
+    assert capsys.readouterr().err.splitlines() == ["calibrate: 50/50 samples, in 0:00"]
 
 
 def test_plain_progress_by_the_clock(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,6 +632,74 @@ def test_progress_on_a_terminal(terminal: Callable) -> None:
     assert "4/4" in text and "loss 1" in text and "900 tokens/s" in text and "a line above the bar\n" in text
 
 
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_progress_is_one_line_at_any_width(width: int, terminal: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal()
+    progress = console.Progress(1000, "a long description", initial=100)
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with progress:
+        for step in range(101, 121):
+            now[0] += 4.0
+            progress.update(step, loss=2.31, tokens_per_second=12345.0)
+        line = progress.live_line(width, ascii_only=False).plain
+    assert len(line) <= width and "120/1000 steps" in line and "58:40 left" in line
+    assert ("12,345 tokens/s" in line) == (width >= 100)
+
+
+def test_a_log_file_has_no_control_characters_and_says_each_thing_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.Progress(20, "train", plain_line_pause=0) as progress:
+        for step in range(1, 21):
+            progress.update(step, loss=2.0)
+            if step % 10 == 0:
+                with console.working("saving"), console.Progress(3, "evaluate", keeps=False) as inner:
+                    inner.update(3)
+                console.log(f"step {step}: eval loss 2.0")
+    lines = capsys.readouterr().err.splitlines()
+    assert not any(character in line for line in lines for character in "\r\x1b\t")
+    assert len(lines) == len(set(lines)) == 12  # nine tenths, two evaluations, the end
+    assert lines[-1] == "train: 20/20 steps, loss 2, in 0:00"
+
+
+def test_a_step_without_a_count_is_said_once_it_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.working("loading m"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(console, "PLAIN_LINE_SECONDS", 0.05)
+    with console.working("loading m"):
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4 and set(lines) == {"loading m: 0:00 so far"}  # after 0.05, 0.1 and 0.2 s
+
+
+def test_a_quiet_part_leaves_the_progress_around_it_alone(terminal: Callable) -> None:
+    _, err = terminal()
+    with console.Progress(2, "bench") as around:
+        with console.quiet(), console.Progress(9, "hidden") as inner, console.working("hidden too"):
+            inner.update(9)
+        around.update(2)
+    assert "hidden" not in err.getvalue() and "bench: 2/2 steps, in 0:00" in err.getvalue()
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3723, "1:02:03")])
 def test_duration(seconds: float, text: str) -> None:
     assert console.duration(seconds) == text
+
+
+def test_quiet_silences_progress_and_logs_of_one_command(fake: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(config: Any) -> dict[str, Any]:
+        console.log("a log line")
+        console.warn("a warning")
+        with console.Progress(1, "train") as progress:
+            progress.update(1)
+        return {}
+
+    fake("train", work)
+    assert main(["train", "--quiet", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("{}\n", "warning: a warning\n")
+    assert main(["train"]) == 0  # the next one speaks again
+    assert "a log line\n" in capsys.readouterr().err
+    console.clear_warnings()
