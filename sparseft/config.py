@@ -66,6 +66,7 @@ WHOLE_OR_AUTO = Rule(
 )
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each an extra of the package, by the same name
 ACCURACY = Rule(lambda value: 0 < value <= 1, "an accuracy above 0, at most 1")
+SHARE = Rule(lambda value: 0 < value <= 1, "a share above 0, at most 1")
 
 
 @dataclass
@@ -113,6 +114,7 @@ class TrainerConfig:
     gradient_accumulation: Annotated[int, AT_LEAST_1] = 16
     max_length: Annotated[int, AT_LEAST_2] = 512
     pad_to: Literal["longest", "max_length"] = "longest"
+    loss: Literal["auto", "plain"] = "auto"
     compile: Literal["none", "model", "layers", "graphs"] = "none"
     warmup_steps: Annotated[int, AT_LEAST_0] = 100
     scheduler: Literal[SCHEDULERS] = "linear"
@@ -196,6 +198,7 @@ class BenchConfig:
     warmup_steps: Annotated[int, AT_LEAST_0] = 2
     batch_size: Annotated[int, AT_LEAST_1] = 2
     length: Annotated[int, AT_LEAST_1] = 256
+    labelled: Annotated[float, SHARE] = 1.0
     width: int | None = None
     depth: int | None = None
     shape: str | None = None

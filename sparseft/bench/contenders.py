@@ -4,7 +4,7 @@
 unless layers need no backward at all. No method has dropout; all use AdamW: sparse methods the one that training takes
 for them, the others torch's fused one.
 
-A way of running the step is `eager`, or parts joined by `+`: `compile`, `liger`, `checkpointing`, `liger+compile`. It
+A way of running the step is `eager`, or parts joined by `+`: `labelled`, `compile`, `liger`, `checkpointing`. It
 is applied to every contender alike, the floor included, so that no method gets a favour the others lack.
 """
 
@@ -31,11 +31,12 @@ from sparseft.memory import SavedBytes, tensor_bytes
 from sparseft.methods import get_method
 from sparseft.rules import field_types, is_text
 from sparseft.training.compiling import BACKEND
+from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss, why_plain
 from sparseft.training.optimizer import SparseAdamW
 
 FLOOR = "floor"
 EAGER = "eager"
-WAY_PARTS = ("compile", "liger", "checkpointing")
+WAY_PARTS = ("labelled", "compile", "liger", "checkpointing")
 # Contenders of one way share the code that is compiled, each with a model of its own.
 RECOMPILE_LIMIT = 64
 
@@ -49,6 +50,8 @@ class Contender:
     optimizer: torch.optim.Optimizer | None
     trainable: int
     call: Callable[..., Any] | None = None  # what runs in the model's place (it, compiled); None: the model
+    labelled: bool = False  # the head runs on those tokens alone that predict a label
+    rows: Tensor | None = None  # which these are, of the one batch that all steps take
     facts: dict[str, Any] = field(default_factory=dict)  # further figures of its row
     seconds: list[float] = field(default_factory=list)
     saved_bytes: int | None = None  # None: not counted
@@ -165,6 +168,11 @@ def loss_of(c: Contender, batch: dict[str, Tensor]) -> Tensor:
     if c.name == FLOOR:
         embedded = c.model.get_input_embeddings()(batch["input_ids"]).requires_grad_(True)
         batch = {"inputs_embeds": embedded, **{name: value for name, value in batch.items() if name != "input_ids"}}
+    if c.labelled:
+        if c.rows is None:
+            c.rows = label_rows(batch["labels"])
+        with labelled_loss(c.model):
+            return c.model(**batch, **{ROWS: c.rows}, use_cache=False).loss
     return (c.model if c.call is None else c.call)(**batch, use_cache=False).loss
 
 
@@ -210,7 +218,7 @@ def parts_of(way: str) -> tuple[str, ...]:
 
 def check_ways(chosen: Sequence[str]) -> None:
     """Refuses `bench.ways` that are none, no ways, or twice the same."""
-    known = "eager, compile, liger, checkpointing, or several of the last three joined by +"
+    known = "eager, labelled, compile, liger, checkpointing, or several of the last four joined by +"
     if not chosen:
         raise UserError(f"bench.ways is empty: expected one or more of {known}.")
     for way in chosen:
@@ -224,6 +232,10 @@ def check_ways(chosen: Sequence[str]) -> None:
                 raise UserError(
                     f"bench.ways: unknown way '{part}': expected {known}.{nearest(part, (EAGER, *WAY_PARTS))}"
                 )
+        if "labelled" in named and {"compile", "liger"} & set(named):
+            raise UserError(
+                f"bench.ways: '{way}': labelled runs the head in its own way, which joins checkpointing only."
+            )
         if len(set(named)) != len(named):
             raise UserError(f"bench.ways: '{way}' names a part twice.")
     seen: dict[frozenset[str], str] = {}
@@ -266,6 +278,10 @@ def put_in_way(way: str, c: Contender, first_step: Callable[[], Any]) -> None:
     `graph_breaks` and, where there are any, their `graph_break_reasons`.
     """
     chosen = parts_of(way)
+    if "labelled" in chosen:
+        if reason := why_plain(c.model):
+            raise NotAvailable(f"labelled: {reason}")
+        c.labelled = True
     if "liger" in chosen:
         _use_liger(c)
     if "checkpointing" in chosen:  # not the reentrant kind, which reaches nothing below frozen embeddings

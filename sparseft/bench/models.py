@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparseft.bench.output import device_name
 from sparseft.config import RunConfig
+from sparseft.data.tokenized import IGNORED
 from sparseft.errors import UserError, nearest
 from sparseft.models.decoder import context_length
 from sparseft.models.loading import load_model, resolve_device
@@ -117,6 +118,9 @@ def measured_model(config: RunConfig) -> tuple[nn.Module, dict[str, Tensor], dic
         "device": device_name(device),
         "batch_size": settings.batch_size,
         "length": settings.length,
+        "labelled": settings.labelled,
         "steps": settings.steps,
     }
-    return model, {"input_ids": ids, "labels": ids}, facts
+    labels = ids.clone()
+    labels[:, : min(settings.length - 1, round((1 - settings.labelled) * settings.length))] = IGNORED
+    return model, {"input_ids": ids, "labels": labels}, facts

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded
 from sparseft.errors import UserError
-from sparseft.importance.loss import head_is_apart
 from sparseft.models.decoder import other_stacks, stacks
+from sparseft.models.head import head_is_apart
 
 Sample = dict[str, Tensor]  # batches of one, without padding
 

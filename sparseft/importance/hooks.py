@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.importance.batching import Group, Sample, pad_together
-from sparseft.importance.loss import decoder_output, loss_gradient
+from sparseft.importance.loss import loss_gradient
 from sparseft.models.decoder import runnable
+from sparseft.models.head import decoder_output
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ from sparseft.training.arguments import training_arguments
 from sparseft.training.best import Best, Evaluation, reached, recorded
 from sparseft.training.checkpoints import CHECKPOINTS, last_checkpoint
 from sparseft.training.distributed_trainer import has_experts
+from sparseft.training.labelled_loss import usable
 from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.prepare import select as cached_or_computed
 from sparseft.training.reselection import Reselection
@@ -356,6 +357,7 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         train_dataset=job.rows,
         eval_dataset=prepared.data.eval,
         compile_layers=config.trainer.compile == "layers",
+        labelled=usable(prepared.model, config),
         data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
         processing_class=None,
     )

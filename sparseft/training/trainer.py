@@ -38,6 +38,7 @@ from sparseft.training.checkpoints import (
 )
 from sparseft.training.compiling import GRAPHS, CompiledLayers, own_gradients
 from sparseft.training.failures import MemoryAdvice, memory_problem
+from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.reselection import save_active
 from sparseft.training.run_state import Mark, RunState
@@ -47,13 +48,17 @@ COUNT = "num_tokens"  # in a batch: its tokens without padding, an int, which ne
 
 
 class Counting:
-    """A collator whose batches say how many tokens they hold, as only the host knows without asking the device."""
+    """A collator whose batches say how many tokens they hold, and which predict a label, as only the host knows without
+    asking the device."""
 
-    def __init__(self, collate: Callable[[Any], dict[str, Any]]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[Any], dict[str, Any]], rows: bool) -> None:
+        self.collate, self.rows = collate, rows
 
     def __call__(self, examples: Any) -> dict[str, Any]:
-        return {**self.collate(examples), COUNT: sum(len(example["input_ids"]) for example in examples)}
+        batch = self.collate(examples)
+        if self.rows:
+            batch[ROWS] = label_rows(batch["labels"])
+        return {**batch, COUNT: sum(len(example["input_ids"]) for example in examples)}
 
 
 class Trainer(distributed_trainer.DistributedTrainer):
@@ -63,7 +68,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
     the newest `save_total_limit` are kept (None: all). `report(record)` gets each line of metrics too. `score()` is the
     model's accuracy on a task and its standard error (or None); evaluations then carry both beside the loss. With
     `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is not finite updates nothing;
-    `max_bad_steps` of them in a row end the run.
+    `max_bad_steps` of them in a row end the run. `labelled`: the loss is computed as `labelled_loss.py` does it.
     """
 
     def __init__(
@@ -77,15 +82,17 @@ class Trainer(distributed_trainer.DistributedTrainer):
         score: Callable[[], tuple[float, float | None]] | None = None,
         report: Callable[[dict[str, Any]], None] | None = None,
         compile_layers: bool = False,
+        labelled: bool = False,
         **options: Any,
     ) -> None:
         args.output_dir = str(run / CHECKPOINTS)
-        options["data_collator"] = Counting(options["data_collator"])
+        options["data_collator"] = Counting(options["data_collator"], rows=labelled)
         with tf32_as_set():
             super().__init__(model=model, args=args, **options)
         self.run_state = RunState(run, max_bad_steps, args.device)
         self.save_total_limit = save_total_limit
         self.score = score
+        self.labelled = labelled
         lengths = getattr(self.train_dataset, "lengths", None)
         longest = 1 if lengths is None or len(lengths) == 0 else int(lengths.max())
         self.memory = MemoryAdvice(
@@ -124,8 +131,12 @@ class Trainer(distributed_trainer.DistributedTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
         """As transformers computes it, whose masks are made by what the batch says of itself."""
-        with unasked(inputs):
+        with unasked(inputs), self.own_loss():
             return super().compute_loss(model, inputs, return_outputs, **options)
+
+    def own_loss(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model computes its loss in the run's way."""
+        return labelled_loss(self.model) if self.labelled else contextlib.nullcontext()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient's norm. transformers asks for it between the backward passes of a step and its update, so here a
@@ -297,7 +308,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
             for batch in loader:
                 batch = self._prepare_inputs(batch)
                 labelled = (batch["labels"][:, 1:] != -100).sum()
-                with self.compute_loss_context_manager(), unasked(batch):
+                with self.compute_loss_context_manager(), unasked(batch), self.own_loss():
                     loss = model(**batch, use_cache=False).loss
                 if labelled:  # a batch without labels has no loss (NaN)
                     total += torch.stack([loss.double() * labelled, labelled.double()])

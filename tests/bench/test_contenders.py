@@ -19,6 +19,7 @@ from sparseft.bench.models import random_llama
 from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import held_bytes
 from sparseft.compose.run_config import compose
+from sparseft.errors import UserError
 from sparseft.memory import SavedBytes
 from support.running import files, sparseft
 
@@ -78,6 +79,19 @@ def test_graph_breaks_are_counted_and_named(monkeypatch: pytest.MonkeyPatch) -> 
     contenders.put_in_way("compile", c, lambda: c.call(torch.ones(2)))
     assert c.facts["graph_breaks"] == 1 and c.facts["graphs"] == 2 and len(c.facts["graph_break_reasons"]) == 1
     contenders.forget_compiled()
+
+
+@pytest.mark.parametrize("name", ["floor", "s2ft", "lora", "full"])
+def test_logits_of_labelled_tokens_alone_are_the_same_step(name: str) -> None:
+    plain, labelled = made(name, depth=1), made(name, depth=1)
+    contenders.put_in_way("labelled", labelled, lambda: None)
+    loss, gradients = loss_and_gradients(plain)
+    found, ours = loss_and_gradients(labelled)
+    assert found == pytest.approx(loss, rel=1e-6)
+    for one, other in zip(gradients, ours, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match="joins checkpointing only"):
+        contenders.check_ways(["labelled+compile"])
 
 
 @pytest.mark.parametrize("name", ["floor", "s2ft", "sylva", "lora", "full"])

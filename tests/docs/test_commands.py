@@ -53,9 +53,7 @@ def test_a_command_composes(command: Command) -> None:
         assert (ROOT / (rest[0] if program == "python" else program)).is_file()
 
 
-@pytest.mark.parametrize(
-    "command", named(inline_commands())
-)
+@pytest.mark.parametrize("command", named(inline_commands()))
 def test_a_command_within_text_has_its_options(command: Command) -> None:
     has_options(command.offered[1:])
 

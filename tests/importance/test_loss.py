@@ -14,6 +14,7 @@ from sparseft.importance import loss
 from sparseft.importance.batching import Group, may_share
 from sparseft.importance.hooks import Pass
 from sparseft.memory import AllocationCounter
+from sparseft.models import head
 from support.calibration import samples
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -51,7 +52,7 @@ def test_it_is_the_sum_of_every_samples_own_loss(
 ) -> None:
     model, batches = made(make_model, kind), samples((9, 5, 12))
     assert may_share(model)
-    monkeypatch.setattr(loss, "LOGITS_CPU", most)
+    monkeypatch.setattr(head, "LOGITS_CPU", most)
     (one,) = Pass.of(Group(batches, padded=True), torch.device("cpu"))
     found = by_embeddings(model, lambda: torch.autograd.backward(*one.ending(model)))
     for row, batch in enumerate(batches):
@@ -70,12 +71,12 @@ def test_few_logits_exist_at_once_and_none_of_tokens_without_a_label(
     model.lm_head.register_forward_hook(lambda _m, _i, y: rows.append(y.shape[:-1].numel()))
     batches = samples((9, 12))  # of which 3 and 4 are prompt: 6 and 8 tokens predict a label
     (one,) = Pass.of(Group(batches, padded=True), torch.device("cpu"))
-    monkeypatch.setattr(loss, "LOGITS_CPU", 96 * 5)
+    monkeypatch.setattr(head, "LOGITS_CPU", 96 * 5)
     one.ending(model)
     assert rows == [5, 5, 4]
     hidden, labels = torch.randn(4, 64, 48), torch.randint(96, (4, 64))
     width = model.config.vocab_size
-    monkeypatch.setattr(loss, "LOGITS_CPU", width * 8)
+    monkeypatch.setattr(head, "LOGITS_CPU", width * 8)
     with AllocationCounter() as counter:
         loss.loss_gradient(model, hidden, labels)
     assert counter.peak < 4 * (2.5 * 8 * width + 2 * hidden.numel() + 10 * labels.numel())
@@ -96,9 +97,9 @@ def beside(model: Any) -> None:
 def test_a_head_that_takes_more_than_a_tokens_own_output_is_not_run_apart(make_model: Callable[..., Any]) -> None:
     model = make_model("llama")
     beside(model)
-    assert not loss.head_is_apart(model) and not may_share(model)
+    assert not head.head_is_apart(model) and not may_share(model)
     model = make_model("llama")
     plain = model.model.forward
     model.model.forward = lambda *a, **k: plain(*a, **k)  # as a library does that moves inputs
     before = model.model.forward
-    assert loss.head_is_apart(model) and model.model.forward is before
+    assert head.head_is_apart(model) and model.model.forward is before

@@ -1,0 +1,182 @@
+"""The loss with logits only where labels are, a few tokens at a time.
+
+Most tokens of instruction data have no label, and their logits are asked for by nobody: with a large vocabulary they
+are a good part of a step and most of its memory. Here the decoder runs as ever, and the head only on the tokens that
+predict a label, in chunks; the gradient of each chunk is taken with its loss, so that its logits are gone before the
+next ones. The loss and the gradient are the plain ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from sparseft import console
+from sparseft.config import RunConfig
+from sparseft.data.tokenized import IGNORED
+from sparseft.models.head import after_decoder, decoder_output, example_output, head_is_apart, head_of, tokens_at_once
+
+ROWS = "label_rows"  # in a batch: the flat positions of the tokens that predict a label
+
+
+def label_rows(labels: Tensor) -> Tensor:
+    """The flat positions (n,) of the tokens in (samples, tokens) that predict a label: each those before it. On a
+    device this waits for it, so it is best asked where the batch is made."""
+    return F.pad(labels[:, 1:] != IGNORED, (0, 1)).reshape(-1).nonzero().squeeze(1)
+
+
+def usable(model: nn.Module, config: RunConfig) -> bool:
+    """Whether a run's loss is computed this way: `trainer.loss=auto`, unless something needs the plain one, which is
+    said."""
+    if config.trainer.loss == "plain":
+        return False
+    reason = why_plain(model) if config.hardware.zero_stage != 3 else "ZeRO-3 has the head in shards"
+    if reason is None and config.trainer.compile in ("model", "graphs"):
+        reason = f"trainer.compile={config.trainer.compile} takes the whole model"
+    if reason is not None:
+        console.log(f"loss: logits of all tokens, as {reason}")
+    return reason is None
+
+
+def why_plain(model: nn.Module) -> str | None:
+    """Why the model keeps its own way to its loss; None where the labelled loss is the same.
+
+    Tried on random numbers in the decoder's place, which does not run.
+    """
+    inner = _language_model(model)
+    if getattr(inner.config, "output_router_logits", False):
+        return "it adds terms of its own for its experts"
+    if not head_is_apart(inner):
+        return "its logits need more than the decoder's output of their own token"
+    x = example_output(inner, 6)
+    assert x is not None
+    labels = torch.tensor([[1, 0, IGNORED, 1, IGNORED, 0]], device=x.device)
+    try:
+        with torch.no_grad(), after_decoder(inner) as run:
+            own = run(x, labels=labels).loss
+            with head_of(inner) as logits_of:
+                ours = _loss(inner, logits_of, x, labels, label_rows(labels), None)
+    except Exception:  # a model's own code, which may ask its decoder for anything
+        return "its loss needs more than its logits"
+    if own is None or not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-4):
+        return "its loss is not the mean cross-entropy of the labelled tokens"
+    return None
+
+
+@contextlib.contextmanager
+def labelled_loss(model: nn.Module) -> Iterator[None]:
+    """Inside, the model (also wrapped: by peft, by torch's or DeepSpeed's data parallel) given labels returns the loss
+    alone, computed this way; without labels it does what it does. For models of which `why_plain` says None."""
+    inner = _language_model(model)
+    before = vars(inner).get("forward")  # of a wrapper, as accelerate's for mixed precision
+    own = inner.forward
+
+    def forward(*args: Any, **given: Any) -> Any:
+        labels, rows = given.pop("labels", None), given.pop(ROWS, None)
+        items = given.pop("num_items_in_batch", None) if labels is not None else None
+        if labels is None:
+            return own(*args, **given)
+        if args:
+            given["input_ids"] = args[0]
+        hidden = decoder_output(inner, given, own)
+        with head_of(inner) as logits_of:
+            rows = label_rows(labels) if rows is None else rows
+            return CausalLMOutputWithPast(loss=_loss(inner, logits_of, hidden, labels, rows, items))
+
+    inner.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del inner.forward
+        if before is not None:
+            inner.forward = before  # type: ignore[method-assign]
+
+
+def _language_model(model: nn.Module) -> nn.Module:
+    """The model whose forward pass takes labels: inside what trains in several processes, and inside peft's."""
+    inner = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
+
+
+def _loss(
+    model: nn.Module,
+    logits_of: Callable[[Tensor], Tensor],
+    hidden: Tensor,  # (samples, tokens, features), or (tokens, features) of one sample
+    labels: Tensor,  # (samples, tokens)
+    rows: Tensor,
+    items: Tensor | int | None,  # what the sum is divided by; None: the labelled tokens of the batch
+) -> Tensor:
+    """The sum of the labelled tokens' cross-entropies ÷ items: fp32, a scalar."""
+    rows = rows.to(hidden.device)
+    x = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
+    targets = labels.reshape(-1).to(hidden.device)[rows + 1]
+    count = len(rows) if items is None else items
+    if isinstance(count, Tensor):
+        divisor = count.to(hidden.device, torch.float32)
+    else:
+        divisor = torch.full((), float(count), device=hidden.device)
+    grad = torch.is_grad_enabled()
+    trained = _trained_in_head(model) if grad else []
+    return _ChunkedLoss.apply(x, targets, divisor.reciprocal(), logits_of, tokens_at_once(model, x.device), grad,
+                              *trained)  # fmt: skip
+
+
+def _trained_in_head(model: nn.Module) -> list[nn.Parameter]:
+    """What trains and makes logits of the decoder's output; a table tied to the embeddings is also the decoder's."""
+    below = {id(p) for p in model.base_model.parameters()}  # type: ignore[operator, union-attr]
+    head = [*model.get_output_embeddings().parameters(), *(p for p in model.parameters() if id(p) not in below)]  # type: ignore[operator]
+    return list({id(p): p for p in head if p.requires_grad}.values())
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Cross-entropies of chunks of tokens and their gradients, summed in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (n, features)
+        targets: Tensor,  # (n,)
+        scale: Tensor,  # of the sum: a scalar
+        logits_of: Callable[[Tensor], Tensor],
+        step: int,
+        grad: bool,
+        *trained: nn.Parameter,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        by_x = torch.zeros_like(x) if grad and ctx.needs_input_grad[0] else None
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in trained]
+        for start in range(0, len(x), step):
+            part = x[start : start + step].detach().requires_grad_(by_x is not None)
+            target = targets[start : start + step, None]
+            with torch.set_grad_enabled(by_x is not None or bool(sums)):
+                logits = logits_of(part)
+            log_shares = torch.log_softmax(logits.detach().float(), -1)
+            total -= log_shares.gather(1, target).sum()
+            if not logits.requires_grad:
+                continue
+            # The gradient by the logits: softmax less the target's one, without a third copy of them.
+            wanted = log_shares.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
+            inputs = [*([part] if by_x is not None else []), *trained]
+            found = torch.autograd.grad(logits, inputs, wanted.mul_(scale).to(logits.dtype), allow_unused=True)
+            if by_x is not None:
+                by_x[start : start + step] = found[0]
+                found = found[1:]
+            for own, gradient in zip(sums, found, strict=True):
+                if gradient is not None:
+                    own += gradient
+        ctx.save_for_backward(by_x, *(own.to(p.dtype) for own, p in zip(sums, trained, strict=True)))
+        return total * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
+        by_x, *by_trained = ctx.saved_tensors
+        found = [None if each is None else each * by_loss.to(each.dtype) for each in (by_x, *by_trained)]
+        return found[0], None, None, None, None, None, *found[1:]
