@@ -37,6 +37,7 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+SAMPLES = "samples.jsonl"  # what base and adapter answered on the way
 REPORT = "report.html"
 BENCH = "bench.json"
 QUESTIONS = "train_questions.safetensors"

@@ -1,0 +1,105 @@
+"""Several runs side by side: a row a run, a column for each thing they may differ in; and the settings that differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sparseft.config import flatten
+from sparseft.report.numbers import count, duration, fixed, memory, number, percent, rate, short_count, signed
+from sparseft.report.run_data import Run
+from sparseft.report.tables import Table
+
+ACROSS = 4  # runs at most beside each other as columns of the settings; more are rows
+
+FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("tokens/s", "tokens_per_second", rate),
+    ("memory", "peak_memory_bytes", memory),
+    ("time", "train_seconds", duration),
+)
+
+
+class Columns:
+    """Columns as they are gathered, left to right."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = runs
+        self.table = Table([], [[] for _ in runs], [], sorts=True)
+
+    def text(self, name: str, texts: Sequence[str]) -> None:
+        self.table.head = [*self.table.head, name]
+        self.table.rows = [[*row, text] for row, text in zip(self.table.rows, texts, strict=True)]
+
+    def number(
+        self,
+        name: str,
+        values: Sequence[float | None],
+        texts: Sequence[str],
+        best: Callable[..., float] | None = None,
+    ) -> None:
+        """A column of numbers as `texts`; left out where no run has one."""
+        if all(value is None for value in values):
+            return
+        column = len(self.table.head)
+        self.table.numeric = [*self.table.numeric, column]
+        self.table.keys[column] = values
+        known = [value for value in values if value is not None]
+        if best is not None and len(set(known)) > 1:
+            self.table.best |= {(row, column) for row, value in enumerate(values) if value == best(known)}
+        self.text(name, texts)
+
+
+def comparison(runs: Sequence[Run]) -> dict[str, Any]:
+    """One row a run; what is the same for all is said once, above the table."""
+    columns, shared = Columns(runs), []
+    columns.text("run", [run.label for run in runs])
+    for name, texts in (
+        ("method", [run.method for run in runs]),
+        ("model", [run.model_name for run in runs]),
+        ("data", [run.dataset_name for run in runs]),
+    ):
+        if texts == [run.label for run in runs]:
+            continue
+        if len(set(texts)) > 1:
+            columns.text(name, texts)
+        else:
+            shared.append(f"{name} {texts[0]}")
+    if not all(run.finished for run in runs):
+        columns.text("state", ["finished" if run.finished else "not finished" for run in runs])
+    trainable = [number(run.get("trainable_parameters")) for run in runs]
+    columns.number("trainable", trainable, [short_count(value) for value in trainable])
+    columns.number("share", [run.share for run in runs], [percent(run.share) for run in runs])
+    columns.number("steps", [run.last_step for run in runs], [count(run.last_step) for run in runs])
+    for name, key, shown in FIGURES:
+        columns.number(name, [number(run.get(key)) for run in runs], [shown(run.get(key)) for run in runs])
+    for name, place, best in (("loss before", 0, None), ("loss after", -1, min)):
+        losses = [run.losses[place] for run in runs]
+        columns.number(name, losses, [fixed(loss) for loss in losses], best)
+    for task in dict.fromkeys(task for run in runs for task in run.headline):
+        scores = [run.after.get(task) for run in runs]
+        shown_scores = [percent(score.accuracy, score.stderr) if score else "–" for score in scores]
+        columns.number(task, [score.accuracy if score else None for score in scores], shown_scores, max)
+        changes = [run.change(task) for run in runs]
+        shown_changes = [signed(100 * change.value) if change else "–" for change in changes]
+        columns.number(f"{task}, change", [change.value if change else None for change in changes], shown_changes, max)
+    note = f"The same for all: {', '.join(shared)}. " if shared else ""
+    note += "Loss: on the examples held out of its data, where a run has not finished the last one so far. Accuracies "
+    note += "are ± one standard error, changes in points against the base. The best of a column stands out."
+    return {"note": note, "table": columns.table, "settings": differences(runs)}
+
+
+def differences(runs: Sequence[Run]) -> Table:
+    """The settings in which the runs differ, from their configs: a row a setting, or with many runs a row a run."""
+    settings = [flatten(run.config) for run in runs]
+    names = dict.fromkeys(name for one in settings for name in one)
+    rows = []
+    for name in names:
+        values = [json.dumps(one[name], ensure_ascii=False, default=str) if name in one else "–" for one in settings]
+        if len(set(values)) > 1:
+            rows.append([name, *values])
+    labels = [run.label for run in runs]
+    if len(runs) <= ACROSS or not rows:
+        return Table(["setting", *labels], rows)
+    head, *columns = zip(*rows, strict=True)
+    return Table(["run", *head], [[label, *values] for label, values in zip(labels, columns, strict=True)], sorts=True)
