@@ -39,7 +39,9 @@ def _answers(runs: Sequence[Run], prompt: str) -> list[dict[str, Any]]:
         name = "base" if len(texts) == 1 else f"base of {', '.join(whose)}"
         cells.append({"name": name, "text": _cut(text), "earlier": [], "left": 0})
     for run in runs:
-        by_step = {a.step: a.text for a in run.answers if not a.base and a.prompt == prompt}  # the last of a step counts
+        by_step = {
+            a.step: a.text for a in run.answers if not a.base and a.prompt == prompt
+        }  # the last of a step counts
         if not by_step:
             continue
         *earlier, (step, text) = sorted(by_step.items())

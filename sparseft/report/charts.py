@@ -186,7 +186,13 @@ def _lines(drawing: Drawing, axes: Axes, panel: Panel, x_label: str) -> None:
         colour = _colour(one.colour)
         dots = (one.markers and len(known) <= MAX_MARKERS) or len(known) == 1
         dash = DASHES[(one.colour or 0) // SERIES_COLOURS % len(DASHES)]
-        look = {"color": colour, "linewidth": 1 if one.colour is None else 2, "zorder": 2 if one.colour is None else 3, "linestyle": dash, "alpha": 0.45 if one.faint else None}
+        look = {
+            "color": colour,
+            "linewidth": 1 if one.colour is None else 2,
+            "zorder": 2 if one.colour is None else 3,
+            "linestyle": dash,
+            "alpha": 0.45 if one.faint else None,
+        }
         (line,) = axes.plot(xs, ys, **look)
         drawing.tip(line, one.name)
         (drawing.keys[one.name],) = axes.plot([], [], marker="o" if one.markers else "", markersize=7, **look)
@@ -377,7 +383,9 @@ class Drawing:
         content = re.split("<svg[^>]*>", buffer.getvalue(), maxsplit=1)[1].rstrip()
         content = re.sub(r'<g id="([^"]*)">', lambda group: f"<g>{self._title(group[1])}", content)
         content = re.sub(r"'DejaVu Sans'[^;\"]*", FONT, content)
-        content = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), content)  # a hundredth of a pixel
+        content = re.sub(
+            r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), content
+        )  # a hundredth of a pixel
         self.svg = root + re.sub(r"(?<=: )#\w{6}", lambda found: VARIABLES.get(found[0], found[0]), content)
 
     def _title(self, gid: str) -> str:

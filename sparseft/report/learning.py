@@ -31,7 +31,9 @@ def learnt_and_forgotten(runs: Sequence[Run], drawn: Callable[..., dict[str, str
             name, colour = (kind, 0 if kind == "trained for" else 1) if single else (run.label, index)
             bars.append(Bar(name, change.value, change.stderr, colour))
         if bars:
-            name = task if single or not learns else f"{task} ({'trained for' if task in learns else 'not trained for'})"
+            name = (
+                task if single or not learns else f"{task} ({'trained for' if task in learns else 'not trained for'})"
+            )
             groups.append((name, bars))
             measured.add(task)
     notes = []
@@ -48,11 +50,6 @@ def learnt_and_forgotten(runs: Sequence[Run], drawn: Callable[..., dict[str, str
             notes.append("Which of these tasks the data train for is not known: trainer.eval_task names none of them.")
         if len(runs) > most:
             notes.append(f"The first {most} runs; the table above has all.")
-    if not measured - learns:
-        notes.append(
-            "No task that it was not trained for was measured before and after, so what it forgot is not known: "
-            "`sparseft eval mmlu --run DIR` measures one."
-        )
     if single:
         before, after = runs[0].losses
         if before is not None and after is not None:
@@ -62,5 +59,6 @@ def learnt_and_forgotten(runs: Sequence[Run], drawn: Callable[..., dict[str, str
             )
     return {
         "notes": notes,
+        "unknown": not measured - learns,
         "chart": drawn(lambda width: bar_chart(groups, "change in points", width=width, change=True)),
     }

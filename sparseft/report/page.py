@@ -119,7 +119,9 @@ def sentence(run: Run) -> str:
 def _header(runs: list[Run]) -> dict[str, str]:
     run = runs[0]
     if len(runs) > 1:
-        named = ", ".join(run.label for run in runs[:MANY]) + (f" and {len(runs) - MANY} more" if len(runs) > MANY else "")
+        named = ", ".join(run.label for run in runs[:MANY]) + (
+            f" and {len(runs) - MANY} more" if len(runs) > MANY else ""
+        )
         lead = f"{named}, compared by what they trained, cost and learnt."
         return {"title": f"{len(runs)} runs side by side", "kicker": "sparseft", "lead": lead}
     started = run.environment.get("started")
@@ -184,7 +186,9 @@ def _curves(runs: list[Run]) -> dict[str, Any]:
             others.append(line_chart([[panel]], "optimizer step", height=190, width=440, legend=False))
     panel = Panel("loss (nats per token)", series)
     return {
-        "chart": drawn(lambda width: line_chart([[panel]], "optimizer step", height=324 if single else 380, width=width)),
+        "chart": drawn(
+            lambda width: line_chart([[panel]], "optimizer step", height=324 if single else 380, width=width)
+        ),
         "grouped": grouped,
         "others": [chart for chart in others if chart],
     }

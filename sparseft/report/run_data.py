@@ -96,7 +96,7 @@ class Run:
         own = {task for task in scores if task in named}
         members = {member for task in own for member in scores[task].members}
         groups = {task for task in scores if scores[task].members and {*scores[task].members} <= named}
-        return own | members | groups
+        return own | (members & set(scores)) | groups
 
     @property
     def model_name(self) -> str:
@@ -230,7 +230,12 @@ def read_indices(path: Path) -> dict[str, dict[str, Any]]:
             module, kind, last = split_name(name, path)
             index = file.get_tensor(name)
             wanted = 2 if kind == "blocks" else 1
-            if last != "index" or index.dtype.kind not in "iu" or index.ndim != wanted or index.shape[1:] not in ((), (2,)):
+            if (
+                last != "index"
+                or index.dtype.kind not in "iu"
+                or index.ndim != wanted
+                or index.shape[1:] not in ((), (2,))
+            ):
                 raise UserError(f"{path}: '{name}' is no index of a selection.")
             found.setdefault(module, {})[kind] = index.astype("int64")
     return found

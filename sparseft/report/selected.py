@@ -47,7 +47,7 @@ class Weights:
 
 def selected(run: Run, drawn: Callable[..., dict[str, str]]) -> dict[str, Any]:
     """Notes and pictures of what a run trains, or why there are none; `drawn` makes a chart of a function of width."""
-    nothing: dict[str, Any] = {"chart": None, "map": [], "scores": None}
+    nothing: dict[str, Any] = {"chart": {}, "map": [], "map_note": "", "scores": None}
     modules = (run.selection or {}).get("modules")
     if not isinstance(modules, dict) or not modules:
         why_not = "the method selects no part of the weights, or the run stopped before."
@@ -76,10 +76,13 @@ def selected(run: Run, drawn: Callable[..., dict[str, str]]) -> dict[str, Any]:
         units = [f"{unit} of {size:.0f} × {size:.0f}" if unit.endswith("blocks") else unit for unit in units]
     shares = {place: weights.trained / weights.weights for place, weights in places.items()}
     whole = sum(weights.trained for weights in places.values()) / sum(weights.weights for weights in places.values())
-    note = (
-        f"{', '.join(units) or 'Nothing'} in {count(len(modules))} weights. Each cell: the share of that weight that "
-        f"trains; all together {percent(whole)} of them. The darkest: {percent(max(shares.values()))}."
-    )
+    note = f"{', '.join(units) or 'Nothing'} in {count(len(modules))} weights, all together {percent(whole)} of them."
+    alike = {role: {percent(share) for (_, other), share in shares.items() if other == role} for role in roles}
+    if same := len(layers) > 1 and all(len(found) == 1 for found in alike.values()):
+        by_role = ", ".join(f"{found.pop()} of {_short(role, roles)}" for role, found in alike.items())
+        note += f" In every layer alike: {by_role}."
+    else:
+        note += f" Each cell: the share of that weight that trains; the darkest: {percent(max(shares.values()))}."
 
     def chart(width: int) -> str:
         if width > NARROW:
@@ -98,7 +101,7 @@ def selected(run: Run, drawn: Callable[..., dict[str, str]]) -> dict[str, Any]:
         pictures, darkest = [], f"Where in the weights they lie is not known: {why(error)}"
     return {
         "note": note,
-        "chart": drawn(chart),
+        "chart": {} if same else drawn(chart),
         "map": pictures,
         "map_note": darkest,
         "scores": _scores(run, roles, found),
@@ -214,7 +217,9 @@ def _density(kind: str, index: Any, shape: tuple[int, int], block: int, cells: t
         if len(own) and (own.min() < 0 or own.max() >= units[side]):
             raise UserError("selection.safetensors has an index outside of the weight.")
         by_cell.append(own * cells[side] // units[side])
-    room = [numpy.bincount(numpy.arange(units[side]) * cells[side] // units[side], minlength=cells[side]) for side in whose]
+    room = [
+        numpy.bincount(numpy.arange(units[side]) * cells[side] // units[side], minlength=cells[side]) for side in whose
+    ]
     if kind == "blocks":
         counted = numpy.zeros(cells)
         numpy.add.at(counted, tuple(by_cell), 1.0)
@@ -285,11 +290,16 @@ def _scores(run: Run, roles: Sequence[str], found: dict[Place, list[dict[str, An
     settings = settings if isinstance(settings, dict) else {}
     importance, order = str(settings.get("importance") or ""), str(settings.get("order") or "largest")
     if not found:
-        return {"note": "The selection's scores were not kept: it was made by an earlier version, or by hand.", "charts": []}
+        return {
+            "note": "The selection's scores were not kept: it was made by an earlier version, or by hand.",
+            "charts": [],
+        }
     by_role: dict[str, list[tuple[float, list[float], list[float], float | None]]] = {}
     for (layer, role), entries in found.items():
         for entry in entries:
-            every, kept = (_numbers(entry.get(name), size) for name, size in (("scores", LEVELS), ("kept_scores", KEPT_LEVELS)))
+            every, kept = (
+                _numbers(entry.get(name), size) for name, size in (("scores", LEVELS), ("kept_scores", KEPT_LEVELS))
+            )
             if every:
                 name = _short(role, roles) + (f", {entry['role']}" if len(entries) > 1 else "")
                 at = float(layer) if layer else 0.0
@@ -306,7 +316,9 @@ def _scores(run: Run, roles: Sequence[str], found: dict[Place, list[dict[str, An
     )
     note += ": what lies above it trains." if which == 0 else "."
     if any(panel.log for panel in panels):
-        note += " Axes are logarithmic where scores differ by more than a factor of twenty; scores of 0 are left out there."
+        note += (
+            " Axes are logarithmic where scores differ by more than a factor of twenty; scores of 0 are left out there."
+        )
 
     charts = [line_chart([[panel]], "layer", height=190, width=PANEL, legend=False) for panel in panels]
     return {"note": note, "charts": charts}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -21,8 +23,9 @@ from sparseft.errors import UserError
 from sparseft.files import atomic
 from sparseft.report.charts import MAX_POINTS, Bar, Panel, Series, bar_chart, heat_map, line_chart, thin
 from sparseft.report.numbers import count, duration, memory, number, percent, rate, short_count
-from sparseft.report.page import build_report, layer_and_role, sentence
-from sparseft.report.run_data import read_run
+from sparseft.report.page import build_report, sentence
+from sparseft.report.run_data import name_runs, read_run
+from sparseft.report.selected import layer_and_role
 from sparseft.runs import environment
 from sparseft.runs import folder as runs
 from sparseft.runs import metrics as runs_metrics
@@ -76,7 +79,7 @@ class Page(HTMLParser):
         self.stack.pop()
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.stack:
+        if not {"style", "script"} & set(self.stack):
             self.text += f" {data}"
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
@@ -102,7 +105,7 @@ def make_run(folder: Path, **summary: Any) -> Path:
     atomic.write_json(folder / "selection/selection.json", {"method": "alpha", "block_size": 2, "modules": modules})
     for name, accuracy in (("eval/before", 0.25), ("eval", 0.625)):
         tasks = {
-            "group": {"accuracy": accuracy, "stderr": 0.02, "samples": 120, "shots": 0},
+            "group": {"accuracy": accuracy, "stderr": 0.02, "samples": 120, "shots": 0, "tasks": ["member"]},
             "member": {"accuracy": accuracy / 2, "stderr": None, "samples": 60, "shots": 0},
         }
         atomic.write_json(folder / name / "group.json", {"task": "group", "tasks": tasks})
@@ -121,11 +124,11 @@ def test_a_run_reports_what_its_files_say(tmp_path: Path) -> None:
         "Peak memory 1.50 GiB cpu",
         "Training time 48.2 s 20 steps of 2.41 s",
         "Evaluation loss 0.970 2.900 before",
-        "group 25.0 ± 2.0 % 62.5 ± 2.0 % +37.5 0 120",
+        "group 25.0 ± 2.0 % 62.5 ± 2.0 % +37.5 ± 2.8 0 120",
         "Members of the groups (1)",
         "member 12.5 % 31.2 % +18.8 0 60",
-        "17 blocks of 2 × 2 in 3 weights. Each cell: the share of that weight that trains; all together 13.6 % of "
-        "them. The darkest: 24.0 %.",
+        "17 blocks of 2 × 2 in 3 weights, all together 13.6 % of them. Each cell: the share of that weight that trains; "
+        "the darkest: 24.0 %.",
         "commit abc123",
         "dtype bfloat16",
         "name: alpha",
@@ -134,10 +137,13 @@ def test_a_run_reports_what_its_files_say(tmp_path: Path) -> None:
     assert "Warning" not in page.text
 
 
-def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(tmp_path: Path) -> None:
     page = Page(build_report([make_run(tmp_path / "run")], tmp_path / "report.html"))
     assert build_report([tmp_path / "run"], tmp_path / "again.html").read_text() == page.source
-    assert not page.of("script") and not page.of("link") and not page.of("img")
+    assert page.of("script") == [{}] and not page.of("link") and not page.of("img")
+    (script,) = re.findall(r"<script>(.*?)</script>", page.source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert page.of("meta")[1]["content"].endswith(f"; script-src 'sha256-{digest}'")  # no other script may run
     for _, attributes in page.elements:
         assert not {"src", "href", "onload", "onclick"} & set(attributes)
         assert (attributes.get("xlink:href") or "#").startswith("#")  # what the drawing itself holds
@@ -159,7 +165,7 @@ def test_everything_from_the_files_is_escaped(tmp_path: Path) -> None:
     (folder / "eval/group.json").write_text(json.dumps({"task": NASTY, "tasks": {NASTY: entry}}))
     for folders in ([folder], [folder, make_run(tmp_path / "other")]):
         page = Page(build_report(folders, tmp_path / "report.html"))
-        assert not page.of("script") and not page.of("img")
+        assert len(page.of("script")) == 1 and not page.of("img")
         assert "alert('x')" in page.text  # shown as text, not lost
         assert "\x00" not in page.source
 
@@ -168,7 +174,10 @@ def test_a_run_that_failed_reports_what_there_is(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "summary.json").unlink()
     page = Page(build_report([folder], tmp_path / "report.html"))
-    assert "The run did not finish: it has no summary.json; its last logged step is 20." in page.text
+    assert (
+        "The run has not finished, it is still running or it failed: no summary.json; its last logged step is 20."
+        in page.text
+    )
     assert "alpha training of unknown model on unknown data has not finished." in page.text
     assert "loss (nats per token)" in page.text
 
@@ -225,18 +234,24 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     second = make_run(tmp_path / "b", method="beta", trainable_parameters=1024000, eval_loss_after=0.5, seed=7)
     page = Page(build_report([first, second], tmp_path / "report.html"))
     assert "The same for all: model some/model, data letters." in page.text
-    assert "alpha 41.0 k 4.0 % 20 3,822 1.50 GiB 48.2 s 2.900 → 0.970 62.5 ± 2.0 %" in page.text
-    assert "beta 1.02 M 100 % 20 3,822 1.50 GiB 48.2 s 2.900 → 0.500 62.5 ± 2.0 %" in page.text
-    best = re.findall(r'<td class="number best">([^<]*)</td>', page.source)
-    assert best == ["2.900 → 0.500"]  # the accuracies are equal: none of them stands out
+    assert "alpha 41.0 k 4.0 % 20 3,822 1.50 GiB 48.2 s 2.900 0.970 62.5 ± 2.0 % +37.5" in page.text
+    assert "beta 1.02 M 100 % 20 3,822 1.50 GiB 48.2 s 2.900 0.500 62.5 ± 2.0 % +37.5" in page.text
+    best = re.findall(r'<td class="number best" data-sort="([^"]*)">([^<]*)</td>', page.source)
+    assert best == [("0.5", "0.500")]  # the accuracies are equal: none of them stands out
     assert 'method.name "alpha" "beta"' in page.text and "seed 0 7" in page.text
     assert "What was selected: alpha" in page.text and "How it was made: beta" in page.text
 
 
+def labels(folders: list[Path]) -> list[str]:
+    found = [read_run(folder) for folder in folders]
+    name_runs(found)
+    return [run.label for run in found]
+
+
 def test_runs_of_one_method_are_told_apart(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "one"), make_run(tmp_path / "two"), make_run(tmp_path / "x/two")]
-    assert "one evaluation" in Page(build_report(folders[:2], tmp_path / "r.html")).text
-    assert "3: two evaluation" in Page(build_report(folders, tmp_path / "r.html")).text
+    assert labels(folders[:2]) == ["one", "two"]
+    assert labels(folders) == ["1: one", "2: two", "3: two"]
 
 
 def test_a_report_needs_a_run(tmp_path: Path) -> None:
@@ -450,6 +465,7 @@ def test_command_takes_the_latest_one_or_several(in_tmp: Path, capsys: pytest.Ca
 def test_command_keeps_two_comparisons_of_one_second(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(in_tmp / "a"), make_run(in_tmp / "b")
     monkeypatch.setattr(command, "timestamp", lambda: "now")
+    monkeypatch.setattr(command, "build_report", lambda folders, out: out.parent.mkdir(exist_ok=True) or out.touch())
     made = [command.run(["a", "b"])["report"] for _ in range(3)]
     assert made == ["outputs/report-now.html", "outputs/report-now-2.html", "outputs/report-now-3.html"]
 

@@ -94,4 +94,6 @@ def test_a_computed_selection_keeps_them_and_they_agree_with_what_trains(method:
 
 def test_random_scores_are_not_kept() -> None:
     selection = sparseft.compute_selection(build_model("llama"), sparseft.S2FTConfig(importance="random"))
-    assert selection.meta["candidates"] and all("scores" not in entry for entry in selection.meta["candidates"].values())
+    assert selection.meta["candidates"] and all(
+        "scores" not in entry for entry in selection.meta["candidates"].values()
+    )
