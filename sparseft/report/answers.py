@@ -37,7 +37,7 @@ def _answers(runs: Sequence[Run], prompt: str) -> list[dict[str, Any]]:
     for text in texts:
         whose = [label for label, found in bases.items() if found and found[-1] == text]
         name = "base" if len(texts) == 1 else f"base of {', '.join(whose)}"
-        cells.append({"name": name, "text": _cut(text), "earlier": [], "left": 0})
+        cells.append({"name": name, "text": _cut(text), "same": False, "earlier": [], "left": 0})
     for run in runs:
         by_step = {
             a.step: a.text for a in run.answers if not a.base and a.prompt == prompt

@@ -54,8 +54,8 @@ def learnt_and_forgotten(runs: Sequence[Run], drawn: Callable[..., dict[str, str
         before, after = runs[0].losses
         if before is not None and after is not None:
             notes.append(
-                f"On held-out examples of its own data the loss went from {fixed(before)} to {fixed(after)} (no standard "
-                "error is kept of it)."
+                f"On held-out examples of its own data the loss went from {fixed(before)} to {fixed(after)}; no "
+                "standard error is kept of it."
             )
     return {
         "notes": notes,

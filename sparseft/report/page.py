@@ -41,7 +41,6 @@ from sparseft.report.run_data import Run, name_runs, read_run
 from sparseft.report.selected import selected
 from sparseft.report.tables import Table
 
-
 MANY = 12  # runs: with more, charts show the first of them, and what each one selected is left to its own page
 
 
@@ -157,7 +156,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _curves(runs: list[Run]) -> dict[str, Any]:
-    """The charts of what was logged on the way. Of many runs the evaluation losses alone, those of the best coloured."""
+    """The charts of what was logged on the way; of many runs the evaluation losses alone, the best ones coloured."""
     single, many = len(runs) == 1, len(runs) > MANY
     series, grouped = [], 1
     order = list(runs)

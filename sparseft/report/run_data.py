@@ -15,7 +15,6 @@ from sparseft.report.numbers import number
 from sparseft.runs.folder import BEFORE, CONFIG, ENVIRONMENT, EVAL, METRICS, SAMPLES, SELECTION, SUMMARY, load_summary
 from sparseft.runs.metrics import read_metrics
 
-
 MODELS = ("base", "adapter")  # who answers, in samples.jsonl
 
 

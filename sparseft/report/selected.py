@@ -311,8 +311,8 @@ def _scores(run: Run, roles: Sequence[str], found: dict[Place, list[dict[str, An
     name, which = cut.get(order, ("the median of what is kept", 1))
     panels = [_panel(role, sorted(points, key=lambda point: point[0]), name, which) for role, points in by_role.items()]
     note = (
-        f"Importance {importance or 'unknown'} of the units of each role, over the layers: the bands hold all scores from "
-        f"5 to 95 % and from 25 to 75 % of them, the faint line is the largest, the line with dots {name}"
+        f"Importance {importance or 'unknown'} of the units of each role, over the layers: the bands hold the scores "
+        f"from 5 to 95 % and from 25 to 75 % of all, the faint line is the largest, the line with dots {name}"
     )
     note += ": what lies above it trains." if which == 0 else "."
     if any(panel.log for panel in panels):

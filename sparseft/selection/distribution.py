@@ -1,4 +1,4 @@
-"""What the scores of a selection look like, for people: of each linear and role their quantiles, and where the cut lies.
+"""What the scores of a selection look like: of each linear and role their quantiles, and where the cut lies.
 
 Nothing is chosen by it: it travels in `selection.json` as `candidates`, and `sparseft report` draws it.
 """
@@ -57,7 +57,7 @@ def distributions(
 
 
 def quantiles(values: Tensor, levels: Sequence[float]) -> list[float]:
-    """Values that are there, the nearest to each level: `torch.quantile` refuses more than 16 million. Empty of none."""
+    """Values that are there, nearest to each level, none of none: `torch.quantile` refuses more than 16 million."""
     if not len(values):
         return []
     ranked = values.sort().values

@@ -127,8 +127,8 @@ def test_a_run_reports_what_its_files_say(tmp_path: Path) -> None:
         "group 25.0 ± 2.0 % 62.5 ± 2.0 % +37.5 ± 2.8 0 120",
         "Members of the groups (1)",
         "member 12.5 % 31.2 % +18.8 0 60",
-        "17 blocks of 2 × 2 in 3 weights, all together 13.6 % of them. Each cell: the share of that weight that trains; "
-        "the darkest: 24.0 %.",
+        "17 blocks of 2 × 2 in 3 weights, all together 13.6 % of them. Each cell: the share of that weight that "
+        "trains; the darkest: 24.0 %.",
         "commit abc123",
         "dtype bfloat16",
         "name: alpha",
