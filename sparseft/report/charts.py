@@ -255,7 +255,10 @@ def bar_chart(
             y += between
         axes.set_ylim(y - between / 2, 0)
         reach = [bar.value + sign * (bar.stderr or 0) for _, bars in groups for bar in bars for sign in (-1, 1)]
-        axes.set_xlim(max(-1.0, min(0.0, *reach)) if change else 0, min(1.0, max(0.01, *reach)))
+        left, right = max(-1.0, min(0.0, *reach)) if change else 0.0, min(1.0, max(0.01, *reach))
+        if left < 0:  # room for the values to the left of the bars, which would stand on the names
+            left -= 55 / (width / 2) * (right - left)
+        axes.set_xlim(left, right)
         unit = "" if change else "\u00a0%"
         axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g}{unit}".replace("-", "\u2212"))
         if width < 500:

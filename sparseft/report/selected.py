@@ -20,7 +20,8 @@ CELLS = 16  # of a weight's picture along a side; heads and blocks up to twice a
 SHADES = 4  # that a cell may have
 ACROSS = 32  # layers beside each other; further ones below
 HEADS = ("q", "k", "v", "o")
-PANEL = 340  # width of the scores' charts, in CSS pixels: as many beside each other as there is room for
+USUAL = (*HEADS, "gate", "up", "down")  # the order in which these are read
+PANEL = 290  # width of the scores' charts, in CSS pixels: as many beside each other as there is room for
 LOG_FROM = 20.0  # scores that differ by more are drawn on a logarithmic axis
 LEVELS, KEPT_LEVELS = 7, 3  # how many numbers `candidates` of selection.json has of each
 
@@ -70,6 +71,7 @@ def selected(run: Run, drawn: Callable[..., dict[str, str]]) -> dict[str, Any]:
             kinds[kind] = kinds.get(kind, 0.0) + (number(entry.get(kind)) or 0.0)
     layers = sorted({layer for layer, _ in places}, key=lambda layer: (not layer, int(layer or 0)))
     roles = list(dict.fromkeys(role for _, role in places))
+    roles.sort(key=lambda role: USUAL.index(_short(role, roles)) if _short(role, roles) in USUAL else -1)
     size = number((run.selection or {}).get("block_size"))
     units = [f"{count(many)} {kind}" for kind, many in kinds.items() if many]
     if size is not None and kinds["blocks"]:
@@ -154,7 +156,7 @@ def _map(
             for kind, index in indices.get(module, {}).items():
                 grid += _density(kind, index, weights.shape, int(block), (high, wide))
         grids[place] = numpy.clip(grid / len(weights.modules), 0.0, 1.0)
-    darkest = max(float(grid.max()) for grid in grids.values()) or 1.0
+    darkest = {role: max(float(grids[place].max()) for place in grids if place[1] == role) or 1.0 for role in roles}
     tables = []
     for start in range(0, len(layers), ACROSS):
         head = layers[start : start + ACROSS]
@@ -170,13 +172,13 @@ def _map(
                 what = _words(weights, indices, candidates.get((layer, role), []))
                 label = f"layer {layer or 'none'}, {role}: {percent(weights.trained / weights.weights)} trains, {what}"
                 high, wide = grid.shape
-                cells.append({"label": label, "high": high, "wide": wide, "paths": _paths(grid / darkest)})
-            rows.append((_short(role, roles), role, cells))
-        tables.append({"layers": head, "rows": rows})
+                cells.append({"label": label, "high": high, "wide": wide, "paths": _paths(grid / darkest[role])})
+            rows.append((_short(role, roles), f"{role}: the darkest cell trains {percent(darkest[role])}", cells))
+        tables.append({"layers": head, "rows": rows, "cell": max(25, min(64, 800 // len(head)))})
     note = (
         "Each small picture is one weight, outputs downwards and inputs across: where in it the trained entries lie. "
-        f"Heads and blocks are drawn one by one up to {2 * CELLS} along a side, finer units together; the darkest cell "
-        f"trains {percent(darkest)} of its entries."
+        f"Heads and blocks are drawn one by one up to {2 * CELLS} along a side, finer units together. The more of a cell "
+        "trains, the darker it is, as seen in its row."
     )
     return tables, note
 
@@ -289,13 +291,16 @@ def _scores(run: Run, roles: Sequence[str], found: dict[Place, list[dict[str, An
     settings = (run.selection or {}).get("method_config")
     settings = settings if isinstance(settings, dict) else {}
     importance, order = str(settings.get("importance") or ""), str(settings.get("order") or "largest")
+    if importance == "random":
+        return {"note": "What trains was drawn at random, not scored.", "charts": []}
     if not found:
         return {
             "note": "The selection's scores were not kept: it was made by an earlier version, or by hand.",
             "charts": [],
         }
     by_role: dict[str, list[tuple[float, list[float], list[float], float | None]]] = {}
-    for (layer, role), entries in found.items():
+    ordered = sorted(found.items(), key=lambda item: roles.index(item[0][1]) if item[0][1] in roles else len(roles))
+    for (layer, role), entries in ordered:
         for entry in entries:
             every, kept = (
                 _numbers(entry.get(name), size) for name, size in (("scores", LEVELS), ("kept_scores", KEPT_LEVELS))
@@ -305,8 +310,7 @@ def _scores(run: Run, roles: Sequence[str], found: dict[Place, list[dict[str, An
                 at = float(layer) if layer else 0.0
                 by_role.setdefault(name, []).append((at, every, kept, number(entry.get("kept_share"))))
     if not by_role:
-        drawn_by = " What trains was drawn at random, not scored." if importance == "random" else ""
-        return {"note": f"There are no scores to show.{drawn_by}", "charts": []}
+        return {"note": "There are no scores to show.", "charts": []}
     cut = {"largest": ("the least that is kept", 0), "smallest": ("the most that is kept", 2)}
     name, which = cut.get(order, ("the median of what is kept", 1))
     panels = [_panel(role, sorted(points, key=lambda point: point[0]), name, which) for role, points in by_role.items()]
@@ -338,8 +342,8 @@ def _panel(
     shares = [share for *_, share in points if share is not None]
     title = role
     if shares:
-        lowest, highest = percent(min(shares)), percent(max(shares))
-        title += f": kept have {lowest if lowest == highest else f'{lowest} to {highest}'} of the sum"
+        lowest, highest = f"{100 * min(shares):.0f}", f"{100 * max(shares):.0f}"
+        title += f": {lowest if lowest == highest else f'{lowest} to {highest}'} % of the sum is kept"
     kept_line = [(layer, kept[which] if kept else None) for layer, _, kept, _ in points]
     series = [
         Series("median of all", [(layer, scores[3]) for layer, scores, *_ in points], 0),

@@ -194,8 +194,8 @@ def test_pictures_are_the_dense_mask_seen_from_afar(tmp_path: Path) -> None:
     run = selection(tmp_path, None)
     found = selected.selected(run, drawn)
     (table,) = found["map"]
-    ((_, role, cells),) = table["rows"]
-    assert table["layers"] == ["0", "1"] and role == "a"
+    ((role, about, cells),) = table["rows"]
+    assert table["layers"] == ["0", "1"] and (role, about) == ("a", "a: the darkest cell trains 50.0\xa0%")
     generator = numpy.random.default_rng(0)
     rows, columns = generator.choice(70, 9, replace=False), generator.choice(40, 5, replace=False)
     dense = [numpy.zeros((70, 40)), numpy.zeros((70, 40))]
@@ -266,7 +266,7 @@ def test_scores_are_drawn_with_the_cut(tmp_path: Path) -> None:
     assert "Importance fisher" in found["note"] and "what lies above it trains" in found["note"]
     for tip in ("the least that is kept, layer 0: 5", "the least that is kept, layer 1: 50", "5 to 95 %", "25 to 75 %"):
         assert f"<title>{tip}</title>" in chart
-    assert "a: kept have 25.0 % to 50.0 % of the sum" in chart.replace("\xa0", " ")
+    assert "a: 25 to 50 % of the sum is kept" in chart
 
 
 @pytest.mark.parametrize(
