@@ -7,6 +7,7 @@ from typing import Any
 
 from sparseft.report.numbers import count
 from sparseft.report.run_data import Run
+from sparseft.report.tables import listed
 
 STEPS = 12  # of one prompt and run, the first and the last among them
 PROMPTS = 50
@@ -25,7 +26,7 @@ def sample_answers(runs: Sequence[Run]) -> dict[str, Any] | None:
         note += f" The first {PROMPTS} of {count(len(prompts))} prompts; all are in samples.jsonl."
     without = [run.label for run in runs if not run.answers]
     if without:
-        note += f" None were taken of {', '.join(without)}."
+        note += f" None were taken of {listed(without)}."
     return {"note": note, "prompts": shown}
 
 
@@ -36,7 +37,7 @@ def _answers(runs: Sequence[Run], prompt: str) -> list[dict[str, Any]]:
     texts = dict.fromkeys(found[-1] for found in bases.values() if found)
     for text in texts:
         whose = [label for label, found in bases.items() if found and found[-1] == text]
-        name = "base" if len(texts) == 1 else f"base of {', '.join(whose)}"
+        name = "base" if len(texts) == 1 else f"base of {listed(whose)}"
         cells.append({"name": name, "text": _cut(text), "same": False, "earlier": [], "left": 0})
     for run in runs:
         by_step = {

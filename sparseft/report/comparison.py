@@ -12,12 +12,16 @@ from sparseft.report.run_data import Run
 from sparseft.report.tables import Table
 
 ACROSS = 4  # runs at most beside each other as columns of the settings; more are rows
+FEW = 8  # settings: so many are columns of the comparison itself where runs are rows
 
 FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("tokens/s", "tokens_per_second", rate),
     ("memory", "peak_memory_bytes", memory),
     ("time", "train_seconds", duration),
 )
+
+
+ABSENT = object()
 
 
 class Columns:
@@ -30,6 +34,14 @@ class Columns:
     def text(self, name: str, texts: Sequence[str]) -> None:
         self.table.head = [*self.table.head, name]
         self.table.rows = [[*row, text] for row, text in zip(self.table.rows, texts, strict=True)]
+
+    def setting(self, name: str, values: Sequence[Any]) -> None:
+        """A column of a setting: of numbers where all that is known are numbers."""
+        numbers = [number(value) for value in values]
+        if all(found is not None for found, value in zip(numbers, values, strict=True) if value is not ABSENT):
+            self.number(name, numbers, [_shown(value) for value in values])
+        else:
+            self.text(name, [_shown(value) for value in values])
 
     def number(
         self,
@@ -65,6 +77,11 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
             columns.text(name, texts)
         else:
             shared.append(f"{name} {texts[0]}")
+    settings = differing(runs)
+    beside = {} if len(runs) <= ACROSS else {name: values for name, values in settings.items() if name != "method.name"}
+    if len(beside) <= FEW:
+        for name, values in beside.items():
+            columns.setting(name, values)
     if not all(run.finished for run in runs):
         columns.text("state", ["finished" if run.finished else "not finished" for run in runs])
     trainable = [number(run.get("trainable_parameters")) for run in runs]
@@ -86,18 +103,25 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
     note = f"The same for all: {', '.join(shared)}. " if shared else ""
     note += "Loss: on the examples held out of its data, where a run has not finished the last one so far. Accuracies "
     note += "are ± one standard error, changes in points against the base. The best of a column stands out."
-    return {"note": note, "table": columns.table, "settings": differences(runs)}
+    table = Table([], []) if beside and len(beside) <= FEW else differences(runs)
+    return {"note": note, "table": columns.table, "settings": table, "differ": len(settings)}
+
+
+def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The settings in which the runs differ, from their configs: a value a run, ABSENT where it has no such setting."""
+    settings = [flatten(run.config) for run in runs]
+    names = dict.fromkeys(name for one in settings for name in one)
+    found = {name: [one.get(name, ABSENT) for one in settings] for name in names}
+    return {name: values for name, values in found.items() if len({_shown(value) for value in values}) > 1}
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is ABSENT else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def differences(runs: Sequence[Run]) -> Table:
-    """The settings in which the runs differ, from their configs: a row a setting, or with many runs a row a run."""
-    settings = [flatten(run.config) for run in runs]
-    names = dict.fromkeys(name for one in settings for name in one)
-    rows = []
-    for name in names:
-        values = [json.dumps(one[name], ensure_ascii=False, default=str) if name in one else "–" for one in settings]
-        if len(set(values)) > 1:
-            rows.append([name, *values])
+    """The settings in which the runs differ: a row a setting, or with many runs a row a run."""
+    rows = [[name, *map(_shown, values)] for name, values in differing(runs).items()]
     labels = [run.label for run in runs]
     if len(runs) <= ACROSS or not rows:
         return Table(["setting", *labels], rows)

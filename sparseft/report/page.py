@@ -39,7 +39,7 @@ from sparseft.report.learning import learnt_and_forgotten
 from sparseft.report.numbers import count, duration, fixed, memory, number, percent, rate, short_count, signed, when
 from sparseft.report.run_data import Run, name_runs, read_run
 from sparseft.report.selected import selected
-from sparseft.report.tables import Table
+from sparseft.report.tables import Table, listed
 
 MANY = 12  # runs: with more, charts show the first of them, and what each one selected is left to its own page
 
@@ -53,7 +53,6 @@ def build_report(runs: Sequence[Path], out: Path) -> Path:
     loaded = [read_run(Path(path)) for path in runs]
     name_runs(loaded)
     single = len(loaded) == 1
-    several = [f"{run.label}: {text}" for run in loaded for text in run.warnings]
     environment = jinja2.Environment(
         autoescape=True, finalize=clean, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -67,7 +66,7 @@ def build_report(runs: Sequence[Path], out: Path) -> Path:
         drawing=lambda svg: with_ids(svg, f"d{next(numbers)}"),
         single=single,
         **_header(loaded),
-        warnings=list(dict.fromkeys(loaded[0].warnings if single else several)),
+        warnings=_warnings(loaded),
         tiles=_tiles(loaded[0]) if single else [],
         comparison=None if single else comparison(loaded),
         loss=_curves(loaded),
@@ -89,6 +88,15 @@ def drawn(draw: Callable[[int], str]) -> dict[str, str]:
     """A chart for wide pages and one for a phone's, of a function of the width; empty where it draws nothing."""
     wide = draw(WIDTH)
     return {"wide": wide, "narrow": draw(NARROW)} if wide else {}
+
+
+def _warnings(runs: list[Run]) -> list[str]:
+    """What is to be warned of, each once, with the runs that it is about where there are several."""
+    about: dict[str, list[str]] = {}
+    for run in runs:
+        for text in dict.fromkeys(run.warnings):
+            about.setdefault(text, []).append(run.label)
+    return list(about) if len(runs) == 1 else [f"{listed(labels)}: {text}" for text, labels in about.items()]
 
 
 def _text(name: str) -> str:
@@ -118,10 +126,7 @@ def sentence(run: Run) -> str:
 def _header(runs: list[Run]) -> dict[str, str]:
     run = runs[0]
     if len(runs) > 1:
-        named = ", ".join(run.label for run in runs[:MANY]) + (
-            f" and {len(runs) - MANY} more" if len(runs) > MANY else ""
-        )
-        lead = f"{named}, compared by what they trained, cost and learnt."
+        lead = f"{listed([run.label for run in runs])}, compared by what they trained, cost and learnt."
         return {"title": f"{len(runs)} runs side by side", "kicker": "sparseft", "lead": lead}
     started = run.environment.get("started")
     kicker = f"sparseft run {run.path.resolve().name}" + (f", started {when(started)}" if started else "")

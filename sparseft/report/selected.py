@@ -177,8 +177,8 @@ def _map(
         tables.append({"layers": head, "rows": rows, "cell": max(25, min(64, 800 // len(head)))})
     note = (
         "Each small picture is one weight, outputs downwards and inputs across: where in it the trained entries lie. "
-        f"Heads and blocks are drawn one by one up to {2 * CELLS} along a side, finer units together. The more of a cell "
-        "trains, the darker it is, as seen in its row."
+        f"Heads and blocks are drawn one by one up to {2 * CELLS} along a side, finer units together. The more of "
+        "a cell trains, the darker it is, as seen in its row."
     )
     return tables, note
 

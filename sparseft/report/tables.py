@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """`a, b and 3 more`: at most that many of the names, each shortened where it is very long."""
+    shown = [name if len(name) <= 60 else f"{name[:59]}…" for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 @dataclass
 class Table:
     """Cells of text; columns in `numeric` are set right, cells (row, column) in `best` stand out.
