@@ -11,8 +11,9 @@ from sparseft.report.numbers import count, duration, fixed, memory, number, perc
 from sparseft.report.run_data import Run
 from sparseft.report.tables import Table
 
-ACROSS = 4  # runs at most beside each other as columns of the settings; more are rows
-FEW = 8  # settings: so many are columns of the comparison itself where runs are rows
+ACROSS = 12  # runs at most beside each other as columns of the settings; more are rows
+FEW = 8  # settings: up to so many are columns of the comparison itself
+SOME = 4  # runs: of more, what is the same for all is no column
 
 FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("tokens/s", "tokens_per_second", rate),
@@ -30,6 +31,7 @@ class Columns:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = runs
         self.table = Table([], [[] for _ in runs], [], sorts=True)
+        self.shared: list[str] = []  # what is the same for all
 
     def text(self, name: str, texts: Sequence[str]) -> None:
         self.table.head = [*self.table.head, name]
@@ -50,8 +52,11 @@ class Columns:
         texts: Sequence[str],
         best: Callable[..., float] | None = None,
     ) -> None:
-        """A column of numbers as `texts`; left out where no run has one."""
+        """A column of numbers as `texts`; left out where no run has one, or many runs have the same."""
         if all(value is None for value in values):
+            return
+        if len(self.runs) > SOME and len(set(texts)) == 1:
+            self.shared.append(f"{name} {texts[0]}")
             return
         column = len(self.table.head)
         self.table.numeric = [*self.table.numeric, column]
@@ -64,7 +69,7 @@ class Columns:
 
 def comparison(runs: Sequence[Run]) -> dict[str, Any]:
     """One row a run; what is the same for all is said once, above the table."""
-    columns, shared = Columns(runs), []
+    columns = Columns(runs)
     columns.text("run", [run.label for run in runs])
     for name, texts in (
         ("method", [run.method for run in runs]),
@@ -76,20 +81,14 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
         if len(set(texts)) > 1:
             columns.text(name, texts)
         else:
-            shared.append(f"{name} {texts[0]}")
+            columns.shared.append(f"{name} {texts[0]}")
     settings = differing(runs)
-    beside = {} if len(runs) <= ACROSS else {name: values for name, values in settings.items() if name != "method.name"}
+    beside = {} if len(runs) < 3 else {name: values for name, values in settings.items() if name != "method.name"}
     if len(beside) <= FEW:
         for name, values in beside.items():
             columns.setting(name, values)
     if not all(run.finished for run in runs):
         columns.text("state", ["finished" if run.finished else "not finished" for run in runs])
-    trainable = [number(run.get("trainable_parameters")) for run in runs]
-    columns.number("trainable", trainable, [short_count(value) for value in trainable])
-    columns.number("share", [run.share for run in runs], [percent(run.share) for run in runs])
-    columns.number("steps", [run.last_step for run in runs], [count(run.last_step) for run in runs])
-    for name, key, shown in FIGURES:
-        columns.number(name, [number(run.get(key)) for run in runs], [shown(run.get(key)) for run in runs])
     for name, place, best in (("loss before", 0, None), ("loss after", -1, min)):
         losses = [run.losses[place] for run in runs]
         columns.number(name, losses, [fixed(loss) for loss in losses], best)
@@ -100,7 +99,13 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
         changes = [run.change(task) for run in runs]
         shown_changes = [signed(100 * change.value) if change else "–" for change in changes]
         columns.number(f"{task}, change", [change.value if change else None for change in changes], shown_changes, max)
-    note = f"The same for all: {', '.join(shared)}. " if shared else ""
+    trainable = [number(run.get("trainable_parameters")) for run in runs]
+    columns.number("trainable", trainable, [short_count(value) for value in trainable])
+    columns.number("share", [run.share for run in runs], [percent(run.share) for run in runs])
+    columns.number("steps", [run.last_step for run in runs], [count(run.last_step) for run in runs])
+    for name, key, shown in FIGURES:
+        columns.number(name, [number(run.get(key)) for run in runs], [shown(run.get(key)) for run in runs])
+    note = f"The same for all: {', '.join(columns.shared)}. " if columns.shared else ""
     note += "Loss: on the examples held out of its data, where a run has not finished the last one so far. Accuracies "
     note += "are ± one standard error, changes in points against the base. The best of a column stands out."
     table = Table([], []) if beside and len(beside) <= FEW else differences(runs)

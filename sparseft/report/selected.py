@@ -70,8 +70,9 @@ def selected(run: Run, drawn: Callable[..., dict[str, str]]) -> dict[str, Any]:
         for kind in ("rows", "columns", "blocks"):
             kinds[kind] = kinds.get(kind, 0.0) + (number(entry.get(kind)) or 0.0)
     layers = sorted({layer for layer, _ in places}, key=lambda layer: (not layer, int(layer or 0)))
-    roles = list(dict.fromkeys(role for _, role in places))
-    roles.sort(key=lambda role: USUAL.index(_short(role, roles)) if _short(role, roles) in USUAL else -1)
+    found_roles = list(dict.fromkeys(role for _, role in places))
+    short = {role: _short(role, found_roles) for role in found_roles}
+    roles = sorted(found_roles, key=lambda role: USUAL.index(short[role]) if short[role] in USUAL else -1)
     size = number((run.selection or {}).get("block_size"))
     units = [f"{count(many)} {kind}" for kind, many in kinds.items() if many]
     if size is not None and kinds["blocks"]:
@@ -81,7 +82,7 @@ def selected(run: Run, drawn: Callable[..., dict[str, str]]) -> dict[str, Any]:
     note = f"{', '.join(units) or 'Nothing'} in {count(len(modules))} weights, all together {percent(whole)} of them."
     alike = {role: {percent(share) for (_, other), share in shares.items() if other == role} for role in roles}
     if same := len(layers) > 1 and all(len(found) == 1 for found in alike.values()):
-        by_role = ", ".join(f"{found.pop()} of {_short(role, roles)}" for role, found in alike.items())
+        by_role = ", ".join(f"{found.pop()} of {short[role]}" for role, found in alike.items())
         note += f" In every layer alike: {by_role}."
     else:
         note += f" Each cell: the share of that weight that trains; the darkest: {percent(max(shares.values()))}."
@@ -89,12 +90,13 @@ def selected(run: Run, drawn: Callable[..., dict[str, str]]) -> dict[str, Any]:
     def chart(width: int) -> str:
         if width > NARROW:
             return heat_map(roles, layers, lambda role, layer: _share(shares.get((layer, role))), "layer", width=width)
-        short = {_short(role, roles): role for role in roles}
+        columns = {short[role]: role for role in roles}
         rows = {f"layer {layer}" if layer else "outside": layer for layer in layers}
-        named = [*short], [*rows]
-        return heat_map(
-            named[1], named[0], lambda row, role: _share(shares.get((rows[row], short[role]))), "", width=width
-        )
+
+        def value(row: str, column: str) -> tuple[float, str] | None:
+            return _share(shares.get((rows[row], columns[column])))
+
+        return heat_map([*rows], [*columns], value, "", width=width)
 
     found = _candidates(run)
     try:

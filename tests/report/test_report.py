@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from sparseft.commands import report as command
 from sparseft.config import flatten
@@ -152,6 +154,59 @@ def test_the_page_loads_nothing_and_runs_its_own_script_alone(tmp_path: Path) ->
     assert "prefers-color-scheme: dark" in page.source and "@media print" in page.source
 
 
+def add_everything(folder: Path) -> None:
+    """What newer runs have beside: answers, the selection's indices, and what its scores look like."""
+    index = {"layers.0.mlp.down_proj": [[0, 0], [1, 3], [4, 9]], "layers.0.self_attn.q_proj": [[0, 0], [4, 4]]}
+    index["layers.1.mlp.down_proj"] = [[row, column] for row in range(4) for column in range(3)]
+    tensors = {f"model.{name}.blocks.index": numpy.array(blocks, dtype="int32") for name, blocks in index.items()}
+    save_file(tensors, folder / "selection/selection.safetensors")
+    content = json.loads((folder / "selection/selection.json").read_text())
+    scores = {"scores": [0, 1, 2, 3, 4, 5, 9], "kept_scores": [6, 7, 9], "kept_share": 0.5}
+    units = {"kind": "blocks", "unit": 2, "start": 0, "units": 50, "kept": 3}
+    content["candidates"] = dict.fromkeys(content["modules"], units | scores)
+    content["method_config"] = {"importance": "fisher", "order": "largest"}
+    atomic.write_json(folder / "selection/selection.json", content)
+    told = [(0, "base", "I do not <b>know</b>"), (10, "adapter", "a cat"), (20, "adapter", "a dog")]
+    for step, model, answer in told:
+        line = {"step": step, "model": model, "prompt": "What <i>is</i> it?", "answer": answer}
+        runs_metrics.append_metrics(folder / "samples.jsonl", line)
+
+
+def test_everything_that_a_run_may_have_is_shown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    add_everything(folder)
+    page = Page(build_report([folder], tmp_path / "report.html"))
+    for expected in (
+        "Prompt 1 of 1 What <i>is</i> it? base I do not <b>know</b> after step 20 a dog As it learnt: 1 earlier "
+        "after step 10 a cat",
+        "Where in the weights",
+        "layer 0, mlp.down_proj: 6.0 % trains, 3 of 50 blocks",
+        "Importance fisher of the units of each role",
+        "q: 50 % of the sum is kept",
+        "group, change: +37.50 points ± 2.83 (standard error)",
+    ):
+        assert expected in page.text, expected
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert ids and len(set(ids)) == len(ids)
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', page.source))
+    assert used and used <= set(ids)
+    heads = [attributes for attributes in page.of("th") if attributes.get("scope") not in ("col", "row")]
+    assert not heads  # every head says of what
+    images = [attributes for attributes in page.of("svg") if attributes.get("role") != "img"]
+    assert not images
+
+
+def test_many_runs_make_a_page_that_leaves_charts_of_each_out(tmp_path: Path) -> None:
+    names = ["a & <b>", "ünï 🦙", "x" * 200, *(f"run {number}" for number in range(11))]
+    folders = [make_run(tmp_path / name, train_seconds=float(number)) for number, name in enumerate(names)]
+    (folders[5] / "summary.json").unlink()
+    page = Page(build_report(folders, tmp_path / "report.html"))
+    assert len(page.of("table")) > len(folders)
+    assert "run 2: The run has not finished" in page.text and "and 6 more, compared by" in page.text
+    assert "The page of each run by itself shows it" in page.text and "Where in the weights" not in page.text
+    assert {attributes.get("data-sort") for attributes in page.of("td")} >= {"0.0", "13.0"}
+
+
 def test_everything_from_the_files_is_escaped(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     names = {"method": NASTY, "model": NASTY, "dataset": NASTY, "seed": NASTY, "warnings": [NASTY]}
@@ -163,6 +218,8 @@ def test_everything_from_the_files_is_escaped(tmp_path: Path) -> None:
     (folder / "selection/selection.json").write_text(json.dumps({"modules": modules}))
     entry = {"accuracy": 0.5, "stderr": 0.1, "samples": NASTY, "shots": NASTY}
     (folder / "eval/group.json").write_text(json.dumps({"task": NASTY, "tasks": {NASTY: entry}}))
+    line = {"step": 0, "model": "base", "prompt": NASTY, "answer": NASTY}
+    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
     for folders in ([folder], [folder, make_run(tmp_path / "other")]):
         page = Page(build_report(folders, tmp_path / "report.html"))
         assert len(page.of("script")) == 1 and not page.of("img")
@@ -234,8 +291,8 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     second = make_run(tmp_path / "b", method="beta", trainable_parameters=1024000, eval_loss_after=0.5, seed=7)
     page = Page(build_report([first, second], tmp_path / "report.html"))
     assert "The same for all: model some/model, data letters." in page.text
-    assert "alpha 41.0 k 4.0 % 20 3,822 1.50 GiB 48.2 s 2.900 0.970 62.5 ± 2.0 % +37.5" in page.text
-    assert "beta 1.02 M 100 % 20 3,822 1.50 GiB 48.2 s 2.900 0.500 62.5 ± 2.0 % +37.5" in page.text
+    assert "alpha 2.900 0.970 62.5 ± 2.0 % +37.5 41.0 k 4.0 % 20 3,822 1.50 GiB 48.2 s" in page.text
+    assert "beta 2.900 0.500 62.5 ± 2.0 % +37.5 1.02 M 100 % 20 3,822 1.50 GiB 48.2 s" in page.text
     best = re.findall(r'<td class="number best" data-sort="([^"]*)">([^<]*)</td>', page.source)
     assert best == [("0.5", "0.500")]  # the accuracies are equal: none of them stands out
     assert 'method.name "alpha" "beta"' in page.text and "seed 0 7" in page.text

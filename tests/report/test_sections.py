@@ -142,11 +142,27 @@ def test_a_column_sorts_by_its_numbers_and_missing_ones_have_none() -> None:
 
 
 def test_settings_of_many_runs_are_columns() -> None:
-    runs = [a_run(str(index), config={"seed": index, "same": 1}) for index in range(6)]
+    runs = [a_run(str(index), config={"seed": index, "same": 1}) for index in range(20)]
     assert differences(runs[:3]).rows == [["seed", "0", "1", "2"]]
     table = differences(runs)
     assert table.head == ["run", "seed"] and table.rows[5] == ["5", "5"] and table.sorts
-    assert differences([a_run(str(index)) for index in range(6)]).rows == []
+    assert differences([a_run(str(index)) for index in range(20)]).rows == []
+
+
+def test_a_few_settings_of_some_runs_stand_beside_their_results() -> None:
+    runs = [a_run(str(index), config={"seed": index, "a": ["x", None, 1][index]}) for index in range(3)]
+    found = comparison(runs)
+    assert found["settings"].rows == [] and found["differ"] == 2
+    assert found["table"].head == ["run", "seed", "a"]
+    assert found["table"].keys == {1: [0, 1, 2]} and found["table"].rows[1][:3] == ["1", "1", "null"]
+    assert comparison(runs[:2])["settings"].rows == [["seed", "0", "1"], ["a", '"x"', "null"]]
+
+
+def test_what_many_runs_share_is_said_once() -> None:
+    runs = [a_run(str(index), summary={"steps": 7, "train_seconds": index}) for index in range(6)]
+    found = comparison(runs)
+    assert "steps 7" in found["note"] and found["table"].head == ["run", "time"]
+    assert "steps" in comparison(runs[:2])["table"].head
 
 
 def test_paths_are_named_shortly() -> None:
