@@ -106,7 +106,7 @@ def _text(name: str) -> str:
 def sentence(run: Run) -> str:
     """What came of the run, in one sentence."""
     if run.summary is None:
-        reached = "" if run.last_step is None else f" after {count(run.last_step)} logged steps"
+        reached = "" if run.last_step is None else f"; its last logged step is {count(run.last_step)}"
         return f"{run.method} training of {run.model_name} on {run.dataset_name} has not finished{reached}."
     text = f"{run.method} trained {count(run.get('trainable_parameters'))} of {count(run.get('total_parameters'))} "
     text += f"parameters ({percent(run.share)}) of {run.model_name} on {run.dataset_name}"
