@@ -278,19 +278,16 @@ def test_no_content_of_the_files_breaks_the_page(tmp_path_factory: pytest.TempPa
     (folder / "environment.json").write_text(json.dumps({"versions": data.draw(JSON), "started": data.draw(JSON)}))
     lines = [{"step": data.draw(JSON), "loss": data.draw(JSON), "eval_loss": data.draw(JSON)} for _ in range(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    modules = {"layers.0.a": data.draw(JSON), "b": {"shape": [2, data.draw(JSON)], "trainable": data.draw(JSON)}}
+    good = {"shape": [2, 2], "rows": 1, "trainable": 2}
+    odd = st.fixed_dictionaries({"shape": st.tuples(st.just(2), JSON), "trainable": JSON})
+    modules = {name: data.draw(st.just(good) | odd | JSON) for name in ("layers.0.a", "b")}
     scores = {"scores": data.draw(JSON | st.lists(st.floats(), min_size=7, max_size=7)), "unit": data.draw(JSON)}
-    candidates = {
-        "layers.0.a": scores | {"kept_scores": data.draw(JSON), "start": data.draw(JSON)},
-        "b": data.draw(JSON),
-    }
+    scores |= {name: data.draw(JSON) for name in ("kept_scores", "start", "units", "kept", "kept_share")}
+    candidates = {"layers.0.a": scores, "layers.0.a:q": scores, "b": data.draw(JSON)}
     content = {"modules": data.draw(st.just(modules) | JSON), "candidates": data.draw(st.just(candidates) | JSON)}
     (folder / "selection/selection.json").write_text(json.dumps(content | {"method_config": data.draw(JSON)}))
-    index = {
-        "layers.0.a.rows.index": numpy.array([0], dtype="int32"),
-        "b.columns.index": numpy.array([1], dtype="int32"),
-    }
-    save_file(index, folder / "selection/selection.safetensors")
+    one = numpy.array([1], dtype="int32")
+    save_file({"layers.0.a.rows.index": one, "b.columns.index": one}, folder / "selection/selection.safetensors")
     lines = [{"step": data.draw(JSON), "model": "adapter", "prompt": "p", "answer": data.draw(JSON)} for _ in range(2)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     entry = {name: data.draw(JSON) for name in ("accuracy", "stderr", "samples", "tasks", "base", "difference_stderr")}
