@@ -16,6 +16,7 @@ from sparseft.report.run_data import Run, read_indices
 
 Place = tuple[str, str]  # layer and role
 
+LARGEST = 1e9  # features of a weight's side that are believed
 CELLS = 16  # of a weight's picture along a side; heads and blocks up to twice as many, each its own
 SHADES = 4  # that a cell may have
 ACROSS = 32  # layers beside each other; further ones below
@@ -60,7 +61,7 @@ def selected(run: Run, drawn: Callable[..., dict[str, str]]) -> dict[str, Any]:
         shape = entry.get("shape")
         sides = [number(side) for side in shape] if isinstance(shape, list) else []
         trainable = number(entry.get("trainable"))
-        if len(sides) != 2 or not all(side and side >= 1 for side in sides) or trainable is None:
+        if len(sides) != 2 or not all(side and 1 <= side <= LARGEST for side in sides) or trainable is None:
             return nothing | {"note": f"selection.json says neither shape nor trained weights of {module}."}
         high, wide = (int(side or 0) for side in sides)
         weights = places.setdefault(layer_and_role(module), Weights((high, wide), []))
@@ -221,9 +222,11 @@ def _density(kind: str, index: Any, shape: tuple[int, int], block: int, cells: t
         if len(own) and (own.min() < 0 or own.max() >= units[side]):
             raise UserError("selection.safetensors has an index outside of the weight.")
         by_cell.append(own * cells[side] // units[side])
-    room = [
-        numpy.bincount(numpy.arange(units[side]) * cells[side] // units[side], minlength=cells[side]) for side in whose
-    ]
+    # Of cell k the units from ⌈k·n/c⌉ up to ⌈(k+1)·n/c⌉.
+    room = []
+    for side in whose:
+        ends = [-(-k * units[side] // cells[side]) for k in range(cells[side] + 1)]
+        room.append(numpy.diff(numpy.array(ends)))
     if kind == "blocks":
         counted = numpy.zeros(cells)
         numpy.add.at(counted, tuple(by_cell), 1.0)

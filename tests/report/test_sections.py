@@ -153,7 +153,7 @@ def test_a_few_settings_of_some_runs_stand_beside_their_results() -> None:
     runs = [a_run(str(index), config={"seed": index, "a": ["x", None, 1][index]}) for index in range(3)]
     found = comparison(runs)
     assert found["settings"].rows == [] and found["differ"] == 2
-    assert found["table"].head == ["run", "seed", "a"]
+    assert found["table"].head == ["run", "seed", "a", "state"]
     assert found["table"].keys == {1: [0, 1, 2]} and found["table"].rows[1][:3] == ["1", "1", "null"]
     assert comparison(runs[:2])["settings"].rows == [["seed", "0", "1"], ["a", '"x"', "null"]]
 
