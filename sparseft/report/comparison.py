@@ -13,6 +13,7 @@ from sparseft.report.tables import Table
 
 ACROSS = 12  # runs at most beside each other as columns of the settings; more are rows
 FEW = 8  # settings: up to so many are columns of the comparison itself
+ASIDE = ("bench.", "output_dir", "cache_dir", "overwrite")  # settings that do not bear on what is learnt
 SOME = 4  # runs: of more, what is the same for all is no column
 
 FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
@@ -113,10 +114,14 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The settings in which the runs differ, from their configs: a value a run, ABSENT where it has no such setting."""
+    """The settings in which the runs differ, from their configs: a value a run, ABSENT where it has no such setting.
+
+    Not that a method lacks another's setting that is unset, nor what says nothing of the training.
+    """
     settings = [flatten(run.config) for run in runs]
     names = dict.fromkeys(name for one in settings for name in one)
-    found = {name: [one.get(name, ABSENT) for one in settings] for name in names}
+    found = {name: [one.get(name, ABSENT) for one in settings] for name in names if not name.startswith(ASIDE)}
+    found = {name: values for name, values in found.items() if any(value not in (ABSENT, None) for value in values)}
     return {name: values for name, values in found.items() if len({_shown(value) for value in values}) > 1}
 
 
