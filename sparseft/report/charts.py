@@ -31,7 +31,7 @@ PALETTE = {  # by name: the colour on light paper, all different, and on dark
     "muted": ("#5b6570", "#9aa4af"),
     "grid": ("#e3e6ea", "#2a3038"),
     "rule": ("#cdd3da", "#3a424c"),
-    "neutral": ("#a9b1ba", "#66707c"),
+    "neutral": ("#858e99", "#727c88"),
     "warn": ("#8a5300", "#f0c169"),
     "warn-paper": ("#fdf4e3", "#2b2415"),
     "heat": ("#1558c4", "#3273d6"),
