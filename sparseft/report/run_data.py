@@ -264,11 +264,11 @@ def _read_scores(run: Run, content: dict[str, Any], scores: dict[str, Score], na
         members = entry.get("tasks")
         members = [name for name in members if isinstance(name, str)] if isinstance(members, list) else []
         asked_of = (entry.get("samples"), entry.get("shots"), members)
-        score = scores[task] = Score(accuracy, number(entry.get("stderr")), *asked_of)
+        score = scores[task] = Score(accuracy, _error(entry.get("stderr")), *asked_of)
         base = number(entry.get("base"))
         if base is not None and scores is run.after:  # they were compared on the same questions
-            score.paired = number(entry.get("difference_stderr"))
-            run.before[task] = Score(base, number(entry.get("base_stderr")), *asked_of)
+            score.paired = _error(entry.get("difference_stderr"))
+            run.before[task] = Score(base, _error(entry.get("base_stderr")), *asked_of)
     asked = content.get("task")
     for task in [asked] if isinstance(asked, str) else list(tasks):
         if task not in run.headline and task in scores:
@@ -276,6 +276,12 @@ def _read_scores(run: Run, content: dict[str, Any], scores: dict[str, Score], na
     header = content.get("sparseft")
     said = header.get("warnings") if isinstance(header, dict) else None
     run.warnings += [str(text) for text in said] if isinstance(said, list) else []
+
+
+def _error(value: Any) -> float | None:
+    """A standard error, None where it is no number or less than 0."""
+    known = number(value)
+    return known if known is not None and known >= 0 else None
 
 
 def name_runs(runs: list[Run]) -> None:

@@ -104,6 +104,15 @@ def test_the_base_beside_an_evaluation_is_read(tmp_path: Path) -> None:
     assert run.before["t"] == Score(0.5, 0.03, 9, 2, ["m"]) and run.change("t").stderr == 0.01
 
 
+def test_an_error_below_zero_is_none(tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    entry = {"accuracy": 0.6, "stderr": -0.1, "base": 0.5, "base_stderr": -1, "difference_stderr": -0.01}
+    atomic.write_json(tmp_path / "eval/t.json", {"task": "t", "tasks": {"t": entry}})
+    run = read_run(tmp_path)
+    assert run.after["t"].stderr is None and run.before["t"].stderr is None and run.change("t").stderr is None
+    assert run.change("t").paired is False
+
+
 def test_what_it_trains_for_is_told_from_what_it_does_not() -> None:
     run = a_run(**measured("sums", 0.1, 0.9), config={"trainer": {"eval_task": "sums"}, "dataset": {"name": ["x"]}})
     found = learning.learnt_and_forgotten([run], drawn, 12)
