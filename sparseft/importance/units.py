@@ -45,6 +45,15 @@ def unit_index(candidate: Candidate, units: Tensor) -> Tensor:
     return features.reshape(-1)
 
 
+def units_of(candidate: Candidate, index: Tensor) -> Tensor:
+    """The units (sorted, int64) that features (k,) or blocks (n, 2) of the module belong to, where they are among the
+    candidate's: what `unit_index` undoes."""
+    if candidate.kind == "blocks":
+        return (index[:, 0] * math.ceil(candidate.shape[1] / candidate.unit) + index[:, 1]).sort().values
+    own = index[(index >= candidate.start) & (index < candidate.start + candidate.unit * candidate.count)]
+    return ((own - candidate.start) // candidate.unit).unique()
+
+
 def sum_units(matrix: Tensor, candidate: Candidate) -> Tensor:
     """Sums a (out, in) matrix over each unit -> (units,)."""
     if candidate.kind == "blocks":

@@ -1,4 +1,4 @@
-"""Every chart there is, drawn by matplotlib as SVG text: lines, bars with error bars, heat maps.
+"""Every chart there is, drawn by matplotlib as SVG text: lines with bands, bars with error bars, heat maps.
 
 Text stays text, nothing is fetched, and the same values give the same bytes. Drawn in the light colours of `PALETTE`, a
 drawing names them as CSS variables in the end and so serves light, dark and print: the page around it says what they
@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparseft.report.numbers import signed
+
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
@@ -29,11 +31,12 @@ PALETTE = {  # by name: the colour on light paper, all different, and on dark
     "muted": ("#5b6570", "#9aa4af"),
     "grid": ("#e3e6ea", "#2a3038"),
     "rule": ("#cdd3da", "#3a424c"),
-    "neutral": ("#a9b1ba", "#66707c"),
+    "neutral": ("#858e99", "#727c88"),
     "warn": ("#8a5300", "#f0c169"),
     "warn-paper": ("#fdf4e3", "#2b2415"),
     "heat": ("#1558c4", "#3273d6"),
     "on-heat": ("#fefefe", "#fefefe"),
+    "map": ("#1457c3", "#6aa4fd"),
     "series-1": ("#1f6feb", "#6ea8fe"),
     "series-2": ("#d1570b", "#f2935a"),
     "series-3": ("#14866d", "#4cc2a5"),
@@ -69,6 +72,7 @@ STYLE = {  # over matplotlib's own defaults, whatever the user's matplotlibrc sa
 SERIES_COLOURS = 6  # more series repeat them with another dash
 DASHES = ("-", (0, (7, 4)), (0, (2, 4)), (0, (9, 3, 2, 3)))
 WIDTH = 892  # of the drawings, in CSS pixels at full size
+NARROW = 350  # of those for a phone
 MAX_MARKERS = 40  # of a line: more would hide it
 MAX_POINTS = 500  # of a line: more would only overlap
 
@@ -79,23 +83,35 @@ class Series:
 
     name: str
     points: Sequence[tuple[float, float | None]]
-    colour: int = 0  # index of the colour
+    colour: int | None = 0  # index of the colour, None the neutral one
     markers: bool = False
     faint: bool = False
 
 
 @dataclass
+class Band:
+    """The room between two lines: `points` are (x, lower y, upper y) in order of x; a None interrupts it."""
+
+    name: str
+    points: Sequence[tuple[float, float | None, float | None]]
+    opacity: float
+
+
+@dataclass
 class Panel:
-    """One line chart of a drawing."""
+    """One line chart of a drawing, its bands behind its lines."""
 
     y_label: str
     series: Sequence[Series]
     zero: bool = False  # whether the y axis begins at 0
+    title: str = ""  # above it
+    bands: Sequence[Band] = ()
+    log: bool = False  # whether the y axis is logarithmic: values up to 0 are then left out
 
 
 @dataclass
 class Bar:
-    """One bar of a group, in [0, 1]; `colour` None is the neutral one."""
+    """One bar of a group, a share; `colour` None is the neutral one."""
 
     name: str
     value: float
@@ -135,27 +151,48 @@ def line_chart(
         return ""
     rows, columns = len(panels), len(panels[0])
     first = panels[0][0]
-    with _drawing(width * columns, height * rows, f"{first.y_label} over {x_label}", rows, columns) as drawing:
-        for axes, panel in zip(drawing.axes, (panel for row in panels for panel in row), strict=True):
+    named = [one.name for one in first.series if one.colour is not None]
+    title = f"{first.y_label} over {x_label}: {', '.join(named)}"
+    with _drawing(width * columns, height * rows, title, rows, columns) as drawing:
+        every = [panel for row in panels for panel in row]
+        for axes in drawing.axes[len(every) :]:  # the last row may be shorter
+            axes.set_axis_off()
+        for axes, panel in zip(drawing.axes, every, strict=False):
             _lines(drawing, axes, panel, x_label)
         if legend:
-            drawing.legend([one.name for one in first.series])
+            drawing.legend([*named, *(band.name for band in first.bands)])
         drawing.figure.align_ylabels()
     return drawing.svg
 
 
 def _lines(drawing: Drawing, axes: Axes, panel: Panel, x_label: str) -> None:
     axes.set(xlabel=x_label, ylabel=panel.y_label)
+    axes.set_title(clean(panel.title), fontsize=12, loc="left")
     axes.grid(False, axis="x")
     axes.tick_params(left=False)
+    if panel.log:
+        axes.set_yscale("log")
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+    for band in panel.bands:
+        lows, highs = ([_drawn(point[side], panel) for point in band.points] for side in (1, 2))
+        look = {"color": _colour(None), "alpha": band.opacity, "linewidth": 0}
+        drawing.tip(axes.fill_between([point[0] for point in band.points], lows, highs, **look), band.name)
+        drawing.keys[band.name] = axes.fill_between([], [], [], **look)
     for one in panel.series:
         points, _ = thin(one.points)
-        known = [(x, y) for x, y in points if y is not None]
-        xs, ys = [x for x, _ in points], [math.nan if y is None else y for _, y in points]
+        xs, ys = [x for x, _ in points], [_drawn(y, panel) for _, y in points]
+        known = [(x, y) for x, y in zip(xs, ys, strict=True) if not math.isnan(y)]
         colour = _colour(one.colour)
         dots = (one.markers and len(known) <= MAX_MARKERS) or len(known) == 1
-        dash = DASHES[one.colour // SERIES_COLOURS % len(DASHES)]
-        look = {"color": colour, "linewidth": 2, "linestyle": dash, "alpha": 0.45 if one.faint else None}
+        dash = DASHES[(one.colour or 0) // SERIES_COLOURS % len(DASHES)]
+        look = {
+            "color": colour,
+            "linewidth": 1 if one.colour is None else 2,
+            "zorder": 2 if one.colour is None else 3,
+            "linestyle": dash,
+            "alpha": 0.45 if one.faint else None,
+        }
         (line,) = axes.plot(xs, ys, **look)
         drawing.tip(line, one.name)
         (drawing.keys[one.name],) = axes.plot([], [], marker="o" if one.markers else "", markersize=7, **look)
@@ -170,13 +207,23 @@ def _lines(drawing: Drawing, axes: Axes, panel: Panel, x_label: str) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def bar_chart(groups: Sequence[tuple[str, Sequence[Bar]]], x_label: str) -> str:
-    """Horizontal bars of shares in [0, 1], grouped, with their values, and a whisker of one standard error each way."""
+def _drawn(y: float | None, panel: Panel) -> float:
+    """What of a value can be drawn: not a number where there is none, or none on a logarithmic axis."""
+    return math.nan if y is None or (panel.log and y <= 0) else y
+
+
+def bar_chart(
+    groups: Sequence[tuple[str, Sequence[Bar]]], x_label: str, *, width: int = WIDTH, change: bool = False
+) -> str:
+    """Horizontal bars of shares in [0, 1], grouped, with their values, and a whisker of one standard error each way.
+
+    change: they are differences of shares in [-1, 1], in percentage points, and keep their sign.
+    """
     if not groups:
         return ""
     thick, step, between = 18, 22, 16
     rows = sum(len(bars) * step + between for _, bars in groups)
-    with _drawing(WIDTH, rows + 80, x_label) as drawing:
+    with _drawing(width, rows + 80, x_label) as drawing:
         (axes,) = drawing.axes
         axes.set(xlabel=x_label)
         axes.grid(False, axis="y")
@@ -187,24 +234,36 @@ def bar_chart(groups: Sequence[tuple[str, Sequence[Bar]]], x_label: str) -> str:
         for name, bars in groups:
             middles.append(y + (len(bars) * step - step + thick) / 2)
             for bar in bars:
-                tip = f"{name}, {bar.name}: {100 * bar.value:.2f} %"
+                tip = f"{name}, {bar.name}: " + (
+                    f"{100 * bar.value:+.2f} points" if change else f"{100 * bar.value:.2f} %"
+                )
                 if bar.stderr is not None:
                     tip += f" ± {100 * bar.stderr:.2f} (standard error)"
-                centre, end = y + thick / 2, bar.value + (bar.stderr or 0)
+                side = -1 if bar.value < 0 else 1  # on which the value stands
+                centre, end = y + thick / 2, bar.value + side * (bar.stderr or 0)
                 (drawn,) = axes.barh(centre, bar.value, thick, color=_colour(bar.colour))
                 drawing.tip(drawn, tip)
                 drawing.keys.setdefault(bar.name, drawn)
                 if bar.stderr:
                     axes.errorbar(bar.value, centre, xerr=bar.stderr, ecolor=COLOURS["ink"], elinewidth=1.25, capsize=4)
                 axes.annotate(
-                    f"{100 * bar.value:.1f} %", (end, centre), (7, 0), textcoords="offset points", va="center"
+                    signed(100 * bar.value) if change else f"{100 * bar.value:.1f} %",
+                    **{"xy": (end, centre), "xytext": (7 * side, 0), "textcoords": "offset points"},
+                    **{"va": "center", "ha": "left" if side > 0 else "right"},
                 )
                 y += step
             y += between
         axes.set_ylim(y - between / 2, 0)
-        axes.set_xlim(0, min(1.0, max(0.01, *(bar.value + (bar.stderr or 0) for _, bars in groups for bar in bars))))
-        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g}\u00a0%")
-        drawing.names(axes.yaxis, middles, [name for name, _ in groups], lambda name: _short(name, 34))
+        reach = [bar.value + sign * (bar.stderr or 0) for _, bars in groups for bar in bars for sign in (-1, 1)]
+        left, right = max(-1.0, min(0.0, *reach)) if change else 0.0, min(1.0, max(0.01, *reach))
+        if left < 0:  # room for the values to the left of the bars, which would stand on the names
+            left -= 55 / (width / 2) * (right - left)
+        axes.set_xlim(left, right)
+        unit = "" if change else "\u00a0%"
+        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g}{unit}".replace("-", "\u2212"))
+        if width < 500:
+            axes.locator_params(axis="x", nbins=4)
+        drawing.names(axes.yaxis, middles, [name for name, _ in groups], lambda name: _short(name, width // 26))
         drawing.legend(list(drawing.keys))
     return drawing.svg
 
@@ -214,6 +273,8 @@ def heat_map(
     columns: Sequence[str],
     value: Callable[[str, str], tuple[float, str] | None],
     x_label: str,
+    *,
+    width: int = WIDTH,
 ) -> str:
     """Shares as shades of one colour, from nothing to the largest; `value(row, column)` is (share, text) or None.
 
@@ -222,9 +283,12 @@ def heat_map(
     cells = {(row, column): value(row, column) for row in rows for column in columns}
     largest = max((cell[0] for cell in cells.values() if cell), default=0.0)
     named = min(240, 24 + 7 * max((len(row) for row in rows), default=0))
-    wide = max(len(columns), 10)  # few columns do not fill the page
-    side = max(9.0, (WIDTH - named) / wide)
-    with _drawing(round(named + side * wide), 26 * len(rows) + 50, x_label) as drawing:
+    wide = max(len(columns), 10 if width >= 500 else 4)  # few columns do not fill the page
+    side = max(9.0, (width - named) / wide)
+    upright = 7 * max((len(column) for column in columns), default=0) if width < 500 else 0  # names too long to lie
+    upright = upright if upright > side else 0
+    title = f"shares that train, by {x_label or 'part'}"
+    with _drawing(round(named + side * wide), 26 * len(rows) + 50 + upright, title) as drawing:
         (axes,) = drawing.axes
         axes.grid(False)
         axes.tick_params(left=False, bottom=False)
@@ -232,24 +296,33 @@ def heat_map(
         for y, row in enumerate(rows):
             for x, column in enumerate(columns):
                 cell = cells[row, column]
-                place = {"y": y, "left": x + 1 / side - 0.5, "width": 1 - 2 / side, "height": 24 / 26}
+                where = f"{row}, {x_label} {column}" if x_label else f"{row}, {column}"
+                place = {"clip_on": False, "y": y, "left": x + 1 / side - 0.5, "width": 1 - 2 / side, "height": 24 / 26}
                 if cell is None:
                     (drawn,) = axes.barh(**place, facecolor="none", edgecolor=COLOURS["grid"])
-                    drawing.tip(drawn, f"{row}, {x_label} {column}: nothing")
+                    drawing.tip(drawn, f"{where}: nothing")
                     continue
                 share, text = cell
                 shade = 0.08 + 0.92 * share / largest if largest > 0 else 0.08
                 (drawn,) = axes.barh(**place, facecolor=(COLOURS["heat"], round(shade, 3)))
-                drawing.tip(drawn, f"{row}, {x_label} {column}: {text}")
+                drawing.tip(drawn, f"{where}: {text}")
                 if side >= 46:
                     colour = COLOURS["on-heat" if shade > 0.75 else "ink"]
                     axes.text(x, y, text, color=colour, ha="center", va="center")
         axes.set(xlim=(-0.5, wide - 0.5), ylim=(len(rows) - 0.5, -0.5))
-        shown = range(0, len(columns), max(1, math.ceil(26 / side)))
+        shown = range(0, len(columns), 1 if upright else max(1, math.ceil(26 / side)))
         drawing.names(axes.xaxis, list(shown), [columns[index] for index in shown], str)
         drawing.names(axes.yaxis, list(range(len(rows))), rows, lambda row: _short(row, 30, end=True))
         axes.set_xlabel(x_label, x=len(columns) / wide / 2)
+        if upright:
+            axes.tick_params(axis="x", labelrotation=90)
     return drawing.svg
+
+
+def with_ids(svg: str, prefix: str) -> str:
+    """A drawing whose ids begin with `prefix`: drawings alike have the same ids, and a page may have each once."""
+    ids = re.compile(r"""((?: id=| href=| xlink:href=)"#?|url\(#)""")
+    return re.sub(r"<[^>]*>", lambda tag: ids.sub(rf"\g<1>{prefix}-", tag[0]), svg)
 
 
 def standalone(svg: str) -> str:
@@ -313,6 +386,9 @@ class Drawing:
         content = re.split("<svg[^>]*>", buffer.getvalue(), maxsplit=1)[1].rstrip()
         content = re.sub(r'<g id="([^"]*)">', lambda group: f"<g>{self._title(group[1])}", content)
         content = re.sub(r"'DejaVu Sans'[^;\"]*", FONT, content)
+        content = re.sub(
+            r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), content
+        )  # a hundredth of a pixel
         self.svg = root + re.sub(r"(?<=: )#\w{6}", lambda found: VARIABLES.get(found[0], found[0]), content)
 
     def _title(self, gid: str) -> str:

@@ -7,41 +7,41 @@ Jinja2 is imported when a page is made, not before.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.resources
+import itertools
 import json
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparseft.config import flatten
 from sparseft.errors import UserError
 from sparseft.files.atomic import write_text
-from sparseft.report.charts import DARK, LIGHT, Bar, Panel, Series, bar_chart, clean, heat_map, line_chart, thin
-from sparseft.report.numbers import (
-    count,
-    duration,
-    fixed,
-    memory,
-    number,
-    percent,
-    rate,
-    short_count,
-    signed,
-    when,
+from sparseft.report.answers import sample_answers
+from sparseft.report.charts import (
+    DARK,
+    LIGHT,
+    NARROW,
+    WIDTH,
+    Band,
+    Bar,
+    Panel,
+    Series,
+    bar_chart,
+    clean,
+    line_chart,
+    thin,
+    with_ids,
 )
+from sparseft.report.comparison import comparison
+from sparseft.report.learning import learnt_and_forgotten
+from sparseft.report.numbers import count, duration, fixed, memory, number, percent, rate, short_count, signed, when
 from sparseft.report.run_data import Run, name_runs, read_run
+from sparseft.report.selected import selected
+from sparseft.report.tables import Table, listed
 
-
-@dataclass
-class Table:
-    """Cells of text; columns in `numeric` are set right, cells (row, column) in `best` stand out."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numeric: Sequence[int] = ()
-    best: set[tuple[int, int]] = field(default_factory=set)
+MANY = 12  # runs: with more, charts show the first of them, and what each one selected is left to its own page
 
 
 def build_report(runs: Sequence[Path], out: Path) -> Path:
@@ -53,34 +53,63 @@ def build_report(runs: Sequence[Path], out: Path) -> Path:
     loaded = [read_run(Path(path)) for path in runs]
     name_runs(loaded)
     single = len(loaded) == 1
-    several = [f"{run.label}: {text}" for run in loaded for text in run.warnings]
     environment = jinja2.Environment(
         autoescape=True, finalize=clean, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    template = importlib.resources.files("sparseft.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    template, script = _text("page.html.j2"), _text("sort.js")
+    numbers = itertools.count()
     page = environment.from_string(template).render(
         light=LIGHT,
         dark=DARK,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        drawing=lambda svg: with_ids(svg, f"d{next(numbers)}"),
         single=single,
         **_header(loaded),
-        warnings=list(dict.fromkeys(loaded[0].warnings if single else several)),
+        warnings=_warnings(loaded),
         tiles=_tiles(loaded[0]) if single else [],
-        comparison=None if single else _comparison(loaded),
+        comparison=None if single else comparison(loaded),
         loss=_curves(loaded),
         evaluation=_evaluation(loaded),
-        runs=[{"label": run.label, "selected": _selected(run), **_details(run)} for run in loaded],
+        learning=learnt_and_forgotten(loaded, drawn, MANY),
+        samples=sample_answers(loaded),
+        many=len(loaded) > MANY,
+        runs=[
+            {"label": run.label, "selected": selected(run, drawn) if len(loaded) <= MANY else None, **_details(run)}
+            for run in loaded
+        ],
     )
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     return write_text(out, page)
+
+
+def drawn(draw: Callable[[int], str]) -> dict[str, str]:
+    """A chart for wide pages and one for a phone's, of a function of the width; empty where it draws nothing."""
+    wide = draw(WIDTH)
+    return {"wide": wide, "narrow": draw(NARROW)} if wide else {}
+
+
+def _warnings(runs: list[Run]) -> list[str]:
+    """What is to be warned of, each once, with the runs that it is about where there are several."""
+    about: dict[str, list[str]] = {}
+    for run in runs:
+        for text in dict.fromkeys(run.warnings):
+            about.setdefault(text, []).append(run.label)
+    return list(about) if len(runs) == 1 else [f"{listed(labels)}: {text}" for text, labels in about.items()]
+
+
+def _text(name: str) -> str:
+    return importlib.resources.files("sparseft.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def sentence(run: Run) -> str:
     """What came of the run, in one sentence."""
     if run.summary is None:
-        return f"{run.method} training of {run.model} on {run.dataset} has not finished."
+        reached = "" if run.last_step is None else f"; its last logged step is {count(run.last_step)}"
+        return f"{run.method} training of {run.model_name} on {run.dataset_name} has not finished{reached}."
     text = f"{run.method} trained {count(run.get('trainable_parameters'))} of {count(run.get('total_parameters'))} "
-    text += f"parameters ({percent(run.share)}) of {run.model} on {run.dataset}"
+    text += f"parameters ({percent(run.share)}) of {run.model_name} on {run.dataset_name}"
     text += f" for {count(run.get('steps'))} steps in {duration(run.get('train_seconds'))}"
     results = []
     before, after = run.get("eval_loss_before"), run.get("eval_loss_after")
@@ -97,11 +126,11 @@ def sentence(run: Run) -> str:
 def _header(runs: list[Run]) -> dict[str, str]:
     run = runs[0]
     if len(runs) > 1:
-        lead = f"{', '.join(run.label for run in runs)}, compared by what they trained, cost and learnt."
+        lead = f"{listed([run.label for run in runs])}, compared by what they trained, cost and learnt."
         return {"title": f"{len(runs)} runs side by side", "kicker": "sparseft", "lead": lead}
     started = run.environment.get("started")
     kicker = f"sparseft run {run.path.resolve().name}" + (f", started {when(started)}" if started else "")
-    return {"title": f"{run.method} on {run.dataset}", "kicker": kicker, "lead": sentence(run)}
+    return {"title": f"{run.method} on {run.dataset_name}", "kicker": kicker, "lead": sentence(run)}
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -131,83 +160,55 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     return entries
 
 
-def _comparison(runs: list[Run]) -> dict[str, Any]:
-    """One row a run; what is the same for all is said once, above the table."""
-    tasks = list(dict.fromkeys(task for run in runs for task in run.headline))
-    columns: list[tuple[str, list[str]]] = [("run", [run.label for run in runs])]
-    shared = []
-    for name, texts in (("model", [run.model for run in runs]), ("data", [run.dataset for run in runs])):
-        if len(set(texts)) > 1:
-            columns.append((name, texts))
-        else:
-            shared.append(f"{name} {texts[0]}")
-    first_number = len(columns)
-    for name, key, shown in (
-        ("trainable", "trainable_parameters", short_count),
-        ("steps", "steps", count),
-        ("tokens/s", "tokens_per_second", rate),
-        ("memory", "peak_memory_bytes", memory),
-        ("time", "train_seconds", duration),
-    ):
-        columns.append((name, [shown(run.get(key)) for run in runs]))
-        if key == "trainable_parameters":
-            columns.append(("share", [percent(run.share) for run in runs]))
-    columns.append(
-        ("eval loss", [f"{fixed(run.get('eval_loss_before'))} → {fixed(run.get('eval_loss_after'))}" for run in runs])
-    )
-    best = _best(len(columns) - 1, [number(run.get("eval_loss_after")) for run in runs], min)
-    for task in tasks:
-        scores = [run.after.get(task) for run in runs]
-        columns.append((task, [percent(score.accuracy, score.stderr) if score else "–" for score in scores]))
-        best |= _best(len(columns) - 1, [score.accuracy if score else None for score in scores], max)
-    note = f"The same for all: {', '.join(shared)}. " if shared else ""
-    note += "Accuracies are ± one standard error. The best of a column stands out."
-    rows = list(zip(*(texts for _, texts in columns), strict=True))
-    table = Table([name for name, _ in columns], rows, range(first_number, len(columns)), best)
-    return {"note": note, "table": table, "settings": _differences(runs)}
-
-
-def _best(column: int, values: list[float | None], choose: Callable[..., float]) -> set[tuple[int, int]]:
-    """The cells (row, column) with the best value, where there is more than one to choose from."""
-    known = [value for value in values if value is not None]
-    if len(set(known)) < 2:
-        return set()
-    return {(row, column) for row, value in enumerate(values) if value == choose(known)}
-
-
-def _differences(runs: list[Run]) -> Table:
-    """The settings in which the runs differ, from their configs."""
-    settings = [flatten(run.config) for run in runs]
-    names = dict.fromkeys(name for one in settings for name in one)
-    rows = []
-    for name in names:
-        values = [json.dumps(one[name], ensure_ascii=False, default=str) if name in one else "–" for one in settings]
-        if len(set(values)) > 1:
-            rows.append([name, *values])
-    return Table(["setting", *(run.label for run in runs)], rows)
-
-
 def _curves(runs: list[Run]) -> dict[str, Any]:
-    single = len(runs) == 1
+    """The charts of what was logged on the way; of many runs the evaluation losses alone, the best ones coloured."""
+    single, many = len(runs) == 1, len(runs) > MANY
     series, grouped = [], 1
-    for index, run in enumerate(runs):
-        train, evaluated = run.curve("loss"), run.eval_curve()
+    order = list(runs)
+    if many:
+        lowest = sorted(runs, key=lambda run: (run.losses[1] is None, run.losses[1] or 0.0))[: MANY // 2]
+        order = lowest + [run for run in runs if run not in lowest]
+    for index, run in enumerate(order):
+        train, evaluated = [] if many else run.curve("loss"), run.eval_curve()
         grouped = max(grouped, thin(train)[1])
         if train:
             series.append(Series("training" if single else f"{run.label} training", train, index, faint=not single))
         if evaluated:
             name = "evaluation" if single else f"{run.label} evaluation"
-            series.append(Series(name, evaluated, index + single, markers=True))
+            colour = None if many and index >= MANY // 2 else index + single
+            series.append(Series(name, evaluated, colour, markers=not many))
     others = []
-    for name, label in (("learning_rate", "learning rate"), ("grad_norm", "gradient norm")):
+    for name, label in (
+        ("learning_rate", "learning rate"),
+        ("grad_norm", "gradient norm"),
+        ("eval_score", "validation score"),
+    ):
         lines = [Series(run.label, run.curve(name), index) for index, run in enumerate(runs) if run.curve(name)]
-        panel = Panel(label, lines, zero=True)
-        others.append(line_chart([[panel]], "optimizer step", height=190, width=460, legend=False))
+        bands = [_error_band(run) for run in runs] if name == "eval_score" and single else []
+        panel = Panel(label, lines, zero=True, bands=[band for band in bands if band])
+        if not many:
+            others.append(line_chart([[panel]], "optimizer step", height=190, width=440, legend=False))
+    panel = Panel("loss (nats per token)", series)
     return {
-        "chart": line_chart([[Panel("loss (nats per token)", series)]], "optimizer step", height=324),
+        "chart": drawn(
+            lambda width: line_chart([[panel]], "optimizer step", height=324 if single else 380, width=width)
+        ),
         "grouped": grouped,
         "others": [chart for chart in others if chart],
     }
+
+
+def _error_band(run: Run) -> Band | None:
+    """One standard error each way of the validation score, where it was logged."""
+    errors = dict(run.curve("eval_score_stderr"))
+    points = [(step, score, errors.get(step)) for step, score in run.curve("eval_score")]
+    if not any(error is not None for *_, error in points):
+        return None
+    around = [
+        (step, None, None) if score is None or error is None else (step, score - error, score + error)
+        for step, score, error in points
+    ]
+    return Band("± one standard error", around, 0.3)
 
 
 def _evaluation(runs: list[Run]) -> dict[str, Any] | None:
@@ -216,18 +217,21 @@ def _evaluation(runs: list[Run]) -> dict[str, Any] | None:
         return None
     single = len(runs) == 1
     groups = []
+    drawn_runs = runs[:MANY]
     for task in tasks:
-        bases = {run.before[task].accuracy: run.before[task] for run in runs if task in run.before}
+        bases = {run.before[task].accuracy: run.before[task] for run in drawn_runs if task in run.before}
         same = list(bases.values()) if len(bases) == 1 else []
         bars = [Bar("before training", base.accuracy, base.stderr, None) for base in same]
-        for index, run in enumerate(runs):
+        for index, run in enumerate(drawn_runs):
             if task in run.after:
                 score = run.after[task]
                 bars.append(Bar("after training" if single else run.label, score.accuracy, score.stderr, index))
-        groups.append((task, bars))
+        if bars:
+            groups.append((task, bars))
     members = sorted({task for run in runs for task in (*run.after, *run.before)} - set(tasks))
     return {
-        "chart": bar_chart(groups, "accuracy"),
+        "chart": drawn(lambda width: bar_chart(groups, "accuracy", width=width)),
+        "first": MANY if len(runs) > MANY else 0,
         "table": _score_table(runs, tasks, single),
         "named": len(members),
         "members": _score_table(runs, members, single),
@@ -235,80 +239,33 @@ def _evaluation(runs: list[Run]) -> dict[str, Any] | None:
 
 
 def _score_table(runs: list[Run], tasks: list[str], single: bool) -> Table:
-    rows = []
+    rows, keys = [], []
     for task in tasks:
         for run in runs:
             old, new = run.before.get(task), run.after.get(task)
             known = new or old
             if known is None:
                 continue
-            change = signed(100 * (new.accuracy - old.accuracy)) if old and new else "–"
+            change = run.change(task)
+            changed = signed(100 * change.value) if change else "–"
+            changed += f" ± {100 * change.stderr:.1f}" if change and change.stderr is not None else ""
             rows.append(
                 [task, *([] if single else [run.label])]
                 + [percent(score.accuracy, score.stderr) if score else "–" for score in (old, new)]
-                + [change, count(known.shots), count(known.samples)]
+                + [changed, count(known.shots), count(known.samples)]
             )
+            values = [score.accuracy if score else None for score in (old, new)]
+            keys.append([*values, change.value if change else None, number(known.shots), number(known.samples)])
     head = ["task", *([] if single else ["run"]), "before", "after", "change (points)", "shots", "questions"]
-    return Table(head, rows, range(1 if single else 2, len(head)))
-
-
-def layer_and_role(module: str) -> tuple[str, str]:
-    """`model.layers.3.self_attn.q_proj` -> ("3", "self_attn.q_proj"): the first number names the layer, later ones
-    (experts) fall together; a module outside the layers has the layer ""."""
-    layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
-    if not layer:
-        return "", module
-    role = re.sub(r"\.\d+(?=\.|$)", "", module[layer.end() :])
-    return layer.group(1), role or module[: layer.start()]
-
-
-def _selected(run: Run) -> dict[str, str]:
-    """The trained share of each layer and role, as a chart and a note, or why there is none."""
-    modules = (run.selection or {}).get("modules")
-    if not isinstance(modules, dict) or not modules:
-        why = "the method selects no part of the weights, or the run stopped before."
-        return {"note": f"There is no selection/selection.json: {why}", "chart": ""}
-    trained: dict[tuple[str, str], float] = {}
-    weights: dict[tuple[str, str], float] = {}
-    kinds: dict[str, float] = {}
-    for module, entry in modules.items():
-        entry = entry if isinstance(entry, dict) else {}
-        shape = entry.get("shape")
-        sides = [number(side) for side in shape] if isinstance(shape, list) else []
-        trainable = number(entry.get("trainable"))
-        if len(sides) != 2 or None in sides or trainable is None or not sides[0] or not sides[1]:
-            return {"note": f"selection.json says neither shape nor trained weights of {module}.", "chart": ""}
-        place = layer_and_role(module)
-        trained[place] = trained.get(place, 0.0) + trainable
-        weights[place] = weights.get(place, 0.0) + sides[0] * sides[1]
-        for kind in ("rows", "columns", "blocks"):
-            kinds[kind] = kinds.get(kind, 0.0) + (number(entry.get(kind)) or 0.0)
-
-    def value(role: str, layer: str) -> tuple[float, str] | None:
-        whole = weights.get((layer, role))
-        if not whole:
-            return None
-        share = trained[layer, role] / whole
-        return share, percent(share)
-
-    layers = sorted({layer for layer, _ in weights}, key=lambda layer: (not layer, int(layer or 0)))
-    roles = list(dict.fromkeys(role for _, role in weights))
-    size = number((run.selection or {}).get("block_size"))
-    units = [f"{count(many)} {kind}" for kind, many in kinds.items() if many]
-    if size is not None and kinds["blocks"]:
-        units = [f"{unit} of {size:.0f} × {size:.0f}" if unit.endswith("blocks") else unit for unit in units]
-    note = (
-        f"{', '.join(units) or 'Nothing'} in {count(len(modules))} weights. Each cell: the share of that weight that "
-    )
-    note += f"trains; all together {percent(sum(trained.values()) / sum(weights.values()))} of them. The darkest: "
-    note += f"{percent(max(trained[place] / weights[place] for place in weights))}."
-    return {"note": note, "chart": heat_map(roles, layers, value, "layer")}
+    first = 1 if single else 2
+    by_column = {first + place: column for place, column in enumerate(zip(*keys, strict=True))}
+    return Table(head, rows, range(first, len(head)), keys=by_column, sorts=len(rows) > 2)
 
 
 def _details(run: Run) -> dict[str, Any]:
     """Config and environment as they are on file."""
     environment = run.environment
-    pairs = [("run folder", str(run.path))]
+    pairs = [("run folder", str(run.path)), ("model", run.model), ("data", run.dataset)]
     for name in ("command_line", "commit", "device", "dtype", "world_size", "platform", "cpu_count", "started"):
         if environment.get(name) is not None:
             pairs.append((name.replace("_", " "), str(environment[name])))

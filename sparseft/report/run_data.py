@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparseft.errors import UserError
-from sparseft.files.tensors import SELECTION_CONFIG
+from sparseft.files.tensors import SELECTION_CONFIG, SELECTION_TENSORS, opened, split_name
 from sparseft.files.untrusted import parse_yaml, read_bytes, read_json_object, why
 from sparseft.report.numbers import number
-from sparseft.runs.folder import BEFORE, CONFIG, ENVIRONMENT, EVAL, METRICS, SELECTION, SUMMARY, load_summary
+from sparseft.runs.folder import BEFORE, CONFIG, ENVIRONMENT, EVAL, METRICS, SAMPLES, SELECTION, SUMMARY, load_summary
 from sparseft.runs.metrics import read_metrics
+
+MODELS = ("base", "adapter")  # who answers, in samples.jsonl
 
 
 @dataclass
@@ -23,6 +26,27 @@ class Score:
     stderr: float | None
     samples: Any
     shots: Any
+    members: list[str] = field(default_factory=list)  # of a group
+    paired: float | None = None  # the standard error of its difference to the base, question by question
+
+
+@dataclass
+class Answer:
+    """One line of samples.jsonl: what a prompt got at a step, of the base (step 0) or the adapter."""
+
+    step: float
+    base: bool
+    prompt: str
+    text: str
+
+
+@dataclass
+class Change:
+    """What a task's accuracy gained or lost by training, in shares."""
+
+    value: float
+    stderr: float | None
+    paired: bool  # whether that error is the one of the differences question by question
 
 
 @dataclass
@@ -40,6 +64,7 @@ class Run:
     before: dict[str, Score] = field(default_factory=dict)
     after: dict[str, Score] = field(default_factory=dict)
     headline: list[str] = field(default_factory=list)  # the tasks asked for; the others are their members
+    answers: list[Answer] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def get(self, name: str) -> Any:
@@ -59,6 +84,58 @@ class Run:
     @property
     def dataset(self) -> str:
         return str(self.get("dataset") or self._configured("dataset", "name") or "unknown data")
+
+    @property
+    def learns(self) -> set[str]:
+        """The evaluated tasks that the run trains for: `trainer.eval_task`, the one that its data are named after, and
+        the members of these. Empty where none of the tasks is known to be."""
+        said = (self._configured("trainer", "eval_task"), self._configured("dataset", "name"), self.get("eval_task"))
+        named = {name for name in said if isinstance(name, str)}
+        scores = {**self.before, **self.after}
+        own = {task for task in scores if task in named}
+        members = {member for task in own for member in scores[task].members}
+        groups = {task for task in scores if scores[task].members and {*scores[task].members} <= named}
+        return own | (members & set(scores)) | groups
+
+    @property
+    def model_name(self) -> str:
+        """The model's id, or the last part of its folder's path."""
+        return self.model.rstrip("/").rpartition("/")[2] if _is_path(self.model) else self.model
+
+    @property
+    def dataset_name(self) -> str:
+        """The data set's name, or the last two parts of its file's path."""
+        return "/".join(self.dataset.split("/")[-2:]) if _is_path(self.dataset) else self.dataset
+
+    @property
+    def losses(self) -> tuple[float | None, float | None]:
+        """The evaluation loss before training and at the end, or the last one so far."""
+        curve = [(step, loss) for step, loss in self.eval_curve() if loss is not None]
+        before = next((loss for step, loss in curve if step == 0), None)
+        last = curve[-1][1] if curve and curve[-1][0] > 0 else None
+        said = number(self.get("eval_loss_after"))  # with the best adapter kept it is not the last one's
+        return before, last if said is None else said
+
+    @property
+    def finished(self) -> bool:
+        return self.summary is not None
+
+    @property
+    def last_step(self) -> float | None:
+        """The steps of a finished run, else the last one that was logged."""
+        if (steps := number(self.get("steps"))) is not None:
+            return steps
+        return max((step for record in self.metrics if (step := number(record.get("step"))) is not None), default=None)
+
+    def change(self, task: str) -> Change | None:
+        """What training changed in a task; None where one side is missing, or the questions were not the same."""
+        old, new = self.before.get(task), self.after.get(task)
+        if old is None or new is None or (old.samples, old.shots) != (new.samples, new.shots):
+            return None
+        error = new.paired
+        if error is None and old.stderr is not None and new.stderr is not None:
+            error = math.hypot(old.stderr, new.stderr)
+        return Change(new.accuracy - old.accuracy, error, new.paired is not None)
 
     def _configured(self, group: str, name: str) -> Any:
         section = self.config.get(group)
@@ -116,10 +193,13 @@ def read_run(path: Path) -> Run:
     if (path / SUMMARY).exists():
         run.summary = attempt(lambda: load_summary(path), SUMMARY, None)
     else:
-        last = max((step for record in run.metrics if (step := number(record.get("step"))) is not None), default=None)
-        reached = f"; its last logged step is {last:.0f}" if last is not None else ""
-        run.warnings.append(f"The run did not finish: it has no summary.json{reached}.")
+        reached = f"; its last logged step is {run.last_step:.0f}" if run.last_step is not None else ""
+        run.warnings.append(f"The run has not finished, it is still running or it failed: no summary.json{reached}.")
     run.selection = optional(f"{SELECTION}/{SELECTION_CONFIG}", None)
+    for record in attempt(lambda: read_metrics(path / SAMPLES), SAMPLES, []):
+        step, texts = number(record.get("step")), (record.get("prompt"), record.get("answer"))
+        if step is not None and all(isinstance(text, str) for text in texts) and record.get("model") in MODELS:
+            run.answers.append(Answer(step, record["model"] == MODELS[0], *texts))
     for name, scores in ((BEFORE, run.before), (EVAL, run.after)):
         for file in sorted((path / name).glob("*.json")):
             _read_scores(run, optional(f"{name}/{file.name}", {}), scores, f"{name}/{file.name}")
@@ -132,6 +212,32 @@ def read_run(path: Path) -> Run:
     if isinstance(commit, str) and commit.endswith("-dirty"):
         run.warnings.append("The run was made with uncommitted changes to sparseft: the commit alone cannot repeat it.")
     return run
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", "~", "./", "../")) and bool(name.strip("/."))
+
+
+def read_indices(path: Path) -> dict[str, dict[str, Any]]:
+    """What a run trains, by module and kind: rows or columns (k,), blocks (n, 2), as numpy's integers.
+
+    UserError where selection.safetensors is missing, damaged or holds anything else.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    with opened(path / SELECTION / SELECTION_TENSORS, "selection", "np") as file:
+        for name in file.keys():
+            module, kind, last = split_name(name, path)
+            index = file.get_tensor(name)
+            wanted = 2 if kind == "blocks" else 1
+            if (
+                last != "index"
+                or index.dtype.kind not in "iu"
+                or index.ndim != wanted
+                or index.shape[1:] not in ((), (2,))
+            ):
+                raise UserError(f"{path}: '{name}' is no index of a selection.")
+            found.setdefault(module, {})[kind] = index.astype("int64")
+    return found
 
 
 def _parse_yaml(text: str) -> dict[str, Any]:
@@ -153,8 +259,16 @@ def _read_scores(run: Run, content: dict[str, Any], scores: dict[str, Score], na
         return
     for task, entry in tasks.items():
         accuracy = number(entry.get("accuracy")) if isinstance(entry, dict) else None
-        if accuracy is not None:
-            scores[task] = Score(accuracy, number(entry.get("stderr")), entry.get("samples"), entry.get("shots"))
+        if accuracy is None:
+            continue
+        members = entry.get("tasks")
+        members = [name for name in members if isinstance(name, str)] if isinstance(members, list) else []
+        asked_of = (entry.get("samples"), entry.get("shots"), members)
+        score = scores[task] = Score(accuracy, _error(entry.get("stderr")), *asked_of)
+        base = number(entry.get("base"))
+        if base is not None and scores is run.after:  # they were compared on the same questions
+            score.paired = _error(entry.get("difference_stderr"))
+            run.before[task] = Score(base, _error(entry.get("base_stderr")), *asked_of)
     asked = content.get("task")
     for task in [asked] if isinstance(asked, str) else list(tasks):
         if task not in run.headline and task in scores:
@@ -162,6 +276,12 @@ def _read_scores(run: Run, content: dict[str, Any], scores: dict[str, Score], na
     header = content.get("sparseft")
     said = header.get("warnings") if isinstance(header, dict) else None
     run.warnings += [str(text) for text in said] if isinstance(said, list) else []
+
+
+def _error(value: Any) -> float | None:
+    """A standard error, None where it is no number or less than 0."""
+    known = number(value)
+    return known if known is not None and known >= 0 else None
 
 
 def name_runs(runs: list[Run]) -> None:

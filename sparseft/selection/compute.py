@@ -22,6 +22,7 @@ from sparseft.models.decoder import inside_compiled
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.budget import Budget
 from sparseft.selection.choose import choose
+from sparseft.selection.distribution import distributions
 from sparseft.selection.exclude import Excluded, check_bases, leave_out, read_excluded
 from sparseft.selection.max_rank import check_units
 from sparseft.selection.selection import Selection
@@ -154,6 +155,8 @@ def compute(
     selection.meta |= facts
     if "second_order" in facts:
         log_damping(facts["second_order"])
+    drawn = settings.importance == "random"
+    selection.meta["candidates"] = distributions(budget.candidates, selection, None if drawn else scores)
     _record(selection, request)
     return selection
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -11,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from sparseft.commands import report as command
 from sparseft.config import flatten
@@ -21,8 +25,9 @@ from sparseft.errors import UserError
 from sparseft.files import atomic
 from sparseft.report.charts import MAX_POINTS, Bar, Panel, Series, bar_chart, heat_map, line_chart, thin
 from sparseft.report.numbers import count, duration, memory, number, percent, rate, short_count
-from sparseft.report.page import build_report, layer_and_role, sentence
-from sparseft.report.run_data import read_run
+from sparseft.report.page import build_report, sentence
+from sparseft.report.run_data import name_runs, read_run
+from sparseft.report.selected import layer_and_role
 from sparseft.runs import environment
 from sparseft.runs import folder as runs
 from sparseft.runs import metrics as runs_metrics
@@ -76,7 +81,7 @@ class Page(HTMLParser):
         self.stack.pop()
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.stack:
+        if not {"style", "script"} & set(self.stack):
             self.text += f" {data}"
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
@@ -102,7 +107,7 @@ def make_run(folder: Path, **summary: Any) -> Path:
     atomic.write_json(folder / "selection/selection.json", {"method": "alpha", "block_size": 2, "modules": modules})
     for name, accuracy in (("eval/before", 0.25), ("eval", 0.625)):
         tasks = {
-            "group": {"accuracy": accuracy, "stderr": 0.02, "samples": 120, "shots": 0},
+            "group": {"accuracy": accuracy, "stderr": 0.02, "samples": 120, "shots": 0, "tasks": ["member"]},
             "member": {"accuracy": accuracy / 2, "stderr": None, "samples": 60, "shots": 0},
         }
         atomic.write_json(folder / name / "group.json", {"task": "group", "tasks": tasks})
@@ -121,11 +126,11 @@ def test_a_run_reports_what_its_files_say(tmp_path: Path) -> None:
         "Peak memory 1.50 GiB cpu",
         "Training time 48.2 s 20 steps of 2.41 s",
         "Evaluation loss 0.970 2.900 before",
-        "group 25.0 ± 2.0 % 62.5 ± 2.0 % +37.5 0 120",
+        "group 25.0 ± 2.0 % 62.5 ± 2.0 % +37.5 ± 2.8 0 120",
         "Members of the groups (1)",
         "member 12.5 % 31.2 % +18.8 0 60",
-        "17 blocks of 2 × 2 in 3 weights. Each cell: the share of that weight that trains; all together 13.6 % of "
-        "them. The darkest: 24.0 %.",
+        "17 blocks of 2 × 2 in 3 weights, all together 13.6 % of them. Each cell: the share of that weight that "
+        "trains; the darkest: 24.0 %.",
         "commit abc123",
         "dtype bfloat16",
         "name: alpha",
@@ -134,16 +139,72 @@ def test_a_run_reports_what_its_files_say(tmp_path: Path) -> None:
     assert "Warning" not in page.text
 
 
-def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(tmp_path: Path) -> None:
     page = Page(build_report([make_run(tmp_path / "run")], tmp_path / "report.html"))
     assert build_report([tmp_path / "run"], tmp_path / "again.html").read_text() == page.source
-    assert not page.of("script") and not page.of("link") and not page.of("img")
+    assert page.of("script") == [{}] and not page.of("link") and not page.of("img")
+    (script,) = re.findall(r"<script>(.*?)</script>", page.source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert page.of("meta")[1]["content"].endswith(f"; script-src 'sha256-{digest}'")  # no other script may run
     for _, attributes in page.elements:
         assert not {"src", "href", "onload", "onclick"} & set(attributes)
         assert (attributes.get("xlink:href") or "#").startswith("#")  # what the drawing itself holds
     assert not re.search(r"url\((?!#)", page.source) and "@import" not in page.source
     assert "default-src 'none'" in page.of("meta")[1]["content"]
     assert "prefers-color-scheme: dark" in page.source and "@media print" in page.source
+
+
+def add_everything(folder: Path) -> None:
+    """What newer runs have beside: answers, the selection's indices, and what its scores look like."""
+    index = {"layers.0.mlp.down_proj": [[0, 0], [1, 3], [4, 9]], "layers.0.self_attn.q_proj": [[0, 0], [4, 4]]}
+    index["layers.1.mlp.down_proj"] = [[row, column] for row in range(4) for column in range(3)]
+    tensors = {f"model.{name}.blocks.index": numpy.array(blocks, dtype="int32") for name, blocks in index.items()}
+    save_file(tensors, folder / "selection/selection.safetensors")
+    content = json.loads((folder / "selection/selection.json").read_text())
+    scores = {"scores": [0, 1, 2, 3, 4, 5, 9], "kept_scores": [6, 7, 9], "kept_share": 0.5}
+    units = {"kind": "blocks", "unit": 2, "start": 0, "units": 50, "kept": 3}
+    content["candidates"] = dict.fromkeys(content["modules"], units | scores)
+    content["method_config"] = {"importance": "fisher", "order": "largest"}
+    atomic.write_json(folder / "selection/selection.json", content)
+    told = [(0, "base", "I do not <b>know</b>"), (10, "adapter", "a cat"), (20, "adapter", "a dog")]
+    for step, model, answer in told:
+        line = {"step": step, "model": model, "prompt": "What <i>is</i> it?", "answer": answer}
+        runs_metrics.append_metrics(folder / "samples.jsonl", line)
+
+
+def test_everything_that_a_run_may_have_is_shown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    add_everything(folder)
+    page = Page(build_report([folder], tmp_path / "report.html"))
+    for expected in (
+        "Prompt 1 of 1 What <i>is</i> it? base I do not <b>know</b> after step 20 a dog As it learnt: 1 earlier "
+        "after step 10 a cat",
+        "Where in the weights",
+        "layer 0, mlp.down_proj: 6.0 % trains, 3 of 50 blocks",
+        "Importance fisher of the units of each role",
+        "q: 50 % of the sum is kept",
+        "group, change: +37.50 points ± 2.83 (standard error)",
+    ):
+        assert expected in page.text, expected
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert ids and len(set(ids)) == len(ids)
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', page.source))
+    assert used and used <= set(ids)
+    heads = [attributes for attributes in page.of("th") if attributes.get("scope") not in ("col", "row")]
+    assert not heads  # every head says of what
+    images = [attributes for attributes in page.of("svg") if attributes.get("role") != "img"]
+    assert not images
+
+
+def test_many_runs_make_a_page_that_leaves_charts_of_each_out(tmp_path: Path) -> None:
+    names = ["a & <b>", "ünï 🦙", "x" * 200, *(f"run {number}" for number in range(11))]
+    folders = [make_run(tmp_path / name, train_seconds=float(number)) for number, name in enumerate(names)]
+    (folders[5] / "summary.json").unlink()
+    page = Page(build_report(folders, tmp_path / "report.html"))
+    assert len(page.of("table")) > len(folders)
+    assert "run 2: The run has not finished" in page.text and "and 6 more, compared by" in page.text
+    assert "The page of each run by itself shows it" in page.text and "Where in the weights" not in page.text
+    assert {attributes.get("data-sort") for attributes in page.of("td")} >= {"0.0", "13.0"}
 
 
 def test_everything_from_the_files_is_escaped(tmp_path: Path) -> None:
@@ -157,9 +218,11 @@ def test_everything_from_the_files_is_escaped(tmp_path: Path) -> None:
     (folder / "selection/selection.json").write_text(json.dumps({"modules": modules}))
     entry = {"accuracy": 0.5, "stderr": 0.1, "samples": NASTY, "shots": NASTY}
     (folder / "eval/group.json").write_text(json.dumps({"task": NASTY, "tasks": {NASTY: entry}}))
+    line = {"step": 0, "model": "base", "prompt": NASTY, "answer": NASTY}
+    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
     for folders in ([folder], [folder, make_run(tmp_path / "other")]):
         page = Page(build_report(folders, tmp_path / "report.html"))
-        assert not page.of("script") and not page.of("img")
+        assert len(page.of("script")) == 1 and not page.of("img")
         assert "alert('x')" in page.text  # shown as text, not lost
         assert "\x00" not in page.source
 
@@ -168,8 +231,11 @@ def test_a_run_that_failed_reports_what_there_is(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "summary.json").unlink()
     page = Page(build_report([folder], tmp_path / "report.html"))
-    assert "The run did not finish: it has no summary.json; its last logged step is 20." in page.text
-    assert "alpha training of unknown model on unknown data has not finished." in page.text
+    assert (
+        "The run has not finished, it is still running or it failed: no summary.json; its last logged step is 20."
+        in page.text
+    )
+    assert "alpha training of unknown model on unknown data has not finished; its last logged step is 20." in page.text
     assert "loss (nats per token)" in page.text
 
 
@@ -202,7 +268,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_no_content_of_the_files_breaks_the_page(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("run")
@@ -212,9 +278,19 @@ def test_no_content_of_the_files_breaks_the_page(tmp_path_factory: pytest.TempPa
     (folder / "environment.json").write_text(json.dumps({"versions": data.draw(JSON), "started": data.draw(JSON)}))
     lines = [{"step": data.draw(JSON), "loss": data.draw(JSON), "eval_loss": data.draw(JSON)} for _ in range(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    modules = {"layers.0.a": data.draw(JSON), "b": {"shape": [2, data.draw(JSON)], "trainable": data.draw(JSON)}}
-    (folder / "selection/selection.json").write_text(json.dumps({"modules": data.draw(st.just(modules) | JSON)}))
-    entry = {"accuracy": data.draw(JSON), "stderr": data.draw(JSON), "samples": data.draw(JSON)}
+    good = {"shape": [2, 2], "rows": 1, "trainable": 2}
+    odd = st.fixed_dictionaries({"shape": st.tuples(st.just(2), JSON), "trainable": JSON})
+    modules = {name: data.draw(st.just(good) | odd | JSON) for name in ("layers.0.a", "b")}
+    scores = {"scores": data.draw(JSON | st.lists(st.floats(), min_size=7, max_size=7)), "unit": data.draw(JSON)}
+    scores |= {name: data.draw(JSON) for name in ("kept_scores", "start", "units", "kept", "kept_share")}
+    candidates = {"layers.0.a": scores, "layers.0.a:q": scores, "b": data.draw(JSON)}
+    content = {"modules": data.draw(st.just(modules) | JSON), "candidates": data.draw(st.just(candidates) | JSON)}
+    (folder / "selection/selection.json").write_text(json.dumps(content | {"method_config": data.draw(JSON)}))
+    one = numpy.array([1], dtype="int32")
+    save_file({"layers.0.a.rows.index": one, "b.columns.index": one}, folder / "selection/selection.safetensors")
+    lines = [{"step": data.draw(JSON), "model": "adapter", "prompt": "p", "answer": data.draw(JSON)} for _ in range(2)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    entry = {name: data.draw(JSON) for name in ("accuracy", "stderr", "samples", "tasks", "base", "difference_stderr")}
     (folder / "eval/t.json").write_text(json.dumps({"task": data.draw(JSON), "tasks": {"t": entry}}))
     page = Page(build_report([folder], folder / "report.html"))
     assert not re.search(r"\b(nan|inf)\b", "".join(str(svg) for svg in page.of("path") + page.of("rect")))
@@ -225,18 +301,24 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     second = make_run(tmp_path / "b", method="beta", trainable_parameters=1024000, eval_loss_after=0.5, seed=7)
     page = Page(build_report([first, second], tmp_path / "report.html"))
     assert "The same for all: model some/model, data letters." in page.text
-    assert "alpha 41.0 k 4.0 % 20 3,822 1.50 GiB 48.2 s 2.900 → 0.970 62.5 ± 2.0 %" in page.text
-    assert "beta 1.02 M 100 % 20 3,822 1.50 GiB 48.2 s 2.900 → 0.500 62.5 ± 2.0 %" in page.text
-    best = re.findall(r'<td class="number best">([^<]*)</td>', page.source)
-    assert best == ["2.900 → 0.500"]  # the accuracies are equal: none of them stands out
+    assert "alpha 2.900 0.970 62.5 ± 2.0 % +37.5 41.0 k 4.0 % 20 3,822 1.50 GiB 48.2 s" in page.text
+    assert "beta 2.900 0.500 62.5 ± 2.0 % +37.5 1.02 M 100 % 20 3,822 1.50 GiB 48.2 s" in page.text
+    best = re.findall(r'<td class="number best" data-sort="([^"]*)">([^<]*)</td>', page.source)
+    assert best == [("0.5", "0.500")]  # the accuracies are equal: none of them stands out
     assert 'method.name "alpha" "beta"' in page.text and "seed 0 7" in page.text
     assert "What was selected: alpha" in page.text and "How it was made: beta" in page.text
 
 
+def labels(folders: list[Path]) -> list[str]:
+    found = [read_run(folder) for folder in folders]
+    name_runs(found)
+    return [run.label for run in found]
+
+
 def test_runs_of_one_method_are_told_apart(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "one"), make_run(tmp_path / "two"), make_run(tmp_path / "x/two")]
-    assert "one evaluation" in Page(build_report(folders[:2], tmp_path / "r.html")).text
-    assert "3: two evaluation" in Page(build_report(folders, tmp_path / "r.html")).text
+    assert labels(folders[:2]) == ["one", "two"]
+    assert labels(folders) == ["1: one", "2: two", "3: two"]
 
 
 def test_a_report_needs_a_run(tmp_path: Path) -> None:
@@ -450,6 +532,7 @@ def test_command_takes_the_latest_one_or_several(in_tmp: Path, capsys: pytest.Ca
 def test_command_keeps_two_comparisons_of_one_second(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(in_tmp / "a"), make_run(in_tmp / "b")
     monkeypatch.setattr(command, "timestamp", lambda: "now")
+    monkeypatch.setattr(command, "build_report", lambda folders, out: out.parent.mkdir(exist_ok=True) or out.touch())
     made = [command.run(["a", "b"])["report"] for _ in range(3)]
     assert made == ["outputs/report-now.html", "outputs/report-now-2.html", "outputs/report-now-3.html"]
 
