@@ -33,8 +33,10 @@ class Pipe:
         """The next line, without its end; EOFError after the last."""
         try:
             line = sys.stdin.readline()
-        except UnicodeDecodeError as error:
-            raise UserError(f"stdin is not text in {error.encoding}: {error.reason}.") from error
+            line.encode()  # in some locales Python takes bytes that are no text for halves of surrogate pairs
+        except UnicodeError as error:
+            encoding = getattr(sys.stdin, "encoding", None) or "utf-8"
+            raise UserError(f"stdin is not text in {encoding}: {getattr(error, 'reason', error)}.") from error
         if not line:
             raise EOFError
         return line.rstrip("\r\n")

@@ -16,7 +16,7 @@ from typing import Any
 from sparseft import __version__
 from sparseft.data import prompts
 from sparseft.errors import UserError, reason_of, shown
-from sparseft.publish.facts import Facts, Score, shown_config, shown_path
+from sparseft.publish.facts import Facts, Score, shown_config, shown_path, shown_words
 from sparseft.publish.usage import BASE, REPO, usage
 from sparseft.report.numbers import SPACE, count, duration, fixed, memory, number, percent, signed
 
@@ -336,7 +336,8 @@ def _limits(facts: Facts) -> list[str]:
     if any(score.overlap for score in facts.scores):
         lines.append("Some of the questions were trained on, as the table says: those scores are too high.")
     warnings = facts.summary.get("warnings")
-    lines += [f"From training: {_cell(str(text))}" for text in warnings] if isinstance(warnings, list) else []
+    told = [shown_words(str(text)) for text in warnings] if isinstance(warnings, list) else []
+    lines += [f"From training: {_cell(text)}" for text in told]
     return lines
 
 
@@ -349,13 +350,18 @@ def _licence(facts: Facts) -> str:
 
 def _prompt(facts: Facts) -> str | None:
     kind = (facts.environment.get("data") or {}).get("format")
+    if kind == "messages" and facts.group("dataset").get("plain_chat"):
+        kind = "plain"
+    elif kind == "oasst_trees":
+        kind = "guanaco"  # as which trees are written
     alpaca = prompts.alpaca_prompt("{instruction}")
     guanaco = f"{prompts.human_turn('{question}')}{prompts.ASSISTANT}"
+    plain = prompts.plain_conversation([], "{question}")
     texts = {
         "alpaca": f"As LLM-Adapters' and Alpaca's instructions:\n\n```text\n{alpaca}```",
         "guanaco": f"In guanaco's turns:\n\n```text\n{guanaco}\n```",
         "messages": "As conversations, by the chat template of the base's tokenizer.",
-        "oasst_trees": "As conversations, by the chat template of the base's tokenizer.",
+        "plain": f"As conversations without a chat template:\n\n```text\n{plain}\n```",
         "prompt_completion": "By each record's `prompt` as it stands, with nothing around it.",
         "text": "Not at all: it went on with plain text.",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,8 @@ from sparseft.runs.metrics import read_metrics
 # Groups of the configuration that say nothing of how the adapter came to be, and settings that hold texts of their own.
 NOT_SHOWN = {"bench", "eval", "output_dir", "cache_dir", "overwrite"}
 TEXTS = {"sample_prompts"}
+# Absolute paths in a sentence, of which only those in quotes may hold spaces.
+PATHS = re.compile(r"""(['"`])((?:~|[A-Za-z]:)?/[^'"`\n]*)(?=\1)|(?<![\w.~/:>-])(?:~|[A-Za-z]:)?/[^\s'"`,;:()<>|]+""")
 
 
 @dataclass
@@ -174,6 +177,15 @@ def shown_path(text: str) -> str:
     """A text of a run's files as strangers may read it: of a path the last part alone, which names no user."""
     path, space, rest = text.partition(" (")  # `data/train.json (23 examples split off)`
     return (Path(path).name if looks_local(path) and Path(path).name else path) + space + rest
+
+
+def shown_words(text: str) -> str:
+    """A sentence of a run's files as strangers may read it: of each absolute path the last part alone."""
+
+    def last(found: re.Match[str]) -> str:
+        return (found[1] or "") + (Path(found[2] or found[0]).name or "…")
+
+    return PATHS.sub(last, re.sub(r"\b\w+://(?=/)", "", text))  # a path as a URL is one
 
 
 def shown_config(facts: Facts) -> dict[str, Any]:

@@ -28,12 +28,15 @@ from sparseft.runs.folder import (
     REPORT,
     SELECTION,
     SUMMARY,
+    TRACKED,
+    TRACKERS,
     is_run,
 )
 
 # Why a file is not sent, by the first pattern that fits its path. Patterns reach into folders (`*` is `/` too).
 TRAINING = "what training continues from: optimizer and random states, which load as pickles"
 ANSWERS = "prompts and answers, maybe of other people's data"
+WATCHED = "what trackers keep: folders of this machine, prompts and answers, maybe who you are"
 IN_THE_CARD = "the card has its facts; it names folders of this machine"
 REASONS = (
     (f"{CHECKPOINTS}/*", TRAINING),
@@ -41,6 +44,7 @@ REASONS = (
     ("*samples.jsonl", ANSWERS),
     ("eval/mt_bench/*", ANSWERS),
     (REPORT, "may hold prompts and answers"),
+    *((name, WATCHED) for name in (TRACKERS, *(f"{folder}/*" for folder in TRACKED))),
     (f"{SELECTION}/*", "the adapter has its indices"),
     *((name, IN_THE_CARD) for name in (CONFIG, ENVIRONMENT, METRICS, SUMMARY, "eval/*.json")),
     (NOTE, IN_THE_CARD),

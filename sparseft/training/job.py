@@ -29,6 +29,7 @@ from sparseft.errors import LayoutWarning, UserError
 from sparseft.files.atomic import explained, write_json, write_text
 from sparseft.memory import memory_bytes, reset_peak_memory
 from sparseft.models.decoder import context_length, runnable
+from sparseft.models.loading import vocabulary_rows
 from sparseft.models.spec import ModelSpec
 from sparseft.runs.environment import environment
 from sparseft.runs.folder import (
@@ -166,7 +167,7 @@ def _asked(config: RunConfig, prepared: Prepared) -> Asked | None:
     if not prompts:
         return None
     asked = Asked(prompts, prepared.tokenizer, prepared.data.format, config.dataset.plain_chat)
-    asked.check(context_length(prepared.model.config))
+    asked.check(vocabulary_rows(prepared.model)[0], context_length(prepared.model.config))
     return asked
 
 

@@ -19,6 +19,7 @@ from sparseft import console
 from sparseft.data.chat import Chats
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Converter, Example, Plain
+from sparseft.data.loading import no_row
 from sparseft.data.prompts import ASSISTANT, human_turn
 from sparseft.data.sources import Records, locate_file, open_file
 from sparseft.distributed import ranks
@@ -123,9 +124,14 @@ class Asked:
         examples = [_example(prompt, format, chats) for prompt in prompts]
         self.ids = [[token for ids, _ in segments for token in ids] for segments in encoder.encode(examples)]
 
-    def check(self, context: int | None) -> None:
-        """Refuses a prompt that leaves the model, of so many tokens of context, no room to answer."""
+    def check(self, rows: int, context: int | None) -> None:
+        """Refuses a prompt that the model, of so many rows of embeddings, cannot read, or that leaves it, of so many
+        tokens of context, no room to answer."""
         for prompt, ids in zip(self.prompts, self.ids, strict=True):
+            if not ids:
+                raise UserError(f"{prompt.where}: the prompt holds nothing that the tokenizer knows.")
+            if max(ids) >= rows:
+                raise UserError(f"{prompt.where}: {no_row(max(ids), self.tokenizer, rows)}")
             if context and len(ids) >= context:
                 raise UserError(
                     f"{prompt.where}: the prompt has {len(ids)} tokens, and the model's context of {context} leaves no "
@@ -164,6 +170,16 @@ class Asked:
         return text[: min(stops, default=None)].strip(), end is None and not stops
 
 
+@dataclass
+class _Alone(Records):
+    """One record, which stands where its prompt does."""
+
+    at: str = ""
+
+    def where(self, index: int) -> str:
+        return self.at
+
+
 def _example(prompt: Prompt, format: str, chats: Chats | None) -> Example:
     """A training example of the prompt, but for its answer."""
     content = prompt.content
@@ -187,7 +203,7 @@ def _example(prompt: Prompt, format: str, chats: Chats | None) -> Example:
             "prompt_completion": {"prompt": content, "completion": stand_in},
             "text": {"text": content},
         }[format]  # fmt: skip
-    example = converter.convert(Records([item], prompt.where.rpartition(",")[0], "line", [1]))[-1]
+    example = converter.convert(_Alone([item], "", "", [1], at=prompt.where))[-1]
     if format != "text":
         example.segments = example.segments[:-1]
     return example

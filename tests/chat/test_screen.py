@@ -14,6 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from sparseft.chat.screen import Pipe, Terminal, Wrapped, visible
+from sparseft.errors import UserError
 
 LETTERS = "abcdefg hijk  lmn\n日\N{PILE OF POO}é"
 
@@ -76,6 +77,13 @@ def test_a_pipe_gets_the_very_text(stdout: type, found: str, monkeypatch: pytest
         say("a\x1b[2J")
         say("b")
     assert sys.stdout.getvalue() == found  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the latter in the C locale
+def test_bytes_that_are_no_text_are_refused(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\xff\n"), "utf-8", errors=errors))
+    with pytest.raises(UserError, match="stdin is not text in utf-8"):
+        Pipe().ask("base")
 
 
 def terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, io.StringIO]:

@@ -108,6 +108,27 @@ def test_a_prompt_is_shown_as_it_was_trained(card: Any) -> None:
     assert alpaca_prompt("{instruction}").rstrip() in card.text
 
 
+@pytest.mark.parametrize(
+    ("format", "setting", "expected"),
+    [
+        ("messages", "", "by the chat template"),
+        ("messages", "plain_chat: true, ", "User: {question}\n\nAssistant:\n"),
+        ("oasst_trees", "", "### Human: {question}### Assistant:\n"),
+    ],
+)
+def test_conversations_are_shown_as_they_were_written(
+    format: str, setting: str, expected: str, made: Any, tmp_path: Path
+) -> None:
+    run = finished_run(made[1], tmp_path / "run")
+    for name, before, after in (
+        ("environment.json", '"alpaca"', f'"{format}"'),
+        ("config.yaml", "dataset: {", f"dataset: {{{setting}"),
+    ):
+        (run / name).write_text((run / name).read_text().replace(before, after))
+    text = card_of(facts_of(run))
+    assert expected in text and ("chat template of the base" in text) == (not setting and format == "messages")
+
+
 def test_every_tool_is_told_how_to_load_it(card: Any) -> None:
     text = card.text
     assert 'sparseft.load_adapter(model, "me/mine")' in text
@@ -124,6 +145,23 @@ def test_nothing_of_this_machine_or_of_the_users_texts_is_told(made: Any, tmp_pa
     assert "own.json" in text and "tiny-base" in text  # their last parts are
     data = ModelCard(text).data
     assert data.base_model is None and data.datasets is None  # ids of the hub alone
+
+
+@pytest.mark.parametrize(
+    ("warning", "told"),
+    [
+        (f"{HOME}/own.json: 3 records left out", "own.json: 3 records left out"),
+        (f"'{HOME}/my data/own.json' has (see {HOME}/x, ~/y) 1/2 of a/b", "'own.json' has (see x, y) 1/2 of a/b"),
+        (f"mlflow: sqlite:///{HOME}/m.db, file://{HOME}/store/: locked", "mlflow: m.db, store: locked"),
+        ("asked of https://example.org/a/b", "asked of https://example.org/a/b"),
+    ],
+)
+def test_a_warning_of_the_training_names_no_folder(warning: str, told: str, made: Any, tmp_path: Path) -> None:
+    run = finished_run(made[1], tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"warnings": [warning]}))
+    text = card_of(facts_of(run))
+    assert f"- From training: {told}\n" in text and "alice" not in text
 
 
 def test_an_id_and_a_licence_fill_the_places_that_are_open(made: Any, tmp_path: Path) -> None:

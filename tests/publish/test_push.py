@@ -21,6 +21,7 @@ from sparseft.evaluation.target import find_target
 from sparseft.files.hub import adapter_folder
 from sparseft.publish import listing
 from sparseft.publish.card import is_untouched
+from sparseft.runs.folder import TRACKED
 from support import adapted
 from support import hub as stand_in
 from support.exported import load, maker
@@ -105,6 +106,15 @@ def test_nothing_of_the_machine_or_of_others_goes_along(hub: Hub, run: Path) -> 
     assert files(run) - {f"adapter/{name}" for name in SENT} == left.keys()
     assert "pickles" in left["checkpoints/checkpoint-4/optimizer.pt"]
     assert "prompts and answers" in left["eval/boolq.samples.jsonl"] and "hashes" in left["train_questions.safetensors"]
+
+
+@pytest.mark.parametrize("tracker", TRACKED)
+def test_what_trackers_keep_is_told_from_other_files(tracker: str, run: Path) -> None:
+    (run / tracker / "deep").mkdir(parents=True)
+    (run / tracker / "deep/file").write_text(HOME)
+    (run / "trackers.json").write_text("{}")
+    left = {name: why for name, _, why in listing.listing_of(str(run), "me/mine").left_out}
+    assert left[f"{tracker}/deep/file"] == left["trackers.json"] == listing.WATCHED
 
 
 def test_what_is_asked_for_goes_along(hub: Hub, run: Path) -> None:

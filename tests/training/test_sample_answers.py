@@ -237,6 +237,22 @@ def test_what_cannot_be_asked_is_refused(given: list[str], parts: list[str], wor
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "format", "message"),
+    [
+        ("", "prompt_completion", "asked.jsonl, line 7: the prompt holds nothing"),
+        (" ", "alpaca", "asked.jsonl, line 7: 'instruction' is empty"),
+        ("half \ud800", "text", "asked.jsonl, line 7: the text holds half a surrogate pair"),
+        (QUESTION, "text", "asked.jsonl, line 7: token '.*' has the id"),
+    ],
+)
+def test_what_no_model_can_read_is_refused_where_it_stands(
+    content: str, format: str, message: str, tokenizer: Any
+) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        Asked([Prompt(content, "asked.jsonl, line 7")], tokenizer, format, False).check(2, None)
+
+
 def test_files_of_prompts(tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "5"}
     (tmp_path / "a.jsonl").write_text(
