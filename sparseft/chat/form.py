@@ -16,6 +16,7 @@ from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Example, check_encodable
 from sparseft.data.prompts import (
     ALPACA_INSTRUCTION,
+    ALPACA_RESPONSE,
     ASSISTANT,
     HUMAN,
     PLAIN_BREAK,
@@ -41,7 +42,7 @@ class Form:
     name: str
     why: str  # why this one, as a sentence goes on
     write: Write  # messages, the last of them the user's -> the text to go on from
-    stops: tuple[str, ...] = ()  # texts at which an answer ends, where the model goes on with a question of its own
+    stops: tuple[str, ...] = ()  # texts at which an answer ends, where the model goes on by itself with another turn
 
 
 def find_form(wanted: str, tokenizer: Any, run: Path | None) -> Form:
@@ -64,7 +65,7 @@ def find_form(wanted: str, tokenizer: Any, run: Path | None) -> Form:
     if name == "chat":
         return Form(name, why, lambda messages: _templated(messages, tokenizer))
     write, stops = {
-        "alpaca": (_turns(alpaca_conversation), (ALPACA_INSTRUCTION,)),
+        "alpaca": (_turns(alpaca_conversation), (ALPACA_INSTRUCTION, ALPACA_RESPONSE)),
         "guanaco": (_turns(guanaco_conversation), (HUMAN, ASSISTANT)),
         "plain": (_turns(plain_conversation), (PLAIN_BREAK + PLAIN_USER,)),
         "raw": (_alone, ()),

@@ -311,8 +311,8 @@ def report(
     "  sparseft push outputs/latest me/my-adapter --private --license apache-2.0",
 )
 def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", show_default=False)],
-    repo: Annotated[str, typer.Argument(metavar="REPO", show_default=False)],
+    run: Annotated[str, typer.Argument(metavar="RUN", hidden=True)],
+    repo: Annotated[str, typer.Argument(metavar="REPO", hidden=True)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; send nothing.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     base_model: Annotated[

@@ -18,6 +18,7 @@ ALPACA_WITH_INPUT = (
 )
 
 ALPACA_INSTRUCTION = "### Instruction"  # where a model that goes on begins a question of its own
+ALPACA_RESPONSE = "### Response"  # and, half trained, another answer
 
 # Guanaco's turns. A prompt ends with `### Assistant:`; the space that follows belongs to the answer, where a tokenizer
 # can join it to the first word. The same holds for plain chats.

@@ -117,5 +117,5 @@ def test_where_an_answer_ends() -> None:
     assert end_of_turn(other) == {other.convert_tokens_to_ids(EOS)}
     assert end_of_turn(tokenizer_with(None)) == set()
     assert end_of_turn(tokenizer_with("{% for m in messages %}{{ m.content }}\n{% endfor %}")) == set()
-    assert find_form("alpaca", chatml, None).stops == ("### Instruction",)
+    assert find_form("alpaca", chatml, None).stops == ("### Instruction", "### Response")
     assert find_form("plain", chatml, None).stops == ("\n\nUser:",)

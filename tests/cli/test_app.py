@@ -92,6 +92,7 @@ def test_every_command_shows_an_example(command: str, flag: str, capfd: pytest.C
     out = capfd.readouterr().out
     assert "Example" in out and f"\n    sparseft {command} " in out
     assert "--json" in out and "--debug" in out
+    assert "Arguments:" not in out  # the text says what they are
 
 
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:

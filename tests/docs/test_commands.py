@@ -209,6 +209,19 @@ def test_blocks_close() -> None:
         assert page.read_text().count("\n```") == 2 * len(blocks(page)), page
 
 
+def test_what_a_command_printed_wraps_on_the_site() -> None:
+    """The class that site.css names is the one that the site's Markdown gives."""
+    pytest.importorskip("mkdocs", reason="needs mkdocs: pip install 'sparseft[docs]'")
+    import markdown
+    from mkdocs.config import load_config
+
+    config = load_config(str(ROOT / "mkdocs.yml"))
+    html = markdown.markdown(
+        "```text\nx\n```\n", extensions=config["markdown_extensions"], extension_configs=config["mdx_configs"]
+    )
+    assert ".language-text code" in (ROOT / "docs/site.css").read_text() and 'class="language-text' in html
+
+
 def test_the_messages_on_the_page_of_errors_are_those_of_the_code() -> None:
     """Their fixed parts: between what is seen in a case, numbers and names, stand in a string of the source."""
     literals = []
