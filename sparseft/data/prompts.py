@@ -25,6 +25,9 @@ ALPACA_RESPONSE = "### Response"  # and, half trained, another answer
 HUMAN = "### Human:"
 ASSISTANT = "### Assistant:"
 
+# Where an answer ends for a model that goes on, by the form of the prompt; a chat template has a token for it.
+STOPS = {"alpaca": [ALPACA_INSTRUCTION], "guanaco": [HUMAN, ASSISTANT], "chat": []}
+
 PLAIN_USER = "User:"
 PLAIN_ASSISTANT = "Assistant:"
 PLAIN_BREAK = "\n\n"  # between two messages of a plain chat

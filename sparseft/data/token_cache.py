@@ -111,9 +111,10 @@ class Cache:
 
     def _clear_abandoned(self) -> None:
         for partial in asides(self.folder):
-            times = [path.stat().st_mtime for path in (partial, *partial.glob("*")) if path.exists()]
-            if times and time.time() - max(times) > ABANDONED_SECONDS:
-                shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another process has finished it, or given it up
+                newest = max(path.stat().st_mtime for path in (partial, *partial.glob("*")))
+                if time.time() - newest > ABANDONED_SECONDS:
+                    shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager

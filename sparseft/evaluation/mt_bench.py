@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparseft.data.prompts import ALPACA_INSTRUCTION, ASSISTANT, HUMAN, alpaca_conversation, human_turn
+from sparseft.data.prompts import ASSISTANT, STOPS, alpaca_conversation, human_turn
 from sparseft.errors import UserError
 from sparseft.files.atomic import dumps, write_text
 from sparseft.files.untrusted import parse_json, why
@@ -39,7 +39,6 @@ OTHER_TEMPERATURE = 0.7
 GREEDY_BELOW = 1e-4
 # A model's own generation settings have no place in a comparison.
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0}
-STOPS = {"alpaca": [ALPACA_INSTRUCTION], "guanaco": [HUMAN, ASSISTANT], "chat": []}
 
 Turns = list[str]
 Prompt = Callable[[Turns, Turns], str]  # (questions so far, answers so far, one fewer) -> the text to go on from

@@ -20,11 +20,10 @@ from sparseft.data.chat import Chats
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Converter, Example, Plain
 from sparseft.data.loading import no_row
-from sparseft.data.prompts import ASSISTANT, human_turn
+from sparseft.data.prompts import ASSISTANT, STOPS, human_turn
 from sparseft.data.sources import Records, locate_file, open_file
 from sparseft.distributed import ranks
 from sparseft.errors import UserError, shown
-from sparseft.evaluation.mt_bench import STOPS
 from sparseft.files.atomic import dumps, write_text
 from sparseft.files.untrusted import read_bytes, why
 from sparseft.models.decoder import context_length, runnable

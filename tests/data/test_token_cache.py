@@ -374,3 +374,23 @@ def test_train_says_that_tokens_are_cached(tmp_path: Path, model_folder: Any) ->
     assert "tokens: cached" not in first.err
     assert "data: training tokens: cached, .cache/sparseft/tokens/" in second.err
     assert first.json["train_loss"] == second.json["train_loss"]
+
+
+def test_what_another_process_finishes_meanwhile_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Renamed:
+        """A folder written aside, seen just before it gets its name."""
+
+        def exists(self) -> bool:
+            return True
+
+        def glob(self, pattern: str) -> list[Path]:
+            return []
+
+        def stat(self) -> None:
+            raise FileNotFoundError
+
+    monkeypatch.setattr(caching, "asides", lambda folder: [Renamed()])
+    with Cache(tmp_path).making("key"):
+        pass

@@ -154,7 +154,8 @@ def test_what_makes_the_base_work_comes_along(tmp_path: Path) -> None:
     run(tmp_path, "export", adapter, "--format", "merged", "--out", "out")
     names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
     assert {"chat_template.jinja", "merges.txt", "additional_chat_templates/tool.jinja"} <= names
-    assert not names & {"modeling_own.py", "README.md", "pytorch_model.bin.index.json"}
+    assert not names & {"modeling_own.py", "pytorch_model.bin.index.json"}
+    assert "the base's card" not in (tmp_path / "out/README.md").read_text()  # it has a card of its own
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written == {key: value for key, value in config.items() if key != "auto_map"} | {"own": 7}
 
