@@ -14,17 +14,7 @@ from typing import Any
 from sparseft.chat.conversation import Message
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Example, check_encodable
-from sparseft.data.prompts import (
-    ALPACA_INSTRUCTION,
-    ALPACA_RESPONSE,
-    ASSISTANT,
-    HUMAN,
-    PLAIN_BREAK,
-    PLAIN_USER,
-    alpaca_conversation,
-    guanaco_conversation,
-    plain_conversation,
-)
+from sparseft.data.prompts import STOPS, alpaca_conversation, guanaco_conversation, plain_conversation
 from sparseft.errors import UserError, shown
 from sparseft.evaluation.target import data_format, prompt_format
 from sparseft.files.untrusted import read_yaml_object
@@ -64,13 +54,13 @@ def find_form(wanted: str, tokenizer: Any, run: Path | None) -> Form:
         name = "plain"
     if name == "chat":
         return Form(name, why, lambda messages: _templated(messages, tokenizer))
-    write, stops = {
-        "alpaca": (_turns(alpaca_conversation), (ALPACA_INSTRUCTION, ALPACA_RESPONSE)),
-        "guanaco": (_turns(guanaco_conversation), (HUMAN, ASSISTANT)),
-        "plain": (_turns(plain_conversation), (PLAIN_BREAK + PLAIN_USER,)),
-        "raw": (_alone, ()),
+    write = {
+        "alpaca": _turns(alpaca_conversation),
+        "guanaco": _turns(guanaco_conversation),
+        "plain": _turns(plain_conversation),
+        "raw": _alone,
     }[name]
-    return Form(name, why, write, stops)
+    return Form(name, why, write, tuple(STOPS[name]))
 
 
 def _plain_chat(run: Path | None) -> bool:

@@ -77,7 +77,7 @@ class Chats(Converter):
         self.tokenizer = encoder.tokenizer
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         # Why the template is not used; None: it is.
-        self._plainly = (
+        self.plainly = (
             None if has_template and not plain else "as set" if plain else "the tokenizer has no chat template"
         )
         self._marks = _end_marks(self.tokenizer)
@@ -101,13 +101,13 @@ class Chats(Converter):
             self._masked += 1
             return
         questions = tuple(message["content"] for message in chat.messages if message["role"] == "user")
-        for segments, closed in self._plain(chat) if self._plainly else self._rendered(chat):
+        for segments, closed in self._plain(chat) if self.plainly else self._rendered(chat):
             yield Example(segments, where, closed=closed, questions=questions)
 
     def note(self, source: str) -> str:
         """How the messages were rendered and what was left out, as a sentence."""
-        if self._plainly:
-            parts = [f"messages rendered as plain User/Assistant text: {self._plainly}"]
+        if self.plainly:
+            parts = [f"messages rendered as plain User/Assistant text: {self.plainly}"]
         else:
             parts = ["messages rendered with the tokenizer's chat template"]
         for reason, count in self._apart.most_common():
@@ -130,14 +130,14 @@ class Chats(Converter):
             parts.append(
                 f"{counted(self._asked, 'message')} of others than the assistant asked to be learnt; only answers are"
             )
-        by = ": no chat template writes them" if self._plainly else " by the template"
+        by = ": no chat template writes them" if self.plainly else " by the template"
         parts += [*unused_sentence(self._unused, by), *unused_sentence(self._unknown)]
         return "; ".join(parts)
 
     def _plain(self, chat: Conversation) -> list[tuple[Segments, bool]]:
         for turn in chat.learnt:
             if not chat.messages[turn]["content"].strip():
-                raise UserError(f"{chat.place(turn)}: tool calls without text need a chat template ({self._plainly}).")
+                raise UserError(f"{chat.place(turn)}: tool calls without text need a chat template ({self.plainly}).")
         self._unused.update({*chat.context, *_extras(chat.messages)})
         return [(_in_plain_text(chat), False)]
 

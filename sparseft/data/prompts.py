@@ -25,12 +25,18 @@ ALPACA_RESPONSE = "### Response"  # and, half trained, another answer
 HUMAN = "### Human:"
 ASSISTANT = "### Assistant:"
 
-# Where an answer ends for a model that goes on, by the form of the prompt; a chat template has a token for it.
-STOPS = {"alpaca": [ALPACA_INSTRUCTION], "guanaco": [HUMAN, ASSISTANT], "chat": []}
-
 PLAIN_USER = "User:"
 PLAIN_ASSISTANT = "Assistant:"
 PLAIN_BREAK = "\n\n"  # between two messages of a plain chat
+
+# Where an answer ends for a model that goes on, by the form of the prompt; a chat template has a token for it.
+STOPS = {
+    "alpaca": [ALPACA_INSTRUCTION, ALPACA_RESPONSE],
+    "guanaco": [HUMAN, ASSISTANT],
+    "plain": [PLAIN_BREAK + PLAIN_USER],
+    "chat": [],
+    "raw": [],
+}
 
 # The first words of LLM-Adapters' questions with a choice of answers.
 CHOOSE_ANSWER = "Please choose the correct answer to the question: "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparseft.models.head import head_of, tokens_at_once
+from sparseft.models.head import cross_entropy, head_of, tokens_at_once
 
 
 def loss_gradient(
@@ -24,12 +24,7 @@ def loss_gradient(
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
     gradient = torch.zeros_like(flat)
     step = tokens_at_once(model, flat.device)
-    with torch.enable_grad(), head_of(model) as logits_of:
+    with head_of(model) as logits_of:
         for at, target, share in zip(rows.split(step), targets[labelled].split(step), shares.split(step), strict=True):
-            x = flat[at].requires_grad_()
-            logits = logits_of(x)
-            # Of the cross-entropy, by the logits: softmax less the target's one, without a third copy of them.
-            wanted = torch.softmax(logits.detach().float(), -1)
-            wanted[torch.arange(len(at), device=at.device), target] -= 1
-            (gradient[at],) = torch.autograd.grad(logits, x, wanted.mul_(share[:, None]).to(logits.dtype))
+            gradient[at] = cross_entropy(logits_of, flat[at], target, share, step, by_x=True)[1]
     return gradient.view_as(hidden)

@@ -7,7 +7,7 @@ on the tokens that need it, a few at a time. It is the model's own code that run
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,3 +112,41 @@ def example_output(model: nn.Module, tokens: int = 3) -> Tensor | None:
         return None
     generator = torch.Generator().manual_seed(0)
     return torch.randn(tokens, head.weight.shape[-1], generator=generator).to(head.weight)
+
+
+def cross_entropy(
+    logits_of: Callable[[Tensor], Tensor],  # `head_of`
+    x: Tensor,  # what the decoder gave (n, features)
+    targets: Tensor,  # (n,)
+    weights: Tensor,  # of each token in the sum: (n,), float32
+    step: int,  # tokens whose logits exist at once
+    *,
+    by_x: bool,
+    trained: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """The weighted sum of the tokens' cross-entropies (a scalar), its gradient by `x` (where it is wanted: `by_x`) and
+    by the head's own `trained` parameters. Sums are in fp32; the gradient of a chunk is taken with its loss, so that
+    its logits are gone before the next ones."""
+    total = torch.zeros((), dtype=torch.float32, device=x.device)
+    gradient = torch.zeros_like(x) if by_x else None
+    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]
+    for start in range(0, len(x), step):
+        part = x[start : start + step].detach().requires_grad_(by_x)
+        target, weight = targets[start : start + step, None], weights[start : start + step, None]
+        with torch.set_grad_enabled(by_x or bool(sums)):
+            logits = logits_of(part)
+        log_shares = torch.log_softmax(logits.detach().float(), -1)
+        total -= (log_shares.gather(1, target) * weight).sum()
+        if not logits.requires_grad:
+            continue
+        # The gradient by the logits: softmax less the target's one, without a third copy of them.
+        wanted = log_shares.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
+        inputs = [*([part] if by_x else []), *trained]
+        found = torch.autograd.grad(logits, inputs, wanted.mul_(weight).to(logits.dtype), allow_unused=True)
+        if gradient is not None:
+            gradient[start : start + step] = found[0]
+            found = found[1:]
+        for own, each in zip(sums, found, strict=True):
+            if each is not None:
+                own += each
+    return total, gradient, sums

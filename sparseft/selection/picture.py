@@ -18,13 +18,14 @@ INK = "#1b1f24"
 
 def trained_shares(model: nn.Module, spec: ModelSpec) -> dict[tuple[str, int], float]:
     """By role and decoder layer: entries that train, per entry of the linears there. Of a low-rank adapter the entries
-    are its own, and a linear that trains whole has the share 1."""
+    are its own, and a linear that trains whole has the share 1. spec: the plain model's."""
     trained: defaultdict[tuple[str, int], int] = defaultdict(int)
     weights: defaultdict[tuple[str, int], int] = defaultdict(int)
     place = {name: (_role(spec.path_of(name)), spec.layer_of[name]) for name in spec.linears}
     for name, (rows, columns) in spec.linears.items():
         weights[place[name]] += rows * columns
-    for name, parameter in model.named_parameters():
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper adds to the names
+    for name, parameter in inner.named_parameters():
         if parameter.requires_grad and (linear := _linear_of(name, place)) is not None:
             trained[place[linear]] += full_shape(parameter).numel()
     return {at: min(1.0, trained[at] / size) for at, size in weights.items()}

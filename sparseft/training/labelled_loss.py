@@ -21,7 +21,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.data.tokenized import IGNORED
-from sparseft.models.head import after_decoder, decoder_output, example_output, head_is_apart, head_of, tokens_at_once
+from sparseft.models.head import (
+    after_decoder,
+    cross_entropy,
+    decoder_output,
+    example_output,
+    head_is_apart,
+    head_of,
+    tokens_at_once,
+)
 
 ROWS = "label_rows"  # in a batch: the flat positions of the tokens that predict a label
 
@@ -136,47 +144,27 @@ def _trained_in_head(model: nn.Module) -> list[nn.Parameter]:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Cross-entropies of chunks of tokens and their gradients, summed in fp32."""
+    """`cross_entropy` with one weight for all tokens, whose gradient is made with it."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,  # (n, features)
         targets: Tensor,  # (n,)
-        scale: Tensor,  # of the sum: a scalar
+        weight: Tensor,  # a scalar
         logits_of: Callable[[Tensor], Tensor],
         step: int,
         grad: bool,
         *trained: nn.Parameter,
     ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        by_x = torch.zeros_like(x) if grad and ctx.needs_input_grad[0] else None
-        sums = [torch.zeros_like(p, dtype=torch.float32) for p in trained]
-        for start in range(0, len(x), step):
-            part = x[start : start + step].detach().requires_grad_(by_x is not None)
-            target = targets[start : start + step, None]
-            with torch.set_grad_enabled(by_x is not None or bool(sums)):
-                logits = logits_of(part)
-            log_shares = torch.log_softmax(logits.detach().float(), -1)
-            total -= log_shares.gather(1, target).sum()
-            if not logits.requires_grad:
-                continue
-            # The gradient by the logits: softmax less the target's one, without a third copy of them.
-            wanted = log_shares.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
-            inputs = [*([part] if by_x is not None else []), *trained]
-            found = torch.autograd.grad(logits, inputs, wanted.mul_(scale).to(logits.dtype), allow_unused=True)
-            if by_x is not None:
-                by_x[start : start + step] = found[0]
-                found = found[1:]
-            for own, gradient in zip(sums, found, strict=True):
-                if gradient is not None:
-                    own += gradient
-        ctx.save_for_backward(by_x, *(own.to(p.dtype) for own, p in zip(sums, trained, strict=True)))
-        return total * scale
+        by_x = grad and ctx.needs_input_grad[0]
+        weights = weight.expand(len(x))
+        total, gradient, sums = cross_entropy(logits_of, x, targets, weights, step, by_x=by_x, trained=trained)
+        ctx.save_for_backward(gradient, *(own.to(p.dtype) for own, p in zip(sums, trained, strict=True)))
+        return total + 0.0 * weight  # the mean over no tokens is not a number
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
-        by_x, *by_trained = ctx.saved_tensors
-        found = [None if each is None else each * by_loss.to(each.dtype) for each in (by_x, *by_trained)]
+        found = [None if each is None else each * by_loss.to(each.dtype) for each in ctx.saved_tensors]
         return found[0], None, None, None, None, None, *found[1:]

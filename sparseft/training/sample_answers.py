@@ -38,12 +38,6 @@ NEW_TOKENS = 128  # of an answer: enough to see what has been learnt
 BATCH = 8  # prompts answered together
 LOGGED = 3  # prompts whose answers are in the log
 RECORDS = (".json", ".jsonl", ".ndjson")
-TURNS = {
-    "alpaca": "alpaca",
-    "guanaco": "guanaco",
-    "oasst_trees": "guanaco",
-    "messages": "chat",
-}  # format: `STOPS`' name
 
 Messages = list[dict[str, Any]]
 
@@ -116,10 +110,14 @@ class Asked:
 
     def __init__(self, prompts: list[Prompt], tokenizer: Any, format: str, plain_chat: bool) -> None:
         self.prompts, self.tokenizer = prompts, tokenizer
-        self.turns = TURNS.get(format)
         encoder = Encoder(tokenizer)
         self.ends = sorted(encoder.ends)
         chats = Chats(encoder, plain_chat) if format == "messages" else None
+        if chats is not None:
+            form = "plain" if chats.plainly else "chat"
+        else:
+            form = "guanaco" if format == "oasst_trees" else format
+        self.stops = STOPS.get(form, [])  # prompts and plain texts have none
         examples = [_example(prompt, format, chats) for prompt in prompts]
         self.ids = [[token for ids, _ in segments for token in ids] for segments in encoder.encode(examples)]
 
@@ -165,7 +163,7 @@ class Asked:
     def _text(self, ids: list[int]) -> tuple[str, bool]:
         end = next((place for place, token in enumerate(ids) if token in self.ends), None)
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        stops = [place for stop in STOPS.get(self.turns or "", ()) if (place := text.find(stop)) >= 0]
+        stops = [place for stop in self.stops if (place := text.find(stop)) >= 0]
         return text[: min(stops, default=None)].strip(), end is None and not stops
 
 

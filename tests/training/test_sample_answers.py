@@ -14,6 +14,7 @@ import transformers
 
 from sparseft.config import DatasetConfig
 from sparseft.data.loading import load_datasets
+from sparseft.data.prompts import STOPS
 from sparseft.errors import UserError
 from sparseft.training import sample_answers
 from sparseft.training.sample_answers import Asked, Prompt, read_prompts
@@ -264,3 +265,10 @@ def test_files_of_prompts(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes('\ufeffüber\r\n\r\n{"x": 1}\r\n'.encode())
     assert [prompt.content for prompt in read_prompts(str(tmp_path / "b.txt"))] == ["über", '{"x": 1}']
     assert read_prompts(None) == []
+
+
+def test_an_answer_ends_where_a_turn_of_the_datas_own_form_begins(tokenizer: Any) -> None:
+    prompts = [Prompt("Why?", "a list")]
+    stops = {form: Asked(prompts, tokenizer, form, False).stops for form in ("alpaca", "oasst_trees", "text")}
+    assert stops == {"alpaca": STOPS["alpaca"], "oasst_trees": STOPS["guanaco"], "text": []}
+    assert Asked(prompts, tokenizer, "messages", True).stops == ["\n\nUser:"]

@@ -319,8 +319,9 @@ def test_evaluations_carry_scores_with_their_errors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "method"), [("llama", "s2ft"), ("gpt2", "sylva"), ("llama", "lora")])
 def test_the_picture_shows_what_trains(kind: str, method: str, make_model: Any) -> None:
-    model = attached(make_model(kind), method)
-    spec = ModelSpec.of(model)
+    plain = make_model(kind)
+    spec = ModelSpec.of(plain)  # as a run has it, of the model before
+    model = attached(plain, method)
     shares = trained_shares(model, spec)
     assert all("." in role and not any(part.isdigit() for part in role.split(".")) for role, _ in shares)
     sizes = dict.fromkeys(shares, 0)
