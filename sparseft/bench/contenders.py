@@ -29,6 +29,7 @@ from sparseft.config import HardwareConfig, RunConfig
 from sparseft.errors import UserError, nearest
 from sparseft.memory import SavedBytes, tensor_bytes
 from sparseft.methods import get_method
+from sparseft.methods.base import MethodConfig
 from sparseft.rules import field_types, is_text
 from sparseft.training.compiling import BACKEND
 from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss, why_plain
@@ -143,20 +144,26 @@ def contender(entry: str, weights: SharedWeights, config: RunConfig, own: Mappin
     own: settings of the method, as the rest of the entry gives them.
     """
     name = entry.split()[0]
-    model = weights.copy(own=owns_weights(entry))
-    shares = None if owns_weights(entry) else weights
-    if name == FLOOR:
-        return Contender(entry, model.requires_grad_(False).train(), None, 0, weights=shares)
+    return made_trainable(entry, weights, None if name == FLOOR else method_config(name, config, own))
+
+
+def made_trainable(name: str, weights: SharedWeights, method: MethodConfig | None) -> Contender:
+    """`contender`, by the settings of its method; None: the floor."""
+    own = method is not None and method.trains_all
+    model = weights.copy(own=own)
+    shares = None if own else weights
+    if method is None:
+        return Contender(name, model.requires_grad_(False).train(), None, 0, weights=shares)
     if shares is not None:
         shares.claim(model)
-    model = attach(model, method_config(name, config, own)).train()
+    model = attach(model, method).train()
     parameters = list(trainable_parameters(model).values())
     optimizer: torch.optim.Optimizer
-    if get_method(name).sparse:  # as training does
+    if method.sparse:  # as training does
         optimizer = SparseAdamW(parameters, lr=1e-4, weight_decay=0.0)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    return Contender(entry, model, optimizer, trainable_count(model), weights=shares)
+    return Contender(name, model, optimizer, trainable_count(model), weights=shares)
 
 
 def loss_of(c: Contender, batch: dict[str, Tensor]) -> Tensor:

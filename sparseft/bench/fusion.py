@@ -16,9 +16,8 @@ the benchmark goes on with the runs and the scores that are missing.
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import torch
 from sparseft import console
 from sparseft.adapters.description import adapter_hash
 from sparseft.adapters.lifecycle import detach, fuse, load_adapter, set_adapter
+from sparseft.bench.intervals import shown
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
 from sparseft.bench.quality import Trial, finished, folder_name, named_settings
 from sparseft.compose.run_config import compose
@@ -45,12 +45,6 @@ from sparseft.training import checks
 
 OWN = ("bench.variants", "bench.seeds", "bench.skills", "bench.rates", "bench.weights", "output_dir", "seed")
 BASE, APART = "base", ", disjoint"
-
-# 97.5 % quantiles of Student's t, by degrees of freedom from 1: half the width of a 95 % interval in standard errors.
-T_QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093,
-)  # fmt: skip
 
 
 @dataclass
@@ -316,17 +310,6 @@ def held_out_loss(model: Any, rows: Any, pad: int, device: torch.device, batch_s
     return total / count
 
 
-def interval(values: Iterable[float | None]) -> tuple[float, float] | None:
-    """The mean over seeds and half the width of its 95 % interval (NaN of a single value); None without values."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    if len(known) == 1:
-        return known[0], math.nan
-    quantile = T_QUANTILES[min(len(known) - 1, len(T_QUANTILES)) - 1]
-    return statistics.fmean(known), quantile * statistics.stdev(known) / math.sqrt(len(known))
-
-
 def _summary(ways: dict[str, Any], skills: list[str]) -> dict[str, Any]:
     """What disjoint adapters gain over overlapping ones, seed by seed."""
     if f"fused{APART}" not in ways:
@@ -361,8 +344,8 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             row = [name]
             for skill in result["skills"]:
                 numbers = by_skill[skill]
-                kept = "" if way in (BASE, skill) else _shown(numbers["kept"], 100, ".0f")
-                row += [_shown(numbers["accuracy"], 100, ".1f"), kept, _shown(numbers["eval_loss"], 1, ".3f")]
+                kept = "" if way in (BASE, skill) else shown(numbers["kept"], 100, ".0f")
+                row += [shown(numbers["accuracy"], 100, ".1f"), kept, shown(numbers["eval_loss"], 1, ".3f")]
             rows.append(row)
     return columns, rows
 
@@ -377,7 +360,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         if entry["overlap"]:
             lines.append(f"{variant}: {100 * statistics.fmean(entry['overlap']):.0f} % of the units are in both skills")
         for skill, gained in entry.get("disjoint - overlapping", {}).items():
-            accuracy, loss = _shown(gained["accuracy"], 100, "+.1f"), _shown(gained["eval_loss"], 1, "+.3f")
+            accuracy, loss = shown(gained["accuracy"], 100, "+.1f"), shown(gained["eval_loss"], 1, "+.3f")
             lines.append(f"{variant}, {skill}: disjoint - overlapping {accuracy} points, held-out loss {loss}")
     return lines
 
@@ -386,11 +369,3 @@ def markdown(result: dict[str, Any]) -> str:
     """The table as Markdown, with the command and the versions that made it, and the notes."""
     lines = "".join(f"- {note}\n" for note in notes(result))
     return as_markdown(result, f"{len(result['seeds'])} seeds", *table(result)) + "\n" + lines
-
-
-def _shown(values: Sequence[float | None], scale: float, form: str) -> str:
-    found = interval(values)
-    if found is None:
-        return "-"
-    mean, half = (scale * value for value in found)
-    return f"{mean:{form}}" + ("" if math.isnan(half) else f" ± {half:{form.lstrip('+')}}")

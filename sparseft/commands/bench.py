@@ -19,6 +19,7 @@ from sparseft.bench import (
     scaling,
     serve,
     targets,
+    time_to_loss,
     train,
 )
 from sparseft.bench.output import Output
@@ -33,12 +34,13 @@ BENCHMARKS: dict[str, Any] = {
     "host": host,
     "preprocess": preprocess,
     "quality": quality,
+    "time": time_to_loss,
     "fusion": fusion,
     "kernels": kernels,
     "loader": loader,
     "serve": serve,
 }
-TRAINING = ("quality", "fusion")  # their runs are composed anew, and trained as `sparseft train` does
+TRAINING = ("quality", "time", "fusion")  # their runs are composed anew, and trained as `sparseft train` does
 
 
 def run(
@@ -46,7 +48,7 @@ def run(
 ) -> dict[str, Any]:
     """Runs the benchmark `what` and writes `bench.json` into `output_dir` (default `outputs/bench-<date>-<time>`).
 
-    words, config_dirs: what `config` was composed from, which quality and fusion put their variants on top of.
+    words, config_dirs: what `config` was composed from, which quality, time and fusion put their variants on top of.
     """
     console.clear_warnings()
     checks.check_one_process(config, "bench")

@@ -82,6 +82,8 @@ class Job:
     asked: Asked | None = None  # what is answered on the way
     selection: Selection | None = None
     selection_cached: bool | None = None
+    selection_seconds: float | None = None  # until it was there, cached or computed
+    reselection: Reselection | None = None
     fingerprints: list[str] | None = None  # the base model's, where choosing took them
     method_config: dict[str, Any] | None = None  # with what the method left to the model
     trainable: int = 0
@@ -253,6 +255,7 @@ def select(job: Job) -> None:
     else:
         selected = cached_or_computed(job.config, job.prepared, job.spec)
         job.selection, job.selection_cached = selected.selection, selected.cached
+        job.selection_seconds = selected.seconds
         job.fingerprints = selected.fingerprints
 
 
@@ -363,7 +366,8 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         processing_class=None,
     )
     if config.method.reselect_steps:
-        trainer.add_callback(_reselection(job, trainer))
+        job.reselection = _reselection(job, trainer)
+        trainer.add_callback(job.reselection)
     best = Best(
         folder / CHECKPOINTS,
         (lambda path: trainer.save_model(str(path))) if config.trainer.keep_best else None,
@@ -506,6 +510,8 @@ def _summary(job: Job, trained: Trained, after: Evaluation | None) -> dict[str, 
         "seed": config.seed,
         "learning_rate": job.learning_rate,
         "selection_cached": job.selection_cached,
+        "selection_seconds": job.selection_seconds,
+        "reselection_seconds": job.reselection.seconds if job.reselection else None,
         "method_config": job.method_config,
         "contamination": job.contamination,
         "warnings": console.recorded_warnings(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ class Reselection(transformers.TrainerCallback):
         self.steps, self.choose, self.clock, self.ended_at = steps, choose, clock, ended_at
         self.warmup = min(WARMUP_STEPS, steps // 3)
         self.rates: list[float] = []
+        self.seconds = 0.0  # spent on choosing, in this process: of a resumed run since then
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step and state.global_step == self.ended_at:
@@ -109,11 +111,13 @@ class Reselection(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         if state.global_step % self.steps == 0 and state.global_step < state.max_steps:
+            start = time.perf_counter()
             with self.clock.paused() if self.clock is not None else contextlib.nullcontext():
                 selection = self.choose(state.global_step)
                 deltas = [p.delta for layer in sparse_layers(model).values() for p in layer.patterns.values()]
                 with whole_moments(optimizer, deltas) as moments:
                     share = apply_selection(model, selection, moments)
+            self.seconds += time.perf_counter() - start
             console.log(f"re-selection at step {state.global_step}: {share:.0%} of the units are others than before")
 
 

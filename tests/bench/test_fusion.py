@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import sparseft as library
-from sparseft.bench.fusion import held_out_loss, interval, overlap
+from sparseft.bench.fusion import held_out_loss, overlap
+from sparseft.bench.intervals import interval
 from sparseft.compose.run_config import from_dict
 from sparseft.data.loading import load_datasets
 from sparseft.data.packing import padding_id

@@ -1,0 +1,399 @@
+"""Seconds until a held-out loss is reached: contenders on the same data, from the same base.
+
+Of every variant (a method with its settings):
+
+- at each of `bench.rates` it is trained once, and the rate with the lowest held-out loss is kept. These examples, and
+  the seed, are of their own: the split of the seed after the last one that is reported, of the training data where the
+  reported losses are those of `dataset.eval_path`;
+- at that rate it is trained with every seed, and its held-out loss read every `trainer.eval_steps` steps;
+- with a batch of the run's median size, the steps of all take turns with each other and with those of the frozen model
+  (the floor), so that a machine's slow moments meet all of them.
+
+The loss to be reached is where the first variant ends, seed by seed. The steps until then, interpolated between two
+evaluations, times the seconds of a step, and the seconds that choosing what trains has taken (calibration, and each
+re-selection before that step), are its time; all seeds take the same schedule to the end, so that who reaches the loss
+does so before its rate has come down.
+
+The trainings are ordinary runs in `runs/`. Interrupted, the benchmark goes on with those that are missing, and times
+the steps anew: the numbers of steps may come from a busy machine, the times from a quiet one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparseft import console
+from sparseft.bench.contenders import FLOOR, Contender, made_trainable, step
+from sparseft.bench.intervals import interval, shown
+from sparseft.bench.output import Output, as_markdown, device_name, measured_on
+from sparseft.bench.quality import Trial, finished, folder_name, named_settings
+from sparseft.bench.sharing import SharedWeights
+from sparseft.bench.timing import spread, take_turns
+from sparseft.compose.run_config import compose
+from sparseft.config import BUNDLED, RunConfig
+from sparseft.data.loading import load_datasets
+from sparseft.data.packing import Collator, padding_id
+from sparseft.errors import UserError
+from sparseft.files.atomic import write_text
+from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
+from sparseft.report.charts import Panel, Series, line_chart, standalone
+from sparseft.runs.folder import METRICS
+from sparseft.runs.metrics import read_metrics
+from sparseft.training import checks
+from sparseft.training.labelled_loss import usable
+
+OWN = ("bench.variants", "bench.seeds", "bench.rates", "bench.steps", "bench.warmup_steps", "output_dir", "seed")
+CHART = "time-to-loss.svg"
+FEWEST_SEEDS = 3  # for a verdict
+Curve = list[tuple[int, float]]  # (step, held-out loss), in order
+
+
+@dataclass
+class Study:
+    """What is compared, checked before the first run."""
+
+    config: RunConfig
+    base: list[str]  # the words that all runs share
+    config_dirs: Sequence[str]
+    folder: Path
+    variants: dict[str, list[str]]
+    train: Callable[[RunConfig], dict[str, Any]]
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.config.seed, self.config.seed + self.config.bench.seeds))
+
+    def trial(self, variant: str, seed: int, rate: float | None, choosing: bool = False) -> Trial:
+        """One training, composed. rate: None: what the configuration says. choosing: it is to choose the rate."""
+        changes = [*self.variants[variant], f"seed={seed}", "overwrite=true"]
+        if rate is not None:
+            changes.append(f"trainer.learning_rate={rate:g}")
+        if choosing:
+            changes += ["dataset.eval_path=null", "trainer.eval_steps=null"]
+        trial = compose("train", [*self.base, *changes], self.config_dirs)
+        name = variant if rate is None else f"{variant} lr {rate:g}"
+        place = Path("rates" if choosing else "runs", folder_name(name, seed))
+        trial.output_dir = str(self.folder / place)
+        trial.cache_dir = str(self.folder / "cache" / place)  # of its own: what another has chosen takes no time
+        return Trial(variant, seed, trial)
+
+    def rates_of(self, variant: str) -> list[float | None]:
+        """Those to choose from; a variant that names its own has that one."""
+        named = any(word.startswith("trainer.learning_rate=") for word in self.variants[variant])
+        return [None] if named or not self.config.bench.rates else list(self.config.bench.rates)
+
+    def summary(self, trial: Trial) -> dict[str, Any]:
+        """What the trial's run says of itself; it is trained where it has not been."""
+        summary = finished(trial)
+        if summary is None:
+            console.log(f"bench: training {Path(str(trial.config.output_dir)).name}")
+            with console.quiet():
+                summary = self.train(trial.config)
+        return summary
+
+
+def run(
+    config: RunConfig,
+    output: Output,
+    words: Sequence[str],
+    config_dirs: Sequence[str],
+    train: Callable[[RunConfig], dict[str, Any]],
+) -> dict[str, Any]:
+    """Trains and times all of it, and returns what `bench.json` holds; interrupted, says how to go on.
+
+    words, config_dirs: what `config` was composed from. train: trains one config and returns its summary.
+    """
+    folder = output.choose()
+    study = plan(config, words, config_dirs, folder, train)
+    try:
+        result = measure(study)
+    except KeyboardInterrupt:
+        console.log(f"bench: what is done is kept; the same command with output_dir={folder} goes on from there")
+        raise
+    output.write(CHART, chart(result))
+    return result | {"charts": [CHART]}
+
+
+def plan(
+    config: RunConfig,
+    words: Sequence[str],
+    config_dirs: Sequence[str],
+    folder: Path,
+    train: Callable[[RunConfig], dict[str, Any]],
+) -> Study:
+    """Reads and checks the settings; UserError where a run could not start."""
+    variants = dict(named_settings("bench.variants", config.bench.variants))
+    if len(variants) < 2 or len(variants) < len(config.bench.variants):
+        raise UserError("bench.variants: name at least two variants, each once; the first is what others are held to.")
+    own = [word for word in words if word.partition("=")[0] not in OWN]
+    study = Study(config, own, config_dirs, folder, variants, train)
+    for variant in variants:
+        for rate in study.rates_of(variant):
+            for choosing in (False, True):
+                try:
+                    trial = study.trial(variant, study.seeds[0], rate, choosing)
+                    _check(trial, config, choosing)
+                except UserError as error:
+                    raise UserError(f"bench.variants: '{variant}': {error}") from None
+    return study
+
+
+def _check(trial: Trial, config: RunConfig, choosing: bool) -> None:
+    """Refuses a training that could not start, or could not be held against the others."""
+    if not choosing and trial.config.trainer.eval_steps is None:
+        raise UserError("bench time reads the held-out loss as it falls: give trainer.eval_steps.")
+    data = trial.config.dataset
+    if not (data.eval_path or data.eval_fraction):
+        of = " to choose rates by" if choosing else ""
+        raise UserError(f"bench time needs held-out examples{of}: give dataset.eval_fraction.")
+    for group in ("model", "dataset"):
+        theirs, ours = (dataclasses.asdict(getattr(each, group)) for each in (trial.config, config))
+        differing = [key for key in theirs if theirs[key] != ours[key] and not (choosing and key == "eval_path")]
+        if differing:
+            raise UserError(f"it sets {group}.{differing[0]}, and all variants train one model on one set of data.")
+    checks.check_trainer(trial.config)
+    checks.check_data(trial.config)
+    checks.check_model(trial.config)
+
+
+def measure(study: Study) -> dict[str, Any]:
+    """Every training, then the steps' times."""
+    config, found = study.config, {}
+    with console.Progress(len(study.variants), "bench time", unit="variant", plain_line_pause=0) as progress:
+        for position, variant in enumerate(study.variants):
+            found[variant] = _trained(study, variant)
+            progress.update(position + 1)
+    trials = {variant: study.trial(variant, study.seeds[0], entry["rate"]) for variant, entry in found.items()}
+    seconds = step_seconds({variant: trial.config for variant, trial in trials.items()}, config)
+    floor = statistics.median(seconds.pop(FLOOR))
+    for variant, entry in found.items():
+        entry |= spread("step_seconds", seconds[variant]) | {"step_floors": statistics.median(seconds[variant]) / floor}
+    compare(found)
+    return {
+        "benchmark": "time",
+        "model": config.model.path,
+        "dataset": config.dataset.train_path or config.dataset.name,
+        "dtype": config.model.dtype,
+        "device": device_name(resolve_device(config.hardware.device)),
+        "seeds": study.seeds,
+        "floor_seconds": floor,
+        "variants": found,
+    }
+
+
+def _trained(study: Study, variant: str) -> dict[str, Any]:
+    """A variant's rate, its curves by seed, and what choosing its units took."""
+    rates = study.rates_of(variant)
+    losses: list[tuple[float | None, float]] = []
+    for rate in rates if len(rates) > 1 else ():
+        summary = study.summary(study.trial(variant, study.seeds[-1] + 1, rate, choosing=True))
+        losses.append((rate, summary["eval_loss_after"]))
+    best = min(losses, key=lambda each: each[1])[0] if losses else rates[0]
+    trials = [study.trial(variant, seed, best) for seed in study.seeds]
+    summaries = [study.summary(trial) for trial in trials]
+    every = getattr(trials[0].config.method, "reselect_steps", 0)
+    return {
+        "rate": best,
+        "learning_rate": summaries[0]["learning_rate"],
+        "rate_losses": losses,
+        "at_edge": len(losses) > 2 and best in (losses[0][0], losses[-1][0]),
+        "trainable_parameters": summaries[0]["trainable_parameters"],
+        "steps": summaries[0]["steps"],
+        "curves": [curve_of(Path(str(trial.config.output_dir))) for trial in trials],
+        "selection_seconds": [each["selection_seconds"] or 0.0 for each in summaries],
+        "reselect_steps": every,
+        "reselection_seconds": [_each_time(summary, every) for summary in summaries],
+    }
+
+
+def _each_time(summary: Mapping[str, Any], every: int) -> float:
+    """Seconds of one re-selection; there is none at the last step."""
+    times = (summary["steps"] - 1) // every if every else 0
+    return (summary["reselection_seconds"] or 0.0) / times if times else 0.0
+
+
+def curve_of(run: Path) -> Curve:
+    """The held-out loss of a run, by step."""
+    rows = read_metrics(run / METRICS)
+    return [(int(row["step"]), float(row["eval_loss"])) for row in rows if row.get("eval_loss") is not None]
+
+
+def step_seconds(configs: Mapping[str, RunConfig], config: RunConfig) -> dict[str, list[float]]:
+    """Seconds of each variant's step, and of the floor's, taken in turns: its own batches, passes and loss."""
+    device = resolve_device(config.hardware.device)
+    tokenizer = load_tokenizer(config.model)
+    base: Any = load_model(config.model, device)
+    weights = SharedWeights(base)
+    pad = padding_id(tokenizer, vocabulary_rows(base)[0])
+    calls: dict[str, Callable[[], Any]] = {}
+    contenders: dict[str, Contender] = {}
+    first = next(iter(configs.values()))
+    try:
+        for name, each in {FLOOR: first, **configs}.items():
+            method = None if name == FLOOR else each.method.for_benchmark()
+            made = contenders[name] = made_trainable(name, weights, method)
+            made.labelled = usable(made.model, each)
+            batch = {key: value.to(device) for key, value in median_batch(each, tokenizer, pad).items()}
+            calls[name] = functools.partial(step, made, batch, each.trainer.gradient_accumulation)
+        return take_turns(calls, config.bench, device, prepare=lambda name: contenders[name].take_turn())
+    finally:
+        weights.give(None)
+
+
+def median_batch(config: RunConfig, tokenizer: Any, pad: int) -> dict[str, Tensor]:
+    """Of the training batches, in the data's order, that with the median number of labels among those of the median
+    width (tokens of its longest row): a step's work depends on both."""
+    data = load_datasets(
+        config.dataset, tokenizer, max_length=config.trainer.max_length, seed=config.seed,
+        bundled=config.model.path.startswith(BUNDLED), cache_dir=config.cache_dir,
+    )  # fmt: skip
+    rows: Any = data.packed if data.packed is not None else data.train
+    size, settings = config.trainer.batch_size, config.trainer
+    collate = Collator(pad, settings.max_length if settings.pad_to == "max_length" else 0)
+    starts = range(0, max(1, len(rows) - size + 1), size)
+    widths = {start: max(rows.lengths[start : start + size]) for start in starts}
+    middle = statistics.median_low(widths.values())
+    batches = [collate([rows[at] for at in range(start, min(start + size, len(rows)))])
+               for start in starts if widths[start] == middle]  # fmt: skip
+    return sorted(batches, key=lambda batch: int((batch["labels"] != -100).sum()))[(len(batches) - 1) // 2]
+
+
+def compare(found: dict[str, dict[str, Any]]) -> None:
+    """Adds to every variant its steps and seconds to the first one's last loss, seed by seed, and what they say."""
+    reference = next(iter(found.values()))
+    targets = [curve[-1][1] for curve in reference["curves"]]
+    for entry in found.values():
+        entry["final_losses"] = [curve[-1][1] for curve in entry["curves"]]
+        entry["steps_to_loss"] = [reached(c, loss) for c, loss in zip(entry["curves"], targets, strict=True)]
+        entry["seconds_to_loss"] = [
+            None if steps is None else seconds_at(entry, seed, steps)
+            for seed, steps in enumerate(entry["steps_to_loss"])
+        ]
+        pairs = zip(entry["seconds_to_loss"], reference["seconds_to_loss"], strict=True)
+        entry["ratios"] = [None if mine is None else mine / theirs for mine, theirs in pairs]
+        entry["verdict"] = "" if entry is reference else verdict(entry["ratios"])
+
+
+def seconds_at(entry: Mapping[str, Any], seed: int, steps: float) -> float:
+    """Seconds of training until so many steps are done, with what choosing took until then."""
+    every = entry["reselect_steps"]
+    times = max(0, -(-steps // every) - 1) if every else 0  # those before that step is done
+    chosen = entry["selection_seconds"][seed] + times * entry["reselection_seconds"][seed]
+    return steps * entry["step_seconds"] + chosen
+
+
+def reached(curve: Curve, loss: float) -> float | None:
+    """The steps until the held-out loss is first at `loss` or below, straight between two evaluations; None: never."""
+    before = None
+    for at, value in curve:
+        if value <= loss:
+            if before is None:
+                return float(at)
+            (earlier, higher) = before
+            return earlier + (at - earlier) * (higher - loss) / (higher - value)
+        before = (at, value)
+    return None
+
+
+def verdict(ratios: Sequence[float | None]) -> str:
+    """What the ratios to the first variant's time say, by their 95 % interval."""
+    known = [ratio for ratio in ratios if ratio is not None]
+    if not known:
+        return "does not get there"
+    if len(known) < len(ratios):
+        return f"gets there with {len(known)} of {len(ratios)} seeds"
+    if len(known) < FEWEST_SEEDS:
+        return f"cannot tell from {len(known)} {'seed' if len(known) == 1 else 'seeds'}"
+    found = interval(known)
+    assert found is not None
+    mean, half = found
+    return "faster" if mean + half < 1 else "slower" if mean - half > 1 else "cannot tell"
+
+
+def chart(result: Mapping[str, Any]) -> str:
+    """The held-out loss over the time, in steps of the frozen model: means over seeds, as an SVG file."""
+    lines = []
+    for index, (name, entry) in enumerate(result["variants"].items()):
+        points = []
+        for at, _ in entry["curves"][0]:
+            losses = [dict(curve).get(at) for curve in entry["curves"]]
+            times = [seconds_at(entry, seed, at) / result["floor_seconds"] for seed in range(len(losses))]
+            known = [loss for loss in losses if loss is not None]
+            points.append((statistics.fmean(times), statistics.fmean(known) if len(known) == len(losses) else None))
+        lines.append(Series(name, points, index))
+    first, reference = next(iter(result["variants"].items()))
+    goal = statistics.fmean(reference["final_losses"])
+    width = max(x for line in lines for x, _ in line.points)
+    lines.append(Series("the loss to be reached", [(0.0, goal), (width, goal)], None))
+    panel = Panel("held-out loss", lines, title=f"grey: where {first} ends")
+    return standalone(line_chart([[panel]], "time (steps of the frozen model)", height=380))
+
+
+def title(result: dict[str, Any]) -> str:
+    """What was compared, in one line."""
+    first, seeds = next(iter(result["variants"])), len(result["seeds"])
+    return (
+        f"Time to the held-out loss of {first}: {result['model']}, {result['dataset']}, {seeds} "
+        f"{'seed' if seeds == 1 else 'seeds'}, on {measured_on(result)}"
+    )
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a row for each variant: means with 95 % intervals over seeds."""
+    first = next(iter(result["variants"]))
+    columns = ["variant", "trainable", "rate", "last loss", "steps there", "step ms", "step ÷ floor", "seconds",
+               "floors", f"÷ {first}", ""]  # fmt: skip
+    rows = []
+    for name, entry in result["variants"].items():
+        floors = [None if s is None else s / result["floor_seconds"] for s in entry["seconds_to_loss"]]
+        rows.append(
+            [
+                name,
+                f"{entry['trainable_parameters']:,}",
+                f"{entry['learning_rate']:g}",
+                shown(entry["final_losses"], 1, ".4f"),
+                shown(entry["steps_to_loss"], 1, ".0f"),
+                f"{1000 * entry['step_seconds']:.0f}",
+                f"{entry['step_floors']:.2f}",
+                shown(entry["seconds_to_loss"], 1, ".1f"),
+                shown(floors, 1, ".0f"),
+                shown(entry["ratios"], 1, ".2f"),
+                entry["verdict"],
+            ]
+        )
+    return columns, rows
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What the numbers are, what choosing took, and rates that may not be the best."""
+    first = next(iter(result["variants"]))
+    lines = [
+        f"± 95 % intervals over seeds (Student's t); ÷ {first}: seed by seed; a floor, a step of the frozen model, takes "
+        f"{1000 * result['floor_seconds']:.0f} ms",
+    ]
+    for name, entry in result["variants"].items():
+        chosen = statistics.fmean(entry["selection_seconds"])
+        if chosen >= 0.1 or entry["reselect_steps"]:
+            again = (
+                f", and {statistics.fmean(entry['reselection_seconds']):.1f} s every {entry['reselect_steps']} steps"
+            )
+            lines.append(f"{name}: choosing takes {chosen:.1f} s{again if entry['reselect_steps'] else ''}, counted")
+        if entry["at_edge"]:
+            lines.append(
+                f"{name}: its rate {entry['rate']:g} is at the edge of bench.rates: a better one may lie beyond"
+            )
+    return lines
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table as Markdown, with the command and the versions that made it, and the notes."""
+    lines = "".join(f"- {note}\n" for note in notes(result))
+    return as_markdown(result, f"{len(result['seeds'])} seeds", *table(result)) + "\n" + lines

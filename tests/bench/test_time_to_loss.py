@@ -1,0 +1,158 @@
+"""`sparseft bench time`: its curves are those of the runs, and its times what the steps until the loss take."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparseft.bench.time_to_loss import median_batch, reached, seconds_at, verdict
+from sparseft.compose.run_config import compose, from_dict
+from sparseft.data.loading import load_datasets
+from sparseft.data.packing import Collator
+from sparseft.files.untrusted import read_yaml_object
+from sparseft.models.loading import load_tokenizer
+from support.running import refused, sparseft
+
+STUDY = ("bench", "time", "dataset.max_examples=80", "trainer.max_steps=4", "trainer.eval_steps=2",
+         "trainer.batch_size=4", "trainer.max_length=64", "bench.seeds=2", "bench.rates=[1e-3,3e-2]", "bench.steps=3",
+         "bench.warmup_steps=1", "output_dir=out",
+         "bench.variants=['LoRA: method=lora method.dropout=0','S2FT: method=s2ft method.roles=[o,down] "
+         "method.importance=gradient method.num_samples=4 method.reselect_steps=2']")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("time")
+    return folder, sparseft(folder, *STUDY, "--json").json
+
+
+def run_of(folder: Path, variant: str, rate: float, seed: int, kind: str = "runs") -> Path:
+    return folder / "out" / kind / f"{variant.lower()}-lr-{rate:g}-seed{seed}"
+
+
+def losses_of(run: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+
+
+def test_curves_are_the_runs_at_the_rate_that_another_split_chose(studied: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = studied
+    assert result["seeds"] == [0, 1] and list(result["variants"]) == ["LoRA", "S2FT"]
+    for variant, entry in result["variants"].items():
+        losses = []
+        for rate in (1e-3, 3e-2):
+            summary = json.loads((run_of(folder, variant, rate, 2, "rates") / "summary.json").read_text())
+            assert summary["seed"] == 2  # not one that is reported
+            losses.append([rate, summary["eval_loss_after"]])
+        assert entry["rate_losses"] == losses and entry["rate"] == min(losses, key=lambda each: each[1])[0]
+        for seed in result["seeds"]:
+            curve = losses_of(run_of(folder, variant, entry["rate"], seed))
+            assert [tuple(each) for each in entry["curves"][seed]] == curve and [at for at, _ in curve] == [0, 2, 4]
+    others = {tuple(path.name.split("-lr-")) for path in (folder / "out/runs").iterdir()}
+    assert len(others) == 4  # a rate each
+
+
+def test_times_are_steps_until_the_first_variant_s_last_loss(studied: tuple[Path, dict[str, Any]]) -> None:
+    """Oracle: the curve filled with 10,001 points, of which the first one below the loss is looked for."""
+    folder, result = studied
+    reference = result["variants"]["LoRA"]
+    for entry in result["variants"].values():
+        for seed in (0, 1):
+            at, losses = zip(*entry["curves"][seed], strict=True)
+            fine = np.linspace(0, 4, 10_001)
+            below = np.flatnonzero(np.interp(fine, at, losses) <= reference["curves"][seed][-1][1] + 1e-12)
+            steps = entry["steps_to_loss"][seed]
+            assert (steps is None) == (len(below) == 0)
+            if steps is not None:
+                assert steps == pytest.approx(fine[below[0]], abs=1e-3)
+                again = 1 if entry["reselect_steps"] and steps > 2 else 0
+                chosen = entry["selection_seconds"][seed] + again * entry["reselection_seconds"][seed]
+                assert entry["seconds_to_loss"][seed] == pytest.approx(steps * entry["step_seconds"] + chosen)
+                assert entry["ratios"][seed] * reference["seconds_to_loss"][seed] == entry["seconds_to_loss"][seed]
+    assert reference["ratios"] == [1.0, 1.0] and reference["selection_seconds"] == [0.0, 0.0]
+    s2ft = result["variants"]["S2FT"]
+    assert min(s2ft["selection_seconds"]) > 0 and min(s2ft["reselection_seconds"]) > 0
+    assert (folder / "out/time-to-loss.svg").read_text().startswith("<svg")
+    assert "| S2FT | " in (folder / "out/bench.md").read_text()
+
+
+def test_an_interrupted_study_goes_on_with_what_is_missing(studied: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = studied
+    runs = sorted((folder / "out").glob("r*s/*/metrics.jsonl"))
+    before = {run: run.stat().st_mtime_ns for run in runs}
+    gone = run_of(folder, "S2FT", result["variants"]["S2FT"]["rate"], 1)
+    (gone / "summary.json").unlink()
+    again = sparseft(folder, *STUDY, "--json").json
+    assert {run for run in runs if run.stat().st_mtime_ns != before[run]} == {gone / "metrics.jsonl"}
+    for variant, entry in again["variants"].items():
+        assert entry["curves"] == result["variants"][variant]["curves"]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    lora = "LoRA: method=lora"
+    for words, text in (
+        ([f"bench.variants=['{lora}']"], "name at least two variants"),
+        ([f"bench.variants=['{lora}','S2FT: method=s2ft model.dtype=bfloat16']"], "'S2FT': it sets model.dtype"),
+        ([f"bench.variants=['{lora}','S2FT: method=s2ft dataset.max_examples=3']"], "it sets dataset.max_examples"),
+        ([f"bench.variants=['{lora}','S2FT: method=s2ftt']"], "'S2FT': "),
+        (["trainer.eval_steps=null"], "give trainer.eval_steps"),
+        (["dataset.eval_fraction=0"], "give dataset.eval_fraction"),
+    ):
+        assert text in refused(tmp_path, "bench", "time", *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_reached_interpolates_and_takes_the_first_time() -> None:
+    curve = [(0, 4.0), (10, 2.0), (20, 3.0), (30, 1.0)]
+    assert reached(curve, 2.0) == 10 and reached(curve, 3.0) == 5 and reached(curve, 1.5) == 27.5
+    assert reached(curve, 4.5) == 0 and reached(curve, 0.9) is None
+
+
+def test_choosing_counts_until_the_step_is_done() -> None:
+    entry = {"step_seconds": 2.0, "selection_seconds": [5.0], "reselect_steps": 10, "reselection_seconds": [3.0]}
+    for steps, times in ((4.0, 0), (10.0, 0), (10.5, 1), (20.0, 1), (25.0, 2)):
+        assert seconds_at(entry, 0, steps) == 2 * steps + 5 + 3 * times
+    assert seconds_at(entry | {"reselect_steps": 0}, 0, 25.0) == 55
+
+
+def test_verdicts_need_three_seeds_and_an_interval_apart_from_one() -> None:
+    assert verdict([0.5, 0.51, 0.49]) == "faster" and verdict([1.5, 1.6, 1.55]) == "slower"
+    assert verdict([0.5, 1.5, 0.9]) == "cannot tell" and verdict([0.5, 0.5]) == "cannot tell from 2 seeds"
+    assert verdict([0.5, None, 0.5]) == "gets there with 2 of 3 seeds" and verdict([None]) == "does not get there"
+    mean, half = 0.9, 4.303 * 0.1 / math.sqrt(3)  # by hand: 0.8, 0.9, 1.0 do not tell
+    assert mean + half > 1 and verdict([0.8, 0.9, 1.0]) == "cannot tell"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_batch_is_the_median_one(packing: bool, studied: tuple[Path, dict[str, Any]]) -> None:
+    """Oracle: all batches made, their widths and labels counted."""
+    words = ["model=tiny", "dataset=commonsense", "dataset.max_examples=50", "trainer.batch_size=3",
+             "trainer.max_length=128", f"dataset.packing={str(packing).lower()}"]  # fmt: skip
+    config = compose("train", words)
+    tokenizer = load_tokenizer(config.model)
+    data = load_datasets(
+        config.dataset, tokenizer, max_length=128, seed=0, bundled=True, cache_dir=str(studied[0] / "cache")
+    )
+    rows: Any = data.packed if packing else data.train
+    each = [rows[i] for i in range(len(rows))]
+    batches = [Collator(0)(each[i : i + 3]) for i in range(0, len(each) - 2, 3)]
+    widths = sorted(batch["input_ids"].shape[1] for batch in batches)
+    config.cache_dir = str(studied[0] / "cache")
+    found = median_batch(config, tokenizer, 0)
+    width = widths[(len(widths) - 1) // 2]
+    labels = sorted(int((b["labels"] != -100).sum()) for b in batches if b["input_ids"].shape[1] == width)
+    assert found["input_ids"].shape == (3, width)
+    assert int((found["labels"] != -100).sum()) == labels[(len(labels) - 1) // 2]
+
+
+def test_the_settings_of_a_run_are_the_variant_s(studied: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = studied
+    run = run_of(folder, "S2FT", result["variants"]["S2FT"]["rate"], 1)
+    config = from_dict(read_yaml_object(run / "config.yaml"))
+    assert (config.seed, config.method.reselect_steps, config.trainer.eval_steps) == (1, 2, 2)
+    assert config.trainer.learning_rate == result["variants"]["S2FT"]["rate"]
