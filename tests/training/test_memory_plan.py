@@ -63,7 +63,7 @@ def configured(method: str, *words: str) -> Any:
     return config
 
 
-def measured(config: Any, content: Any, dtype: torch.dtype) -> int:
+def measured(config: Any, content: Any, dtype: torch.dtype, vocabulary: int = 256) -> int:
     """The peak of a real step, as `sparseft bench train` counts it."""
     settings = copy.deepcopy(config.method)
     if config.method_name in SPARSE:
@@ -74,8 +74,8 @@ def measured(config: Any, content: Any, dtype: torch.dtype) -> int:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = list(trainable_parameters(model).values())
     optimizer = SparseAdamW if config.method_name in SPARSE else torch.optim.AdamW
-    contender = Contender("", model, optimizer(parameters, lr=1e-4), 0)
-    ids = torch.randint(256, (BATCH, LENGTH))
+    contender = Contender("", model, optimizer(parameters, lr=1e-4), 0, labelled=config.trainer.loss == "auto")
+    ids = torch.randint(vocabulary, (BATCH, LENGTH))
     batch = {"input_ids": ids, "labels": ids}
     step(contender, batch)  # from here on the optimizer has its state
     measure_memory(contender, batch, torch.device("cpu"))
