@@ -30,15 +30,12 @@ def predicted_floors(
 
 
 def in_words(floors: float, labelled: float) -> str:
-    """`about 0.62 of the frozen model's (forward, backward to the embeddings, all logits): logits of 6 % of the tokens`."""
+    """Of a prediction, for a line: `predicted at 0.62 floors (…)`."""
+    made = "every token" if labelled == 1.0 else f"{labelled:.0%} of the tokens"
     return (
-        f"about {floors:.2f} of the frozen model's arithmetic (forward, backward to its embeddings, logits of all tokens), "
-        f"with logits of {_share(labelled)} tokens"
+        f"predicted at {floors:.2f} floors, with logits for {made} (1 floor: the frozen model, forward and backward to its "
+        "embeddings, with logits for every token)"
     )
-
-
-def _share(labelled: float) -> str:
-    return "all" if labelled == 1.0 else f"{labelled:.0%} of the"
 
 
 def labelled_share(data: Any, loss_is_labelled: bool) -> float:
