@@ -202,6 +202,7 @@ class BenchConfig:
     width: int | None = None
     depth: int | None = None
     shape: str | None = None
+    vocabulary: Annotated[int, AT_LEAST_2] | None = None
     accumulation: Annotated[int, AT_LEAST_1] = 1
     targets: list[str] = field(default_factory=list)
     ways: list[str] = field(default_factory=lambda: ["eager"])

@@ -5,7 +5,8 @@ unless layers need no backward at all. No method has dropout; all use AdamW: spa
 for them, the others torch's fused one.
 
 A way of running the step is `eager`, or parts joined by `+`: `labelled`, `compile`, `liger`, `checkpointing`. It
-is applied to every contender alike, the floor included, so that no method gets a favour the others lack.
+is applied to every contender alike, the floor included, so that no method gets a favour the others lack; but a contender
+that is named with `loss=plain` keeps the logits of all tokens in a way with `labelled`: to compare with.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from sparseft.training.optimizer import SparseAdamW
 
 FLOOR = "floor"
 EAGER = "eager"
+PLAIN = "loss=plain"
 WAY_PARTS = ("labelled", "compile", "liger", "checkpointing")
 # Contenders of one way share the code that is compiled, each with a model of its own.
 RECOMPILE_LIMIT = 64
@@ -59,6 +61,10 @@ class Contender:
     peak_bytes: int | None = None
     weights: SharedWeights | None = None  # None: its own
 
+    @property
+    def is_floor(self) -> bool:
+        return self.name.partition(" ")[0] == FLOOR
+
     def take_turn(self) -> None:
         """Ahead of its steps, so that none of them takes the time: the shared weights are as this one has trained
         them. It changes nothing in the middle of a turn."""
@@ -77,11 +83,15 @@ def check_methods(entries: Sequence[str]) -> None:
         raise UserError("bench.methods: expected one or more different methods.")
 
 
-def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The settings in entries of `bench.methods` such as `lora rank=16`, checked, by entry."""
+def own_settings(entries: Sequence[str], losses: bool = False) -> dict[str, dict[str, Any]]:
+    """The settings in entries of `bench.methods` such as `lora rank=16`, checked, by entry.
+
+    losses: whether `loss=plain` may be among them, which is no setting of the method.
+    """
     own: dict[str, dict[str, Any]] = {}
     for entry in entries:
         name, *words = entry.split()
+        words = [word for word in words if not (losses and word == PLAIN)]
         if not words:
             continue
         if name == FLOOR:
@@ -101,9 +111,9 @@ def own_settings(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
     return own
 
 
-def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
+def settings_of(config: RunConfig, losses: bool = False) -> dict[str, dict[str, Any]]:
     """`own_settings` of `bench.methods`, each checked together with what the run's own settings leave in force."""
-    own = own_settings(config.bench.methods)
+    own = own_settings(config.bench.methods, losses)
     for entry in config.bench.methods:
         if (name := entry.split()[0]) == FLOOR:
             continue
@@ -172,7 +182,7 @@ def loss_of(c: Contender, batch: dict[str, Tensor]) -> Tensor:
     They are looked up before the model is called: a compiler cannot follow a tensor that begins to ask for a gradient.
     """
     c.take_turn()
-    if c.name == FLOOR:
+    if c.is_floor:
         embedded = c.model.get_input_embeddings()(batch["input_ids"]).requires_grad_(True)
         batch = {"inputs_embeds": embedded, **{name: value for name, value in batch.items() if name != "input_ids"}}
     if c.labelled:
@@ -285,7 +295,7 @@ def put_in_way(way: str, c: Contender, first_step: Callable[[], Any]) -> None:
     `graph_breaks` and, where there are any, their `graph_break_reasons`.
     """
     chosen = parts_of(way)
-    if "labelled" in chosen:
+    if "labelled" in chosen and PLAIN not in c.name.split():
         if reason := why_plain(c.model):
             raise NotAvailable(f"labelled: {reason}")
         c.labelled = True

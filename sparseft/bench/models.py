@@ -63,7 +63,16 @@ def square_shape(width: int, depth: int) -> dict[str, Any]:
 
 
 def base_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """The run's model, or the random Llama of `bench.shape`, or of `bench.width` and `bench.depth`."""
+    """The run's model, or the random Llama of `bench.shape`, or of `bench.width` and `bench.depth`; with the vocabulary of
+    `bench.vocabulary`."""
+    model = _base_model(config, device)
+    if config.bench.vocabulary is not None:
+        torch.manual_seed(config.seed)
+        model.resize_token_embeddings(config.bench.vocabulary, mean_resizing=False)  # type: ignore[operator]
+    return model
+
+
+def _base_model(config: RunConfig, device: torch.device) -> nn.Module:
     bench = config.bench
     if (bench.width is None) != (bench.depth is None):
         raise UserError("bench.width and bench.depth make a random Llama together: give both or none.")

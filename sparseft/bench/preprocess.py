@@ -55,7 +55,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     device = resolve_device(config.hardware.device)
     model = base_model(config, device)
     check_length(config, model)
-    chosen = config.method.settled(ModelSpec.of(model))
+    chosen = config.method.settled(ModelSpec.of(model).narrowed(config.method.layers))
     ids = random_tokens(model, settings.samples, settings.length, config.seed, device)
     batches = [{"input_ids": part, "labels": part} for part in ids.split(settings.batch_size)]
 

@@ -42,6 +42,10 @@ from sparseft.bench.timing import absent, attempt_each, failed_row, kind, measur
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.memory import tensor_bytes
+from sparseft.methods import get_method
+from sparseft.models.spec import ModelSpec
+from sparseft.models.step_cost import StepCost, Trained
+from sparseft.training.labelled_loss import label_rows
 
 NOTHING = "-"
 NOT_YET = {"missing": "not measured yet"}  # what an incomplete result says of a row
@@ -58,7 +62,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     """
     settings = config.bench
     check(config)
-    own = settings_of(config)
+    own = settings_of(config, losses=True)
     base, batch, facts = measured_model(config)
     device = batch["input_ids"].device
     said = {
@@ -146,6 +150,7 @@ class Field:
         self.way, self.weights, self.batch, self.config, self.own = way, weights, batch, config, own
         self.device = device
         self.compiled = "compile" in parts_of(way)
+        self.cost = StepCost(ModelSpec.of(weights.base), config.bench.length)
         self.contenders: dict[str, Contender] = {}
         self.calls: dict[str, Callable[[], None]] = {}  # a step of each that is in memory
         self._rows: dict[str, dict[str, Any]] = dict.fromkeys(config.bench.methods, NOT_YET)
@@ -213,6 +218,7 @@ class Field:
         try:
             made = contender(entry, self.weights, self.config, self.own.get(entry))
             put_in_way(self.way, made, functools.partial(step, made, self.batch))
+            made.facts["step_flops"] = self._flops(made)
         except ModuleNotFoundError as error:
             self._rows[entry] = {"missing": f"{error.name} is not installed"}
         except NotAvailable as error:
@@ -220,6 +226,17 @@ class Field:
         else:
             self.contenders[entry] = made
             self.calls[entry] = functools.partial(step, made, self.batch, self.config.bench.accumulation)
+
+    def _flops(self, made: Contender) -> float:
+        """Multiplications and additions of a step, for each token."""
+        labels = self.batch["labels"]
+        share = len(label_rows(labels)) / labels.numel() if made.labelled else 1.0
+        return self.cost.step(
+            Trained.of(made.model, self.cost.spec),
+            products=1 if made.is_floor else get_method(made.name.split()[0]).products,
+            labelled=share,
+            checkpointing="checkpointing" in parts_of(self.way),
+        )
 
     def _count_memory(self, entries: Sequence[str] | None = None) -> None:
         if not self.compiled:  # the counters do not see inside compiled code
@@ -303,6 +320,7 @@ def row(c: Contender, contenders: Sequence[Contender], tokens: int) -> dict[str,
     median = median_of(c)
     compared = [other for other in contenders if other.name.split()[0] in (FLOOR, "lora", "full")]
     ratios = {other.name: paced(c) / paced(other) for other in compared}
+    predicted = {f.name: c.facts["step_flops"] / f.facts["step_flops"] for f in compared if f.is_floor}
     return {
         **spread("step_seconds", c.seconds),
         "tokens_per_second": tokens / median,
@@ -310,6 +328,7 @@ def row(c: Contender, contenders: Sequence[Contender], tokens: int) -> dict[str,
         "saved_bytes": c.saved_bytes,
         "trainable_parameters": c.trainable,
         "ratio_to": ratios,
+        "predicted_ratio_to": predicted,
         **c.facts,
     }
 
@@ -337,7 +356,9 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     methods = result["methods"]
     known = measured(methods)
     references = list(next(iter(known.values()))["ratio_to"]) if known else []
+    floors = list(next(iter(known.values()))["predicted_ratio_to"]) if known else []
     columns = ["method", "step ms", "p20-p80", *(f"÷ {other}" for other in references)]
+    columns += [f"predicted ÷ {floor}" for floor in floors]
     columns += ["tokens/s", "peak MiB", "saved MiB", "trainable"]
     rows = []
     for name, entry in methods.items():
@@ -350,6 +371,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{1000 * entry['step_seconds']:.1f}",
                 f"{1000 * entry['step_seconds_p20']:.1f}-{1000 * entry['step_seconds_p80']:.1f}",
                 *(f"{entry['ratio_to'][other]:.2f}" for other in references),
+                *(f"{entry['predicted_ratio_to'][floor]:.2f}" for floor in floors),
                 f"{entry['tokens_per_second']:,.0f}",
                 _mebibytes(entry["peak_memory_bytes"]),
                 _mebibytes(entry["saved_bytes"]),

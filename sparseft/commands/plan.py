@@ -15,6 +15,7 @@ from sparseft.models.loading import load_config
 from sparseft.training import checks, memory_plan
 from sparseft.training.arguments import micro_batches
 from sparseft.training.distributed_trainer import has_experts
+from sparseft.training.predicted import in_words, predicted_floors
 
 GIB = 2**30
 PARTS = {
@@ -63,6 +64,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         "zero_stage": config.hardware.zero_stage,
         "batch": batch,
         "length": length,
+        "predicted_floors": predicted_floors(shape.model, shape.spec, config, length=length, labelled=1.0),
         "trainable_parameters": shape.trainable,
         "total_parameters": shape.total,
         "per_device": asdict(memory) | {"total": memory.total},
@@ -150,6 +152,7 @@ def render(result: dict[str, Any]) -> None:
         [[str(tokens), *(f"{totals[tokens, batch] / size:,.2f}" for batch in batches)] for tokens in lengths],
     )
     print(_verdict(result))
+    print(f"A step is {in_words(result['predicted_floors'], 1.0)}.")
 
 
 def _verdict(result: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 def _preprocess(config: RunConfig) -> dict[str, Any]:
     forget_zero()  # of an earlier run
     prepared = prepare(config)
-    spec = ModelSpec.of(prepared.model)
+    spec = ModelSpec.of(prepared.model).narrowed(config.method.layers)
     selected = select(config, prepared, spec)
     describe_selection(selected.selection, spec, config.method)
     describe_export(selected.selection, spec.linears, config.method)

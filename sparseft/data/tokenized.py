@@ -65,6 +65,11 @@ class TokenizedDataset:
         return int(self.lengths.sum())
 
     @property
+    def num_labelled(self) -> int:
+        """Tokens where the loss counts."""
+        return sum(int((self._labels[start:stop] != IGNORED).sum()) for start, stop in self._runs())
+
+    @property
     def lengths(self) -> np.ndarray:
         """int64 (examples,): tokens of each example."""
         return self._stops - self._starts

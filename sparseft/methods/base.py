@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from sparseft.config import SPARSITY
 from sparseft.errors import UserError
+from sparseft.models.chosen_layers import ALL, LAYERS
 from sparseft.rules import AT_LEAST_1, Rule, check_fields
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ SAMPLES = Rule(
     "too)",
 )
 FOLDER = Rule(lambda path: bool(path.strip()), "a run's or an adapter's folder")
+Layers = Annotated[list[int] | str | int | float, LAYERS]  # no number is one: the rule says what is
 EVERY = Rule(lambda steps: steps >= 0, "0 (never) or a number of steps")
 
 
@@ -52,10 +54,12 @@ class MethodConfig:
     learning_rate: ClassVar[float]  # used where trainer.learning_rate is null
     sparse: ClassVar[bool] = False  # whether it trains deltas on a selection (`SparseConfig`)
     trains_all: ClassVar[bool] = False  # whether it trains every weight
+    products: ClassVar[int] = 1  # in which a trained weight takes part in a step, beyond the frozen model's
     once_default: ClassVar[dict[str, Any]] = {}  # what settings that are null today were in runs of earlier versions
 
     # Settings that not every method has, as those without them behave.
     scope = None
+    layers: Any = ALL
     wanted_sparsity = None  # the sparsity that sets the size: as given or the default; None where something else does
     block_size = None
     reselect_steps = 0
@@ -102,9 +106,10 @@ class SparseConfig(MethodConfig):
 
     sparsity: Annotated[float, SPARSITY] | None = None
     scope: str | None = None
+    layers: Layers = ALL
     importance: Importance = "random"
     order: Literal["largest", "smallest", "sampled"] = "largest"
-    allocation: Literal["per_layer", "global"] = "per_layer"
+    allocation: Literal["per_layer", "global", "flops"] = "per_layer"
     num_samples: Annotated[int | float, SAMPLES] | None = 128
     reselect_steps: Annotated[int, EVERY] = 0
     max_rank: Annotated[int, AT_LEAST_1] | None = None
@@ -113,6 +118,11 @@ class SparseConfig(MethodConfig):
 
     def validate(self) -> None:
         super().validate()
+        if self.allocation == "flops" and self.order != "largest":
+            raise UserError(
+                f"method.allocation=flops weighs the scores against the cost of a step, so method.order={self.order} "
+                "means nothing there: use method.order=largest."
+            )
         if self.max_rank is not None and self.reselect_steps:
             raise UserError(
                 f"method.max_rank={self.max_rank} and method.reselect_steps={self.reselect_steps}: an export holds all "

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from sparseft.methods.base import MethodConfig
+from sparseft.methods.base import Layers, MethodConfig
+from sparseft.models.chosen_layers import ALL, chosen_layers
 
 if TYPE_CHECKING:
     from typing import Self
@@ -27,6 +28,7 @@ class FullConfig(MethodConfig):
     trains_all = True
 
     dtype: Literal["float32", "model"] = "float32"
+    layers: Layers = ALL
 
     def convert(self, model: nn.Module, selection: Selection | None, spec: ModelSpec | None) -> nn.Module:
         if self.dtype == "float32":
@@ -35,7 +37,14 @@ class FullConfig(MethodConfig):
             from sparseft.distributed.zero3 import cast
 
             cast(model, torch.float32)
-        return model.requires_grad_(True)
+        from sparseft.models.decoder import decoder_layers
+
+        layers = decoder_layers(model)[1]
+        chosen = chosen_layers(self.layers, len(layers))
+        model.requires_grad_(chosen is None)
+        for number in chosen or ():  # not the head: it may be tied to the embeddings, below all layers
+            layers[number].requires_grad_(True)
+        return model
 
     def frozen_experts(self, spec: ModelSpec) -> list[str]:
         return []

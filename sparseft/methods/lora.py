@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from sparseft.config import SPARSITY
 from sparseft.errors import UserError, nearest
-from sparseft.methods.base import DEFAULT_SPARSITY, MethodConfig
+from sparseft.methods.base import DEFAULT_SPARSITY, Layers, MethodConfig
+from sparseft.models.chosen_layers import ALL
 from sparseft.rules import ABOVE_0, Rule
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ class LoraConfig(MethodConfig):
     name = "lora"
     kind = "peft"
     learning_rate = 2e-4
+    products = 3  # forward, the gradient through it, and its own
 
     sparsity: Annotated[float, SPARSITY] | None = None
     scope: str | None = None
+    layers: Layers = ALL
     rank: Annotated[int, RANK] | None = None
     alpha: Annotated[float, ABOVE_0] | None = None
     dropout: Annotated[float, PROBABILITY] = 0.05
@@ -59,6 +62,7 @@ class LoraConfig(MethodConfig):
         from sparseft.layers.convert import check_modules
         from sparseft.methods.exact_targets import exact_targets, lora_modules, others
 
+        spec = spec.narrowed(self.layers)
         rank, targets = rank_for(spec, self), target_modules(spec, self)
         check_modules(model, targets, spec.linears)  # merging into a tied weight would change the other too
         peft_config = peft.LoraConfig(
@@ -112,9 +116,8 @@ def rank_for(spec: ModelSpec, config: LoraConfig) -> int:
     """The rank set, or the one whose parameter count is nearest to (1 − sparsity) × the weights in scope."""
     if config.rank is not None:
         return config.rank
-    scope = sum(rows * columns for rows, columns in spec.linears_in(config.scope).values())
     shapes = [spec.linears[name] for name in target_modules(spec, config)]
-    wanted = (1.0 - (config.wanted_sparsity or DEFAULT_SPARSITY)) * scope
+    wanted = (1.0 - (config.wanted_sparsity or DEFAULT_SPARSITY)) * spec.weights_in(config.scope)
     if config.use_dora:  # a magnitude for each output feature, whatever the rank
         wanted -= sum(rows for rows, _ in shapes)
     return max(1, round(wanted / sum(rows + columns for rows, columns in shapes)))

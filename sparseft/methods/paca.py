@@ -53,7 +53,8 @@ class PacaConfig(SparseConfig):
             Candidate(name, "columns", shape, 0, 1, shape[1], name.rpartition(".")[2])
             for name, shape in linears.items()
         ]
-        kept = {c.key: self.rank or keep_count(1.0 - self.wanted_sparsity, c.count) for c in candidates}
+        share = 0.0 if self.wanted_sparsity is None else spec.share_of(self.wanted_sparsity, self.scope)
+        kept = {c.key: self.rank or keep_count(share, c.count) for c in candidates}
         pooled: dict[str, int] = {}
         for c in candidates:
             pooled[c.role] = pooled.get(c.role, 0) + kept[c.key]

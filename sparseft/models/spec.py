@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
 from sparseft.errors import UserError, nearest
+from sparseft.models.chosen_layers import chosen_layers
 from sparseft.models.decoder import (
     base_parameter_count,
     decoder_layers,
@@ -61,6 +63,14 @@ def role_of(name: str) -> str | tuple[str, ...] | None:
     return (ATTENTION_ROLES if "attn" in parent or "attention" in parent else MLP_ROLES).get(leaf)
 
 
+def _active_experts(config: Any) -> float:
+    """The share of a layer's routed experts that a token goes through; 1 of a model without any."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    there = next((count for name in names if (count := getattr(config, name, None))), None)
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_k", None)
+    return chosen / there if there and chosen else 1.0
+
+
 @dataclass(frozen=True)
 class RoleSlice:
     """The units of one role in one module: `count` runs of `unit` rows or columns, from `start`."""
@@ -86,7 +96,11 @@ class ModelSpec:
     head_dim: int
     total_parameters: int
     slots: list[RoleSlice] = field(default_factory=list)
-    layer_of: dict[str, int] = field(default_factory=dict)  # the decoder layer of each linear
+    layer_of: dict[str, int] = field(default_factory=dict)  # the decoder layer of each linear, frozen ones too
+    depth: int = 0  # decoder layers
+    layers: frozenset[int] | None = None  # those that a method may train; None: all
+    head_weights: int = 0  # that make logits of a hidden state
+    active_experts: float = 1.0  # the share of a layer's experts that a token goes through
     experts: list[str] = field(default_factory=list)  # 3-D parameters of experts that nothing here can train
     stacked: set[str] = field(default_factory=set)  # linears that are one expert of a 3-D parameter: no modules
     # Linears that could not train, whatever replaced them, with the reason (`probing.py`); not among `linears`.
@@ -150,9 +164,12 @@ class ModelSpec:
             stacked=stacked,
             frozen=frozen,
             frozen_shapes=frozen_shapes,
+            layer_of={n: int(n[len(prefix) + 1 :].split(".", 1)[0]) for n in (*linears, *frozen_shapes)},
+            depth=len(layers),
+            head_weights=int(config.hidden_size) * int(config.vocab_size),
+            active_experts=_active_experts(config),
         )
         for name in linears:
-            spec.layer_of[name] = int(name[len(prefix) + 1 :].split(".", 1)[0])
             spec.slots += spec._slots_of(name, spec.layer_of[name])
         if config.model_type == "codegen" or not getattr(config, "multi_query", True):  # GPT-BigCode without it
             # Their fused projections mix q, k and v head by head, so that no run of rows is one of them.
@@ -183,6 +200,18 @@ class ModelSpec:
             for role, start, count in zip(roles, starts, counts, strict=True)
         ]
 
+    def narrowed(self, layers: Any) -> ModelSpec:
+        """The same model, of which a method may train the linears of some layers only (`method.layers`).
+
+        What is in scope, as the shares of a budget are counted by, stays that of all layers. UserError where the model
+        has no such layer.
+        """
+        return replace(self, layers=chosen_layers(layers, self.depth))
+
+    def trains_in(self, name: str) -> bool:
+        """Whether the linear lies in a layer that a method may train."""
+        return self.layers is None or self.layer_of[name] in self.layers
+
     def frozen_experts(self, sparse: bool) -> list[str]:
         """The 3-D parameters of experts that a method leaves as they are; sparse methods train each expert's own."""
         stacked = [] if sparse else sorted({name.rpartition(".")[0] for name in self.stacked})
@@ -197,7 +226,7 @@ class ModelSpec:
         """Which linears in scope cannot train, and why, in a sentence; None where all can."""
         by_reason: dict[str, dict[str, list[str]]] = {}
         for name, reason in self.frozen.items():
-            if scope is None or scope in name:
+            if (scope is None or scope in name) and self.trains_in(name):
                 number = next((part for part in name.split(".") if part.isdigit()), "")
                 kind = name.replace(f".{number}.", ".{}.", 1)
                 by_reason.setdefault(reason, {}).setdefault(kind, []).append(number)
@@ -218,7 +247,18 @@ class ModelSpec:
                 raise UserError(f"'{name}' cannot be trained: {self.frozen[name]}.")
 
     def linears_in(self, scope: str | None) -> dict[str, tuple[int, int]]:
-        """The linears whose name contains `scope` (None: all); none is a `UserError` that says what there is."""
+        """The linears that may train whose name contains `scope` (None: all); none is a `UserError` that says what
+        there is."""
+        chosen = {name: shape for name, shape in self._in_all_layers(scope).items() if self.trains_in(name)}
+        if not chosen:
+            layers = sorted({self.layer_of[name] for name in self._in_all_layers(scope)})
+            raise UserError(
+                f"method.layers and scope={scope} leave nothing to train: the linears in scope lie in the decoder layers "
+                f"{', '.join(map(str, layers))}."
+            )
+        return chosen
+
+    def _in_all_layers(self, scope: str | None) -> dict[str, tuple[int, int]]:
         chosen = {name: shape for name, shape in self.linears.items() if scope is None or scope in name}
         if not chosen and (note := self.frozen_note(scope)):
             raise UserError(f"scope={scope} leaves nothing to train: {note}.")
@@ -228,8 +268,22 @@ class ModelSpec:
         return chosen
 
     def weights_in(self, scope: str | None) -> int:
-        """Weights of the linears in scope."""
-        return sum(rows * columns for rows, columns in self.linears_in(scope).values())
+        """Weights of the linears in scope, of all layers."""
+        return sum(rows * columns for rows, columns in self._in_all_layers(scope).values())
+
+    def share_of(self, sparsity: float, scope: str | None) -> float:
+        """The share of the linears that may train which makes (1 − sparsity) of the weights in scope, of all layers.
+
+        UserError where they have fewer weights than that.
+        """
+        wanted = (1.0 - sparsity) * self.weights_in(scope)
+        there = sum(rows * columns for rows, columns in self.linears_in(scope).values())
+        if wanted > there:
+            raise UserError(
+                f"sparsity={sparsity} asks for {wanted:,.0f} trainable weights, but the linears of the layers in "
+                f"method.layers have only {there:,}: raise sparsity or name more layers."
+            )
+        return 1.0 - sparsity if self.layers is None else wanted / there
 
     def feature_slots(self, sides: Mapping[str, str]) -> list[RoleSlice]:
         """Slots of single features of the linears named in `sides` ("rows" or "columns"), in the model's order."""

@@ -20,7 +20,7 @@ class Budget:
 
     candidates: list[Candidate]
     per_candidate: dict[str, int]  # by Candidate.key
-    pooled: dict[str, int]  # by role ("" for blocks): what `allocation: global` spends over all layers
+    pooled: dict[str, int]  # by role ("" for blocks): what `allocation: global` and `flops` spend over all layers
     minimum: int  # units that every candidate keeps under `allocation: global`
     scope_parameters: int
     block_size: int | None = None
@@ -49,7 +49,7 @@ def _require_roles(spec: ModelSpec, roles: Iterable[str], scope: str | None) -> 
 
 
 def ratio_budget(spec: ModelSpec, ratios: Mapping[str, float], *, scope: str | None) -> Budget:
-    """A share of the units of each role, as the S2FT paper's `v_ratio, o_ratio, u_ratio, d_ratio`."""
+    """A share of the units of each role in every layer that may train: the S2FT paper's `v_ratio, o_ratio, …`."""
     ratios = {role: ratio for role, ratio in ratios.items() if ratio > 0}
     slots = [slot for slot in _require_roles(spec, ratios, scope) if slot.role in ratios]
     candidates = _candidates(slots, spec)
@@ -71,9 +71,12 @@ def sparsity_budget(spec: ModelSpec, roles: list[str], sparsity: float, *, scope
     weights = sum(slot.count * slot.unit * slot.other for slot in slots)
     share = (1.0 - sparsity) * scope_parameters / weights
     if share > 1.0:
+        where, more = "in scope", "method.roles"
+        if spec.layers is not None:
+            where, more = "in the layers of method.layers", "layers or method.roles"
         raise UserError(
             f"sparsity={sparsity} asks for {(1 - sparsity) * scope_parameters:,.0f} trainable weights, but the roles "
-            f"{', '.join(roles)} have only {weights:,} in scope: raise sparsity or name more method.roles."
+            f"{', '.join(roles)} have only {weights:,} {where}: raise sparsity or name more {more}."
         )
     entries = {slot.module + ":" + slot.role: slot.unit * slot.other for slot in slots}
     per: dict[str, int] = {}
@@ -103,13 +106,15 @@ def _coarse_first(share: float, groups: Mapping[str, Sequence[int]]) -> dict[str
 
 
 def block_budget(spec: ModelSpec, block_size: int, sparsity: float, *, scope: str | None) -> Budget:
-    """The share (1 − sparsity) of the B×B blocks of every linear in scope, edge blocks included, at least one each."""
+    """The same share of the B×B blocks of every linear that may train, edge blocks included, at least one each: together
+    (1 − sparsity) of the weights in scope."""
+    share = spec.share_of(sparsity, scope)
     candidates = []
     for name, (rows, columns) in spec.linears_in(scope).items():
         count = math.ceil(rows / block_size) * math.ceil(columns / block_size)
         candidates.append(Candidate(name, "blocks", (rows, columns), 0, block_size, count))
-    per = {c.key: keep_count(1.0 - sparsity, c.count) for c in candidates}
-    pooled = {"": keep_count(1.0 - sparsity, sum(c.count for c in candidates))}
+    per = {c.key: keep_count(share, c.count) for c in candidates}
+    pooled = {"": keep_count(share, sum(c.count for c in candidates))}
     return Budget(candidates, per, pooled, 1, spec.weights_in(scope), block_size)
 
 
@@ -132,11 +137,12 @@ def blocks_spent(budget: Budget, allocation: str) -> tuple[float, int]:
     sizes = {c.key: block_weights(c) for c in budget.candidates}
     mean = {c.key: math.prod(c.shape) / c.count for c in budget.candidates}
     kept = budget.per_candidate
-    if allocation == "global":
-        kept = {c.key: min(budget.minimum, c.count) for c in budget.candidates}
+    if allocation != "per_layer":
+        minimum = budget.minimum if allocation == "global" else 0
+        kept = {c.key: min(minimum, c.count) for c in budget.candidates}
     average = sum(mean[key] * count for key, count in kept.items())
     most = sum(_take_largest(sizes[key], count) for key, count in kept.items())
-    pooled = budget.pooled[""] - sum(kept.values()) if allocation == "global" else 0
+    pooled = budget.pooled[""] - sum(kept.values()) if allocation != "per_layer" else 0
     if pooled > 0:
         left = {c.key: c.count - kept[c.key] for c in budget.candidates}
         average += pooled * sum(mean[key] * count for key, count in left.items()) / sum(left.values())

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseft.errors import RunError
 from sparseft.importance.units import Candidate, generator_for, unit_index
+from sparseft.models.spec import ModelSpec
 from sparseft.selection.budget import Budget
 from sparseft.selection.max_rank import within
 from sparseft.selection.pool import Pool
 from sparseft.selection.selection import Selection
+from sparseft.selection.worth import worthwhile
 
 
 def rank_units(scores: Tensor, order: str, generator: torch.Generator) -> Tensor:
@@ -41,13 +44,17 @@ def choose(
     allocation: str,
     seed: int,
     max_rank: int | None = None,
+    spec: ModelSpec | None = None,
+    drawn: bool = False,
 ) -> Selection:
     """The selection that spends `budget` on the units with the best `scores` ((units,) by `Candidate.key`).
 
     max_rank: the most that any weight may need in an exact low-rank form. Where less than the budget finds a place, the
-    selection's meta says how much: `placed`, (units chosen, units asked for).
+    selection's meta says how much: `placed`, (units chosen, units asked for). spec: the model's, for `allocation=flops`,
+    whose facts are in the meta (`flops`, by `worth.worthwhile`). drawn: the scores say nothing.
     """
     pools = []
+    meta: dict[str, Any] = {}
     if allocation == "per_layer":
         for c in budget.candidates:
             ranked = rank_units(scores[c.key], order, generator_for(seed, "choose", c.key))
@@ -59,7 +66,11 @@ def choose(
         for role, members in groups.items():
             generator = generator_for(seed, "choose", "global", role)
             ranked = rank_units(torch.cat([scores[c.key].cpu() for c in members]), order, generator)
-            pools.append(Pool(members, budget.pooled[role], budget.minimum, _free(ranked, budget, members)))
+            minimum = budget.minimum if allocation == "global" else 0
+            pools.append(Pool(members, budget.pooled[role], minimum, _free(ranked, budget, members)))
+    if allocation == "flops":
+        assert spec is not None
+        pools, meta["flops"] = worthwhile(pools, None if drawn else scores, spec, max_rank)
     if max_rank is not None:
         pools = within(pools, max_rank)
     kept = {key: units for pool in pools for key, units in pool.best().items()}
@@ -75,7 +86,8 @@ def choose(
         for module, kinds in modules.items()
     }
     placed, asked = sum(map(len, kept.values())), sum(pool.total for pool in pools)
-    meta = {} if max_rank is None or placed >= asked else {"placed": [placed, asked]}
+    if max_rank is not None and placed < asked:
+        meta["placed"] = [placed, asked]
     return Selection(joined, block_size=budget.block_size, meta=meta)
 
 

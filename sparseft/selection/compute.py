@@ -36,6 +36,7 @@ class Settings(Protocol):
     importance: str
     order: str
     allocation: str
+    layers: Any  # `methods.base.Layers`
     num_samples: int | float | None
     max_rank: int | None
     seed: int
@@ -68,6 +69,7 @@ class Request:
     @staticmethod
     def of(spec: ModelSpec, settings: Settings) -> Request:
         """UserError where the model cannot meet the settings."""
+        spec = spec.narrowed(settings.layers)
         settings = settings.settled(spec)
         request = Request(spec, settings, settings.budget(spec), read_excluded(settings.exclude))
         leave_out(request.budget, request.excluded, settings.allocation)
@@ -149,6 +151,8 @@ def compute(
         allocation=settings.allocation,
         seed=settings.seed,
         max_rank=settings.max_rank,
+        spec=request.spec,
+        drawn=settings.importance == "random",
     )
     if settings.needs_data and batches is not None:
         selection = ranks.broadcast_object(selection)
@@ -179,7 +183,7 @@ def reselect(
             f"method.max_rank={config.max_rank}: what trained before stays in the adapter, so choosing anew goes "
             "beyond any rank; reselect without it."
         )
-    spec = spec or ModelSpec.of(model)
+    spec = (spec or ModelSpec.of(model)).narrowed(config.layers)
     layers = sparse_layers(model)
     size = max((p.block_size or 0 for layer in layers.values() for p in layer.patterns.values()), default=0)
     if size:  # what trains decides, also where the caller had chosen it

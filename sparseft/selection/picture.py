@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sparseft.distributed.zero3 import full_shape
 from sparseft.models.spec import ModelSpec
+from sparseft.models.step_cost import trained_by_linear
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,20 +24,9 @@ def trained_shares(model: nn.Module, spec: ModelSpec) -> dict[tuple[str, int], f
     place = {name: (_role(spec.path_of(name)), spec.layer_of[name]) for name in spec.linears}
     for name, (rows, columns) in spec.linears.items():
         weights[place[name]] += rows * columns
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper adds to the names
-    for name, parameter in inner.named_parameters():
-        if parameter.requires_grad and (linear := _linear_of(name, place)) is not None:
-            trained[place[linear]] += full_shape(parameter).numel()
+    for linear, count in trained_by_linear(model, spec).items():
+        trained[place[linear]] += count
     return {at: min(1.0, trained[at] / size) for at, size in weights.items()}
-
-
-def _linear_of(parameter: str, linears: dict[str, tuple[str, int]]) -> str | None:
-    """The linear that a parameter is part of, by its name."""
-    while parameter:
-        parameter = parameter.rpartition(".")[0]
-        if parameter in linears:
-            return parameter
-    return None
 
 
 def _role(name: str) -> str:

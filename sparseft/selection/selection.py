@@ -185,6 +185,12 @@ def describe_selection(selection: Selection, spec: ModelSpec, settings: Any) -> 
     """`describe_trainable` of a sparse method's selection, and what trains of each role."""
     describe_trainable(selection.meta["trainable_parameters"], spec, settings, settings.granularity(selection))
     warn_of_cap(selection, settings)
+    if "flops" in selection.meta:
+        facts = selection.meta["flops"]
+        console.log(
+            f"allocation=flops: nothing below decoder layer {facts['layer']} trains: {facts['kept']:.0%} of the importance "
+            f"of the best units of all layers, for {facts['cost']:.0%} of a step's arithmetic with those"
+        )
     if not settings.by_role:
         return
     roles = [

@@ -56,6 +56,7 @@ from sparseft.training.best import Best, Evaluation, reached, recorded
 from sparseft.training.checkpoints import CHECKPOINTS, last_checkpoint
 from sparseft.training.distributed_trainer import has_experts
 from sparseft.training.labelled_loss import usable
+from sparseft.training.predicted import in_words, labelled_share, predicted_floors
 from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.prepare import select as cached_or_computed
 from sparseft.training.reselection import Reselection
@@ -87,6 +88,8 @@ class Job:
     fingerprints: list[str] | None = None  # the base model's, where choosing took them
     method_config: dict[str, Any] | None = None  # with what the method left to the model
     trainable: int = 0
+    labelled: bool = False  # logits of labelled tokens alone (`trainer.loss`)
+    floors: float = 0.0  # what a step is predicted to cost
     export_rank: int | None = None  # that an exact LoRA of the selection needs
     arguments: transformers.TrainingArguments | None = None
 
@@ -159,7 +162,7 @@ def set_up(config: RunConfig, previous: resuming.Previous | None) -> Job:
             check_packing(prepared.model, config.trainer.batch_size)
         console.log(f"data: {data.packed.note(config.trainer.batch_size, config.trainer.gradient_accumulation)}")
     contamination = _contamination(config, data, scorer)
-    spec, dtype = ModelSpec.of(prepared.model), next(prepared.model.parameters()).dtype
+    spec, dtype = ModelSpec.of(prepared.model).narrowed(config.method.layers), next(prepared.model.parameters()).dtype
     asked = _asked(config, prepared)
     return Job(config, previous, scorer, prepared, total_steps, learning_rate, contamination, spec, dtype, asked)
 
@@ -277,7 +280,8 @@ def attach(job: Job) -> None:
     elif (unit := config.method.granularity(None)) is not None:
         describe_trainable(job.trainable, job.spec, config.method, unit)
     else:
-        console.log(f"trainable: all {job.trainable:,} parameters of the model")
+        console.log(f"trainable: {job.trainable:,} of {job.spec.total_parameters:,} parameters of the model")
+    _predict(job)
     whole = job.method.trains_all
     job.arguments = training_arguments(
         dataclasses.replace(config.trainer, learning_rate=job.learning_rate),
@@ -288,6 +292,16 @@ def attach(job: Job) -> None:
         unused=has_experts(model) or (whole and bool(job.spec.frozen)),
         autocast=prepared.device.type == "cuda" and job.dtype.itemsize == 2 and whole,
     )
+
+
+def _predict(job: Job) -> None:
+    """Says what a step will cost."""
+    config, data = job.config, job.prepared.data.train
+    job.labelled = usable(job.prepared.model, config)
+    share = labelled_share(data, job.labelled)
+    length = round(data.num_tokens / max(1, len(data)))
+    job.floors = predicted_floors(job.prepared.model, job.spec, config, length=length, labelled=share)
+    console.log(f"step: {in_words(job.floors, share)}")
 
 
 # ---- the run's folder ----
@@ -361,7 +375,7 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         train_dataset=job.rows,
         eval_dataset=prepared.data.eval,
         compile_layers=config.trainer.compile == "layers",
-        labelled=usable(prepared.model, config),
+        labelled=job.labelled,
         data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
         processing_class=None,
     )
@@ -498,6 +512,7 @@ def _summary(job: Job, trained: Trained, after: Evaluation | None) -> dict[str, 
         "trainable_parameters": job.trainable,
         "scope_parameters": scope,
         "total_parameters": job.spec.total_parameters,
+        "predicted_floors": job.floors,
         "export_rank": None if config.method.reselect_steps else job.export_rank,
         "steps": done.step,
         "tokens": done.tokens,

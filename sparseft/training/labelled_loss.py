@@ -56,7 +56,8 @@ def usable(model: nn.Module, config: RunConfig) -> bool:
 def why_plain(model: nn.Module) -> str | None:
     """Why the model keeps its own way to its loss; None where the labelled loss is the same.
 
-    Tried on random numbers in the decoder's place, which does not run.
+    Tried on random numbers in the decoder's place, which does not run; of a model without content (on `meta`) the shapes
+    have to tell.
     """
     inner = _language_model(model)
     if getattr(inner.config, "output_router_logits", False):
@@ -65,23 +66,26 @@ def why_plain(model: nn.Module) -> str | None:
         return "its logits need more than the decoder's output of their own token"
     x = example_output(inner, 6)
     assert x is not None
-    labels = torch.tensor([[1, 0, IGNORED, 1, IGNORED, 0]], device=x.device)
+    labels = torch.tensor([[1, 0, IGNORED, 1, IGNORED, 0]])
+    rows, labels = label_rows(labels), labels.to(x.device)
     try:
         with torch.no_grad(), after_decoder(inner) as run:
             own = run(x, labels=labels).loss
             with head_of(inner) as logits_of:
-                ours = _loss(inner, logits_of, x, labels, label_rows(labels), None)
+                ours = _loss(inner, logits_of, x, labels, rows, None)
     except Exception:  # a model's own code, which may ask its decoder for anything
         return "its loss needs more than its logits"
-    if own is None or not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-4):
+    if own is None or not (own.is_meta or torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-4)):
         return "its loss is not the mean cross-entropy of the labelled tokens"
     return None
 
 
 @contextlib.contextmanager
-def labelled_loss(model: nn.Module) -> Iterator[None]:
+def labelled_loss(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
     """Inside, the model (also wrapped: by peft, by torch's or DeepSpeed's data parallel) given labels returns the loss
-    alone, computed this way; without labels it does what it does. For models of which `why_plain` says None."""
+    alone, computed this way; without labels it does what it does. For models of which `why_plain` says None.
+
+    device: the one whose memory the chunks are for; None: where the model runs."""
     inner = _language_model(model)
     before = vars(inner).get("forward")  # of a wrapper, as accelerate's for mixed precision
     own = inner.forward
@@ -96,7 +100,8 @@ def labelled_loss(model: nn.Module) -> Iterator[None]:
         hidden = decoder_output(inner, given, own)
         with head_of(inner) as logits_of:
             rows = label_rows(labels) if rows is None else rows
-            return CausalLMOutputWithPast(loss=_loss(inner, logits_of, hidden, labels, rows, items))
+            loss = _loss(inner, logits_of, hidden, labels, rows, items, device)
+            return CausalLMOutputWithPast(loss=loss)
 
     inner.forward = forward  # type: ignore[method-assign]
     try:
@@ -120,6 +125,7 @@ def _loss(
     labels: Tensor,  # (samples, tokens)
     rows: Tensor,
     items: Tensor | int | None,  # what the sum is divided by; None: the labelled tokens of the batch
+    device: torch.device | None = None,  # whose memory the chunks are for; None: hidden's
 ) -> Tensor:
     """The sum of the labelled tokens' cross-entropies ÷ items: fp32, a scalar."""
     rows = rows.to(hidden.device)
@@ -132,8 +138,8 @@ def _loss(
         divisor = torch.full((), float(count), device=hidden.device)
     grad = torch.is_grad_enabled()
     trained = _trained_in_head(model) if grad else []
-    return _ChunkedLoss.apply(x, targets, divisor.reciprocal(), logits_of, tokens_at_once(model, x.device), grad,
-                              *trained)  # fmt: skip
+    return _ChunkedLoss.apply(x, targets, divisor.reciprocal(), logits_of, tokens_at_once(model, device or x.device),
+                              grad, *trained)  # fmt: skip
 
 
 def _trained_in_head(model: nn.Module) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ counts as a fused kernel, which keeps its operands, its result and one number a 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import sys
@@ -29,6 +30,7 @@ from sparseft.selection.compute import Request, compute
 from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.selection import warn_of_cap
 from sparseft.training.distributed_trainer import check_zero
+from sparseft.training.labelled_loss import ROWS, labelled_loss, usable
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
 # Copies of the trained parameters that an optimizer keeps, in their dtype, by the start of its name.
@@ -61,6 +63,8 @@ class Shape:
     trainable: int
     total: int
     autocast: bool  # fp32 weights computed with in bf16, as full fine-tuning does on CUDA
+    spec: ModelSpec
+    labelled: bool  # the head runs on labelled tokens alone, a few at a time (`trainer.loss`)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -120,8 +124,9 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
     total = sum(parameter.numel() for parameter in model.parameters())
     settings = config.method
     autocast = settings.widens(dtype) and not on_cpu(config.hardware)
+    spec = ModelSpec.of(model).narrowed(settings.layers)
     if settings.sparse:
-        request = Request.of(ModelSpec.of(model), settings.for_benchmark())
+        request = Request.of(spec, settings.for_benchmark())
         check_zero(request, config.hardware)
         selection = compute(model, request)
         warn_of_cap(selection, settings)
@@ -130,9 +135,9 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
         model = attach(model, request.settings, selection, spec=request.spec)
         _indices_with_content(model, selection)
     else:
-        model = attach(model, settings.for_benchmark() if autocast else settings)
+        model = attach(model, settings.for_benchmark() if autocast else settings, spec=spec)
     trainable = sum(parameter.numel() for parameter in trainable_parameters(model).values())
-    return Shape(model.train(), trainable, total, autocast)
+    return Shape(model.train(), trainable, total, autocast, spec, usable(model, config))
 
 
 def _on_meta(content: transformers.PretrainedConfig, dtype: torch.dtype, config: RunConfig) -> nn.Module:
@@ -183,18 +188,24 @@ def _indices_with_content(model: nn.Module, selection: Any) -> None:
     share_inputs(model)
 
 
-def passes(shape: Shape, batch: int, length: int, *, checkpointing: bool) -> int:
-    """The most bytes that a forward and a backward pass over `batch` × `length` tokens allocate at once, the gradients
-    of the trained parameters included."""
+def passes(shape: Shape, batch: int, length: int, *, checkpointing: bool, device: str = "cpu") -> int:
+    """The most bytes that a forward and a backward pass over `batch` × `length` tokens, all of them labelled, allocate
+    at once, the gradients of the trained parameters included. device: the type of the one that is planned for."""
     model = shape.model
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     elif getattr(model, "is_gradient_checkpointing", False):
         model.gradient_checkpointing_disable()
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+    given: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
+    way: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if shape.labelled:
+        given[ROWS] = torch.arange(batch * length, device="meta")[: batch * (length - 1)]
+        way = labelled_loss(model, torch.device(device))
     with _Counter() as counter:
         try:
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            with way:
+                model(**given).loss.backward()
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):
                 raise
@@ -214,7 +225,9 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
     frozen = [p for p in (*shape.model.parameters(), *shape.model.buffers()) if id(p) not in own]
     weights, parameters = tensor_bytes(frozen), tensor_bytes(trained)
     gradients = parameters
-    activations = passes(shape, batch, length, checkpointing=config.hardware.gradient_checkpointing) - gradients
+    device = "cpu" if on_cpu(config.hardware) else "cuda"
+    checkpointing = config.hardware.gradient_checkpointing
+    activations = passes(shape, batch, length, checkpointing=checkpointing, device=device) - gradients
     if shape.autocast:  # the copies in half precision stay for the step; weights and gradients are twice as wide
         activations += parameters
         parameters, gradients = 2 * parameters, 2 * gradients

@@ -17,6 +17,7 @@ from sparseft.commands import plan as command
 from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
 from sparseft.training import memory_plan as planning
+from sparseft.training.labelled_loss import usable
 from sparseft.training.optimizer import SparseAdamW
 from support.places import SUPPORT
 from support.running import files, on, refused, sparseft, write_data
@@ -63,7 +64,7 @@ def configured(method: str, *words: str) -> Any:
     return config
 
 
-def measured(config: Any, content: Any, dtype: torch.dtype) -> int:
+def measured(config: Any, content: Any, dtype: torch.dtype, vocabulary: int = 256) -> int:
     """The peak of a real step, as `sparseft bench train` counts it."""
     settings = copy.deepcopy(config.method)
     if config.method_name in SPARSE:
@@ -74,8 +75,8 @@ def measured(config: Any, content: Any, dtype: torch.dtype) -> int:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = list(trainable_parameters(model).values())
     optimizer = SparseAdamW if config.method_name in SPARSE else torch.optim.AdamW
-    contender = Contender("", model, optimizer(parameters, lr=1e-4), 0)
-    ids = torch.randint(256, (BATCH, LENGTH))
+    contender = Contender("", model, optimizer(parameters, lr=1e-4), 0, labelled=usable(model, config))
+    ids = torch.randint(vocabulary, (BATCH, LENGTH))
     batch = {"input_ids": ids, "labels": ids}
     step(contender, batch)  # from here on the optimizer has its state
     measure_memory(contender, batch, torch.device("cpu"))
@@ -100,6 +101,19 @@ def test_the_plan_is_what_a_step_takes(kind: str, method: str, checkpointing: bo
         shape = planning.trainable_shape(config, contents()[kind], dtype)
         planned = planning.step_memory(config, shape, batch=BATCH, length=LENGTH).total
         assert planned == pytest.approx(measured(config, contents()[kind], dtype), rel=0.08)
+
+
+def test_the_plan_counts_the_logits_of_a_large_vocabulary_as_they_are_made() -> None:
+    """A chunk of them at a time with `trainer.loss=auto`, all at once with `plain`."""
+    content, totals = contents()["llama"], {}
+    content.vocab_size = 40_000  # 105 tokens at once
+    for loss in ("auto", "plain"):
+        config = configured("s2ft", f"trainer.loss={loss}")
+        shape = planning.trainable_shape(config, content, torch.float32)
+        totals[loss] = planning.step_memory(config, shape, batch=BATCH, length=LENGTH).total
+        assert totals[loss] == pytest.approx(measured(config, content, torch.float32, 40_000), rel=0.08)
+    logits = BATCH * LENGTH * 40_000 * 4
+    assert totals["plain"] - totals["auto"] > logits / 2
 
 
 @pytest.mark.slow
