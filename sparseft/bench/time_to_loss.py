@@ -42,7 +42,6 @@ from sparseft.config import BUNDLED, RunConfig
 from sparseft.data.loading import load_datasets
 from sparseft.data.packing import Collator, padding_id
 from sparseft.errors import UserError
-from sparseft.files.atomic import write_text
 from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
 from sparseft.report.charts import Panel, Series, line_chart, standalone
 from sparseft.runs.folder import METRICS
@@ -376,8 +375,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     """What the numbers are, what choosing took, and rates that may not be the best."""
     first = next(iter(result["variants"]))
     lines = [
-        f"± 95 % intervals over seeds (Student's t); ÷ {first}: seed by seed; a floor, a step of the frozen model, takes "
-        f"{1000 * result['floor_seconds']:.0f} ms",
+        f"± 95 % intervals over seeds (Student's t); ÷ {first}: seed by seed; a floor, a step of the frozen model, "
+        f"takes {1000 * result['floor_seconds']:.0f} ms",
     ]
     for name, entry in result["variants"].items():
         chosen = statistics.fmean(entry["selection_seconds"])
