@@ -73,6 +73,7 @@ def measured(config: Any, content: Any, dtype: torch.dtype, vocabulary: int = 25
     model = attach(model, settings).train()
     if config.hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
     parameters = list(trainable_parameters(model).values())
     optimizer = SparseAdamW if config.method_name in SPARSE else torch.optim.AdamW
     contender = Contender("", model, optimizer(parameters, lr=1e-4), 0, labelled=usable(model, config))
