@@ -117,6 +117,16 @@ def test_the_plan_counts_the_logits_of_a_large_vocabulary_as_they_are_made() -> 
     assert totals["plain"] - totals["auto"] > logits / 2
 
 
+def test_choosing_by_the_weights_needs_none_of_them_for_a_plan() -> None:
+    """Nor does `allocation=flops`, which may go all the way down."""
+    totals = []
+    for words in ([], ["method.importance=weight"], ["method.importance=weight", "method.allocation=flops"]):
+        config = configured("s2ft", *words)
+        shape = planning.trainable_shape(config, contents()["llama"], torch.float32)
+        totals.append(planning.step_memory(config, shape, batch=BATCH, length=LENGTH).total)
+    assert totals[0] == totals[1] == pytest.approx(totals[2], rel=0.01)
+
+
 @pytest.mark.slow
 def test_the_table_of_errors() -> None:
     """Prints the table of docs/benchmarks/memory.md: pytest -s -m slow tests/training/test_memory_plan.py"""
