@@ -92,9 +92,9 @@ def test_ratios_and_ranks_are_of_each_layer_that_trains(config: Any, more: dict[
     assert upper == {name: count for name, count in everywhere.items() if spec.layer_of[name] == 1}
 
 
-@pytest.mark.parametrize("method", ["s2ft", "sylva", "paca"])
+@pytest.mark.parametrize("method", ["s2ft", "sylva", "paca", "lora"])
 def test_a_budget_that_does_not_fit_is_refused(method: str) -> None:
-    with pytest.raises(UserError, match=r"sparsity=0\.3 asks for .* method\.layers"):
+    with pytest.raises(UserError, match=r"sparsity=0\.3 asks for .* method\.layers.*: raise sparsity or name more"):
         sparseft.attach(build_model("llama"), SPARSE[method](sparsity=0.3, layers="upper:0.5"))
 
 
@@ -105,10 +105,14 @@ def test_full_fine_tuning_trains_the_layers_alone() -> None:
 
 
 def test_a_run_with_reselection_stays_in_its_layers(tmp_path: Path) -> None:
-    done = command(
-        tmp_path, "train", "method=s2ft", "sparsity=0.95", "method.layers=upper:0.25", "trainer.max_steps=4",
-        "method.reselect_steps=2", "trainer.gradient_accumulation=1", "trainer.max_length=64", "output_dir=run",
-    )  # fmt: skip
+    """Continued too, whose config has been to a file and back."""
+    words = [
+        "train", "method=s2ft", "sparsity=0.95", "method.layers=upper:0.25", "method.reselect_steps=2",
+        "trainer.gradient_accumulation=1", "trainer.max_length=64", "output_dir=run", "trainer.scheduler=constant",
+    ]  # fmt: skip
+    done = command(tmp_path, *words, "trainer.max_steps=3")
+    again = command(tmp_path, *words, "trainer.max_steps=5", "trainer.resume=auto")
+    assert "re-selection at step 4" in again.err
     assert "re-selection at step 2" in done.err and "step: predicted at 0." in done.err
     facts = summary(tmp_path / "run")
     assert facts["method_config"]["layers"] == "upper:0.25" and 0.2 < facts["predicted_floors"] < 0.6
