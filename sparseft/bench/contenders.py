@@ -5,8 +5,8 @@ unless layers need no backward at all. No method has dropout; all use AdamW: spa
 for them, the others torch's fused one.
 
 A way of running the step is `eager`, or parts joined by `+`: `labelled`, `compile`, `liger`, `checkpointing`. It
-is applied to every contender alike, the floor included, so that no method gets a favour the others lack; but a contender
-that is named with `loss=plain` keeps the logits of all tokens in a way with `labelled`: to compare with.
+is applied to every contender alike, the floor included, so that no method gets a favour the others lack; but one that
+is named with `loss=plain` keeps the logits of all tokens in a way with `labelled`: to compare with.
 """
 
 from __future__ import annotations
@@ -303,6 +303,7 @@ def put_in_way(way: str, c: Contender, first_step: Callable[[], Any]) -> None:
         _use_liger(c)
     if "checkpointing" in chosen:  # not the reentrant kind, which reaches nothing below frozen embeddings
         c.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        c.model.disable_input_require_grads()  # type: ignore[operator]  # as training does: that kind needs no gradient below
     if "compile" in chosen:
         _compile(c, first_step)
 

@@ -63,8 +63,8 @@ def square_shape(width: int, depth: int) -> dict[str, Any]:
 
 
 def base_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """The run's model, or the random Llama of `bench.shape`, or of `bench.width` and `bench.depth`; with the vocabulary of
-    `bench.vocabulary`."""
+    """The run's model, or the random Llama of `bench.shape`, or of `bench.width` and `bench.depth`; of the vocabulary
+    `bench.vocabulary`, where that is given."""
     model = _base_model(config, device)
     if config.bench.vocabulary is not None:
         torch.manual_seed(config.seed)

@@ -160,5 +160,6 @@ class SparseConfig(MethodConfig):
         return convert(model, selection.modules, selection.block_size)
 
     def for_benchmark(self) -> Self:
-        # Which units train takes the same time.
-        return replace(self, importance="random" if self.needs_data else self.importance, exclude=None)
+        # Which units train takes the same time; how far down `flops` goes is for the data to say, so all the way.
+        scored = self.allocation == "flops" and self.importance != "random"
+        return replace(self, importance="random", allocation="global" if scored else self.allocation, exclude=None)

@@ -120,4 +120,10 @@ def rank_for(spec: ModelSpec, config: LoraConfig) -> int:
     wanted = (1.0 - (config.wanted_sparsity or DEFAULT_SPARSITY)) * spec.weights_in(config.scope)
     if config.use_dora:  # a magnitude for each output feature, whatever the rank
         wanted -= sum(rows for rows, _ in shapes)
-    return max(1, round(wanted / sum(rows + columns for rows, columns in shapes)))
+    rank = max(1, round(wanted / sum(rows + columns for rows, columns in shapes)))
+    if spec.layers is not None and rank > (most := min(map(min, shapes))):
+        raise UserError(
+            f"sparsity={config.wanted_sparsity} asks for rank {rank} in the layers of method.layers, whose smallest "
+            f"linear has rank {most}: raise sparsity or name more layers."
+        )
+    return rank

@@ -48,6 +48,7 @@ def chosen_layers(value: Any, depth: int) -> frozenset[int] | None:
         layers = frozenset(range(first, last + 1))
     if max(layers) >= depth:
         raise UserError(
-            f"method.layers={show(value)}: the model has no decoder layer {max(layers)}; its {depth} are 0 to {depth - 1}."
+            f"method.layers={show(value)}: the model has no decoder layer {max(layers)}; its {depth} are 0 to "
+            f"{depth - 1}."
         )
     return layers

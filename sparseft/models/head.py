@@ -139,12 +139,15 @@ def cross_entropy(
         target, weight = targets[start : start + step, None], weights[start : start + step, None]
         with torch.set_grad_enabled(by_x or bool(sums)):
             logits = logits_of(part)
-        log_shares = torch.log_softmax(logits.detach(), -1, dtype=torch.float32)  # without a wider copy of them
-        total -= (log_shares.gather(1, target) * weight).sum()
+        values = logits.detach().to(torch.float32, copy=True)  # the only one, from here on changed in place
+        values.sub_(values.amax(1, keepdim=True))
+        of_target = values.gather(1, target)
+        all_of_them = values.exp_().sum(1, keepdim=True)
+        total += ((all_of_them.log() - of_target) * weight).sum()
         if not logits.requires_grad:
             continue
-        # The gradient by the logits: softmax less the target's one, without a third copy of them.
-        wanted = log_shares.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
+        # The gradient by the logits: softmax less the target's one.
+        wanted = values.div_(all_of_them).scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
         inputs = [*([part] if by_x else []), *trained]
         found = torch.autograd.grad(logits, inputs, wanted.mul_(weight).to(logits.dtype), allow_unused=True)
         if gradient is not None:

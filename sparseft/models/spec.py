@@ -253,8 +253,8 @@ class ModelSpec:
         if not chosen:
             layers = sorted({self.layer_of[name] for name in self._in_all_layers(scope)})
             raise UserError(
-                f"method.layers and scope={scope} leave nothing to train: the linears in scope lie in the decoder layers "
-                f"{', '.join(map(str, layers))}."
+                f"method.layers and scope={scope} leave nothing to train: the linears in scope lie in the decoder "
+                f"layers {', '.join(map(str, layers))}."
             )
         return chosen
 

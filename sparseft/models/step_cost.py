@@ -8,7 +8,7 @@ logits of all tokens, the gradient flowing to the embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -26,9 +26,10 @@ Place = tuple[int, int]  # a decoder layer, and a stage in it
 
 @dataclass(frozen=True)
 class Trained:
-    """What trains: how many weights beside each linear, and whether the tables at both ends of the model do."""
+    """What trains: how many weights of or beside each linear, and what else wants a gradient to reach it."""
 
     weights: Mapping[str, int]
+    layers: frozenset[int] = frozenset()  # decoder layers of which other parameters train: norms
     embeddings: bool = False
     head: bool = False
 
@@ -37,23 +38,34 @@ class Trained:
         """Reads an attached model. spec: the plain model's."""
         tables = [input_embeddings(model), getattr(model, "get_output_embeddings", lambda: None)()]
         trains = [table is not None and any(p.requires_grad for p in table.parameters()) for table in tables]
-        return Trained(trained_by_linear(model, spec), *trains)
+        some, number = next(iter(spec.layer_of.items()))
+        prefix = some.partition(f".{number}.")[0] + "."
+        others = {
+            int(name.removeprefix(prefix).partition(".")[0])
+            for name, _ in _trainable(model)
+            if name.startswith(prefix) and _linear_of(name, spec) is None
+        }
+        return Trained(trained_by_linear(model, spec), frozenset(others), *trains)
 
 
 def trained_by_linear(model: nn.Module, spec: ModelSpec) -> dict[str, int]:
     """How many parameters train of each linear that has any: deltas, an adapter's own, or the weight's entries."""
     found: dict[str, int] = {}
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper adds to the names
-    for name, parameter in inner.named_parameters():
-        if parameter.requires_grad and (linear := _linear_of(name, spec)) is not None:
+    for name, parameter in _trainable(model):
+        if (linear := _linear_of(name, spec)) is not None:
             found[linear] = found.get(linear, 0) + full_shape(parameter).numel()
     return found
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper adds to the names
+    return ((name, p) for name, p in inner.named_parameters() if p.requires_grad)
 
 
 def _linear_of(parameter: str, spec: ModelSpec) -> str | None:
     while parameter:
         parameter = parameter.rpartition(".")[0]
-        if parameter in spec.linears:
+        if parameter in spec.known:
             return parameter
     return None
 
@@ -62,7 +74,7 @@ class StepCost:
     """FLOPs a token of one model's steps."""
 
     def __init__(self, spec: ModelSpec, length: int = 0) -> None:
-        """length: tokens of a sequence, each of which attends to half of them in the mean; 0: attention is not counted."""
+        """length: tokens of a sequence, each of which attends to half of them in the mean; 0: without attention."""
         self.spec = spec
         self.products: dict[str, float] = {}  # of each linear, forward
         for name, (rows, columns) in spec.known.items():
@@ -99,16 +111,14 @@ class StepCost:
         """The frozen model's forward and backward pass, with the logits of all tokens."""
         return self.forward() + self.above(None) + 2.0 * self.head
 
-    def step(
-        self, trained: Trained, *, products: int = 1, labelled: float = 1.0, checkpointing: bool = False
-    ) -> float:
+    def step(self, trained: Trained, *, products: int = 1, labelled: float = 1.0, checkpointing: bool = False) -> float:
         """Forward, backward and the gradients of what trains.
 
         products: those that a trained weight takes part in (`MethodConfig.products`). labelled: the share of tokens
         whose logits are made. checkpointing: each layer is computed again as far down as gradients are wanted.
         """
         own = sum(2.0 * count * products * self._reached(name) for name, count in trained.weights.items())
-        lowest = None if trained.embeddings else self.lowest(trained.weights)
+        lowest = self.lowest(trained)
         total = self.forward() + self.above(lowest) + own + self.head * labelled * (3.0 if trained.head else 2.0)
         if checkpointing:
             first = lowest[0] if lowest else 0
@@ -116,6 +126,9 @@ class StepCost:
             total += sum(own for layer, own in self.attention.items() if layer >= first)
         return total
 
-    def lowest(self, linears: Iterable[str]) -> Place | None:
-        """The lowest place of some linears; None of none."""
-        return min(map(self.place_of, linears), default=None)
+    def lowest(self, trained: Trained) -> Place | None:
+        """The lowest place where something trains; None where that is at the embeddings, or nothing does."""
+        if trained.embeddings:
+            return None
+        places = [*map(self.place_of, trained.weights), *((layer, -1) for layer in trained.layers)]
+        return min(places, default=None)

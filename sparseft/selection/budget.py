@@ -106,8 +106,8 @@ def _coarse_first(share: float, groups: Mapping[str, Sequence[int]]) -> dict[str
 
 
 def block_budget(spec: ModelSpec, block_size: int, sparsity: float, *, scope: str | None) -> Budget:
-    """The same share of the B×B blocks of every linear that may train, edge blocks included, at least one each: together
-    (1 − sparsity) of the weights in scope."""
+    """The same share of the B×B blocks of every linear that may train, edge blocks included, at least one each:
+    together (1 − sparsity) of the weights in scope."""
     share = spec.share_of(sparsity, scope)
     candidates = []
     for name, (rows, columns) in spec.linears_in(scope).items():

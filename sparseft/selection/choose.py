@@ -50,8 +50,8 @@ def choose(
     """The selection that spends `budget` on the units with the best `scores` ((units,) by `Candidate.key`).
 
     max_rank: the most that any weight may need in an exact low-rank form. Where less than the budget finds a place, the
-    selection's meta says how much: `placed`, (units chosen, units asked for). spec: the model's, for `allocation=flops`,
-    whose facts are in the meta (`flops`, by `worth.worthwhile`). drawn: the scores say nothing.
+    selection's meta says how much: `placed`, (units chosen, units asked for). spec: the model's, for `allocation=flops`
+    alone, whose facts are in the meta (`flops`, by `worth.worthwhile`). drawn: the scores say nothing.
     """
     pools = []
     meta: dict[str, Any] = {}

@@ -25,7 +25,8 @@ def trained_shares(model: nn.Module, spec: ModelSpec) -> dict[tuple[str, int], f
     for name, (rows, columns) in spec.linears.items():
         weights[place[name]] += rows * columns
     for linear, count in trained_by_linear(model, spec).items():
-        trained[place[linear]] += count
+        if linear in place:  # else one that no adapter trains
+            trained[place[linear]] += count
     return {at: min(1.0, trained[at] / size) for at, size in weights.items()}
 
 

@@ -188,8 +188,8 @@ def describe_selection(selection: Selection, spec: ModelSpec, settings: Any) -> 
     if "flops" in selection.meta:
         facts = selection.meta["flops"]
         console.log(
-            f"allocation=flops: nothing below decoder layer {facts['layer']} trains: {facts['kept']:.0%} of the importance "
-            f"of the best units of all layers, for {facts['cost']:.0%} of a step's arithmetic with those"
+            f"allocation=flops: nothing below decoder layer {facts['layer']} trains: {facts['kept']:.0%} of the "
+            f"importance of the best units of all layers, for {facts['cost']:.0%} of a step's arithmetic with those"
         )
     if not settings.by_role:
         return

@@ -1,18 +1,18 @@
 """`allocation=flops`: the units that bring the most importance for what a step with them costs.
 
-Each trained weight costs its own gradient, wherever it is. What differs is how far back the gradient has to flow: through
-all that stands above the lowest trained linear. So of every place where it might end, the choice is the best units at or
-above it, as many of each role as the budget has; and of these choices the one with the largest
+Each trained weight costs its own gradient, wherever it is. What differs is how far back the gradient has to flow:
+through all that stands above the lowest trained linear. So of every place where it might end, the choice is the best
+units at or above it, as many of each role as the budget has; and of these choices the one with the largest
 
     importance kept ÷ FLOPs of a step
 
-is taken. Importance kept is the sum of a choice's scores, as a share of what the best units of all layers have; of several
-roles, whose scores do not compare, the mean by their trained weights. No choice of that many units has a larger one. Where
-scores say nothing (importance random) every choice keeps all, so that the cheapest is taken: the budget fills the model
-from its top.
+is taken. Importance kept is the sum of a choice's scores, as a share of what the best units of all layers have; of
+several roles, whose scores do not compare, the mean by their trained weights. No choice of that many units has a
+larger one. Where scores say nothing (importance random) every choice keeps all, so that the cheapest is taken: the
+budget fills the model from its top.
 
-FLOPs are those of `models.step_cost` without attention, which depends on the length of sequences, and with the logits of
-all tokens.
+FLOPs are those of `models.step_cost` without attention, which depends on the length of sequences, and with the logits
+of all tokens.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseft.kernels.reference import trainable_entries
 from sparseft.importance.units import unit_index
+from sparseft.kernels.reference import trainable_entries
 from sparseft.models.spec import ModelSpec
 from sparseft.models.step_cost import Place, StepCost, Trained
 from sparseft.selection.max_rank import within

@@ -56,8 +56,8 @@ def usable(model: nn.Module, config: RunConfig) -> bool:
 def why_plain(model: nn.Module) -> str | None:
     """Why the model keeps its own way to its loss; None where the labelled loss is the same.
 
-    Tried on random numbers in the decoder's place, which does not run; of a model without content (on `meta`) the shapes
-    have to tell.
+    Tried on random numbers in the decoder's place, which does not run; of a model without content (on `meta`) the
+    shapes have to tell.
     """
     inner = _language_model(model)
     if getattr(inner.config, "output_router_logits", False):

@@ -194,6 +194,7 @@ def passes(shape: Shape, batch: int, length: int, *, checkpointing: bool, device
     model = shape.model
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        model.disable_input_require_grads()  # as training does: nothing below the lowest trained layer
     elif getattr(model, "is_gradient_checkpointing", False):
         model.gradient_checkpointing_disable()
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")

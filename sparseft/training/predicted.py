@@ -11,9 +11,7 @@ from sparseft.models.spec import ModelSpec
 from sparseft.models.step_cost import StepCost, Trained
 
 
-def predicted_floors(
-    model: nn.Module, spec: ModelSpec, config: RunConfig, *, length: int, labelled: float
-) -> float:
+def predicted_floors(model: nn.Module, spec: ModelSpec, config: RunConfig, *, length: int, labelled: float) -> float:
     """The arithmetic of a step of an attached model, ÷ that of a floor (`StepCost.floor`).
 
     spec: the plain model's. length: tokens of a sequence, in the mean. labelled: the share of tokens whose logits are
@@ -30,11 +28,11 @@ def predicted_floors(
 
 
 def in_words(floors: float, labelled: float) -> str:
-    """Of a prediction, for a line: `predicted at 0.62 floors (…)`."""
+    """A prediction, for a line: `predicted at 0.62 floors, with logits for 6% of the tokens (…)`."""
     made = "every token" if labelled == 1.0 else f"{labelled:.0%} of the tokens"
     return (
-        f"predicted at {floors:.2f} floors, with logits for {made} (1 floor: the frozen model, forward and backward to its "
-        "embeddings, with logits for every token)"
+        f"predicted at {floors:.2f} floors, with logits for {made} (1 floor: the frozen model, forward and backward to "
+        "its embeddings, with logits for every token)"
     )
 
 

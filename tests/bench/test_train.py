@@ -246,6 +246,32 @@ def test_a_contender_may_have_settings_of_its_own(in_tmp: Path) -> None:
     assert set(methods["floor"]["ratio_to"]) == {"floor", "lora rank=3", "lora rank=5 scope=mlp"}
 
 
+def test_layers_and_the_plain_loss_in_a_contenders_words(in_tmp: Path) -> None:
+    """Labelled and plain loss take turns; what was predicted stands beside what was measured."""
+    entries = ["floor loss=plain", "floor", "s2ft loss=plain", "s2ft layers=upper:0.5", "lora layers=[3]"]
+    done = sparseft(
+        in_tmp, "bench", "bench.width=64", "bench.depth=4", "bench.length=16", "bench.steps=1", "sparsity=0.95",
+        "bench.warmup_steps=0", "bench.labelled=0.25", "bench.ways=[labelled]", "bench.vocabulary=5000",
+        f"bench.methods=[{','.join(map(repr, entries))}]", "output_dir=out",
+        "bench.targets=['peak floor / floor loss=plain <= 0.9']",
+    )  # fmt: skip
+    assert "predicted ÷ floor loss=plain" in done.out
+    result = json.loads((in_tmp / "out" / "bench.json").read_text())
+    rows = result["methods"]
+    assert result["parameters"] - 2 * 64 * 5000 < 64 * 64 * 60  # both tables are that large
+    predicted = {name: row["predicted_ratio_to"]["floor loss=plain"] for name, row in rows.items()}
+    assert predicted["floor loss=plain"] == 1.0
+    assert predicted["lora layers=[3]"] < predicted["s2ft layers=upper:0.5"] < predicted["floor"] < 0.6
+    assert predicted["s2ft loss=plain"] == pytest.approx(1.0, abs=0.1)
+    # The logits of all tokens in fp32, or of a quarter.
+    assert rows["floor loss=plain"]["peak_memory_bytes"] - rows["floor"]["peak_memory_bytes"] > 2 * 24 * 5000 * 4
+
+
+def test_the_plain_loss_is_a_word_of_training_steps_alone(in_tmp: Path) -> None:
+    told = refused(in_tmp, "bench", "host", "bench.methods=['s2ft loss=plain']", "bench.targets=[]")
+    assert "s2ft has no setting 'loss'" in told
+
+
 def test_targets_are_judged_by_the_medians(in_tmp: Path) -> None:
     words = ["bench.methods=[floor,'s2ft d_ratio=0.1',full]", "bench.accumulation=2"]
     targets = ["s2ft d_ratio=0.1 / full <= 100", "full / floor <= 0.01"]

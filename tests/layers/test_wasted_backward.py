@@ -130,6 +130,70 @@ def test_nothing_is_saved_below_the_lowest_trained_linear() -> None:
     assert at["down"] == 0 < saved.total
 
 
+METHODS: dict[str, Any] = {
+    "s2ft": lambda layers: sparseft.S2FTConfig(sparsity=0.95, layers=layers),
+    "s2ft, by flops": lambda layers: sparseft.S2FTConfig(sparsity=0.96, allocation="flops", layers=layers),
+    "s2ft, all roles": lambda layers: sparseft.S2FTConfig(
+        q_ratio=0.5, k_ratio=0.5, v_ratio=0.5, o_ratio=0.5, g_ratio=0.1, u_ratio=0.1, d_ratio=0.1, layers=layers
+    ),
+    "s2ft, permuted": lambda layers: sparseft.S2FTConfig(d_ratio=0.1, layout="permuted", layers=layers),
+    "sylva": lambda layers: sparseft.SylvaConfig(importance="random", sparsity=0.9, block_size=4, layers=layers),
+    "paca": lambda layers: sparseft.PacaConfig(rank=2, layers=layers),
+    "lora": lambda layers: sparseft.LoraConfig(rank=2, layers=layers),
+    "dora": lambda layers: sparseft.DoraConfig(rank=2, layers=layers),
+    "full": lambda layers: sparseft.FullConfig(layers=layers),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_gradient_flows_below_the_layers_that_were_asked_for(method: str, recomputed: bool) -> None:
+    """By hooks on what each decoder layer and the embeddings give: a tensor without a gradient gets none."""
+    model = sparseft.attach(build(), METHODS[method]("upper:0.5")).train()
+    if recomputed:  # the Trainer's kind, without the hook on the embeddings that it takes back
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    flowed: list[int] = []
+
+    def watch(number: int) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if output.requires_grad:
+                output.register_hook(lambda grad: flowed.append(number))
+
+        return hook
+
+    inner.model.embed_tokens.register_forward_hook(watch(-1))
+    for number, layer in enumerate(inner.model.layers):
+        layer.register_forward_hook(watch(number))
+    model(**batch()).loss.backward()
+    lowest = LAYERS - 1 if "flops" in method else LAYERS // 2  # which has room for all
+    assert sorted(set(flowed)) == list(range(lowest, LAYERS))
+    for name, parameter in sparseft.trainable_parameters(model).items():
+        assert parameter.grad is not None, name
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing", "ignore:None of the inputs")
+def test_reentrant_checkpoints_start_where_they_are_given_a_gradient() -> None:
+    """Their kind needs an input with one, so that nothing trains without; transformers asks for it at the embeddings
+    (`enable_input_require_grads`), and the gradient then flows through all layers."""
+    for asked in (False, True):
+        model = sparseft.attach(build(), METHODS["s2ft"]("upper:0.5")).train()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        if not asked:
+            model.disable_input_require_grads()
+        found: list[bool] = []
+        model.model.layers[0].register_forward_hook(
+            lambda m, i, output, found=found: found.append(
+                (output[0] if isinstance(output, tuple) else output).requires_grad
+            )
+        )
+        loss = model(**batch()).loss
+        assert loss.requires_grad == asked and found[0] == asked
+
+
 def test_recomputation_starts_at_the_lowest_trained_layer(tmp_path: Path) -> None:
     """transformers asks the embeddings' output for a gradient, so that the layers below would be computed twice."""
     model = attached({"d_ratio": 0.1}, f"layers.{LAYERS - 2}.")

@@ -85,8 +85,8 @@ def test_every_method(
     monkeypatch.setattr(head, "LOGITS_CPU", model.config.vocab_size * tokens)
     batch = batch_of(model.config.vocab_size)
     assert why_plain(model) is None
-    compare(model, batch, 1e-5)
-    compare(model, batch, 1e-5, num_items_in_batch=torch.tensor(29))
+    compare(model, batch, 1e-6)
+    compare(model, batch, 1e-6, num_items_in_batch=torch.tensor(29))
     wanted = model(**batch).loss
     with labelled_loss(model):
         assert model(**batch, **{ROWS: label_rows(batch["labels"])}).loss.isclose(wanted)
@@ -99,12 +99,12 @@ def test_every_head(make_model: Callable[..., Any], kind: str, monkeypatch: pyte
     vocabulary = model.config.vocab_size
     monkeypatch.setattr(head, "LOGITS_CPU", vocabulary * 4)
     assert why_plain(model) is None
-    compare(model, batch_of(vocabulary), 1e-5)
+    compare(model, batch_of(vocabulary), 1e-6)
 
 
 def test_packed_rows(make_model: Callable[..., Any]) -> None:
     model = make_model("llama")
-    compare(model, batch_of(model.config.vocab_size, packed=True), 1e-5)
+    compare(model, batch_of(model.config.vocab_size, packed=True), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

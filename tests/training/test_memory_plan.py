@@ -73,6 +73,7 @@ def measured(config: Any, content: Any, dtype: torch.dtype, vocabulary: int = 25
     model = attach(model, settings).train()
     if config.hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
     parameters = list(trainable_parameters(model).values())
     optimizer = SparseAdamW if config.method_name in SPARSE else torch.optim.AdamW
     contender = Contender("", model, optimizer(parameters, lr=1e-4), 0, labelled=usable(model, config))
@@ -114,6 +115,16 @@ def test_the_plan_counts_the_logits_of_a_large_vocabulary_as_they_are_made() -> 
         assert totals[loss] == pytest.approx(measured(config, content, torch.float32, 40_000), rel=0.08)
     logits = BATCH * LENGTH * 40_000 * 4
     assert totals["plain"] - totals["auto"] > logits / 2
+
+
+def test_choosing_by_the_weights_needs_none_of_them_for_a_plan() -> None:
+    """Nor does `allocation=flops`, which may go all the way down."""
+    totals = []
+    for words in ([], ["method.importance=weight"], ["method.importance=weight", "method.allocation=flops"]):
+        config = configured("s2ft", *words)
+        shape = planning.trainable_shape(config, contents()["llama"], torch.float32)
+        totals.append(planning.step_memory(config, shape, batch=BATCH, length=LENGTH).total)
+    assert totals[0] == totals[1] == pytest.approx(totals[2], rel=0.01)
 
 
 @pytest.mark.slow
