@@ -59,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> None:
     overrides = [f"model.path={given.base}"] if given.base else []
     source = Source.find(given.run, compose("export", overrides), overrides)
     prompts = [source.tokenizer(text)["input_ids"] for text in questions(given.prompts)]
-    exactly: dict[bool, tuple[list[Text], list[Tensor]]] = {}  # by format.rounded: texts and the attached model's logits
+    exactly: dict[bool, tuple[list[Text], list[Tensor]]] = {}  # by format.rounded: what the attached model says
     for rounded, made in ((True, merged_model), (False, Source.attached)):
         model: Any = made(source, source.base()).float()  # once, not anew for each pass; base + delta are added in fp32
         texts = [answered(model, ids) for ids in prompts]

@@ -94,9 +94,7 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
         "largest_difference": difference,
         "allowed": allowed,
         "largest_change": change,
-        "same_answers": sum(
-            torch.equal(a[-ANSWER:].argmax(dim=1), b[-ANSWER:].argmax(dim=1)) for a, b in zip(found, wanted, strict=True)
-        ),
+        "same_answers": sum(torch.equal(_likeliest(a), _likeliest(b)) for a, b in zip(found, wanted, strict=True)),
     }
     if not difference <= allowed:  # NaN too
         raise RunError(
@@ -130,6 +128,11 @@ def _greedy(model: Answering, ids: list[int], progress: console.Progress) -> tup
         if len(text) == len(ids) + ANSWER - 1:
             return logits, text
         text.append(int(logits[-1].argmax()))
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """The tokens of the answer that a text's logits end in."""
+    return logits[-ANSWER:].argmax(dim=1)
 
 
 def prompts_of(source: Source, context: int) -> list[list[int]]:
