@@ -87,7 +87,9 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
         distance(found, wanted),
         max(float(w.abs().max()) for w in wanted),
     )
-    allowed = NOISE * largest + ROUNDINGS * format.resolution(options) * change + OWN_BASE * distance(own, plain)
+    allowed = (
+        NOISE * largest + ROUNDINGS * format.resolution(source, options) * change + OWN_BASE * distance(own, plain)
+    )
     report = {
         "loader": written.name,
         "prompts": len(prompts),

@@ -9,7 +9,7 @@ import pytest
 
 from sparseft.cli.app import main
 from sparseft.export.formats.patch import PatchFormat
-from support.exported import adapter, saved_model
+from support.exported import adapter, lora, saved_model
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +76,10 @@ def test_stopped_at_any_time_it_leaves_nothing(made: Any, when: str, tmp_path: P
     monkeypatch.setattr(PatchFormat, when, stopped)
     assert export(made[1], "patch", tmp_path / "out") == 130
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("format", ["peft-lora", "gguf-lora", "mlx"])
+def test_both_factors_of_a_lora_may_be_rounded(format: str, dtype: str, tmp_path: Path, capsys: Any) -> None:
+    lora(saved_model("llama", tmp_path / "model"), tmp_path / "adapter", ["q_proj", "down_proj"], r=6, lora_alpha=10)
+    assert export(tmp_path / "adapter", format, tmp_path / "out", "--dtype", dtype) == 0, capsys.readouterr().err
