@@ -1,4 +1,4 @@
-"""A LoRA as mlx-lm takes it: `fine_tune_type: lora`, one rank and one scale for all linears, which are named in full."""
+"""A LoRA as mlx-lm takes it: `fine_tune_type: lora`, one rank and one scale for all linears, named in full."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def verify(source: Source, dtype: torch.dtype, folder: Path, naming: Naming) -> 
 
 
 def read(folder: Path, linears: dict[str, str]) -> dict[str, LowRank]:
-    """The differences in the file by our names of their linears, by rules of its own. linears: mlx-lm's names → ours."""
+    """The differences in the file by our names of their linears. linears: mlx-lm's names to ours."""
     try:
         settings = read_json_object(folder / CONFIG, "adapter")
         if settings.get("fine_tune_type") != "lora":

@@ -81,5 +81,5 @@ def test_stopped_at_any_time_it_leaves_nothing(made: Any, when: str, tmp_path: P
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("format", ["peft-lora", "gguf-lora", "mlx"])
 def test_both_factors_of_a_lora_may_be_rounded(format: str, dtype: str, tmp_path: Path, capsys: Any) -> None:
-    lora(saved_model("llama", tmp_path / "model"), tmp_path / "adapter", ["q_proj", "down_proj"], r=6, lora_alpha=10)
+    lora(saved_model("llama", tmp_path / "model"), tmp_path / "adapter", ["q_proj", "down_proj"], scale=0.1, r=6)
     assert export(tmp_path / "adapter", format, tmp_path / "out", "--dtype", dtype) == 0, capsys.readouterr().err

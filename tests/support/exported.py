@@ -89,15 +89,16 @@ def adapter(model: Path, folder: Path, chosen: dict[str, dict[str, Any]] | None 
     return folder
 
 
-def lora(model: Path, folder: Path, targets: list[str], **settings: Any) -> Any:
+def lora(model: Path, folder: Path, targets: list[str], scale: float = 0.3, **settings: Any) -> Any:
     """A LoRA of PEFT on the model in `model` with random factors, saved; returns the model with it."""
     import peft
 
     attached = peft.get_peft_model(load(model), peft.LoraConfig(target_modules=targets, **settings))
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in attached.named_parameters():
             if "lora_" in name:
-                parameter.normal_(0.0, 0.3)
+                parameter.normal_(0.0, scale, generator=generator)
     attached.peft_config["default"].base_model_name_or_path = str(model)
     attached.save_pretrained(folder)
     return attached

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sparseft.export.source import Source
 
-
 # How much a value may change, relative to itself, when it is stored; in fp16 no less than 2⁻²⁵.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 

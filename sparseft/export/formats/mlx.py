@@ -1,4 +1,4 @@
-"""`mlx`: an adapter folder of mlx-lm: of a LoRA its factors, else the touched weights, whole (`fine_tune_type: full`)."""
+"""`mlx`: an adapter folder of mlx-lm: a LoRA's factors, else the touched weights, whole (`fine_tune_type: full`)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Mlx(Format):
             raise UserError(f"{source.folder} is a model trained whole: mlx_lm loads that folder as it is.")
         if options.dtype is not None and source.kind != "peft":
             raise UserError(
-                "--dtype: whole weights keep the base's in --format mlx, so that the loaded model has one. Leave it out."
+                "--dtype: whole weights keep the base's in --format mlx, so that the model has one. Leave it out."
             )
         kind = source.text_config.model_type
         if kind not in ARCHITECTURES:

@@ -250,7 +250,7 @@ def _in_the_file(source: Source, skeleton: Skeleton, dtype: torch.dtype) -> dict
 
 
 def _dense(change: Change, relative: float, least: float) -> tuple[Tensor, Tensor]:
-    """ΔW (out, in), and how far it may be rounded: relative to the terms that make it, and by `least` in each factor."""
+    """ΔW (out, in), and how far it may be rounded: relative to the terms that make it, and `least` in each factor."""
     if isinstance(change, LowRankChange):  # sums of r terms, which fp32 would round in another order
         b, a = change.scale * change.b.double(), change.a.double()
         return b @ a, relative * (b.abs() @ a.abs()) + least * (b.abs().sum(dim=1, keepdim=True) + a.abs().sum(dim=0))
