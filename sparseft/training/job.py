@@ -85,7 +85,7 @@ class Job:
     fingerprints: list[str] | None = None  # the base model's, where choosing took them
     method_config: dict[str, Any] | None = None  # with what the method left to the model
     trainable: int = 0
-    export_rank: int | None = None  # that an exact LoRA of the selection needs
+    export_rank: int | None = None  # that an exact LoRA of what trains needs
     arguments: transformers.TrainingArguments | None = None
 
     @property
@@ -270,11 +270,11 @@ def attach(job: Job) -> None:
     job.trainable = trainable_count(model)
     if job.selection is not None:
         describe_selection(job.selection, job.spec, config.method)
-        job.export_rank = describe_export(job.selection, job.spec.linears, config.method)
     elif (unit := config.method.granularity(None)) is not None:
         describe_trainable(job.trainable, job.spec, config.method, unit)
     else:
         console.log(f"trainable: all {job.trainable:,} parameters of the model")
+    job.export_rank = describe_export(job.selection, job.spec, config.method)
     whole = job.method.trains_all
     job.arguments = training_arguments(
         dataclasses.replace(config.trainer, learning_rate=job.learning_rate),
