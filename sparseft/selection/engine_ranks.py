@@ -59,7 +59,7 @@ def check_rank(selection: Selection, shapes: Mapping[str, tuple[int, int]], max_
 
 
 def engines_note(needed: int, what: str, setting: str) -> str:
-    """Which engines take a LoRA of rank `needed`, and how. what: whence the rank is; setting: the one that bounds it."""
+    """Which engines take a LoRA of rank `needed`, and how. what: whose rank it is; setting: the one that bounds it."""
     rank = file_rank(needed)
     fits = [name for name, highest in HIGHEST.items() if highest is None or rank <= highest]
     slow = [f"{name} without its fast kernels (up to {FAST[name]})" for name in fits if rank > FAST.get(name, rank)]
