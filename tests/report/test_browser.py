@@ -1,4 +1,4 @@
-"""The page in a browser: heads that are clicked sort, a phone does not scroll it sideways, print opens what is folded."""
+"""The page in a browser: clicked heads sort, a phone does not scroll it sideways, print opens what is folded."""
 
 from __future__ import annotations
 
