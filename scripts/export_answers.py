@@ -1,11 +1,13 @@
 """Every export of a run beside the attached model, on 50 prompts: the numbers of docs/benchmarks/export.md.
 
-    python scripts/export_answers.py RUN OUT [--f32 FILE] [--base-gguf FILE …] [--mlx-base DIR]
+    python scripts/export_answers.py RUN OUT [--f32 FILE] [--base-gguf FILE …] [--base DIR] [--prompts N]
 
-Exports RUN into OUT/<format> in every format, loads each as its users do, and compares the logits of all positions,
-and 8 tokens answered greedily, with the attached model's: of formats of weights as they are rounded, of formats of
-differences with base + delta in fp32. llama.cpp runs the adapter on --base-gguf, and on the base in fp32, which --f32
-writes first (with tests/support/gguf_base.py). --mlx-base: the base as mlx-lm reads it.
+Exports RUN into OUT/<format> in every format, loads each as its users do, and lets it read every prompt with the
+attached model's greedy answer (24 tokens): the logits of all positions are compared, and whether at each token of the
+answer the same one is the likeliest: exactly then it answers alike. Formats of weights are held against the attached
+model as it is rounded, formats of differences against base + delta in fp32. llama.cpp runs the adapter on --base-gguf,
+and on the base in fp32, which --f32 writes first (with tests/support/gguf_base.py). --base: where the base is, if
+elsewhere (mlx-lm needs rope_theta at the top of its config.json).
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,41 +27,56 @@ from sparseft.compose.run_config import compose
 from sparseft.config import BUNDLED_ROOT
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.errors import RunError, UserError
+from sparseft.export.changed_tensors import merged_model
 from sparseft.export.formats import FORMATS, format_of
 from sparseft.export.formats.base import Answering, Options
 from sparseft.export.formats.gguf_lora import FILE
-from sparseft.export.formats.mlx import MlxModel
 from sparseft.export.job import export
 from sparseft.export.llama_cpp import LlamaCpp
-from sparseft.export.proof import ANSWER, HuggingFace, greedy
+from sparseft.export.proof import HuggingFace, distance
 from sparseft.export.source import Source
 
-Answers = list[tuple[Tensor, list[int]]]  # of each prompt the logits of all positions, and what is answered
+ANSWER = 24  # tokens; fewer where a model ends its answer
 
 
-def main() -> None:
+class Text(NamedTuple):
+    """A prompt with an answer: the tokens of both, and of the prompt how many."""
+
+    ids: list[int]
+    prompt: int
+
+
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("out", type=Path)
     parser.add_argument("--base-gguf", nargs="*", default=[])
     parser.add_argument("--f32", type=Path)
-    parser.add_argument("--mlx-base")
-    given = parser.parse_args()
+    parser.add_argument("--base")
+    parser.add_argument("--prompts", type=int, default=50)
+    given = parser.parse_args(words)
 
-    source = Source.find(given.run, compose("export", []))
-    prompts = [source.tokenizer(text)["input_ids"] for text in questions()]
-    base = source.base()
-    plain = asked(HuggingFace(base, "base"), prompts)
+    overrides = [f"model.path={given.base}"] if given.base else []
+    source = Source.find(given.run, compose("export", overrides), overrides)
+    prompts = [source.tokenizer(text)["input_ids"] for text in questions(given.prompts)]
+    exactly: dict[bool, tuple[list[Text], list[Tensor]]] = {}  # by format.rounded: what the attached model says
+    for rounded, made in ((True, merged_model), (False, Source.attached)):
+        model: Any = made(source, source.base()).float()  # once, not anew for each pass; base + delta are added in fp32
+        texts = [answered(model, ids) for ids in prompts]
+        exactly[rounded] = texts, asked(HuggingFace(model, ""), texts)
+        del model
+    texts, wanted = exactly[False]
+    base = source.base().float()
+    plain = asked(HuggingFace(base, ""), texts)
     if given.f32 is not None and not given.f32.exists():
         sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
         from support.gguf_base import write_base
 
-        write_base(source.base().float(), given.f32)
-    model = source.attached(base)
-    wanted = {rounded: asked(HuggingFace(model, "", unrounded=not rounded), prompts) for rounded in (True, False)}
-    del base, model
-    print(f"{given.run}: {len(prompts)} prompts, {sum(map(len, prompts))} tokens")
-    report("base", 0.0, plain, wanted[False])
+        write_base(base, given.f32)
+    del base
+    print(f"{given.run}: {len(texts)} prompts, {sum(len(text.ids) for text in texts)} tokens with their answers")
+    report("the base", texts, plain, wanted)
+
     for name in FORMATS:
         folder, format, options = given.out / name, format_of(name), Options()
         start = time.perf_counter()
@@ -69,39 +88,55 @@ def main() -> None:
         seconds = time.perf_counter() - start
         megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
         written = format.load(source, options, folder)
-        report(f"{name} ({written.name}), {seconds:.0f} s", megabytes, asked(written, prompts), wanted[format.rounded])
+        if isinstance(written, HuggingFace):
+            written.model.float()
+        compare(f"{name} ({written.name}), {seconds:.0f} s, {megabytes:.1f} MB", written, *exactly[format.rounded])
     for file in [*([str(given.f32)] if given.f32 else []), *given.base_gguf]:
         name = f"llama.cpp on {Path(file).name}"
-        report(f"{name}, no adapter, beside the base", 0.0, asked(LlamaCpp(file, None), prompts), plain)
-        adapter = given.out / "gguf-lora" / FILE
-        report(name, 0.0, asked(LlamaCpp(file, adapter), prompts), wanted[False])
-    if given.mlx_base is not None:
-        report("mlx-lm", 0.0, asked(MlxModel(given.mlx_base, given.out / "mlx"), prompts), wanted[True])
+        without = asked(LlamaCpp(file, None), texts)
+        report(f"{name} without the adapter, beside the base", texts, without, plain)
+        compare(name, LlamaCpp(file, given.out / "gguf-lora" / FILE), texts, wanted)
 
 
-def questions() -> list[str]:
-    """25 of each bundled set of questions."""
+def questions(count: int) -> list[str]:
+    """The first of each bundled set of questions, `count` in all."""
     texts = []
-    for name in ("commonsense", "arithmetic"):
-        records = json.loads((BUNDLED_ROOT / "data" / name / "train.json").read_text())[:25]
+    for name, number in (("commonsense", count - count // 2), ("arithmetic", count // 2)):
+        records = json.loads((BUNDLED_ROOT / "data" / name / "train.json").read_text())[:number]
         texts += [alpaca_prompt(record["instruction"]) for record in records]
     return texts
 
 
 @torch.no_grad()
-def asked(model: Answering, prompts: list[list[int]]) -> Answers:
-    return [(model.logits(ids), greedy(model, ids)) for ids in prompts]
+def answered(model: Any, prompt: list[int]) -> Text:
+    """The prompt with the model's greedy answer."""
+    ids = torch.tensor([prompt])
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, do_sample=False, pad_token_id=0
+    )
+    return Text(found[0].tolist(), len(prompt))
 
 
-def report(name: str, megabytes: float, found: Answers, wanted: Answers) -> None:
-    worst = [float((a - b).abs().max()) for (a, _), (b, _) in zip(found, wanted, strict=True)]
-    mean = sum(float((a - b).abs().mean()) for (a, _), (b, _) in zip(found, wanted, strict=True)) / len(found)
-    pairs = [(a, b) for (_, a), (_, b) in zip(found, wanted, strict=True)]
-    same = sum(a == b for a, b in pairs)
-    tokens = sum(x == y for a, b in pairs for x, y in zip(a, b, strict=True))
+def asked(model: Answering, texts: list[Text]) -> list[Tensor]:
+    """The logits (tokens, vocabulary) of each text, from which each token but the first is guessed."""
+    return [model.logits(text.ids[:-1]) for text in texts]
+
+
+def compare(name: str, model: Answering, texts: list[Text], wanted: list[Tensor]) -> None:
+    report(name, texts, asked(model, texts), wanted)
+
+
+def report(name: str, texts: list[Text], found: list[Tensor], wanted: list[Tensor]) -> None:
+    pairs = list(zip(found, wanted, strict=True))
+    mean = sum(float((a - b).abs().mean()) for a, b in pairs) / len(pairs)
+    same = [
+        a[text.prompt - 1 :].argmax(dim=1) == b[text.prompt - 1 :].argmax(dim=1)
+        for text, (a, b) in zip(texts, pairs, strict=True)
+    ]
     print(
-        f"  {name}: {megabytes:.1f} MB, logits differ by up to {max(worst):.3g} (mean {mean:.2g}), "
-        f"{same} of {len(found)} answers alike, {tokens} of {len(found) * ANSWER} tokens",
+        f"  {name}: logits differ by up to {distance(found, wanted):.3g} (mean {mean:.2g}), "
+        f"{sum(bool(s.all()) for s in same)} of {len(same)} answers alike, "
+        f"{sum(int(s.sum()) for s in same)} of {sum(map(len, same))} tokens",
         flush=True,
     )
 

@@ -33,12 +33,26 @@ BAR_LEAST, BAR_MOST = 8, 30  # columns of a live line's bar
 WIDE = 1_000_000  # columns: of a pipe or a file, which is never too narrow
 
 _warnings: list[str] = []
+_logged: set[str] | None = None  # inside `once`: what was logged there
 
 
 def log(message: str) -> None:
     """One line to stderr; nothing with `SPARSEFT_QUIET=1`."""
-    if not is_quiet():
+    if not is_quiet() and message not in (_logged or ()):
         _write(message)
+        if _logged is not None:
+            _logged.add(message)
+
+
+@contextlib.contextmanager
+def once() -> Iterator[None]:
+    """Inside, a line that was logged is not logged again: for several commands, one after another, on the same run."""
+    global _logged
+    before, _logged = _logged, set()
+    try:
+        yield
+    finally:
+        _logged = before
 
 
 def warn(message: str) -> None:

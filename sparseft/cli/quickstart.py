@@ -30,7 +30,8 @@ KEPT = "mmlu"  # what the base can do already: does it forget?
 def main(overrides: list[str]) -> int:
     """Runs the five steps and returns the exit code."""
     start = time.perf_counter()
-    outcome = execute(lambda: quickstart(overrides), guard_stdout=False)
+    with console.once():
+        outcome = execute(lambda: quickstart(overrides), guard_stdout=False)
     if outcome.code:
         console.error(outcome.message)
         return outcome.code

@@ -39,7 +39,7 @@ def _preprocess(config: RunConfig) -> dict[str, Any]:
     spec = ModelSpec.of(prepared.model).narrowed(config.method.layers)
     selected = select(config, prepared, spec)
     describe_selection(selected.selection, spec, config.method)
-    describe_export(selected.selection, spec.linears, config.method)
+    describe_export(selected.selection, spec, config.method)
     return {
         "selection": str(selected.path),
         "cached": selected.cached,

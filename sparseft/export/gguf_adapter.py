@@ -104,7 +104,7 @@ class GgufAdapter:
         """How much of `dense` rounding may explain: entries that nothing is added to must be zero."""
         total = torch.zeros(shape)
         for rows, b, a, scale in self.pieces.get(module, []):
-            total[rows] += (b.abs() @ a.abs()) * scale * (2 * resolution + 2.0**-20)
+            total[rows] += (b.abs() @ a.abs()) * scale * (resolution + 2.0**-20)
             if resolution:
                 total[rows] += TINY * scale * (b.abs().sum(1, keepdim=True) + a.abs().sum(0))
         return total

@@ -9,6 +9,7 @@ from typing import Any
 from sparseft import __version__, console
 from sparseft.errors import UserError
 from sparseft.export import engines
+from sparseft.export.base_check import check_base
 from sparseft.export.formats.base import Format, Options
 from sparseft.export.proof import prove
 from sparseft.export.source import Source
@@ -41,6 +42,7 @@ def export(
         raise UserError(f"--out {out}: there lies what is exported; name a new folder.")
     engines.check(options.engine, format.name)
     _ = source.tokenizer  # the proof needs it
+    check_base(source)
     notes = format.check(source, options)
     for note in notes:
         console.log(note)

@@ -8,7 +8,7 @@ against base + delta before it is rounded.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,14 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
     """
     base = format.base(source, options)
     prompts = prompts_of(source, context_length(base.config) or LENGTH + ANSWER)
-    with console.Progress(len(prompts) * (1 + 2 * (1 + ANSWER)), "prove", unit="token") as progress:
-        plain = [logits for logits, _ in _answers(HuggingFace(base, "base"), prompts, 0, progress)]
+    with console.Progress(len(prompts) * (2 + ANSWER), "prove", unit="text") as progress:
+        plain = list(_asked(HuggingFace(base, "base"), prompts, progress))
         attached = HuggingFace(format.attached(source, options, base), "attached", unrounded=not format.rounded)
-        wanted, wanted_answers = zip(*_answers(attached, prompts, ANSWER, progress), strict=True)
+        wanted, answered = zip(*(_greedy(attached, ids, progress) for ids in prompts), strict=True)
         del base, attached
         with console.working("loading what was written"):
             written = format.load(source, options, folder)
-        found, answers = zip(*_answers(written, prompts, ANSWER, progress), strict=True)
+        found = list(_asked(written, answered, progress))
     own_base = written.base()
     own = plain
     if own_base is not None:
@@ -87,14 +87,16 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
         distance(found, wanted),
         max(float(w.abs().max()) for w in wanted),
     )
-    allowed = NOISE * largest + ROUNDINGS * format.resolution(options) * change + OWN_BASE * distance(own, plain)
+    allowed = (
+        NOISE * largest + ROUNDINGS * format.resolution(source, options) * change + OWN_BASE * distance(own, plain)
+    )
     report = {
         "loader": written.name,
         "prompts": len(prompts),
         "largest_difference": difference,
         "allowed": allowed,
         "largest_change": change,
-        "same_answers": sum(answer == known for answer, known in zip(answers, wanted_answers, strict=True)),
+        "same_answers": sum(torch.equal(_likeliest(a), _likeliest(b)) for a, b in zip(found, wanted, strict=True)),
     }
     if not difference <= allowed:  # NaN too
         raise RunError(
@@ -110,18 +112,29 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
     return report
 
 
-def _answers(
-    model: Answering, prompts: list[list[int]], length: int, progress: console.Progress
-) -> Iterator[tuple[Tensor, list[int]]]:
-    """Of each prompt the logits (tokens, vocabulary) and the greedy answer of `length` tokens."""
-    for ids in prompts:
-        logits = model.logits(ids)
+def _asked(model: Answering, texts: Iterable[list[int]], progress: console.Progress) -> Iterator[Tensor]:
+    """Of each text the logits (tokens, vocabulary)."""
+    for ids in texts:
+        yield model.logits(ids)
         progress.update(progress.completed + 1)
-        answer = []
-        for token in greedy(model, ids, length):
-            answer.append(token)
-            progress.update(progress.completed + 1)
-        yield logits, answer
+
+
+def _greedy(model: Answering, ids: list[int], progress: console.Progress) -> tuple[Tensor, list[int]]:
+    """Of the prompt and `ANSWER` tokens, each the likeliest, all but the last: logits and tokens.
+
+    Another model answers the same exactly when at each token of this text the same one is its likeliest: one pass.
+    """
+    text = list(ids)
+    while True:
+        (logits,) = _asked(model, [text], progress)
+        if len(text) == len(ids) + ANSWER - 1:
+            return logits, text
+        text.append(int(logits[-1].argmax()))
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """The tokens of the answer that a text's logits end in."""
+    return logits[-ANSWER:].argmax(dim=1)
 
 
 def prompts_of(source: Source, context: int) -> list[list[int]]:
@@ -130,18 +143,11 @@ def prompts_of(source: Source, context: int) -> list[list[int]]:
     return [ids for text in PROMPTS if (ids := source.tokenizer(text)["input_ids"][:length])]
 
 
-def greedy(model: Answering, ids: list[int], length: int = ANSWER) -> Iterator[int]:
-    """The next `length` tokens, each the likeliest."""
-    answer = list(ids)
-    for _ in range(length):
-        answer.append(int(model.logits(answer)[-1].argmax()))
-        yield answer[-1]
-
-
 def distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest difference of any logit; NaN where one is not a number."""
+    """The largest difference of any logit, over the tokens that both have; NaN where one is not a number."""
     size = min(a.shape[1] for a in (*found, *wanted))  # some loaders leave out what pads a vocabulary
-    worst = [(a[:, :size] - b[:, :size]).abs().max() for a, b in zip(found, wanted, strict=True)]
+    pairs = [(a, b, min(len(a), len(b))) for a, b in zip(found, wanted, strict=True)]
+    worst = [(a[:length, :size] - b[:length, :size]).abs().max() for a, b, length in pairs]
     return float(torch.stack(worst).max())
 
 

@@ -87,6 +87,10 @@ class MethodConfig:
         """In what units it trains, so that a sparsity may be met only nearly: "blocks of 64"; None: the whole model."""
         return None
 
+    def lora_rank(self, spec: ModelSpec) -> int | None:
+        """The rank of the LoRA that it trains; None of a method that trains something else."""
+        return None
+
     def widens(self, dtype: torch.dtype) -> bool:
         """Whether training keeps wider weights than a model of `dtype` has."""
         return False

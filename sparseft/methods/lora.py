@@ -84,6 +84,9 @@ class LoraConfig(MethodConfig):
     def granularity(self, selection: Selection | None) -> str | None:
         return "whole ranks"
 
+    def lora_rank(self, spec: ModelSpec) -> int | None:
+        return None if self.use_dora else rank_for(spec, self)
+
     def for_benchmark(self) -> Self:
         return replace(self, dropout=0.0)
 

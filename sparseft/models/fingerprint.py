@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparseft.distributed.zero3 import full_shape, gathered
 from sparseft.errors import UserError, shown
@@ -30,8 +31,13 @@ def base_fingerprints(model: nn.Module) -> list[str]:
     """`base_fingerprint`, and where it differs, the one that the same weights have once they are loaded in fp16: there
     fp32 values are rounded twice. Two models are of one base where the lists share an entry.
     """
+    return fingerprints_of(sorted(base_parameters(model), key=lambda item: item[0]))
+
+
+def fingerprints_of(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """`base_fingerprints` of the model that has these parameters, in the order of their names, tied ones once."""
     digest, as_fp16 = hashlib.sha256(), hashlib.sha256()
-    for name, parameter in sorted(base_parameters(model), key=lambda item: item[0]):
+    for name, parameter in parameters:
         shape = full_shape(parameter)
         for each in (digest, as_fp16):
             each.update(f"{name}{tuple(shape)}".encode())

@@ -38,13 +38,16 @@ def _unbundled(path: str) -> str:
 
 
 def check_model_path(path: str) -> str:
-    """The folder or hub id to load; a path that looks local and is not there is a `UserError`."""
+    """The folder or hub id to load; a path that looks local and is not there is a `UserError`.
+
+    A folder `models/x` becomes `./models/x`: adapters keep the name of their base, and elsewhere it would be a hub id.
+    """
     resolved = _unbundled(path)
     folder = Path(resolved).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path={path}: the folder has no config.json, so it is no Hugging Face model.")
-        return str(folder)
+        return f"./{folder}" if HUB_ID.fullmatch(str(folder)) else str(folder)
     if folder.exists():
         raise UserError(f"model.path={path}: expected a Hugging Face model folder, this is a file.")
     if looks_local(resolved) and not _in_hub_cache(resolved):

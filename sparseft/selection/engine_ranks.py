@@ -10,6 +10,7 @@ from typing import Any
 
 from sparseft import console
 from sparseft.errors import UserError
+from sparseft.models.spec import ModelSpec
 from sparseft.selection.cover import needed_rank
 from sparseft.selection.selection import Selection
 
@@ -57,8 +58,8 @@ def check_rank(selection: Selection, shapes: Mapping[str, tuple[int, int]], max_
             raise UserError(f"method.max_rank={max_rank}: the selection that was given needs rank {needed} ({module}).")
 
 
-def engines_note(needed: int, module: str) -> str:
-    """What each engine will need for an exact LoRA of rank `needed`, which `module` takes."""
+def engines_note(needed: int, what: str, setting: str) -> str:
+    """Which engines take a LoRA of rank `needed`, and how. what: whose rank it is; setting: the one that bounds it."""
     rank = file_rank(needed)
     fits = [name for name, highest in HIGHEST.items() if highest is None or rank <= highest]
     slow = [f"{name} without its fast kernels (up to {FAST[name]})" for name in fits if rank > FAST.get(name, rank)]
@@ -68,13 +69,18 @@ def engines_note(needed: int, module: str) -> str:
     refused = [
         f"{name} (up to {highest})" for name, highest in HIGHEST.items() if highest is not None and rank > highest
     ]
-    ends = f"; not {', '.join(refused)}: method.max_rank={RANKS[-1]} would fit" if refused else ""
-    return f"export: an exact LoRA needs rank {needed} ({module}): fits {', '.join(fits + slow)}{ends}"
+    ends = f"; not {', '.join(refused)}: {setting}={RANKS[-1]} would fit" if refused else ""
+    return f"export: {what}: fits {', '.join(fits + slow)}{ends}"
 
 
-def describe_export(selection: Selection, shapes: Mapping[str, tuple[int, int]], settings: Any) -> int:
-    """Says what rank an exact LoRA export needs and which engines take it, and returns the rank."""
-    needed, module = largest_need(selection, shapes)
+def describe_export(selection: Selection | None, spec: ModelSpec, settings: Any) -> int | None:
+    """Says what rank an exact LoRA export needs and which engines take it, and returns the rank; None where no LoRA
+    holds what the method trains."""
+    if selection is None:
+        if (rank := settings.lora_rank(spec)) is not None:
+            console.log(engines_note(rank, f"a LoRA of rank {rank}", "method.rank"))
+        return rank
+    needed, module = largest_need(selection, spec.linears)
     more = "; every new selection adds to it" if settings.reselect_steps else ""
-    console.log(engines_note(needed, module) + more)
+    console.log(engines_note(needed, f"an exact LoRA needs rank {needed} ({module})", "method.max_rank") + more)
     return needed

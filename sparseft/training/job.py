@@ -90,7 +90,7 @@ class Job:
     trainable: int = 0
     labelled: bool = False  # logits of labelled tokens alone (`trainer.loss`)
     floors: float = 0.0  # what a step is predicted to cost
-    export_rank: int | None = None  # that an exact LoRA of the selection needs
+    export_rank: int | None = None  # that an exact LoRA of what trains needs
     arguments: transformers.TrainingArguments | None = None
 
     @property
@@ -276,12 +276,12 @@ def attach(job: Job) -> None:
     job.trainable = trainable_count(model)
     if job.selection is not None:
         describe_selection(job.selection, job.spec, config.method)
-        job.export_rank = describe_export(job.selection, job.spec.linears, config.method)
     elif (unit := config.method.granularity(None)) is not None:
         describe_trainable(job.trainable, job.spec, config.method, unit)
     else:
         console.log(f"trainable: {job.trainable:,} of {job.spec.total_parameters:,} parameters of the model")
     _predict(job)
+    job.export_rank = describe_export(job.selection, job.spec, config.method)
     whole = job.method.trains_all
     job.arguments = training_arguments(
         dataclasses.replace(config.trainer, learning_rate=job.learning_rate),

@@ -131,10 +131,11 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
         selection = compute(model, request)
         warn_of_cap(selection, settings)
         if settings.importance == "random":  # else the run's own selection is another
-            describe_export(selection, request.spec.linears, settings)
+            describe_export(selection, request.spec, settings)
         model = attach(model, request.settings, selection, spec=request.spec)
         _indices_with_content(model, selection)
     else:
+        describe_export(None, spec, settings)
         model = attach(model, settings.for_benchmark() if autocast else settings, spec=spec)
     trainable = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     return Shape(model.train(), trainable, total, autocast, spec, usable(model, config))

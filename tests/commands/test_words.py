@@ -6,6 +6,9 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
+from sparseft import console
 from sparseft.commands import export
 from support.running import sparseft
 
@@ -24,9 +27,18 @@ def test_a_run_s_log_says_each_thing_once(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in losses] == ["eval loss before", "step 1", "step 2"]  # not "after" again
     assert len([line for line in lines if line.startswith("train: 2/2 steps, loss ")]) == 1
     told = done.out.splitlines()
-    assert len(told) == 2 and told[0].startswith("sylva: eval loss ") and told[1] == "run: run"
+    assert len(told) == 2 and told[0].startswith("sylva: eval loss ") and told[1] == "report: run/report.html"
+    assert not {*told} & {*lines}  # a terminal shows both
     again = sparseft(tmp_path, "export", "run", "--format", "peft-shira", "--out", "x", "--quiet", "--json")
     assert again.err == "" and json.loads(again.out)["format"] == "peft-shira"
+
+
+def test_commands_on_the_same_run_say_what_they_share_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.once():
+        for words in ("data: 3 records", "model: tiny", "data: 3 records"):
+            console.log(words)
+    console.log("model: tiny")
+    assert capsys.readouterr().err == "data: 3 records\nmodel: tiny\nmodel: tiny\n"
 
 
 def test_what_an_export_holds_is_said_in_units() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 
@@ -110,18 +109,9 @@ def test_keys_are_reordered_by_their_own_heads(made, tmp_path):
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 def test_loras_of_odd_ranks_and_scales(made, method, tmp_path):
     folder = made("llama")
-    model = exported.load(folder / "base")
-    settings = peft.LoraConfig(
-        r=6, lora_alpha=10, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={"v_proj": 3},
-        use_rslora=method == "rslora", use_dora=method == "dora",
-    )  # fmt: skip
-    model = peft.get_peft_model(model, settings)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, 0.3)
-    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    model.save_pretrained(tmp_path / "adapter")
+    settings = {"rank_pattern": {"v_proj": 3}, "use_rslora": method == "rslora", "use_dora": method == "dora"}
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = exported.lora(folder / "base", tmp_path / "adapter", targets, r=6, lora_alpha=10, **settings)
     if method == "dora":
         text = refused(tmp_path, "export", "adapter", "--format", "gguf-lora", "--out", "out")
         assert "DoRA" in text and not (tmp_path / "out").exists()

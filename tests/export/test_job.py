@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from sparseft.cli.app import main
+from sparseft.config import ModelConfig
+from sparseft.errors import UserError
+from sparseft.export.base_check import check_base
+from sparseft.export.formats import format_of
 from sparseft.export.formats.patch import PatchFormat
-from support.exported import adapter, saved_model
+from sparseft.models.fingerprint import base_fingerprints
+from support.exported import adapter, lora, saved_model
+from support.models import build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +85,41 @@ def test_stopped_at_any_time_it_leaves_nothing(made: Any, when: str, tmp_path: P
     monkeypatch.setattr(PatchFormat, when, stopped)
     assert export(made[1], "patch", tmp_path / "out") == 130
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("format", ["peft-lora", "gguf-lora", "mlx"])
+def test_both_factors_of_a_lora_may_be_rounded(format: str, dtype: str, tmp_path: Path, capsys: Any) -> None:
+    lora(saved_model("llama", tmp_path / "model"), tmp_path / "adapter", ["q_proj", "down_proj"], scale=0.1, r=6)
+    assert export(tmp_path / "adapter", format, tmp_path / "out", "--dtype", dtype) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["peft-lora", "peft-shira", "merged", "patch", "gguf-lora", "mlx"])
+def test_another_base_is_refused_before_anything_is_written(
+    made: Any, format: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    other = transformers.AutoModelForCausalLM.from_pretrained(made[0])
+    with torch.no_grad():
+        other.model.embed_tokens.weight += 0.1
+    other.save_pretrained(tmp_path / "other")
+    build_tokenizer().save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(type(format_of(format)), "write", lambda *_: pytest.fail("it was written"))
+    assert export(made[1], format, tmp_path / "out", f"model.path={tmp_path / 'other'}") == 2
+    assert "made for another base model" in capsys.readouterr().err and not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_base_is_known_by_its_files(kind: str, stored: Any, loaded: Any, tmp_path: Path) -> None:
+    """The oracle: the fingerprint of the model as it was loaded when the adapter was made."""
+    saved_model(kind, tmp_path / "model", stored)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=loaded)
+    source = SimpleNamespace(
+        kind="sparse", folder=tmp_path, fingerprint="", content={"base_fingerprint": base_fingerprints(model)[0]},
+        target=SimpleNamespace(model=ModelConfig(path=str(tmp_path / "model"))),
+    )  # fmt: skip
+    check_base(source)  # type: ignore[arg-type]
+    source.content["base_fingerprint"] = "0"
+    with pytest.raises(UserError, match="another base model"):
+        check_base(source)  # type: ignore[arg-type]

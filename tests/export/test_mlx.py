@@ -13,7 +13,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import sparseft as library
-from sparseft.export.formats.mlx import CONFIG, TENSORS, Mlx
+from sparseft.export import mlx_lora
+from sparseft.export.formats.mlx import Mlx
+from sparseft.export.mlx_lora import CONFIG, TENSORS
 from support import exported
 from support.running import refused, sparseft
 
@@ -146,6 +148,81 @@ def test_faults_are_found(made, fault, verified, tmp_path, monkeypatch, without_
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".partial-*"))
 
 
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"], "phi3": ["qkv_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"],
+    "mixtral": ["k_proj", "o_proj"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_lora_stays_one(made, kind, tmp_path, without_mlx):
+    settings = {"r": 6, "lora_alpha": 10, "rank_pattern": {TARGETS[kind][1]: 3}, "fan_in_fan_out": kind == "gpt2"}
+    model = exported.lora(made(kind) / "base", tmp_path / "adapter", TARGETS[kind], **settings)
+    result = export(tmp_path, tmp_path / "out")
+    assert result["rank"] == 6 and result["proof"]["largest_difference"] < 1e-3 * result["proof"]["largest_change"]
+    found = load_file(tmp_path / "out" / TENSORS)
+    said = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert said["fine_tune_type"] == "lora" and len(said["lora_parameters"]["keys"]) == 2 * len(TARGETS[kind])
+    for name in said["lora_parameters"]["keys"]:  # the oracle: PEFT's own product
+        a, b = found.pop(f"{name}.lora_a"), found.pop(f"{name}.lora_b")
+        ours = name.replace("model.", "transformer.", 1) if kind == "gpt2" else name
+        wanted = model.base_model.model.get_submodule(ours).get_delta_weight("default")
+        product = said["lora_parameters"]["scale"] * (a @ b)
+        torch.testing.assert_close(product, wanted if kind == "gpt2" else wanted.T, rtol=1e-4, atol=1e-5)
+    assert not found
+
+
+@pytest.mark.skipif(not HERE, reason="mlx-lm is not installed")
+@pytest.mark.parametrize("kind", TARGETS)
+def test_mlx_lm_answers_as_the_attached_lora(made, kind, tmp_path):
+    exported.lora(made(kind) / "base", tmp_path / "adapter", TARGETS[kind], r=6, fan_in_fan_out=kind == "gpt2")
+    proof = export(tmp_path, tmp_path / "out")["proof"]
+    assert proof["loader"].startswith("mlx-lm") and proof["same_answers"] == 8
+    assert proof["largest_difference"] < 1e-3 * proof["largest_change"]
+
+
+def wrong_scale(folder: Path) -> None:
+    said = json.loads((folder / CONFIG).read_text())
+    said["lora_parameters"]["scale"] *= 2
+    (folder / CONFIG).write_text(json.dumps(said))
+
+
+def swapped_layers(folder: Path) -> None:
+    values = load_file(folder / TENSORS)
+    for side in "ab":
+        names = [f"model.layers.{number}.self_attn.q_proj.lora_{side}" for number in (0, 1)]
+        values[names[0]], values[names[1]] = values[names[1]], values[names[0]]
+    save_file(values, folder / TENSORS)
+
+
+def dropped_linear(folder: Path) -> None:
+    values = load_file(folder / TENSORS)
+    save_file({name: value for name, value in values.items() if ".1.mlp." not in name}, folder / TENSORS)
+
+
+@pytest.mark.parametrize("verified", [True, False])
+@pytest.mark.parametrize("fault", [wrong_scale, swapped_layers, dropped_linear])
+def test_faults_of_a_lora_are_found(made, fault, verified, tmp_path, monkeypatch, without_mlx):
+    exported.lora(made("llama") / "base", tmp_path / "adapter", TARGETS["llama"], r=6)
+    write = mlx_lora.write
+    monkeypatch.setattr(mlx_lora, "write", lambda *given: [write(*given), fault(given[2])][0])
+    if not verified:
+        monkeypatch.setattr(mlx_lora, "verify", lambda *_: None)
+    export(tmp_path, tmp_path / "out", code=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_in_fewer_bits_and_one_that_it_cannot_hold(made, tmp_path, without_mlx):
+    base = made("llama") / "base"
+    exported.lora(base, tmp_path / "adapter", TARGETS["llama"], r=6)
+    export(tmp_path, tmp_path / "out", "--dtype", "bfloat16")
+    assert {value.dtype for value in load_file(tmp_path / "out" / TENSORS).values()} == {torch.bfloat16}
+    exported.lora(base, tmp_path / "dora", TARGETS["llama"], r=6, use_dora=True)
+    exported.lora(base, tmp_path / "head", ["q_proj", "lm_head"], r=6)
+    for name, words in (("dora", "DoRA"), ("head", "lm_head")):
+        assert words in refused(tmp_path, "export", name, "--format", "mlx", "--out", "no")
+
+
 def test_a_rotary_base_that_mlx_lm_would_not_see_is_said(made, tmp_path):
     folder = made("llama")
     path = folder / "base" / "config.json"
@@ -163,5 +240,5 @@ def test_what_it_cannot_hold_is_refused(made, tmp_path):
     folder = made("llama")
     words = ("export", "adapter", "--format", "mlx", "--out", tmp_path / "out")
     assert "vLLM" in refused(folder, *words, "--engine", "vllm")
-    assert "keeps the base's" in refused(folder, *words, "--dtype", "float32")
+    assert "keep the base's" in refused(folder, *words, "--dtype", "float32")
     assert not (tmp_path / "out").exists()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
+from sparseft import S2FTConfig, attach, save_adapter
+from sparseft.config import ModelConfig
 from sparseft.errors import UserError
+from sparseft.models.loading import load_model
 from sparseft.publish.card import LIBRARIES, card_of, checked, filled, is_untouched, sealed
 from sparseft.publish.facts import facts_of
 from sparseft.publish.licences import licence_in
@@ -261,3 +265,16 @@ def test_a_description_that_does_not_fit_is_refused(made: Any, tmp_path: Path) -
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="does not describe the tensors"):
         facts_of(run)
+
+
+def test_a_base_in_a_folder_is_no_id_of_the_hub(made: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """`models/x` reads as both: who trains beside the folder and publishes elsewhere must not name a stranger's."""
+    shutil.copytree(made[0], tmp_path / "here" / "models" / "x")
+    monkeypatch.chdir(tmp_path / "here")
+    model = attach(load_model(ModelConfig(path="models/x")), S2FTConfig(o_ratio=0.5))
+    save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    facts = facts_of(tmp_path / "adapter")
+    assert facts.base == "./models/x" and facts.base_id is None
+    assert "huggingface.co/models/x" not in card_of(facts)

@@ -21,6 +21,8 @@ from sparseft.errors import UserError
 from sparseft.importance.units import Candidate
 from sparseft.kernels import reference
 from sparseft.methods.base import SparseConfig
+from sparseft.methods.full import FullConfig
+from sparseft.methods.lora import DoraConfig, LoraConfig
 from sparseft.methods.paca import PacaConfig
 from sparseft.methods.s2ft import S2FTConfig
 from sparseft.methods.sylva import SylvaConfig
@@ -30,7 +32,7 @@ from sparseft.selection.cache import selection_key
 from sparseft.selection.choose import choose
 from sparseft.selection.compute import compute_selection, reselect
 from sparseft.selection.cover import needed_rank
-from sparseft.selection.engine_ranks import engines_note, file_rank, largest_need
+from sparseft.selection.engine_ranks import describe_export, engines_note, file_rank, largest_need
 from sparseft.selection.max_rank import check_units
 from sparseft.selection.selection import Selection
 from support.models import KINDS
@@ -337,11 +339,27 @@ def test_the_cached_selection_depends_on_the_cap() -> None:
 
 def test_what_each_engine_needs() -> None:
     assert [file_rank(n) for n in (1, 8, 9, 257, 320, 321, 512, 513)] == [8, 8, 16, 320, 320, 512, 512, 528]
-    assert engines_note(100, "a.b") == (
-        "export: an exact LoRA needs rank 100 (a.b): fits vllm (--max-lora-rank 128), sglang, tgi, lorax, llama.cpp, "
-        "peft"
+    assert engines_note(100, "what", "method.max_rank") == (
+        "export: what: fits vllm (--max-lora-rank 128), sglang, tgi, lorax, llama.cpp, peft"
     )
     assert "vllm (--max-lora-rank 320), sglang, llama.cpp, peft, tgi without its fast kernels (up to 128)" in (
-        engines_note(300, "a.b")
+        engines_note(300, "what", "method.max_rank")
     )
-    assert engines_note(600, "a.b").endswith("not vllm (up to 512): method.max_rank=512 would fit")
+    assert engines_note(600, "what", "method.rank").endswith("not vllm (up to 512): method.rank=512 would fit")
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "said"),
+    [
+        (LoraConfig(rank=6), 6, "export: a LoRA of rank 6: fits vllm (--max-lora-rank 8), sglang, tgi, lorax,"),
+        (LoraConfig(rank=600), 600, "not vllm (up to 512): method.rank=512 would fit"),
+        (DoraConfig(rank=6), None, ""),
+        (FullConfig(), None, ""),
+    ],
+)
+def test_methods_without_a_selection_say_their_rank(
+    make_model: Callable, method: Any, rank: int | None, said: str, capsys: Any
+) -> None:
+    assert describe_export(None, ModelSpec.of(make_model("llama")), method) == rank
+    found = capsys.readouterr().err
+    assert said in found and bool(found) == (rank is not None)

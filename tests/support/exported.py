@@ -89,6 +89,21 @@ def adapter(model: Path, folder: Path, chosen: dict[str, dict[str, Any]] | None 
     return folder
 
 
+def lora(model: Path, folder: Path, targets: list[str], scale: float = 0.3, **settings: Any) -> Any:
+    """A LoRA of PEFT on the model in `model` with random factors, saved; returns the model with it."""
+    import peft
+
+    attached = peft.get_peft_model(load(model), peft.LoraConfig(target_modules=targets, **settings))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in attached.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, scale, generator=generator)
+    attached.peft_config["default"].base_model_name_or_path = str(model)
+    attached.save_pretrained(folder)
+    return attached
+
+
 def maker(tmp_path_factory: Any) -> Callable[[str], tuple[Path, Path]]:
     """What gives the folders of a tiny model of some kind and of an adapter on it, made once."""
     folders: dict[str, tuple[Path, Path]] = {}

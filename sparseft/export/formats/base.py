@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from sparseft.export.source import Source
 
+# How much a value may change, relative to itself, when it is stored; in fp16 no less than 2⁻²⁵.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
 
 @dataclass
 class Options:
@@ -71,6 +74,13 @@ class Format:
         """Loads the files as their users do, by the target's own loader where it is installed."""
         raise NotImplementedError
 
-    def resolution(self, options: Options) -> float:
-        """The largest relative rounding of a difference in the files: 0 in fp32, 2⁻⁸ in bf16."""
+    def resolution(self, source: Source, options: Options) -> float:
+        """The largest relative rounding of a difference in the files: `rounding`, where they hold differences."""
         return 0.0
+
+
+def rounding(source: Source, dtype: torch.dtype | None) -> float:
+    """How much a difference may change, relative to its terms, when its factors are stored in `dtype` (None: fp32): a
+    LoRA's are both rounded; those of a sparse change have one side of ones and zeros, which any dtype holds."""
+    once = ROUNDING[dtype or torch.float32]
+    return (1 + once) ** 2 - 1 if source.kind == "peft" else once

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseft.errors import RunError, UserError
 from sparseft.export.changes import Change
-from sparseft.export.formats.base import Answering, Format, Options
+from sparseft.export.formats.base import Answering, Format, Options, rounding
 from sparseft.export.gguf_adapter import GgufAdapter
 from sparseft.export.gguf_names import Place, architecture_of, check_gguf, experts_of, places_of, stored
 from sparseft.export.llama_cpp import LlamaCpp, check_llama_cpp
@@ -91,7 +91,7 @@ class GgufLora(Format):
             wanted = change.dense()
             if module not in found.pieces and bool(wanted.any()):
                 raise RunError(f"{FILE} lacks {module}. Nothing was kept.")
-            allowed = found.rounding(module, change.shape, self.resolution(options))
+            allowed = found.rounding(module, change.shape, self.resolution(source, options))
             wrong = ~((found.dense(module, change.shape) - wanted).abs() <= allowed)
             if bool(wrong.any()):
                 raise RunError(
@@ -107,8 +107,8 @@ class GgufLora(Format):
         add_while_computing(base, found.pieces)
         return HuggingFace(base, "an independent reader of GGUF")
 
-    def resolution(self, options: Options) -> float:
-        return {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}.get(options.dtype or torch.float32, 0.0)
+    def resolution(self, source: Source, options: Options) -> float:
+        return rounding(source, options.dtype)
 
 
 def _power_of_two(number: int) -> int:

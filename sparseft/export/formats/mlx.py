@@ -1,7 +1,8 @@
-"""`mlx`: an adapter folder of mlx-lm whose `fine_tune_type` is `full`: the touched weights, whole."""
+"""`mlx`: an adapter folder of mlx-lm: a LoRA's factors, else the touched weights, whole (`fine_tune_type: full`)."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -13,8 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sparseft.errors import RunError, UserError, reason_of
+from sparseft.export import mlx_lora
 from sparseft.export.expert_parts import Part, parts_of
-from sparseft.export.formats.base import Answering, Format, Options
+from sparseft.export.formats.base import Answering, Format, Options, rounding
+from sparseft.export.low_rank_forward import add_while_computing
+from sparseft.export.mlx_lora import CONFIG, TENSORS
 from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
 from sparseft.files.atomic import write_json
@@ -23,40 +27,40 @@ from sparseft.files.untrusted import read_json_object
 from sparseft.layers.convert import plain_weight, weight_parameter
 from sparseft.models.loading import check_model_path
 
-TENSORS, CONFIG = "adapters.safetensors", "adapter_config.json"
 # Architectures whose linears have transformers' names in mlx-lm, but for what `_name` says: by its source.
 ARCHITECTURES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gpt2")
 
 
 class Mlx(Format):
     """`adapters.safetensors` with each touched weight as the model has it afterwards, in the base's dtype, and
-    `adapter_config.json`. mlx-lm replaces weights by it, so nothing is lost by any pattern."""
+    `adapter_config.json`. mlx-lm replaces weights by it, so nothing is lost by any pattern. Of a LoRA: `mlx_lora`."""
 
     name = "mlx"
-    rounded: ClassVar[bool] = True
+    rounded: ClassVar[bool] = True  # a LoRA attached is added while computing, never rounded
 
     def check(self, source: Source, options: Options) -> list[str]:
         if source.kind == "full":
             raise UserError(f"{source.folder} is a model trained whole: mlx_lm loads that folder as it is.")
-        if source.kind == "peft":
+        if options.dtype is not None and source.kind != "peft":
             raise UserError(
-                f"{source.folder}: a LoRA changes all entries of its weights, so --format mlx would hold them all: "
-                "--format merged makes a folder that mlx_lm loads."
+                "--dtype: whole weights keep the base's in --format mlx, so that the model has one. Leave it out."
             )
-        if options.dtype is not None:
-            raise UserError("--dtype: --format mlx keeps the base's, so that the loaded model has one. Leave it out.")
         kind = source.text_config.model_type
         if kind not in ARCHITECTURES:
             raise UserError(
                 f"--format mlx: how mlx-lm names the weights of '{kind}' is not known here (known: "
                 f"{', '.join(ARCHITECTURES)}); --format merged makes a folder that it loads."
             )
+        if source.kind == "peft":
+            mlx_lora.check(source)
         return _rope_note(source)
 
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
         config = source.text_config
+        if source.kind == "peft":
+            return mlx_lora.write(source, _dtype(options), folder, _naming(source))
         shapes = {module: change.shape for module, change in source.changes.items()}
-        parts = {_name(config.model_type, part.linear): (module, part) for module, part in _parts(shapes)}
+        parts = {f"{_name(config.model_type, part.linear)}.weight": (module, part) for module, part in _parts(shapes)}
         model = source.attached(source.base())
         values = {name: _weight(model, module, part) for name, (module, part) in parts.items()}  # views
         described = {name: Stored(value.dtype, tuple(value.shape)) for name, value in values.items()}
@@ -67,6 +71,8 @@ class Mlx(Format):
 
     def verify(self, source: Source, options: Options, folder: Path) -> None:
         """Every weight against base + delta, rounded once; the base is read anew."""
+        if source.kind == "peft":
+            return mlx_lora.verify(source, _dtype(options), folder, _naming(source))
         base = source.base()
         with torch.no_grad():
             changed = {id(weight_parameter(base, module)) for module in source.changes}
@@ -87,10 +93,18 @@ class Mlx(Format):
         if importlib.util.find_spec("mlx_lm") is not None:
             return MlxModel(check_model_path(source.target.model.path), folder)
         base = source.base()
+        if source.kind == "peft":
+            naming = _naming(source)
+            found = mlx_lora.read(folder, {naming(linear): linear for linear in source.low_rank})
+            add_while_computing(base, {linear: [difference] for linear, difference in found.items()})
+            return HuggingFace(base, "an independent reader of safetensors")
         with torch.no_grad():
             for name, value in _read(folder, base):
                 base.get_parameter(name).copy_(value)
         return HuggingFace(base, "an independent reader of safetensors")
+
+    def resolution(self, source: Source, options: Options) -> float:
+        return rounding(source, options.dtype)  # whole weights have no dtype of their own
 
 
 class MlxModel:
@@ -137,13 +151,22 @@ def _parts(shapes: dict[str, tuple[int, int]]) -> Iterator[tuple[str, Part]]:
             yield module, part
 
 
+def _dtype(options: Options) -> torch.dtype:
+    """Of a LoRA's factors."""
+    return options.dtype or torch.float32
+
+
+def _naming(source: Source) -> mlx_lora.Naming:
+    return functools.partial(_name, source.text_config.model_type)
+
+
 def _name(kind: str, linear: str) -> str:
-    """mlx-lm's name of a linear's weight: `experts` are `switch_mlp` there, in Mixtral below `block_sparse_moe`."""
+    """mlx-lm's name of a linear: `experts` are `switch_mlp` there, in Mixtral below `block_sparse_moe`."""
     owner = "block_sparse_moe" if kind == "mixtral" else "mlp"
     linear = linear.replace(".mlp.experts.", f".{owner}.switch_mlp.")
     if kind == "gpt2":
         linear = linear.replace("transformer.", "model.", 1)
-    return f"{linear}.weight"
+    return linear
 
 
 def _weight(model: nn.Module, module: str, part: Part) -> Tensor:

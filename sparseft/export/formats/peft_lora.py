@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from sparseft.errors import RunError, UserError
 from sparseft.export import engines
 from sparseft.export.changes import Change, LowRankChange, SparseChange
-from sparseft.export.formats.base import Answering, Format, Options
+from sparseft.export.formats.base import Answering, Format, Options, rounding
 from sparseft.export.lora_layout import EXPERTS, Layout, layout_of
 from sparseft.export.low_rank import factors
 from sparseft.export.proof import HuggingFace
@@ -27,9 +27,7 @@ from sparseft.files.untrusted import read_json_object
 from sparseft.models.loading import check_model_path
 from sparseft.selection.engine_ranks import file_rank
 
-# How much a value may change, relative to itself, when it is stored; in fp16 no less than `TINY`.
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-TINY = {torch.float16: 2.0**-25}
+TINY = {torch.float16: 2.0**-25}  # the least that a stored value may change by
 SUMS = 2.0**-22  # what fp32 sums of a few terms may differ by, relative to their sizes
 KEY = "base_model.model.{}.lora_{}.weight"
 
@@ -105,7 +103,7 @@ class PeftLora(Format):
         dtype = options.dtype or torch.float32
         reader = Reader(folder)
         skeleton = Skeleton.of(source)
-        expected = _in_the_file(source, skeleton)
+        expected = _in_the_file(source, skeleton, dtype)
         if missing := sorted(expected.keys() - reader.linears):
             raise _wrong(f"{missing[0]} is missing")
         for name in sorted(reader.linears):
@@ -114,15 +112,14 @@ class PeftLora(Format):
                 same = {n for n in skeleton.spec.known if skeleton.place(n)[1] == kind}
                 if absent := sorted(same - reader.linears):
                     raise _wrong(f"{absent[0]} is missing beside {name}")
-            wanted, mass = expected[name]() if name in expected else (None, None)
+            wanted, allowed = expected[name]() if name in expected else (None, None)
             found = reader.product(name, torch.float32 if wanted is None else wanted.dtype)
-            if wanted is None or mass is None:
+            if wanted is None or allowed is None:
                 if bool(found.any()):
                     raise _wrong(f"{name} is changed, which the adapter leaves as it is")
                 continue
             if found.shape != wanted.shape:
                 raise _wrong(f"{name} has the shape {tuple(found.shape)} instead of {tuple(wanted.shape)}")
-            allowed = (ROUNDING[dtype] + SUMS) * mass + TINY.get(dtype, 0.0)
             difference = (found - wanted).abs()
             if not bool((difference <= allowed).all()):  # NaN too
                 raise _wrong(f"{name} differs by up to {float(difference.max()):.3g}")
@@ -135,8 +132,8 @@ class PeftLora(Format):
         model = peft.PeftModel.from_pretrained(base, str(folder), torch_device=device)
         return HuggingFace(model.eval(), f"peft {peft.__version__}")
 
-    def resolution(self, options: Options) -> float:
-        return ROUNDING[options.dtype or torch.float32]
+    def resolution(self, source: Source, options: Options) -> float:
+        return rounding(source, options.dtype)
 
 
 def _check_names(skeleton: Skeleton, layout: Layout) -> None:
@@ -232,13 +229,14 @@ class Reader:
         return self.scale * (b[:, live] @ a[live])
 
 
-def _in_the_file(source: Source, skeleton: Skeleton) -> dict[str, Any]:
-    """What each linear of the file must hold: functions that return ΔW and the sum of its terms' sizes, (out, in)."""
+def _in_the_file(source: Source, skeleton: Skeleton, dtype: torch.dtype) -> dict[str, Any]:
+    """What each linear of the file must hold: functions that return ΔW and how far rounding may take it, (out, in)."""
+    error = rounding(source, dtype) + SUMS, TINY.get(dtype, 0.0)
     expected: dict[str, Any] = {}
     block, names = EXPERTS.get(skeleton.model.config.model_type, ("", {}))  # type: ignore[union-attr]
     for linear, change in source.linears.items():
         if linear not in skeleton.spec.stacked:
-            expected[linear] = lambda change=change: _dense(change)
+            expected[linear] = lambda change=change: _dense(change, *error)
             continue
         match = re.fullmatch(r"(.+)\.mlp\.experts\.(\w+)\.(\d+)", linear)
         assert match is not None
@@ -246,19 +244,19 @@ def _in_the_file(source: Source, skeleton: Skeleton) -> dict[str, Any]:
             size = change.shape[0] // len(names[match[2]])
             rows = slice(half * size, (half + 1) * size)
             expected[f"{match[1]}{block}experts.{match[3]}.{leaf}"] = lambda change=change, rows=rows: tuple(
-                part[rows] for part in _dense(change)
+                part[rows] for part in _dense(change, *error)
             )
     return expected
 
 
-def _dense(change: Change) -> tuple[Tensor, Tensor]:
-    """ΔW (out, in), and the sum of the sizes of the terms that make it."""
+def _dense(change: Change, relative: float, least: float) -> tuple[Tensor, Tensor]:
+    """ΔW (out, in), and how far it may be rounded: relative to the terms that make it, and `least` in each factor."""
     if isinstance(change, LowRankChange):  # sums of r terms, which fp32 would round in another order
-        b, a = change.b.double(), change.a.double()
-        return change.scale * (b @ a), abs(change.scale) * (b.abs() @ a.abs())
+        b, a = change.scale * change.b.double(), change.a.double()
+        return b @ a, relative * (b.abs() @ a.abs()) + least * (b.abs().sum(dim=1, keepdim=True) + a.abs().sum(dim=0))
     assert isinstance(change, SparseChange)
     parts = [SparseChange(change.shape, {kind: value}).dense().abs() for kind, value in change.kinds.items()]
-    return change.dense(), torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
+    return change.dense(), relative * torch.stack(parts).sum(dim=0) + least
 
 
 def _wrong(what: str) -> RunError:
