@@ -38,6 +38,9 @@ CHUNK_TOKENS_CPU, CHUNK_TOKENS = 512, 4096
 # well-shaped products instead of many thin ones.
 PRODUCT_LEAF_ROWS = 64
 
+# The matrix of a quadratic form is divided by the square of the vectors' largest entry, taken to be no less than this.
+LEAST_PEAK = 1e-16
+
 # The test matrices depend on the shape and the seed only, so the statistics of all layers share them.
 _shared_tests: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
 
@@ -172,17 +175,22 @@ class Hodlr:
     def quadratic(self, v: Tensor) -> Tensor:
         """vᵢᵀ M vᵢ of each column, (n, m) -> (m,) float64: `(v * matmul(v)).sum(0)` without a second (n, m) matrix.
 
-        Computed in float64 for float64 `v`, else in float32, scaled so that neither tiny `v` nor tiny M underflow.
-        Truncation can leave M indefinite, so a value may be negative.
+        Computed in float64 for float64 `v`, else in float32, scaled so that neither tiny `v` nor tiny M underflow; a
+        column 1e-19 times as large as the largest counts as zero. Truncation can leave M indefinite, so a value may be
+        negative.
         """
         if v.dim() != 2 or v.shape[0] != self.n:
             raise ValueError(f"Hodlr.quadratic: v has shape {tuple(v.shape)}; expected ({self.n}, any).")
         dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
         factors = self._factors()
         unit = float(factors.diagonal().mean()) or 1.0
+        v = v.detach().to(self.device, dtype)
+        if v.numel():
+            lying = v if v.stride(1) == 1 else v.T  # across the lines of memory it would copy all first
+            peak = max(abs(float(end)) for end in lying.aminmax())
+            unit *= min(max(peak, LEAST_PEAK), 1 / LEAST_PEAK) ** 2
         with torch.no_grad(), full_precision(self.device):
-            matrix = factors.coarsened(PRODUCT_LEAF_ROWS).to(self.device, dtype, 1 / unit)
-            return matrix.quadratic(v.detach().to(self.device, dtype)) * unit
+            return factors.coarsened(PRODUCT_LEAF_ROWS).to(self.device, dtype, 1 / unit).quadratic(v) * unit
 
     def inverse_diagonal(self, damping: float = 1e-3) -> Tensor:
         """diag((M + d · mean(diag M) · I)⁻¹), (n,) float64, finite and positive; `effective_damping` says which d.
@@ -213,7 +221,7 @@ class Hodlr:
             device = "cpu" if self.levels else self.device
             with self._one_thread():
                 sums = [x.to(device).double() / max(1, self.tokens) for x in self._sums()]
-                if not all(torch.isfinite(x).all() for x in sums):
+                if not all(x.sum().isfinite() for x in sums):  # float64: a sum of float32 numbers does not overflow
                     raise RunError(
                         "the second-order statistics are not finite: an activation or a gradient was inf or NaN, "
                         "or too large for float32 once squared and summed."

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseft.errors import RunError, UserError
 from sparseft.importance.hodlr import SKETCHES_WIDE, Hodlr, sketch_width
+from sparseft.importance.hodlr_factors import leading
 from sparseft.importance.kfac import block_scores, entry_importance
 
 SPECTRA = ("flat", "slow", "decaying", "fast", "spiked", "low rank")
@@ -178,6 +179,30 @@ def test_every_block_is_within_half_again_of_the_best_of_its_rank(spectrum: str,
         best = np.linalg.norm(np.linalg.svd(block, compute_uv=False)[rank:])
         # The second term is what the float32 sums have lost.
         assert np.linalg.norm(dense[rows, columns] - block) <= 1.5 * best + 1e-7 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("spectrum", [*SPECTRA, "nearly flat", "zero"])
+def test_leading_eigenvectors_are_those_of_all_of_them(spectrum: str, rank: int) -> None:
+    """Where eigenvalues lie too near each other to be told apart, any of their vectors truncate a block as well."""
+    size, i = 64, np.arange(1, 65, dtype=float)
+    values = {
+        "flat": np.ones(size),
+        "slow": i**-0.5,
+        "decaying": i**-1.0,
+        "fast": 0.7**i,
+        "low rank": 1.0 * (i <= rank),
+        "spiked": np.where(i <= rank, 1000.0, 1.0),
+        "nearly flat": 1 - 0.01 * i / size,
+        "zero": 0 * i,
+    }[spectrum]
+    basis = np.linalg.qr(np.random.default_rng(rank).standard_normal((size, size)))[0]
+    gram = torch.from_numpy(1e-30 * (basis * values) @ basis.T)[None]
+    found = leading(gram, rank)[0].numpy()
+    np.testing.assert_allclose(found.T @ found, np.eye(rank), atol=1e-12)
+    kept = np.diag(found.T @ gram[0].numpy() @ found)[::-1] / 1e-30
+    digits = 1e-2 if spectrum == "nearly flat" else 1e-9
+    np.testing.assert_allclose(kept, np.sort(values)[::-1][:rank], rtol=digits, atol=1e-12)
 
 
 def test_the_error_falls_with_the_rank() -> None:
