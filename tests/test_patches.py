@@ -362,6 +362,11 @@ def test_accelerate_forgets_its_state(zero: dict[str, Any]) -> None:
     assert zero["accelerate"] == {"known": [True, True], "after": [False, False]}, relied_on("_reset_state")
 
 
+def test_accelerate_asks_before_it_loads_deepspeed(zero: dict[str, Any]) -> None:
+    assert zero["plain"] == {"False": False, "True": True}, relied_on("is_deepspeed_available")
+    assert zero["step"]["unwrapped"], relied_on("import_only_to_train")
+
+
 def test_collectives_in_shared_memory_can_be_turned_off(zero: dict[str, Any]) -> None:
     assert zero["shared memory"]["name"] == "deepspeed_shm_comm", relied_on("deepspeed_shm_comm")
     assert zero["shared memory"]["built"] == {"True": True, "False": False}, relied_on("__compatible_ops__")

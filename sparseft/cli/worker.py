@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import sys
 import time
@@ -11,6 +10,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from sparseft.cli.jobs import command_module
 from sparseft.cli.outcome import DONE, outcome_of, quiet_libraries, stdout_to_stderr
 from sparseft.compose.run_config import from_dict
 from sparseft.distributed import env, launch
@@ -24,8 +24,7 @@ def work(folder: Path) -> dict[str, Any]:
     job = read_json(folder / launch.JOB)
     launch.end_with(job["parent"])
     sys.orig_argv = job["arguments"]  # what `environment.json` calls the command line is the user's
-    module = importlib.import_module(f"sparseft.commands.{job['command']}")
-    return module.run(from_dict(job["config"]))
+    return command_module(job["command"]).run(from_dict(job["config"]))
 
 
 def main(folder: Path) -> int:

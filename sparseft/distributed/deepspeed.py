@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import types
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -89,6 +90,15 @@ def deepspeed_on_cpu() -> dict[str, Any]:
     with patch_environment(ACCELERATE_USE_DEEPSPEED="true"):
         PartialState(backend="gloo")
     return {"use_configured_state": True}
+
+
+def import_only_to_train() -> None:
+    """Has accelerate ask whether a model is DeepSpeed's engine only where DeepSpeed is loaded, as no engine is made
+    before. Else it imports DeepSpeed for the question, which takes a second wherever it is installed."""
+    from accelerate.utils import other
+
+    _inside(other, "is_deepspeed_available", "accelerate")
+    other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """`Hodlr`: the second moment of streamed vectors, kept hierarchically (HODLR) instead of as a dense n×n matrix.
 
 The vectors are seen once, in batches of any size. What is kept are sums that are linear in x xᵀ: the dense diagonal
-blocks of the smallest nodes, and of each larger off-diagonal block B = Σ x₁ x₂ᵀ two random sketches, B Ω and Ψᵀ B. So
+blocks of the smallest nodes, and of each larger off-diagonal block B = Σ x₁ x₂ᵀ two random sketches, B Ω₂ and Bᵀ Ω₁. So
 batches can be split in any way, and the sums of several data-parallel ranks added. The sketches are turned into rank-r
 factors only when the matrix is asked for (`hodlr_factors.py`).
 """
@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import RunError, UserError
-from sparseft.importance.hodlr_factors import Hierarchy, Layout, truncate_block, truncate_sketch
+from sparseft.importance.hodlr_factors import (
+    Hierarchy,
+    Layout,
+    relaid,
+    relaid_blocks,
+    truncate_block,
+    truncate_sketch,
+)
 from sparseft.kernels.reference import FP32_PRODUCTS, product
 
 # Levels beyond those that leave this many rows to a leaf are dropped: halving further costs more than it saves.
@@ -29,20 +36,27 @@ CHUNK_TOKENS_CPU, CHUNK_TOKENS = 512, 4096
 
 # Leaves and low-rank blocks are put together into dense blocks of at most so many rows before a large product: a few
 # well-shaped products instead of many thin ones.
-PRODUCT_LEAF_ROWS = 128
+PRODUCT_LEAF_ROWS = 64
+
+# The matrix of a quadratic form is divided by the square of the vectors' largest entry, taken to be no less than this.
+LEAST_PEAK = 1e-16
 
 # The test matrices depend on the shape and the seed only, so the statistics of all layers share them.
 _shared_tests: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
 
 
-def sketch_widths(rank: int) -> tuple[int, int]:
-    """Columns of Ω and of Ψ for truncation to `rank`.
+# A level is sketched where its blocks are more than so many sketches wide: below that the blocks themselves, which are
+# exact, are summed in no more time.
+SKETCHES_WIDE = 4
 
-    With (3r + 13, 4 times that) the error in the Frobenius norm was at most 1.26 times the best one over flat, slowly
-    and fast decaying and stepped spectra and ranks 1 to 16; half as much oversampling reaches 1.4.
+
+def sketch_width(rank: int) -> int:
+    """Columns of Ω₁ and of Ω₂ for truncation to `rank`.
+
+    So wide, the error in the Frobenius norm was at most 1.26 times the best one over flat, slowly and fast decaying and
+    spiked spectra and ranks 1 to 16 (1.13 times for rank 1).
     """
-    width = 3 * rank + 13
-    return width, 4 * width
+    return 4 * rank + 12
 
 
 class Hodlr:
@@ -57,8 +71,8 @@ class Hodlr:
 
     Sums are float32 (range about 1e-38 to 3e38 for x²) and the factors made of them float64. The sums' rounding is
     about 1e-7 of the largest eigenvalue, which itself can reach n · mean(diag): a damping below n · 1e-7 drowns in it.
-    Blocks no larger than their sketch would be are summed densely, and truncated exactly. Memory is
-    O(n · (rank · levels + leaf)), with a constant of about 65 + 15 · rank; a rank near n gives the exact matrix, at the
+    Blocks of up to `SKETCHES_WIDE` sketches are summed densely, and truncated exactly. Memory is
+    O(n · (rank · levels + leaf)), with a constant of about 50 + 16 · rank; a rank near n gives the exact matrix, at the
     price of the dense one.
     """
 
@@ -78,22 +92,19 @@ class Hodlr:
         while levels < num_partition and n >> (levels + 1) >= SMALLEST_LEAF_ROWS:
             levels += 1
         self._layout = layout = Layout(n, levels)
-        widths = sketch_widths(rank)
-        # A level is sketched where that is smaller than its blocks; from there down, dense diagonal blocks hold it all.
-        self._sketched = sum(layout.node(level) > sum(widths) for level in range(1, levels + 1))
+        width = sketch_width(rank)
+        # From the last sketched level down, dense diagonal blocks hold it all.
+        self._sketched = sum(layout.node(level) > SKETCHES_WIDE * width for level in range(1, levels + 1))
         self._tokens = torch.zeros(1, dtype=torch.int64, device=device)
         self.device = self._tokens.device
-        side = layout.node(self._sketched)
-        self._gram = torch.zeros(2**self._sketched, side, side, device=device)
-        self._ranges = [  # B Ω of level 1, 2, ...: (pairs, node, widths[0])
-            torch.zeros(2 ** (level - 1), layout.node(level), widths[0], device=device)
+        # The sums have slots of their own: fewer levels leave fewer of them empty, mostly none.
+        self._summed = summed = Layout(n, self._sketched)
+        self._gram = torch.zeros(2**self._sketched, summed.leaf, summed.leaf, device=device)
+        self._sketches = [  # (B Ω₂)ᵀ and (Bᵀ Ω₁)ᵀ of level 1, 2, ...: (pairs, 2, width, node)
+            torch.zeros(2 ** (level - 1), 2, width, summed.node(level), device=device)
             for level in range(1, self._sketched + 1)
         ]
-        self._coranges = [  # Ψᵀ B: (pairs, widths[1], node)
-            torch.zeros(2 ** (level - 1), widths[1], layout.node(level), device=device)
-            for level in range(1, self._sketched + 1)
-        ]
-        self._test = _test_matrix(layout.slots, sum(widths), seed, self.device) if self._sketched else None
+        self._test = _test_matrix(summed.slots, width, seed, self.device) if self._sketched else None
         self._hierarchy: Hierarchy | None = None
         self._inverses: dict[float, tuple[Tensor, float]] = {}
         self.effective_damping: float | None = None  # of the last inverse_diagonal; None before the first
@@ -120,7 +131,7 @@ class Hodlr:
             for chunk in x.split(CHUNK_TOKENS_CPU if self.device.type == "cpu" else CHUNK_TOKENS):
                 if len(chunk):
                     chunk = chunk.to(self.device, x.dtype if exact else torch.float32)
-                    self._add(self._layout.spread(chunk, 1).contiguous())
+                    self._add(self._summed.spread(chunk, 1).contiguous())
         self._tokens += len(x)
 
     def _add(
@@ -134,16 +145,15 @@ class Hodlr:
             self._gram += product(nodes.mT, nodes)
         if self._test is None:
             return
-        width = self._ranges[0].shape[-1]
         # x times the test matrix, by node of the finest sketched level; a coarser node is the sum of its two halves.
         test = self._test.view(len(nodes), -1, self._test.shape[1])
-        tested = product(nodes, test.to(x.dtype))  # (nodes, tokens, widths) float32
+        tested = product(nodes, test.to(x.dtype))  # (nodes, tokens, width) float32
         x = x.float()  # what was multiplied so is no half any more
         for level in range(self._sketched, 0, -1):
             halves = self._at(x, level).unflatten(0, (-1, 2))  # (pairs, 2, tokens, node)
             tested = tested.unflatten(0, (-1, 2))
-            self._ranges[level - 1].baddbmm_(halves[:, 0].mT, tested[:, 1, :, :width])
-            self._coranges[level - 1].baddbmm_(tested[:, 0, :, width:].mT, halves[:, 1])
+            for half in (0, 1):
+                self._sketches[level - 1][:, half].baddbmm_(tested[:, 1 - half].mT, halves[:, half])
             tested = tested.sum(1)
 
     def _at(self, x: Tensor, level: int) -> Tensor:
@@ -165,17 +175,22 @@ class Hodlr:
     def quadratic(self, v: Tensor) -> Tensor:
         """vᵢᵀ M vᵢ of each column, (n, m) -> (m,) float64: `(v * matmul(v)).sum(0)` without a second (n, m) matrix.
 
-        Computed in float64 for float64 `v`, else in float32, scaled so that neither tiny `v` nor tiny M underflow.
-        Truncation can leave M indefinite, so a value may be negative.
+        Computed in float64 for float64 `v`, else in float32, scaled so that neither tiny `v` nor tiny M underflow; a
+        column 1e-19 times as large as the largest counts as zero. Truncation can leave M indefinite, so a value may be
+        negative.
         """
         if v.dim() != 2 or v.shape[0] != self.n:
             raise ValueError(f"Hodlr.quadratic: v has shape {tuple(v.shape)}; expected ({self.n}, any).")
         dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
         factors = self._factors()
         unit = float(factors.diagonal().mean()) or 1.0
+        v = v.detach().to(self.device, dtype)
+        if v.numel():
+            lying = v if v.stride(1) == 1 else v.T  # across the lines of memory it would copy all first
+            peak = max(abs(float(end)) for end in lying.aminmax())
+            unit *= min(max(peak, LEAST_PEAK), 1 / LEAST_PEAK) ** 2
         with torch.no_grad(), full_precision(self.device):
-            matrix = factors.coarsened(PRODUCT_LEAF_ROWS).to(self.device, dtype, 1 / unit)
-            return matrix.quadratic(v.detach().to(self.device, dtype)) * unit
+            return factors.coarsened(PRODUCT_LEAF_ROWS).to(self.device, dtype, 1 / unit).quadratic(v) * unit
 
     def inverse_diagonal(self, damping: float = 1e-3) -> Tensor:
         """diag((M + d · mean(diag M) · I)⁻¹), (n,) float64, finite and positive; `effective_damping` says which d.
@@ -206,7 +221,7 @@ class Hodlr:
             device = "cpu" if self.levels else self.device
             with self._one_thread():
                 sums = [x.to(device).double() / max(1, self.tokens) for x in self._sums()]
-                if not all(torch.isfinite(x).all() for x in sums):
+                if not all(x.sum().isfinite() for x in sums):  # float64: a sum of float32 numbers does not overflow
                     raise RunError(
                         "the second-order statistics are not finite: an activation or a gradient was inf or NaN, "
                         "or too large for float32 once squared and summed."
@@ -216,14 +231,13 @@ class Hodlr:
 
     def _factored(self, gram: Tensor, *sketches: Tensor) -> Hierarchy:
         layout, factored = self._layout, []
-        for level, range_sketch, corange_sketch in zip(
-            range(1, self._sketched + 1), sketches[: self._sketched], sketches[self._sketched :], strict=True
-        ):
+        for level, sketch in enumerate(sketches, 1):
             assert self._test is not None
-            test = self._test.to(gram).view(-1, 2, layout.node(level), self._test.shape[1])
-            corange_test = test[:, 0, :, range_sketch.shape[-1] :]
-            rank = min(self.rank, layout.node(level))
-            factored.append(truncate_sketch(range_sketch, corange_sketch, corange_test, rank))
+            shape = (len(sketch), 2, layout.node(level), -1)
+            seen = relaid(sketch.mT.reshape(self._summed.slots, -1), self._summed, layout).view(shape)
+            tests = relaid(self._test.to(gram), self._summed, layout).view(shape)
+            factored.append(truncate_sketch(seen, tests, self.rank))
+        gram = relaid_blocks(gram, self._summed, layout)
         for level in range(self._sketched + 1, self.levels + 1):
             node = layout.node(level)
             pairs = _diagonal_blocks(gram, 2 * node)
@@ -248,7 +262,7 @@ class Hodlr:
             torch.set_num_threads(threads)
 
     def _sums(self) -> list[Tensor]:
-        return [self._gram, *self._ranges, *self._coranges]
+        return [self._gram, *self._sketches]
 
     def release(self) -> None:
         """Frees the factors and inverses made of the sums; they are made anew when they are asked for."""

@@ -38,7 +38,7 @@ from sparseft.importance.calibration import (
     keep,
 )
 from sparseft.importance.hooks import Observation
-from sparseft.importance.kfac import FactorSettings, KroneckerFactors, statistics_bytes, summary
+from sparseft.importance.kfac import SUMS, FactorSettings, KroneckerFactors, statistics_bytes, summary
 from sparseft.importance.layerwise import LAYERS, Walk, split_by_layer, trial
 from sparseft.importance.room import DISK, Room
 from sparseft.importance.units import Candidate, generator_for, sum_features, sum_units
@@ -188,7 +188,7 @@ def compute_scores(
     together = TOKENS_TOGETHER_CUDA if device.type == "cuda" else TOKENS_TOGETHER
     if importance != "sylva" or any_sharded(model):
         together = 0
-    own = [asdict(factors), together] if importance == "sylva" else None
+    own = [asdict(factors), together, SUMS] if importance == "sylva" else None
     units = [(c.key, c.kind, c.shape, c.start, c.unit, c.count) for c in candidates]
     state = CalibrationState(watch.resume, [__version__, importance, seed, own, units], ranks.rank_and_world())
     folder = watch.resume.parent if watch.resume else None

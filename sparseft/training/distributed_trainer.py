@@ -22,7 +22,13 @@ from sparseft.adapters.lifecycle import save_adapter
 from sparseft.adapters.state import state_of
 from sparseft.config import HardwareConfig
 from sparseft.data.sampling import PaddedDataset, PaddedSampler, pad_to_world
-from sparseft.distributed.deepspeed import MAX_BUCKET, change_zero, judge_gradients, weights_only
+from sparseft.distributed.deepspeed import (
+    MAX_BUCKET,
+    change_zero,
+    import_only_to_train,
+    judge_gradients,
+    weights_only,
+)
 from sparseft.distributed.ranks import barrier, is_main, rank_and_world
 from sparseft.distributed.zero3 import full_shape, gathered, is_sharded, state_on_first
 from sparseft.errors import RunError, UserError
@@ -131,6 +137,7 @@ class DistributedTrainer(transformers.Trainer):
     """transformers' Trainer in several processes: the data and the steps of one, and its files."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        import_only_to_train()
         super().__init__(*args, **options)
         if self.is_deepspeed_enabled:
             self.add_callback(AfterEngineStep(self.accelerator))

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseft.errors import RunError, UserError
-from sparseft.importance.hodlr import Hodlr, sketch_widths
+from sparseft.importance.hodlr import SKETCHES_WIDE, Hodlr, sketch_width
+from sparseft.importance.hodlr_factors import leading
 from sparseft.importance.kfac import block_scores, entry_importance
 
 SPECTRA = ("flat", "slow", "decaying", "fast", "spiked", "low rank")
@@ -145,7 +146,7 @@ def test_full_rank_reproduces_the_matrix(n: int, num_partition: int, rank: int) 
 def test_a_rank_that_the_data_really_has_is_found_through_the_sketches() -> None:
     rng = np.random.default_rng(0)
     n, rank = 600, 4
-    assert n // 4 > sum(sketch_widths(rank))  # two levels of it are sketched
+    assert n // 4 > SKETCHES_WIDE * sketch_width(rank)  # two levels of it are sketched
     x = torch.from_numpy((rng.standard_normal((900, rank)) @ rng.standard_normal((rank, n))).astype(np.float32))
     assert relative(fed(n, x, num_partition=6, rank=rank).to_dense(), moment(x)) < 1e-5
 
@@ -171,13 +172,37 @@ def block_data(size: int, spectrum: str, rank: int, seed: int) -> torch.Tensor:
 def test_every_block_is_within_half_again_of_the_best_of_its_rank(spectrum: str, size: int, rank: int) -> None:
     x = block_data(size, spectrum, rank, seed=size)
     hodlr = fed(2 * size, x, num_partition=4, rank=rank)
-    assert size > sum(sketch_widths(rank))  # the largest block, whose spectrum this is, is sketched
+    assert size > SKETCHES_WIDE * sketch_width(rank)  # the largest block, whose spectrum this is, is sketched
     dense, exact = hodlr.to_dense().numpy(), moment(x)
     for rows, columns in off_diagonal(2 * size, hodlr.levels):
         block = exact[rows, columns]
         best = np.linalg.norm(np.linalg.svd(block, compute_uv=False)[rank:])
         # The second term is what the float32 sums have lost.
         assert np.linalg.norm(dense[rows, columns] - block) <= 1.5 * best + 1e-7 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("spectrum", [*SPECTRA, "nearly flat", "zero"])
+def test_leading_eigenvectors_are_those_of_all_of_them(spectrum: str, rank: int) -> None:
+    """Where eigenvalues lie too near each other to be told apart, any of their vectors truncate a block as well."""
+    size, i = 64, np.arange(1, 65, dtype=float)
+    values = {
+        "flat": np.ones(size),
+        "slow": i**-0.5,
+        "decaying": i**-1.0,
+        "fast": 0.7**i,
+        "low rank": 1.0 * (i <= rank),
+        "spiked": np.where(i <= rank, 1000.0, 1.0),
+        "nearly flat": 1 - 0.01 * i / size,
+        "zero": 0 * i,
+    }[spectrum]
+    basis = np.linalg.qr(np.random.default_rng(rank).standard_normal((size, size)))[0]
+    gram = torch.from_numpy(1e-30 * (basis * values) @ basis.T)[None]
+    found = leading(gram, rank)[0].numpy()
+    np.testing.assert_allclose(found.T @ found, np.eye(rank), atol=1e-12)
+    kept = np.diag(found.T @ gram[0].numpy() @ found)[::-1] / 1e-30
+    digits = 1e-2 if spectrum == "nearly flat" else 1e-9
+    np.testing.assert_allclose(kept, np.sort(values)[::-1][:rank], rtol=digits, atol=1e-12)
 
 
 def test_the_error_falls_with_the_rank() -> None:
@@ -519,7 +544,7 @@ def test_halves_can_be_multiplied_as_they_are(dtype: torch.dtype) -> None:
     cast, direct = Hodlr(1001), Hodlr(1001)
     assert direct._test is not None and torch.equal(direct._test.to(dtype).float(), direct._test)
     cast.update(x)
-    direct._add(direct._layout.spread(x, 1).contiguous())
+    direct._add(direct._summed.spread(x, 1).contiguous())
     for one, other in zip(direct.tensors()[1:], cast.tensors()[1:], strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))

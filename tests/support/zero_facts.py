@@ -42,6 +42,18 @@ def of_accelerate() -> dict[str, Any]:
     return {"known": known, "after": [bool(AcceleratorState._shared_state), bool(PartialState._shared_state)]}
 
 
+def of_a_plain_model() -> dict[str, Any]:
+    """Whether accelerate loads DeepSpeed to look for its engine around a model."""
+    from accelerate.utils import extract_model_from_parallel, other
+
+    seen, model = {}, nn.Linear(2, 2)
+    for answer in (False, True):
+        with mock.patch.object(other, "is_deepspeed_available", lambda answer=answer: answer):
+            assert extract_model_from_parallel(model) is model
+        seen[str(answer)] = "deepspeed" in sys.modules
+    return seen
+
+
 def of_shared_memory() -> dict[str, Any]:
     """Whether DeepSpeed asks `__compatible_ops__` before it compiles its collectives in shared memory."""
     import deepspeed
@@ -117,6 +129,11 @@ def of_shards() -> dict[str, Any]:
 def of_a_step() -> dict[str, Any]:
     """Stage 2: what a parameter knows of its moments, and whether a step whose gradient is not finite is left out."""
     import deepspeed
+    from accelerate.utils import extract_model_from_parallel
+
+    from sparseft.distributed.deepspeed import import_only_to_train
+
+    import_only_to_train()
 
     model = nn.Linear(8, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -135,12 +152,13 @@ def of_a_step() -> dict[str, Any]:
     facts["finite"] = step(torch.ones(1, 8))
     facts["infinite"] = step(torch.full((1, 8), torch.inf))
     mapping = model.weight._hp_mapping
+    facts["unwrapped"] = extract_model_from_parallel(engine) is model
     facts["moments"] = sorted(mapping.optim_fragment or ()) if mapping is not None else None
     return facts
 
 
 def main(out: Path) -> None:
-    facts: dict[str, Any] = {"accelerate": of_accelerate()}
+    facts: dict[str, Any] = {"accelerate": of_accelerate(), "plain": of_a_plain_model()}
     os.environ.update(alone())
     import deepspeed
 
