@@ -15,7 +15,7 @@ from sparseft.errors import UserError, nearest
 from sparseft.models.decoder import context_length
 from sparseft.models.loading import load_model, resolve_device
 
-# Published ones as in the checkpoints' config.json; their heads are 128 wide.
+# Published ones as in the checkpoints' config.json; heads are 128 wide in those of 7B and more, 64 in the others.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
                  "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048},
@@ -25,6 +25,9 @@ SHAPES: dict[str, dict[str, Any]] = {
                    "num_key_value_heads": 40, "vocab_size": 32000, "max_position_embeddings": 4096},
     "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
                   "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192},
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+                     "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
+                     "tie_word_embeddings": True},
     # As deep as a 7B and so narrow that only the host's work counts.
     "llama-64x32": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 32, "num_attention_heads": 4,
                     "num_key_value_heads": 4, "vocab_size": 2048, "max_position_embeddings": 2048},

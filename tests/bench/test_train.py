@@ -294,7 +294,7 @@ def test_targets_are_judged_by_the_medians(in_tmp: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [("llama-7b", 6_738_415_616), ("llama2-7b", 6_738_415_616), ("llama2-13b", 13_015_864_320),
-     ("llama3-8b", 8_030_261_248)],
+     ("llama3-8b", 8_030_261_248), ("smollm2-135m", 134_515_008)],
 )  # fmt: skip
 def test_shapes_have_as_many_parameters_as_the_published_models(name: str, parameters: int) -> None:
     model = random_model(SHAPES[name], torch.bfloat16, seed=0, device="meta")

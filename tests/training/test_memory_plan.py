@@ -219,6 +219,7 @@ def test_more_sequences_and_tokens_take_more(tmp_path: Path) -> None:
     totals = {(row["batch"], row["length"]): row["bytes"] for row in plan["by_length_and_batch"]}
     assert sorted(totals) == [(b, t) for b in (1, 2, 4) for t in (64, 128, 256)]
     assert totals[2, 128] == plan["per_device"]["total"]
+    assert 0.9 < plan["predicted_floors"] < 1.1  # blocks in all layers
     assert all(totals[b, 64] < totals[b, 128] < totals[b, 256] for b in (1, 2, 4))
     assert all(totals[1, t] < totals[2, t] < totals[4, t] for t in (64, 128, 256))
 
