@@ -1,6 +1,6 @@
 """Every export of a run beside the attached model, on 50 prompts: the numbers of docs/benchmarks/export.md.
 
-    python scripts/export_answers.py RUN OUT [--f32 FILE] [--base-gguf FILE …] [--base DIR] [--prompts N]
+    python scripts/export_answers.py RUN OUT [--f32 FILE] [--base-gguf FILE …] [--base DIR] [--prompts N] [--formats …]
 
 Exports RUN into OUT/<format> in every format, loads each as its users do, and lets it read every prompt with the
 attached model's greedy answer (24 tokens): the logits of all positions are compared, and whether at each token of the
@@ -54,6 +54,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--f32", type=Path)
     parser.add_argument("--base")
     parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     given = parser.parse_args(words)
 
     overrides = [f"model.path={given.base}"] if given.base else []
@@ -77,7 +78,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"{given.run}: {len(texts)} prompts, {sum(len(text.ids) for text in texts)} tokens with their answers")
     report("the base", texts, plain, wanted)
 
-    for name in FORMATS:
+    for name in given.formats:
         folder, format, options = given.out / name, format_of(name), Options()
         start = time.perf_counter()
         try:

@@ -93,7 +93,8 @@ def _configured(
     if expanded.code:
         return finish(module, expanded, options.json, options.debug)
     if options.multirun:
-        return _sweep(module, words, expanded.result, run_point, options)
+        with console.once():  # what the points share
+            return _sweep(module, words, expanded.result, run_point, options)
     return finish(module, run_point(0, expanded.result[0]), options.json, options.debug, options.cfg)
 
 

@@ -90,7 +90,8 @@ def load_datasets(
         if evaluation is None:
             reader.notes.append("a single example cannot be split: no evaluation examples")
         else:
-            eval_source = f"{source.name} ({len(evaluation.dataset)} examples split off)"
+            count = len(evaluation.dataset)
+            eval_source = f"{source.name} ({count} {'example' if count == 1 else 'examples'} split off)"
     questions = QuestionHashes(train.questions)
     if evaluation is not None:
         eval_questions = np.unique(evaluation.questions)

@@ -815,6 +815,8 @@ def test_a_sweep_is_a_run_folder_a_point(in_tmp: Path, model_folder: Any) -> Non
     assert [point["exit_code"] for point in points] == [0, 0]
     assert [point["result"]["method"] for point in points] == ["s2ft", "lora"]
     assert [point["result"]["run"] for point in points] == ["sweep/0", "sweep/1"]
+    said = [line for line in done.err.splitlines() if line.startswith(("data: ", "model: "))]
+    assert len(said) == len(set(said))  # what the points share is said once
     assert summary(in_tmp / "sweep" / "0")["method"] == "s2ft"
     assert summary(in_tmp / "sweep" / "1")["method"] == "lora"
 
