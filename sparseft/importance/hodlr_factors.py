@@ -156,16 +156,18 @@ def truncate_sketch(
     left of it tells signal from noise, span the approximation; its core C is what both sketches agree on best:
     ‖Uᵀ (B Ω₂) - C Vᵀ Ω₂‖² + ‖Vᵀ (Bᵀ Ω₁) - Cᵀ Uᵀ Ω₁‖² is least. Then the best rank-r approximation of U C Vᵀ.
     """
-    kept = (sketches.shape[-1] + rank) // 3
-    basis, r = torch.linalg.qr(sketches)
-    bases = basis @ torch.linalg.eigh(r @ r.mT)[1][..., -kept:]  # U and V, (..., 2, s, k)
+    kept = max(rank, sketches.shape[-1] // 3)
+    weights = torch.linalg.eigh(sketches.mT @ sketches)[1][..., -kept:]
+    bases = torch.linalg.qr(sketches @ weights)[0]  # U and V, (..., 2, s, k)
     seen, tested = bases.mT @ sketches, bases.mT @ tests  # (..., 2, k, w)
     (here, there), (left, right) = seen.unbind(-3), tested.unbind(-3)
     # The least squares' equations: (left leftᵀ) C + C (right rightᵀ) = here rightᵀ + left thereᵀ.
     values, vectors = torch.linalg.eigh(tested @ tested.mT)
     (low, high), (first, second) = values.unbind(-2), vectors.unbind(-3)
     core = first.mT @ (here @ right.mT + left @ there.mT) @ second
-    core = first @ (core / (low[..., :, None] + high[..., None, :])) @ second.mT
+    sums = low[..., :, None] + high[..., None, :]
+    # A block of less than k ranks leaves directions to chance: such as that of an empty slot, which no test reaches.
+    core = first @ (core / torch.maximum(sums, 1e-9 * sums.amax((-2, -1), keepdim=True))) @ second.mT
     turn, sigma, back = torch.linalg.svd(core)
     turns = torch.stack([turn, back.mT], -3)[..., :rank]
     return bases @ turns, sigma[..., :rank]
