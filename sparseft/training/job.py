@@ -58,6 +58,7 @@ from sparseft.training.distributed_trainer import has_experts
 from sparseft.training.labelled_loss import usable
 from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.prepare import select as cached_or_computed
+from sparseft.training.recomputing import KINDS
 from sparseft.training.reselection import Reselection
 from sparseft.training.run_state import Mark
 from sparseft.training.sample_answers import Asked, SampleAnswers, read_prompts
@@ -359,6 +360,7 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         eval_dataset=prepared.data.eval,
         compile_layers=config.trainer.compile == "layers",
         labelled=usable(prepared.model, config),
+        recomputed=KINDS.get(config.checkpointing, ()),
         data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
         processing_class=None,
     )

@@ -7,6 +7,7 @@ counts as a fused kernel, which keeps its operands, its result and one number a 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import sys
@@ -22,6 +23,7 @@ from sparseft.config import HardwareConfig, RunConfig
 from sparseft.distributed.deepspeed import MAX_BUCKET
 from sparseft.errors import UserError, reason_of
 from sparseft.layers import share_inputs, sparse_layers
+from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter, available_bytes, tensor_bytes
 from sparseft.models.decoder import decoder_layers
 from sparseft.models.spec import ModelSpec
@@ -29,6 +31,7 @@ from sparseft.selection.compute import Request, compute
 from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.selection import warn_of_cap
 from sparseft.training.distributed_trainer import check_zero
+from sparseft.training.recomputing import KINDS, recomputing
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
 # Copies of the trained parameters that an optimizer keeps, in their dtype, by the start of its name.
@@ -183,16 +186,18 @@ def _indices_with_content(model: nn.Module, selection: Any) -> None:
     share_inputs(model)
 
 
-def passes(shape: Shape, batch: int, length: int, *, checkpointing: bool) -> int:
+def passes(shape: Shape, batch: int, length: int, *, checkpointing: str) -> int:
     """The most bytes that a forward and a backward pass over `batch` × `length` tokens allocate at once, the gradients
     of the trained parameters included."""
     model = shape.model
-    if checkpointing:
+    if checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     elif getattr(model, "is_gradient_checkpointing", False):
         model.gradient_checkpointing_disable()
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
-    with _Counter() as counter:
+    kinds = KINDS.get(checkpointing)
+    share_inputs_in_training(model)
+    with _Counter() as counter, recomputing(model, kinds) if kinds else contextlib.nullcontext():
         try:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         except (RuntimeError, NotImplementedError) as error:
@@ -214,7 +219,7 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
     frozen = [p for p in (*shape.model.parameters(), *shape.model.buffers()) if id(p) not in own]
     weights, parameters = tensor_bytes(frozen), tensor_bytes(trained)
     gradients = parameters
-    activations = passes(shape, batch, length, checkpointing=config.hardware.gradient_checkpointing) - gradients
+    activations = passes(shape, batch, length, checkpointing=config.checkpointing) - gradients
     if shape.autocast:  # the copies in half precision stay for the step; weights and gradients are twice as wide
         activations += parameters
         parameters, gradients = 2 * parameters, 2 * gradients
