@@ -197,9 +197,12 @@ def passes(shape: Shape, batch: int, length: int, *, checkpointing: str) -> int:
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
     kinds = KINDS.get(checkpointing)
     share_inputs_in_training(model)
-    with _Counter() as counter, recomputing(model, kinds) if kinds else contextlib.nullcontext():
+    with _Counter() as counter:
         try:
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            with recomputing(model, kinds) if kinds else contextlib.nullcontext():
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            del loss
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):
                 raise
