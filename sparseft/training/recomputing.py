@@ -55,10 +55,11 @@ class Kept:
 class Recipe:
     """A tensor that is made when it is read, and held until all that have saved it have read it once."""
 
-    __slots__ = ("_made", "_make", "waiting")
+    __slots__ = ("_made", "_make", "kind", "waiting")
 
-    def __init__(self, make: Make) -> None:
+    def __init__(self, make: Make, kind: str | None) -> None:
         self._make = make
+        self.kind = kind  # None: a view of what is kept
         self._made: Tensor | None = None
         self.waiting = 0  # so many have saved it and not read it yet
 
@@ -94,8 +95,8 @@ class Recomputing:
         if found is None:
             found = self._known[place] = Kept(tensor)
         if isinstance(found, Recipe):
-            if found.waiting == 0:
-                self.taken[KIND_OF.get(node.name(), UP)] += tensor.nbytes
+            if found.waiting == 0 and found.kind is not None:
+                self.taken[found.kind] += tensor.nbytes
             found.waiting += 1
         return found
 
@@ -108,15 +109,19 @@ class Recomputing:
         """The result `number` of an operation, where it is kept or follows from what is."""
         place = (node, number)
         if self._known.get(place) is None:
-            make = self._recipe(node) if number == 0 else None
-            if make is not None:
-                self._known[place] = Recipe(make)
+            recipe = self._recipe(node) if number == 0 else None
+            if recipe is not None:
+                self._known[place] = recipe
         return self._known.get(place)
 
-    def _recipe(self, node: Node) -> Make | None:
+    def _recipe(self, node: Node) -> Recipe | None:
         name = node.name()
         rule, kind = RULES.get(name), KIND_OF.get(name)
-        return None if rule is None or kind not in (None, *self.kinds) else rule(self, node)
+        make = None if rule is None or kind not in (None, *self.kinds) else rule(self, node)
+        if make is None:
+            return None
+        viewed = self._known.get(node.next_functions[0]) if kind is None else None
+        return Recipe(make, viewed.kind if isinstance(viewed, Recipe) else kind)
 
     def operand(self, node: Node, place: int, constant: str = "") -> Make | None:
         """Reads the operation's operand `place`; one that has no gradient stands under the name `constant`."""
@@ -128,7 +133,7 @@ class Recomputing:
         found = self.find(before, number)
         return None if found is None else found.read
 
-    def _narrowed(self, node: Node, tensor: Tensor) -> Recipe | None:
+    def _narrowed(self, node: Node, tensor: Tensor) -> Kept | Recipe | None:
         """Of a copy in a wider dtype its original is kept, which holds the same numbers."""
         if "copies" not in self.kinds or node.name() != "ToCopyBackward0":
             return None
@@ -141,8 +146,7 @@ class Recomputing:
         original = tensor.detach().to(dtype)
         self.taken["copies"] -= original.nbytes
         self._known[before, number] = Kept(original)
-        self._known[node, 0] = recipe = Recipe(_copied(self, node))
-        return recipe
+        return self.find(node, 0)
 
 
 ACCUMULATES = "torch::autograd::AccumulateGrad"  # the name of a leaf's node
@@ -187,7 +191,7 @@ def _normalised(hooks: Recomputing, node: Node) -> Make | None:
 
 
 def _projected(hooks: Recomputing, node: Node) -> Make | None:
-    if not hooks.up_weights or node.next_functions[1][0] is not None:
+    if node.next_functions[1][0] is not None:  # a weight that trains
         return None
     weight = node._saved_mat2  # of a frozen linear without bias: its weight, transposed
     x = hooks.operand(node, 0) if _storage(weight) in hooks.up_weights else None
@@ -210,7 +214,8 @@ KIND_OF = {
     "MulBackward0": "products",
     "NativeLayerNormBackward0": "products",
     "ToCopyBackward0": "copies",
-}
+    "MmBackward0": UP,
+}  # views are of the kind of what is viewed
 
 
 @contextlib.contextmanager
