@@ -115,6 +115,7 @@ class TrainerConfig:
     max_length: Annotated[int, AT_LEAST_2] = 512
     pad_to: Literal["longest", "max_length"] = "longest"
     loss: Literal["auto", "plain"] = "auto"
+    checkpointing: Literal["auto", "none", "selective", "selective_up", "full"] = "auto"
     compile: Literal["none", "model", "layers", "graphs"] = "none"
     warmup_steps: Annotated[int, AT_LEAST_0] = 100
     scheduler: Literal[SCHEDULERS] = "linear"
@@ -168,6 +169,14 @@ class HardwareConfig:
     def all_processes(self) -> int:
         """Processes on all machines."""
         return self.num_processes * self.num_machines
+
+
+def checkpointing_of(trainer: TrainerConfig, hardware: HardwareConfig) -> str:
+    """What is computed again in backward passes: none | selective | selective_up | full. The trainer's setting, or what
+    the hardware's says where that leaves it open."""
+    if trainer.checkpointing != "auto":
+        return trainer.checkpointing
+    return "full" if hardware.gradient_checkpointing else "none"
 
 
 @dataclass
@@ -246,6 +255,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.model.dtype == "auto" and self.hardware.dtype is not None:
             self.model = replace(self.model, dtype=self.hardware.dtype)
+
+    @property
+    def checkpointing(self) -> str:
+        """`checkpointing_of` the run."""
+        return checkpointing_of(self.trainer, self.hardware)
 
     def to_dict(self) -> dict[str, Any]:
         """As in `config.yaml`: the groups' names beside their fields, ready for `compose.from_dict`."""

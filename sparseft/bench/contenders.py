@@ -4,13 +4,15 @@
 unless layers need no backward at all. No method has dropout; all use AdamW: sparse methods the one that training takes
 for them, the others torch's fused one.
 
-A way of running the step is `eager`, or parts joined by `+`: `labelled`, `compile`, `liger`, `checkpointing`. It
-is applied to every contender alike, the floor included, so that no method gets a favour the others lack; but one that
-is named with `loss=plain` keeps the logits of all tokens in a way with `labelled`: to compare with.
+A way of running the step is `eager`, or parts joined by `+`: `labelled`, `compile`, `liger`, `checkpointing`,
+`selective` and `selective_up`, or single kinds of what these compute again (`training/recomputing.py`). It is applied
+to every contender alike, the floor included, so that no method gets a favour the others lack; but one that is named
+with `loss=plain` keeps the logits of all tokens in a way with `labelled`: to compare with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import time
@@ -28,6 +30,7 @@ from sparseft.bench.timing import held_bytes, peak_bytes
 from sparseft.compose import overrides, validation
 from sparseft.config import HardwareConfig, RunConfig
 from sparseft.errors import UserError, nearest
+from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import SavedBytes, tensor_bytes
 from sparseft.methods import get_method
 from sparseft.methods.base import MethodConfig
@@ -35,11 +38,13 @@ from sparseft.rules import field_types, is_text
 from sparseft.training.compiling import BACKEND
 from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss, why_plain
 from sparseft.training.optimizer import SparseAdamW
+from sparseft.training.recomputing import CHEAP, KINDS, UP, recomputing
 
 FLOOR = "floor"
 EAGER = "eager"
 PLAIN = "loss=plain"
-WAY_PARTS = ("labelled", "compile", "liger", "checkpointing")
+RECOMPUTED = {**KINDS, **{kind: (kind,) for kind in (*CHEAP, UP)}}  # by part of a way
+WAY_PARTS = ("labelled", "compile", "liger", "checkpointing", *RECOMPUTED)
 # Contenders of one way share the code that is compiled, each with a model of its own.
 RECOMPILE_LIMIT = 64
 
@@ -53,6 +58,7 @@ class Contender:
     optimizer: torch.optim.Optimizer | None
     trainable: int
     call: Callable[..., Any] | None = None  # what runs in the model's place (it, compiled); None: the model
+    recomputed: tuple[str, ...] = ()  # kinds of what the backward pass computes again
     labelled: bool = False  # the head runs on those tokens alone that predict a label
     rows: Tensor | None = None  # which these are, of the one batch that all steps take
     facts: dict[str, Any] = field(default_factory=dict)  # further figures of its row
@@ -185,12 +191,13 @@ def loss_of(c: Contender, batch: dict[str, Tensor]) -> Tensor:
     if c.is_floor:
         embedded = c.model.get_input_embeddings()(batch["input_ids"]).requires_grad_(True)
         batch = {"inputs_embeds": embedded, **{name: value for name, value in batch.items() if name != "input_ids"}}
-    if c.labelled:
-        if c.rows is None:
-            c.rows = label_rows(batch["labels"])
-        with labelled_loss(c.model):
-            return c.model(**batch, **{ROWS: c.rows}, use_cache=False).loss
-    return (c.model if c.call is None else c.call)(**batch, use_cache=False).loss
+    with recomputing(c.model, c.recomputed) if c.recomputed else contextlib.nullcontext():
+        if c.labelled:
+            if c.rows is None:
+                c.rows = label_rows(batch["labels"])
+            with labelled_loss(c.model):
+                return c.model(**batch, **{ROWS: c.rows}, use_cache=False).loss
+        return (c.model if c.call is None else c.call)(**batch, use_cache=False).loss
 
 
 def step(c: Contender, batch: dict[str, Tensor], accumulation: int = 1) -> None:
@@ -207,7 +214,7 @@ def measure_memory(
 ) -> None:
     """Saved bytes of a forward pass, and the peak of a step: the method's resident tensors plus what the step adds.
 
-    recomputes: the activations are recomputed in the backward pass: autograd does not see what is kept for that.
+    recomputes: something is recomputed in the backward pass: autograd does not see what is kept for that.
     """
     c.take_turn()
     if recomputes:
@@ -235,7 +242,7 @@ def parts_of(way: str) -> tuple[str, ...]:
 
 def check_ways(chosen: Sequence[str]) -> None:
     """Refuses `bench.ways` that are none, no ways, or twice the same."""
-    known = "eager, labelled, compile, liger, checkpointing, or several of the last four joined by +"
+    known = f"eager, or {', '.join(WAY_PARTS)}, or several of these joined by +"
     if not chosen:
         raise UserError(f"bench.ways is empty: expected one or more of {known}.")
     for way in chosen:
@@ -252,6 +259,10 @@ def check_ways(chosen: Sequence[str]) -> None:
         if "labelled" in named and {"compile", "liger"} & set(named):
             raise UserError(
                 f"bench.ways: '{way}': labelled runs the head in its own way, which joins checkpointing only."
+            )
+        if set(RECOMPUTED) & set(named) and {"compile", "checkpointing"} & set(named):
+            raise UserError(
+                f"bench.ways: '{way}': compile and checkpointing decide by themselves what is computed again."
             )
         if len(set(named)) != len(named):
             raise UserError(f"bench.ways: '{way}' names a part twice.")
@@ -272,13 +283,19 @@ def check_steps(config: RunConfig, choosable: bool = True) -> None:
     hardware, compiled = config.hardware, config.trainer.compile
     asked = {  # part of a way: what asks for it, what does not
         "checkpointing": ("hardware.gradient_checkpointing=true", "hardware.gradient_checkpointing=false"),
+        **{kind: (f"trainer.checkpointing={kind}", "trainer.checkpointing=none") for kind in KINDS},
         "compile": (f"trainer.compile={compiled}", "trainer.compile=none"),
     }
-    parts = ["checkpointing"] * hardware.gradient_checkpointing + ["compile"] * (compiled != "none")
+    if config.trainer.checkpointing == "full":
+        asked["checkpointing"] = ("trainer.checkpointing=full", "trainer.checkpointing=none")
+    parts = ["compile"] * (compiled != "none")
+    if config.checkpointing != "none":
+        parts.insert(0, "checkpointing" if config.checkpointing == "full" else config.checkpointing)
     if parts:
         given = " and ".join(asked[part][0] for part in parts)
         instead = " ".join(asked[part][1] for part in parts)
-        if hardware.name != HardwareConfig.name and hardware.gradient_checkpointing:  # not typed, maybe
+        by_hardware = config.trainer.checkpointing == "auto" and hardware.gradient_checkpointing
+        if hardware.name != HardwareConfig.name and by_hardware:  # not typed, maybe
             given += f" (hardware={hardware.name} may say so)"
         if not choosable:
             raise UserError(f"{given}: this benchmark runs plain steps only: give {instead}.")
@@ -304,6 +321,9 @@ def put_in_way(way: str, c: Contender, first_step: Callable[[], Any]) -> None:
     if "checkpointing" in chosen:  # not the reentrant kind, which reaches nothing below frozen embeddings
         c.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         c.model.disable_input_require_grads()  # type: ignore[operator]  # as training does: that kind needs no gradient below
+    c.recomputed = tuple({kind: None for part in chosen for kind in RECOMPUTED.get(part, ())})
+    if c.recomputed:
+        share_inputs_in_training(c.model)
     if "compile" in chosen:
         _compile(c, first_step)
 

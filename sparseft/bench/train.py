@@ -21,6 +21,7 @@ from sparseft.bench import profiling, targets
 from sparseft.bench.contenders import (
     EAGER,
     FLOOR,
+    RECOMPUTED,
     Contender,
     NotAvailable,
     check_methods,
@@ -244,7 +245,7 @@ class Field:
             attempt_each(entries, self.count_memory, self.failed, self.device)
 
     def count_memory(self, entry: str) -> None:
-        recomputes = "checkpointing" in parts_of(self.way)
+        recomputes = bool({"checkpointing", *RECOMPUTED} & set(parts_of(self.way)))
         accumulation = self.config.bench.accumulation
         measure_memory(self.contenders[entry], self.batch, self.device, accumulation, recomputes)
 

@@ -113,7 +113,10 @@ def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> b
     if name == "micro_batch" and micro_batch(config) > 1:
         hardware.micro_batch = 1
         given["hardware.micro_batch"] = "1"
-    elif name == "gradient_checkpointing" and not hardware.gradient_checkpointing:
+    elif name == "gradient_checkpointing" and trainer.checkpointing not in ("auto", "full"):
+        trainer.checkpointing = "full"
+        given["trainer.checkpointing"] = "full"
+    elif name == "gradient_checkpointing" and config.checkpointing != "full":
         hardware.gradient_checkpointing = True
         given["hardware.gradient_checkpointing"] = "true"
     elif name == "zero_stage" and hardware.all_processes > 1 and hardware.zero_stage < stage:

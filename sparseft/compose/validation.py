@@ -106,6 +106,17 @@ def check(config: RunConfig) -> None:
             "trainer.compile=graphs: a CUDA graph repeats steps of one shape, and batches as long as their longest "
             "sequence have many; give trainer.pad_to=max_length."
         )
+    if trainer.checkpointing.startswith("selective"):
+        if trainer.compile != "none":
+            raise UserError(
+                f"trainer.checkpointing={trainer.checkpointing}: compiled code decides by itself what it computes "
+                f"again; with trainer.compile={trainer.compile} use trainer.checkpointing=none or full."
+            )
+        if hardware.zero_stage == 3:
+            raise UserError(
+                f"trainer.checkpointing={trainer.checkpointing}: what is computed again needs weights that ZeRO-3 has "
+                "sharded by then; with hardware.zero_stage=3 use trainer.checkpointing=none or full."
+            )
     if hardware.zero_stage and trainer.compile in ("layers", "graphs"):
         raise UserError(
             f"trainer.compile={trainer.compile}: DeepSpeed gathers and reduces between a model's modules, in Python; "

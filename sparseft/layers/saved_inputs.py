@@ -9,8 +9,9 @@ only come on top.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,20 @@ from sparseft.models.spec import COLUMN_ROLES, MLP_ROLES, role_of
 SAVES_RESULT = ("sdpa", "flash")
 # The same of activations; the gated ones are multiplied afterwards, and the product is not saved.
 SAVING_ACTIVATIONS = ("relu", "tanh", "sigmoid")
+
+_made_again = False
+
+
+@contextlib.contextmanager
+def inputs_made_again() -> Iterator[None]:
+    """Inside, what norms and gates have made is computed again in the backward pass, so that keeping it whole costs
+    nothing, and a slice of it would come on top."""
+    global _made_again
+    before, _made_again = _made_again, True
+    try:
+        yield
+    finally:
+        _made_again = before
 
 
 def share_inputs(model: nn.Module) -> None:
@@ -116,11 +131,13 @@ def _layers_with_one_norm(model: nn.Module) -> tuple[str, ...]:
 
 
 def _kept_by_maker(model: nn.Module, name: str) -> bool:
-    """Whether what made the input of `name` saves it for its own backward pass."""
+    """Whether what made the input of `name` saves it for its own backward pass, or can make it again."""
     config = getattr(model, "config", None)
     if config is None:
         return False
     config = config.get_text_config()
+    if _made_again and role_of(name) not in (None, *COLUMN_ROLES):
+        return True
     if role_of(name) == "o":
         return str(getattr(config, "_attn_implementation", "")).startswith(SAVES_RESULT)
     if role_of(name) == "down":
@@ -129,5 +146,5 @@ def _kept_by_maker(model: nn.Module, name: str) -> bool:
         gated = any(role_of(sibling) in ("gate", ("gate", "up")) for sibling in siblings)
         fields = ("hidden_act", "hidden_activation", "activation_function")
         activation = next((value for field in fields if (value := getattr(config, field, None))), None)
-        return not gated and activation in SAVING_ACTIVATIONS
+        return _made_again if gated else activation in SAVING_ACTIVATIONS
     return False

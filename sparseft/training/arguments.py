@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from sparseft import console
-from sparseft.config import HardwareConfig, TrainerConfig
+from sparseft.config import HardwareConfig, TrainerConfig, checkpointing_of
 from sparseft.distributed.deepspeed import deepspeed_on_cpu, zero_config
 from sparseft.distributed.ranks import is_distributed
 from sparseft.training import schedules
@@ -112,7 +112,7 @@ def training_arguments(
         label_names=["labels"],
         disable_tqdm=True,
         report_to=[],
-        **(_activation_checkpointing() if hardware.gradient_checkpointing else {}),
+        **(_activation_checkpointing() if checkpointing_of(config, hardware) == "full" else {}),
     )
     # Several devices are several processes here. A single one that sees several GPUs would have its model wrapped in
     # `nn.DataParallel`: larger batches, in copies of the sparse layers whose deltas never come back.

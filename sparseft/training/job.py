@@ -59,6 +59,7 @@ from sparseft.training.labelled_loss import usable
 from sparseft.training.predicted import in_words, labelled_share, predicted_floors
 from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.prepare import select as cached_or_computed
+from sparseft.training.recomputing import KINDS
 from sparseft.training.reselection import Reselection
 from sparseft.training.run_state import Mark
 from sparseft.training.sample_answers import Asked, SampleAnswers, read_prompts
@@ -376,6 +377,7 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         eval_dataset=prepared.data.eval,
         compile_layers=config.trainer.compile == "layers",
         labelled=job.labelled,
+        recomputed=KINDS.get(config.checkpointing, ()),
         data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
         processing_class=None,
     )

@@ -23,6 +23,7 @@ from sparseft.config import HardwareConfig, RunConfig
 from sparseft.distributed.deepspeed import MAX_BUCKET
 from sparseft.errors import UserError, reason_of
 from sparseft.layers import share_inputs, sparse_layers
+from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter, available_bytes, tensor_bytes
 from sparseft.models.decoder import decoder_layers
 from sparseft.models.spec import ModelSpec
@@ -31,6 +32,7 @@ from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.selection import warn_of_cap
 from sparseft.training.distributed_trainer import check_zero
 from sparseft.training.labelled_loss import ROWS, labelled_loss, usable
+from sparseft.training.recomputing import KINDS, recomputing
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
 # Copies of the trained parameters that an optimizer keeps, in their dtype, by the start of its name.
@@ -189,11 +191,11 @@ def _indices_with_content(model: nn.Module, selection: Any) -> None:
     share_inputs(model)
 
 
-def passes(shape: Shape, batch: int, length: int, *, checkpointing: bool, device: str = "cpu") -> int:
+def passes(shape: Shape, batch: int, length: int, *, checkpointing: str, device: str = "cpu") -> int:
     """The most bytes that a forward and a backward pass over `batch` × `length` tokens, all of them labelled, allocate
     at once, the gradients of the trained parameters included. device: the type of the one that is planned for."""
     model = shape.model
-    if checkpointing:
+    if checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         model.disable_input_require_grads()  # as training does: nothing below the lowest trained layer
     elif getattr(model, "is_gradient_checkpointing", False):
@@ -204,10 +206,14 @@ def passes(shape: Shape, batch: int, length: int, *, checkpointing: bool, device
     if shape.labelled:
         given[ROWS] = torch.arange(batch * length, device="meta")[: batch * (length - 1)]
         way = labelled_loss(model, torch.device(device))
+    kinds = KINDS.get(checkpointing)
+    share_inputs_in_training(model)
     with _Counter() as counter:
         try:
-            with way:
-                model(**given).loss.backward()
+            with way, recomputing(model, kinds) if kinds else contextlib.nullcontext():
+                loss = model(**given).loss
+            loss.backward()
+            del loss
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):
                 raise
@@ -228,8 +234,7 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
     weights, parameters = tensor_bytes(frozen), tensor_bytes(trained)
     gradients = parameters
     device = "cpu" if on_cpu(config.hardware) else "cuda"
-    checkpointing = config.hardware.gradient_checkpointing
-    activations = passes(shape, batch, length, checkpointing=checkpointing, device=device) - gradients
+    activations = passes(shape, batch, length, checkpointing=config.checkpointing, device=device) - gradients
     if shape.autocast:  # the copies in half precision stay for the step; weights and gradients are twice as wide
         activations += parameters
         parameters, gradients = 2 * parameters, 2 * gradients

@@ -22,7 +22,7 @@ def predicted_floors(model: nn.Module, spec: ModelSpec, config: RunConfig, *, le
         Trained.of(model, spec),
         products=config.method.products,
         labelled=labelled,
-        checkpointing=config.hardware.gradient_checkpointing,
+        checkpointing=config.checkpointing == "full",
     )
     return step / cost.floor()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sparseft.distributed.zero3 import shard_of
 from sparseft.errors import Interrupted
 from sparseft.files.atomic import explained, publish
 from sparseft.layers import sparse_layers
+from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.models.decoder import runnable
 from sparseft.models.masks import unasked
 from sparseft.models.probing import without_gradient
@@ -40,6 +41,7 @@ from sparseft.training.compiling import GRAPHS, CompiledLayers, own_gradients
 from sparseft.training.failures import MemoryAdvice, memory_problem
 from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss
 from sparseft.training.optimizer import SparseAdamW
+from sparseft.training.recomputing import describe, recomputing
 from sparseft.training.reselection import save_active
 from sparseft.training.run_state import Mark, RunState
 from sparseft.training.verdicts import takes_flag
@@ -69,6 +71,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
     model's accuracy on a task and its standard error (or None); evaluations then carry both beside the loss. With
     `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is not finite updates nothing;
     `max_bad_steps` of them in a row end the run. `labelled`: the loss is computed as `labelled_loss.py` does it.
+    `recomputed`: the kinds of tensors that are computed again in the backward pass (`recomputing.py`).
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         report: Callable[[dict[str, Any]], None] | None = None,
         compile_layers: bool = False,
         labelled: bool = False,
+        recomputed: Collection[str] = (),
         **options: Any,
     ) -> None:
         args.output_dir = str(run / CHECKPOINTS)
@@ -93,11 +97,16 @@ class Trainer(distributed_trainer.DistributedTrainer):
         self.save_total_limit = save_total_limit
         self.score = score
         self.labelled = labelled
+        self.recomputed = recomputed
+        self._said = False  # what is computed again
+        if recomputed:
+            share_inputs_in_training(self.model)
         lengths = getattr(self.train_dataset, "lengths", None)
         longest = 1 if lengths is None or len(lengths) == 0 else int(lengths.max())
         self.memory = MemoryAdvice(
             args.per_device_train_batch_size, args.gradient_accumulation_steps, longest,
             bool(getattr(args, "activation_checkpointing", getattr(args, "gradient_checkpointing", False))),
+            "trainer.checkpointing=full" if recomputed else MemoryAdvice.remedy,
         )  # fmt: skip
         self.compiled = CompiledLayers(self.model) if compile_layers else None
         self.graphs = args.torch_compile_mode == GRAPHS
@@ -131,8 +140,24 @@ class Trainer(distributed_trainer.DistributedTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
         """As transformers computes it, whose masks are made by what the batch says of itself."""
-        with unasked(inputs), self.own_loss():
+        with unasked(inputs), self.own_loss(), self.keeping_less():
             return super().compute_loss(model, inputs, return_outputs, **options)
+
+    @contextlib.contextmanager
+    def keeping_less(self) -> Iterator[None]:
+        """Inside, a forward pass keeps for its backward pass what the run does not compute again."""
+        if not self.recomputed:
+            yield
+            return
+        with recomputing(self.accelerator.unwrap_model(self.model), self.recomputed) as hooks:
+            yield
+        if not self._said and ranks.is_main():
+            self._said = True
+            found = describe(hooks.taken)
+            if found is None:
+                console.warn("trainer.checkpointing: nothing of this model is known to be cheap to compute again")
+            else:
+                console.log(f"checkpointing: of the first micro-step {found} are computed again, not kept")
 
     def own_loss(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model computes its loss in the run's way."""
@@ -341,6 +366,8 @@ def train(trainer: Trainer, resume_from: str | None, total_steps: int) -> Mark:
             trainer.train(resume_from_checkpoint=resume_from)
     finally:
         callback.close()
+        if trainer.recomputed:
+            share_inputs_in_training(trainer.model)  # for passes that keep what they need
     if run.interrupted:
         console.log(f"the same command with output_dir={run.folder} trainer.resume=auto goes on from there")
         raise Interrupted(run.interrupted, last_checkpoint(run.folder))

@@ -411,3 +411,14 @@ def test_the_duplicates_test_sees_a_copy() -> None:
             return type("Output", (), {"loss": loss})
 
     assert duplicates(contenders.Contender("floor", Twice(), None, 0)) == 2 * 48 * 4
+
+
+def test_what_is_computed_again_is_not_kept(in_tmp: Path) -> None:
+    """In the ways of `trainer.checkpointing`, and one by a single kind."""
+    words = ["bench.methods=[floor,sylva]", "bench.targets=[]", "bench.ways=[eager,activations,selective,selective_up]"]
+    sparseft(in_tmp, "bench", *SMALL, "bench.depth=2", *words, "output_dir=out")
+    ways = json.loads((in_tmp / "out" / "bench.json").read_text())["ways"]
+    for method in ("floor", "sylva"):
+        saved = [ways[way][method]["saved_bytes"] for way in ("eager", "activations", "selective")]
+        assert saved == sorted(saved, reverse=True) and len(set(saved)) >= 2
+    assert ways["selective_up"]["floor"]["saved_bytes"] < ways["selective"]["floor"]["saved_bytes"]

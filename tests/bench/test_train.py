@@ -545,6 +545,8 @@ def test_wrong_comparisons(words: list[str], parts: list[str], in_tmp: Path) -> 
         (["bench.ways=[eager+compile]"], ["'eager+compile'", "joined with nothing"]),
         (["hardware.gradient_checkpointing=true"], ["hardware.gradient_checkpointing", "bench.ways=[checkpointing]"]),
         (["trainer.compile=model"], ["trainer.compile=model", "bench.ways=[compile]"]),
+        (["trainer.checkpointing=selective"], ["bench.ways=[selective]", "trainer.checkpointing=none"]),
+        (["bench.ways=[selective+checkpointing]"], ["'selective+checkpointing'", "decide by themselves"]),
         (["hardware=1xl4", "trainer.compile=layers"], ["bench.ways=[checkpointing+compile]", "trainer.compile=none"]),
         (["hardware=1xl4"], ["hardware.gradient_checkpointing=true (hardware=1xl4 may say so)"]),
         (

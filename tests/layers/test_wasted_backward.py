@@ -10,12 +10,15 @@ import pytest
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sparseft
+from sparseft.adapters.lifecycle import attach
 from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.data.packing import Collator
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.memory import SavedBytes
+from sparseft.methods import get_method
 from sparseft.training.arguments import training_arguments
 from sparseft.training.trainer import Trainer, train
 
@@ -118,6 +121,47 @@ def test_every_layer_trained_costs_one_product_more_for_each_delta() -> None:
         loss.backward()
     # Below the lowest down: its own input, gate, up, and attention with q, k, v, o and 4 products of scores and values.
     assert sum(sparse.found.values()) == sum(dense.found.values()) + LAYERS - (1 + 2 + 4 + 4)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "s2ft": {"roles": ["q", "k", "v", "o", "gate", "up", "down"], "sparsity": 0.8},
+    "sylva": {"sparsity": 0.8, "block_size": 16, "importance": "random"},
+    "paca": {"sparsity": 0.8},
+    "lora": {"rank": 2, "dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_any_method_no_gradient_goes_below_the_lowest_trained_layer(method: str) -> None:
+    """Neither to the layers below, nor, in that layer, to its norm, the rotary embeddings and the residual."""
+    settings = get_method(method)(**METHODS[method], scope=f"layers.{LAYERS - 1}.")
+    model = attach(build(), settings).train()
+    seen: dict[str, bool] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("norm", "embed_tokens", "rotary_emb")) or name.rpartition(".")[2].isdigit():
+            module.register_forward_hook(
+                lambda m, i, o, n=name: seen.update({n: any(t.requires_grad for t in tree_leaves(o))})
+            )
+    model(**batch()).loss.backward()
+    last = f"layers.{LAYERS - 1}"
+    wanted = {name for name, found in seen.items() if found}
+    assert all(name.endswith((last, f"{last}.post_attention_layernorm", "model.norm")) for name in wanted), wanted
+    assert len(wanted) == 3
+
+
+@pytest.mark.parametrize(("method", "products"), [("s2ft", 1), ("paca", 1)])
+def test_all_linears_trained_cost_a_product_each_and_save_the_lowest_inputs(method: str, products: int) -> None:
+    """Against the model whose embeddings' output has a gradient: less q's, k's and v's input gradients in layer 0."""
+    model = attach(build(), get_method(method)(**METHODS[method])).train()
+    loss = model(**batch()).loss
+    with Products() as sparse:
+        loss.backward()
+    plain = build().train().requires_grad_(False)
+    x = plain.get_input_embeddings()(batch()["input_ids"]).requires_grad_(True)
+    loss = plain(inputs_embeds=x, labels=batch()["labels"]).loss
+    with Products() as dense:
+        loss.backward()
+    assert sum(sparse.found.values()) == sum(dense.found.values()) + 7 * LAYERS * products - 3
 
 
 def test_nothing_is_saved_below_the_lowest_trained_linear() -> None:

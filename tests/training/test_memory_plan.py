@@ -16,7 +16,9 @@ from sparseft.bench.train import Contender, measure_memory, step
 from sparseft.commands import plan as command
 from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
+from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.training import memory_plan as planning
+from sparseft.training import recomputing
 from sparseft.training.labelled_loss import usable
 from sparseft.training.optimizer import SparseAdamW
 from support.places import SUPPORT
@@ -77,6 +79,8 @@ def measured(config: Any, content: Any, dtype: torch.dtype, vocabulary: int = 25
     parameters = list(trainable_parameters(model).values())
     optimizer = SparseAdamW if config.method_name in SPARSE else torch.optim.AdamW
     contender = Contender("", model, optimizer(parameters, lr=1e-4), 0, labelled=usable(model, config))
+    contender.recomputed = recomputing.KINDS.get(config.checkpointing, ())
+    share_inputs_in_training(model)
     ids = torch.randint(vocabulary, (BATCH, LENGTH))
     batch = {"input_ids": ids, "labels": ids}
     step(contender, batch)  # from here on the optimizer has its state
@@ -125,6 +129,25 @@ def test_choosing_by_the_weights_needs_none_of_them_for_a_plan() -> None:
         shape = planning.trainable_shape(config, contents()["llama"], torch.float32)
         totals.append(planning.step_memory(config, shape, batch=BATCH, length=LENGTH).total)
     assert totals[0] == totals[1] == pytest.approx(totals[2], rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["s2ft", "sylva"])
+@pytest.mark.parametrize("way", list(recomputing.KINDS))
+def test_the_plan_knows_what_is_computed_again(method: str, way: str) -> None:
+    plain, config = configured(method), configured(method, f"trainer.checkpointing={way}")
+    for dtype in (torch.float32, torch.bfloat16):
+        shape = planning.trainable_shape(config, contents()["llama"], dtype)
+        planned = planning.step_memory(config, shape, batch=BATCH, length=LENGTH)
+        assert planned.total == pytest.approx(measured(config, contents()["llama"], dtype), rel=0.08)
+        assert planned.activations < 0.97 * planning.step_memory(plain, shape, batch=BATCH, length=LENGTH).activations
+
+
+def test_the_remedy_of_one_that_computes_again_is_to_do_so_wholly() -> None:
+    config = configured("s2ft", "trainer.checkpointing=selective")
+    shape = planning.trainable_shape(config, contents()["llama"], torch.float32)
+    whole = configured("s2ft", "trainer.checkpointing=full")
+    room = planning.step_memory(whole, shape, batch=1, length=512).total
+    assert command.remedy(config, shape, room)["overrides"] == ["trainer.checkpointing=full"]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from sparseft.data.packing import Collator, PackedDataset
 from sparseft.kernels import reference
 from sparseft.methods import get_method
 from sparseft.training.arguments import training_arguments
+from sparseft.training.recomputing import KINDS as KINDS_MADE_AGAIN
 from sparseft.training.trainer import Trainer, train
 from sparseft.training.verdicts import Verdict, Verdicts
 from support.syncs import Audit
@@ -49,7 +50,9 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     return attach(model, get_method(method)(**settings))
 
 
-def trainer_on(model: Any, rows: str, run: Path, device: torch.device, **settings: Any) -> Trainer:
+def trainer_on(
+    model: Any, rows: str, run: Path, device: torch.device, options: dict[str, Any] | None = None, **settings: Any
+) -> Trainer:
     data: Any = examples(64)
     if rows == "packed":
         data = PackedDataset(data, 32)
@@ -61,7 +64,7 @@ def trainer_on(model: Any, rows: str, run: Path, device: torch.device, **setting
     arguments = training_arguments(config, hardware, seed=0, device=device, total_steps=STEPS)
     return Trainer(
         model.to(device), arguments, run=run, train_dataset=data, eval_dataset=None,
-        data_collator=Collator(0), processing_class=None,
+        data_collator=Collator(0), processing_class=None, **(options or {}),
     )  # fmt: skip
 
 
@@ -202,3 +205,52 @@ def test_no_step_waits_for_the_gpu(kind: str, rows: str, tmp_path: Path) -> None
     finally:
         mode("default")
     assert done.step == STEPS and done.bad == 0
+
+
+@pytest.mark.parametrize("kind", ["s2ft", "sylva 16", "lora"])
+def test_nor_does_one_with_labelled_logits_that_keeps_less(kind: str, audit: Audit, tmp_path: Path) -> None:
+    """As runs train by default, and with `trainer.checkpointing=selective_up`."""
+    options = {"labelled": True, "recomputed": KINDS_MADE_AGAIN["selective_up"]}
+    trainer = trainer_on(model_of(kind, torch.bfloat16), "padded", tmp_path, torch.device("cpu"), options=options)
+    trainer.add_callback(Between(audit.start, audit.stop))
+    done = train(trainer, None, STEPS)
+    assert audit.found == []
+    assert done.step == STEPS and done.bad == 0
+
+
+@pytest.mark.parametrize("kind", ["s2ft", "sylva 16", "paca", "lora", "full"])
+def test_a_bad_step_is_judged_without_waiting(kind: str, audit: Audit, tmp_path: Path) -> None:
+    """In the midst of what is audited: nothing of it reaches weights or moments, and the host counts it afterwards."""
+    model = model_of(kind)
+    trainer = trainer_on(model, "packed", tmp_path, torch.device("cpu"))
+    trainer.add_callback(Between(audit.start, audit.stop))
+    bad = WARMUP + 1
+    kept: dict[int, list[torch.Tensor]] = {}
+
+    class Spoils(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            spoilt.append(state.global_step == bad)
+            kept[state.global_step] = state_of(trainer)
+
+    spoilt = [False]
+
+    def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * float("nan") if spoilt[-1] else output
+
+    model.get_output_embeddings().register_forward_hook(spoil)
+    trainer.add_callback(Spoils())
+    done = train(trainer, None, STEPS)
+    assert audit.found == []
+    assert done.step == STEPS and done.bad == 1
+    before, after, later = (kept[bad + steps] for steps in (0, 1, -1))
+    assert all(map(torch.equal, before, after))
+    assert not all(map(torch.equal, before, later))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def state_of(trainer: Trainer) -> list[torch.Tensor]:
+    """What trains, and the optimizer's moments, copied."""
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    moments = [optimizer.state[p][name] for p in trained if optimizer.state[p] for name in ("exp_avg", "exp_avg_sq")]
+    return [t.detach().clone() for t in (*trained, *moments)]

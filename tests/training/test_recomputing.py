@@ -1,0 +1,273 @@
+"""`trainer.checkpointing=selective`: the plain step's loss and gradients, and less that is kept for them."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparseft.adapters.lifecycle import attach, trainable_parameters
+from sparseft.bench.timing import held_bytes
+from sparseft.layers import sparse_layers
+from sparseft.layers.saved_inputs import share_inputs_in_training
+from sparseft.memory import AllocationCounter
+from sparseft.methods import get_method
+from sparseft.training.recomputing import CHEAP, UP, describe, recomputing
+from sparseft.training.trainer import train
+from support.running import METHODS, files, on, refused, sparseft, summary, write_data
+from support.training import CPU, examples, trainer_of
+
+ALL = (*CHEAP, UP)
+SHAPE = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4}
+COMMON = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE, **COMMON),
+    "qwen2": lambda: transformers.Qwen2Config(**SHAPE, **COMMON),
+    "gemma2": lambda: transformers.Gemma2Config(**SHAPE, **COMMON, head_dim=16),
+    "phi3": lambda: transformers.Phi3Config(**SHAPE, **COMMON),
+    "gpt2": lambda: transformers.GPT2Config(
+        n_embd=64, n_layer=3, n_head=4, vocab_size=96, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
+    "opt": lambda: transformers.OPTConfig(
+        hidden_size=64, ffn_dim=256, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=64, vocab_size=96,
+        dropout=0.0,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**SHAPE, **COMMON, num_local_experts=4),
+}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "s2ft": {"sparsity": 0.9, "roles": ["down"], "importance": "weight"},
+    "sylva": {"sparsity": 0.9, "block_size": 16, "importance": "weight"},
+    "lora": {"rank": 2, "dropout": 0.0},
+    "full": {"dtype": "model"},
+}
+SETTINGS["s2ft rows"] = SETTINGS["s2ft"] | {"roles": ["q", "o", "up", "down"]}
+
+
+def made(kind: str, method: str, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=dtype, attn_implementation=attention)
+    settings = SETTINGS[method]
+    if kind == "mixtral" and method.startswith(("s2ft", "sylva")):
+        settings = settings | {"importance": "random"}
+    return attach(model, get_method(method.split()[0])(**settings)).train()
+
+
+def batch(length: int = 24) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 90, (2, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def loss_of(model: Any, kinds: tuple[str, ...] = ()) -> torch.Tensor:
+    if not kinds:
+        return model(**batch(), use_cache=False).loss
+    share_inputs_in_training(model)
+    with recomputing(model, kinds):
+        return model(**batch(), use_cache=False).loss
+
+
+def gradients(model: Any, kinds: tuple[str, ...] = ()) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss = loss_of(model, kinds)
+    loss.backward()
+    found = {name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_loss_and_gradients_are_the_plain_ones(kind: str, method: str, dtype: torch.dtype) -> None:
+    """To the bit: the very operations, on the very numbers. A LayerNorm is made again by another formula, and slices
+    of blocks may be summed in another order than the whole input."""
+    model = made(kind, method, dtype)
+    loss, expected = gradients(model)
+    again, found = gradients(model, ALL)
+    assert torch.equal(loss, again)
+    assert expected and found.keys() == expected.keys()
+    exact = kind != "gpt2" and method != "sylva"
+    for name, gradient in expected.items():
+        if exact:
+            assert torch.equal(found[name], gradient), name
+        else:
+            tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype] * gradient.abs().max()
+            assert (found[name] - gradient).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "phi3", "opt", "mixtral"])
+def test_other_architectures(kind: str) -> None:
+    model = made(kind, "s2ft rows")
+    loss, expected = gradients(model)
+    again, found = gradients(model, ALL)
+    assert torch.equal(loss, again) and found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", SETTINGS)
+def test_less_is_kept(method: str, dtype: torch.dtype) -> None:
+    model = made("llama", method, dtype)
+    plain, selective, up = (held_bytes(lambda kinds=kinds: loss_of(model, kinds), CPU) for kinds in ((), CHEAP, ALL))
+    assert selective < {torch.float32: 0.9, torch.bfloat16: 0.8}[dtype] * plain
+    assert up < selective or method in ("full", "lora", "sylva", "s2ft rows")  # whose up projection trains
+
+
+def test_what_is_kept_is_what_the_docs_count() -> None:
+    """Of a frozen layer in bf16 above the lowest trained one, in numbers of 2 bytes a token: two norms' inputs, q (and
+    k and v, each repeated for its group or not), attention's result, gate and up."""
+    model = made("llama", "s2ft", torch.bfloat16)
+    share_inputs_in_training(model)
+    with recomputing(model) as hooks:
+        loss = model(**batch(), use_cache=False).loss
+    tokens, width, wide = 48, 64, 176
+    # three layers; the lowest trains its down projection, below which nothing is kept
+    assert hooks.taken["activations"] == 2 * tokens * wide * 2
+    # fp32 copies of the norms' inputs, with their originals kept: 2 a layer above the lowest, and the last norm
+    assert hooks.taken["copies"] == (2 * 2 + 1) * tokens * width * 2
+    assert "MiB" in str(describe(hooks.taken))
+    assert describe(Counter()) is None
+    del loss
+
+
+class Products(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm") or "attention" in name:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_product_runs_twice_but_those_of_up() -> None:
+    model = made("llama", "s2ft")
+    counts = []
+    for kinds in ((), CHEAP, ALL):
+        loss = loss_of(model, kinds)
+        with Products() as products:
+            loss.backward()
+        counts.append(sum(products.found.values()))
+    # Of three layers the lowest needs no input of its MLP, and the last keeps its up projection.
+    assert counts == [counts[0], counts[0], counts[0] + 1]
+
+
+def test_eager_attention_keeps_one_copy_of_its_softmax() -> None:
+    model = made("llama", "s2ft", torch.bfloat16, "eager")
+    loss, expected = gradients(model)
+    again, found = gradients(model, CHEAP)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    with recomputing(model) as hooks:
+        model(**batch(), use_cache=False)
+    scores = 2 * 4 * 24 * 24 * 2  # samples, heads, tokens, tokens, bytes
+    assert hooks.taken["copies"] >= 2 * scores
+
+
+def test_accumulated_and_repeated_passes() -> None:
+    model = made("llama", "sylva")
+    _, expected = gradients(model)
+    loss = loss_of(model, ALL)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    loss_of(model, ALL).backward()
+    for name, p in trainable_parameters(model).items():
+        torch.testing.assert_close(p.grad, 3 * expected[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_graph_is_gone_with_its_loss(attention: str) -> None:
+    """Recipes hold what comes before them, and operations that save their own result not themselves: never a circle,
+    which no collector would find."""
+    model = made("llama", "sylva", torch.bfloat16, attention)
+    gradients(model, ALL)  # layers settle what they save, and keep indices for it
+
+    def left(backward: bool) -> int:
+        with AllocationCounter() as counter:
+            with recomputing(model, ALL):
+                loss = model(**batch(), use_cache=False).loss
+            if backward:
+                loss.backward()
+                model.zero_grad()
+            del loss
+            return counter.live
+
+    gc.collect()
+    gc.disable()
+    try:
+        left(True)  # layers cache indices
+        assert left(False) == left(True) == 0
+    finally:
+        gc.enable()
+
+
+def test_what_was_written_to_in_the_meantime_is_refused() -> None:
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4)
+    with recomputing(made("llama", "s2ft")):
+        gate, up = x @ w, x * 3.0
+        y = F.silu(gate) * up
+    gate.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh")])
+def test_a_gate_by_itself(activation: Any) -> None:
+    """Against autograd's own, with everything trained: operands that are leaves, views and constants."""
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(8, dtype=torch.float64, requires_grad=True)
+
+    def run() -> torch.Tensor:
+        gate, up = (F.layer_norm(x * 1.0, (8,), w)).chunk(2, -1)
+        return ((0.5 * activation(gate.contiguous()) * up).view(-1, 2).to(torch.float32) ** 2).sum()
+
+    expected = torch.autograd.grad(run(), (x, w))
+    with recomputing(made("llama", "s2ft")):
+        loss = run()
+    for found, value in zip(torch.autograd.grad(loss, (x, w)), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
+
+
+# ---- runs ----
+
+
+@pytest.mark.parametrize("way", ["selective", "selective_up"])
+def test_a_run_ends_as_a_plain_one(tmp_path: Path, model_folder: Any, way: str) -> None:
+    data = write_data(tmp_path)["json"]
+    words = ["train", *on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=3"]
+    done = sparseft(tmp_path, *words, f"trainer.checkpointing={way}", "output_dir=less")
+    assert "computed again, not kept" in done.err
+    sparseft(tmp_path, *words, "output_dir=plain")
+    assert files(tmp_path / "less" / "adapter") == files(tmp_path / "plain" / "adapter")
+    assert summary(tmp_path / "less")["train_loss"] == summary(tmp_path / "plain")["train_loss"]
+
+
+def test_layers_save_slices_again_after_training(tmp_path: Path) -> None:
+    model = made("llama", "sylva")
+    settings = {name: layer.keeps_input for name, layer in sparse_layers(model).items()}
+    trainer = trainer_of(model, tmp_path, examples(4), max_steps=1)
+    trainer.recomputed = CHEAP
+    share_inputs_in_training(model)
+    train(trainer, None, 1)
+    loss_of(model).backward()
+    assert {name: layer.keeps_input for name, layer in sparse_layers(model).items()} == settings
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trainer.checkpointing=selective", "trainer.compile=layers"], "compiled code decides by itself"),
+        (["trainer.checkpointing=selective_up", "hardware.zero_stage=3"], "ZeRO-3 has sharded"),
+        (["trainer.checkpointing=some"], "trainer.checkpointing"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(tmp_path: Path, words: list[str], message: str) -> None:
+    assert message in refused(tmp_path, "train", *words)
