@@ -957,3 +957,27 @@ def test_wandb_says_without_asking_whether_there_is_a_login() -> None:
     import wandb
 
     assert {"prompt", "verify"} <= set(parameters(wandb.login)), relied_on("wandb")
+
+
+def test_autograds_nodes_say_what_they_follow_from() -> None:
+    """`training/recomputing.py` reads names of nodes, what they saved, and the dtype and shape of their results."""
+    x = torch.randn(2, 4, 8, dtype=torch.bfloat16, requires_grad=True)
+    gate, weight = x * 1.0, torch.ones(8)
+    wide = gate.float()
+    assert wide.grad_fn.name() == "ToCopyBackward0"
+    before, number = wide.grad_fn.next_functions[0]
+    assert before._input_metadata[number].dtype == torch.bfloat16
+    scaled = wide * weight
+    assert scaled.grad_fn.name() == "MulBackward0" and scaled.grad_fn.next_functions[1][0] is None
+    assert torch.equal(scaled.grad_fn._saved_other, weight)
+    assert torch.nn.functional.silu(gate).grad_fn.name() == "SiluBackward0"
+    gelu = torch.nn.functional.gelu(gate, approximate="tanh").grad_fn
+    assert gelu.name() == "GeluBackward0" and gelu._saved_approximate == "tanh"
+    norm = torch.nn.functional.layer_norm(wide, (8,), weight).grad_fn
+    assert norm.name() == "NativeLayerNormBackward0" and norm._saved_result2.shape == (2, 4, 1)
+    product = torch.nn.functional.linear(wide, torch.randn(16, 8)).grad_fn
+    assert product.name() == "UnsafeViewBackward0" and tuple(product._input_metadata[0].shape) == (2, 4, 16)
+    product, _ = product.next_functions[0]
+    assert product.name() == "MmBackward0" and product._saved_mat2.shape == (8, 16)
+    leaf, _ = before.next_functions[0]
+    assert leaf.name() == "torch::autograd::AccumulateGrad" and leaf.variable is x

@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseft.adapters.lifecycle import attach, trainable_parameters
 from sparseft.bench.timing import held_bytes
+from sparseft.config import HardwareConfig, TrainerConfig, checkpointing_of
 from sparseft.layers import sparse_layers
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter
 from sparseft.methods import get_method
+from sparseft.training.arguments import training_arguments
 from sparseft.training.recomputing import CHEAP, UP, describe, recomputing
 from sparseft.training.trainer import train
 from support.running import METHODS, files, on, refused, sparseft, summary, write_data
@@ -271,3 +273,17 @@ def test_layers_save_slices_again_after_training(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_joined_is_refused(tmp_path: Path, words: list[str], message: str) -> None:
     assert message in refused(tmp_path, "train", *words)
+
+
+@pytest.mark.parametrize(
+    ("setting", "hardware", "expected"),
+    [("auto", False, "none"), ("auto", True, "full"), ("none", True, "none"), ("full", False, "full"),
+     ("selective", True, "selective")],
+)  # fmt: skip
+def test_the_hardware_decides_where_the_trainer_does_not(setting: str, hardware: bool, expected: str) -> None:
+    trainer = TrainerConfig(checkpointing=setting, max_steps=1, learning_rate=1e-3, warmup_steps=0)
+    machine = HardwareConfig(gradient_checkpointing=hardware)
+    assert checkpointing_of(trainer, machine) == expected
+    made = training_arguments(trainer, machine, seed=0, device=CPU, total_steps=1)
+    asked = getattr(made, "activation_checkpointing", getattr(made, "gradient_checkpointing", None))
+    assert bool(asked) == (expected == "full")
