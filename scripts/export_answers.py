@@ -61,11 +61,13 @@ def main(words: Sequence[str] | None = None) -> None:
     source = Source.find(given.run, compose("export", overrides), overrides)
     prompts = [source.tokenizer(text)["input_ids"] for text in questions(given.prompts)]
     exactly: dict[bool, tuple[list[Text], list[Tensor]]] = {}  # by format.rounded: what the attached model says
-    for rounded, made in ((True, merged_model), (False, Source.attached)):
-        model: Any = made(source, source.base()).float()  # once, not anew for each pass; base + delta are added in fp32
+    for rounded in {False, *(format_of(name).rounded for name in given.formats)}:
+        base = source.base()
+        # Widened once, not anew for each pass: of the attached model base + delta are then added in fp32.
+        model: Any = (merged_model(source, base) if rounded else source.attached(base)).float()
         texts = [answered(model, ids) for ids in prompts]
         exactly[rounded] = texts, asked(HuggingFace(model, ""), texts)
-        del model
+        del model, base
     texts, wanted = exactly[False]
     base = source.base().float()
     plain = asked(HuggingFace(base, ""), texts)

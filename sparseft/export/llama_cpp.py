@@ -49,6 +49,7 @@ class LlamaCpp:
         self.name = f"llama-cpp-python {version('llama-cpp-python')}"
         self._base = str(Path(base).expanduser())
         options = {"n_ctx": CONTEXT, "logits_all": True, "verbose": False, "flash_attn": False, "n_gpu_layers": 0}
+        options |= dict.fromkeys(("n_threads", "n_threads_batch"), torch.get_num_threads())  # it spins on cores in use
         try:
             self._model = Llama(
                 self._base,
