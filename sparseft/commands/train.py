@@ -11,7 +11,7 @@ from sparseft.config import RunConfig
 from sparseft.distributed import launch
 from sparseft.distributed.ranks import is_main
 from sparseft.files.atomic import explained
-from sparseft.runs.folder import REPORT, check_run_folder
+from sparseft.runs.folder import check_run_folder
 from sparseft.training import checks, job
 from sparseft.training.checkpoints import last_checkpoint
 from sparseft.training.resume import previous_run
@@ -57,4 +57,4 @@ def render(result: dict[str, Any]) -> None:
             f"{result['eval_task']}: {result['eval_score_before']:.4f} -> {result['eval_score_after']:.4f} on the "
             f"validation split, {result['test_score']:.4f}{error} on the test split"
         )
-    print(f"report: {Path(result['run'], REPORT)}")
+    print(f"run: {result['run']}")

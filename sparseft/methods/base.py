@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from sparseft.config import SPARSITY
@@ -59,7 +59,7 @@ class MethodConfig:
 
     # Settings that not every method has, as those without them behave.
     scope = None
-    layers: Any = ALL
+    layers = ALL
     wanted_sparsity = None  # the sparsity that sets the size: as given or the default; None where something else does
     block_size = None
     reselect_steps = 0
@@ -110,7 +110,7 @@ class SparseConfig(MethodConfig):
 
     sparsity: Annotated[float, SPARSITY] | None = None
     scope: str | None = None
-    layers: Layers = ALL
+    layers: Layers = field(default=ALL, kw_only=True)  # positions are those of earlier versions
     importance: Importance = "random"
     order: Literal["largest", "smallest", "sampled"] = "largest"
     allocation: Literal["per_layer", "global", "flops"] = "per_layer"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from sparseft.methods.base import Layers, MethodConfig
@@ -28,7 +28,7 @@ class FullConfig(MethodConfig):
     trains_all = True
 
     dtype: Literal["float32", "model"] = "float32"
-    layers: Layers = ALL
+    layers: Layers = field(default=ALL, kw_only=True)  # positions are those of earlier versions
 
     def convert(self, model: nn.Module, selection: Selection | None, spec: ModelSpec | None) -> nn.Module:
         if self.dtype == "float32":

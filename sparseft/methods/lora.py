@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 from sparseft.config import SPARSITY
@@ -34,7 +34,7 @@ class LoraConfig(MethodConfig):
 
     sparsity: Annotated[float, SPARSITY] | None = None
     scope: str | None = None
-    layers: Layers = ALL
+    layers: Layers = field(default=ALL, kw_only=True)  # positions are those of earlier versions
     rank: Annotated[int, RANK] | None = None
     alpha: Annotated[float, ABOVE_0] | None = None
     dropout: Annotated[float, PROBABILITY] = 0.05

@@ -430,7 +430,7 @@ def test_what_a_patch_cannot_hold_is_refused(case: Any, tmp_path: Path) -> None:
     other = adapted.base("llama", tmp_path / "other", torch.bfloat16, seed=5)
     assert "made for another base model" in refused(tmp_path, *words, f"model.path={other}")
     gpt2 = adapted.base("gpt2", tmp_path / "gpt2")
-    assert "no module 'model.layers.0.self_attn.v_proj'" in refused(tmp_path, *words, f"model.path={gpt2}")
+    assert "made for another base model" in refused(tmp_path, *words, f"model.path={gpt2}")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})

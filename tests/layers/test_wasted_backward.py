@@ -123,7 +123,7 @@ def test_every_layer_trained_costs_one_product_more_for_each_delta() -> None:
     assert sum(sparse.found.values()) == sum(dense.found.values()) + LAYERS - (1 + 2 + 4 + 4)
 
 
-METHODS: dict[str, dict[str, Any]] = {
+ALL_LINEARS: dict[str, dict[str, Any]] = {
     "s2ft": {"roles": ["q", "k", "v", "o", "gate", "up", "down"], "sparsity": 0.8},
     "sylva": {"sparsity": 0.8, "block_size": 16, "importance": "random"},
     "paca": {"sparsity": 0.8},
@@ -131,10 +131,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL_LINEARS)
 def test_with_any_method_no_gradient_goes_below_the_lowest_trained_layer(method: str) -> None:
     """Neither to the layers below, nor, in that layer, to its norm, the rotary embeddings and the residual."""
-    settings = get_method(method)(**METHODS[method], scope=f"layers.{LAYERS - 1}.")
+    settings = get_method(method)(**ALL_LINEARS[method], scope=f"layers.{LAYERS - 1}.")
     model = attach(build(), settings).train()
     seen: dict[str, bool] = {}
     for name, module in model.named_modules():
@@ -152,7 +152,7 @@ def test_with_any_method_no_gradient_goes_below_the_lowest_trained_layer(method:
 @pytest.mark.parametrize(("method", "products"), [("s2ft", 1), ("paca", 1)])
 def test_all_linears_trained_cost_a_product_each_and_save_the_lowest_inputs(method: str, products: int) -> None:
     """Against the model whose embeddings' output has a gradient: less q's, k's and v's input gradients in layer 0."""
-    model = attach(build(), get_method(method)(**METHODS[method])).train()
+    model = attach(build(), get_method(method)(**ALL_LINEARS[method])).train()
     loss = model(**batch()).loss
     with Products() as sparse:
         loss.backward()
