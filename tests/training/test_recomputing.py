@@ -238,6 +238,17 @@ def test_a_gate_by_itself(activation: Any) -> None:
         torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
 
 
+def test_a_copy_on_another_device_is_made_again_there() -> None:
+    """As between the devices of a model that is spread over several; `meta` stands for the second one."""
+    x = torch.randn(3, 4, requires_grad=True)
+    with recomputing(made("llama", "s2ft")):
+        copy = (x * 3.0).to("meta")
+        narrow = (x + 1.0).to(torch.bfloat16)
+        wide = narrow.to("meta", torch.float32)
+        products = (copy * copy).grad_fn, (wide * wide).grad_fn, (narrow * narrow).grad_fn
+        assert [node._saved_self.device.type for node in products] == ["meta", "meta", "cpu"]
+
+
 # ---- runs ----
 
 
