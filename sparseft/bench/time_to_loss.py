@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from typing import Any
 from torch import Tensor
 
 from sparseft import console
-from sparseft.bench.contenders import FLOOR, Contender, made_trainable, step
+from sparseft.bench.contenders import FLOOR, Contender, check_steps, made_trainable, step
 from sparseft.bench.intervals import interval, shown
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
 from sparseft.bench.quality import Trial, finished, folder_name, named_settings
@@ -93,6 +95,7 @@ class Study:
         """What the trial's run says of itself; it is trained where it has not been."""
         summary = finished(trial)
         if summary is None:
+            shutil.rmtree(str(trial.config.cache_dir), ignore_errors=True)  # a selection found there would take no time
             console.log(f"bench: training {Path(str(trial.config.output_dir)).name}")
             with console.quiet():
                 summary = self.train(trial.config)
@@ -158,6 +161,7 @@ def _check(trial: Trial, config: RunConfig, choosing: bool) -> None:
         differing = [key for key in theirs if theirs[key] != ours[key] and not (choosing and key == "eval_path")]
         if differing:
             raise UserError(f"it sets {group}.{differing[0]}, and all variants train one model on one set of data.")
+    check_steps(trial.config, choosable=False)  # the steps are timed so
     checks.check_trainer(trial.config)
     checks.check_data(trial.config)
     checks.check_model(trial.config)
@@ -195,7 +199,7 @@ def _trained(study: Study, variant: str) -> dict[str, Any]:
     for rate in rates if len(rates) > 1 else ():
         summary = study.summary(study.trial(variant, study.seeds[-1] + 1, rate, choosing=True))
         losses.append((rate, summary["eval_loss_after"]))
-    best = min(losses, key=lambda each: each[1])[0] if losses else rates[0]
+    best = min(losses, key=lambda each: (math.isnan(each[1]), each[1]))[0] if losses else rates[0]
     trials = [study.trial(variant, seed, best) for seed in study.seeds]
     summaries = [study.summary(trial) for trial in trials]
     every = getattr(trials[0].config.method, "reselect_steps", 0)
@@ -267,7 +271,7 @@ def median_batch(config: RunConfig, tokenizer: Any, pad: int) -> dict[str, Tenso
 
 def compare(found: dict[str, dict[str, Any]]) -> None:
     """Adds to every variant its steps and seconds to the first one's last loss, seed by seed, and what they say."""
-    reference = next(iter(found.values()))
+    first, reference = next(iter(found.items()))
     targets = [curve[-1][1] for curve in reference["curves"]]
     for entry in found.values():
         entry["final_losses"] = [curve[-1][1] for curve in entry["curves"]]
@@ -277,8 +281,11 @@ def compare(found: dict[str, dict[str, Any]]) -> None:
             for seed, steps in enumerate(entry["steps_to_loss"])
         ]
         pairs = zip(entry["seconds_to_loss"], reference["seconds_to_loss"], strict=True)
-        entry["ratios"] = [None if mine is None else mine / theirs for mine, theirs in pairs]
+        entry["ratios"] = [mine / theirs if mine is not None and theirs else None for mine, theirs in pairs]
         entry["verdict"] = "" if entry is reference else verdict(entry["ratios"])
+    if not all(reference["seconds_to_loss"]):
+        for entry in found.values():
+            entry["verdict"] = f"{first} ends no lower than it began"
 
 
 def seconds_at(entry: Mapping[str, Any], seed: int, steps: float) -> float:

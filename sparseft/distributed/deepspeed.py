@@ -94,11 +94,13 @@ def deepspeed_on_cpu() -> dict[str, Any]:
 
 def import_only_to_train() -> None:
     """Has accelerate ask whether a model is DeepSpeed's engine only where DeepSpeed is loaded, as no engine is made
-    before. Else it imports DeepSpeed for the question, which takes a second wherever it is installed."""
+    before. Else it imports DeepSpeed for the question, which takes a second wherever it is installed.
+
+    An accelerate that asks in another way is left to it: that takes the second, and nothing else."""
     from accelerate.utils import other
 
-    _inside(other, "is_deepspeed_available", "accelerate")
-    other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
+    if hasattr(other, "is_deepspeed_available"):
+        other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
 
 
 @contextlib.contextmanager

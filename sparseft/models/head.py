@@ -118,6 +118,12 @@ def example_output(model: nn.Module, tokens: int = 3) -> Tensor | None:
     return torch.randn(tokens, head.weight.shape[-1], generator=generator).to(head.weight)
 
 
+def _kept_as_they_are() -> contextlib.AbstractContextManager[None]:
+    """Inside, autograd keeps plain tensors: hooks on saved tensors around it (`training/recomputing.py`) would hold the
+    logits of a chunk, as capped ones are saved, until the end of the forward pass."""
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept)
+
+
 def cross_entropy(
     logits_of: Callable[[Tensor], Tensor],  # `head_of`
     x: Tensor,  # what the decoder gave (n, features)
@@ -137,7 +143,7 @@ def cross_entropy(
     for start in range(0, len(x), step):
         part = x[start : start + step].detach().requires_grad_(by_x)
         target, weight = targets[start : start + step, None], weights[start : start + step, None]
-        with torch.set_grad_enabled(by_x or bool(sums)):
+        with torch.set_grad_enabled(by_x or bool(sums)), _kept_as_they_are():
             logits = logits_of(part)
         values = logits.detach().to(torch.float32, copy=True)  # the only one, from here on changed in place
         values.sub_(values.amax(1, keepdim=True))

@@ -142,7 +142,6 @@ class MemoryAdvice:
     accumulation: int
     longest: int  # tokens of the longest example
     checkpointing: bool
-    remedy: str = "hardware.gradient_checkpointing=true"  # where not all activations are recomputed yet
     fitted: int = 0  # tokens, padding included, of the largest micro-batch of a step that was completed
     trying: int = 0  # of the present step
 
@@ -167,6 +166,6 @@ class MemoryAdvice:
                 f"{examples} examples a step in smaller pieces{so_far}"
             )
         if not self.checkpointing:
-            return f"{self.remedy} computes the activations again instead of keeping them"
+            return "trainer.checkpointing=full computes the activations again instead of keeping them"
         length = min(self.fitted or self.longest // 2, self.longest - 1)
         return f"trainer.max_length={max(length, 2)} cuts the longest examples, of {self.longest:,} tokens{so_far}"

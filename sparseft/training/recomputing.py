@@ -64,7 +64,8 @@ class Recipe:
         self.waiting = 0  # so many have saved it and not read it yet
 
     def read(self) -> Tensor:
-        made = self._make() if self._made is None else self._made
+        made = self._made  # read once: a device's backward pass has a thread of its own
+        made = self._make() if made is None else made
         self._made = made if self.waiting > 0 else None
         return made
 
@@ -140,8 +141,9 @@ class Recomputing:
         before, number = node.next_functions[0]
         if before is None or before.name() == ACCUMULATES:
             return None
-        dtype = before._input_metadata[number].dtype
-        if not dtype.is_floating_point or dtype.itemsize >= tensor.dtype.itemsize:
+        made = before._input_metadata[number]
+        dtype = made.dtype
+        if made.device != tensor.device or not dtype.is_floating_point or dtype.itemsize >= tensor.dtype.itemsize:
             return None
         original = tensor.detach().to(dtype)
         self.taken["copies"] -= original.nbytes
@@ -166,8 +168,9 @@ def _multiplied(hooks: Recomputing, node: Node) -> Make | None:
 
 
 def _copied(hooks: Recomputing, node: Node) -> Make | None:
-    x, dtype = hooks.operand(node, 0), node._input_metadata[0].dtype
-    return None if x is None else lambda: x().to(dtype)
+    x, found = hooks.operand(node, 0), node._input_metadata[0]
+    device, dtype = found.device, found.dtype
+    return None if x is None else lambda: x().to(device, dtype)
 
 
 def _viewed(hooks: Recomputing, node: Node) -> Make | None:
@@ -238,11 +241,10 @@ def up_weights(model: nn.Module) -> set[int]:
     found = set()
     for layer in decoder_layers(model)[1][:-1]:
         modules = dict(layer.named_modules())
+        gated = {name.rpartition(".")[0] for name in modules if role_of(name) == "gate"}
         for name, module in modules.items():
-            parent = name.rpartition(".")[0]
-            gated = any(role_of(other) == "gate" and other.rpartition(".")[0] == parent for other in modules)
             frozen = type(module) is nn.Linear and not module.weight.requires_grad and module.bias is None
-            if role_of(name) == "up" and gated and frozen:
+            if frozen and role_of(name) == "up" and name.rpartition(".")[0] in gated:
                 found.add(_storage(module.weight))
     return found
 

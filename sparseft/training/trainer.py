@@ -106,7 +106,6 @@ class Trainer(distributed_trainer.DistributedTrainer):
         self.memory = MemoryAdvice(
             args.per_device_train_batch_size, args.gradient_accumulation_steps, longest,
             bool(getattr(args, "activation_checkpointing", getattr(args, "gradient_checkpointing", False))),
-            "trainer.checkpointing=full" if recomputed else MemoryAdvice.remedy,
         )  # fmt: skip
         self.compiled = CompiledLayers(self.model) if compile_layers else None
         self.graphs = args.torch_compile_mode == GRAPHS

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparseft.bench.time_to_loss import median_batch, reached, seconds_at, verdict
+from sparseft.bench import time_to_loss
+from sparseft.bench.time_to_loss import Study, compare, median_batch, reached, seconds_at, verdict
 from sparseft.compose.run_config import compose, from_dict
 from sparseft.data.loading import load_datasets
 from sparseft.data.packing import Collator
@@ -100,6 +101,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         ([f"bench.variants=['{lora}','S2FT: method=s2ft model.dtype=bfloat16']"], "'S2FT': it sets model.dtype"),
         ([f"bench.variants=['{lora}','S2FT: method=s2ft dataset.max_examples=3']"], "it sets dataset.max_examples"),
         ([f"bench.variants=['{lora}','S2FT: method=s2ftt']"], "'S2FT': "),
+        ([f"bench.variants=['{lora}','S2FT: method=s2ft trainer.checkpointing=selective']"], "runs plain steps only"),
         (["trainer.eval_steps=null"], "give trainer.eval_steps"),
         (["dataset.eval_fraction=0"], "give dataset.eval_fraction"),
     ):
@@ -118,6 +120,44 @@ def test_choosing_counts_until_the_step_is_done() -> None:
     for steps, times in ((4.0, 0), (10.0, 0), (10.5, 1), (20.0, 1), (25.0, 2)):
         assert seconds_at(entry, 0, steps) == 2 * steps + 5 + 3 * times
     assert seconds_at(entry | {"reselect_steps": 0}, 0, 25.0) == 55
+
+
+def test_a_reference_that_learns_nothing_is_no_measure() -> None:
+    entry = {"step_seconds": 2.0, "selection_seconds": [0.0], "reselect_steps": 0, "reselection_seconds": [0.0]}
+    for last in (5.0, math.nan):
+        found: dict[str, Any] = {name: entry | {"curves": [[(0, 4.0), (10, loss)]]} for name, loss in
+                                 (("LoRA", last), ("S2FT", 3.0))}  # fmt: skip
+        compare(found)
+        for each in found.values():
+            assert each["ratios"] == [None] and each["verdict"] == "LoRA ends no lower than it began"
+
+
+def study_of(folder: Path, rates: str, summaries: dict[float, dict[str, Any]]) -> Study:
+    """A study whose trainings end as `summaries` say, by rate, without having run."""
+    words = ["dataset=commonsense", "trainer.eval_steps=2", f"bench.rates={rates}", "bench.seeds=1"]
+    config = compose("bench", words)
+
+    def train(trial: Any) -> dict[str, Any]:
+        assert not Path(trial.cache_dir).exists()
+        return summaries[trial.trainer.learning_rate]
+
+    return Study(config, words, [], folder, {"S2FT": ["method=s2ft"]}, train)
+
+
+def test_a_rate_whose_loss_is_no_number_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_to_loss, "curve_of", lambda run: [])
+    rest = {"learning_rate": 0.1, "trainable_parameters": 1, "steps": 1, "selection_seconds": None}
+    rest["reselection_seconds"] = None
+    losses = {0.3: math.nan, 0.1: 2.0, 0.2: 3.0}
+    study = study_of(tmp_path, "[0.3,0.1,0.2]", {rate: rest | {"eval_loss_after": x} for rate, x in losses.items()})
+    assert time_to_loss._trained(study, "S2FT")["rate"] == 0.1
+
+
+def test_a_selection_of_an_interrupted_training_takes_its_time_again(tmp_path: Path) -> None:
+    study = study_of(tmp_path, "[]", {0.1: {"seed": 0}})
+    trial = study.trial("S2FT", 0, 0.1)
+    Path(trial.config.cache_dir, "selections").mkdir(parents=True)
+    assert study.summary(trial) == {"seed": 0}
 
 
 def test_verdicts_need_three_seeds_and_an_interval_apart_from_one() -> None:

@@ -18,6 +18,12 @@ def test_what_is_not_there_is_said_with_the_version() -> None:
         ours._inside(accelerate.utils, "_gone", "accelerate")
 
 
+def test_an_accelerate_that_asks_in_another_way_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(accelerate.utils.other, "is_deepspeed_available")
+    ours.import_only_to_train()
+    assert not hasattr(accelerate.utils.other, "is_deepspeed_available")
+
+
 def test_gradients_are_judged_at_stages_that_would_not_look() -> None:
     def engine(stage: int, **attributes: object) -> types.SimpleNamespace:
         return types.SimpleNamespace(

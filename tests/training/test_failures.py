@@ -159,7 +159,8 @@ def test_advice_is_what_fits() -> None:
     fit.step_done()
     fit.micro_step(700)  # what did not fit
     assert "trainer.batch_size=3 trainer.gradient_accumulation=16" in fit.advice() and "350 tokens" in fit.advice()
-    assert "hardware.gradient_checkpointing=true" in MemoryAdvice(1, 16, 512, False).advice()
+    # Not the hardware's setting, which trainer.checkpointing=none would outweigh.
+    assert "trainer.checkpointing=full" in MemoryAdvice(1, 16, 512, False).advice()
     assert "trainer.max_length=256" in MemoryAdvice(1, 16, 512, True).advice()
     assert "trainer.max_length=300" in MemoryAdvice(1, 16, 512, True, fitted=300).advice()
     assert "trainer.batch_size=2 trainer.gradient_accumulation=3" in MemoryAdvice(6, 1, 10, False, fitted=25).advice()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from sparseft.layers import sparse_layers
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter
 from sparseft.methods import get_method
+from sparseft.training import labelled_loss
 from sparseft.training.arguments import training_arguments
 from sparseft.training.recomputing import CHEAP, UP, describe, recomputing
 from sparseft.training.trainer import train
@@ -236,6 +238,30 @@ def test_a_gate_by_itself(activation: Any) -> None:
         loss = run()
     for found, value in zip(torch.autograd.grad(loss, (x, w)), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
+
+
+def test_capped_logits_are_gone_with_their_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 2's cap saves its result, which the loss is done with before the forward pass has ended."""
+    monkeypatch.setattr(labelled_loss, "tokens_at_once", lambda *_: 4)
+    config = transformers.Gemma2Config(**SHAPE, **COMMON | {"vocab_size": 20_000}, head_dim=16)
+    model = attach(transformers.Gemma2ForCausalLM(config), get_method("s2ft")(**SETTINGS["s2ft"])).train()
+    peaks = []
+    for way in (contextlib.nullcontext(), recomputing(model)):
+        with AllocationCounter() as counter, labelled_loss.labelled_loss(model), way:
+            model(**batch(), use_cache=False)
+        peaks.append(counter.peak)
+    assert peaks[1] <= peaks[0]
+
+
+def test_a_copy_on_another_device_is_made_again_there() -> None:
+    """As between the devices of a model that is spread over several; `meta` stands for the second one."""
+    x = torch.randn(3, 4, requires_grad=True)
+    with recomputing(made("llama", "s2ft")):
+        copy = (x * 3.0).to("meta")
+        narrow = (x + 1.0).to(torch.bfloat16)
+        wide = narrow.to("meta", torch.float32)
+        products = (copy * copy).grad_fn, (wide * wide).grad_fn, (narrow * narrow).grad_fn
+        assert [node._saved_self.device.type for node in products] == ["meta", "meta", "cpu"]
 
 
 # ---- runs ----
