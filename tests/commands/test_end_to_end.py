@@ -111,7 +111,17 @@ def test_a_process_prints_useful_lines_only(in_tmp: Path) -> None:
     done = command(in_tmp, "train", "--json", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 3 and done.stdout.count("\n") == 1
-    begins = ("data: ", "model: ", "trainable: ", "run: ", "eval loss ", "train: ", "warning: sparsity", "step: ", "export: ")
+    begins = (
+        "data: ",
+        "model: ",
+        "trainable: ",
+        "run: ",
+        "eval loss ",
+        "train: ",
+        "warning: sparsity",
+        "step: ",
+        "export: ",
+    )
     odd = [line for line in done.stderr.splitlines() if not (line.startswith(begins) or line.endswith(" so far"))]
     assert not odd
     assert "\x1b" not in done.stderr and "\r" not in done.stderr
