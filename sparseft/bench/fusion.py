@@ -29,7 +29,7 @@ from sparseft.adapters.description import adapter_hash
 from sparseft.adapters.lifecycle import detach, fuse, load_adapter, set_adapter
 from sparseft.bench.intervals import shown
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
-from sparseft.bench.quality import Trial, finished, folder_name, named_settings
+from sparseft.bench.quality import Trial, folder_name, going_on, named_settings, summary_of
 from sparseft.compose.run_config import compose
 from sparseft.config import BUNDLED, RunConfig
 from sparseft.data.loading import load_datasets
@@ -75,11 +75,7 @@ class Study:
 
     def summary(self, trial: Trial) -> dict[str, Any]:
         """What the trial's run says of itself; it is trained where it has not been."""
-        summary = finished(trial)
-        if summary is None:
-            console.log(f"bench: training {trial.variant}, seed {trial.seed}")
-            with console.quiet():
-                summary = self.train(trial.config)
+        summary = summary_of(trial, self.train)
         if summary["eval_loss_after"] is None:
             raise UserError(f"bench fusion chooses by held-out loss, and {trial.variant} has no evaluation examples.")
         return summary
@@ -98,11 +94,8 @@ def run(
     """
     folder = output.choose()
     study = plan(config, words, config_dirs, folder, train)
-    try:
+    with going_on(folder):
         return measure(study)
-    except KeyboardInterrupt:
-        console.log(f"bench: what is done is kept; the same command with output_dir={folder} goes on from there")
-        raise
 
 
 def plan(

@@ -10,10 +10,11 @@ the sample's (n - 1), over the seeds.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,26 @@ def finished(trial: Trial) -> dict[str, Any] | None:
     return read_json_object(summary) if summary.is_file() else None
 
 
+def summary_of(trial: Trial, train: Callable[[RunConfig], dict[str, Any]]) -> dict[str, Any]:
+    """What the trial's run says of itself; it is trained where it has not been."""
+    summary = finished(trial)
+    if summary is None:
+        console.log(f"bench: training {Path(str(trial.config.output_dir)).name}")
+        with console.quiet():
+            summary = train(trial.config)
+    return summary
+
+
+@contextlib.contextmanager
+def going_on(folder: Path) -> Iterator[None]:
+    """Says how to go on where an interrupt ends what is inside."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.log(f"bench: what is done is kept; the same command with output_dir={folder} goes on from there")
+        raise
+
+
 def run(
     config: RunConfig,
     output: Output,
@@ -126,11 +147,8 @@ def run(
     its summary.
     """
     folder = output.choose()
-    try:
+    with going_on(folder):
         return compare(config, trials(config, words, config_dirs, folder / "runs"), train)
-    except KeyboardInterrupt:
-        console.log(f"bench: what is done is kept; the same command with output_dir={folder} goes on from there")
-        raise
 
 
 def compare(config: RunConfig, trials: Sequence[Trial], train: Callable[[RunConfig], dict[str, Any]]) -> dict[str, Any]:

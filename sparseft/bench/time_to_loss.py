@@ -36,7 +36,7 @@ from sparseft import console
 from sparseft.bench.contenders import FLOOR, Contender, check_steps, made_trainable, step
 from sparseft.bench.intervals import interval, shown
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
-from sparseft.bench.quality import Trial, finished, folder_name, named_settings
+from sparseft.bench.quality import Trial, finished, folder_name, going_on, named_settings, summary_of
 from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import spread, take_turns
 from sparseft.compose.run_config import compose
@@ -93,13 +93,9 @@ class Study:
 
     def summary(self, trial: Trial) -> dict[str, Any]:
         """What the trial's run says of itself; it is trained where it has not been."""
-        summary = finished(trial)
-        if summary is None:
+        if finished(trial) is None:
             shutil.rmtree(str(trial.config.cache_dir), ignore_errors=True)  # a selection found there would take no time
-            console.log(f"bench: training {Path(str(trial.config.output_dir)).name}")
-            with console.quiet():
-                summary = self.train(trial.config)
-        return summary
+        return summary_of(trial, self.train)
 
 
 def run(
@@ -115,11 +111,8 @@ def run(
     """
     folder = output.choose()
     study = plan(config, words, config_dirs, folder, train)
-    try:
+    with going_on(folder):
         result = measure(study)
-    except KeyboardInterrupt:
-        console.log(f"bench: what is done is kept; the same command with output_dir={folder} goes on from there")
-        raise
     output.write(CHART, chart(result))
     return result | {"charts": [CHART]}
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseft.adapters.lifecycle import attach, trainable_parameters
 from sparseft.bench.timing import held_bytes
@@ -25,6 +24,7 @@ from sparseft.training import labelled_loss
 from sparseft.training.arguments import training_arguments
 from sparseft.training.recomputing import CHEAP, UP, describe, recomputing
 from sparseft.training.trainer import train
+from support.products import Products
 from support.running import METHODS, files, on, refused, sparseft, summary, write_data
 from support.training import CPU, examples, trainer_of
 
@@ -138,18 +138,6 @@ def test_what_is_kept_is_what_the_docs_count() -> None:
     assert "MiB" in str(describe(hooks.taken))
     assert describe(Counter()) is None
     del loss
-
-
-class Products(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm") or "attention" in name:
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_no_product_runs_twice_but_those_of_up() -> None:
