@@ -150,6 +150,12 @@ class Terminal:
         os.write(self.master, text.encode())
         return place
 
+    def interrupt(self, after: int) -> int:
+        """Ctrl-C once the next prompt is up: a signal that comes while `input` sets itself up waits for the next key."""
+        self.until("base>", after)
+        time.sleep(0.2)
+        return self.type("half a line\x03")
+
     def code(self) -> int:
         while time.monotonic() < self.end:
             with_data = select.select([self.master], [], [], 0.2)[0]
@@ -193,11 +199,11 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path: Path) -> None:
     terminal.until("saved to talk.jsonl", place)
     question, answer = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
     assert question["content"] == "The raven is black." and len(answer["content"]) > 20
-    place = terminal.type("half a line\x03")
+    place = terminal.interrupt(place)
     terminal.until("Ctrl-C again or Ctrl-D leaves", place)
     place = terminal.type("/hlep\r")
     terminal.until("Did you mean '/help'", place)
-    place = terminal.type("\x03")
+    place = terminal.interrupt(place)
     terminal.until("Ctrl-C again", place)
-    terminal.type("\x03")
+    terminal.interrupt(place)
     assert terminal.code() == 0
