@@ -115,6 +115,7 @@ class TrainerConfig:
     max_length: Annotated[int, AT_LEAST_2] = 512
     pad_to: Literal["longest", "max_length"] = "longest"
     loss: Literal["auto", "plain"] = "auto"
+    label_smoothing: Annotated[float, BELOW_1] = 0.0
     checkpointing: Literal["auto", "none", "selective", "selective_up", "full"] = "auto"
     compile: Literal["none", "model", "layers", "graphs"] = "none"
     warmup_steps: Annotated[int, AT_LEAST_0] = 100

@@ -133,9 +133,11 @@ def cross_entropy(
     *,
     by_x: bool,
     trained: Sequence[Tensor] = (),
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """The weighted sum of the tokens' cross-entropies (a scalar), its gradient by `x` (where it is wanted: `by_x`) and
-    by the head's own `trained` parameters. Sums are in fp32; the gradient of a chunk is taken with its loss, so that
+    by the head's own `trained` parameters. smoothing: the share of each target's probability that all tokens of the
+    vocabulary have in equal parts (label smoothing). Sums are in fp32; the gradient of a chunk is taken with its loss, so that
     its logits are gone before the next ones."""
     total = torch.zeros((), dtype=torch.float32, device=x.device)
     gradient = torch.zeros_like(x) if by_x else None
@@ -148,12 +150,17 @@ def cross_entropy(
         values = logits.detach().to(torch.float32, copy=True)  # the only one, from here on changed in place
         values.sub_(values.amax(1, keepdim=True))
         of_target = values.gather(1, target)
+        if smoothing:
+            of_target += smoothing * (values.mean(1, keepdim=True) - of_target)
         all_of_them = values.exp_().sum(1, keepdim=True)
         total += ((all_of_them.log() - of_target) * weight).sum()
         if not logits.requires_grad:
             continue
-        # The gradient by the logits: softmax less the target's one.
-        wanted = values.div_(all_of_them).scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
+        # The gradient by the logits: softmax less the target's probabilities.
+        wanted = values.div_(all_of_them)
+        if smoothing:
+            wanted.sub_(smoothing / values.shape[1])
+        wanted.scatter_add_(1, target, torch.full_like(target, smoothing - 1.0, dtype=torch.float32))
         inputs = [*([part] if by_x else []), *trained]
         found = torch.autograd.grad(logits, inputs, wanted.mul_(weight).to(logits.dtype), allow_unused=True)
         if gradient is not None:

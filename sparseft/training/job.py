@@ -377,6 +377,7 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         eval_dataset=prepared.data.eval,
         compile_layers=config.trainer.compile == "layers",
         labelled=job.labelled,
+        smoothing=config.trainer.label_smoothing,
         recomputed=KINDS.get(config.checkpointing, ()),
         data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
         processing_class=None,

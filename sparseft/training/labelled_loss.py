@@ -59,7 +59,7 @@ def why_plain(model: nn.Module) -> str | None:
     Tried on random numbers in the decoder's place, which does not run; of a model without content (on `meta`) the
     shapes have to tell.
     """
-    inner = _language_model(model)
+    inner = language_model(model)
     if getattr(inner.config, "output_router_logits", False):
         return "it adds terms of its own for its experts"
     if not head_is_apart(inner):
@@ -81,13 +81,13 @@ def why_plain(model: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def labelled_loss(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+def labelled_loss(model: nn.Module, device: torch.device | None = None, smoothing: float = 0.0) -> Iterator[None]:
     """Inside, the model (also wrapped: by peft, by torch's or DeepSpeed's data parallel) given labels returns the loss
     alone, computed this way; without labels it does what it does. For models of which `why_plain` says None.
 
-    device: the one whose memory the chunks are for; None: where the model runs."""
-    inner = _language_model(model)
-    before = vars(inner).get("forward")  # of a wrapper, as accelerate's for mixed precision
+    device: the one whose memory the chunks are for; None: where the model runs. smoothing: of labels, in training alone
+    (`label_smoothing.py`)."""
+    inner = language_model(model)
     own = inner.forward
 
     def forward(*args: Any, **given: Any) -> Any:
@@ -100,22 +100,30 @@ def labelled_loss(model: nn.Module, device: torch.device | None = None) -> Itera
         hidden = decoder_output(inner, given, own)
         with head_of(inner) as logits_of:
             rows = label_rows(labels) if rows is None else rows
-            loss = _loss(inner, logits_of, hidden, labels, rows, items, device)
+            loss = _loss(inner, logits_of, hidden, labels, rows, items, device, smoothing if inner.training else 0.0)
             return CausalLMOutputWithPast(loss=loss)
 
-    inner.forward = forward  # type: ignore[method-assign]
-    try:
+    with forward_of(inner, forward):
         yield
-    finally:
-        del inner.forward
-        if before is not None:
-            inner.forward = before  # type: ignore[method-assign]
 
 
-def _language_model(model: nn.Module) -> nn.Module:
+def language_model(model: nn.Module) -> nn.Module:
     """The model whose forward pass takes labels: inside what trains in several processes, and inside peft's."""
     inner = getattr(model, "module", model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def forward_of(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `forward` stands in the place of the model's forward pass."""
+    before = vars(model).get("forward")  # of a wrapper, as accelerate's for mixed precision
+    model.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before  # type: ignore[method-assign]
 
 
 def _loss(
@@ -126,6 +134,7 @@ def _loss(
     rows: Tensor,
     items: Tensor | int | None,  # what the sum is divided by; None: the labelled tokens of the batch
     device: torch.device | None = None,  # whose memory the chunks are for; None: hidden's
+    smoothing: float = 0.0,
 ) -> Tensor:
     """The sum of the labelled tokens' cross-entropies ÷ items: fp32, a scalar."""
     rows = rows.to(hidden.device)
@@ -138,8 +147,8 @@ def _loss(
         divisor = torch.full((), float(count), device=hidden.device)
     grad = torch.is_grad_enabled()
     trained = _trained_in_head(model) if grad else []
-    return _ChunkedLoss.apply(x, targets, divisor.reciprocal(), logits_of, tokens_at_once(model, device or x.device),
-                              grad, *trained)  # fmt: skip
+    step = tokens_at_once(model, device or x.device)
+    return _ChunkedLoss.apply(x, targets, divisor.reciprocal(), logits_of, step, smoothing, grad, *trained)
 
 
 def _trained_in_head(model: nn.Module) -> list[nn.Parameter]:
@@ -160,12 +169,15 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: Tensor,  # a scalar
         logits_of: Callable[[Tensor], Tensor],
         step: int,
+        smoothing: float,
         grad: bool,
         *trained: nn.Parameter,
     ) -> Tensor:
         by_x = grad and ctx.needs_input_grad[0]
         weights = weight.expand(len(x))
-        total, gradient, sums = cross_entropy(logits_of, x, targets, weights, step, by_x=by_x, trained=trained)
+        total, gradient, sums = cross_entropy(
+            logits_of, x, targets, weights, step, by_x=by_x, trained=trained, smoothing=smoothing
+        )
         ctx.save_for_backward(gradient, *(own.to(p.dtype) for own, p in zip(sums, trained, strict=True)))
         return total + 0.0 * weight  # the mean over no tokens is not a number
 
@@ -173,4 +185,4 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
         found = [None if each is None else each * by_loss.to(each.dtype) for each in ctx.saved_tensors]
-        return found[0], None, None, None, None, None, *found[1:]
+        return found[0], None, None, None, None, None, None, *found[1:]

@@ -39,6 +39,7 @@ from sparseft.training.checkpoints import (
 )
 from sparseft.training.compiling import GRAPHS, CompiledLayers, own_gradients
 from sparseft.training.failures import MemoryAdvice, memory_problem
+from sparseft.training.label_smoothing import smoothed_loss
 from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.recomputing import describe, recomputing
@@ -71,7 +72,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
     model's accuracy on a task and its standard error (or None); evaluations then carry both beside the loss. With
     `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is not finite updates nothing;
     `max_bad_steps` of them in a row end the run. `labelled`: the loss is computed as `labelled_loss.py` does it.
-    `recomputed`: the kinds of tensors that are computed again in the backward pass (`recomputing.py`).
+    `smoothing`: of the labels in training. `recomputed`: the kinds of tensors that are computed again in the backward pass (`recomputing.py`).
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         report: Callable[[dict[str, Any]], None] | None = None,
         compile_layers: bool = False,
         labelled: bool = False,
+        smoothing: float = 0.0,
         recomputed: Collection[str] = (),
         **options: Any,
     ) -> None:
@@ -96,7 +98,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         self.run_state = RunState(run, max_bad_steps, args.device)
         self.save_total_limit = save_total_limit
         self.score = score
-        self.labelled = labelled
+        self.labelled, self.smoothing = labelled, smoothing
         self.recomputed = recomputed
         self._said = False  # what is computed again
         if recomputed:
@@ -160,7 +162,9 @@ class Trainer(distributed_trainer.DistributedTrainer):
 
     def own_loss(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model computes its loss in the run's way."""
-        return labelled_loss(self.model) if self.labelled else contextlib.nullcontext()
+        if self.labelled:
+            return labelled_loss(self.model, smoothing=self.smoothing)
+        return smoothed_loss(self.model, self.smoothing) if self.smoothing else contextlib.nullcontext()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient's norm. transformers asks for it between the backward passes of a step and its update, so here a
