@@ -137,8 +137,8 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """The weighted sum of the tokens' cross-entropies (a scalar), its gradient by `x` (where it is wanted: `by_x`) and
     by the head's own `trained` parameters. smoothing: the share of each target's probability that all tokens of the
-    vocabulary have in equal parts (label smoothing). Sums are in fp32; the gradient of a chunk is taken with its loss, so that
-    its logits are gone before the next ones."""
+    vocabulary have in equal parts (label smoothing). Sums are in fp32; the gradient of a chunk is taken with its loss,
+    so that its logits are gone before the next ones."""
     total = torch.zeros((), dtype=torch.float32, device=x.device)
     gradient = torch.zeros_like(x) if by_x else None
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]

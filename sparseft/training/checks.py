@@ -82,8 +82,8 @@ def check_trainer(config: RunConfig) -> None:
     schedules.check(trainer, learning_rate(config), trainer.max_steps if trainer.max_steps > 0 else None)
     if trainer.label_smoothing and trainer.compile in ("model", "graphs"):
         raise UserError(
-            f"trainer.label_smoothing={trainer.label_smoothing}: cannot be used with trainer.compile={trainer.compile}, "
-            "which compiles the model's own loss; use trainer.compile=layers."
+            f"trainer.label_smoothing={trainer.label_smoothing}: cannot be used with trainer.compile="
+            f"{trainer.compile}, which compiles the model's own loss; use trainer.compile=layers."
         )
     name = trainer.optimizer
     if hardware.zero_stage and name in ("adafactor", *BITSANDBYTES):

@@ -72,7 +72,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
     model's accuracy on a task and its standard error (or None); evaluations then carry both beside the loss. With
     `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is not finite updates nothing;
     `max_bad_steps` of them in a row end the run. `labelled`: the loss is computed as `labelled_loss.py` does it.
-    `smoothing`: of the labels in training. `recomputed`: the kinds of tensors that are computed again in the backward pass (`recomputing.py`).
+    `smoothing`: of the labels in training. `recomputed`: the kinds of tensors that are computed again in the backward
+    pass (`recomputing.py`).
     """
 
     def __init__(
