@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -410,3 +411,8 @@ def _write(message: str, style: str | None = None) -> None:
         with contextlib.suppress(OSError, ValueError):  # a stream that has no file
             os.dup2(nowhere.fileno(), sys.stderr.fileno())
         sys.stderr = nowhere
+
+
+def visible(text: str) -> str:
+    """Without what a terminal would obey: a model, or a data set, may say anything."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -167,7 +166,7 @@ class Terminal:
 
             def say(name: str) -> Say:
                 def more(text: str) -> None:
-                    texts[name] += visible(text)
+                    texts[name] += console.visible(text)
                     live.update(self._table(texts, self.console.height - 3))
 
                 return more
@@ -207,7 +206,7 @@ class Wrapped:
         self.word = ""  # what of the present word stands on this line
 
     def say(self, text: str) -> None:
-        text = visible(text)
+        text = console.visible(text)
         _write(text if self.width < 2 else "".join(map(self._place, text)))
 
     def _place(self, letter: str) -> str:
@@ -234,11 +233,6 @@ class Wrapped:
         return before + letter
 
 
-def visible(text: str) -> str:
-    """Without what a terminal would obey: a model may say anything."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-
-
 def _under(head: str, index: int) -> Say:
     begun = False
 
@@ -252,7 +246,7 @@ def _under(head: str, index: int) -> Say:
 
 def _pass_on(text: str) -> None:
     """The very text into a pipe or a file; lines may come through a pipe though answers go to a terminal."""
-    _write(visible(text) if sys.stdout.isatty() else text)
+    _write(console.visible(text) if sys.stdout.isatty() else text)
 
 
 def _write(text: str) -> None:

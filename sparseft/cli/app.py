@@ -112,6 +112,44 @@ def train(
 
 
 @app.command(
+    short_help="Show what would be learnt from a file.",
+    epilog="\b\nExamples:\n"
+    "  sparseft data my-chats.jsonl model.path=./my-model\n"
+    "  sparseft data dataset=commonsense trainer.max_length=128 --examples 5",
+)
+def data(
+    words: Annotated[list[str] | None, typer.Argument(metavar="PATH|KEY=VALUE", hidden=True)] = None,
+    examples: Annotated[int, typer.Option("--examples", metavar="N", min=0, help="Examples to show.")] = 3,
+    cfg: Cfg = False,
+    config_dir: ConfigDir = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Show what `train` would learn from a file: examples with the tokens that count marked, their lengths, what is cut
+    or left out, and the template.
+
+    PATH is dataset.train_path: a file or a hub id (default: the data of the settings). KEY=VALUE sets a setting, as for
+    `train`. No weights are loaded.
+    """
+    overrides = [word for word in words or [] if is_override(word)]
+    paths = [word for word in words or [] if not is_override(word)]
+
+    def check() -> None:
+        if len(paths) > 1:
+            raise UserError(f"One file at a time: '{paths[1]}' comes after '{paths[0]}'.")
+        if paths and any(word.lstrip("+~").startswith("dataset.train_path=") for word in overrides):
+            raise UserError(f"'{paths[0]}' and dataset.train_path set the same: give one of them.")
+        overrides.extend(f"dataset.train_path={path}" for path in paths)
+
+    def call(module: Any, config: Any, _: list[str]) -> dict[str, Any]:
+        return module.run(config, examples=examples)
+
+    options = Options(False, cfg, config_dir, json, debug, quiet)
+    return configured("train", overrides, options, call, check, module="data")
+
+
+@app.command(
     "eval",
     short_help="Evaluate a run, an adapter or the base model.",
     epilog="\b\nExamples:\n"

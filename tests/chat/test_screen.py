@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from sparseft.chat.screen import Pipe, Terminal, Wrapped, visible
+from sparseft import console
+from sparseft.chat.screen import Pipe, Terminal, Wrapped
 from sparseft.errors import UserError
 
 LETTERS = "abcdefg hijk  lmn\n日\N{PILE OF POO}é"
@@ -62,7 +63,7 @@ def test_words_are_kept_whole_however_they_come(pieces: list[str], width: int) -
 
 
 def test_a_terminal_obeys_nothing_that_a_model_says() -> None:
-    assert visible("a\x1b[2Jb\x07\r\n\tc\N{ZERO WIDTH JOINER}") == "a[2Jb\n\tc\N{ZERO WIDTH JOINER}"
+    assert console.visible("a\x1b[2Jb\x07\r\n\tc\N{ZERO WIDTH JOINER}") == "a[2Jb\n\tc\N{ZERO WIDTH JOINER}"
 
 
 class Screenlike(io.StringIO):
