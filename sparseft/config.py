@@ -89,6 +89,9 @@ class DatasetConfig:
 
     name: str = "commonsense"
     train_path: str | None = None
+    mix: list[str] | None = None
+    stopping: Literal["first", "all"] = "first"
+    replay: str | None = None
     eval_path: str | None = None
     hub_path: str | None = None
     hub_split: str = "train"
@@ -101,6 +104,11 @@ class DatasetConfig:
     plain_chat: bool = False
     paths: Literal["best", "all"] = "best"
     language: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What the training data are called: their file or files, else the family."""
+        return " + ".join(self.mix) if self.mix else self.train_path or self.name
 
 
 @dataclass
@@ -131,6 +139,7 @@ class TrainerConfig:
     eval_steps: Annotated[int, AT_LEAST_1] | None = None
     eval_task: str | None = None
     target_score: Annotated[float, ACCURACY] | None = None
+    patience: Annotated[int, AT_LEAST_1] | None = None
     keep_best: bool = False
     best_after: Annotated[float, BELOW_1] = 0.0
     save_steps: Annotated[int, AT_LEAST_1] | None = None

@@ -174,7 +174,7 @@ def compare(config: RunConfig, trials: Sequence[Trial], train: Callable[[RunConf
     return {
         "benchmark": "quality",
         "model": config.model.path,
-        "dataset": config.dataset.train_path or config.dataset.name,
+        "dataset": config.dataset.title,
         "dtype": config.model.dtype,
         "device": " and ".join(dict.fromkeys(devices)),
         "seeds": sorted({trial.seed for trial in trials}),

@@ -176,7 +176,7 @@ def measure(study: Study) -> dict[str, Any]:
     return {
         "benchmark": "time",
         "model": config.model.path,
-        "dataset": config.dataset.train_path or config.dataset.name,
+        "dataset": config.dataset.title,
         "dtype": config.model.dtype,
         "device": device_name(resolve_device(config.hardware.device)),
         "seeds": study.seeds,

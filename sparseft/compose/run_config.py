@@ -16,7 +16,7 @@ from sparseft.compose import overrides as words
 from sparseft.compose import validation
 from sparseft.compose.overrides import GROUPS, Override
 from sparseft.compose.validation import annotation_of, check_key, known_keys, method_fields
-from sparseft.config import RunConfig
+from sparseft.config import BUNDLED, RunConfig
 from sparseft.console import warn
 from sparseft.errors import UserError, nearest
 from sparseft.methods import METHODS, get_method
@@ -69,7 +69,11 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     if "method" in choices and "experiment" in choices:
         _drop_foreign_settings(content, method_name, choices["experiment"])
     _share(content, settings, method_name)
-    return _build(content, " in the configuration files")
+    built = _build(content, " in the configuration files")
+    if built.dataset.mix:
+        bundled = built.model.path.startswith(BUNDLED)
+        built.dataset.mix = [_with_own_data(text, bundled, config_dirs) for text in built.dataset.mix]
+    return built
 
 
 def points(command: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[list[str]]:
@@ -153,11 +157,31 @@ def _sort_words(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[d
         if override.value is None:
             raise UserError(f"{word}: a {group} is always needed, it cannot be removed; choose one with {group}=NAME.")
         available = options(group, config_dirs)
+        if group == "dataset" and override.value.startswith("[") and override.value.endswith("]"):
+            choices[group], settings["dataset.mix"] = _mix(override.value, available)
+            continue
         name = words.unquote(override.value) or override.value.strip()
         if name not in available:
             raise UserError(_unknown_option(group, name, available))
         choices[group] = name
     return choices, settings
+
+
+def _mix(value: str, available: list[str]) -> tuple[str, Override]:
+    """Of `dataset=[a:0.7,b:0.3]` the option whose other settings hold, and `dataset.mix`."""
+    sources = [text.strip() for text in words.split_top_level(value[1:-1])]
+    first = next((name for text in sources if (name := text.partition(":")[0]) in available), "json")
+    return first, words.parse(f"dataset.mix={value}")
+
+
+def _with_own_data(text: str, bundled: bool, config_dirs: Sequence[str]) -> str:
+    """`SOURCE:SHARE` with a data set's own file or hub id in the place of its name; a bundled one keeps its name."""
+    name, colon, share = text.partition(":")
+    if name not in options("dataset", config_dirs):
+        return text
+    own = _compose_groups("train", {"dataset": name}, config_dirs)["dataset"]
+    path = own.get("train_path") or (None if bundled else own.get("hub_path"))
+    return f"{path}{colon}{share}" if path else text
 
 
 def _unknown_option(group: str, name: str, available: list[str]) -> str:

@@ -93,8 +93,9 @@ def check(config: RunConfig) -> None:
             f"trainer.target_score={trainer.target_score}: needs trainer.eval_task (whose accuracy it is) and "
             "trainer.eval_steps."
         )
-    if (trainer.keep_best or trainer.eval_task) and not trainer.eval_steps:
-        name = "keep_best=true" if trainer.keep_best else f"eval_task={trainer.eval_task}"
+    if (trainer.keep_best or trainer.eval_task or trainer.patience) and not trainer.eval_steps:
+        asked = f"eval_task={trainer.eval_task}" if trainer.eval_task else f"patience={trainer.patience}"
+        name = "keep_best=true" if trainer.keep_best else asked
         raise UserError(f"trainer.{name}: needs trainer.eval_steps, the optimizer steps between evaluations.")
     for name in trainer.trackers:
         check_choice("trainer.report_to", name, TRACKERS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sparseft.config import BUNDLED, DatasetConfig, in_bundle
 from sparseft.data.chat import Chats
 from sparseft.data.encoding import Encoder, tokenize
 from sparseft.data.formats import DETECTION_RECORDS, Converter, Plain, check_records, detect_format
+from sparseft.data.mixing import counts, drawn, joined, parse_mix, parse_replay, replayed
 from sparseft.data.oasst_trees import Trees
 from sparseft.data.packing import PackedDataset
 from sparseft.data.question_hashes import QuestionHashes
@@ -63,49 +64,49 @@ def load_datasets(
     """Reads, converts, splits and tokenises what `config` names; its fields and `max_length` (tokens, at least 2) have
     been validated.
 
-    Training examples come from `train_path`; else, with the bundled model (`bundled`), from the bundled set of the
-    family `config.name`; else from `hub_path`. Evaluation examples come from `eval_path`; else from the bundled set's
-    own evaluation file; else `eval_fraction` of the training records is split off by a permutation of `seed`: at
-    least one where there are two, and never all. Where there is one record only (a long text), its pieces are split.
-    `max_examples` cuts the training records before anything else.
+    Training examples come from `mix` or `train_path`; else, with the bundled model (`bundled`), from the bundled set of
+    the family `config.name`; else from `hub_path`. What `replay` names comes on top. Evaluation examples come from
+    `eval_path`; else from the bundled set's own evaluation file; else `eval_fraction` of the training records is split
+    off, of each source but a replayed one, by a permutation of `seed`: at least one where there are two, and never all.
+    Where there is one record only (a long text), its pieces are split.
+    `max_examples` cuts the training records of each source before anything else.
 
     The tokens lie in files below `cache_dir`, which are mapped into memory and used again for the same data, tokenizer
     and settings: memory does not grow with the data, but for some 50 bytes an example.
 
     Raises UserError for a missing or broken file, a bad record, or if no example is left.
     """
-    path, split, own_eval = _training_path(config, bundled)
-    reader = _Reader(config, Encoder(tokenizer), max_length, Cache(cache_dir))
-
-    source = open_source(path, split=split, key="dataset.train_path")
-    format, train = reader.read(source, "training", config.max_examples)
+    cache = Cache(cache_dir)
+    reader = _Reader(config, Encoder(tokenizer), max_length, cache)
+    parts = [_read_part(reader, each, config, seed) for each in named_sources(config, bundled)]
+    train = _together(parts, config, seed, cache, reader.notes)
     evaluation, eval_source, overlap = None, "", 0
-    eval_path = config.eval_path or own_eval
-    if eval_path:
-        there = open_source(eval_path, split=None, key="dataset.eval_path")
+    if config.eval_path:
+        there = open_source(config.eval_path, split=None, key="dataset.eval_path")
         _, evaluation = reader.read(there, "evaluation", None)
         eval_source = there.name
-    elif config.eval_fraction > 0:
-        train, evaluation = split_off(train, config.eval_fraction, seed)
-        if evaluation is None:
+    else:
+        held = [part for part in parts if part.held is not None]
+        if held:
+            tokens = [part.held for part in held if part.held is not None]
+            evaluation = tokens[0] if len(tokens) == 1 else joined(tokens, cache)
+            eval_source = " + ".join(part.held_source for part in held)
+        elif config.eval_fraction > 0:
             reader.notes.append("a single example cannot be split: no evaluation examples")
-        else:
-            count = len(evaluation.dataset)
-            eval_source = f"{source.name} ({count} {'example' if count == 1 else 'examples'} split off)"
     questions = QuestionHashes(train.questions)
     if evaluation is not None:
         eval_questions = np.unique(evaluation.questions)
         overlap = int(np.isin(eval_questions, questions.hashes).sum())
         # Held-out data that the user chose should share nothing; repeats within one file are just worth knowing.
-        said = reader.warnings if eval_path else reader.notes
+        said = reader.warnings if config.eval_path or parts[0].source.own_eval else reader.notes
         said += _overlap(train.dataset, evaluation.dataset, overlap, len(eval_questions))
     if reader.encoder.eos is None:
         reader.notes.append("the tokenizer has no EOS token, so answers do not teach the model to stop")
     return LoadedData(
         train=train.dataset,
         eval=None if evaluation is None else evaluation.dataset,
-        format=format,
-        train_source=source.name,
+        format=max(parts, key=lambda part: part.count).format,
+        train_source=" + ".join(part.name for part in parts),
         eval_source=eval_source,
         fingerprint=train.dataset.fingerprint(),
         dropped=train.facts.dropped,
@@ -138,25 +139,114 @@ def no_row(token: int, tokenizer: Any, rows: int, what: str = "embeddings have")
     )
 
 
-def _training_path(config: DatasetConfig, bundled: bool) -> tuple[str, str, str | None]:
-    """Path, split (for a hub id) and, for a bundled set, its own evaluation file."""
-    if config.train_path:
-        return config.train_path, config.hub_split, None
-    if bundled:
-        if config.name not in BUNDLED_SETS:
-            raise UserError(
-                f"No data set is bundled for dataset '{config.name}'; give a file with dataset.train_path=FILE."
-                f"{nearest(config.name, BUNDLED_SETS)}"
-            )
-        train = f"{BUNDLED}data/{BUNDLED_SETS[config.name]}"
+@dataclass(frozen=True)
+class NamedSource:
+    """Training data that a configuration names."""
+
+    path: str  # a file, a hub id, or a bundled one
+    key: str  # the setting that names it
+    own_eval: str | None = None  # the evaluation file of a bundled set
+    weight: float | None = None  # its share in a mix, before shares add up to 1; None: all of it
+    replay: float | None = None  # its share of all, where it is old data
+
+
+def named_sources(config: DatasetConfig, bundled: bool) -> list[NamedSource]:
+    """The sources of the training data, those to replay last."""
+    if config.mix:
+        if config.train_path:
+            raise UserError("dataset.mix and dataset.train_path both name training data: give one of them.")
+        found = [_named_source(share.path, "dataset.mix", bundled, share.weight) for share in parse_mix(config.mix)]
+    elif config.train_path:
+        found = [NamedSource(config.train_path, "dataset.train_path")]
+    elif bundled or not config.hub_path:
+        found = [_named_source(config.name, "dataset.train_path", bundled)]
+    else:
+        found = [NamedSource(config.hub_path, "dataset.train_path")]
+    if config.replay is not None:
+        share = parse_replay(config.replay)
+        if share.path in [each.path for each in found]:
+            raise UserError(f"dataset.replay: '{share.path}' is what is trained on anyway.")
+        found.append(NamedSource(share.path, "dataset.replay", replay=share.weight))
+    return found
+
+
+def _named_source(name: str, key: str, bundled: bool, weight: float | None = None) -> NamedSource:
+    """A source by its path or, with the bundled model, by the name of its family."""
+    family = name in BUNDLED_SETS
+    if family and bundled:
+        train = f"{BUNDLED}data/{BUNDLED_SETS[name]}"
         own_eval = train.replace("/train.", "/eval.")
-        return train, config.hub_split, own_eval if in_bundle(own_eval) else None
-    if config.hub_path:
-        return config.hub_path, config.hub_split, None
+        return NamedSource(train, key, own_eval if in_bundle(own_eval) else None, weight)
+    if key == "dataset.mix" and not family:
+        return NamedSource(name, key, weight=weight)
+    if bundled:
+        raise UserError(
+            f"No data set is bundled for dataset '{name}'; give a file with dataset.train_path=FILE."
+            f"{nearest(name, BUNDLED_SETS)}"
+        )
     raise UserError(
-        f"dataset '{config.name}' names no training data for this model; "
-        "give a file or a hub id: dataset.train_path=FILE."
+        f"dataset '{name}' names no training data for this model; give a file or a hub id: dataset.train_path=FILE."
     )
+
+
+@dataclass
+class _Part:
+    """What was read of one source."""
+
+    source: NamedSource
+    name: str
+    format: str
+    tokens: Tokens  # to train on
+    held: Tokens | None  # to evaluate on
+    held_source: str
+    count: int = 0  # examples in an epoch
+
+
+def _read_part(reader: _Reader, named: NamedSource, config: DatasetConfig, seed: int) -> _Part:
+    """Reads a source, and splits off what is evaluated."""
+    source = open_source(named.path, split=config.hub_split, key=named.key)
+    format, train = reader.read(source, "training", config.max_examples)
+    part = _Part(named, source.name, format, train, None, "")
+    if config.eval_path or named.replay is not None:
+        return part
+    if named.own_eval:
+        there = open_source(named.own_eval, split=None, key="dataset.eval_path")
+        part.held, part.held_source = reader.read(there, "evaluation", None)[1], there.name
+    elif config.eval_fraction > 0:
+        part.tokens, part.held = split_off(train, config.eval_fraction, seed)
+        if part.held is not None:
+            number = len(part.held.dataset)
+            part.held_source = f"{source.name} ({number} {'example' if number == 1 else 'examples'} split off)"
+    return part
+
+
+def _together(parts: list[_Part], config: DatasetConfig, seed: int, cache: Cache, notes: list[str]) -> Tokens:
+    """The training examples of all sources in their shares, by a choice that `seed` makes."""
+    if len(parts) == 1:
+        parts[0].count = len(parts[0].tokens.dataset)
+        return parts[0].tokens
+    new = [part for part in parts if part.source.replay is None]
+    weights = [part.source.weight for part in new if part.source.weight is not None]
+    for part, count in zip(
+        new, counts([len(part.tokens.dataset) for part in new], weights or None, config.stopping), strict=True
+    ):
+        part.count = count
+    fresh = sum(part.count for part in new)
+    for part in parts:
+        if part.source.replay is not None:
+            part.count = replayed(fresh, part.source.replay)
+    whole = joined([part.tokens for part in parts], cache)
+    chosen, first, total = [], 0, sum(part.count for part in parts)
+    for part in parts:
+        size = len(part.tokens.dataset)
+        chosen.append(first + drawn(part.count, size, seed, f"mix {part.source.path}"))
+        first += size
+        replay = " replayed" if part.source.replay is not None else ""
+        notes.append(
+            f"mix: {part.count / total:.1%}{replay} from {part.name}: {part.count} of {size} examples an epoch"
+        )
+    places = np.concatenate(chosen)
+    return replace(whole, dataset=whole.dataset.subset(places), records=whole.records[places])
 
 
 class _Reader:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,24 @@ def recorded(folder: Path, step: int) -> Evaluation | None:
     return Evaluation(step, lines[-1]["eval_loss"], lines[-1].get("eval_score")) if lines else None
 
 
+def evaluations(folder: Path, steps: range) -> list[Evaluation]:
+    """Those in `metrics.jsonl` at `steps`, in order."""
+    found: dict[int, Evaluation] = {}  # a run that was continued may have evaluated a step twice
+    for line in read_metrics(folder / METRICS):
+        if line.get("step") in steps and isinstance(line.get("eval_loss"), (int, float)):
+            found[line["step"]] = Evaluation(line["step"], line["eval_loss"], line.get("eval_score"))
+    return list(found.values())
+
+
+def without_a_better(seen: Sequence[Evaluation]) -> int:
+    """How many evaluations there were since the best one."""
+    best, since = None, 0
+    for evaluation in seen:
+        better = evaluation.better_than(best)
+        best, since = (evaluation, 0) if better else (best, since + 1)
+    return since
+
+
 def read_best(folder: Path) -> Evaluation | None:
     """What the folder of a best adapter says of its evaluation; None where there is none."""
     path = folder / BEST / BEST_NOTE
@@ -75,7 +93,8 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 class Best(transformers.TrainerCallback):
-    """Keeps the adapter of the best evaluation, and ends the training once one reaches `target_score`.
+    """Keeps the adapter of the best evaluation, and ends the training once one reaches `target_score`, or `patience` of
+    them in a row were no better than the best before.
 
     folder: the run's `checkpoints/`. save(path): writes what is trained as it is now; None: the best is not kept.
     from_step: evaluations of earlier steps do not count.
@@ -88,8 +107,15 @@ class Best(transformers.TrainerCallback):
         *,
         from_step: int = 1,
         target_score: float | None = None,
+        patience: int | None = None,
     ) -> None:
-        self.folder, self.save, self.from_step, self.target_score = folder, save, max(1, from_step), target_score
+        self.folder, self.save, self.from_step = folder, save, max(1, from_step)
+        self.target_score, self.patience = target_score, patience
+        self.seen: list[Evaluation] = []  # that count
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        before = range(self.from_step, state.global_step + 1)
+        self.seen = broadcast_object(evaluations(self.folder.parent, before) if is_main() else [])
 
     def on_evaluate(self, args, state, control, metrics: Any = None, **kwargs) -> None:
         seen = Evaluation(state.global_step, metrics["eval_loss"], metrics.get("eval_score"))
@@ -100,6 +126,11 @@ class Best(transformers.TrainerCallback):
             self._keep(seen)
         if reached(self.target_score, seen.eval_score) and seen.step < state.max_steps:
             console.log(f"step {seen.step}: score {seen.eval_score:.4f} reaches trainer.target_score, so training ends")
+            control.should_save = control.should_training_stop = True
+        if seen.step >= self.from_step:
+            self.seen.append(seen)
+        if self.patience is not None and without_a_better(self.seen) >= self.patience and seen.step < state.max_steps:
+            console.log(f"step {seen.step}: no better evaluation in the last {self.patience}, so training ends")
             control.should_save = control.should_training_stop = True
 
     def _keep(self, seen: Evaluation) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from sparseft.config import BITSANDBYTES, BUNDLED, OPTIMIZERS, RunConfig, in_bundle
+from sparseft.data.loading import named_sources
 from sparseft.data.sources import locate_file
 from sparseft.distributed import launch
 from sparseft.distributed.env import check_variables
@@ -107,8 +108,8 @@ def check_trainer(config: RunConfig) -> None:
 
 def check_data(config: RunConfig) -> None:
     """Refuses data files and test data that are not there."""
-    if config.dataset.train_path is not None:
-        locate_file(config.dataset.train_path, key="dataset.train_path")
+    for source in named_sources(config.dataset, config.model.path.startswith(BUNDLED)):
+        locate_file(source.path, key=source.key)
     if config.dataset.eval_path is not None:
         locate_file(config.dataset.eval_path, key="dataset.eval_path")
     check_tests(config)

@@ -52,7 +52,7 @@ from sparseft.selection.selection import Selection, describe_selection, describe
 from sparseft.training import checks, schedules
 from sparseft.training import resume as resuming
 from sparseft.training.arguments import training_arguments
-from sparseft.training.best import Best, Evaluation, reached, recorded
+from sparseft.training.best import Best, Evaluation, evaluations, reached, recorded, without_a_better
 from sparseft.training.checkpoints import CHECKPOINTS, last_checkpoint
 from sparseft.training.distributed_trainer import has_experts
 from sparseft.training.labelled_loss import usable
@@ -388,8 +388,9 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
     best = Best(
         folder / CHECKPOINTS,
         (lambda path: trainer.save_model(str(path))) if config.trainer.keep_best else None,
-        from_step=math.ceil(config.trainer.best_after * job.total_steps),
+        from_step=best_from(job),
         target_score=config.trainer.target_score,
+        patience=config.trainer.patience,
     )
     trainer.add_callback(best)
     samples = None
@@ -414,13 +415,21 @@ def _picture(job: Job, trackers: Trackers, step: int) -> None:
         trackers.picture("selection", draw_shares(trained_shares(job.prepared.model, job.spec)), step)
 
 
+def best_from(job: Job) -> int:
+    """The first step whose evaluation may be the best."""
+    return max(1, math.ceil(job.config.trainer.best_after * job.total_steps))
+
+
 def _last_step(job: Job, folder: Path) -> int:
-    """Where training ends: also where a run that is continued has reached its target before."""
+    """Where training ends: also where a run that is continued has reached its target, or lost its patience, before."""
+    settings = job.config.trainer
     step = job.previous.step if job.previous else -1
     seen = first_recorded(folder, step) if step > 0 else None
-    if seen is not None and reached(job.config.trainer.target_score, seen.eval_score):
-        return step
-    return job.total_steps
+    if seen is None:
+        return job.total_steps
+    counted = ranks.broadcast_object(evaluations(folder, range(best_from(job), step + 1)) if ranks.is_main() else [])
+    impatient = settings.patience is not None and without_a_better(counted) >= settings.patience
+    return step if impatient or reached(settings.target_score, seen.eval_score) else job.total_steps
 
 
 def _reselection(job: Job, trainer: Trainer) -> Reselection:
@@ -509,7 +518,7 @@ def _summary(job: Job, trained: Trained, after: Evaluation | None) -> dict[str, 
     return {
         "method": config.method_name,
         "model": config.model.path,
-        "dataset": config.dataset.train_path or config.dataset.name,
+        "dataset": config.dataset.title,
         "sparsity": None if job.method.trains_all else 1 - job.trainable / scope,
         "scope": config.method.scope,
         "trainable_parameters": job.trainable,

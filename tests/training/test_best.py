@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparseft.training.best import Evaluation
+from sparseft.training.best import Evaluation, without_a_better
 from sparseft.training.trainer import Trainer
 from support.running import METHODS, files, metrics, on, refused, sparseft, summary, write_data
 
@@ -180,12 +180,40 @@ def test_training_ends_at_the_target_and_stays_ended(judged: Path, tmp_path: Pat
     assert same(adapter(run), adapter(judged))
 
 
+def test_evaluations_without_a_better_one() -> None:
+    def since(*losses: float) -> int:
+        return without_a_better([Evaluation(step, loss) for step, loss in enumerate(losses)])
+
+    assert [since(), since(2.0), since(2.0, 1.0), since(2.0, 2.0), since(1.0, 2.0, 1.5), since(1.0, 2.0, 0.5)] == [
+        0, 0, 0, 1, 2, 0,
+    ]  # fmt: skip
+
+
+def test_training_ends_when_nothing_gets_better_and_stays_ended(tmp_path: Path) -> None:
+    """At a rate too small to change a weight; of equal ones the first is what is left."""
+    words = [
+        "train", "method=s2ft", "trainer.eval_steps=1", "trainer.max_steps=9", "trainer.warmup_steps=0",
+        "trainer.gradient_accumulation=1", "trainer.learning_rate=1e-30", "trainer.keep_best=true",
+        "trainer.patience=2", "dataset.max_examples=40", "output_dir=run",
+    ]  # fmt: skip
+    done = sparseft(tmp_path, *words)
+    run = tmp_path / "run"
+    result = summary(run)
+    assert (result["steps"], result["best_step"]) == (3, 1)
+    assert "step 3: no better evaluation in the last 2, so training ends" in done.err
+    sparseft(tmp_path, *words, "trainer.resume=auto")
+    assert summary(run)["steps"] == 3
+    sparseft(tmp_path, *words, "trainer.resume=auto", "trainer.patience=null")
+    assert summary(run)["steps"] == 9  # with all the time in the world it goes on
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
         (["trainer.keep_best=true"], ["trainer.keep_best=true", "trainer.eval_steps"]),
         (["trainer.eval_task=mmlu"], ["trainer.eval_task=mmlu", "trainer.eval_steps"]),
         (["trainer.target_score=0.5", "trainer.eval_steps=1"], ["trainer.target_score=0.5", "trainer.eval_task"]),
+        (["trainer.patience=2"], ["trainer.patience=2", "trainer.eval_steps"]),
         (["trainer.target_score=38.1", "trainer.eval_steps=1", "trainer.eval_task=mmlu"], ["38.1", "at most 1"]),
         (["trainer.eval_task=mmul", "trainer.eval_steps=1"], ["mmul", "mmlu"]),
         (["trainer.eval_task=mt_bench", "trainer.eval_steps=1"], ["mt_bench", "judge"]),

@@ -1,0 +1,189 @@
+"""Several sources in one training set, and old data beside new ones."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparseft.compose.run_config import compose, from_dict
+from sparseft.config import BUNDLED_ROOT, DatasetConfig
+from sparseft.data import mixing
+from sparseft.data.loading import LoadedData, load_datasets
+from sparseft.data.mixing import counts, drawn, joined, parse_share, replayed
+from sparseft.data.token_cache import Cache
+from sparseft.data.tokenized import Facts, TokenizedDataset, Tokens
+from sparseft.errors import UserError
+from support.running import refused, sparseft, summary
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return transformers.AutoTokenizer.from_pretrained(Path(BUNDLED_ROOT) / "tiny")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sources, told apart by their first letter: 40 of a, 20 of b, 10 of c."""
+    folder = tmp_path_factory.mktemp("world")
+    for letter, count in (("a", 40), ("b", 20), ("c", 10)):
+        lines = (json.dumps({"prompt": f"{letter} {number} =", "completion": "yes"}) for number in range(count))
+        (folder / f"{letter}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def load(world: Path, tokenizer: Any, seed: int = 0, **settings: Any) -> LoadedData:
+    for key in ("train_path", "eval_path", "replay"):
+        if settings.get(key):
+            settings[key] = str(world / settings[key])
+    if "mix" in settings:
+        settings["mix"] = [str(world / text) for text in settings["mix"]]
+    config = DatasetConfig(name="json", **{"eval_fraction": 0.0} | settings)
+    return load_datasets(config, tokenizer, max_length=64, seed=seed, bundled=True, cache_dir=world / "cache")
+
+
+def letters(dataset: TokenizedDataset | None, tokenizer: Any) -> dict[str, int]:
+    assert dataset is not None
+    return dict(Counter(tokenizer.decode(each["input_ids"]).strip()[0] for each in dataset))
+
+
+# ---- how many ----
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 10)), min_size=2, max_size=5),
+    st.sampled_from(["first", "all"]),
+)
+def test_shares_hold_and_the_end_is_where_it_was_asked_for(sources: list[tuple[int, float]], stopping: str) -> None:
+    sizes, weights = [size for size, _ in sources], [weight for _, weight in sources]
+    found = counts(sizes, weights, stopping)
+    total = sum(weights)
+    whole = (min if stopping == "first" else max)(size * total / weight for size, weight in sources)
+    for count, weight in zip(found, weights, strict=True):
+        assert count >= 1 and (abs(count - whole * weight / total) <= 0.5 + 1e-6 or count == 1)
+    ended = [count >= size for count, size in zip(found, sizes, strict=True)]
+    assert any(ended) if stopping == "first" else all(ended)
+
+
+def test_without_shares_all_is_taken() -> None:
+    assert counts([3, 5], None, "first") == counts([3, 5], None, "all") == [3, 5]
+    assert replayed(90, 0.1) == 10 and replayed(3, 0.01) == 1
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 3))
+def test_no_example_comes_twice_before_all_came_once(count: int, size: int, seed: int) -> None:
+    found = drawn(count, size, seed, "mix")
+    times = np.bincount(found, minlength=size)
+    assert len(found) == count and times.max() - times.min() <= 1 and (found == drawn(count, size, seed, "mix")).all()
+
+
+def test_shares_are_read() -> None:
+    assert parse_share("k", "a.json:0.3") == mixing.Share("a.json", 0.3)
+    assert parse_share("k", "bundled:data/a.json") == mixing.Share("bundled:data/a.json", None)
+    assert parse_share("k", "bundled:data/a.json:2") == mixing.Share("bundled:data/a.json", 2.0)
+    for text in ("a:0", "a:-1", "a:nan", "a:inf", ":0.5"):
+        with pytest.raises(UserError, match="no share above 0"):
+            parse_share("k", text)
+
+
+# ---- the examples ----
+
+
+def test_joined_parts_are_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixing, "CHUNK", 2)
+
+    def tokens(first: int, count: int) -> Tokens:
+        pairs = [([first + i] * (i + 1), [-100] * i + [first + i]) for i in range(count)]
+        return Tokens(
+            TokenizedDataset.from_lists(pairs), np.arange(count) // 2, np.arange(count, dtype=np.uint64) + first,
+            np.arange(count) // 2, Facts(records=count, examples=count, cut=1),
+        )  # fmt: skip
+
+    parts = [tokens(10, 5).part(np.array([True, False, True, True, True]), np.ones(5, bool)), tokens(20, 3)]
+    for _ in range(2):  # made, and found
+        whole = joined(parts, Cache(tmp_path))
+        assert list(whole.dataset) == [*parts[0].dataset, *parts[1].dataset]
+        assert whole.records.tolist() == [0, 1, 1, 2, 3, 3, 4]  # none of the one is one of the other
+        assert whole.questions.tolist() == [10, 11, 12, 13, 14, 20, 21, 22]
+        assert whole.question_records.tolist() == [0, 0, 1, 1, 2, 3, 3, 4]
+        assert whole.facts == Facts(records=8, examples=8, cut=2)
+    (entry,) = (tmp_path / "tokens").iterdir()
+    (entry / "labels.bin").unlink()  # and not cut: it is mapped
+    assert list(joined(parts, Cache(tmp_path)).dataset) == list(whole.dataset)
+
+
+def test_a_mix(world: Path, tokenizer: Any) -> None:
+    whole = load(world, tokenizer, mix=["a.jsonl", "b.jsonl"])
+    assert letters(whole.train, tokenizer) == {"a": 40, "b": 20}
+    first = load(world, tokenizer, mix=["a.jsonl:0.5", "b.jsonl:0.5"])
+    assert letters(first.train, tokenizer) == {"a": 20, "b": 20} and len(set(first.train.example_keys())) == 40
+    every = load(world, tokenizer, mix=["a.jsonl:1", "c.jsonl:1"], stopping="all")
+    assert letters(every.train, tokenizer) == {"a": 40, "c": 40} and len(set(every.train.example_keys())) == 50
+    assert any("mix: 50.0%" in note and "c.jsonl: 40 of 10 examples" in note for note in every.notes)
+    again, other = (load(world, tokenizer, seed, mix=["a.jsonl:0.5", "b.jsonl:0.5"]) for seed in (0, 1))
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert first.train_source == f"{world / 'a.jsonl'} + {world / 'b.jsonl'}"
+
+
+def test_what_is_held_out_is_not_trained_on(world: Path, tokenizer: Any) -> None:
+    data = load(
+        world, tokenizer, mix=["a.jsonl:0.5", "b.jsonl:0.5"], stopping="all", replay="c.jsonl:0.2", eval_fraction=0.25
+    )
+    assert letters(data.eval, tokenizer) == {"a": 10, "b": 5}
+    assert letters(data.train, tokenizer) == {"a": 30, "b": 30, "c": 15}
+    assert data.eval_overlap == 0 and not set(data.train.example_keys()) & set(data.eval.example_keys())
+    one = load(world, tokenizer, train_path="a.jsonl", replay="c.jsonl:0.2", eval_path="b.jsonl")
+    assert letters(one.train, tokenizer) == {"a": 40, "c": 10} and letters(one.eval, tokenizer) == {"b": 20}
+    packed = load(world, tokenizer, train_path="a.jsonl", replay="c.jsonl:0.2", packing=True)
+    assert packed.packed is not None and len(packed.packed) < 50
+
+
+# ---- commands ----
+
+
+def test_a_run_on_named_sets(tmp_path: Path) -> None:
+    words = ["dataset=[commonsense:0.7,arithmetic:0.3]", "dataset.replay=bundled:data/oasst1/train.jsonl:0.1"]
+    done = sparseft(
+        tmp_path, "train", "method=s2ft", *words, "trainer.max_steps=1", "trainer.gradient_accumulation=1",
+        "output_dir=run",
+    )  # fmt: skip
+    assert "mix: 10.0% replayed from bundled:data/oasst1/train.jsonl" in done.err
+    assert summary(tmp_path / "run")["dataset"] == "commonsense:0.7 + arithmetic:0.3"
+    config = compose("train", words)
+    assert from_dict(config.to_dict()) == config and config.dataset.name == "commonsense"
+
+
+def test_named_sets_of_other_models_are_their_published_ones(tmp_path: Path) -> None:
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "mine.yaml").write_text("defaults: [_defaults, _self_]\nname: json\ntrain_path: my.jsonl\n")
+    config = compose("train", ["model.path=./x", "dataset=[oasst1:0.9,mine:0.1]"], [str(tmp_path)])
+    assert config.dataset.mix == ["timdettmers/openassistant-guanaco:0.9", "my.jsonl:0.1"]
+    assert compose("train", ["dataset=[a.jsonl,b.jsonl]"]).dataset.mix == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dataset.mix=[a.jsonl]"], "name at least two sources"),
+        (["dataset.mix=[a.jsonl,a.jsonl:2]"], "named twice"),
+        (["dataset.mix=[a.jsonl,b.jsonl:2]"], "'a.jsonl' has no share and others have"),
+        (["dataset.mix=[a.jsonl:1,b.jsonl:0]"], "no share above 0"),
+        (["dataset.mix=[a.jsonl,b.jsonl]", "dataset.train_path=c.jsonl"], "both name training data"),
+        (["dataset=[a.jsonl,d.jsonl]"], "dataset.mix: there is no file 'd.jsonl'"),
+        (["dataset.replay=a.jsonl"], "no share between 0 and 1"),
+        (["dataset.replay=a.jsonl:1"], "no share between 0 and 1"),
+        (["dataset.replay=d.jsonl:0.1"], "dataset.replay: there is no file"),
+        (["dataset.train_path=a.jsonl", "dataset.replay=a.jsonl:0.1"], "trained on anyway"),
+        (["dataset.stopping=last"], "dataset.stopping"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(world: Path, words: list[str], said: str) -> None:
+    assert said in refused(world, "train", *words, "output_dir=never")
+    assert not (world / "never").exists()
