@@ -33,26 +33,28 @@ BAR_LEAST, BAR_MOST = 8, 30  # columns of a live line's bar
 WIDE = 1_000_000  # columns: of a pipe or a file, which is never too narrow
 
 _warnings: list[str] = []
-_logged: set[str] | None = None  # inside `once`: what was logged there
+_once: tuple[str, ...] = ()  # inside `once`: how the lines begin that are logged once
+_logged: set[str] = set()  # those that were
 
 
 def log(message: str) -> None:
     """One line to stderr; nothing with `SPARSEFT_QUIET=1`."""
-    if not is_quiet() and message not in (_logged or ()):
+    if not is_quiet() and message not in _logged:
         _write(message)
-        if _logged is not None:
+        if message.startswith(_once):
             _logged.add(message)
 
 
 @contextlib.contextmanager
-def once() -> Iterator[None]:
-    """Inside, a line that was logged is not logged again: for several commands, one after another, on the same run."""
-    global _logged
-    before, _logged = _logged, set()
+def once(*begins: str) -> Iterator[None]:
+    """Inside, a line that begins so is not logged again: what several runs or commands, one after another, share."""
+    global _once, _logged
+    before = _once, _logged
+    _once, _logged = begins, set()
     try:
         yield
     finally:
-        _logged = before
+        _once, _logged = before
 
 
 def warn(message: str) -> None:
