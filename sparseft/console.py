@@ -30,6 +30,7 @@ PLAIN_LINE_MOST = 60.0  # and later
 PLAIN_LINE_PAUSE = 5.0  # at least so long, so that quick loops do not fill the log
 PLAIN_BOX = "    \n    \n -  \n" + 5 * "    \n"  # a table in a pipe or a file: dashes below the head, nothing else
 BAR_LEAST, BAR_MOST = 8, 30  # columns of a live line's bar
+ECHO = 3  # columns that a live line leaves free: what a terminal echoes of a Ctrl-C must not break into the next line
 WIDE = 1_000_000  # columns: of a pipe or a file, which is never too narrow
 
 _warnings: list[str] = []
@@ -348,7 +349,7 @@ def _lines() -> Text:
 
     console = _console(stderr=True)
     ascii_only = not console.encoding.lower().startswith("utf")
-    lines = [progress.live_line(console.width - 1, ascii_only) for progress in _open[-2:]]
+    lines = [progress.live_line(console.width - ECHO, ascii_only) for progress in _open[-2:]]
     return Text("\n", no_wrap=True, overflow="crop").join(lines)
 
 
