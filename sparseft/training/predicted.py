@@ -31,8 +31,8 @@ def in_words(floors: float, labelled: float) -> str:
     """A prediction, for a line: `predicted at 0.62 of what the frozen model takes, …`."""
     here = "" if labelled == 1.0 else f", here for {labelled:.0%}"
     return (
-        f"predicted at {floors:.2f} of what the frozen model takes (forward and backward to its embeddings, with logits "
-        f"for every token{here})"
+        f"predicted at {floors:.2f} of what the frozen model takes (forward and backward to its embeddings, with "
+        f"logits for every token{here})"
     )
 
 

@@ -151,7 +151,7 @@ class Terminal:
         return place
 
     def interrupt(self, after: int) -> int:
-        """Ctrl-C once the next prompt is up: a signal that comes while `input` sets itself up waits for the next key."""
+        """Ctrl-C once the next prompt is up: one that comes while `input` sets itself up waits for the next key."""
         self.until("base>", after)
         time.sleep(0.2)
         return self.type("half a line\x03")
