@@ -20,7 +20,7 @@ from sparseft.compose.run_config import conf_dir, options
 from sparseft.compose.validation import SECTIONS, run_fields
 from sparseft.config import RunConfig
 from sparseft.methods import METHODS, get_method
-from sparseft.rules import Rule, describe, field_types, show
+from sparseft.rules import Rule, alternatives, describe, field_types, show
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -92,6 +92,8 @@ def values(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{show(value)}`" for value in arguments)
+    if origin is Annotated and len(alternatives(annotation)) > 1:
+        return describe(annotation)
     if origin is Annotated:
         rules = [rule.expected for rule in arguments[1:] if isinstance(rule, Rule)]
         inner = values(arguments[0])

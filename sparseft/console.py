@@ -31,29 +31,32 @@ PLAIN_LINE_MOST = 60.0  # and later
 PLAIN_LINE_PAUSE = 5.0  # at least so long, so that quick loops do not fill the log
 PLAIN_BOX = "    \n    \n -  \n" + 5 * "    \n"  # a table in a pipe or a file: dashes below the head, nothing else
 BAR_LEAST, BAR_MOST = 8, 30  # columns of a live line's bar
+ECHO = 3  # columns that a live line leaves free: what a terminal echoes of a Ctrl-C must not break into the next line
 WIDE = 1_000_000  # columns: of a pipe or a file, which is never too narrow
 
 _warnings: list[str] = []
-_logged: set[str] | None = None  # inside `once`: what was logged there
+_once: tuple[str, ...] = ()  # inside `once`: how the lines begin that are logged once
+_logged: set[str] = set()  # those that were
 
 
 def log(message: str) -> None:
     """One line to stderr; nothing with `SPARSEFT_QUIET=1`."""
-    if not is_quiet() and message not in (_logged or ()):
+    if not is_quiet() and message not in _logged:
         _write(message)
-        if _logged is not None:
+        if message.startswith(_once):
             _logged.add(message)
 
 
 @contextlib.contextmanager
-def once() -> Iterator[None]:
-    """Inside, a line that was logged is not logged again: for several commands, one after another, on the same run."""
-    global _logged
-    before, _logged = _logged, set()
+def once(*begins: str) -> Iterator[None]:
+    """Inside, a line that begins so is not logged again: what several runs or commands, one after another, share."""
+    global _once, _logged
+    before = _once, _logged
+    _once, _logged = begins, set()
     try:
         yield
     finally:
-        _logged = before
+        _once, _logged = before
 
 
 def warn(message: str) -> None:
@@ -347,7 +350,7 @@ def _lines() -> Text:
 
     console = _console(stderr=True)
     ascii_only = not console.encoding.lower().startswith("utf")
-    lines = [progress.live_line(console.width - 1, ascii_only) for progress in _open[-2:]]
+    lines = [progress.live_line(console.width - ECHO, ascii_only) for progress in _open[-2:]]
     return Text("\n", no_wrap=True, overflow="crop").join(lines)
 
 

@@ -70,8 +70,8 @@ def reason_of(error: BaseException) -> str:
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the candidate nearest to `name`, or the list of them if none is near."""
     names = list(dict.fromkeys(str(candidate) for candidate in candidates))
-    lowered = {candidate.lower(): candidate for candidate in reversed(names)}
-    close = difflib.get_close_matches(str(name).lower(), list(lowered), n=1, cutoff=0.6)
+    lowered = {candidate.lower().lstrip("-"): candidate for candidate in reversed(names)}  # the dashes of options
+    close = difflib.get_close_matches(str(name).lower().lstrip("-"), list(lowered), n=1, cutoff=0.6)
     if close:
         return f" Did you mean '{lowered[close[0]]}'?"
     return f" Available: {', '.join(sorted(names))}." if names else ""

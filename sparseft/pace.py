@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 RECENT = 64  # marks that are kept of the later half of the way, about
+TOGETHER = 0.05  # seconds: units done within so many were one piece of work, such as a batch
 
 
 class Pace:
@@ -23,6 +24,7 @@ class Pace:
         self._pause_seconds = 0.0
         self._last_pause = initial  # units done at the last pause
         self.marks: list[tuple[int, float]] = []  # units done, seconds of work
+        self._marked_at = 0.0  # the seconds of work at which the last mark was first made
 
     @property
     def seconds(self) -> float:
@@ -32,10 +34,14 @@ class Pace:
     def update(self, completed: int) -> None:
         """`completed` units are done in all."""
         self.completed = completed
-        marks, here = self.marks, completed - self.initial
+        marks, here, now = self.marks, completed - self.initial, self.seconds
+        if marks and now - self._marked_at < TOGETHER:
+            marks[-1] = (completed, now)
+            return
         if marks and completed - marks[-1][0] < max(1, here // (2 * RECENT)):
             return
-        marks.append((completed, self.seconds))
+        marks.append((completed, now))
+        self._marked_at = now
         while len(marks) > 2 and marks[1][0] - self.initial <= here / 2:
             del marks[0]
 
@@ -60,9 +66,13 @@ class Pace:
         if not self.total or len(self.marks) < 2:
             return None
         (first, begin), (last, end) = self.marks[0], self.marks[-1]
-        work = (end - begin) / (last - first) * (self.total - self.completed)
-        since_last = self.seconds - end  # of the unit that is being done
-        return max(0.0, work - min(since_last, (end - begin) / (last - first))) + self._pauses_to_come()
+        unit = (end - begin) / (last - first)
+        coming = unit * (last - self.marks[-2][0])  # seconds of what is being done: as much as came last
+        left = min(
+            unit * (self.total - last) - min(self.seconds - end, coming),
+            unit * (self.total - self.completed),
+        )
+        return max(0.0, left) + self._pauses_to_come()
 
     def _pauses_to_come(self) -> float:
         if not self._pauses or self.total is None:

@@ -71,12 +71,16 @@ def is_mapping(annotation: Any) -> bool:
 
 
 def describe(annotation: Any) -> str:
-    """What a user may write there: "a whole number or null"."""
+    """What a user may write there: "a whole number or null". Of several types under one rule it is the rule that says
+    it: some stand there so that a value comes as far as that."""
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
     words |= {Any: "a value", list: "a list such as [a,b]", dict: "a group such as {name: value}"}
-    return " or ".join(
-        words.get(typing.get_origin(option) or option, str(option)) for option in alternatives(annotation)
-    )
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return arguments[-1].expected if len(alternatives(annotation)) > 1 else describe(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(describe, arguments)))
+    return " or ".join(words.get(typing.get_origin(each) or each, str(each)) for each in alternatives(annotation))
 
 
 def show(value: Any) -> str:

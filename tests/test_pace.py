@@ -61,6 +61,22 @@ def test_a_change_of_speed_is_followed(clock: list[float]) -> None:
     assert said[500] == pytest.approx(left[500], rel=0.05)
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_units_that_come_in_batches(one_by_one: bool, clock: list[float]) -> None:
+    judged = Pace(80)
+    for batch in (1, 2, 3):
+        clock[0] += 10.0
+        for unit in range(20 * (batch - 1) + 1 if one_by_one else 20 * batch, 20 * batch + 1):
+            clock[0] += 1e-5
+            judged.update(unit)
+        assert judged.left() == (None if batch == 1 else pytest.approx(10.0 * (4 - batch), rel=0.01))
+    said = []
+    for _ in range(3):
+        clock[0] += 4.0
+        said.append(judged.left())
+    assert said == pytest.approx([6.0, 2.0, 0.0], abs=0.01)
+
+
 def test_little_is_kept(clock: list[float]) -> None:
     judged = Pace(10**6)
     for step in range(1, 20_001):

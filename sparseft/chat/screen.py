@@ -183,8 +183,9 @@ class Terminal:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=None, expand=True, padding=(0, 2, 0, 0), pad_edge=False)
-        width = self.console.width // len(texts) - 2
+        whole = self.console.width - console.ECHO
+        table = Table(box=None, width=whole, padding=(0, 2, 0, 0), pad_edge=False)
+        width = whole // len(texts) - 2
         cells = []
         for index, (name, text) in enumerate(texts.items()):
             table.add_column(Text(name, style=STYLES[index % 2]), ratio=1)

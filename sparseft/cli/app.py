@@ -190,7 +190,9 @@ def evaluate(
                     raise UserError(f"--{name.replace('_', '-')} and eval.{name} set the same: give one of them.")
                 overrides.append(f"eval.{name}={value}")
         if not tasks and not cfg:
-            raise UserError("No task given: expected mmlu, commonsense, arithmetic, one of their members, …")
+            raise UserError(
+                "No task given: name mmlu, commonsense, arithmetic, a member of these or a task of lm-eval."
+            )
 
     def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
         return module.run(config, tasks=tasks, run=run, adapter=adapter, base=base, overrides=point)

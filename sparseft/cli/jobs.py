@@ -93,7 +93,7 @@ def _configured(
     if expanded.code:
         return finish(module, expanded, options.json, options.debug)
     if options.multirun:
-        with console.once():  # what the points share
+        with console.once("data: ", "model: "):  # what the points share; what comes of it, each says for itself
             return _sweep(module, words, expanded.result, run_point, options)
     return finish(module, run_point(0, expanded.result[0]), options.json, options.debug, options.cfg)
 

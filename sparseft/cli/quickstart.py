@@ -30,7 +30,7 @@ KEPT = "mmlu"  # what the base can do already: does it forget?
 def main(overrides: list[str]) -> int:
     """Runs the five steps and returns the exit code."""
     start = time.perf_counter()
-    with console.once():
+    with console.once(""):  # all five steps are about the same run
         outcome = execute(lambda: quickstart(overrides), guard_stdout=False)
     if outcome.code:
         console.error(outcome.message)

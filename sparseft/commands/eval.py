@@ -38,7 +38,7 @@ def run(
     _check_writable(config, target)
     data_dir = data_folder(config.eval, (target.base or target.model).path)  # a whole model lies in its run
     beside = target.base is not None and config.eval.compare_base
-    first = ", and its base on the same questions (eval.compare_base=false: not)" if beside else ""
+    first = ", and its base on the same questions (eval.compare_base=false leaves it out)" if beside else ""
     console.log(f"evaluating {target.what} on {', '.join(tasks)}{first}")
 
     # Tasks and data first: a wrong name or folder should not wait for the model to load.

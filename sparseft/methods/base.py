@@ -29,8 +29,7 @@ SHARED = ("sparsity", "scope", "seed")  # settings that also stand at the top le
 
 SAMPLES = Rule(
     lambda count: (isinstance(count, int) and count >= 1) or 0.0 < count < 1.0,
-    "a whole number of calibration examples, at least 1, or a share of the training data below 1 (0.01; null is that "
-    "too)",
+    "a whole number of calibration examples, at least 1, or a share of the training data below 1 such as 0.01",
 )
 FOLDER = Rule(lambda path: bool(path.strip()), "a run's or an adapter's folder")
 Layers = Annotated[list[int] | str | int | float, LAYERS]  # no number is one: the rule says what is

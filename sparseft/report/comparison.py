@@ -107,8 +107,8 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
     for name, key, shown in FIGURES:
         columns.number(name, [number(run.get(key)) for run in runs], [shown(run.get(key)) for run in runs])
     note = f"The same for all: {', '.join(columns.shared)}. " if columns.shared else ""
-    note += "Loss: on the examples held out of its data, where a run has not finished the last one so far. Accuracies "
-    note += "are ± one standard error, changes in points against the base. The best of a column stands out."
+    note += "Losses are of the examples held out of each run's data; of a run that has not finished, the last so far. "
+    note += "Accuracies are ± one standard error, changes in points against the base. The best of a column stands out."
     table = Table([], []) if beside and len(beside) <= FEW else differences(runs)
     return {"note": note, "table": columns.table, "settings": table, "differ": len(settings)}
 

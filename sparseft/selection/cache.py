@@ -139,6 +139,7 @@ def _computed(
         show("score", done, count, "linear", ends=stopped)
 
     with contextlib.ExitStack() as stack:
-        if batches is not None and (before := min(saved_samples(partial), total)):
+        if batches is not None:
+            before = min(saved_samples(partial), total)
             show("calibrate", before, total, "sample", before, ends=() if in_step else stopped)
         return compute(model, request, batches, Watch(sampled, scored, partial))

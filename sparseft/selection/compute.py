@@ -222,7 +222,7 @@ def log_damping(summary: Mapping[str, Any]) -> None:
         console.log(
             f"second order: {summary['raised']} of {summary['matrices']} matrices needed more damping than "
             f"{summary['damping']:g} to be positive definite: {found['min']:g} to {found['max']:g}, "
-            f"median {found['median']:g}"
+            f"median {found['median']:g} (a higher rank needs less)"
         )
 
 

@@ -37,7 +37,8 @@ def largest_need(selection: Selection, shapes: Mapping[str, tuple[int, int]]) ->
     shapes: (out, in) of each linear.
     """
     most, where = 0, ""
-    for module, kinds in selection.modules.items():
+    for module in shapes:  # their order: one that was read from a file has another than one just made
+        kinds = selection.modules.get(module, {})
         # A cover has at most a row, and at most a column, for each block row or block column in use.
         bound = sum(
             min(index[:, dim].unique().numel() for dim in (0, 1)) * (selection.block_size or 0)

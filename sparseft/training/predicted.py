@@ -28,11 +28,11 @@ def predicted_floors(model: nn.Module, spec: ModelSpec, config: RunConfig, *, le
 
 
 def in_words(floors: float, labelled: float) -> str:
-    """A prediction, for a line: `predicted at 0.62 floors, with logits for 6% of the tokens (…)`."""
-    made = "every token" if labelled == 1.0 else f"{labelled:.0%} of the tokens"
+    """A prediction, for a line: `predicted at 0.62 of what the frozen model takes, …`."""
+    here = "" if labelled == 1.0 else f", here for {labelled:.0%}"
     return (
-        f"predicted at {floors:.2f} floors, with logits for {made} (1 floor: the frozen model, forward and backward to "
-        "its embeddings, with logits for every token)"
+        f"predicted at {floors:.2f} of what the frozen model takes (forward and backward to its embeddings, with "
+        f"logits for every token{here})"
     )
 
 

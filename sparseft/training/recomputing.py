@@ -193,6 +193,21 @@ def _normalised(hooks: Recomputing, node: Node) -> Make | None:
     return make
 
 
+def _scaled(hooks: Recomputing, node: Node) -> Make | None:
+    """An RMSNorm that ran as one kernel (an accelerator's), from the inverse means that it has saved: equal up to
+    rounding. Elsewhere torch makes it of operations that are known here."""
+    x = hooks.operand(node, 0)
+    if x is None or node._saved_result1.dtype != torch.float32:
+        return None
+
+    def make() -> Tensor:
+        values, weight = x(), node._saved_weight
+        made = values.float() * node._saved_result1
+        return (made if weight is None else made * weight).to(values.dtype)
+
+    return make
+
+
 def _projected(hooks: Recomputing, node: Node) -> Make | None:
     if node.next_functions[1][0] is not None:  # a weight that trains
         return None
@@ -206,6 +221,7 @@ RULES: dict[str, Callable[[Recomputing, Node], Make | None]] = {
     "GeluBackward0": _activation(lambda x, node: F.gelu(x, approximate=node._saved_approximate)),
     "MulBackward0": _multiplied,
     "NativeLayerNormBackward0": _normalised,
+    "FusedRmsNormBackward0": _scaled,
     "ToCopyBackward0": _copied,
     "ViewBackward0": _viewed,
     "UnsafeViewBackward0": _viewed,
@@ -216,6 +232,7 @@ KIND_OF = {
     "GeluBackward0": "activations",
     "MulBackward0": "products",
     "NativeLayerNormBackward0": "products",
+    "FusedRmsNormBackward0": "products",
     "ToCopyBackward0": "copies",
     "MmBackward0": UP,
 }  # views are of the kind of what is viewed

@@ -109,6 +109,8 @@ def test_two_answers_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None
             says["base"]("the raven is black and ")
         says["mine"]("\x1b[2J[bold]\nshort")
     lines = plain(file.getvalue())
+    whole = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", file.getvalue()).splitlines()
+    assert max(map(len, whole)) <= 90 - len("^C") - 1  # what a Ctrl-C echoes fits beside it
     assert re.fullmatch(r"base +mine", lines[0])
     assert lines[1].startswith("the raven is black") and lines[1].endswith("[2J[bold]")
     assert lines[2].endswith("short") and lines[1].index("[2J") == lines[0].index("mine") == lines[2].index("short")

@@ -190,6 +190,7 @@ def test_cfg_as_json_and_with_own_files(tmp_path: Path, capfd: pytest.CaptureFix
     [
         (["trian"], ["trian", "Did you mean 'train'?"]),
         (["train", "--jsn"], ["--jsn", "Did you mean '--json'?"]),
+        (["preprocess", "--shots", "3"], ["--shots", "Available: --cfg,"]),  # not --json, which shares its dashes alone
         (["train", "seed=1", "--multi-run"], ["--multi-run", "'--multirun'"]),
         (["train", "--trainer.max_steps=5"], ["trainer.max_steps=…"]),
         (["train", "--method", "s2ft"], ["method=…"]),
@@ -590,7 +591,7 @@ def test_plain_progress_is_a_line_every_tenth(capsys: pytest.CaptureFixture[str]
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == "" and len(lines) == 10
-    assert lines[0].startswith("train: 5/50 steps (10 %), loss 0.4, 12,346 tokens/s, 0:00 left")
+    assert lines[0] == "train: 5/50 steps (10 %), loss 0.4, 12,346 tokens/s"
     assert lines[-1] == "train: 50/50 steps, loss 0.04, 12,346 tokens/s, in 0:00"
 
 
@@ -646,6 +647,14 @@ def test_progress_is_one_line_at_any_width(width: int, terminal: Callable, monke
         line = progress.live_line(width, ascii_only=False).plain
     assert len(line) <= width and "120/1000 steps" in line and "58:40 left" in line
     assert ("12,345 tokens/s" in line) == (width >= 100)
+
+
+def test_the_live_line_leaves_room_for_what_a_ctrl_c_echoes(terminal: Callable) -> None:
+    _, err = terminal()
+    with console.Progress(4, "a very long description " * 20) as progress:
+        progress.update(2)
+    live = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", err.getvalue()).replace("\r", "\n").splitlines()
+    assert max(len(line) for line in live if "…" in line) == 80 - len("^C") - 1
 
 
 def test_a_log_file_has_no_control_characters_and_says_each_thing_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -817,6 +817,7 @@ def test_a_sweep_is_a_run_folder_a_point(in_tmp: Path, model_folder: Any) -> Non
     assert [point["result"]["run"] for point in points] == ["sweep/0", "sweep/1"]
     said = [line for line in done.err.splitlines() if line.startswith(("data: ", "model: "))]
     assert len(said) == len(set(said))  # what the points share is said once
+    assert done.err.count("\neval loss before: ") == 2  # what comes of each, each says
     assert summary(in_tmp / "sweep" / "0")["method"] == "s2ft"
     assert summary(in_tmp / "sweep" / "1")["method"] == "lora"
 

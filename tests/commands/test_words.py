@@ -32,12 +32,16 @@ def test_a_run_s_log_says_each_thing_once(tmp_path: Path) -> None:
     assert again.err == "" and json.loads(again.out)["format"] == "peft-shira"
 
 
-def test_commands_on_the_same_run_say_what_they_share_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.once():
-        for words in ("data: 3 records", "model: tiny", "data: 3 records"):
+@pytest.mark.parametrize(
+    ("begins", "expected"),
+    [([""], "data: 3, loss 1"), (["data: "], "data: 3, loss 1, loss 1"), ([], "data: 3, loss 1, data: 3, loss 1")],
+)
+def test_what_is_shared_is_said_once(begins: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with console.once(*begins):
+        for words in ("data: 3", "loss 1", "data: 3", "loss 1"):
             console.log(words)
-    console.log("model: tiny")
-    assert capsys.readouterr().err == "data: 3 records\nmodel: tiny\nmodel: tiny\n"
+    console.log("data: 3")
+    assert capsys.readouterr().err.splitlines() == [*expected.split(", "), "data: 3"]
 
 
 def test_what_an_export_holds_is_said_in_units() -> None:

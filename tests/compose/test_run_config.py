@@ -663,3 +663,18 @@ def test_text_that_looks_like_a_number_is_shown_in_quotes(value: object, shown: 
     """Of a config made in Python: `method.rank=3: expected a whole number` would be a riddle."""
     with pytest.raises(UserError, match=f"^method.rank={shown}: expected a whole number or null"):
         check_type("method.rank", value, int | None)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("method.layers=null", r"all, upper:SHARE .* or 12-29\."),
+        ("method.layers=true", r"all, upper:SHARE .* or 12-29\."),
+        ("method.num_samples=many", r"a whole number of calibration examples, .* such as 0\.01 or null\."),
+        ("trainer.batch_size=many", r"a whole number\."),
+    ],
+)
+def test_a_wrong_type_names_what_the_rule_takes(words: str, expected: str) -> None:
+    """Not the types that stand in the annotation so that the rule gets to see such values."""
+    with pytest.raises(UserError, match=f"^{words}: expected {expected}$"):
+        make("method=sylva", words)

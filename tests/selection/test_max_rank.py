@@ -303,6 +303,16 @@ def test_a_given_selection_is_held_against_the_cap(make_model: Callable[..., Any
     assert state_of(plain) is None
 
 
+def test_a_selection_from_a_file_names_the_same_linear(make_model: Callable[..., Any]) -> None:
+    """Where several need the highest rank: a file has its tensors in an order of its own."""
+    spec = ModelSpec.of(make_model("llama"))
+    made = compute_selection(make_model("llama"), S2FTConfig(d_ratio=0.5))
+    needed, module = largest_need(made, spec.linears)
+    assert list(needs(made, spec.linears).values()).count(needed) > 1
+    backwards = Selection(dict(reversed(made.modules.items())), block_size=made.block_size, meta=made.meta)
+    assert largest_need(backwards, spec.linears) == (needed, module)
+
+
 # ---- settings ----
 
 

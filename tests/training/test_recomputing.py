@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import nn
 from torch.nn import functional as F
 
 from sparseft.adapters.lifecycle import attach, trainable_parameters
@@ -226,6 +228,55 @@ def test_a_gate_by_itself(activation: Any) -> None:
         loss = run()
     for found, value in zip(torch.autograd.grad(loss, (x, w)), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def fused_rms_norm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`F.rms_norm` as an accelerator runs it, one operation with a node of its own, by kernels written here."""
+
+    def forward(x: torch.Tensor, shape: Any, weight: torch.Tensor | None, eps: float) -> Any:
+        inverse = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+        made = x.float() * inverse
+        return (made if weight is None else made * weight).to(x.dtype), inverse
+
+    def backward(gradient: Any, x: Any, shape: Any, inverse: Any, weight: Any, mask: Any) -> Any:
+        g = gradient.float() * (1 if weight is None else weight)
+        of_x = inverse * (g - x.float() * inverse.square() * (g * x.float()).mean(-1, keepdim=True))
+        return of_x.to(x.dtype), None
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_fused_rms_norm", forward, "CPU")
+        library.impl("_fused_rms_norm_backward", backward, "CPU")
+        monkeypatch.setattr(F, "rms_norm", lambda *words: torch.ops.aten._fused_rms_norm(*words)[0])
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_rms_norm_of_torch(fused: bool, affine: bool, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    if fused:
+        request.getfixturevalue("fused_rms_norm")
+    torch.manual_seed(0)
+    norm = nn.RMSNorm(32, eps=1e-6, elementwise_affine=affine).to(dtype).requires_grad_(False)
+    x = torch.randn(8, 16, dtype=dtype, requires_grad=True)
+    into, out = torch.randn(16, 32, dtype=dtype), torch.randn(32, 4, dtype=dtype, requires_grad=True)
+    if affine:
+        torch.nn.init.normal_(norm.weight)
+
+    def step(kinds: tuple[str, ...]) -> tuple[list[torch.Tensor], Counter[str]]:
+        with recomputing(norm, kinds) if kinds else contextlib.nullcontext() as hooks:
+            normal = norm(x @ into)
+            loss = (normal @ out).square().sum()
+        assert ("FusedRms" in normal.grad_fn.name()) == fused
+        del normal
+        return [loss.detach(), *torch.autograd.grad(loss, (x, out))], hooks.taken if kinds else Counter()
+
+    expected, _ = step(())
+    found, taken = step(CHEAP)
+    assert taken["products"] + taken["copies"] >= 8 * 32 * dtype.itemsize  # at least what the product after it needs
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_capped_logits_are_gone_with_their_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
