@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from sparseft.distributed import ranks
 from sparseft.errors import RunError, UserError
-from sparseft.importance.hodlr import Hodlr, full_precision, sums_bytes
+from sparseft.importance.hodlr import Hodlr
 from sparseft.importance.hooks import Observation
 from sparseft.importance.room import Room
+from sparseft.importance.second_moment import SecondMoment, full_precision
 from sparseft.importance.units import Candidate, sum_features
 from sparseft.kernels.reference import FP32_PRODUCTS, token_product
 
