@@ -34,7 +34,7 @@ from sparseft.importance.slots import Layout
 from sparseft.kernels.reference import product
 
 # Halving ends where leaves would have fewer rows: below, low ranks of halves cost more than the dense block they spare.
-LEAST_LEAF_ROWS = 48
+LEAST_LEAF_ROWS = 128
 
 # Directions of a sketch in which Ωᵀ R Ω is less than so much of M's trace are left to the levels below: they are of the
 # size of the sums' rounding (float32).
