@@ -65,7 +65,7 @@ class Multilevel(SecondMoment):
         self,
         n: int,
         num_partition: int = 8,
-        rank: int = 8,
+        rank: int = 16,
         device: torch.device | str | None = None,
         seed: int = 0,
     ) -> None:
@@ -117,11 +117,10 @@ class Multilevel(SecondMoment):
             residual = sketch.mT - _restricted(bases, level, tests)
             rounding = SKETCH_ROUNDING * traces.view(2**level, -1).sum(1)
             bases.append(nystrom(residual, tests, rounding))
-        leaves = gram
         for basis in bases:
-            cut = basis.reshape(len(leaves), layout.leaf, -1)
-            leaves = leaves - cut @ cut.mT
-        leaves = (leaves + leaves.mT) / 2  # the product's two triangles may be summed in different order
+            cut = basis.reshape(len(gram), layout.leaf, -1)
+            gram.baddbmm_(cut, cut.mT, alpha=-1)
+        leaves = (gram + gram.mT).mul_(0.5)  # the product's two triangles may be summed in different order
         return LowRanks(layout, leaves, bases)
 
 
@@ -173,11 +172,6 @@ class LowRanks:
             total = total + basis.square().sum(2).reshape(-1)
         return self.layout.gather(total, 0)
 
-    def _side_by_side(self) -> Tensor:
-        """By leaf its rows of every level's basis (leaves, c, r · levels)."""
-        count, rows = self.leaves.shape[:2]
-        return torch.cat([basis.reshape(count, rows, -1) for basis in self.bases], 2)
-
     def matmul(self, v: Tensor) -> Tensor:
         """M v, (n, m) -> (n, m), in the dtype and on the device that the factors and `v` share."""
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -198,7 +192,7 @@ class LowRanks:
     def quadratic(self, v: Tensor) -> Tensor:
         """vᵢᵀ M vᵢ of every column, (n, m) -> (m,) float64, without another (n, m) matrix."""
         count, rows = self.leaves.shape[:2]
-        wide = torch.cat([self.leaves, self._side_by_side()], 2) if self.bases else self.leaves
+        wide = torch.cat([self.leaves, *(basis.reshape(count, rows, -1) for basis in self.bases)], 2)
         total = torch.empty(v.shape[1], dtype=torch.float64, device=v.device)
         across = v.stride(1) == 1  # whether the rows of `v` are runs of memory; else its columns, and they stay so
         axis = 1 if across else 2
@@ -242,17 +236,17 @@ class LowRanks:
                 f"damping is {damping}; expected a finite number above 0: a positive semidefinite matrix has an "
                 "inverse only with some."
             )
-        unit = float(self.diagonal().mean())
+        diagonal = self.diagonal()
+        unit = float(diagonal.mean())
         if unit <= 0:
             unit = 1.0
-        scaled = self.to(self.leaves.device, self.leaves.dtype, 1 / unit)
-        inverse = self.layout.gather(scaled._inverse_diagonal(damping), 0)
+        inverse = self.layout.gather(self._inverse_diagonal(unit, damping), 0)
         # Of any positive semidefinite M; only rounding can lead beyond.
-        least, most = 1 / (scaled.diagonal() + damping), 1 / damping
-        return inverse.clamp(least, torch.full_like(least, most)) / unit, damping
+        least, most = 1 / (diagonal / unit + damping), torch.full_like(inverse, 1 / damping)
+        return inverse.clamp(least, most) / unit, damping
 
-    def _inverse_diagonal(self, damping: float) -> Tensor:
-        """diag((M + damping · I)⁻¹) by slot. Bottom up, by Woodbury's identity:
+    def _inverse_diagonal(self, unit: float, damping: float) -> Tensor:
+        """diag((M / unit + damping · I)⁻¹) by slot. Bottom up, by Woodbury's identity:
 
         Let D be a node's two halves (damped) side by side, and M = D + F Fᵀ. With the eigenvectors V and eigenvalues Λ
         of I + Fᵀ D⁻¹ F (r × r), all at least 1, and Z = D⁻¹ F V Λ^-½,
@@ -262,21 +256,17 @@ class LowRanks:
         What the levels above need of M⁻¹ is only its product with their bases, which is carried along: memory is
         O(slots · sum of the ranks), and one level is a handful of batched products.
         """
-        layout, leaves = self.layout, self.leaves
-        factor, failed = torch.linalg.cholesky_ex(leaves + damping * torch.eye(layout.leaf).to(leaves))
-        inverse = torch.empty_like(leaves)
-        good = failed == 0
-        inverse[good] = torch.cholesky_inverse(factor[good])
-        if not good.all():  # rounding outweighs the damping there
-            values, vectors = torch.linalg.eigh(leaves[~good])
-            inverse[~good] = (vectors / (values.clamp_min(0) + damping)[:, None, :]) @ vectors.mT
+        layout = self.layout
+        inverse = damped_inverse(self.leaves / unit, damping)
         diagonal = inverse.diagonal(dim1=1, dim2=2).reshape(-1).clone()
         if not self.bases:
             return diagonal
-        solved = (inverse @ self._side_by_side()).reshape(layout.slots, -1)  # D⁻¹ times the bases of all levels
-        del inverse, factor
+        bases = [basis / math.sqrt(unit) for basis in self.bases]
+        side_by_side = [basis.reshape(*inverse.shape[:2], -1) for basis in bases]
+        solved = (inverse @ torch.cat(side_by_side, 2)).reshape(layout.slots, -1)  # D⁻¹ times the bases of all levels
+        del inverse, side_by_side
         above = solved.shape[1]
-        for basis in reversed(self.bases):
+        for basis in reversed(bases):
             nodes, node, rank = basis.shape
             above -= rank
             here = solved[:, above : above + rank].view(nodes, node, rank)  # D⁻¹ F
@@ -289,3 +279,22 @@ class LowRanks:
                 rest = solved[:, :above].view(nodes, node, above)
                 rest -= z @ (turn.mT @ (basis.mT @ rest))
         return diagonal
+
+
+def damped_inverse(
+    blocks: Tensor,  # (count, c, c), symmetric, positive semidefinite up to rounding; spoilt
+    damping: float,
+) -> Tensor:
+    """(block + damping · I)⁻¹ of each. Where rounding outweighs the damping, eigenvalues below 0 count as 0."""
+    damped = blocks.diagonal(dim1=1, dim2=2)
+    damped += damping
+    factor, failed = torch.linalg.cholesky_ex(blocks)
+    bad = failed.nonzero().flatten()
+    if len(bad):
+        factor[bad] = torch.eye(blocks.shape[1]).to(blocks)
+    inverse = torch.cholesky_inverse(factor)
+    if len(bad):
+        damped -= damping
+        values, vectors = torch.linalg.eigh(blocks[bad])
+        inverse[bad] = (vectors / (values.clamp_min(0) + damping)[:, None, :]) @ vectors.mT
+    return inverse

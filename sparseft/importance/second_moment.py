@@ -92,9 +92,7 @@ class SecondMoment:
     def update(self, x: Tensor) -> None:
         """Adds the vectors `x` (..., n), of any floating dtype and any number of them, none included."""
         if x.dim() == 0 or x.shape[-1] != self.n:
-            raise ValueError(
-                f"{type(self).__name__}.update: x has shape {tuple(x.shape)}; expected (..., {self.n})."
-            )
+            raise ValueError(f"{type(self).__name__}.update: x has shape {tuple(x.shape)}; expected (..., {self.n}).")
         self.release()
         x = x.detach().reshape(-1, self.n)
         exact = FP32_PRODUCTS and self.device.type == "cuda" and x.dtype.itemsize == 2  # products of halves, in float32
@@ -124,9 +122,7 @@ class SecondMoment:
     def matmul(self, v: Tensor) -> Tensor:
         """M v, (n, m) -> (n, m) or (n,) -> (n,), in float64 for float64 and in float32 for every other dtype."""
         if v.dim() not in (1, 2) or v.shape[0] != self.n:
-            raise ValueError(
-                f"{type(self).__name__}.matmul: v has shape {tuple(v.shape)}; expected ({self.n}, any)."
-            )
+            raise ValueError(f"{type(self).__name__}.matmul: v has shape {tuple(v.shape)}; expected ({self.n}, any).")
         dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
         matrix = self._factors().to(self.device, dtype)
         with torch.no_grad(), full_precision(self.device):
