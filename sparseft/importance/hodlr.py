@@ -1,8 +1,8 @@
 """`Hodlr`: the second moment of streamed vectors, kept hierarchically (HODLR) instead of as a dense n×n matrix.
 
 The vectors are seen once, in batches of any size. What is kept are sums that are linear in x xᵀ: the dense diagonal
-blocks of the smallest nodes, and of each larger off-diagonal block B = Σ x₁ x₂ᵀ two random sketches, B Ω₂ and Bᵀ Ω₁. The
-sketches are turned into rank-r factors only when the matrix is asked for (`hodlr_factors.py`).
+blocks of the smallest nodes, and of each larger off-diagonal block B = Σ x₁ x₂ᵀ two random sketches, B Ω₂ and Bᵀ Ω₁.
+The sketches are turned into rank-r factors only when the matrix is asked for (`hodlr_factors.py`).
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ no second pass is needed to know it. F_ν F_νᵀ is the Nyström approximation
 
     R Ω (Ωᵀ R Ω)⁺ Ωᵀ R  =  R^½ P R^½,    P the orthogonal projection onto the range of R^½ Ω.
 
-Why it is positive. M is, so R of the whole is. Where R_ν is, 0 ⪯ F_ν F_νᵀ = R^½ P R^½ ⪯ R_ν as P is a projection: the low
-rank is positive, and so is what it leaves, R_ν - F_ν F_νᵀ, and each diagonal block of that: the residuals of ν's
-halves. So by induction every residual is, the leaves' among them. Nothing of it depends on how good the sketches are.
-In floating point the sums' rounding remains (float32, about 1e-7 of M's trace), which a leaf's eigenvalues can fall
-short of 0 by; where that is more than the damping, the inverse takes those as 0.
+Why it is positive semidefinite. M is, so R of the whole is. Where R_ν is, 0 ⪯ F_ν F_νᵀ = R^½ P R^½ ⪯ R_ν as P is a
+projection: the low rank is, and so is what it leaves, R_ν - F_ν F_νᵀ, and each diagonal block of that: the residuals of
+ν's halves. So by induction every residual is, the leaves' among them. Nothing of it depends on how good the sketches
+are. In floating point the sums' rounding remains (float32, about 1e-7 of M's trace), by which a leaf's eigenvalues can
+fall short of 0; where that is more than the damping, the inverse counts them as 0.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Multilevel(SecondMoment):
         n: features, any number from 1.
         num_partition: levels of halving, clamped so that leaves keep `LEAST_LEAF_ROWS` and `rank` rows; 0: dense and
             exact.
-        rank: columns of each node's low rank, as many as its sketch has.
+        rank: columns of each node's low rank: its sketch's.
         device: where the sums are kept and the products run (default: torch's default device).
         seed: of the random sketches; equal on all ranks whose sums are to be added.
 
-    The diagonal of M is exact. M is never more than the second moment's own diagonal blocks, level by level, and
-    positive semidefinite up to rounding, so `inverse_diagonal` takes the damping it is given. Sums are float32 (range
-    about 1e-38 to 3e38 for x²) and the factors made of them float64. Memory is n · (leaf + rank · levels).
+    The leaves' diagonal blocks are exact, and the whole is positive semidefinite up to rounding, so `inverse_diagonal`
+    takes the damping it is given. Sums are float32 (range about 1e-38 to 3e38 for x²) and the factors made of them
+    float64. Memory is n · (leaf + rank · levels). A rank of more than half of n gives the exact matrix.
     """
 
     def __init__(
@@ -139,8 +139,8 @@ def nystrom(
     test: Tensor,  # (nodes, s, r): Ω
     rounding: Tensor,  # (nodes,): eigenvalues of Ωᵀ R Ω up to here say nothing
 ) -> Tensor:
-    """F (nodes, s, r) with F Fᵀ = R Ω V (Vᵀ Ωᵀ R Ω V)⁻¹ Vᵀ Ωᵀ R, V the eigenvectors of Ωᵀ R Ω that count; a column is zero
-    for each that does not. Never more than R, whatever is left out: Ω V is a test matrix as well."""
+    """F (nodes, s, r) with F Fᵀ = R Ω V (Vᵀ Ωᵀ R Ω V)⁻¹ Vᵀ Ωᵀ R, V the eigenvectors of Ωᵀ R Ω that count; for every
+    other a column is zero. Never more than R, whatever is left out: Ω V is a test matrix as well."""
     core = test.mT @ sketch
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
     counts = values > rounding[:, None]

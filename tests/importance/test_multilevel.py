@@ -16,7 +16,7 @@ from sparseft.importance import multilevel
 from sparseft.importance.hodlr import Hodlr
 from sparseft.importance.hooks import Observation
 from sparseft.importance.kfac import FactorSettings, KroneckerFactors, entry_importance, statistics_bytes
-from sparseft.importance.multilevel import LEAST_LEAF_ROWS, Multilevel, nystrom
+from sparseft.importance.multilevel import Multilevel, nystrom
 from sparseft.importance.second_moment import SecondMoment
 
 properties = settings(max_examples=40, deadline=None)
@@ -175,9 +175,8 @@ def test_what_a_half_has_of_its_own_is_found_below_the_whole() -> None:
         x[:, rows] += rng.standard_normal((tokens, 3)) @ rng.standard_normal((3, 64))
     x = torch.from_numpy(x.astype(np.float32))
     errors = [relative(fed(n, x, num_partition=levels, rank=6).to_dense(), moment(x)) for levels in (1, 3)]
-    blocks = [block for block in nodes(n, 2)]
     dense, exact = fed(n, x, num_partition=3, rank=6).to_dense().numpy(), moment(x)
-    for block in blocks:
+    for block in nodes(n, 2):
         assert relative(dense[block, block], exact[block, block]) < 2e-3
     assert errors[1] < 0.1
 
