@@ -3,14 +3,11 @@
 The rows are halved `levels` times. The diagonal blocks of the last level (leaves) are dense. The off-diagonal block of
 each pair of siblings on the way is `Q₁ Σ Q₂ᵀ` of rank r, with orthonormal Q₁, Q₂; its mirror image is not stored.
 
-To treat a whole level as one batch whatever the size, the matrix lives in *slots*: every leaf has the same number c of
-them, so a node of level l owns `c · 2^(levels - l)` consecutive slots, and where n leaves a leaf one row short its last
-slot is empty (zero). `Layout` maps rows to slots.
+The matrix lives in slots (`slots.py`), so that a whole level is one batch whatever the size.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import UserError
+from sparseft.importance.slots import Layout, relaid, relaid_blocks
 
 # How near the largest singular value of a scaled off-diagonal block may come to 1, where the matrix becomes singular.
 # It is known to about 1e-15, and 1 - s² divides: nearer than this the inverse would lose its fourth digit.
@@ -28,74 +26,13 @@ SINGULAR_MARGIN = 1e-11
 # eigenvalue was found to 1e-13 for blocks of random numbers, and to 1e-2 where all of them lie within a hundredth.
 SPARE, SQUARINGS = 8, 5
 
+# Leaves and low-rank blocks are put together into dense blocks of at most so many rows before a quadratic form.
+PRODUCT_LEAF_ROWS = 64
+
 # Elements that a product works on at a time (16 MiB in float32): few rounds, and no second matrix of its input's size.
 CHUNK_ELEMENTS = 2**22
 # Of a quadratic form: on the CPU what stays in a core's cache, elsewhere what keeps the launches few.
 QUADRATIC_ELEMENTS_CPU, QUADRATIC_ELEMENTS = 2**19, 2**24
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the n rows of a matrix halved `levels` times lie in `slots` slots, `leaf` of them to a leaf."""
-
-    n: int
-    levels: int
-
-    @property
-    def leaf(self) -> int:
-        return -(-self.n // 2**self.levels)
-
-    @property
-    def slots(self) -> int:
-        return self.leaf * 2**self.levels
-
-    def node(self, level: int) -> int:
-        """Slots of one node of a level (0 is the whole matrix)."""
-        return self.slots >> level
-
-    def index(self) -> Tensor | None:
-        """The slot of each row (n,), int64 on the CPU; None where rows and slots are the same. Not to be changed."""
-        return _slots_of_rows(self)
-
-    def _index(self) -> Tensor | None:
-        if self.slots == self.n:
-            return None
-        sizes = [self.n]
-        for _ in range(self.levels):  # floor and ceiling of the half, so that two leaves differ by one row at most
-            sizes = [half for size in sizes for half in (size // 2, size - size // 2)]
-        return torch.cat([torch.arange(size) + i * self.leaf for i, size in enumerate(sizes)])
-
-    def spread(self, x: Tensor, dim: int) -> Tensor:
-        """Rows -> slots along `dim`; the empty slots hold zeros."""
-        index = self.index()
-        if index is None:
-            return x
-        shape = list(x.shape)
-        shape[dim] = self.slots
-        return x.new_zeros(shape).index_copy_(dim, index.to(x.device), x)
-
-    def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Slots -> rows along `dim`."""
-        index = self.index()
-        return x if index is None else x.index_select(dim, index.to(x.device))
-
-
-def relaid(x: Tensor, old: Layout, new: Layout) -> Tensor:
-    """Slots of one layout -> those of another one of the same rows, along the first dimension."""
-    return x if old == new else new.spread(old.gather(x, 0), 0)
-
-
-def relaid_blocks(blocks: Tensor, old: Layout, new: Layout) -> Tensor:
-    """Diagonal blocks (nodes, side, side) of one layout -> of the same nodes of another one."""
-    for _ in range(2):  # their rows, then their columns
-        rows = relaid(blocks.reshape(-1, blocks.shape[2]), old, new)
-        blocks = rows.view(len(blocks), -1, blocks.shape[2]).mT
-    return blocks
-
-
-@functools.lru_cache(maxsize=64)
-def _slots_of_rows(layout: Layout) -> Tensor | None:
-    return layout._index()
 
 
 def truncate_block(
@@ -209,6 +146,10 @@ class Hierarchy:
                 product.view(pairs, 2, node, m).add_(base @ crossed)
             out[:, columns] = self.layout.gather(product, 0)
         return out
+
+    def for_quadratic(self) -> Hierarchy:
+        """The same matrix with larger leaves: a few well-shaped products instead of many thin ones."""
+        return self.coarsened(PRODUCT_LEAF_ROWS)
 
     def coarsened(self, rows: int) -> Hierarchy:
         """The same matrix with dense leaves as large as `rows` allows, and a layout of those: for products."""

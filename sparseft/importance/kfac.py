@@ -18,9 +18,11 @@ from torch.nn import functional as F
 
 from sparseft.distributed import ranks
 from sparseft.errors import RunError, UserError
-from sparseft.importance.hodlr import Hodlr, full_precision, sums_bytes
+from sparseft.importance.hodlr import Hodlr
 from sparseft.importance.hooks import Observation
+from sparseft.importance.multilevel import Multilevel
 from sparseft.importance.room import Room
+from sparseft.importance.second_moment import SecondMoment, full_precision
 from sparseft.importance.units import Candidate, sum_features
 from sparseft.kernels.reference import FP32_PRODUCTS, token_product
 
@@ -33,11 +35,18 @@ DEVICE_JOBS = 8
 
 @dataclass(frozen=True)
 class FactorSettings:
-    """How the Kronecker factors are kept: `Hodlr`'s levels and rank, and the damping of their inverses."""
+    """How the Kronecker factors are kept, and the damping of their inverses."""
 
-    num_partition: int = 8
-    rank: int = 1
+    structure: str = "multilevel"  # multilevel (`Multilevel`), hodlr (`Hodlr`) or dense, whatever the next two say
+    num_partition: int = 8  # levels of halving
+    rank: int | None = None  # None: the structure's own
     damping: float = 1e-3
+
+    def matrix(self, n: int, device: torch.device | str, seed: int = 0) -> SecondMoment:
+        """An empty one of n features."""
+        form = Hodlr if self.structure == "hodlr" else Multilevel
+        own = {} if self.rank is None else {"rank": self.rank}
+        return form(n, 0 if self.structure == "dense" else self.num_partition, device=device, seed=seed, **own)
 
 
 def statistics_bytes(settings: FactorSettings, shapes: Iterable[tuple[int, int]]) -> int:
@@ -47,7 +56,9 @@ def statistics_bytes(settings: FactorSettings, shapes: Iterable[tuple[int, int]]
     for rows, columns in shapes:
         counts.update((rows, columns))
         total += 4 * rows * columns
-    return total + sum(count * sums_bytes(n, settings.num_partition, settings.rank) for n, count in counts.items())
+    return total + sum(
+        count * sum(x.nbytes for x in settings.matrix(n, "meta").tensors()) for n, count in counts.items()
+    )
 
 
 class KroneckerFactors:
@@ -70,8 +81,8 @@ class KroneckerFactors:
     ) -> None:
         self.settings, self.shapes, self.device = settings, shapes, device
         self.seed = seed
-        self.inputs: dict[str, Hodlr] = {}  # by source
-        self.gradients: dict[str, Hodlr] = {}  # by module
+        self.inputs: dict[str, SecondMoment] = {}  # by source
+        self.gradients: dict[str, SecondMoment] = {}  # by module
         self.sources: dict[str, str] = {}
         self.sums: dict[str, Tensor] = {}  # (out, in)
         self.samples: dict[str, int] = {}
@@ -97,13 +108,13 @@ class KroneckerFactors:
         self.sums[name] = self.room.zeros(rows, columns)
         self.samples[name] = 0
 
-    def _matrix(self, n: int) -> Hodlr:
+    def _matrix(self, n: int) -> SecondMoment:
         # One seed for all: matrices of equal size then share their test matrix, and every rank draws the same.
-        return Hodlr(n, self.settings.num_partition, self.settings.rank, device=self.device, seed=self.seed)
+        return self.settings.matrix(n, self.device, self.seed)
 
     # -- to keep, to take up again, to reduce --------------------------------------------------------------------------
 
-    def _matrices(self) -> Iterator[tuple[str, Hodlr]]:
+    def _matrices(self) -> Iterator[tuple[str, SecondMoment]]:
         yield from ((f"A {name}", matrix) for name, matrix in self.inputs.items())
         yield from ((f"G {name}", matrix) for name, matrix in self.gradients.items())
 
@@ -233,16 +244,16 @@ def summary(dampings: Iterable[float], asked: float) -> dict[str, Any]:
 
 def entry_importance(
     mean_gradient: Tensor,  # (out, in)
-    A: Hodlr,  # mean a aᵀ of the inputs, (in, in)
-    G: Hodlr,  # mean g gᵀ of the output gradients, (out, out)
+    A: SecondMoment,  # mean a aᵀ of the inputs, (in, in)
+    G: SecondMoment,  # mean g gᵀ of the output gradients, (out, out)
     damping: float = 1e-3,
 ) -> tuple[Tensor, Tensor]:
     """O (out,) and I (in,), float64 on the statistics' device; the score of entry (o, i) is their product O_o · I_i.
 
         O_o = Ḡ_{o,:} A Ḡ_{o,:}ᵀ / [G⁻¹]_oo,    I_i = Ḡ_{:,i}ᵀ G Ḡ_{:,i} / [A⁻¹]_ii
 
-    Both are sizes of a squared quantity, so never negative: where truncation has left A or G indefinite and a
-    numerator falls below zero, it counts as zero (two negative factors would otherwise make a high score).
+    Both are sizes of a squared quantity, so never negative: where truncation has left A or G indefinite
+    (`Hodlr`) and a numerator falls below zero, it counts as zero (two negative factors would make a high score).
     ValueError where the shapes do not fit, RunError where the mean gradient is not finite.
     """
     if mean_gradient.shape != (G.n, A.n):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Importance = Literal["random", "weight", "activation", "product", "gradient", "fisher", "sylva"]
 IMPORTANCES = get_args(Importance)
 IMPORTANCES_WITHOUT_DATA = ("random", "weight")
+Structure = Literal["multilevel", "hodlr", "dense"]
 DEFAULT_SPARSITY = 0.984
 
 SHARED = ("sparsity", "scope", "seed")  # settings that also stand at the top level of a run
@@ -111,6 +112,7 @@ class SparseConfig(MethodConfig):
     scope: str | None = None
     layers: Layers = field(default=ALL, kw_only=True)  # positions are those of earlier versions
     importance: Importance = "random"
+    structure: Structure = field(default="multilevel", kw_only=True)
     order: Literal["largest", "smallest", "sampled"] = "largest"
     allocation: Literal["per_layer", "global", "flops"] = "per_layer"
     num_samples: Annotated[int | float, SAMPLES] | None = 128
@@ -147,7 +149,7 @@ class SparseConfig(MethodConfig):
 
     def statistics(self) -> dict[str, Any]:
         """Settings of importance sylva's statistics (`importance.kfac.FactorSettings`) that are not its defaults."""
-        return {}
+        return {"structure": self.structure}
 
     def with_block_size(self, size: int | None) -> Self:
         """The settings with the block size of a selection that the caller has made."""

@@ -55,12 +55,12 @@ class SylvaConfig(SparseConfig):
 
     name = "sylva"
     learning_rate = 2e-4
-    once_default = {"block_size": 64}
+    once_default = {"block_size": 64, "rank": 1}
 
     importance: Importance = "sylva"
     block_size: BlockSize | None = None  # None: what `settled` finds
     num_partition: Annotated[int, LEVELS] = 8
-    rank: Annotated[int, AT_LEAST_1] = 1
+    rank: Annotated[int, AT_LEAST_1] | None = None  # None: the structure's own
     damping: Annotated[float, ABOVE_0] = 1e-3
 
     def settled(self, spec: ModelSpec) -> Self:
@@ -115,7 +115,8 @@ class SylvaConfig(SparseConfig):
         return block_budget(spec, size, self.wanted_sparsity, scope=self.scope)
 
     def statistics(self) -> dict[str, Any]:
-        return {"num_partition": self.num_partition, "rank": self.rank, "damping": self.damping}
+        own = {"num_partition": self.num_partition, "rank": self.rank, "damping": self.damping}
+        return super().statistics() | own
 
     def with_block_size(self, size: int | None) -> Self:
         return replace(self, block_size=size)

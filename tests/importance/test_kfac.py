@@ -244,7 +244,10 @@ def test_the_selection_says_how_far_the_damping_rose(
     assert found["raised"] == 0 and found["matrices"] == 2 * (4 + 7)  # A shared by q, k, v and by gate, up
     assert found["effective_damping"] == {"min": 0.01, "median": 0.01, "max": 0.01}
     assert "more damping" not in capsys.readouterr().err
-    rough = sparseft.compute_selection(model, sparseft.SylvaConfig(block_size=8, damping=1e-9), samples())
+    positive = sparseft.compute_selection(model, sparseft.SylvaConfig(block_size=8, damping=1e-9), samples())
+    assert positive.meta["second_order"]["effective_damping"] == {"min": 1e-9, "median": 1e-9, "max": 1e-9}
+    config = sparseft.SylvaConfig(block_size=8, structure="hodlr", damping=1e-9)
+    rough = sparseft.compute_selection(model, config, samples())
     found = rough.meta["second_order"]
     assert 0 < found["raised"] <= 22 and found["effective_damping"]["max"] > found["damping"] == 1e-9
     assert f"{found['raised']} of 22 matrices needed more damping than 1e-09" in capsys.readouterr().err
@@ -277,14 +280,16 @@ def test_the_device_chooses_what_the_cpu_chooses(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("structure", ["multilevel", "hodlr"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_device_multiplies_halves_exactly(dtype: torch.dtype) -> None:
+def test_the_device_multiplies_halves_exactly(dtype: torch.dtype, structure: str) -> None:
     """The sums and sketches of the same observations, more than a chunk of them and of odd widths."""
     generator = torch.Generator().manual_seed(0)
     x, gradient = (torch.randn(5000, n, generator=generator).to(dtype) for n in (777, 1001))
     states = []
     for device in ("cpu", "cuda"):
-        found = KroneckerFactors(FactorSettings(), 0, {"m": (1001, 777)}, torch.device(device))
+        settings = FactorSettings(structure=structure)
+        found = KroneckerFactors(settings, 0, {"m": (1001, 777)}, torch.device(device))
         found(Observation("m", x.to(device), None, gradient.to(device), "m", 3))
         states.append(found.state()[0])
     for name, wanted in states[0].items():

@@ -344,6 +344,18 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
     same_end(run, uninterrupted(method))
 
 
+def test_a_run_from_before_second_moments_had_a_structure_is_continued(
+    uninterrupted: Any, data: Path, model_folder: Any, tmp_path: Path
+) -> None:
+    run = stop_after(uninterrupted("sylva"), 4, tmp_path / "run")
+    now = (run / "config.yaml").read_text()
+    before = now.replace("  structure: multilevel\n", "").replace("  rank: null\n", "  rank: 1\n")
+    assert len(before.splitlines()) == len(now.splitlines()) - 1 and "rank: 1" in before
+    (run / "config.yaml").write_text(before)
+    sparseft(data.parent, *long_run("sylva", model_folder(), data), f"output_dir={run}", "trainer.resume=auto")
+    same_end(run, uninterrupted("sylva"))
+
+
 @pytest.mark.parametrize("method", ["sylva", "lora"])
 def test_a_finished_run_stays_as_it_is(
     method: str, uninterrupted: Any, data: Path, model_folder: Any, tmp_path: Path
