@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sparseft.kernels.reference import KINDS, Run
 
+KERNEL_KINDS = ("rows", "columns", "blocks")  # of patterns, by their numbers in KINDS
 CHUNK = 2048  # elements of a delta that one program updates
 COUNTED = 128  # tensors whose steps one program counts
 FIELDS = 13  # int64 numbers that describe one tensor: `_describe`

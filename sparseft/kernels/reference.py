@@ -1,12 +1,13 @@
 """The pattern arithmetic in plain torch: reading and writing a weight's entries, and their gradients.
 
-Three patterns of a logical weight W (out, in):
+Four patterns of a logical weight W (out, in):
 
 | kind | index | values |
 | --- | --- | --- |
 | rows | (k,) output features | (k, in) |
 | columns | (k,) input features | (out, k) |
 | blocks | (n, 2) block row, block column | (n, B, B); an edge block's part outside the weight is zero |
+| grid | rows, then columns as -1 - column (`kernels/grid.py`) | (entries,), row by row |
 
 Weights stored transposed (Conv1D) are passed as their transposed view, so everything here sees (out, in).
 """
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KINDS = ("rows", "columns", "blocks")
+from sparseft.kernels import grid
+
+KINDS = ("rows", "columns", "blocks", "grid")
 
 # From so many entries on, a block's operands are worth a product of their own on the CPU, without gathering them first.
 OWN_PRODUCT = 2**15
@@ -33,6 +36,7 @@ FP32_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads() and not torch.version.h
 ALIGNED = 8
 
 Run = tuple[int, int]  # (start, length): consecutive rows or columns, which a view reaches without an index
+At = Tensor | Run | grid.Grids  # where the entries of a pattern lie
 
 
 def select(tensor: Tensor, dim: int, at: Tensor | Run) -> Tensor:
@@ -69,6 +73,8 @@ def values_shape(kind: str, index: Tensor, shape: tuple[int, int], block_size: i
         return (len(index), shape[1])
     if kind == "columns":
         return (shape[0], len(index))
+    if kind == "grid":
+        return (grid.entries(index),)
     assert block_size is not None
     return (len(index), block_size, block_size)
 
@@ -79,6 +85,8 @@ def trainable_entries(kind: str, index: Tensor, shape: tuple[int, int], block_si
         return len(index) * shape[1]
     if kind == "columns":
         return len(index) * shape[0]
+    if kind == "grid":
+        return grid.entries(index)
     assert block_size is not None
     height = (shape[0] - index[:, 0] * block_size).clamp(max=block_size)
     width = (shape[1] - index[:, 1] * block_size).clamp(max=block_size)
@@ -99,8 +107,10 @@ def _blocks_view(weight: Tensor, block_size: int) -> Tensor:
     return weight.unfold(0, block_size, block_size).unfold(1, block_size, block_size)
 
 
-def gather(weight: Tensor, kind: str, index: Tensor | Run, block_size: int | None = None) -> Tensor:
+def gather(weight: Tensor, kind: str, index: At, block_size: int | None = None) -> Tensor:
     """A copy of the pattern's entries of `weight` (out, in), in its dtype."""
+    if isinstance(index, grid.Grids) or kind == "grid":
+        return grid.gather(weight, index)
     if isinstance(index, tuple):
         return select(weight, KINDS.index(kind), index).clone(memory_format=torch.contiguous_format)
     if kind == "rows":
@@ -122,9 +132,11 @@ def gather(weight: Tensor, kind: str, index: Tensor | Run, block_size: int | Non
     return values
 
 
-def scatter_(weight: Tensor, kind: str, index: Tensor | Run, values: Tensor, block_size: int | None = None) -> None:
+def scatter_(weight: Tensor, kind: str, index: At, values: Tensor, block_size: int | None = None) -> None:
     """Writes the pattern's entries of `weight` (out, in) in place; `values` in the weight's dtype."""
-    if isinstance(index, tuple):
+    if isinstance(index, grid.Grids) or kind == "grid":
+        grid.scatter_(weight, index, values)
+    elif isinstance(index, tuple):
         select(weight, KINDS.index(kind), index).copy_(values)
     elif kind == "rows":
         weight.index_copy_(0, index, values)

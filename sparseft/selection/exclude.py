@@ -29,6 +29,7 @@ from sparseft.files.tensors import (
 )
 from sparseft.files.untrusted import read_json_object
 from sparseft.importance.units import Candidate
+from sparseft.kernels import grid
 from sparseft.models.fingerprint import base_fingerprints, check_base
 from sparseft.runs.folder import ADAPTER
 from sparseft.selection.budget import Budget
@@ -110,7 +111,8 @@ def _rectangles(selection: Selection, module: str, shape: tuple[int, int], folde
     found = []
     for kind, index in selection.modules.get(module, {}).items():
         size = (selection.block_size or 1) if kind == "blocks" else 1
-        top, left = index.unbind(1) if kind == "blocks" else (index, index)
+        pairs = grid.pairs(index) if kind == "grid" else index  # of a grid each entry is a block of one
+        top, left = pairs.unbind(1) if kind in ("blocks", "grid") else (index, index)
         whole = torch.zeros_like(top)
         vertical = (whole, whole + shape[0]) if kind == "columns" else (top * size, (top + 1) * size)
         across = (whole, whole + shape[1]) if kind == "rows" else (left * size, (left + 1) * size)

@@ -184,10 +184,12 @@ def _check_experts(model: nn.Module, path: str) -> None:
 
 
 def _indices_with_content(model: nn.Module, selection: Any) -> None:
-    """Gives blocks their indices back, which have no content on the meta device: what is saved depends on them."""
+    """Gives blocks and grids their indices back, which have no content on the meta device: what is saved depends on
+    them."""
     for name, layer in sparse_layers(model).items():
-        if (blocks := layer.patterns.get("blocks")) is not None:
-            blocks.set_index(selection.modules[name]["blocks"], blocks.base_values)
+        for kind, pattern in layer.patterns.items():
+            if kind in ("blocks", "grid"):
+                pattern.set_index(selection.modules[name][kind], pattern.base_values)
     share_inputs(model)
 
 

@@ -28,7 +28,9 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "columns": {"columns": [6, 2]},
     "blocks": {"blocks": [[2, 1], [0, 0], [1, 1]]},  # (2, 1) is cut on both sides; 2 of 2 block columns: saves x
     "few_blocks": {"blocks": [[2, 2], [0, 2]], "block_size": 3},  # 1 of 3 block columns: saves a slice
-    "mixed": {"rows": [0, 5], "columns": [6, 1], "blocks": [[0, 0], [2, 1]]},  # overlapping
+    "grid": {"grid": ([7, 0, 9], [6, 2])},
+    "grids": {"grid": [7, 0, -7, -3, 1, -7, -1]},  # of what has trained several: 2 × 2 and 1 × 2
+    "mixed": {"rows": [0, 5], "columns": [6, 1], "blocks": [[0, 0], [2, 1]], "grid": ([0, 3], [6, 0])},  # overlapping
 }
 
 
@@ -40,7 +42,24 @@ def mask_of(pattern: dict[str, Any], shape: tuple[int, int] = (OUT, IN)) -> Tens
     size = pattern.get("block_size", 4)
     for r, c in pattern.get("blocks", []):
         mask[r * size : (r + 1) * size, c * size : (c + 1) * size] = True
+    for r, c in crossings(pattern.get("grid", [])):
+        mask[r, c] = True
     return mask
+
+
+def crossings(index: Any) -> list[tuple[int, int]]:
+    """The entries (row, column) of grids, one after another, each row by row."""
+    if isinstance(index, tuple):
+        return [(r, c) for r in index[0] for c in index[1]]
+    found: list[tuple[int, int]] = []
+    rows: list[int] = []
+    columns: list[int] = []
+    for number in [*index, 0]:  # a row behind columns ends the grid before
+        if number >= 0 and columns:
+            found += [(r, c) for r in rows for c in columns]
+            rows, columns = [], []
+        (rows if number >= 0 else columns).append(number if number >= 0 else -1 - number)
+    return found
 
 
 def dense_part(dense: Tensor, kind: str, pattern: dict[str, Any]) -> Tensor:
@@ -49,6 +68,8 @@ def dense_part(dense: Tensor, kind: str, pattern: dict[str, Any]) -> Tensor:
         return torch.stack([dense[r] for r in pattern["rows"]])
     if kind == "columns":
         return torch.stack([dense[:, c] for c in pattern["columns"]], dim=1)
+    if kind == "grid":
+        return torch.stack([dense[r, c] for r, c in crossings(pattern["grid"])])
     size = pattern.get("block_size", 4)
     out = torch.zeros(len(pattern["blocks"]), size, size, dtype=dense.dtype)
     for n, (r, c) in enumerate(pattern["blocks"]):
@@ -69,7 +90,7 @@ def make_linear(conv: bool = False, bias: bool = True, dtype: torch.dtype = torc
 
 def convert(linear: nn.Module, pattern: dict[str, Any]) -> SparseLinear:
     layer = CLASSES.get(tuple(k for k in pattern if k != "block_size"), SparseLinear).wrap(linear)
-    for kind in ("rows", "columns", "blocks"):
+    for kind in ("rows", "columns", "blocks", "grid"):
         if kind in pattern:
             layer.add_pattern(kind, pattern[kind], pattern.get("block_size", 4) if kind == "blocks" else None)
     return layer
