@@ -368,8 +368,11 @@ def test_every_optimizer_writes_the_pattern_and_nothing_else(name: str, optimize
     total = before.clone()
     for kind, pattern in layer.patterns.items():  # base + every delta, entry by entry
         spread = torch.zeros(OUT, IN)
-        for n, item in enumerate(pattern.index.tolist()):
-            if kind == "rows":
+        items = pattern.index.tolist()
+        for n, item in enumerate(crossings(items) if kind == "grid" else items):
+            if kind == "grid":
+                spread[item] = pattern.delta[n].detach()
+            elif kind == "rows":
                 spread[item] = pattern.delta[n].detach()
             elif kind == "columns":
                 spread[:, item] = pattern.delta[:, n].detach()
@@ -713,7 +716,7 @@ def test_overlapping_patterns_add_up() -> None:
     layer = layer_of("mixed")
     base_weight = layer.weight.clone()
     with torch.no_grad():
-        for value, pattern in zip((1.0, 10.0, 100.0), layer.patterns.values(), strict=True):
+        for value, pattern in zip((1.0, 10.0, 100.0, 1000.0), layer.patterns.values(), strict=True):
             pattern.delta.fill_(value)
     write_back([layer])
     wanted = base_weight.clone()
@@ -721,6 +724,8 @@ def test_overlapping_patterns_add_up() -> None:
     wanted[:, [6, 1]] += 10.0
     wanted[0:4, 0:4] += 100.0
     wanted[8:10, 4:7] += 100.0
+    for place in ((0, 6), (0, 0), (3, 6), (3, 0)):
+        wanted[place] += 1000.0
     torch.testing.assert_close(layer.weight, wanted, rtol=1e-6, atol=1e-5)
     layer.restore_base()
     assert torch.equal(layer.weight, base_weight)
