@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,8 +242,22 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
         activations += parameters
         parameters, gradients = 2 * parameters, 2 * gradients
     moments = optimizer_bytes(config.trainer.optimizer, trained) * (2 if shape.autocast else 1)
+    if config.method.reselect_steps and config.method.reselects_in_turn:
+        moments += _sensitivity_bytes(shape.model)
     activations = max(activations, _while_updating(config, trained))
     return sharded(config, shape, Memory(weights, parameters, gradients, moments, activations))
+
+
+def _sensitivity_bytes(model: nn.Module) -> int:
+    """What re-selection in turn keeps of the largest decoder layer: gradient and two averages in fp32, and for a moment
+    as much again of its largest linear (`importance/sensitivity.py`)."""
+    by_layer: dict[str, list[int]] = defaultdict(list)
+    prefix = decoder_layers(model)[0]
+    for name, layer in sparse_layers(model).items():
+        if layer.patterns:
+            number = name.removeprefix(f"{prefix}.").partition(".")[0]
+            by_layer[number].append(layer.out_features * layer.in_features)
+    return 12 * max((sum(own) + max(own) for own in by_layer.values()), default=0)
 
 
 def _while_updating(config: RunConfig, trained: list[Tensor]) -> int:
