@@ -26,7 +26,7 @@ from sparseft.errors import UserError, shown
 from sparseft.files.atomic import write_json
 from sparseft.files.hashing import BODY, HASHED, body_hash, file_hash
 from sparseft.files.tensors import KINDS, read_described, split_name
-from sparseft.kernels import grid, reference
+from sparseft.kernels import reference
 from sparseft.layers import restore, sparse_layers, write_back
 from sparseft.layers.by_row import ByRow
 from sparseft.layers.convert import check_modules, exchange, layer_at, weight_parameter
@@ -421,7 +421,7 @@ def read_sparse(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Sp
             count, shape = len(parts["index"]), tuple(parts["delta"].shape)
             if kind == "blocks" and shape != (count, size, size):  # before memory is taken for what the config says
                 raise UserError(f"{folder}: {module}: a delta of shape {shape} does not fit {count} blocks of {size}.")
-            if kind == "grid" and shape != (grid.entries(parts["index"]),):
+            if kind == "grid" and shape != reference.values_shape(kind, parts["index"], (0, 0), None):
                 raise UserError(f"{folder}: {module}: a delta of shape {shape} does not fit its grid.")
             values[module][kind] = SparseDelta(parts["index"].long(), parts["delta"], size)
     if not values:

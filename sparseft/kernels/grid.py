@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import UserError
+from sparseft.kernels.kind import Kind, Shape
 
-SHIFT, MASK = 32, (1 << 32) - 1  # of keys: the row above, the column below
+SHIFT, MASK = 32, 0xFFFFFFFF  # of keys
 Part = tuple[Tensor, Tensor]  # the rows and columns of one grid
 
 
@@ -37,21 +38,9 @@ def encode(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([rows.to(torch.int64), -1 - columns.to(torch.int64)])
 
 
-def as_index(given: Any) -> Tensor:
-    """An index on the CPU, from one or from a pair (rows, columns); `UserError` where it is neither."""
-    if not isinstance(given, Tensor) and len(given) == 2 and all(hasattr(side, "__len__") for side in given):
-        sides = [torch.as_tensor(side, device="cpu") for side in given]
-        if any(side.numel() and side.is_floating_point() for side in sides) or any(side.dim() != 1 for side in sides):
-            raise UserError("grid: expected a pair of lists of integers, (rows, columns).")
-        if any(bool((side < 0).any()) for side in sides):
-            raise UserError("grid: an index lies below 0.")
-        return encode(*sides)
-    return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
-
-
 def parts(index: Tensor) -> list[Part]:
-    """The rows and columns of each grid of an index, on the CPU. Looks at the values; of one that `check` refuses the
-    parts mean nothing."""
+    """The rows and columns of each grid of an index, on the CPU. Looks at the values; of one that `Grid.check` refuses
+    the parts mean nothing."""
     index = index.to("cpu", torch.int64).flatten()
     of_column = index < 0
     starts = (of_column[:-1] & ~of_column[1:]).nonzero().flatten() + 1  # a row behind a column begins the next grid
@@ -62,24 +51,6 @@ def parts(index: Tensor) -> list[Part]:
     return found
 
 
-def check(index: Tensor, shape: tuple[int, int]) -> None:
-    """`UserError` where an index is none, or does not fit a weight of `shape` (out, in)."""
-    if index.dim() != 1:
-        raise UserError(f"grid: expected a list, rows and then columns as -1 - column, got shape {tuple(index.shape)}.")
-    if len(index) == 0:
-        raise UserError("grid: expected at least one row and one column.")
-    if index.is_meta:
-        return
-    if int(index[0]) < 0 or int(index[-1]) >= 0:
-        raise UserError("grid: expected rows, and behind them columns as -1 - column.")
-    found = parts(index)
-    rows = torch.cat([rows for rows, _ in found])
-    if bool((rows >= shape[0]).any()) or any(bool((columns >= shape[1]).any()) for _, columns in found):
-        raise UserError(f"grid: an index lies outside rows 0 … {shape[0] - 1} and columns 0 … {shape[1] - 1}.")
-    if len(rows.unique()) != len(rows) or any(len(columns.unique()) != len(columns) for _, columns in found):
-        raise UserError("grid: a row or a column occurs twice.")
-
-
 def sides(index: Tensor) -> tuple[int, int]:
     """How many rows and columns the one grid of an index has; `UserError` where there are several."""
     found = parts(index)
@@ -88,40 +59,9 @@ def sides(index: Tensor) -> tuple[int, int]:
     return len(found[0][0]), len(found[0][1])
 
 
-def entries(index: Tensor) -> int:
-    """How many entries of the weight an index covers."""
-    return sum(len(rows) * len(columns) for rows, columns in parts(index))
-
-
-def keys(index: Tensor) -> Tensor:
-    """One int64 number for each entry, on the CPU, in the order of the values: the row above, the column below."""
-    return torch.cat([((rows[:, None] << SHIFT) + columns).flatten() for rows, columns in parts(index)])
-
-
-def of_keys(every: Tensor) -> tuple[Tensor, Tensor]:
-    """The index of entries given by distinct keys (n,) in any order, and in which order its values take theirs (n,).
-
-    Rows with the same columns make one grid; rows and columns are sorted, so that a set of entries has one index.
-    """
-    every, order = every.sort()
-    rows, counts = (every >> SHIFT).unique_consecutive(return_counts=True)
-    starts = counts.cumsum(0) - counts
-    columns = every & MASK
-    alike: dict[bytes, list[int]] = {}
-    for place, own in enumerate(columns.split(counts.tolist())):
-        alike.setdefault(own.numpy().tobytes(), []).append(place)
-    index, places = [], []
-    for members in alike.values():
-        first = members[0]
-        own = columns[starts[first] : starts[first] + counts[first]]
-        index.append(encode(rows[members], own))
-        places.append((starts[members][:, None] + torch.arange(len(own))).flatten())
-    return torch.cat(index), order[torch.cat(places)]
-
-
 def pairs(index: Tensor) -> Tensor:
     """The entries as (row, column) (n, 2), on the CPU, in the order of the values."""
-    every = keys(index)
+    every = Grid().keys(index)
     return torch.stack([every >> SHIFT, every & MASK], dim=1)
 
 
@@ -145,21 +85,6 @@ def _parts_at(at: Tensor | Grids, device: torch.device) -> Sequence[Part]:
     return [(rows.to(device), columns.to(device)) for rows, columns in parts(at)]
 
 
-def gather(weight: Tensor, at: Tensor | Grids) -> Tensor:
-    """A copy of the entries of `weight` (out, in): (entries,)."""
-    found = [weight[rows[:, None], columns].flatten() for rows, columns in _parts_at(at, weight.device)]
-    return found[0] if len(found) == 1 else torch.cat(found)
-
-
-def scatter_(weight: Tensor, at: Tensor | Grids, values: Tensor) -> None:
-    """Writes the entries of `weight` (out, in) in place, `values` (entries,) in its dtype."""
-    start = 0
-    for rows, columns in _parts_at(at, weight.device):
-        count = len(rows) * len(columns)
-        weight[rows[:, None], columns] = values[start : start + count].view(len(rows), len(columns))
-        start += count
-
-
 def matrices(at: Tensor | Grids, values: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Of each grid its rows, its columns and its values as (rows, columns), views of `values` (entries,)."""
     found, start = [], 0
@@ -168,3 +93,77 @@ def matrices(at: Tensor | Grids, values: Tensor) -> list[tuple[Tensor, Tensor, T
         found.append((rows, columns, values[start : start + count].view(len(rows), len(columns))))
         start += count
     return found
+
+
+class Grid(Kind):
+    """Index and values as above; `at` an index or `Grids`."""
+
+    name = "grid"
+
+    def index(self, given: Any) -> Tensor:
+        """From an index or from a pair (rows, columns); `UserError` where it is neither."""
+        if not isinstance(given, Tensor) and len(given) == 2 and all(hasattr(side, "__len__") for side in given):
+            sides = [torch.as_tensor(side, device="cpu") for side in given]
+            if any(side.dim() != 1 or (side.numel() and side.is_floating_point()) for side in sides):
+                raise UserError("grid: expected a pair of lists of integers, (rows, columns).")
+            if any(bool((side < 0).any()) for side in sides):
+                raise UserError("grid: an index lies below 0.")
+            return encode(*sides)
+        return super().index(given)
+
+    def check(self, index: Tensor, shape: Shape, size: int | None) -> None:
+        if index.dim() != 1:
+            wanted = "expected a list, rows and then columns as -1 - column"
+            raise UserError(f"grid: {wanted}, got shape {tuple(index.shape)}.")
+        if len(index) == 0:
+            raise UserError("grid: expected at least one row and one column.")
+        if index.is_meta:
+            return
+        if int(index[0]) < 0 or int(index[-1]) >= 0:
+            raise UserError("grid: expected rows, and behind them columns as -1 - column.")
+        found = parts(index)
+        rows = torch.cat([rows for rows, _ in found])
+        if bool((rows >= shape[0]).any()) or any(bool((columns >= shape[1]).any()) for _, columns in found):
+            raise UserError(f"grid: an index lies outside rows 0 … {shape[0] - 1} and columns 0 … {shape[1] - 1}.")
+        if len(rows.unique()) != len(rows) or any(len(columns.unique()) != len(columns) for _, columns in found):
+            raise UserError("grid: a row or a column occurs twice.")
+
+    def values_shape(self, index: Tensor, shape: Shape, size: int | None) -> tuple[int, ...]:
+        return (self.entries(index, shape, size),)
+
+    def entries(self, index: Tensor, shape: Shape, size: int | None) -> int:
+        return sum(len(rows) * len(columns) for rows, columns in parts(index))
+
+    def gather(self, weight: Tensor, at: Tensor | Grids, size: int | None) -> Tensor:
+        found = [weight[rows[:, None], columns].flatten() for rows, columns in _parts_at(at, weight.device)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def scatter_(self, weight: Tensor, at: Tensor | Grids, values: Tensor, size: int | None) -> None:
+        for rows, columns, own in matrices(at, values):
+            weight[rows[:, None], columns] = own
+
+    def keys(self, index: Tensor) -> Tensor:
+        """Of each entry the row above, the column below, in the order of the values."""
+        return torch.cat([((rows[:, None] << SHIFT) + columns).flatten() for rows, columns in parts(index)])
+
+    def of_keys(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows with the same columns make one grid; rows and columns are sorted, so that a set of entries has one
+        index."""
+        keys, order = keys.sort()
+        rows, counts = (keys >> SHIFT).unique_consecutive(return_counts=True)
+        starts = counts.cumsum(0) - counts
+        columns = keys & MASK
+        alike: dict[bytes, list[int]] = {}
+        for place, own in enumerate(columns.split(counts.tolist())):
+            alike.setdefault(own.numpy().tobytes(), []).append(place)
+        index, places = [], []
+        for members in alike.values():
+            first = members[0]
+            own = columns[starts[first] : starts[first] + counts[first]]
+            index.append(encode(rows[members], own))
+            places.append((starts[members][:, None] + torch.arange(len(own))).flatten())
+        return torch.cat(index), order[torch.cat(places)]
+
+    def rectangles(self, index: Tensor, shape: Shape, size: int | None) -> Tensor:
+        row, column = pairs(index).unbind(1)
+        return torch.stack([row, row + 1, column, column + 1], dim=1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch, grid, reference
 from sparseft.kernels.block_group import joint_tokens
+from sparseft.kernels.kinds import KINDS
 from sparseft.layers.product import Blocks, Columns, Grid, Rows, SharedSlice, slice_of
 
 # A layer of blocks that stands alone saves the needed column blocks of x when they are at most this share of it: a
@@ -265,23 +266,17 @@ def version_of(delta: Tensor) -> int:
 
 def entry_dim(kind: str) -> int:
     """The dimension of a pattern's values that its index counts."""
-    return 1 if kind == "columns" else 0
+    return KINDS[kind].dim
 
 
 def index_keys(kind: str, index: Tensor) -> Tensor:
     """One int64 number for each entry of an index, on the CPU: for each position of `entry_dim`."""
-    index = index.cpu()
-    if kind == "grid":
-        return grid.keys(index)
-    return (index[:, 0] << 32) + index[:, 1] if kind == "blocks" else index
+    return KINDS[kind].keys(index)
 
 
 def index_of_keys(kind: str, keys: Tensor) -> tuple[Tensor, Tensor]:
     """What `index_keys` undoes: the index of entries with these keys (n,), and in which order they come in it (n,)."""
-    if kind == "grid":
-        return grid.of_keys(keys)
-    order = torch.arange(len(keys))
-    return (torch.stack([keys >> 32, keys & grid.MASK], dim=1) if kind == "blocks" else keys), order
+    return KINDS[kind].of_keys(keys)
 
 
 def positions_of(wanted: Tensor, among: Tensor) -> Tensor:
@@ -295,10 +290,7 @@ def positions_of(wanted: Tensor, among: Tensor) -> Tensor:
 
 def as_index(kind: str, index: Any) -> Tensor:
     """The caller's indices as an int64 tensor on the CPU: (k,), or (n, 2) for blocks; of a grid also a pair."""
-    if kind == "grid":
-        index = grid.as_index(index)
-    # On the CPU also where `torch.device` sets another: a list under the meta device would lose its numbers.
-    tensor = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
+    tensor = KINDS[kind].index(index)
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         raise UserError(f"{kind}: expected integer indices, got {tensor.dtype}.")
     return tensor.to(device="cpu", dtype=torch.int64)
@@ -306,29 +298,9 @@ def as_index(kind: str, index: Any) -> Tensor:
 
 def check_index(kind: str, index: Tensor, shape: tuple[int, int], block_size: int | None) -> None:
     """Raises `UserError` where indices have the wrong shape, repeat, or lie outside a weight of `shape` (out, in)."""
-    if kind == "grid":
-        grid.check(index, shape)
-        return
     if kind == "blocks":
         dispatch.mode()  # a wrong SPARSEFT_KERNELS is said here, not in the first backward pass
-        if block_size is None or block_size < 1:
-            raise UserError(f"blocks: expected a block_size of at least 1, got {block_size}.")
-        if index.dim() != 2 or index.shape[1] != 2:
-            raise UserError(f"blocks: expected pairs (block row, block column), got shape {tuple(index.shape)}.")
-        limits = [math.ceil(shape[0] / block_size), math.ceil(shape[1] / block_size)]
-    else:
-        if index.dim() != 1:
-            raise UserError(f"{kind}: expected a list of indices, got shape {tuple(index.shape)}.")
-        limits = [shape[0] if kind == "rows" else shape[1]]
-    if len(index) == 0:
-        raise UserError(f"{kind}: expected at least one index.")
-    if index.is_meta:
-        return
-    flat = index.reshape(len(index), -1).cpu()
-    if (flat < 0).any() or (flat >= torch.tensor(limits, device="cpu")).any():
-        raise UserError(f"{kind}: an index lies outside 0 … {', '.join(str(limit - 1) for limit in limits)}.")
-    if len(torch.unique(flat, dim=0)) != len(flat):
-        raise UserError(f"{kind}: an index occurs twice.")
+    KINDS[kind].check(index, shape, block_size)
 
 
 def same_entries(patterns: Mapping[str, Mapping[str, Pattern]], others: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -21,8 +21,8 @@ from sparseft.files.atomic import replaced_folder, write_json
 from sparseft.files.hashing import body_hash
 from sparseft.files.tensors import DESCRIPTIONS, SELECTION_CONFIG, SELECTION_TENSORS, read_described, split_name
 from sparseft.files.untrusted import read_json_object
-from sparseft.kernels import grid
-from sparseft.kernels.reference import KINDS, trainable_entries
+from sparseft.kernels.kinds import KINDS
+from sparseft.kernels.reference import trainable_entries
 from sparseft.models.spec import ModelSpec
 from sparseft.selection import TOLERANCE
 
@@ -59,7 +59,7 @@ class Selection:
                 if kind not in KINDS:
                     raise UserError(f"selection of {module}: expected {', '.join(KINDS)}, got '{kind}'.")
                 try:
-                    tensor = grid.as_index(index) if kind == "grid" else torch.as_tensor(index)
+                    tensor = KINDS[kind].index(index)
                 except UserError as error:
                     raise UserError(f"selection of {module}: {error}") from None
                 except (TypeError, ValueError, RuntimeError) as error:
