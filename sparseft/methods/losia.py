@@ -31,16 +31,16 @@ class LosiaConfig(SparseConfig):
     reselect_steps: Annotated[int, EVERY] = 100
 
     def validate(self) -> None:
+        if self.max_rank is not None:
+            raise UserError(
+                f"method.max_rank={self.max_rank}: a grid needs the rank of its shorter side, which sparsity sets; "
+                "raise sparsity instead."
+            )
         super().validate()
         if self.allocation != "per_layer":
             raise UserError(
                 f"method.allocation={self.allocation}: losia gives every linear the same share of its rows and "
                 "columns; use method.allocation=per_layer."
-            )
-        if self.max_rank is not None:
-            raise UserError(
-                f"method.max_rank={self.max_rank}: a grid needs the rank of its shorter side, which sparsity sets; "
-                "raise sparsity instead."
             )
         if self.exclude:
             raise UserError(
