@@ -103,6 +103,16 @@ def paca(draw: random.Random) -> list[str]:
     return found
 
 
+def losia(draw: random.Random) -> list[str]:
+    """Where a few rows cross a few columns of every linear, at random."""
+    found = []
+    for x, y, width, height in places().values():
+        across = sorted(draw.sample(range(0, width - 3, 5), max(3, width // 20)))
+        for down in sorted(draw.sample(range(0, height - 3, 5), max(3, height // 20))):
+            found += [rect(x + place, y + down, 4, 4, "trains") for place in across]
+    return found
+
+
 def lora(draw: random.Random) -> list[str]:
     """B beside the weight and A below it."""
     found = []
@@ -124,6 +134,7 @@ METHODS = {
     "s2ft": (s2ft, "whole heads of o, whole channels of down; pale: what ratios add"),
     "sylva": (sylva, "the most important blocks of every linear"),
     "paca": (paca, "a few input features of every linear"),
+    "losia": (losia, "the crossings of a few rows and columns; of every linear, chosen anew layer by layer"),
     "lora": (lora, "two thin matrices beside each frozen weight"),
     "dora": (dora, "LoRA and, left, a magnitude for each output feature"),
     "full": (full, "every weight, also embeddings and norms"),

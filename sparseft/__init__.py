@@ -28,6 +28,7 @@ _EXPORTS = {
     "S2ColumnLinear": "sparseft.layers",
     "S2RowLinear": "sparseft.layers",
     "BlockSparseLinear": "sparseft.layers",
+    "GridLinear": "sparseft.layers",
     "SparseAdamW": "sparseft.training.optimizer",
     "apply_patch": "sparseft.export.patch",
     "PatchSender": "sparseft.export.live.sender",

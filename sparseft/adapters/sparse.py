@@ -30,7 +30,7 @@ from sparseft.kernels import reference
 from sparseft.layers import restore, sparse_layers, write_back
 from sparseft.layers.by_row import ByRow
 from sparseft.layers.convert import check_modules, exchange, layer_at, weight_parameter
-from sparseft.layers.pattern import check_index, entry_dim, index_keys, positions_of, same_entries
+from sparseft.layers.pattern import check_index, entry_dim, index_keys, index_of_keys, positions_of, same_entries
 from sparseft.methods.base import SparseConfig
 from sparseft.models.decoder import STATE, in_experts
 from sparseft.models.fingerprint import check_base
@@ -69,14 +69,15 @@ def unite(
         if kind == "blocks":
             block_size = math.gcd(*(value.block_size or 0 for _, value in items), size or 0)
             items = [(weight, split_blocks(value, block_size, shape)) for weight, value in items]
-        index, position = torch.unique(torch.cat([v.index for _, v in items]), dim=0, return_inverse=True)
+        keys, position = torch.cat([index_keys(kind, v.index) for _, v in items]).unique(return_inverse=True)
+        index, order = index_of_keys(kind, keys)
         deltas = [weight * value.delta.float() for weight, value in items]
         if kind == "columns":
-            total = deltas[0].new_zeros(shape[0], len(index)).index_add_(1, position, torch.cat(deltas, dim=1))
+            total = deltas[0].new_zeros(shape[0], len(keys)).index_add_(1, position, torch.cat(deltas, dim=1))
         else:
             joined = torch.cat(deltas)
-            total = joined.new_zeros(len(index), *joined.shape[1:]).index_add_(0, position, joined)
-        united[kind] = SparseDelta(index, total, block_size)
+            total = joined.new_zeros(len(keys), *joined.shape[1:]).index_add_(0, position, joined)
+        united[kind] = SparseDelta(index, total.index_select(entry_dim(kind), order), block_size)
     return united
 
 
@@ -366,7 +367,7 @@ def _fill(model: nn.Module, values: dict[str, dict[str, SparseDelta]], folder: P
         for kind, pattern in layer.patterns.items():
             value = values.get(module, {}).get(kind)
             place = positions_of(index_keys(kind, pattern.index), index_keys(kind, value.index)) if value else None
-            if place is None or len(place) != len(value.index) or (place < 0).any():
+            if place is None or len(place) != value.delta.shape[entry_dim(kind)] or (place < 0).any():
                 raise UserError(f"{folder}: {module}.{kind} does not hold the entries that the model trains.")
             pattern.delta.copy_(value.delta.index_select(entry_dim(kind), place))
 
@@ -420,6 +421,8 @@ def read_sparse(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Sp
             count, shape = len(parts["index"]), tuple(parts["delta"].shape)
             if kind == "blocks" and shape != (count, size, size):  # before memory is taken for what the config says
                 raise UserError(f"{folder}: {module}: a delta of shape {shape} does not fit {count} blocks of {size}.")
+            if kind == "grid" and shape != reference.values_shape(kind, parts["index"], (0, 0), None):
+                raise UserError(f"{folder}: {module}: a delta of shape {shape} does not fit its grid.")
             values[module][kind] = SparseDelta(parts["index"].long(), parts["delta"], size)
     if not values:
         raise UserError(f"{folder}: the adapter holds no module.")

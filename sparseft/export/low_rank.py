@@ -1,7 +1,8 @@
 """A change as two factors, b @ a = ΔW, exactly: what formats of LoRA hold.
 
 Rows that train need a rank each, with a one-hot column of b; columns one with a one-hot row of a. Blocks are covered by
-the least number of block rows and block columns. What is zero in the values takes no rank.
+the least number of block rows and block columns, grids by all their rows or all their columns. What is zero in the
+values takes no rank.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sparseft.adapters.sparse import SparseDelta
 from sparseft.export.changes import Change, LowRankChange, SparseChange
+from sparseft.kernels import grid
 from sparseft.selection.cover import cover
 
 
@@ -61,6 +63,9 @@ def bands(change: SparseChange) -> tuple[Bands, Bands]:
         of_rows, of_columns = _covered(value, change.shape)
         rows += _block_bands(value, of_rows, 0, change.shape)
         columns += _block_bands(value, of_columns, 1, change.shape)
+    if (value := change.kinds.get("grid")) is not None:
+        side, found = _grid_bands(value, change.shape)
+        (rows if side == 0 else columns).extend(found)
     return _fewest(_united(rows, in_features), _united(columns, out_features), change)
 
 
@@ -103,6 +108,20 @@ def _block_bands(value: SparseDelta, chosen: Tensor, side: int, shape: tuple[int
             width = min(size, other - start)
             values[:, start : start + width] = block[:height, :width]
         yield Bands(torch.arange(band * size, band * size + height), values)
+
+
+def _grid_bands(value: SparseDelta, shape: tuple[int, int]) -> tuple[int, list[Bands]]:
+    """Grids as whole rows (side 0) or whole columns (side 1), whichever are fewer."""
+    found = grid.matrices(value.index, value.delta.float())
+    height, width = sum(len(rows) for rows, _, _ in found), len(torch.cat([c for _, c, _ in found]).unique())
+    side = int(width < height)
+    made = []
+    for rows, columns, matrix in found:
+        lines, across, own = (rows, columns, matrix) if side == 0 else (columns, rows, matrix.t())
+        values = torch.zeros(len(lines), shape[1 - side])
+        values[:, across] = own
+        made.append(Bands(lines, values))
+    return side, made
 
 
 def _united(parts: list[Bands], length: int) -> Bands:

@@ -22,7 +22,7 @@ ADAPTER_FORMAT = 1  # version of a sparse adapter's folder
 SELECTION_CONFIG, SELECTION_TENSORS = "selection.json", "selection.safetensors"
 DESCRIPTIONS = (ADAPTER_CONFIG, WHOLE_CONFIG, SELECTION_CONFIG)
 
-KINDS = ("rows", "columns", "blocks")
+KINDS = ("rows", "columns", "blocks", "grid")
 
 MAX_NAME = 1000  # characters of a tensor's name: the longest that models have are a tenth of it
 

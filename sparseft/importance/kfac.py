@@ -202,7 +202,7 @@ class KroneckerFactors:
             sides = entry_importance(total, A, G, self.settings.damping)
             output, input = (side.cpu() / self.samples[name] ** 2 for side in sides)  # of the mean, not the sum
             for c in candidates:
-                if c.kind == "blocks":
+                if c.kind in ("blocks", "grid"):
                     scores[c.key] = block_scores(output, input, c.unit).reshape(-1)
                 elif c.kind == "rows":
                     scores[c.key] = sum_features(output, c) * input.sum()

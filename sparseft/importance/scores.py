@@ -1,10 +1,10 @@
-"""Scores of units: one number for each head, channel, row, column or block.
+"""Scores of units: one number for each head, channel, row, column or block, or each entry where a grid is chosen.
 
 | importance | score of a unit u |
 | --- | --- |
 | random | uniform, from the seed |
 | weight | ‖W_u‖₂ |
-| activation | Σ over samples of ‖a_u‖₂: of columns the inputs, of rows the outputs, of blocks inputs × outputs |
+| activation | Σ over samples of ‖a_u‖₂: of columns the inputs, of rows the outputs, else inputs × outputs |
 | product | weight × activation |
 | gradient | Σ over samples of ‖∇W_u‖₂ |
 | fisher | Σ over samples of ‖∇W_u‖₂² (the empirical Fisher's diagonal, summed over the unit) |
@@ -77,7 +77,7 @@ def gradient_norms(x: Tensor, gradient: Tensor, candidates: Sequence[Candidate])
     kinds = {c.kind for c in candidates}
     if (
         len(kinds) == 1
-        and "blocks" not in kinds
+        and kinds <= {"rows", "columns"}
         and len(x) * (x.shape[1] + gradient.shape[1]) < x.shape[1] * gradient.shape[1]
     ):
         one, other = (x, gradient) if kinds == {"columns"} else (gradient, x)
@@ -277,7 +277,8 @@ def _scored(
 
 def _random(candidate: Candidate, seed: int) -> Tensor:
     generator = generator_for(seed, "random", candidate.key)
-    return torch.rand(candidate.count, generator=generator, dtype=torch.float64)
+    count = sum(candidate.shape) if candidate.kind == "grid" else candidate.count  # its rows and columns are drawn
+    return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 def score_modules(

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparseft.kernels import grid
 from sparseft.kernels.reference import to_blocks
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The units of one module that compete with each other: runs of rows or columns, or its blocks."""
+    """The units of one module that compete with each other: runs of rows or columns, its blocks, or its entries, of
+    which a grid is chosen."""
 
     module: str
-    kind: str  # rows | columns | blocks
+    kind: str  # rows | columns | blocks | grid
     shape: tuple[int, int]  # of the logical weight (out, in)
     start: int  # first feature
-    unit: int  # features a unit; for blocks: the block size
+    unit: int  # features a unit; for blocks: the block size; for grids: 1
     count: int  # units
     role: str | None = None
 
@@ -47,7 +49,10 @@ def unit_index(candidate: Candidate, units: Tensor) -> Tensor:
 
 def units_of(candidate: Candidate, index: Tensor) -> Tensor:
     """The units (sorted, int64) that features (k,) or blocks (n, 2) of the module belong to, where they are among the
-    candidate's: what `unit_index` undoes."""
+    candidate's: what `unit_index` undoes. Of a grid: entries, row · in + column."""
+    if candidate.kind == "grid":
+        pairs = grid.pairs(index)
+        return (pairs[:, 0] * candidate.shape[1] + pairs[:, 1]).sort().values
     if candidate.kind == "blocks":
         return (index[:, 0] * math.ceil(candidate.shape[1] / candidate.unit) + index[:, 1]).sort().values
     own = index[(index >= candidate.start) & (index < candidate.start + candidate.unit * candidate.count)]
@@ -56,6 +61,8 @@ def units_of(candidate: Candidate, index: Tensor) -> Tensor:
 
 def sum_units(matrix: Tensor, candidate: Candidate) -> Tensor:
     """Sums a (out, in) matrix over each unit -> (units,)."""
+    if candidate.kind == "grid":
+        return matrix.reshape(-1)
     if candidate.kind == "blocks":
         size = candidate.unit
         by_column = to_blocks(matrix, size).sum(-1)  # (out, block columns)

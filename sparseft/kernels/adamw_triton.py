@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseft.kernels.reference import KINDS, Run
+from sparseft.kernels.kind import Run
 
+KERNEL_KINDS = ("rows", "columns", "blocks")  # of patterns; the kernel knows them by number
 CHUNK = 2048  # elements of a delta that one program updates
 COUNTED = 128  # tensors whose steps one program counts
 FIELDS = 13  # int64 numbers that describe one tensor: `_describe`
@@ -272,7 +273,7 @@ class Table:
         for number, entry in enumerate(entries):
             values = _wide_values(entry)
             constants = (
-                KINDS.index(entry.kind),
+                KERNEL_KINDS.index(entry.kind),
                 WEIGHT_DTYPES[entry.weight.dtype],
                 values,
                 values and _wide_weight(entry),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparseft.errors import UserError, nearest
 from sparseft.kernels import reference
+from sparseft.kernels.grid import Grids
 
 VARIABLE = "SPARSEFT_KERNELS"
 CHOICES = ("auto", "triton", "reference")
@@ -107,6 +108,16 @@ def columns_gradient(grad_output: Tensor, x_columns: Tensor) -> Tensor:
     """dW[:, columns] (out, k), summed and kept in fp32, from grad_output (tokens, out) and x[:, columns] (tokens, k) of
     one dtype."""
     return _token_product(grad_output, x_columns)
+
+
+def grid_gradient(grad_output: Tensor, x_columns: Tensor, grids: Grids) -> Tensor:
+    """dW of the grids (entries,), summed and kept in fp32, from grad_output (tokens, out) and the columns of x that
+    they need (tokens, count), of one dtype."""
+    found = []
+    for (rows, _), within in zip(grids.parts, grids.within, strict=True):
+        own = x_columns if within is None else x_columns.index_select(1, within)
+        found.append(_token_product(grad_output.index_select(1, rows), own).flatten())
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _token_product(left: Tensor, right: Tensor) -> Tensor:

@@ -1,13 +1,6 @@
 """The pattern arithmetic in plain torch: reading and writing a weight's entries, and their gradients.
 
-Three patterns of a logical weight W (out, in):
-
-| kind | index | values |
-| --- | --- | --- |
-| rows | (k,) output features | (k, in) |
-| columns | (k,) input features | (out, k) |
-| blocks | (n, 2) block row, block column | (n, B, B); an edge block's part outside the weight is zero |
-
+Which patterns there are of a logical weight W (out, in), with their indices and values, stands in `kernels/kinds.py`.
 Weights stored transposed (Conv1D) are passed as their transposed view, so everything here sees (out, in).
 """
 
@@ -19,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KINDS = ("rows", "columns", "blocks")
+from sparseft.kernels.features import select
+from sparseft.kernels.grid import Grids
+from sparseft.kernels.kind import Run
+from sparseft.kernels.kinds import KINDS
 
 # From so many entries on, a block's operands are worth a product of their own on the CPU, without gathering them first.
 OWN_PRODUCT = 2**15
@@ -32,12 +28,7 @@ FP32_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads() and not torch.version.h
 # Fast products of halves want rows that begin at multiples of 16 bytes.
 ALIGNED = 8
 
-Run = tuple[int, int]  # (start, length): consecutive rows or columns, which a view reaches without an index
-
-
-def select(tensor: Tensor, dim: int, at: Tensor | Run) -> Tensor:
-    """The entries `at` of one dimension: a view of a run, a copy otherwise."""
-    return tensor.narrow(dim, *at) if isinstance(at, tuple) else tensor.index_select(dim, at)
+At = Tensor | Run | Grids  # where the entries of a pattern lie
 
 
 def padded(index: Tensor) -> Tensor:
@@ -65,84 +56,22 @@ def flat(x: Tensor) -> Tensor:
 
 def values_shape(kind: str, index: Tensor, shape: tuple[int, int], block_size: int | None) -> tuple[int, ...]:
     """The shape of a pattern's values on a weight of `shape` (out, in)."""
-    if kind == "rows":
-        return (len(index), shape[1])
-    if kind == "columns":
-        return (shape[0], len(index))
-    assert block_size is not None
-    return (len(index), block_size, block_size)
+    return KINDS[kind].values_shape(index, shape, block_size)
 
 
 def trainable_entries(kind: str, index: Tensor, shape: tuple[int, int], block_size: int | None) -> int:
     """How many entries of the weight the pattern covers: edge blocks count only what lies inside."""
-    if kind == "rows":
-        return len(index) * shape[1]
-    if kind == "columns":
-        return len(index) * shape[0]
-    assert block_size is not None
-    height = (shape[0] - index[:, 0] * block_size).clamp(max=block_size)
-    width = (shape[1] - index[:, 1] * block_size).clamp(max=block_size)
-    return int((height * width).sum())
+    return KINDS[kind].entries(index, shape, block_size)
 
 
-def _full_blocks(weight: Tensor, index: Tensor, block_size: int) -> tuple[Tensor | None, Tensor]:
-    """The whole blocks (`_blocks_view`; None: there are none), and which of `index` are whole."""
-    out_features, in_features = weight.shape
-    whole = (index[:, 0] < out_features // block_size) & (index[:, 1] < in_features // block_size)
-    if out_features < block_size or in_features < block_size:
-        return None, whole
-    return _blocks_view(weight, block_size), whole
-
-
-def _blocks_view(weight: Tensor, block_size: int) -> Tensor:
-    """A (rows of blocks, columns of blocks, B, B) view over the whole blocks."""
-    return weight.unfold(0, block_size, block_size).unfold(1, block_size, block_size)
-
-
-def gather(weight: Tensor, kind: str, index: Tensor | Run, block_size: int | None = None) -> Tensor:
+def gather(weight: Tensor, kind: str, index: At, block_size: int | None = None) -> Tensor:
     """A copy of the pattern's entries of `weight` (out, in), in its dtype."""
-    if isinstance(index, tuple):
-        return select(weight, KINDS.index(kind), index).clone(memory_format=torch.contiguous_format)
-    if kind == "rows":
-        return weight.index_select(0, index)
-    if kind == "columns":
-        return weight.index_select(1, index)
-    assert block_size is not None
-    out_features, in_features = weight.shape
-    if out_features % block_size == 0 and in_features % block_size == 0:
-        return _blocks_view(weight, block_size)[index[:, 0], index[:, 1]].contiguous()
-    values = weight.new_zeros(len(index), block_size, block_size)
-    view, whole = _full_blocks(weight, index, block_size)
-    if view is not None:
-        values[whole] = view[index[whole, 0], index[whole, 1]]
-    for position in (~whole).nonzero().flatten().tolist():
-        row, column = (index[position] * block_size).tolist()
-        part = weight[row : row + block_size, column : column + block_size]
-        values[position, : part.shape[0], : part.shape[1]] = part
-    return values
+    return KINDS[kind].gather(weight, index, block_size)
 
 
-def scatter_(weight: Tensor, kind: str, index: Tensor | Run, values: Tensor, block_size: int | None = None) -> None:
+def scatter_(weight: Tensor, kind: str, index: At, values: Tensor, block_size: int | None = None) -> None:
     """Writes the pattern's entries of `weight` (out, in) in place; `values` in the weight's dtype."""
-    if isinstance(index, tuple):
-        select(weight, KINDS.index(kind), index).copy_(values)
-    elif kind == "rows":
-        weight.index_copy_(0, index, values)
-    elif kind == "columns":
-        weight.index_copy_(1, index, values)
-    else:
-        assert block_size is not None
-        out_features, in_features = weight.shape
-        if out_features % block_size == 0 and in_features % block_size == 0:
-            _blocks_view(weight, block_size)[index[:, 0], index[:, 1]] = values
-            return
-        view, whole = _full_blocks(weight, index, block_size)
-        if view is not None:
-            view[index[whole, 0], index[whole, 1]] = values[whole]
-        for position in (~whole).nonzero().flatten().tolist():
-            row, column = (index[position] * block_size).tolist()
-            part = weight[row : row + block_size, column : column + block_size]
-            part.copy_(values[position, : part.shape[0], : part.shape[1]])
+    KINDS[kind].scatter_(weight, index, values, block_size)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,11 +6,12 @@ from sparseft.layers.convert import convert, restore, sparse_layers
 from sparseft.layers.pattern import Pattern
 from sparseft.layers.permuted_layout import convert_permuted
 from sparseft.layers.saved_inputs import share_inputs
-from sparseft.layers.sparse_linear import BlockSparseLinear, S2ColumnLinear, S2RowLinear, SparseLinear
+from sparseft.layers.sparse_linear import BlockSparseLinear, GridLinear, S2ColumnLinear, S2RowLinear, SparseLinear
 from sparseft.layers.write_back import write_back
 
 __all__ = [
     "BlockSparseLinear",
+    "GridLinear",
     "Pattern",
     "S2ColumnLinear",
     "S2RowLinear",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import RunError
+from sparseft.kernels import grid
 from sparseft.layers.pattern import block_runs
 from sparseft.layers.permutation import inverse
 
@@ -212,6 +213,11 @@ def matrices(
     if kind == "columns":
         whole = delta if row_order is None else delta.index_select(0, row_order.to(delta.device))
         return [Matrices(stored(index[None], column_place), None, whole.t()[None])]
+    if kind == "grid":
+        return [
+            Matrices(stored(columns.cpu()[None], column_place), stored(rows.cpu()[None], row_place), matrix.t()[None])
+            for rows, columns, matrix in grid.matrices(index, delta)
+        ]
     size = content.block_size
     assert size is not None
     within, found = torch.arange(size), []

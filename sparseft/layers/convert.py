@@ -15,10 +15,15 @@ from sparseft.layers.joint_gradients import separate
 from sparseft.layers.pattern import Pattern
 from sparseft.layers.permutation import can_train
 from sparseft.layers.saved_inputs import forget_sharing, share_inputs, share_inputs_in_training
-from sparseft.layers.sparse_linear import BlockSparseLinear, S2ColumnLinear, S2RowLinear, SparseLinear
+from sparseft.layers.sparse_linear import BlockSparseLinear, GridLinear, S2ColumnLinear, S2RowLinear, SparseLinear
 from sparseft.models.decoder import find_expert, logical_weight, stack_parameter
 
-CLASSES = {("rows",): S2ColumnLinear, ("columns",): S2RowLinear, ("blocks",): BlockSparseLinear}
+CLASSES = {
+    ("rows",): S2ColumnLinear,
+    ("columns",): S2RowLinear,
+    ("blocks",): BlockSparseLinear,
+    ("grid",): GridLinear,
+}
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:

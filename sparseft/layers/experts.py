@@ -152,6 +152,8 @@ class ExpertStack(nn.Module):
         layers: dict[int, Any] = {int(number): layer for number, layer in self._modules.items()}
         if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers.values()):
             return self._one_by_one(x, offs)  # the joint product would not call the hooks of single experts
+        if any("grid" in layer.patterns for layer in layers.values()):
+            return self._one_by_one(x, offs)  # it knows no grids
         weight = stack_parameter(self._experts[0], self.parameter).detach()
         return grouped_product(func, x, weight, offs, layers, self._grouping)
 

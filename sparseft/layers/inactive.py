@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseft.errors import UserError
 from sparseft.kernels import reference
-from sparseft.layers.pattern import Entries, Pattern, entry_dim, index_keys, positions_of
+from sparseft.layers.pattern import Entries, Pattern, entry_dim, index_keys, index_of_keys, positions_of
 from sparseft.layers.sparse_linear import SparseLinear
 
 
@@ -25,7 +25,9 @@ def swap(layer: SparseLinear, kind: str, index: Tensor) -> Tensor:
     if len(layer.patterns) != 1:
         raise UserError("re-selection needs a layer with one kind of pattern: fused adapters cannot change theirs.")
     pattern = layer.patterns[kind]
-    if index.shape != pattern.index.shape:
+    if index.shape != pattern.index.shape or reference.values_shape(
+        kind, index, (layer.out_features, layer.in_features), pattern.block_size
+    ) != tuple(pattern.delta.shape):
         raise UserError(
             f"re-selection keeps the number of {kind}: expected {tuple(pattern.index.shape)}, got {tuple(index.shape)}."
         )
@@ -43,11 +45,11 @@ def swap(layer: SparseLinear, kind: str, index: Tensor) -> Tensor:
         place = torch.where(source < 0, positions_of(new, index_keys(kind, inactive.index)), -1)
         returns = (place >= 0).nonzero().flatten()
         _copy(chosen, returns, inactive, place[returns], dim)
-        left = torch.ones(len(inactive.index), dtype=torch.bool)
+        left = torch.ones(inactive.delta.shape[dim], dtype=torch.bool)
         left[place[returns]] = False
-        inactive = _pick(inactive, left.nonzero().flatten(), dim)
+        inactive = _pick(kind, inactive, left.nonzero().flatten())
     leaves = (back < 0).nonzero().flatten()
-    pattern.inactive = _joined(inactive, _pick(pattern.active, leaves, dim), dim)
+    pattern.inactive = _joined(kind, inactive, _pick(kind, pattern.active, leaves))
     pattern.delta.copy_(chosen.delta)
     pattern.delta.grad = None  # of entries that no longer train
     pattern.set_index(chosen.index, chosen.base)
@@ -61,20 +63,23 @@ def _copy(target: Entries, at: Tensor, source: Entries, place: Tensor, dim: int)
         values.index_copy_(dim, at.to(values.device), chosen)
 
 
-def _pick(entries: Entries, which: Tensor, dim: int) -> Entries:
-    """The entries `which`, copied to the host."""
-    values = (v.detach().index_select(dim, which.to(v.device)).cpu() for v in (entries.delta, entries.base))
-    return Entries(entries.index.cpu()[which], *values)
+def _pick(kind: str, entries: Entries, which: Tensor) -> Entries | None:
+    """The entries `which`, copied to the host; None where there are none."""
+    if not len(which):
+        return None
+    dim = entry_dim(kind)
+    index, order = index_of_keys(kind, index_keys(kind, entries.index)[which])
+    values = (v.detach().index_select(dim, which[order].to(v.device)).cpu() for v in (entries.delta, entries.base))
+    return Entries(index, *values)
 
 
-def _joined(first: Entries | None, second: Entries, dim: int) -> Entries | None:
-    if first is not None and len(first.index):
-        second = Entries(
-            torch.cat([first.index, second.index]),
-            torch.cat([first.delta, second.delta], dim=dim),
-            torch.cat([first.base, second.base], dim=dim),
-        )
-    return second if len(second.index) else None
+def _joined(kind: str, first: Entries | None, second: Entries | None) -> Entries | None:
+    if first is None or second is None:
+        return first or second
+    dim = entry_dim(kind)
+    index, order = index_of_keys(kind, torch.cat([index_keys(kind, first.index), index_keys(kind, second.index)]))
+    both = (first.delta, second.delta), (first.base, second.base)
+    return Entries(index, *(torch.cat(values, dim).index_select(dim, order) for values in both))
 
 
 def union(pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -82,10 +87,11 @@ def union(pattern: Pattern) -> tuple[Tensor, Tensor]:
     if pattern.inactive is None:
         return pattern.index, pattern.delta.detach()
     dim = entry_dim(pattern.kind)
-    index = torch.cat([pattern.index.cpu(), pattern.inactive.index])
+    keys = torch.cat([index_keys(pattern.kind, part) for part in (pattern.index, pattern.inactive.index)])
     delta = torch.cat([pattern.delta.detach().cpu(), pattern.inactive.delta], dim=dim)
-    order = index_keys(pattern.kind, index).argsort()
-    return index[order], delta.index_select(dim, order)
+    ascending = keys.argsort()
+    index, order = index_of_keys(pattern.kind, keys[ascending])
+    return index, delta.index_select(dim, ascending[order])
 
 
 @torch.no_grad()
@@ -96,19 +102,21 @@ def restore_active(layer: SparseLinear, kind: str, active: Tensor, index: Tensor
     """
     pattern = layer.patterns[kind]
     dim = entry_dim(kind)
-    place = positions_of(index_keys(kind, active), index_keys(kind, index))
+    keys = index_keys(kind, index)
+    place = positions_of(index_keys(kind, active), keys)
     if active.shape != pattern.index.shape or (place < 0).any():
         raise UserError(f"the {kind} in training are no part of the saved adapter, or not as many as the layer trains.")
     layer.restore_base()
     pattern.inactive = None
     active = active.to(pattern.delta.device)
-    rest = torch.ones(len(index), dtype=torch.bool)
+    rest = torch.ones(len(keys), dtype=torch.bool)
     rest[place] = False
     which = rest.nonzero().flatten()
     weight = layer.logical_weight
     if len(which):
-        base = reference.gather(weight, kind, pattern.stored(index[which]), pattern.block_size)
-        pattern.inactive = Entries(index[which].cpu(), delta.index_select(dim, which).cpu(), base.cpu())
+        others, order = index_of_keys(kind, keys[which])
+        base = reference.gather(weight, kind, pattern.stored(others), pattern.block_size)
+        pattern.inactive = Entries(others, delta.index_select(dim, which[order]).cpu(), base.cpu())
     pattern.delta.copy_(delta.index_select(dim, place))
     pattern.set_index(active, reference.gather(weight, kind, pattern.stored(active), pattern.block_size))
     layer.write_back()

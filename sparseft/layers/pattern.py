@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import UserError
-from sparseft.kernels import dispatch, reference
+from sparseft.kernels import dispatch, grid, reference
 from sparseft.kernels.block_group import joint_tokens
-from sparseft.layers.product import Blocks, Columns, Rows, SharedSlice, slice_of
+from sparseft.kernels.kinds import KINDS
+from sparseft.layers.product import Blocks, Columns, Grid, Rows, SharedSlice, slice_of
 
 # A layer of blocks that stands alone saves the needed column blocks of x when they are at most this share of it: a
 # larger slice of its own may cost more than x itself, which others may save too. In a model
@@ -37,7 +38,7 @@ changes = Changes()
 
 @dataclass
 class Entries:
-    """Some entries of a pattern: index (k,) or (n, 2), their deltas in fp32 and base values, shaped as values are."""
+    """Some entries of a pattern: its index, their deltas in fp32 and base values, shaped as values are."""
 
     index: Tensor
     delta: Tensor
@@ -47,8 +48,8 @@ class Entries:
 class Pattern(nn.Module):
     """The trained entries of one kind: `index` (int64), `base_values` (the weight's dtype), `delta` (fp32).
 
-    `index` is (k,) for rows and columns and (n, 2) for blocks, in the order of the checkpoint; the values have the
-    shapes of `kernels/reference.py`. Casting the model leaves `delta` in fp32.
+    `index` is (k,) for rows and columns, (n, 2) for blocks and as `kernels/grid.py` has it for grids, in the order of
+    the checkpoint; the values have the shapes of `kernels/reference.py`. Casting the model leaves `delta` in fp32.
 
     Where the weight is stored permuted, `inverse` says at which stored row (column) each original one lies, and
     `at` is where the entries lie in the stored weight. Of blocks, `needed_columns` are the distinct block columns
@@ -67,15 +68,15 @@ class Pattern(nn.Module):
         self.kind = kind
         self.block_size = block_size
         check_index(kind, index, tuple(weight.shape), block_size)
+        self.shape = reference.values_shape(kind, index, tuple(weight.shape), block_size)
         index = index.to(device=weight.device, dtype=torch.int64)
-        shape = reference.values_shape(kind, index, tuple(weight.shape), block_size)
         self.register_buffer("index", index)
         self.register_buffer("inverse", inverse, persistent=False)
         self.register_buffer("needed_columns", None, persistent=False)
         self.register_buffer("position", None, persistent=False)
         self._locate()
         self.register_buffer("base_values", self._read(weight))
-        self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
+        self.delta = nn.Parameter(torch.zeros(self.shape, dtype=torch.float32, device=weight.device))
         self.written_version = version_of(self.delta)
         self.inactive: Entries | None = None
 
@@ -90,8 +91,11 @@ class Pattern(nn.Module):
         self._locate()
 
     @property
-    def at(self) -> Tensor | reference.Run:
-        """Where the entries lie in the stored weight: (start, length) where consecutive, else as `index` has them."""
+    def at(self) -> reference.At:
+        """Where the entries lie in the stored weight: (start, length) where consecutive, a grid's rows and columns,
+        else as `index` has them."""
+        if self.kind == "grid":
+            return self.grids
         # To a compiler the numbers are part of the code, which would serve no layer whose entries start elsewhere. In a
         # permuted layout they start at 0 in all of them.
         by_chance = self.inverse is None and torch.compiler.is_compiling()
@@ -120,7 +124,7 @@ class Pattern(nn.Module):
 
     def _read(self, weight: Tensor) -> Tensor:
         if weight.is_meta:
-            return weight.new_empty(reference.values_shape(self.kind, self.index, tuple(weight.shape), self.block_size))
+            return weight.new_empty(self.shape)
         return reference.gather(weight.detach(), self.kind, self.at, self.block_size)
 
     def columns_needed(self, in_features: int, keeps_input: bool | None = None) -> tuple[Tensor, Tensor] | None:
@@ -134,13 +138,15 @@ class Pattern(nn.Module):
             keeps_input = len(self.needed_columns) > SLICE_SHARE * math.ceil(in_features / self.block_size)
         return None if keeps_input else (self.needed_columns, self.position)
 
-    def plan(self, transposed: bool, in_features: int, keeps_input: bool | None) -> Rows | Columns | Blocks:
+    def plan(self, transposed: bool, in_features: int, keeps_input: bool | None) -> Rows | Columns | Blocks | Grid:
         """How the product trains this pattern of a weight (stored `transposed` or not); up to date until `changes`
         counts. `keeps_input` is as in `columns_needed`."""
         if self.kind == "rows":
             return Rows(transposed, self.at)
         if self.kind == "columns":
             return Columns(transposed, self.at if self.padded is None else self.padded, len(self.index))
+        if self.kind == "grid":
+            return Grid(transposed, self.grids)
         assert self.block_size is not None
         assert self.sides is not None
         rows, columns = self.sides
@@ -171,7 +177,11 @@ class Pattern(nn.Module):
         self.run: reference.Run | None = None
         self.padded: Tensor | None = None
         self.sides = tuple(one.contiguous() for one in self.index.unbind(1)) if self.kind == "blocks" else None
+        self.grids: Any = None
         if self.index.is_meta:
+            return
+        if self.kind == "grid":
+            self.grids = grid.located(self.index, reference.padded)
             return
         if self.kind == "blocks":
             self.needed_columns, self.position = torch.unique(self.index[:, 1], return_inverse=True)
@@ -256,13 +266,17 @@ def version_of(delta: Tensor) -> int:
 
 def entry_dim(kind: str) -> int:
     """The dimension of a pattern's values that its index counts."""
-    return 1 if kind == "columns" else 0
+    return KINDS[kind].dim
 
 
 def index_keys(kind: str, index: Tensor) -> Tensor:
-    """One int64 number for each entry of an index, on the CPU."""
-    index = index.cpu()
-    return (index[:, 0] << 32) + index[:, 1] if kind == "blocks" else index
+    """One int64 number for each entry of an index, on the CPU: for each position of `entry_dim`."""
+    return KINDS[kind].keys(index)
+
+
+def index_of_keys(kind: str, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """What `index_keys` undoes: the index of entries with these keys (n,), and in which order they come in it (n,)."""
+    return KINDS[kind].of_keys(keys)
 
 
 def positions_of(wanted: Tensor, among: Tensor) -> Tensor:
@@ -275,9 +289,8 @@ def positions_of(wanted: Tensor, among: Tensor) -> Tensor:
 
 
 def as_index(kind: str, index: Any) -> Tensor:
-    """The caller's indices as an int64 tensor on the CPU: (k,), or (n, 2) for blocks."""
-    # On the CPU also where `torch.device` sets another: a list under the meta device would lose its numbers.
-    tensor = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
+    """The caller's indices as an int64 tensor on the CPU: (k,), or (n, 2) for blocks; of a grid also a pair."""
+    tensor = KINDS[kind].index(index)
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         raise UserError(f"{kind}: expected integer indices, got {tensor.dtype}.")
     return tensor.to(device="cpu", dtype=torch.int64)
@@ -287,24 +300,7 @@ def check_index(kind: str, index: Tensor, shape: tuple[int, int], block_size: in
     """Raises `UserError` where indices have the wrong shape, repeat, or lie outside a weight of `shape` (out, in)."""
     if kind == "blocks":
         dispatch.mode()  # a wrong SPARSEFT_KERNELS is said here, not in the first backward pass
-        if block_size is None or block_size < 1:
-            raise UserError(f"blocks: expected a block_size of at least 1, got {block_size}.")
-        if index.dim() != 2 or index.shape[1] != 2:
-            raise UserError(f"blocks: expected pairs (block row, block column), got shape {tuple(index.shape)}.")
-        limits = [math.ceil(shape[0] / block_size), math.ceil(shape[1] / block_size)]
-    else:
-        if index.dim() != 1:
-            raise UserError(f"{kind}: expected a list of indices, got shape {tuple(index.shape)}.")
-        limits = [shape[0] if kind == "rows" else shape[1]]
-    if len(index) == 0:
-        raise UserError(f"{kind}: expected at least one index.")
-    if index.is_meta:
-        return
-    flat = index.reshape(len(index), -1).cpu()
-    if (flat < 0).any() or (flat >= torch.tensor(limits, device="cpu")).any():
-        raise UserError(f"{kind}: an index lies outside 0 … {', '.join(str(limit - 1) for limit in limits)}.")
-    if len(torch.unique(flat, dim=0)) != len(flat):
-        raise UserError(f"{kind}: an index occurs twice.")
+    KINDS[kind].check(index, shape, block_size)
 
 
 def same_entries(patterns: Mapping[str, Mapping[str, Pattern]], others: Mapping[str, Mapping[str, Any]]) -> bool:

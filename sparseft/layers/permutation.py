@@ -18,7 +18,8 @@ def inverse(permutation: Tensor | None) -> Tensor | None:
 
 
 def can_train(kind: str, rows: Tensor | None, columns: Tensor | None) -> bool:
-    """Whether a weight so permuted can train a pattern: rows need the columns in place, blocks need both."""
+    """Whether a weight so permuted can train a pattern: rows need the columns in place, blocks and grids need
+    both."""
     return (kind == "rows" or rows is None) and (kind == "columns" or columns is None)
 
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparseft.kernels import dispatch, reference
+from sparseft.kernels.grid import Grids
 from sparseft.kernels.reference import flat
 
 
@@ -48,6 +49,13 @@ class Blocks(NamedTuple):
     needed: Tensor | None
     take: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
     joint_tokens: int  # below so many tokens, other weights' gradients are waited for
+
+
+class Grid(NamedTuple):
+    """How grids are trained."""
+
+    transposed: bool
+    grids: Grids
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,11 +137,30 @@ class BlocksProduct(torch.autograd.Function):
         return grad_x, None, bias_grad, None, None, None, None
 
 
+class GridProduct(torch.autograd.Function):
+    """As `RowsProduct` for grids, delta (entries,)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, delta, plan):
+        y = dense_product(x, weight, bias, plan.transposed)
+        ctx.save_for_backward(weight, _grid_columns(x, plan, y.dtype))
+        ctx.plan = plan
+        return y
+
+    @staticmethod
+    @once
+    def backward(ctx, grad_output):
+        weight, x = ctx.saved_tensors
+        grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.plan.transposed)
+        return grad_x, None, bias_grad, _grid_gradient(grad_output, x, ctx.plan), None
+
+
 class PatternsProduct(torch.autograd.Function):
     """As `RowsProduct` for any patterns of one weight, which may overlap: a delta and a plan each, or None."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, rows_delta, columns_delta, blocks_delta, transposed, rows, columns, blocks):
+    def forward(ctx, x, weight, bias, rows_delta, columns_delta, blocks_delta, grid_delta, transposed, rows, columns,
+                blocks, grid):  # fmt: skip
         y = dense_product(x, weight, bias, transposed)
         sliced = blocks is not None and blocks.needed is not None
         x_columns = None
@@ -141,23 +168,26 @@ class PatternsProduct(torch.autograd.Function):
             x_columns = reference.aligned_columns(x, columns.at, columns.count, y.dtype)
         x_blocks = blocks.take(x, blocks.needed, blocks.size, y.dtype) if sliced else None
         whole = rows is not None or (blocks is not None and not sliced)
-        ctx.save_for_backward(weight, x if whole else None, x_columns, x_blocks)
-        ctx.transposed, ctx.rows, ctx.columns, ctx.blocks = transposed, rows, columns, blocks
+        x_grid = None if grid is None else _grid_columns(x, grid, y.dtype)
+        ctx.save_for_backward(weight, x if whole else None, x_columns, x_blocks, x_grid)
+        ctx.transposed, ctx.rows, ctx.columns, ctx.blocks, ctx.grid = transposed, rows, columns, blocks, grid
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        weight, x, x_columns, x_blocks = ctx.saved_tensors
+        weight, x, x_columns, x_blocks, x_grid = ctx.saved_tensors
         grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.transposed)
-        rows_grad = columns_grad = blocks_grad = None
+        rows_grad = columns_grad = blocks_grad = grid_grad = None
         if ctx.rows is not None:
             rows_grad = _rows_gradient(grad_output, x, ctx.rows)
         if ctx.columns is not None:
             columns_grad = _columns_gradient(grad_output, x_columns)
         if ctx.blocks is not None:
             blocks_grad = _blocks_gradient(grad_output, x if x_blocks is None else x_blocks, ctx.blocks)
-        return grad_x, None, bias_grad, rows_grad, columns_grad, blocks_grad, None, None, None, None
+        if ctx.grid is not None:
+            grid_grad = _grid_gradient(grad_output, x_grid, ctx.grid)
+        return grad_x, None, bias_grad, rows_grad, columns_grad, blocks_grad, grid_grad, None, None, None, None, None
 
 
 class Left:
@@ -189,7 +219,7 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     return super(torch.autograd.Function, function).apply
 
 
-FUNCTIONS = (RowsProduct, ColumnsProduct, BlocksProduct, PatternsProduct)
+FUNCTIONS = (RowsProduct, ColumnsProduct, BlocksProduct, GridProduct, PatternsProduct)
 
 
 def _dense_gradients(
@@ -217,6 +247,15 @@ def _columns_gradient(grad_output: Tensor, x_columns: Tensor) -> Tensor:
 def _blocks_gradient(grad_output: Tensor, x: Tensor, plan: Blocks) -> Tensor:
     x = as_dtype(flat(x), grad_output.dtype)
     return dispatch.blocks_gradient(flat(grad_output), x, plan.rows, plan.columns, plan.size)
+
+
+def _grid_columns(x: Tensor, plan: Grid, dtype: torch.dtype) -> Tensor:
+    """The columns of x (…, in) that grids need, (…, count)."""
+    return reference.aligned_columns(x, plan.grids.needed, plan.grids.count, dtype)
+
+
+def _grid_gradient(grad_output: Tensor, x_columns: Tensor, plan: Grid) -> Tensor:
+    return dispatch.grid_gradient(flat(grad_output), as_dtype(flat(x_columns), grad_output.dtype), plan.grids)
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ only (partial back-propagation, S2FT §3.3; `layers/product.py`). A write-back a
 (`layers/write_back.py`) keeps weight and deltas together.
 
 Each kind of pattern has a layer of its own: S2FT's rows or columns (arXiv 2412.06289, §3.2), Sylva's blocks (doi
-10.1145/3650200.3656619).
+10.1145/3650200.3656619), LoSiA's grid (arXiv 2507.04487).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sparseft.layers.permutation import can_train, inverse, permute_entries, per
 from sparseft.layers.product import (
     BlocksProduct,
     ColumnsProduct,
+    GridProduct,
     PatternsProduct,
     RowsProduct,
     applied,
@@ -34,7 +35,12 @@ from sparseft.layers.unmerged import add_deltas
 from sparseft.layers.write_back import enrol
 from sparseft.models.decoder import is_transposed, logical_weight
 
-_PRODUCTS = {"rows": applied(RowsProduct), "columns": applied(ColumnsProduct), "blocks": applied(BlocksProduct)}
+_PRODUCTS = {
+    "rows": applied(RowsProduct),
+    "columns": applied(ColumnsProduct),
+    "blocks": applied(BlocksProduct),
+    "grid": applied(GridProduct),
+}
 
 
 class _Plan(NamedTuple):
@@ -52,7 +58,7 @@ class _Plan(NamedTuple):
 class SparseLinear(nn.Module):
     """A linear layer `y = x Wᵀ + b`, W (out, in), that trains fp32 deltas on patterns of its frozen weight.
 
-    Its patterns are child modules named `rows`, `columns` and `blocks`, so that parameters are called
+    Its patterns are child modules named `rows`, `columns`, `blocks` and `grid`, so that parameters are called
     `<module>.rows.delta` and so on, as in adapter files. Without a pattern it is a frozen linear layer.
     `transposed` layers keep their weight as (in, out), as Conv1D does; indices always mean the logical (out, in).
 
@@ -533,4 +539,25 @@ class BlockSparseLinear(SparseLinear):
         """Converts an `nn.Linear` or `Conv1D`; the layer shares (and training writes) its parameters."""
         layer = cls.wrap(linear)
         layer.add_pattern("blocks", blocks, block_size)
+        return layer
+
+
+class GridLinear(SparseLinear):
+    """Trains the entries of the weight where `rows` (output features) cross `columns` (input features): LoSiA's subnet.
+
+    Usable as `nn.Linear` is. `rows` (k,) and `columns` (m,): distinct features; their delta is (k · m,) in fp32, row by
+    row. Saves only `x[..., columns]` for the backward pass, in storage of its own.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
+                 *, rows: Sequence[int] | Tensor, columns: Sequence[int] | Tensor) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.add_pattern("grid", (rows, columns))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, grid: Any) -> GridLinear:
+        """Converts an `nn.Linear` or `Conv1D`; the layer shares (and training writes) its parameters. `grid` is (rows,
+        columns), or an index (`kernels/grid.py`)."""
+        layer = cls.wrap(linear)
+        layer.add_pattern("grid", grid)
         return layer

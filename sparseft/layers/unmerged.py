@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparseft.kernels import reference
+from sparseft.kernels import grid, reference
 from sparseft.kernels.reference import flat
 from sparseft.layers.pattern import Pattern
 
@@ -46,7 +46,8 @@ class _SparseSum(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[1]:
             grad_x = grad_output.new_zeros(*grad_output.shape[:-1], ctx.in_features)
-            delta = delta.to(grad_output.dtype).transpose(-2, -1)
+            delta = delta.to(grad_output.dtype)
+            delta = delta if ctx.pattern.kind == "grid" else delta.transpose(-2, -1)
             add_product_(flat(grad_x), flat(grad_output), delta, ctx.pattern, transposed=True)
         return grad_output, grad_x, None, None
 
@@ -54,11 +55,14 @@ class _SparseSum(torch.autograd.Function):
 def add_product_(y: Tensor, x: Tensor, delta: Tensor, pattern: Pattern, *, transposed: bool = False) -> None:
     """Adds x (tokens, in) times the transposed delta of the pattern to y (tokens, out), in place.
 
-    `transposed`: the delta is given as that of the transposed weight, (in, out). Sums are taken in fp32 and rounded to
+    `transposed`: the product with the delta itself instead, x (tokens, out) and y (tokens, in); but for grids it is
+    given as that of the transposed weight. Sums are taken in fp32 and rounded to
     y's dtype once, in an order that is always the same: each row of blocks is one product over all its blocks, as
     adding up blocks by `index_add_` is done by atomics on CUDA.
     """
-    if pattern.kind == "blocks":
+    if pattern.kind == "grid":
+        _add_grid_(y, x, delta, pattern, transposed)
+    elif pattern.kind == "blocks":
         _add_blocks_(y, x, delta, pattern, transposed)
     elif (pattern.kind == "rows") != transposed:
         part = reference.product(x, delta.t())  # (tokens, k)
@@ -68,6 +72,13 @@ def add_product_(y: Tensor, x: Tensor, delta: Tensor, pattern: Pattern, *, trans
             y.index_copy_(1, pattern.at, (y.index_select(1, pattern.at) + part).to(y.dtype))
     else:
         y.add_(reference.product(reference.select(x, 1, pattern.at), delta.t()))
+
+
+def _add_grid_(y: Tensor, x: Tensor, delta: Tensor, pattern: Pattern, transposed: bool) -> None:
+    for rows, columns, matrix in grid.matrices(pattern.at, delta):
+        takes, gives, own = (rows, columns, matrix) if transposed else (columns, rows, matrix.t())
+        part = reference.product(x.index_select(1, takes), own)
+        y.index_copy_(1, gives, (y.index_select(1, gives) + part).to(y.dtype))
 
 
 def _add_blocks_(y: Tensor, x: Tensor, delta: Tensor, pattern: Pattern, transposed: bool) -> None:

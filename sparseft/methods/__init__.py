@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "s2ft": "sparseft.methods.s2ft:S2FTConfig",
     "sylva": "sparseft.methods.sylva:SylvaConfig",
     "paca": "sparseft.methods.paca:PacaConfig",
+    "losia": "sparseft.methods.losia:LosiaConfig",
     "lora": "sparseft.methods.lora:LoraConfig",
     "dora": "sparseft.methods.lora:DoraConfig",
     "full": "sparseft.methods.full:FullConfig",

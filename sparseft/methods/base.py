@@ -63,6 +63,7 @@ class MethodConfig:
     wanted_sparsity = None  # the sparsity that sets the size: as given or the default; None where something else does
     block_size = None
     reselect_steps = 0
+    reselects_in_turn: ClassVar[bool] = False  # one decoder layer every `reselect_steps`, by what training shows of it
 
     def validate(self) -> None:
         """Raises `UserError` on a value outside its range, naming the field."""

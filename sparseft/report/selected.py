@@ -70,6 +70,7 @@ def selected(run: Run, drawn: Callable[..., dict[str, str]]) -> dict[str, Any]:
         weights.weights += high * wide
         for kind in ("rows", "columns", "blocks"):
             kinds[kind] = kinds.get(kind, 0.0) + (number(entry.get(kind)) or 0.0)
+        kinds["grids"] = kinds.get("grids", 0.0) + bool(number(entry.get("grid")))
     layers = sorted({layer for layer, _ in places}, key=lambda layer: (not layer, int(layer or 0)))
     found_roles = list(dict.fromkeys(role for _, role in places))
     short = {role: _short(role, found_roles) for role in found_roles}
@@ -203,7 +204,7 @@ def _sides(
 
 
 def _density(kind: str, index: Any, shape: tuple[int, int], block: int, cells: tuple[int, int]) -> Any:
-    """The share of each cell's entries that rows, columns or blocks train, (high, wide).
+    """The share of each cell's entries that rows, columns, blocks or grids train, (high, wide).
 
     UserError where an index lies outside of the weight.
     """
@@ -215,13 +216,13 @@ def _density(kind: str, index: Any, shape: tuple[int, int], block: int, cells: t
         units = tuple(math.ceil(side / block) for side in shape)
     else:
         units = shape
-    whose = (0, 1) if kind == "blocks" else ((0,) if kind == "rows" else (1,))
-    by_cell = []
-    for column, side in enumerate(whose):
-        own = index[:, column] if kind == "blocks" else index
+    whose = {"rows": (0,), "columns": (1,)}.get(kind, (0, 1))
+
+    def places(own: Any, side: int) -> Any:
         if len(own) and (own.min() < 0 or own.max() >= units[side]):
             raise UserError("selection.safetensors has an index outside of the weight.")
-        by_cell.append(own * cells[side] // units[side])
+        return own * cells[side] // units[side]
+
     # Of cell k the units from ⌈k·n/c⌉ up to ⌈(k+1)·n/c⌉.
     room = []
     for side in whose:
@@ -229,9 +230,17 @@ def _density(kind: str, index: Any, shape: tuple[int, int], block: int, cells: t
         room.append(numpy.diff(numpy.array(ends)))
     if kind == "blocks":
         counted = numpy.zeros(cells)
-        numpy.add.at(counted, tuple(by_cell), 1.0)
+        numpy.add.at(counted, (places(index[:, 0], 0), places(index[:, 1], 1)), 1.0)
         return counted / numpy.maximum(numpy.outer(*room), 1)
-    line = numpy.bincount(by_cell[0], minlength=cells[whose[0]]) / numpy.maximum(room[0], 1)
+    if kind == "grid":
+        counted = numpy.zeros(cells)
+        ends = ((index[:-1] < 0) & (index[1:] >= 0)).nonzero()[0] + 1  # `kernels/grid.py`, which loads torch
+        for own in numpy.split(index, ends):
+            sides = places(own[own >= 0], 0), places(-1 - own[own < 0], 1)
+            down, across = (numpy.bincount(side, minlength=n) for side, n in zip(sides, cells, strict=True))
+            counted += numpy.outer(down, across)
+        return counted / numpy.maximum(numpy.outer(*room), 1)
+    line = numpy.bincount(places(index, whose[0]), minlength=cells[whose[0]]) / numpy.maximum(room[0], 1)
     return numpy.broadcast_to(line[:, None] if kind == "rows" else line[None, :], cells)
 
 
@@ -278,7 +287,8 @@ def _words(weights: Weights, indices: dict[str, dict[str, Any]], candidates: Seq
             named = ", ".join(map(str, heads)) if len(heads) <= 8 else count(len(heads))
             parts.append(f"{role} heads {named} of {count(units)}" if heads else f"no {role} head of {count(units)}")
         else:
-            parts.append(f"{count(kept)} of {count(units)} {kind}" + (f" ({role})" if role else ""))
+            what = "entries, where rows cross columns" if kind == "grid" else kind
+            parts.append(f"{count(kept)} of {count(units)} {what}" + (f" ({role})" if role else ""))
     if parts:
         return "; ".join(parts)
     totals: dict[str, int] = {}

@@ -42,6 +42,7 @@ REPORT = "report.html"
 BENCH = "bench.json"
 QUESTIONS = "train_questions.safetensors"
 SELECTION = "selection"
+SENSITIVITY = "sensitivity.safetensors"  # in a checkpoint: what re-selection in turn has seen of its layer
 ADAPTER = "adapter"  # an adapter or, after full fine-tuning, a Hugging Face model with its tokenizer
 EVAL = "eval"
 BEFORE = "eval/before"  # the base model's results

@@ -25,6 +25,7 @@ class Budget:
     scope_parameters: int
     block_size: int | None = None
     taken: dict[str, Tensor] = field(default_factory=dict)  # units not to choose, (units,) bool, by Candidate.key
+    grids: dict[str, tuple[int, int]] = field(default_factory=dict)  # of candidates that are such: rows and columns
 
 
 def keep_count(share: float, units: int) -> int:

@@ -9,31 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseft.errors import RunError
 from sparseft.importance.units import Candidate, generator_for, unit_index
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.budget import Budget
+from sparseft.selection.grids import best_grid, drawn_grid, random_grid
 from sparseft.selection.max_rank import within
 from sparseft.selection.pool import Pool
+from sparseft.selection.ranking import rank_units
 from sparseft.selection.selection import Selection
 from sparseft.selection.worth import worthwhile
-
-
-def rank_units(scores: Tensor, order: str, generator: torch.Generator) -> Tensor:
-    """All units, the best first: ties broken by index; `sampled` draws without replacement, in proportion."""
-    scores = scores.detach().double().cpu()
-    if not torch.isfinite(scores).all():
-        raise RunError("an importance score is not finite: the model's weights or activations overflow.")
-    if order == "largest":
-        return torch.argsort(scores, descending=True, stable=True)
-    if order == "smallest":
-        return torch.argsort(scores, stable=True)
-    # Gumbel top-k: log(score) + noise ranks as successive draws in proportion to the score do.
-    uniform = torch.rand(len(scores), generator=generator, dtype=torch.float64).clamp_min(1e-300)
-    noise = -torch.log(-torch.log(uniform))
-    # Scores of 0 come last, in random order: by index, re-selection would draw the same ones each time.
-    keys = torch.where(scores > 0, torch.log(scores), -1e6) + noise
-    return torch.argsort(keys, descending=True, stable=True)
 
 
 def choose(
@@ -53,6 +37,9 @@ def choose(
     selection's meta says how much: `placed`, (units chosen, units asked for). spec: the model's, for `allocation=flops`
     alone, whose facts are in the meta (`flops`, by `worth.worthwhile`). drawn: the scores say nothing.
     """
+    if budget.grids:
+        found = {c.module: {c.kind: _grid(c, budget, scores[c.key], order, seed, drawn)} for c in budget.candidates}
+        return Selection(found)
     pools = []
     meta: dict[str, Any] = {}
     if allocation == "per_layer":
@@ -89,6 +76,17 @@ def choose(
     if max_rank is not None and placed < asked:
         meta["placed"] = [placed, asked]
     return Selection(joined, block_size=budget.block_size, meta=meta)
+
+
+def _grid(c: Candidate, budget: Budget, scores: Tensor, order: str, seed: int, drawn: bool) -> Tensor:
+    """The grid that a candidate keeps, by the scores of its entries."""
+    size = budget.grids[c.key]
+    if drawn:
+        return random_grid(scores, c.shape, size)
+    scores = scores.detach().double().view(c.shape)
+    if order == "sampled":
+        return drawn_grid(scores, size, generator_for(seed, "choose", c.key))
+    return best_grid(scores if order == "largest" else -scores, size)
 
 
 def _free(ranked: Tensor, budget: Budget, members: list[Candidate]) -> Tensor:

@@ -15,6 +15,7 @@ from sparseft.errors import UserError
 from sparseft.importance.calibration import Watch
 from sparseft.importance.kfac import FactorSettings
 from sparseft.importance.scores import compute_scores
+from sparseft.kernels import grid
 from sparseft.layers import sparse_layers
 from sparseft.layers.convert import check_modules, original_order
 from sparseft.layers.experts import opened
@@ -196,6 +197,9 @@ def reselect(
             continue
         if c.kind == "blocks":
             counts[c.key] = len(pattern.index)
+        elif c.kind == "grid":
+            counts[c.key] = len(pattern.delta)
+            budget.grids[c.key] = grid.sides(pattern.index)
         else:
             there = (pattern.index >= c.start) & (pattern.index < c.start + c.unit * c.count)
             counts[c.key] = int(there.sum()) // c.unit
@@ -211,7 +215,8 @@ def reselect(
             batches=first_samples(batches, config.num_samples) if batches is not None else None,
             factors=FactorSettings(**config.statistics()),
         )
-    return choose(budget, scores, order=config.order, allocation="per_layer", seed=seed)
+    drawn = config.importance == "random"
+    return choose(budget, scores, order=config.order, allocation="per_layer", seed=seed, drawn=drawn)
 
 
 def log_damping(summary: Mapping[str, Any]) -> None:

@@ -7,14 +7,19 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from sparseft.kernels import grid
+
 
 def needed_rank(kinds: Mapping[str, Tensor], shape: tuple[int, int], block_size: int | None) -> int:
     """The rank that an exact low-rank form of one weight's selection needs, whatever the values become.
 
-    kinds: `{"rows" | "columns": (k,), "blocks": (n, 2)}` of a weight of `shape` (out, in). Rows, columns and blocks of
-    one weight add up, as in a form that keeps them apart; it is never more than the weight's shorter side.
+    kinds: `{"rows" | "columns": (k,), "blocks": (n, 2)}` or a `"grid"` of a weight of `shape` (out, in). Those of one
+    weight add up, as in a form that keeps them apart; it is never more than the weight's shorter side.
     """
-    rank = sum(len(index) for kind, index in kinds.items() if kind != "blocks")
+    rank = sum(len(index) for kind, index in kinds.items() if kind not in ("blocks", "grid"))
+    if "grid" in kinds:
+        parts = grid.parts(kinds["grid"])
+        rank += min(sum(len(rows) for rows, _ in parts), len(torch.cat([columns for _, columns in parts]).unique()))
     if "blocks" in kinds:
         assert block_size is not None
         rows, columns = cover(kinds["blocks"], shape, block_size)

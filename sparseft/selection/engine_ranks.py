@@ -43,7 +43,7 @@ def largest_need(selection: Selection, shapes: Mapping[str, tuple[int, int]]) ->
         bound = sum(
             min(index[:, dim].unique().numel() for dim in (0, 1)) * (selection.block_size or 0)
             if kind == "blocks"
-            else len(index)
+            else len(index)  # of a grid: its rows and columns, of which it needs the fewer
             for kind, index in kinds.items()
         )
         if bound > most and (needed := needed_rank(kinds, shapes[module], selection.block_size)) > most:

@@ -29,6 +29,7 @@ from sparseft.files.tensors import (
 )
 from sparseft.files.untrusted import read_json_object
 from sparseft.importance.units import Candidate
+from sparseft.kernels.kinds import KINDS
 from sparseft.models.fingerprint import base_fingerprints, check_base
 from sparseft.runs.folder import ADAPTER
 from sparseft.selection.budget import Budget
@@ -109,16 +110,11 @@ def _rectangles(selection: Selection, module: str, shape: tuple[int, int], folde
     """The entries of a weight of `shape` that train, as rectangles (n, 4): top, bottom, left, right (ends excluded)."""
     found = []
     for kind, index in selection.modules.get(module, {}).items():
-        size = (selection.block_size or 1) if kind == "blocks" else 1
-        top, left = index.unbind(1) if kind == "blocks" else (index, index)
-        whole = torch.zeros_like(top)
-        vertical = (whole, whole + shape[0]) if kind == "columns" else (top * size, (top + 1) * size)
-        across = (whole, whole + shape[1]) if kind == "rows" else (left * size, (left + 1) * size)
-        starts = torch.cat([vertical[0], across[0]])
-        if (starts < 0).any() or (vertical[0] >= shape[0]).any() or (across[0] >= shape[1]).any():
+        own = KINDS[kind].rectangles(index, shape, selection.block_size or 1)
+        inside = (own[:, 0] < shape[0]) & (own[:, 2] < shape[1]) & (own[:, [0, 2]] >= 0).all(1)
+        if not inside.all():
             raise UserError(f"{folder}: {module}.{kind} has an index outside the weight's {shape[0]}×{shape[1]}.")
-        ends = vertical[1].clamp(max=shape[0]), across[1].clamp(max=shape[1])
-        found.append(torch.stack([vertical[0], ends[0], across[0], ends[1]], dim=1))
+        found.append(torch.minimum(own, torch.tensor([shape[0], shape[0], shape[1], shape[1]])))
     return torch.cat(found) if found else torch.zeros(0, 4, dtype=torch.int64)
 
 

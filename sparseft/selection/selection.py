@@ -21,7 +21,8 @@ from sparseft.files.atomic import replaced_folder, write_json
 from sparseft.files.hashing import body_hash
 from sparseft.files.tensors import DESCRIPTIONS, SELECTION_CONFIG, SELECTION_TENSORS, read_described, split_name
 from sparseft.files.untrusted import read_json_object
-from sparseft.kernels.reference import KINDS, trainable_entries
+from sparseft.kernels.kinds import KINDS
+from sparseft.kernels.reference import trainable_entries
 from sparseft.models.spec import ModelSpec
 from sparseft.selection import TOLERANCE
 
@@ -30,7 +31,8 @@ FORMAT_VERSION = 1
 
 @dataclass
 class Selection:
-    """Indices by module and kind: `{"rows" | "columns": (k,), "blocks": (n, 2)}`, in the checkpoint's order.
+    """Indices by module and kind: `{"rows" | "columns": (k,), "blocks": (n, 2)}`, in the checkpoint's order; `"grid"`:
+    (rows, columns), kept as one list (`kernels/grid.py`).
 
     Built from anything that `torch.as_tensor` takes. `meta` travels with the files: method, key, shapes, counts.
     """
@@ -57,7 +59,9 @@ class Selection:
                 if kind not in KINDS:
                     raise UserError(f"selection of {module}: expected {', '.join(KINDS)}, got '{kind}'.")
                 try:
-                    tensor = torch.as_tensor(index)
+                    tensor = KINDS[kind].index(index)
+                except UserError as error:
+                    raise UserError(f"selection of {module}: {error}") from None
                 except (TypeError, ValueError, RuntimeError) as error:
                     raise UserError(f"selection of {module}: {kind} cannot be read as indices ({error}).") from None
                 if tensor.numel() == 0:

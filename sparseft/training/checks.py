@@ -44,6 +44,16 @@ def check_hardware(config: RunConfig) -> None:
             f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in the "
             "weights, which ZeRO-3 has sharded; use hardware.zero_stage=2 or less."
         )
+    if config.method.reselect_steps and config.method.reselects_in_turn:
+        for key, value, usual in (
+            ("hardware.zero_stage", hardware.zero_stage, 0),
+            ("trainer.compile", config.trainer.compile, "none"),
+        ):
+            if value != usual:
+                raise UserError(
+                    f"{key}={value}: method={config.method_name} looks at a layer's gradients and steps on their way, "
+                    f"which {key} takes elsewhere; use {key}={usual}, or method.reselect_steps=0."
+                )
     if hardware.zero_stage and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"hardware.zero_stage={hardware.zero_stage}: deepspeed is not installed.")
     if hardware.offload == "nvme" and not (hardware.offload_dir and Path(hardware.offload_dir).is_dir()):

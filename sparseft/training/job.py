@@ -66,6 +66,7 @@ from sparseft.training.sample_answers import Asked, SampleAnswers, read_prompts
 from sparseft.training.trackers import Trackers, tracked
 from sparseft.training.trainer import Trainer
 from sparseft.training.trainer import train as run_loop
+from sparseft.training.turns import Turns, turns_of
 
 
 @dataclass
@@ -433,8 +434,13 @@ def _last_step(job: Job, folder: Path) -> int:
 
 
 def _reselection(job: Job, trainer: Trainer) -> Reselection:
-    """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time."""
+    """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time, or one
+    decoder layer by what training shows of it."""
     method, prepared = job.config.method, job.prepared
+    ended_at = job.previous.ended_at if job.previous else None
+    if method.reselects_in_turn:
+        turns = turns_of(prepared.model, job.spec)
+        return Turns(method.reselect_steps, prepared.model, turns, trainer.run_state.clock, ended_at, job.resumed_from)
     excluded = read_excluded(method.exclude)  # now: the folders may go while it trains
 
     def choose(step: int) -> Selection:
@@ -444,7 +450,6 @@ def _reselection(job: Job, trainer: Trainer) -> Reselection:
             batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
         return reselect(prepared.model, method, batches, seed=seed, spec=job.spec, excluded=excluded)
 
-    ended_at = job.previous.ended_at if job.previous else None
     return Reselection(method.reselect_steps, choose, trainer.run_state.clock, ended_at)
 
 

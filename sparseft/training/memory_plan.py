@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,10 +185,12 @@ def _check_experts(model: nn.Module, path: str) -> None:
 
 
 def _indices_with_content(model: nn.Module, selection: Any) -> None:
-    """Gives blocks their indices back, which have no content on the meta device: what is saved depends on them."""
+    """Gives blocks and grids their indices back, which have no content on the meta device: what is saved depends on
+    them."""
     for name, layer in sparse_layers(model).items():
-        if (blocks := layer.patterns.get("blocks")) is not None:
-            blocks.set_index(selection.modules[name]["blocks"], blocks.base_values)
+        for kind, pattern in layer.patterns.items():
+            if kind in ("blocks", "grid"):
+                pattern.set_index(selection.modules[name][kind], pattern.base_values)
     share_inputs(model)
 
 
@@ -239,8 +242,22 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
         activations += parameters
         parameters, gradients = 2 * parameters, 2 * gradients
     moments = optimizer_bytes(config.trainer.optimizer, trained) * (2 if shape.autocast else 1)
+    if config.method.reselect_steps and config.method.reselects_in_turn:
+        moments += _sensitivity_bytes(shape.model)
     activations = max(activations, _while_updating(config, trained))
     return sharded(config, shape, Memory(weights, parameters, gradients, moments, activations))
+
+
+def _sensitivity_bytes(model: nn.Module) -> int:
+    """What re-selection in turn keeps of the largest decoder layer: gradient and two averages in fp32, and for a moment
+    as much again of its largest linear (`importance/sensitivity.py`)."""
+    by_layer: dict[str, list[int]] = defaultdict(list)
+    prefix = decoder_layers(model)[0]
+    for name, layer in sparse_layers(model).items():
+        if layer.patterns:
+            number = name.removeprefix(f"{prefix}.").partition(".")[0]
+            by_layer[number].append(layer.out_features * layer.in_features)
+    return 12 * max((sum(own) + max(own) for own in by_layer.values()), default=0)
 
 
 def _while_updating(config: RunConfig, trained: list[Tensor]) -> int:

@@ -341,12 +341,13 @@ def _has_triton() -> bool:
 
 def _fits(entry: Entry, layer: SparseLinear) -> bool:
     """Whether the kernel can take this delta; patterns of one layer may overlap, which `write_back` sums up."""
-    from sparseft.kernels.adamw_triton import LARGEST, WEIGHT_DTYPES
+    from sparseft.kernels.adamw_triton import KERNEL_KINDS, LARGEST, WEIGHT_DTYPES
 
     values = (entry.delta, entry.exp_avg, entry.exp_avg_sq, entry.base_values)
     index = (entry.at,) if isinstance(entry.at, Tensor) else ()
     return (
-        len(layer.patterns) == 1
+        entry.kind in KERNEL_KINDS
+        and len(layer.patterns) == 1
         and layer.merged
         and entry.weight.dtype in WEIGHT_DTYPES
         and entry.base_values.dtype == entry.weight.dtype

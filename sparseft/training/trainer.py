@@ -45,6 +45,7 @@ from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.recomputing import describe, recomputing
 from sparseft.training.reselection import save_active
 from sparseft.training.run_state import Mark, RunState
+from sparseft.training.turns import Turns
 from sparseft.training.verdicts import takes_flag
 
 COUNT = "num_tokens"  # in a batch: its tokens without padding, an int, which never reaches the model
@@ -262,6 +263,9 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 super()._save_checkpoint(model, trial)
                 ranks.barrier()  # each process has left its random state
                 if ranks.is_main():
+                    for callback in self.callback_handler.callbacks:
+                        if isinstance(callback, Turns):
+                            callback.save(aside / name)
                     copy_best(folder, aside / name)
                     write_manifest(aside / name)
                     publish(aside / name, folder / name)

@@ -65,7 +65,7 @@ def attach(model: Any, method: str) -> Any:
         config = sparseft.S2FTConfig(**{k: v for k, v in ALL_RATIOS.items() if k != "g_ratio"}, importance="weight")
     if method == "mixed":
         names = list(ModelSpec.of(model).linears)
-        kinds = {"rows": [0, 40, 3], "columns": [47, 2], "blocks": [[1, 1], [0, 0]]}
+        kinds = {"rows": [0, 40, 3], "columns": [47, 2], "blocks": [[1, 1], [0, 0]], "grid": ([3, 7, 0], [47, 5])}
         selection = Selection({names[0]: kinds, names[-1]: {"blocks": [[1, 2]]}})
     return sparseft.attach(model, config, selection)
 
@@ -95,9 +95,8 @@ def train(model: Any, steps: int = 3, lr: float = 1e-2) -> None:
 
 def weights(model: Any) -> dict[str, Tensor]:
     """The base model's own tensors, copied: without what the adapter adds."""
-    return {
-        n: t.clone() for n, t in model.state_dict().items() if n.rsplit(".", 2)[-2] not in ("rows", "columns", "blocks")
-    }
+    kinds = ("rows", "columns", "blocks", "grid")
+    return {n: t.clone() for n, t in model.state_dict().items() if n.rsplit(".", 2)[-2] not in kinds}
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -112,6 +111,8 @@ def part(dense: Tensor, kind: str, index: list, size: int | None) -> Tensor:
         return torch.stack([dense[i, :] for i in index])
     if kind == "columns":
         return torch.stack([dense[:, i] for i in index], dim=1)
+    if kind == "grid":
+        return torch.stack([dense[i, j] for i, j in crossings(index)])
     values = torch.zeros(len(index), size, size, dtype=dense.dtype)
     for n, (r, c) in enumerate(index):
         block = dense[r * size : r * size + size, c * size : c * size + size]
@@ -119,11 +120,20 @@ def part(dense: Tensor, kind: str, index: list, size: int | None) -> Tensor:
     return values
 
 
+def crossings(index: list[int]) -> list[tuple[int, int]]:
+    """The entries (row, column) of one grid, row by row."""
+    return [(i, -1 - j) for i in index if i >= 0 for j in index if j < 0]
+
+
 def mask(shape: torch.Size, layer: SparseLinear) -> Tensor:
     """Which entries of the stored weight the layer's patterns cover."""
     covered = torch.zeros(shape, dtype=torch.bool)
     view = covered.t() if layer.transposed else covered
     for kind, pattern in layer.patterns.items():
+        if kind == "grid":
+            for i, j in crossings(pattern.index.tolist()):
+                view[i, j] = True
+            continue
         for item in pattern.index.tolist():
             if kind == "rows":
                 view[item, :] = True
@@ -174,7 +184,7 @@ def test_only_the_adapter_gets_gradients(make_model: Make, method: str, kind: st
     model(**batch()).loss.backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == set(trainable)
     if method in SPARSE:
-        assert all(n.endswith((".rows.delta", ".columns.delta", ".blocks.delta")) for n in trainable)
+        assert all(n.endswith((".rows.delta", ".columns.delta", ".blocks.delta", ".grid.delta")) for n in trainable)
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in trainable.values())
     elif method in ("lora", "dora"):
         assert trainable and all("lora_" in n for n in trainable)

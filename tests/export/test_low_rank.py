@@ -14,7 +14,7 @@ SHAPE = (50, 43)
 
 
 def change(shape: tuple[int, int], size: int = 8, seed: int = 0, **kinds: list) -> SparseChange:
-    """Random deltas on rows, columns and blocks of a weight."""
+    """Random deltas on rows, columns, blocks and grids of a weight."""
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for kind, index in kinds.items():
@@ -35,6 +35,9 @@ CASES = {
     "blocks all over": {"blocks": [[0, 0], [0, 1], [1, 1], [2, 3], [3, 3], [3, 0], [6, 4]]},
     "all kinds": {"rows": [30], "columns": [41, 2], "blocks": [[0, 1], [4, 2], [6, 5]]},
     "rows through blocks": {"rows": [1, 9, 10], "blocks": [[1, 0], [1, 2]]},
+    "a grid of few rows": {"grid": [7, 3, 49, -43, -1, -6, -9]},
+    "a grid of few columns": {"grid": [7, 3, 49, 0, -43, -1, -6]},
+    "grids": {"grid": [7, 3, -43, -1, -6, 12, 49, 1, -43, -2]},
     "everything": {"blocks": [[r, c] for r in range(7) for c in range(6)], "rows": [0, 4], "columns": [5]},
 }
 

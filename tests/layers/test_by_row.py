@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import RunError
-from sparseft.kernels import reference
+from sparseft.kernels import grid, reference
 from sparseft.layers import SparseLinear
 from sparseft.layers.by_row import ByRow
 from sparseft.layers.pattern import Entries
@@ -23,7 +23,14 @@ class Deltas(Entries):
 
 def deltas(kind: str, count: int, size: int | None = None, seed: int = 0) -> Deltas:
     generator = torch.Generator().manual_seed(seed)
-    if kind == "blocks":
+    if kind == "grid":
+        rows, columns = (torch.randperm(side, generator=generator)[:count] for side in (OUT, IN))
+        half = len(rows) // 2
+        if half > 1:  # two grids of different columns
+            index = torch.cat([grid.encode(rows[:half], columns), grid.encode(rows[half:], columns[:2])])
+        else:
+            index = grid.encode(rows, columns)
+    elif kind == "blocks":
         assert size is not None
         down, across = -(-OUT // size), -(-IN // size)
         chosen = torch.randperm(down * across, generator=generator)[:count]
@@ -46,6 +53,9 @@ def dense(kinds: dict[str, Deltas]) -> Tensor:
             one[content.index] = content.delta
         elif kind == "columns":
             one[:, content.index] = content.delta
+        elif kind == "grid":
+            for (r, c), value in zip(grid.pairs(content.index).tolist(), content.delta, strict=True):
+                one[r, c] = value
         else:
             for (r, c), block in zip(content.index.tolist(), content.delta, strict=True):
                 view = one[r * content.block_size :, c * content.block_size :]
@@ -66,13 +76,15 @@ ADAPTERS: dict[int, dict[str, Deltas]] = {
     7: {},
     8: {"columns": deltas("columns", 7, seed=9)},
     9: {"blocks": deltas("blocks", 8, 1, seed=10)},
+    10: {"grid": deltas("grid", 3, seed=11)},
+    11: {"grid": deltas("grid", 8, seed=12), "rows": deltas("rows", 3, seed=13)},
 }
 CHOICES = [
     (0,),
     (-1, -1),
     (1, 1, 1),  # one adapter for all rows
     (1, 8, 1, 8),  # as many rows each
-    tuple(range(10)),
+    tuple(range(12)),
     (0, 5, 6, -1, 2, 2, 2, 3, 4, 9, 7, 1, 8, 8),
     (4, 4, -1, 3, 3),
 ]

@@ -28,7 +28,14 @@ PATTERNS: dict[str, list[tuple[str, Any, int | None]]] = {  # of weights of at l
     "a run of columns": [("columns", [1, 2], None)],
     "blocks": [("blocks", [[0, 0], [3, 3], [3, 1], [0, 3], [2, 2]], 8)],
     "few blocks": [("blocks", [[0, 2], [3, 2]], 8)],  # saves a slice of x
-    "all": [("rows", [3, 28], None), ("columns", [26, 0], None), ("blocks", [[0, 0], [3, 3], [3, 1]], 8)],
+    "grid": [("grid", ([3, 28, 7], [26, 0, 11]), None)],
+    "grids": [("grid", [3, 28, -1, -27, 7, -1, -2, -12], None)],
+    "all": [
+        ("rows", [3, 28], None),
+        ("columns", [26, 0], None),
+        ("blocks", [[0, 0], [3, 3], [3, 1]], 8),
+        ("grid", ([1, 0], [4, 2]), None),
+    ],
 }
 SHAPES = [(29, 27), (32, 80)]  # (out, in)
 TOKENS = 300
@@ -171,8 +178,9 @@ def test_every_layer_of_a_model(
 
 @pytest.mark.parametrize("config", [sparseft.S2FTConfig(g_ratio=0.1, u_ratio=0.2, d_ratio=0.1, importance="weight"),
                                     sparseft.S2FTConfig(d_ratio=0.1, importance="weight"),
-                                    sparseft.SylvaConfig(importance="weight", block_size=16, sparsity=0.9)],
-                         ids=["rows and columns", "columns", "blocks"])  # fmt: skip
+                                    sparseft.SylvaConfig(importance="weight", block_size=16, sparsity=0.9),
+                                    sparseft.LosiaConfig(importance="weight", sparsity=0.9)],
+                         ids=["rows and columns", "columns", "blocks", "grids"])  # fmt: skip
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_every_expert(implementation: str, config: Any) -> None:
     model = build_experts("qwen3_moe", torch.bfloat16)

@@ -28,7 +28,9 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "columns": {"columns": [6, 2]},
     "blocks": {"blocks": [[2, 1], [0, 0], [1, 1]]},  # (2, 1) is cut on both sides; 2 of 2 block columns: saves x
     "few_blocks": {"blocks": [[2, 2], [0, 2]], "block_size": 3},  # 1 of 3 block columns: saves a slice
-    "mixed": {"rows": [0, 5], "columns": [6, 1], "blocks": [[0, 0], [2, 1]]},  # overlapping
+    "grid": {"grid": ([7, 0, 9], [6, 2])},
+    "grids": {"grid": [7, 0, -7, -3, 1, -7, -1]},  # of what has trained several: 2 × 2 and 1 × 2
+    "mixed": {"rows": [0, 5], "columns": [6, 1], "blocks": [[0, 0], [2, 1]], "grid": ([0, 3], [6, 0])},  # overlapping
 }
 
 
@@ -40,7 +42,24 @@ def mask_of(pattern: dict[str, Any], shape: tuple[int, int] = (OUT, IN)) -> Tens
     size = pattern.get("block_size", 4)
     for r, c in pattern.get("blocks", []):
         mask[r * size : (r + 1) * size, c * size : (c + 1) * size] = True
+    for r, c in crossings(pattern.get("grid", [])):
+        mask[r, c] = True
     return mask
+
+
+def crossings(index: Any) -> list[tuple[int, int]]:
+    """The entries (row, column) of grids, one after another, each row by row."""
+    if isinstance(index, tuple):
+        return [(r, c) for r in index[0] for c in index[1]]
+    found: list[tuple[int, int]] = []
+    rows: list[int] = []
+    columns: list[int] = []
+    for number in [*index, 0]:  # a row behind columns ends the grid before
+        if number >= 0 and columns:
+            found += [(r, c) for r in rows for c in columns]
+            rows, columns = [], []
+        (rows if number >= 0 else columns).append(number if number >= 0 else -1 - number)
+    return found
 
 
 def dense_part(dense: Tensor, kind: str, pattern: dict[str, Any]) -> Tensor:
@@ -49,6 +68,8 @@ def dense_part(dense: Tensor, kind: str, pattern: dict[str, Any]) -> Tensor:
         return torch.stack([dense[r] for r in pattern["rows"]])
     if kind == "columns":
         return torch.stack([dense[:, c] for c in pattern["columns"]], dim=1)
+    if kind == "grid":
+        return torch.stack([dense[r, c] for r, c in crossings(pattern["grid"])])
     size = pattern.get("block_size", 4)
     out = torch.zeros(len(pattern["blocks"]), size, size, dtype=dense.dtype)
     for n, (r, c) in enumerate(pattern["blocks"]):
@@ -69,7 +90,7 @@ def make_linear(conv: bool = False, bias: bool = True, dtype: torch.dtype = torc
 
 def convert(linear: nn.Module, pattern: dict[str, Any]) -> SparseLinear:
     layer = CLASSES.get(tuple(k for k in pattern if k != "block_size"), SparseLinear).wrap(linear)
-    for kind in ("rows", "columns", "blocks"):
+    for kind in ("rows", "columns", "blocks", "grid"):
         if kind in pattern:
             layer.add_pattern(kind, pattern[kind], pattern.get("block_size", 4) if kind == "blocks" else None)
     return layer
@@ -347,8 +368,11 @@ def test_every_optimizer_writes_the_pattern_and_nothing_else(name: str, optimize
     total = before.clone()
     for kind, pattern in layer.patterns.items():  # base + every delta, entry by entry
         spread = torch.zeros(OUT, IN)
-        for n, item in enumerate(pattern.index.tolist()):
-            if kind == "rows":
+        items = pattern.index.tolist()
+        for n, item in enumerate(crossings(items) if kind == "grid" else items):
+            if kind == "grid":
+                spread[item] = pattern.delta[n].detach()
+            elif kind == "rows":
                 spread[item] = pattern.delta[n].detach()
             elif kind == "columns":
                 spread[:, item] = pattern.delta[:, n].detach()
@@ -692,7 +716,7 @@ def test_overlapping_patterns_add_up() -> None:
     layer = layer_of("mixed")
     base_weight = layer.weight.clone()
     with torch.no_grad():
-        for value, pattern in zip((1.0, 10.0, 100.0), layer.patterns.values(), strict=True):
+        for value, pattern in zip((1.0, 10.0, 100.0, 1000.0), layer.patterns.values(), strict=True):
             pattern.delta.fill_(value)
     write_back([layer])
     wanted = base_weight.clone()
@@ -700,6 +724,8 @@ def test_overlapping_patterns_add_up() -> None:
     wanted[:, [6, 1]] += 10.0
     wanted[0:4, 0:4] += 100.0
     wanted[8:10, 4:7] += 100.0
+    for place in ((0, 6), (0, 0), (3, 6), (3, 0)):
+        wanted[place] += 1000.0
     torch.testing.assert_close(layer.weight, wanted, rtol=1e-6, atol=1e-5)
     layer.restore_base()
     assert torch.equal(layer.weight, base_weight)

@@ -15,6 +15,8 @@ PATTERNS = {  # of a weight (29, 37); blocks of 8, edge ones among them
     "columns": ("columns", [36, 0, 11, 12], None),
     "a run of columns": ("columns", [0, 1], None),
     "blocks": ("blocks", [[0, 0], [3, 4], [3, 1], [0, 4], [2, 2]], 8),
+    "grid": ("grid", ([3, 28, 7], [36, 0, 11, 12]), None),
+    "grids": ("grid", [3, 28, -1, -37, -12, 7, -1, -2, 5, 6, -37], None),  # columns that several of them share
     "all blocks": ("blocks", [[row, column] for row in range(4) for column in range(5)], 8),
 }
 
@@ -47,7 +49,7 @@ def outcome(layer: SparseLinear, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("shape", [(5, 37), (2, 3, 37), (1, 1, 37), (0, 37)], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("kinds", [*((name,) for name in PATTERNS), ("rows", "columns", "blocks")], ids=str)
+@pytest.mark.parametrize("kinds", [*((name,) for name in PATTERNS), ("rows", "columns", "blocks", "grid")], ids=str)
 def test_both_paths_compute_the_same(kinds: tuple[str, ...], transposed: bool, shape: tuple[int, ...]) -> None:
     layer = layer_with(*kinds, transposed=transposed, dtype=torch.float64)
     x = torch.randn(shape, dtype=torch.float64)

@@ -21,6 +21,7 @@ FACTS = "step epoch loss eval_loss learning_rate grad_norm".split()
 VARIANTS = {
     "sylva": [*METHODS["sylva"], "method.num_samples=4", "method.num_partition=1"],
     "s2ft": [*METHODS["s2ft"], "method.importance=gradient", "method.num_samples=4", "method.reselect_steps=2"],
+    "losia": ["method=losia", "sparsity=0.9", "method.reselect_steps=2"],
     "lora": [*METHODS["lora"], "method.dropout=0.1"],
     "full": METHODS["full"],
 }
@@ -90,7 +91,7 @@ def same(run: Path, whole: Path) -> None:
     assert not cache.exists() or not [path for path in cache.iterdir() if path.suffix == ".partial"]
 
 
-@pytest.mark.parametrize(("seed", "method"), [(1, "sylva"), (2, "s2ft")])
+@pytest.mark.parametrize(("seed", "method"), [(1, "sylva"), (2, "s2ft"), (3, "losia")])
 def test_a_killed_run_ends_as_the_uninterrupted_one(seed: int, method: str, uninterrupted: Any, tmp_path: Path) -> None:
     assert kill_and_continue(seed, method, uninterrupted, tmp_path, 2) >= 1
 

@@ -244,6 +244,25 @@ def test_blocks_are_drawn_one_by_one(tmp_path: Path) -> None:
     assert (painted(cell) == expected).all()
 
 
+def test_grids_are_the_dense_mask_seen_from_afar(tmp_path: Path) -> None:
+    (tmp_path / "selection").mkdir()
+    index = numpy.array([3, 69, 20, -1, -40, -18, 4, 5, -18], dtype="int32")  # two grids, as after re-selection
+    save_file({"layers.0.a.grid.index": index}, tmp_path / "selection/selection.safetensors")
+    modules = {"layers.0.a": {"shape": [70, 40], "grid": 9, "trainable": 11}}
+    candidates = {"layers.0.a": {"kind": "grid", "unit": 1, "start": 0, "units": 2800, "kept": 11}}
+    atomic.write_json(tmp_path / "selection/selection.json", {"modules": modules, "candidates": candidates})
+    found = selected.selected(read_run(tmp_path), drawn)
+    assert found["note"].startswith("1 grids in 1 weights")
+    ((_, _, (cell,)),) = found["map"][0]["rows"]
+    assert cell["label"].replace("\xa0", " ").endswith("11 of 2,800 entries, where rows cross columns")
+    mask = numpy.zeros((70, 40))
+    mask[numpy.ix_([3, 69, 20], [0, 39, 17])] = 1
+    mask[[4, 5], 17] = 1
+    down, across = numpy.arange(70) * 16 // 70, numpy.arange(40) * 16 // 40
+    mean = numpy.array([[mask[numpy.ix_(down == i, across == j)].mean() for j in range(16)] for i in range(16)])
+    assert (painted(cell) == numpy.ceil(numpy.round(mean / mean.max() * 4, 6))).all()
+
+
 def test_heads_are_drawn_and_named(tmp_path: Path) -> None:
     (tmp_path / "selection").mkdir()
     index = numpy.array([*range(4, 8), *range(16, 20)], dtype="int32")  # heads 1 and 4 of 5

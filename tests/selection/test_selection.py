@@ -469,7 +469,7 @@ def test_indices_from_the_caller() -> None:
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ({"m": {"row": [1]}}, "expected rows, columns, blocks, got 'row'"),
+        ({"m": {"row": [1]}}, "expected rows, columns, blocks, grid, got 'row'"),
         ({"m": {"rows": [0.5]}}, "integer rows"),
         ({"m": {"rows": [[1]]}}, "a list of indices"),
         ({"m": {"blocks": [1, 2]}}, "pairs"),

@@ -24,7 +24,7 @@ LINEARS = {
     "phi3": ("self_attn.qkv_proj", "mlp.down_proj", "mlp.gate_up_proj"),
     "mixtral": ("mlp.experts.gate_up_proj.3", "mlp.experts.down_proj.1", "mlp.experts.gate_up_proj.0"),
 }
-METHODS = ("rows", "columns", "blocks", "fused", "lora", "dora", "full")
+METHODS = ("rows", "columns", "blocks", "grid", "fused", "lora", "dora", "full")
 
 
 def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
@@ -68,6 +68,7 @@ def attached(kind: str, method: str, model: Any, seed: int = 0) -> Any:
         "rows": {by_rows: {"rows": [7, 0, 23]}},
         "columns": {by_columns: {"columns": [5, 2, 47]}},
         "blocks": {by_blocks: {"blocks": [[1, 1], [0, 0], [2, 0]]}},
+        "grid": {by_rows: {"grid": ([7, 0, 23], [5, 2, 47, 1])}},
     }
     chosen["fused"] = chosen["blocks"] | {by_rows: {"rows": [7, 0]}, by_columns: {"columns": [5, 1], "rows": [2]}}
     if method in chosen:

@@ -21,6 +21,7 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "s2ft": lambda seed: sparseft.S2FTConfig(sparsity=0.9, importance="random", seed=seed),
     "sylva": lambda seed: sparseft.SylvaConfig(importance="random", block_size=32, seed=seed),
     "paca": lambda seed: sparseft.PacaConfig(rank=3, importance="random", seed=seed),
+    "losia": lambda seed: sparseft.LosiaConfig(sparsity=0.9, importance="random", seed=seed),
 }
 
 

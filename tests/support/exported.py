@@ -58,7 +58,7 @@ def load(folder: Path) -> Any:
 
 
 def patterns(model: Any, layers: tuple[int, ...] = (0, 1)) -> dict[str, dict[str, Any]]:
-    """Rows, columns and blocks of 32, which divide no side, on linears of some layers, some on one linear together."""
+    """Rows, columns, grids and blocks of 32, which divide no side, on linears of some layers, some on one together."""
     spec = ModelSpec.of(model)
     chosen: dict[str, dict[str, Any]] = {}
     for name, (rows, columns) in spec.linears.items():
@@ -68,7 +68,7 @@ def patterns(model: Any, layers: tuple[int, ...] = (0, 1)) -> dict[str, dict[str
         if leaf in ("q_proj", "qkv_proj", "c_attn", "gate_up_proj"):
             chosen[name] = {"rows": [1, rows - 2, 5]}
         elif leaf in ("o_proj", "down_proj"):
-            chosen[name] = {"columns": [columns - 1, 0], "rows": [3]}
+            chosen[name] = {"columns": [columns - 1, 0], "rows": [3], "grid": ([rows - 1, 4], [columns - 1, 2, 7])}
         elif leaf in ("up_proj", "c_fc"):
             chosen[name] = {"blocks": [[0, 1], [(rows - 1) // 32, 0], [1, 1]], "columns": [2]}
     return chosen

@@ -22,12 +22,19 @@ LAYERS = {
     "rows": lambda: sparseft.S2ColumnLinear(13, 22, rows=[1, 5, 9]),
     "columns": lambda: sparseft.S2RowLinear(22, 13, columns=[0, 3, 8, 21]),
     "blocks": lambda: sparseft.BlockSparseLinear(22, 13, blocks=[[0, 0], [3, 5], [1, 2]], block_size=4),
+    "grid": lambda: sparseft.GridLinear(22, 13, rows=[0, 3, 8], columns=[1, 2, 20, 5]),
 }
 OTHERS = {
     "rows": [[5, 2, 7], [2, 1, 9], [1, 5, 9]],
     "columns": [[8, 1, 2, 0], [21, 3, 1, 4], [0, 3, 8, 21]],
     "blocks": [[[3, 5], [0, 1], [2, 2]], [[0, 0], [0, 1], [3, 0]], [[1, 2], [0, 0], [3, 5]]],
+    "grid": [[8, 3, 11, -3, -1, -22, -6], [0, 3, 11, -2, -3, -21, -6], [0, 3, 8, -2, -3, -21, -6]],
 }
+
+
+def entries(kind: str, index: list) -> list:
+    """What the positions of a delta stand for: the index, of a grid its entries row by row."""
+    return index if kind != "grid" else [(i, j) for i in index if i >= 0 for j in index if j < 0]
 
 
 def train(layer, steps: int = 2) -> None:
@@ -103,12 +110,12 @@ def test_moments_follow_their_entries_and_newcomers_start_at_zero(kind):
     optimizer = torch.optim.AdamW([pattern.delta], lr=0.1)
     layer(torch.randn(4, layer.in_features)).square().sum().backward()
     optimizer.step()
-    old, moments = pattern.index.tolist(), optimizer.state[pattern.delta]["exp_avg"].clone()
+    old, moments = entries(kind, pattern.index.tolist()), optimizer.state[pattern.delta]["exp_avg"].clone()
     source = swap(layer, kind, torch.tensor(OTHERS[kind][0]))
     move_moments(optimizer, pattern, source)
     dim = 1 if kind == "columns" else 0
     moved = optimizer.state[pattern.delta]["exp_avg"]
-    for place, entry in enumerate(OTHERS[kind][0]):
+    for place, entry in enumerate(entries(kind, OTHERS[kind][0])):
         got = moved.select(dim, place)
         wanted = moments.select(dim, old.index(entry)) if entry in old else torch.zeros_like(got)
         assert torch.equal(got, wanted)
