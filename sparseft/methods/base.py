@@ -64,6 +64,8 @@ class MethodConfig:
     block_size = None
     reselect_steps = 0
 
+    separable = True  # whether what it trains is a sum of parts that can be scaled one by one
+
     def validate(self) -> None:
         """Raises `UserError` on a value outside its range, naming the field."""
         check_fields(self, called, typed=True)

@@ -1,0 +1,121 @@
+"""The factors of an adapter's units that keep the most of the target within a budget of forgetting.
+
+Two ways of scaling are put together:
+
+- all units by one number, as WiSE-FT does: the largest whose measured forgetting is within the budget (`within`);
+- each unit by its own, along the slopes of target + price × source at the present factors (`adjust`). The price is what
+  scaling everything pays at the budget: the target's loss gained for a nat of the source's.
+
+Units are not judged one at a time: what one of them costs depends on the others, and a choice by separate gains and
+costs, to second order, was no better than scaling all of them (docs/benchmarks/trim.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+ROUNDS, STEPS = 2, 6  # the price is found anew in each round
+STEP = 0.1  # of a factor, at first; it falls to nothing
+BETA1, BETA2 = 0.9, 0.98  # of the running means of slopes and of their squares
+CLOSE = 0.05  # share of the budget that may be left unused
+TRIES = 7  # losses that are measured for one number, at most
+GROWTH = 1.5  # of that number, where more is allowed
+AT_MOST = 1e-3  # the least number that is looked at before all factors are 0
+
+
+class Problem(Protocol):
+    """What is searched: losses as functions of the factors (units,), float64, from 0 (the base) to 1 (as trained)."""
+
+    def forgetting(self, factors: Tensor) -> float:
+        """The source's loss, measured, less the base's."""
+
+    def slopes(self, factors: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The derivatives of the target's and of the source's loss by each factor, on the calibration examples of a
+        step."""
+
+
+class Found(NamedTuple):
+    """Factors (units,) whose measured forgetting is within the budget: one for all units, and one for each."""
+
+    alike: Tensor
+    apart: Tensor
+
+
+def search(problem: Problem, units: int, budget: float, done: Callable[[int], None] = lambda _: None) -> Found:
+    """Factors whose measured forgetting is at most `budget` (nats a token, above 0). `done` is told how many rounds
+    are over."""
+    alike = apart = within(problem.forgetting, torch.ones(units, dtype=torch.float64), budget)
+    for round in range(ROUNDS):
+        # all 1: the whole adapter is within; all 0: nothing of it is, and there is nothing to scale
+        if apart.any() and not (alike == 1).all():
+            apart = within(problem.forgetting, adjust(problem, apart, round), budget)
+        done(round + 1)
+    return Found(alike, apart)
+
+
+def within(forgetting: Callable[[Tensor], float], factors: Tensor, budget: float) -> Tensor:
+    """`factors` times the largest number, each at most 1, whose forgetting is at most `budget`, to within `CLOSE` of
+    it: by false position, some `TRIES` measurements. Zeros where not even a thousandth is within."""
+    low, under, high, excess = 0.0, -budget, 1.0, 0.0
+    for _ in range(TRIES):
+        excess = forgetting(_times(factors, high)) - budget
+        if excess > 0:
+            break
+        low, under = high, excess
+        if excess > -CLOSE * budget or not ((factors * high < 1) & (factors > 0)).any():
+            return _times(factors, low)
+        high *= GROWTH
+    if excess <= 0:
+        return _times(factors, low)
+    for _ in range(TRIES):
+        # forgetting rises as a square at first: between the squares of the ends it is nearly straight
+        share = min(max(-under / (excess - under), 0.1), 0.9)
+        middle = (low**2 + (high**2 - low**2) * share) ** 0.5
+        if middle < AT_MOST:
+            break
+        found = forgetting(_times(factors, middle)) - budget
+        if found > 0:
+            high, excess = middle, found
+            continue
+        low, under = middle, found
+        if found > -CLOSE * budget:
+            break
+    return _times(factors, low)
+
+
+def _times(factors: Tensor, number: float) -> Tensor:
+    return (factors * number).clamp(max=1.0)
+
+
+def adjust(problem: Problem, factors: Tensor, round: int = 0) -> Tensor:
+    """Factors after `STEPS` steps down target + price × source from `factors`, kept from 0 to 1.
+
+    Adam's steps: a factor moves by the sign of its slope and by how steady that is, so that units of a thousandth of
+    the effect are not left where they are.
+    """
+    mean, square, price = torch.zeros_like(factors), torch.zeros_like(factors), 0.0
+    for step in range(STEPS):
+        target, source = problem.slopes(factors, round * STEPS + step)
+        if step == 0:
+            price = price_of(target, source, factors)
+        slope = target + price * source
+        mean = BETA1 * mean + (1 - BETA1) * slope
+        square = BETA2 * square + (1 - BETA2) * slope**2
+        size = STEP * (1 - (round * STEPS + step) / (ROUNDS * STEPS))
+        direction = mean / (1 - BETA1 ** (step + 1))
+        direction /= (square / (1 - BETA2 ** (step + 1))).sqrt().clamp_min(1e-12)
+        factors = (factors - size * direction).clamp(0, 1)
+    return factors
+
+
+def price_of(target: Tensor, source: Tensor, factors: Tensor) -> float:
+    """What the target's loss gains for a nat of the source's where all factors grow alike. Where one of both does not
+    change as it should, by noise, the units' own changes say it, each without its sign."""
+    gain, cost = -float(target @ factors), float(source @ factors)
+    if gain > 0 and cost > 0:
+        return gain / cost
+    return float((target * factors).abs().sum()) / max(float((source * factors).abs().sum()), 1e-12)
