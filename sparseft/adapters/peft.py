@@ -167,7 +167,7 @@ class Peft(Kind):
         whole = bool(config.modules_to_save or config.trainable_token_indices)
         if config.use_dora or config.lora_bias or whole or self.kept.own.get(name) or others:
             raise UserError(
-                f"'{name}' is more than a plain LoRA (DoRA, biases, embeddings or whole modules): it is no sum of parts "
+                f"'{name}' is more than a plain LoRA (DoRA, biases, embeddings, whole modules): it is no sum of parts "
                 "that could be scaled one by one."
             )
         return {

@@ -22,9 +22,7 @@ ROUNDS, STEPS = 2, 6  # the price is found anew in each round
 STEP = 0.1  # of a factor, at first; it falls to nothing
 BETA1, BETA2 = 0.9, 0.98  # of the running means of slopes and of their squares
 CLOSE = 0.05  # share of the budget that may be left unused
-TRIES = 7  # losses that are measured for one number, at most
-GROWTH = 1.5  # of that number, where more is allowed
-AT_MOST = 1e-3  # the least number that is looked at before all factors are 0
+TRIES, MOST = 7, 20  # losses that are measured for one number; as many as MOST where nothing was within before
 
 
 class Problem(Protocol):
@@ -58,37 +56,34 @@ def search(problem: Problem, units: int, budget: float, done: Callable[[int], No
 
 
 def within(forgetting: Callable[[Tensor], float], factors: Tensor, budget: float) -> Tensor:
-    """`factors` times the largest number, each at most 1, whose forgetting is at most `budget`, to within `CLOSE` of
-    it: by false position, some `TRIES` measurements. Zeros where not even a thousandth is within."""
-    low, under, high, excess = 0.0, -budget, 1.0, 0.0
-    for _ in range(TRIES):
-        excess = forgetting(_times(factors, high)) - budget
-        if excess > 0:
+    """The last factors within `budget` on the way from none (the base) over `factors` to all 1 (as trained), to within
+    `CLOSE` of it: by false position, some `TRIES` measurements. Zeros where nothing else is within."""
+
+    def excess(place: float) -> float:
+        return forgetting(on_the_way(factors, place)) - budget
+
+    low, under, high, over = 0.0, -budget, 1.0, excess(1.0)
+    if over <= 0:
+        low, under, high = 1.0, over, 2.0
+        if under <= -CLOSE * budget and (over := excess(2.0)) <= 0:
+            return on_the_way(factors, 2.0)
+    left = under  # what the nearer end is judged by: less of it, the more often the other one has moved (Illinois)
+    for tried in range(MOST):
+        if under > -CLOSE * budget or (tried >= TRIES and low > 0):
             break
-        low, under = high, excess
-        if excess > -CLOSE * budget or not ((factors * high < 1) & (factors > 0)).any():
-            return _times(factors, low)
-        high *= GROWTH
-    if excess <= 0:
-        return _times(factors, low)
-    for _ in range(TRIES):
         # forgetting rises as a square at first: between the squares of the ends it is nearly straight
-        share = min(max(-under / (excess - under), 0.1), 0.9)
+        share = min(max(-left / (over - left), 0.1), 0.9)
         middle = (low**2 + (high**2 - low**2) * share) ** 0.5
-        if middle < AT_MOST:
-            break
-        found = forgetting(_times(factors, middle)) - budget
-        if found > 0:
-            high, excess = middle, found
-            continue
-        low, under = middle, found
-        if found > -CLOSE * budget:
-            break
-    return _times(factors, low)
+        if (found := excess(middle)) > 0:
+            high, over, left = middle, found, left / 2
+        else:
+            low, under, left = middle, found, found
+    return on_the_way(factors, low)
 
 
-def _times(factors: Tensor, number: float) -> Tensor:
-    return (factors * number).clamp(max=1.0)
+def on_the_way(factors: Tensor, place: float) -> Tensor:
+    """From 0 to 1: from all 0 to `factors`, by one number; from 1 to 2: on to all 1, what was taken away by one."""
+    return factors * place if place <= 1 else 1 - (1 - factors) * (2 - place)
 
 
 def adjust(problem: Problem, factors: Tensor, round: int = 0) -> Tensor:
