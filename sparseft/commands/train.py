@@ -61,7 +61,7 @@ def check_trim(config: RunConfig) -> None:
         raise UserError(f"trainer.forget_budget={budget:g}: {trimming.inseparable(config.method_name)}")
     if env.processes(config.hardware) > 1 or config.hardware.zero_stage:
         raise UserError(
-            f"trainer.forget_budget={budget:g}: trimming runs in one process; leave it out, and trim the finished run: "
+            f"trainer.forget_budget={budget:g}: a run trims in one process; leave it out, and trim the finished run: "
             f"sparseft trim RUN --forget {budget:g} --source {source}."
         )
     trimming.check(budget, source, "trainer.forget_source")
