@@ -23,6 +23,7 @@ from sparseft.data.loading import load_datasets
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
 from sparseft.evaluation.held_out import held_out_loss
+from sparseft.evaluation.target import load_target
 from sparseft.models.loading import vocabulary_rows
 from sparseft.trim.job import Trimming
 
@@ -41,43 +42,38 @@ def rows_of(trimming: Trimming, file: str, tokenizer: Any, count: int) -> list[A
 
 def measure(run: str, given: argparse.Namespace) -> dict[str, Any]:
     """The points of one run."""
-    from sparseft.models.loading import load_tokenizer
-
     words = [f"cache_dir={given.cache_dir}", "hardware.device=cpu"]
-    first = Trimming.find(run, compose("trim", words), words, given.budgets[0], given.source)
-    tokenizer = load_tokenizer(first.config.model)
+    first = Trimming.find(run, compose("trim", words), words, 1.0, given.source)
+    model, tokenizer = load_target(first.target, first.config)
     target, source = (rows_of(first, file, tokenizer, given.rows) for file in (given.target_test, given.source_test))
-    trimmed, seconds, model = [], [], None
-    base: tuple[float, float] | None = None
+    pad, device = padding_id(tokenizer, vocabulary_rows(model)[0]), torch.device("cpu")
 
-    def point() -> list[float]:
-        assert model is not None and base is not None
-        pad, device = padding_id(tokenizer, vocabulary_rows(model)[0]), torch.device("cpu")
-        losses = [held_out_loss(model, rows, pad, device, 32) for rows in (source, target)]
-        return [losses[0] - base[0], losses[1]]
+    def losses(model: Any) -> list[float]:
+        return [held_out_loss(model, rows, pad, device, 32) for rows in (source, target)]
 
+    base = losses(set_adapter(model, None))
+    set_adapter(model, "default")
+
+    def point(model: Any) -> list[float]:
+        found = losses(model)
+        return [found[0] - base[0], found[1]]
+
+    trimmed, seconds = [], []
     for budget in given.budgets:
-        model, outcome = dataclasses.replace(first, budget=budget).run()
-        if base is None:
-            kept = model
-            set_adapter(kept, None)
-            base = (0.0, 0.0)
-            base = tuple(point())  # type: ignore[assignment]
-            set_adapter(kept, "default")
+        cut, outcome = dataclasses.replace(first, budget=budget).run()
         alike = outcome["one_factor"]
-        trimmed.append([budget, *point(), alike["factor"] if alike else 1.0, outcome["dropped"], outcome["units"]])
+        trimmed.append([budget, *point(cut), alike["factor"] if alike else 1.0, outcome["dropped"], outcome["units"]])
         seconds.append(outcome["seconds"])
-    model = load_adapter(model, Path(run) / "adapter", "whole").eval()
     scaled = units(model)
     one = []
     for factor in FACTORS:
         for each in scaled.values():
             each.scale(torch.full((len(each),), factor))
-        one.append(point())
+        one.append(point(model))
     early = []
     for checkpoint in sorted(Path(run).glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
         model = load_adapter(model, checkpoint / "adapter", "early").eval()
-        early.append(point())
+        early.append(point(model))
     return {"run": run, "base": base, "trimmed": trimmed, "one": one, "early": early, "seconds": seconds}
 
 
@@ -86,7 +82,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+")
     for name in ("--source", "--source-test", "--target-test"):
         parser.add_argument(name, required=True)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.02, 0.1, 0.3])
+    parser.add_argument("--budgets", type=float, nargs="*", default=[0.02, 0.1, 0.3])
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--cache-dir", default=".cache/sparseft")
     given = parser.parse_args()

@@ -68,13 +68,17 @@ def said(result: dict[str, Any]) -> list[str]:
     forgets = f"{source['forgetting']:.4f}{error} nats a token of {source['file']}"
     if not result["trimmed"]:
         return [f"forgets {forgets}: within the budget of {result['budget']:g} as it is, so nothing was changed"]
-    lost = target["loss_after"] - target["loss_before"]
-    gained = target["loss_base"] - target["loss_before"]
-    kept = f", {100 * (1 - lost / gained):.0f} % of what training gained is left" if gained > 0 else ""
     alike = result["one_factor"]
     return [
         f"forgets {forgets} (as trained {source['forgetting_before']:.4f}, budget {result['budget']:g})",
-        f"target loss {target['loss_before']:.4f} -> {target['loss_after']:.4f}{kept}",
+        f"target loss {target['loss_before']:.4f} -> {target['loss_after']:.4f}{_kept(target, target['loss_after'])}",
         f"{result['units']:,} units, {result['dropped']:,} dropped, scaled by {result['mean_factor']:.2f} on average; "
-        f"one factor for all, {alike['factor']:.2f}, would leave the target at {alike['target_loss']:.4f}",
+        f"one factor for all, {alike['factor']:.2f}, would leave the target at {alike['target_loss']:.4f}"
+        f"{_kept(target, alike['target_loss'])}",
     ]
+
+
+def _kept(target: dict[str, Any], loss: float) -> str:
+    """What a loss leaves of training's gain; nothing where there was none."""
+    gained = target["loss_base"] - target["loss_before"]
+    return f" ({100 * (target['loss_base'] - loss) / gained:.0f} % of what was gained)" if gained > 0 else ""

@@ -105,6 +105,7 @@ class Trimming:
             factors = found.apart if losses[0] <= losses[1] else found.alike
             alike = {"factor": float(found.alike.max()), "target_loss": losses[1]}
         after = measured.losses(factors, measured.held_out)
+        measured.apply(factors)
         forgets, error = difference(measured.base, after)
         outcome = {
             "budget": self.budget,

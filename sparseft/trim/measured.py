@@ -44,6 +44,7 @@ class Measured:
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in own)
         model.eval()
+        self._measured: dict[tuple[int, bytes], Losses] = {}
         self.base = self.losses(torch.zeros(self.count, dtype=torch.float64), held_out)
 
     @property
@@ -61,9 +62,12 @@ class Measured:
             self.units[name].scale(part)
 
     def losses(self, factors: Tensor, rows: Sequence[Example]) -> Losses:
-        """Of the scaled adapter on each batch of examples."""
-        self.apply(factors)
-        return batch_losses(self.model, rows, self.pad, self.device, self.batch_size)
+        """Of the scaled adapter on each batch of examples; measured once."""
+        key = (id(rows), factors.double().numpy().tobytes())
+        if key not in self._measured:
+            self.apply(factors)
+            self._measured[key] = batch_losses(self.model, rows, self.pad, self.device, self.batch_size)
+        return self._measured[key]
 
     def forgetting(self, factors: Tensor) -> float:
         """The loss on the held-out source text less the base's, in nats a token."""
