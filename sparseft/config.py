@@ -148,6 +148,8 @@ class TrainerConfig:
     report_to: list[str] | str = field(default_factory=list)
     sample_prompts: list[str] | str | None = None
     sample_steps: Annotated[int, AT_LEAST_1] | None = None
+    forget_budget: Annotated[float, ABOVE_0] | None = None
+    forget_source: str | None = None
 
     @property
     def trackers(self) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparseft.adapters.description import FORMAT_VERSION
 from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State
+from sparseft.adapters.units import Units
 from sparseft.distributed.ranks import is_main
 from sparseft.distributed.zero3 import any_sharded, load_state
 from sparseft.errors import UserError, shown
@@ -67,6 +68,9 @@ class Full(Kind):
 
     def fuse(self, model: nn.Module, state: State, weights: dict[str, float], name: str) -> None:
         raise UserError("full fine-tuning has no adapters to fuse.")
+
+    def units(self, model: nn.Module, state: State) -> dict[str, Units]:
+        raise UserError("full fine-tuning has no adapter whose units could be scaled.")
 
     def by_row(
         self,

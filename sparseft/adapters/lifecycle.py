@@ -14,6 +14,7 @@ from sparseft.adapters.full import Full
 from sparseft.adapters.peft import Peft
 from sparseft.adapters.sparse import Sparse
 from sparseft.adapters.state import DEFAULT, Kind, check_new_name, require_state, state_of
+from sparseft.adapters.units import Units
 from sparseft.adapters.waiting import KEEP
 from sparseft.distributed.zero3 import full_shape
 from sparseft.errors import UserError, nearest
@@ -157,6 +158,17 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
     check_new_name(name)
     state.kind.fuse(model, state, weights, name)
     return model
+
+
+def units(model: nn.Module) -> dict[str, Units]:
+    """The units of the active adapter by the name of the parameter that holds them, its values taken as trained.
+
+    UserError where the adapter is no sum of parts: full fine-tuning, DoRA, a LoRA with biases or whole modules.
+    """
+    state = require_state(model)
+    if state.active is None:
+        raise UserError("no adapter is active: set one before its units are asked for.")
+    return state.kind.units(model, state)
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check_peft, peft_hash
 from sparseft.adapters.state import BASE, DEFAULT, Kind, Names, Now, State, state_for, state_of
 from sparseft.adapters.tied_weights import always_tied, changed_apart, tell_untied, untie
+from sparseft.adapters.units import Units
 from sparseft.distributed.zero3 import any_sharded, gathered
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import move, write_json
@@ -155,6 +156,25 @@ class Peft(Kind):
         _fuse(model, self.kept, state.active, weights, name)
         _switch(model, self.kept, None, name)
         state.active = name
+
+    def units(self, model: Any, state: State) -> dict[str, Units]:
+        """A rank of a linear is a column of its second factor. DoRA's magnitudes, biases, embeddings and whole modules
+        have no such units."""
+        name = state.active
+        config = model.peft_config[name]
+        others = [key for key, value in model.named_parameters() if value.requires_grad and ".lora_" not in key]
+        others += [key for key, _ in model.named_parameters() if ".lora_embedding_" in key and name in key.split(".")]
+        whole = bool(config.modules_to_save or config.trainable_token_indices)
+        if config.use_dora or config.lora_bias or whole or self.kept.own.get(name) or others:
+            raise UserError(
+                f"'{name}' is more than a plain LoRA (DoRA, biases, embeddings, whole modules): it is no sum of parts "
+                "that could be scaled one by one."
+            )
+        return {
+            key: Units.of(parameter, 1)
+            for key, parameter in model.named_parameters()
+            if ".lora_B." in key and name in key.split(".")
+        }
 
     @contextlib.contextmanager
     def by_row(self, model: Any, state: State, names: Names, now: Now) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparseft.adapters import pretrained
 from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, read_config
 from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State, state_for, state_of
+from sparseft.adapters.units import Units
 from sparseft.adapters.waiting import Adapter, Source, SparseDelta, Values, on_host
 from sparseft.console import warn
 from sparseft.distributed.zero3 import any_sharded, gathered
@@ -183,6 +184,13 @@ class Sparse(Kind):
         if len(sizes) > 1:  # an adapter's file has one block size
             united = {m: unite([(1.0, kinds)], shapes[m], math.gcd(*sizes)) for m, kinds in united.items()}
         self._install(model, state, name, Adapter(method, {"fused": dict(weights)}), united, "fuse")
+
+    def units(self, model: nn.Module, state: State) -> dict[str, Units]:
+        return {
+            f"{module}.{kind}": Units.of(pattern.delta, entry_dim(kind))
+            for module, kinds in self.adapters[state.active].patterns.items()
+            for kind, pattern in kinds.items()
+        }
 
     @contextlib.contextmanager
     def by_row(self, model: nn.Module, state: State, names: Names, now: Now) -> Iterator[dict[str, Any]]:

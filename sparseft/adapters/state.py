@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from sparseft.adapters.units import Units
 from sparseft.errors import UserError, nearest
 from sparseft.methods.base import MethodConfig
 from sparseft.models.decoder import STATE
@@ -77,6 +78,10 @@ class Kind:
 
     def leave(self, model: nn.Module, state: State, *, merged: bool) -> nn.Module:
         """The plain model, with the active adapter in its weights (`merged`) or as before it was attached."""
+        raise NotImplementedError
+
+    def units(self, model: nn.Module, state: State) -> dict[str, Units]:
+        """The units of the active adapter, by the name of the parameter that holds them."""
         raise NotImplementedError
 
     def unmergeable(self, model: nn.Module, state: State) -> str | None:

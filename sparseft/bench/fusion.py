@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparseft import console
 from sparseft.adapters.description import adapter_hash
 from sparseft.adapters.lifecycle import detach, fuse, load_adapter, set_adapter
@@ -33,11 +31,11 @@ from sparseft.bench.quality import Trial, folder_name, going_on, named_settings,
 from sparseft.compose.run_config import compose
 from sparseft.config import BUNDLED, RunConfig
 from sparseft.data.loading import load_datasets
-from sparseft.data.packing import Collator, padding_id
+from sparseft.data.packing import padding_id
 from sparseft.errors import UserError
+from sparseft.evaluation.held_out import held_out_loss
 from sparseft.files.atomic import write_json
 from sparseft.files.untrusted import read_json_object
-from sparseft.models.decoder import runnable
 from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
 from sparseft.runs.folder import ADAPTER, SELECTION
 from sparseft.selection.selection import Selection
@@ -286,21 +284,6 @@ def _held_out(config: RunConfig, tokenizer: Any) -> Any:
     )  # fmt: skip
     assert data.eval is not None
     return data.eval
-
-
-@torch.no_grad()
-def held_out_loss(model: Any, rows: Any, pad: int, device: torch.device, batch_size: int = 8) -> float:
-    """The mean loss over all labelled tokens of examples, as a run's evaluation has it."""
-    collate, total, count = Collator(pad), 0.0, 0
-    with runnable(model):
-        for start in range(0, len(rows), batch_size):
-            batch = collate([rows[position] for position in range(start, min(start + batch_size, len(rows)))])
-            batch = {name: value.to(device) for name, value in batch.items()}
-            labelled = int((batch["labels"][:, 1:] != -100).sum())
-            if labelled:
-                total += float(model(**batch, use_cache=False).loss) * labelled
-                count += labelled
-    return total / count
 
 
 def _summary(ways: dict[str, Any], skills: list[str]) -> dict[str, Any]:

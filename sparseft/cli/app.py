@@ -332,6 +332,51 @@ def export(
 
 
 @app.command(
+    short_help="Cut an adapter back until it forgets little enough.",
+    epilog="\b\nExamples:\n"
+    "  sparseft trim outputs/latest --forget 0.02 --source general.txt\n"
+    "  sparseft trim outputs/my-run --forget 0.1 --source general.jsonl --out my-adapter",
+)
+def trim(
+    words: Annotated[list[str] | None, typer.Argument(metavar="RUN|KEY=VALUE", hidden=True)] = None,
+    forget: Annotated[
+        float | None,
+        typer.Option("--forget", metavar="NATS", help="How much the source's loss may rise, a token."),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", metavar="FILE", help="What is not to be forgotten: general text.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="The new adapter's folder (default: beside the run).")
+    ] = None,
+    config_dir: ConfigDir = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Cut a run's adapter back until it forgets no more of a text than a budget, and keep the most of what it learnt.
+
+    RUN is the run (default: the latest), whose own adapter stays as it is. KEY=VALUE sets a setting, such as
+    model.path=FOLDER or dataset.train_path=FILE where something has moved.
+    """
+    overrides = [word for word in words or [] if is_override(word)]
+    folders = [word for word in words or [] if not is_override(word)]
+
+    def check() -> None:
+        if len(folders) > 1:
+            raise UserError(f"One run at a time: '{folders[1]}' comes after '{folders[0]}'.")
+        for name, value in (("forget", forget), ("source", source)):
+            if value is None:
+                raise UserError(f"--{name} is missing: sparseft trim RUN --forget NATS --source FILE.")
+
+    def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
+        folder = folders[0] if folders else None
+        return module.run(config, folder=folder, forget=forget, source=source, out=out, overrides=point)
+
+    return configured("trim", overrides, Options(False, False, config_dir, json, debug, quiet), call, check)
+
+
+@app.command(
     short_help="Write one HTML page of one or several runs.",
     epilog="\b\nExample:\n  sparseft report outputs/latest",
 )

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparseft import console
 from sparseft.commands import report
+from sparseft.commands.trim import said
 from sparseft.config import RunConfig
-from sparseft.distributed import launch
+from sparseft.distributed import env, launch
 from sparseft.distributed.ranks import is_main
-from sparseft.files.atomic import explained
-from sparseft.runs.folder import check_run_folder
+from sparseft.errors import UserError
+from sparseft.files.atomic import explained, write_json
+from sparseft.models.loading import load_tokenizer
+from sparseft.runs.folder import SUMMARY, check_run_folder, load_summary
 from sparseft.training import checks, job
 from sparseft.training.checkpoints import last_checkpoint
 from sparseft.training.resume import previous_run
+from sparseft.trim import job as trimming
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -27,16 +34,62 @@ def run(config: RunConfig) -> dict[str, Any]:
     checks.check_data(config)
     checks.check_excluded(config)
     checks.check_model(config)
+    check_trim(config)
     if launch.needed(config.hardware):
         previous_run(config)  # so that it refuses other settings before any process starts
         return launch.run("train", config)
     with launch.joined(config.hardware):
         result = job.run(config)
+        if config.trainer.forget_budget is not None:
+            result |= {"trim": trim(config, result)}
         if is_main():
             folder = Path(result["run"])
             with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
                 report.run([str(folder)])
     return result
+
+
+def check_trim(config: RunConfig) -> None:
+    """Refuses `trainer.forget_budget` where it could not be kept in the end."""
+    budget, source = config.trainer.forget_budget, config.trainer.forget_source
+    if budget is None and source is None:
+        return
+    if budget is None or source is None:
+        missing, given = ("forget_source=FILE", "forget_budget") if budget else ("forget_budget=NATS", "forget_source")
+        raise UserError(f"trainer.{given} needs trainer.{missing} beside it.")
+    if not config.method.separable:
+        raise UserError(f"trainer.forget_budget={budget:g}: {trimming.inseparable(config.method_name)}")
+    if env.processes(config.hardware) > 1 or config.hardware.zero_stage:
+        raise UserError(
+            f"trainer.forget_budget={budget:g}: a run trims in one process; leave it out, and trim the finished run: "
+            f"sparseft trim RUN --forget {budget:g} --source {source}."
+        )
+    trimming.check(budget, source, "trainer.forget_source")
+    trimming.source_data(config, source, load_tokenizer(config.model), "trainer.forget_source")
+
+
+def trim(config: RunConfig, result: dict[str, Any]) -> dict[str, Any]:
+    """Cuts the finished run's adapter back to `trainer.forget_budget`; what came of it, which the summary has too.
+
+    Whatever ends this leaves the run as it was trained.
+    """
+    folder = result["run"]
+    gc.collect()  # what trained may be as large as the device's memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    budget, source = config.trainer.forget_budget, config.trainer.forget_source
+    assert budget is not None and source is not None
+    try:
+        one = trimming.Trimming.find(folder, config, [], budget, source)
+        model, outcome = one.run()
+        if outcome["trimmed"]:
+            one.replace(model, outcome)
+    except BaseException:
+        console.log(f"trim: not done; the run {folder} is finished, and its adapter is as it was trained")
+        raise
+    summary = load_summary(folder) | {"trim": outcome}
+    write_json(Path(folder) / SUMMARY, summary)
+    return outcome
 
 
 def render(result: dict[str, Any]) -> None:
@@ -57,4 +110,6 @@ def render(result: dict[str, Any]) -> None:
             f"{result['eval_task']}: {result['eval_score_before']:.4f} -> {result['eval_score_after']:.4f} on the "
             f"validation split, {result['test_score']:.4f}{error} on the test split"
         )
+    for line in said(result["trim"]) if "trim" in result else []:
+        print(f"trim: {line}")
     print(f"run: {result['run']}")

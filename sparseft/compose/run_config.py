@@ -23,7 +23,7 @@ from sparseft.methods import METHODS, get_method
 from sparseft.methods.base import SHARED
 from sparseft.rules import check_type, is_optional, is_text, show
 
-COMMANDS = ("train", "preprocess", "eval", "chat", "export", "bench")
+COMMANDS = ("train", "preprocess", "eval", "chat", "export", "trim", "bench")
 
 # Text that other YAML readers (YAML 1.2, OmegaConf) would take for a number: written with quotes.
 _NUMBER_LIKE = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")

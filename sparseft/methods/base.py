@@ -65,6 +65,8 @@ class MethodConfig:
     reselect_steps = 0
     reselects_in_turn: ClassVar[bool] = False  # one decoder layer every `reselect_steps`, by what training shows of it
 
+    separable = True  # whether what it trains is a sum of parts that can be scaled one by one
+
     def validate(self) -> None:
         """Raises `UserError` on a value outside its range, naming the field."""
         check_fields(self, called, typed=True)

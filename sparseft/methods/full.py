@@ -26,6 +26,7 @@ class FullConfig(MethodConfig):
     kind = "full"
     learning_rate = 2e-5
     trains_all = True
+    separable = False
 
     dtype: Literal["float32", "model"] = "float32"
     layers: Layers = field(default=ALL, kw_only=True)  # positions are those of earlier versions

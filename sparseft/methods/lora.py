@@ -48,6 +48,11 @@ class LoraConfig(MethodConfig):
             return None
         return self.sparsity if self.sparsity is not None else DEFAULT_SPARSITY
 
+    @property
+    def separable(self) -> bool:  # type: ignore[override]
+        """DoRA's magnitudes are no part of a sum."""
+        return not self.use_dora
+
     def validate(self) -> None:
         super().validate()
         if self.rank is not None and self.sparsity is not None:

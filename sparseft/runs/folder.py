@@ -44,6 +44,8 @@ QUESTIONS = "train_questions.safetensors"
 SELECTION = "selection"
 SENSITIVITY = "sensitivity.safetensors"  # in a checkpoint: what re-selection in turn has seen of its layer
 ADAPTER = "adapter"  # an adapter or, after full fine-tuning, a Hugging Face model with its tokenizer
+UNTRIMMED = "adapter-untrimmed"  # as it was trained, where `adapter` was cut back to a budget of forgetting
+TRIM = "trim.json"  # in a trimmed adapter's folder: what was done, and what came of it
 EVAL = "eval"
 BEFORE = "eval/before"  # the base model's results
 ANSWERS = "eval/mt_bench/model_answer"
@@ -62,16 +64,21 @@ TRACKED = (TENSORBOARD, WANDB, MLFLOW, TRACKIO)
 MARKS = (CONFIG, SUMMARY, METRICS, ADAPTER)
 
 # The folders, which are removed once empty; the inner ones first.
-FOLDERS = (SELECTION, ADAPTER, BEFORE, ANSWERS, "eval/mt_bench", EVAL, CHECKPOINTS)
+FOLDERS = (SELECTION, ADAPTER, UNTRIMMED, BEFORE, ANSWERS, "eval/mt_bench", EVAL, CHECKPOINTS)
+
+_OF_AN_ADAPTER = (
+    *(ADAPTER_CONFIG, WHOLE_CONFIG, ADAPTER_TENSORS, "README.md", TRIM),
+    *("config.json", "generation_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    *("tokenizer*", "vocab.*", "merges.txt"),
+    *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+)
 
 # All files that a run writes, as patterns, by folder: what `overwrite=true` may delete, and nothing else.
 OWN_FILES = {
     "": (CONFIG, ENVIRONMENT, METRICS, SUMMARY, REPORT, BENCH, QUESTIONS, SAMPLES, TRACKERS),
     SELECTION: (SELECTION_CONFIG, SELECTION_TENSORS),
-    ADAPTER: (ADAPTER_CONFIG, WHOLE_CONFIG, ADAPTER_TENSORS, "README.md")
-    + ("config.json", "generation_config.json", "chat_template.jinja", "special_tokens_map.json")
-    + ("tokenizer*", "vocab.*", "merges.txt")
-    + ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    ADAPTER: _OF_AN_ADAPTER,
+    UNTRIMMED: _OF_AN_ADAPTER,
     EVAL: ("*.json", "*.samples.jsonl"),
     BEFORE: ("*.json", "*.samples.jsonl"),
     ANSWERS: ("*.jsonl",),
@@ -80,7 +87,9 @@ OWN_FILES = {
 # What a crash leaves of a file or folder that was being written; the last three have the names of earlier versions.
 LEFT = re.compile(rf"{re.escape(PARTIAL)}.+|\..+\.partial|\.adapter\..+|\.selection\..+")
 
-INSIDE = re.compile(rf"adapter|selection|eval|before|checkpoints|{CHECKPOINT}\d+")  # folders inside a run
+INSIDE = re.compile(
+    rf"adapter|adapter-untrimmed|selection|eval|before|checkpoints|{CHECKPOINT}\d+"
+)  # folders inside a run
 
 
 def checkpoint_name(step: int) -> str:

@@ -23,11 +23,9 @@ from sparseft.training.checkpoints import STATE, good_checkpoint, prune, step_of
 FREE = {
     *("output_dir", "overwrite", "cache_dir", "hardware", "eval", "bench"),
     *(f"trainer.{name}" for name in "max_steps num_epochs logging_steps eval_steps save_steps max_bad_steps".split()),
-    *(
-        f"trainer.{name}"
-        for name in "save_total_limit resume target_score patience compile pad_to checkpointing".split()
-    ),
-    *(f"trainer.{name}" for name in "report_to sample_prompts sample_steps".split()),
+    *(f"trainer.{name}" for name in "save_total_limit resume target_score patience".split()),
+    *(f"trainer.{name}" for name in "compile pad_to checkpointing".split()),
+    *(f"trainer.{name}" for name in "report_to sample_prompts sample_steps forget_budget forget_source".split()),
 }
 
 PROCESSES = "hardware.num_processes"  # in what is compared here: all processes, of all machines

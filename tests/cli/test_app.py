@@ -25,7 +25,7 @@ from sparseft.compose.run_config import from_dict
 from sparseft.errors import RunError, UserError
 from support.places import ROOT
 
-COMMANDS = ("preprocess", "train", "eval", "export", "chat", "bench", "report", "push")
+COMMANDS = ("preprocess", "train", "eval", "export", "trim", "chat", "bench", "report", "push")
 
 
 @pytest.fixture

@@ -1,0 +1,39 @@
+"""The loss on examples that were held out, in batches, as a run's evaluation has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparseft.data.packing import Collator
+from sparseft.models.decoder import runnable
+
+
+@torch.no_grad()
+def batch_losses(
+    model: nn.Module, rows: Any, pad: int, device: torch.device, batch_size: int = 8
+) -> list[tuple[float, int]]:
+    """Of each batch of examples the mean loss over its labelled tokens, and how many it has; those without are left
+    out. `rows`: a `TokenizedDataset`, or a list of what it gives."""
+    collate, found = Collator(pad), []
+    with runnable(model):
+        for start in range(0, len(rows), batch_size):
+            batch = collate([rows[position] for position in range(start, min(start + batch_size, len(rows)))])
+            batch = {name: value.to(device) for name, value in batch.items()}
+            labelled = int((batch["labels"][:, 1:] != -100).sum())
+            if labelled:
+                found.append((float(model(**batch, use_cache=False).loss), labelled))
+    return found
+
+
+def mean_loss(losses: Sequence[tuple[float, int]]) -> float:
+    """The mean over all labelled tokens of `batch_losses`."""
+    return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+
+
+def held_out_loss(model: nn.Module, rows: Any, pad: int, device: torch.device, batch_size: int = 8) -> float:
+    """The mean loss over all labelled tokens of examples."""
+    return mean_loss(batch_losses(model, rows, pad, device, batch_size))
