@@ -9,6 +9,7 @@ from typing import Any
 
 from sparseft import console
 from sparseft.bench import (
+    front,
     fusion,
     host,
     kernels,
@@ -36,11 +37,12 @@ BENCHMARKS: dict[str, Any] = {
     "quality": quality,
     "time": time_to_loss,
     "fusion": fusion,
+    "front": front,
     "kernels": kernels,
     "loader": loader,
     "serve": serve,
 }
-TRAINING = ("quality", "time", "fusion")  # their runs are composed anew, and trained as `sparseft train` does
+TRAINING = ("quality", "time", "fusion", "front")  # their runs are composed anew, and trained as `sparseft train` does
 
 
 def run(
@@ -48,7 +50,7 @@ def run(
 ) -> dict[str, Any]:
     """Runs the benchmark `what` and writes `bench.json` into `output_dir` (default `outputs/bench-<date>-<time>`).
 
-    words, config_dirs: what `config` was composed from, which quality, time and fusion put their variants on top of.
+    words, config_dirs: what `config` was composed from, which those of `TRAINING` put their variants on top of.
     """
     console.clear_warnings()
     checks.check_one_process(config, "bench")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import sparseft as library
-from sparseft.bench.fusion import held_out_loss, overlap
+from sparseft.bench.fusion import overlap
+from sparseft.bench.held_out import held_out_loss
 from sparseft.bench.intervals import interval
 from sparseft.compose.run_config import from_dict
 from sparseft.data.loading import load_datasets
