@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,11 @@ def loss_at(front: Sequence[Point], forgetting: float) -> float | None:
         if forgetting < right:
             return above + (below - above) * (forgetting - left) / (right - left)
     return ordered[-1][1]
+
+
+def read_off(entry: Mapping[str, Any], seed: int, forgetting: float) -> float | None:
+    """A variant's target loss at a forgetting, with the seed at that position: `loss_at` of its front."""
+    return loss_at([(p["forgetting"][seed], p["target"][seed]) for p in entry["points"] if p["front"]], forgetting)
 
 
 def bootstrap(differences: Sequence[float]) -> tuple[float, float]:

@@ -25,10 +25,12 @@ from sparseft.bench import (
 )
 from sparseft.bench.output import Output
 from sparseft.commands import train as training
+from sparseft.compose.run_config import to_yaml
 from sparseft.config import RunConfig
 from sparseft.training import checks
 
-# Each has run(config, output), and title and table of what that returns; some have notes, lines below the table.
+# Each has run(config, output), and title and table of what that returns; some have more_tables, notes (lines below the
+# tables) and page (which writes all of it as HTML).
 BENCHMARKS: dict[str, Any] = {
     "train": train,
     "scaling": scaling,
@@ -69,6 +71,8 @@ def run(
     output.leave(result, complete=True)
     if what in TRAINING:
         output.write("bench.md", BENCHMARKS[what].markdown(result))
+    if "page" in result:
+        BENCHMARKS[what].page(result, Path(result["page"]), to_yaml(config))
     return result
 
 
@@ -85,8 +89,12 @@ def render(result: dict[str, Any]) -> None:
     if any("profile" in entry for entry in result.get("methods", {}).values()):
         console.table("Where the time goes, under the profiler", *profiling.table(result["methods"]))
         print(f"traces: {Path(result['path']).parent}/trace-*.json.gz")
+    for name, more in benchmark.more_tables(result) if hasattr(benchmark, "more_tables") else ():
+        console.table(name, *more)
     for line in benchmark.notes(result) if hasattr(benchmark, "notes") else ():
         print(line)
+    if "page" in result:
+        print(f"page: {result['page']}: open it in a browser")
     print(f"bench: {result['path']}")
 
 

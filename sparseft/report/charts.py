@@ -220,6 +220,12 @@ def _drawn(y: float | None, panel: Panel) -> float:
     return math.nan if y is None or (panel.log and y <= 0) else y
 
 
+def drawn(draw: Callable[[int], str]) -> dict[str, str]:
+    """A chart for wide pages and one for a phone's, of a function of the width; empty where it draws nothing."""
+    wide = draw(WIDTH)
+    return {"wide": wide, "narrow": draw(NARROW)} if wide else {}
+
+
 def bar_chart(
     groups: Sequence[tuple[str, Sequence[Bar]]], x_label: str, *, width: int = WIDTH, change: bool = False
 ) -> str:
