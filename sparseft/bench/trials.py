@@ -6,11 +6,12 @@ A variant is `name: key=value …`. What has run before, with the same settings,
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ class Study:
     folder: Path
     variants: dict[str, list[str]]  # the settings of each, by its name
     train: Callable[[RunConfig], dict[str, Any]]  # trains one config and returns its summary
+    made: dict[tuple[str, ...], RunConfig] = field(default_factory=dict, init=False)  # composed, by their words
 
     @property
     def seeds(self) -> list[int]:
@@ -127,7 +129,9 @@ class Study:
         words = [*self.base, *changes, f"seed={seed}", "overwrite=true"]
         if rate is not None:
             words.append(f"trainer.learning_rate={rate:g}")
-        return compose("train", words, self.config_dirs)
+        if tuple(words) not in self.made:  # each once: composing warns of what has no effect
+            self.made[tuple(words)] = compose("train", words, self.config_dirs)
+        return copy.deepcopy(self.made[tuple(words)])
 
     def rates_of(self, variant: str) -> list[float | None]:
         """Those to choose from; a variant that names its own has that one, or those of its own `bench.rates`."""

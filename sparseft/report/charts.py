@@ -207,7 +207,7 @@ def _lines(drawing: Drawing, axes: Axes, panel: Panel, x_label: str, whole: bool
             (dot,) = axes.plot(x, y, "o", color=colour, markersize=8, markeredgecolor=COLOURS["paper"], clip_on=False)
             drawing.tip(dot, f"{one.name}, {x_label} {x:,.4g}: {y:.4g}")
     xs = [x for one in panel.series for x, _ in one.points]
-    axes.set_xlim(min(0.0, *xs), max(1.0, *xs) if whole else max(xs) or 1.0)
+    axes.set_xlim(min(0.0, *xs), max(1.0, *xs) if whole else max(0.0, *xs) or 1.0)
     if panel.zero and all(y is None or y >= 0 for one in panel.series for _, y in one.points):
         axes.set_ylim(bottom=0.0)
     if whole:
