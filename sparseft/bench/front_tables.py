@@ -123,20 +123,22 @@ def notes(result: dict[str, Any]) -> list[str]:
         "target loss and forgotten (the source's loss minus the base's, nats) are of the test split, rates chosen on "
         "the validation split; ± 95 % intervals over seeds (Student's t)",
         f"at a forgetting: the target loss on the variant's front, against {first}'s; ahead or behind where the "
-        "bootstrap interval over seeds and Student's t both leave out 0",
+        "bootstrap interval over seeds and Student's t both leave out 0; below the least that a front forgets it is "
+        "not reached, beyond the most the loss of its strongest rate stands",
     ]
     for name, entry in result["variants"].items():
-        ratio = entry["weights_over_first"]
+        ratio, parts = entry["weights_over_first"], []
         if abs(ratio - 1) > EQUAL:
-            lines.append(f"{name} trains {ratio:.3g} times as many weights as {first}: not of equal size")
+            parts.append(f"trains {ratio:.3g} times as many weights as {first}, which is not of equal size")
+        reach = [statistics.fmean(point["forgetting"]) for point in entry["points"] if point["front"]]
+        if reach:
+            parts.append(f"its front forgets {min(reach):.3f} to {max(reach):.3f}")
         if entry["at_edge"]:
-            lines.append(f"{name}: its rate {entry['learning_rate']:g} is at the edge: a better one may lie beyond")
-        least = min((statistics.fmean(p["forgetting"]) for p in entry["points"] if p["front"]), default=math.nan)
-        if any(at["verdict"] == "not reached" for at in entry["at"]):
-            lines.append(f"{name}: not reached: it forgets {least:.3f} at the least; a lower rate would forget less")
-        gone = [f"{p['learning_rate']:g} after {_seeds(p['dropped'])}" for p in entry["points"] if p["dropped"]]
+            parts.append(f"its rate {entry['learning_rate']:g} is at the edge: a better one may lie beyond")
+        gone = [f"{p['learning_rate']:g} (after {_seeds(p['dropped'])})" for p in entry["points"] if p["dropped"]]
         if gone:
-            lines.append(f"{name}: dropped, as another rate beats them in both validation losses: {', '.join(gone)}")
+            parts.append(f"dropped, as another rate beats them in both validation losses: {', '.join(gone)}")
+        lines.append(f"{name}: {'; '.join(parts)}")
     return lines
 
 

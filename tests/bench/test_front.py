@@ -18,7 +18,7 @@ import sparseft as library
 from sparseft.bench import forgetting
 from sparseft.bench.forgetting import halves
 from sparseft.bench.front import Measured, chosen, compare, drop_hopeless
-from sparseft.bench.front_tables import at_equal_forgetting, differences, notes, table
+from sparseft.bench.front_tables import at_equal_forgetting, differences, drawing, notes, table
 from sparseft.bench.held_out import held_out, held_out_loss
 from sparseft.commands import bench
 from sparseft.compose.run_config import from_dict
@@ -267,7 +267,8 @@ def test_verdicts_at_equal_forgetting() -> None:
     rows = at_equal_forgetting(result)[1]
     assert ["0.3", "ahead", "-0.1000", "ahead"] == [rows[i][j] for i in [2] for j in (0, 1, 3, 5)]
     assert differences(result, 2, 400).count("LoRA") and len(table(result)[1]) == 5
-    assert any("far: not reached: it forgets 2.000" in note for note in notes(result))
+    assert all(f">{x}</text>" in drawing(result) for x in ("0", "0.5", "2.5"))  # where fronts lie, in no whole numbers
+    assert "far: its front forgets 2.000 to 3.000" in notes(result)
 
 
 def test_a_seed_that_forgets_more_gives_no_verdict() -> None:
@@ -288,7 +289,7 @@ def test_what_is_chosen_on_validation_is_reported_on_test() -> None:
 def test_unequal_sizes_are_named() -> None:
     variants = {"LoRA": line(1.0, 4.0, (0.1, 1.0)), "S2FT": line(1.0, 4.0, (0.1, 1.0))}
     result = result_of(variants, [0.3])
-    assert not any("weights" in note for note in notes(result))
+    assert "S2FT: its front forgets 0.100 to 1.000" in notes(result)
     result["variants"]["S2FT"]["trainable_parameters"] = 103
     compare(result)
     assert any("S2FT trains 1.03 times as many weights as LoRA" in note for note in notes(result))
@@ -322,7 +323,6 @@ LORA = "LoRA: method=lora"
         ([f"bench.source=[{SOURCE},{SOURCE}]"], "bench.source names a file twice"),
         (["bench.source=['bundled:data/commonsense/train.json']"], "is what is trained on"),
         (["bench.forgetting=[0.1,0]"], "bench.forgetting: 0 is no forgetting"),
-        (["bench.source_tasks=[gsm9k]"], "gsm8k"),
         (["dataset.eval_fraction=0"], "give dataset.eval_fraction"),
         (["dataset.max_examples=2"], "the held-out examples are too few"),
         (["trainer.keep_best=true", "trainer.eval_steps=2"], "trainer.keep_best looks at the held-out examples"),
