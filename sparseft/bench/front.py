@@ -135,6 +135,7 @@ def plan(
                     raise UserError(f"its folders would be those of '{folders[trial.config.output_dir]}'.")
                 folders[str(trial.config.output_dir)] = variant
                 _check(trial, config)
+                trials.finished(trial)  # refuses what ran there with other settings
         except UserError as error:
             raise UserError(f"bench.variants: '{variant}': {error}") from None
     return study
@@ -233,6 +234,11 @@ class Measured:
             self.sources.setdefault(path, []).append(loss)
 
     @property
+    def source(self) -> list[float]:
+        """The source's test loss, by seed: the mean over its files."""
+        return [statistics.fmean(each) for each in zip(*self.sources.values(), strict=True)]
+
+    @property
     def mean(self) -> tuple[float, float]:
         """(forgetting, target loss) on the validation split, over the seeds so far."""
         return statistics.fmean(self.forgetting[VALIDATION]), statistics.fmean(self.target[VALIDATION])
@@ -261,6 +267,7 @@ def chosen(points: Sequence[Measured]) -> dict[str, Any]:
         "rate": best.rate,
         "at_edge": len(rates) > 2 and best.learning_rate in (min(rates), max(rates)),
         "target": best.target[TEST],
+        "source": best.source,
         "forgetting": best.forgetting[TEST],
         "points": [
             {

@@ -41,10 +41,10 @@ def level_name(level: float | None, result: Mapping[str, Any]) -> str:
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns, and a row for the base and each variant at its chosen rate."""
     tasks = result["base"].get("accuracy", {})
-    columns = ["variant", "trainable", "rate", "target loss", "forgotten", *(f"{task}, %" for task in tasks)]
-    rows = [
-        ["base", "", "", shown(result["base"]["target"], 1, ".4f"), ""] + [f"{100 * x:.1f}" for x in tasks.values()]
-    ]
+    columns = ["variant", "trainable", "rate", "target loss", "source loss", "forgotten"]
+    columns += [f"{task}, %" for task in tasks]
+    loss, source = shown(result["base"]["target"], 1, ".4f"), statistics.fmean(result["base"]["sources"].values())
+    rows = [["base", "", "", loss, f"{source:.4f}", "", *(f"{100 * share:.1f}" for share in tasks.values())]]
     for name, entry in result["variants"].items():
         rows.append(
             [
@@ -52,6 +52,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{entry['trainable_parameters']:,}",
                 f"{entry['learning_rate']:g}",
                 shown(entry["target"], 1, ".4f"),
+                shown(entry["source"], 1, ".4f"),
                 shown(entry["forgetting"], 1, ".4f"),
                 *(shown(entry["accuracy"][task], 100, ".1f") for task in tasks),
             ]

@@ -179,6 +179,8 @@ def test_what_is_left(studied: tuple[Path, dict[str, Any]]) -> None:
 def test_what_is_missing_is_done_again_and_nothing_else(studied: tuple[Path, dict[str, Any]]) -> None:
     folder, result = studied
     entry = result["variants"]["S2FT"]
+    base = result["base"]["sources"][SOURCE]
+    assert entry["source"] == pytest.approx([base + forgotten for forgotten in entry["forgetting"]])
     lost = run_of(folder, "S2FT", entry["learning_rate"], 1)
     (lost / "summary.json").unlink()
     read = folder / "out/measured" / f"{lost.name}-losses.json"
