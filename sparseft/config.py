@@ -241,6 +241,10 @@ class BenchConfig:
     skills: list[str] = field(default_factory=lambda: [f"{s}: dataset={s}" for s in ("arithmetic", "commonsense")])
     rates: list[Annotated[float, RATE]] = field(default_factory=list)
     weights: list[float] = field(default_factory=lambda: [1.0])
+    source: list[str] = field(default_factory=list)
+    forgetting: list[float] = field(default_factory=lambda: [0.01, 0.02, 0.05, 0.1])
+    target_tasks: list[str] = field(default_factory=list)
+    source_tasks: list[str] = field(default_factory=list)
     variants: list[str] = field(default_factory=lambda: [f"{m}: method={m}" for m in ("s2ft", "sylva", "lora", "full")])
 
 

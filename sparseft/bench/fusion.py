@@ -18,19 +18,19 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparseft import console
 from sparseft.adapters.description import adapter_hash
 from sparseft.adapters.lifecycle import detach, fuse, load_adapter, set_adapter
+from sparseft.bench import trials
 from sparseft.bench.intervals import shown
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
-from sparseft.bench.quality import Trial, folder_name, going_on, named_settings, summary_of
-from sparseft.compose.run_config import compose
-from sparseft.config import BUNDLED, RunConfig
-from sparseft.data.loading import load_datasets
+from sparseft.bench.trials import Trial, folder_name, going_on, named_settings
+from sparseft.config import RunConfig
+from sparseft.data.loading import data_of
 from sparseft.data.packing import padding_id
 from sparseft.errors import UserError
 from sparseft.evaluation.held_out import held_out_loss
@@ -46,25 +46,14 @@ BASE, APART = "base", ", disjoint"
 
 
 @dataclass
-class Study:
+class Study(trials.Study):
     """What is compared, checked before the first run."""
 
-    config: RunConfig
-    base: list[str]  # the words that all runs share
-    config_dirs: Sequence[str]
-    folder: Path
     skills: dict[str, list[str]]  # the settings of each, by its name, which is its evaluation task's
-    variants: dict[str, list[str]]
-    rates: list[float | None]  # None: what the configuration says
-    train: Callable[[RunConfig], dict[str, Any]]
-    seeds: list[int] = field(default_factory=list)
 
     def trial(self, variant: str, skill: str, seed: int, rate: float | None, exclude: Sequence[str] = ()) -> Trial:
         """One training, composed and checked."""
-        changes = [*self.variants[variant], *self.skills[skill], f"seed={seed}", "overwrite=true"]
-        if rate is not None:
-            changes.append(f"trainer.learning_rate={rate:g}")
-        trial = compose("train", [*self.base, *changes], self.config_dirs)
+        trial = self.composed([*self.variants[variant], *self.skills[skill]], seed, rate)
         name = f"{variant} {skill}{APART if exclude else ''}" + (f" lr {rate:g}" if rate is not None else "")
         if exclude:
             trial.method = dataclasses.replace(trial.method, exclude=list(exclude))
@@ -73,7 +62,7 @@ class Study:
 
     def summary(self, trial: Trial) -> dict[str, Any]:
         """What the trial's run says of itself; it is trained where it has not been."""
-        summary = summary_of(trial, self.train)
+        summary = super().summary(trial)
         if summary["eval_loss_after"] is None:
             raise UserError(f"bench fusion chooses by held-out loss, and {trial.variant} has no evaluation examples.")
         return summary
@@ -114,11 +103,10 @@ def plan(
     if not settings.weights:
         raise UserError("bench.weights is empty: name at least one weight of the summands.")
     own = [word for word in words if word.partition("=")[0] not in OWN]
-    study = Study(config, own, config_dirs, folder, skills, variants, [*settings.rates] or [None], train)
-    study.seeds = list(range(config.seed, config.seed + settings.seeds))
+    study = Study(config, own, config_dirs, folder, variants, train, skills)
     for variant in variants:
         for skill in skills:
-            trial = study.trial(variant, skill, study.seeds[0], study.rates[0]).config
+            trial = study.trial(variant, skill, study.seeds[0], study.rates_of(variant)[0]).config
             if trial.method.trains_all:
                 raise UserError(f"bench.variants: '{variant}' trains whole models, which have no sum of adapters.")
             if not (trial.dataset.eval_path or trial.dataset.eval_fraction):
@@ -162,7 +150,7 @@ def _choose_rates(study: Study, variant: str) -> dict[str, dict[str, Any]]:
     chosen = {}
     for skill in study.skills:
         losses = {}
-        for rate in study.rates:
+        for rate in study.rates_of(variant):
             losses[rate] = study.summary(study.trial(variant, skill, study.seeds[0], rate))["eval_loss_after"]
         best = min(losses, key=lambda rate: losses[rate])
         chosen[skill] = {"rate": best, "losses": [[rate, loss] for rate, loss in losses.items()]}
@@ -240,10 +228,10 @@ def _scores(
     tokenizer = load_tokenizer(config.model)
     model: Any = load_model(config.model, device).eval()
     pad = padding_id(tokenizer, vocabulary_rows(model)[0])
-    held_out = {skill: _held_out(runs[skill].config, tokenizer) for skill in study.skills}
+    held = {skill: data_of(runs[skill].config, tokenizer).eval for skill in study.skills}
 
     def losses() -> dict[str, float]:
-        return {skill: held_out_loss(model, rows, pad, device) for skill, rows in held_out.items()}
+        return {skill: held_out_loss(model, rows, pad, device) for skill, rows in held.items()}
 
     def score(name: str) -> dict[str, dict[str, float]]:
         console.log(f"bench: asking {variant}, {name}, seed {seed}")
@@ -274,16 +262,6 @@ def _scores(
     write_json(path, {"key": key, "weights": chosen, "scores": scores})
     weights |= chosen
     return scores
-
-
-def _held_out(config: RunConfig, tokenizer: Any) -> Any:
-    """A run's evaluation examples."""
-    data = load_datasets(
-        config.dataset, tokenizer, max_length=config.trainer.max_length, seed=config.seed,
-        bundled=config.model.path.startswith(BUNDLED), cache_dir=config.cache_dir,
-    )  # fmt: skip
-    assert data.eval is not None
-    return data.eval
 
 
 def _summary(ways: dict[str, Any], skills: list[str]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
+FEWEST_SEEDS = 3  # for a verdict
+
 # 97.5 % quantiles of Student's t, by degrees of freedom from 1: half the width of a 95 % interval in standard errors.
 T_QUANTILES = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,

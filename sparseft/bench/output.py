@@ -120,14 +120,13 @@ def as_markdown(result: Mapping[str, Any], facts: str, columns: list[str], rows:
     versions = ", ".join(
         f"{name} {environment['versions'][name]}" for name in ("sparseft", "torch", "transformers", "peft")
     )
-    lines = [
-        f"`{environment['command_line']}`",
-        "",
-        f"{facts}; {versions}, {measured_on(result)}.",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "| --- " * len(columns) + "|",
-    ]
+    lines = [f"`{environment['command_line']}`", "", f"{facts}; {versions}, {measured_on(result)}.", ""]
+    return "\n".join(lines) + "\n" + markdown_table(columns, rows)
+
+
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    """A table as Markdown."""
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 

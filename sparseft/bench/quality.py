@@ -10,39 +10,19 @@ the sample's (n - 1), over the seeds.
 
 from __future__ import annotations
 
-import contextlib
-import re
-import shlex
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparseft import console
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
-from sparseft.compose.run_config import compose, from_dict
+from sparseft.bench.trials import Trial, finished, folder_name, going_on, named_settings
+from sparseft.compose.run_config import compose
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
-from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.models.loading import resolve_device
-from sparseft.runs.folder import CONFIG, SUMMARY
 from sparseft.training import checks
-
-
-@dataclass
-class Trial:
-    """One run of one variant."""
-
-    variant: str
-    seed: int
-    config: RunConfig  # output_dir: the trial's folder
-
-
-def folder_name(variant: str, seed: int) -> str:
-    """A trial's folder: the variant's name without what file systems and shells dislike."""
-    name = re.sub(r"[^\w.]+", "-", variant).strip("-").lower()
-    return f"{name or 'variant'}-seed{seed}"
 
 
 def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], folder: Path) -> list[Trial]:
@@ -63,75 +43,6 @@ def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], 
             checks.check_data(trial)
             made.append(Trial(name, seed, trial))
     return made
-
-
-def same_training(config: RunConfig, path: Path) -> bool:
-    """Whether a run's `config.yaml` says what `config` does; settings it does not name yet have their defaults."""
-    try:
-        there = from_dict(read_yaml_object(path)).to_dict()
-    except UserError as error:
-        raise UserError(f"{path}: cannot be read, so it is not known what ran there ({error}).") from error
-    here = config.to_dict()
-    elsewhere = ("bench", "cache_dir")  # what these say changes nothing of the training
-    return all(here[key] == there[key] for key in here if key not in elsewhere)
-
-
-def named_settings(key: str, texts: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each `name: key=value …` of a setting -> the name and its overrides."""
-    return [_named(key, text) for text in texts]
-
-
-def _named(key: str, text: str) -> tuple[str, list[str]]:
-    name, colon, rest = text.partition(":")
-    try:
-        changes = shlex.split(rest)
-    except ValueError as error:
-        raise UserError(f"{key}: '{text}' has quotes that do not close.") from error
-    if not (colon and name.strip() and changes):
-        raise UserError(
-            f"{key}: '{text}' is no {key.removeprefix('bench.').rstrip('s')}: expected 'name: key=value …'."
-        )
-    for word in changes:
-        setting, equals, _ = word.partition("=")
-        if not equals:
-            raise UserError(f"{key}: '{word}' of '{name}' is not a setting: expected key=value.")
-        if setting in ("seed", "output_dir", "overwrite"):
-            raise UserError(f"{key}: '{name}' sets {setting}, which is the benchmark's own.")
-    return name.strip(), changes
-
-
-def finished(trial: Trial) -> dict[str, Any] | None:
-    """The summary of a trial that has run before, None where it has not, or not to its end.
-
-    UserError where the folder holds a run with other settings.
-    """
-    folder = Path(trial.config.output_dir or "")
-    if not (folder / CONFIG).is_file():
-        return None
-    if not same_training(trial.config, folder / CONFIG):
-        raise UserError(f"{folder} holds a run with other settings: give the benchmark another output_dir.")
-    summary = folder / SUMMARY
-    return read_json_object(summary) if summary.is_file() else None
-
-
-def summary_of(trial: Trial, train: Callable[[RunConfig], dict[str, Any]]) -> dict[str, Any]:
-    """What the trial's run says of itself; it is trained where it has not been."""
-    summary = finished(trial)
-    if summary is None:
-        console.log(f"bench: training {Path(str(trial.config.output_dir)).name}")
-        with console.quiet():
-            summary = train(trial.config)
-    return summary
-
-
-@contextlib.contextmanager
-def going_on(folder: Path) -> Iterator[None]:
-    """Says how to go on where an interrupt ends what is inside."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.log(f"bench: what is done is kept; the same command with output_dir={folder} goes on from there")
-        raise
 
 
 def run(

@@ -20,7 +20,6 @@ the steps anew: the numbers of steps may come from a busy machine, the times fro
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import shutil
@@ -33,15 +32,15 @@ from typing import Any
 from torch import Tensor
 
 from sparseft import console
+from sparseft.bench import trials
 from sparseft.bench.contenders import FLOOR, Contender, check_steps, made_trainable, step
-from sparseft.bench.intervals import interval, shown
+from sparseft.bench.intervals import FEWEST_SEEDS, interval, shown
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
-from sparseft.bench.quality import Trial, finished, folder_name, going_on, named_settings, summary_of
 from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import spread, take_turns
-from sparseft.compose.run_config import compose
-from sparseft.config import BUNDLED, RunConfig
-from sparseft.data.loading import load_datasets
+from sparseft.bench.trials import Trial, check_same_data, finished, folder_name, going_on, named_variants
+from sparseft.config import RunConfig
+from sparseft.data.loading import data_of
 from sparseft.data.packing import Collator, padding_id
 from sparseft.errors import UserError
 from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
@@ -53,49 +52,30 @@ from sparseft.training.labelled_loss import usable
 
 OWN = ("bench.variants", "bench.seeds", "bench.rates", "bench.steps", "bench.warmup_steps", "output_dir", "seed")
 CHART = "time-to-loss.svg"
-FEWEST_SEEDS = 3  # for a verdict
 Curve = list[tuple[int, float]]  # (step, held-out loss), in order
 
 
 @dataclass
-class Study:
+class Study(trials.Study):
     """What is compared, checked before the first run."""
-
-    config: RunConfig
-    base: list[str]  # the words that all runs share
-    config_dirs: Sequence[str]
-    folder: Path
-    variants: dict[str, list[str]]
-    train: Callable[[RunConfig], dict[str, Any]]
-
-    @property
-    def seeds(self) -> list[int]:
-        return list(range(self.config.seed, self.config.seed + self.config.bench.seeds))
 
     def trial(self, variant: str, seed: int, rate: float | None, choosing: bool = False) -> Trial:
         """One training, composed. rate: None: what the configuration says. choosing: it is to choose the rate."""
-        changes = [*self.variants[variant], f"seed={seed}", "overwrite=true"]
-        if rate is not None:
-            changes.append(f"trainer.learning_rate={rate:g}")
+        changes = list(self.variants[variant])
         if choosing:
             changes += ["dataset.eval_path=null", "trainer.eval_steps=null"]
-        trial = compose("train", [*self.base, *changes], self.config_dirs)
+        trial = self.composed(changes, seed, rate)
         name = variant if rate is None else f"{variant} lr {rate:g}"
         place = Path("rates" if choosing else "runs", folder_name(name, seed))
         trial.output_dir = str(self.folder / place)
         trial.cache_dir = str(self.folder / "cache" / place)  # of its own: what another has chosen takes no time
         return Trial(variant, seed, trial)
 
-    def rates_of(self, variant: str) -> list[float | None]:
-        """Those to choose from; a variant that names its own has that one."""
-        named = any(word.startswith("trainer.learning_rate=") for word in self.variants[variant])
-        return [None] if named or not self.config.bench.rates else list(self.config.bench.rates)
-
     def summary(self, trial: Trial) -> dict[str, Any]:
         """What the trial's run says of itself; it is trained where it has not been."""
         if finished(trial) is None:
             shutil.rmtree(str(trial.config.cache_dir), ignore_errors=True)  # a selection found there would take no time
-        return summary_of(trial, self.train)
+        return super().summary(trial)
 
 
 def run(
@@ -125,9 +105,7 @@ def plan(
     train: Callable[[RunConfig], dict[str, Any]],
 ) -> Study:
     """Reads and checks the settings; UserError where a run could not start."""
-    variants = dict(named_settings("bench.variants", config.bench.variants))
-    if len(variants) < 2 or len(variants) < len(config.bench.variants):
-        raise UserError("bench.variants: name at least two variants, each once; the first is what others are held to.")
+    variants = named_variants(config)
     own = [word for word in words if word.partition("=")[0] not in OWN]
     study = Study(config, own, config_dirs, folder, variants, train)
     for variant in variants:
@@ -149,11 +127,7 @@ def _check(trial: Trial, config: RunConfig, choosing: bool) -> None:
     if not (data.eval_path or data.eval_fraction):
         of = " to choose rates by" if choosing else ""
         raise UserError(f"bench time needs held-out examples{of}: give dataset.eval_fraction.")
-    for group in ("model", "dataset"):
-        theirs, ours = (dataclasses.asdict(getattr(each, group)) for each in (trial.config, config))
-        differing = [key for key in theirs if theirs[key] != ours[key] and not (choosing and key == "eval_path")]
-        if differing:
-            raise UserError(f"it sets {group}.{differing[0]}, and all variants train one model on one set of data.")
+    check_same_data(trial, config, excepted="dataset.eval_path" if choosing else "")
     check_steps(trial.config, choosable=False)  # the steps are timed so
     checks.check_trainer(trial.config)
     checks.check_data(trial.config)
@@ -167,8 +141,8 @@ def measure(study: Study) -> dict[str, Any]:
         for position, variant in enumerate(study.variants):
             found[variant] = _trained(study, variant)
             progress.update(position + 1)
-    trials = {variant: study.trial(variant, study.seeds[0], entry["rate"]) for variant, entry in found.items()}
-    seconds = step_seconds({variant: trial.config for variant, trial in trials.items()}, config)
+    runs = {variant: study.trial(variant, study.seeds[0], entry["rate"]) for variant, entry in found.items()}
+    seconds = step_seconds({variant: trial.config for variant, trial in runs.items()}, config)
     floor = statistics.median(seconds.pop(FLOOR))
     for variant, entry in found.items():
         entry |= spread("step_seconds", seconds[variant]) | {"step_floors": statistics.median(seconds[variant]) / floor}
@@ -193,9 +167,9 @@ def _trained(study: Study, variant: str) -> dict[str, Any]:
         summary = study.summary(study.trial(variant, study.seeds[-1] + 1, rate, choosing=True))
         losses.append((rate, summary["eval_loss_after"]))
     best = min(losses, key=lambda each: (math.isnan(each[1]), each[1]))[0] if losses else rates[0]
-    trials = [study.trial(variant, seed, best) for seed in study.seeds]
-    summaries = [study.summary(trial) for trial in trials]
-    every = getattr(trials[0].config.method, "reselect_steps", 0)
+    runs = [study.trial(variant, seed, best) for seed in study.seeds]
+    summaries = [study.summary(trial) for trial in runs]
+    every = getattr(runs[0].config.method, "reselect_steps", 0)
     return {
         "rate": best,
         "learning_rate": summaries[0]["learning_rate"],
@@ -203,7 +177,7 @@ def _trained(study: Study, variant: str) -> dict[str, Any]:
         "at_edge": len(losses) > 2 and best in (losses[0][0], losses[-1][0]),
         "trainable_parameters": summaries[0]["trainable_parameters"],
         "steps": summaries[0]["steps"],
-        "curves": [curve_of(Path(str(trial.config.output_dir))) for trial in trials],
+        "curves": [curve_of(Path(str(trial.config.output_dir))) for trial in runs],
         "selection_seconds": [each["selection_seconds"] or 0.0 for each in summaries],
         "reselect_steps": every,
         "reselection_seconds": [_each_time(summary, every) for summary in summaries],
@@ -247,10 +221,7 @@ def step_seconds(configs: Mapping[str, RunConfig], config: RunConfig) -> dict[st
 def median_batch(config: RunConfig, tokenizer: Any, pad: int) -> dict[str, Tensor]:
     """Of the training batches, in the data's order, that with the median number of labels among those of the median
     width (tokens of its longest row): a step's work depends on both."""
-    data = load_datasets(
-        config.dataset, tokenizer, max_length=config.trainer.max_length, seed=config.seed,
-        bundled=config.model.path.startswith(BUNDLED), cache_dir=config.cache_dir,
-    )  # fmt: skip
+    data = data_of(config, tokenizer)
     rows: Any = data.packed if data.packed is not None else data.train
     size, settings = config.trainer.batch_size, config.trainer
     collate = Collator(pad, settings.max_length if settings.pad_to == "max_length" else 0)

@@ -17,9 +17,21 @@ from sparseft.cli.outcome import FAILED, INTERRUPTED, WRONG_INPUT, emit, execute
 from sparseft.compose.overrides import is_override
 from sparseft.errors import UserError, nearest
 
-BENCHMARKS = ("train", "scaling", "host", "preprocess", "quality", "time", "fusion", "kernels", "loader", "serve")
+BENCHMARKS = (
+    "train",
+    "scaling",
+    "host",
+    "preprocess",
+    "quality",
+    "time",
+    "fusion",
+    "front",
+    "kernels",
+    "loader",
+    "serve",
+)
 # What a benchmark measures unless another experiment is named.
-EXPERIMENTS = {"host": "host", "time": "time_to_loss", "fusion": "fusion", "serve": "serve"}
+EXPERIMENTS = {"host": "host", "time": "time_to_loss", "fusion": "fusion", "front": "front", "serve": "serve"}
 
 # typer carries its own copy of click, and does not export the base of its errors.
 ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -251,9 +263,9 @@ def bench(
 ) -> int:
     """Measure methods side by side; prints a table and leaves `bench.json`.
 
-    BENCHMARK is train (the default), scaling, host, preprocess, quality, time, fusion, kernels, loader or serve.
-    KEY=VALUE sets a setting or chooses an option of a group (model, hardware, …). Exit code 1: nothing was measured,
-    a method failed, a target of bench.targets is missed, or a stage of loader is below its target.
+    BENCHMARK is train (the default), scaling, host, preprocess, quality, time, fusion, front, kernels, loader or
+    serve. KEY=VALUE sets a setting or chooses an option of a group (model, hardware, …). Exit code 1: nothing was
+    measured, a method failed, a target of bench.targets is missed, or a stage of loader is below its target.
     """
     overrides = [word for word in words or [] if is_override(word)]
     named = [word for word in words or [] if not is_override(word)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparseft import console
 from sparseft.bench import (
+    front,
     fusion,
     host,
     kernels,
@@ -24,10 +25,12 @@ from sparseft.bench import (
 )
 from sparseft.bench.output import Output
 from sparseft.commands import train as training
+from sparseft.compose.run_config import to_yaml
 from sparseft.config import RunConfig
 from sparseft.training import checks
 
-# Each has run(config, output), and title and table of what that returns; some have notes, lines below the table.
+# Each has run(config, output), and title and table of what that returns; some have more_tables, notes (lines below the
+# tables) and page (which writes all of it as HTML).
 BENCHMARKS: dict[str, Any] = {
     "train": train,
     "scaling": scaling,
@@ -36,11 +39,12 @@ BENCHMARKS: dict[str, Any] = {
     "quality": quality,
     "time": time_to_loss,
     "fusion": fusion,
+    "front": front,
     "kernels": kernels,
     "loader": loader,
     "serve": serve,
 }
-TRAINING = ("quality", "time", "fusion")  # their runs are composed anew, and trained as `sparseft train` does
+TRAINING = ("quality", "time", "fusion", "front")  # their runs are composed anew, and trained as `sparseft train` does
 
 
 def run(
@@ -48,7 +52,7 @@ def run(
 ) -> dict[str, Any]:
     """Runs the benchmark `what` and writes `bench.json` into `output_dir` (default `outputs/bench-<date>-<time>`).
 
-    words, config_dirs: what `config` was composed from, which quality, time and fusion put their variants on top of.
+    words, config_dirs: what `config` was composed from, which those of `TRAINING` put their variants on top of.
     """
     console.clear_warnings()
     checks.check_one_process(config, "bench")
@@ -67,6 +71,8 @@ def run(
     output.leave(result, complete=True)
     if what in TRAINING:
         output.write("bench.md", BENCHMARKS[what].markdown(result))
+    if "page" in result:
+        BENCHMARKS[what].page(result, Path(result["page"]), to_yaml(config))
     return result
 
 
@@ -83,8 +89,12 @@ def render(result: dict[str, Any]) -> None:
     if any("profile" in entry for entry in result.get("methods", {}).values()):
         console.table("Where the time goes, under the profiler", *profiling.table(result["methods"]))
         print(f"traces: {Path(result['path']).parent}/trace-*.json.gz")
+    for name, more in benchmark.more_tables(result) if hasattr(benchmark, "more_tables") else ():
+        console.table(name, *more)
     for line in benchmark.notes(result) if hasattr(benchmark, "notes") else ():
         print(line)
+    if "page" in result:
+        print(f"page: {result['page']}: open it in a browser")
     print(f"bench: {result['path']}")
 
 

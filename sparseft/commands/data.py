@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 from sparseft import console
-from sparseft.config import BUNDLED, RunConfig
-from sparseft.data.loading import check_tokens, load_datasets
+from sparseft.config import RunConfig
+from sparseft.data.loading import check_tokens, data_of
 from sparseft.data.preview import preview
 from sparseft.models.loading import load_config, load_tokenizer
 from sparseft.training import checks
@@ -28,14 +28,7 @@ def run(config: RunConfig, examples: int = EXAMPLES) -> dict[str, Any]:
     checks.check_data(config)
     checks.check_model(config)
     tokenizer = load_tokenizer(config.model)
-    data = load_datasets(
-        config.dataset,
-        tokenizer,
-        max_length=config.trainer.max_length,
-        seed=config.seed,
-        bundled=config.model.path.startswith(BUNDLED),
-        cache_dir=config.cache_dir,
-    )
+    data = data_of(config, tokenizer)
     for note in data.notes:
         console.log(f"data: {note}")
     for warning in data.warnings:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparseft import console
-from sparseft.config import BUNDLED, DatasetConfig, in_bundle
+from sparseft.config import BUNDLED, DatasetConfig, RunConfig, in_bundle
 from sparseft.data.chat import Chats
 from sparseft.data.encoding import Encoder, tokenize
 from sparseft.data.formats import DETECTION_RECORDS, Converter, Plain, check_records, detect_format
@@ -50,6 +50,14 @@ class LoadedData:
     packed: PackedDataset | None = None  # the training examples, several a row, with `packing`
     notes: list[str] = field(default_factory=list)  # sentences to tell the user: format, counts, overlap
     warnings: list[str] = field(default_factory=list)  # such sentences that should worry them
+
+
+def data_of(config: RunConfig, tokenizer: Any) -> LoadedData:
+    """What a run trains on and is evaluated on (`load_datasets`)."""
+    return load_datasets(
+        config.dataset, tokenizer, max_length=config.trainer.max_length, seed=config.seed,
+        bundled=config.model.path.startswith(BUNDLED), cache_dir=config.cache_dir,
+    )  # fmt: skip
 
 
 def load_datasets(

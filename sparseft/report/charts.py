@@ -141,11 +141,18 @@ def thin(points: Sequence[tuple[float, float | None]]) -> tuple[list[tuple[float
 
 
 def line_chart(
-    panels: Sequence[Sequence[Panel]], x_label: str, *, height: int = 300, width: int = WIDTH, legend: bool = True
+    panels: Sequence[Sequence[Panel]],
+    x_label: str,
+    *,
+    height: int = 300,
+    width: int = WIDTH,
+    legend: bool = True,
+    whole: bool = True,
 ) -> str:
     """Rows of line charts over one kind of x axis, which begins at 0; empty text when there is nothing to draw.
 
     height, width: of each panel, in CSS pixels. legend: above them, of the first panel's series.
+    whole: x counts something, and its ticks are whole numbers.
     """
     if not any(y is not None for row in panels for panel in row for one in panel.series for _, y in one.points):
         return ""
@@ -158,14 +165,14 @@ def line_chart(
         for axes in drawing.axes[len(every) :]:  # the last row may be shorter
             axes.set_axis_off()
         for axes, panel in zip(drawing.axes, every, strict=False):
-            _lines(drawing, axes, panel, x_label)
+            _lines(drawing, axes, panel, x_label, whole)
         if legend:
             drawing.legend([*named, *(band.name for band in first.bands)])
         drawing.figure.align_ylabels()
     return drawing.svg
 
 
-def _lines(drawing: Drawing, axes: Axes, panel: Panel, x_label: str) -> None:
+def _lines(drawing: Drawing, axes: Axes, panel: Panel, x_label: str, whole: bool) -> None:
     axes.set(xlabel=x_label, ylabel=panel.y_label)
     axes.set_title(clean(panel.title), fontsize=12, loc="left")
     axes.grid(False, axis="x")
@@ -200,16 +207,23 @@ def _lines(drawing: Drawing, axes: Axes, panel: Panel, x_label: str) -> None:
             (dot,) = axes.plot(x, y, "o", color=colour, markersize=8, markeredgecolor=COLOURS["paper"], clip_on=False)
             drawing.tip(dot, f"{one.name}, {x_label} {x:,.4g}: {y:.4g}")
     xs = [x for one in panel.series for x, _ in one.points]
-    axes.set_xlim(min(0.0, *xs), max(1.0, *xs))
+    axes.set_xlim(min(0.0, *xs), max(1.0, *xs) if whole else max(0.0, *xs) or 1.0)
     if panel.zero and all(y is None or y >= 0 for one in panel.series for _, y in one.points):
         axes.set_ylim(bottom=0.0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    if whole:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_formatter("{x:,.0f}" if whole else "{x:g}")
 
 
 def _drawn(y: float | None, panel: Panel) -> float:
     """What of a value can be drawn: not a number where there is none, or none on a logarithmic axis."""
     return math.nan if y is None or (panel.log and y <= 0) else y
+
+
+def drawn(draw: Callable[[int], str]) -> dict[str, str]:
+    """A chart for wide pages and one for a phone's, of a function of the width; empty where it draws nothing."""
+    wide = draw(WIDTH)
+    return {"wide": wide, "narrow": draw(NARROW)} if wide else {}
 
 
 def bar_chart(

@@ -2,39 +2,29 @@
 
 Read from the run's files alone, so a run that failed, or was made elsewhere, reports too: what is missing is said.
 Everything in those files is data of unknown origin: text is escaped, numbers are checked before they are drawn.
-Jinja2 is imported when a page is made, not before.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib.resources
-import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sparseft.errors import UserError
-from sparseft.files.atomic import write_text
 from sparseft.report.answers import sample_answers
 from sparseft.report.charts import (
-    DARK,
-    LIGHT,
-    NARROW,
-    WIDTH,
     Band,
     Bar,
     Panel,
     Series,
     bar_chart,
-    clean,
+    drawn,
     line_chart,
     thin,
-    with_ids,
 )
 from sparseft.report.comparison import comparison
+from sparseft.report.html import write_page
 from sparseft.report.learning import learnt_and_forgotten
 from sparseft.report.numbers import count, duration, fixed, memory, number, percent, rate, short_count, signed, when
 from sparseft.report.run_data import Run, name_runs, read_run
@@ -46,24 +36,15 @@ MANY = 12  # runs: with more, charts show the first of them, and what each one s
 
 def build_report(runs: Sequence[Path], out: Path) -> Path:
     """Writes the page of `runs` (run folders) to `out` and returns it. Needs at least one run."""
-    import jinja2
-
     if not runs:
         raise UserError("a report needs at least one run's folder.")
     loaded = [read_run(Path(path)) for path in runs]
     name_runs(loaded)
     single = len(loaded) == 1
-    environment = jinja2.Environment(
-        autoescape=True, finalize=clean, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template, script = _text("page.html.j2"), _text("sort.js")
-    numbers = itertools.count()
-    page = environment.from_string(template).render(
-        light=LIGHT,
-        dark=DARK,
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        drawing=lambda svg: with_ids(svg, f"d{next(numbers)}"),
+    return write_page(
+        Path(out),
+        "page.html.j2",
+        wide=not single,
         single=single,
         **_header(loaded),
         warnings=_warnings(loaded),
@@ -79,15 +60,6 @@ def build_report(runs: Sequence[Path], out: Path) -> Path:
             for run in loaded
         ],
     )
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return write_text(out, page)
-
-
-def drawn(draw: Callable[[int], str]) -> dict[str, str]:
-    """A chart for wide pages and one for a phone's, of a function of the width; empty where it draws nothing."""
-    wide = draw(WIDTH)
-    return {"wide": wide, "narrow": draw(NARROW)} if wide else {}
 
 
 def _warnings(runs: list[Run]) -> list[str]:
@@ -97,10 +69,6 @@ def _warnings(runs: list[Run]) -> list[str]:
         for text in dict.fromkeys(run.warnings):
             about.setdefault(text, []).append(run.label)
     return list(about) if len(runs) == 1 else [f"{listed(labels)}: {text}" for text, labels in about.items()]
-
-
-def _text(name: str) -> str:
-    return importlib.resources.files("sparseft.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def sentence(run: Run) -> str:

@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 from sparseft import console
-from sparseft.config import BUNDLED, RunConfig
-from sparseft.data.loading import check_tokens, load_datasets
+from sparseft.config import RunConfig
+from sparseft.data.loading import check_tokens, data_of
 from sparseft.data.packing import padding_id
 from sparseft.kernels.dispatch import kernel_for
 from sparseft.models.decoder import base_parameter_count
@@ -48,14 +48,7 @@ def prepare(config: RunConfig) -> Prepared:
     device = resolve_device(config.hardware.device)
     kernel_for(torch.empty(0, device=device))  # an unusable SPARSEFT_KERNELS is said before anything is computed
     tokenizer = load_tokenizer(config.model)
-    data = load_datasets(
-        config.dataset,
-        tokenizer,
-        max_length=config.trainer.max_length,
-        seed=config.seed,
-        bundled=config.model.path.startswith(BUNDLED),
-        cache_dir=config.cache_dir,
-    )
+    data = data_of(config, tokenizer)
     for note in data.notes:
         console.log(f"data: {note}")
     for warning in data.warnings:

@@ -18,8 +18,8 @@ from sparseft.adapters.description import read_config
 from sparseft.adapters.lifecycle import units as units_of
 from sparseft.adapters.state import require_state
 from sparseft.compose.run_config import from_dict
-from sparseft.config import BUNDLED, DatasetConfig, RunConfig
-from sparseft.data.loading import LoadedData, check_tokens, load_datasets
+from sparseft.config import DatasetConfig, RunConfig
+from sparseft.data.loading import LoadedData, check_tokens, data_of, load_datasets
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
 from sparseft.data.sources import locate_file
@@ -71,13 +71,10 @@ class Trimming:
     def run(self) -> tuple[nn.Module, dict[str, Any]]:
         """The model with its adapter cut back, and what was done to it and came of it."""
         started = time.monotonic()
-        config, path = self.config, self.config.model.path
+        config = self.config
         tokenizer = load_tokenizer(config.model)
         general = source_data(config, self.source, tokenizer)
-        data = load_datasets(
-            config.dataset, tokenizer, max_length=config.trainer.max_length, seed=config.seed,
-            bundled=path.startswith(BUNDLED), cache_dir=config.cache_dir,
-        )  # fmt: skip
+        data = data_of(config, tokenizer)
         model, _ = load_target(self.target, config)
         for each in (data, general):
             check_tokens(each, tokenizer, *vocabulary_rows(model))

@@ -1,0 +1,137 @@
+"""What finished runs have learnt and forgotten: each run's adapter loaded on the one base, and losses read with it.
+
+The target's are read on the run's held-out examples, the source's on files that nothing is trained on, both split in
+two: validation, by which something may be chosen, and test, which is reported. An example's own hash says in which it
+is, so that it is in the same one with whatever seed it was held out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparseft import console
+from sparseft.adapters.description import is_whole_model
+from sparseft.adapters.lifecycle import detach, load_adapter
+from sparseft.bench.trials import Trial
+from sparseft.config import BUNDLED, DatasetConfig, RunConfig
+from sparseft.data.loading import check_tokens, data_of, load_datasets, named_sources
+from sparseft.data.packing import padding_id
+from sparseft.data.sampling import seeded_first
+from sparseft.data.sources import locate_file
+from sparseft.errors import UserError
+from sparseft.evaluation.held_out import held_out_loss
+from sparseft.files.atomic import write_json
+from sparseft.files.untrusted import read_json_object
+from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
+from sparseft.runs.folder import ADAPTER
+
+VALIDATION, TEST = SPLITS = ("validation", "test")
+TARGET = "target"
+SOURCE_EXAMPLES = 256  # of each file, drawn by a fixed seed: a few ten thousand tokens tell a hundredth of a nat
+Losses = dict[str, dict[str, float]]  # by split: of TARGET, and of each source by its path
+
+
+@dataclass
+class Examples:
+    """What losses are read on, by split: the target's of each seed, and those of each source."""
+
+    target: dict[int, dict[str, list[Any]]]
+    source: dict[str, dict[str, list[Any]]]
+    key: dict[int, dict[str, str]]  # by seed: which examples these are
+    pad: int
+
+    def losses(self, model: Any, seed: int, device: Any) -> Losses:
+        """Those of a loaded model."""
+        return {
+            split: {TARGET: held_out_loss(model, self.target[seed][split], self.pad, device)}
+            | {path: held_out_loss(model, rows[split], self.pad, device) for path, rows in self.source.items()}
+            for split in SPLITS
+        }
+
+
+def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples:
+    """The held-out examples of runs on one set of data, one a seed, and those of the source's files.
+
+    UserError where there are too few of them, or where a source is what is trained on.
+    """
+    model, config = runs[0].model, runs[0]
+    tokenizer, vocabulary = load_tokenizer(model), vocabulary_rows(load_model(model))
+    target, source, of_source = {}, {}, {}
+    for path in sources:
+        settings = DatasetConfig(name="text", train_path=path, eval_fraction=0.0, too_long=config.dataset.too_long)
+        with console.quiet():
+            data = load_datasets(
+                settings, tokenizer, max_length=config.trainer.max_length, seed=0, bundled=False,
+                cache_dir=config.cache_dir,
+            )  # fmt: skip
+        check_tokens(data, tokenizer, *vocabulary)
+        keys = list(data.train.example_keys())
+        few = sorted(seeded_first(min(SOURCE_EXAMPLES, len(keys)), len(keys), 0, "source"))
+        source[path] = halves([data.train[at] for at in few], [keys[at] for at in few], f"bench.source: '{path}'")
+        of_source[path] = data.fingerprint
+    key, bundled = {}, model.path.startswith(BUNDLED)
+    for run in runs:
+        with console.quiet():
+            data = data_of(run, tokenizer)
+        for path in sources:
+            if _file_of(path) in [_file_of(each.path) for each in named_sources(run.dataset, bundled)]:
+                raise UserError(f"bench.source: '{path}' is what is trained on, so it cannot say what is forgotten.")
+        if data.eval is None:
+            raise UserError("there are no held-out examples to read the target's loss on.")
+        check_tokens(data, tokenizer, *vocabulary)
+        rows = [data.eval[at] for at in range(len(data.eval))]
+        target[run.seed] = halves(rows, list(data.eval.example_keys()), "the held-out examples")
+        key[run.seed] = {TARGET: data.eval.fingerprint(), **of_source}
+    return Examples(target, source, key, padding_id(tokenizer, vocabulary[0]))
+
+
+def _file_of(source: str) -> Path | str:
+    """The file that a path names, in one spelling, else the path: of the hub."""
+    file = locate_file(source)
+    return source if file is None else file.resolve()
+
+
+def halves(rows: Sequence[Any], keys: Sequence[bytes], what: str) -> dict[str, list[Any]]:
+    """Examples by split, by their hashes. UserError where one would be empty: `what` there is too little of."""
+    found: dict[str, list[Any]] = {name: [] for name in SPLITS}
+    for row, key in zip(rows, keys, strict=True):
+        found[SPLITS[key[0] % 2]].append(row)
+    if not all(found.values()):
+        raise UserError(f"{what} are too few for a validation and a test split ({len(rows)}): give more of them.")
+    return found
+
+
+def read_each(
+    config: RunConfig, runs: Sequence[tuple[Trial | None, Path]], key: Any, read: Callable[[Any], Any]
+) -> Iterator[Any]:
+    """What `read(model)` says of each run's model, one after the other on one base; None is the base itself.
+
+    runs: each with the file that keeps what was read. key: what that depends on besides the run: a file with the same
+    one is taken. Whole models are loaded by themselves.
+    """
+    base, device = None, resolve_device(config.hardware.device)
+    for trial, kept in runs:
+        if kept.is_file() and (there := read_json_object(kept)).get("key") == key:
+            yield there["read"]
+            continue
+        folder = None if trial is None else Path(str(trial.config.output_dir)) / ADAPTER
+        with console.quiet():
+            if folder is not None and is_whole_model(folder):
+                whole = dataclasses.replace(config.model, path=str(folder), revision=None)
+                content = read(load_model(whole, device).eval())
+            else:
+                if base is None:
+                    base = load_model(config.model, device).eval()
+                if folder is None:
+                    content = read(base)
+                else:
+                    model = load_adapter(base, folder).eval()
+                    content = read(model)
+                    base = detach(model)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, {"key": key, "read": content})
+        yield read_json_object(kept)["read"]  # as a later call finds it

@@ -1,0 +1,345 @@
+"""What is learnt against what is forgotten: the front of each contender over its learning rates, and losses at equal
+forgetting.
+
+Every variant (a method with its settings) is trained at every rate of `bench.rates` with every seed, an ordinary run in
+`runs/`. Its adapter is then loaded on the base, and two losses are read: the target's, on the run's held-out examples,
+and the source's, on the files of `bench.source`, which nothing is trained on. Forgetting is the source's loss minus the
+base's (the mean over the files).
+
+- Both are read on a validation and on a test split: an example's own hash says in which it is, with whatever seed it
+  was held out. Validation alone decides which rates go on after each seed (one that another rate of its variant beats
+  in both losses, in the mean of the seeds so far, does not), which make up the front, and which is chosen (the lowest
+  target loss). All that is reported is of the test split.
+- A variant's target loss at a given forgetting is read off its front seed by seed, straight between two rates; where
+  even its lowest rate forgets more there is none.
+- At those of `bench.forgetting`, and where the first variant ends at its chosen rate, the difference to the first
+  variant is taken seed by seed, with a bootstrap interval over the seeds and a verdict in words.
+- At its chosen rate every variant is asked the tasks of `bench.target_tasks` and `bench.source_tasks`.
+
+Interrupted, the benchmark goes on with the runs and the losses that are missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparseft import console
+from sparseft.bench import trials
+from sparseft.bench.forgetting import SPLITS, TARGET, TEST, VALIDATION, Examples, Losses, read_each, read_examples
+from sparseft.bench.front_tables import drawing, markdown, more_tables, notes, page, table, title
+from sparseft.bench.output import Output, device_name
+from sparseft.bench.pareto import beaten, bootstrap, read_off, verdict
+from sparseft.bench.trials import Trial, check_same_data, folder_name, going_on, named_variants
+from sparseft.config import RunConfig
+from sparseft.data.sources import locate_file
+from sparseft.errors import UserError
+from sparseft.models.loading import load_tokenizer, resolve_device
+from sparseft.report.charts import standalone
+from sparseft.training import checks
+
+__all__ = ["markdown", "more_tables", "notes", "page", "run", "table", "title"]  # of a benchmark
+
+OWN = ("bench.variants", "bench.seeds", "bench.source", "bench.forgetting", "bench.target_tasks", "bench.source_tasks",
+       "output_dir", "seed")  # fmt: skip
+BASE, CHART, PAGE = "base", "front.svg", "front.html"
+LOSSES, TASKS = "losses", "tasks"
+
+
+@dataclass
+class Study(trials.Study):
+    """What is compared, checked before the first run."""
+
+    def trial(self, variant: str, seed: int, rate: float | None) -> Trial:
+        """One training, composed. rate: None: what the configuration says."""
+        config = self.composed(self.variants[variant], seed, rate)
+        name = variant if rate is None else f"{variant} lr {rate:g}"
+        config.output_dir = str(self.folder / "runs" / folder_name(name, seed))
+        return Trial(variant, seed, config)
+
+    def kept(self, trial: Trial | None, seed: int, kind: str) -> tuple[Trial | None, Path]:
+        """A run (None: the base) and where what was read of it lies: kind is LOSSES or TASKS."""
+        name = folder_name(BASE, seed) if trial is None else Path(str(trial.config.output_dir)).name
+        return trial, self.folder / "measured" / f"{name}-{kind}.json"
+
+    def summary(self, trial: Trial) -> dict[str, Any]:
+        """What the trial's run says of itself; it is trained where it has not been."""
+        if trials.finished(trial) is None:
+            for kind in (LOSSES, TASKS):
+                self.kept(trial, trial.seed, kind)[1].unlink(missing_ok=True)  # of another training
+        return super().summary(trial)
+
+    def losses(self, runs: Sequence[Trial | None], seed: int, examples: Examples) -> list[Losses]:
+        """Those of finished runs with one seed."""
+        device = resolve_device(self.config.hardware.device)
+        kept = [self.kept(trial, seed, LOSSES) for trial in runs]
+        return list(read_each(self.config, kept, examples.key[seed], lambda m: examples.losses(m, seed, device)))
+
+
+def run(
+    config: RunConfig,
+    output: Output,
+    words: Sequence[str],
+    config_dirs: Sequence[str],
+    train: Callable[[RunConfig], dict[str, Any]],
+) -> dict[str, Any]:
+    """Trains and measures all of it, and returns what `bench.json` holds; interrupted, says how to go on.
+
+    words, config_dirs: what `config` was composed from. train: trains one config and returns its summary.
+    """
+    folder = output.choose()
+    study = plan(config, words, config_dirs, folder, train)
+    with going_on(folder):
+        result = measure(study)
+    output.write(CHART, standalone(drawing(result)))
+    return result | {"charts": [CHART], "page": str(folder / PAGE)}
+
+
+# ---- the plan ----
+
+
+def plan(
+    config: RunConfig,
+    words: Sequence[str],
+    config_dirs: Sequence[str],
+    folder: Path,
+    train: Callable[[RunConfig], dict[str, Any]],
+) -> Study:
+    """Reads and checks the settings; UserError where a run could not start."""
+    variants, settings = named_variants(config), config.bench
+    if not settings.source:
+        raise UserError("bench.source is empty: name one or more files of what may be forgotten, as text or examples.")
+    if len(set(settings.source)) < len(settings.source):
+        raise UserError("bench.source names a file twice.")
+    for path in settings.source:
+        locate_file(path, key="bench.source")
+    for level in settings.forgetting:
+        if not (math.isfinite(level) and level > 0):
+            raise UserError(f"bench.forgetting: {level:g} is no forgetting to compare at: expected nats above 0.")
+    own = [word for word in words if word.partition("=")[0] not in OWN]
+    study = Study(config, own, config_dirs, folder, variants, train)
+    folders: dict[str, str] = {}
+    for variant in variants:
+        try:
+            rates = study.rates_of(variant)
+            if len(set(rates)) < len(rates):
+                raise UserError("bench.rates names a rate twice.")
+            for rate in rates:
+                trial = study.trial(variant, study.seeds[0], rate)
+                if trial.config.output_dir in folders:
+                    raise UserError(f"its folders would be those of '{folders[trial.config.output_dir]}'.")
+                folders[str(trial.config.output_dir)] = variant
+                _check(trial, config)
+                trials.finished(trial)  # refuses what ran there with other settings
+        except UserError as error:
+            raise UserError(f"bench.variants: '{variant}': {error}") from None
+    return study
+
+
+def _check(trial: Trial, config: RunConfig) -> None:
+    """Refuses a training that could not start, or could not be held against the others."""
+    check_same_data(trial, config)
+    theirs, ours = (dataclasses.asdict(each.trainer) for each in (trial.config, config))
+    differing = [key for key in theirs if theirs[key] != ours[key] and key != "learning_rate"]
+    if differing:
+        raise UserError(f"it sets trainer.{differing[0]}, and all variants take one schedule.")
+    data, trainer = trial.config.dataset, trial.config.trainer
+    if not (data.eval_path or data.eval_fraction):
+        raise UserError("bench front needs held-out examples: give dataset.eval_fraction or dataset.eval_path.")
+    if trainer.keep_best or trainer.target_score is not None:
+        which = "keep_best" if trainer.keep_best else "target_score"
+        raise UserError(f"trainer.{which} looks at the held-out examples, of which bench front reports: leave it out.")
+    checks.check_trainer(trial.config)
+    checks.check_data(trial.config)
+    checks.check_model(trial.config)
+
+
+# ---- all of it ----
+
+
+def measure(study: Study) -> dict[str, Any]:
+    """Every training, then what its model knows and has forgotten; seed by seed, as each drops hopeless rates."""
+    config, seeds = study.config, study.seeds
+    tests = _tests(config)
+    first = next(iter(study.variants))
+    of_first = [study.trial(first, seed, study.rates_of(first)[0]).config for seed in seeds]
+    examples = read_examples(of_first, config.bench.source)
+    of_base = {seed: study.losses([None], seed, examples)[0] for seed in seeds}
+    points = {variant: [Measured(rate) for rate in study.rates_of(variant)] for variant in study.variants}
+    weights: dict[str, int] = {}
+    done, total = 0, len(seeds) * sum(map(len, points.values()))
+    with console.Progress(total, "bench front", unit="run", plain_line_pause=0) as progress:
+        for number, seed in enumerate(seeds):
+            going = [(variant, point) for variant, each in points.items() for point in each if not point.dropped]
+            runs = [study.trial(variant, seed, point.rate) for variant, point in going]
+            for (variant, point), trial in zip(going, runs, strict=True):
+                summary = study.summary(trial)
+                weights.setdefault(variant, summary["trainable_parameters"])
+                point.learning_rate = summary["learning_rate"]
+                done += 1
+                progress.update(done)
+            for (_, point), losses in zip(going, study.losses(runs, seed, examples), strict=True):
+                point.add(losses, of_base[seed])
+            if seed != seeds[-1]:
+                dropped = sum(drop_hopeless(each, number + 1) for each in points.values())
+                done += dropped * (len(seeds) - number - 1)
+                progress.update(done)
+    result = {
+        "benchmark": "front",
+        "model": config.model.path,
+        "dataset": config.dataset.train_path or config.dataset.name,
+        "dtype": config.model.dtype,
+        "device": device_name(resolve_device(config.hardware.device)),
+        "seeds": seeds,
+        "sources": config.bench.source,
+        "levels": config.bench.forgetting,
+        "base": {
+            "target": [of_base[seed][TEST][TARGET] for seed in seeds],
+            "sources": {path: of_base[seeds[0]][TEST][path] for path in config.bench.source},
+        },
+        "variants": {
+            variant: {"trainable_parameters": weights[variant], **chosen(each)} for variant, each in points.items()
+        },
+    }
+    compare(result)
+    if tests is not None:
+        _ask(study, result, tests)
+    return result
+
+
+@dataclass
+class Measured:
+    """A variant at one rate: what was read of it, by seed."""
+
+    rate: float | None
+    learning_rate: float = math.nan
+    dropped: int | None = None  # seeds after which it was hopeless
+    target: dict[str, list[float]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    forgetting: dict[str, list[float]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    sources: dict[str, list[float]] = field(default_factory=dict)  # the test loss of each
+
+    def add(self, losses: Losses, of_base: Losses) -> None:
+        """One more seed."""
+        for split in SPLITS:
+            mine = {what: math.nan if loss is None else loss for what, loss in losses[split].items()}
+            before = of_base[split]
+            self.target[split].append(mine.pop(TARGET))
+            self.forgetting[split].append(statistics.fmean(loss - before[path] for path, loss in mine.items()))
+        for path, loss in mine.items():
+            self.sources.setdefault(path, []).append(loss)
+
+    @property
+    def source(self) -> list[float]:
+        """The source's test loss, by seed: the mean over its files."""
+        return [statistics.fmean(each) for each in zip(*self.sources.values(), strict=True)]
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        """(forgetting, target loss) on the validation split, over the seeds so far."""
+        return statistics.fmean(self.forgetting[VALIDATION]), statistics.fmean(self.target[VALIDATION])
+
+
+def drop_hopeless(points: Sequence[Measured], seeds: int) -> int:
+    """Marks the rates that another one of those left beats in both losses, and returns how many; if no rate's losses
+    are numbers, all stay."""
+    left = [point for point in points if not point.dropped]
+    hopeless = [point for point, out in zip(left, beaten([point.mean for point in left]), strict=True) if out]
+    if len(hopeless) == len(left):
+        return 0
+    for point in hopeless:
+        point.dropped = seeds
+    return len(hopeless)
+
+
+def chosen(points: Sequence[Measured]) -> dict[str, Any]:
+    """A variant's rate, its front and all its points."""
+    left = [point for point in points if not point.dropped]
+    best = min(left, key=lambda point: (math.isnan(point.mean[1]), point.mean[1]))
+    on_front = [point for point, out in zip(left, beaten([point.mean for point in left]), strict=True) if not out]
+    rates = [point.learning_rate for point in points]
+    return {
+        "learning_rate": best.learning_rate,
+        "rate": best.rate,
+        "at_edge": len(rates) > 2 and best.learning_rate in (min(rates), max(rates)),
+        "target": best.target[TEST],
+        "source": best.source,
+        "forgetting": best.forgetting[TEST],
+        "points": [
+            {
+                "learning_rate": point.learning_rate,
+                "dropped": point.dropped,
+                "front": point in on_front,
+                "target": point.target[TEST],
+                "forgetting": point.forgetting[TEST],
+                "sources": point.sources,
+                "validation": {"target": point.target[VALIDATION], "forgetting": point.forgetting[VALIDATION]},
+            }
+            for point in points
+        ],
+    }
+
+
+def compare(result: dict[str, Any]) -> None:
+    """Adds to every variant, at each forgetting and at the first one's own, its losses and what they say."""
+    first, reference = next(iter(result["variants"].items()))
+    own = reference["forgetting"]
+    seeds = range(len(result["seeds"]))
+    for entry in result["variants"].values():
+        entry["weights_over_first"] = entry["trainable_parameters"] / reference["trainable_parameters"]
+        entry["at"] = []
+        for level in [*result["levels"], None]:
+            losses = [read_off(entry, seed, own[seed] if level is None else level) for seed in seeds]
+            theirs = [read_off(reference, seed, own[seed] if level is None else level) for seed in seeds]
+            row: dict[str, Any] = {"forgetting": level, "losses": losses}
+            if any(loss is None for loss in losses):
+                reached = sum(loss is not None for loss in losses)
+                row["verdict"] = f"reached with {reached} of {len(losses)} seeds" if reached else "not reached"
+            elif any(loss is None for loss in theirs):
+                row["verdict"] = f"{first} does not reach it"
+            else:
+                row["differences"] = [a - b for a, b in zip(losses, theirs, strict=True)]
+                row["verdict"] = ""
+                if entry is not reference:
+                    row["interval"] = bootstrap(row["differences"])
+                    row["verdict"] = verdict(row["differences"])
+            entry["at"].append(row)
+
+
+def _tests(config: RunConfig) -> Any:
+    """The evaluation tasks with their data; None where none are named."""
+    tasks = [*config.bench.target_tasks, *config.bench.source_tasks]
+    if not tasks:
+        return None
+    # Here, as `sparseft bench` runs where lm-eval and datasets are not installed.
+    from sparseft.evaluation.run import prepare
+    from sparseft.evaluation.tasks import data_folder
+
+    return prepare(list(dict.fromkeys(tasks)), config.eval, data_dir=data_folder(config.eval, config.model.path))
+
+
+def _ask(study: Study, result: dict[str, Any], tests: Any) -> None:
+    """Adds the accuracies of the base, and of every variant at its chosen rate, by task."""
+    from sparseft.evaluation.run import evaluate
+
+    bench, tokenizer = study.config.bench, load_tokenizer(study.config.model)
+    tasks = list(dict.fromkeys([*bench.target_tasks, *bench.source_tasks]))
+    key = {"tasks": tasks, "eval": dataclasses.asdict(study.config.eval)}
+
+    def read(model: Any) -> dict[str, float]:
+        scores = evaluate(model, tokenizer, tests)["tasks"]
+        return {task: scores[task]["accuracy"] for task in tasks}
+
+    runs = [study.kept(None, study.seeds[0], TASKS)]
+    for variant, entry in result["variants"].items():
+        runs += [study.kept(study.trial(variant, seed, entry["rate"]), seed, TASKS) for seed in study.seeds]
+    console.log(f"bench: asking {len(runs)} models {', '.join(tasks)}")
+    scores = list(read_each(study.config, runs, key, read))
+    result["base"]["accuracy"] = scores.pop(0)
+    for entry in result["variants"].values():
+        mine, scores = scores[: len(study.seeds)], scores[len(study.seeds) :]
+        entry["accuracy"] = {task: [each[task] for each in mine] for task in tasks}

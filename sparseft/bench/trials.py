@@ -1,0 +1,163 @@
+"""Variants × seeds as ordinary runs: composed on top of a benchmark's own words, trained where they are missing.
+
+A variant is `name: key=value …`. What has run before, with the same settings, is read; with others, it is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparseft import console
+from sparseft.compose.run_config import compose, from_dict
+from sparseft.config import RunConfig
+from sparseft.errors import UserError
+from sparseft.files.untrusted import read_json_object, read_yaml_object
+from sparseft.runs.folder import CONFIG, SUMMARY
+
+
+@dataclass
+class Trial:
+    """One run of one variant."""
+
+    variant: str
+    seed: int
+    config: RunConfig  # output_dir: the trial's folder
+
+
+def folder_name(variant: str, seed: int) -> str:
+    """A trial's folder: the variant's name without what file systems and shells dislike."""
+    name = re.sub(r"[^\w.]+", "-", variant).strip("-").lower()
+    return f"{name or 'variant'}-seed{seed}"
+
+
+def same_training(config: RunConfig, path: Path) -> bool:
+    """Whether a run's `config.yaml` says what `config` does; settings it does not name yet have their defaults."""
+    try:
+        there = from_dict(read_yaml_object(path)).to_dict()
+    except UserError as error:
+        raise UserError(f"{path}: cannot be read, so it is not known what ran there ({error}).") from error
+    here = config.to_dict()
+    elsewhere = ("bench", "cache_dir")  # what these say changes nothing of the training
+    return all(here[key] == there[key] for key in here if key not in elsewhere)
+
+
+def named_settings(key: str, texts: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each `name: key=value …` of a setting -> the name and its overrides."""
+    return [_named(key, text) for text in texts]
+
+
+def _named(key: str, text: str) -> tuple[str, list[str]]:
+    name, colon, rest = text.partition(":")
+    try:
+        changes = shlex.split(rest)
+    except ValueError as error:
+        raise UserError(f"{key}: '{text}' has quotes that do not close.") from error
+    if not (colon and name.strip() and changes):
+        raise UserError(
+            f"{key}: '{text}' is no {key.removeprefix('bench.').rstrip('s')}: expected 'name: key=value …'."
+        )
+    for word in changes:
+        setting, equals, _ = word.partition("=")
+        if not equals:
+            raise UserError(f"{key}: '{word}' of '{name}' is not a setting: expected key=value.")
+        if setting in ("seed", "output_dir", "overwrite"):
+            raise UserError(f"{key}: '{name}' sets {setting}, which is the benchmark's own.")
+    return name.strip(), changes
+
+
+def finished(trial: Trial) -> dict[str, Any] | None:
+    """The summary of a trial that has run before, None where it has not, or not to its end.
+
+    UserError where the folder holds a run with other settings.
+    """
+    folder = Path(trial.config.output_dir or "")
+    if not (folder / CONFIG).is_file():
+        return None
+    if not same_training(trial.config, folder / CONFIG):
+        raise UserError(f"{folder} holds a run with other settings: give the benchmark another output_dir.")
+    summary = folder / SUMMARY
+    return read_json_object(summary) if summary.is_file() else None
+
+
+def summary_of(trial: Trial, train: Callable[[RunConfig], dict[str, Any]]) -> dict[str, Any]:
+    """What the trial's run says of itself; it is trained where it has not been."""
+    summary = finished(trial)
+    if summary is None:
+        console.log(f"bench: training {Path(str(trial.config.output_dir)).name}")
+        with console.quiet():
+            summary = train(trial.config)
+    return summary
+
+
+@contextlib.contextmanager
+def going_on(folder: Path) -> Iterator[None]:
+    """Says how to go on where an interrupt ends what is inside."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.log(f"bench: what is done is kept; the same command with output_dir={folder} goes on from there")
+        raise
+
+
+@dataclass
+class Study:
+    """What is compared, checked before the first run."""
+
+    config: RunConfig
+    base: list[str]  # the words that all runs share
+    config_dirs: Sequence[str]
+    folder: Path
+    variants: dict[str, list[str]]  # the settings of each, by its name
+    train: Callable[[RunConfig], dict[str, Any]]  # trains one config and returns its summary
+    made: dict[tuple[str, ...], RunConfig] = field(default_factory=dict, init=False)  # composed, by their words
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of its runs."""
+        return list(range(self.config.seed, self.config.seed + self.config.bench.seeds))
+
+    def composed(self, changes: Sequence[str], seed: int, rate: float | None) -> RunConfig:
+        """One training: `changes` on top of what all share. rate: None: what the configuration says."""
+        words = [*self.base, *changes, f"seed={seed}", "overwrite=true"]
+        if rate is not None:
+            words.append(f"trainer.learning_rate={rate:g}")
+        if tuple(words) not in self.made:  # each once: composing warns of what has no effect
+            self.made[tuple(words)] = compose("train", words, self.config_dirs)
+        return copy.deepcopy(self.made[tuple(words)])
+
+    def rates_of(self, variant: str) -> list[float | None]:
+        """Those to choose from; a variant that names its own has that one, or those of its own `bench.rates`."""
+        named = {word.partition("=")[0] for word in self.variants[variant]}
+        rates = self.config.bench.rates
+        if "bench.rates" in named:
+            rates = self.composed(self.variants[variant], self.seeds[0], None).bench.rates
+        return [None] if "trainer.learning_rate" in named or not rates else list(rates)
+
+    def summary(self, trial: Trial) -> dict[str, Any]:
+        """What the trial's run says of itself; it is trained where it has not been."""
+        return summary_of(trial, self.train)
+
+
+def named_variants(config: RunConfig) -> dict[str, list[str]]:
+    """`bench.variants` by name: at least two, each once."""
+    variants = dict(named_settings("bench.variants", config.bench.variants))
+    if len(variants) < 2 or len(variants) < len(config.bench.variants):
+        raise UserError("bench.variants: name at least two variants, each once; the first is what others are held to.")
+    return variants
+
+
+def check_same_data(trial: Trial, config: RunConfig, excepted: str = "") -> None:
+    """Refuses a variant that trains another model, or on other data. excepted: a setting that may differ."""
+    for group in ("model", "dataset"):
+        theirs, ours = (dataclasses.asdict(getattr(each, group)) for each in (trial.config, config))
+        differing = [key for key in theirs if theirs[key] != ours[key] and f"{group}.{key}" != excepted]
+        if differing:
+            raise UserError(f"it sets {group}.{differing[0]}, and all variants train one model on one set of data.")

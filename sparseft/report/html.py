@@ -1,0 +1,42 @@
+"""From a template of this folder to one self-contained page. Jinja2 is imported when a page is made, not before."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.resources
+import itertools
+from pathlib import Path
+from typing import Any
+
+from sparseft.files.atomic import write_text
+from sparseft.report.charts import DARK, LIGHT, clean, with_ids
+
+
+def write_page(out: Path, template: str, **values: Any) -> Path:
+    """Writes the page that a template of `base.html.j2` makes of the values to `out`, and returns it."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_text),
+        autoescape=True,
+        finalize=clean,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    script, numbers = _text("sort.js"), itertools.count()
+    environment.globals |= {
+        "light": LIGHT,
+        "dark": DARK,
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "drawing": lambda svg: with_ids(svg, f"d{next(numbers)}"),
+    }
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return write_text(out, environment.get_template(template).render(**values))
+
+
+def _text(name: str) -> str:
+    return importlib.resources.files("sparseft.report").joinpath(name).read_text(encoding="utf-8")
