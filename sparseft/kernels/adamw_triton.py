@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparseft.kernels.kind import Run
 
-KERNEL_KINDS = ("rows", "columns", "blocks")  # of patterns; the kernel knows them by number
+KERNEL_KINDS = ("rows", "columns", "blocks", "grid")  # of patterns; the kernel knows them by number
 CHUNK = 2048  # elements of a delta that one program updates
 COUNTED = 128  # tensors whose steps one program counts
 FIELDS = 13  # int64 numbers that describe one tensor: `_describe`
@@ -40,7 +40,8 @@ class Entry(NamedTuple):
     """One delta (contiguous, fp32) with its moments, base values and weight, all on one device.
 
     `weight` is the logical (out, in) view with any strides; `at` and the values' shapes are those of
-    `kernels/reference.py`. `step` (): the steps taken, on any device; `group`: the number of its parameter group.
+    `kernels/kinds.py`; of a grid `at` is the index, of one alone, and `width` the number of its columns. `step` (): the
+    steps taken, on any device; `group`: the number of its parameter group.
     """
 
     delta: Tensor
@@ -52,6 +53,7 @@ class Entry(NamedTuple):
     kind: str
     step: Tensor
     group: int
+    width: int | None = None
 
 
 def numbers_of(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> tuple[float, ...]:
@@ -178,6 +180,12 @@ def _adamw_kernel(chunks, table, grads, rates, found_inf, grad_scale, KIND: tl.c
             else:
                 column = tl.load(index_pointer + within, mask=live, other=0)
             inside = live
+        elif (
+            KIND == 3
+        ):  # values (rows · columns,) of one grid, whose index has its rows, then its columns as -1 - column
+            out = tl.load(index_pointer + across, mask=live, other=0)
+            column = -1 - tl.load(index_pointer + numel // width + within, mask=live, other=0)
+            inside = live
         else:  # values (n, B, B), of which an edge block's part outside the weight is never written
             block = across // width
             out = tl.load(index_pointer + 2 * block, mask=live, other=0) * width + across % width
@@ -199,7 +207,7 @@ def _describe(entry: Entry) -> list[int]:
         0 if run else entry.at.data_ptr(),
         entry.at[0] if run else 0,
         entry.delta.numel(),
-        entry.delta.shape[-1],
+        entry.width or entry.delta.shape[-1],
         *entry.weight.stride(),
         *entry.weight.shape,
     ]

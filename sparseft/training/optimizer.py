@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from sparseft.errors import UserError
+from sparseft.kernels.grid import Grids
 from sparseft.layers.pattern import changes, version_of
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.layers.write_back import WritesWeights, layers_of
@@ -171,8 +172,13 @@ class _Plan:
             layer, pattern, state = self.layers[place](), self.patterns[place](), self.states[place]
             delta = self.parameters[place].detach()
             moments, base = (state["exp_avg"], state["exp_avg_sq"]), pattern.base_values
-            weight, at, group = layer.logical_weight, pattern.at, self.groups[place]
-            entry = Entry(delta, *moments, base, weight, at, pattern.kind, state["step"], group)
+            weight, group = layer.logical_weight, self.groups[place]
+            at, width = pattern.at, None
+            if isinstance(at, Grids):
+                if len(at.parts) > 1:
+                    continue
+                at, width = pattern.index, len(at.parts[0][1])
+            entry = Entry(delta, *moments, base, weight, at, pattern.kind, state["step"], group, width)
             if _fits(entry, layer):
                 entries.setdefault(delta.device, []).append(entry)
                 places.setdefault(delta.device, []).append(place)
@@ -341,13 +347,12 @@ def _has_triton() -> bool:
 
 def _fits(entry: Entry, layer: SparseLinear) -> bool:
     """Whether the kernel can take this delta; patterns of one layer may overlap, which `write_back` sums up."""
-    from sparseft.kernels.adamw_triton import KERNEL_KINDS, LARGEST, WEIGHT_DTYPES
+    from sparseft.kernels.adamw_triton import LARGEST, WEIGHT_DTYPES
 
     values = (entry.delta, entry.exp_avg, entry.exp_avg_sq, entry.base_values)
     index = (entry.at,) if isinstance(entry.at, Tensor) else ()
     return (
-        entry.kind in KERNEL_KINDS
-        and len(layer.patterns) == 1
+        len(layer.patterns) == 1
         and layer.merged
         and entry.weight.dtype in WEIGHT_DTYPES
         and entry.base_values.dtype == entry.weight.dtype

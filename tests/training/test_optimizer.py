@@ -46,6 +46,8 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "columns": {"columns": [12, 2]},
     "columns_run": {"columns": [3, 4, 5]},
     "blocks": {"blocks": [[5, 3], [0, 0], [5, 1], [2, 3]]},  # cut on both sides, whole, cut on one side, the other
+    "grid": {"grid": ([7, 0, 21], [12, 2])},
+    "grids": {"grid": [7, 0, -13, -3, 21, -3]},  # which torch's own update takes
     "mixed": {"rows": [0, 5], "columns": [6, 1], "blocks": [[0, 0], [5, 3]]},  # overlapping
 }
 
@@ -156,11 +158,13 @@ def test_many_steps_are_torchs_and_a_write_back(dtype: torch.dtype) -> None:
     check_weights(model, bases)
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns", "blocks"])
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "grid"])
 def test_deltas_of_several_chunks_and_gradients_in_another_layout(kind: str) -> None:
     """Larger than what one program of the kernel updates; (out, in) = (150, 90)."""
     torch.manual_seed(0)
-    index = {"rows": torch.randperm(150)[:60], "columns": torch.randperm(90)[:40]}.get(kind)
+    index: Any = {"rows": torch.randperm(150)[:60], "columns": torch.randperm(90)[:40]}.get(kind)
+    if kind == "grid":
+        index = torch.randperm(150)[:80], torch.randperm(90)[:70]
     if index is None:
         index = torch.cartesian_prod(torch.arange(5), torch.arange(3))[torch.randperm(15)]  # of 32: cut on both sides
     layer = SparseLinear.wrap(nn.Linear(90, 150).to(torch.bfloat16))
@@ -238,9 +242,10 @@ def test_state_dicts_go_both_ways_in_the_middle_of_a_run(first: str) -> None:
     check_weights(model, bases)
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns", "blocks"])
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "grid"])
 def test_reselection_moves_moments_and_the_tables_follow(kind: str) -> None:
     others = {"rows": [21, 3, 4], "columns": [2, 9], "blocks": [[0, 0], [5, 2], [5, 3], [1, 1]]}
+    others["grid"] = [21, 3, 4, -3, -10]
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": layer_of(kind), "b": layer_of(kind, conv=True)})
     oracle, bases = copy.deepcopy(model), bases_of(model)
@@ -578,7 +583,8 @@ def test_the_hook_after_the_step_writes_nothing_again(monkeypatch: pytest.Monkey
     monkeypatch.setattr(SparseLinear, "write_back", lambda layer: (calls.append(layer), write_back(layer))[1])
     run(model, SparseAdamW(trained(model), lr=1e-2), range(1))
     held = [layer for layer in sparse_layers(model).values() if layer.patterns]
-    several = [layer for layer in held if len(layer.patterns) > 1]  # the kernel leaves these to write_back
+    grids = [model["grids"], model["conv_grids"]]
+    several = [layer for layer in held if len(layer.patterns) > 1 or layer in grids]  # the kernel leaves them to it
     assert calls == (several if BY_KERNEL else held)
     calls.clear()
     model["rows"](torch.randn(2, IN))

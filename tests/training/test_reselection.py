@@ -250,9 +250,9 @@ def patterns(model):
     ]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, "losia"])
 def test_state_dict_and_checkpoint_carry_what_is_parked(make_model, tmp_path, name):
-    config = CONFIGS[name]()
+    config = sparseft.LosiaConfig(sparsity=0.9) if name == "losia" else CONFIGS[name]()
 
     def fresh():
         return sparseft.attach(make_model("llama"), config)

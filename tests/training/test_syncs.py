@@ -16,9 +16,11 @@ from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.data.packing import Collator, PackedDataset
 from sparseft.kernels import reference
 from sparseft.methods import get_method
+from sparseft.models.spec import ModelSpec
 from sparseft.training.arguments import training_arguments
 from sparseft.training.recomputing import KINDS as KINDS_MADE_AGAIN
 from sparseft.training.trainer import Trainer, train
+from sparseft.training.turns import Turns, turns_of
 from sparseft.training.verdicts import Verdict, Verdicts
 from support.syncs import Audit
 from support.training import examples
@@ -31,6 +33,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "sylva 16": ("sylva", {"sparsity": 0.9, "block_size": 16, "importance": "weight"}),
     "sylva 4": ("sylva", {"sparsity": 0.9, "block_size": 4, "importance": "weight"}),
     "paca": ("paca", {"sparsity": 0.9}),
+    "losia": ("losia", {"sparsity": 0.9}),
     "lora": ("lora", {"rank": 4, "dropout": 0.1}),
     "full": ("full", {"dtype": "model"}),
 }
@@ -218,7 +221,25 @@ def test_nor_does_one_with_labelled_logits_that_keeps_less(kind: str, audit: Aud
     assert done.step == STEPS and done.bad == 0
 
 
-@pytest.mark.parametrize("kind", ["s2ft", "sylva 16", "paca", "lora", "full"])
+def test_nor_does_one_whose_layers_take_turns(audit: Audit, tmp_path: Path) -> None:
+    """Within a turn, with the layer before climbing back; where one ends, what is chosen has to be read."""
+    model = model_of("losia", torch.bfloat16)
+    trainer = trainer_on(model, "packed", tmp_path, torch.device("cpu"))
+    turns = Turns(WARMUP, model, turns_of(model, ModelSpec.of(model)))
+    choosing = turns.on_step_end
+
+    def unaudited(*args: Any, **kwargs: Any) -> None:
+        with audit.suspended():
+            choosing(*args, **kwargs)
+
+    turns.on_step_end = unaudited  # type: ignore[method-assign]
+    trainer.add_callback(turns)
+    trainer.add_callback(Between(audit.start, audit.stop))
+    assert train(trainer, None, STEPS).step == STEPS
+    assert audit.found == []
+
+
+@pytest.mark.parametrize("kind", ["s2ft", "sylva 16", "paca", "losia", "lora", "full"])
 def test_a_bad_step_is_judged_without_waiting(kind: str, audit: Audit, tmp_path: Path) -> None:
     """In the midst of what is audited: nothing of it reaches weights or moments, and the host counts it afterwards."""
     model = model_of(kind)
