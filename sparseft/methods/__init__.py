@@ -34,7 +34,7 @@ def get_method(name: str) -> type[MethodConfig]:
 
 
 def sparse_methods() -> str:
-    """The methods that train a selection, for messages: "s2ft, sylva or paca"."""
+    """The methods that train a selection, for messages: "s2ft, sylva, paca or losia"."""
     *first, last = (name for name in METHODS if get_method(name).sparse)
     return f"{', '.join(first)} or {last}"
 

@@ -31,11 +31,6 @@ class LosiaConfig(SparseConfig):
     reselect_steps: Annotated[int, EVERY] = 100
 
     def validate(self) -> None:
-        if self.max_rank is not None:
-            raise UserError(
-                f"method.max_rank={self.max_rank}: a grid needs the rank of its shorter side, which sparsity sets; "
-                "raise sparsity instead."
-            )
         super().validate()
         if self.allocation != "per_layer":
             raise UserError(
@@ -55,9 +50,15 @@ class LosiaConfig(SparseConfig):
         candidates, grids = [], {}
         for name, (rows, columns) in spec.linears_in(self.scope).items():
             candidates.append(Candidate(name, "grid", (rows, columns), 0, 1, rows * columns))
+            # A grid's rank is that of its shorter side. What this side leaves, or overdraws, is made up by the other.
             height = keep_count(math.sqrt(share), rows)
-            # What rounding the rows leaves or overdraws is made up by the columns.
-            grids[name] = height, keep_count(share * rows / height, columns)
+            width = keep_count(share * rows / height, columns)
+            if self.max_rank is not None and min(height, width) > self.max_rank:
+                if height <= width:
+                    height, width = self.max_rank, keep_count(share * rows / self.max_rank, columns)
+                else:
+                    height, width = keep_count(share * columns / self.max_rank, rows), self.max_rank
+            grids[name] = height, width
         kept = {name: height * width for name, (height, width) in grids.items()}
         return Budget(candidates, kept, {"": sum(kept.values())}, 1, spec.weights_in(self.scope), grids=grids)
 

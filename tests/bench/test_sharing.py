@@ -33,6 +33,7 @@ OWN: dict[str, dict[str, Any]] = {
     "s2ft permuted": {"o_ratio": 1.0, "d_ratio": 0.1, "layout": "permuted"},
     "sylva": {"block_size": 8},
     "paca": {},
+    "losia": {},
     "lora": {},
     "dora": {},
 }

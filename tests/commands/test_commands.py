@@ -349,7 +349,7 @@ def test_a_damaged_cache_is_computed_anew_and_said(
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_preprocess_needs_a_method_that_selects(method: str, in_tmp: Path) -> None:
     assert refused(in_tmp, "preprocess", f"method={method}") == (
-        f"method={method} selects nothing to preprocess: use s2ft, sylva or paca."
+        f"method={method} selects nothing to preprocess: use s2ft, sylva, paca or losia."
     )
     assert not files(in_tmp)
 

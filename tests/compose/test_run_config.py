@@ -590,7 +590,7 @@ def test_a_config_file_may_be_partial_and_spell_numbers_freely() -> None:
         (["seed=choice(5,7)", "~scope"], [["seed=5", "~scope"], ["seed=7", "~scope"]]),
         (["+method=choice(s2ft,full)"], [["method=s2ft"], ["method=full"]]),
         (["hardware=glob(1x*)"], [["hardware=1xh100"], ["hardware=1xl4"]]),
-        (["method=glob([s*,l*])"], [["method=lora"], ["method=s2ft"], ["method=sylva"]]),
+        (["method=glob([s*,l*])"], [["method=lora"], ["method=losia"], ["method=s2ft"], ["method=sylva"]]),
         (["trainer.learning_rate=1e-4,2e-4"], [["trainer.learning_rate=0.0001"], ["trainer.learning_rate=0.0002"]]),
         (["scope=mlp,self_attn,null"], [["scope=mlp"], ["scope=self_attn"], ["scope=null"]]),
         (["output_dir='a,b',c"], [["output_dir='a,b'"], ["output_dir=c"]]),

@@ -53,6 +53,16 @@ def test_both_sides_have_their_share(make_model: Make, kind: str, sparsity: floa
         assert abs(len(rows) * len(columns) - (1 - sparsity) * out * into) <= len(rows) / 2 + 1e-9 or len(columns) == 1
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_cap_on_the_rank_is_one_on_the_shorter_side(make_model: Make, kind: str) -> None:
+    model = make_model(kind)
+    free, capped = (chosen(model, sparsity=0.8, reselect_steps=0, max_rank=most) for most in (None, 16))
+    for name, (rows, columns) in capped.items():
+        assert min(len(rows), len(columns)) == min(16, *map(len, free[name]))
+        before = len(free[name][0]) * len(free[name][1])
+        assert abs(len(rows) * len(columns) - before) <= 0.5 * max(len(rows), len(columns)) + 16
+
+
 def test_the_seed_draws(make_model: Make) -> None:
     model = make_model("llama")
     first = chosen(model, seed=1, sparsity=0.9)
@@ -157,7 +167,7 @@ def test_wrong_grids_are_refused(make_model: Make, index: Any, message: str) -> 
     ("settings", "message"),
     [
         ({"allocation": "global"}, "method.allocation=global: losia gives every linear the same share"),
-        ({"max_rank": 8}, "method.max_rank=8: a grid needs the rank of its shorter side"),
+        ({"max_rank": 8}, "method.max_rank=8 and method.reselect_steps=100: an export holds all"),
         ({"exclude": ["runs/a"]}, "method.exclude: a grid cannot go round"),
     ],
 )
