@@ -15,6 +15,7 @@ from sparseft.bench.intervals import interval
 from sparseft.compose.run_config import from_dict
 from sparseft.data.loading import load_datasets
 from sparseft.data.packing import padding_id
+from sparseft.evaluation.held_out import held_out_loss
 from sparseft.files.untrusted import read_yaml_object
 from sparseft.models.loading import load_model, load_tokenizer, resolve_device
 from sparseft.selection.selection import Selection
