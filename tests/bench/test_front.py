@@ -173,7 +173,7 @@ def test_what_is_left(studied: tuple[Path, dict[str, Any]]) -> None:
         assert text in page
     assert (folder / "out/front.svg").read_text().startswith("<svg")
     markdown = (folder / "out/bench.md").read_text()
-    assert markdown.count("| --- ") >= 3 and "full trains" in markdown and "cannot tell from 2 seeds" in markdown
+    assert markdown.count("| --- ") >= 3 and "full: trains" in markdown and "cannot tell from 2 seeds" in markdown
 
 
 def test_what_is_missing_is_done_again_and_nothing_else(studied: tuple[Path, dict[str, Any]]) -> None:
@@ -294,7 +294,7 @@ def test_unequal_sizes_are_named() -> None:
     assert "S2FT: its front forgets 0.100 to 1.000" in notes(result)
     result["variants"]["S2FT"]["trainable_parameters"] = 103
     compare(result)
-    assert any("S2FT trains 1.03 times as many weights as LoRA" in note for note in notes(result))
+    assert any("S2FT: trains 1.03 times as many weights as LoRA" in note for note in notes(result))
 
 
 def test_an_example_is_in_one_split_whatever_is_held_out() -> None:
