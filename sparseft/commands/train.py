@@ -10,7 +10,6 @@ import torch
 
 from sparseft import console
 from sparseft.commands import report
-from sparseft.commands.trim import said
 from sparseft.config import RunConfig
 from sparseft.distributed import env, launch
 from sparseft.distributed.ranks import is_main
@@ -21,7 +20,6 @@ from sparseft.runs.folder import SUMMARY, check_run_folder, load_summary
 from sparseft.training import checks, job
 from sparseft.training.checkpoints import last_checkpoint
 from sparseft.training.resume import previous_run
-from sparseft.trim import job as trimming
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -57,6 +55,8 @@ def check_trim(config: RunConfig) -> None:
     if budget is None or source is None:
         missing, given = ("forget_source=FILE", "forget_budget") if budget else ("forget_budget=NATS", "forget_source")
         raise UserError(f"trainer.{given} needs trainer.{missing} beside it.")
+    from sparseft.trim import job as trimming  # brings the evaluation with it, which other runs need not wait for
+
     if not config.method.separable:
         raise UserError(f"trainer.forget_budget={budget:g}: {trimming.inseparable(config.method_name)}")
     if env.processes(config.hardware) > 1 or config.hardware.zero_stage:
@@ -79,8 +79,11 @@ def trim(config: RunConfig, result: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.empty_cache()
     budget, source = config.trainer.forget_budget, config.trainer.forget_source
     assert budget is not None and source is not None
+    from sparseft.trim import job as trimming
+
     try:
-        one = trimming.Trimming.find(folder, config, [], budget, source)
+        trusted = f"model.trust_remote_code={config.model.trust_remote_code}"  # a folder does not decide it, this does
+        one = trimming.Trimming.find(folder, config, [trusted], budget, source)
         model, outcome = one.run()
         if outcome["trimmed"]:
             one.replace(model, outcome)
@@ -110,6 +113,9 @@ def render(result: dict[str, Any]) -> None:
             f"{result['eval_task']}: {result['eval_score_before']:.4f} -> {result['eval_score_after']:.4f} on the "
             f"validation split, {result['test_score']:.4f}{error} on the test split"
         )
-    for line in said(result["trim"]) if "trim" in result else []:
-        print(f"trim: {line}")
+    if "trim" in result:
+        from sparseft.commands.trim import said
+
+        for line in said(result["trim"]):
+            print(f"trim: {line}")
     print(f"run: {result['run']}")
