@@ -187,7 +187,7 @@ class Sparse(Kind):
 
     def units(self, model: nn.Module, state: State) -> dict[str, Units]:
         return {
-            f"{module}.{kind}": Units.of(pattern.delta, entry_dim(kind))
+            f"{module}.{kind}": Units.of(pattern.delta, entry_dim(kind), reference.KINDS[kind].unit_of(pattern.index))
             for module, kinds in self.adapters[state.active].patterns.items()
             for kind, pattern in kinds.items()
         }

@@ -6,6 +6,7 @@ stderr.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -144,8 +145,8 @@ def data(
     PATH is dataset.train_path: a file or a hub id (default: the data of the settings). KEY=VALUE sets a setting, as for
     `train`. No weights are loaded.
     """
-    overrides = [word for word in words or [] if is_override(word)]
-    paths = [word for word in words or [] if not is_override(word)]
+    paths = [word for word in words or [] if not is_override(word) or os.path.isfile(word)]
+    overrides = [word for word in words or [] if word not in paths]
 
     def check() -> None:
         if len(paths) > 1:

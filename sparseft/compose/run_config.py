@@ -144,6 +144,7 @@ def _sort_words(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[d
     _check_config_dirs(config_dirs)
     choices: dict[str, str] = {}
     settings: dict[str, Override] = {}
+    mixes: list[Override] = []  # those of dataset=[…]
     for word in overrides:
         override = words.parse(word)
         if override.key not in GROUPS:
@@ -158,20 +159,17 @@ def _sort_words(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[d
             raise UserError(f"{word}: a {group} is always needed, it cannot be removed; choose one with {group}=NAME.")
         available = options(group, config_dirs)
         if group == "dataset" and override.value.startswith("[") and override.value.endswith("]"):
-            choices[group], settings["dataset.mix"] = _mix(override.value, available)
+            choices[group] = "json"  # whose settings are the plain ones: each source has a format of its own
+            settings["dataset.mix"] = words.parse(f"dataset.mix={override.value}")
+            mixes.append(settings["dataset.mix"])
             continue
+        if group == "dataset" and settings.get("dataset.mix") in mixes:
+            del settings["dataset.mix"]  # the last word counts
         name = words.unquote(override.value) or override.value.strip()
         if name not in available:
             raise UserError(_unknown_option(group, name, available))
         choices[group] = name
     return choices, settings
-
-
-def _mix(value: str, available: list[str]) -> tuple[str, Override]:
-    """Of `dataset=[a:0.7,b:0.3]` the option whose other settings hold, and `dataset.mix`."""
-    sources = [text.strip() for text in words.split_top_level(value[1:-1])]
-    first = next((name for text in sources if (name := text.partition(":")[0]) in available), "json")
-    return first, words.parse(f"dataset.mix={value}")
 
 
 def _with_own_data(text: str, bundled: bool, config_dirs: Sequence[str]) -> str:

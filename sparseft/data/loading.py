@@ -23,6 +23,8 @@ from sparseft.data.token_cache import Cache, Damaged, Writer, tokens_key
 from sparseft.data.tokenized import TokenizedDataset, Tokens
 from sparseft.errors import UserError, nearest
 
+MOST_REPEATS = 1000  # of an example in an epoch
+
 # What the package bundles for a family of data sets: training file, and an evaluation file where there is one.
 BUNDLED_SETS = {
     "commonsense": "commonsense/train.json",
@@ -87,7 +89,7 @@ def load_datasets(
     cache = Cache(cache_dir)
     reader = _Reader(config, Encoder(tokenizer), max_length, cache)
     parts = [_read_part(reader, each, config, seed) for each in named_sources(config, bundled)]
-    train = _together(parts, config, seed, cache, reader.notes)
+    train = _together(parts, config, seed, cache, reader.notes, reader.warnings)
     evaluation, eval_source, overlap = None, "", 0
     if config.eval_path:
         there = open_source(config.eval_path, split=None, key="dataset.eval_path")
@@ -105,8 +107,9 @@ def load_datasets(
     if evaluation is not None:
         eval_questions = np.unique(evaluation.questions)
         overlap = int(np.isin(eval_questions, questions.hashes).sum())
-        # Held-out data that the user chose should share nothing; repeats within one file are just worth knowing.
-        said = reader.warnings if config.eval_path or parts[0].source.own_eval else reader.notes
+        # Held-out data should share nothing with other files; repeats within one file are just worth knowing.
+        apart = config.eval_path or parts[0].source.own_eval or len(parts) > 1
+        said = reader.warnings if apart else reader.notes
         said += _overlap(train.dataset, evaluation.dataset, overlap, len(eval_questions))
     if reader.encoder.eos is None:
         reader.notes.append("the tokenizer has no EOS token, so answers do not teach the model to stop")
@@ -160,7 +163,7 @@ class NamedSource:
 
 def named_sources(config: DatasetConfig, bundled: bool) -> list[NamedSource]:
     """The sources of the training data, those to replay last."""
-    if config.mix:
+    if config.mix is not None:
         if config.train_path:
             raise UserError("dataset.mix and dataset.train_path both name training data: give one of them.")
         found = [_named_source(share.path, "dataset.mix", bundled, share.weight) for share in parse_mix(config.mix)]
@@ -228,7 +231,9 @@ def _read_part(reader: _Reader, named: NamedSource, config: DatasetConfig, seed:
     return part
 
 
-def _together(parts: list[_Part], config: DatasetConfig, seed: int, cache: Cache, notes: list[str]) -> Tokens:
+def _together(
+    parts: list[_Part], config: DatasetConfig, seed: int, cache: Cache, notes: list[str], warnings: list[str]
+) -> Tokens:
     """The training examples of all sources in their shares, by a choice that `seed` makes."""
     if len(parts) == 1:
         parts[0].count = len(parts[0].tokens.dataset)
@@ -243,18 +248,39 @@ def _together(parts: list[_Part], config: DatasetConfig, seed: int, cache: Cache
     for part in parts:
         if part.source.replay is not None:
             part.count = replayed(fresh, part.source.replay)
+    for part in parts:
+        size = len(part.tokens.dataset)
+        if part.count > MOST_REPEATS * size:
+            raise UserError(
+                f"{part.source.key}: {part.name} has {size} examples and would be repeated {part.count // size:,} "
+                "times for its share: give it a smaller one, or the others larger ones."
+            )
     whole = joined([part.tokens for part in parts], cache)
-    chosen, first, total = [], 0, sum(part.count for part in parts)
+    chosen, first = [], 0
     for part in parts:
         size = len(part.tokens.dataset)
         chosen.append(first + drawn(part.count, size, seed, f"mix {part.source.path}"))
         first += size
-        replay = " replayed" if part.source.replay is not None else ""
-        notes.append(
-            f"mix: {part.count / total:.1%}{replay} from {part.name}: {part.count} of {size} examples an epoch"
-        )
+    _say_shares(parts, [whole.dataset.subset(places).num_labelled for places in chosen], notes, warnings)
     places = np.concatenate(chosen)
     return replace(whole, dataset=whole.dataset.subset(places), records=whole.records[places])
+
+
+def _say_shares(parts: list[_Part], learnt: list[int], notes: list[str], warnings: list[str]) -> None:
+    """What an epoch has of each source: of the examples and of the tokens that are learnt, which may differ much."""
+    total, all_learnt = sum(part.count for part in parts), sum(learnt)
+    for part, tokens in zip(parts, learnt, strict=True):
+        share, of_tokens = part.count / total, tokens / all_learnt
+        replay = " replayed" if part.source.replay is not None else ""
+        notes.append(
+            f"mix: {share:.1%}{replay} from {part.name}, {of_tokens:.1%} of the learnt tokens: {part.count} examples "
+            f"an epoch, of {len(part.tokens.dataset)}"
+        )
+        if part.source.replay is not None and of_tokens > 2 * share:
+            warnings.append(
+                f"dataset.replay: {part.name} is {share:.0%} of the examples but {of_tokens:.0%} of the tokens that "
+                "are learnt, as its examples are longer: give it a smaller share"
+            )
 
 
 class _Reader:

@@ -164,6 +164,10 @@ class Grid(Kind):
             places.append((starts[members][:, None] + torch.arange(len(own))).flatten())
         return torch.cat(index), order[torch.cat(places)]
 
+    def unit_of(self, index: Tensor) -> Tensor | None:
+        """Each row of each grid is a unit."""
+        return pairs(index)[:, 0].unique(return_inverse=True)[1]
+
     def rectangles(self, index: Tensor, shape: Shape, size: int | None) -> Tensor:
         row, column = pairs(index).unbind(1)
         return torch.stack([row, row + 1, column, column + 1], dim=1)

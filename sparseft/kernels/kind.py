@@ -55,6 +55,10 @@ class Kind:
         """What `keys` undoes: the index of distinct keys (n,), and in which order they come in it (n,)."""
         return keys, torch.arange(len(keys))
 
+    def unit_of(self, index: Tensor) -> Tensor | None:
+        """Of what is counted along `dim`, the unit that each belongs to, from 0; None: each is a unit."""
+        return None
+
     def rectangles(self, index: Tensor, shape: Shape, size: int | None) -> Tensor:
         """The entries as rectangles (n, 4): top, bottom, left, right (ends excluded), not cut off at the weight's
         sides."""

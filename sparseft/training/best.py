@@ -5,6 +5,7 @@ Checkpoints carry a copy, so that a resumed run knows the best up to where it go
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ class Evaluation:
             return True
         if self.eval_score is not None and other.eval_score is not None:
             return self.eval_score > other.eval_score
-        return self.eval_loss < other.eval_loss
+        return self.eval_loss < other.eval_loss or (math.isnan(other.eval_loss) and not math.isnan(self.eval_loss))
 
 
 def recorded(folder: Path, step: int) -> Evaluation | None:

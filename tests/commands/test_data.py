@@ -81,6 +81,8 @@ def test_nothing_to_learn_is_refused_with_its_reason(world: Path) -> None:
 
 
 def test_what_is_wrong_is_one_sentence(world: Path, model_folder: Any, tmp_path: Path) -> None:
+    odd = shutil.copy(world / "pairs.jsonl", world / "x=~y.jsonl").name
+    assert "x=~y.jsonl, format prompt_completion" in sparseft(world, "data", odd).out
     assert "Did you mean 'pairs.jsonl'" in refused(world, "data", "pears.jsonl")
     assert "One file at a time" in refused(world, "data", "pairs.jsonl", "lost.jsonl")
     assert "set the same" in refused(world, "data", "pairs.jsonl", "dataset.train_path=lost.jsonl")

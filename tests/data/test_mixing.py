@@ -126,7 +126,8 @@ def test_a_mix(world: Path, tokenizer: Any) -> None:
     assert letters(first.train, tokenizer) == {"a": 20, "b": 20} and len(set(first.train.example_keys())) == 40
     every = load(world, tokenizer, mix=["a.jsonl:1", "c.jsonl:1"], stopping="all")
     assert letters(every.train, tokenizer) == {"a": 40, "c": 40} and len(set(every.train.example_keys())) == 50
-    assert any("mix: 50.0%" in note and "c.jsonl: 40 of 10 examples" in note for note in every.notes)
+    assert any("mix: 50.0%" in note and "c.jsonl, 50" in note and "40 examples an epoch, of 10" in note
+               for note in every.notes)  # fmt: skip
     again, other = (load(world, tokenizer, seed, mix=["a.jsonl:0.5", "b.jsonl:0.5"]) for seed in (0, 1))
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert first.train_source == f"{world / 'a.jsonl'} + {world / 'b.jsonl'}"
@@ -145,6 +146,14 @@ def test_what_is_held_out_is_not_trained_on(world: Path, tokenizer: Any) -> None
     assert packed.packed is not None and len(packed.packed) < 50
 
 
+def test_long_replayed_examples_are_warned_of(world: Path, tokenizer: Any) -> None:
+    (world / "long.txt").write_text("This goes on and on. " * 400)
+    data = load(world, tokenizer, train_path="a.jsonl", replay="long.txt:0.1")
+    (warning,) = [text for text in data.warnings if "dataset.replay" in text]
+    assert "long.txt is 9% of the examples but" in warning
+    assert not load(world, tokenizer, train_path="a.jsonl", replay="c.jsonl:0.1").warnings
+
+
 # ---- commands ----
 
 
@@ -157,7 +166,7 @@ def test_a_run_on_named_sets(tmp_path: Path) -> None:
     assert "mix: 10.0% replayed from bundled:data/oasst1/train.jsonl" in done.err
     assert summary(tmp_path / "run")["dataset"] == "commonsense:0.7 + arithmetic:0.3"
     config = compose("train", words)
-    assert from_dict(config.to_dict()) == config and config.dataset.name == "commonsense"
+    assert from_dict(config.to_dict()) == config and config.dataset.name == "json"
 
 
 def test_named_sets_of_other_models_are_their_published_ones(tmp_path: Path) -> None:
@@ -165,7 +174,11 @@ def test_named_sets_of_other_models_are_their_published_ones(tmp_path: Path) -> 
     (tmp_path / "dataset" / "mine.yaml").write_text("defaults: [_defaults, _self_]\nname: json\ntrain_path: my.jsonl\n")
     config = compose("train", ["model.path=./x", "dataset=[oasst1:0.9,mine:0.1]"], [str(tmp_path)])
     assert config.dataset.mix == ["timdettmers/openassistant-guanaco:0.9", "my.jsonl:0.1"]
+    config = compose("train", ["dataset=[mine:0.5,b.jsonl:0.5]"], [str(tmp_path)])
+    assert config.dataset.mix == ["my.jsonl:0.5", "b.jsonl:0.5"] and config.dataset.train_path is None
     assert compose("train", ["dataset=[a.jsonl,b.jsonl]"]).dataset.mix == ["a.jsonl", "b.jsonl"]
+    assert compose("train", ["dataset=[a.jsonl,b.jsonl]", "dataset=text"]).dataset.mix is None  # the last word counts
+    assert compose("train", ["dataset=text", "dataset=[text,oasst1]"]).dataset.format == "auto"  # of each source
 
 
 @pytest.mark.parametrize(
@@ -182,6 +195,9 @@ def test_named_sets_of_other_models_are_their_published_ones(tmp_path: Path) -> 
         (["dataset.replay=d.jsonl:0.1"], "dataset.replay: there is no file"),
         (["dataset.train_path=a.jsonl", "dataset.replay=a.jsonl:0.1"], "trained on anyway"),
         (["dataset.stopping=last"], "dataset.stopping"),
+        (["dataset.mix=[]"], "name at least two sources"),
+        (["dataset.train_path=a.jsonl", "dataset.replay=b.jsonl:0.9999999"], "would be repeated"),
+        (["dataset.mix=[a.jsonl:1,c.jsonl:1e9]", "dataset.stopping=all"], "would be repeated"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(world: Path, words: list[str], said: str) -> None:

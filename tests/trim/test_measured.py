@@ -10,7 +10,9 @@ import torch
 
 import sparseft
 from sparseft.adapters.lifecycle import units
+from sparseft.adapters.units import Units
 from sparseft.evaluation.held_out import batch_losses, held_out_loss, mean_loss
+from sparseft.kernels.kinds import KINDS
 from sparseft.trim.measured import TOGETHER, Measured, difference, turn
 from support.adapters import METHODS, build, randomise
 from support.training import CPU, examples
@@ -120,3 +122,16 @@ def test_the_error_of_a_difference_is_of_the_batches_of_both() -> None:
 def test_batches_without_a_label_are_left_out() -> None:
     rows = [{"input_ids": [5, 6], "labels": [-100, -100]}, {"input_ids": [5, 6], "labels": [-100, 6]}]
     assert [count for _, count in batch_losses(build("llama"), rows, 0, CPU, 1)] == [1]
+
+
+def test_a_row_of_a_grid_is_a_unit() -> None:
+    """Of three rows of which two are one grid and one another: each row's entries are scaled together."""
+    entries = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    index = torch.tensor([4, 9, -1, -3, 2, -1, -2, -6])  # rows 4 and 9 with columns 0 and 2, row 2 with 0, 1 and 5
+    unit_of = KINDS["grid"].unit_of(index)
+    units = Units.of(torch.nn.Parameter(entries.clone()), 0, unit_of)
+    assert len(units) == 3
+    units.scale(torch.tensor([10.0, 1.0, 0.0], dtype=torch.float64))  # in the order of the rows: 2, 4, 9
+    assert units.parameter.tolist() == [1.0, 2.0, 0.0, 0.0, 50.0, 60.0, 70.0]
+    units.parameter.grad = torch.ones(7)
+    assert units.slopes().tolist() == [18.0, 3.0, 7.0]
