@@ -221,15 +221,16 @@ class Sparse(Kind):
         """What adapters, by their place among `names`, add to each linear; that of the last names is kept."""
         adapters = [self.adapters[name] for name in names]
         versions = [adapter.version for adapter in adapters]
-        if self._rows is None or self._rows[0] != versions or self._rows[1] != adapters:
+        kept = self._rows  # read once: another thread's call may put its own there at any time
+        if kept is None or kept[0] != versions or kept[1] != adapters:
             contents: dict[str, dict[int, Any]] = defaultdict(dict)
             for number, adapter in enumerate(adapters):
                 for module, kinds in adapter.values().items():
                     contents[module][number] = kinds
             shapes = _spec(model, state).known
             linears = {module: ByRow(shapes[module], kinds) for module, kinds in contents.items()}
-            self._rows = versions, adapters, linears
-        return self._rows[2]
+            kept = self._rows = versions, adapters, linears
+        return kept[2]
 
     def leave(self, model: nn.Module, state: State, *, merged: bool) -> nn.Module:
         restore(model, merged=merged)

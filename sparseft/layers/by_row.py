@@ -100,13 +100,13 @@ class Part:
         """Where the runs lie among all runs of an activation (rows, tokens, …)."""
         tokens, runs = activation.shape[1], activation.shape[2] // features.width
         key = id(features), tokens, runs
-        if key not in self._places:
+        place = self._places.get(key)
+        if place is None:
             with torch.inference_mode(False):
                 every = self.rows[:, :, None] * tokens + torch.arange(tokens, device=self.rows.device)
                 place = (every[..., None] * runs + features.runs[:, None, None, :]).view(-1)
             self._places = {known: old for known, old in self._places.items() if known[1] == tokens} | {key: place}
-            return place
-        return self._places[key]
+        return place
 
 
 class Made(NamedTuple):

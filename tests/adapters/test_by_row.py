@@ -287,6 +287,24 @@ def test_threads_have_rows_of_their_own(tmp_path: Path) -> None:
     assert eval_frame._stance.stance == "default"
 
 
+def test_what_another_thread_keeps_meanwhile_is_not_taken_for_ones_own(tmp_path: Path) -> None:
+    """Between what a call has made for its names and its use of it, another call keeps what it has made."""
+    model = loaded("llama", tmp_path)
+    state = state_of(model)
+    assert state is not None
+    theirs = state.kind._linears(model, state, ["s2ft"])
+
+    class Overtaken(type(state.kind)):
+        def __setattr__(self, name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+            if name == "_rows":
+                object.__setattr__(self, name, ([-1], [], theirs))
+
+    state.kind.__class__ = Overtaken
+    own = state.kind._linears(model, state, ["sylva", "paca"])
+    assert own is not theirs and {number for each in own.values() for number in each.adapters} == {0, 1}
+
+
 def test_layers_that_see_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that hands a linear tokens of which nobody knows the row is refused, not computed wrongly."""
     model = loaded("llama", tmp_path)

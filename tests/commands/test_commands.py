@@ -449,7 +449,7 @@ def test_cheap_checks_come_before_any_loading(in_tmp: Path, model_folder: Any, m
     def loads(*_: Any, **__: Any) -> None:
         raise AssertionError("something was loaded")
 
-    for module, name in ((preparing, "load_tokenizer"), (preparing, "load_datasets"), (loading, "load_model")):
+    for module, name in ((preparing, "load_tokenizer"), (preparing, "data_of"), (loading, "load_model")):
         monkeypatch.setattr(module, name, loads)
     (in_tmp / "old").mkdir()
     (in_tmp / "old" / "config.yaml").write_text("seed: 0\n")
