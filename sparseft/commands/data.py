@@ -29,10 +29,7 @@ def run(config: RunConfig, examples: int = EXAMPLES) -> dict[str, Any]:
     checks.check_model(config)
     tokenizer = load_tokenizer(config.model)
     data = data_of(config, tokenizer)
-    for note in data.notes:
-        console.log(f"data: {note}")
-    for warning in data.warnings:
-        console.warn(f"data: {warning}")
+    data.tell()
     rows = load_config(config.model).get_text_config().vocab_size
     check_tokens(data, tokenizer, rows, rows)
     return preview(data, tokenizer, config, examples) | {"tokenizer": config.model.tokenizer or config.model.path}

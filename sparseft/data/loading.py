@@ -53,6 +53,13 @@ class LoadedData:
     notes: list[str] = field(default_factory=list)  # sentences to tell the user: format, counts, overlap
     warnings: list[str] = field(default_factory=list)  # such sentences that should worry them
 
+    def tell(self) -> None:
+        """Says the notes and the warnings."""
+        for note in self.notes:
+            console.log(f"data: {note}")
+        for warning in self.warnings:
+            console.warn(f"data: {warning}")
+
 
 def data_of(config: RunConfig, tokenizer: Any) -> LoadedData:
     """What a run trains on and is evaluated on (`load_datasets`)."""

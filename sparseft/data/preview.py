@@ -26,9 +26,10 @@ Part = tuple[str, bool]  # text, and whether it is learnt
 
 
 def preview(data: LoadedData, tokenizer: Any, config: RunConfig, examples: int) -> dict[str, Any]:
-    """All there is to say of `data`, with the first `examples` training examples in full."""
-    train = data.train
-    shown = [train[index] for index in range(min(examples, len(train)))]
+    """All there is to say of `data`, with so many training examples in full: evenly spread, from the first on, as in a
+    mix one source stands after another."""
+    train, count = data.train, min(examples, len(data.train))
+    shown = [train[place * len(train) // count] for place in range(count)]
     return {
         "source": data.train_source,
         "format": data.format,

@@ -33,20 +33,24 @@ SUMS = "sketches of both halves"
 DEVICE_JOBS = 8
 
 
+# Measured: docs/benchmarks/importance.md; HODLR's is the paper's, dense matrices have none.
+RANKS = {"multilevel": 16, "hodlr": 1, "dense": 1}
+
+
 @dataclass(frozen=True)
 class FactorSettings:
     """How the Kronecker factors are kept, and the damping of their inverses."""
 
     structure: str = "multilevel"  # multilevel (`Multilevel`), hodlr (`Hodlr`) or dense, whatever the next two say
     num_partition: int = 8  # levels of halving
-    rank: int | None = None  # None: the structure's own
+    rank: int | None = None  # None: that of RANKS
     damping: float = 1e-3
 
     def matrix(self, n: int, device: torch.device | str, seed: int = 0) -> SecondMoment:
         """An empty one of n features."""
         form = Hodlr if self.structure == "hodlr" else Multilevel
-        own = {} if self.rank is None else {"rank": self.rank}
-        return form(n, 0 if self.structure == "dense" else self.num_partition, device=device, seed=seed, **own)
+        rank = RANKS[self.structure] if self.rank is None else self.rank
+        return form(n, 0 if self.structure == "dense" else self.num_partition, rank, device, seed)
 
 
 def statistics_bytes(settings: FactorSettings, shapes: Iterable[tuple[int, int]]) -> int:

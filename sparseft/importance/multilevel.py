@@ -65,7 +65,7 @@ class Multilevel(SecondMoment):
         self,
         n: int,
         num_partition: int = 8,
-        rank: int = 16,
+        rank: int = 8,
         device: torch.device | str | None = None,
         seed: int = 0,
     ) -> None:

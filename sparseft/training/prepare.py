@@ -49,10 +49,7 @@ def prepare(config: RunConfig) -> Prepared:
     kernel_for(torch.empty(0, device=device))  # an unusable SPARSEFT_KERNELS is said before anything is computed
     tokenizer = load_tokenizer(config.model)
     data = data_of(config, tokenizer)
-    for note in data.notes:
-        console.log(f"data: {note}")
-    for warning in data.warnings:
-        console.warn(f"data: {warning}")
+    data.tell()
     model, sharding = load_in_shards(config.model, config.hardware, device)
     check_tokens(data, tokenizer, *vocabulary_rows(model))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")

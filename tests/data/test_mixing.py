@@ -157,6 +157,11 @@ def test_long_replayed_examples_are_warned_of(world: Path, tokenizer: Any) -> No
 # ---- commands ----
 
 
+def test_a_preview_shows_every_source(world: Path) -> None:
+    shown = sparseft(world, "data", "dataset=[a.jsonl,b.jsonl]", "--json", "dataset.eval_fraction=0").json["shown"]
+    assert {example["parts"][0]["text"].strip()[0] for example in shown} == {"a", "b"}
+
+
 def test_a_run_on_named_sets(tmp_path: Path) -> None:
     words = ["dataset=[commonsense:0.7,arithmetic:0.3]", "dataset.replay=bundled:data/oasst1/train.jsonl:0.1"]
     done = sparseft(

@@ -15,7 +15,7 @@ from sparseft.errors import RunError, UserError
 from sparseft.importance import multilevel
 from sparseft.importance.hodlr import Hodlr
 from sparseft.importance.hooks import Observation
-from sparseft.importance.kfac import FactorSettings, KroneckerFactors, entry_importance, statistics_bytes
+from sparseft.importance.kfac import RANKS, FactorSettings, KroneckerFactors, entry_importance, statistics_bytes
 from sparseft.importance.multilevel import Multilevel, nystrom
 from sparseft.importance.second_moment import SecondMoment
 
@@ -345,7 +345,7 @@ def test_the_structures() -> None:
     def made(n: int = 1000, **options) -> SecondMoment:
         return FactorSettings(**options).matrix(n, "cpu")
 
-    assert isinstance(made(), Multilevel) and made().rank == Multilevel(1).rank and made().levels > 1
+    assert isinstance(made(), Multilevel) and made().rank == RANKS["multilevel"] and made().levels > 1
     assert isinstance(made(structure="hodlr"), Hodlr) and made(structure="hodlr").rank == 1
     assert made(rank=5).rank == made(rank=5, structure="hodlr").rank == 5
     assert made(structure="dense", rank=5).levels == made(num_partition=0).levels == 0
