@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +33,7 @@ from sparseft.selection.selection import warn_of_cap
 from sparseft.training.distributed_trainer import check_zero
 from sparseft.training.labelled_loss import ROWS, labelled_loss, usable
 from sparseft.training.recomputing import KINDS, recomputing
+from sparseft.training.turns import turns_of
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
 # Copies of the trained parameters that an optimizer keeps, in their dtype, by the start of its name.
@@ -243,21 +243,18 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
         parameters, gradients = 2 * parameters, 2 * gradients
     moments = optimizer_bytes(config.trainer.optimizer, trained) * (2 if shape.autocast else 1)
     if config.method.reselect_steps and config.method.reselects_in_turn:
-        moments += _sensitivity_bytes(shape.model)
+        moments += _sensitivity_bytes(shape)
     activations = max(activations, _while_updating(config, trained))
     return sharded(config, shape, Memory(weights, parameters, gradients, moments, activations))
 
 
-def _sensitivity_bytes(model: nn.Module) -> int:
+def _sensitivity_bytes(shape: Shape) -> int:
     """What re-selection in turn keeps of the largest decoder layer: gradient and two averages in fp32, and for a moment
     as much again of its largest linear (`importance/sensitivity.py`)."""
-    by_layer: dict[str, list[int]] = defaultdict(list)
-    prefix = decoder_layers(model)[0]
-    for name, layer in sparse_layers(model).items():
-        if layer.patterns:
-            number = name.removeprefix(f"{prefix}.").partition(".")[0]
-            by_layer[number].append(layer.out_features * layer.in_features)
-    return 12 * max((sum(own) + max(own) for own in by_layer.values()), default=0)
+    layers = sparse_layers(shape.model)
+    turns = turns_of(shape.model, shape.spec)
+    sizes = [[layers[name].out_features * layers[name].in_features for name in names] for names in turns]
+    return 12 * max((sum(own) + max(own) for own in sizes), default=0)
 
 
 def _while_updating(config: RunConfig, trained: list[Tensor]) -> int:
