@@ -238,6 +238,7 @@ class BenchConfig:
     samples: Annotated[int, AT_LEAST_1] = 8
     adapters: list[str] = field(default_factory=list)
     seeds: Annotated[int, AT_LEAST_1] = 3
+    jobs: Annotated[int, AT_LEAST_1] = 1
     skills: list[str] = field(default_factory=lambda: [f"{s}: dataset={s}" for s in ("arithmetic", "commonsense")])
     rates: list[Annotated[float, RATE]] = field(default_factory=list)
     weights: list[float] = field(default_factory=lambda: [1.0])

@@ -25,6 +25,7 @@ STAGES = (
     Stage("step", 130, "a step of LLaMA-2 7B, 512 tokens", _of("steps", "seven")),
     Stage("host", 25, "queueing a step, and its kernels", _of("host")),
     Stage("products", 30, "small kernels by graph replay", _of("products")),
+    Stage("loss", 25, "head and loss of 128,256 words", _of("losses")),
     Stage("preprocess", 50, "choosing: time, and the same units as on the CPU", _of("choosing")),
     Stage("plan", 15, "train --plan against the steps' peaks", _of("plan")),
     Stage("step-8b", 40, "a step of LLaMA-3 8B, 4 x 2048 tokens", _of("steps", "eight")),

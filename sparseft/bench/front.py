@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from sparseft import console
 from sparseft.bench import trials
 from sparseft.bench.forgetting import SPLITS, TARGET, TEST, VALIDATION, Examples, Losses, read_each, read_examples
 from sparseft.bench.front_tables import drawing, markdown, more_tables, notes, page, table, title
+from sparseft.bench.jobs import Workers, workers
 from sparseft.bench.output import Output, device_name
 from sparseft.bench.pareto import beaten, bootstrap, read_off, verdict
 from sparseft.bench.trials import Trial, check_same_data, folder_name, going_on, named_variants
@@ -173,43 +174,54 @@ def measure(study: Study) -> dict[str, Any]:
     points = {variant: [Measured(rate) for rate in study.rates_of(variant)] for variant in study.variants}
     weights: dict[str, int] = {}
     done, total = 0, len(seeds) * sum(map(len, points.values()))
-    with console.Progress(total, "bench front", unit="run", plain_line_pause=0) as progress:
+    with (
+        console.Progress(total, "bench front", unit="run", plain_line_pause=0) as progress,
+        workers(config.bench.jobs, (study, examples)) as processes,
+    ):
         for number, seed in enumerate(seeds):
             going = [(variant, point) for variant, each in points.items() for point in each if not point.dropped]
             runs = [study.trial(variant, seed, point.rate) for variant, point in going]
+            for count, _ in enumerate(processes.ahead(_train_and_read, runs) if processes else (), done + 1):
+                progress.update(count)
             for (variant, point), trial in zip(going, runs, strict=True):
                 summary = study.summary(trial)
                 weights.setdefault(variant, summary["trainable_parameters"])
                 point.learning_rate = summary["learning_rate"]
                 done += 1
-                progress.update(done)
+                progress.update(max(done, progress.completed))
             for (_, point), losses in zip(going, study.losses(runs, seed, examples), strict=True):
                 point.add(losses, of_base[seed])
             if seed != seeds[-1]:
                 dropped = sum(drop_hopeless(each, number + 1) for each in points.values())
                 done += dropped * (len(seeds) - number - 1)
                 progress.update(done)
-    result = {
-        "benchmark": "front",
-        "model": config.model.path,
-        "dataset": config.dataset.train_path or config.dataset.name,
-        "dtype": config.model.dtype,
-        "device": device_name(resolve_device(config.hardware.device)),
-        "seeds": seeds,
-        "sources": config.bench.source,
-        "levels": config.bench.forgetting,
-        "base": {
-            "target": [of_base[seed][TEST][TARGET] for seed in seeds],
-            "sources": {path: of_base[seeds[0]][TEST][path] for path in config.bench.source},
-        },
-        "variants": {
-            variant: {"trainable_parameters": weights[variant], **chosen(each)} for variant, each in points.items()
-        },
-    }
-    compare(result)
-    if tests is not None:
-        _ask(study, result, tests)
+        result = {
+            "benchmark": "front",
+            "model": config.model.path,
+            "dataset": config.dataset.train_path or config.dataset.name,
+            "dtype": config.model.dtype,
+            "device": device_name(resolve_device(config.hardware.device)),
+            "seeds": seeds,
+            "sources": config.bench.source,
+            "levels": config.bench.forgetting,
+            "base": {
+                "target": [of_base[seed][TEST][TARGET] for seed in seeds],
+                "sources": {path: of_base[seeds[0]][TEST][path] for path in config.bench.source},
+            },
+            "variants": {
+                variant: {"trainable_parameters": weights[variant], **chosen(each)} for variant, each in points.items()
+            },
+        }
+        compare(result)
+        if tests is not None:
+            _ask(study, result, tests, processes)
     return result
+
+
+def _train_and_read(shared: tuple[Study, Examples], trial: Trial) -> None:
+    study, examples = shared
+    study.summary(trial)
+    study.losses([trial], trial.seed, examples)
 
 
 @dataclass
@@ -310,36 +322,53 @@ def compare(result: dict[str, Any]) -> None:
             entry["at"].append(row)
 
 
+def tests_of(config: RunConfig) -> list[str]:
+    """The names of the evaluation tasks, each once."""
+    return list(dict.fromkeys([*config.bench.target_tasks, *config.bench.source_tasks]))
+
+
 def _tests(config: RunConfig) -> Any:
     """The evaluation tasks with their data; None where none are named."""
-    tasks = [*config.bench.target_tasks, *config.bench.source_tasks]
+    tasks = tests_of(config)
     if not tasks:
         return None
     # Here, as `sparseft bench` runs where lm-eval and datasets are not installed.
     from sparseft.evaluation.run import prepare
     from sparseft.evaluation.tasks import data_folder
 
-    return prepare(list(dict.fromkeys(tasks)), config.eval, data_dir=data_folder(config.eval, config.model.path))
+    return prepare(tasks, config.eval, data_dir=data_folder(config.eval, config.model.path))
 
 
-def _ask(study: Study, result: dict[str, Any], tests: Any) -> None:
+def _ask(study: Study, result: dict[str, Any], tests: Any, processes: Workers | None) -> None:
     """Adds the accuracies of the base, and of every variant at its chosen rate, by task."""
+    runs: list[Trial | None] = [None]
+    for variant, entry in result["variants"].items():
+        runs += [study.trial(variant, seed, entry["rate"]) for seed in study.seeds]
+    console.log(f"bench: asking {len(runs)} models {', '.join(tests_of(study.config))}")
+    for _ in processes.ahead(_asked_ahead, runs) if processes else ():
+        pass
+    scores = list(asked(study, runs, tests))
+    result["base"]["accuracy"] = scores.pop(0)
+    for entry in result["variants"].values():
+        mine, scores = scores[: len(study.seeds)], scores[len(study.seeds) :]
+        entry["accuracy"] = {task: [each[task] for each in mine] for task in mine[0]}
+
+
+def _asked_ahead(shared: tuple[Study, Examples], trial: Trial | None) -> None:
+    study, _ = shared
+    list(asked(study, [trial], _tests(study.config)))
+
+
+def asked(study: Study, runs: Sequence[Trial | None], tests: Any) -> Iterator[dict[str, float]]:
+    """The accuracies of each, by task."""
     from sparseft.evaluation.run import evaluate
 
-    bench, tokenizer = study.config.bench, load_tokenizer(study.config.model)
-    tasks = list(dict.fromkeys([*bench.target_tasks, *bench.source_tasks]))
-    key = {"tasks": tasks, "eval": dataclasses.asdict(study.config.eval)}
+    tasks, tokenizer = tests_of(study.config), load_tokenizer(study.config.model)
 
     def read(model: Any) -> dict[str, float]:
         scores = evaluate(model, tokenizer, tests)["tasks"]
         return {task: scores[task]["accuracy"] for task in tasks}
 
-    runs = [study.kept(None, study.seeds[0], TASKS)]
-    for variant, entry in result["variants"].items():
-        runs += [study.kept(study.trial(variant, seed, entry["rate"]), seed, TASKS) for seed in study.seeds]
-    console.log(f"bench: asking {len(runs)} models {', '.join(tasks)}")
-    scores = list(read_each(study.config, runs, key, read))
-    result["base"]["accuracy"] = scores.pop(0)
-    for entry in result["variants"].values():
-        mine, scores = scores[: len(study.seeds)], scores[len(study.seeds) :]
-        entry["accuracy"] = {task: [each[task] for each in mine] for task in tasks}
+    kept = [study.kept(trial, study.seeds[0] if trial is None else trial.seed, TASKS) for trial in runs]
+    key = {"tasks": tasks, "eval": dataclasses.asdict(study.config.eval)}
+    return read_each(study.config, kept, key, read)

@@ -35,6 +35,7 @@ from sparseft import console
 from sparseft.bench import trials
 from sparseft.bench.contenders import FLOOR, Contender, check_steps, made_trainable, step
 from sparseft.bench.intervals import FEWEST_SEEDS, interval, shown
+from sparseft.bench.jobs import Workers, workers
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
 from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import spread, take_turns
@@ -137,6 +138,8 @@ def _check(trial: Trial, config: RunConfig, choosing: bool) -> None:
 def measure(study: Study) -> dict[str, Any]:
     """Every training, then the steps' times."""
     config, found = study.config, {}
+    if config.bench.jobs > 1:
+        _train_ahead(study)
     with console.Progress(len(study.variants), "bench time", unit="variant", plain_line_pause=0) as progress:
         for position, variant in enumerate(study.variants):
             found[variant] = _trained(study, variant)
@@ -159,14 +162,39 @@ def measure(study: Study) -> dict[str, Any]:
     }
 
 
+def _train_ahead(study: Study) -> None:
+    """All that is trained, several at once: what chooses the rates, then what is reported."""
+    with workers(study.config.bench.jobs, study) as processes:
+        assert processes is not None
+        _ahead(processes, [trial for variant in study.variants for trial in _choosing(study, variant)])
+        rates = {variant: _chosen(study, variant)[0] for variant in study.variants}
+        _ahead(processes, [study.trial(variant, seed, rates[variant]) for variant in rates for seed in study.seeds])
+
+
+def _ahead(processes: Workers, trials: Sequence[Trial]) -> None:
+    with console.Progress(len(trials), "bench time", unit="run", plain_line_pause=0) as progress:
+        for count, _ in enumerate(processes.ahead(Study.summary, trials), 1):
+            progress.update(count)
+
+
+def _choosing(study: Study, variant: str) -> list[Trial]:
+    """The trainings that choose a variant's rate, one a rate; none where there is one rate."""
+    rates = study.rates_of(variant)
+    return [study.trial(variant, study.seeds[-1] + 1, rate, choosing=True) for rate in rates if len(rates) > 1]
+
+
+def _chosen(study: Study, variant: str) -> tuple[float | None, list[tuple[float | None, float]]]:
+    """A variant's rate, and the held-out loss of each."""
+    rates = study.rates_of(variant)
+    losses = [
+        (rate, study.summary(t)["eval_loss_after"]) for rate, t in zip(rates, _choosing(study, variant), strict=False)
+    ]
+    return (min(losses, key=lambda each: (math.isnan(each[1]), each[1]))[0] if losses else rates[0]), losses
+
+
 def _trained(study: Study, variant: str) -> dict[str, Any]:
     """A variant's rate, its curves by seed, and what choosing its units took."""
-    rates = study.rates_of(variant)
-    losses: list[tuple[float | None, float]] = []
-    for rate in rates if len(rates) > 1 else ():
-        summary = study.summary(study.trial(variant, study.seeds[-1] + 1, rate, choosing=True))
-        losses.append((rate, summary["eval_loss_after"]))
-    best = min(losses, key=lambda each: (math.isnan(each[1]), each[1]))[0] if losses else rates[0]
+    best, losses = _chosen(study, variant)
     runs = [study.trial(variant, seed, best) for seed in study.seeds]
     summaries = [study.summary(trial) for trial in runs]
     every = getattr(runs[0].config.method, "reselect_steps", 0)

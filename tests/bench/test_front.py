@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,19 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     result = sparseft(folder, *STUDY, "--json").json
     assert {path: path.stat().st_mtime_ns for path in before} == before
     return folder, result
+
+
+def test_in_several_processes_it_is_the_same(studied: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system has no forkserver")
+    _, alone = studied
+    without = [word for word in STUDY if not word.startswith(("bench.target_tasks", "bench.source_tasks"))]
+    several = sparseft(tmp_path, *without, "bench.jobs=3", "--json")
+    for name, entry in several.json["variants"].items():
+        for mine, theirs in zip(entry["points"], alone["variants"][name]["points"], strict=True):
+            assert mine["target"] == theirs["target"] and mine["dropped"] == theirs["dropped"]
+    assert "FutureWarning" not in several.err
+    assert "(100 %)" in several.err or "10/10 runs" in several.err
 
 
 def run_of(folder: Path, variant: str, rate: float, seed: int) -> Path:
