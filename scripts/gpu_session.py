@@ -43,7 +43,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="gpu_session.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                      allow_abbrev=False)  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to fill")
-    parser.add_argument("--seconds", type=float, default=570.0, help="for all stages together (570)")
+    parser.add_argument("--seconds", type=float, default=780.0, help="for all stages together (780)")
     parser.add_argument("--dry", action="store_true", help="on the CPU, everything cut down, numbers not judged")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="STAGE",

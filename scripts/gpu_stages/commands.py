@@ -92,7 +92,7 @@ def _too_large(findings: Findings) -> None:
     code, _ = _command("train", words, first=little)
     findings.fact("too large a batch: exit code", code == 1, str(code), "1")
     said = Path("last.log").read_text(errors="replace")
-    advised = "memory ran out" in said and "micro_batch" in said
+    advised = "memory ran out" in said and "gradient_accumulation=2 take the same" in said
     lines = [line for line in said.splitlines() if line.startswith("error:")]
     findings.fact("too large a batch: advice", advised, lines[-1][:200] if lines else "none", "what would fit")
 

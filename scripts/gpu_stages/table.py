@@ -18,10 +18,10 @@ def _of(module: str, name: str = "work") -> Callable[[Findings], None]:
 
 STAGES = (
     Stage("machine", 15, "what device and host can do", _of("machine")),
-    Stage("kernels", 90, "the kernels' own tests", _of("tests", "kernels")),
+    Stage("kernels", 110, "the kernels' own tests", _of("tests", "kernels")),
     Stage("syncs", 15, "no step of sparse layers waits for the device", _of("syncs")),
-    Stage("numerics", 60, "layers, models and runs against nn.Linear, float64 and the CPU", _of("tests", "numerics")),
-    Stage("commands", 60, "preprocess, train, kill and resume, too large a batch", _of("commands")),
+    Stage("numerics", 110, "layers, models and runs against nn.Linear, float64 and the CPU", _of("tests", "numerics")),
+    Stage("commands", 80, "preprocess, train, kill and resume, too large a batch", _of("commands")),
     Stage("step", 130, "a step of LLaMA-2 7B, 512 tokens", _of("steps", "seven")),
     Stage("host", 25, "queueing a step, and its kernels", _of("host")),
     Stage("products", 30, "small kernels by graph replay", _of("products")),
@@ -29,5 +29,5 @@ STAGES = (
     Stage("preprocess", 50, "choosing: time, and the same units as on the CPU", _of("choosing")),
     Stage("plan", 15, "train --plan against the steps' peaks", _of("plan")),
     Stage("step-8b", 40, "a step of LLaMA-3 8B, 4 x 2048 tokens", _of("steps", "eight")),
-    Stage("sanitizer", 40, "kernels under compute-sanitizer", _of("tests", "sanitizer"), needs_cuda=True),
+    Stage("sanitizer", 80, "kernels under compute-sanitizer", _of("tests", "sanitizer"), needs_cuda=True),
 )

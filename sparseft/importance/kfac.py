@@ -182,6 +182,10 @@ class KroneckerFactors:
         # Hundreds of small decompositions, on the CPU wherever the sums are, which one thread does best: a job to each
         # thread, not threads to a job. The switch to full precision is the process's, so it is thrown here for all.
         workers = min(threads, len(jobs), threads if self.device.type == "cpu" else DEVICE_JOBS)
+        if (
+            self.device.type == "cuda"
+        ):  # torch loads CUDA's decompositions with the first, and fails where two threads do
+            torch.linalg.eigh(torch.ones(1, 1, device=self.device))
         pool = ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,))
         with full_precision(self.device), pool:
             torch.set_num_threads(1)  # MKL's number is the whole process's

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +116,13 @@ def test_the_plan_is_what_a_step_takes(method: str, device: str) -> None:
     state = [value for entry in optimizer.state.values() for value in entry.values()]
     measured = tensor_bytes([*model.parameters(), *model.buffers(), *state]) + peak_bytes(step, torch.device(device))
     assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.gpu
+def test_a_process_begins_with_scores_from_threads(data: Path, model_folder: Any, tmp_path: Path) -> None:
+    """CUDA's decompositions are loaded with the first one, which two threads must not be at once: in another process,
+    as in this one they are loaded."""
+    given = words(model_folder(), data, "sylva", "cuda", tmp_path / "run")
+    command = [sys.executable, "-m", "sparseft", "preprocess", *given[1:], f"cache_dir={tmp_path / 'cache'}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -38,6 +38,10 @@ BY_KERNEL = os.environ.get("SPARSEFT_TEST_KERNEL") == "1"
 if BY_KERNEL:
     from sparseft.kernels import adamw_triton
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
+ON_A_DEVICE = {
+    "rtol": 1e-6,
+    "atol": 4e-6,
+}  # a product and a sum are rounded once or twice, of 100 gradients up to 3
 SIZE = 4
 OUT, IN = 22, 13  # divisible by no block size
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -126,13 +130,15 @@ def check_alike(model: nn.Module, oracle: nn.Module) -> None:
         torch.testing.assert_close(ours, theirs, **TOLERANCE)
 
 
-def check_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> None:
+def check_state(
+    ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: dict[str, float] = TOLERANCE
+) -> None:
     left, right = ours.state_dict()["state"], theirs.state_dict()["state"]
     assert left.keys() == right.keys()
     for key in left:
         assert left[key].keys() == right[key].keys()
         for name in left[key]:
-            torch.testing.assert_close(left[key][name], right[key][name], **TOLERANCE)
+            torch.testing.assert_close(left[key][name], right[key][name], **tolerance)
 
 
 def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, skip: int = 0) -> None:
@@ -655,7 +661,7 @@ def test_on_the_gpu_as_torch_does(dtype: torch.dtype) -> None:
     run(model, ours, range(100), skip=5)
     run(oracle, theirs, range(100), skip=5)
     check_alike(model, oracle)
-    check_state(ours, theirs)
+    check_state(ours, theirs, ON_A_DEVICE)
     check_weights(model, bases)
     ((table, places),) = ours._plan.tables
     assert len(places) > 3 and {constants[0] for constants, _ in table.launches} == {0, 1, 2}  # the kinds
