@@ -8,11 +8,11 @@ have shown.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from sparseft.errors import UserError
-from sparseft.methods.base import EVERY, SparseConfig
+from sparseft.methods.base import EVERY, ReselectBy, SparseConfig
 
 if TYPE_CHECKING:
     from sparseft.models.spec import ModelSpec
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class LosiaConfig(SparseConfig):
-    """Of every linear √(1 − sparsity) of the rows and columns. `reselect_steps` are those of one layer's turn."""
+    """Of every linear √(1 − sparsity) of the rows and columns. `reselect_steps` are those of one layer's turn
+    (by calibration: those between two choices of all layers)."""
 
     name = "losia"
     learning_rate = 2e-4
     reselects_in_turn = True
 
     reselect_steps: Annotated[int, EVERY] = 100
+    reselect_by: ReselectBy = field(default="running", kw_only=True)
 
     def validate(self) -> None:
         super().validate()

@@ -242,7 +242,7 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
         activations += parameters
         parameters, gradients = 2 * parameters, 2 * gradients
     moments = optimizer_bytes(config.trainer.optimizer, trained) * (2 if shape.autocast else 1)
-    if config.method.reselect_steps and config.method.reselects_in_turn:
+    if config.method.reselects_running and config.method.reselects_in_turn:
         moments += _sensitivity_bytes(shape)
     activations = max(activations, _while_updating(config, trained))
     return sharded(config, shape, Memory(weights, parameters, gradients, moments, activations))
