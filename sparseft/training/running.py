@@ -1,10 +1,10 @@
 """Re-selection by the gradients that training computes anyway: no calibration pass, no sample beyond its own.
 
 The backward pass of a step has what a linear was given and the gradient of what it gave, which is all that its whole
-weight's gradient is made of. So the layers take turns: between two selections each decoder layer is looked at in some of
-the steps, one layer at a time where there are steps enough, and every unit of it, trained or not, scores the norm of its
-part of the whole gradient, summed over what was looked at. Only units of one linear compete, and those are seen by the
-same steps. No whole gradient outlives its linear's place in the backward pass.
+weight's gradient is made of. So the layers take turns: between two selections each decoder layer is looked at in some
+of the steps, one layer at a time where there are steps enough, and every unit of it, trained or not, scores the norm of
+its part of the whole gradient, summed over the micro-steps looked at. Only units of one linear compete, and those are
+seen by the same steps. No whole gradient outlives its linear's place in the backward pass.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sparseft.training.reselection import Reselection
 class Running(Reselection):
     """Chooses anew every `steps` optimizer steps, by the gradients of the steps since the last time.
 
-    What happens at a step depends on its number and on the sums, which checkpoints hold, so a resumed run does the same.
+    What happens at a step depends on its number and on the sums, which checkpoints hold: a resumed run does the same.
 
     Args:
         budget: what may be chosen and how much of it: as many of each candidate as train (`compute.as_trained`).
@@ -81,14 +81,23 @@ class Running(Reselection):
         last = max(first + 1, (offset + 1) * count // self.steps)
         return [name for names in self.turns[first:last] for name in names]
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        super().on_step_begin(args, state, control, **kwargs)
-        names = self.turn(state.global_step)
+    def look(self, step: int) -> None:
+        """From here on backward passes show the linears whose turn is at a step."""
+        names = self.turn(step)
         self._step = UnitSums("gradient", {name: self.by_module[name] for name in names}, self.device)
         self._hooks = [self.layers[name].register_forward_hook(operands(self._seen(name))) for name in names]
 
+    def look_away(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        super().on_step_begin(args, state, control, **kwargs)
+        self.look(state.global_step)
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self._unhook()
+        self.look_away()
         if self._step is not None:
             self._step.reduce()
             for key, found in self._step.totals.items():  # a step that is not finite counts as little as it trains
@@ -97,7 +106,7 @@ class Running(Reselection):
         super().on_step_end(args, state, control, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self._unhook()
+        self.look_away()
 
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -124,11 +133,6 @@ class Running(Reselection):
                 step.totals[c.key] += squares.sqrt()
 
         return seen
-
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
     def _choose(self, step: int) -> Selection:
         scores, seed = self.sums.scores(), self.seed + step
@@ -158,8 +162,8 @@ def check_seen(model: nn.Module) -> None:
     """UserError where a linear that trains is none that is called, so that no hook sees what it is given."""
     if has_experts(model):
         raise UserError(
-            "method.reselect_by=running: this model's experts are kept as one 3-D parameter, of which training shows no "
-            "single expert's gradient; use method.reselect_by=calibration."
+            "method.reselect_by=running: this model's experts are kept as one 3-D parameter, of which training shows "
+            "no single expert's gradient; use method.reselect_by=calibration."
         )
 
 

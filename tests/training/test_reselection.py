@@ -312,6 +312,9 @@ def test_a_longer_run_makes_up_for_the_re_selection_that_its_end_left_out(tmp_pa
         ["method=s2ft", "method.importance=gradient", "method.order=sampled"],
         ["method=s2ft", "method.layout=permuted", "method.importance=activation", "method.num_samples=null"],
         ["method=sylva", "method.block_size=16", "sparsity=0.9"],
+        ["method=s2ft", "method.reselect_by=running", "method.order=sampled"],
+        ["method=s2ft", "method.layout=permuted", "method.reselect_by=running"],
+        ["method=sylva", "method.block_size=16", "sparsity=0.9", "method.reselect_by=running"],
     ],
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, method):
