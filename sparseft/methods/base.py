@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Importance = Literal["random", "weight", "activation", "product", "gradient", "fisher", "sylva"]
 IMPORTANCES = get_args(Importance)
 IMPORTANCES_WITHOUT_DATA = ("random", "weight")
-ReselectBy = Literal["calibration", "running"]
+ReselectBy = Literal["running", "calibration"]
 Structure = Literal["multilevel", "hodlr", "dense"]
 DEFAULT_SPARSITY = 0.984
 
@@ -64,7 +64,7 @@ class MethodConfig:
     wanted_sparsity = None  # the sparsity that sets the size: as given or the default; None where something else does
     block_size = None
     reselect_steps = 0
-    reselect_by = "calibration"
+    reselect_by = "running"
     reselects_in_turn: ClassVar[bool] = False  # by running gradients: one decoder layer every `reselect_steps`, not all
 
     separable = True  # whether what it trains is a sum of parts that can be scaled one by one
@@ -127,7 +127,7 @@ class SparseConfig(MethodConfig):
     allocation: Literal["per_layer", "global", "flops"] = "per_layer"
     num_samples: Annotated[int | float, SAMPLES] | None = 128
     reselect_steps: Annotated[int, EVERY] = 0
-    reselect_by: ReselectBy = field(default="calibration", kw_only=True)
+    reselect_by: ReselectBy = field(default="running", kw_only=True)
     max_rank: Annotated[int, AT_LEAST_1] | None = None
     exclude: list[Annotated[str, FOLDER]] | None = None
     seed: int = 0

@@ -8,11 +8,11 @@ have shown.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from sparseft.errors import UserError
-from sparseft.methods.base import EVERY, ReselectBy, SparseConfig
+from sparseft.methods.base import EVERY, SparseConfig
 
 if TYPE_CHECKING:
     from sparseft.models.spec import ModelSpec
@@ -30,7 +30,6 @@ class LosiaConfig(SparseConfig):
     reselects_in_turn = True
 
     reselect_steps: Annotated[int, EVERY] = 100
-    reselect_by: ReselectBy = field(default="running", kw_only=True)
 
     def validate(self) -> None:
         super().validate()

@@ -48,8 +48,8 @@ def check_hardware(config: RunConfig) -> None:
         if config.trainer.compile != "none":
             raise UserError(
                 f"trainer.compile={config.trainer.compile}: method.reselect_by=running looks at gradients on their "
-                "way, which a compiled layer does not show; use trainer.compile=none, method.reselect_by=calibration or "
-                "method.reselect_steps=0."
+                "way, which a compiled layer does not show; use trainer.compile=none, method.reselect_by=calibration "
+                "or method.reselect_steps=0."
             )
         if config.method.reselects_in_turn and hardware.zero_stage:
             raise UserError(
