@@ -104,6 +104,21 @@ def test_every_unit_is_scored_by_the_dense_gradient(make_model: Any, kind: str, 
     assert not any(total.any() for total in running.sums.totals.values())  # seen anew from here on
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_computed_again_is_seen_once(make_model: Any, reentrant: bool) -> None:
+    found = []
+    for recomputed in (False, True):
+        model, running = watched(make_model, "llama", "blocks", 3)
+        model.train()
+        if recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        go(model, running, 2)
+        found.append(running.sums.totals)
+    for key, total in found[0].items():
+        torch.testing.assert_close(found[1][key], total, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
 def test_layers_take_turns(make_model: Any, steps: int) -> None:
     """One layer at a time where there are steps enough; all of them by the time of the choice."""
