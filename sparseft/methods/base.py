@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Importance = Literal["random", "weight", "activation", "product", "gradient", "fisher", "sylva"]
 IMPORTANCES = get_args(Importance)
 IMPORTANCES_WITHOUT_DATA = ("random", "weight")
+ReselectBy = Literal["running", "calibration"]
 Structure = Literal["multilevel", "hodlr", "dense"]
 DEFAULT_SPARSITY = 0.984
 
@@ -63,9 +64,15 @@ class MethodConfig:
     wanted_sparsity = None  # the sparsity that sets the size: as given or the default; None where something else does
     block_size = None
     reselect_steps = 0
-    reselects_in_turn: ClassVar[bool] = False  # one decoder layer every `reselect_steps`, by what training shows of it
+    reselect_by = "running"
+    reselects_in_turn: ClassVar[bool] = False  # by running gradients: one decoder layer every `reselect_steps`, not all
 
     separable = True  # whether what it trains is a sum of parts that can be scaled one by one
+
+    @property
+    def reselects_running(self) -> bool:
+        """Whether it chooses anew by the gradients of the steps themselves."""
+        return bool(self.reselect_steps) and self.reselect_by == "running"
 
     def validate(self) -> None:
         """Raises `UserError` on a value outside its range, naming the field."""
@@ -120,6 +127,7 @@ class SparseConfig(MethodConfig):
     allocation: Literal["per_layer", "global", "flops"] = "per_layer"
     num_samples: Annotated[int | float, SAMPLES] | None = 128
     reselect_steps: Annotated[int, EVERY] = 0
+    reselect_by: ReselectBy = field(default="running", kw_only=True)
     max_rank: Annotated[int, AT_LEAST_1] | None = None
     exclude: list[Annotated[str, FOLDER]] | None = None
     seed: int = 0

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class LosiaConfig(SparseConfig):
-    """Of every linear √(1 − sparsity) of the rows and columns. `reselect_steps` are those of one layer's turn."""
+    """Of every linear √(1 − sparsity) of the rows and columns. `reselect_steps` are those of one layer's turn
+    (by calibration: those between two choices of all layers)."""
 
     name = "losia"
     learning_rate = 2e-4

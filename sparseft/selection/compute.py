@@ -179,6 +179,31 @@ def reselect(
 
     `spec` is the model's, `excluded` what `config.exclude` names, where they are known.
     """
+    budget = as_trained(model, config, spec=spec, excluded=excluded)
+    with original_order(sparse_layers(model).values()):  # units are counted as in the checkpoint
+        scores, _ = compute_scores(
+            model,
+            budget.candidates,
+            config.importance,
+            seed=seed,
+            batches=first_samples(batches, config.num_samples) if batches is not None else None,
+            factors=FactorSettings(**config.statistics()),
+        )
+    drawn = config.importance == "random"
+    return choose(budget, scores, order=config.order, allocation="per_layer", seed=seed, drawn=drawn)
+
+
+def as_trained(
+    model: nn.Module,
+    config: Settings,
+    *,
+    spec: ModelSpec | None = None,
+    excluded: Sequence[Excluded] | None = None,
+) -> Budget:
+    """The budget of choosing anew for an attached model: of each candidate as many units as train now.
+
+    `spec` is the model's, `excluded` what `config.exclude` names, where they are known.
+    """
     if config.max_rank is not None:
         raise UserError(
             f"method.max_rank={config.max_rank}: what trained before stays in the adapter, so choosing anew goes "
@@ -206,17 +231,7 @@ def reselect(
     budget.candidates = [c for c in budget.candidates if counts.get(c.key)]
     budget.per_candidate = counts
     leave_out(budget, read_excluded(config.exclude) if excluded is None else excluded, "per_layer")
-    with original_order(layers.values()):  # units are counted as in the checkpoint
-        scores, _ = compute_scores(
-            model,
-            budget.candidates,
-            config.importance,
-            seed=seed,
-            batches=first_samples(batches, config.num_samples) if batches is not None else None,
-            factors=FactorSettings(**config.statistics()),
-        )
-    drawn = config.importance == "random"
-    return choose(budget, scores, order=config.order, allocation="per_layer", seed=seed, drawn=drawn)
+    return budget
 
 
 def log_damping(summary: Mapping[str, Any]) -> None:

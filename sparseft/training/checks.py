@@ -44,16 +44,19 @@ def check_hardware(config: RunConfig) -> None:
             f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in the "
             "weights, which ZeRO-3 has sharded; use hardware.zero_stage=2 or less."
         )
-    if config.method.reselect_steps and config.method.reselects_in_turn:
-        for key, value, usual in (
-            ("hardware.zero_stage", hardware.zero_stage, 0),
-            ("trainer.compile", config.trainer.compile, "none"),
-        ):
-            if value != usual:
-                raise UserError(
-                    f"{key}={value}: method={config.method_name} looks at a layer's gradients and steps on their way, "
-                    f"which {key} takes elsewhere; use {key}={usual}, or method.reselect_steps=0."
-                )
+    if config.method.reselects_running:
+        if config.trainer.compile != "none":
+            raise UserError(
+                f"trainer.compile={config.trainer.compile}: method.reselect_by=running looks at gradients on their "
+                "way, which a compiled layer does not show; use trainer.compile=none, method.reselect_by=calibration "
+                "or method.reselect_steps=0."
+            )
+        if config.method.reselects_in_turn and hardware.zero_stage:
+            raise UserError(
+                f"hardware.zero_stage={hardware.zero_stage}: method={config.method_name} with "
+                "method.reselect_by=running takes a part of a layer's step alone, and ZeRO takes the step elsewhere; "
+                "use hardware.zero_stage=0, method.reselect_by=calibration, or method.reselect_steps=0."
+            )
     if hardware.zero_stage and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"hardware.zero_stage={hardware.zero_stage}: deepspeed is not installed.")
     if hardware.offload == "nvme" and not (hardware.offload_dir and Path(hardware.offload_dir).is_dir()):

@@ -44,7 +44,7 @@ from sparseft.runs.folder import (
     prepare_run_folder,
 )
 from sparseft.runs.metrics import truncate_metrics
-from sparseft.selection.compute import reselect
+from sparseft.selection.compute import as_trained, reselect
 from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.exclude import read_excluded
 from sparseft.selection.picture import draw_shares, trained_shares
@@ -62,6 +62,7 @@ from sparseft.training.prepare import select as cached_or_computed
 from sparseft.training.recomputing import KINDS
 from sparseft.training.reselection import Reselection
 from sparseft.training.run_state import Mark
+from sparseft.training.running import Running, check_seen
 from sparseft.training.sample_answers import Asked, SampleAnswers, read_prompts
 from sparseft.training.trackers import Trackers, tracked
 from sparseft.training.trainer import Trainer
@@ -272,6 +273,8 @@ def attach(job: Job) -> None:
             prepared.model, config.method, job.selection, spec=job.spec, fingerprints=job.fingerprints
         )
     prepared.model = model
+    if config.method.reselects_running:
+        check_seen(model)
     job.method_config = state_of(model).method_config
     if config.model.path.startswith(BUNDLED):
         state_of(model).base_model = config.model.path
@@ -434,14 +437,26 @@ def _last_step(job: Job, folder: Path) -> int:
 
 
 def _reselection(job: Job, trainer: Trainer) -> Reselection:
-    """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time, or one
-    decoder layer by what training shows of it."""
+    """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time, or by
+    what training shows, of all layers or of one."""
     method, prepared = job.config.method, job.prepared
     ended_at = job.previous.ended_at if job.previous else None
-    if method.reselects_in_turn:
+    if method.reselects_running and method.reselects_in_turn:
         turns = turns_of(prepared.model, job.spec)
         return Turns(method.reselect_steps, prepared.model, turns, trainer.run_state.clock, ended_at, job.resumed_from)
     excluded = read_excluded(method.exclude)  # now: the folders may go while it trains
+    if method.reselects_running:
+        return Running(
+            method.reselect_steps,
+            prepared.model,
+            job.spec,
+            as_trained(prepared.model, method, spec=job.spec, excluded=excluded),
+            order=method.order,
+            seed=method.seed,
+            clock=trainer.run_state.clock,
+            ended_at=ended_at,
+            resumed=job.resumed_from,
+        )
 
     def choose(step: int) -> Selection:
         seed = method.seed + step

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from sparseft.selection.selection import warn_of_cap
 from sparseft.training.distributed_trainer import check_zero
 from sparseft.training.labelled_loss import ROWS, labelled_loss, usable
 from sparseft.training.recomputing import KINDS, recomputing
+from sparseft.training.running import Running, check_seen
 from sparseft.training.turns import turns_of
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
@@ -136,6 +138,8 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
         if settings.importance == "random":  # else the run's own selection is another
             describe_export(selection, request.spec, settings)
         model = attach(model, request.settings, selection, spec=request.spec)
+        if settings.reselects_running:
+            check_seen(model)
         _indices_with_content(model, selection)
     else:
         describe_export(None, spec, settings)
@@ -237,15 +241,35 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
     weights, parameters = tensor_bytes(frozen), tensor_bytes(trained)
     gradients = parameters
     device = "cpu" if on_cpu(config.hardware) else "cuda"
-    activations = passes(shape, batch, length, checkpointing=config.checkpointing, device=device) - gradients
+    with _looking(config, shape):
+        activations = passes(shape, batch, length, checkpointing=config.checkpointing, device=device) - gradients
     if shape.autocast:  # the copies in half precision stay for the step; weights and gradients are twice as wide
         activations += parameters
         parameters, gradients = 2 * parameters, 2 * gradients
     moments = optimizer_bytes(config.trainer.optimizer, trained) * (2 if shape.autocast else 1)
-    if config.method.reselect_steps and config.method.reselects_in_turn:
+    if config.method.reselects_running and config.method.reselects_in_turn:
         moments += _sensitivity_bytes(shape)
     activations = max(activations, _while_updating(config, trained))
     return sharded(config, shape, Memory(weights, parameters, gradients, moments, activations))
+
+
+@contextlib.contextmanager
+def _looking(config: RunConfig, shape: Shape) -> Iterator[None]:
+    """Inside, passes keep and make what re-selection by running gradients looks at in a step: of the last layers, which
+    are the first in a backward pass, when the most is kept."""
+    method = config.method
+    if not method.reselects_running or method.reselects_in_turn:
+        yield
+        return
+    layers = sparse_layers(shape.model)
+    budget = method.budget(shape.spec)
+    budget.candidates = [c for c in budget.candidates if c.module in layers and layers[c.module].patterns]
+    running = Running(method.reselect_steps, shape.model, shape.spec, budget, order=method.order, seed=method.seed)
+    running.look(method.reselect_steps - 1)
+    try:
+        yield
+    finally:
+        running.look_away()
 
 
 def _sensitivity_bytes(shape: Shape) -> int:

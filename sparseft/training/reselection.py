@@ -92,6 +92,9 @@ class Reselection(transformers.TrainerCallback):
         self.rates: list[float] = []
         self.seconds = 0.0  # spent on choosing, in this process: of a resumed run since then
 
+    def save(self, folder: Path) -> None:
+        """Writes what the next choice depends on, beside the step's number, into a checkpoint's folder."""
+
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step and state.global_step == self.ended_at:
             self.on_step_end(args, state, control, **kwargs)

@@ -43,9 +43,8 @@ from sparseft.training.label_smoothing import smoothed_loss
 from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.recomputing import describe, recomputing
-from sparseft.training.reselection import save_active
+from sparseft.training.reselection import Reselection, save_active
 from sparseft.training.run_state import Mark, RunState
-from sparseft.training.turns import Turns
 from sparseft.training.verdicts import takes_flag
 
 COUNT = "num_tokens"  # in a batch: its tokens without padding, an int, which never reaches the model
@@ -264,7 +263,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 ranks.barrier()  # each process has left its random state
                 if ranks.is_main():
                     for callback in self.callback_handler.callbacks:
-                        if isinstance(callback, Turns):
+                        if isinstance(callback, Reselection):
                             callback.save(aside / name)
                     copy_best(folder, aside / name)
                     write_manifest(aside / name)

@@ -19,13 +19,14 @@ from sparseft.errors import UserError
 from sparseft.files.tensors import read_tensors
 from sparseft.importance.sensitivity import Sensitivity
 from sparseft.kernels import grid
-from sparseft.kernels.reference import flat, token_product
+from sparseft.kernels.reference import token_product
 from sparseft.layers import SparseLinear, sparse_layers
 from sparseft.models.spec import ModelSpec
 from sparseft.runs.folder import SENSITIVITY
 from sparseft.selection.grids import best_grid
 from sparseft.selection.selection import Selection
 from sparseft.training.reselection import Reselection
+from sparseft.training.running import operands
 
 
 def turns_of(model: nn.Module, spec: ModelSpec) -> list[list[str]]:
@@ -137,7 +138,7 @@ class Turns(Reselection):
         for name, layer in layers.items():
             if name not in self.sums:
                 self.sums[name] = self._fresh(layer)
-            self._hooks.append(layer.register_forward_hook(_watching(self.sums[name])))
+            self._hooks.append(layer.register_forward_hook(operands(_adding_to(self.sums[name]))))
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -158,16 +159,6 @@ class Turns(Reselection):
         return ranks.broadcast_object(Selection(chosen))
 
 
-def _watching(own: Sensitivity) -> Callable[..., None]:
-    """A forward hook by which a linear's whole gradient is made in the backward pass: it keeps the input until then."""
-
-    def seen(layer: nn.Module, inputs: Any, y: Tensor) -> None:
-        if torch.is_grad_enabled() and y.requires_grad:
-            x = inputs[0].detach()
-
-            def made(gradient: Tensor) -> None:
-                own.add(token_product(flat(gradient), flat(x).to(gradient.dtype)))
-
-            y.register_hook(made)
-
-    return seen
+def _adding_to(own: Sensitivity) -> Callable[[Tensor, Tensor], None]:
+    """Makes a linear's whole gradient of what the backward pass shows, and adds it."""
+    return lambda x, gradient: own.add(token_product(gradient, x))

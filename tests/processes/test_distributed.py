@@ -22,7 +22,9 @@ from support.ranks import COMMON, METHODS, TWO, Runs, run_ranks, split, trained
 from support.running import metrics, refused, sparseft, summary, write_data
 
 RESELECTED = ["method.reselect_steps=2", "method.importance=gradient", "method.num_samples=6"]
-METHODS |= {f"{name}, reselected": [*METHODS[name], *RESELECTED] for name in ("s2ft", "permuted", "sylva")}
+CALIBRATED = [*RESELECTED, "method.reselect_by=calibration"]
+METHODS |= {f"{name}, reselected": [*METHODS[name], *RESELECTED] for name in ("s2ft", "sylva")}
+METHODS |= {f"{name}, reselected anew": [*METHODS[name], *CALIBRATED] for name in ("s2ft", "permuted", "sylva")}
 # What two processes train as one does to 1e-5: not weights in bf16, and no re-selection where ZeRO has sharded them.
 EVERY = [(method, stage) for method in METHODS for stage in range(4)
          if method != "bf16" and (stage < 3 or "reselected" not in method)]  # fmt: skip

@@ -17,10 +17,13 @@ from sparseft.commands import plan as command
 from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
 from sparseft.layers.saved_inputs import share_inputs_in_training
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import as_trained
 from sparseft.training import memory_plan as planning
 from sparseft.training import recomputing
 from sparseft.training.labelled_loss import usable
 from sparseft.training.optimizer import SparseAdamW
+from sparseft.training.running import Running
 from support.places import SUPPORT
 from support.running import files, on, refused, sparseft, write_data
 
@@ -84,6 +87,10 @@ def measured(config: Any, content: Any, dtype: torch.dtype, vocabulary: int = 25
     ids = torch.randint(vocabulary, (BATCH, LENGTH))
     batch = {"input_ids": ids, "labels": ids}
     step(contender, batch)  # from here on the optimizer has its state
+    if settings.reselects_running:
+        spec, steps = ModelSpec.of(model), settings.reselect_steps
+        budget = as_trained(model, settings, spec=spec)
+        Running(steps, model, spec, budget, order=settings.order, seed=0).look(steps - 1)
     measure_memory(contender, batch, torch.device("cpu"))
     return contender.peak_bytes
 
@@ -106,6 +113,19 @@ def test_the_plan_is_what_a_step_takes(kind: str, method: str, checkpointing: bo
         shape = planning.trainable_shape(config, contents()[kind], dtype)
         planned = planning.step_memory(config, shape, batch=BATCH, length=LENGTH).total
         assert planned == pytest.approx(measured(config, contents()[kind], dtype), rel=0.08)
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.parametrize("method", ["s2ft", "sylva"])
+def test_the_plan_counts_what_is_looked_at(method: str, steps: int) -> None:
+    """By re-selection with running gradients: all layers in every step, or one at a time."""
+    words = [f"method.reselect_steps={steps}", "method.reselect_by=running"]
+    content, planned = contents()["llama"], []
+    for config in (configured(method, *words), configured(method)):
+        shape = planning.trainable_shape(config, content, torch.float32)
+        planned.append(planning.step_memory(config, shape, batch=BATCH, length=LENGTH).total)
+        assert planned[-1] == pytest.approx(measured(config, content, torch.float32), rel=0.08)
+    assert planned[0] > planned[1]
 
 
 def test_the_plan_counts_the_logits_of_a_large_vocabulary_as_they_are_made() -> None:
@@ -271,6 +291,7 @@ def test_what_cannot_be_planned(words: list[str], parts: list[str], tmp_path: Pa
         "method=full hardware.dtype=bfloat16 hardware.gradient_checkpointing=true",
         "method=dora dataset.packing=true trainer.scheduler=cosine",
         "method=s2ft method.reselect_steps=1 scope=self_attn model.attn_implementation=eager",
+        "method=sylva method.reselect_steps=2 method.reselect_by=running sparsity=0.9",
         "method=s2ft method.layout=permuted trainer.batch_size=4 hardware.micro_batch=2",
         "-m method=s2ft,lora",
     ],

@@ -285,15 +285,17 @@ def test_state_dict_and_checkpoint_carry_what_is_parked(make_model, tmp_path, na
 
 # ---- the command ----
 
+BY = "method.reselect_by=calibration"
 WORDS = (
     "train dataset.max_examples=40 trainer.batch_size=2 trainer.gradient_accumulation=1 trainer.max_length=96 "
     "trainer.learning_rate=1e-2 trainer.warmup_steps=0 trainer.logging_steps=1 hardware.device=cpu method.num_samples=2"
 ).split()
 
 
-def test_a_longer_run_makes_up_for_the_re_selection_that_its_end_left_out(tmp_path):
+@pytest.mark.parametrize("by", ["running", "calibration"])
+def test_a_longer_run_makes_up_for_the_re_selection_that_its_end_left_out(tmp_path, by):
     """After a run's last step nothing is chosen anew; a run that goes on from there would have chosen."""
-    words = [*WORDS, "method=s2ft", "method.importance=gradient", "method.reselect_steps=3"]
+    words = [*WORDS, "method=s2ft", "method.importance=gradient", "method.reselect_steps=3", f"method.reselect_by={by}"]
     words += ["trainer.scheduler=constant", "trainer.save_steps=3"]
     command(tmp_path, *words, "trainer.max_steps=7", "output_dir=whole")
     first = command(tmp_path, *words, "trainer.max_steps=3", "output_dir=grown")
@@ -309,9 +311,13 @@ def test_a_longer_run_makes_up_for_the_re_selection_that_its_end_left_out(tmp_pa
 @pytest.mark.parametrize(
     "method",
     [
-        ["method=s2ft", "method.importance=gradient", "method.order=sampled"],
-        ["method=s2ft", "method.layout=permuted", "method.importance=activation", "method.num_samples=null"],
+        ["method=s2ft", "method.importance=gradient", "method.order=sampled", BY],
+        ["method=s2ft", "method.layout=permuted", "method.importance=activation", "method.num_samples=null", BY],
+        ["method=sylva", "method.block_size=16", "sparsity=0.9", BY],
+        ["method=s2ft", "method.order=sampled"],
+        ["method=s2ft", "method.layout=permuted"],
         ["method=sylva", "method.block_size=16", "sparsity=0.9"],
+        ["method=losia", "sparsity=0.9", BY],
     ],
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, method):

@@ -17,8 +17,10 @@ from sparseft.data.packing import Collator, PackedDataset
 from sparseft.kernels import reference
 from sparseft.methods import get_method
 from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import as_trained
 from sparseft.training.arguments import training_arguments
 from sparseft.training.recomputing import KINDS as KINDS_MADE_AGAIN
+from sparseft.training.running import Running
 from sparseft.training.trainer import Trainer, train
 from sparseft.training.turns import Turns, turns_of
 from sparseft.training.verdicts import Verdict, Verdicts
@@ -237,6 +239,20 @@ def test_nor_does_one_whose_layers_take_turns(audit: Audit, tmp_path: Path) -> N
     trainer.add_callback(Between(audit.start, audit.stop))
     assert train(trainer, None, STEPS).step == STEPS
     assert audit.found == []
+
+
+@pytest.mark.parametrize("kind", ["s2ft permuted", "sylva 16"])
+def test_looking_at_gradients_waits_for_nothing(kind: str, audit: Audit, tmp_path: Path) -> None:
+    model, spec = model_of(kind), ModelSpec.of(model_of(kind))
+    settings = get_method(KINDS[kind][0])(**KINDS[kind][1])
+    budget = as_trained(model, settings, spec=spec)
+    running = Running(STEPS, model, spec, budget, order="largest", seed=0)
+    trainer = trainer_on(model, "packed", tmp_path, torch.device("cpu"))
+    trainer.add_callback(running)
+    trainer.add_callback(Between(audit.start, audit.stop))
+    assert train(trainer, None, STEPS).step == STEPS
+    assert audit.found == []
+    assert all(total.any() for total in running.sums.totals.values())
 
 
 @pytest.mark.parametrize("kind", ["s2ft", "sylva 16", "paca", "losia", "lora", "full"])
