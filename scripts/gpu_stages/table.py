@@ -18,12 +18,12 @@ def _of(module: str, name: str = "work") -> Callable[[Findings], None]:
 
 STAGES = (
     Stage("machine", 15, "what device and host can do", _of("machine")),
-    Stage("kernels", 110, "the kernels' own tests", _of("tests", "kernels")),
+    Stage("kernels", 100, "the kernels' own tests", _of("tests", "kernels")),
     Stage("syncs", 15, "no step of sparse layers waits for the device", _of("syncs")),
-    Stage("numerics", 110, "layers, models and runs against nn.Linear, float64 and the CPU", _of("tests", "numerics")),
-    Stage("commands", 80, "preprocess, train, kill and resume, too large a batch", _of("commands")),
+    Stage("numerics", 90, "layers, models and runs against nn.Linear, float64 and the CPU", _of("tests", "numerics")),
+    Stage("commands", 110, "preprocess, train, kill and resume, too large a batch", _of("commands")),
     Stage("step", 130, "a step of LLaMA-2 7B, 512 tokens", _of("steps", "seven")),
-    Stage("host", 25, "queueing a step, and its kernels", _of("host")),
+    Stage("host", 50, "queueing a step, and its kernels", _of("host")),
     Stage("products", 30, "small kernels by graph replay", _of("products")),
     Stage("loss", 25, "head and loss of 128,256 words", _of("losses")),
     Stage("preprocess", 50, "choosing: time, and the same units as on the CPU", _of("choosing")),

@@ -15,7 +15,7 @@ from gpu_stages.findings import Findings, Skip
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("tests/kernels/test_triton.py", "tests/training/test_optimizer.py")
-SANITIZED = "test_auto_takes_the_kernel_on_cuda or test_on_the_gpu_as_torch_does"
+SANITIZED = "test_auto_takes_the_kernel_on_cuda or (test_on_the_gpu_as_torch_does and dtype1)"
 MARK = "mark.gpu"  # files that have tests for a device
 WHOLE = "tests/gpu"  # layers, models, runs: the same tests as on the CPU, on the device
 SMALL = "tests/gpu/test_layers.py"
