@@ -24,6 +24,7 @@ _EXPORTS = {
     "save_adapter": "sparseft.adapters.lifecycle",
     "set_adapter": "sparseft.adapters.lifecycle",
     "trainable_parameters": "sparseft.adapters.lifecycle",
+    "reference_model": "sparseft.adapters.reference_model",
     "SparseLinear": "sparseft.layers",
     "S2ColumnLinear": "sparseft.layers",
     "S2RowLinear": "sparseft.layers",

@@ -79,6 +79,14 @@ def test_trl_sft(run):
     check_only_selected("out/final/adapter", model_at("out/final"))
 
 
+def test_trl_dpo(run):
+    pytest.importorskip("trl")
+    found = run("trl_dpo", "--steps", "6")
+    assert found["before"]["eval_rewards/margins"] == 0 < found["after"]["eval_rewards/margins"]
+    assert found["after"]["eval_rewards/accuracies"] > 0.7
+    check_only_selected("out/final/adapter", model_at("out/final"))
+
+
 def test_accelerate_loop(run):
     losses = run("accelerate_loop", "--steps", "6")["losses"]
     assert losses[-1] < losses[0] - 0.5

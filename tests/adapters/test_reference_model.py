@@ -1,0 +1,152 @@
+"""`reference_model`: the base under an attached model, beside a base of its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+
+import sparseft
+from sparseft.config import BUNDLED_ROOT
+from sparseft.layers import sparse_layers
+from sparseft.layers.inactive import swap
+from support import adapted
+
+SUMS = [(a, b) for a in range(2, 6) for b in range(3, 9)]
+PAIRS = [{"prompt": f"{a}+{b}=", "chosen": f" {a + b}.", "rejected": f" {a * b}."} for a, b in SUMS]
+ALONE = [{"prompt": f"{a}+{b}=", "completion": f" {a + b * (b % 2)}.", "label": b % 2 == 1} for a, b in SUMS]
+CONFIGS = {
+    "s2ft": sparseft.S2FTConfig(sparsity=0.9, importance="random"),
+    "permuted": sparseft.S2FTConfig(sparsity=0.9, importance="random", layout="permuted"),
+    "sylva": sparseft.SylvaConfig(sparsity=0.9, importance="random"),
+    "paca": sparseft.PacaConfig(sparsity=0.9, importance="random"),
+    "losia": sparseft.LosiaConfig(sparsity=0.9, importance="random"),
+}
+IDS = torch.arange(3, 40).view(1, -1)
+
+
+def base() -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(BUNDLED_ROOT / "tiny", dtype=torch.float32)
+
+
+def moved(model: Any) -> Any:
+    """The model with deltas that are not zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in sparse_layers(model).values():
+            for pattern in layer.patterns.values():
+                pattern.delta.copy_(0.1 * torch.randn(pattern.delta.shape, generator=generator))
+            layer.write_back()
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_computes_as_the_base_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
+    config = sparseft.SylvaConfig(sparsity=0.9, importance="random", block_size=4)
+    plain = adapted.build(kind, dtype)
+    expected = logits(copy.deepcopy(plain).eval())
+    model = moved(sparseft.attach(plain, config)).eval()
+    before, answer = weights(model), logits(model)
+    reference = sparseft.reference_model(model)
+    found = logits(reference)
+    assert torch.equal(found, expected) and not found.requires_grad and not torch.equal(answer, expected)
+    assert same(weights(model), before) and torch.equal(logits(model), answer)
+    assert reference.config is model.config and isinstance(reference, type(model))
+    assert {p.data_ptr() for p in reference.parameters()} == {p.data_ptr() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_backward_pass_goes_through_what_was_computed_before(name: str) -> None:
+    model, alone = (moved(sparseft.attach(base(), CONFIGS[name])) for _ in range(2))
+    reference = sparseft.reference_model(model)
+    loss = logits(model).square().mean()
+    reference.train()  # its modules are the model's, in whose mode they stay
+    logits(reference)
+    loss.backward()
+    logits(alone).square().mean().backward()
+    for (of, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if ours.requires_grad:
+            assert torch.equal(ours.grad, theirs.grad) and ours.grad.any(), of
+
+
+def test_what_waits_of_another_selection_is_not_in_the_base() -> None:
+    model = moved(sparseft.attach(base(), sparseft.S2FTConfig(sparsity=0.9, importance="random")))
+    for layer in sparse_layers(model).values():
+        for kind, pattern in layer.patterns.items():
+            size = layer.in_features if kind == "columns" else layer.out_features
+            swap(layer, kind, (pattern.index + 1) % size)
+    moved(model)
+    before = weights(model)
+    assert torch.equal(logits(sparseft.reference_model(model)), logits(base()))
+    assert same(weights(model), before)
+
+
+def test_an_error_inside_leaves_the_model_as_it_was() -> None:
+    model = moved(sparseft.attach(base(), CONFIGS["s2ft"]))
+    before, reference = weights(model), sparseft.reference_model(model)
+    with pytest.raises(IndexError):
+        reference(input_ids=torch.tensor([[10**6]]))
+    assert same(weights(model), before) and torch.is_grad_enabled()
+    assert torch.equal(logits(reference), logits(base()))
+
+
+def test_models_without_a_base_below_them() -> None:
+    with pytest.raises(sparseft.UserError, match=r"nothing is attached to this model; it is its own reference\.$"):
+        sparseft.reference_model(base())
+    with pytest.raises(sparseft.UserError, match=r"all weights of this model train, so that its base is gone"):
+        sparseft.reference_model(sparseft.attach(base(), sparseft.FullConfig()))
+    assert sparseft.reference_model(sparseft.attach(base(), sparseft.LoraConfig(rank=2))) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "options"),
+    [
+        ("s2ft", "DPO", {}),
+        ("sylva", "DPO", {"loss_type": ["ipo"], "gradient_checkpointing": False, "gradient_accumulation_steps": 2}),
+        ("permuted", "DPO", {"loss_type": ["sigmoid_norm"]}),
+        ("sylva", "KTO", {}),
+    ],
+)
+def test_trl_trains_as_with_a_second_model(name: str, of: str, options: dict[str, Any], tmp_path: Any) -> None:
+    trl = pytest.importorskip("trl")
+
+    def trained(reference: Any) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        model = sparseft.attach(base(), CONFIGS[name])
+        arguments = getattr(trl, f"{of}Config")(
+            str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[], max_steps=4, per_device_train_batch_size=4,
+            logging_steps=1, learning_rate=1e-2, disable_tqdm=True, save_strategy="no", max_length=64, **options,
+        )  # fmt: skip
+        tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED_ROOT / "tiny")
+        data = Dataset.from_list(PAIRS if of == "DPO" else ALONE)
+        trainer = getattr(trl, f"{of}Trainer")(
+            model, ref_model=reference(model), args=arguments, train_dataset=data, processing_class=tokenizer
+        )
+        trainer.train()
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        return [{k: v for k, v in line.items() if "runtime" not in k} for line in lines], weights(model)
+
+    ours, mine = trained(sparseft.reference_model)
+    theirs, other = trained(lambda model: base())
+    if name == "permuted":  # its sums run in another order than the second model's
+        assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], abs=1e-5)
+    else:
+        assert ours == theirs and same(mine, other)
+    assert ours[-1]["loss"] != ours[0]["loss"]
