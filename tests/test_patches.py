@@ -981,3 +981,13 @@ def test_autograds_nodes_say_what_they_follow_from() -> None:
     assert product.name() == "MmBackward0" and product._saved_mat2.shape == (8, 16)
     leaf, _ = before.next_functions[0]
     assert leaf.name() == "torch::autograd::AccumulateGrad" and leaf.variable is x
+
+
+def test_what_is_written_and_put_back_can_count_as_unchanged() -> None:
+    """`adapters/reference_model.py` does so between a forward pass and its backward pass."""
+    weight, x = torch.randn(3, 3), torch.randn(3, requires_grad=True)
+    loss = (weight @ x).sum()
+    with torch.autograd._unsafe_preserve_version_counter((weight,)):
+        weight.add_(0)
+    loss.backward()  # would raise
+    assert weight._version == 0, relied_on("_unsafe_preserve_version_counter")
