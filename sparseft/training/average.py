@@ -22,6 +22,7 @@ from sparseft import console
 from sparseft.adapters.lifecycle import trainable_parameters
 from sparseft.errors import UserError
 from sparseft.files.tensors import read_described
+from sparseft.files.untrusted import parse_json
 from sparseft.layers import sparse_layers
 from sparseft.layers.pattern import Pattern, changes, entry_dim, index_keys, positions_of
 from sparseft.runs.folder import AVERAGE
@@ -173,7 +174,7 @@ class Average(transformers.TrainerCallback):
             return
         tensors, about = read_described(file, "checkpoint")
         try:
-            known = json.loads(about["average"])
+            known = parse_json(about["average"])
             numbers = {name: type(getattr(self, name))(known[name]) for name in NUMBERS}
             rule = known["rule"]
         except (KeyError, TypeError, ValueError) as error:
