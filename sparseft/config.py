@@ -6,6 +6,7 @@ No torch here: `sparseft --help` and `--cfg` stay fast.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,6 +62,11 @@ RATE = Rule(
     "more than 0, and what fp32 can hold (from 1.2e-38 to 3.4e38)",
 )
 DECAY = Rule(lambda value: 0 <= value <= LARGEST_FP32, "at least 0, and what fp32 can hold (up to 3.4e38)")
+AVERAGE = Rule(
+    lambda value: (found := re.fullmatch(r"(?:last|ema):(0?\.\d+)", value)) is not None and float(found[1]) > 0,
+    "last:SHARE (the mean over that share of the steps, at the end) or ema:DECAY, each number between 0 and 1, such as "
+    "last:0.25",
+)
 WHOLE_OR_AUTO = Rule(
     lambda value: value == "auto" or (isinstance(value, int) and value >= 1), "a whole number of at least 1, or auto"
 )
@@ -130,6 +136,7 @@ class TrainerConfig:
     scheduler: Literal[SCHEDULERS] = "linear"
     scheduler_args: dict[str, Any] | None = None
     optimizer: Literal[(*OPTIMIZERS, *BITSANDBYTES)] = "adamw_torch"
+    average: Annotated[str, AVERAGE] | None = None
     weight_decay: Annotated[float, DECAY] = 0.0
     adam_beta1: Annotated[float, BELOW_1] = 0.9
     adam_beta2: Annotated[float, BELOW_1] = 0.999

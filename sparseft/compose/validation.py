@@ -97,6 +97,11 @@ def check(config: RunConfig) -> None:
         asked = f"eval_task={trainer.eval_task}" if trainer.eval_task else f"patience={trainer.patience}"
         name = "keep_best=true" if trainer.keep_best else asked
         raise UserError(f"trainer.{name}: needs trainer.eval_steps, the optimizer steps between evaluations.")
+    if trainer.average is not None and trainer.keep_best:
+        raise UserError(
+            f"trainer.average={trainer.average} and trainer.keep_best=true: what is left is the mean over steps or the "
+            "best evaluation's adapter; give one of them."
+        )
     for name in trainer.trackers:
         check_choice("trainer.report_to", name, TRACKERS)
     if trainer.sample_steps is not None and trainer.sample_prompts is None:
@@ -122,6 +127,11 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"trainer.compile={trainer.compile}: DeepSpeed gathers and reduces between a model's modules, in Python; "
             f"with hardware.zero_stage={hardware.zero_stage} use trainer.compile=none or model."
+        )
+    if trainer.average is not None and hardware.zero_stage == 3:
+        raise UserError(
+            f"trainer.average={trainer.average}: no process has whole parameters under hardware.zero_stage=3; use "
+            "hardware.zero_stage=2 or less."
         )
     if hardware.offload != "none" and hardware.zero_stage == 0:
         raise UserError(

@@ -43,6 +43,7 @@ BENCH = "bench.json"
 QUESTIONS = "train_questions.safetensors"
 SELECTION = "selection"
 SENSITIVITY = "sensitivity.safetensors"  # in a checkpoint: what re-selection in turn has seen of its layer
+AVERAGE = "average.safetensors"  # there too: the mean of what trains so far (trainer.average)
 RUNNING = "running.safetensors"  # there too: what re-selection by running gradients has seen of all layers
 ADAPTER = "adapter"  # an adapter or, after full fine-tuning, a Hugging Face model with its tokenizer
 UNTRIMMED = "adapter-untrimmed"  # as it was trained, where `adapter` was cut back to a budget of forgetting

@@ -52,6 +52,7 @@ from sparseft.selection.selection import Selection, describe_selection, describe
 from sparseft.training import checks, schedules
 from sparseft.training import resume as resuming
 from sparseft.training.arguments import training_arguments
+from sparseft.training.average import Average
 from sparseft.training.best import Best, Evaluation, evaluations, reached, recorded, without_a_better
 from sparseft.training.checkpoints import CHECKPOINTS, last_checkpoint
 from sparseft.training.distributed_trainer import has_experts
@@ -386,6 +387,10 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
         processing_class=None,
     )
+    average = None
+    if config.trainer.average is not None:
+        average = Average(config.trainer.average, prepared.model, job.total_steps, job.resumed_from)
+        trainer.add_callback(average)
     if config.method.reselect_steps:
         job.reselection = _reselection(job, trainer)
         trainer.add_callback(job.reselection)
@@ -408,6 +413,8 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
     before = _evaluation(job, trainer, 0, "before")
     transformers.set_seed(config.seed)  # whatever was drawn before, as by an evaluation, training starts the same
     totals = run_loop(trainer, job.resumed_from, _last_step(job, folder))
+    if average is not None:
+        average.take()
     if samples is not None:
         samples.adapter(totals.step)
     return Trained(trainer, best, before, totals)
@@ -468,13 +475,14 @@ def _reselection(job: Job, trainer: Trainer) -> Reselection:
     return Reselection(method.reselect_steps, choose, trainer.run_state.clock, ended_at)
 
 
-def _evaluation(job: Job, trainer: Trainer, step: int, when: str) -> Evaluation | None:
-    """The evaluation at the present step: as recorded where it was measured there, else measured now, and said."""
+def _evaluation(job: Job, trainer: Trainer, step: int, when: str, anew: bool = False) -> Evaluation | None:
+    """The evaluation at the present step: as recorded where it was measured there, else (and `anew`) measured now, and
+    said."""
     if job.prepared.data.eval is None:
         return None
     folder = trainer.run_state.folder
     seen = first_recorded(folder, step)
-    if seen is None:
+    if seen is None or anew:
         trainer.evaluate()
         seen = first_recorded(folder, step)
         _say(job, when, seen)
@@ -501,7 +509,8 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
     """Measures again, leaves the adapter (the best one where it was kept) and the summary, which it returns."""
     config, prepared, trainer = job.config, job.prepared, trained.trainer
     folder = trainer.run_state.folder
-    after = _evaluation(job, trainer, trained.totals.step, "after")
+    averaged = config.trainer.average is not None  # evaluations on the way were of what trained
+    after = _evaluation(job, trainer, trained.totals.step, "after", anew=averaged)
     kept = trained.best.take(prepared.model)
     if kept is not None:
         console.log(f"best: the evaluation at step {kept.step}, whose adapter is kept")

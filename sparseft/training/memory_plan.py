@@ -247,6 +247,8 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
         activations += parameters
         parameters, gradients = 2 * parameters, 2 * gradients
     moments = optimizer_bytes(config.trainer.optimizer, trained) * (2 if shape.autocast else 1)
+    if config.trainer.average is not None:
+        moments += 4 * sum(parameter.numel() for parameter in trained)
     if config.method.reselects_running and config.method.reselects_in_turn:
         moments += _sensitivity_bytes(shape)
     activations = max(activations, _while_updating(config, trained))

@@ -21,7 +21,7 @@ from sparseft.distributed import ranks
 from sparseft.errors import UserError
 from sparseft.files.tensors import read_tensors
 from sparseft.importance.scores import UnitSums, gradient_norms
-from sparseft.importance.units import Candidate
+from sparseft.importance.units import Candidate, units_of
 from sparseft.kernels.reference import flat
 from sparseft.layers import sparse_layers
 from sparseft.layers.permutation import inverse
@@ -134,8 +134,17 @@ class Running(Reselection):
 
         return seen
 
+    def _as_now(self, c: Candidate) -> Tensor:
+        """Scores by which a candidate keeps the units that train."""
+        present = torch.zeros(c.count, dtype=torch.float64)
+        present[units_of(c, self.layers[c.module].patterns[c.kind].index.cpu())] = 1.0
+        return 1.0 - present if self.order == "smallest" else present
+
     def _choose(self, step: int) -> Selection:
         scores, seed = self.sums.scores(), self.seed + step
+        for c in self.budget.candidates:
+            if not scores[c.key].any():  # not seen: every step was bad, or the run goes on from an earlier version's
+                scores[c.key] = self._as_now(c)
         chosen = choose(self.budget, scores, order=self.order, allocation="per_layer", seed=seed)
         for total in self.sums.totals.values():  # what is looked at from here on is another choice's
             total.zero_()

@@ -26,6 +26,7 @@ from sparseft.models.probing import without_gradient
 from sparseft.runs.folder import ADAPTER, CHECKPOINTS, checkpoint_name
 from sparseft.training import distributed_trainer, schedules
 from sparseft.training.arguments import tf32_as_set
+from sparseft.training.average import Average
 from sparseft.training.best import copy_best
 from sparseft.training.callbacks import RunCallback
 from sparseft.training.checkpoints import (
@@ -263,7 +264,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 ranks.barrier()  # each process has left its random state
                 if ranks.is_main():
                     for callback in self.callback_handler.callbacks:
-                        if isinstance(callback, Reselection):
+                        if isinstance(callback, (Average, Reselection)):
                             callback.save(aside / name)
                     copy_best(folder, aside / name)
                     write_manifest(aside / name)

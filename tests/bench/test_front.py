@@ -331,6 +331,10 @@ LORA = "LoRA: method=lora"
         ([f"bench.variants=['{LORA}']"], "name at least two variants"),
         ([f"bench.variants=['{LORA}','S2FT: method=s2ft model.dtype=bfloat16']"], "'S2FT': it sets model.dtype"),
         ([f"bench.variants=['{LORA}','S2FT: method=s2ft trainer.max_steps=9']"], "'S2FT': it sets trainer.max_steps"),
+        (
+            [f"bench.variants=['{LORA} trainer.average=last:0.5','S2FT: method=s2ft trainer.warmup_steps=9']"],
+            "'S2FT': it sets trainer.warmup_steps",  # what is averaged may differ
+        ),
         ([f"bench.variants=['{LORA}','S2FT: method=s2ft bench.rates=[1e-3,1e-3]']"], "names a rate twice"),
         ([f"bench.variants=['{LORA}','lora: method=s2ft']"], "'lora': its folders would be those of 'LoRA'"),
         ([f"bench.variants=['{LORA}','S2FT: method=s2ftt']"], "'S2FT': "),

@@ -128,6 +128,15 @@ def test_the_plan_counts_what_is_looked_at(method: str, steps: int) -> None:
     assert planned[0] > planned[1]
 
 
+def test_the_plan_counts_an_average() -> None:
+    content, planned = contents()["llama"], []
+    for words in ((), ("trainer.average=last:0.25",)):
+        config = configured("s2ft", *words)
+        shape = planning.trainable_shape(config, content, torch.float32)
+        planned.append(planning.step_memory(config, shape, batch=1, length=8).total)
+    assert planned[1] - planned[0] == 4 * shape.trainable
+
+
 def test_the_plan_counts_the_logits_of_a_large_vocabulary_as_they_are_made() -> None:
     """A chunk of them at a time with `trainer.loss=auto`, all at once with `plain`."""
     content, totals = contents()["llama"], {}

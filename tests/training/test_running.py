@@ -153,6 +153,24 @@ def test_a_step_that_is_not_finite_counts_nothing(make_model: Any) -> None:
     assert all(total.isfinite().all() for total in running.sums.totals.values())
 
 
+@pytest.mark.parametrize("order", ["largest", "smallest", "sampled"])
+@pytest.mark.parametrize("method", ["columns", "permuted", "blocks"])
+def test_what_no_step_has_shown_stays(make_model: Any, method: str, order: str) -> None:
+    """A run that goes on without the sums of the steps before."""
+    model, running = watched(make_model, "llama", method, 4, order=order)
+    before = indices(model)
+    go(model, running, 2, start=2)  # the second half: the first layer had its turns
+    after = indices(model)
+    unseen = set(before) - {(name, kind) for name, kind in before if name in running.turn(3)}
+    assert unseen and all(after[each] == before[each] for each in unseen)
+    assert any(after[each] != before[each] for each in set(before) - unseen)
+
+
+def indices(model: Any) -> dict[tuple[str, str], list[Any]]:
+    layers = sparse_layers(model)
+    return {(n, kind): sorted(p.index.tolist()) for n, layer in layers.items() for kind, p in layer.patterns.items()}
+
+
 def test_what_was_seen_is_kept(make_model: Any, tmp_path: Path) -> None:
     model, running = watched(make_model, "llama", "columns", 5)
     go(model, running, 3)
