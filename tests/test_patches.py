@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -341,6 +342,52 @@ def test_a_stack_is_asked_as_a_parameter_is() -> None:
         torch.testing.assert_close(model(**batch()).logits, expected)
         close_experts(model)
     assert called, relied_on("grouped_mm_fallback")
+
+
+# What transformers' modules that ask late (cli/libraries.py) know before and after a package is loaded.
+LATE = """
+import json, sys
+from sparseft.cli.libraries import QUESTIONS, load
+load("transformers.trainer")
+import transformers
+from transformers import trainer, trainer_utils, utils
+from transformers.loss import loss_for_object_detection as losses
+
+packages = ("peft", "datasets", "pandas", "scipy")
+facts = {"asked": sorted({question.function for question in QUESTIONS if hasattr(utils, question.function)})}
+facts["loaded by it"] = [name for name in packages if name in sys.modules]
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+facts["before"] = trainer_utils._is_peft_model(model)
+facts["others"] = [utils.is_peft_available(), utils.is_datasets_available(), utils.is_scipy_available()]
+facts["still not loaded"] = [name for name in packages if name in sys.modules]
+
+import torch
+costs = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
+facts["matched"] = [[int(i) for i in found] for found in losses.linear_sum_assignment(costs)]
+import datasets, peft
+wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+facts["after"] = [trainer_utils._is_peft_model(wrapped), trainer_utils._is_peft_model(model.get_input_embeddings())]
+rows = datasets.Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]], "unused": [0]})
+at = transformers.Trainer(wrapped, transformers.TrainingArguments(report_to="none", use_cpu=True), train_dataset=rows)
+facts["columns"] = at.get_train_dataloader().dataset.column_names
+print(json.dumps(facts))
+"""
+
+
+def test_transformers_asks_for_packages_when_it_needs_them() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stderr}\n{relied_on('asking_late')}"
+    facts = json.loads(done.stdout.splitlines()[-1])
+    asked = ["is_datasets_available", "is_peft_available", "is_scipy_available"]
+    assert facts["asked"] == asked, relied_on("is_peft_available")
+    if Version(transformers.__version__) >= Version("5.23"):  # before, it imports scikit-learn, which takes others
+        assert facts["loaded by it"] == [] and facts["still not loaded"] == [], relied_on("asking_late")
+    assert not {"peft", "datasets"} & set(facts["still not loaded"]), relied_on("asking_late")
+    assert not facts["before"] and facts["others"] == [True, True, True], relied_on("is_peft_available")
+    assert facts["matched"] == [[0, 1], [1, 0]], relied_on("linear_sum_assignment")
+    assert facts["after"] == [True, False], relied_on("is_peft_available")
+    assert facts["columns"] == ["input_ids", "labels"], relied_on("is_datasets_available")
 
 
 # -- DeepSpeed and accelerate -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     peak s2ft / full <= 0.50      the most memory at once
     peak s2ft <= bound            the weights, 1.03 x the floor's activations and 20 bytes for each trained weight
     peak s2ft <= 17.5 GB          or GiB, MB, MiB; a step in s or ms
+    besides sylva / floor <= 0.02 a step's optimizer, clipping, logging and hooks, of the other's whole step (on a CPU)
 
 Of `bench host`: `passes sylva / floor <= 1.20` (forward and backward; `passes` may be left out), `reference` (the same
 with plain torch's products) and `update sylva <= 0.5 ms` (the optimizer's step). Of `bench serve`: `switch s2ft / lora
@@ -25,17 +26,19 @@ from typing import Any
 from sparseft.bench.timing import absent, comparable, measured
 from sparseft.errors import UserError, nearest
 
+BESIDES = "besides_seconds"
 FIELDS = {  # of a row, by quantity
     "step": "step_seconds",
     "peak": "peak_memory_bytes",
     "saved": "saved_bytes",
+    "besides": BESIDES,
     "passes": "passes_seconds",
     "reference": "reference_seconds",
     "update": "update_seconds",
     "switch": "switch_seconds",
     "mixed": "mixed_seconds",
 }
-STEP = ("step", "peak", "saved")  # what a benchmark measures; the first is meant where a target names none
+STEP = ("step", "peak", "saved", "besides")  # what a benchmark measures; the first is meant where a target names none
 HOST = ("passes", "reference", "update")
 SERVE = ("switch", "mixed")
 BYTES = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20}
@@ -125,10 +128,11 @@ def judge(
         target = parse(text, methods, quantities)
         needed = [target.one, *([target.other] if target.other else []), *([FLOOR] if target.limit is None else [])]
         field, in_seconds = FIELDS[target.quantity], UNITS[target.quantity] is SECONDS
+        beside = FIELDS["step"] if target.quantity == "besides" else field  # of the one that it is a ratio to
         reasons = [
             f"{name}: {absent(methods[name]) or f'{target.quantity} is not counted in this way'}"
             for name in dict.fromkeys(needed)
-            if methods[name].get(field) is None
+            if methods[name].get(field if name == target.one else beside) is None
         ]
         unit = "ratio" if target.other else "seconds" if in_seconds else "bytes"
         entry = {"target": target.text, "measured": None, "limit": target.limit, "unit": unit, "met": None}
@@ -137,8 +141,8 @@ def judge(
             continue
         value = methods[target.one][field]
         if target.other:
-            of = [methods[target.one], methods[target.other]]
-            one, other = (comparable(row, field) if in_seconds else row[field] for row in of)
+            of = [(methods[target.one], field), (methods[target.other], beside)]
+            one, other = (comparable(row, name) if in_seconds else row[name] for row, name in of)
             value = one / other
         limit = target.limit
         if limit is None:

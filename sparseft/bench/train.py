@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparseft import console
-from sparseft.bench import profiling, targets
+from sparseft.bench import besides, profiling, targets
 from sparseft.bench.contenders import (
     EAGER,
     FLOOR,
@@ -172,6 +172,7 @@ class Field:
                 keep(self.rows())
             raise
         self._take_times({entry: seconds[entry] for entry in self.contenders})
+        self._measure_besides()
         self._profile(traces, keep)
 
     def measure_alone(
@@ -248,6 +249,19 @@ class Field:
         recomputes = bool({"checkpointing", *RECOMPUTED} & set(parts_of(self.way)))
         accumulation = self.config.bench.accumulation
         measure_memory(self.contenders[entry], self.batch, self.device, accumulation, recomputes)
+
+    def _measure_besides(self) -> None:
+        """What a step does besides its passes, of those of which a target asks for it."""
+        asked = {targets.parse(text, self.config.bench.methods) for text in self.config.bench.targets}
+        asked_of = {target.one for target in asked if target.quantity == "besides"}
+        if self.compiled or self.device.type != "cpu" or self.way != self.config.bench.ways[0]:
+            return
+
+        def measure(entry: str) -> None:
+            found = besides.measure(self.contenders[entry], self.batch, self.config.bench.accumulation)
+            self.contenders[entry].facts |= spread(targets.BESIDES, found)
+
+        attempt_each([entry for entry in self.calls if entry in asked_of], measure, self.failed, self.device)
 
     def _profile(
         self,
@@ -360,6 +374,9 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     floors = list(next(iter(known.values()))["predicted_ratio_to"]) if known else []
     columns = ["method", "step ms", "p20-p80", *(f"÷ {other}" for other in references)]
     columns += [f"predicted ÷ {floor}" for floor in floors]
+    beside = next((known[floor]["step_seconds"] for floor in floors if floor in known), None)
+    shows_besides = beside is not None and any(targets.BESIDES in entry for entry in known.values())
+    columns += ["besides ÷ floor"] if shows_besides else []
     columns += ["tokens/s", "peak MiB", "saved MiB", "trainable"]
     rows = []
     for name, entry in methods.items():
@@ -373,6 +390,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{1000 * entry['step_seconds_p20']:.1f}-{1000 * entry['step_seconds_p80']:.1f}",
                 *(f"{entry['ratio_to'][other]:.2f}" for other in references),
                 *(f"{entry['predicted_ratio_to'][floor]:.2f}" for floor in floors),
+                *([_share(entry.get(targets.BESIDES), beside)] if shows_besides else []),
                 f"{entry['tokens_per_second']:,.0f}",
                 _mebibytes(entry["peak_memory_bytes"]),
                 _mebibytes(entry["saved_bytes"]),
@@ -409,6 +427,10 @@ def _further(
             str(entry["graph_breaks"]) if compiled else _mebibytes(entry["peak_memory_bytes"]),
         ]
     return columns, cells
+
+
+def _share(seconds: float | None, of: float | None) -> str:
+    return f"{seconds / of:.3f}" if seconds is not None and of else NOTHING
 
 
 def _mebibytes(count: int | None) -> str:

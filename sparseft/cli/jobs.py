@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import gc
-import importlib
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from sparseft import console
+from sparseft.cli.libraries import load
 from sparseft.cli.outcome import FAILED, INTERRUPTED, Outcome, emit, execute, to_json
 from sparseft.compose.overrides import GROUPS, is_override
 from sparseft.compose.validation import known_keys
@@ -161,23 +158,4 @@ def _judged(command: str, outcome: Outcome) -> Outcome:
 
 def command_module(name: str) -> Any:
     """The module of a command, which is imported only where it is used."""
-    with contextlib.nullcontext() if "torch" in sys.modules else uncollected():
-        return importlib.import_module(f"sparseft.commands.{name}")
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Inside, Python looks for no garbage, and what was made is never looked at again.
-
-    For imports: torch and transformers are close to a million objects, all of which stay. To go through them over and
-    over took a sixth of the time to a run's first step, and 0.2 s now and then in the steps.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        atexit.register(gc.unfreeze)  # Triton's bindings complain of what is left when Python ends
-        if collects:
-            gc.enable()
+    return load(f"sparseft.commands.{name}")

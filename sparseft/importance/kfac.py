@@ -27,7 +27,7 @@ from sparseft.importance.units import Candidate, sum_features
 from sparseft.kernels.reference import FP32_PRODUCTS, token_product
 
 # Which sums there are: what was kept of others is no use.
-SUMS = "sketches of both halves"
+SUMS = "half leaves"
 
 # Linears that are scored at once where the sums are on an accelerator: each takes a copy of a few slices of its own.
 DEVICE_JOBS = 8

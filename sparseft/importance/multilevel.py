@@ -43,6 +43,7 @@ SKETCH_ROUNDING = 16 * torch.finfo(torch.float32).eps
 # Elements that a product works on at a time: on the CPU what stays in a core's cache, elsewhere what keeps the launches
 # few.
 CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS = 2**19, 2**24
+LEAF_ELEMENTS_CPU = 2**17  # of a quadratic form, a leaf at a time
 
 
 class Multilevel(SecondMoment):
@@ -74,10 +75,12 @@ class Multilevel(SecondMoment):
         while levels < num_partition and n >> (levels + 1) >= max(LEAST_LEAF_ROWS, rank):
             levels += 1
         self._layout = self._summed = layout = Layout(n, levels)
-        self._gram = torch.zeros(2**levels, layout.leaf, layout.leaf, device=device)
-        self._sketches = [  # Y_νᵀ of level 0, 1, ...: (nodes, rank, node)
-            torch.zeros(2**level, rank, layout.node(level), device=device) for level in range(levels)
-        ]
+        self._half = half = layout.leaf // 2
+        # Of the leaves [A B; Bᵀ C]: A and B, and C, which is three quarters of the work.
+        self._upper = torch.zeros(2**levels, half, layout.leaf, device=device)
+        self._lower = torch.zeros(2**levels, layout.leaf - half, layout.leaf - half, device=device)
+        # Y_νᵀ of all levels, by leaf: (leaves, levels · rank, leaf)
+        self._sketches = torch.zeros(2**levels, levels * rank, layout.leaf, device=device) if levels else None
         # Each level's test matrix is its own: a residual annihilates the one it was made with.
         self._test = gaussian(layout.slots, levels * rank, seed, self.device) if levels else None
 
@@ -91,30 +94,33 @@ class Multilevel(SecondMoment):
         x: Tensor,  # (tokens, slots), float32, or halves where their products come in float32
     ) -> None:
         leaves = x.view(len(x), 2**self.levels, -1).transpose(0, 1)  # (leaves, tokens, leaf)
-        if x.dtype == torch.float32:
-            self._gram.baddbmm_(leaves.mT, leaves)
-        else:
-            self._gram += product(leaves.mT, leaves)
-        if self._test is None:
+        first, second = leaves[..., : self._half], leaves[..., self._half :]
+        _add_product(self._upper, first, leaves)
+        _add_product(self._lower, second, second)
+        if self._test is None or self._sketches is None:
             return
-        # x times the test matrices, by leaf; that of a node is the sum over its leaves.
+        # x times the test matrices, by leaf; that of a node is the sum over its leaves, which all of them take.
         tested = product(leaves, self._test.view(len(leaves), -1, self._test.shape[1]).to(x.dtype))
-        x = x.float()  # what was multiplied so is no half any more
-        for level in range(self.levels - 1, -1, -1):
-            tested = tested[..., : (level + 1) * self.rank].unflatten(0, (-1, 2)).sum(1)  # (nodes, tokens, of 0..level)
-            nodes = x.view(len(x), 2**level, -1).transpose(0, 1)
-            self._sketches[level].baddbmm_(tested[..., level * self.rank :].mT, nodes)
+        for level in range(self.levels):
+            of_level = tested[..., level * self.rank : (level + 1) * self.rank].unflatten(0, (2**level, -1))
+            of_level.copy_(of_level.sum(1, keepdim=True).expand_as(of_level))
+        self._sketches.baddbmm_(tested.mT, leaves.float())  # what was multiplied so is no half any more
 
     def _sums(self) -> list[Tensor]:
-        return [self._gram, *self._sketches]
+        return [self._upper, self._lower, *([] if self._sketches is None else [self._sketches])]
 
-    def _factored(self, gram: Tensor, *sketches: Tensor) -> LowRanks:
-        layout = self._layout
+    def _factored(self, upper: Tensor, lower: Tensor, sketches: Tensor | None = None) -> LowRanks:
+        layout, half = self._layout, self._half
+        gram = upper.new_empty(len(upper), layout.leaf, layout.leaf)
+        gram[:, :half], gram[:, half:, half:] = upper, lower
+        gram[:, half:, :half] = upper[..., half:].mT
         traces = gram.diagonal(dim1=1, dim2=2).sum(1)
         bases: list[Tensor] = []
-        for level, sketch in enumerate(sketches):
+        for level in range(self.levels):
+            assert sketches is not None
             tests = self._tests(level).to(gram)
-            residual = sketch.mT - _restricted(bases, level, tests)
+            sketch = sketches[:, level * self.rank : (level + 1) * self.rank].mT.reshape(tests.shape)
+            residual = sketch - _restricted(bases, level, tests)
             rounding = SKETCH_ROUNDING * traces.view(2**level, -1).sum(1)
             bases.append(nystrom(residual, tests, rounding))
         for basis in bases:
@@ -122,6 +128,17 @@ class Multilevel(SecondMoment):
             gram.baddbmm_(cut, cut.mT, alpha=-1)
         leaves = (gram + gram.mT).mul_(0.5)  # the product's two triangles may be summed in different order
         return LowRanks(layout, leaves, bases)
+
+
+def _add_product(
+    total: Tensor,  # (leaves, a, b)
+    left: Tensor,  # (leaves, tokens, a), float32, or halves where their products come in float32
+    right: Tensor,  # (leaves, tokens, b)
+) -> None:
+    if left.dtype == torch.float32:
+        total.baddbmm_(left.mT, right)
+    else:
+        total += product(left.mT, right)
 
 
 def _restricted(bases: list[Tensor], level: int, tests: Tensor) -> Tensor:
@@ -190,33 +207,40 @@ class LowRanks:
         return self
 
     def quadratic(self, v: Tensor) -> Tensor:
-        """vᵢᵀ M vᵢ of every column, (n, m) -> (m,) float64, without another (n, m) matrix."""
+        """vᵢᵀ M vᵢ of every column, (n, m) -> (m,) float64, without another (n, m) matrix.
+
+        A leaf [A B; Bᵀ C] gives aᵀ(A a + 2 B b) + bᵀ C b, which is a quarter less to multiply.
+        """
         count, rows = self.leaves.shape[:2]
-        wide = torch.cat([self.leaves, *(basis.reshape(count, rows, -1) for basis in self.bases)], 2)
+        half = rows // 2
+        upper = torch.cat([self.leaves[:, :half, :half], 2 * self.leaves[:, :half, half:]], 2)
+        upper = torch.cat([upper, *(basis.reshape(count, rows, -1).mT for basis in self.bases)], 1)
+        lower = self.leaves[:, half:, half:].contiguous()
+        by_leaf = v.device.type == "cpu"
+        at_once, chunks = (1, self._chunks(v, rows, LEAF_ELEMENTS_CPU)) if by_leaf else (count, self._chunks(v))
         total = torch.empty(v.shape[1], dtype=torch.float64, device=v.device)
-        across = v.stride(1) == 1  # whether the rows of `v` are runs of memory; else its columns, and they stay so
-        axis = 1 if across else 2
-        for columns in self._chunks(v):
-            if across:  # (leaves, c, columns)
-                cut = self.layout.spread(v[:, columns], 0).view(count, rows, -1)
-                inner = wide.mT @ cut
-            else:  # (leaves, columns, c)
-                cut = self.layout.spread(v[:, columns].T, 1).view(-1, count, rows).transpose(0, 1)
-                inner = cut @ wide
-            value = inner.narrow(axis, 0, rows).mul_(cut).sum((0, axis))
-            inner = inner.narrow(axis, rows, inner.shape[axis] - rows)  # Fᵀ v by leaf, the finest level's last
+        for columns in chunks:
+            cut = self.layout.spread(v[:, columns], 0).unflatten(0, (count, rows))
+            value, tested = v.new_zeros(cut.shape[2]), []
+            for one, first, second in zip(*(x.split(at_once) for x in (cut, upper, lower)), strict=True):
+                inner = _along(first, one)
+                value += inner[:, :half].mul_(one[:, :half]).sum((0, 1))
+                value += _along(second, one[:, half:]).mul_(one[:, half:]).sum((0, 1))
+                tested.append(inner[:, half:])
+            inner = torch.cat(tested)  # Fᵀ v by leaf, the finest level's last
             for basis in reversed(self.bases):
-                above = inner.shape[axis] - basis.shape[2]
+                above = inner.shape[1] - basis.shape[2]
                 inner = inner.unflatten(0, (-1, 2)).sum(1)
-                value += inner.narrow(axis, above, basis.shape[2]).square().sum((0, axis))
-                inner = inner.narrow(axis, 0, above)
+                value += inner[:, above:].square().sum((0, 1))
+                inner = inner[:, :above]
             total[columns] = value.double()
         return total
 
-    def _chunks(self, v: Tensor) -> list[slice]:
-        """Cuts the columns of `v` so that a product's temporaries stay small."""
-        elements = CHUNK_ELEMENTS_CPU if v.device.type == "cpu" else CHUNK_ELEMENTS
-        step = max(1, elements // self.layout.slots)
+    def _chunks(self, v: Tensor, rows: int | None = None, elements: int | None = None) -> list[slice]:
+        """Cuts the columns of `v` so that a product's temporaries of so many rows (default: all) stay small."""
+        if elements is None:
+            elements = CHUNK_ELEMENTS_CPU if v.device.type == "cpu" else CHUNK_ELEMENTS
+        step = max(1, elements // (rows or self.layout.slots))
         return [slice(start, start + step) for start in range(0, v.shape[1], step)]
 
     def to_dense(self) -> Tensor:
@@ -279,6 +303,11 @@ class LowRanks:
                 rest = solved[:, :above].view(nodes, node, above)
                 rest -= z @ (turn.mT @ (basis.mT @ rest))
         return diagonal
+
+
+def _along(factor: Tensor, v: Tensor) -> Tensor:
+    """factor (nodes, a, b) times v (nodes, b, m), with the rows or the columns in memory as those of `v` are."""
+    return factor @ v if v.stride(2) == 1 else (v.mT @ factor.mT).mT
 
 
 def damped_inverse(

@@ -16,9 +16,8 @@ from packaging.version import Version
 from support.places import ROOT
 
 # Runs a command and prints, as the last line, the modules there are at its end, and which of WATCHED the package asked
-# for itself: what transformers loads on its own account (its Trainer takes peft and datasets, where they are installed)
-# is none of our doing. What is asked for once a run's summary.json is there, and so all work done, counts apart, as
-# `late`, and the modules are those of that moment.
+# for itself, apart from what transformers loads. What is asked for once a run's summary.json is there, and so all work
+# done, counts apart, as `late`, and the modules are those of that moment.
 PROGRAM = """
 import builtins, json, sys
 import pathlib
@@ -104,13 +103,16 @@ def test_training_asks_only_for_what_it_needs(training: tuple[set[str], set[str]
     assert asked == {"hydra", "accelerate"}
 
 
-def test_training_loads_no_compiler_and_no_evaluation(training: tuple[set[str], set[str]]) -> None:
+def test_training_loads_no_compiler_no_evaluation_and_nothing_that_is_only_installed(
+    training: tuple[set[str], set[str]],
+) -> None:
     modules, _ = training
     assert "torch" in modules and "transformers.trainer" in modules
     tools = {"lm_eval", "evaluate", "sklearn", "nltk", "matplotlib", "torchvision"}
     tools |= {"deepspeed", "mlflow", "fastapi", "opentelemetry", "tensorboard", "wandb", "trackio"}
+    tools |= {"peft", "datasets", "pandas", "pyarrow", "scipy"}
     if Version(importlib.metadata.version("transformers")) < Version("5.23"):
-        tools.remove("sklearn")  # which it imports itself
+        tools -= {"sklearn", "scipy", "pandas", "pyarrow"}  # it imports scikit-learn, which takes the others
     assert tools & modules == set()
     assert "sparseft.evaluation" not in modules and "sparseft.bench" not in modules
     assert not [name for name in modules if name.startswith("torch._inductor.codegen")]
@@ -133,3 +135,22 @@ print(gc.get_freeze_count() <= before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
     assert done.stdout.split("\n")[:2] == ["[] True True True", "True"]
     assert "leak" not in done.stderr
+
+
+@pytest.mark.parametrize("triton", [True, False], ids=["triton", "no triton"])
+def test_what_was_imported_is_gone_through_at_the_end_only_for_triton(triton: bool) -> None:
+    """Whose bindings would complain; else it takes a second for nothing."""
+    code = """
+import atexit, gc, sys
+TRITON = len(sys.argv) > 1
+if not TRITON:
+    sys.modules["triton"] = None  # as where it is not installed
+atexit.register(lambda: print(gc.get_freeze_count() > 100_000, "triton._C.libtriton" in sys.modules))
+from sparseft.cli.jobs import command_module
+command_module("train")
+"""
+    words = [sys.executable, "-c", code, *(["triton"] if triton else [])]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=True)
+    frozen, there = (word == "True" for word in done.stdout.split())
+    assert triton or not there
+    assert frozen is not there and "leak" not in done.stderr

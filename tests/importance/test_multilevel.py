@@ -154,9 +154,12 @@ def test_any_size_with_levels_and_ranks_beyond_it(n: int, num_partition: int) ->
     assert full.levels == 0 and relative(full.to_dense(), moment(x)) < 1e-6
 
 
-def test_a_rank_that_the_data_really_has_is_found_at_once_and_nothing_is_made_of_rounding() -> None:
+def test_a_rank_that_the_data_really_has_is_found_at_once_and_nothing_is_made_of_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(multilevel, "LEAST_LEAF_ROWS", 64)  # smaller products are summed less exactly
     rng = np.random.default_rng(0)
-    n, rank = 300, 4
+    n, rank = 1200, 4
     x = torch.from_numpy((rng.standard_normal((900, rank)) @ rng.standard_normal((rank, n))).astype(np.float32))
     matrix = fed(n, x, rank=rank + 2)
     assert matrix.levels > 3 and relative(matrix.to_dense(), moment(x)) < 1e-5
