@@ -95,6 +95,7 @@ class DatasetConfig:
     eval_path: str | None = None
     hub_path: str | None = None
     hub_split: str = "train"
+    streaming: bool = False
     eval_fraction: Annotated[float, BELOW_1] = 0.05
     format: Literal["auto", "alpaca", "guanaco", "messages", "oasst_trees", "prompt_completion", "text"] = "auto"
     max_examples: Annotated[int, AT_LEAST_1] | None = None

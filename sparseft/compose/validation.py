@@ -97,6 +97,13 @@ def check(config: RunConfig) -> None:
         asked = f"eval_task={trainer.eval_task}" if trainer.eval_task else f"patience={trainer.patience}"
         name = "keep_best=true" if trainer.keep_best else asked
         raise UserError(f"trainer.{name}: needs trainer.eval_steps, the optimizer steps between evaluations.")
+    if config.dataset.streaming and config.dataset.max_examples is None:
+        sequences = trainer.batch_size * trainer.gradient_accumulation * config.hardware.all_processes
+        taken = f"; trainer.max_steps={trainer.max_steps} takes {trainer.max_steps * sequences:,} examples"
+        raise UserError(
+            "dataset.streaming=true: needs dataset.max_examples, so many records are read of each source"
+            f"{taken if trainer.max_steps > 0 else ''}."
+        )
     for name in trainer.trackers:
         check_choice("trainer.report_to", name, TRACKERS)
     if trainer.sample_steps is not None and trainer.sample_prompts is None:

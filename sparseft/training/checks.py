@@ -9,7 +9,7 @@ import torch
 
 from sparseft.config import BITSANDBYTES, BUNDLED, OPTIMIZERS, RunConfig, in_bundle
 from sparseft.data.loading import named_sources
-from sparseft.data.sources import locate_file
+from sparseft.data.sources import locate
 from sparseft.distributed import launch
 from sparseft.distributed.env import check_variables
 from sparseft.errors import UserError, looks_local, nearest_path, where_looked
@@ -119,9 +119,9 @@ def check_trainer(config: RunConfig) -> None:
 def check_data(config: RunConfig) -> None:
     """Refuses data files and test data that are not there."""
     for source in named_sources(config.dataset, config.model.path.startswith(BUNDLED)):
-        locate_file(source.path, key=source.key)
+        locate(source.path, key=source.key)
     if config.dataset.eval_path is not None:
-        locate_file(config.dataset.eval_path, key="dataset.eval_path")
+        locate(config.dataset.eval_path, key="dataset.eval_path")
     check_tests(config)
 
 
