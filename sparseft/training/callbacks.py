@@ -39,7 +39,7 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps (`trainer_state.json`)."""
-        own = {"now": asdict(self.saved), "logged": asdict(self.logged), "health": self.run.bad_step_counts()}
+        own = {"now": asdict(self.saved), "logged": asdict(self.logged), "health": self.run.health()}
         return {"args": {}, "attributes": own}
 
     def restore(self, state: transformers.TrainerState) -> None:

@@ -17,6 +17,7 @@ from sparseft.distributed import ranks
 from sparseft.errors import RunError
 from sparseft.training.checkpoints import last_checkpoint, step_of
 from sparseft.training.failures import BadSteps
+from sparseft.training.spikes import NAMED, Spikes
 from sparseft.training.verdicts import Verdicts
 
 
@@ -78,6 +79,9 @@ class RunState:
         # present step.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.step_loss = torch.zeros_like(self.loss_sum)
+        self.spikes = Spikes()
+        self.step_rows: list[int] = []  # of the training data, in the present step
+        self._rows: dict[int, list[int]] = {}  # of the steps that were judged and not settled
 
     def judge(self, step: int, norm: Tensor | float | None) -> Tensor:
         """Decides over the optimizer step number `step` (1-based) whose gradients are there, without waiting for them:
@@ -85,6 +89,7 @@ class RunState:
         bad = self.verdicts.add(step, ranks.mean_over_ranks(self.step_loss), norm)
         self.loss_sum += torch.where(bad > 0, 0.0, self.step_loss)
         self.step_loss.zero_()
+        self._rows[step], self.step_rows = self.step_rows, []
         return bad
 
     def settle(self, until: int | None = None) -> None:
@@ -93,13 +98,22 @@ class RunState:
         Waits for the device where it has not come to the last of them yet.
         """
         for step, loss, norm in self.verdicts.settled(until):
+            rows = self._rows.pop(step, [])
             if self.bad_steps.judge(step, loss, norm):
+                self._look_for_spike(step, loss, rows)
                 continue
             if self.bad_steps.streak == 1 and ranks.is_main():
                 console.warn(
                     f"step {step}: loss {loss:.4g}, gradient norm {norm}: not finite, so the step updates nothing"
                 )
             self._stop_if_too_many(step)
+
+    def _look_for_spike(self, step: int, loss: float, rows: list[int]) -> None:
+        """Names the first of the steps whose loss is far above those before, and counts them all."""
+        spike = self.spikes.judge(step, loss, rows if ranks.rank_and_world()[1] == 1 else [])
+        if spike is None or not ranks.is_main() or self.spikes.count > NAMED:
+            return
+        console.warn(f"{spike}" + ("; more of them are counted only" if self.spikes.count == NAMED else ""))
 
     def totals(self, step: int) -> Mark:
         """The totals of the whole run so far, earlier sessions of it included (a call of all processes)."""
@@ -109,9 +123,10 @@ class RunState:
         everywhere = round(tokens * ranks.rank_and_world()[1])
         return Mark(step, loss, self._earlier_tokens + everywhere, self.clock.seconds, self.bad_steps.count)
 
-    def bad_step_counts(self) -> dict[str, int]:
-        """What a checkpoint keeps of the bad steps, under the names that it has them by."""
-        return {"bad": self.bad_steps.count, "streak": self.bad_steps.streak, "proven": self.bad_steps.proven}
+    def health(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the bad steps and the spikes, under the names that it has them by."""
+        counts = {"bad": self.bad_steps.count, "streak": self.bad_steps.streak, "proven": self.bad_steps.proven}
+        return {**counts, "spikes": self.spikes.kept()}
 
     def restore(self, kept: dict[str, Any]) -> None:
         """Goes on from what a checkpoint kept (`checkpoints.read_state`); a fresh run's is zero."""
@@ -120,6 +135,7 @@ class RunState:
         self.clock.start(kept["now"]["seconds"])
         counts = kept["health"]
         self.bad_steps = BadSteps(self.bad_steps.limit, counts["bad"], counts["streak"], counts["proven"])
+        self.spikes = Spikes(**counts.get("spikes", {}))  # older runs have none
 
     def failure(self, message: str, until: int | None = None) -> RunError:
         """A RunError that knows the last good checkpoint, of those up to the step `until` where that is given."""
