@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import random
 import tempfile
 import time
@@ -37,6 +38,7 @@ from sparseft.training.trainer import Trainer
 
 LOWEST, HIGHEST, STEPS = 1e-6, 1.0, 60  # ten rates a decade
 WATCHED = (16, 64)  # examples that the loss is looked at on: those of a step, within these
+ENOUGH = 0.95  # of what the best rate of the ramp gains
 DIVERGED = 1.5  # times the lowest loss: what comes after says nothing
 
 
@@ -157,9 +159,13 @@ def find(
 
 
 def choose(before: float, curve: Sequence[tuple[float, float]]) -> float | None:
-    """TODO"""
-    rates, losses = zip(*curve)
-    return rates[int(np.argmin(losses))] / 10
+    """The lowest rate that gains `ENOUGH` of the most that any gains, in two digits; None where none gains anything."""
+    gains = [before - loss if math.isfinite(loss) else -math.inf for _, loss in curve]
+    most = max(gains)
+    if most <= 0:
+        return None
+    found = next(rate for (rate, _), gain in zip(curve, gains, strict=True) if gain >= ENOUGH * most)
+    return float(f"{found:.1e}")
 
 
 @contextlib.contextmanager

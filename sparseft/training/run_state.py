@@ -123,10 +123,9 @@ class RunState:
         everywhere = round(tokens * ranks.rank_and_world()[1])
         return Mark(step, loss, self._earlier_tokens + everywhere, self.clock.seconds, self.bad_steps.count)
 
-    def health(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the bad steps and the spikes, under the names that it has them by."""
-        counts = {"bad": self.bad_steps.count, "streak": self.bad_steps.streak, "proven": self.bad_steps.proven}
-        return {**counts, "spikes": self.spikes.kept()}
+    def bad_step_counts(self) -> dict[str, int]:
+        """What a checkpoint keeps of the bad steps, under the names that it has them by."""
+        return {"bad": self.bad_steps.count, "streak": self.bad_steps.streak, "proven": self.bad_steps.proven}
 
     def restore(self, kept: dict[str, Any]) -> None:
         """Goes on from what a checkpoint kept (`checkpoints.read_state`); a fresh run's is zero."""
@@ -135,7 +134,7 @@ class RunState:
         self.clock.start(kept["now"]["seconds"])
         counts = kept["health"]
         self.bad_steps = BadSteps(self.bad_steps.limit, counts["bad"], counts["streak"], counts["proven"])
-        self.spikes = Spikes(**counts.get("spikes", {}))  # older runs have none
+        self.spikes = Spikes(**kept.get("spikes", {}))  # older runs have none
 
     def failure(self, message: str, until: int | None = None) -> RunError:
         """A RunError that knows the last good checkpoint, of those up to the step `until` where that is given."""

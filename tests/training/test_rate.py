@@ -108,7 +108,7 @@ def test_the_run_after_it_is_one_with_that_rate_given(
 
 def test_a_run_that_lost_its_rate_is_not_continued(tmp_path: Path, model_folder: Any, few_steps: None) -> None:
     data = write_data(tmp_path)["commonsense"]
-    words = ["train", *on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=2", "trainer.max_length=128",
+    words = ["train", *on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=2", "trainer.max_length=128", "trainer.save_steps=1",
              "output_dir=run"]  # fmt: skip
     sparseft(tmp_path, *words, "trainer.learning_rate=auto")
     (tmp_path / "run" / "learning_rate.json").write_text("{}")
