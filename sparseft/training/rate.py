@@ -159,13 +159,14 @@ def find(
 
 
 def choose(before: float, curve: Sequence[tuple[float, float]]) -> float | None:
-    """The lowest rate that gains `ENOUGH` of the most that any gains, in two digits; None where none gains anything."""
+    """The middle of the rates that gain nearly the most, in two digits: the geometric mean of the lowest and the
+    highest whose gain over `before` is at least `ENOUGH` of the largest. None where none gains anything."""
     gains = [before - loss if math.isfinite(loss) else -math.inf for _, loss in curve]
     most = max(gains)
     if most <= 0:
         return None
-    found = next(rate for (rate, _), gain in zip(curve, gains, strict=True) if gain >= ENOUGH * most)
-    return float(f"{found:.1e}")
+    good = [rate for (rate, _), gain in zip(curve, gains, strict=True) if gain >= ENOUGH * most]
+    return float(f"{math.sqrt(good[0] * good[-1]):.1e}")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.errors import RunError
 from sparseft.methods import get_method
 from sparseft.training import rate
+from sparseft.training.rate import choose
 from support.running import METHODS, on, refused, sparseft, summary, write_data
 from support.training import CPU, examples, same_end
 
@@ -108,7 +109,8 @@ def test_the_run_after_it_is_one_with_that_rate_given(
 
 def test_a_run_that_lost_its_rate_is_not_continued(tmp_path: Path, model_folder: Any, few_steps: None) -> None:
     data = write_data(tmp_path)["commonsense"]
-    words = ["train", *on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=2", "trainer.max_length=128", "trainer.save_steps=1",
+    words = ["train", *on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=2", "trainer.max_length=128",
+             "trainer.save_steps=1",
              "output_dir=run"]  # fmt: skip
     sparseft(tmp_path, *words, "trainer.learning_rate=auto")
     (tmp_path / "run" / "learning_rate.json").write_text("{}")
@@ -154,3 +156,51 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     said = refused(tmp_path, *words, "trainer.learning_rate=auto", "hardware.num_processes=2", "hardware.device=cpu")
     assert "a rate is found in one process" in said
     assert not (tmp_path / "never").exists()
+
+
+# ---- what is read off a curve ----
+
+RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([4.9, 4.6, 4.0, 3.0, 2.0, 3.0, 6.0], 1e-2),  # one best rate
+        ([4.9, 4.6, 4.0, 2.1, 2.0, 2.1, 6.0], 9.5e-3),  # between 3e-3 and 3e-2, all as good
+        ([4.9, 4.6, 2.1, 2.6, 2.9, 2.0, 6.0], 5.5e-3),  # two valleys: between them
+        ([4.9, 4.6, 4.0, 3.0, 2.0, 1.0, 0.0], 1e-1),  # still falling where the ramp ends
+        ([4.9, 4.6, 4.0, 3.0, 2.0, float("nan")], 1e-2),
+        ([4.9, 4.6, float("inf")], 3e-4),
+        ([5.0, 5.1, 5.2], None),
+        ([float("nan")], None),
+    ],
+)
+def test_the_middle_of_what_gains_most(losses: list[float], expected: float | None) -> None:
+    assert choose(5.0, list(zip(RATES, losses, strict=False))) == expected
+
+
+def test_a_quadratic_bowl_gets_a_rate_that_trains_it() -> None:
+    """Adam's steps move each weight by about the rate: the best one for k steps over a distance d is some d / k."""
+    start, steps = torch.full((8,), 0.5), 24
+
+    def run(rates: list[float]) -> list[float]:
+        weight = start.clone().requires_grad_()
+        optimizer = torch.optim.Adam([weight], lr=1.0)
+        losses = []
+        for each in rates:
+            optimizer.param_groups[0]["lr"] = each
+            optimizer.zero_grad()
+            (weight**2).mean().backward()
+            optimizer.step()
+            losses.append(float((weight.detach() ** 2).mean()))
+        return losses
+
+    ramp = [1e-6 * 1e6 ** (k / 59) for k in range(60)]
+    found = choose(float((start**2).mean()), list(zip(ramp, run(ramp), strict=True)))
+    ends = {
+        each: run([each * (1 - k / steps) for k in range(steps)])[-1] for each in [10 ** (k / 4) for k in range(-20, 1)]
+    }
+    best = min(ends.values())
+    at = run([found * (1 - k / steps) for k in range(steps)])[-1]
+    assert at - best < 0.05 * (0.25 - best)
