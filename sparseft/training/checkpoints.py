@@ -138,9 +138,9 @@ def read_state(folder: Path) -> dict[str, Any]:
             if not all(isinstance(mark[name], (int, float)) for name in ("loss", "seconds")):
                 raise ValueError("its totals are no numbers")
         spikes = own.get("spikes", {"count": 0, "recent": []})
-        if spikes.keys() != {"count", "recent"} or not all(isinstance(loss, float) for loss in spikes["recent"]):
+        if spikes.keys() != {"count", "recent"} or not all(isinstance(loss, float) for loss, _ in spikes["recent"]):
             raise ValueError("its losses are no numbers")
-        numbers.append(spikes["count"])
+        numbers += [spikes["count"], *(tokens for _, tokens in spikes["recent"])]
         if not all(type(number) is int for number in numbers) or content["global_step"] != step_of(str(folder)):
             raise ValueError("its counts are not those of the step")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

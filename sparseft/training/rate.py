@@ -74,6 +74,7 @@ class Ramp(Trainer):
 
     def __init__(self, *args: Any, watched: TokenizedDataset, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.run_state.names_spikes = False  # the loss is meant to rise
         self.watched = watched
         self.curve: list[tuple[float, float]] = []
         self.add_callback(_Watching(self))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,23 +38,26 @@ class Spikes:
     """Those of a run; a checkpoint keeps `kept`, from which a continued run goes on.
 
     The spread of the last losses is the median of their distances from their own median, times 1.4826: for normal ones
-    that is the standard deviation, and a spike in the window does not change it.
+    that is the standard deviation, and a spike in the window does not change it. A step of fewer tokens than usual may
+    lie farther off, as the mean over so many does.
     """
 
-    def __init__(self, count: int = 0, recent: list[float] | None = None) -> None:
+    def __init__(self, count: int = 0, recent: Sequence[Sequence[float]] = ()) -> None:
         self.count = count
-        self.recent = list(recent or [])
+        self.recent = [(loss, tokens) for loss, tokens in recent]
 
-    def judge(self, step: int, loss: float, rows: list[int]) -> Spike | None:
-        """Takes in a good step, and says whether its loss is a spike."""
+    def judge(self, step: int, loss: float, tokens: int, rows: list[int]) -> Spike | None:
+        """Takes in a good step, with the tokens that its loss is the mean of, and says whether that is a spike."""
         spike = None
         if len(self.recent) >= LEAST:
-            median = statistics.median(self.recent)
-            spread = 1.4826 * statistics.median(abs(each - median) for each in self.recent)
-            if loss > median + FAR * max(spread, SPREAD * abs(median)):
+            losses = [each for each, _ in self.recent]
+            median, usual = statistics.median(losses), statistics.median(each for _, each in self.recent)
+            spread = 1.4826 * statistics.median(abs(each - median) for each in losses)
+            few = math.sqrt(max(1.0, usual / max(1, tokens)))
+            if loss > median + FAR * few * max(spread, SPREAD * abs(median)):
                 self.count += 1
                 spike = Spike(step, loss, median, rows)
-        self.recent = [*self.recent, loss][-WINDOW:]
+        self.recent = [*self.recent, (loss, tokens)][-WINDOW:]
         return spike
 
     def kept(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
 from sparseft import console, signals
+from sparseft.data.tokenized import IGNORED
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import shard_of
 from sparseft.errors import Interrupted
@@ -49,8 +51,8 @@ from sparseft.training.spikes import ROW, Numbered
 from sparseft.training.turns import Turns
 from sparseft.training.verdicts import takes_flag
 
-# In a batch, for the host alone: its tokens without padding, an int, and the rows of the training data in it.
-COUNT, PLACES = "num_tokens", "rows_of_data"
+# In a batch, for the host alone: its tokens without padding, those to be learnt, and the rows of the data in it.
+HOST = COUNT, LEARNT, PLACES = ("num_tokens", "num_learnt", "rows_of_data")
 
 
 class Counting:
@@ -64,8 +66,12 @@ class Counting:
         batch = self.collate(examples)
         if self.rows:
             batch[ROWS] = label_rows(batch["labels"])
-        places = [example[ROW] for example in examples if ROW in example]
-        return {**batch, COUNT: sum(len(example["input_ids"]) for example in examples), PLACES: places}
+        return {
+            **batch,
+            COUNT: sum(len(example["input_ids"]) for example in examples),
+            LEARNT: int(np.count_nonzero(batch["labels"].numpy()[:, 1:] != IGNORED)),
+            PLACES: [example[ROW] for example in examples if ROW in example],
+        }
 
 
 class Trainer(distributed_trainer.DistributedTrainer):
@@ -126,7 +132,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model is given: the batch without what is for the host alone."""
-        return super()._prepare_inputs({name: value for name, value in inputs.items() if name not in (COUNT, PLACES)})
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name not in HOST})
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Counted where the batch was made. transformers would ask the device after each backward pass."""
@@ -143,6 +149,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         if self.graphs and not self.accelerator.sync_gradients:
             own_gradients(self.model)
         self.run_state.step_loss += loss.double()
+        self.run_state.step_learnt += batch.get(LEARNT, 0)
         self.run_state.step_rows += batch.get(PLACES, [])
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # transformers sums the losses too: one NaN would spoil its sum
 

@@ -18,25 +18,26 @@ from sparseft.training.trainer import train
 from support.training import attached, examples, trainer_of
 
 
-def brute(losses: list[float]) -> list[int]:
+def brute(losses: list[float], tokens: list[int] | None = None) -> list[int]:
     """The steps that are spikes, from 1, by numpy over all that came before."""
-    found = []
+    found, tokens = [], tokens or [100] * len(losses)
     for place, loss in enumerate(losses):
         before = np.array(losses[max(0, place - WINDOW) : place])
         if len(before) < LEAST:
             continue
         median = np.median(before)
         spread = max(1.4826 * np.median(np.abs(before - median)), SPREAD * abs(median))
-        if loss > median + FAR * spread:
+        usual = np.median(tokens[max(0, place - WINDOW) : place])
+        if loss > median + FAR * spread * max(1.0, usual / tokens[place]) ** 0.5:
             found.append(place + 1)
     return found
 
 
-@given(st.lists(st.floats(0.01, 20, allow_nan=False), min_size=1, max_size=150))
-def test_spikes_are_those_far_above_the_median(losses: list[float]) -> None:
-    spikes = Spikes()
-    assert [step for step, loss in enumerate(losses, 1) if spikes.judge(step, loss, [])] == brute(losses)
-    assert spikes.count == len(brute(losses))
+@given(st.lists(st.tuples(st.floats(0.01, 20, allow_nan=False), st.integers(1, 200)), min_size=1, max_size=150))
+def test_spikes_are_those_far_above_the_median(steps: list[tuple[float, int]]) -> None:
+    spikes, expected = Spikes(), brute(*map(list, zip(*steps, strict=True)))
+    assert [step for step, made_of in enumerate(steps, 1) if spikes.judge(step, *made_of, [])] == expected
+    assert spikes.count == len(expected)
 
 
 def test_what_is_a_spike_and_what_is_not() -> None:
@@ -50,16 +51,24 @@ def test_what_is_a_spike_and_what_is_not() -> None:
     assert len(brute(level.tolist())) <= WINDOW // 2 + 1 and brute(level.tolist())[0] == 201
 
 
+def test_a_mean_over_few_tokens_may_lie_farther_off() -> None:
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(4, 200, 2000)
+    losses = 2 + 3 * generator.normal(size=2000) / np.sqrt(tokens)  # as means over so many are
+    assert brute(losses.tolist(), tokens.tolist()) == []
+    assert brute(losses.tolist()) != []
+
+
 def test_going_on_is_as_if_nothing_had_happened() -> None:
     losses = [2.0, 2.1] * 40 + [9.0] + [2.0, 2.1] * 10 + [9.0]
     whole, first = Spikes(), Spikes()
     for step, loss in enumerate(losses, 1):
-        whole.judge(step, loss, [])
+        whole.judge(step, loss, 100, [])
     for step, loss in enumerate(losses[:90], 1):
-        first.judge(step, loss, [])
+        first.judge(step, loss, 100, [])
     second = Spikes(**json.loads(json.dumps(first.kept())))
     for step, loss in enumerate(losses[90:], 91):
-        second.judge(step, loss, [])
+        second.judge(step, loss, 100, [])
     assert (first.count, second.count, whole.count) == (1, 2, 2) and second.kept() == whole.kept()
 
 
