@@ -61,6 +61,11 @@ RATE = Rule(
     lambda value: SMALLEST_FP32 <= value <= LARGEST_FP32,
     "more than 0, and what fp32 can hold (from 1.2e-38 to 3.4e38)",
 )
+AUTO = "auto"  # of trainer.learning_rate: found by a ramp
+RATE_OR_AUTO = Rule(
+    lambda value: value == AUTO or (isinstance(value, float) and RATE.holds(value)),
+    f"a number, {RATE.expected}, or auto",
+)
 DECAY = Rule(lambda value: 0 <= value <= LARGEST_FP32, "at least 0, and what fp32 can hold (up to 3.4e38)")
 AVERAGE = Rule(
     lambda value: (found := re.fullmatch(r"(?:last|ema):(0?\.\d+)", value)) is not None and float(found[1]) > 0,
@@ -101,6 +106,7 @@ class DatasetConfig:
     eval_path: str | None = None
     hub_path: str | None = None
     hub_split: str = "train"
+    streaming: bool = False
     eval_fraction: Annotated[float, BELOW_1] = 0.05
     format: Literal["auto", "alpaca", "guanaco", "messages", "oasst_trees", "prompt_completion", "text"] = "auto"
     max_examples: Annotated[int, AT_LEAST_1] | None = None
@@ -123,7 +129,7 @@ class TrainerConfig:
 
     max_steps: Annotated[int, STEPS] = -1
     num_epochs: Annotated[float, EPOCHS] = 3.0
-    learning_rate: Annotated[float, RATE] | None = None
+    learning_rate: Annotated[float | str, RATE_OR_AUTO] | None = None
     batch_size: Annotated[int, AT_LEAST_1] = 1
     gradient_accumulation: Annotated[int, AT_LEAST_1] = 16
     max_length: Annotated[int, AT_LEAST_2] = 512

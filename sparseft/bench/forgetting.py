@@ -18,10 +18,10 @@ from sparseft.adapters.description import is_whole_model
 from sparseft.adapters.lifecycle import detach, load_adapter
 from sparseft.bench.trials import Trial
 from sparseft.config import BUNDLED, DatasetConfig, RunConfig
+from sparseft.data.files import locate_file
 from sparseft.data.loading import check_tokens, data_of, load_datasets, named_sources
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
-from sparseft.data.sources import locate_file
 from sparseft.errors import UserError
 from sparseft.evaluation.held_out import held_out_loss
 from sparseft.files.atomic import write_json

@@ -38,7 +38,7 @@ from sparseft.bench.output import Output, device_name
 from sparseft.bench.pareto import beaten, bootstrap, read_off, verdict
 from sparseft.bench.trials import Trial, check_same_data, folder_name, going_on, named_variants
 from sparseft.config import RunConfig
-from sparseft.data.sources import locate_file
+from sparseft.data.files import locate_file
 from sparseft.errors import UserError
 from sparseft.models.loading import load_tokenizer, resolve_device
 from sparseft.report.charts import standalone

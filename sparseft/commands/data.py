@@ -55,6 +55,8 @@ def render(result: dict[str, Any]) -> None:
         "left out": f"{result['dropped']:,} without a token to learn in so many",
         "duplicates": f"{result['duplicates']:,} examples say what an earlier one says, token for token",
     }
+    if result["repeated"]:
+        said["repeated"] = f"{result['repeated']:,} examples taken again, for the shares of their sets"
     for name, text in said.items():
         print(f"{name:<11}{text}")
 

@@ -70,9 +70,11 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
         _drop_foreign_settings(content, method_name, choices["experiment"])
     _share(content, settings, method_name)
     built = _build(content, " in the configuration files")
+    bundled = built.model.path.startswith(BUNDLED)
     if built.dataset.mix:
-        bundled = built.model.path.startswith(BUNDLED)
         built.dataset.mix = [_with_own_data(text, bundled, config_dirs) for text in built.dataset.mix]
+    if built.dataset.replay:
+        built.dataset.replay = _with_own_data(built.dataset.replay, bundled, config_dirs)
     return built
 
 
@@ -358,6 +360,8 @@ def _build(content: dict[str, Any], source: str) -> RunConfig:
             )
         if key not in allowed:
             raise UserError(f"Unknown key '{key}'{source}.{nearest(str(key), allowed)}")
+        if key == "dataset" and isinstance(value, dict):
+            value = value | {name: _shares(value[name]) for name in ("mix", "replay") if name in value}
         if key in validation.SECTIONS:
             values[key] = validation.build(validation.SECTIONS[key], value, key, source)
         elif key == "method":
@@ -370,3 +374,11 @@ def _build(content: dict[str, Any], source: str) -> RunConfig:
     config = RunConfig(**values)
     validation.check(config)
     return config
+
+
+def _shares(value: Any) -> Any:
+    """`{source: share}`, and a list of such, as `source:share`: so YAML reads `- my.jsonl: 0.7`."""
+    if isinstance(value, dict):
+        spelt = [f"{source}:{share}" for source, share in value.items()]
+        return spelt[0] if len(spelt) == 1 else spelt
+    return [_shares(each) for each in value] if isinstance(value, list) else value

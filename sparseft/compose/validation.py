@@ -102,6 +102,13 @@ def check(config: RunConfig) -> None:
             f"trainer.average={trainer.average} and trainer.keep_best=true: what is left is the mean over steps or the "
             "best evaluation's adapter; give one of them."
         )
+    if config.dataset.streaming and config.dataset.max_examples is None:
+        sequences = trainer.batch_size * trainer.gradient_accumulation * config.hardware.all_processes
+        taken = f"; trainer.max_steps={trainer.max_steps} takes {trainer.max_steps * sequences:,} examples"
+        raise UserError(
+            "dataset.streaming=true: needs dataset.max_examples, so many records are read of each source"
+            f"{taken if trainer.max_steps > 0 else ''}."
+        )
     for name in trainer.trackers:
         check_choice("trainer.report_to", name, TRACKERS)
     if trainer.sample_steps is not None and trainer.sample_prompts is None:

@@ -18,7 +18,6 @@ without one, and where that is set (`dataset.plain_chat`).
 
 from __future__ import annotations
 
-import json
 import os.path
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,12 +27,14 @@ from typing import Any
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Converter, Example, Segments, counted, is_empty, join_prompts, unused_sentence
 from sparseft.data.prompts import PLAIN_ASSISTANT, PLAIN_BREAK, plain_turn
+from sparseft.data.tool_calls import calls_of, objects, spelt_call, tools_of, with_arguments
 from sparseft.errors import UserError, nearest, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT = {"human": "user", "gpt": "assistant"}
+_SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant"}
+_SHAREGPT |= dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool")
 SWITCHES = ("weight", "train", "loss", "train_on_turn")  # of a message: whether it is learnt
-_CONTEXT = ("tools", "documents")  # of a record: lists that templates may use
+_CONTEXT = ("tools", "documents")  # of a conversation: lists that templates may use
 
 Message = dict[str, Any]  # role, content, and what else the template may use
 
@@ -88,6 +89,7 @@ class Chats(Converter):
         self._unused: Counter[str] = Counter()  # records, by a field that the template does not use
         self._unwritten: Counter[str] = Counter()  # messages whose content the template does not write, by role
         self._asked = 0
+        self._as_text: bool | None = None  # whether the template wants a call's arguments as text
         self._asked_with: Counter[str] = Counter()  # answers, by a generation prompt's end that is in no text
 
     def _examples(self, item: dict[str, Any], where: str) -> Iterator[Example]:
@@ -96,13 +98,40 @@ class Chats(Converter):
         chat = parse_conversation(item, where)
         self._asked += chat.asked
         used = next((key for key in ("messages", "conversations") if item.get(key) is not None), "messages")
-        self._unknown.update(key for key in item if key not in (used, "system", *_CONTEXT) and not is_empty(item[key]))
+        known = (used, "system", "functions", *_CONTEXT)
+        self._unknown.update(key for key in item if key not in known and not is_empty(item[key]))
         if not chat.learnt:
             self._masked += 1
             return
+        chat.messages = [self._with_arguments(message, chat.where) for message in chat.messages]
         questions = tuple(message["content"] for message in chat.messages if message["role"] == "user")
         for segments, closed in self._plain(chat) if self.plainly else self._rendered(chat):
             yield Example(segments, where, closed=closed, questions=questions)
+
+    def _with_arguments(self, message: Message, where: str) -> Message:
+        """The message with its calls' arguments as the template wants them."""
+        if not message.get("tool_calls"):
+            return message
+        if self._as_text is None:
+            self._as_text = self._takes_text()
+        calls = [with_arguments(call, as_text=self._as_text, where=where) for call in message["tool_calls"]]
+        return message | {"tool_calls": calls}
+
+    def _takes_text(self) -> bool:
+        """Whether the template joins arguments to text, as OpenAI writes them: an object it refuses (`'…' + {}`), or
+        writes as Python does."""
+
+        def written(arguments: Any) -> str | None:
+            function = {"name": _STAND_IN, "arguments": arguments}
+            calls = [{"id": "call00000", "type": "function", "function": function}]  # Mistral's are nine letters
+            messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+            try:
+                return self._try(messages, Conversation(messages, [1], {}, ""))
+            except Refused:
+                return None
+
+        given = None if self.plainly else written({"key": 1})
+        return not self.plainly and (given is None or "{'key'" in given) and written('{"key": 1}') is not None
 
     def note(self, source: str) -> str:
         """How the messages were rendered and what was left out, as a sentence."""
@@ -359,41 +388,29 @@ def parse_conversation(item: dict[str, Any], where: str) -> Conversation:
             learnt, inserted = [turn + 1 for turn in learnt], 1
         elif parsed[0]["content"].strip() != system.strip():
             raise UserError(f"{where}: 'system' says one thing, the first message (system) another; keep one of them.")
-    context = {name: found for name in _CONTEXT if (found := _objects(item.get(name), name, where))}
+    lists = {"tools": tools_of(item, where), "documents": objects(item.get("documents"), "documents", where)}
+    context = {name: found for name, found in lists.items() if found}
     return Conversation(parsed, learnt, context, where, asked, inserted)
-
-
-def _objects(value: Any, name: str, where: str) -> list[Any]:
-    """A list of objects, which may be spelt as a JSON text; empty where there is none."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise UserError(f"{where}: '{name}' is text, but no JSON: {error}.") from error
-    if is_empty(value):
-        return []
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise UserError(f"{where}: '{name}' must be a list of objects.")
-    return value
 
 
 def _parse_message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise UserError(f"{where}: expected an object with role and content, this is a {type(message).__name__}.")
     role_key = "role" if "role" in message or "from" not in message else "from"
-    role = message.get(role_key)
-    role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
+    given = message.get(role_key)
+    role = _SHAREGPT.get(given, given) if isinstance(given, str) else given
     if role not in ROLES:
         raise UserError(f"{where}: the role is {shown(repr(role))}.{nearest(str(role), ROLES)}")
     content_key = "content" if "content" in message or "value" not in message else "value"
     content = message.get(content_key)
     taken = (role_key, content_key, *SWITCHES)
     others = {str(key): value for key, value in message.items() if key not in taken and not is_empty(value)}
-    calls = others.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(each, dict) for each in calls)):
-        raise UserError(f"{where}: the tool calls ('tool_calls') must be a list of objects.")
-    if content is None and calls:
+    calls = spelt_call(content, where) if given == "function_call" else calls_of(others, where)
+    if given == "function_call" or (content is None and calls):
         content = ""
+    if calls:
+        others.pop("function_call", None)
+        others["tool_calls"] = calls
     if isinstance(content, list):
         content = _join_parts(content, where)
     if not isinstance(content, str):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_conversation
-from sparseft.data.sources import Records, kind
+from sparseft.data.records import Records, kind
 from sparseft.errors import UserError, nearest, shown
 
 DETECTION_RECORDS = 16  # how many of the first records decide the format

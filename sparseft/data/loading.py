@@ -13,12 +13,13 @@ from sparseft.config import BUNDLED, DatasetConfig, RunConfig, in_bundle
 from sparseft.data.chat import Chats
 from sparseft.data.encoding import Encoder, tokenize
 from sparseft.data.formats import DETECTION_RECORDS, Converter, Plain, check_records, detect_format
-from sparseft.data.mixing import counts, drawn, joined, parse_mix, parse_replay, replayed
+from sparseft.data.mixing import Taken, counts, drawn, parse_mix, parse_replay, replayed, take
 from sparseft.data.oasst_trees import Trees
 from sparseft.data.packing import PackedDataset
 from sparseft.data.question_hashes import QuestionHashes
+from sparseft.data.records import Source
 from sparseft.data.sampling import seeded_first
-from sparseft.data.sources import Source, open_source
+from sparseft.data.sources import open_source
 from sparseft.data.token_cache import Cache, Damaged, Writer, tokens_key
 from sparseft.data.tokenized import TokenizedDataset, Tokens
 from sparseft.errors import UserError, nearest
@@ -41,7 +42,7 @@ class LoadedData:
 
     train: TokenizedDataset
     eval: TokenizedDataset | None  # None: no evaluation examples
-    format: str  # given or detected
+    format: str  # given or detected; of several sets that of the largest part
     train_source: str  # as the user or the config named it
     eval_source: str  # empty without evaluation examples
     fingerprint: str  # sha256 over the tokenised training examples, labels included
@@ -49,6 +50,7 @@ class LoadedData:
     cut: int  # of those kept, how many had their answer cut
     questions: QuestionHashes  # of the training examples
     eval_overlap: int  # questions of the evaluation examples that are training questions too, by their normalised text
+    formats: list[str] = field(default_factory=list)  # of all sets, each once
     packed: PackedDataset | None = None  # the training examples, several a row, with `packing`
     notes: list[str] = field(default_factory=list)  # sentences to tell the user: format, counts, overlap
     warnings: list[str] = field(default_factory=list)  # such sentences that should worry them
@@ -95,35 +97,43 @@ def load_datasets(
     """
     cache = Cache(cache_dir)
     reader = _Reader(config, Encoder(tokenizer), max_length, cache)
-    parts = [_read_part(reader, each, config, seed) for each in named_sources(config, bundled)]
-    train = _together(parts, config, seed, cache, reader.notes, reader.warnings)
-    evaluation, eval_source, overlap = None, "", 0
-    if config.eval_path:
-        there = open_source(config.eval_path, split=None, key="dataset.eval_path")
-        _, evaluation = reader.read(there, "evaluation", None)
-        eval_source = there.name
-    else:
-        held = [part for part in parts if part.held is not None]
-        if held:
-            tokens = [part.held for part in held if part.held is not None]
-            evaluation = tokens[0] if len(tokens) == 1 else joined(tokens, cache)
-            eval_source = " + ".join(part.held_source for part in held)
-        elif config.eval_fraction > 0:
-            reader.notes.append("a single example cannot be split: no evaluation examples")
+    opened = [reader.open(each, "training", seed) for each in named_sources(config, bundled)]
+    own = [NamedSource(each.named.own_eval, "dataset.eval_path") for each in opened if each.named.own_eval]
+    apart = [NamedSource(config.eval_path, "dataset.eval_path")] if config.eval_path else own
+    held = [reader.open(each, "evaluation", seed) for each in apart]
+    _check_distinct(opened)
+    reader.check([*opened, *held])
+    parts = [reader.read(each, "training", config.max_examples) for each in opened]
+    held_parts = [reader.read(each, "evaluation", None) for each in held]
+    pieces = [(part.key, part.tokens) for part in (*parts, *held_parts)]
+    trained, split = _split(parts, config, seed)
+    evaluated = [_all_of(len(parts) + at, part.tokens) for at, part in enumerate(held_parts)] + split
+    sources = [part.name for part in held_parts]
+    for each in split:
+        number = len(each.examples)
+        sources.append(f"{parts[each.piece].name} ({number} {'example' if number == 1 else 'examples'} split off)")
+    if len(parts) > 1:
+        trained = _shared(parts, trained, config, seed, reader.notes, reader.warnings)
+    train = take(pieces[: len(parts)], trained, cache)
+    evaluation, eval_source, overlap = None, " + ".join(sources), 0
+    if evaluated:
+        evaluation = take(pieces if held_parts else pieces[: len(parts)], evaluated, cache)
+    elif config.eval_fraction > 0:
+        reader.notes.append("a single example cannot be split: no evaluation examples")
     questions = QuestionHashes(train.questions)
     if evaluation is not None:
         eval_questions = np.unique(evaluation.questions)
         overlap = int(np.isin(eval_questions, questions.hashes).sum())
         # Held-out data should share nothing with other files; repeats within one file are just worth knowing.
-        apart = config.eval_path or parts[0].source.own_eval or len(parts) > 1
-        said = reader.warnings if apart else reader.notes
+        said = reader.warnings if held_parts or len(parts) > 1 else reader.notes
         said += _overlap(train.dataset, evaluation.dataset, overlap, len(eval_questions))
     if reader.encoder.eos is None:
         reader.notes.append("the tokenizer has no EOS token, so answers do not teach the model to stop")
     return LoadedData(
         train=train.dataset,
         eval=None if evaluation is None else evaluation.dataset,
-        format=max(parts, key=lambda part: part.count).format,
+        formats=list(dict.fromkeys(part.format for part in parts)),
+        format=parts[max(trained, key=lambda each: len(each.examples)).piece].format,
         train_source=" + ".join(part.name for part in parts),
         eval_source=eval_source,
         fingerprint=train.dataset.fingerprint(),
@@ -182,9 +192,10 @@ def named_sources(config: DatasetConfig, bundled: bool) -> list[NamedSource]:
         found = [NamedSource(config.hub_path, "dataset.train_path")]
     if config.replay is not None:
         share = parse_replay(config.replay)
-        if share.path in [each.path for each in found]:
+        named = _named_source(share.path, "dataset.replay", bundled)
+        if named.path in [each.path for each in found]:
             raise UserError(f"dataset.replay: '{share.path}' is what is trained on anyway.")
-        found.append(NamedSource(share.path, "dataset.replay", replay=share.weight))
+        found.append(replace(named, own_eval=None, replay=share.weight))
     return found
 
 
@@ -195,7 +206,7 @@ def _named_source(name: str, key: str, bundled: bool, weight: float | None = Non
         train = f"{BUNDLED}data/{BUNDLED_SETS[name]}"
         own_eval = train.replace("/train.", "/eval.")
         return NamedSource(train, key, own_eval if in_bundle(own_eval) else None, weight)
-    if key == "dataset.mix" and not family:
+    if key != "dataset.train_path" and not family:
         return NamedSource(name, key, weight=weight)
     if bundled:
         raise UserError(
@@ -208,80 +219,93 @@ def _named_source(name: str, key: str, bundled: bool, weight: float | None = Non
 
 
 @dataclass
+class _Opened:
+    """A source before it is read."""
+
+    named: NamedSource
+    source: Source
+    format: str
+
+
+@dataclass
 class _Part:
     """What was read of one source."""
 
     source: NamedSource
     name: str
     format: str
-    tokens: Tokens  # to train on
-    held: Tokens | None  # to evaluate on
-    held_source: str
-    count: int = 0  # examples in an epoch
+    key: str  # of its cache entry
+    tokens: Tokens
 
 
-def _read_part(reader: _Reader, named: NamedSource, config: DatasetConfig, seed: int) -> _Part:
-    """Reads a source, and splits off what is evaluated."""
-    source = open_source(named.path, split=config.hub_split, key=named.key)
-    format, train = reader.read(source, "training", config.max_examples)
-    part = _Part(named, source.name, format, train, None, "")
-    if config.eval_path or named.replay is not None:
-        return part
-    if named.own_eval:
-        there = open_source(named.own_eval, split=None, key="dataset.eval_path")
-        part.held, part.held_source = reader.read(there, "evaluation", None)[1], there.name
-    elif config.eval_fraction > 0:
-        part.tokens, part.held = split_off(train, config.eval_fraction, seed)
-        if part.held is not None:
-            number = len(part.held.dataset)
-            part.held_source = f"{source.name} ({number} {'example' if number == 1 else 'examples'} split off)"
-    return part
+def _check_distinct(opened: list[_Opened]) -> None:
+    """Refuses data that are named twice, by whatever names."""
+    for at, each in enumerate(opened):
+        for other in opened[:at]:
+            same = sorted(set(each.source.files) & set(other.source.files))
+            sizes = [sum(file.stat().st_size for file in one.source.files) for one in (each, other)]
+            if same or (sizes[0] == sizes[1] and each.source.content() == other.source.content()):
+                if each.named.replay is not None:
+                    raise UserError(f"dataset.replay: '{each.named.path}' is what is trained on anyway.")
+                what = f"both read {same[0]}" if same else "hold the same data"
+                raise UserError(f"{each.named.key}: '{other.named.path}' and '{each.named.path}' {what}.")
 
 
-def _together(
-    parts: list[_Part], config: DatasetConfig, seed: int, cache: Cache, notes: list[str], warnings: list[str]
-) -> Tokens:
+def _all_of(piece: int, tokens: Tokens) -> Taken:
+    return Taken(piece, np.arange(len(tokens.dataset)), np.ones(len(tokens.questions), bool))
+
+
+def _split(parts: list[_Part], config: DatasetConfig, seed: int) -> tuple[list[Taken], list[Taken]]:
+    """What of each part is trained on, and what of them is split off to evaluate on."""
+    trained, split = [], []
+    for at, part in enumerate(parts):
+        whole = _all_of(at, part.tokens)
+        apart = config.eval_path or part.source.own_eval or part.source.replay is not None
+        both = None if apart or not config.eval_fraction else split_off(part.tokens, config.eval_fraction, seed)
+        if both is None:
+            trained.append(whole)
+            continue
+        held_out, asked = both
+        trained.append(Taken(at, np.flatnonzero(~held_out), asked))
+        split.append(Taken(at, np.flatnonzero(held_out), ~asked))
+    return trained, split
+
+
+def _shared(
+    parts: list[_Part], trained: list[Taken], config: DatasetConfig, seed: int, notes: list[str], warnings: list[str]
+) -> list[Taken]:
     """The training examples of all sources in their shares, by a choice that `seed` makes."""
-    if len(parts) == 1:
-        parts[0].count = len(parts[0].tokens.dataset)
-        return parts[0].tokens
-    new = [part for part in parts if part.source.replay is None]
-    weights = [part.source.weight for part in new if part.source.weight is not None]
-    for part, count in zip(
-        new, counts([len(part.tokens.dataset) for part in new], weights or None, config.stopping), strict=True
-    ):
-        part.count = count
-    fresh = sum(part.count for part in new)
-    for part in parts:
-        if part.source.replay is not None:
-            part.count = replayed(fresh, part.source.replay)
-    for part in parts:
-        size = len(part.tokens.dataset)
-        if part.count > MOST_REPEATS * size:
+    sizes = [len(each.examples) for each in trained]
+    new = [at for at, part in enumerate(parts) if part.source.replay is None]
+    weights = [weight for at in new if (weight := parts[at].source.weight) is not None]
+    wanted = counts([sizes[at] for at in new], weights or None, config.stopping)
+    wanted += [replayed(sum(wanted), part.source.replay) for part in parts if part.source.replay is not None]
+    for part, size, count in zip(parts, sizes, wanted, strict=True):
+        if count > MOST_REPEATS * size:
             raise UserError(
-                f"{part.source.key}: {part.name} has {size} examples and would be repeated {part.count // size:,} "
+                f"{part.source.key}: {part.name} has {size} examples and would be repeated {count // size:,} "
                 "times for its share: give it a smaller one, or the others larger ones."
             )
-    whole = joined([part.tokens for part in parts], cache)
-    chosen, first = [], 0
-    for part in parts:
-        size = len(part.tokens.dataset)
-        chosen.append(first + drawn(part.count, size, seed, f"mix {part.source.path}"))
-        first += size
-    _say_shares(parts, [whole.dataset.subset(places).num_labelled for places in chosen], notes, warnings)
-    places = np.concatenate(chosen)
-    return replace(whole, dataset=whole.dataset.subset(places), records=whole.records[places])
+    chosen = [
+        replace(each, examples=each.examples[drawn(count, size, seed, f"mix {part.source.path}")])
+        for part, each, size, count in zip(parts, trained, sizes, wanted, strict=True)
+    ]
+    learnt = [part.tokens.dataset.subset(each.examples).num_labelled for part, each in zip(parts, chosen, strict=True)]
+    _say_shares(parts, sizes, wanted, learnt, notes, warnings)
+    return chosen
 
 
-def _say_shares(parts: list[_Part], learnt: list[int], notes: list[str], warnings: list[str]) -> None:
+def _say_shares(
+    parts: list[_Part], sizes: list[int], wanted: list[int], learnt: list[int], notes: list[str], warnings: list[str]
+) -> None:
     """What an epoch has of each source: of the examples and of the tokens that are learnt, which may differ much."""
-    total, all_learnt = sum(part.count for part in parts), sum(learnt)
-    for part, tokens in zip(parts, learnt, strict=True):
-        share, of_tokens = part.count / total, tokens / all_learnt
+    total, all_learnt = sum(wanted), sum(learnt)
+    for part, size, count, tokens in zip(parts, sizes, wanted, learnt, strict=True):
+        share, of_tokens = count / total, tokens / all_learnt
         replay = " replayed" if part.source.replay is not None else ""
         notes.append(
-            f"mix: {share:.1%}{replay} from {part.name}, {of_tokens:.1%} of the learnt tokens: {part.count} examples "
-            f"an epoch, of {len(part.tokens.dataset)}"
+            f"mix: {share:.1%}{replay} from {part.name}, {of_tokens:.1%} of the learnt tokens: {count} examples an "
+            f"epoch, of {size}"
         )
         if part.source.replay is not None and of_tokens > 2 * share:
             warnings.append(
@@ -298,27 +322,39 @@ class _Reader:
         self.notes: list[str] = []
         self.warnings: list[str] = []
 
-    def read(self, source: Source, role: str, count: int | None) -> tuple[str, Tokens]:
-        """Format and tokens of the first `count` records of a source."""
+    def open(self, named: NamedSource, role: str, seed: int) -> _Opened:
+        """A source and its format. A file to evaluate on is not streamed."""
+        config, training = self.config, role == "training"
+        source = open_source(
+            named.path, split=config.hub_split if training else None, key=named.key,
+            stream=seed if training and config.streaming else None,
+        )  # fmt: skip
+        format = detect_format(source.first(DETECTION_RECORDS)) if config.format == "auto" else config.format
+        return _Opened(named, source, format)
+
+    def check(self, opened: list[_Opened]) -> None:
+        """Refuses settings of a format that no source has."""
         config = self.config
-        detected = config.format == "auto"
-        format = detect_format(source.first(DETECTION_RECORDS)) if detected else config.format
-        if format != "messages" and config.plain_chat:
-            raise UserError(
-                f"dataset.plain_chat=true: applies to chats (format messages), but {source.name} has format {format}; "
-                "leave it out."
-            )
-        if format != "oasst_trees" and (config.paths != "best" or config.language is not None):
-            name = "paths" if config.paths != "best" else "language"
-            raise UserError(
-                f"dataset.{name}={getattr(config, name)}: applies to message trees (format oasst_trees), but "
-                f"{source.name} has format {format}; leave it out."
-            )
-        tokens, cached = self._cached(source, format, role, count)
+        for name, of, what in (
+            ("plain_chat", "messages", "chats"),
+            ("paths", "oasst_trees", "message trees"),
+            ("language", "oasst_trees", "message trees"),
+        ):
+            if getattr(config, name) in (False, "best", None) or of in [each.format for each in opened]:
+                continue
+            has = ", ".join(f"{each.source.name} has format {each.format}" for each in opened)
+            value = str(getattr(config, name)).lower()
+            raise UserError(f"dataset.{name}={value}: applies to {what} (format {of}), but {has}; leave it out.")
+
+    def read(self, opened: _Opened, role: str, count: int | None) -> _Part:
+        """The first `count` records of a source, in tokens."""
+        source, format = opened.source, opened.format
+        key, tokens, cached = self._cached(source, format, role, count)
         facts = tokens.facts
         if role == "training":
-            how = "detected" if detected else "as set"
-            self.notes.append(f"{facts.records} training records from {source.name}, format {format} ({how})")
+            how = "detected" if self.config.format == "auto" else "as set"
+            files = f" ({len(source.files):,} files)" if len(source.files) > 1 else ""
+            self.notes.append(f"{facts.records} training records from {source.name}{files}, format {format} ({how})")
         self.notes += [note for note in facts.notes if note not in self.notes]
         limit = f"{self.max_length} tokens"
         if facts.dropped:
@@ -329,10 +365,10 @@ class _Reader:
             self.notes.append(f"{facts.cut} of {facts.examples} {role} examples had their answer cut at {limit}")
         if cached is not None:
             self.notes.append(f"{role} tokens: cached, {cached}")
-        return format, tokens
+        return _Part(opened.named, source.name, format, key, tokens)
 
-    def _cached(self, source: Source, format: str, role: str, count: int | None) -> tuple[Tokens, Path | None]:
-        """The tokens, and where they were found if they need not be made."""
+    def _cached(self, source: Source, format: str, role: str, count: int | None) -> tuple[str, Tokens, Path | None]:
+        """The tokens, under which key they are cached, and where they were found if they need not be made."""
         with console.working(f"reading {source.name}"):
             content = source.content()
         key = tokens_key(content, self.encoder.tokenizer, self._settings(format, count))
@@ -343,14 +379,14 @@ class _Reader:
             tokens = None
         if tokens is not None:
             self._refuse_mixed(tokens.facts.mixed)
-            return tokens, self.cache.path(key)
+            return key, tokens, self.cache.path(key)
         with self.cache.making(key) as writer:
             self._write(source, format, role, count, writer)
             if source.content() != content:
                 raise UserError(f"{source.name} was changed while it was read; start again once it is complete.")
         tokens = self.cache.load(key)
         assert tokens is not None
-        return tokens, None
+        return key, tokens, None
 
     def _refuse_mixed(self, mixed: str | None) -> None:
         """A format that was set holds for all records; one that was detected is no reason to read others by it."""
@@ -359,9 +395,9 @@ class _Reader:
 
     def _settings(self, format: str, count: int | None) -> dict[str, Any]:
         config = self.config
-        names = ("too_long", "loss_on_prompt", "paths", "language", "plain_chat")
+        own = {"messages": ["plain_chat"], "oasst_trees": ["paths", "language"]}.get(format, [])
         return {"format": format, "max_length": self.max_length, "max_examples": count} | {
-            name: getattr(config, name) for name in names
+            name: getattr(config, name) for name in ("too_long", "loss_on_prompt", *own)
         }
 
     def _write(self, source: Source, format: str, role: str, count: int | None, writer: Writer) -> None:
@@ -402,24 +438,23 @@ class _Reader:
             )
 
 
-def split_off(tokens: Tokens, fraction: float, seed: int) -> tuple[Tokens, Tokens | None]:
-    """What to train on and what to evaluate on: disjoint, together all, both in the order of the file.
+def split_off(tokens: Tokens, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Which examples to evaluate on, bool (examples,), and which questions the others ask, bool (questions,).
 
     Examples of one record go to one side, so a conversation does not evaluate itself; with a single record the examples
-    are split one by one. `fraction` is a share of the records in (0, 1), rounded, at least one and never all. The
-    second is None if there is one example only.
+    are split one by one. `fraction` is a share of the records in (0, 1), rounded, at least one and never all. None if
+    there is one example only.
     """
     names, groups = np.unique(tokens.records, return_inverse=True)
     if len(names) == 1:
         names = groups = np.arange(len(tokens.records))
     count = min(max(1, round(fraction * len(names))), len(names) - 1)
     if count == 0:
-        return tokens, None
+        return None
     held_out = np.zeros(len(names), bool)
     held_out[seeded_first(count, len(names), seed, "evaluation")] = True
     held_out = held_out[groups]
-    asked = np.isin(tokens.question_records, tokens.records[~held_out])  # in training
-    return tokens.part(~held_out, asked), tokens.part(held_out, ~asked)
+    return held_out, np.isin(tokens.question_records, tokens.records[~held_out])
 
 
 def _overlap(train: TokenizedDataset, evaluation: TokenizedDataset, questions: int, of: int) -> list[str]:

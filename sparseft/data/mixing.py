@@ -92,36 +92,68 @@ def drawn(count: int, size: int, seed: int, purpose: str) -> np.ndarray:
     return np.sort(np.concatenate([np.tile(np.arange(size), times), extra]))
 
 
-def joined(parts: Sequence[Tokens], cache: Cache) -> Tokens:
-    """All parts, one after another, in files of the cache: memory does not grow with the data."""
-    digest = hashlib.sha256("".join(part.dataset.fingerprint() for part in parts).encode())
-    for part in parts:
-        for values in (part.records, part.questions, part.question_records):
-            digest.update(np.ascontiguousarray(values))
-    key = f"joined-{digest.hexdigest()[:20]}"
+@dataclass
+class Taken:
+    """What one side of a split, or a share of it, has of a piece."""
+
+    piece: int  # which one
+    examples: np.ndarray  # int64: places of its examples, in the order that they are taken
+    questions: np.ndarray  # bool: those of its questions that these examples ask
+
+
+def take(pieces: Sequence[tuple[str, Tokens]], chosen: Sequence[Taken], cache: Cache) -> Tokens:
+    """The chosen examples of one piece or more, one piece after another; `facts` are of all that their pieces hold.
+
+    pieces: tokens with the names of their cache entries. Of several pieces all are joined, whatever is chosen of them,
+    so that their files serve any seed and any shares.
+    """
+    used = sorted({each.piece for each in chosen})
+    if len(used) == 1:
+        whole, first = pieces[used[0]][1], {used[0]: (0, 0)}
+    else:
+        whole = joined(pieces, cache)
+        sizes = np.array([(0, 0), *((len(tokens.dataset), len(tokens.questions)) for _, tokens in pieces)])
+        first = dict(enumerate(map(tuple, np.cumsum(sizes, axis=0))))
+    places = np.concatenate([each.examples + first[each.piece][0] for each in chosen])
+    asked = np.concatenate([np.flatnonzero(each.questions) + first[each.piece][1] for each in chosen])
+    facts = Facts(**{
+        name: sum(getattr(pieces[piece][1].facts, name) for piece in used)
+        for name in ("records", "examples", "dropped", "cut")
+    })  # fmt: skip
+    return Tokens(
+        whole.dataset.subset(places),
+        whole.records[places],
+        whole.questions[asked],
+        whole.question_records[asked],
+        facts,
+    )
+
+
+def joined(pieces: Sequence[tuple[str, Tokens]], cache: Cache) -> Tokens:
+    """All pieces, one after another, in files of the cache: memory does not grow with the data."""
+    key = f"joined-{hashlib.sha256(' '.join(name for name, _ in pieces).encode()).hexdigest()[:20]}"
     try:
         found = cache.load(key)
-    except Damaged:  # it is made of the parts again
+    except Damaged:  # it is made of the pieces again
         found = None
     if found is None:
         with cache.making(key) as writer:
             first = 0
-            for part in parts:
-                for tokens in _chunks(part, first):
-                    writer.add(tokens)
-                first += 1 + int(max(part.records.max(initial=0), part.question_records.max(initial=0)))
+            for _, tokens in pieces:
+                for chunk in _chunks(tokens, first):
+                    writer.add(chunk)
+                first += 1 + int(max(tokens.records.max(initial=0), tokens.question_records.max(initial=0)))
         found = cache.load(key)
         assert found is not None
-    found.facts = Facts(**{
-        name: sum(getattr(part.facts, name) for part in parts) for name in ("records", "examples", "dropped", "cut")
-    })  # fmt: skip
     return found
 
 
-def _chunks(part: Tokens, first: int) -> Iterator[Tokens]:
-    """The part in pieces, its records counted from `first`; its questions come with the first piece."""
-    questions, question_records = part.questions, part.question_records + first
-    for start in range(0, max(1, len(part.dataset)), CHUNK):
-        places = np.arange(start, min(start + CHUNK, len(part.dataset)))
-        yield Tokens(part.dataset.subset(places), part.records[places] + first, questions, question_records, Facts())
+def _chunks(tokens: Tokens, first: int) -> Iterator[Tokens]:
+    """Tokens in pieces, their records counted from `first`; their questions come with the first one."""
+    questions, question_records = tokens.questions, tokens.question_records + first
+    for start in range(0, max(1, len(tokens.dataset)), CHUNK):
+        places = np.arange(start, min(start + CHUNK, len(tokens.dataset)))
+        yield Tokens(
+            tokens.dataset.subset(places), tokens.records[places] + first, questions, question_records, Facts()
+        )
         questions, question_records = questions[:0], question_records[:0]

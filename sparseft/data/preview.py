@@ -32,8 +32,8 @@ def preview(data: LoadedData, tokenizer: Any, config: RunConfig, examples: int) 
     shown = [train[place * len(train) // count] for place in range(count)]
     return {
         "source": data.train_source,
-        "format": data.format,
-        "template": template(data.format, tokenizer, config.dataset.plain_chat),
+        "format": ", ".join(data.formats),
+        "template": "; ".join(template(each, tokenizer, config.dataset.plain_chat) for each in data.formats),
         "examples": len(train),
         "eval_examples": 0 if data.eval is None else len(data.eval),
         "tokens": train.num_tokens,
@@ -42,6 +42,7 @@ def preview(data: LoadedData, tokenizer: Any, config: RunConfig, examples: int) 
         "cut": data.cut,
         "dropped": data.dropped,
         "duplicates": duplicates(train),
+        "repeated": len(train) - len(train.places),
         "eval_overlap": data.eval_overlap,
         "lengths": lengths(train),
         "histogram": histogram(train.lengths),
@@ -68,8 +69,10 @@ def template(format: str, tokenizer: Any, plain_chat: bool) -> str:
 
 
 def duplicates(dataset: TokenizedDataset) -> int:
-    """How many examples say again, token for token, what another one before them says."""
-    return len(dataset) - len(set(dataset.example_keys()))
+    """How many examples say again, token for token, what another one before them says. One that a mix takes more than
+    once counts once."""
+    places = dataset.places
+    return len(places) - len(set(dataset.subset(places).example_keys()))
 
 
 def lengths(dataset: TokenizedDataset) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""Data files to records, a bounded number of bytes at a time: JSON lines, JSON arrays, parquet, plain text.
+"""Data files to records, a bounded number of bytes at a time: JSON lines, JSON arrays, plain text (tables: tables.py).
 
-All but parquet may be compressed (`unpacking.py`); lines, columns and bytes in messages are those of the content.
+Files may be compressed (`unpacking.py`); lines, columns and bytes in messages are those of the content.
 Each reader yields `(number, record, bytes)`: the record's place in the file from 1, as messages name it, and about how
 much memory it takes. One record must fit into memory, the file need not.
 """
@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from sparseft.data.unpacking import BLOCK, FREE, RATIO, unpacked
+from sparseft.data.unpacking import BLOCK, unpacked
 from sparseft.errors import UserError, shown
 from sparseft.files.untrusted import KeyTwice, unique_keys
 
 WHOLE = 2**26  # bytes of a file that may be read at once to say better what is wrong with it
-PARQUET_RECORDS = 256
 
 Item = tuple[int, Any, int]
 
@@ -70,7 +69,7 @@ def json_array(file: Path, source: str) -> Iterator[Item]:
         try:
             yield from _Array(text, source).values()
         except UnicodeDecodeError:
-            _refuse_encoding(file, source)
+            refuse_encoding(file, source)
             raise
 
 
@@ -187,35 +186,6 @@ def _document(start: int, lines: list[str]) -> Item:
     return start, {"text": text}, len(text)
 
 
-def parquet(file: Path, source: str) -> Iterator[Item]:
-    """The rows of a parquet file, one row group in memory at a time."""
-    import pyarrow
-    import pyarrow.parquet
-
-    number = unfolded = 0
-    size = file.stat().st_size
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise UserError(f"{source}: there are two columns '{shown(twice[0])}'; which of both is meant?")
-            for group in range(table.num_row_groups):  # each alone, or the next ones are read ahead
-                for batch in table.iter_batches(PARQUET_RECORDS, row_groups=[group], use_threads=False):
-                    unfolded += batch.nbytes
-                    if unfolded > max(FREE, RATIO * size) or number > max(FREE, 64 * size):
-                        raise ValueError(f"its {size:,} bytes unfold to more than {unfolded:,}")
-                    share = batch.nbytes // max(1, batch.num_rows)
-                    for item in batch.to_pylist():
-                        number += 1
-                        yield number, item, share
-    # A damaged file can also make an OSError (of a codec), a UnicodeDecodeError or an OverflowError.
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = shown(str(error).partition("\n")[0].rstrip("."), 300)
-        raise UserError(f"{source} is not a readable parquet file: {reason}.") from error
-
-
 def _lines(file: Path, source: str) -> Iterator[tuple[int, str]]:
     """Number and text of each line, with its end, without a byte order mark."""
     with unpacked(file, source) as lines:
@@ -223,11 +193,11 @@ def _lines(file: Path, source: str) -> Iterator[tuple[int, str]]:
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
-                _refuse_encoding(file, source)
+                refuse_encoding(file, source)
                 raise
 
 
-def _refuse_encoding(file: Path, source: str) -> None:
+def refuse_encoding(file: Path, source: str) -> None:
     """Names the first byte of a file that is no UTF-8; the end of a line is never inside a character."""
     before = 0
     with unpacked(file, source) as lines:

@@ -74,6 +74,12 @@ class TokenizedDataset:
         """int64 (examples,): tokens of each example."""
         return self._stops - self._starts
 
+    @property
+    def places(self) -> np.ndarray:
+        """int64: indices of the examples without those that stand at the same place as an earlier one: a mix takes an
+        example again where its source is too small."""
+        return np.sort(np.unique(self._starts, return_index=True)[1])
+
     def beyond(self, rows: int, name: str = "input_ids") -> list[int]:
         """The ids of `input_ids` or of `labels` that a table of `rows` rows does not have, in ascending order."""
         values = self._input_ids if name == "input_ids" else self._labels

@@ -107,6 +107,7 @@ class Panel:
     title: str = ""  # above it
     bands: Sequence[Band] = ()
     log: bool = False  # whether the y axis is logarithmic: values up to 0 are then left out
+    log_x: bool = False  # whether the x axis is, from its lowest value on
 
 
 @dataclass
@@ -207,7 +208,12 @@ def _lines(drawing: Drawing, axes: Axes, panel: Panel, x_label: str, whole: bool
             (dot,) = axes.plot(x, y, "o", color=colour, markersize=8, markeredgecolor=COLOURS["paper"], clip_on=False)
             drawing.tip(dot, f"{one.name}, {x_label} {x:,.4g}: {y:.4g}")
     xs = [x for one in panel.series for x, _ in one.points]
-    axes.set_xlim(min(0.0, *xs), max(1.0, *xs) if whole else max(0.0, *xs) or 1.0)
+    if panel.log_x:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xlim(min(xs), max(xs))
+    else:
+        axes.set_xlim(min(0.0, *xs), max(1.0, *xs) if whole else max(0.0, *xs) or 1.0)
     if panel.zero and all(y is None or y >= 0 for one in panel.series for _, y in one.points):
         axes.set_ylim(bottom=0.0)
     if whole:

@@ -27,6 +27,7 @@ from sparseft.report.comparison import comparison
 from sparseft.report.html import write_page
 from sparseft.report.learning import learnt_and_forgotten
 from sparseft.report.numbers import count, duration, fixed, memory, number, percent, rate, short_count, signed, when
+from sparseft.report.rate import found_rates
 from sparseft.report.run_data import Run, name_runs, read_run
 from sparseft.report.selected import selected
 from sparseft.report.tables import Table, listed
@@ -51,6 +52,7 @@ def build_report(runs: Sequence[Path], out: Path) -> Path:
         tiles=_tiles(loaded[0]) if single else [],
         comparison=None if single else comparison(loaded),
         loss=_curves(loaded),
+        rate=found_rates(loaded[:MANY], drawn),
         evaluation=_evaluation(loaded),
         learning=learnt_and_forgotten(loaded, drawn, MANY),
         samples=sample_answers(loaded),
@@ -237,10 +239,10 @@ def _details(run: Run) -> dict[str, Any]:
     for name in ("command_line", "commit", "device", "dtype", "world_size", "platform", "cpu_count", "started"):
         if environment.get(name) is not None:
             pairs.append((name.replace("_", " "), str(environment[name])))
-    for name in ("seed", "sparsity", "scope"):
+    for name in ("seed", "sparsity", "scope", "bad_steps", "loss_spikes"):
         if run.get(name) is not None:
             value = run.get(name)
-            pairs.append((name, f"{value:.6g}" if isinstance(value, float) else str(value)))
+            pairs.append((name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value)))
     found = environment.get("versions")
     if isinstance(found, dict):
         pairs.append(("versions", ", ".join(f"{name} {version}" for name, version in found.items() if version)))

@@ -12,7 +12,18 @@ from sparseft.errors import UserError
 from sparseft.files.tensors import SELECTION_CONFIG, SELECTION_TENSORS, opened, split_name
 from sparseft.files.untrusted import parse_yaml, read_bytes, read_json_object, why
 from sparseft.report.numbers import number
-from sparseft.runs.folder import BEFORE, CONFIG, ENVIRONMENT, EVAL, METRICS, SAMPLES, SELECTION, SUMMARY, load_summary
+from sparseft.runs.folder import (
+    BEFORE,
+    CONFIG,
+    ENVIRONMENT,
+    EVAL,
+    METRICS,
+    RATE,
+    SAMPLES,
+    SELECTION,
+    SUMMARY,
+    load_summary,
+)
 from sparseft.runs.metrics import read_metrics
 
 MODELS = ("base", "adapter")  # who answers, in samples.jsonl
@@ -61,6 +72,7 @@ class Run:
     summary: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     selection: dict[str, Any] | None = None
+    rate: dict[str, Any] = field(default_factory=dict)  # how the learning rate was found
     before: dict[str, Score] = field(default_factory=dict)
     after: dict[str, Score] = field(default_factory=dict)
     headline: list[str] = field(default_factory=list)  # the tasks asked for; the others are their members
@@ -195,6 +207,7 @@ def read_run(path: Path) -> Run:
     else:
         reached = f"; its last logged step is {run.last_step:.0f}" if run.last_step is not None else ""
         run.warnings.append(f"The run has not finished, it is still running or it failed: no summary.json{reached}.")
+    run.rate = optional(RATE, {})
     run.selection = optional(f"{SELECTION}/{SELECTION_CONFIG}", None)
     for record in attempt(lambda: read_metrics(path / SAMPLES), SAMPLES, []):
         step, texts = number(record.get("step")), (record.get("prompt"), record.get("answer"))

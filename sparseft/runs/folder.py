@@ -55,6 +55,7 @@ CHECKPOINTS = "checkpoints"
 CHECKPOINT = "checkpoint-"  # below `checkpoints/`, before the step
 BEST = ".best"  # there too, and in each checkpoint
 BEST_NOTE = "best.json"
+RATE = "learning_rate.json"  # how the rate was found, where trainer.learning_rate=auto
 TRACKERS = "trackers.json"  # by which a run that is continued is found again
 TENSORBOARD = "tensorboard"  # the folders that trackers fill as they like
 WANDB = "wandb"
@@ -77,7 +78,7 @@ _OF_AN_ADAPTER = (
 
 # All files that a run writes, as patterns, by folder: what `overwrite=true` may delete, and nothing else.
 OWN_FILES = {
-    "": (CONFIG, ENVIRONMENT, METRICS, SUMMARY, REPORT, BENCH, QUESTIONS, SAMPLES, TRACKERS),
+    "": (CONFIG, ENVIRONMENT, METRICS, SUMMARY, REPORT, BENCH, QUESTIONS, SAMPLES, RATE, TRACKERS),
     SELECTION: (SELECTION_CONFIG, SELECTION_TENSORS),
     ADAPTER: _OF_AN_ADAPTER,
     UNTRIMMED: _OF_AN_ADAPTER,

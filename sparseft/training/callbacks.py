@@ -40,6 +40,7 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps (`trainer_state.json`)."""
         own = {"now": asdict(self.saved), "logged": asdict(self.logged), "health": self.run.bad_step_counts()}
+        own["spikes"] = self.run.spikes.kept()
         return {"args": {}, "attributes": own}
 
     def restore(self, state: transformers.TrainerState) -> None:

@@ -126,7 +126,8 @@ def _mode(path: Path) -> int:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """`trainer_state.json`, with what sparseft keeps there checked: {"now": …, "logged": …, "health": …}."""
+    """`trainer_state.json`, with what sparseft keeps there checked: {"now": …, "logged": …, "health": …,
+    "spikes": … (older runs have none)}."""
     path = folder / STATE
     try:
         content = read_json(path, numbers=False)
@@ -136,6 +137,10 @@ def read_state(folder: Path) -> dict[str, Any]:
             numbers += [mark["step"], mark["tokens"]]
             if not all(isinstance(mark[name], (int, float)) for name in ("loss", "seconds")):
                 raise ValueError("its totals are no numbers")
+        spikes = own.get("spikes", {"count": 0, "recent": []})
+        if spikes.keys() != {"count", "recent"} or not all(isinstance(loss, float) for loss, _ in spikes["recent"]):
+            raise ValueError("its losses are no numbers")
+        numbers += [spikes["count"], *(tokens for _, tokens in spikes["recent"])]
         if not all(type(number) is int for number in numbers) or content["global_step"] != step_of(str(folder)):
             raise ValueError("its counts are not those of the step")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from sparseft.config import BITSANDBYTES, BUNDLED, OPTIMIZERS, RunConfig, in_bundle
+from sparseft.config import AUTO, BITSANDBYTES, BUNDLED, OPTIMIZERS, RunConfig, in_bundle
 from sparseft.data.loading import named_sources
-from sparseft.data.sources import locate_file
+from sparseft.data.sources import locate
 from sparseft.distributed import launch
-from sparseft.distributed.env import check_variables
+from sparseft.distributed.env import check_variables, processes
 from sparseft.errors import UserError, looks_local, nearest_path, where_looked
 from sparseft.models.loading import load_config, resolve_device
 from sparseft.selection.exclude import find_excluded
@@ -82,15 +82,20 @@ def check_tests(config: RunConfig) -> None:
 
 
 def learning_rate(config: RunConfig) -> float:
-    """The learning rate as given, else the method's."""
+    """The learning rate as given, else the method's, also where it is yet to be found."""
     given = config.trainer.learning_rate
-    return config.method.learning_rate if given is None else given
+    return given if isinstance(given, float) else config.method.learning_rate
 
 
 def check_trainer(config: RunConfig) -> None:
     """Refuses a schedule that cannot be followed, and an optimizer or a tracker that this machine has not, and
     prompts that cannot be read."""
     trainer, hardware = config.trainer, config.hardware
+    if trainer.learning_rate == AUTO and (processes(hardware) > 1 or hardware.zero_stage):
+        raise UserError(
+            "trainer.learning_rate=auto: a rate is found in one process; find it there (hardware.num_processes=1 "
+            "trainer.max_steps=1), with a trainer.gradient_accumulation that makes up for the others, and give it here."
+        )
     trackers.check(trainer.trackers)
     read_prompts(trainer.sample_prompts)
     schedules.check(trainer, learning_rate(config), trainer.max_steps if trainer.max_steps > 0 else None)
@@ -122,9 +127,9 @@ def check_trainer(config: RunConfig) -> None:
 def check_data(config: RunConfig) -> None:
     """Refuses data files and test data that are not there."""
     for source in named_sources(config.dataset, config.model.path.startswith(BUNDLED)):
-        locate_file(source.path, key=source.key)
+        locate(source.path, key=source.key)
     if config.dataset.eval_path is not None:
-        locate_file(config.dataset.eval_path, key="dataset.eval_path")
+        locate(config.dataset.eval_path, key="dataset.eval_path")
     check_tests(config)
 
 

@@ -20,7 +20,7 @@ from sparseft.adapters.lifecycle import attach as attach_method
 from sparseft.adapters.lifecycle import trainable_count
 from sparseft.adapters.state import state_of
 from sparseft.compose.run_config import to_yaml
-from sparseft.config import BUNDLED, RunConfig
+from sparseft.config import AUTO, BUNDLED, RunConfig
 from sparseft.data.packing import Collator, check_packing
 from sparseft.data.sampling import calibration_batches
 from sparseft.distributed import ranks
@@ -37,6 +37,7 @@ from sparseft.runs.folder import (
     CONFIG,
     ENVIRONMENT,
     METRICS,
+    RATE,
     SAMPLES,
     SELECTION,
     SUMMARY,
@@ -50,6 +51,7 @@ from sparseft.selection.exclude import read_excluded
 from sparseft.selection.picture import draw_shares, trained_shares
 from sparseft.selection.selection import Selection, describe_selection, describe_trainable
 from sparseft.training import checks, schedules
+from sparseft.training import rate as rates
 from sparseft.training import resume as resuming
 from sparseft.training.arguments import training_arguments
 from sparseft.training.average import Average
@@ -96,6 +98,7 @@ class Job:
     floors: float = 0.0  # what a step is predicted to cost
     export_rank: int | None = None  # that an exact LoRA of what trains needs
     arguments: transformers.TrainingArguments | None = None
+    found: rates.Found | None = None  # the learning rate, where that was not given
 
     @property
     def method(self) -> Any:
@@ -289,15 +292,47 @@ def attach(job: Job) -> None:
     _predict(job)
     job.export_rank = describe_export(job.selection, job.spec, config.method)
     whole = job.method.trains_all
+    options = {
+        "unused": has_experts(model) or (whole and bool(job.spec.frozen)),
+        "autocast": prepared.device.type == "cuda" and job.dtype.itemsize == 2 and whole,
+    }
+    if config.trainer.learning_rate == AUTO:
+        _find_rate(job, options)
     job.arguments = training_arguments(
         dataclasses.replace(config.trainer, learning_rate=job.learning_rate),
         config.hardware,
         seed=config.seed,
         device=prepared.device,
         total_steps=job.total_steps,
-        unused=has_experts(model) or (whole and bool(job.spec.frozen)),
-        autocast=prepared.device.type == "cuda" and job.dtype.itemsize == 2 and whole,
+        **options,
     )
+
+
+def _find_rate(job: Job, arguments: dict[str, Any]) -> None:
+    """The rate that a ramp finds; of a run that is continued its own."""
+    config, prepared = job.config, job.prepared
+    if job.resumed_from is not None:
+        job.found = rates.Found.load(job.previous.folder)
+        console.log(f"learning rate: the run's own, {job.found.learning_rate:g}")
+    else:
+        job.found = rates.find(
+            prepared.model, prepared.data.train, config.trainer, config.hardware, device=prepared.device,
+            seed=config.seed, pad=prepared.pad, packing=config.dataset.packing, arguments=arguments,
+            **_loss_options(job),
+        )  # fmt: skip
+        console.log(f"learning rate: {job.found}")
+    job.learning_rate = job.found.learning_rate
+    schedules.check(config.trainer, job.learning_rate, job.total_steps)
+
+
+def _loss_options(job: Job) -> dict[str, Any]:
+    """How the Trainer computes a loss and what it keeps for its gradient."""
+    config = job.config
+    return {
+        "labelled": job.labelled,
+        "smoothing": config.trainer.label_smoothing,
+        "recomputed": KINDS.get(config.checkpointing, ()),
+    }
 
 
 def _predict(job: Job) -> None:
@@ -360,6 +395,8 @@ def _describe(job: Job, folder: Path) -> None:
     if job.selection is not None and job.resumed_from is None:
         job.selection.save(folder / SELECTION)
     data.questions.save(folder)
+    if job.found is not None:
+        write_json(folder / RATE, dataclasses.asdict(job.found))
 
 
 # ---- train ----
@@ -381,9 +418,7 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         train_dataset=job.rows,
         eval_dataset=prepared.data.eval,
         compile_layers=config.trainer.compile == "layers",
-        labelled=job.labelled,
-        smoothing=config.trainer.label_smoothing,
-        recomputed=KINDS.get(config.checkpointing, ()),
+        **_loss_options(job),
         data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
         processing_class=None,
     )
@@ -533,6 +568,8 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
         }
     summary = _summary(job, trained, after) | ({"best_step": kept.step} if kept else {})
     summary |= ({"bad_steps": trained.totals.bad} if trained.totals.bad else {}) | scores
+    if spikes := trainer.run_state.spikes.count:
+        summary["loss_spikes"] = spikes
     if first:
         write_json(folder / SUMMARY, summary)
     if config.method.reselect_steps:
@@ -565,6 +602,7 @@ def _summary(job: Job, trained: Trained, after: Evaluation | None) -> dict[str, 
         "eval_loss_after": after.eval_loss if after else None,
         "seed": config.seed,
         "learning_rate": job.learning_rate,
+        "learning_rate_seconds": job.found.seconds if job.found else None,
         "selection_cached": job.selection_cached,
         "selection_seconds": job.selection_seconds,
         "reselection_seconds": job.reselection.seconds if job.reselection else None,

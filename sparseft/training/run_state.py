@@ -17,6 +17,7 @@ from sparseft.distributed import ranks
 from sparseft.errors import RunError
 from sparseft.training.checkpoints import last_checkpoint, step_of
 from sparseft.training.failures import BadSteps
+from sparseft.training.spikes import NAMED, Spikes
 from sparseft.training.verdicts import Verdicts
 
 
@@ -78,6 +79,11 @@ class RunState:
         # present step.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.step_loss = torch.zeros_like(self.loss_sum)
+        self.spikes = Spikes()
+        self.names_spikes = True
+        self.step_learnt = 0  # of the present step: tokens to be learnt
+        self.step_rows: list[int] = []  # and rows of the training data
+        self._made_of: dict[int, tuple[int, list[int]]] = {}  # these, of the steps that were judged and not settled
 
     def judge(self, step: int, norm: Tensor | float | None) -> Tensor:
         """Decides over the optimizer step number `step` (1-based) whose gradients are there, without waiting for them:
@@ -85,6 +91,8 @@ class RunState:
         bad = self.verdicts.add(step, ranks.mean_over_ranks(self.step_loss), norm)
         self.loss_sum += torch.where(bad > 0, 0.0, self.step_loss)
         self.step_loss.zero_()
+        self._made_of[step] = self.step_learnt, self.step_rows
+        self.step_learnt, self.step_rows = 0, []
         return bad
 
     def settle(self, until: int | None = None) -> None:
@@ -93,13 +101,22 @@ class RunState:
         Waits for the device where it has not come to the last of them yet.
         """
         for step, loss, norm in self.verdicts.settled(until):
+            made_of = self._made_of.pop(step)
             if self.bad_steps.judge(step, loss, norm):
+                self._look_for_spike(step, loss, *made_of)
                 continue
             if self.bad_steps.streak == 1 and ranks.is_main():
                 console.warn(
                     f"step {step}: loss {loss:.4g}, gradient norm {norm}: not finite, so the step updates nothing"
                 )
             self._stop_if_too_many(step)
+
+    def _look_for_spike(self, step: int, loss: float, learnt: int, rows: list[int]) -> None:
+        """Names the first of the steps whose loss is far above those before, and counts them all."""
+        spike = self.spikes.judge(step, loss, learnt, rows if ranks.rank_and_world()[1] == 1 else [])
+        if spike is None or not (self.names_spikes and ranks.is_main()) or self.spikes.count > NAMED:
+            return
+        console.warn(f"{spike}" + ("; more of them are counted only" if self.spikes.count == NAMED else ""))
 
     def totals(self, step: int) -> Mark:
         """The totals of the whole run so far, earlier sessions of it included (a call of all processes)."""
@@ -120,6 +137,7 @@ class RunState:
         self.clock.start(kept["now"]["seconds"])
         counts = kept["health"]
         self.bad_steps = BadSteps(self.bad_steps.limit, counts["bad"], counts["streak"], counts["proven"])
+        self.spikes = Spikes(**kept.get("spikes", {}))  # older runs have none
 
     def failure(self, message: str, until: int | None = None) -> RunError:
         """A RunError that knows the last good checkpoint, of those up to the step `until` where that is given."""

@@ -18,10 +18,11 @@ import transformers
 from sparseft import console
 from sparseft.data.chat import Chats
 from sparseft.data.encoding import Encoder
+from sparseft.data.files import locate_file, open_file
 from sparseft.data.formats import Converter, Example, Plain
 from sparseft.data.loading import no_row
 from sparseft.data.prompts import ASSISTANT, STOPS, human_turn
-from sparseft.data.sources import Records, locate_file, open_file
+from sparseft.data.records import Records
 from sparseft.distributed import ranks
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import dumps, write_text

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
 from sparseft import console, signals
+from sparseft.data.tokenized import IGNORED
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import shard_of
 from sparseft.errors import Interrupted
@@ -46,9 +48,11 @@ from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.recomputing import describe, recomputing
 from sparseft.training.reselection import Reselection, save_active
 from sparseft.training.run_state import Mark, RunState
+from sparseft.training.spikes import ROW, Numbered
 from sparseft.training.verdicts import takes_flag
 
-COUNT = "num_tokens"  # in a batch: its tokens without padding, an int, which never reaches the model
+# In a batch, for the host alone: its tokens without padding, those to be learnt, and the rows of the data in it.
+HOST = COUNT, LEARNT, PLACES = ("num_tokens", "num_learnt", "rows_of_data")
 
 
 class Counting:
@@ -62,7 +66,12 @@ class Counting:
         batch = self.collate(examples)
         if self.rows:
             batch[ROWS] = label_rows(batch["labels"])
-        return {**batch, COUNT: sum(len(example["input_ids"]) for example in examples)}
+        return {
+            **batch,
+            COUNT: sum(len(example["input_ids"]) for example in examples),
+            LEARNT: int(np.count_nonzero(batch["labels"].numpy()[:, 1:] != IGNORED)),
+            PLACES: [example[ROW] for example in examples if ROW in example],
+        }
 
 
 class Trainer(distributed_trainer.DistributedTrainer):
@@ -95,6 +104,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
     ) -> None:
         args.output_dir = str(run / CHECKPOINTS)
         options["data_collator"] = Counting(options["data_collator"], rows=labelled)
+        options["train_dataset"] = Numbered(options["train_dataset"])
         with tf32_as_set():
             super().__init__(model=model, args=args, **options)
         self.run_state = RunState(run, max_bad_steps, args.device)
@@ -121,8 +131,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
         self.add_callback(self.run_callback)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the model is given: the batch without its count of tokens."""
-        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != COUNT})
+        """What the model is given: the batch without what is for the host alone."""
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name not in HOST})
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Counted where the batch was made. transformers would ask the device after each backward pass."""
@@ -139,6 +149,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
         if self.graphs and not self.accelerator.sync_gradients:
             own_gradients(self.model)
         self.run_state.step_loss += loss.double()
+        self.run_state.step_learnt += batch.get(LEARNT, 0)
+        self.run_state.step_rows += batch.get(PLACES, [])
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # transformers sums the losses too: one NaN would spoil its sum
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
@@ -316,7 +328,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         # A loader draws a seed whenever it is iterated over; the dropout of training must not depend on that.
         cuda = [self.args.device] if self.args.device.type == "cuda" else []
         with self.run_state.clock.paused(), torch.random.fork_rng(devices=cuda), self.advising_memory():
-            metrics = {f"{metric_key_prefix}_loss": self._evaluation_loss(eval_dataset)}
+            metrics = {f"{metric_key_prefix}_loss": self.held_out_loss(eval_dataset)}
             if self.score is not None:
                 # With ZeRO-3 all processes answer the same questions in step, also while the model is whole yet:
                 # transformers' generate() waits for the others.
@@ -330,7 +342,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluation_loss(self, eval_dataset: Any) -> float:
+    def held_out_loss(self, eval_dataset: Any) -> float:
+        """Nats a token, the mean over all labelled tokens of `eval_dataset` (None: of the evaluation set)."""
         loader = self.get_eval_dataloader(eval_dataset)
         model = self.model
         training = model.training

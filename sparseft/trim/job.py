@@ -19,10 +19,10 @@ from sparseft.adapters.lifecycle import units as units_of
 from sparseft.adapters.state import require_state
 from sparseft.compose.run_config import from_dict
 from sparseft.config import DatasetConfig, RunConfig
+from sparseft.data.files import locate_file
 from sparseft.data.loading import LoadedData, check_tokens, data_of, load_datasets
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
-from sparseft.data.sources import locate_file
 from sparseft.errors import UserError
 from sparseft.evaluation.held_out import mean_loss
 from sparseft.evaluation.target import Target, find_target, load_target

@@ -24,8 +24,9 @@ from sparseft.data.formats import Example, detect_format
 from sparseft.data.loading import LoadedData, load_datasets
 from sparseft.data.packing import Collator, padding_id
 from sparseft.data.prompts import alpaca_prompt
+from sparseft.data.records import Records
 from sparseft.data.sampling import calibration_batches, calibration_count, seeded_first
-from sparseft.data.sources import Records, open_source
+from sparseft.data.sources import open_source
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.errors import UserError
 from support.data import (
@@ -441,7 +442,13 @@ def test_text_file_is_documents_between_blank_lines(tmp_path: Path) -> None:
         ("a.txt", b"", ["is empty"]),
         ("a.txt", b"fine\nb\xe9d\n", ["line 2", "not UTF-8"]),
         ("a.parquet", b"PAR1 nonsense", ["not a readable parquet file"]),
-        ("a.csv", b"question,answer\n", [".csv files are not read", "JSON"]),
+        ("a.csv", b"prompt,completion\na,b\n\nc\n", ["line 4", "1 fields", "names 2", "prompt, completion"]),
+        ("a.csv", b'prompt,completion\n"a"b,c\n', ["line 2", "broken row"]),
+        ("a.tsv", b"a\ta\n1\t2\n", ["two columns 'a'"]),
+        ("a.csv", b"prompt\nb\xe9d\n", ["line 2", "not UTF-8"]),
+        ("a.csv", b"prompt,completion\n", ["holds no records"]),
+        ("a.arrow", b"nonsense", ["not a readable Arrow file"]),
+        ("a.arrow", b"ARROW1 nonsense", ["not a readable Arrow file"]),
     ],
 )
 def test_broken_files_are_named_with_the_place(tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
@@ -461,7 +468,8 @@ def test_missing_files_name_the_nearest(tmp_path: Path, in_tmp: Path) -> None:
         "trian.jsonl": "Did you mean 'train.jsonl'",
         str(tmp_path / "xyz"): "Available: train.jsonl",
         str(tmp_path / "nowhere" / "train.jsonl"): "nowhere' does not exist",
-        str(tmp_path): "is a folder.*train.jsonl",
+        str(tmp_path / "*.json"): "no file matches",
+        str(tmp_path / "train.jsonl:main"): "there is no file",
         "bundled:comonsense/train.json": "Did you mean 'commonsense/train.json'",
         "bundled:../config.py": "bundles no data file",
     }
@@ -478,7 +486,7 @@ def test_a_path_that_is_gone_is_not_looked_up_on_the_hub(
     def hub(*_: Any, **__: Any) -> None:
         raise AssertionError("looked up on the hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.setattr(datasets, "load_dataset_builder", hub)
     (in_tmp / "data").mkdir()
     write(in_tmp / "data" / "train.jsonl", [{"text": "a"}])
     cases = {
@@ -513,29 +521,6 @@ def test_a_pipe_is_said_to_be_none_that_can_be_read_again(tmp_path: Path) -> Non
 def test_hub_id_offline_says_to_give_a_file() -> None:
     with pytest.raises(UserError, match=r"somebody/no-such-set.*hub.*dataset\.train_path=FILE"):
         open_source("somebody/no-such-set")
-
-
-def test_hub_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    import datasets
-
-    sets = {
-        "owner/three": {"train": alpaca(4), "validation": alpaca(2), "test": alpaca(1)},
-        "owner/one": {"train": alpaca(4)},
-    }
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda name: datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in sets[name].items()}),
-    )
-    config = DatasetConfig(hub_path="owner/three", eval_path="owner/three")
-    loaded = load_datasets(config, tokenizer, max_length=512, seed=0, bundled=False, cache_dir=tmp_path)
-    assert (len(loaded.train), len(loaded.eval)) == (4, 2)
-    assert (loaded.train_source, loaded.eval_source) == ("owner/three (train)", "owner/three (validation)")
-    assert len(load("owner/three", tokenizer, hub_split="test").train) == 1
-    with pytest.raises(UserError, match="no split 'tset'.*Did you mean 'test'"):
-        load("owner/three", tokenizer, hub_split="tset")
-    with pytest.raises(UserError, match="owner/one.*no validation or test split.*dataset.eval_path=FILE"):
-        load("owner/three", tokenizer, eval_path="owner/one")
 
 
 # --- tokens and labels ------------------------------------------------------------------------------------------

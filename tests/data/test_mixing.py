@@ -17,7 +17,8 @@ from sparseft.compose.run_config import compose, from_dict
 from sparseft.config import BUNDLED_ROOT, DatasetConfig
 from sparseft.data import mixing
 from sparseft.data.loading import LoadedData, load_datasets
-from sparseft.data.mixing import counts, drawn, joined, parse_share, replayed
+from sparseft.data.mixing import Taken, counts, drawn, joined, parse_share, replayed, take
+from sparseft.data.preview import duplicates
 from sparseft.data.token_cache import Cache
 from sparseft.data.tokenized import Facts, TokenizedDataset, Tokens
 from sparseft.errors import UserError
@@ -45,8 +46,9 @@ def load(world: Path, tokenizer: Any, seed: int = 0, **settings: Any) -> LoadedD
             settings[key] = str(world / settings[key])
     if "mix" in settings:
         settings["mix"] = [str(world / text) for text in settings["mix"]]
+    cache = settings.pop("cache", world / "cache")
     config = DatasetConfig(name="json", **{"eval_fraction": 0.0} | settings)
-    return load_datasets(config, tokenizer, max_length=64, seed=seed, bundled=True, cache_dir=world / "cache")
+    return load_datasets(config, tokenizer, max_length=64, seed=seed, bundled=True, cache_dir=cache)
 
 
 def letters(dataset: TokenizedDataset | None, tokenizer: Any) -> dict[str, int]:
@@ -96,27 +98,41 @@ def test_shares_are_read() -> None:
 # ---- the examples ----
 
 
-def test_joined_parts_are_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tokens(first: int, count: int) -> Tokens:
+    """Examples 0 to `count`, their ids from `first` on; two a record, one of them the questions' too."""
+    pairs = [([first + i] * (i + 1), [-100] * i + [first + i]) for i in range(count)]
+    return Tokens(
+        TokenizedDataset.from_lists(pairs), np.arange(count) // 2, np.arange(count, dtype=np.uint64) + first,
+        np.arange(count) // 2, Facts(records=count, examples=count, cut=1),
+    )  # fmt: skip
+
+
+def test_joined_pieces_are_the_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixing, "CHUNK", 2)
-
-    def tokens(first: int, count: int) -> Tokens:
-        pairs = [([first + i] * (i + 1), [-100] * i + [first + i]) for i in range(count)]
-        return Tokens(
-            TokenizedDataset.from_lists(pairs), np.arange(count) // 2, np.arange(count, dtype=np.uint64) + first,
-            np.arange(count) // 2, Facts(records=count, examples=count, cut=1),
-        )  # fmt: skip
-
-    parts = [tokens(10, 5).part(np.array([True, False, True, True, True]), np.ones(5, bool)), tokens(20, 3)]
+    pieces = [("a", tokens(10, 5)), ("b", tokens(20, 3))]
     for _ in range(2):  # made, and found
-        whole = joined(parts, Cache(tmp_path))
-        assert list(whole.dataset) == [*parts[0].dataset, *parts[1].dataset]
-        assert whole.records.tolist() == [0, 1, 1, 2, 3, 3, 4]  # none of the one is one of the other
+        whole = joined(pieces, Cache(tmp_path))
+        assert list(whole.dataset) == [each for _, piece in pieces for each in piece.dataset]
+        assert whole.records.tolist() == [0, 0, 1, 1, 2, 3, 3, 4]  # none of the one is one of the other
         assert whole.questions.tolist() == [10, 11, 12, 13, 14, 20, 21, 22]
         assert whole.question_records.tolist() == [0, 0, 1, 1, 2, 3, 3, 4]
-        assert whole.facts == Facts(records=8, examples=8, cut=2)
     (entry,) = (tmp_path / "tokens").iterdir()
     (entry / "labels.bin").unlink()  # and not cut: it is mapped
-    assert list(joined(parts, Cache(tmp_path)).dataset) == list(whole.dataset)
+    assert list(joined(pieces, Cache(tmp_path)).dataset) == list(whole.dataset)
+
+
+def test_what_is_taken_of_pieces(tmp_path: Path) -> None:
+    pieces = [("a", tokens(10, 5)), ("b", tokens(20, 3))]
+    some = np.array([False, True, False, False, True])
+    first, second = Taken(0, np.array([4, 1]), some), Taken(1, np.array([2]), np.array([True, False, False]))
+    both = take(pieces, [first, second], Cache(tmp_path))
+    a, b = (list(piece.dataset) for _, piece in pieces)
+    assert list(both.dataset) == [a[4], a[1], b[2]] and both.records.tolist() == [2, 0, 4]
+    assert both.questions.tolist() == [11, 14, 20] and both.question_records.tolist() == [0, 2, 3]
+    assert both.facts == Facts(records=8, examples=8, cut=2)
+    alone = take(pieces, [second], Cache(tmp_path / "unused"))  # of one piece nothing is joined
+    assert list(alone.dataset) == [b[2]] and alone.facts == Facts(records=3, examples=3, cut=1)
+    assert not (tmp_path / "unused").exists()
 
 
 def test_a_mix(world: Path, tokenizer: Any) -> None:
@@ -131,6 +147,16 @@ def test_a_mix(world: Path, tokenizer: Any) -> None:
     again, other = (load(world, tokenizer, seed, mix=["a.jsonl:0.5", "b.jsonl:0.5"]) for seed in (0, 1))
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert first.train_source == f"{world / 'a.jsonl'} + {world / 'b.jsonl'}"
+
+
+def test_no_seed_and_no_share_writes_tokens_again(world: Path, tokenizer: Any, tmp_path: Path) -> None:
+    words = {"mix": ["a.jsonl:1", "b.jsonl:1"], "replay": "c.jsonl:0.1", "eval_fraction": 0.2}
+    data = load(world, tokenizer, 0, **words, cache=tmp_path)
+    there = sorted(path.name for path in (tmp_path / "tokens").iterdir())
+    assert len(there) == 4  # three sources, and all of them joined
+    other = load(world, tokenizer, 1, **words | {"mix": ["a.jsonl:1", "b.jsonl:3"], "stopping": "all"}, cache=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == there
+    assert data.fingerprint != other.fingerprint and list(data.eval) != list(other.eval)
 
 
 def test_what_is_held_out_is_not_trained_on(world: Path, tokenizer: Any) -> None:
@@ -154,6 +180,39 @@ def test_long_replayed_examples_are_warned_of(world: Path, tokenizer: Any) -> No
     assert not load(world, tokenizer, train_path="a.jsonl", replay="c.jsonl:0.1").warnings
 
 
+def test_the_same_data_are_seen_under_any_name(world: Path, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(world / "a.jsonl")
+    (tmp_path / "copy.jsonl").write_bytes((world / "a.jsonl").read_bytes())
+    for other, said in (
+        (f"{world}/../{world.name}/a.jsonl", "both read"),
+        (str(tmp_path / "link.jsonl"), "both read"),
+        (str(world / "[ab].jsonl"), "both read"),
+        (str(tmp_path / "copy.jsonl"), "hold the same data"),
+    ):
+        with pytest.raises(UserError, match=f"dataset.mix: '.*a.jsonl' and '.*' {said}"):
+            load(world, tokenizer, mix=["a.jsonl", other])
+        with pytest.raises(UserError, match="dataset.replay: '.*' is what is trained on anyway"):
+            load(world, tokenizer, train_path="a.jsonl", replay=f"{other}:0.1")
+
+
+def test_settings_of_a_format_hold_for_the_sets_that_have_it(world: Path, tokenizer: Any) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    (world / "chat.jsonl").write_text(json.dumps(chat))
+    data = load(world, tokenizer, mix=["a.jsonl", "chat.jsonl"], plain_chat=True)
+    assert "User: Hi" in tokenizer.decode(data.train[40]["input_ids"]) and data.formats == [
+        "prompt_completion", "messages",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="dataset.language=en: applies to message trees.*a.jsonl has format prompt_"):
+        load(world, tokenizer, mix=["a.jsonl", "chat.jsonl"], language="en")
+
+
+def test_repeats_of_a_share_are_no_duplicates(world: Path, tokenizer: Any) -> None:
+    (world / "twice.jsonl").write_text((world / "c.jsonl").read_text() + "\n" + (world / "c.jsonl").read_text())
+    data = load(world, tokenizer, mix=["a.jsonl:1", "twice.jsonl:1"], stopping="all")
+    assert letters(data.train, tokenizer) == {"a": 40, "c": 40}
+    assert len(data.train.places) == 60 and duplicates(data.train) == 10
+
+
 # ---- commands ----
 
 
@@ -163,7 +222,7 @@ def test_a_preview_shows_every_source(world: Path) -> None:
 
 
 def test_a_run_on_named_sets(tmp_path: Path) -> None:
-    words = ["dataset=[commonsense:0.7,arithmetic:0.3]", "dataset.replay=bundled:data/oasst1/train.jsonl:0.1"]
+    words = ["dataset=[commonsense:0.7,arithmetic:0.3]", "dataset.replay=oasst1:0.1"]
     done = sparseft(
         tmp_path, "train", "method=s2ft", *words, "trainer.max_steps=1", "trainer.gradient_accumulation=1",
         "output_dir=run",
@@ -181,9 +240,21 @@ def test_named_sets_of_other_models_are_their_published_ones(tmp_path: Path) -> 
     assert config.dataset.mix == ["timdettmers/openassistant-guanaco:0.9", "my.jsonl:0.1"]
     config = compose("train", ["dataset=[mine:0.5,b.jsonl:0.5]"], [str(tmp_path)])
     assert config.dataset.mix == ["my.jsonl:0.5", "b.jsonl:0.5"] and config.dataset.train_path is None
+    replay = compose("train", ["model.path=./x", "dataset.train_path=a.jsonl", "dataset.replay=oasst1:0.05"]).dataset
+    assert replay.replay == "timdettmers/openassistant-guanaco:0.05"
     assert compose("train", ["dataset=[a.jsonl,b.jsonl]"]).dataset.mix == ["a.jsonl", "b.jsonl"]
     assert compose("train", ["dataset=[a.jsonl,b.jsonl]", "dataset=text"]).dataset.mix is None  # the last word counts
     assert compose("train", ["dataset=text", "dataset=[text,oasst1]"]).dataset.format == "auto"  # of each source
+
+
+def test_shares_in_yaml(tmp_path: Path) -> None:
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "both.yaml").write_text(
+        "defaults: [_defaults, _self_]\nmix:\n  - my.jsonl: 0.7\n  - owner/name:main: 0.3\nreplay: {old.jsonl: 0.1}\n"
+    )
+    found = compose("train", ["dataset=both"], [str(tmp_path)]).dataset
+    assert found.mix == ["my.jsonl:0.7", "owner/name:main:0.3"] and found.replay == "old.jsonl:0.1"
+    assert compose("train", ["dataset=[a.jsonl:0.7, b.jsonl:0.3]"]).dataset.mix == ["a.jsonl:0.7", "b.jsonl:0.3"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 
 from sparseft.data.formats import detect_format
 from sparseft.data.oasst_trees import Trees
-from sparseft.data.sources import Records, open_source
+from sparseft.data.records import Records
+from sparseft.data.sources import open_source
 from sparseft.errors import UserError
 from support.data import load
 from support.places import SHARED

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseft.config import DatasetConfig
-from sparseft.data import readers, sources
+from sparseft.data import readers, records
 from sparseft.data import token_cache as caching
 from sparseft.data.loading import LoadedData, load_datasets
 from sparseft.data.sources import open_source
@@ -52,7 +52,7 @@ def was_cached(loaded: LoadedData) -> bool:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "CHUNK_RECORDS", 3)
+    monkeypatch.setattr(records, "CHUNK_RECORDS", 3)
     monkeypatch.setattr(readers, "BLOCK", 16)
 
 
@@ -176,9 +176,9 @@ def load(path):
     return load_datasets(config, tokenizer, max_length=512, seed=0, bundled=False, cache_dir=sys.argv[1])
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for small in sys.argv[2:6]:
+for small in sys.argv[2:8]:
     load(small)
-for large in sys.argv[6:]:
+for large in sys.argv[8:]:
     before = peak()
     tokens = load(large).train.num_tokens
     print(large, peak() - before, tokens)
@@ -198,9 +198,18 @@ def make_file(file: Path, mebibytes: int) -> Path:
             for _ in range(mebibytes):
                 table.write_table(pyarrow.Table.from_pylist([next(records) for _ in range(64)], schema))
         return file
+    if file.suffix == ".arrow":
+        import pyarrow
+
+        schema = pyarrow.schema([("text", pyarrow.string())])
+        with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as table:
+            for _ in range(mebibytes):
+                table.write_table(pyarrow.Table.from_pylist([next(records) for _ in range(64)], schema))
+        return file
     with file.open("w") as out:
+        out.write("text\n" if file.suffix == ".csv" else "")
         for number, record in enumerate(records):
-            line = record["text"] + "\n" if file.suffix == ".txt" else json.dumps(record)
+            line = record["text"] + "\n" if file.suffix in (".txt", ".csv") else json.dumps(record)
             out.write(("[" if number == 0 else ",") if file.suffix == ".json" else "")
             out.write(line + "\n")
         out.write("]" if file.suffix == ".json" else "")
@@ -210,13 +219,13 @@ def make_file(file: Path, mebibytes: int) -> Path:
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """Files of 24 MiB of each kind are read, tokenised and split in less than half of that; those of 6 MiB that
     come first have what does not depend on the file loaded."""
-    suffixes = ("json", "jsonl", "parquet", "txt")
+    suffixes = ("json", "jsonl", "parquet", "txt", "csv", "arrow")
     files = [make_file(tmp_path / f"{size}.{suffix}", size) for size in (6, 24) for suffix in suffixes]
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "cache"), *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == len(suffixes)
     for line in lines:
         name, kibibytes, tokens = line.split()
         assert int(tokens) > 80_000, line

@@ -131,16 +131,14 @@ def test_archives_and_what_cannot_be_read_within_are_named(tmp_path: Path) -> No
     (tmp_path / "a.tar.zst").write_bytes(COMPRESS[".zst"]((tmp_path / "a.tar").read_bytes()))
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(bz2.compress(LINES)))
-    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"question,answer\n"))
     cases = {
         "a.zip": "is a zip archive; unpack it",
         "zip.jsonl": "is a zip archive; unpack it",
-        "a.tar": "is a tar archive; unpack it",
+        "a.tar": "is a tar archive; .*unpack it",
         "a.tgz": "is a tar archive, compressed with gzip; unpack it",
         "a.tar.zst": "is a tar archive, compressed with zstd; unpack it",
         "a.parquet.gz": "is a parquet file, compressed with gzip; parquet compresses by itself",
         "a.jsonl.gz": "is compressed twice, with bzip2 and then with gzip",
-        "a.csv.gz": ".csv files are not read",
     }
     for name, words in cases.items():
         with pytest.raises(UserError, match=f"{name}:? {words}"):

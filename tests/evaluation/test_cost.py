@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparseft.config import EvalConfig
 from sparseft.data.prompts import alpaca_prompt
-from sparseft.data.sources import Records
+from sparseft.data.records import Records
 from sparseft.evaluation.run import evaluate, prepare
 from sparseft.evaluation.target import find_target, score_both
 from support.data import convert

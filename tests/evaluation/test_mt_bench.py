@@ -11,7 +11,7 @@ import torch
 
 from sparseft.config import EvalConfig
 from sparseft.data.prompts import alpaca_prompt
-from sparseft.data.sources import Records
+from sparseft.data.records import Records
 from sparseft.errors import UserError
 from sparseft.evaluation.comparison import compare
 from sparseft.evaluation.mt_bench import prompt_of, temperature, write_answers

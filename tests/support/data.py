@@ -15,7 +15,7 @@ from sparseft.data.chat import Chats
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Example, Plain
 from sparseft.data.loading import LoadedData, load_datasets
-from sparseft.data.sources import Records
+from sparseft.data.records import Records
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 

@@ -47,7 +47,7 @@ BEST = 3
 @pytest.fixture(autouse=True)
 def scripted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "model_folder" in request.fixturenames:
-        monkeypatch.setattr(Trainer, "_evaluation_loss", lambda self, _data: LOSSES[self.state.global_step])
+        monkeypatch.setattr(Trainer, "held_out_loss", lambda self, _data: LOSSES[self.state.global_step])
 
 
 def scripted_run(method: str, model: Path, data: Path, *more: str) -> list[str]:

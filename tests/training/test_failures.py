@@ -334,7 +334,7 @@ def test_a_kernel_that_a_compiler_could_not_fit_is_not_a_want_of_memory() -> Non
     )
 
 
-@pytest.mark.parametrize("place", ["compute_loss", "_evaluation_loss"])
+@pytest.mark.parametrize("place", ["compute_loss", "held_out_loss"])
 @pytest.mark.parametrize("what", ["CUBLAS_STATUS_ALLOC_FAILED", "OutOfResources"])
 def test_the_advice_reaches_the_user(
     what: str, place: str, data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -541,7 +541,7 @@ def test_a_checkpoint_holds_what_trains_and_no_more(whole: Path) -> None:
 STAGES = {
     "loading the model": "transformers/AutoModelForCausalLM:from_pretrained",
     "reading the data": "sparseft.data.sources:open_file",
-    "evaluating": "sparseft.training.trainer/Trainer:_evaluation_loss",
+    "evaluating": "sparseft.training.trainer/Trainer:held_out_loss",
     "saving a checkpoint": "sparseft.training.trainer:write_manifest",
     "saving the adapter": "sparseft.adapters.sparse:write_sparse",
     "writing the summary": "sparseft.training.job:write_json",
