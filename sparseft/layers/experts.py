@@ -57,7 +57,7 @@ class ExpertLinear(SparseLinear):
         """The expert's slice (out, in): a view of the 3-D parameter."""
         return stack_parameter(self._experts[0], self.parameter)[self.number]
 
-    def weight_place(self) -> tuple[dict[str, Any], str]:
+    def weight_place(self, pattern: Pattern) -> tuple[dict[str, Any], str]:
         return self._experts[0]._parameters, self.parameter
 
     @property

@@ -1,4 +1,5 @@
-"""Quantised models: which weights are plain numbers that can be read and trained, and the refusal of all others."""
+"""Quantised models: which weights are plain numbers, which linears hold packed ones beside which deltas can be trained,
+and the refusal of all others."""
 
 from __future__ import annotations
 
@@ -12,12 +13,43 @@ from torch.nn.parameter import UninitializedTensorMixin
 from sparseft.errors import UserError
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # `is_floating_point` is true of 8 bits too
-ADVICE = "quantized models cannot be trained or evaluated yet: use the unquantized checkpoint"
+ADVICE = "quantized models of this kind cannot be trained or evaluated yet: use the unquantized checkpoint"
+PACKAGES = ("bitsandbytes", "torchao")  # whose linears hold packed weights and give their input's gradient
+LOADED = ("bitsandbytes", "torchao")  # methods of quantized checkpoints that transformers loads as such linears
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's entries are its values: 16 bits or more, and no class of its own that packs or scales them."""
     return tensor.dtype in PLAIN and type(tensor) in (nn.Parameter, Tensor)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module is a linear with a quantized weight that can be called and differentiated by its input: one of
+    `PACKAGES`, or any with `in_features`, `out_features` and `dequantize()` -> (out, in)."""
+    if not all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")):
+        return False
+    if getattr(module, "sparseft_linear", False):
+        return False
+    weight = module._parameters.get("weight")
+    if weight is not None and type(weight).__module__.partition(".")[0] in PACKAGES:
+        return True
+    return callable(getattr(module, "dequantize", None))
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """The weight (out, in) by which a module that `is_packed` multiplies, in the dtype its class computes it in."""
+    weight: Any = module._parameters.get("weight")
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if kind == "Int8Params":
+        scales = weight.SCB if weight.SCB is not None else module.state.SCB  # type: ignore[union-attr]
+        return weight.data * (scales.view(-1, 1) / 127)
+    if type(weight).__module__.partition(".")[0] == "torchao":
+        return weight.dequantize()
+    return module.dequantize()  # type: ignore[operator]
 
 
 def check_config(content: Any, what: str) -> None:
@@ -27,7 +59,7 @@ def check_config(content: Any, what: str) -> None:
     """
     for name in ("quantization_config", "compression_config"):  # the second is what compressed-tensors once wrote
         settings = content.get(name) if isinstance(content, dict) else getattr(content, name, None)
-        if settings:
+        if settings and _method(settings) not in LOADED:
             raise UserError(f"{what}: the weights are quantized ({_method(settings)}); {ADVICE}.")
     parts = content if isinstance(content, dict) else vars(content)
     for name, part in parts.items():  # the parts of a model for several media have their own
@@ -46,11 +78,11 @@ def _method(settings: Any) -> str:
 def check_plain(model: nn.Module) -> None:
     """Refuses a model of which a module holds quantised weights, by the module's name and class."""
     for name, module in model.named_modules():
-        if problem := _problem(module):
+        if not is_packed(module) and (problem := _problem(module)):
             raise UserError(f"'{name}' is a {type(module).__name__} {problem}; {ADVICE}.")
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        method = _method(getattr(quantizer, "quantization_config", {}))
+    method = _method(getattr(quantizer, "quantization_config", {}))
+    if quantizer is not None and method not in LOADED:
         raise UserError(f"{type(model).__name__} was loaded quantized ({method}); {ADVICE}.")
 
 

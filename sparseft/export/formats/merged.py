@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparseft.config import ModelConfig
 from sparseft.errors import RunError
 from sparseft.export.changed_tensors import ChangedTensors, base_model, base_of, merged_model
-from sparseft.export.checkpoint import FILE, INDEX, Checkpoint
+from sparseft.models.checkpoint import FILE, INDEX, Checkpoint
 from sparseft.export.formats.base import Format, Options
 from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
