@@ -79,6 +79,11 @@ class Adapter:
     versions: dict[int, int] = field(default_factory=dict)  # of deltas by `id`: as `waiting` has them
 
     @property
+    def residual(self) -> bool:
+        """Whether what it trains starts at the checkpoint's full precision (`method.residual`)."""
+        return bool(self.method_config.get("residual"))
+
+    @property
     def modules(self) -> list[str]:
         """The names of the linears that it changes."""
         return list(self.patterns or self.waiting)
@@ -139,6 +144,7 @@ class Adapter:
             made[module] = {}
             for kind, value in kinds.items():
                 pattern = layer_at(model, module).new_pattern(kind, value.index, value.block_size)
+                pattern.residual = self.residual
                 pattern.delta.data = value.delta.to(pattern.delta.device, non_blocking=True)
                 made[module][kind] = pattern
         return made

@@ -37,6 +37,11 @@ def run(config: RunConfig) -> dict[str, Any]:
     config = copy.deepcopy(config)
     console.clear_warnings()
     checks.check_trainer(config)
+    if config.model.quantize != "none":
+        raise UserError(
+            f"train --plan: a base packed by model.quantize={config.model.quantize} is not counted yet; plan with "
+            "model.quantize=none, which needs more."
+        )
     content = load_config(config.model)
     transformers.logging.set_verbosity_error()
     dtype = memory_plan.model_dtype(config, content)

@@ -43,6 +43,9 @@ class Source:
         run = runs.is_run(path)
         given = {"run": folder if run else None, "adapter": None if run else folder}
         target = find_target(config, **given, base=False, overrides=overrides)
+        # Of a base that was packed on loading what is written is of its checkpoint: packed weights hold no deltas.
+        plain = [None if each is None else replace(each, quantize="none") for each in (target.model, target.base)]
+        target = replace(target, model=plain[0], base=plain[1])
         place = target.adapter or Path(check_model_path(target.model.path))
         return Source(target, config, place, read_config(place))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparseft.layers.beside import BesideLinear
-from sparseft.layers.convert import convert, put_beside, restore, sparse_layers
+from sparseft.layers.convert import convert, put_beside, restore, sparse_layers, start_at_checkpoint
 from sparseft.layers.pattern import Pattern
 from sparseft.layers.permuted_layout import convert_permuted
 from sparseft.layers.saved_inputs import share_inputs
@@ -24,5 +24,6 @@ __all__ = [
     "restore",
     "share_inputs",
     "sparse_layers",
+    "start_at_checkpoint",
     "write_back",
 ]

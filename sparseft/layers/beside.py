@@ -6,12 +6,13 @@ added. The part of columns, say, is `compact` (out, k), in the dtype that the mo
 
     y = base(x) + x[:, columns] @ compact.T,    compact = round(base values + delta)
 
-Base values are what the part starts from: zero, so that the base keeps its own entries, or where they are known what
-quantization took of them (`put_residual`), so that training starts at the checkpoint's full precision.
+Base values are what the part starts from: zero, so that the base keeps its own entries, or what quantization took of
+them (a pattern's `residual`), so that training starts at the checkpoint's full precision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from sparseft.layers.pattern import Pattern, changes, version_of
 from sparseft.layers.product import Plan
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import logical_shape
-from sparseft.models.quantized import is_packed
+from sparseft.models.quantized import dequantized, is_packed, keep_differentiable
 
 
 def stands_beside(linear: nn.Module) -> bool:
@@ -45,6 +46,7 @@ class BesideLinear(SparseLinear):
     """
 
     beside = True
+    checkpoint: Callable[[], Tensor] | None = None  # gives the weight (out, in) at full precision, where it is known
     row_permutation = None
     column_permutation = None
     transposed = False
@@ -57,6 +59,7 @@ class BesideLinear(SparseLinear):
         """A layer around a module, with no pattern yet. dtype: in what it computes, where its weight does not say."""
         if next(linear.children(), None) is not None:
             raise UserError(f"a {type(linear).__name__} has modules of its own, beside which nothing can be trained.")
+        keep_differentiable(linear)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = logical_shape(linear)
@@ -92,14 +95,27 @@ class BesideLinear(SparseLinear):
         for pattern in old.values():
             if pattern not in patterns.values():
                 pattern.compact = None  # what waits takes no more memory than its delta
+        self.take_residuals()
         return old
 
-    def put_residual(self, kind: str, values: Tensor) -> None:
-        """The pattern's part starts from `values`, shaped as its delta."""
-        pattern = self.patterns[kind]
-        if not self.holds:
-            raise ValueError("plain weights are at full precision")
-        pattern.base_values = values.to(pattern.base_values)
+    @torch.no_grad()
+    def take_residuals(self) -> None:
+        """Parts of patterns with `residual` start from what the checkpoint holds beyond the base; UserError where
+        nobody knows what that was."""
+        chosen = [pattern for pattern in self.patterns.values() if pattern.residual]
+        if not chosen or not self.holds:  # plain weights are at full precision
+            return
+        if self.checkpoint is None:
+            raise UserError(
+                "method.residual=true: what the checkpoint held is not known of this base; it is where "
+                "model.quantize packed it on loading."
+            )
+        packed, full = dequantized(self.base), self.checkpoint()
+        for pattern in chosen:
+            before, now = (reference.gather(w, pattern.kind, pattern.index.to(w.device), pattern.block_size)
+                           for w in (full, packed))  # fmt: skip
+            wide = torch.promote_types(self.compact_dtype, torch.float32)
+            pattern.base_values = (before.to(now.device, wide) - now.to(wide)).to(pattern.base_values)
         changes.count += 1
         self.write_back()
 
@@ -210,7 +226,9 @@ class BesideLinear(SparseLinear):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         ours = tuple(f"{prefix}{kind}." for kind in self.patterns)
-        theirs = {name: value for name, value in state_dict.items() if not name.startswith(ours)} if ours else state_dict
+        theirs = (
+            {name: value for name, value in state_dict.items() if not name.startswith(ours)} if ours else state_dict
+        )
         self.base._load_from_state_dict(theirs, prefix, *args)
         whole = prefix + "weight" in state_dict
         if whole and not any(f"{prefix}{kind}.delta" in state_dict for kind in self.patterns):

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparseft.kernels import grid, reference
 from sparseft.kernels.reference import flat
 from sparseft.layers.pattern import Pattern
-from sparseft.layers.product import Plan, once
+from sparseft.layers.product import once
 
 
 class BesideProduct(torch.autograd.Function):

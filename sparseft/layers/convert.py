@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from sparseft.layers.saved_inputs import forget_sharing, share_inputs, share_inp
 from sparseft.layers.sparse_linear import BlockSparseLinear, GridLinear, S2ColumnLinear, S2RowLinear, SparseLinear
 from sparseft.models.decoder import find_expert, logical_weight, stack_parameter
 from sparseft.models.quantized import is_plain
+from sparseft.models.unquantized import Unquantized
 
 CLASSES = {
     ("rows",): S2ColumnLinear,
@@ -62,15 +64,19 @@ def make_sparse(model: nn.Module, name: str) -> SparseLinear:
     if expert is not None:
         return open_expert(expert)
     old = model.get_submodule(name)
-    new = wrapped(model, old)
+    new = wrapped(model, name)
     replace_module(model, old, new)
     return new
 
 
-def wrapped(model: nn.Module, linear: nn.Module, kinds: Iterable[str] = ()) -> SparseLinear:
-    """A sparse layer around a linear of the model that is to train patterns of these kinds; none yet."""
+def wrapped(model: nn.Module, name: str, kinds: Iterable[str] = ()) -> SparseLinear:
+    """A sparse layer around the linear `name` that is to train patterns of these kinds; none yet."""
+    linear = model.get_submodule(name)
     if stands_beside(linear):
-        return BesideLinear.wrap(linear, compute_dtype(model))
+        layer = BesideLinear.wrap(linear, compute_dtype(model))
+        if (unquantized := Unquantized.of(model)) is not None:
+            layer.checkpoint = functools.partial(unquantized.weight, name)
+        return layer
     return CLASSES.get(tuple(kinds), SparseLinear).wrap(linear)
 
 
@@ -157,7 +163,7 @@ def convert(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], block_si
                 if old is None:
                     new: SparseLinear = ExpertLinear(expert)
                 else:
-                    new = wrapped(model, old, kinds)
+                    new = wrapped(model, name, kinds)
                 for kind, index in kinds.items():
                     new.add_pattern(kind, index, block_size if kind == "blocks" else None)
             except UserError as error:
@@ -191,6 +197,15 @@ def restore(model: nn.Module, *, merged: bool) -> nn.Module:
         replace_module(model, layer, layer.unwrap())
     close_experts(model)
     return model
+
+
+def start_at_checkpoint(model: nn.Module) -> None:
+    """What trains starts at the checkpoint's full precision (`method.residual`), also when it becomes active again."""
+    for layer in sparse_layers(model).values():
+        for pattern in layer.patterns.values():
+            pattern.residual = True
+        if isinstance(layer, BesideLinear):
+            layer.take_residuals()
 
 
 def put_beside(model: nn.Module) -> None:

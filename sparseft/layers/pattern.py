@@ -58,6 +58,7 @@ class Pattern(nn.Module):
     `inactive` holds, on the host, entries that have trained before and wait (`layers/inactive.py`).
     """
 
+    residual = False  # whether it starts from what quantization took of its entries (`layers/beside.py`)
     slices: SharedSlice | None = None  # of blocks: shared with layers that read the same input
     compact: Tensor | None  # base values + delta in the compute dtype, where no weight holds them (`layers/beside.py`)
     sparseft_pattern = True  # how modules below this one tell deltas from the base's parameters

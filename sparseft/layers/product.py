@@ -20,7 +20,6 @@ from sparseft.kernels import dispatch, reference
 from sparseft.kernels.grid import Grids
 from sparseft.kernels.reference import flat
 
-
 # Of each kind: how it is trained, what its product keeps of x (…, in) for the backward pass, and what that makes of it
 # and of grad_output (…, out) for the delta.
 

@@ -19,7 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sparseft.distributed.zero3 import full_shape, running
 from sparseft.errors import UserError
-from sparseft.models.quantized import is_packed, is_plain
+from sparseft.models.quantized import dequantized, is_packed, is_plain
 
 # Subclasses of `nn.Linear` with a forward pass of their own that computes the very same product.
 SAME_PRODUCT = ("FalconLinear",)
@@ -54,7 +54,9 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def logical_weight(module: nn.Module) -> Tensor:
-    """The weight as (out, in), however it is stored: a view, without gradient."""
+    """The weight as (out, in), however it is stored, without gradient: a view, or of a packed one its values."""
+    if is_packed(module):
+        return dequantized(module)
     weight = module.weight.detach()
     return weight.t() if is_transposed(module) else weight
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparseft.distributed.zero3 import full_shape, gathered
 from sparseft.errors import UserError, shown
 from sparseft.models.decoder import base_parameters
+from sparseft.models.unquantized import Unquantized
 
 SAMPLES = 64  # values of each weight
 
@@ -29,8 +30,11 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def base_fingerprints(model: nn.Module) -> list[str]:
     """`base_fingerprint`, and where it differs, the one that the same weights have once they are loaded in fp16: there
-    fp32 values are rounded twice. Two models are of one base where the lists share an entry.
+    fp32 values are rounded twice. Two models are of one base where the lists share an entry. Of a model that was
+    quantized on loading they are those of its checkpoint.
     """
+    if (checkpoint := Unquantized.of(model)) is not None:
+        return fingerprints_of(checkpoint.parameters())
     return fingerprints_of(sorted(base_parameters(model), key=lambda item: item[0]))
 
 

@@ -20,8 +20,11 @@ from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_pat
 from sparseft.files.hashing import check_whole
 from sparseft.models.decoder import runnable
 from sparseft.models.probing import check_causal
-from sparseft.models.quantized import check_config
+from sparseft.models.quantize import check_quantize, quantization
+from sparseft.models.quantized import check_config, keep_differentiable
 from sparseft.rules import check_fields
+
+QUANTIZED_FROM = "_sparseft_quantized_from"  # the attribute of a model that `model.quantize` packed: its config
 
 
 def _unbundled(path: str) -> str:
@@ -100,8 +103,9 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     check_whole(Path(config.path).expanduser())  # before transformers reads anything of it
-    load_config(config, "model")  # refuses what is quantised, before any weight
+    content = load_config(config, "model")  # refuses what is quantised, before any weight
     check_fields(config, lambda name: f"model.{name}")
+    check_quantize(config, device)
     options: dict[str, object] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
@@ -112,6 +116,11 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
     if device.type != "cpu" and not is_deepspeed_zero3_enabled():
         # Tensor by tensor from the files: the host need not hold the model, which may be larger than its memory.
         options["device_map"] = {"": device}
+    if config.quantize != "none":
+        if getattr(content, "quantization_config", None):
+            raise UserError(f"model.quantize={config.quantize}: {config.path} is quantized already; leave it at none.")
+        dtype = content.dtype or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+        options |= {"quantization_config": quantization(config, dtype), "device_map": {"": device}}
     refused = None
     try:
         with without_report(), console.working(f"loading {config.path}"):
@@ -124,7 +133,13 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
         refused = refused or (UserError(told) if told else None)
     if refused is not None:
         raise refused
-    model = model.to(device).eval()
+    if getattr(model, "hf_quantizer", None) is None:  # some quantized models refuse to be moved
+        model = model.to(device)
+    if config.quantize != "none":
+        setattr(model, QUANTIZED_FROM, config)
+    for module in model.modules():
+        keep_differentiable(module)
+    model = model.eval()
     with runnable(model):
         check_causal(model, f"model.path={config.path}")
     return model

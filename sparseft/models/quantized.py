@@ -52,6 +52,15 @@ def dequantized(module: nn.Module) -> Tensor:
     return module.dequantize()  # type: ignore[operator]
 
 
+def keep_differentiable(module: nn.Module) -> None:
+    """Has a linear of bitsandbytes give its input's gradient always: on a CPU with AVX512-BF16 it repacks its weight in
+    its first pass for inference, and from then on has none, without a word."""
+    if not getattr(module, "support_avx512bf16_for_cpu", False):
+        return
+    module.state_dict()  # packs the weight back where that has happened: what it saves is in the usual order
+    module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def check_config(content: Any, what: str) -> None:
     """Refuses the config.json (as transformers reads it) of a checkpoint whose weights are quantised.
 

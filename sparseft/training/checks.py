@@ -14,6 +14,7 @@ from sparseft.distributed import launch
 from sparseft.distributed.env import check_variables
 from sparseft.errors import UserError, looks_local, nearest_path, where_looked
 from sparseft.models.loading import load_config, resolve_device
+from sparseft.models.quantize import check_quantize
 from sparseft.selection.exclude import find_excluded
 from sparseft.training import schedules, trackers
 from sparseft.training.sample_answers import read_prompts
@@ -44,6 +45,21 @@ def check_hardware(config: RunConfig) -> None:
             f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in the "
             "weights, which ZeRO-3 has sharded; use hardware.zero_stage=2 or less."
         )
+    quantized = f"model.quantize={config.model.quantize}"
+    if config.model.quantize != "none":
+        check_quantize(config.model, resolve_device(hardware.device))
+        if config.method.trains_all:
+            raise UserError(f"{quantized}: method={config.method_name} trains every weight, which packed ones cannot.")
+        if config.method.reselect_steps:
+            raise UserError(
+                f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in "
+                f"the weights, which {quantized} packs; use method.reselect_steps=0."
+            )
+        if hardware.zero_stage:
+            raise UserError(
+                f"{quantized}: DeepSpeed takes no packed weights here yet; use hardware.zero_stage=0 (DDP), now "
+                f"{hardware.zero_stage}."
+            )
     if config.method.reselect_steps and config.method.reselects_in_turn:
         for key, value, usual in (
             ("hardware.zero_stage", hardware.zero_stage, 0),

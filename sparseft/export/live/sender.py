@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sparseft.adapters.state import require_state
 from sparseft.errors import RunError, UserError
-from sparseft.models.checkpoint import Places, saved_tensors, weight_of
 from sparseft.export.holders import rest_fingerprint
 from sparseft.export.live.messages import (
     BEGIN,
@@ -33,6 +32,7 @@ from sparseft.kernels import reference
 from sparseft.layers import SparseLinear, sparse_layers
 from sparseft.layers.inactive import union
 from sparseft.layers.permutation import inverse
+from sparseft.models.checkpoint import Places, saved_tensors, weight_of
 
 TIMEOUT = 600.0  # seconds that a sender waits for its receiver, and the other way round
 

@@ -1,0 +1,49 @@
+"""`model.quantize`: a checkpoint of full precision, quantized while it is loaded, by the packages that others use.
+
+transformers reads one tensor after another and packs it at once, so that the model is never whole in memory at full
+precision.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from sparseft.config import ModelConfig
+from sparseft.errors import UserError
+
+PACKAGE = {"nf4": "bitsandbytes", "int8": "torchao", "int4": "torchao"}
+GROUP = 128  # weights of an int4 row that share a scale
+
+
+def check_quantize(config: ModelConfig, device: torch.device | str) -> None:
+    """UserError where `model.quantize` cannot be done here: said before anything is loaded."""
+    if config.quantize == "none":
+        return
+    package = PACKAGE[config.quantize]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"model.quantize={config.quantize} needs the package {package}, which is not installed: "
+            "pip install 'sparseft[quantized]', or use model.quantize=none."
+        )
+    if config.quantize == "int4" and torch.device(device).type != "cuda":
+        raise UserError("model.quantize=int4: torchao's kernels for it need a CUDA device; use nf4 or int8.")
+
+
+def quantization(config: ModelConfig, dtype: torch.dtype) -> Any:
+    """transformers' settings for `model.quantize`; dtype: in which the model computes."""
+    import transformers
+
+    if config.quantize == "nf4":
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    own = Int8WeightOnlyConfig() if config.quantize == "int8" else Int4WeightOnlyConfig(group_size=GROUP)
+    return transformers.TorchAoConfig(own)
