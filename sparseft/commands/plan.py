@@ -10,6 +10,7 @@ import transformers
 
 from sparseft import console
 from sparseft.config import RunConfig
+from sparseft.errors import UserError
 from sparseft.models.decoder import context_length
 from sparseft.models.loading import load_config
 from sparseft.training import checks, memory_plan

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from sparseft.kernels import reference
 from sparseft.layers.grouped_product import Grouping, grouped_product
+from sparseft.layers.pattern import Pattern
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import Expert, find_expert, stack_parameter
 
