@@ -20,7 +20,7 @@ from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_pat
 from sparseft.files.hashing import check_whole
 from sparseft.models.decoder import runnable
 from sparseft.models.probing import check_causal
-from sparseft.models.quantize import check_quantize, quantization
+from sparseft.models.quantize import check_packed, check_quantize, quantization
 from sparseft.models.quantized import check_config, keep_differentiable
 from sparseft.rules import check_fields
 
@@ -137,6 +137,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
         model = model.to(device)
     if config.quantize != "none":
         setattr(model, QUANTIZED_FROM, config)
+        check_packed(model, config)
     for module in model.modules():
         keep_differentiable(module)
     model = model.eval()

@@ -10,9 +10,11 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
+from sparseft.models.quantized import is_packed
 
 PACKAGE = {"nf4": "bitsandbytes", "int8": "torchao", "int4": "torchao"}
 GROUP = 128  # weights of an int4 row that share a scale
@@ -30,6 +32,19 @@ def check_quantize(config: ModelConfig, device: torch.device | str) -> None:
         )
     if config.quantize == "int4" and torch.device(device).type != "cuda":
         raise UserError("model.quantize=int4: torchao's kernels for it need a CUDA device; use nf4 or int8.")
+
+
+def check_packed(model: nn.Module, config: ModelConfig) -> None:
+    """UserError where a package has packed what it does not unpack again: on a CPU bitsandbytes 0.50 begins its groups
+    of 64 anew in each row, and so mistakes the scales where 64 does not divide the row."""
+    for name, module in model.named_modules():
+        weight: Any = module._parameters.get("weight")
+        group = getattr(getattr(weight, "quant_state", None), "blocksize", 1)
+        if weight is not None and weight.device.type == "cpu" and is_packed(module) and module.in_features % group:
+            raise UserError(
+                f"model.quantize={config.quantize}: '{name}' has {module.in_features} input features, and "
+                f"bitsandbytes unpacks rows of no multiple of {group} wrongly on a CPU; use model.quantize=int8 or none."
+            )
 
 
 def quantization(config: ModelConfig, dtype: torch.dtype) -> Any:

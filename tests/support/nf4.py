@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sparseft.config import ModelConfig
+from sparseft.models.loading import QUANTIZED_FROM, load_model
 
 GROUP = 64  # weights with one scale
 # The 16 levels of NF4 (QLoRA, arXiv 2305.14314, appendix E).
@@ -54,3 +59,10 @@ def quantize(model: nn.Module) -> nn.Module:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, NF4Linear(module))
     return model.requires_grad_(False)
+
+
+def load(folder: Any, dtype: str = "auto") -> nn.Module:
+    """A model folder as `model.quantize=nf4` loads it, but packed by the class above."""
+    model = load_model(ModelConfig(path=str(folder), dtype=dtype))
+    setattr(model, QUANTIZED_FROM, ModelConfig(path=str(folder), dtype=dtype, quantize="nf4"))
+    return quantize(model)
