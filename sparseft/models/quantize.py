@@ -43,7 +43,7 @@ def check_packed(model: nn.Module, config: ModelConfig) -> None:
         if weight is not None and weight.device.type == "cpu" and is_packed(module) and module.in_features % group:
             raise UserError(
                 f"model.quantize={config.quantize}: '{name}' has {module.in_features} input features, and "
-                f"bitsandbytes unpacks rows of no multiple of {group} wrongly on a CPU; use model.quantize=int8 or none."
+                f"bitsandbytes unpacks rows of no multiple of {group} wrongly on a CPU; use int8 or none."
             )
 
 
