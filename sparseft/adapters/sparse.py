@@ -35,6 +35,7 @@ from sparseft.layers.pattern import check_index, entry_dim, index_keys, index_of
 from sparseft.methods.base import SparseConfig
 from sparseft.models.decoder import STATE, in_experts
 from sparseft.models.fingerprint import check_base
+from sparseft.models.quantized import is_packed
 from sparseft.models.spec import ModelSpec
 from sparseft.models.unquantized import Unquantized
 from sparseft.selection.compute import Request, compute
@@ -124,6 +125,11 @@ class Sparse(Kind):
             raise UserError(
                 "method.residual=true: this base is at full precision, or what it was quantized from is not known; it "
                 "is for model.quantize=nf4, int8 or int4."
+            )
+        if config.reselect_steps and any(map(is_packed, model.modules())):
+            raise UserError(
+                f"method.reselect_steps={config.reselect_steps}: what inactive entries have learnt is kept in the "
+                "weights, which are quantized here; use method.reselect_steps=0."
             )
         config.convert(model, selection, spec)
         if config.residual:

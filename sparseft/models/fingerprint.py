@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparseft.distributed.zero3 import full_shape, gathered
 from sparseft.errors import UserError, shown
 from sparseft.models.decoder import base_parameters
+from sparseft.models.quantized import numbers_of
 from sparseft.models.unquantized import Unquantized
 
 SAMPLES = 64  # values of each weight
@@ -49,7 +50,7 @@ def fingerprints_of(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
             continue
         positions = torch.linspace(0, shape.numel() - 1, min(SAMPLES, shape.numel()), dtype=torch.float64).long()
         with gathered([parameter]):
-            flat = parameter.detach().reshape(-1)
+            flat = numbers_of(parameter.detach()).reshape(-1)
             sampled = flat[positions.to(flat.device)].cpu()
         for each, values in ((digest, sampled), (as_fp16, sampled.half())):
             values = values.to(torch.bfloat16).float()

@@ -14,21 +14,26 @@ from torch import nn
 
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
-from sparseft.models.quantized import is_packed
+from sparseft.models.quantized import is_packed, quantized_by
 
 PACKAGE = {"nf4": "bitsandbytes", "int8": "torchao", "int4": "torchao"}
 GROUP = 128  # weights of an int4 row that share a scale
 
 
-def check_quantize(config: ModelConfig, device: torch.device | str) -> None:
-    """UserError where `model.quantize` cannot be done here: said before anything is loaded."""
-    if config.quantize == "none":
+def check_quantize(config: ModelConfig, content: Any, device: torch.device | str) -> None:
+    """UserError where a checkpoint of this config.json cannot be packed by `model.quantize`, or is packed by what is
+    not here: said before anything is loaded."""
+    method = quantized_by(content)
+    if config.quantize == "none" and method is None:
         return
-    package = PACKAGE[config.quantize]
+    if config.quantize != "none" and method is not None:
+        raise UserError(f"model.quantize={config.quantize}: {config.path} is quantized already; leave it at none.")
+    package = method or PACKAGE[config.quantize]
     if importlib.util.find_spec(package) is None:
+        who = f"model.path={config.path}" if method else f"model.quantize={config.quantize}"
         raise UserError(
-            f"model.quantize={config.quantize} needs the package {package}, which is not installed: "
-            "pip install 'sparseft[quantized]', or use model.quantize=none."
+            f"{who} needs the package {package}, which is not installed: pip install 'sparseft[quantized]', or use "
+            "a checkpoint that is not quantized, with model.quantize=none."
         )
     if config.quantize == "int4" and torch.device(device).type != "cuda":
         raise UserError("model.quantize=int4: torchao's kernels for it need a CUDA device; use nf4 or int8.")
@@ -42,8 +47,8 @@ def check_packed(model: nn.Module, config: ModelConfig) -> None:
         group = getattr(getattr(weight, "quant_state", None), "blocksize", 1)
         if weight is not None and weight.device.type == "cpu" and is_packed(module) and module.in_features % group:
             raise UserError(
-                f"model.quantize={config.quantize}: '{name}' has {module.in_features} input features, and "
-                f"bitsandbytes unpacks rows of no multiple of {group} wrongly on a CPU; use int8 or none."
+                f"model.path={config.path}: '{name}' has {module.in_features} input features, and bitsandbytes unpacks "
+                f"rows of no multiple of {group} wrongly on a CPU; use model.quantize=int8 or none."
             )
 
 

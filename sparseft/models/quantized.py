@@ -36,6 +36,12 @@ def is_packed(module: nn.Module) -> bool:
     return callable(getattr(module, "dequantize", None))
 
 
+def numbers_of(tensor: Tensor) -> Tensor:
+    """A tensor as torch's own: of one of torchao's, which knows few operations, the values that it stands for."""
+    packed = type(tensor).__module__.partition(".")[0] == "torchao"
+    return tensor.dequantize() if packed else tensor
+
+
 def dequantized(module: nn.Module) -> Tensor:
     """The weight (out, in) by which a module that `is_packed` multiplies, in the dtype its class computes it in."""
     weight: Any = module._parameters.get("weight")
@@ -61,19 +67,26 @@ def keep_differentiable(module: nn.Module) -> None:
     module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def check_config(content: Any, what: str) -> None:
+def quantized_by(content: Any) -> str | None:
+    """The method by which a config.json (as transformers reads it) says that its weights are quantised; None: plain."""
+    settings = getattr(content, "quantization_config", None)
+    return _method(settings) if settings else None
+
+
+def check_config(content: Any, what: str, *, packed: bool = False) -> None:
     """Refuses the config.json (as transformers reads it) of a checkpoint whose weights are quantised.
 
-    what: how the user named the model, for the message.
+    what: how the user named the model, for the message. packed: those that transformers loads as linears which can be
+    trained beside are let through.
     """
     for name in ("quantization_config", "compression_config"):  # the second is what compressed-tensors once wrote
         settings = content.get(name) if isinstance(content, dict) else getattr(content, name, None)
-        if settings and _method(settings) not in LOADED:
+        if settings and not (packed and _method(settings) in LOADED):
             raise UserError(f"{what}: the weights are quantized ({_method(settings)}); {ADVICE}.")
     parts = content if isinstance(content, dict) else vars(content)
     for name, part in parts.items():  # the parts of a model for several media have their own
         if hasattr(part, "to_dict") or (isinstance(part, dict) and name.endswith("_config")):
-            check_config(part, what)
+            check_config(part, what, packed=packed)
 
 
 def _method(settings: Any) -> str:

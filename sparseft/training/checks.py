@@ -47,7 +47,6 @@ def check_hardware(config: RunConfig) -> None:
         )
     quantized = f"model.quantize={config.model.quantize}"
     if config.model.quantize != "none":
-        check_quantize(config.model, resolve_device(hardware.device))
         if config.method.trains_all:
             raise UserError(f"{quantized}: method={config.method_name} trains every weight, which packed ones cannot.")
         if config.method.reselect_steps:
@@ -149,8 +148,10 @@ def check_excluded(config: RunConfig) -> None:
 
 
 def check_model(config: RunConfig) -> None:
-    """Refuses a model folder that is not there, a quantised checkpoint, and a device that this machine has not."""
-    load_config(config.model)
+    """Refuses a model folder that is not there, a quantised checkpoint that cannot be trained, and a device that this
+    machine has not."""
+    content = load_config(config.model, packed=True)
+    check_quantize(config.model, content, resolve_device(config.hardware.device))
     if config.model.tokenizer is not None:
         path = Path(config.model.tokenizer).expanduser()
         if looks_local(config.model.tokenizer) and not path.is_dir():

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import AutoTokenizer
 
 import sparseft
 from sparseft.config import ModelConfig
@@ -117,6 +118,23 @@ def test_commands_on_a_packed_base(quantize: str, wide: Path, tmp_path: Path) ->
     assert not (tmp_path / "other").exists()
 
 
+def test_a_packed_checkpoint(quantize: str, wide: Path, tmp_path: Path) -> None:
+    """Loads as it was packed, trains, and is what its own adapters are of; exports of whole models refuse it."""
+    loaded(wide, quantize).save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(wide).save_pretrained(tmp_path / "packed")
+    before, after = loaded(wide, quantize), loaded(tmp_path / "packed", "none", "auto")
+    tokens = torch.arange(12).reshape(2, 6)
+    torch.testing.assert_close(after(tokens).logits, before(tokens).logits, rtol=0.05, atol=0.05)
+    words = [*on(tmp_path / "packed", write_data(tmp_path)["json"]), "trainer.max_steps=2"]
+    run(tmp_path, "train", *words, "method=s2ft", "output_dir=run")
+    merged = refused(tmp_path, "export", "run", "--format", "merged", "--out", "whole", "hardware=cpu")
+    assert "the weights are quantized" in merged
+    assert "quantized already" in refused(tmp_path, "train", *words, "model.quantize=int8")
+    assert "what it was quantized from is not known" in refused(
+        tmp_path, "train", *words, "method=s2ft", "method.residual=true"
+    )
+
+
 def test_rows_that_would_be_unpacked_wrongly_are_refused(model_folder: Callable[..., Path]) -> None:
     pytest.importorskip("bitsandbytes")
     with pytest.raises(UserError, match="'model.layers.0.self_attn.q_proj' has 48 input features, and bitsandbytes"):
@@ -132,8 +150,8 @@ def test_what_cannot_be_packed_is_refused(
     assert "needs the package bitsandbytes, which is not installed" in refused(tmp_path, "train", *words)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UserError, match="int4: torchao's kernels for it need a CUDA device; use nf4 or int8"):
-        check_quantize(ModelConfig(quantize="int4"), "cpu")
-    check_quantize(ModelConfig(quantize="int4"), "cuda")
+        check_quantize(ModelConfig(quantize="int4"), None, "cpu")
+    check_quantize(ModelConfig(quantize="int4"), None, "cuda")
     assert "expected one of none, nf4, int8, int4" in refused(tmp_path, "train", *words[:-1], "model.quantize=fp3")
 
 
