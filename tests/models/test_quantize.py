@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,19 @@ def test_an_adapter_of_a_packed_base(quantize: str, wide: Path, tmp_path: Path) 
 def test_commands_on_a_packed_base(quantize: str, wide: Path, tmp_path: Path) -> None:
     words = [*on(wide, write_data(tmp_path)["json"]), f"model.quantize={quantize}"]
     run(tmp_path, "train", *words, "method=s2ft", "method.importance=gradient", "method.residual=true",
-        "trainer.max_steps=3", "output_dir=run")  # fmt: skip
+        "trainer.max_steps=6", "trainer.learning_rate=3e-2", "output_dir=run")  # fmt: skip
     run(tmp_path, "train", *words, "method=lora", "trainer.max_steps=2", "output_dir=lora")
-    run(tmp_path, "export", "run", "--format", "merged", "--out", "whole", "hardware=cpu")
+    done = run(tmp_path, "export", "run", "--format", "merged", "--out", "whole", "hardware=cpu", "--json").json["gain"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert done["loss_packed_base"] != done["loss_checkpoint"]
+    assert done["loss_packed"] == pytest.approx(summary["eval_loss_after"], abs=0.01)
+    assert done["survived"] == (done["loss_checkpoint"] - done["loss_written"]) / (
+        done["loss_packed_base"] - done["loss_packed"]
+    )
+    assert json.loads((tmp_path / "whole" / "sparseft_export.json").read_text())["gain"] == done
+    said = run(tmp_path, "export", "run", "--format", "merged", "--out", "whole", "hardware=cpu").out
+    assert "% of the gain survived: loss " in said and f"on the {quantize} base" in said
+    assert "gain" not in run(tmp_path, "export", "run", "--format", "patch", "--out", "p", "hardware=cpu", "--json").json
     assert "packed" in refused(tmp_path, "train", "--plan", *words)
     assert "every weight" in refused(tmp_path, "train", *words, "method=full", "output_dir=other")
     assert "reselect_steps" in refused(

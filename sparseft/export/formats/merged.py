@@ -38,7 +38,7 @@ class Merged(Format):
     """`model.safetensors` (in shards where it is large), config, generation config and tokenizer."""
 
     name = "merged"
-    rounded = True
+    rounded = whole = True
 
     def check(self, source: Source, options: Options) -> list[str]:
         load_config(base_of(source))  # refuses what is quantized
