@@ -89,6 +89,7 @@ class ModelConfig:
     tokenizer: str | None = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal["none", "nf4", "int8", "int4"] = "none"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 

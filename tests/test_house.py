@@ -428,7 +428,18 @@ def test_ruff_is_pinned_once() -> None:
 def test_every_import_is_declared() -> None:
     """A third-party package that the source imports is a dependency, not one that happens to come with another."""
     provided = {"lm_eval": "lm-eval", "hydra": "hydra-core", "yaml": "pyyaml"}
-    optional = {"liger_kernel", "bitsandbytes", "gguf", "llama_cpp", "mlx", "mlx_lm", "wandb", "mlflow", "trackio"}
+    optional = {
+        "liger_kernel",
+        "bitsandbytes",
+        "torchao",
+        "gguf",
+        "llama_cpp",
+        "mlx",
+        "mlx_lm",
+        "wandb",
+        "mlflow",
+        "trackio",
+    }
     declared = {normal(Requirement(text).name) for text in project()["dependencies"]}
     comes_with = {"tokenizers": "transformers", "click": "typer"}
     comes_with |= {"pyarrow": "datasets"}

@@ -160,6 +160,21 @@ def test_one_gpu_of_several(tmp_path: Path) -> None:
     assert args.n_gpu == 7, relied_on("_n_gpu")
 
 
+def test_a_quantized_model_with_an_adapter(make_model: Any, tmp_path: Path) -> None:
+    """The flag by which the Trainer tells it from one without, and that nothing else of it is asked."""
+
+    class Trainable:
+        is_trainable = True
+
+    model = make_model("llama")
+    model.is_quantized, model.hf_quantizer = True, Trainable()
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="purely quantized"):
+        transformers.Trainer(model, args)
+    model._hf_peft_config_loaded = True
+    transformers.Trainer(model, args)
+
+
 # -- transformers' models ---------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from sparseft.files.hashing import check_whole, describe_whole
 from sparseft.files.tensors import WHOLE_CONFIG, read_tensors
 from sparseft.methods.base import MethodConfig
 from sparseft.models.decoder import STATE
+from sparseft.models.quantized import is_packed
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 
@@ -40,6 +41,8 @@ class Full(Kind):
         spec: ModelSpec | None,
         fingerprints: list[str] | None = None,
     ) -> nn.Module:
+        if any(map(is_packed, model.modules())):
+            raise UserError(f"method={config.name} trains every weight, which quantized ones cannot.")
         state = State.of(model, cls(), config.name, spec, fingerprints)
         state.config, state.active, state.method_config = config, DEFAULT, asdict(config)
         model = config.convert(model, None, spec)

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparseft.adapters.state import state_of
+from sparseft.distributed.zero3 import is_sharded
 from sparseft.errors import UserError
 from sparseft.layers import SparseLinear, sparse_layers
 
@@ -27,11 +28,10 @@ def reference_model(model: nn.Module) -> Any:
     """The base under `model`, for the `ref_model` of TRL's trainers; None for LoRA and DoRA, of which TRL itself turns
     the adapter off.
 
-    A module of the model's class and with its configuration, without a weight of its own; it gives no gradient. Not
-    for models in several processes' shards (ZeRO-3).
+    A module of the model's class and with its configuration, without a weight of its own; it gives no gradient.
 
     Raises:
-        UserError: nothing is attached, or all of the model trains, so that no base is left.
+        UserError: nothing is attached; all of the model trains, so that no base is left; it is in shards (ZeRO-3).
     """
     state = state_of(model)
     if state is None:
@@ -44,6 +44,8 @@ def reference_model(model: nn.Module) -> Any:
             "reference_model: all weights of this model train, so that its base is gone; load a second one, or use "
             "precompute_ref_log_probs=True."
         )
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise UserError("reference_model: this model is in several processes' shards (ZeRO-3); load a second one.")
     twin: Any = copy.copy(model)
     twin.__dict__ = model.__dict__ | {name: OrderedDict() for name in _HOOKS}
     twin.__class__ = type(type(model).__name__, (type(model),), {"train": _as_it_is, "__module__": __name__})
@@ -71,14 +73,22 @@ def _as_it_is(self: nn.Module, mode: bool = True) -> nn.Module:
 def base_in_place(layers: list[SparseLinear]) -> Iterator[None]:
     """Inside, the layers compute as the base does. What autograd has kept of their weights counts as unchanged, which
     it is again afterwards."""
-    weights = tuple(layer.weight for layer in layers)
-    with torch.autograd._unsafe_preserve_version_counter(weights):
+    written = tuple(tensor for layer in layers for tensor in _written(layer))
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(written):
         for layer in layers:
             layer.restore_base()
+            if layer.beside:
+                for pattern in layer.patterns.values():
+                    pattern.compact.copy_(pattern.base_values)
     try:
         yield
     finally:
-        with torch.autograd._unsafe_preserve_version_counter(weights):
+        with torch.autograd._unsafe_preserve_version_counter(written):
             for layer in layers:
                 layer.write_inactive()
                 layer.write_back()
+
+
+def _written(layer: SparseLinear) -> list[Tensor]:
+    """What holds base + delta: the weight, or the parts beside one."""
+    return [pattern.compact for pattern in layer.patterns.values()] if layer.beside else [layer.weight]

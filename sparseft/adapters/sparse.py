@@ -28,14 +28,16 @@ from sparseft.files.atomic import write_json
 from sparseft.files.hashing import BODY, HASHED, body_hash, file_hash
 from sparseft.files.tensors import KINDS, read_described, split_name
 from sparseft.kernels import reference
-from sparseft.layers import restore, sparse_layers, write_back
+from sparseft.layers import restore, sparse_layers, start_at_checkpoint, write_back
 from sparseft.layers.by_row import ByRow
 from sparseft.layers.convert import check_modules, exchange, layer_at, weight_parameter
 from sparseft.layers.pattern import check_index, entry_dim, index_keys, index_of_keys, positions_of, same_entries
 from sparseft.methods.base import SparseConfig
 from sparseft.models.decoder import STATE, in_experts
 from sparseft.models.fingerprint import check_base
+from sparseft.models.quantized import is_packed
 from sparseft.models.spec import ModelSpec
+from sparseft.models.unquantized import Unquantized
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.engine_ranks import check_rank
 from sparseft.selection.selection import Selection
@@ -119,7 +121,19 @@ class Sparse(Kind):
         check_rank(selection, spec.linears, config.max_rank)
         self = cls()
         state = State.of(model, self, config.name, spec, fingerprints)
+        if config.residual and Unquantized.of(model) is None:
+            raise UserError(
+                "method.residual=true: this base is at full precision, or what it was quantized from is not known; it "
+                "is for model.quantize=nf4, int8 or int4."
+            )
+        if config.reselect_steps and any(map(is_packed, model.modules())):
+            raise UserError(
+                f"method.reselect_steps={config.reselect_steps}: what inactive entries have learnt is kept in the "
+                "weights, which are quantized here; use method.reselect_steps=0."
+            )
         config.convert(model, selection, spec)
+        if config.residual:
+            start_at_checkpoint(model)
         patterns = {module: layer.patterns for module, layer in sparse_layers(model).items() if layer.patterns}
         self.adapters[DEFAULT] = Adapter(config.name, asdict(config), patterns=patterns)
         state.config, state.active, state.method_config = config, DEFAULT, asdict(config)
@@ -178,12 +192,22 @@ class Sparse(Kind):
                 cpu = {kind: SparseDelta(v.index.cpu(), v.delta.cpu(), v.block_size) for kind, v in kinds.items()}
                 parts[module].append((weight, cpu))
         united = {module: unite(items, shapes[module]) for module, items in parts.items()}
+        residuals = {self.adapters[known].residual for known in weights}
+        if len(residuals) > 1:
+            raise UserError("fuse: adapters with method.residual=true and without start from different weights.")
         methods = {self.adapters[known].method for known in weights}
         method = methods.pop() if len(methods) == 1 else state.method
         sizes = {value.block_size for kinds in united.values() for value in kinds.values() if value.block_size}
         if len(sizes) > 1:  # an adapter's file has one block size
             united = {m: unite([(1.0, kinds)], shapes[m], math.gcd(*sizes)) for m, kinds in united.items()}
-        self._install(model, state, name, Adapter(method, {"fused": dict(weights)}), united, "fuse")
+        self._install(
+            model,
+            state,
+            name,
+            Adapter(method, {"fused": dict(weights)} | ({"residual": True} if residuals == {True} else {})),
+            united,
+            "fuse",
+        )
 
     def units(self, model: nn.Module, state: State) -> dict[str, Units]:
         return {
@@ -197,6 +221,11 @@ class Sparse(Kind):
         """The weights hold the base inside, and hooks on the linears concerned add the deltas' product."""
         used = {name: number for number, name in enumerate(sorted({name for name in names if name is not None}))}
         for name in used:
+            if self.adapters[name].residual and Unquantized.of(model) is not None:
+                raise UserError(
+                    f"'{name}' starts from what quantization took of its entries (method.residual), which is in no "
+                    "delta: use it alone."
+                )
             for module in self.adapters[name].modules:
                 if in_experts(module):
                     raise UserError(
@@ -233,6 +262,8 @@ class Sparse(Kind):
         return kept[2]
 
     def leave(self, model: nn.Module, state: State, *, merged: bool) -> nn.Module:
+        if merged and (reason := self.unmergeable(model, state)) is not None:
+            raise UserError(f"'{state.active}' cannot be merged: {reason}.")
         restore(model, merged=merged)
         pretrained.ignore(model)
         delattr(model, STATE)
@@ -246,6 +277,13 @@ class Sparse(Kind):
         values = read_sparse(folder, content)
         with gathered([p for p in model.parameters() if p.requires_grad], changed=True):
             _fill(model, values, folder)
+
+    def unmergeable(self, model: nn.Module, state: State) -> str | None:
+        if any(layer.beside for layer in sparse_layers(model).values()):
+            return (
+                "its base is quantized or in shards, and holds no deltas; export --format merged writes a whole model"
+            )
+        return None
 
     def there(self, state: State) -> str:
         return "sparse layers: detach it first"

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparseft.distributed.zero3 import gathered
 from sparseft.errors import RunError
 from sparseft.layers import Pattern
-from sparseft.layers.convert import plain_weight, weight_parameter
+from sparseft.layers.convert import layer_at
 from sparseft.layers.inactive import union
 from sparseft.layers.pattern import version_of
 
@@ -80,6 +79,11 @@ class Adapter:
     versions: dict[int, int] = field(default_factory=dict)  # of deltas by `id`: as `waiting` has them
 
     @property
+    def residual(self) -> bool:
+        """Whether what it trains starts at the checkpoint's full precision (`method.residual`)."""
+        return bool(self.method_config.get("residual"))
+
+    @property
     def modules(self) -> list[str]:
         """The names of the linears that it changes."""
         return list(self.patterns or self.waiting)
@@ -139,8 +143,8 @@ class Adapter:
         for module, kinds in self.waiting.items():
             made[module] = {}
             for kind, value in kinds.items():
-                with gathered([weight_parameter(model, module)]):
-                    pattern = Pattern(kind, value.index, plain_weight(model, module), value.block_size)
+                pattern = layer_at(model, module).new_pattern(kind, value.index, value.block_size)
+                pattern.residual = self.residual
                 pattern.delta.data = value.delta.to(pattern.delta.device, non_blocking=True)
                 made[module][kind] = pattern
         return made

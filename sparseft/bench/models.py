@@ -88,6 +88,10 @@ def _base_model(config: RunConfig, device: torch.device) -> nn.Module:
     if bench.width is not None and bench.depth is not None:
         return random_llama(bench.width, bench.depth, DTYPES[config.model.dtype], config.seed).to(device)
     transformers.logging.disable_progress_bar()
+    if config.model.quantize != "none":
+        raise UserError(
+            f"model.quantize={config.model.quantize}: benchmarks measure plain weights; use model.quantize=none."
+        )
     return load_model(config.model, device)
 
 

@@ -30,7 +30,7 @@ def run(config: RunConfig, examples: int = EXAMPLES) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model)
     data = data_of(config, tokenizer)
     data.tell()
-    rows = load_config(config.model).get_text_config().vocab_size
+    rows = load_config(config.model, packed=True).get_text_config().vocab_size
     check_tokens(data, tokenizer, rows, rows)
     return preview(data, tokenizer, config, examples) | {"tokenizer": config.model.tokenizer or config.model.path}
 

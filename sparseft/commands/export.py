@@ -58,6 +58,13 @@ def render(result: dict[str, Any]) -> None:
         f"attached model; logits differ by up to {proof['largest_difference']:.2g}, rounding explains "
         f"{proof['allowed']:.2g} (the adapter changes them by up to {proof['largest_change']:.2g})"
     )
+    if (kept := result.get("gain")) is not None:
+        share = "nothing to keep" if kept["survived"] is None else f"{kept['survived']:.0%} of the gain survived"
+        print(
+            f"{share}: loss {kept['loss_packed_base']:.4f} -> {kept['loss_packed']:.4f} on the {kept['quantize']} base, "
+            f"{kept['loss_checkpoint']:.4f} -> {kept['loss_written']:.4f} as written ({kept['examples']} examples of "
+            f"{kept['data']})"
+        )
     print(f"{result['format']} written to {result['path']}: {', '.join(facts(result))}")
 
 

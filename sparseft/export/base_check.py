@@ -5,9 +5,9 @@ from __future__ import annotations
 from sparseft import console
 from sparseft.errors import UserError
 from sparseft.export.changed_tensors import base_of
-from sparseft.export.checkpoint import Checkpoint, Places, without_weights
 from sparseft.export.source import Source
 from sparseft.models import fingerprint
+from sparseft.models.checkpoint import Checkpoint, Places, without_weights
 from sparseft.models.decoder import base_parameters
 
 

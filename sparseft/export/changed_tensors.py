@@ -19,9 +19,9 @@ from sparseft.adapters.lifecycle import load_adapter, merge
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError, shown
 from sparseft.export.changes import SparseChange
-from sparseft.export.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
 from sparseft.export.source import Source
 from sparseft.kernels import reference
+from sparseft.models.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.models.loading import load_config, load_model, resolve_device
 

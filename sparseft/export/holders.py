@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sparseft.adapters.state import state_of
 from sparseft.errors import UserError, shown
-from sparseft.export.checkpoint import Places
 from sparseft.files.tensors import Stored
+from sparseft.models.checkpoint import Places
 from sparseft.models.fingerprint import SAMPLES
 
 

@@ -11,6 +11,7 @@ from sparseft.errors import UserError
 from sparseft.export import engines
 from sparseft.export.base_check import check_base
 from sparseft.export.formats.base import Format, Options
+from sparseft.export.gain import gain
 from sparseft.export.proof import prove
 from sparseft.export.source import Source
 from sparseft.files.atomic import check_replaceable, explained, replaced_folder, write_json, write_text
@@ -52,6 +53,7 @@ def export(
         with console.working("checking every value that was written"):
             format.verify(source, options, aside)
         proof = prove(source, format, options, aside)
+        kept = gain(source, aside) if format.whole else None
         about = {
             "sparseft": __version__,
             "format": format.name,
@@ -60,5 +62,6 @@ def export(
         }
         if readme is not None:
             write_text(aside / README, readme(facts))
-        write_json(aside / NOTE, about | {"method": source.method} | facts | {"proof": proof})
-    return {"path": str(out), "format": format.name, **facts, "notes": notes, "proof": proof}
+        write_json(aside / NOTE, about | {"method": source.method} | facts | {"proof": proof} | ({} if kept is None else {"gain": kept}))
+    found = {"path": str(out), "format": format.name, **facts, "notes": notes, "proof": proof}
+    return found if kept is None else found | {"gain": kept}

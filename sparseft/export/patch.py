@@ -18,12 +18,12 @@ from torch import Tensor
 
 from sparseft.errors import UserError, nearest, nearest_path, shown, where_looked
 from sparseft.export.changed_tensors import Changed
-from sparseft.export.checkpoint import Checkpoint
 from sparseft.export.holders import DictHolder, Holder, holder_of, rest_fingerprint, sampled_places
 from sparseft.files.atomic import check_replaceable, replaced_folder, write_json
 from sparseft.files.hashing import BODY, body_hash, file_hash
 from sparseft.files.tensors import WHOLE_CONFIG, Stored, read_described, write_streamed
 from sparseft.files.untrusted import read_json_object
+from sparseft.models.checkpoint import Checkpoint
 
 FORMAT_VERSION = 1
 TENSORS, CONFIG = "patch.safetensors", "patch.json"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparseft.export.checkpoint import without_weights
 from sparseft.export.source import Source
+from sparseft.models.checkpoint import without_weights
 from sparseft.models.decoder import decoder_layers
 from sparseft.models.spec import ModelSpec
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparseft.adapters.description import is_whole_model, read_config
 from sparseft.adapters.lifecycle import load_adapter
-from sparseft.config import RunConfig
+from sparseft.config import ModelConfig, RunConfig
 from sparseft.errors import UserError, nearest_path, where_looked
 from sparseft.evaluation.target import Target, find_target, load_target
 from sparseft.export.changes import Change, LowRankChange, SparseChange, sparse_changes
@@ -26,13 +26,15 @@ from sparseft.runs import folder as runs
 class Source:
     """A run's or an adapter's folder.
 
-    folder: the adapter's, or a fully trained model's; content: what it says of itself.
+    folder: the adapter's, or a fully trained model's; content: what it says of itself. packed: the base as it was
+    trained on, where `model.quantize` packed it; `target` names its checkpoint.
     """
 
     target: Target
     config: RunConfig
     folder: Path
     content: dict[str, Any]
+    packed: ModelConfig | None = None
 
     @staticmethod
     def find(folder: str, config: RunConfig, overrides: Sequence[str] = ()) -> Source:
@@ -43,8 +45,12 @@ class Source:
         run = runs.is_run(path)
         given = {"run": folder if run else None, "adapter": None if run else folder}
         target = find_target(config, **given, base=False, overrides=overrides)
+        # Of a base that was packed on loading what is written is of its checkpoint: packed weights hold no deltas.
+        packed = target.model if target.model.quantize != "none" else None
+        base = None if target.base is None else replace(target.base, quantize="none")
+        target = replace(target, model=replace(target.model, quantize="none"), base=base)
         place = target.adapter or Path(check_model_path(target.model.path))
-        return Source(target, config, place, read_config(place))
+        return Source(target, config, place, read_config(place), packed)
 
     @property
     def kind(self) -> str:

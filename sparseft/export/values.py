@@ -16,8 +16,8 @@ from torch import Tensor
 from sparseft.errors import RunError, shown
 from sparseft.export.changed_tensors import FLOATS, base_model, base_of, bits, merged_model
 from sparseft.export.changes import SparseChange
-from sparseft.export.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
 from sparseft.export.source import Source
+from sparseft.models.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
 
 
 class Wanted(NamedTuple):

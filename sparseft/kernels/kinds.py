@@ -8,7 +8,7 @@
 | grid | rows, then columns as -1 - column | (entries,), row by row |
 
 A new one is a class in a file of its own, a line below, and what has a form of its own for it: its product
-(`layers/product.py`, `layers/unmerged.py`, `layers/by_row.py`) and its low rank (`selection/cover.py`,
+(`layers/product.py`, `layers/beside_product.py`, `layers/by_row.py`) and its low rank (`selection/cover.py`,
 `export/low_rank.py`).
 """
 

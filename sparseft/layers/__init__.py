@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sparseft.layers.convert import convert, restore, sparse_layers
+from sparseft.layers.beside import BesideLinear
+from sparseft.layers.convert import convert, put_beside, restore, sparse_layers, start_at_checkpoint
 from sparseft.layers.pattern import Pattern
 from sparseft.layers.permuted_layout import convert_permuted
 from sparseft.layers.saved_inputs import share_inputs
@@ -10,6 +11,7 @@ from sparseft.layers.sparse_linear import BlockSparseLinear, GridLinear, S2Colum
 from sparseft.layers.write_back import write_back
 
 __all__ = [
+    "BesideLinear",
     "BlockSparseLinear",
     "GridLinear",
     "Pattern",
@@ -18,8 +20,10 @@ __all__ = [
     "SparseLinear",
     "convert",
     "convert_permuted",
+    "put_beside",
     "restore",
     "share_inputs",
     "sparse_layers",
+    "start_at_checkpoint",
     "write_back",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import UserError, nearest
+from sparseft.layers.beside import BesideLinear, stands_beside
 from sparseft.layers.experts import ExpertLinear, close_experts, open_expert
 from sparseft.layers.joint_gradients import separate
 from sparseft.layers.pattern import Pattern
@@ -17,6 +19,8 @@ from sparseft.layers.permutation import can_train
 from sparseft.layers.saved_inputs import forget_sharing, share_inputs, share_inputs_in_training
 from sparseft.layers.sparse_linear import BlockSparseLinear, GridLinear, S2ColumnLinear, S2RowLinear, SparseLinear
 from sparseft.models.decoder import find_expert, logical_weight, stack_parameter
+from sparseft.models.quantized import is_plain
+from sparseft.models.unquantized import Unquantized
 
 CLASSES = {
     ("rows",): S2ColumnLinear,
@@ -60,9 +64,25 @@ def make_sparse(model: nn.Module, name: str) -> SparseLinear:
     if expert is not None:
         return open_expert(expert)
     old = model.get_submodule(name)
-    new = SparseLinear.wrap(old)
+    new = wrapped(model, name)
     replace_module(model, old, new)
     return new
+
+
+def wrapped(model: nn.Module, name: str, kinds: Iterable[str] = ()) -> SparseLinear:
+    """A sparse layer around the linear `name` that is to train patterns of these kinds; none yet."""
+    linear = model.get_submodule(name)
+    if stands_beside(linear):
+        layer = BesideLinear.wrap(linear, compute_dtype(model))
+        if (unquantized := Unquantized.of(model)) is not None:
+            layer.checkpoint = functools.partial(unquantized.weight, name)
+        return layer
+    return CLASSES.get(tuple(kinds), SparseLinear).wrap(linear)
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """In what the model computes: the dtype of the first parameter that holds plain numbers."""
+    return next((p.dtype for p in model.parameters() if is_plain(p)), torch.float32)
 
 
 def layer_at(model: nn.Module, name: str) -> SparseLinear:
@@ -143,7 +163,7 @@ def convert(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], block_si
                 if old is None:
                     new: SparseLinear = ExpertLinear(expert)
                 else:
-                    new = CLASSES.get(tuple(kinds), SparseLinear).wrap(old)
+                    new = wrapped(model, name, kinds)
                 for kind, index in kinds.items():
                     new.add_pattern(kind, index, block_size if kind == "blocks" else None)
             except UserError as error:
@@ -174,15 +194,35 @@ def restore(model: nn.Module, *, merged: bool) -> nn.Module:
             layer.restore_base()
         if isinstance(layer, ExpertLinear):
             continue
-        layer.permute()
-        original = layer.original
-        if original is None:
-            raise TypeError("a sparse layer that replaced nothing cannot be turned back")
-        original.weight, original.bias = layer.weight, layer.bias
-        original.train(layer.training)
-        replace_module(model, layer, original)
+        replace_module(model, layer, layer.unwrap())
     close_experts(model)
     return model
+
+
+def start_at_checkpoint(model: nn.Module) -> None:
+    """What trains starts at the checkpoint's full precision (`method.residual`), also when it becomes active again."""
+    for layer in sparse_layers(model).values():
+        for pattern in layer.patterns.values():
+            pattern.residual = True
+        if isinstance(layer, BesideLinear):
+            layer.take_residuals()
+
+
+def put_beside(model: nn.Module) -> None:
+    """From now on the weights hold the base alone, in the original order, and the same deltas stand beside them, as
+    weights in shards need it. ValueError where a layer's weight holds more than its patterns say (re-selection), or
+    is an expert's."""
+    layers = {name: layer for name, layer in sparse_layers(model).items() if not layer.beside}
+    for name, layer in layers.items():
+        if isinstance(layer, ExpertLinear) or any(p.inactive is not None for p in layer.patterns.values()):
+            raise ValueError(f"{name}: inactive entries and experts need a weight that can be written")
+    separate(model)
+    for layer in layers.values():
+        patterns = layer.install({})
+        new = BesideLinear.wrap(layer.unwrap())
+        new.install(patterns)
+        replace_module(model, layer, new)
+    share_inputs(model)
 
 
 @contextlib.contextmanager

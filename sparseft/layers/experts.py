@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from sparseft.kernels import reference
 from sparseft.layers.grouped_product import Grouping, grouped_product
+from sparseft.layers.pattern import Pattern
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import Expert, find_expert, stack_parameter
 
@@ -57,7 +58,7 @@ class ExpertLinear(SparseLinear):
         """The expert's slice (out, in): a view of the 3-D parameter."""
         return stack_parameter(self._experts[0], self.parameter)[self.number]
 
-    def weight_place(self) -> tuple[dict[str, Any], str]:
+    def weight_place(self, pattern: Pattern) -> tuple[dict[str, Any], str]:
         return self._experts[0]._parameters, self.parameter
 
     @property

@@ -24,6 +24,11 @@ def swap(layer: SparseLinear, kind: str, index: Tensor) -> Tensor:
     """
     if len(layer.patterns) != 1:
         raise UserError("re-selection needs a layer with one kind of pattern: fused adapters cannot change theirs.")
+    if layer.beside:
+        raise UserError(
+            "re-selection keeps what was learnt in the weights, which quantized or sharded ones cannot; use "
+            "method.reselect_steps=0."
+        )
     pattern = layer.patterns[kind]
     if index.shape != pattern.index.shape or reference.values_shape(
         kind, index, (layer.out_features, layer.in_features), pattern.block_size

@@ -14,7 +14,7 @@ from sparseft.errors import UserError
 from sparseft.kernels import dispatch, grid, reference
 from sparseft.kernels.block_group import joint_tokens
 from sparseft.kernels.kinds import KINDS
-from sparseft.layers.product import Blocks, Columns, Grid, Rows, SharedSlice, slice_of
+from sparseft.layers.product import Blocks, Columns, Grid, Plan, Rows, SharedSlice, slice_of
 
 # A layer of blocks that stands alone saves the needed column blocks of x when they are at most this share of it: a
 # larger slice of its own may cost more than x itself, which others may save too. In a model
@@ -58,7 +58,9 @@ class Pattern(nn.Module):
     `inactive` holds, on the host, entries that have trained before and wait (`layers/inactive.py`).
     """
 
+    residual = False  # whether it starts from what quantization took of its entries (`layers/beside.py`)
     slices: SharedSlice | None = None  # of blocks: shared with layers that read the same input
+    compact: Tensor | None  # base values + delta in the compute dtype, where no weight holds them (`layers/beside.py`)
     sparseft_pattern = True  # how modules below this one tell deltas from the base's parameters
 
     def __init__(
@@ -76,6 +78,7 @@ class Pattern(nn.Module):
         self.register_buffer("position", None, persistent=False)
         self._locate()
         self.register_buffer("base_values", self._read(weight))
+        self.register_buffer("compact", None, persistent=False)
         self.delta = nn.Parameter(torch.zeros(self.shape, dtype=torch.float32, device=weight.device))
         self.written_version = version_of(self.delta)
         self.inactive: Entries | None = None
@@ -138,7 +141,7 @@ class Pattern(nn.Module):
             keeps_input = len(self.needed_columns) > SLICE_SHARE * math.ceil(in_features / self.block_size)
         return None if keeps_input else (self.needed_columns, self.position)
 
-    def plan(self, transposed: bool, in_features: int, keeps_input: bool | None) -> Rows | Columns | Blocks | Grid:
+    def plan(self, transposed: bool, in_features: int, keeps_input: bool | None) -> Plan:
         """How the product trains this pattern of a weight (stored `transposed` or not); up to date until `changes`
         counts. `keeps_input` is as in `columns_needed`."""
         if self.kind == "rows":

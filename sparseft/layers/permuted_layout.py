@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.distributed.zero3 import full_shape
+from sparseft.layers.beside import stands_beside
 from sparseft.layers.convert import convert, replace_module, sparse_layers, tied_names
 from sparseft.layers.permutation import inverse
 from sparseft.layers.sparse_linear import SparseLinear
@@ -184,6 +185,8 @@ def _check_structure(
     if not needed <= by_role.keys() or len(by_role) < len(slots):
         raise _Stays("the roles of its projections are not known")
     names = {slot.module for slot in slots}
+    if any(stands_beside(model.get_submodule(name)) for name in names):
+        raise _Stays("its weights cannot be rewritten (quantized, or in shards)")
     if names & spec.transposed:
         raise _Stays("its weights are stored transposed (Conv1D)")
     if tied_names(model, names):

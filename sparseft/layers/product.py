@@ -20,12 +20,23 @@ from sparseft.kernels import dispatch, reference
 from sparseft.kernels.grid import Grids
 from sparseft.kernels.reference import flat
 
+# Of each kind: how it is trained, what its product keeps of x (…, in) for the backward pass, and what that makes of it
+# and of grad_output (…, out) for the delta.
+
 
 class Rows(NamedTuple):
     """How rows are trained: `at` (k,) in the stored weight, (start, length) where they are consecutive."""
 
     transposed: bool
     at: Tensor | reference.Run
+
+    def kept(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x itself, which siblings that read it share."""
+        return x
+
+    def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
+        """(k, in)."""
+        return dispatch.rows_gradient(flat(grad_output), as_dtype(flat(kept), grad_output.dtype), self.at)
 
 
 class Columns(NamedTuple):
@@ -34,6 +45,14 @@ class Columns(NamedTuple):
     transposed: bool
     at: Tensor | reference.Run
     count: int
+
+    def kept(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The columns (…, count)."""
+        return reference.aligned_columns(x, self.at, self.count, dtype)
+
+    def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
+        """(out, count)."""
+        return dispatch.columns_gradient(flat(grad_output), as_dtype(flat(kept), grad_output.dtype))
 
 
 class Blocks(NamedTuple):
@@ -50,12 +69,32 @@ class Blocks(NamedTuple):
     take: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
     joint_tokens: int  # below so many tokens, other weights' gradients are waited for
 
+    def kept(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x itself or the block columns that are needed."""
+        return x if self.needed is None else self.take(x, self.needed, self.size, dtype)
+
+    def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
+        """(n, B, B)."""
+        kept = as_dtype(flat(kept), grad_output.dtype)
+        return dispatch.blocks_gradient(flat(grad_output), kept, self.rows, self.columns, self.size)
+
 
 class Grid(NamedTuple):
     """How grids are trained."""
 
     transposed: bool
     grids: Grids
+
+    def kept(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The columns that any grid needs, (…, count)."""
+        return reference.aligned_columns(x, self.grids.needed, self.grids.count, dtype)
+
+    def gradient(self, grad_output: Tensor, kept: Tensor) -> Tensor:
+        """(entries,)."""
+        return dispatch.grid_gradient(flat(grad_output), as_dtype(flat(kept), grad_output.dtype), self.grids)
+
+
+Plan = Rows | Columns | Blocks | Grid
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,7 +124,7 @@ class RowsProduct(torch.autograd.Function):
     def backward(ctx, grad_output):
         weight, x = ctx.saved_tensors
         grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.plan.transposed)
-        return grad_x, None, bias_grad, _rows_gradient(grad_output, x, ctx.plan), None
+        return grad_x, None, bias_grad, ctx.plan.gradient(grad_output, x), None
 
 
 class ColumnsProduct(torch.autograd.Function):
@@ -94,7 +133,7 @@ class ColumnsProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, delta, plan):
         y = dense_product(x, weight, bias, plan.transposed)
-        ctx.save_for_backward(weight, reference.aligned_columns(x, plan.at, plan.count, y.dtype))
+        ctx.save_for_backward(weight, plan.kept(x, y.dtype))
         ctx.plan = plan
         return y
 
@@ -103,7 +142,7 @@ class ColumnsProduct(torch.autograd.Function):
     def backward(ctx, grad_output):
         weight, x = ctx.saved_tensors
         grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.plan.transposed)
-        return grad_x, None, bias_grad, _columns_gradient(grad_output, x), None
+        return grad_x, None, bias_grad, ctx.plan.gradient(grad_output, x), None
 
 
 class BlocksProduct(torch.autograd.Function):
@@ -116,7 +155,7 @@ class BlocksProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, delta, plan, node=None, place=0):
         y = dense_product(x, weight, bias, plan.transposed)
-        ctx.save_for_backward(weight, x if plan.needed is None else plan.take(x, plan.needed, plan.size, y.dtype))
+        ctx.save_for_backward(weight, plan.kept(x, y.dtype))
         ctx.plan, ctx.node, ctx.place = plan, node, place
         return y
 
@@ -127,13 +166,13 @@ class BlocksProduct(torch.autograd.Function):
         plan = ctx.plan
         grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, plan.transposed)
         if ctx.node is None:
-            return grad_x, None, bias_grad, _blocks_gradient(grad_output, x, plan), None, None, None
+            return grad_x, None, bias_grad, plan.gradient(grad_output, x), None, None, None
         left = left_at(ctx.node)
         if left is not None:
             if grad_output.numel() < plan.joint_tokens * grad_output.shape[-1]:
                 left.uses.append((ctx.place, plan, grad_output, as_dtype(x, grad_output.dtype)))
             else:
-                left.made.append((ctx.place, _blocks_gradient(grad_output, x, plan)))
+                left.made.append((ctx.place, plan.gradient(grad_output, x)))
         return grad_x, None, bias_grad, None, None, None, None
 
 
@@ -143,7 +182,7 @@ class GridProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, delta, plan):
         y = dense_product(x, weight, bias, plan.transposed)
-        ctx.save_for_backward(weight, _grid_columns(x, plan, y.dtype))
+        ctx.save_for_backward(weight, plan.kept(x, y.dtype))
         ctx.plan = plan
         return y
 
@@ -152,7 +191,7 @@ class GridProduct(torch.autograd.Function):
     def backward(ctx, grad_output):
         weight, x = ctx.saved_tensors
         grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.plan.transposed)
-        return grad_x, None, bias_grad, _grid_gradient(grad_output, x, ctx.plan), None
+        return grad_x, None, bias_grad, ctx.plan.gradient(grad_output, x), None
 
 
 class PatternsProduct(torch.autograd.Function):
@@ -163,12 +202,10 @@ class PatternsProduct(torch.autograd.Function):
                 blocks, grid):  # fmt: skip
         y = dense_product(x, weight, bias, transposed)
         sliced = blocks is not None and blocks.needed is not None
-        x_columns = None
-        if columns is not None:
-            x_columns = reference.aligned_columns(x, columns.at, columns.count, y.dtype)
-        x_blocks = blocks.take(x, blocks.needed, blocks.size, y.dtype) if sliced else None
+        x_columns = None if columns is None else columns.kept(x, y.dtype)
+        x_blocks = blocks.kept(x, y.dtype) if sliced else None
         whole = rows is not None or (blocks is not None and not sliced)
-        x_grid = None if grid is None else _grid_columns(x, grid, y.dtype)
+        x_grid = None if grid is None else grid.kept(x, y.dtype)
         ctx.save_for_backward(weight, x if whole else None, x_columns, x_blocks, x_grid)
         ctx.transposed, ctx.rows, ctx.columns, ctx.blocks, ctx.grid = transposed, rows, columns, blocks, grid
         return y
@@ -180,13 +217,13 @@ class PatternsProduct(torch.autograd.Function):
         grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.transposed)
         rows_grad = columns_grad = blocks_grad = grid_grad = None
         if ctx.rows is not None:
-            rows_grad = _rows_gradient(grad_output, x, ctx.rows)
+            rows_grad = ctx.rows.gradient(grad_output, x)
         if ctx.columns is not None:
-            columns_grad = _columns_gradient(grad_output, x_columns)
+            columns_grad = ctx.columns.gradient(grad_output, x_columns)
         if ctx.blocks is not None:
-            blocks_grad = _blocks_gradient(grad_output, x if x_blocks is None else x_blocks, ctx.blocks)
+            blocks_grad = ctx.blocks.gradient(grad_output, x if x_blocks is None else x_blocks)
         if ctx.grid is not None:
-            grid_grad = _grid_gradient(grad_output, x_grid, ctx.grid)
+            grid_grad = ctx.grid.gradient(grad_output, x_grid)
         return grad_x, None, bias_grad, rows_grad, columns_grad, blocks_grad, grid_grad, None, None, None, None, None
 
 
@@ -234,28 +271,6 @@ def _dense_gradients(
     if needed[2]:  # frozen unless the caller thawed it; autograd casts to the bias's own dtype
         bias_grad = flat(grad_output).sum(0)
     return grad_x, bias_grad
-
-
-def _rows_gradient(grad_output: Tensor, x: Tensor, plan: Rows) -> Tensor:
-    return dispatch.rows_gradient(flat(grad_output), as_dtype(flat(x), grad_output.dtype), plan.at)
-
-
-def _columns_gradient(grad_output: Tensor, x_columns: Tensor) -> Tensor:
-    return dispatch.columns_gradient(flat(grad_output), as_dtype(flat(x_columns), grad_output.dtype))
-
-
-def _blocks_gradient(grad_output: Tensor, x: Tensor, plan: Blocks) -> Tensor:
-    x = as_dtype(flat(x), grad_output.dtype)
-    return dispatch.blocks_gradient(flat(grad_output), x, plan.rows, plan.columns, plan.size)
-
-
-def _grid_columns(x: Tensor, plan: Grid, dtype: torch.dtype) -> Tensor:
-    """The columns of x (…, in) that grids need, (…, count)."""
-    return reference.aligned_columns(x, plan.grids.needed, plan.grids.count, dtype)
-
-
-def _grid_gradient(grad_output: Tensor, x_columns: Tensor, plan: Grid) -> Tensor:
-    return dispatch.grid_gradient(flat(grad_output), as_dtype(flat(x_columns), grad_output.dtype), plan.grids)
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

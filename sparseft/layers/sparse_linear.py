@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparseft.distributed.zero3 import full_shape, gathered, is_sharded
+from sparseft.distributed.zero3 import full_shape, gathered
 from sparseft.kernels import reference
 from sparseft.layers.pattern import Pattern, as_index, changes, version_of
 from sparseft.layers.permutation import can_train, inverse, permute_entries, permuted
@@ -31,7 +31,6 @@ from sparseft.layers.product import (
     applied,
     dense_product,
 )
-from sparseft.layers.unmerged import add_deltas
 from sparseft.layers.write_back import enrol
 from sparseft.models.decoder import is_transposed, logical_weight
 
@@ -74,7 +73,7 @@ class SparseLinear(nn.Module):
     _keeps_input: bool | None = None
     _joint: tuple[Any, int] | None = None
     _plan: _Plan | None = None
-    merged = True  # whether the weight holds base + delta; else the base, and the forward adds the deltas' product
+    beside = False  # whether the deltas stand beside the weight (`layers/beside.py`), not in it
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
                  *, transposed: bool = False) -> None:  # fmt: skip
@@ -91,13 +90,16 @@ class SparseLinear(nn.Module):
         self._set_up()
 
     def _set_up(self) -> None:
-        """What every layer needs, however it was made. The permutations' buffers move with the layer; checkpoints, in
-        the original order, do not hold them."""
-        self.register_buffer("row_permutation", None, persistent=False)
-        self.register_buffer("column_permutation", None, persistent=False)
+        """What every layer needs, however it was made."""
+        self._set_up_order()
         self._inverses: dict[str, tuple[Tensor, Tensor]] = {}  # by kind: a permutation and its inverse
         self.register_load_state_dict_post_hook(_after_load)
         enrol(self)
+
+    def _set_up_order(self) -> None:
+        """Buffers that move with the layer; checkpoints, in the original order, do not hold them."""
+        self.register_buffer("row_permutation", None, persistent=False)
+        self.register_buffer("column_permutation", None, persistent=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_plan"} | {"_inverses": {}}
@@ -126,7 +128,6 @@ class SparseLinear(nn.Module):
         layer.in_features, layer.out_features = (rows, columns) if layer.transposed else (columns, rows)
         layer.weight = linear.weight
         layer.register_parameter("bias", linear.bias)
-        layer.merged = not is_sharded(layer.weight)  # a sharded weight cannot hold base + delta
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -145,9 +146,13 @@ class SparseLinear(nn.Module):
         """The weight as (out, in), in the order in which it is stored: a view, without gradient."""
         return logical_weight(self)
 
-    def weight_place(self) -> tuple[dict[str, Any], str]:
-        """Where the parameter is held, and under which name, whose storage the weight has."""
+    def weight_place(self, pattern: Pattern) -> tuple[dict[str, Any], str]:
+        """Where the tensor is held, and under which name, in whose storage the pattern's entries are written."""
         return self._parameters, "weight"
+
+    def written(self, pattern: Pattern) -> tuple[Tensor, reference.At]:
+        """The matrix (a view) into which the pattern's base + delta is written, and where in it its entries lie."""
+        return self.logical_weight, pattern.at
 
     @property
     def is_permuted(self) -> bool:
@@ -190,12 +195,16 @@ class SparseLinear(nn.Module):
             raise ValueError(f"the layer already trains {kind}")
         self.restore_base()  # what another pattern has learnt is no part of this one's base
         try:
-            with gathered([self.weight]):
-                pattern = Pattern(kind, as_index(kind, index), self.logical_weight, block_size, self.inverse_of(kind))
+            pattern = self.new_pattern(kind, as_index(kind, index), block_size)
             self.add_module(kind, pattern)
         finally:
             self.write_back()
         return pattern
+
+    def new_pattern(self, kind: str, index: Tensor, block_size: int | None = None) -> Pattern:
+        """A pattern of the weight with deltas of zero, whose base is what the weight holds; not in use yet."""
+        with gathered([self.weight]):
+            return Pattern(kind, index, self.logical_weight, block_size, self.inverse_of(kind))
 
     @torch.no_grad()
     def install(self, patterns: dict[str, Pattern]) -> dict[str, Pattern]:
@@ -222,7 +231,7 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def restore_base(self) -> None:
         """Writes the base's own values, bit for bit; the deltas stay as they are."""
-        if self.weight.is_meta or not self.merged:
+        if self.weight.is_meta:
             return
         weight = self.logical_weight
         for pattern in self.patterns.values():
@@ -245,7 +254,7 @@ class SparseLinear(nn.Module):
     def write_back(self) -> None:
         """Writes base + delta into the weight, rounded once from fp32."""
         patterns = list(self.patterns.values())
-        if not patterns or not self.merged:
+        if not patterns:
             return
         weight = self.logical_weight
         if weight.is_meta:
@@ -279,7 +288,7 @@ class SparseLinear(nn.Module):
         False after a delta was changed through `.data`, which PyTorch does not count, until `write_back`.
         """
         patterns = list(self.patterns.values())
-        if len(patterns) != 1 or not self.merged or self.weight.is_meta:  # of patterns that overlap no entry says whose
+        if len(patterns) != 1 or self.weight.is_meta:  # of patterns that overlap no entry says whose
             return True
         pattern, weight = patterns[0], self.logical_weight
         if pattern.delta.is_inference():
@@ -318,8 +327,8 @@ class SparseLinear(nn.Module):
 
     @property
     def joins(self) -> bool:
-        """Whether it may have such. Deltas in shards are whole in the product alone."""
-        return self.merged
+        """Whether it may have such."""
+        return True
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
         if torch.compiler.is_compiling():
@@ -348,7 +357,7 @@ class SparseLinear(nn.Module):
                 y = plan.product(x, weight, bias, token, plan.how, node, plan.place)
         else:
             y = dense_product(x, weight, bias, self.transposed)
-        return y if self.merged else add_deltas(y, x, (pattern,))
+        return y
 
     def _make_plan(self) -> _Plan:
         count = changes.count  # before anything is read: another thread may change it
@@ -370,10 +379,8 @@ class SparseLinear(nn.Module):
                 pattern.plan(self.transposed, self.in_features, self.keeps_input) if pattern is not None else None
                 for pattern in found
             ]
-            y = PatternsProduct.apply(x, self.weight, self.bias, *deltas, self.transposed, *plans)
-        else:
-            y = dense_product(x, self.weight, self.bias, self.transposed)
-        return y if self.merged else add_deltas(y, x, patterns.values())
+            return PatternsProduct.apply(x, self.weight, self.bias, *deltas, self.transposed, *plans)
+        return dense_product(x, self.weight, self.bias, self.transposed)
 
     def _apply(self, fn, recurse: bool = True):
         dtype = self.weight.dtype
@@ -450,19 +457,6 @@ class SparseLinear(nn.Module):
         for kind, pattern in self.patterns.items():
             pattern.permute(self.inverse_of(kind))
 
-    # -- merged or not ------------------------------------------------------------------------------------------------
-
-    def unmerge(self) -> None:
-        """From now on the weight holds the base, and the deltas are added to the product (`layers/unmerged.py`).
-
-        ValueError for a layer with inactive entries (re-selection): what these have learnt is in the weight only.
-        """
-        if any(pattern.inactive is not None for pattern in self.patterns.values()):
-            raise ValueError("inactive entries need a weight that can be written")
-        self.restore_base()
-        self.merged = False
-        changes.count += 1
-
     @torch.no_grad()
     def _take_new_base(self) -> None:
         """The weight as it is now (a plain checkpoint's, say) is the base: the deltas start anew."""
@@ -471,6 +465,17 @@ class SparseLinear(nn.Module):
             pattern.take_base(self.logical_weight)
             pattern.delta.zero_()
             pattern.written_version = version_of(pattern.delta)
+
+    def unwrap(self) -> nn.Module:
+        """The module that this layer replaced, with its weight and bias in the original order; TypeError where it
+        replaced none."""
+        original = self.original
+        if original is None:
+            raise TypeError("a sparse layer that replaced nothing cannot be turned back")
+        self.permute()
+        original.weight, original.bias = self.weight, self.bias
+        original.train(self.training)
+        return original
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -130,6 +130,7 @@ class SparseConfig(MethodConfig):
     reselect_by: ReselectBy = field(default="running", kw_only=True)
     max_rank: Annotated[int, AT_LEAST_1] | None = None
     exclude: list[Annotated[str, FOLDER]] | None = None
+    residual: bool = field(default=False, kw_only=True)
     seed: int = 0
 
     def validate(self) -> None:

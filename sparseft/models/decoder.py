@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sparseft.distributed.zero3 import full_shape, running
 from sparseft.errors import UserError
-from sparseft.models.quantized import is_plain
+from sparseft.models.quantized import dequantized, is_packed, is_plain
 
 # Subclasses of `nn.Linear` with a forward pass of their own that computes the very same product.
 SAME_PRODUCT = ("FalconLinear",)
@@ -28,8 +29,9 @@ def is_linear(module: nn.Module) -> bool:
     """Whether sparseft can train the module's weight: it is the one matrix of plain numbers by which the module
     multiplies. `nn.Linear` and transformers' `Conv1D` are, and what was converted already; their subclasses only where
     they compute the same product (a router or a grouped linear does not) and hold nothing beside weight and bias.
+    So is a linear with a packed weight, beside which deltas are trained.
     """
-    if getattr(module, "sparseft_linear", False):
+    if getattr(module, "sparseft_linear", False) or is_packed(module):
         return True
     own = {name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     weight = module._parameters.get("weight")  # not what parametrizations and weight norm compute in its place
@@ -52,13 +54,17 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def logical_weight(module: nn.Module) -> Tensor:
-    """The weight as (out, in), however it is stored: a view, without gradient."""
+    """The weight as (out, in), however it is stored, without gradient: a view, or of a packed one its values."""
+    if is_packed(module):
+        return dequantized(module)
     weight = module.weight.detach()
     return weight.t() if is_transposed(module) else weight
 
 
 def logical_shape(module: nn.Module) -> tuple[int, int]:
     """(out features, in features), however the weight is stored."""
+    if getattr(module, "sparseft_linear", False) or is_packed(module):
+        return module.out_features, module.in_features
     rows, columns = full_shape(module.weight)
     return (columns, rows) if is_transposed(module) else (rows, columns)
 
@@ -101,8 +107,10 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def base_parameter_count(model: nn.Module) -> int:
-    """Parameters of the base model, tied ones once."""
-    return sum(full_shape(p).numel() for _, p in base_parameters(model))
+    """Parameters of the base model, tied ones once; packed ones as many as they stand for."""
+    held = (m for m in model.modules() if is_packed(m) or getattr(m, "beside", False))
+    packed = {id(m._parameters.get("weight")): math.prod(logical_shape(m)) for m in held}
+    return sum(packed.get(id(p), full_shape(p).numel()) for _, p in base_parameters(model))
 
 
 STATE = "_sparseft"  # the attribute of an attached model that holds `adapters.state.State`

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from sparseft.distributed.zero3 import full_shape, gathered
 from sparseft.errors import UserError, shown
 from sparseft.models.decoder import base_parameters
+from sparseft.models.quantized import numbers_of
+from sparseft.models.unquantized import Unquantized
 
 SAMPLES = 64  # values of each weight
 
@@ -29,8 +31,11 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def base_fingerprints(model: nn.Module) -> list[str]:
     """`base_fingerprint`, and where it differs, the one that the same weights have once they are loaded in fp16: there
-    fp32 values are rounded twice. Two models are of one base where the lists share an entry.
+    fp32 values are rounded twice. Two models are of one base where the lists share an entry. Of a model that was
+    quantized on loading they are those of its checkpoint.
     """
+    if (checkpoint := Unquantized.of(model)) is not None:
+        return fingerprints_of(checkpoint.parameters())
     return fingerprints_of(sorted(base_parameters(model), key=lambda item: item[0]))
 
 
@@ -45,7 +50,7 @@ def fingerprints_of(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
             continue
         positions = torch.linspace(0, shape.numel() - 1, min(SAMPLES, shape.numel()), dtype=torch.float64).long()
         with gathered([parameter]):
-            flat = parameter.detach().reshape(-1)
+            flat = numbers_of(parameter.detach()).reshape(-1)
             sampled = flat[positions.to(flat.device)].cpu()
         for each, values in ((digest, sampled), (as_fp16, sampled.half())):
             values = values.to(torch.bfloat16).float()

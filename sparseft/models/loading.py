@@ -20,8 +20,11 @@ from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_pat
 from sparseft.files.hashing import check_whole
 from sparseft.models.decoder import runnable
 from sparseft.models.probing import check_causal
-from sparseft.models.quantized import check_config
+from sparseft.models.quantize import check_packed, check_quantize, quantization
+from sparseft.models.quantized import check_config, keep_differentiable, quantized_by
 from sparseft.rules import check_fields
+
+QUANTIZED_FROM = "_sparseft_quantized_from"  # the attribute of a model that `model.quantize` packed: its config
 
 
 def _unbundled(path: str) -> str:
@@ -100,8 +103,9 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     check_whole(Path(config.path).expanduser())  # before transformers reads anything of it
-    load_config(config, "model")  # refuses what is quantised, before any weight
+    content = load_config(config, "model", packed=True)  # refuses what cannot be trained, before any weight
     check_fields(config, lambda name: f"model.{name}")
+    check_quantize(config, content, device)
     options: dict[str, object] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
@@ -112,6 +116,11 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
     if device.type != "cpu" and not is_deepspeed_zero3_enabled():
         # Tensor by tensor from the files: the host need not hold the model, which may be larger than its memory.
         options["device_map"] = {"": device}
+    if quantized_by(content) is not None:
+        options["device_map"] = {"": device}
+    if config.quantize != "none":
+        dtype = content.dtype or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+        options |= {"quantization_config": quantization(config, dtype), "device_map": {"": device}}
     refused = None
     try:
         with without_report(), console.working(f"loading {config.path}"):
@@ -124,7 +133,14 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
         refused = refused or (UserError(told) if told else None)
     if refused is not None:
         raise refused
-    model = model.to(device).eval()
+    if getattr(model, "hf_quantizer", None) is None:  # some quantized models refuse to be moved
+        model = model.to(device)
+    if config.quantize != "none":
+        setattr(model, QUANTIZED_FROM, config)
+    check_packed(model, config)
+    for module in model.modules():
+        keep_differentiable(module)
+    model = model.eval()
     with runnable(model):
         check_causal(model, f"model.path={config.path}")
     return model
@@ -171,16 +187,17 @@ def check_precision(config: ModelConfig, model: nn.Module) -> None:
             )
 
 
-def load_config(config: ModelConfig, what: str = "config"):
+def load_config(config: ModelConfig, what: str = "config", *, packed: bool = False):
     """The model's config.json, as transformers reads it; no weights. That of quantised ones is a `UserError`, and
-    that of a model of another kind (T5, images). `what` is said not to be loaded where there is none."""
+    that of a model of another kind (T5, images). `what` is said not to be loaded where there is none; `packed`: those
+    beside whose weights can be trained are let through."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {"revision": config.revision} if config.revision else {}
     content = _load(
         what, config.path, AutoConfig.from_pretrained, trust_remote_code=config.trust_remote_code, **options
     )
-    check_config(content, f"model.path={config.path}")
+    check_config(content, f"model.path={config.path}", packed=packed)
     if type(content) not in AutoModelForCausalLM._model_mapping and not hasattr(content, "auto_map"):
         raise UserError(
             f"model.path={config.path}: transformers has no causal language model of the type '{content.model_type}'; "

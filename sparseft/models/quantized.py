@@ -1,4 +1,5 @@
-"""Quantised models: which weights are plain numbers that can be read and trained, and the refusal of all others."""
+"""Quantised models: which weights are plain numbers, which linears hold packed ones beside which deltas can be trained,
+and the refusal of all others."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from torch.nn.parameter import UninitializedTensorMixin
 from sparseft.errors import UserError
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # `is_floating_point` is true of 8 bits too
-ADVICE = "quantized models cannot be trained or evaluated yet: use the unquantized checkpoint"
+ADVICE = "quantized models of this kind cannot be trained or evaluated yet: use the unquantized checkpoint"
+PACKAGES = ("bitsandbytes", "torchao")  # whose linears hold packed weights and give their input's gradient
+LOADED = ("bitsandbytes", "torchao")  # methods of quantized checkpoints that transformers loads as such linears
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -20,19 +23,70 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.dtype in PLAIN and type(tensor) in (nn.Parameter, Tensor)
 
 
-def check_config(content: Any, what: str) -> None:
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module is a linear with a quantized weight that can be called and differentiated by its input: one of
+    `PACKAGES`, or any with `in_features`, `out_features` and `dequantize()` -> (out, in)."""
+    if not all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")):
+        return False
+    if getattr(module, "sparseft_linear", False):
+        return False
+    weight = module._parameters.get("weight")
+    if weight is not None and type(weight).__module__.partition(".")[0] in PACKAGES:
+        return True
+    return callable(getattr(module, "dequantize", None))
+
+
+def numbers_of(tensor: Tensor) -> Tensor:
+    """A tensor as torch's own: of one of torchao's, which knows few operations, the values that it stands for."""
+    packed = type(tensor).__module__.partition(".")[0] == "torchao"
+    return tensor.dequantize() if packed else tensor
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """The weight (out, in) by which a module that `is_packed` multiplies, in the dtype its class computes it in."""
+    weight: Any = module._parameters.get("weight")
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if kind == "Int8Params":
+        scales = weight.SCB if weight.SCB is not None else module.state.SCB  # type: ignore[union-attr]
+        return weight.data * (scales.view(-1, 1) / 127)
+    if type(weight).__module__.partition(".")[0] == "torchao":
+        return weight.dequantize()
+    return module.dequantize()  # type: ignore[operator]
+
+
+def keep_differentiable(module: nn.Module) -> None:
+    """Has a linear of bitsandbytes give its input's gradient always: on a CPU with AVX512-BF16 it repacks its weight in
+    its first pass for inference, and from then on has none, without a word."""
+    if not getattr(module, "support_avx512bf16_for_cpu", False):
+        return
+    module.state_dict()  # packs the weight back where that has happened: what it saves is in the usual order
+    module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def quantized_by(content: Any) -> str | None:
+    """The method by which a config.json (as transformers reads it) says that its weights are quantised; None: plain."""
+    settings = getattr(content, "quantization_config", None)
+    return _method(settings) if settings else None
+
+
+def check_config(content: Any, what: str, *, packed: bool = False) -> None:
     """Refuses the config.json (as transformers reads it) of a checkpoint whose weights are quantised.
 
-    what: how the user named the model, for the message.
+    what: how the user named the model, for the message. packed: those that transformers loads as linears which can be
+    trained beside are let through.
     """
     for name in ("quantization_config", "compression_config"):  # the second is what compressed-tensors once wrote
         settings = content.get(name) if isinstance(content, dict) else getattr(content, name, None)
-        if settings:
+        if settings and not (packed and _method(settings) in LOADED):
             raise UserError(f"{what}: the weights are quantized ({_method(settings)}); {ADVICE}.")
     parts = content if isinstance(content, dict) else vars(content)
     for name, part in parts.items():  # the parts of a model for several media have their own
         if hasattr(part, "to_dict") or (isinstance(part, dict) and name.endswith("_config")):
-            check_config(part, what)
+            check_config(part, what, packed=packed)
 
 
 def _method(settings: Any) -> str:
@@ -46,11 +100,11 @@ def _method(settings: Any) -> str:
 def check_plain(model: nn.Module) -> None:
     """Refuses a model of which a module holds quantised weights, by the module's name and class."""
     for name, module in model.named_modules():
-        if problem := _problem(module):
+        if not is_packed(module) and (problem := _problem(module)):
             raise UserError(f"'{name}' is a {type(module).__name__} {problem}; {ADVICE}.")
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        method = _method(getattr(quantizer, "quantization_config", {}))
+    method = _method(getattr(quantizer, "quantization_config", {}))
+    if quantizer is not None and method not in LOADED:
         raise UserError(f"{type(model).__name__} was loaded quantized ({method}); {ADVICE}.")
 
 

@@ -25,6 +25,7 @@ from sparseft.files.atomic import explained
 from sparseft.files.tensors import SELECTION_CONFIG
 from sparseft.importance.calibration import Watch, saved_samples
 from sparseft.models.fingerprint import base_fingerprints
+from sparseft.models.unquantized import Unquantized
 from sparseft.selection.compute import Request, Settings, compute
 from sparseft.selection.exclude import Excluded
 from sparseft.selection.selection import Selection
@@ -58,7 +59,9 @@ def select(model: nn.Module, request: Request, data: LoadedData, pad: int, cache
     """
     settings = request.settings
     fingerprints = base_fingerprints(model)
-    key = selection_key(fingerprints[0], data.fingerprint, settings, request.excluded)
+    unquantized = Unquantized.of(model)
+    base = fingerprints[0] if unquantized is None else f"{fingerprints[0]} {unquantized.quantize}"
+    key = selection_key(base, data.fingerprint, settings, request.excluded)
     path = Path(cache_dir) / "selections" / key
     start = time.perf_counter()
     first = ranks.is_main()

@@ -14,6 +14,7 @@ from sparseft.distributed import launch
 from sparseft.distributed.env import check_variables, processes
 from sparseft.errors import UserError, looks_local, nearest_path, where_looked
 from sparseft.models.loading import load_config, resolve_device
+from sparseft.models.quantize import check_quantize
 from sparseft.selection.exclude import find_excluded
 from sparseft.training import schedules, trackers
 from sparseft.training.sample_answers import read_prompts
@@ -56,6 +57,20 @@ def check_hardware(config: RunConfig) -> None:
                 f"hardware.zero_stage={hardware.zero_stage}: method={config.method_name} with "
                 "method.reselect_by=running takes a part of a layer's step alone, and ZeRO takes the step elsewhere; "
                 "use hardware.zero_stage=0, method.reselect_by=calibration, or method.reselect_steps=0."
+            )
+    quantized = f"model.quantize={config.model.quantize}"
+    if config.model.quantize != "none":
+        if config.method.trains_all:
+            raise UserError(f"{quantized}: method={config.method_name} trains every weight, which packed ones cannot.")
+        if config.method.reselect_steps:
+            raise UserError(
+                f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in "
+                f"the weights, which {quantized} packs; use method.reselect_steps=0."
+            )
+        if hardware.zero_stage:
+            raise UserError(
+                f"{quantized}: DeepSpeed takes no packed weights here yet; use hardware.zero_stage=0 (DDP), now "
+                f"{hardware.zero_stage}."
             )
     if hardware.zero_stage and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"hardware.zero_stage={hardware.zero_stage}: deepspeed is not installed.")
@@ -141,8 +156,10 @@ def check_excluded(config: RunConfig) -> None:
 
 
 def check_model(config: RunConfig) -> None:
-    """Refuses a model folder that is not there, a quantised checkpoint, and a device that this machine has not."""
-    load_config(config.model)
+    """Refuses a model folder that is not there, a quantised checkpoint that cannot be trained, and a device that this
+    machine has not."""
+    content = load_config(config.model, packed=True)
+    check_quantize(config.model, content, resolve_device(config.hardware.device))
     if config.model.tokenizer is not None:
         path = Path(config.model.tokenizer).expanduser()
         if looks_local(config.model.tokenizer) and not path.is_dir():

@@ -32,7 +32,7 @@ from sparseft.distributed.deepspeed import (
 from sparseft.distributed.ranks import barrier, is_main, rank_and_world
 from sparseft.distributed.zero3 import full_shape, gathered, is_sharded, state_on_first
 from sparseft.errors import RunError, UserError
-from sparseft.layers import sparse_layers, write_back
+from sparseft.layers import put_beside, sparse_layers, write_back
 from sparseft.layers.experts import ExpertLinear
 from sparseft.selection.compute import Request
 from sparseft.training.checkpoints import fitting
@@ -169,8 +169,7 @@ class DistributedTrainer(transformers.Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         size_buckets(self.args.hf_deepspeed_config, self.model)
         if self.is_zero3:
-            for layer in sparse_layers(self.model).values():
-                layer.unmerge()
+            put_beside(self.model)
             keep_deltas_whole(self.args.hf_deepspeed_config, self.model)
         if resume_from_checkpoint is not None:  # what trains after re-selection, before the engine takes it
             with fitting(resume_from_checkpoint, "what was trained"):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from sparseft.errors import UserError
+from sparseft.kernels import grid
 from sparseft.kernels.grid import Grids
 from sparseft.layers.pattern import changes, version_of
 from sparseft.layers.sparse_linear import SparseLinear
@@ -149,7 +150,7 @@ class _Plan:
         self.kernel_patterns = [self.patterns[place] for place in self.by_kernel]
         self.kernel_versions: list[int] = []  # of the deltas, after the last step: it left all as written
         # held, since layers lie all over the memory: to ask each of them in each step took as long as the update
-        self.weight_places = [self.layers[place]().weight_place() for place in self.by_kernel]
+        self.weight_places = [self.layers[place]().weight_place(self.patterns[place]()) for place in self.by_kernel]
         by_kernel = set(self.by_kernel)
         # by group: the places of those that torch's fused AdamW takes, and of those that it does not
         self.by_torch: list[tuple[list[int], list[int]]] = [([], []) for _ in self.sizes]
@@ -172,12 +173,14 @@ class _Plan:
             layer, pattern, state = self.layers[place](), self.patterns[place](), self.states[place]
             delta = self.parameters[place].detach()
             moments, base = (state["exp_avg"], state["exp_avg_sq"]), pattern.base_values
-            weight, group = layer.logical_weight, self.groups[place]
-            at, width = pattern.at, None
+            group, width = self.groups[place], None
+            weight, at = layer.written(pattern)
             if isinstance(at, Grids):
                 if len(at.parts) > 1:
                     continue
-                at, width = pattern.index, len(at.parts[0][1])
+                at, width = grid.encode(*at.parts[0]), len(at.parts[0][1])
+            if weight is None:  # nothing is written
+                continue
             entry = Entry(delta, *moments, base, weight, at, pattern.kind, state["step"], group, width)
             if _fits(entry, layer):
                 entries.setdefault(delta.device, []).append(entry)
@@ -353,7 +356,6 @@ def _fits(entry: Entry, layer: SparseLinear) -> bool:
     index = (entry.at,) if isinstance(entry.at, Tensor) else ()
     return (
         len(layer.patterns) == 1
-        and layer.merged
         and entry.weight.dtype in WEIGHT_DTYPES
         and entry.base_values.dtype == entry.weight.dtype
         and all(value.dtype == torch.float32 for value in values[:3])

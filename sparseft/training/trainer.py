@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
 from sparseft import console, signals
+from sparseft.adapters.state import state_of
 from sparseft.data.tokenized import IGNORED
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import shard_of
@@ -74,6 +75,20 @@ class Counting:
         }
 
 
+@contextlib.contextmanager
+def seen_as_adapted(model: nn.Module) -> Iterator[None]:
+    """Inside, transformers takes a quantized model for one with an adapter, as it is: it refuses others, and asks by a
+    flag of peft's."""
+    if not getattr(model, "is_quantized", False) or state_of(model) is None:
+        yield
+        return
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
+
+
 class Trainer(distributed_trainer.DistributedTrainer):
     """Trains what is trainable of an attached model, and saves only that.
 
@@ -105,7 +120,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         args.output_dir = str(run / CHECKPOINTS)
         options["data_collator"] = Counting(options["data_collator"], rows=labelled)
         options["train_dataset"] = Numbered(options["train_dataset"])
-        with tf32_as_set():
+        with tf32_as_set(), seen_as_adapted(model):
             super().__init__(model=model, args=args, **options)
         self.run_state = RunState(run, max_bad_steps, args.device)
         self.save_total_limit = save_total_limit

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from sparseft.kernels import reference
-from sparseft.layers import SparseLinear
+from sparseft.layers import BesideLinear, SparseLinear
 from sparseft.training.optimizer import SparseAdamW
 from support.syncs import waiting_is_an_error
 
@@ -41,9 +41,9 @@ def dense_linear(dtype: torch.dtype, device: str, conv: bool = False) -> nn.Modu
     return linear.to(device, dtype)
 
 
-def sparse(linear: nn.Module, name: str) -> SparseLinear:
+def sparse(linear: nn.Module, name: str, kind: type[SparseLinear] = SparseLinear) -> SparseLinear:
     """A layer that trains a pattern of a copy of `linear`."""
-    layer = SparseLinear.wrap(copy.deepcopy(linear))
+    layer = kind.wrap(copy.deepcopy(linear))
     for kind, index, size in PATTERNS[name]:
         layer.add_pattern(kind, index, size)
     return layer
@@ -168,12 +168,11 @@ def test_twenty_steps(name: str, device: str) -> None:
 
 
 @each_pattern
-def test_unmerged(name: str, device: str) -> None:
+def test_beside(name: str, device: str) -> None:
     """The weight keeps the base and the deltas are added to the product: what base + delta gives in float64."""
     for dtype, epsilon in EPSILON.items():
         dense = dense_linear(dtype, device)
-        layer = sparse(dense, name)
-        layer.unmerge()
+        layer = sparse(dense, name, BesideLinear)
         total = dense.weight.detach().double()
         with torch.no_grad():
             for seed, pattern in enumerate(layer.patterns.values()):

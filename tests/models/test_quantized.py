@@ -24,8 +24,9 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 
 import sparseft
 from sparseft.errors import UserError
+from sparseft.layers import SparseLinear
 from sparseft.models.decoder import is_linear, stacks
-from sparseft.models.quantized import check_config, check_plain
+from sparseft.models.quantized import LOADED, check_config, check_plain, is_packed, quantized_by
 from sparseft.models.spec import ModelSpec
 from support.running import files, on, refused, write_data
 
@@ -161,7 +162,9 @@ def test_a_quantised_module_is_refused_by_its_name_and_class(name: str) -> None:
         ),
     ]  # fmt: skip
     for call in calls:
-        with pytest.raises(UserError, match=rf"^'model\.layers\.1\.mlp\.up_proj' is {message}; quantized models "):
+        with pytest.raises(
+            UserError, match=rf"^'model\.layers\.1\.mlp\.up_proj' is {message}; quantized models of this kind "
+        ):
             call()
     for key, value in model.state_dict().items():  # FP8Linear's weight is memory as it was found, perhaps nan
         torch.testing.assert_close(value.float(), state[key].float(), rtol=0, atol=0, equal_nan=True)
@@ -194,8 +197,22 @@ def test_the_config_of_every_quantisation_is_refused(method: str, where: str) ->
         config = transformers.LlamaConfig(**SMALL, talker_config={"text_config": {"quantization_config": settings}})
     else:
         config = transformers.Gemma3Config(text_config={**SMALL, "quantization_config": settings})
-    with pytest.raises(UserError, match=rf"^model.path=x: the weights are quantized \({method}\); quantized models"):
+    with pytest.raises(
+        UserError, match=rf"^model.path=x: the weights are quantized \({method}\); quantized models of this kind"
+    ):
         check_config(config, "model.path=x")
+
+
+def test_packed_checkpoints_are_let_through_where_they_can_be_trained_beside() -> None:
+    for method in LOADED:
+        config = transformers.LlamaConfig(**SMALL, quantization_config={"quant_method": method})
+        assert quantized_by(config) == method
+        check_config(config, "x", packed=True)
+        with pytest.raises(UserError, match="are quantized"):
+            check_config(config, "x")
+    assert quantized_by(transformers.LlamaConfig(**SMALL)) is None
+    for module in (nn.Linear(2, 2), SparseLinear(2, 2), nn.LayerNorm(2)):
+        assert not is_packed(module)
 
 
 def test_configs_without_a_method_and_without_a_quantisation() -> None:

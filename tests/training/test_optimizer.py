@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 import sparseft
 from sparseft.errors import UserError
 from sparseft.kernels import reference
-from sparseft.layers import SparseLinear, sparse_layers, write_back
+from sparseft.layers import BesideLinear, SparseLinear, sparse_layers, write_back
 from sparseft.layers.inactive import swap
 from sparseft.selection.selection import Selection
 from sparseft.training.optimizer import SparseAdamW
@@ -308,6 +308,15 @@ def index_in_place(model: nn.Module, optimizer: Any) -> None:
     layer.rows.base_values.copy_(layer.weight.detach()[layer.rows.index])
 
 
+def stand_beside(model: nn.Module) -> None:
+    layer = model["rows"]
+    patterns = layer.install({})
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    linear.weight, linear.bias = layer.weight, layer.bias
+    model["rows"] = BesideLinear.wrap(linear)
+    model["rows"].install(patterns)
+
+
 MOVES = {
     "weight.data": lambda model, _: move_data(model["rows"].weight),
     "another weight": replace_weight,
@@ -324,7 +333,7 @@ MOVES = {
     "another order": lambda m, _: m["rows"].permute(rows=torch.arange(OUT).roll(5)),
     "patterns out and in again": take_out_and_put_back,
     "a second pattern": lambda m, _: m["columns"].add_pattern("rows", [1]),
-    "unmerged": lambda m, _: m["rows"].unmerge(),
+    "beside": lambda m, _: stand_beside(m),
     "another group": add_group,
     "parameters in another order": swap_parameters,
 }

@@ -48,6 +48,7 @@ class Format:
     name: ClassVar[str]
     # Whether files hold weights, rounded once as the attached model's are; else differences, which are added in fp32.
     rounded: ClassVar[bool]
+    whole: ClassVar[bool] = False  # whether it is a model folder that transformers loads
 
     def check(self, source: Source, options: Options) -> list[str]:
         """Refuses (`UserError`) what the format cannot hold, before any work; returns what the user should know."""

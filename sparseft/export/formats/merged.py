@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from sparseft.config import ModelConfig
 from sparseft.errors import RunError
 from sparseft.export.changed_tensors import ChangedTensors, base_model, base_of, merged_model
-from sparseft.export.checkpoint import FILE, INDEX, Checkpoint
 from sparseft.export.formats.base import Format, Options
 from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
@@ -25,6 +24,7 @@ from sparseft.export.values import check_values
 from sparseft.files.atomic import write_json
 from sparseft.files.tensors import DESCRIPTIONS, Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
+from sparseft.models.checkpoint import FILE, INDEX, Checkpoint
 from sparseft.models.loading import load_config, load_model
 
 SHARD = 5 * 10**9  # bytes of a file at most, where no single tensor is larger
@@ -38,7 +38,7 @@ class Merged(Format):
     """`model.safetensors` (in shards where it is large), config, generation config and tokenizer."""
 
     name = "merged"
-    rounded = True
+    rounded = whole = True
 
     def check(self, source: Source, options: Options) -> list[str]:
         load_config(base_of(source))  # refuses what is quantized

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sparseft.errors import RunError, UserError
 from sparseft.export.changed_tensors import ChangedTensors, base_model, base_of, merged_model
-from sparseft.export.checkpoint import Checkpoint, without_weights
 from sparseft.export.formats.base import Format, Options
 from sparseft.export.holders import rest_fingerprint
 from sparseft.export.patch import CONFIG, TENSORS, Entries, entries_of, write_patch
@@ -21,6 +20,7 @@ from sparseft.export.source import Source
 from sparseft.export.values import check_values
 from sparseft.files.hashing import file_hash
 from sparseft.files.untrusted import read_json_object
+from sparseft.models.checkpoint import Checkpoint, without_weights
 from sparseft.models.loading import load_config
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sparseft.adapters.state import require_state
 from sparseft.errors import RunError, UserError
-from sparseft.export.checkpoint import Places, saved_tensors, weight_of
 from sparseft.export.holders import rest_fingerprint
 from sparseft.export.live.messages import (
     BEGIN,
@@ -33,6 +32,7 @@ from sparseft.kernels import reference
 from sparseft.layers import SparseLinear, sparse_layers
 from sparseft.layers.inactive import union
 from sparseft.layers.permutation import inverse
+from sparseft.models.checkpoint import Places, saved_tensors, weight_of
 
 TIMEOUT = 600.0  # seconds that a sender waits for its receiver, and the other way round
 
@@ -130,7 +130,7 @@ class PatchSender:
     def _begin(self, layers: dict[str, SparseLinear]) -> Tensor:
         """Finds out which entries train, and what else has to be set once: entries that no longer train hold what they
         have learnt, or the base's values again."""
-        if not all(layer.merged for layer in layers.values()):
+        if any(layer.beside for layer in layers.values()):
             raise UserError("live patching reads weights that hold base + delta: those of a model in shards do not.")
         tensors = saved_tensors(self.model)
         places = Places(self.model, tensors)

@@ -1,55 +1,51 @@
-"""The unmerged forward, for weights that cannot be written: y = x W₀ᵀ + b + the deltas' own sparse product.
+"""What deltas beside a base module make of its input: y = base(x) + x Δᵀ, and the gradients of that sum.
 
-Under ZeRO-3 a process holds a shard of each weight and borrows the rest for the time of a product, so base + delta has
-no place to stay. The weight then keeps the base, and what the deltas make of x is added to y. The deltas' gradients are
-those of the merged forward; here is what that one has for free: the sparse product, and its part of the input gradient.
+The base's own product gives its part of the input's gradient; here are the sparse product's part, and the deltas'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparseft.kernels import grid, reference
 from sparseft.kernels.reference import flat
 from sparseft.layers.pattern import Pattern
+from sparseft.layers.product import once
 
 
-def add_deltas(y: Tensor, x: Tensor, patterns: Iterable[Pattern]) -> Tensor:
-    """`y` (…, out) plus x (…, in) times the transposed deltas; patterns that overlap add up.
+class BesideProduct(torch.autograd.Function):
+    """y (…, out) plus x (…, in) times the transposed `values` of one pattern, in y's dtype; `delta` takes the gradient.
 
-    Differentiable in y and x. The deltas' own gradients come from the product that made y.
+    values: what is multiplied by, shaped as the delta. Saves them and what `plan` keeps of x, no dense matrix.
     """
-    for pattern in patterns:
-        y = _SparseSum.apply(y, x, pattern.delta.detach(), pattern)
-    return y
-
-
-class _SparseSum(torch.autograd.Function):
-    """y + x Δᵀ with Δ zero outside one pattern. Saves the pattern only: no activation, no dense Δ."""
 
     @staticmethod
-    def forward(ctx, y, x, delta, pattern):
-        ctx.save_for_backward(delta)
-        ctx.pattern, ctx.in_features = pattern, x.shape[-1]
-        result = y.clone(memory_format=torch.contiguous_format)
-        add_product_(flat(result), flat(x).to(y.dtype), delta.to(y.dtype), pattern)
-        return result
+    def forward(ctx, y, x, delta, values, pattern, plan):
+        ctx.save_for_backward(plan.kept(x, y.dtype), values)
+        ctx.pattern, ctx.plan, ctx.in_features = pattern, plan, x.shape[-1]
+        return added(y, x, values, pattern)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad_output):
-        (delta,) = ctx.saved_tensors
-        grad_x = None
+        kept, values = ctx.saved_tensors
+        grad_x = grad_delta = None
         if ctx.needs_input_grad[1]:
             grad_x = grad_output.new_zeros(*grad_output.shape[:-1], ctx.in_features)
-            delta = delta.to(grad_output.dtype)
-            delta = delta if ctx.pattern.kind == "grid" else delta.transpose(-2, -1)
-            add_product_(flat(grad_x), flat(grad_output), delta, ctx.pattern, transposed=True)
-        return grad_output, grad_x, None, None
+            values = values.to(grad_output.dtype)
+            values = values if ctx.pattern.kind == "grid" else values.transpose(-2, -1)
+            add_product_(flat(grad_x), flat(grad_output), values, ctx.pattern, transposed=True)
+        if ctx.needs_input_grad[2]:
+            grad_delta = ctx.plan.gradient(grad_output, kept)
+        return grad_output, grad_x, grad_delta, None, None, None
+
+
+def added(y: Tensor, x: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+    """y (…, out) plus x (…, in) times the transposed values of the pattern, without gradients; y stays as it is."""
+    result = y.detach().clone(memory_format=torch.contiguous_format)
+    add_product_(flat(result), flat(x).to(y.dtype), values.to(y.dtype), pattern)
+    return result
 
 
 def add_product_(y: Tensor, x: Tensor, delta: Tensor, pattern: Pattern, *, transposed: bool = False) -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
-from sparseft.export.checkpoint import Checkpoint, Places, saved_tensors, weight_of, without_weights
 from sparseft.files.tensors import Stored, stored_tensors, write_streamed
+from sparseft.models.checkpoint import Checkpoint, Places, saved_tensors, weight_of, without_weights
 from support import adapted, experts
 
 
