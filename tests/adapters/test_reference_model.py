@@ -15,6 +15,7 @@ from sparseft.config import BUNDLED_ROOT
 from sparseft.layers import sparse_layers
 from sparseft.layers.inactive import swap
 from support import adapted
+from support.nf4 import quantize
 
 SUMS = [(a, b) for a in range(2, 6) for b in range(3, 9)]
 PAIRS = [{"prompt": f"{a}+{b}=", "chosen": f" {a + b}.", "rejected": f" {a * b}."} for a, b in SUMS]
@@ -84,6 +85,18 @@ def test_a_backward_pass_goes_through_what_was_computed_before(name: str) -> Non
     for (of, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
         if ours.requires_grad:
             assert torch.equal(ours.grad, theirs.grad) and ours.grad.any(), of
+
+
+def test_of_a_packed_base_it_is_the_packed_one() -> None:
+    packed = quantize(base())
+    expected = logits(packed)
+    model = moved(sparseft.attach(packed, CONFIGS["s2ft"]))
+    answer, reference = logits(model), sparseft.reference_model(model)
+    assert torch.equal(logits(reference), expected) and not torch.equal(answer, expected)
+    assert torch.equal(logits(model), answer)
+    loss = answer.square().mean()
+    logits(reference)
+    loss.backward()
 
 
 def test_what_waits_of_another_selection_is_not_in_the_base() -> None:
