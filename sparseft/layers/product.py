@@ -77,7 +77,7 @@ class RowsProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, delta, plan):
         ctx.save_for_backward(weight, x)
-        ctx.plan = plan
+        ctx.plan, ctx.weight = plan, weight
         return dense_product(x, weight, bias, plan.transposed)
 
     @staticmethod
@@ -95,7 +95,7 @@ class ColumnsProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, delta, plan):
         y = dense_product(x, weight, bias, plan.transposed)
         ctx.save_for_backward(weight, reference.aligned_columns(x, plan.at, plan.count, y.dtype))
-        ctx.plan = plan
+        ctx.plan, ctx.weight = plan, weight
         return y
 
     @staticmethod
@@ -117,7 +117,7 @@ class BlocksProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, delta, plan, node=None, place=0):
         y = dense_product(x, weight, bias, plan.transposed)
         ctx.save_for_backward(weight, x if plan.needed is None else plan.take(x, plan.needed, plan.size, y.dtype))
-        ctx.plan, ctx.node, ctx.place = plan, node, place
+        ctx.plan, ctx.weight, ctx.node, ctx.place = plan, weight, node, place
         return y
 
     @staticmethod
@@ -144,7 +144,7 @@ class GridProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, delta, plan):
         y = dense_product(x, weight, bias, plan.transposed)
         ctx.save_for_backward(weight, _grid_columns(x, plan, y.dtype))
-        ctx.plan = plan
+        ctx.plan, ctx.weight = plan, weight
         return y
 
     @staticmethod
@@ -219,7 +219,9 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     return super(torch.autograd.Function, function).apply
 
 
-FUNCTIONS = (RowsProduct, ColumnsProduct, BlocksProduct, GridProduct, PatternsProduct)
+# Their nodes say what made y again would take: `weight`, and `plan` with its order.
+SINGLE_PATTERN = (RowsProduct, ColumnsProduct, BlocksProduct, GridProduct)
+FUNCTIONS = (*SINGLE_PATTERN, PatternsProduct)
 
 
 def _dense_gradients(
