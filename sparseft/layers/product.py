@@ -116,7 +116,7 @@ class RowsProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, delta, plan):
         ctx.save_for_backward(weight, x)
-        ctx.plan = plan
+        ctx.plan, ctx.weight = plan, weight
         return dense_product(x, weight, bias, plan.transposed)
 
     @staticmethod
@@ -134,7 +134,7 @@ class ColumnsProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, delta, plan):
         y = dense_product(x, weight, bias, plan.transposed)
         ctx.save_for_backward(weight, plan.kept(x, y.dtype))
-        ctx.plan = plan
+        ctx.plan, ctx.weight = plan, weight
         return y
 
     @staticmethod
@@ -156,7 +156,7 @@ class BlocksProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, delta, plan, node=None, place=0):
         y = dense_product(x, weight, bias, plan.transposed)
         ctx.save_for_backward(weight, plan.kept(x, y.dtype))
-        ctx.plan, ctx.node, ctx.place = plan, node, place
+        ctx.plan, ctx.weight, ctx.node, ctx.place = plan, weight, node, place
         return y
 
     @staticmethod
@@ -183,7 +183,7 @@ class GridProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, delta, plan):
         y = dense_product(x, weight, bias, plan.transposed)
         ctx.save_for_backward(weight, plan.kept(x, y.dtype))
-        ctx.plan = plan
+        ctx.plan, ctx.weight = plan, weight
         return y
 
     @staticmethod
@@ -256,7 +256,9 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     return super(torch.autograd.Function, function).apply
 
 
-FUNCTIONS = (RowsProduct, ColumnsProduct, BlocksProduct, GridProduct, PatternsProduct)
+# Their nodes say what made y again would take: `weight`, and `plan` with its order.
+SINGLE_PATTERN = (RowsProduct, ColumnsProduct, BlocksProduct, GridProduct)
+FUNCTIONS = (*SINGLE_PATTERN, PatternsProduct)
 
 
 def _dense_gradients(

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparseft.layers import SparseLinear
+from sparseft.layers.product import SINGLE_PATTERN, dense_product
 from sparseft.layers.saved_inputs import inputs_made_again
 from sparseft.models.decoder import decoder_layers
 from sparseft.models.spec import role_of
@@ -27,7 +29,7 @@ Make = Callable[[], Tensor]
 
 # `products`: elementwise, of gates and norms. `copies`: in another dtype, as of norms' inputs and softmax's result.
 CHEAP = ("activations", "products", "copies")
-UP = "up"  # the up projection of gated MLPs where it is frozen: a matrix product, for a quarter of what is kept
+UP = "up"  # the up projection of gated MLPs: a matrix product, for a quarter of what is kept
 KINDS: dict[str, tuple[str, ...]] = {"selective": CHEAP, "selective_up": (*CHEAP, UP)}  # by trainer.checkpointing
 
 
@@ -216,6 +218,13 @@ def _projected(hooks: Recomputing, node: Node) -> Make | None:
     return None if x is None else lambda: x() @ weight
 
 
+def _projected_sparsely(hooks: Recomputing, node: Node) -> Make | None:
+    """Of a linear that trains a pattern, whose weight holds base + delta."""
+    weight, transposed = node.weight, node.plan.transposed
+    x = hooks.operand(node, 0) if _storage(weight) in hooks.up_weights else None
+    return None if x is None else lambda: dense_product(x(), weight, None, transposed)
+
+
 RULES: dict[str, Callable[[Recomputing, Node], Make | None]] = {
     "SiluBackward0": _activation(lambda x, node: F.silu(x)),
     "GeluBackward0": _activation(lambda x, node: F.gelu(x, approximate=node._saved_approximate)),
@@ -226,6 +235,7 @@ RULES: dict[str, Callable[[Recomputing, Node], Make | None]] = {
     "ViewBackward0": _viewed,
     "UnsafeViewBackward0": _viewed,
     "MmBackward0": _projected,
+    **{f"{function.__name__}Backward": _projected_sparsely for function in SINGLE_PATTERN},
 }
 KIND_OF = {
     "SiluBackward0": "activations",
@@ -235,6 +245,7 @@ KIND_OF = {
     "FusedRmsNormBackward0": "products",
     "ToCopyBackward0": "copies",
     "MmBackward0": UP,
+    **{f"{function.__name__}Backward": UP for function in SINGLE_PATTERN},
 }  # views are of the kind of what is viewed
 
 
@@ -253,15 +264,18 @@ def recomputing(model: nn.Module, kinds: Collection[str] = CHEAP) -> Iterator[Re
 
 
 def up_weights(model: nn.Module) -> set[int]:
-    """The storages of the weights of those up projections that are computed again: frozen ones of gated MLPs, without
-    bias, in all decoder layers but the last, whose backward pass comes while everything else is still kept."""
+    """The storages of the weights of those up projections that are computed again: of gated MLPs, frozen or with a
+    pattern that trains, without bias, in all decoder layers but the last, whose backward pass comes while everything
+    else is still kept."""
     found = set()
     for layer in decoder_layers(model)[1][:-1]:
         modules = dict(layer.named_modules())
         gated = {name.rpartition(".")[0] for name in modules if role_of(name) == "gate"}
         for name, module in modules.items():
-            frozen = type(module) is nn.Linear and not module.weight.requires_grad and module.bias is None
-            if frozen and role_of(name) == "up" and name.rpartition(".")[0] in gated:
+            if role_of(name) != "up" or name.rpartition(".")[0] not in gated:
+                continue
+            known = type(module) is nn.Linear or (isinstance(module, SparseLinear) and module.merged)
+            if known and module.bias is None and not module.weight.requires_grad:
                 found.add(_storage(module.weight))
     return found
 

@@ -122,7 +122,7 @@ def test_less_is_kept(method: str, dtype: torch.dtype) -> None:
     model = made("llama", method, dtype)
     plain, selective, up = (held_bytes(lambda kinds=kinds: loss_of(model, kinds), CPU) for kinds in ((), CHEAP, ALL))
     assert selective < {torch.float32: 0.9, torch.bfloat16: 0.8}[dtype] * plain
-    assert up < selective or method in ("full", "lora", "sylva", "s2ft rows")  # whose up projection trains
+    assert up < selective or method in ("full", "lora")  # whose up projection is no product of a frozen weight
 
 
 def test_what_is_kept_is_what_the_docs_count() -> None:
@@ -152,6 +152,19 @@ def test_no_product_runs_twice_but_those_of_up() -> None:
         counts.append(sum(products.found.values()))
     # Of three layers the lowest needs no input of its MLP, and the last keeps its up projection.
     assert counts == [counts[0], counts[0], counts[0] + 1]
+
+
+def test_an_up_projection_that_trains_is_made_again_too() -> None:
+    model = made("llama", "sylva")
+    ups = [name for name, layer in sparse_layers(model).items() if name.endswith("up_proj") and layer.patterns]
+    assert len(ups) == 3
+    counts = []
+    for kinds in (CHEAP, ALL):
+        loss = loss_of(model, kinds)
+        with Products() as products:
+            loss.backward()
+        counts.append(sum(products.found.values()))
+    assert counts == [counts[0], counts[0] + 2]  # of all layers but the last
 
 
 def test_eager_attention_keeps_one_copy_of_its_softmax() -> None:
