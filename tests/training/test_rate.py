@@ -52,7 +52,7 @@ def state(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_nothing_is_left_of_the_ramp(make_model: Any, few_steps: None, kind: str, dtype: torch.dtype) -> None:
     base = make_model("llama").to(dtype)
     model = attach(base, get_method(kind)(**KINDS[kind]))
@@ -80,7 +80,9 @@ def test_nothing_is_left_of_the_ramp(make_model: Any, few_steps: None, kind: str
     assert found.curve[0][0] == rate.LOWEST and found.watched == 16
 
 
-@pytest.mark.parametrize("method", ["s2ft", "sylva", "lora", "full"])
+@pytest.mark.parametrize(
+    "method", [*("s2ft", "lora"), *(pytest.param(name, marks=pytest.mark.slow) for name in ("sylva", "full"))]
+)
 def test_the_run_after_it_is_one_with_that_rate_given(
     tmp_path: Path, model_folder: Any, few_steps: None, method: str
 ) -> None:
@@ -116,6 +118,23 @@ def test_a_run_that_lost_its_rate_is_not_continued(tmp_path: Path, model_folder:
     (tmp_path / "run" / "learning_rate.json").write_text("{}")
     said = refused(tmp_path, *words, "trainer.learning_rate=auto", "trainer.resume=auto")
     assert "holds no rate that was found" in said
+
+
+def test_an_interrupted_ramp_leaves_nothing(tmp_path: Path, model_folder: Any, few_steps: None) -> None:
+    data = write_data(tmp_path)["commonsense"]
+    words = ["train", *on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=2", "trainer.max_length=128",
+             "trainer.learning_rate=auto", "output_dir=run"]  # fmt: skip
+    calls = iter(range(99))
+
+    def interrupted(self: Any, data: Any) -> float:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rate.Ramp, "held_out_loss", interrupted)
+        sparseft(tmp_path, *words, code=130)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "outputs").exists()
 
 
 def test_small_and_packed_data(make_model: Any, few_steps: None) -> None:
