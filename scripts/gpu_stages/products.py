@@ -12,7 +12,7 @@ from torch import nn
 from gpu_stages.clock import replayed, waited
 from gpu_stages.findings import Findings, at_least, between
 from sparseft.bench.kernels import some_blocks
-from sparseft.kernels import dispatch
+from sparseft.kernels import dispatch, reference
 from sparseft.layers import S2RowLinear
 
 
@@ -51,7 +51,8 @@ def _columns(findings: Findings, operands: Callable[..., list[torch.Tensor]]) ->
         if not findings.dry:
             wide: Callable[[], Any] = lambda grad=grad, x=x: torch.mm(grad.t(), x, out_dtype=torch.float32)  # noqa: E731
             found[count, "fp32"] = _timed(findings, f"product with {count} columns, fp32 result", wide)
-        ours: Callable[[], Any] = lambda grad=grad, x=x: dispatch.columns_gradient(grad, x)  # noqa: E731
+        kept = reference.aligned_columns(x, (0, count), count, x.dtype)
+        ours: Callable[[], Any] = lambda grad=grad, x=kept: dispatch.columns_gradient(grad, x)  # noqa: E731
         _timed(findings, f"product with {count} columns, as the layer computes it", ours)
     odd, even = (found.get((count, "bf16")) for count in counts[-2:])
     if odd and even:
