@@ -24,6 +24,7 @@ from support.running import metrics, refused, sparseft, summary, write_data
 RESELECTED = ["method.reselect_steps=2", "method.importance=gradient", "method.num_samples=6"]
 CALIBRATED = [*RESELECTED, "method.reselect_by=calibration"]
 METHODS |= {f"{name}, reselected": [*METHODS[name], *RESELECTED] for name in ("s2ft", "sylva")}
+METHODS["s2ft, reselected, averaged"] = [*METHODS["s2ft"], *RESELECTED, "trainer.average=ema:0.5"]
 METHODS |= {f"{name}, reselected anew": [*METHODS[name], *CALIBRATED] for name in ("s2ft", "permuted", "sylva")}
 # What two processes train as one does to 1e-5: not weights in bf16, and no re-selection where ZeRO has sharded them.
 EVERY = [(method, stage) for method in METHODS for stage in range(4)
@@ -71,7 +72,7 @@ def check(runs: Runs, cases: list[tuple[str, int]], model: Path) -> None:
 
 
 EVERYDAY = [("s2ft", 0), ("sylva", 0), ("lora", 0), ("sylva", 1), ("s2ft", 2), ("s2ft", 3), ("sylva", 3), ("lora", 3),
-            ("s2ft, reselected", 2)]  # fmt: skip
+            ("s2ft, reselected", 0), ("s2ft, reselected, averaged", 2)]  # fmt: skip
 
 
 SEALED = [("sylva", 1), ("s2ft", 3)]
