@@ -62,6 +62,9 @@ def export(
         }
         if readme is not None:
             write_text(aside / README, readme(facts))
-        write_json(aside / NOTE, about | {"method": source.method} | facts | {"proof": proof} | ({} if kept is None else {"gain": kept}))
+        write_json(
+            aside / NOTE,
+            about | {"method": source.method} | facts | {"proof": proof} | ({} if kept is None else {"gain": kept}),
+        )
     found = {"path": str(out), "format": format.name, **facts, "notes": notes, "proof": proof}
     return found if kept is None else found | {"gain": kept}

@@ -198,7 +198,7 @@ CONFIGS = {
     "columns and rows": sparseft.S2FTConfig(sparsity=0.9, roles=["v", "o", "up", "down"], importance="random"),
     "permuted": sparseft.S2FTConfig(sparsity=0.9, roles=["o", "down"], layout="permuted", importance="random"),
     "blocks": sparseft.SylvaConfig(sparsity=0.9, importance="random", block_size=8),
-    "grid": sparseft.LosiaConfig(importance="random"),
+    "grid": sparseft.LosiaConfig(importance="random", reselect_steps=0),
 }
 
 

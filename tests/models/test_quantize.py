@@ -120,7 +120,9 @@ def test_commands_on_a_packed_base(quantize: str, wide: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "whole" / "sparseft_export.json").read_text())["gain"] == done
     said = run(tmp_path, "export", "run", "--format", "merged", "--out", "whole", "hardware=cpu").out
     assert "% of the gain survived: loss " in said and f"on the {quantize} base" in said
-    assert "gain" not in run(tmp_path, "export", "run", "--format", "patch", "--out", "p", "hardware=cpu", "--json").json
+    assert (
+        "gain" not in run(tmp_path, "export", "run", "--format", "patch", "--out", "p", "hardware=cpu", "--json").json
+    )
     assert "packed" in refused(tmp_path, "train", "--plan", *words)
     assert "every weight" in refused(tmp_path, "train", *words, "method=full", "output_dir=other")
     assert "reselect_steps" in refused(
