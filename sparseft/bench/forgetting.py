@@ -18,10 +18,10 @@ from sparseft.adapters.description import is_whole_model
 from sparseft.adapters.lifecycle import detach, load_adapter
 from sparseft.bench.trials import Trial
 from sparseft.config import BUNDLED, DatasetConfig, RunConfig
-from sparseft.data.files import locate_file
 from sparseft.data.loading import check_tokens, data_of, load_datasets, named_sources
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
+from sparseft.data.sources import locate
 from sparseft.errors import UserError
 from sparseft.evaluation.held_out import held_out_loss
 from sparseft.files.atomic import write_json
@@ -78,7 +78,7 @@ def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples
         with console.quiet():
             data = data_of(run, tokenizer)
         for path in sources:
-            if _file_of(path) in [_file_of(each.path) for each in named_sources(run.dataset, bundled)]:
+            if any(_files_of(path) & _files_of(each.path) for each in named_sources(run.dataset, bundled)):
                 raise UserError(f"bench.source: '{path}' is what is trained on, so it cannot say what is forgotten.")
         if data.eval is None:
             raise UserError("there are no held-out examples to read the target's loss on.")
@@ -89,10 +89,10 @@ def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples
     return Examples(target, source, key, padding_id(tokenizer, vocabulary[0]))
 
 
-def _file_of(source: str) -> Path | str:
-    """The file that a path names, in one spelling, else the path: of the hub."""
-    file = locate_file(source)
-    return source if file is None else file.resolve()
+def _files_of(source: str) -> set[Path | str]:
+    """The files that a path names, each in one spelling, else the path: of the hub, or a folder."""
+    files = locate(source).files
+    return {file.resolve() for file in files} if files else {source}
 
 
 def halves(rows: Sequence[Any], keys: Sequence[bytes], what: str) -> dict[str, list[Any]]:

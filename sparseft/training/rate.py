@@ -38,7 +38,7 @@ from sparseft.training.trainer import Trainer
 
 LOWEST, HIGHEST, STEPS = 1e-6, 1.0, 60  # ten rates a decade
 WATCHED = (16, 64)  # examples that the loss is looked at on: those of a step, within these
-ENOUGH = 0.95  # of what the best rate of the ramp gains
+ENOUGH = 0.9  # of what the best rate of the ramp gains
 DIVERGED = 1.5  # times the lowest loss: what comes after says nothing
 
 

@@ -426,7 +426,7 @@ def test_a_setting_without_effect_is_warned_about() -> None:
         ("trainer.max_steps=range(1,3)", ["--multirun"]),
         ("trainer.max_steps=[1", ["cannot be read", "a whole number"]),
         ("trainer.max_steps=", ["trainer.max_steps=:", "a whole number"]),
-        ("trainer.learning_rate=fast", ["trainer.learning_rate=fast", "a number or null"]),
+        ("trainer.learning_rate=fast", ["trainer.learning_rate=fast", "a number, more than 0", "or auto"]),
         ("trainer.learning_rate=nan", ["finite"]),
         ("trainer.learning_rate=inf", ["finite"]),
         ("trainer.learning_rate=true", ["a number"]),
