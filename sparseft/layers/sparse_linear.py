@@ -201,10 +201,16 @@ class SparseLinear(nn.Module):
             self.write_back()
         return pattern
 
-    def new_pattern(self, kind: str, index: Tensor, block_size: int | None = None) -> Pattern:
-        """A pattern of the weight with deltas of zero, whose base is what the weight holds; not in use yet."""
+    def new_pattern(
+        self, kind: str, index: Tensor, block_size: int | None = None, *, as_stored: bool = True
+    ) -> Pattern:
+        """A pattern of the weight with deltas of zero, whose base is what the weight holds; not in use yet.
+
+        as_stored: False: it knows of no other order than the original one, until `install` takes it and its base.
+        """
+        inverse = self.inverse_of(kind) if as_stored else None
         with gathered([self.weight]):
-            return Pattern(kind, index, self.logical_weight, block_size, self.inverse_of(kind))
+            return Pattern(kind, index, self.logical_weight, block_size, inverse)
 
     @torch.no_grad()
     def install(self, patterns: dict[str, Pattern]) -> dict[str, Pattern]:
