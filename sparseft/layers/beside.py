@@ -86,7 +86,9 @@ class BesideLinear(SparseLinear):
         some = next(t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None)
         return torch.zeros((), dtype=self.compact_dtype, device=some.device).expand(self.out_features, self.in_features)
 
-    def new_pattern(self, kind: str, index: Tensor, block_size: int | None = None) -> Pattern:
+    def new_pattern(
+        self, kind: str, index: Tensor, block_size: int | None = None, inverse: Tensor | None = None
+    ) -> Pattern:
         return Pattern(kind, index, self.logical_weight, block_size)
 
     @torch.no_grad()
