@@ -143,7 +143,7 @@ class Adapter:
         for module, kinds in self.waiting.items():
             made[module] = {}
             for kind, value in kinds.items():
-                pattern = layer_at(model, module).new_pattern(kind, value.index, value.block_size, as_stored=False)
+                pattern = layer_at(model, module).new_pattern(kind, value.index, value.block_size)
                 pattern.residual = self.residual
                 pattern.delta.data = value.delta.to(pattern.delta.device, non_blocking=True)
                 made[module][kind] = pattern

@@ -61,7 +61,8 @@ def render(result: dict[str, Any]) -> None:
     if (kept := result.get("gain")) is not None:
         share = "nothing to keep" if kept["survived"] is None else f"{kept['survived']:.0%} of the gain survived"
         print(
-            f"{share}: loss {kept['loss_packed_base']:.4f} -> {kept['loss_packed']:.4f} on the {kept['quantize']} base, "
+            f"{share}: loss {kept['loss_packed_base']:.4f} -> {kept['loss_packed']:.4f} "
+            f"on the {kept['quantize']} base, "
             f"{kept['loss_checkpoint']:.4f} -> {kept['loss_written']:.4f} as written ({kept['examples']} examples of "
             f"{kept['data']})"
         )

@@ -87,7 +87,7 @@ class BesideLinear(SparseLinear):
         return torch.zeros((), dtype=self.compact_dtype, device=some.device).expand(self.out_features, self.in_features)
 
     def new_pattern(
-        self, kind: str, index: Tensor, block_size: int | None = None, *, as_stored: bool = True
+        self, kind: str, index: Tensor, block_size: int | None = None, inverse: Tensor | None = None
     ) -> Pattern:
         return Pattern(kind, index, self.logical_weight, block_size)
 

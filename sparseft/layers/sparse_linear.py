@@ -195,20 +195,17 @@ class SparseLinear(nn.Module):
             raise ValueError(f"the layer already trains {kind}")
         self.restore_base()  # what another pattern has learnt is no part of this one's base
         try:
-            pattern = self.new_pattern(kind, as_index(kind, index), block_size)
+            pattern = self.new_pattern(kind, as_index(kind, index), block_size, self.inverse_of(kind))
             self.add_module(kind, pattern)
         finally:
             self.write_back()
         return pattern
 
     def new_pattern(
-        self, kind: str, index: Tensor, block_size: int | None = None, *, as_stored: bool = True
+        self, kind: str, index: Tensor, block_size: int | None = None, inverse: Tensor | None = None
     ) -> Pattern:
-        """A pattern of the weight with deltas of zero, whose base is what the weight holds; not in use yet.
-
-        as_stored: False: it knows of no other order than the original one, until `install` takes it and its base.
-        """
-        inverse = self.inverse_of(kind) if as_stored else None
+        """A pattern of the weight with deltas of zero, whose base is what the weight holds; not in use yet. inverse:
+        the order in which it is stored (`inverse_of`); `install` puts that right."""
         with gathered([self.weight]):
             return Pattern(kind, index, self.logical_weight, block_size, inverse)
 
