@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.data.files import is_read, open_files
+from sparseft.data.files import KINDS, is_read, open_files
 from sparseft.data.readers import Item
 from sparseft.data.records import Source
 from sparseft.errors import UserError, nearest, reason_of, shown
@@ -46,11 +46,33 @@ def open_set(
         split = "train"
     if known:
         split = _chosen(title, split, known, key)
+    if local and not (folder / "README.md").is_file():  # which may say what is data
+        _warn_of_others(folder, title, [Path(file) for part in known for file in builder.config.data_files[part]])
     if local and split in known:
         files = [Path(file) for file in builder.config.data_files[split]]
         if all(is_read(file) for file in files):
             return open_files(files, f"{title} ({split})")
     return _built(builder, title, split, key, streaming, local)
+
+
+def _warn_of_others(folder: Path, title: str, files: Sequence[Path]) -> None:
+    """Of a folder `datasets` reads one kind of file: says which others there are that would be read alone."""
+    taken = {file.resolve() for file in files}
+    others = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file()
+        and is_read(path)
+        and path.resolve() not in taken
+        and not path.name.startswith((".", "_"))
+        and path.suffix not in (".md", ".txt")  # which people write beside data
+    )
+    if taken and others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        console.warn(
+            f"{title}: of a folder one kind of file is read, here that of {files[0].name}; not read: "
+            f"{', '.join(others[:3])}{more}. A pattern names others, as '{folder.name}/*{Path(others[0]).suffix}'."
+        )
 
 
 def open_built(files: Sequence[Path], name: str, *, key: str = "dataset.train_path") -> Source:
@@ -174,6 +196,8 @@ def _loading(name: str, key: str, local: bool) -> Iterator[None]:
             ) from error
         generated = isinstance(error, datasets.exceptions.DatasetGenerationError)  # whose cause says why not
         reason = reason_of(error.__cause__ if generated and error.__cause__ else error).rstrip(".")
+        if local and "contain any data files" in reason:
+            raise UserError(f"{key}: the folder '{name}' holds no data files: expected {KINDS}.") from error
         if local:
             raise UserError(f"{key}: '{name}' cannot be read ({reason}).") from error
         raise UserError(

@@ -56,6 +56,7 @@ class MethodConfig:
     sparse: ClassVar[bool] = False  # whether it trains deltas on a selection (`SparseConfig`)
     trains_all: ClassVar[bool] = False  # whether it trains every weight
     products: ClassVar[int] = 1  # in which a trained weight takes part in a step, beyond the frozen model's
+    unnamed: ClassVar[dict[str, Any]] = {}  # settings of runs that choose anew from before they had a name
     once_default: ClassVar[dict[str, Any]] = {}  # what settings that are null today were in runs of earlier versions
 
     # Settings that not every method has, as those without them behave.
@@ -116,6 +117,7 @@ class SparseConfig(MethodConfig):
 
     kind = "sparse"
     sparse = True
+    unnamed = {"reselect_by": "calibration"}
     by_role: ClassVar[bool] = False  # whether its units are those of the roles of `ModelSpec`: heads and channels
 
     sparsity: Annotated[float, SPARSITY] | None = None

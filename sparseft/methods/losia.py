@@ -28,6 +28,7 @@ class LosiaConfig(SparseConfig):
     name = "losia"
     learning_rate = 2e-4
     reselects_in_turn = True
+    unnamed = {}  # always did so
 
     reselect_steps: Annotated[int, EVERY] = 100
 

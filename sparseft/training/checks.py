@@ -15,6 +15,7 @@ from sparseft.distributed.env import check_variables, processes
 from sparseft.errors import UserError, looks_local, nearest_path, where_looked
 from sparseft.models.loading import load_config, resolve_device
 from sparseft.models.quantize import check_quantize
+from sparseft.models.quantized import quantized_by
 from sparseft.selection.exclude import find_excluded
 from sparseft.training import schedules, trackers
 from sparseft.training.sample_answers import read_prompts
@@ -160,6 +161,11 @@ def check_model(config: RunConfig) -> None:
     machine has not."""
     content = load_config(config.model, packed=True)
     check_quantize(config.model, content, resolve_device(config.hardware.device))
+    if getattr(config.method, "residual", False) and config.model.quantize == "none" and quantized_by(content) is None:
+        raise UserError(
+            "method.residual=true: this base is at full precision, of which quantization took nothing; it is for "
+            "model.quantize=nf4, int8 or int4."
+        )
     if config.model.tokenizer is not None:
         path = Path(config.model.tokenizer).expanduser()
         if looks_local(config.model.tokenizer) and not path.is_dir():

@@ -488,6 +488,10 @@ def _reselection(job: Job, trainer: Trainer) -> Reselection:
         return Turns(method.reselect_steps, prepared.model, turns, trainer.run_state.clock, ended_at, job.resumed_from)
     excluded = read_excluded(method.exclude)  # now: the folders may go while it trains
     if method.reselects_running:
+        console.log(
+            f"selection: anew every {method.reselect_steps} steps by the gradients of the steps themselves "
+            f"(method.reselect_by=running); importance {method.importance} makes the first choice alone"
+        )
         return Running(
             method.reselect_steps,
             prepared.model,

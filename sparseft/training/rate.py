@@ -137,6 +137,7 @@ def find(
         logging_steps=STEPS, eval_steps=None, save_steps=None, compile="none",
     )  # fmt: skip
     made = training_arguments(settings, hardware, seed=seed, device=device, total_steps=STEPS, **arguments)
+    console.log(f"learning rate: sought by at most {STEPS} steps, after each the loss on {len(watched)} examples")
     working = console.working("finding the learning rate")
     with working, undone(model, device), tempfile.TemporaryDirectory() as folder, console.quiet():
         transformers.set_seed(seed)

@@ -274,7 +274,7 @@ def up_weights(model: nn.Module) -> set[int]:
         for name, module in modules.items():
             if role_of(name) != "up" or name.rpartition(".")[0] not in gated:
                 continue
-            known = type(module) is nn.Linear or (isinstance(module, SparseLinear) and module.merged)
+            known = type(module) is nn.Linear or (isinstance(module, SparseLinear) and not module.beside)
             if known and module.bias is None and not module.weight.requires_grad:
                 found.add(_storage(module.weight))
     return found

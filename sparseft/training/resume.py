@@ -121,7 +121,11 @@ def clean(previous: Previous, save_total_limit: int | None) -> None:
 
 
 def _check_same(config: RunConfig, folder: Path) -> None:
-    old = from_dict(read_yaml_object(folder / CONFIG)).to_dict()
+    content = read_yaml_object(folder / CONFIG)
+    method = content.get("method")
+    if isinstance(method, dict) and method.get("reselect_steps"):
+        content["method"] = config.method.unnamed | method
+    old = from_dict(content).to_dict()
     then, now = flatten(old), flatten(config.to_dict())
     then[PROCESSES], now[PROCESSES] = _processes(folder, old), processes(config.hardware)
     # What DeepSpeed has sharded, only as many processes at the same stage can put together again.

@@ -74,7 +74,7 @@ def test_times_are_steps_until_the_first_variant_s_last_loss(studied: tuple[Path
                 again = 1 if entry["reselect_steps"] and steps > 2 else 0
                 chosen = entry["selection_seconds"][seed] + again * entry["reselection_seconds"][seed]
                 assert entry["seconds_to_loss"][seed] == pytest.approx(steps * entry["step_seconds"] + chosen)
-                assert entry["ratios"][seed] * reference["seconds_to_loss"][seed] == entry["seconds_to_loss"][seed]
+                assert entry["ratios"][seed] == entry["seconds_to_loss"][seed] / reference["seconds_to_loss"][seed]
     assert reference["ratios"] == [1.0, 1.0] and reference["selection_seconds"] == [0.0, 0.0]
     s2ft = result["variants"]["S2FT"]
     assert min(s2ft["selection_seconds"]) > 0 and min(s2ft["reselection_seconds"]) > 0

@@ -314,3 +314,20 @@ def test_a_folder_in_a_run(tmp_path: Path) -> None:
     assert shown["examples"] == 9 and shown["source"] == "mine (train)"
     assert "No file matches" not in refused(tmp_path, "data", "mine/*.csv")
     assert "no file matches 'mine/*.csv'" in refused(tmp_path, "data", "mine/*.csv")
+
+
+def test_a_folder_of_several_kinds_says_what_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.csv").write_text("instruction,input,output\nA?,,1\n")
+    (folder / "b.jsonl").write_text('{"prompt": "a?", "completion": "b"}\n')
+    (folder / "notes.txt").write_text("What these are.")
+    said = sparseft(tmp_path, "data", "mixed").err
+    (line,) = [line for line in said.splitlines() if line.startswith("warning: mixed")]
+    read, left = ("a.csv", "b.jsonl") if "that of a.csv" in line else ("b.jsonl", "a.csv")
+    assert f"that of {read}; not read: {left}." in line and f"'mixed/*{Path(left).suffix}'" in line
+    (folder / left).unlink()
+    assert "not read" not in sparseft(tmp_path, "data", "mixed").err
+    (folder / read).unlink()
+    (folder / "notes.txt").unlink()
+    assert "the folder 'mixed' holds no data files: expected JSON" in refused(tmp_path, "data", "mixed")

@@ -16,6 +16,7 @@ from sparseft.layers.inactive import swap, union
 from sparseft.layers.pattern import positions_of
 from sparseft.selection.compute import reselect
 from sparseft.training.reselection import apply_selection, load_active, move_moments, save_active
+from support.running import refused
 from support.running import sparseft as command
 
 LAYERS = {
@@ -306,6 +307,17 @@ def test_a_longer_run_makes_up_for_the_re_selection_that_its_end_left_out(tmp_pa
     tensors = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("whole", "grown")]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_a_run_from_before_running_gradients_goes_on_by_calibration(tmp_path):
+    words = [*WORDS, "method=s2ft", "method.reselect_steps=2", "trainer.save_steps=2", "output_dir=run"]
+    done = command(tmp_path, *words, BY, "trainer.max_steps=2")
+    assert "by the gradients of the steps" not in done.err
+    config = tmp_path / "run/config.yaml"
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if "reselect_by" not in line))
+    more = [*words, "trainer.max_steps=4", "trainer.resume=auto"]
+    assert "was started with calibration" in refused(tmp_path, *more)
+    command(tmp_path, *more, BY)
 
 
 @pytest.mark.parametrize(
