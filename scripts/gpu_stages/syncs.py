@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from gpu_stages.findings import Findings, told
-from sparseft.layers import BlockSparseLinear, S2ColumnLinear, S2RowLinear, SparseLinear
+from sparseft.layers import BlockSparseLinear, S2ColumnLinear, S2RowLinear, SparseLinear, put_beside
 from sparseft.training.optimizer import SparseAdamW
 from support.syncs import Audit, waiting_is_an_error
 
@@ -52,19 +52,24 @@ def work(findings: Findings) -> None:
         rows = S2ColumnLinear(width, width, rows=chosen(width // 16), **options)
         return [rows, S2RowLinear(width, width, columns=chosen(width // 16), **options)]
 
-    def unmerged(layers: list[SparseLinear]) -> list[SparseLinear]:
+    def beside(layers: list[SparseLinear]) -> list[nn.Module]:
+        model = nn.Sequential()
         for layer in layers:
-            layer.unmerge()
-        return layers
+            wrapped = SparseLinear.wrap(nn.Linear(width, width, bias=False, dtype=torch.bfloat16))
+            for pattern in layer.patterns.values():
+                wrapped.add_pattern(pattern.kind, pattern.index, pattern.block_size)
+            model.append(wrapped)
+        put_beside(model)
+        return list(model)
 
-    made: dict[str, Callable[[], list[SparseLinear]]] = {
+    made: dict[str, Callable[[], Sequence[nn.Module]]] = {
         "rows and columns, gathered": lambda: features(some),
         "rows and columns, consecutive": lambda: features(lambda count: torch.arange(3, 3 + count)),
         "blocks of 64": lambda: blocks(64),
         "blocks of 16": lambda: blocks(16),
         "blocks of 4": lambda: blocks(4),
-        "rows and columns, unmerged": lambda: unmerged(features(some)),
-        "blocks of 16, unmerged": lambda: unmerged(blocks(16)),
+        "rows and columns, beside": lambda: beside(features(some)),
+        "blocks of 16, beside": lambda: beside(blocks(16)),
     }
     for name, layers in made.items():
         with findings.attempt(name):

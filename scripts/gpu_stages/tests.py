@@ -40,7 +40,7 @@ def _marked() -> list[str]:
 def numerics(findings: Findings) -> None:
     """Layers, models and runs on the device against `nn.Linear`, float64 and the CPU."""
     if findings.dry:  # they run there with all the other tests
-        _tests(findings, "layers, as on the CPU", "-m", "not gpu", "-k", "twenty_steps or unmerged", SMALL)
+        _tests(findings, "layers, as on the CPU", "-m", "not gpu", "-k", "twenty_steps or beside", SMALL)
     else:
         _tests(findings, "layers, models, runs", "-m", "gpu", *_in_parallel(8), WHOLE)
 
