@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparseft.config import RunConfig
-from sparseft.data.loading import LoadedData
+from sparseft.data.loaded import LoadedData
 from sparseft.data.tokenized import IGNORED, TokenizedDataset
 
 TURNS = "turns that begin with ### Human: and ### Assistant:"

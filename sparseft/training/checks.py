@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sparseft.config import AUTO, BITSANDBYTES, BUNDLED, OPTIMIZERS, RunConfig, in_bundle
-from sparseft.data.loading import named_sources
+from sparseft.data.reading import named_sources
 from sparseft.data.sources import locate
 from sparseft.distributed import launch
 from sparseft.distributed.env import check_variables, processes

@@ -60,6 +60,7 @@ from sparseft.training.checkpoints import CHECKPOINTS, last_checkpoint
 from sparseft.training.distributed_trainer import has_experts
 from sparseft.training.labelled_loss import usable
 from sparseft.training.predicted import in_words, labelled_share, predicted_floors
+from sparseft.training.preference.objectives import OBJECTIVES
 from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.prepare import select as cached_or_computed
 from sparseft.training.recomputing import KINDS
@@ -95,7 +96,7 @@ class Job:
     method_config: dict[str, Any] | None = None  # with what the method left to the model
     trainable: int = 0
     labelled: bool = False  # logits of labelled tokens alone (`trainer.loss`)
-    floors: float = 0.0  # what a step is predicted to cost
+    floors: float | None = None  # what a step is predicted to cost
     export_rank: int | None = None  # that an exact LoRA of what trains needs
     arguments: transformers.TrainingArguments | None = None
     found: rates.Found | None = None  # the learning rate, where that was not given
@@ -192,8 +193,9 @@ def _scorer(config: RunConfig) -> Any:
 
 
 def training_rows(prepared: Prepared) -> Any:
-    """Training examples, packed where that is asked for."""
-    return prepared.data.train if prepared.data.packed is None else prepared.data.packed
+    """Training examples, packed where that is asked for; of a preference objective pairs, or answers."""
+    data = prepared.data
+    return data.preferences or (data.train if data.packed is None else data.packed)
 
 
 def count_steps(config: RunConfig, prepared: Prepared) -> int:
@@ -208,7 +210,7 @@ def count_steps(config: RunConfig, prepared: Prepared) -> int:
 def _check_context(config: RunConfig, prepared: Prepared) -> None:
     """Refuses examples longer than the model's context: learned positions end there, others never saw more."""
     context, data = context_length(prepared.model.config), prepared.data
-    longest = max(int(part.lengths.max()) for part in (data.train, data.eval) if part is not None)
+    longest = max(int(part.lengths.max()) for part, _ in data.parts() if len(part))
     if context and config.trainer.pad_to == "max_length" and config.trainer.max_length > context:
         raise UserError(
             f"trainer.pad_to=max_length: trainer.max_length={config.trainer.max_length} is more than the model's "
@@ -292,12 +294,15 @@ def attach(job: Job) -> None:
     _predict(job)
     job.export_rank = describe_export(job.selection, job.spec, config.method)
     whole = job.method.trains_all
-    options = {
+    options: dict[str, Any] = {
         "unused": has_experts(model) or (whole and bool(job.spec.frozen)),
         "autocast": prepared.device.type == "cuda" and job.dtype.itemsize == 2 and whole,
     }
     if config.trainer.learning_rate == AUTO:
         _find_rate(job, options)
+    if config.by_preference:
+        own = OBJECTIVES[config.objective]
+        options |= {"kind": own.configuration(), **own.arguments(config.trainer, prepared.pad)}
     job.arguments = training_arguments(
         dataclasses.replace(config.trainer, learning_rate=job.learning_rate),
         config.hardware,
@@ -336,8 +341,10 @@ def _loss_options(job: Job) -> dict[str, Any]:
 
 
 def _predict(job: Job) -> None:
-    """Says what a step will cost."""
+    """Says what a step will cost; of a preference objective, whose step is another one, nothing."""
     config, data = job.config, job.prepared.data.train
+    if config.by_preference:
+        return
     job.labelled = usable(job.prepared.model, config)
     share = labelled_share(data, job.labelled)
     length = round(data.num_tokens / max(1, len(data)))
@@ -407,21 +414,7 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
     config, prepared = job.config, job.prepared
     if job.resumed_from is None:
         _picture(job, trackers, 0)
-    trainer = Trainer(
-        prepared.model,
-        job.arguments,
-        run=folder,
-        save_total_limit=config.trainer.save_total_limit,
-        max_bad_steps=config.trainer.max_bad_steps,
-        score=job.scorer.on_validation(prepared.model, prepared.tokenizer) if job.scorer else None,
-        report=trackers.log,
-        train_dataset=job.rows,
-        eval_dataset=prepared.data.eval,
-        compile_layers=config.trainer.compile == "layers",
-        **_loss_options(job),
-        data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
-        processing_class=None,
-    )
+    trainer = _trainer(job, folder, trackers)
     average = None
     if config.trainer.average is not None:
         average = Average(config.trainer.average, prepared.model, job.total_steps, job.resumed_from)
@@ -453,6 +446,34 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
     if samples is not None:
         samples.adapter(totals.step)
     return Trained(trainer, best, before, totals)
+
+
+def _trainer(job: Job, folder: Path, trackers: Trackers) -> Trainer:
+    config, prepared = job.config, job.prepared
+    options: dict[str, Any] = {
+        "run": folder,
+        "save_total_limit": config.trainer.save_total_limit,
+        "max_bad_steps": config.trainer.max_bad_steps,
+        "score": job.scorer.on_validation(prepared.model, prepared.tokenizer) if job.scorer else None,
+        "report": trackers.log,
+    }
+    if config.by_preference:
+        from sparseft.training.preference.trainer import make_trainer  # brings TRL, seconds that others need not wait
+
+        return make_trainer(
+            config, prepared.model, job.arguments, prepared.data, prepared.tokenizer, prepared.pad, **options
+        )
+    return Trainer(
+        prepared.model,
+        job.arguments,
+        train_dataset=job.rows,
+        eval_dataset=prepared.data.eval,
+        compile_layers=config.trainer.compile == "layers",
+        data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
+        processing_class=None,
+        **_loss_options(job),
+        **options,
+    )
 
 
 def _picture(job: Job, trackers: Trackers, step: int) -> None:

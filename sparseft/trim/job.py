@@ -20,7 +20,8 @@ from sparseft.adapters.state import require_state
 from sparseft.compose.run_config import from_dict
 from sparseft.config import DatasetConfig, RunConfig
 from sparseft.data.files import locate_file
-from sparseft.data.loading import LoadedData, check_tokens, data_of, load_datasets
+from sparseft.data.loaded import LoadedData
+from sparseft.data.loading import check_tokens, data_of, load_datasets
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
 from sparseft.errors import UserError

@@ -1,0 +1,180 @@
+"""TRL's trainers with a run's own steps, checkpoints and metrics: the loss is theirs, all else is `training/trainer.py`.
+
+The model that answers are compared with is the base under what trains: by slices where a sparse method trains
+(`adapters.reference_model`), with peft's adapter turned off, and of a model that trains whole, whose base is gone with
+the first step, a frozen copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.trainer_callback import ExportableState
+
+from sparseft import console
+from sparseft.adapters.reference_model import reference_model
+from sparseft.config import RunConfig
+from sparseft.data.loaded import LoadedData
+from sparseft.models.decoder import runnable
+from sparseft.training.preference.batches import Collator, Examples, Tokenised, form_of
+from sparseft.training.preference.objectives import OBJECTIVES
+from sparseft.training.trainer import PLACES, Trainer
+
+Weighed = dict[str, list[tuple[float, int]]]  # of each metric, means and how many they are the mean of
+
+
+class PreferenceTrainer(Trainer):
+    """What the classes of `trainer_class` have in common; `super()` is one of TRL's trainers behind `Trainer`."""
+
+    def __init__(self, model: nn.Module, args: transformers.TrainingArguments, **options: Any) -> None:
+        given = [
+            (each, each.pad_token_id) for each in (model.config, getattr(model, "generation_config", None)) if each
+        ]
+        super().__init__(model, args, **options)
+        for each, pad in given:  # TRL makes it the tokenizer's
+            each.pad_token_id = pad
+        if "ref" in getattr(self.model, "peft_config", {}):  # its copy of the adapter: turned off it is the base too
+            self.model.delete_adapter("ref")
+        self.processing_class = None  # only TRL's own tokenising needs it
+        self.add_callback(Pending(self))
+
+    def feed(self, options: dict[str, Any], labelled: bool) -> None:
+        """Batches say what they hold already (`batches.Collator`)."""
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None beside checkpoints; `sparseft push` writes one."""
+
+    def _send_telemetry(self) -> None:
+        """A run tells nobody of itself."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With what TRL has collected of the steps since the last time, where it is of training: `measured` has its own
+        sums."""
+        if "loss" in logs:
+            super().log(logs, start_time)
+        else:
+            transformers.Trainer.log(self, logs, start_time)
+
+    def collected(self) -> dict[str, list[float]]:
+        """What TRL has collected of the steps since the last line of metrics, to be read and changed."""
+        return self._metrics["train"] if hasattr(self, "_metrics") else self._stored_metrics["train"]
+
+    def measured(self, eval_dataset: Any = None) -> dict[str, float]:
+        """The loss and TRL's metrics, means over all pairs (or answers) of the evaluation set, whatever the batch."""
+        loader, model = self.get_eval_dataloader(eval_dataset), self.model
+        training, found = model.training, Weighed()
+        model.eval()
+        done, display = 0, console.Progress(len(loader.dataset), "evaluate", unit="example", keeps=False)
+        with torch.no_grad(), display, runnable(model):
+            for batch in loader:
+                inputs = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    loss, metrics = self.judged(inputs)
+                for name, (value, count) in weighed(loss, metrics, inputs).items():
+                    found.setdefault(name, []).append((value, count))
+                done += len(batch[PLACES])
+                display.update(done)
+        model.train(training)
+        return means(found)
+
+    def judged(self, inputs: dict[str, Any]) -> tuple[float, dict[str, float]]:
+        """A batch's loss and TRL's metrics of it."""
+        if hasattr(self, "get_batch_loss_metrics"):
+            loss, metrics = self.get_batch_loss_metrics(self.model, inputs, "eval")
+            return float(loss), {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        loss = float(self.compute_loss(self.model, inputs))
+        metrics = {name: values[-1] for name, values in self._metrics["eval"].items()}
+        self._metrics["eval"].clear()
+        return loss, metrics
+
+
+def weighed(loss: float, metrics: Mapping[str, float], inputs: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
+    """What a batch measured, with how many pairs, or answers of its kind, each value is the mean of."""
+    label = inputs.get("label")
+    if label is None:
+        pairs = len(inputs["input_ids"]) // 2 if "input_ids" in inputs else len(inputs["chosen_input_ids"])
+        return {name: (value, pairs) for name, value in {"loss": loss, **metrics}.items()}
+    good = int(label.sum())
+    counts = {"chosen": good, "rejected": len(label) - good}
+    whole = {
+        name: value for name, value in metrics.items() if name != "rewards/margins"
+    }  # made of the means, at the end
+    return {
+        name: (value, counts.get(name.rpartition("/")[2], len(label)))
+        for name, value in {"loss": loss, **whole}.items()
+    }
+
+
+def means(found: Weighed) -> dict[str, float]:
+    """The means over all batches, and the margin where no batch's was taken."""
+    mean = {
+        name: sum(value * count for value, count in values) / total
+        for name, values in found.items()
+        if (total := sum(count for _, count in values))
+    }
+    if "rewards/margins" not in mean and {"rewards/chosen", "rewards/rejected"} <= mean.keys():
+        mean["rewards/margins"] = mean["rewards/chosen"] - mean["rewards/rejected"]
+    return mean
+
+
+class Pending(transformers.TrainerCallback, ExportableState):
+    """Keeps in checkpoints what TRL has collected since the last line of metrics, so that a resumed run's next line is
+    that of one that never stopped."""
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps (`trainer_state.json`)."""
+        return {"args": {}, "attributes": {name: list(values) for name, values in self.trainer.collected().items()}}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self.trainer.collected().clear()
+        for name, values in kept.items():
+            self.trainer.collected()[name] = list(values)
+
+
+def trainer_class(objective: str) -> type[PreferenceTrainer]:
+    """The run's trainer with the loss of an objective."""
+    return type("ObjectiveTrainer", (PreferenceTrainer, OBJECTIVES[objective].trainer()), {})
+
+
+def make_trainer(
+    config: RunConfig, model: nn.Module, arguments: Any, data: LoadedData, tokenizer: Any, pad: int, **options: Any
+) -> PreferenceTrainer:
+    """A run's trainer by preferences; `options` as of `Trainer`, but for the data."""
+    own = OBJECTIVES[config.objective]
+    if own.reference:
+        options["ref_model"] = reference_of(model, config)
+    assert data.preferences is not None
+    held = [data.eval_preferences] if data.eval_preferences is not None else []
+    tokenizer = copy.deepcopy(tokenizer)  # TRL writes into it
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    return trainer_class(config.objective)(
+        model,
+        arguments,
+        train_dataset=Tokenised.of(data.preferences),
+        eval_dataset=Tokenised.of(held[0], len(data.preferences)) if held else None,
+        data_collator=Collator(Examples(data.preferences, *held), form_of(own.name, pad)),
+        processing_class=tokenizer,
+        **options,
+    )
+
+
+def reference_of(model: nn.Module, config: RunConfig) -> Any:
+    """What answers are compared with, for TRL's `ref_model`; None where TRL turns peft's adapter off."""
+    if not config.method.trains_all:
+        return reference_model(model)
+    twin = copy.deepcopy(model).requires_grad_(False).eval()
+    size = sum(p.numel() * p.element_size() for p in twin.parameters())
+    console.log(
+        f"reference: a second copy of the model ({size / 2**30:.2f} GiB), as method={config.method_name} trains every "
+        "weight and leaves no base under it"
+    )
+    return twin
