@@ -342,8 +342,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """`{"eval_loss": …}`: what is `measured` on the evaluation set; with `eval_score`, and `eval_score_stderr`, where
-        there is one."""
+        """What is `measured` on the evaluation set, `{"eval_loss": …}`; with `eval_score`, and `eval_score_stderr`,
+        where there is one."""
         # A loader draws a seed whenever it is iterated over; the dropout of training must not depend on that.
         cuda = [self.args.device] if self.args.device.type == "cuda" else []
         with self.run_state.clock.paused(), torch.random.fork_rng(devices=cuda), self.advising_memory():

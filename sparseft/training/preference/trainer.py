@@ -1,4 +1,4 @@
-"""TRL's trainers with a run's own steps, checkpoints and metrics: the loss is theirs, all else is `training/trainer.py`.
+"""TRL's trainers with a run's own steps, checkpoints and metrics: the loss is theirs, the rest `training/trainer.py`'s.
 
 The model that answers are compared with is the base under what trains: by slices where a sparse method trains
 (`adapters.reference_model`), with peft's adapter turned off, and of a model that trains whole, whose base is gone with
@@ -8,6 +8,7 @@ the first step, a frozen copy.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,9 +33,8 @@ class PreferenceTrainer(Trainer):
     """What the classes of `trainer_class` have in common; `super()` is one of TRL's trainers behind `Trainer`."""
 
     def __init__(self, model: nn.Module, args: transformers.TrainingArguments, **options: Any) -> None:
-        given = [
-            (each, each.pad_token_id) for each in (model.config, getattr(model, "generation_config", None)) if each
-        ]
+        configs = [model.config.get_text_config(), getattr(model, "generation_config", None)]
+        given = [(each, each.pad_token_id) for each in configs if each is not None]
         super().__init__(model, args, **options)
         for each, pad in given:  # TRL makes it the tokenizer's
             each.pad_token_id = pad
@@ -101,13 +101,9 @@ def weighed(loss: float, metrics: Mapping[str, float], inputs: Mapping[str, Any]
         return {name: (value, pairs) for name, value in {"loss": loss, **metrics}.items()}
     good = int(label.sum())
     counts = {"chosen": good, "rejected": len(label) - good}
-    whole = {
-        name: value for name, value in metrics.items() if name != "rewards/margins"
-    }  # made of the means, at the end
-    return {
-        name: (value, counts.get(name.rpartition("/")[2], len(label)))
-        for name, value in {"loss": loss, **whole}.items()
-    }
+    values = {"loss": loss, **metrics}
+    values.pop("rewards/margins", None)  # made of the means, at the end
+    return {name: (value, counts.get(name.rpartition("/")[2], len(label))) for name, value in values.items()}
 
 
 def means(found: Weighed) -> dict[str, float]:
@@ -154,6 +150,8 @@ def make_trainer(
         options["ref_model"] = reference_of(model, config)
     assert data.preferences is not None
     held = [data.eval_preferences] if data.eval_preferences is not None else []
+    # TRL asks transformers by a name that it will lose.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     tokenizer = copy.deepcopy(tokenizer)  # TRL writes into it
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     return trainer_class(config.objective)(
