@@ -22,7 +22,6 @@ from sparseft.adapters.state import state_of
 from sparseft.compose.run_config import to_yaml
 from sparseft.config import AUTO, BUNDLED, RunConfig
 from sparseft.data.packing import Collator, check_packing
-from sparseft.data.sampling import calibration_batches
 from sparseft.distributed import ranks
 from sparseft.distributed.deepspeed import forget_zero
 from sparseft.errors import LayoutWarning, UserError
@@ -45,9 +44,7 @@ from sparseft.runs.folder import (
     prepare_run_folder,
 )
 from sparseft.runs.metrics import truncate_metrics
-from sparseft.selection.compute import as_trained, reselect
 from sparseft.selection.engine_ranks import describe_export
-from sparseft.selection.exclude import read_excluded
 from sparseft.selection.picture import draw_shares, trained_shares
 from sparseft.selection.selection import Selection, describe_selection, describe_trainable
 from sparseft.training import checks, schedules
@@ -61,17 +58,18 @@ from sparseft.training.distributed_trainer import has_experts
 from sparseft.training.labelled_loss import usable
 from sparseft.training.predicted import in_words, labelled_share, predicted_floors
 from sparseft.training.preference.objectives import OBJECTIVES
+from sparseft.training.preference.outcome import outcome
 from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.prepare import select as cached_or_computed
 from sparseft.training.recomputing import KINDS
+from sparseft.training.reselecting import reselecting
 from sparseft.training.reselection import Reselection
 from sparseft.training.run_state import Mark
-from sparseft.training.running import Running, check_seen
+from sparseft.training.running import check_seen
 from sparseft.training.sample_answers import Asked, SampleAnswers, read_prompts
 from sparseft.training.trackers import Trackers, tracked
 from sparseft.training.trainer import Trainer
 from sparseft.training.trainer import train as run_loop
-from sparseft.training.turns import Turns, turns_of
 
 
 @dataclass
@@ -420,7 +418,10 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         average = Average(config.trainer.average, prepared.model, job.total_steps, job.resumed_from)
         trainer.add_callback(average)
     if config.method.reselect_steps:
-        job.reselection = _reselection(job, trainer)
+        job.reselection = reselecting(
+            config.method, prepared, job.spec, trainer.run_state.clock,
+            ended_at=job.previous.ended_at if job.previous else None, resumed=job.resumed_from,
+        )  # fmt: skip
         trainer.add_callback(job.reselection)
     best = Best(
         folder / CHECKPOINTS,
@@ -499,42 +500,6 @@ def _last_step(job: Job, folder: Path) -> int:
     return step if impatient or reached(settings.target_score, seen.eval_score) else job.total_steps
 
 
-def _reselection(job: Job, trainer: Trainer) -> Reselection:
-    """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time, or by
-    what training shows, of all layers or of one."""
-    method, prepared = job.config.method, job.prepared
-    ended_at = job.previous.ended_at if job.previous else None
-    if method.reselects_running and method.reselects_in_turn:
-        turns = turns_of(prepared.model, job.spec)
-        return Turns(method.reselect_steps, prepared.model, turns, trainer.run_state.clock, ended_at, job.resumed_from)
-    excluded = read_excluded(method.exclude)  # now: the folders may go while it trains
-    if method.reselects_running:
-        console.log(
-            f"selection: anew every {method.reselect_steps} steps by the gradients of the steps themselves "
-            f"(method.reselect_by=running); importance {method.importance} makes the first choice alone"
-        )
-        return Running(
-            method.reselect_steps,
-            prepared.model,
-            job.spec,
-            as_trained(prepared.model, method, spec=job.spec, excluded=excluded),
-            order=method.order,
-            seed=method.seed,
-            clock=trainer.run_state.clock,
-            ended_at=ended_at,
-            resumed=job.resumed_from,
-        )
-
-    def choose(step: int) -> Selection:
-        seed = method.seed + step
-        batches = None
-        if method.needs_data:
-            batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
-        return reselect(prepared.model, method, batches, seed=seed, spec=job.spec, excluded=excluded)
-
-    return Reselection(method.reselect_steps, choose, trainer.run_state.clock, ended_at)
-
-
 def _evaluation(job: Job, trainer: Trainer, step: int, when: str, anew: bool = False) -> Evaluation | None:
     """The evaluation at the present step: as recorded where it was measured there, else (and `anew`) measured now, and
     said."""
@@ -592,6 +557,9 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
             "test_score_stderr": stderr,
         }
     summary = _summary(job, trained, after) | ({"best_step": kept.step} if kept else {})
+    if config.by_preference and first:
+        steps = (each.step if each else None for each in (trained.before, after))
+        summary |= outcome(folder, *steps)
     summary |= ({"bad_steps": trained.totals.bad} if trained.totals.bad else {}) | scores
     if spikes := trainer.run_state.spikes.count:
         summary["loss_spikes"] = spikes
@@ -610,6 +578,7 @@ def _summary(job: Job, trained: Trained, after: Evaluation | None) -> dict[str, 
         "method": config.method_name,
         "model": config.model.path,
         "dataset": config.dataset.title,
+        "objective": config.objective,
         "sparsity": None if job.method.trains_all else 1 - job.trainable / scope,
         "scope": config.method.scope,
         "trainable_parameters": job.trainable,

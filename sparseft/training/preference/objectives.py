@@ -40,7 +40,7 @@ UNCUT = {"max_length": None}
 OBJECTIVES = {
     "dpo": Objective("trl", "DPO", True, settings={"loss_type": ["sigmoid"], **UNCUT}),
     "ipo": Objective("trl", "DPO", True, settings={"loss_type": ["ipo"], **UNCUT}),
-    "kto": Objective("trl", "KTO", True, settings={"train_sampling_strategy": "random", **UNCUT}),
+    "kto": Objective("trl", "KTO", True, settings=UNCUT),
     "orpo": Objective("trl.experimental.orpo", "ORPO", False, settings={"max_length": 2**31}),
     # The paper's margin is half of its beta, and it adds no likelihood of the better answer.
     "simpo": Objective(

@@ -7,9 +7,10 @@ the first step, a frozen copy.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class PreferenceTrainer(Trainer):
         if "ref" in getattr(self.model, "peft_config", {}):  # its copy of the adapter: turned off it is the base too
             self.model.delete_adapter("ref")
         self.processing_class = None  # only TRL's own tokenising needs it
+        self.args.train_sampling_strategy = "random"  # of KTO, whose batches need no order here (`batches.mismatched`)
         self.add_callback(Pending(self))
 
     def feed(self, options: dict[str, Any], labelled: bool) -> None:
@@ -51,6 +53,25 @@ class PreferenceTrainer(Trainer):
 
     def _send_telemetry(self) -> None:
         """A run tells nobody of itself."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        """As TRL computes it, of logits in fp32."""
+        with self.fp32_logits():
+            return super().compute_loss(model, inputs, return_outputs, **options)
+
+    @contextlib.contextmanager
+    def fp32_logits(self) -> Iterator[None]:
+        """Inside, the head's logits are fp32: TRL takes their logarithms in the dtype that they have, and bf16's eight
+        bits are a step of 0.03 at a log-probability of 8."""
+        if not hasattr(self, "get_batch_loss_metrics"):  # the others' head is TRL's own, which computes so
+            yield
+            return
+        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        hook = head.register_forward_hook(lambda _, __, logits: logits.float())
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With what TRL has collected of the steps since the last time, where it is of training: `measured` has its own
@@ -85,7 +106,8 @@ class PreferenceTrainer(Trainer):
     def judged(self, inputs: dict[str, Any]) -> tuple[float, dict[str, float]]:
         """A batch's loss and TRL's metrics of it."""
         if hasattr(self, "get_batch_loss_metrics"):
-            loss, metrics = self.get_batch_loss_metrics(self.model, inputs, "eval")
+            with self.fp32_logits():
+                loss, metrics = self.get_batch_loss_metrics(self.model, inputs, "eval")
             return float(loss), {name.removeprefix("eval_"): value for name, value in metrics.items()}
         loss = float(self.compute_loss(self.model, inputs))
         metrics = {name: values[-1] for name, values in self._metrics["eval"].items()}
