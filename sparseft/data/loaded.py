@@ -31,7 +31,7 @@ class LoadedData:
 
     train: TokenizedDataset
     eval: TokenizedDataset | None  # None: no evaluation examples
-    format: str  # given or detected; of several sets that of the largest part
+    format: str  # given or detected; of several sets that of the largest part, of preferences that of each answer
     train_source: str  # as the user or the config named it
     eval_source: str  # empty without evaluation examples
     fingerprint: str  # sha256 over the tokenised training examples, labels included

@@ -10,8 +10,9 @@ import numpy as np
 
 from sparseft.config import DatasetConfig
 from sparseft.data.encoding import Encoder
+from sparseft.data.formats import DETECTION_RECORDS
 from sparseft.data.loaded import LoadedData, Preferences, overlap_sentences
-from sparseft.data.preferences import PREFERENCE, SIDES, UNPAIRED
+from sparseft.data.preferences import PREFERENCE, SIDES, UNPAIRED, written_as
 from sparseft.data.question_hashes import QuestionHashes
 from sparseft.data.reading import NamedSource, Opened, Reader, named_sources
 from sparseft.data.sampling import seeded_first
@@ -74,7 +75,7 @@ def load_preferences(
     return LoadedData(
         train=better.dataset,
         eval=None if asked is None else asked[0].dataset,
-        format=opened.format,
+        format=written_as(opened.source.first(DETECTION_RECORDS)),
         formats=[opened.format],
         train_source=opened.source.name,
         eval_source=source,

@@ -42,6 +42,12 @@ def detect_preference(records: Records) -> str:
     )
 
 
+def written_as(records: Records) -> str:
+    """The format of `formats.py` in which the answers are written: `messages`, or `prompt_completion`."""
+    answers = (item.get(key) for item in records.items for key in ("chosen", "completion"))
+    return "messages" if any(isinstance(answer, list) for answer in answers) else "prompt_completion"
+
+
 class Side(Converter):
     """Converts one side of the records; `plain`: chats without the tokenizer's template."""
 
