@@ -36,9 +36,12 @@ class PreferenceTrainer(Trainer):
     def __init__(self, model: nn.Module, args: transformers.TrainingArguments, **options: Any) -> None:
         configs = [model.config.get_text_config(), getattr(model, "generation_config", None)]
         given = [(each, each.pad_token_id) for each in configs if each is not None]
+        trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
         super().__init__(model, args, **options)
         for each, pad in given:  # TRL makes it the tokenizer's
             each.pad_token_id = pad
+        for parameter, values in trained:  # TRL makes them bf16 over a packed base
+            parameter.data = values
         if "ref" in getattr(self.model, "peft_config", {}):  # its copy of the adapter: turned off it is the base too
             self.model.delete_adapter("ref")
         self.processing_class = None  # only TRL's own tokenising needs it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
 
+import sparseft as sparseft_package
 from sparseft.adapters.lifecycle import load_adapter
+from sparseft.compose.run_config import compose
 from sparseft.config import BUNDLED_ROOT
+from sparseft.data.loading import data_of
 from sparseft.data.tokenized import IGNORED, TokenizedDataset
+from sparseft.training.arguments import training_arguments
 from sparseft.training.preference import batches
 from sparseft.training.preference.objectives import OBJECTIVES
+from sparseft.training.preference.trainer import make_trainer
 from sparseft.training.spikes import ROW
+from support.nf4 import quantize
 from support.running import metrics, refused, sparseft, summary
 from support.training import same_end
 
@@ -282,3 +289,23 @@ def test_a_prompt_is_what_two_answers_have_in_common() -> None:
     better = TokenizedDataset.from_lists([([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8])])
     worse = TokenizedDataset.from_lists([([5, 9, 4], [IGNORED, IGNORED, 4])])
     assert batches.pair(better, worse, 0) == {"prompt_ids": [5], "chosen_ids": [6, 7, 8], "rejected_ids": [9, 4]}
+
+
+def test_over_a_packed_base_what_trains_stays_fp32(tmp_path: Path) -> None:
+    """TRL would make it bf16 where bitsandbytes has packed the base in four bits."""
+    model = sparseft_package.attach(quantize(base()), sparseft_package.S2FTConfig(sparsity=0.9, importance="random"))
+    model.is_loaded_in_4bit = True
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED_ROOT / "tiny")
+    config = compose("train", ["objective=dpo", "hardware=cpu", "trainer.max_steps=1"])
+    data = data_of(replace(config, cache_dir=str(tmp_path)), tokenizer)
+    own = OBJECTIVES["dpo"]
+    arguments = training_arguments(
+        config.trainer, config.hardware, seed=0, device=torch.device("cpu"), total_steps=1, kind=own.configuration(),
+        **own.arguments(config.trainer, 0),
+    )  # fmt: skip
+    trainer = make_trainer(config, model, arguments, data, tokenizer, 0, run=tmp_path)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 for p in trained)
+    assert {p.data_ptr() for p in trained} == {
+        p.data_ptr() for p in sparseft_package.trainable_parameters(model).values()
+    }
