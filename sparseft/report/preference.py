@@ -35,7 +35,7 @@ def preference(runs: Sequence[Run], drawn: Callable[..., dict[str, str]]) -> dic
             drawn(lambda width, panel=panel: line_chart([[panel]], "optimizer step", height=260, width=width))
         )
     said = [outcome(run) for run in own if outcome(run)] if single else []
-    return {"note": " ".join(said), "charts": [chart for chart in charts if chart]}
+    return {"note": " ".join(said), "charts": [chart for chart in charts if chart.get("wide")]}
 
 
 def outcome(run: Run) -> str:
