@@ -54,6 +54,12 @@ class LoadedData:
             if part is not None:
                 yield part, source
 
+    @property
+    def trained(self) -> list[TokenizedDataset]:
+        """The training examples; of preferences the better and the worse answers."""
+        both = self.preferences
+        return [self.train] if both is None else [both.better, both.worse]
+
     def tell(self) -> None:
         """Says the notes and the warnings."""
         for note in self.notes:

@@ -31,7 +31,7 @@ def preview(data: LoadedData, tokenizer: Any, config: RunConfig, examples: int) 
     """All there is to say of `data`, with so many training examples in full: evenly spread, from the first on, as in a
     mix one source stands after another."""
     train, parts_of = data.train, data.preferences
-    trained = [train] if parts_of is None else [parts_of.better, parts_of.worse]
+    trained = data.trained
     values = np.concatenate([part.lengths for part in trained])
     return {
         "source": data.train_source,

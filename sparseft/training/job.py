@@ -387,9 +387,9 @@ def _describe(job: Job, folder: Path) -> None:
         "train": data.train_source,
         "eval": data.eval_source or None,
         "format": data.format,
-        "examples": len(data.train),
+        "examples": len(data.preferences or data.train),
         "rows": len(job.rows),
-        "tokens": data.train.num_tokens,
+        "tokens": sum(part.num_tokens for part in data.trained),
         "fingerprint": data.fingerprint,
     }
     dtype, world = str(job.dtype).removeprefix("torch."), ranks.rank_and_world()[1]
