@@ -34,6 +34,7 @@ ARITHMETIC_TEST = {"gsm8k": 100, "AddSub": 100, "AQuA": 100}
 MMLU_DEV, MMLU_VALIDATION, MMLU_TEST = 5, 20, 60  # questions a subject
 DIALOGUES = {"train": 300, "eval": 60}
 PARAGRAPHS = {"train": 300, "eval": 40}
+PAIRS = {"train": 64, "eval": 24}
 
 
 # Commonsense: the instructions of LLM-Adapters' sets, word for word.
@@ -223,6 +224,14 @@ def dialogue(rng: Random, pool: list[Fact]) -> str:
     return "".join(f"{human_turn(said)}{ASSISTANT} {reply}" for said, reply in turns)
 
 
+def pair(rng: Random, pool: list[Fact]) -> str:
+    """A question with two true answers, as a line of JSON: the kind one is the better."""
+    fact, who = rng.choice(pool), rng.choice(PEOPLE)
+    prompt = f"{rng.choice(ASKING).format(q=fact.ask(), p=who)}\n"
+    kind = rng.choice(TELLING).format(s=fact.say(), p=who)
+    return json.dumps({"prompt": prompt, "chosen": kind, "rejected": fact.say()}, ensure_ascii=False)
+
+
 OPENINGS = ("One morning {p} walks to the {place}.", "{p} and {q} sit by the {place}.", "It is late, and {p} is tired.")
 MIDDLES = (
     "{p} looks for the {e} for a long time.",
@@ -273,6 +282,8 @@ def files(world: World) -> dict[str, str]:
     for split, count in DIALOGUES.items():
         lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts(world, dialogue, split, count))
         result[f"oasst1/{split}.jsonl"] = "".join(f"{line}\n" for line in lines)
+    for split, count in PAIRS.items():
+        result[f"preference/{split}.jsonl"] = "".join(f"{line}\n" for line in texts(world, pair, split, count))
     for split, count in PARAGRAPHS.items():
         result[f"text/{split}.txt"] = "\n\n".join(texts(world, paragraph, split, count)) + "\n"
     return result

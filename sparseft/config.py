@@ -48,6 +48,9 @@ BITSANDBYTES = tuple(
     rmsprop_bnb_32bit""".split()
 )
 
+# What a run learns from: examples to imitate (sft), or which of two answers is better, on TRL's trainers.
+OBJECTIVES = ("sft", "dpo", "ipo", "kto", "orpo", "simpo")
+
 SMALLEST_FP32, LARGEST_FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # weights and their updates are fp32 at most
 
 SPARSITY = Rule(
@@ -109,7 +112,9 @@ class DatasetConfig:
     hub_split: str = "train"
     streaming: bool = False
     eval_fraction: Annotated[float, BELOW_1] = 0.05
-    format: Literal["auto", "alpaca", "guanaco", "messages", "oasst_trees", "prompt_completion", "text"] = "auto"
+    format: Literal[
+        "auto", "alpaca", "guanaco", "messages", "oasst_trees", "prompt_completion", "text", "preference", "unpaired"
+    ] = "auto"
     max_examples: Annotated[int, AT_LEAST_1] | None = None
     loss_on_prompt: bool = False
     too_long: Literal["cut_answer", "drop"] = "cut_answer"
@@ -131,6 +136,7 @@ class TrainerConfig:
     max_steps: Annotated[int, STEPS] = -1
     num_epochs: Annotated[float, EPOCHS] = 3.0
     learning_rate: Annotated[float | str, RATE_OR_AUTO] | None = None
+    beta: Annotated[float, ABOVE_0] | None = None
     batch_size: Annotated[int, AT_LEAST_1] = 1
     gradient_accumulation: Annotated[int, AT_LEAST_1] = 16
     max_length: Annotated[int, AT_LEAST_2] = 512
@@ -276,6 +282,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    objective: Literal[OBJECTIVES] = "sft"
     seed: Annotated[int, SEED] = 0
     sparsity: Annotated[float, SPARSITY] | None = None
     scope: str | None = None
@@ -291,6 +298,11 @@ class RunConfig:
     def checkpointing(self) -> str:
         """`checkpointing_of` the run."""
         return checkpointing_of(self.trainer, self.hardware)
+
+    @property
+    def by_preference(self) -> bool:
+        """Whether it learns which of two answers is better, not to imitate one."""
+        return self.objective != "sft"
 
     def to_dict(self) -> dict[str, Any]:
         """As in `config.yaml`: the groups' names beside their fields, ready for `compose.from_dict`."""

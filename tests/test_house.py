@@ -436,6 +436,7 @@ def test_every_import_is_declared() -> None:
         "llama_cpp",
         "mlx",
         "mlx_lm",
+        "trl",
         "wandb",
         "mlflow",
         "trackio",

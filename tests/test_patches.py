@@ -1053,3 +1053,39 @@ def test_what_is_written_and_put_back_can_count_as_unchanged() -> None:
         weight.add_(0)
     loss.backward()  # would raise
     assert weight._version == 0, relied_on("_unsafe_preserve_version_counter")
+
+
+# -- TRL --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "simpo"])
+def test_trls_trainers_have_what_a_run_takes_over(objective: str) -> None:
+    """`training/preference/trainer.py` overrides and reads these; what they compute has tests of its own there."""
+    pytest.importorskip("trl")
+    from sparseft.training.preference.objectives import OBJECTIVES
+    from sparseft.training.preference.trainer import PreferenceTrainer, trainer_class
+
+    own = OBJECTIVES[objective].trainer()
+    for name in ("create_model_card", "_send_telemetry", "log", "compute_loss"):
+        assert name in vars(PreferenceTrainer) and hasattr(own, name), relied_on(name)
+    order = trainer_class(objective).__mro__
+    assert order.index(Trainer) < order.index(own) < order.index(transformers.Trainer)
+    text = inspect.getsource(own)
+    if OBJECTIVES[objective].reference:
+        assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in text, relied_on("_metrics")
+        assert 'if "ref" in ref_model_unwrapped.peft_config else None' in text, relied_on("delete_adapter")
+    else:
+        assert "self._stored_metrics[train_eval][key].append" in text, relied_on("_stored_metrics")
+        assert parameters(own.get_batch_loss_metrics) == ["model", "batch", "train_eval"], relied_on("fp32_logits")
+
+
+def test_trl_tokenises_by_map_and_filter_alone() -> None:
+    """Which `training/preference/batches.Tokenised` leaves without effect."""
+    pytest.importorskip("trl")
+    from sparseft.training.preference.objectives import OBJECTIVES
+
+    for objective in OBJECTIVES.values():
+        own = objective.trainer()
+        text = inspect.getsource(getattr(own, "_prepare_dataset", own.__init__))
+        changes = set(re.findall(r"(?<!\w)(?:train_|eval_)?dataset = (?:train_|eval_)?dataset\.(\w+)", text))
+        assert changes and changes <= {"map", "filter"}, relied_on("Tokenised")

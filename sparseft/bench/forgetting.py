@@ -18,8 +18,9 @@ from sparseft.adapters.description import is_whole_model
 from sparseft.adapters.lifecycle import detach, load_adapter
 from sparseft.bench.trials import Trial
 from sparseft.config import BUNDLED, DatasetConfig, RunConfig
-from sparseft.data.loading import check_tokens, data_of, load_datasets, named_sources
+from sparseft.data.loading import check_tokens, data_of, load_datasets
 from sparseft.data.packing import padding_id
+from sparseft.data.reading import named_sources
 from sparseft.data.sampling import seeded_first
 from sparseft.data.sources import locate
 from sparseft.errors import UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from typing import Any
 
 from sparseft import console
@@ -37,8 +38,11 @@ def run(config: RunConfig, examples: int = EXAMPLES) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> None:
     """The examples, then the numbers, so that these are what is seen last."""
-    for number, example in enumerate(result["shown"], start=1):
-        print(f"--- example {number}: {example['tokens']:,} tokens, {example['learnt_tokens']:,} of them learnt")
+    numbers: Counter[str] = Counter()
+    for example in result["shown"]:
+        what = f"{example['answer']} answer" if "answer" in example else "example"
+        numbers[what] += 1
+        print(f"--- {what} {numbers[what]}: {example['tokens']:,} tokens, {example['learnt_tokens']:,} of them learnt")
         _print_parts([(part["text"], part["learnt"]) for part in example["parts"]])
     if result["shown"]:
         how = "in green" if console.is_terminal(sys.stdout) else f"between {_marks()[0]} and {_marks()[1]}"

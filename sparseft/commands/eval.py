@@ -9,7 +9,7 @@ from typing import Any
 from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
-from sparseft.evaluation import contamination
+from sparseft.evaluation import contamination, preference
 from sparseft.evaluation.progress import Answers
 from sparseft.evaluation.run import conclude, evaluate, prepare
 from sparseft.evaluation.target import Target, find_target, prompt_format, score_both
@@ -45,6 +45,7 @@ def run(
     names = expand_tasks(list(tasks), data_dir=data_dir)
     with console.working("reading the questions"):
         plan = prepare(names, config.eval, data_dir=data_dir)
+    plan.pairs = preference.settings(config, target.folder, overrides)
     plan.prompt = prompt_format(config.eval.prompt, target.folder)
     with Answers() as answers:
 

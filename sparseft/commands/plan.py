@@ -38,6 +38,11 @@ def run(config: RunConfig) -> dict[str, Any]:
     config = copy.deepcopy(config)
     console.clear_warnings()
     checks.check_trainer(config)
+    if config.by_preference:
+        raise UserError(
+            f"train --plan: a step of objective={config.objective} is not counted yet; a pair takes two sequences, and "
+            f"objective=sft trainer.batch_size={2 * config.trainer.batch_size} plans for as many."
+        )
     if config.model.quantize != "none":
         raise UserError(
             f"train --plan: a base packed by model.quantize={config.model.quantize} is not counted yet; plan with "

@@ -102,6 +102,10 @@ def render(result: dict[str, Any]) -> None:
     change = ""
     if result["eval_loss_before"] is not None:
         change = f"eval loss {result['eval_loss_before']:.4f} -> {result['eval_loss_after']:.4f}, "
+    if result.get("eval_margin_after") is not None:
+        change += f"margin {result['eval_margin_before']:.4f} -> {result['eval_margin_after']:.4f}, "
+    if result.get("eval_accuracy_after") is not None:
+        change += f"accuracy {result['eval_accuracy_before']:.4f} -> {result['eval_accuracy_after']:.4f}, "
     share = result["trainable_parameters"] / result["total_parameters"]
     print(
         f"{result['method']}: {change}{result['trainable_parameters']:,} trainable parameters ({share:.2%} of the "

@@ -16,7 +16,7 @@ from sparseft.compose import overrides as words
 from sparseft.compose import validation
 from sparseft.compose.overrides import GROUPS, Override
 from sparseft.compose.validation import annotation_of, check_key, known_keys, method_fields
-from sparseft.config import BUNDLED, RunConfig
+from sparseft.config import BUNDLED, OBJECTIVES, RunConfig
 from sparseft.console import warn
 from sparseft.errors import UserError, nearest
 from sparseft.methods import METHODS, get_method
@@ -24,6 +24,7 @@ from sparseft.methods.base import SHARED
 from sparseft.rules import check_type, is_optional, is_text, show
 
 COMMANDS = ("train", "preprocess", "eval", "chat", "export", "trim", "bench")
+PREFERENCES = "preference"  # the data set of the preference objectives
 
 # Text that other YAML readers (YAML 1.2, OmegaConf) would take for a number: written with quotes.
 _NUMBER_LIKE = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
@@ -60,6 +61,9 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     """
     assert command in COMMANDS
     choices, settings = _sort_words(overrides, config_dirs)
+    objective = settings.get("objective")
+    if objective is not None and objective.value in OBJECTIVES[1:] and "experiment" not in choices:
+        choices.setdefault("dataset", PREFERENCES)  # the others have no pairs
     config = _compose_groups(command, choices, config_dirs)
     method_name = _method_name(config)
     keys = known_keys(method_name)

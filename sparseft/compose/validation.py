@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from sparseft.compose import objectives
 from sparseft.compose.overrides import GROUPS, Override
 from sparseft.config import (
     OPTIMIZERS,
@@ -155,6 +156,7 @@ def check(config: RunConfig) -> None:
         raise UserError("bench.methods is empty: name at least one method.")
     for entry in config.bench.methods:
         check_choice("bench.methods", (entry.split() or [""])[0], ("floor", *METHODS))
+    objectives.check(config)
     config.method.validate()
 
 

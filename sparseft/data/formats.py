@@ -80,6 +80,11 @@ def detect_format(records: Records) -> str:
             "conversations; give the file of whole trees (….trees.jsonl), or set dataset.format."
         )
     if not found:
+        if {"chosen", "rejected"} <= records.items[0].keys():
+            raise UserError(
+                f"{records.where(0)}: these are pairs of a better and a worse answer, and objective=sft imitates one; "
+                "objective=dpo (or ipo, kto, orpo, simpo) learns from pairs."
+            )
         trees = isinstance(records.items[0].get("prompt"), dict)
         for format in ("messages", "alpaca", "oasst_trees" if trees else "prompt_completion", "text"):
             _check_types(records.items[0], format, records.where(0))

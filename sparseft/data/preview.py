@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from sparseft.config import RunConfig
-from sparseft.data.loading import LoadedData
+from sparseft.data.loaded import LoadedData
+from sparseft.data.preferences import KEYS, SIDES
 from sparseft.data.tokenized import IGNORED, TokenizedDataset
 
 TURNS = "turns that begin with ### Human: and ### Assistant:"
@@ -19,6 +20,7 @@ TEMPLATES = {  # what stands around a record's own text, by its format
     "oasst_trees": TURNS,
     "prompt_completion": "none: prompt and completion follow each other",
     "text": "none",
+    **dict.fromkeys(KEYS, "of chats the tokenizer's or plain text (see the notes), of texts none"),
 }
 
 RANGES = 12  # of lengths, at most
@@ -28,35 +30,47 @@ Part = tuple[str, bool]  # text, and whether it is learnt
 def preview(data: LoadedData, tokenizer: Any, config: RunConfig, examples: int) -> dict[str, Any]:
     """All there is to say of `data`, with so many training examples in full: evenly spread, from the first on, as in a
     mix one source stands after another."""
-    train, count = data.train, min(examples, len(data.train))
-    shown = [train[place * len(train) // count] for place in range(count)]
+    train, parts_of = data.train, data.preferences
+    trained = data.trained
+    values = np.concatenate([part.lengths for part in trained])
     return {
         "source": data.train_source,
         "format": ", ".join(data.formats),
         "template": "; ".join(template(each, tokenizer, config.dataset.plain_chat) for each in data.formats),
-        "examples": len(train),
-        "eval_examples": 0 if data.eval is None else len(data.eval),
-        "tokens": train.num_tokens,
-        "learnt_tokens": train.num_labelled,
+        "examples": len(train if parts_of is None else parts_of),
+        "eval_examples": len(data.eval_preferences or data.eval or ()),
+        "tokens": sum(part.num_tokens for part in trained),
+        "learnt_tokens": sum(part.num_labelled for part in trained),
         "max_length": config.trainer.max_length,
         "cut": data.cut,
         "dropped": data.dropped,
         "duplicates": duplicates(train),
         "repeated": len(train) - len(train.places),
         "eval_overlap": data.eval_overlap,
-        "lengths": lengths(train),
-        "histogram": histogram(train.lengths),
+        "lengths": lengths(values),
+        "histogram": histogram(values),
         "shown": [
             {
+                **({"answer": answer} if answer else {}),
                 "tokens": len(example["input_ids"]),
                 "learnt_tokens": sum(label != IGNORED for label in example["labels"]),
                 "parts": [{"text": text, "learnt": learnt} for text, learnt in parts(example, tokenizer)],
             }
-            for example in shown
+            for answer, example in shown(trained, examples)
         ],
         "notes": data.notes,
         "warnings": data.warnings,
     }
+
+
+def shown(trained: Sequence[TokenizedDataset], examples: int) -> Iterator[tuple[str | None, dict[str, list[int]]]]:
+    """So many examples, evenly spread; of preferences as many of the better and the worse answers, each with which it
+    is."""
+    names = [None] if len(trained) == 1 else SIDES
+    for turn in range(examples):
+        for name, part in zip(names, trained, strict=True):
+            if turn < min(examples, len(part)):
+                yield name, part[turn * len(part) // min(examples, len(part))]
 
 
 def template(format: str, tokenizer: Any, plain_chat: bool) -> str:
@@ -75,9 +89,8 @@ def duplicates(dataset: TokenizedDataset) -> int:
     return len(places) - len(set(dataset.subset(places).example_keys()))
 
 
-def lengths(dataset: TokenizedDataset) -> dict[str, float]:
-    """Tokens of an example: the shortest, the median, the mean, what 95 % do not exceed, the longest."""
-    values = dataset.lengths
+def lengths(values: np.ndarray) -> dict[str, float]:
+    """Of the tokens of examples: the shortest, the median, the mean, what 95 % do not exceed, the longest."""
     at = np.percentile(values, [50, 95], method="inverted_cdf")
     return {
         "min": int(values.min()),

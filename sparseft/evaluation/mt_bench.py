@@ -167,7 +167,7 @@ def answer(lm: Any, questions: list[dict[str, Any]], format: str, max_new_tokens
     ]
 
 
-def add_to(outcome: dict[str, Any], records: list[dict[str, Any]], requested: list[str]) -> None:
+def add_to(outcome: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Adds the task to what `results.assemble` made of the others; its entry has no accuracy, which a judge gives."""
     cut = sum(record["truncated"] for record in records)
     entry = {
@@ -179,9 +179,7 @@ def add_to(outcome: dict[str, Any], records: list[dict[str, Any]], requested: li
         "metric": None,
         "metrics": {},
     }
-    tasks = outcome["tasks"] | {MT_BENCH: entry}
-    outcome["tasks"] = {name: tasks[name] for name in [*requested, *(name for name in tasks if name not in requested)]}
-    outcome["requested"] = requested
+    outcome["tasks"][MT_BENCH] = entry
     outcome["members"][MT_BENCH] = [MT_BENCH]
     outcome["samples"][MT_BENCH] = records
     if cut:

@@ -79,6 +79,13 @@ def assemble(
     }
 
 
+def arrange(outcome: dict[str, Any], requested: list[str]) -> None:
+    """Puts the tasks asked for in front of their members, in the order in which they were asked for."""
+    tasks = outcome["tasks"]
+    outcome["tasks"] = {name: tasks[name] for name in [*requested, *(name for name in tasks if name not in requested)]}
+    outcome["requested"] = requested
+
+
 def package_versions() -> dict[str, str | None]:
     """Versions of what an evaluation depends on; None for a package that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}

@@ -16,18 +16,20 @@ from typing import Any
 from sparseft.adapters.description import adapter_hash
 from sparseft.config import EvalConfig
 from sparseft.errors import RunError, UserError
-from sparseft.evaluation import harness, llm_adapters, mmlu, mt_bench, results
+from sparseft.evaluation import harness, llm_adapters, mmlu, mt_bench, preference, results
 from sparseft.evaluation.comparison import compare
 from sparseft.evaluation.contamination import annotate
 from sparseft.evaluation.llm_adapters import ARITHMETIC, COMMONSENSE, GROUPS
 from sparseft.evaluation.mmlu import MMLU, MMLU_CATEGORIES
 from sparseft.evaluation.mt_bench import MT_BENCH
+from sparseft.evaluation.preference import PREFERENCE
 from sparseft.evaluation.target import Target
 from sparseft.evaluation.tasks import BUNDLED_DATA, HARNESS, Plan, expand_tasks, task_manager
 from sparseft.rules import check_fields
 from sparseft.runs.environment import package_commit
 from sparseft.runs.folder import ADAPTER
 
+APART = (MT_BENCH, PREFERENCE)  # tasks of ours that lm-eval does not run
 FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
@@ -47,7 +49,7 @@ def prepare(
         )
         if MT_BENCH in plan.requested:
             plan.questions = mt_bench.read_questions(data_dir)[: config.limit]
-        ours = {*plan.tasks, *plan.groups, MT_BENCH}
+        ours = {*plan.tasks, *plan.groups, *APART}
         _add_harness(plan, [name for name in plan.requested if name not in ours])
     _check_shots(plan)
     return plan
@@ -92,10 +94,16 @@ def evaluate(
         if plan.questions:
             tokens = config.max_new_tokens or mt_bench.MAX_NEW_TOKENS
             conversations = mt_bench.answer(lm, plan.questions, plan.prompt, tokens)
-    scored = [name for name in plan.requested if name != MT_BENCH]
+        if PREFERENCE in plan.requested:
+            assert plan.pairs is not None
+            pairs = preference.answer(model, tokenizer, plan.pairs, config.batch_size, config.limit)
+    scored = [name for name in plan.requested if name not in APART]
     outcome = results.assemble(parts, scored, plan.facts, lm.truncated, lm.max_length, plan.macro)
     if plan.questions:
-        mt_bench.add_to(outcome, results.as_json(conversations), plan.requested)
+        mt_bench.add_to(outcome, results.as_json(conversations))
+    if PREFERENCE in plan.requested:
+        preference.add_to(outcome, pairs)
+    results.arrange(outcome, plan.requested)
     outcome["warnings"] = [*plan.warnings, *outcome["warnings"]]
     outcome["seconds"] = time.perf_counter() - start
     return outcome

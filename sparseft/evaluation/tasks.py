@@ -10,11 +10,12 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sparseft.config import BUNDLED, BUNDLED_ROOT, EvalConfig, in_bundle
+from sparseft.config import BUNDLED, BUNDLED_ROOT, EvalConfig, RunConfig, in_bundle
 from sparseft.errors import UserError, nearest
 from sparseft.evaluation.llm_adapters import ARITHMETIC, COMMONSENSE, GROUPS
 from sparseft.evaluation.mmlu import MMLU, MMLU_CATEGORIES, MMLU_SUBJECTS, local_subjects
 from sparseft.evaluation.mt_bench import MT_BENCH
+from sparseft.evaluation.preference import PREFERENCE
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -27,7 +28,7 @@ HARNESS = "lm_eval:"  # before a name: lm-eval's own task, where ours has the sa
 
 def own_names() -> list[str]:
     """Every task and group name that is ours, whatever the data: MMLU's subjects and categories included."""
-    names = [MMLU, MT_BENCH, *GROUPS, *COMMONSENSE, *ARITHMETIC]
+    names = [MMLU, MT_BENCH, PREFERENCE, *GROUPS, *COMMONSENSE, *ARITHMETIC]
     names += [f"{MMLU}_{category}" for category in MMLU_CATEGORIES]
     return names + [f"{MMLU}_{subject}" for subject in MMLU_SUBJECTS]
 
@@ -79,7 +80,7 @@ def _from_harness(word: str, ours: set[str]) -> list[str]:
 def _available() -> str:
     return (
         f"Available: {', '.join([MMLU, *GROUPS])}, their members ({', '.join([*COMMONSENSE, *ARITHMETIC])}, "
-        f"{MMLU}_<subject>), {MT_BENCH}, and every task of lm-eval."
+        f"{MMLU}_<subject>), {MT_BENCH}, {PREFERENCE}, and every task of lm-eval."
     )
 
 
@@ -103,6 +104,7 @@ class Plan:
     groups: dict[str, Group] = field(default_factory=dict)
     harness_tasks: dict[str, Task] = field(default_factory=dict)  # lm-eval's own, by lm-eval's names
     harness_groups: dict[str, Group] = field(default_factory=dict)
+    pairs: RunConfig | None = None  # what says which pairs `preference` asks for
     questions: list[dict[str, Any]] = field(default_factory=list)  # of MT-Bench
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # to put beside the results of a task or group
     warnings: list[str] = field(default_factory=list)

@@ -33,11 +33,14 @@ def gain(source: Source, written: Path) -> dict[str, Any] | None:
     """The losses of the packed base and with the adapter, of the checkpoint and of the model folder `written`, and
     `survived`, the share of what the adapter brought on the packed base that `written` has over the checkpoint.
 
-    One model is in memory at a time. None where the base was not packed, or no run says what it was trained on.
+    One model is in memory at a time. None where the base was not packed, no run says what it was trained on, or it
+    learnt from preferences.
     """
     if source.packed is None or source.target.folder is None or source.target.adapter is None:
         return None
     own = from_dict(read_yaml_object(source.target.folder / runs.CONFIG))
+    if own.by_preference:
+        return None  # what it brought is no loss of imitation
     own.model = source.packed
     data = data_of(own, source.tokenizer)
     rows = data.train if data.eval is None else data.eval

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import __version__
+from sparseft.config import OBJECTIVES
 from sparseft.data import prompts
 from sparseft.errors import UserError, reason_of, shown
 from sparseft.publish.facts import Facts, Score, shown_config, shown_path, shown_words
@@ -202,6 +203,7 @@ def _overview(facts: Facts) -> list[tuple[str, Any]]:
         ("base fingerprint", f"`{fingerprint}`, by which sparseft knows it" if fingerprint else None),
         ("data", f"{_data(facts)}{examples}" if facts.dataset else None),
         ("method", f"`{facts.method}`"),
+        ("objective", _objective(facts.summary)),
         ("trained weights", _share(facts)),
         ("training", f"{count(get('steps'))} steps, {count(get('tokens'))} tokens" if get("steps") else None),
         ("hardware and time", _hardware(facts)),
@@ -282,7 +284,20 @@ def _loss(summary: dict[str, Any]) -> str | None:
     if number(after) is None:
         return None
     change = f"{fixed(before)} before, {fixed(after)} after training" if number(before) is not None else fixed(after)
+    if (objective := _objective(summary)) is not None:
+        margin, accuracy = (number(summary.get(f"eval_{name}_after")) for name in ("margin", "accuracy"))
+        text = f"Loss of {objective} on held-out data: {change}."
+        if margin is not None:
+            text += f" Margin of rewards after training: {fixed(margin)}"
+            text += "." if accuracy is None else f", the right way round in {percent(accuracy)} of the pairs."
+        return text
     return f"Loss on held-out examples of the training data, in nats a token: {change}."
+
+
+def _objective(summary: dict[str, Any]) -> str | None:
+    """The preference objective that was trained by; None for imitation."""
+    found = summary.get("objective")
+    return found if found in OBJECTIVES[1:] else None
 
 
 def _score(score: Score) -> list[str]:

@@ -27,6 +27,7 @@ from sparseft.report.comparison import comparison
 from sparseft.report.html import write_page
 from sparseft.report.learning import learnt_and_forgotten
 from sparseft.report.numbers import count, duration, fixed, memory, number, percent, rate, short_count, signed, when
+from sparseft.report.preference import preference
 from sparseft.report.rate import found_rates
 from sparseft.report.run_data import Run, name_runs, read_run
 from sparseft.report.selected import selected
@@ -52,6 +53,7 @@ def build_report(runs: Sequence[Path], out: Path) -> Path:
         tiles=_tiles(loaded[0]) if single else [],
         comparison=None if single else comparison(loaded),
         loss=_curves(loaded),
+        preference=preference(loaded[:MANY], drawn),
         rate=found_rates(loaded[:MANY], drawn),
         evaluation=_evaluation(loaded),
         learning=learnt_and_forgotten(loaded, drawn, MANY),
@@ -122,6 +124,12 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if number(get("eval_loss_after")) is not None:
         was = f"{fixed(get('eval_loss_before'))} before"
         entries.append(("Evaluation loss", fixed(get("eval_loss_after")), was))
+    if number(get("eval_margin_after")) is not None:
+        accuracy = number(get("eval_accuracy_after"))
+        shown = "of rewards" if accuracy is None else f"{percent(accuracy)} of the pairs in the right order"
+        entries.append(
+            ("Margin", fixed(get("eval_margin_after")), f"{fixed(get('eval_margin_before'))} before; {shown}")
+        )
     for task in run.headline[:2]:
         if task in run.after:
             old = run.before.get(task)
@@ -158,12 +166,14 @@ def _curves(runs: list[Run]) -> dict[str, Any]:
         panel = Panel(label, lines, zero=True, bands=[band for band in bands if band])
         if not many:
             others.append(line_chart([[panel]], "optimizer step", height=190, width=440, legend=False))
-    panel = Panel("loss (nats per token)", series)
+    objectives = list(dict.fromkeys(run.objective for run in runs))
+    panel = Panel("loss (nats per token)" if objectives == ["sft"] else f"loss ({', '.join(objectives)})", series)
     return {
         "chart": drawn(
             lambda width: line_chart([[panel]], "optimizer step", height=324 if single else 380, width=width)
         ),
         "grouped": grouped,
+        "objectives": objectives,
         "others": [chart for chart in others if chart],
     }
 

@@ -90,6 +90,11 @@ class Run:
         return str(known or "unknown method")
 
     @property
+    def objective(self) -> str:
+        """sft where nothing else is said."""
+        return str(self.get("objective") or self.config.get("objective") or "sft")
+
+    @property
     def model(self) -> str:
         return str(self.get("model") or self._configured("model", "path") or "unknown model")
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from sparseft import __version__, console, signals
-from sparseft.data.loading import LoadedData
+from sparseft.data.loaded import LoadedData
 from sparseft.data.sampling import calibration_batches
 from sparseft.distributed import ranks
 from sparseft.distributed.zero3 import any_sharded

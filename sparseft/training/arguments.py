@@ -64,18 +64,21 @@ def training_arguments(
     total_steps: int,
     autocast: bool = False,
     unused: bool = False,
-) -> transformers.TrainingArguments:
+    kind: type = transformers.TrainingArguments,
+    **more: Any,
+) -> Any:
     """The Trainer's arguments of a run, but for its folder; steps are optimizer steps. `schedules.check` comes before.
 
     config: with the learning rate that it is to be, also where that is the method's.
     autocast: fp32 weights are computed with in bf16.
     unused: a step may leave parameters without a gradient (experts that no token reached).
+    kind, more: their class, and what it takes besides.
     """
     batch_size, accumulation = micro_batches(config, hardware)
     warmup = schedules.warmup_steps(config, total_steps)
     if warmup != config.warmup_steps:
         console.log(f"warm-up: {warmup} steps instead of {config.warmup_steps}, as the run has only {total_steps}")
-    arguments = transformers.TrainingArguments(
+    arguments = kind(
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
@@ -112,7 +115,8 @@ def training_arguments(
         label_names=["labels"],
         disable_tqdm=True,
         report_to=[],
-        **(_activation_checkpointing() if checkpointing_of(config, hardware) == "full" else {}),
+        **_activation_checkpointing(checkpointing_of(config, hardware) == "full"),
+        **more,
     )
     # Several devices are several processes here. A single one that sees several GPUs would have its model wrapped in
     # `nn.DataParallel`: larger batches, in copies of the sparse layers whose deltas never come back.
@@ -135,11 +139,11 @@ def micro_batches(config: TrainerConfig, hardware: HardwareConfig) -> tuple[int,
     return limit, config.gradient_accumulation * (config.batch_size // limit)
 
 
-def _activation_checkpointing() -> dict[str, Any]:
-    """The arguments that turn recomputation on, under the name that the installed transformers gives them.
+def _activation_checkpointing(on: bool) -> dict[str, Any]:
+    """The arguments for recomputation, under the name that the installed transformers gives them.
 
     Not the reentrant kind: it needs an input that requires a gradient, and with frozen embeddings there is none.
     """
     names = {field.name for field in fields(transformers.TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    return {name: on, **({f"{name}_kwargs": {"use_reentrant": False}} if on else {})}

@@ -19,6 +19,11 @@ from sparseft.training.checkpoints import OWN_STATE
 from sparseft.training.run_state import Mark, RunState
 
 
+def of_objective(logs: dict[str, Any]) -> dict[str, float]:
+    """What a preference objective says of a step or an evaluation beside its loss: rewards and log-probabilities."""
+    return {name: logs[name] for name in logs if name.removeprefix("eval_").startswith(("rewards/", "logps/"))}
+
+
 class RunCallback(transformers.TrainerCallback, ExportableState):
     """Metrics, progress and interrupts of one run; checkpoints carry its totals, so that a resumed run goes on."""
 
@@ -94,7 +99,7 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
         logs = logs or {}
         if "eval_loss" in logs:
             score = {name: logs[name] for name in ("eval_score", "eval_score_stderr") if name in logs}
-            self._append(record | {"eval_loss": logs["eval_loss"]} | score)
+            self._append(record | {"eval_loss": logs["eval_loss"]} | score | of_objective(logs))
             if not math.isfinite(logs["eval_loss"]):
                 raise self.run.failure(
                     f"the evaluation loss is {logs['eval_loss']} at step {state.global_step}"
@@ -104,6 +109,8 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
             if self.progress is not None:
                 shown = f", score {score['eval_score']:.4f}" if score else ""
                 shown += f" ± {score['eval_score_stderr']:.4f}" if "eval_score_stderr" in score else ""
+                for name in ("margins", "accuracies"):
+                    shown += f", {name} {logs[key]:.4f}" if (key := f"eval_rewards/{name}") in logs else ""
                 console.log(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}{shown}")
             return
         if "loss" not in logs:  # the Trainer's own summary at the end
@@ -119,6 +126,7 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
             "tokens_per_second": (now.tokens - last.tokens) / seconds if seconds > 0 else None,
             "step_seconds": seconds / steps,
             "memory_gib": memory_bytes(args.device, peak=False) / 2**30,
+            **of_objective(logs),
             **({"bad_steps": bad} if bad else {}),
         }
         self._append(record)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sparseft.config import AUTO, BITSANDBYTES, BUNDLED, OPTIMIZERS, RunConfig, in_bundle
-from sparseft.data.loading import named_sources
+from sparseft.data.reading import named_sources
 from sparseft.data.sources import locate
 from sparseft.distributed import launch
 from sparseft.distributed.env import check_variables, processes
@@ -103,6 +103,15 @@ def learning_rate(config: RunConfig) -> float:
     return given if isinstance(given, float) else config.method.learning_rate
 
 
+def check_objective(config: RunConfig) -> None:
+    """Refuses a preference objective without the library whose loss it is."""
+    if config.by_preference and importlib.util.find_spec("trl") is None:
+        raise UserError(
+            f"objective={config.objective}: needs the package trl, whose losses these are: pip install "
+            "'sparseft[preference]'."
+        )
+
+
 def check_trainer(config: RunConfig) -> None:
     """Refuses a schedule that cannot be followed, and an optimizer or a tracker that this machine has not, and
     prompts that cannot be read."""
@@ -112,6 +121,7 @@ def check_trainer(config: RunConfig) -> None:
             "trainer.learning_rate=auto: a rate is found in one process; find it there (hardware.num_processes=1 "
             "trainer.max_steps=1), with a trainer.gradient_accumulation that makes up for the others, and give it here."
         )
+    check_objective(config)
     trackers.check(trainer.trackers)
     read_prompts(trainer.sample_prompts)
     schedules.check(trainer, learning_rate(config), trainer.max_steps if trainer.max_steps > 0 else None)

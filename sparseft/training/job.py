@@ -22,7 +22,6 @@ from sparseft.adapters.state import state_of
 from sparseft.compose.run_config import to_yaml
 from sparseft.config import AUTO, BUNDLED, RunConfig
 from sparseft.data.packing import Collator, check_packing
-from sparseft.data.sampling import calibration_batches
 from sparseft.distributed import ranks
 from sparseft.distributed.deepspeed import forget_zero
 from sparseft.errors import LayoutWarning, UserError
@@ -45,9 +44,7 @@ from sparseft.runs.folder import (
     prepare_run_folder,
 )
 from sparseft.runs.metrics import truncate_metrics
-from sparseft.selection.compute import as_trained, reselect
 from sparseft.selection.engine_ranks import describe_export
-from sparseft.selection.exclude import read_excluded
 from sparseft.selection.picture import draw_shares, trained_shares
 from sparseft.selection.selection import Selection, describe_selection, describe_trainable
 from sparseft.training import checks, schedules
@@ -60,17 +57,19 @@ from sparseft.training.checkpoints import CHECKPOINTS, last_checkpoint
 from sparseft.training.distributed_trainer import has_experts
 from sparseft.training.labelled_loss import usable
 from sparseft.training.predicted import in_words, labelled_share, predicted_floors
+from sparseft.training.preference.objectives import OBJECTIVES
+from sparseft.training.preference.outcome import outcome
 from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.prepare import select as cached_or_computed
 from sparseft.training.recomputing import KINDS
+from sparseft.training.reselecting import reselecting
 from sparseft.training.reselection import Reselection
 from sparseft.training.run_state import Mark
-from sparseft.training.running import Running, check_seen
+from sparseft.training.running import check_seen
 from sparseft.training.sample_answers import Asked, SampleAnswers, read_prompts
 from sparseft.training.trackers import Trackers, tracked
 from sparseft.training.trainer import Trainer
 from sparseft.training.trainer import train as run_loop
-from sparseft.training.turns import Turns, turns_of
 
 
 @dataclass
@@ -95,7 +94,7 @@ class Job:
     method_config: dict[str, Any] | None = None  # with what the method left to the model
     trainable: int = 0
     labelled: bool = False  # logits of labelled tokens alone (`trainer.loss`)
-    floors: float = 0.0  # what a step is predicted to cost
+    floors: float | None = None  # what a step is predicted to cost
     export_rank: int | None = None  # that an exact LoRA of what trains needs
     arguments: transformers.TrainingArguments | None = None
     found: rates.Found | None = None  # the learning rate, where that was not given
@@ -192,8 +191,9 @@ def _scorer(config: RunConfig) -> Any:
 
 
 def training_rows(prepared: Prepared) -> Any:
-    """Training examples, packed where that is asked for."""
-    return prepared.data.train if prepared.data.packed is None else prepared.data.packed
+    """Training examples, packed where that is asked for; of a preference objective pairs, or answers."""
+    data = prepared.data
+    return data.preferences or (data.train if data.packed is None else data.packed)
 
 
 def count_steps(config: RunConfig, prepared: Prepared) -> int:
@@ -208,7 +208,7 @@ def count_steps(config: RunConfig, prepared: Prepared) -> int:
 def _check_context(config: RunConfig, prepared: Prepared) -> None:
     """Refuses examples longer than the model's context: learned positions end there, others never saw more."""
     context, data = context_length(prepared.model.config), prepared.data
-    longest = max(int(part.lengths.max()) for part in (data.train, data.eval) if part is not None)
+    longest = max(int(part.lengths.max()) for part, _ in data.parts() if len(part))
     if context and config.trainer.pad_to == "max_length" and config.trainer.max_length > context:
         raise UserError(
             f"trainer.pad_to=max_length: trainer.max_length={config.trainer.max_length} is more than the model's "
@@ -292,12 +292,15 @@ def attach(job: Job) -> None:
     _predict(job)
     job.export_rank = describe_export(job.selection, job.spec, config.method)
     whole = job.method.trains_all
-    options = {
+    options: dict[str, Any] = {
         "unused": has_experts(model) or (whole and bool(job.spec.frozen)),
         "autocast": prepared.device.type == "cuda" and job.dtype.itemsize == 2 and whole,
     }
     if config.trainer.learning_rate == AUTO:
         _find_rate(job, options)
+    if config.by_preference:
+        own = OBJECTIVES[config.objective]
+        options |= {"kind": own.configuration(), **own.arguments(config.trainer, prepared.pad)}
     job.arguments = training_arguments(
         dataclasses.replace(config.trainer, learning_rate=job.learning_rate),
         config.hardware,
@@ -336,8 +339,10 @@ def _loss_options(job: Job) -> dict[str, Any]:
 
 
 def _predict(job: Job) -> None:
-    """Says what a step will cost."""
+    """Says what a step will cost; of a preference objective, whose step is another one, nothing."""
     config, data = job.config, job.prepared.data.train
+    if config.by_preference:
+        return
     job.labelled = usable(job.prepared.model, config)
     share = labelled_share(data, job.labelled)
     length = round(data.num_tokens / max(1, len(data)))
@@ -382,9 +387,9 @@ def _describe(job: Job, folder: Path) -> None:
         "train": data.train_source,
         "eval": data.eval_source or None,
         "format": data.format,
-        "examples": len(data.train),
+        "examples": len(data.preferences or data.train),
         "rows": len(job.rows),
-        "tokens": data.train.num_tokens,
+        "tokens": sum(part.num_tokens for part in data.trained),
         "fingerprint": data.fingerprint,
     }
     dtype, world = str(job.dtype).removeprefix("torch."), ranks.rank_and_world()[1]
@@ -407,27 +412,16 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
     config, prepared = job.config, job.prepared
     if job.resumed_from is None:
         _picture(job, trackers, 0)
-    trainer = Trainer(
-        prepared.model,
-        job.arguments,
-        run=folder,
-        save_total_limit=config.trainer.save_total_limit,
-        max_bad_steps=config.trainer.max_bad_steps,
-        score=job.scorer.on_validation(prepared.model, prepared.tokenizer) if job.scorer else None,
-        report=trackers.log,
-        train_dataset=job.rows,
-        eval_dataset=prepared.data.eval,
-        compile_layers=config.trainer.compile == "layers",
-        **_loss_options(job),
-        data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
-        processing_class=None,
-    )
+    trainer = _trainer(job, folder, trackers)
     average = None
     if config.trainer.average is not None:
         average = Average(config.trainer.average, prepared.model, job.total_steps, job.resumed_from)
         trainer.add_callback(average)
     if config.method.reselect_steps:
-        job.reselection = _reselection(job, trainer)
+        job.reselection = reselecting(
+            config.method, prepared, job.spec, trainer.run_state.clock,
+            ended_at=job.previous.ended_at if job.previous else None, resumed=job.resumed_from,
+        )  # fmt: skip
         trainer.add_callback(job.reselection)
     best = Best(
         folder / CHECKPOINTS,
@@ -455,6 +449,34 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
     return Trained(trainer, best, before, totals)
 
 
+def _trainer(job: Job, folder: Path, trackers: Trackers) -> Trainer:
+    config, prepared = job.config, job.prepared
+    options: dict[str, Any] = {
+        "run": folder,
+        "save_total_limit": config.trainer.save_total_limit,
+        "max_bad_steps": config.trainer.max_bad_steps,
+        "score": job.scorer.on_validation(prepared.model, prepared.tokenizer) if job.scorer else None,
+        "report": trackers.log,
+    }
+    if config.by_preference:
+        from sparseft.training.preference.trainer import make_trainer  # brings TRL, seconds that others need not wait
+
+        return make_trainer(
+            config, prepared.model, job.arguments, prepared.data, prepared.tokenizer, prepared.pad, **options
+        )
+    return Trainer(
+        prepared.model,
+        job.arguments,
+        train_dataset=job.rows,
+        eval_dataset=prepared.data.eval,
+        compile_layers=config.trainer.compile == "layers",
+        data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
+        processing_class=None,
+        **_loss_options(job),
+        **options,
+    )
+
+
 def _picture(job: Job, trackers: Trackers, step: int) -> None:
     """Shows trackers what trains; where nothing is chosen there is nothing to see."""
     if trackers.opened and not job.method.trains_all:
@@ -476,42 +498,6 @@ def _last_step(job: Job, folder: Path) -> int:
     counted = ranks.broadcast_object(evaluations(folder, range(best_from(job), step + 1)) if ranks.is_main() else [])
     impatient = settings.patience is not None and without_a_better(counted) >= settings.patience
     return step if impatient or reached(settings.target_score, seen.eval_score) else job.total_steps
-
-
-def _reselection(job: Job, trainer: Trainer) -> Reselection:
-    """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time, or by
-    what training shows, of all layers or of one."""
-    method, prepared = job.config.method, job.prepared
-    ended_at = job.previous.ended_at if job.previous else None
-    if method.reselects_running and method.reselects_in_turn:
-        turns = turns_of(prepared.model, job.spec)
-        return Turns(method.reselect_steps, prepared.model, turns, trainer.run_state.clock, ended_at, job.resumed_from)
-    excluded = read_excluded(method.exclude)  # now: the folders may go while it trains
-    if method.reselects_running:
-        console.log(
-            f"selection: anew every {method.reselect_steps} steps by the gradients of the steps themselves "
-            f"(method.reselect_by=running); importance {method.importance} makes the first choice alone"
-        )
-        return Running(
-            method.reselect_steps,
-            prepared.model,
-            job.spec,
-            as_trained(prepared.model, method, spec=job.spec, excluded=excluded),
-            order=method.order,
-            seed=method.seed,
-            clock=trainer.run_state.clock,
-            ended_at=ended_at,
-            resumed=job.resumed_from,
-        )
-
-    def choose(step: int) -> Selection:
-        seed = method.seed + step
-        batches = None
-        if method.needs_data:
-            batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
-        return reselect(prepared.model, method, batches, seed=seed, spec=job.spec, excluded=excluded)
-
-    return Reselection(method.reselect_steps, choose, trainer.run_state.clock, ended_at)
 
 
 def _evaluation(job: Job, trainer: Trainer, step: int, when: str, anew: bool = False) -> Evaluation | None:
@@ -571,6 +557,9 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
             "test_score_stderr": stderr,
         }
     summary = _summary(job, trained, after) | ({"best_step": kept.step} if kept else {})
+    if config.by_preference and first:
+        steps = (each.step if each else None for each in (trained.before, after))
+        summary |= outcome(folder, *steps)
     summary |= ({"bad_steps": trained.totals.bad} if trained.totals.bad else {}) | scores
     if spikes := trainer.run_state.spikes.count:
         summary["loss_spikes"] = spikes
@@ -589,6 +578,7 @@ def _summary(job: Job, trained: Trained, after: Evaluation | None) -> dict[str, 
         "method": config.method_name,
         "model": config.model.path,
         "dataset": config.dataset.title,
+        "objective": config.objective,
         "sparsity": None if job.method.trains_all else 1 - job.trainable / scope,
         "scope": config.method.scope,
         "trainable_parameters": job.trainable,

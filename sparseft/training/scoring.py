@@ -13,6 +13,7 @@ from sparseft.data.question_hashes import QuestionHashes
 from sparseft.distributed.ranks import is_main
 from sparseft.errors import UserError
 from sparseft.evaluation.mt_bench import MT_BENCH
+from sparseft.evaluation.preference import PREFERENCE
 from sparseft.evaluation.progress import Answers
 from sparseft.evaluation.run import conclude, evaluate, prepare
 from sparseft.evaluation.target import Target
@@ -34,6 +35,11 @@ class Scorer:
         if len(names) != 1:
             raise UserError(f"{asked}: expected one task or group of tasks.")
         self.name = names[0]
+        if self.name == PREFERENCE:
+            raise UserError(
+                f"trainer.eval_task={self.name}: a run by preferences (objective=dpo, say) measures margin and "
+                "accuracy anyway."
+            )
         if self.name == MT_BENCH:
             raise UserError(
                 f"trainer.eval_task={self.name}: a judge scores its answers elsewhere, so it cannot choose."

@@ -118,8 +118,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         **options: Any,
     ) -> None:
         args.output_dir = str(run / CHECKPOINTS)
-        options["data_collator"] = Counting(options["data_collator"], rows=labelled)
-        options["train_dataset"] = Numbered(options["train_dataset"])
+        self.feed(options, labelled)
         with tf32_as_set(), seen_as_adapted(model):
             super().__init__(model=model, args=args, **options)
         self.run_state = RunState(run, max_bad_steps, args.device)
@@ -145,6 +144,11 @@ class Trainer(distributed_trainer.DistributedTrainer):
         self.run_callback = RunCallback(self.run_state, report)
         self.add_callback(self.run_callback)
 
+    def feed(self, options: dict[str, Any], labelled: bool) -> None:
+        """Has batches say what they hold, of the arguments that `super().__init__` is going to get."""
+        options["data_collator"] = Counting(options["data_collator"], rows=labelled)
+        options["train_dataset"] = Numbered(options["train_dataset"])
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model is given: the batch without what is for the host alone."""
         return super()._prepare_inputs({name: value for name, value in inputs.items() if name not in HOST})
@@ -156,7 +160,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-step: forward and backward; returns its share of the step's mean loss over labelled tokens."""
         batch = args[1] if len(args) > 1 else kwargs["inputs"]
-        self.memory.micro_step(batch["input_ids"].numel())
+        self.memory.micro_step(sum(ids.numel() for name, ids in batch.items() if name.endswith("input_ids")))
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with self.compiled.running() if self.compiled is not None else contextlib.nullcontext():
@@ -338,12 +342,12 @@ class Trainer(distributed_trainer.DistributedTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """`{"eval_loss": …}`: the mean loss over all labelled tokens of the evaluation set; with `eval_score`, and
-        `eval_score_stderr`, where there is one."""
+        """What is `measured` on the evaluation set, `{"eval_loss": …}`; with `eval_score`, and `eval_score_stderr`,
+        where there is one."""
         # A loader draws a seed whenever it is iterated over; the dropout of training must not depend on that.
         cuda = [self.args.device] if self.args.device.type == "cuda" else []
         with self.run_state.clock.paused(), torch.random.fork_rng(devices=cuda), self.advising_memory():
-            metrics = {f"{metric_key_prefix}_loss": self.held_out_loss(eval_dataset)}
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measured(eval_dataset).items()}
             if self.score is not None:
                 # With ZeRO-3 all processes answer the same questions in step, also while the model is whole yet:
                 # transformers' generate() waits for the others.
@@ -356,6 +360,10 @@ class Trainer(distributed_trainer.DistributedTrainer):
         # As in transformers' own: this resets `should_evaluate`, else the end of an epoch evaluates once more.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measured(self, eval_dataset: Any = None) -> dict[str, float]:
+        """`{"loss": …}`: the `held_out_loss`."""
+        return {"loss": self.held_out_loss(eval_dataset)}
 
     def held_out_loss(self, eval_dataset: Any) -> float:
         """Nats a token, the mean over all labelled tokens of `eval_dataset` (None: of the evaluation set)."""

@@ -20,7 +20,8 @@ from sparseft.adapters.state import require_state
 from sparseft.compose.run_config import from_dict
 from sparseft.config import DatasetConfig, RunConfig
 from sparseft.data.files import locate_file
-from sparseft.data.loading import LoadedData, check_tokens, data_of, load_datasets
+from sparseft.data.loaded import LoadedData
+from sparseft.data.loading import check_tokens, data_of, load_datasets
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
 from sparseft.errors import UserError
@@ -62,6 +63,11 @@ class Trimming:
         own = from_dict(read_yaml_object(folder / runs.CONFIG))
         if target.adapter is None or not own.method.separable:
             raise UserError(f"the run {folder}: {inseparable(own.method_name)}")
+        if own.by_preference:
+            raise UserError(
+                f"the run {folder}: objective={own.objective} learnt from preferences, and trimming keeps what lowers "
+                "the loss of imitation."
+            )
         keys = {word.lstrip("+~").partition("=")[0] for word in overrides}
         own.dataset = config.dataset if "dataset" in keys else _changed(own.dataset, config.dataset, "dataset", keys)
         own.trainer = _changed(own.trainer, config.trainer, "trainer", keys)

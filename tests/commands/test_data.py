@@ -92,3 +92,22 @@ def test_what_is_wrong_is_one_sentence(world: Path, model_folder: Any, tmp_path:
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 5}))
     assert "embeddings have 5 rows" in refused(world, "data", "pairs.jsonl", f"model.path={small}")
+
+
+def test_of_pairs_both_answers_are_shown(world: Path) -> None:
+    done = sparseft(world, "data", "objective=dpo", "--examples", "1")
+    better, worse = done.out.split("--- worse answer 1: ")
+    assert better.startswith(
+        "--- better answer 1: 36 tokens, 24 of them learnt\nOne more thing: What age is the bipt?\n⟦Let me"
+    )
+    assert "\n⟦The bipt is old.</s>⟧\n" in worse and "examples   64 to train on, 24 held out" in done.out
+    found = sparseft(world, "data", "objective=kto", "trainer.batch_size=2", "--json").json
+    assert found["examples"] == 128 and sum(row["examples"] for row in found["histogram"]) == 128
+    assert [each["answer"] for each in found["shown"]] == ["better", "worse"] * 3
+    chats = {"prompt": [{"role": "user", "content": "a"}], "chosen": [{}], "rejected": [{}]}
+    (world / "chosen.jsonl").write_text(json.dumps(chats) + "\n", encoding="utf-8")
+    message = refused(world, "data", "chosen.jsonl")
+    assert (
+        "line 1: these are pairs of a better and a worse answer, and objective=sft imitates one; objective=dpo"
+        in message
+    )

@@ -484,12 +484,38 @@ def test_a_setting_without_effect_is_warned_about() -> None:
         ("seed=-1", ["seed=-1"]),
         ("hardware.num_processes=0", ["at least 1"]),
         ("method=s2ft sparsity=0.9 method.o_ratio=0.1", ["sparsity=0.9", "ratios"]),
+        # what a preference objective does not go with
+        ("objective=dop", ["objective=dop", "Did you mean 'dpo'?"]),
+        ("trainer.beta=0.2", ["trainer.beta=0.2", "objective=sft has none"]),
+        ("objective=dpo trainer.beta=0", ["trainer.beta=0.0", "more than 0"]),
+        ("objective=dpo trainer.compile=layers", ["trainer.compile=layers", "use none"]),
+        ("objective=dpo trainer.label_smoothing=0.1", ["trainer.label_smoothing=0.1", "TRL's", "use 0.0"]),
+        ("objective=dpo trainer.pad_to=max_length", ["trainer.pad_to=max_length", "use longest"]),
+        ("objective=ipo trainer.learning_rate=auto", ["trainer.learning_rate=auto", "give a number"]),
+        ("objective=orpo dataset.packing=true", ["dataset.packing=true", "use false"]),
+        ("objective=dpo dataset=[a.json:0.5,b.json:0.5]", ["dataset.mix=[a.json:0.5,b.json:0.5]", "use null"]),
+        ("objective=dpo dataset.replay=a.json:0.1", ["dataset.replay", "objective=dpo", "use null"]),
+        ("objective=dpo trainer.checkpointing=selective", ["trainer.checkpointing=selective", "none or full"]),
+        ("objective=simpo hardware.zero_stage=2", ["hardware.zero_stage=2", "one process"]),
+        ("objective=simpo hardware.num_processes=2", ["hardware.num_processes=2", "use 1"]),
+        ("objective=kto", ["trainer.batch_size=1", "use 2 or more"]),
+        ("objective=kto trainer.batch_size=4 hardware.micro_batch=1", ["hardware.micro_batch=1", "use 2 or more"]),
     ],
 )
 def test_wrong_input(words: str, expected: list[str]) -> None:
     message = refused(*words.split(" "))
     for part in expected:
         assert part in message
+
+
+def test_a_preference_objective_brings_its_data_set() -> None:
+    assert make("objective=dpo").dataset.name == "preference" and make().dataset.name == "commonsense"
+    assert (
+        make("objective=sft").dataset.name == "commonsense"
+        and make("objective=dpo", "dataset=json").dataset.name == "json"
+    )
+    assert make("objective=dpo", "dataset.train_path=a.jsonl").dataset.name == "preference"
+    assert make("objective=simpo", "trainer.beta=2.5").trainer.beta == 2.5
 
 
 # -- the user's own files ---------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def test_numbers_of_a_data_set() -> None:
     pairs = [([1, 2, 3], [-100, 2, 3]), ([1, 2, 3], [-100, -100, 3]), ([4] * 9, [-100] * 8 + [4]), ([1, 2], [-100, 2])]
     dataset = TokenizedDataset.from_lists(pairs)
     assert duplicates(dataset) == 1
-    assert lengths(dataset) == {"min": 2, "median": 3, "mean": 4.25, "p95": 9, "max": 9}
+    assert lengths(dataset.lengths) == {"min": 2, "median": 3, "mean": 4.25, "p95": 9, "max": 9}
 
 
 def test_the_parts_are_the_text(tokenizer: Any) -> None:

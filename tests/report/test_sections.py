@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sparseft.files import atomic
-from sparseft.report import answers, learning, selected
+from sparseft.report import answers, learning, preference, selected
 from sparseft.report.comparison import comparison, differences
 from sparseft.report.run_data import Answer, Run, Score, read_run
 
@@ -340,3 +340,27 @@ def test_scores_of_zero_only_are_drawn(tmp_path: Path) -> None:
     nothing = entry(0, kept_share=None)
     found = selected.selected(selection(tmp_path, None, candidates={"layers.0.a": nothing}), drawn)
     assert "nan" not in "".join(found["scores"]["charts"])
+
+
+# -- preference -------------------------------------------------------------------------------------------------------
+
+
+def test_margin_and_accuracy_are_drawn_where_there_are_any() -> None:
+    assert preference.preference([a_run()], drawn) is None
+    steps = [{"step": s, "loss": 0.5, "rewards/margins": s / 10, "rewards/accuracies": 0.5} for s in (1, 2)]
+    held = [
+        {"step": s, "eval_loss": 0.5, "eval_rewards/margins": s / 5, "eval_rewards/accuracies": 0.75} for s in (0, 2)
+    ]
+    summary = {"eval_margin_before": 0.0, "eval_margin_after": 0.4, "eval_accuracy_after": 0.75}
+    run = a_run(metrics=[*steps, *held], summary=summary)
+    found = preference.preference([run], drawn)
+    assert found["note"].replace("\N{NO-BREAK SPACE}", " ") == (
+        "On held-out data the margin went from 0.000 to 0.400, and 75.0 % of the pairs are in the right order."
+    )
+    margin, accuracy = (chart["wide"] for chart in found["charts"])
+    assert "evaluation, optimizer step 2: 0.4" in margin and "training" in margin
+    assert "evaluation, optimizer step 2: 0.75" in accuracy
+    alone = a_run(metrics=[{k: v for k, v in line.items() if "accuracies" not in k} for line in held])  # kto's
+    assert len(preference.preference([alone], drawn)["charts"]) == 1
+    both = preference.preference([run, a_run("other", metrics=held)], drawn)
+    assert both["note"] == "" and "other evaluation" in both["charts"][0]["wide"]

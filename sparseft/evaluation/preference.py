@@ -1,0 +1,121 @@
+"""`preference`: which of two answers a model finds more probable, on pairs that it was not trained on.
+
+Unlike the rewards of a run this asks the model alone, so that the base has a score too. An answer's probability is that
+of all its tokens, its end included; per token (`acc_norm`) a long answer is not at a disadvantage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseft.compose.run_config import from_dict
+from sparseft.config import RunConfig
+from sparseft.data.loaded import Preferences
+from sparseft.data.loading import check_tokens, data_of
+from sparseft.data.packing import Collator, padding_id
+from sparseft.data.tokenized import IGNORED, TokenizedDataset
+from sparseft.errors import UserError
+from sparseft.files.untrusted import read_yaml_object
+from sparseft.models.loading import vocabulary_rows
+from sparseft.runs.folder import CONFIG
+
+PREFERENCE = "preference"
+PAIRED = "dpo"  # an objective whose data are pairs
+CPU_BATCH = 8
+
+
+def settings(config: RunConfig, run: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """What says which pairs are held out: the run's own settings, or what the command says of data."""
+    given = any(word.lstrip("+~").startswith("dataset") for word in overrides)
+    if run is None or given:
+        return dataclasses.replace(config, objective=PAIRED)
+    own = from_dict(read_yaml_object(run / CONFIG))
+    own.objective, own.cache_dir = PAIRED, config.cache_dir
+    return own
+
+
+def held_out(config: RunConfig, tokenizer: Any, model: Any) -> Preferences:
+    """The pairs. UserError where there are none."""
+    data = data_of(config, tokenizer)
+    check_tokens(data, tokenizer, *vocabulary_rows(model))
+    if data.eval_preferences is None:
+        raise UserError(f"{PREFERENCE}: no pairs are held out; give dataset.eval_path=FILE.")
+    return data.eval_preferences
+
+
+@torch.no_grad()
+def answer(
+    model: Any, tokenizer: Any, config: RunConfig, batch_size: int | str, limit: int | None
+) -> list[dict[str, Any]]:
+    """One record a pair, in the order of the data: log-probabilities (nats) of the better and the worse answer, and
+    whether the better one has the higher."""
+    pairs = held_out(config, tokenizer, model)
+    count = min(len(pairs), limit or len(pairs))
+    size = CPU_BATCH if isinstance(batch_size, str) else batch_size
+    pad = padding_id(tokenizer, vocabulary_rows(model)[0])
+    better, worse = (log_probabilities(model, side, count, size, pad) for side in (pairs.better, pairs.worse))
+    records = []
+    for at in range(count):
+        (first, tokens), (second, others) = better[at], worse[at]
+        example = pairs.better[at]
+        start = next(place for place, label in enumerate(example["labels"]) if label != IGNORED)
+        texts = [tokenizer.decode([label for label in side[at]["labels"] if label != IGNORED])
+                 for side in (pairs.better, pairs.worse)]  # fmt: skip
+        right = first > second
+        records.append(
+            {
+                "task": PREFERENCE,
+                "doc_id": at,
+                "prompt": tokenizer.decode(example["input_ids"][:start]),
+                "answer": texts[0] if right else texts[1],
+                "target": texts[0],
+                "correct": right,
+                "truncated": False,
+                "loglikelihoods": [first, second],
+                "metrics": {"acc": float(right), "acc_norm": float(first / tokens > second / others)},
+            }
+        )
+    return records
+
+
+def log_probabilities(model: Any, data: TokenizedDataset, count: int, size: int, pad: int) -> list[tuple[float, int]]:
+    """Of each of the first `count` examples the log-probability of its labelled tokens, and how many these are."""
+    collate, found = Collator(pad), []
+    for start in range(0, count, size):
+        batch = collate([data[at] for at in range(start, min(start + size, count))])
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch, use_cache=False).logits[:, :-1]
+        known = labels != IGNORED
+        for row, mask in enumerate(known):  # one at a time: fp32 logits of a batch may be large
+            chosen = logits[row][mask].float().log_softmax(-1).gather(-1, labels[row][mask].unsqueeze(-1))
+            found.append((float(chosen.double().sum()), int(mask.sum())))
+    return found
+
+
+def add_to(outcome: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Adds the task to what `results.assemble` made of the others, with an entry such as theirs."""
+    count = len(records)
+    means = {name: sum(record["metrics"][name] for record in records) / count for name in ("acc", "acc_norm")}
+    errors = {name: math.sqrt(mean * (1 - mean) / (count - 1)) if count > 1 else None for name, mean in means.items()}
+    margin = sum(record["loglikelihoods"][0] - record["loglikelihoods"][1] for record in records) / count
+    metrics: dict[str, float | None] = {"margin,none": margin}
+    for name in means:
+        metrics |= {f"{name},none": means[name], f"{name}_stderr,none": errors[name]}
+    outcome["tasks"][PREFERENCE] = {
+        "accuracy": means["acc"],
+        "stderr": errors["acc"],
+        "samples": count,
+        "shots": 0,
+        "truncated": 0,
+        "metric": "acc,none",
+        "metrics": metrics,
+    }
+    outcome["members"][PREFERENCE] = [PREFERENCE]
+    outcome["samples"][PREFERENCE] = records

@@ -1,0 +1,55 @@
+"""The way in which a run chooses anew what trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparseft import console
+from sparseft.data.sampling import calibration_batches
+from sparseft.models.spec import ModelSpec
+from sparseft.selection.compute import as_trained, reselect
+from sparseft.selection.exclude import read_excluded
+from sparseft.selection.selection import Selection
+from sparseft.training.prepare import Prepared
+from sparseft.training.reselection import Reselection
+from sparseft.training.running import Running
+from sparseft.training.turns import Turns, turns_of
+
+
+def reselecting(
+    method: Any, prepared: Prepared, spec: ModelSpec, clock: Any, *, ended_at: int | None, resumed: str | None
+) -> Reselection:
+    """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time, or by
+    what training shows, of all layers or of one.
+
+    resumed: the checkpoint that the run goes on from; ended_at: its step, where that was to be the run's last one.
+    """
+    if method.reselects_running and method.reselects_in_turn:
+        turns = turns_of(prepared.model, spec)
+        return Turns(method.reselect_steps, prepared.model, turns, clock, ended_at, resumed)
+    excluded = read_excluded(method.exclude)  # now: the folders may go while it trains
+    if method.reselects_running:
+        console.log(
+            f"selection: anew every {method.reselect_steps} steps by the gradients of the steps themselves "
+            f"(method.reselect_by=running); importance {method.importance} makes the first choice alone"
+        )
+        return Running(
+            method.reselect_steps,
+            prepared.model,
+            spec,
+            as_trained(prepared.model, method, spec=spec, excluded=excluded),
+            order=method.order,
+            seed=method.seed,
+            clock=clock,
+            ended_at=ended_at,
+            resumed=resumed,
+        )
+
+    def choose(step: int) -> Selection:
+        seed = method.seed + step
+        batches = None
+        if method.needs_data:
+            batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
+        return reselect(prepared.model, method, batches, seed=seed, spec=spec, excluded=excluded)
+
+    return Reselection(method.reselect_steps, choose, clock, ended_at)

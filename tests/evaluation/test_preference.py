@@ -1,0 +1,64 @@
+"""`sparseft eval preference`: against log-probabilities one answer at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from sparseft.adapters.lifecycle import load_adapter
+from sparseft.config import BUNDLED_ROOT
+from support.running import refused, sparseft
+
+PAIRS = [json.loads(line) for line in (BUNDLED_ROOT / "data/preference/eval.jsonl").read_text().splitlines()]
+
+
+def by_hand(model: Any) -> list[list[float]]:
+    """Of each pair the log-probabilities of both answers, and their means over tokens."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED_ROOT / "tiny")
+    found = []
+    for pair in PAIRS:
+        row = []
+        for side in ("chosen", "rejected"):
+            prompt = tokenizer(pair["prompt"])["input_ids"]
+            answer = [*tokenizer(pair[side])["input_ids"], tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].float().log_softmax(-1)
+            total = sum(logits[len(prompt) + at - 1, token].item() for at, token in enumerate(answer))
+            row += [total, total / len(answer)]
+        found.append(row)
+    return found
+
+
+def test_base_and_adapter_are_asked_the_runs_held_out_pairs(tmp_path: Path) -> None:
+    words = ["trainer.max_steps=4", "trainer.batch_size=4", "trainer.learning_rate=2e-2", "trainer.warmup_steps=0"]
+    words += ["trainer.gradient_accumulation=2", "model.dtype=float32", "hardware=cpu"]
+    sparseft(tmp_path, "train", "objective=simpo", "method=s2ft", "sparsity=0.9", *words, "output_dir=run")
+    found = sparseft(tmp_path, "eval", "preference", "--run", "run", "eval.batch_size=5", "--json").json
+    entry = found["tasks"]["preference"]
+    base = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED_ROOT / "tiny", dtype=torch.float32)
+    plain = by_hand(base)
+    trained = by_hand(load_adapter(base, tmp_path / "run/adapter"))
+    assert entry["samples"] == len(PAIRS) == 24
+    assert entry["accuracy"] == sum(row[0] > row[2] for row in trained) / 24
+    assert entry["base"] == sum(row[0] > row[2] for row in plain) / 24
+    assert entry["metrics"]["acc_norm,none"] == sum(row[1] > row[3] for row in trained) / 24
+    margin = sum(row[0] - row[2] for row in trained) / 24
+    assert entry["metrics"]["margin,none"] == pytest.approx(margin, rel=1e-4)
+    lines = [json.loads(line) for line in (tmp_path / "run/eval/preference.samples.jsonl").read_text().splitlines()]
+    for line, pair, now, before in zip(lines, PAIRS, trained, plain, strict=True):
+        assert line["prompt"] == pair["prompt"] and line["target"] == f"{pair['chosen']}</s>"
+        assert line["loglikelihoods"] == pytest.approx([now[0], now[2]], rel=1e-4)
+        assert line["base"]["loglikelihoods"] == pytest.approx([before[0], before[2]], rel=1e-4)
+
+
+def test_the_base_alone_and_data_of_ones_own(tmp_path: Path) -> None:
+    found = sparseft(tmp_path, "eval", "preference", "--base", "dataset=preference", "eval.limit=3", "--json").json
+    assert found["tasks"]["preference"]["samples"] == 3 and "base" not in found["tasks"]["preference"]
+    assert "do not say which answer is better" in refused(tmp_path, "eval", "preference", "--base")
+    message = refused(tmp_path, "eval", "preference", "--base", "dataset=preference", "dataset.eval_path=no.jsonl")
+    assert message.startswith("dataset.eval_path: there is no file 'no.jsonl'")
