@@ -16,7 +16,7 @@ from sparseft.adapters.sparse import Sparse
 from sparseft.adapters.state import DEFAULT, Kind, check_new_name, require_state, state_of
 from sparseft.adapters.units import Units
 from sparseft.adapters.waiting import KEEP
-from sparseft.distributed.zero3 import full_shape
+from sparseft.distributed.shards import full_shape
 from sparseft.errors import UserError, nearest
 from sparseft.files.atomic import replaced_folder
 from sparseft.files.hub import adapter_folder

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.adapters.state import state_of
-from sparseft.distributed.zero3 import is_sharded
+from sparseft.distributed.shards import is_sharded
 from sparseft.errors import UserError
 from sparseft.layers import SparseLinear, sparse_layers
 

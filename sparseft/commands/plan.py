@@ -12,7 +12,7 @@ from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.models.decoder import context_length
-from sparseft.models.loading import load_config
+from sparseft.models.loading import load_config, model_dtype
 from sparseft.training import checks, memory_plan
 from sparseft.training.arguments import micro_batches
 from sparseft.training.distributed_trainer import has_experts
@@ -45,7 +45,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         )
     content = load_config(config.model)
     transformers.logging.set_verbosity_error()
-    dtype = memory_plan.model_dtype(config, content)
+    dtype = model_dtype(config.model, content)
     limit = context_length(content)
     length = config.trainer.max_length
     if limit and length > limit:  # training refuses longer examples, not the setting

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.distributed.zero3 import is_sharded
+from sparseft.distributed.shards import is_sharded
 from sparseft.errors import UserError
 from sparseft.kernels import grid, reference
 from sparseft.layers.beside_product import BesideProduct, added

@@ -328,13 +328,6 @@ def device_bytes(hardware: HardwareConfig) -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def model_dtype(config: RunConfig, content: transformers.PretrainedConfig) -> torch.dtype:
-    """As the model is loaded: what the config asks for, else what the checkpoint says, else float32."""
-    asked = config.model.dtype if config.model.dtype != "auto" else None
-    stored = asked or getattr(content, "dtype", None) or torch.float32
-    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored)
-
-
 def sharded(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
     """What is left on one device when DeepSpeed's ZeRO shards over all processes."""
     processes, stage = config.hardware.all_processes, config.hardware.zero_stage

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from sparseft import S2FTConfig, SylvaConfig, attach, compute_selection, detach
 from sparseft.config import HardwareConfig, ModelConfig
 from sparseft.distributed.deepspeed import forget_zero
-from sparseft.distributed.zero3 import cast, full_shape, gathered, load_state, state_on_first
+from sparseft.distributed.shards import cast, full_shape, gathered, load_state, state_on_first
 from sparseft.errors import UserError
 from sparseft.files.atomic import write_json
 from sparseft.memory import AllocationCounter

@@ -1,0 +1,249 @@
+"""FSDP2, torch's `fully_shard`: a model in shards over all processes, one decoder layer of which is whole at a time.
+
+The model is sharded as soon as it is loaded, by torch itself. accelerate would shard it when training begins, and has
+no FSDP on a CPU: until then each process would hold all of it, for calibration, the first evaluation and the deltas'
+places. So accelerate is handed a model that is prepared already (`is_prepared`), and does the rest as ever: data,
+mixed precision, clipping, accumulation.
+
+What a sparse method or LoRA trains is put into the sharded model afterwards, so FSDP2 does not know of it: these
+parameters are plain, the same on every process, and their gradients are averaged once a step (`average_gradients`).
+They are a few hundredths of the model, so sharding them too would save little and cost a gathering each time they are
+used; whole, their optimizer, checkpoints and files are those of one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparseft.distributed.ranks import all_reduce_sum, is_main, rank_and_world
+from sparseft.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+PLACES = "_sparseft_places"  # the attribute of a parameter in shards: where modules hold it, [(their dict, its name)]
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a shard of one, as torch's DTensor; its shape is that of the whole. Imports nothing for it."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+# ---- loading ----
+
+
+@contextlib.contextmanager
+def read_by_first() -> Iterator[None]:
+    """Inside, transformers reads a checkpoint's weights in the first process of each machine alone (accelerate's
+    `cpu_ram_efficient_loading`); the others' parameters have no values, and mostly no memory."""
+    from accelerate.utils import patch_environment
+
+    with patch_environment(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true"):
+        yield
+
+
+def shard(model: nn.Module, layers: Sequence[nn.Module], embeddings: nn.Module | None, device: torch.device) -> None:
+    """Shards a model, loaded under `read_by_first`, over all processes. The first one's values count: they travel one
+    parameter at a time, and no process has more than one group of parameters whole at once.
+
+    The groups are the decoder `layers`, the embeddings where the head is not tied to them, and the rest. Every group is
+    in shards whenever no pass uses it.
+
+    Raises UserError where a group's parameters differ in dtype, or two groups share one.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    groups = list(layers)
+    if embeddings is not None and _is_apart(embeddings, model):
+        groups.insert(0, embeddings)
+    _check_groups(model, groups)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _from_first(buffer, device)
+    mesh = init_device_mesh(device.type, (rank_and_world()[1],), mesh_dim_names=("fsdp",))
+    for group in (*groups, model):
+        _fill(group, device)
+        fully_shard(group, mesh=mesh, reshard_after_forward=True)
+    _note_places(model)
+    model._is_fsdp_managed_module = True  # type: ignore[assignment]  # transformers' generate() waits for the others
+
+
+def _is_apart(part: nn.Module, model: nn.Module) -> bool:
+    """Whether no module outside of `part` holds a parameter of it."""
+    inside, own = set(part.modules()), {id(p) for p in part.parameters()}
+    others = (p for module in model.modules() if module not in inside for p in module._parameters.values())
+    return own.isdisjoint(map(id, others))
+
+
+def _check_groups(model: nn.Module, groups: Sequence[nn.Module]) -> None:
+    group_of = {module: number for number, group in enumerate(groups) for module in group.modules()}
+    owners: dict[int, int] = {}
+    dtypes: dict[int, torch.dtype] = {}
+    kind = type(model).__name__
+    for path, module in model.named_modules():
+        number = group_of.get(module, -1)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if owners.setdefault(id(parameter), number) != number:
+                raise UserError(
+                    f"hardware.fsdp=true: {kind} uses '{path}.{name}' elsewhere too, which FSDP2 cannot shard; use "
+                    "hardware.fsdp=false."
+                )
+            first = dtypes.setdefault(number, parameter.dtype)
+            if parameter.dtype != first:
+                raise UserError(
+                    f"hardware.fsdp=true: {kind} keeps '{path}.{name}' in {parameter.dtype} beside {first}, and FSDP2 "
+                    "shards weights of one dtype; use model.dtype=float32, or hardware.fsdp=false."
+                )
+
+
+def _fill(group: nn.Module, device: torch.device) -> None:
+    """Puts whole parameters on the device, with the first process's values; tied ones stay one."""
+    filled: dict[int, nn.Parameter] = {}
+    for module in group.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or is_dtensor(parameter):
+                continue
+            if id(parameter) not in filled:
+                filled[id(parameter)] = nn.Parameter(_from_first(parameter, device), parameter.requires_grad)
+            module._parameters[name] = filled[id(parameter)]
+
+
+@torch.no_grad()
+def _from_first(tensor: Tensor, device: torch.device) -> Tensor:
+    if is_main():
+        value = tensor.detach().to(device).contiguous()
+    else:
+        value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    dist.broadcast(value, src=0)
+    return value
+
+
+def _note_places(model: nn.Module) -> None:
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if is_dtensor(parameter):
+                places.setdefault(id(parameter), []).append((module._parameters, name))
+    for parameter in model.parameters():
+        if is_dtensor(parameter):
+            setattr(parameter, PLACES, places[id(parameter)])
+
+
+# ---- reading and writing what is in shards ----
+
+
+@contextlib.contextmanager
+def gathered(parameter: DTensor, *, changed: bool) -> Iterator[Tensor]:
+    """Inside, modules hold a whole parameter in the place of one in shards; yields it. changed: what the first process
+    has made of it is what all shards hold afterwards."""
+    whole = nn.Parameter(parameter.detach().full_tensor(), requires_grad=parameter.requires_grad)
+    places = getattr(parameter, PLACES)
+    for held, name in places:
+        held[name] = whole
+    try:
+        yield whole
+    finally:
+        for held, name in places:
+            held[name] = parameter
+    if changed:
+        dist.broadcast(whole.detach(), src=0)
+        fill(parameter, whole.detach())
+
+
+@torch.no_grad()
+def fill(parameter: DTensor, whole: Tensor) -> None:
+    """Takes this process's part of a whole tensor, which all have."""
+    parameter.to_local().copy_(sharded_as(whole, parameter).to_local())
+
+
+def sharded_as(whole: Tensor, parameter: DTensor) -> DTensor:
+    """A whole tensor, which all processes have, in shards as a parameter is; nothing travels."""
+    from torch.distributed.tensor import distribute_tensor
+
+    there = whole.to(parameter.device)
+    return distribute_tensor(there, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+# ---- training ----
+
+
+def is_prepared(model: nn.Module, accelerator: Any) -> None:
+    """Has accelerate take a model as prepared, but for mixed precision: it would wrap it for data parallelism, which
+    knows no shards. Parameters that train and are not in shards become the first process's."""
+    accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    model._is_accelerate_prepared = True  # type: ignore[assignment]
+    for parameter in replicated(model):
+        dist.broadcast(parameter.detach(), src=0)
+
+
+def replicated(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train and are whole in every process."""
+    return [p for p in model.parameters() if p.requires_grad and not is_dtensor(p)]
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], *, some_unused: bool) -> None:
+    """Makes gradients of `replicated` parameters their mean over the processes, by one reduction for each dtype.
+
+    some_unused: a process may have passed a parameter by, as experts are: to the mean it adds nothing. One that all of
+    them passed by stays without a gradient.
+    """
+    parameters = list(parameters)
+    if some_unused:
+        used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+        all_reduce_sum(used)
+        for parameter, count in zip(parameters, used.tolist(), strict=True):
+            if count and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for grads in by_dtype.values():
+        together = torch.cat([grad.flatten() for grad in grads])
+        all_reduce_sum(together)
+        together /= rank_and_world()[1]
+        for grad, mean in zip(grads, together.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+
+# ---- an optimizer whose moments are in shards ----
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state dict that the optimizer of one process would have, on the first process's host; a call of all. In the
+    others tensors are missing."""
+    state = optimizer.state_dict()
+    held: dict[Any, dict[str, Any]] = {}
+    for key, values in state["state"].items():
+        held[key] = dict(values)  # the optimizer's own dicts are what it gives
+        for name, value in values.items():
+            if is_dtensor(value):
+                whole = value.full_tensor()
+                held[key][name] = whole.cpu() if is_main() else None
+    return state | {"state": held}
+
+
+def load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Takes up `whole_state`, which all processes have; each keeps its part. ValueError where a shape does not fit."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = {number: dict(values) for number, values in state["state"].items()}
+    for number, values in held.items():
+        parameter = parameters[number]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.dim() and is_dtensor(parameter):
+                if value.shape != parameter.shape:
+                    shapes = f"{tuple(value.shape)} does not belong to {tuple(parameter.shape)}"
+                    raise ValueError(f"'{name}' of shape {shapes}")
+                values[name] = sharded_as(value, parameter)
+    optimizer.load_state_dict(state | {"state": held})
