@@ -37,6 +37,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     (experts that take turns)."""
     config = copy.deepcopy(config)
     console.clear_warnings()
+    checks.check_sharing(config.hardware)
     checks.check_trainer(config)
     if config.model.quantize != "none":
         raise UserError(
@@ -68,6 +69,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         "hardware": config.hardware.name,
         "processes": config.hardware.all_processes,
         "zero_stage": config.hardware.zero_stage,
+        "fsdp": config.hardware.fsdp,
         "batch": batch,
         "length": length,
         "predicted_floors": predicted_floors(shape.model, shape.spec, config, length=length, labelled=1.0),
@@ -125,7 +127,7 @@ def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> b
     elif name == "gradient_checkpointing" and config.checkpointing != "full":
         hardware.gradient_checkpointing = True
         given["hardware.gradient_checkpointing"] = "true"
-    elif name == "zero_stage" and hardware.all_processes > 1 and hardware.zero_stage < stage:
+    elif name == "zero_stage" and hardware.all_processes > 1 and hardware.zero_stage < stage and not hardware.fsdp:
         hardware.zero_stage = stage
         given["hardware.zero_stage"] = str(stage)
     elif name == "offload" and hardware.zero_stage == 3 and hardware.offload == "none":
@@ -145,7 +147,7 @@ def render(result: dict[str, Any]) -> None:
     unit, size = ("GiB", GIB) if memory["total"] >= GIB else ("MiB", 2**20)
     share = result["trainable_parameters"] / result["total_parameters"]
     processes = f"{result['processes']} processes, " if result["processes"] > 1 else ""
-    sharing = f"ZeRO {result['zero_stage']}, " if result["zero_stage"] else ""
+    sharing = "FSDP2, " if result["fsdp"] else f"ZeRO {result['zero_stage']}, " if result["zero_stage"] else ""
     console.table(
         f"Plan: {result['method']} on {result['model']}, {result['dtype']}, {result['trainable_parameters']:,} of "
         f"{result['total_parameters']:,} parameters trained ({share:.2%})",

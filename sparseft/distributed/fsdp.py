@@ -14,6 +14,7 @@ used; whole, their optimizer, checkpoints and files are those of one process.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from sparseft.errors import UserError
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-PLACES = "_sparseft_places"  # the attribute of a parameter in shards: where modules hold it, [(their dict, its name)]
+_sharded: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the models of this process
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -72,7 +73,7 @@ def shard(model: nn.Module, layers: Sequence[nn.Module], embeddings: nn.Module |
     for group in (*groups, model):
         _fill(group, device)
         fully_shard(group, mesh=mesh, reshard_after_forward=True)
-    _note_places(model)
+    _sharded.add(model)
     model._is_fsdp_managed_module = True  # type: ignore[assignment]  # transformers' generate() waits for the others
 
 
@@ -128,17 +129,6 @@ def _from_first(tensor: Tensor, device: torch.device) -> Tensor:
     return value
 
 
-def _note_places(model: nn.Module) -> None:
-    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if is_dtensor(parameter):
-                places.setdefault(id(parameter), []).append((module._parameters, name))
-    for parameter in model.parameters():
-        if is_dtensor(parameter):
-            setattr(parameter, PLACES, places[id(parameter)])
-
-
 # ---- reading and writing what is in shards ----
 
 
@@ -147,14 +137,15 @@ def gathered(parameter: DTensor, *, changed: bool) -> Iterator[Tensor]:
     """Inside, modules hold a whole parameter in the place of one in shards; yields it. changed: what the first process
     has made of it is what all shards hold afterwards."""
     whole = nn.Parameter(parameter.detach().full_tensor(), requires_grad=parameter.requires_grad)
-    places = getattr(parameter, PLACES)
+    modules = (module for model in _sharded for module in model.modules())
+    places = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is parameter]
     for held, name in places:
         held[name] = whole
     try:
         yield whole
     finally:
         for held, name in places:
-            held[name] = parameter
+            held[name] = parameter  # type: ignore[assignment]
     if changed:
         dist.broadcast(whole.detach(), src=0)
         fill(parameter, whole.detach())

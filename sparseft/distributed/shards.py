@@ -81,8 +81,10 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
     UserError where the shards lie on a disk (`hardware.offload=nvme`). What FSDP2 has sharded keeps the dtype that it
     gathers, and is loaded in the one that is to train (`prepare.py`).
     """
-    if any(fsdp.is_dtensor(parameter) and parameter.dtype != dtype for parameter in model.parameters()):
-        raise ValueError(f"FSDP2 has sharded weights that are not in {dtype}")
+    if in_fsdp := [parameter for parameter in model.parameters() if fsdp.is_dtensor(parameter)]:
+        if any(parameter.dtype != dtype for parameter in in_fsdp):
+            raise ValueError(f"FSDP2 has sharded weights that are not in {dtype}")
+        return
     model.to(dtype)
     for name, parameter in model.named_parameters():
         shard = shard_of(parameter)

@@ -329,7 +329,9 @@ def device_bytes(hardware: HardwareConfig) -> int | None:
 
 
 def sharded(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
-    """What is left on one device when DeepSpeed's ZeRO shards over all processes."""
+    """What is left on one device when FSDP2 or DeepSpeed's ZeRO shards over all processes."""
+    if config.hardware.fsdp:
+        return _with_fsdp(config, shape, memory)
     processes, stage = config.hardware.all_processes, config.hardware.zero_stage
     offload = config.hardware.offload != "none"
     if processes == 1 and stage == 0:
@@ -352,6 +354,34 @@ def sharded(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
         if everything:  # an adapter is small enough to stay whole everywhere
             changes["trained"] = -(-memory.trained // processes)
     return dataclasses.replace(memory, **changes)
+
+
+def _with_fsdp(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
+    """FSDP2's groups are the decoder layers, the embeddings where the head is not tied to them, and the rest, which is
+    whole for all of a pass; beside it the layer in use and the next one, which comes in one piece that is then taken
+    apart. Of a model that trains a layer's gradients are whole until they are reduced, in a piece of their own."""
+    processes, model = config.hardware.all_processes, shape.model
+    layers, embeddings = decoder_layers(model)[1], model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    everything = config.method.trains_all
+    base = list(model.parameters()) if everything else frozen
+    own = {id(parameter) for parameter in base}
+    apart = [] if head is not None and head.weight is embeddings.weight else [embeddings]
+    width = 2 if shape.autocast else 1  # what trains is gathered as wide as it is kept
+    groups = [[p for p in part.parameters() if id(p) in own] for part in (*layers, *apart)]
+    inside = {id(parameter) for group in groups for parameter in group}
+    rest = width * tensor_bytes([parameter for parameter in base if id(parameter) not in inside])
+    largest = width * max(map(tensor_bytes, groups))
+    gathered = rest + 3 * largest
+    kept = memory.weights - tensor_bytes(frozen)  # indices and base values are not sharded
+    weights = kept + gathered - (-tensor_bytes(frozen) // processes)
+    if not everything:  # gradients are averaged in one piece
+        return dataclasses.replace(memory, weights=weights, gradients=2 * memory.gradients)
+    return dataclasses.replace(
+        memory, weights=weights, trained=-(-memory.trained // processes), moments=-(-memory.moments // processes),
+        gradients=-(-memory.gradients // processes) + 2 * max(rest, largest),
+    )  # fmt: skip
 
 
 def _gathered(model: nn.Module, parameters: list[Tensor]) -> int:
