@@ -32,7 +32,7 @@ _sharded: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the models of this p
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a shard of one, as torch's DTensor; its shape is that of the whole. Imports nothing for it."""
+    """Whether a tensor is a shard of one, torch's DTensor, whose shape is that of the whole. Imports nothing for it."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
@@ -85,25 +85,22 @@ def _is_apart(part: nn.Module, model: nn.Module) -> bool:
 
 
 def _check_groups(model: nn.Module, groups: Sequence[nn.Module]) -> None:
-    group_of = {module: number for number, group in enumerate(groups) for module in group.modules()}
+    kind, names = type(model).__name__, {id(p): name for name, p in model.named_parameters()}
+    inside = {module for group in groups for module in group.modules()}
+    outside = [p for m in model.modules() if m not in inside for p in m._parameters.values() if p is not None]
     owners: dict[int, int] = {}
-    dtypes: dict[int, torch.dtype] = {}
-    kind = type(model).__name__
-    for path, module in model.named_modules():
-        number = group_of.get(module, -1)
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
+    for number, members in enumerate([*(list(group.parameters()) for group in groups), outside]):
+        for parameter in members:
+            name = names[id(parameter)]
             if owners.setdefault(id(parameter), number) != number:
                 raise UserError(
-                    f"hardware.fsdp=true: {kind} uses '{path}.{name}' elsewhere too, which FSDP2 cannot shard; use "
+                    f"hardware.fsdp=true: {kind} uses '{name}' in two places that FSDP2 gathers apart; use "
                     "hardware.fsdp=false."
                 )
-            first = dtypes.setdefault(number, parameter.dtype)
-            if parameter.dtype != first:
+            if parameter.dtype != members[0].dtype:
                 raise UserError(
-                    f"hardware.fsdp=true: {kind} keeps '{path}.{name}' in {parameter.dtype} beside {first}, and FSDP2 "
-                    "shards weights of one dtype; use model.dtype=float32, or hardware.fsdp=false."
+                    f"hardware.fsdp=true: {kind} keeps '{name}' in {parameter.dtype} beside {members[0].dtype}, and "
+                    "FSDP2 gathers weights of one dtype; use model.dtype=float32, or hardware.fsdp=false."
                 )
 
 
@@ -183,29 +180,30 @@ def replicated(model: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter], *, some_unused: bool) -> None:
-    """Makes gradients of `replicated` parameters their mean over the processes, by one reduction for each dtype.
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Makes the gradients of `replicated` parameters their mean over the processes, by one reduction for each dtype.
 
-    some_unused: a process may have passed a parameter by, as experts are: to the mean it adds nothing. One that all of
-    them passed by stays without a gradient.
+    A process that has passed a parameter by, as tokens do with experts, adds nothing to its mean; one that all have
+    passed by stays without a gradient.
     """
-    parameters = list(parameters)
-    if some_unused:
-        used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
-        all_reduce_sum(used)
-        for parameter, count in zip(parameters, used.tolist(), strict=True):
-            if count and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in parameters:
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for grads in by_dtype.values():
-        together = torch.cat([grad.flatten() for grad in grads])
+        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    for group in by_dtype.values():
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+        missing = [place for place, p in enumerate(group) if p.grad is None]
+        had = grads[0].new_ones(len(group))  # how many processes had a gradient travels with the gradients
+        if missing:
+            had[missing] = 0.0
+        together = torch.cat([*(grad.flatten() for grad in grads), had])
         all_reduce_sum(together)
         together /= rank_and_world()[1]
-        for grad, mean in zip(grads, together.split([grad.numel() for grad in grads]), strict=True):
+        *means, had = together.split([*(grad.numel() for grad in grads), len(group)])
+        for grad, mean in zip(grads, means, strict=True):
             grad.copy_(mean.view_as(grad))
+        for place in missing:  # alone here the device is asked
+            if had[place]:
+                group[place].grad = grads[place]
 
 
 # ---- an optimizer whose moments are in shards ----

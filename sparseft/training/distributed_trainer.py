@@ -172,10 +172,10 @@ class DistributedTrainer(transformers.Trainer):
         return poison_gradient(result) if self.is_deepspeed_enabled and not return_outputs else result
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As transformers makes it; after a step's last one under FSDP2, the gradients of what is whole are averaged."""
+        """As transformers makes it; under FSDP2 a step's last one ends with the gradients of what is whole averaged."""
         loss = super().training_step(*args, **kwargs)
         if self.whole and self.accelerator.sync_gradients:
-            fsdp.average_gradients(self.whole, some_unused=bool(self.args.ddp_find_unused_parameters))
+            fsdp.average_gradients(self.whole)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -2,8 +2,9 @@
 
     python -m torch.distributed.run … tests/support/sharding_worker.py JOB.json
 
-JOB: {"models": {name: {"path", "dtype", "importances"}}, "broken": {name: path}, "fsdp": whether by FSDP2, not ZeRO-3}.
-Each model is loaded in shards, then whole, and held against that; each process leaves what it found as `rank-<n>.json` beside the file.
+JOB: {"models": {name: {"path", "dtype", "importances"}}, "broken": {name: path}, "fsdp": whether by FSDP2 and not by
+ZeRO-3}. Each model is loaded in shards, then whole, and held against that; each process leaves what it found as
+`rank-<n>.json` beside the file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from sparseft import S2FTConfig, SylvaConfig, attach, compute_selection, detach
 from sparseft.config import HardwareConfig, ModelConfig
 from sparseft.distributed.deepspeed import forget_zero
+from sparseft.distributed.fsdp import is_dtensor
 from sparseft.distributed.shards import cast, full_shape, gathered, is_sharded, load_state, shard_of, state_on_first
 from sparseft.errors import UserError
 from sparseft.files.atomic import write_json
@@ -46,11 +48,16 @@ class Counter(AllocationCounter):
 
 
 def bytes_alive() -> int:
-    """Bytes of all floating-point tensors that Python can reach."""
+    """Bytes of all floating-point tensors that Python can reach; of a DTensor its shard is another one."""
     gc.collect()
     found = {}
     for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor) and not item.is_meta and item.is_floating_point():
+        if (
+            issubclass(type(item), torch.Tensor)
+            and not is_dtensor(item)
+            and not item.is_meta
+            and item.is_floating_point()
+        ):
             storage = item.untyped_storage()
             found[storage._cdata] = storage.nbytes()
     return sum(found.values())
