@@ -82,7 +82,7 @@ def save_adapter(
     """Writes an adapter (the active one, or `name`) into the folder `path`, whole or not at all.
 
     LoRA and DoRA leave peft's own files, full fine-tuning a Hugging Face model folder. state_dict: a fully trained
-    model's, where ZeRO-3 has its parameters in shards.
+    model's, where its parameters are in shards.
     """
     state = require_state(model)
     name = state.active if name is None else name

@@ -376,8 +376,8 @@ def _with_fsdp(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
     gathered = rest + 3 * largest
     kept = memory.weights - tensor_bytes(frozen)  # indices and base values are not sharded
     weights = kept + gathered - (-tensor_bytes(frozen) // processes)
-    if not everything:  # gradients are averaged in one piece
-        return dataclasses.replace(memory, weights=weights, gradients=2 * memory.gradients)
+    if not everything:  # gradients are averaged in one piece, when the activations are gone
+        return dataclasses.replace(memory, weights=weights, activations=max(memory.activations, memory.gradients))
     return dataclasses.replace(
         memory, weights=weights, trained=-(-memory.trained // processes), moments=-(-memory.moments // processes),
         gradients=-(-memory.gradients // processes) + 2 * max(rest, largest),

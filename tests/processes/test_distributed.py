@@ -41,7 +41,7 @@ def difference(run: Path, other: Path, base: dict[str, torch.Tensor] | None = No
 
     Of a whole model that is what differs from the `base`, of LoRA the factor that starts at zero.
     """
-    left, right = trained(run), trained(other)
+    left, right = in_one_order(trained(run)), in_one_order(trained(other))
     assert left.keys() == right.keys()
     for name in left:
         if name.endswith("index"):
@@ -50,6 +50,16 @@ def difference(run: Path, other: Path, base: dict[str, torch.Tensor] | None = No
     learnt = [name for name in left if not name.endswith("index") and ("lora_" not in name or "lora_B" in name)]
     size = sum((left[name] - (base[name] if base else 0)).square().sum() for name in learnt)
     return float((apart / size).sqrt())
+
+
+def in_one_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What trains rows or columns, by their numbers: `layout=permuted` keeps another order, but not in shards."""
+    ordered = dict(tensors)
+    for name, index in tensors.items():
+        if name.endswith(("rows.index", "columns.index")):
+            place, delta = index.argsort(), name.replace(".index", ".delta")
+            ordered |= {name: index[place], delta: tensors[delta].index_select(int("columns" in name), place)}
+    return ordered
 
 
 def assert_same_losses(run: Path, other: Path) -> None:

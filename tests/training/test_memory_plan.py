@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -411,9 +412,11 @@ def measured_together(folder: Path, words: dict[str, list[str]]) -> dict[str, di
 
 
 @pytest.mark.slow
-def test_what_zero_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", [range(4), ["fsdp"]], ids=["zero", "fsdp"])
+def test_what_is_sharded(stages: Iterable[int | str], tmp_path: Path) -> None:
     """Prints the second table of docs/benchmarks/memory.md."""
     from support.models import build_tokenizer
+    from support.ranks import sharing
 
     tokenizer = build_tokenizer()
     wide = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -427,9 +430,9 @@ def test_what_zero_shards(tmp_path: Path) -> None:
         "trainer.max_steps=3", "trainer.warmup_steps=0", "dataset.eval_fraction=0", "hardware=cpu",
         "hardware.num_processes=2",
     ]  # fmt: skip
-    cases = {f"{method}-{stage}": (method, stage) for method in SHARED for stage in range(4)}
+    cases = {f"{method}-{stage}": (method, stage) for method in SHARED for stage in stages}
     words = {
-        name: [*common, *SHARED[method], f"hardware.zero_stage={stage}", f"output_dir={tmp_path / 'runs' / name}"]
+        name: [*common, *SHARED[method], sharing(stage), f"output_dir={tmp_path / 'runs' / name}"]
         for name, (method, stage) in cases.items()
     }
     found = measured_together(tmp_path, words)
