@@ -61,6 +61,7 @@ OVERRIDDEN = {
     "_get_grad_norm": ["model", "grad_norm"],
     "_get_output_dir": ["trial"],
     "_get_train_sampler": ["train_dataset"],
+    "_move_model_to_device": ["model", "device"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_load_rng_state": ["checkpoint"],
@@ -491,14 +492,17 @@ def test_the_order_of_accelerates_sampler() -> None:
 # -- FSDP2: its mechanism is held against one process in tests/processes ----------------------------------------------
 
 
-def test_accelerate_takes_a_model_as_prepared() -> None:
-    """Else it would refuse to wrap shards for data parallelism; in several processes alone it would wrap at all."""
+def test_accelerate_wraps_no_model_that_is_only_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator
 
+    from sparseft.distributed.fsdp import keep_unwrapped
+
     accelerator, model = Accelerator(cpu=True), nn.Linear(2, 2)
-    model._is_accelerate_prepared = True  # type: ignore[assignment]
-    accelerator.verify_device_map = lambda _: pytest.fail(relied_on("_is_accelerate_prepared"))
-    assert accelerator.prepare_model(model) is model
+    monkeypatch.setattr(type(accelerator), "distributed_type", "MULTI_CPU")
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda *_, **__: "wrapped")
+    assert accelerator.prepare(model) == "wrapped"  # as it would
+    keep_unwrapped(accelerator)
+    assert accelerator.prepare(nn.Linear(2, 2)).weight.shape == (2, 2), relied_on("evaluation_mode")
 
 
 def test_transformers_asks_whether_a_model_is_in_shards() -> None:

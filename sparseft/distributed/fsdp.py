@@ -2,8 +2,8 @@
 
 The model is sharded as soon as it is loaded, by torch itself. accelerate would shard it when training begins, and has
 no FSDP on a CPU: until then each process would hold all of it, for calibration, the first evaluation and the deltas'
-places. So accelerate is handed a model that is prepared already (`is_prepared`), and does the rest as ever: data,
-mixed precision, clipping, accumulation.
+places. So accelerate leaves the model as it is (`keep_unwrapped`), and does the rest as ever: data, mixed precision,
+clipping, accumulation.
 
 What a sparse method or LoRA trains is put into the sharded model afterwards, so FSDP2 does not know of it: these
 parameters are plain, the same on every process, and their gradients are averaged once a step (`average_gradients`).
@@ -165,12 +165,16 @@ def sharded_as(whole: Tensor, parameter: DTensor) -> DTensor:
 # ---- training ----
 
 
-def is_prepared(model: nn.Module, accelerator: Any) -> None:
-    """Has accelerate take a model as prepared, but for mixed precision: it would wrap it for data parallelism, which
-    knows no shards. Parameters that train and are not in shards become the first process's."""
-    accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-    model._is_accelerate_prepared = True  # type: ignore[assignment]
-    for parameter in replicated(model):
+def keep_unwrapped(accelerator: Any) -> None:
+    """Has accelerate prepare models for mixed precision alone, as it does those that are only evaluated: it would wrap
+    them for data parallelism, which knows no shards."""
+    prepare = accelerator.prepare_model
+    accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
+
+
+def same_everywhere(parameters: Iterable[nn.Parameter]) -> None:
+    """Gives all processes the first one's values of `replicated` parameters."""
+    for parameter in parameters:
         dist.broadcast(parameter.detach(), src=0)
 
 

@@ -163,6 +163,10 @@ class DistributedTrainer(transformers.Trainer):
         """Whether FSDP2 has sharded what trains: the optimizer's moments are in shards then."""
         return self.is_fsdp and not self.whole
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not any_sharded(model):  # shards lie where they belong
+            super()._move_model_to_device(model, device)
+
     def take_best(self, checkpoint: Path) -> None:
         """Takes up the best adapter that a checkpoint knows of."""
 
@@ -190,7 +194,8 @@ class DistributedTrainer(transformers.Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if self.is_fsdp:
-            fsdp.is_prepared(self.model, self.accelerator)
+            fsdp.keep_unwrapped(self.accelerator)
+            fsdp.same_everywhere(self.whole)
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         size_buckets(self.args.hf_deepspeed_config, self.model)
