@@ -492,17 +492,13 @@ def test_the_order_of_accelerates_sampler() -> None:
 # -- FSDP2: its mechanism is held against one process in tests/processes ----------------------------------------------
 
 
-def test_accelerate_wraps_no_model_that_is_only_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_prepares_models_by_the_method_that_is_replaced() -> None:
+    """That it then wraps none is seen in several processes (tests/processes/test_distributed.py)."""
     from accelerate import Accelerator
 
-    from sparseft.distributed.fsdp import keep_unwrapped
-
-    accelerator, model = Accelerator(cpu=True), nn.Linear(2, 2)
-    monkeypatch.setattr(type(accelerator), "distributed_type", "MULTI_CPU")
-    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda *_, **__: "wrapped")
-    assert accelerator.prepare(model) == "wrapped"  # as it would
-    keep_unwrapped(accelerator)
-    assert accelerator.prepare(nn.Linear(2, 2)).weight.shape == (2, 2), relied_on("evaluation_mode")
+    own = parameters(Accelerator.prepare_model)
+    assert own == ["model", "device_placement", "evaluation_mode"], relied_on("evaluation_mode")
+    assert "self.prepare_model(" in inspect.getsource(Accelerator._prepare_one), relied_on("prepare_model")
 
 
 def test_transformers_asks_whether_a_model_is_in_shards() -> None:
