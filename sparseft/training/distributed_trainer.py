@@ -68,7 +68,7 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(layer, ExpertLinear) for layer in sparse_layers(model).values())
 
 
-def check_zero(request: Request, hardware: HardwareConfig) -> None:
+def check_shards(request: Request, hardware: HardwareConfig) -> None:
     """Refuses what cannot train in shards, of the linears that a sparse method is to choose from."""
     if hardware.in_shards is None:
         return

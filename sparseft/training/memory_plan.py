@@ -31,7 +31,7 @@ from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.selection import warn_of_cap
-from sparseft.training.distributed_trainer import check_zero
+from sparseft.training.distributed_trainer import check_shards
 from sparseft.training.labelled_loss import ROWS, labelled_loss, usable
 from sparseft.training.recomputing import KINDS, recomputing
 from sparseft.training.running import Running, check_seen
@@ -132,7 +132,7 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
     spec = ModelSpec.of(model).narrowed(settings.layers)
     if settings.sparse:
         request = Request.of(spec, settings.for_benchmark())
-        check_zero(request, config.hardware)
+        check_shards(request, config.hardware)
         selection = compute(model, request)
         warn_of_cap(selection, settings)
         if settings.importance == "random":  # else the run's own selection is another
@@ -358,29 +358,30 @@ def sharded(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
 
 def _with_fsdp(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
     """FSDP2's groups are the decoder layers, the embeddings where the head is not tied to them, and the rest, which is
-    whole for all of a pass; beside it the layer in use and the next one, which comes in one piece that is then taken
-    apart. Of a model that trains a layer's gradients are whole until they are reduced, in a piece of their own."""
+    whole for all of a pass; beside it what is in use, and the next layer, which comes in one piece that is then taken
+    apart. Of a model that trains a group's gradients are whole until they are reduced, in a piece of their own."""
     processes, model = config.hardware.all_processes, shape.model
-    layers, embeddings = decoder_layers(model)[1], model.get_input_embeddings()
-    head = model.get_output_embeddings()
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     everything = config.method.trains_all
-    base = list(model.parameters()) if everything else frozen
-    own = {id(parameter) for parameter in base}
-    apart = [] if head is not None and head.weight is embeddings.weight else [embeddings]
+    base = {id(parameter): parameter for parameter in (model.parameters() if everything else frozen)}
     width = 2 if shape.autocast else 1  # what trains is gathered as wide as it is kept
-    groups = [[p for p in part.parameters() if id(p) in own] for part in (*layers, *apart)]
-    inside = {id(parameter) for group in groups for parameter in group}
-    rest = width * tensor_bytes([parameter for parameter in base if id(parameter) not in inside])
-    largest = width * max(map(tensor_bytes, groups))
-    gathered = rest + 3 * largest
+
+    def whole(part: nn.Module) -> int:
+        """Bytes of a group, which is left out from then on."""
+        return width * tensor_bytes([base.pop(id(p)) for p in part.parameters() if id(p) in base])
+
+    layer = max(whole(part) for part in decoder_layers(model)[1])
+    first = 0 if tied else whole(embeddings)
+    rest = width * tensor_bytes(list(base.values()))
     kept = memory.weights - tensor_bytes(frozen)  # indices and base values are not sharded
-    weights = kept + gathered - (-tensor_bytes(frozen) // processes)
+    weights = kept + rest + 2 * layer + max(layer, first) - (-tensor_bytes(frozen) // processes)
     if not everything:  # gradients are averaged in one piece, when the activations are gone
         return dataclasses.replace(memory, weights=weights, activations=max(memory.activations, memory.gradients))
     return dataclasses.replace(
         memory, weights=weights, trained=-(-memory.trained // processes), moments=-(-memory.moments // processes),
-        gradients=-(-memory.gradients // processes) + 2 * max(rest, largest),
+        gradients=-(-memory.gradients // processes) + 2 * max(rest, layer, first),
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from sparseft.models.spec import ModelSpec
 from sparseft.selection import cache
 from sparseft.selection.cache import Selected
 from sparseft.selection.compute import Request
-from sparseft.training.distributed_trainer import check_zero
+from sparseft.training.distributed_trainer import check_shards
 
 
 @dataclass
@@ -72,5 +72,5 @@ def prepare(config: RunConfig) -> Prepared:
 def select(config: RunConfig, prepared: Prepared, spec: ModelSpec) -> Selected:
     """The cached selection with this run's key, or a new one, which is then cached."""
     request = Request.of(spec, config.method)
-    check_zero(request, config.hardware)
+    check_shards(request, config.hardware)
     return cache.select(prepared.model, request, prepared.data, prepared.pad, config.cache_dir)

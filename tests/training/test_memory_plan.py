@@ -246,6 +246,22 @@ def test_llama_70b_on_eight_devices(
     assert "70,553,706,496" in shown and "8 processes, ZeRO 3" in shown and f"{one['total'] / 2**30:.2f}" in shown
 
 
+def test_llama_70b_by_fsdp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An eighth of the base, and whole: the head, two layers, and the embeddings, which are larger than a layer."""
+    monkeypatch.setattr(command, "_around", lambda value, limit: [value])
+    path = model_folder(tmp_path / "llama3-70b", LLAMA_70B)
+    words = ["train", "--plan", f"model.path={path}", "method=s2ft", "hardware=8xh100", "hardware.zero_stage=0"]
+    words += ["sparsity=0.99", "trainer.max_length=2048", "hardware.fsdp=true"]
+    plan = sparseft(tmp_path, *words, "--json").json
+    one, trained = plan["per_device"], plan["trainable_parameters"]
+    layer, table = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672, 128256 * 8192
+    assert one["weights"] == pytest.approx(2 * (70.5537e9 / 8 + 2 * table + 2 * layer + trained), rel=0.01)
+    assert (one["trained"], one["gradients"], one["moments"]) == (4 * trained, 4 * trained, 8 * trained)
+    command.render(plan)
+    assert "8 processes, FSDP2" in capsys.readouterr().out
+    assert refused(tmp_path, *words, "hardware.num_processes=1").startswith("hardware.fsdp=true: one process has")
+
+
 def test_what_does_not_fit_comes_with_a_setting_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_around", lambda value, limit: [value])
     path = model_folder(tmp_path / "model", LLAMA_70B | {"num_hidden_layers": 4})
