@@ -187,6 +187,7 @@ class HardwareConfig:
     num_processes: Annotated[int, AT_LEAST_1] = 1
     num_machines: Annotated[int, AT_LEAST_1] = 1
     zero_stage: Literal[0, 1, 2, 3] = 0
+    fsdp: bool = False
     offload: Literal["none", "cpu", "nvme"] = "none"
     offload_dir: str | None = None
     micro_batch: Annotated[int, AT_LEAST_1] | None = None
@@ -201,6 +202,11 @@ class HardwareConfig:
     def all_processes(self) -> int:
         """Processes on all machines."""
         return self.num_processes * self.num_machines
+
+    @property
+    def in_shards(self) -> str | None:
+        """The setting by which no process has the frozen weights whole; None where each has."""
+        return "hardware.fsdp=true" if self.fsdp else "hardware.zero_stage=3" if self.zero_stage == 3 else None
 
 
 def checkpointing_of(trainer: TrainerConfig, hardware: HardwareConfig) -> str:

@@ -61,6 +61,7 @@ OVERRIDDEN = {
     "_get_grad_norm": ["model", "grad_norm"],
     "_get_output_dir": ["trial"],
     "_get_train_sampler": ["train_dataset"],
+    "_move_model_to_device": ["model", "device"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_load_rng_state": ["checkpoint"],
@@ -486,6 +487,54 @@ def test_the_order_of_accelerates_sampler() -> None:
         return list(sampler)
 
     assert order(0) == order(0) != order(1) and sorted(order(1)) == list(range(50)), relied_on("SeedableRandomSampler")
+
+
+# -- FSDP2: its mechanism is held against one process in tests/processes ----------------------------------------------
+
+
+def test_accelerate_prepares_models_by_the_method_that_is_replaced() -> None:
+    """That it then wraps none is seen in several processes (tests/processes/test_distributed.py)."""
+    from accelerate import Accelerator
+
+    own = parameters(Accelerator.prepare_model)
+    assert own == ["model", "device_placement", "evaluation_mode"], relied_on("evaluation_mode")
+    assert "self.prepare_model(" in inspect.getsource(Accelerator._prepare_one), relied_on("prepare_model")
+
+
+def test_transformers_asks_whether_a_model_is_in_shards() -> None:
+    from transformers.integrations import is_fsdp_managed_module
+
+    model = nn.Linear(2, 2)
+    assert not is_fsdp_managed_module(model)
+    model._is_fsdp_managed_module = True  # type: ignore[assignment]
+    assert is_fsdp_managed_module(model), relied_on("_is_fsdp_managed_module")
+
+
+def test_transformers_leaves_reading_to_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations import is_fsdp_enabled
+
+    from sparseft.distributed.fsdp import read_by_first
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert not is_fsdp_enabled()
+    with read_by_first():
+        assert is_fsdp_enabled(), relied_on("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    assert not is_fsdp_enabled()
+
+
+def test_peft_gathers_where_it_takes_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    from sparseft.distributed import shards
+    from sparseft.methods.lora import whole_where_read
+
+    asked: list[Any] = []
+    gathered = shards.gathered
+    monkeypatch.setattr(shards, "gathered", lambda parameters: asked.append(parameters) or gathered(parameters))
+    model = nn.Sequential(nn.Linear(4, 4))
+    with whole_where_read():
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], use_dora=True))
+    assert len(asked) == 1, relied_on("gather_params_ctx")
 
 
 def test_files_are_read_without_running_what_they_hold(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from sparseft.adapters.description import FORMAT_VERSION
 from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State
 from sparseft.adapters.units import Units
 from sparseft.distributed.ranks import is_main
-from sparseft.distributed.zero3 import any_sharded, load_state
+from sparseft.distributed.shards import any_sharded, load_state
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import write_json
 from sparseft.files.hashing import check_whole, describe_whole

@@ -16,7 +16,7 @@ from sparseft.adapters.sparse import Sparse
 from sparseft.adapters.state import DEFAULT, Kind, check_new_name, require_state, state_of
 from sparseft.adapters.units import Units
 from sparseft.adapters.waiting import KEEP
-from sparseft.distributed.zero3 import full_shape
+from sparseft.distributed.shards import full_shape
 from sparseft.errors import UserError, nearest
 from sparseft.files.atomic import replaced_folder
 from sparseft.files.hub import adapter_folder
@@ -82,7 +82,7 @@ def save_adapter(
     """Writes an adapter (the active one, or `name`) into the folder `path`, whole or not at all.
 
     LoRA and DoRA leave peft's own files, full fine-tuning a Hugging Face model folder. state_dict: a fully trained
-    model's, where ZeRO-3 has its parameters in shards.
+    model's, where its parameters are in shards.
     """
     state = require_state(model)
     name = state.active if name is None else name

@@ -23,7 +23,7 @@ from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, check
 from sparseft.adapters.state import BASE, DEFAULT, Kind, Names, Now, State, state_for, state_of
 from sparseft.adapters.tied_weights import always_tied, changed_apart, tell_untied, untie
 from sparseft.adapters.units import Units
-from sparseft.distributed.zero3 import any_sharded, gathered
+from sparseft.distributed.shards import any_sharded, gathered
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import move, write_json
 from sparseft.files.hashing import BODY, file_hash

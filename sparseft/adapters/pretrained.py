@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from sparseft.adapters.state import require_state
-from sparseft.distributed.zero3 import any_sharded
+from sparseft.distributed.shards import any_sharded
 from sparseft.files.atomic import check_replaceable, replaced_folder
 from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.runs.folder import ADAPTER

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.adapters.state import state_of
-from sparseft.distributed.zero3 import is_sharded
+from sparseft.distributed.shards import is_sharded
 from sparseft.errors import UserError
 from sparseft.layers import SparseLinear, sparse_layers
 
@@ -31,7 +31,7 @@ def reference_model(model: nn.Module) -> Any:
     A module of the model's class and with its configuration, without a weight of its own; it gives no gradient.
 
     Raises:
-        UserError: nothing is attached; all of the model trains, so that no base is left; it is in shards (ZeRO-3).
+        UserError: nothing is attached; all of the model trains, so that no base is left; it is in shards.
     """
     state = state_of(model)
     if state is None:
@@ -45,7 +45,9 @@ def reference_model(model: nn.Module) -> Any:
             "precompute_ref_log_probs=True."
         )
     if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise UserError("reference_model: this model is in several processes' shards (ZeRO-3); load a second one.")
+        raise UserError(
+            "reference_model: this model is in several processes' shards (ZeRO-3 or FSDP2); load a second one."
+        )
     twin: Any = copy.copy(model)
     twin.__dict__ = model.__dict__ | {name: OrderedDict() for name in _HOOKS}
     twin.__class__ = type(type(model).__name__, (type(model),), {"train": _as_it_is, "__module__": __name__})

@@ -22,7 +22,7 @@ from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State, state_for,
 from sparseft.adapters.units import Units
 from sparseft.adapters.waiting import Adapter, Source, SparseDelta, Values, on_host
 from sparseft.console import warn
-from sparseft.distributed.zero3 import any_sharded, gathered
+from sparseft.distributed.shards import any_sharded, gathered
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import write_json
 from sparseft.files.hashing import BODY, HASHED, body_hash, file_hash

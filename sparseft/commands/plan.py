@@ -12,7 +12,7 @@ from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.models.decoder import context_length
-from sparseft.models.loading import load_config
+from sparseft.models.loading import load_config, model_dtype
 from sparseft.training import checks, memory_plan
 from sparseft.training.arguments import micro_batches
 from sparseft.training.distributed_trainer import has_experts
@@ -37,6 +37,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     (experts that take turns)."""
     config = copy.deepcopy(config)
     console.clear_warnings()
+    checks.check_sharing(config.hardware)
     checks.check_trainer(config)
     if config.by_preference:
         raise UserError(
@@ -50,7 +51,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         )
     content = load_config(config.model)
     transformers.logging.set_verbosity_error()
-    dtype = memory_plan.model_dtype(config, content)
+    dtype = model_dtype(config.model, content)
     limit = context_length(content)
     length = config.trainer.max_length
     if limit and length > limit:  # training refuses longer examples, not the setting
@@ -73,6 +74,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         "hardware": config.hardware.name,
         "processes": config.hardware.all_processes,
         "zero_stage": config.hardware.zero_stage,
+        "fsdp": config.hardware.fsdp,
         "batch": batch,
         "length": length,
         "predicted_floors": predicted_floors(shape.model, shape.spec, config, length=length, labelled=1.0),
@@ -130,7 +132,7 @@ def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> b
     elif name == "gradient_checkpointing" and config.checkpointing != "full":
         hardware.gradient_checkpointing = True
         given["hardware.gradient_checkpointing"] = "true"
-    elif name == "zero_stage" and hardware.all_processes > 1 and hardware.zero_stage < stage:
+    elif name == "zero_stage" and hardware.all_processes > 1 and hardware.zero_stage < stage and not hardware.fsdp:
         hardware.zero_stage = stage
         given["hardware.zero_stage"] = str(stage)
     elif name == "offload" and hardware.zero_stage == 3 and hardware.offload == "none":
@@ -150,7 +152,7 @@ def render(result: dict[str, Any]) -> None:
     unit, size = ("GiB", GIB) if memory["total"] >= GIB else ("MiB", 2**20)
     share = result["trainable_parameters"] / result["total_parameters"]
     processes = f"{result['processes']} processes, " if result["processes"] > 1 else ""
-    sharing = f"ZeRO {result['zero_stage']}, " if result["zero_stage"] else ""
+    sharing = "FSDP2, " if result["fsdp"] else f"ZeRO {result['zero_stage']}, " if result["zero_stage"] else ""
     console.table(
         f"Plan: {result['method']} on {result['model']}, {result['dtype']}, {result['trainable_parameters']:,} of "
         f"{result['total_parameters']:,} parameters trained ({share:.2%})",

@@ -126,20 +126,30 @@ def check(config: RunConfig) -> None:
                 f"trainer.checkpointing={trainer.checkpointing}: compiled code decides by itself what it computes "
                 f"again; with trainer.compile={trainer.compile} use trainer.checkpointing=none or full."
             )
-        if hardware.zero_stage == 3:
+        if hardware.in_shards:
             raise UserError(
-                f"trainer.checkpointing={trainer.checkpointing}: what is computed again needs weights that ZeRO-3 has "
-                "sharded by then; with hardware.zero_stage=3 use trainer.checkpointing=none or full."
+                f"trainer.checkpointing={trainer.checkpointing}: what is computed again needs weights that are in "
+                f"shards by then; with {hardware.in_shards} use trainer.checkpointing=none or full."
             )
+    if hardware.fsdp and hardware.zero_stage:
+        raise UserError(
+            f"hardware.fsdp=true: FSDP2 and ZeRO are two ways to the same; use hardware.zero_stage=0 (now "
+            f"{hardware.zero_stage}), or hardware.fsdp=false."
+        )
+    if hardware.fsdp and trainer.compile != "none":
+        raise UserError(
+            f"trainer.compile={trainer.compile}: FSDP2 gathers between a model's modules, in Python; with "
+            "hardware.fsdp=true use trainer.compile=none."
+        )
     if hardware.zero_stage and trainer.compile in ("layers", "graphs"):
         raise UserError(
             f"trainer.compile={trainer.compile}: DeepSpeed gathers and reduces between a model's modules, in Python; "
             f"with hardware.zero_stage={hardware.zero_stage} use trainer.compile=none or model."
         )
-    if trainer.average is not None and hardware.zero_stage == 3:
+    if trainer.average is not None and (hardware.zero_stage == 3 or (hardware.fsdp and config.method.trains_all)):
         raise UserError(
-            f"trainer.average={trainer.average}: no process has whole parameters under hardware.zero_stage=3; use "
-            "hardware.zero_stage=2 or less."
+            f"trainer.average={trainer.average}: no process has what trains whole under {hardware.in_shards}; use "
+            "hardware.fsdp=false and hardware.zero_stage=2 or less."
         )
     if hardware.offload != "none" and hardware.zero_stage == 0:
         raise UserError(

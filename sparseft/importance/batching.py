@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseft.distributed import ranks
-from sparseft.distributed.zero3 import any_sharded
+from sparseft.distributed.shards import any_sharded
 from sparseft.errors import UserError
 from sparseft.models.decoder import other_stacks, stacks
 from sparseft.models.head import head_is_apart

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparseft import console
 from sparseft.distributed import ranks
-from sparseft.distributed.zero3 import any_sharded
+from sparseft.distributed.shards import any_sharded
 from sparseft.importance.batching import Group, Sample
 from sparseft.importance.calibration import CalibrationState, Statistics, Watch
 from sparseft.importance.hooks import NotByPosition, Pass, Watcher, differentiable, untouched

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sparseft import __version__, console
 from sparseft.distributed import ranks
-from sparseft.distributed.zero3 import any_sharded, gathered
+from sparseft.distributed.shards import any_sharded, gathered
 from sparseft.errors import UserError
 from sparseft.importance.batching import Share, groups_of
 from sparseft.importance.calibration import (

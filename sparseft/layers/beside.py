@@ -1,8 +1,8 @@
 """`BesideLinear`: a linear whose own weight is never written, with the trained entries beside it.
 
-Quantized weights cannot hold base + delta, nor can one in shards (ZeRO-3), of which a process borrows the rest for the
-time of a product. So the module itself is kept and called, whatever it is, and what a small dense part makes of x is
-added. The part of columns, say, is `compact` (out, k), in the dtype that the model computes in:
+Quantized weights cannot hold base + delta, nor can one in shards (ZeRO-3, FSDP2), of which a process borrows the rest
+for the time of a product. So the module itself is kept and called, whatever it is, and what a small dense part makes of
+x is added. The part of columns, say, is `compact` (out, k), in the dtype that the model computes in:
 
     y = base(x) + x[:, columns] @ compact.T,    compact = round(base values + delta)
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.distributed.zero3 import is_sharded
+from sparseft.distributed.shards import is_sharded
 from sparseft.errors import UserError
 from sparseft.kernels import grid, reference
 from sparseft.layers.beside_product import BesideProduct, added

@@ -52,7 +52,7 @@ def weight_parameter(model: nn.Module, name: str) -> nn.Parameter:
 def plain_weight(model: nn.Module, name: str) -> Tensor:
     """The logical weight (out, in) of the linear or the expert `name`, plain or sparse: a view, without gradient.
 
-    Where ZeRO-3 has sharded it, it has to be gathered (`weight_parameter`).
+    Where it is in shards, it has to be gathered (`weight_parameter`).
     """
     expert = find_expert(model, name)
     return expert.weight if expert is not None else logical_weight(model.get_submodule(name))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparseft.distributed.zero3 import full_shape
+from sparseft.distributed.shards import full_shape
 from sparseft.layers.beside import stands_beside
 from sparseft.layers.convert import convert, replace_module, sparse_layers, tied_names
 from sparseft.layers.permutation import inverse

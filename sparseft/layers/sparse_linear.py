@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparseft.distributed.zero3 import full_shape, gathered
+from sparseft.distributed.shards import full_shape, gathered
 from sparseft.kernels import reference
 from sparseft.layers.pattern import Pattern, as_index, changes, version_of
 from sparseft.layers.permutation import can_train, inverse, permute_entries, permuted
@@ -453,9 +453,9 @@ class SparseLinear(nn.Module):
             old = inverse(self.row_permutation), inverse(self.column_permutation)
             for tensor in (self.weight, self.bias):
                 if tensor is not None:
-                    with gathered([tensor], changed=True):
-                        original = permuted(tensor.detach(), *old, transposed=self.transposed)
-                        tensor.detach().copy_(permuted(original, rows, columns, transposed=self.transposed))
+                    with gathered([tensor], changed=True) as (whole,):
+                        original = permuted(whole.detach(), *old, transposed=self.transposed)
+                        whole.detach().copy_(permuted(original, rows, columns, transposed=self.transposed))
         self.row_permutation, self.column_permutation = rows, columns
         for kind, pattern in self.patterns.items():
             pattern.permute(self.inverse_of(kind))

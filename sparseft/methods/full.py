@@ -35,7 +35,7 @@ class FullConfig(MethodConfig):
         if self.dtype == "float32":
             import torch
 
-            from sparseft.distributed.zero3 import cast
+            from sparseft.distributed.shards import cast
 
             cast(model, torch.float32)
         from sparseft.models.decoder import decoder_layers

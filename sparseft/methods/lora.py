@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,7 +82,7 @@ class LoraConfig(MethodConfig):
             use_dora=self.use_dora,
             fan_in_fan_out=bool(spec.transposed),  # Conv1D keeps its weight as (in, out)
         )
-        with torch.random.fork_rng(devices=[]), exact_targets():
+        with torch.random.fork_rng(devices=[]), exact_targets(), whole_where_read():
             torch.manual_seed(self.seed)
             wrapped = peft.get_peft_model(model, peft_config)
         assert set(lora_modules(wrapped, "default")) == set(targets)
@@ -103,6 +105,21 @@ class DoraConfig(LoraConfig):
     name = "dora"
 
     use_dora: bool = True
+
+
+@contextlib.contextmanager
+def whole_where_read() -> Iterator[None]:
+    """Inside, peft has a base's weight whole where DoRA takes its norms: of shards it knows DeepSpeed's alone."""
+    from peft.tuners.lora import dora
+
+    from sparseft.distributed.shards import gathered
+
+    usual = dora.gather_params_ctx
+    dora.gather_params_ctx = lambda parameters, *_, **__: gathered(parameters)
+    try:
+        yield
+    finally:
+        dora.gather_params_ctx = usual
 
 
 def target_modules(spec: ModelSpec, config: LoraConfig) -> list[str]:

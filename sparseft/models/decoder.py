@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from sparseft.distributed.zero3 import full_shape, running
+from sparseft.distributed.shards import full_shape, running
 from sparseft.errors import UserError
 from sparseft.models.quantized import dequantized, is_packed, is_plain
 
@@ -96,7 +96,7 @@ def context_length(config: Any) -> int | None:
 
 
 def runnable(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Inside, a model in shards can be run, a decoder layer at a time (`zero3.running`); any other as it is."""
+    """Inside, a model in shards can be run, a decoder layer at a time (`shards.running`); any other as it is."""
     return running(model, lambda: decoder_layers(model)[1])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.distributed.zero3 import full_shape, gathered
+from sparseft.distributed.shards import full_shape, gathered
 from sparseft.errors import UserError, shown
 from sparseft.models.decoder import base_parameters
 from sparseft.models.quantized import numbers_of
@@ -49,8 +49,8 @@ def fingerprints_of(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
         if parameter.is_meta or shape.numel() == 0:
             continue
         positions = torch.linspace(0, shape.numel() - 1, min(SAMPLES, shape.numel()), dtype=torch.float64).long()
-        with gathered([parameter]):
-            flat = numbers_of(parameter.detach()).reshape(-1)
+        with gathered([parameter]) as (whole,):
+            flat = numbers_of(whole.detach()).reshape(-1)
             sampled = flat[positions.to(flat.device)].cpu()
         for each, values in ((digest, sampled), (as_fp16, sampled.half())):
             values = values.to(torch.bfloat16).float()

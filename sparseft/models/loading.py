@@ -13,12 +13,13 @@ from torch import nn
 
 from sparseft import console
 from sparseft.config import BUNDLED, BUNDLED_ROOT, HardwareConfig, ModelConfig, in_bundle
+from sparseft.distributed import fsdp
 from sparseft.distributed.deepspeed import no_shared_memory, own_dtypes, zero_config
 from sparseft.distributed.ranks import broadcast_object
-from sparseft.distributed.zero3 import full_shape
+from sparseft.distributed.shards import full_shape
 from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, reason_of, where_looked
 from sparseft.files.hashing import check_whole
-from sparseft.models.decoder import runnable
+from sparseft.models.decoder import decoder_layers, input_embeddings, runnable
 from sparseft.models.probing import check_causal
 from sparseft.models.quantize import check_packed, check_quantize, quantization
 from sparseft.models.quantized import check_config, keep_differentiable, quantized_by
@@ -91,13 +92,15 @@ def _load(what: str, path: str, loader, **options):
         raise UserError(f"model.path={path}: {here}the {what} could not be loaded: {reason_of(error)}") from error
 
 
-def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Module:
+def load_model(config: ModelConfig, device: torch.device | str = "cpu", *, in_shards: bool = False) -> nn.Module:
     """The model on `device`, in evaluation mode, in the dtype asked for (`auto`: as stored); of one on another device
     than the CPU the host never holds more than a few tensors.
 
     A checkpoint that lacks a weight is a `UserError`: a random one in its place would be trained and never noticed. So
     is one that full fine-tuning wrote and that was altered since, one that is quantised, and a model that is not
     causal, which is tried.
+
+    in_shards: sharded by FSDP2, which all processes call together.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -113,27 +116,31 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
         options["revision"] = config.revision
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # said below, in a sentence
     device = torch.device(device)
-    if device.type != "cpu" and not is_deepspeed_zero3_enabled():
+    together = in_shards or is_deepspeed_zero3_enabled()
+    if device.type != "cpu" and not together:
         # Tensor by tensor from the files: the host need not hold the model, which may be larger than its memory.
         options["device_map"] = {"": device}
     if quantized_by(content) is not None:
         options["device_map"] = {"": device}
     if config.quantize != "none":
-        dtype = content.dtype or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+        dtype = model_dtype(config, content)
         options |= {"quantization_config": quantization(config, dtype), "device_map": {"": device}}
     refused = None
     try:
-        with without_report(), console.working(f"loading {config.path}"):
+        first = fsdp.read_by_first() if in_shards else contextlib.nullcontext()
+        with without_report(), console.working(f"loading {config.path}"), first:
             model, report = _load("model", config.path, AutoModelForCausalLM.from_pretrained, **options)
         check_complete(config.path, report)
     except UserError as error:
         refused = error
-    if is_deepspeed_zero3_enabled():  # the first process alone reads the files: all refuse what it did, or go on
+    if together:  # the first process alone reads the files: all refuse what it did, or go on
         told = broadcast_object(None if refused is None else str(refused))
         refused = refused or (UserError(told) if told else None)
     if refused is not None:
         raise refused
-    if getattr(model, "hf_quantizer", None) is None:  # some quantized models refuse to be moved
+    if in_shards:
+        fsdp.shard(model, decoder_layers(model)[1], input_embeddings(model), device)
+    elif getattr(model, "hf_quantizer", None) is None:  # some quantized models refuse to be moved
         model = model.to(device)
     if config.quantize != "none":
         setattr(model, QUANTIZED_FROM, config)
@@ -147,10 +154,10 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Mo
 
 
 def load_in_shards(config: ModelConfig, hardware: HardwareConfig, device: torch.device) -> tuple[nn.Module, Any]:
-    """`load_model`, in shards where ZeRO-3 is asked for (then a call of all processes): no process ever holds more of
-    it than its shard and one gathered module.
+    """`load_model`, in shards where ZeRO-3 or FSDP2 is asked for (then a call of all processes): no process ever holds
+    more of it on its device than its shard and one gathered module, with FSDP2 one decoder layer or the embeddings.
 
-    transformers does it where it finds a DeepSpeed configuration of stage 3: it builds the model under
+    With ZeRO-3 transformers does it where it finds a DeepSpeed configuration of stage 3: it builds the model under
     `deepspeed.zero.Init`, which shards each module as soon as it is made, and rank 0 hands on the checkpoint's tensors,
     mapped from the files, one module after another. Not with offload to a disk: what offloads there holds tensors of
     one dtype only.
@@ -158,6 +165,8 @@ def load_in_shards(config: ModelConfig, hardware: HardwareConfig, device: torch.
     Returns the model and what has to live as long as it does: transformers' settings of ZeRO-3, None without it.
     Weights, dtypes and buffers are those of a model that was loaded whole.
     """
+    if hardware.fsdp:
+        return load_model(config, device, in_shards=True), None
     if hardware.zero_stage != 3 or hardware.offload == "nvme":
         return load_model(config, device), None
     from transformers.integrations import HfDeepSpeedConfig
@@ -204,6 +213,13 @@ def load_config(config: ModelConfig, what: str = "config", *, packed: bool = Fal
             "use one that predicts the next token of a text."
         )
     return content
+
+
+def model_dtype(config: ModelConfig, content: Any) -> torch.dtype:
+    """As the model is loaded: what the config asks for, else what the checkpoint's config.json says, else float32."""
+    asked = config.dtype if config.dtype != "auto" else None
+    stored = asked or getattr(content, "dtype", None) or torch.float32
+    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored)
 
 
 def vocabulary_rows(model: nn.Module) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparseft import console
-from sparseft.distributed.zero3 import full_shape, is_sharded
+from sparseft.distributed.shards import full_shape, is_sharded
 from sparseft.errors import UserError, reason_of
 from sparseft.models.decoder import context_length, in_experts, input_embeddings
 

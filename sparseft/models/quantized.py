@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
+from sparseft.distributed.fsdp import is_dtensor
 from sparseft.errors import UserError
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # `is_floating_point` is true of 8 bits too
@@ -20,7 +21,7 @@ LOADED = ("bitsandbytes", "torchao")  # methods of quantized checkpoints that tr
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's entries are its values: 16 bits or more, and no class of its own that packs or scales them."""
-    return tensor.dtype in PLAIN and type(tensor) in (nn.Parameter, Tensor)
+    return tensor.dtype in PLAIN and (type(tensor) in (nn.Parameter, Tensor) or is_dtensor(tensor))
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparseft.distributed.zero3 import full_shape
+from sparseft.distributed.shards import full_shape
 from sparseft.models.decoder import in_experts, input_embeddings
 from sparseft.models.spec import ModelSpec, role_of
 

@@ -19,7 +19,7 @@ from sparseft import __version__, console, signals
 from sparseft.data.loaded import LoadedData
 from sparseft.data.sampling import calibration_batches
 from sparseft.distributed import ranks
-from sparseft.distributed.zero3 import any_sharded
+from sparseft.distributed.shards import any_sharded
 from sparseft.errors import UserError
 from sparseft.files.atomic import explained
 from sparseft.files.tensors import SELECTION_CONFIG

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparseft import console
 from sparseft.adapters import lifecycle
+from sparseft.distributed.shards import shard_of
 from sparseft.errors import UserError, reason_of, shown
 from sparseft.files.atomic import remove, write_json
 from sparseft.files.hashing import file_hash
@@ -80,7 +81,7 @@ def check_moments(optimizer: Any) -> None:
         for name, value in state.items():
             if not isinstance(value, Tensor) or name not in own:
                 continue
-            if value.shape != (parameter.shape if name != "step" else ()) or not value.isfinite().all():
+            if value.shape != (parameter.shape if name != "step" else ()) or not shard_of(value).isfinite().all():
                 raise ValueError(f"'{name}' of shape {tuple(value.shape)} does not belong to {tuple(parameter.shape)}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sparseft.config import AUTO, BITSANDBYTES, BUNDLED, OPTIMIZERS, RunConfig, in_bundle
+from sparseft.config import AUTO, BITSANDBYTES, BUNDLED, OPTIMIZERS, HardwareConfig, RunConfig, in_bundle
 from sparseft.data.reading import named_sources
 from sparseft.data.sources import locate
 from sparseft.distributed import launch
@@ -24,11 +24,12 @@ from sparseft.training.sample_answers import read_prompts
 def check_one_process(config: RunConfig, command: str) -> None:
     """Refuses several processes to a command that runs in one."""
     check_variables()
-    for field, possible in (("num_processes", 1), ("num_machines", 1), ("zero_stage", 0)):
+    for field, possible in (("num_processes", 1), ("num_machines", 1), ("zero_stage", 0), ("fsdp", False)):
         value = getattr(config.hardware, field)
         if value != possible:
             raise UserError(
-                f"hardware.{field}={value}: `sparseft {command}` runs in one process; use hardware.{field}={possible}."
+                f"hardware.{field}={str(value).lower()}: `sparseft {command}` runs in one process; use "
+                f"hardware.{field}={str(possible).lower()}."
             )
 
 
@@ -41,10 +42,12 @@ def check_hardware(config: RunConfig) -> None:
             "trainer.compile=graphs: CUDA graphs need a CUDA device, and this run is on the CPU; use "
             "trainer.compile=none, model or layers."
         )
-    if hardware.zero_stage == 3 and config.method.reselect_steps:
+    check_sharing(hardware)
+    if hardware.in_shards and config.method.reselect_steps:
         raise UserError(
             f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in the "
-            "weights, which ZeRO-3 has sharded; use hardware.zero_stage=2 or less."
+            f"weights, which {hardware.in_shards} has in shards; use method.reselect_steps=0, or hardware.fsdp=false "
+            "and hardware.zero_stage=2 or less."
         )
     if config.method.reselects_running:
         if config.trainer.compile != "none":
@@ -68,10 +71,11 @@ def check_hardware(config: RunConfig) -> None:
                 f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in "
                 f"the weights, which {quantized} packs; use method.reselect_steps=0."
             )
-        if hardware.zero_stage:
+        if hardware.zero_stage or hardware.fsdp:
+            who, given = ("FSDP2", "hardware.fsdp=true") if hardware.fsdp else ("DeepSpeed", hardware.zero_stage)
             raise UserError(
-                f"{quantized}: DeepSpeed takes no packed weights here yet; use hardware.zero_stage=0 (DDP), now "
-                f"{hardware.zero_stage}."
+                f"{quantized}: {who} takes no packed weights here yet; use hardware.fsdp=false and "
+                f"hardware.zero_stage=0 (DDP), now {given}."
             )
     if hardware.zero_stage and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"hardware.zero_stage={hardware.zero_stage}: deepspeed is not installed.")
@@ -85,6 +89,15 @@ def check_hardware(config: RunConfig) -> None:
                 f"{'GPU' if gpus == 1 else 'GPUs'}, and each process needs its own; use "
                 f"hardware.num_processes={gpus}, or hardware.device=cpu."
             )
+
+
+def check_sharing(hardware: HardwareConfig) -> None:
+    """Refuses shards of a single process."""
+    if hardware.fsdp and processes(hardware) == 1:
+        raise UserError(
+            "hardware.fsdp=true: one process has nobody to share the model with; use hardware.num_processes=2 or more, "
+            "or hardware.fsdp=false."
+        )
 
 
 def check_tests(config: RunConfig) -> None:
@@ -131,10 +144,13 @@ def check_trainer(config: RunConfig) -> None:
             f"{trainer.compile}, which compiles the model's own loss; use trainer.compile=layers."
         )
     name = trainer.optimizer
-    if hardware.zero_stage and name in ("adafactor", *BITSANDBYTES):
+    pieces = f"hardware.zero_stage={hardware.zero_stage}" if hardware.zero_stage else ""
+    if hardware.fsdp and config.method.trains_all:
+        pieces = "hardware.fsdp=true"
+    if pieces and name in ("adafactor", *BITSANDBYTES):
         raise UserError(
-            f"trainer.optimizer={name}: cannot be used here (with hardware.zero_stage={hardware.zero_stage} the "
-            "optimizer gets flat pieces of parameters, of which it would make other steps); use adamw_torch."
+            f"trainer.optimizer={name}: cannot be used here (with {pieces} the optimizer gets pieces of parameters, of "
+            "which it would make other steps); use adamw_torch."
         )
     if name not in BITSANDBYTES:
         return
@@ -171,6 +187,11 @@ def check_model(config: RunConfig) -> None:
     machine has not."""
     content = load_config(config.model, packed=True)
     check_quantize(config.model, content, resolve_device(config.hardware.device))
+    if config.hardware.fsdp and (method := quantized_by(content)) is not None:
+        raise UserError(
+            f"hardware.fsdp=true: the checkpoint of model.path={config.model.path} is quantized ({method}), and FSDP2 "
+            "takes no packed weights here yet; use hardware.fsdp=false (DDP)."
+        )
     if getattr(config.method, "residual", False) and config.model.quantize == "none" and quantized_by(content) is None:
         raise UserError(
             "method.residual=true: this base is at full precision, of which quantization took nothing; it is for "

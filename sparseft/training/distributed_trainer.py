@@ -15,13 +15,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from sparseft import console
 from sparseft.adapters.lifecycle import save_adapter
 from sparseft.adapters.state import state_of
 from sparseft.config import HardwareConfig
 from sparseft.data.sampling import PaddedDataset, PaddedSampler, pad_to_world
+from sparseft.distributed import fsdp
 from sparseft.distributed.deepspeed import (
     MAX_BUCKET,
     change_zero,
@@ -30,7 +31,7 @@ from sparseft.distributed.deepspeed import (
     weights_only,
 )
 from sparseft.distributed.ranks import barrier, is_main, rank_and_world
-from sparseft.distributed.zero3 import full_shape, gathered, is_sharded, state_on_first
+from sparseft.distributed.shards import any_sharded, full_shape, gathered, is_sharded, state_on_first
 from sparseft.errors import RunError, UserError
 from sparseft.layers import put_beside, sparse_layers, write_back
 from sparseft.layers.experts import ExpertLinear
@@ -67,14 +68,14 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(layer, ExpertLinear) for layer in sparse_layers(model).values())
 
 
-def check_zero(request: Request, hardware: HardwareConfig) -> None:
-    """Refuses what DeepSpeed cannot train, of the linears that a sparse method is to choose from."""
-    if hardware.zero_stage != 3:
+def check_shards(request: Request, hardware: HardwareConfig) -> None:
+    """Refuses what cannot train in shards, of the linears that a sparse method is to choose from."""
+    if hardware.in_shards is None:
         return
     if not request.spec.stacked.isdisjoint(candidate.module for candidate in request.budget.candidates):
         raise UserError(
-            "hardware.zero_stage=3: experts kept as 3-D parameters cannot be sharded while single experts of them "
-            "train; use hardware.zero_stage=2 or less."
+            f"{hardware.in_shards}: experts kept as 3-D parameters cannot be sharded while single experts of them "
+            "train; use hardware.fsdp=false and hardware.zero_stage=2 or less."
         )
 
 
@@ -95,7 +96,7 @@ def size_buckets(configuration: Any, model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def whole_parameters(model: nn.Module) -> Iterator[dict[str, Tensor] | None]:
-    """Inside, what trains can be read whole in the first process, also where ZeRO-3 has sharded it.
+    """Inside, what trains can be read whole in the first process, also where ZeRO-3 or FSDP2 has sharded it.
 
     Adapters are gathered on every device. A fully trained model is gathered on the first process's host, part by part:
     its state dict is what is yielded.
@@ -139,6 +140,8 @@ class DistributedTrainer(transformers.Trainer):
     def __init__(self, *args: Any, **options: Any) -> None:
         import_only_to_train()
         super().__init__(*args, **options)
+        self.is_fsdp = not self.is_deepspeed_enabled and any_sharded(self.model)
+        self.whole = fsdp.replicated(self.model) if self.is_fsdp else []  # what trains beside FSDP2's shards
         if self.is_deepspeed_enabled:
             self.add_callback(AfterEngineStep(self.accelerator))
         fillable = self.model_accepts_loss_kwargs
@@ -147,8 +150,22 @@ class DistributedTrainer(transformers.Trainer):
 
     @property
     def is_zero3(self) -> bool:
-        """Whether DeepSpeed shards the parameters too: what runs the model is for all processes to do together."""
+        """Whether DeepSpeed shards the parameters too."""
         return self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_zero3()
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether no process has the parameters whole: what runs the model is for all processes to do together."""
+        return self.is_zero3 or self.is_fsdp
+
+    @property
+    def trains_shards(self) -> bool:
+        """Whether FSDP2 has sharded what trains: the optimizer's moments are in shards then."""
+        return self.is_fsdp and not self.whole
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not any_sharded(model):  # shards lie where they belong
+            super()._move_model_to_device(model, device)
 
     def take_best(self, checkpoint: Path) -> None:
         """Takes up the best adapter that a checkpoint knows of."""
@@ -158,6 +175,17 @@ class DistributedTrainer(transformers.Trainer):
         result = super().compute_loss(model, inputs, return_outputs, **options)
         return poison_gradient(result) if self.is_deepspeed_enabled and not return_outputs else result
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers makes it; under FSDP2 a step's last one ends with the gradients of what is whole averaged."""
+        loss = super().training_step(*args, **kwargs)
+        if self.whole and self.accelerator.sync_gradients:
+            fsdp.average_gradients(self.whole)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        return norm.full_tensor() if fsdp.is_dtensor(norm) else norm
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(data, PaddedDataset):
@@ -165,6 +193,9 @@ class DistributedTrainer(transformers.Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if self.is_fsdp:
+            fsdp.keep_unwrapped(self.accelerator)
+            fsdp.same_everywhere(self.whole)
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         size_buckets(self.args.hf_deepspeed_config, self.model)
@@ -187,11 +218,29 @@ class DistributedTrainer(transformers.Trainer):
         return prepared
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
+        if self.trains_shards:  # one file, as one process leaves it: any number of them can go on from there
+            state = fsdp.whole_state(self._own_optimizer)
+            if is_main():
+                torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+        elif self.is_deepspeed_enabled:
+            self.deepspeed.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
             return super()._save_optimizer_and_scheduler(output_dir)
-        self.deepspeed.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if is_main():
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.trains_shards:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        # Mapped: of whole moments a process takes its part. transformers would put all of them on its device.
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        fsdp.load_whole_state(self._own_optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    @property
+    def _own_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer inside accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # In turn: where the first process has failed, it has removed the folder, and another one would make it anew.

@@ -168,9 +168,11 @@ def set_up(config: RunConfig, previous: resuming.Previous | None) -> Job:
             check_packing(prepared.model, config.trainer.batch_size)
         console.log(f"data: {data.packed.note(config.trainer.batch_size, config.trainer.gradient_accumulation)}")
     contamination = _contamination(config, data, scorer)
-    spec, dtype = ModelSpec.of(prepared.model).narrowed(config.method.layers), next(prepared.model.parameters()).dtype
+    spec = ModelSpec.of(prepared.model).narrowed(config.method.layers)
     asked = _asked(config, prepared)
-    return Job(config, previous, scorer, prepared, total_steps, learning_rate, contamination, spec, dtype, asked)
+    return Job(
+        config, previous, scorer, prepared, total_steps, learning_rate, contamination, spec, prepared.dtype, asked
+    )
 
 
 def _asked(config: RunConfig, prepared: Prepared) -> Asked | None:
@@ -547,7 +549,7 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     if job.scorer is not None:
         test_score = stderr = None
-        if first or config.hardware.zero_stage == 3:
+        if first or config.hardware.in_shards:
             test_score, stderr = job.scorer.on_test(prepared.model, prepared.tokenizer, folder)
         scores = {
             "eval_task": job.scorer.name,

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.data.tokenized import IGNORED
+from sparseft.distributed.shards import any_sharded, gathered
 from sparseft.models.head import (
     after_decoder,
     cross_entropy,
@@ -45,7 +46,12 @@ def usable(model: nn.Module, config: RunConfig) -> bool:
     said."""
     if config.trainer.loss == "plain":
         return False
-    reason = why_plain(model) if config.hardware.zero_stage != 3 else "ZeRO-3 has the head in shards"
+    if config.hardware.zero_stage == 3:
+        reason: str | None = "ZeRO-3 has the head in shards"
+    else:
+        # FSDP2 has the head whole in a pass, which this is not.
+        with gathered(_head(language_model(model)) if any_sharded(model) else ()):
+            reason = why_plain(model)
     if reason is None and config.trainer.compile in ("model", "graphs"):
         reason = f"trainer.compile={config.trainer.compile} takes the whole model"
     if reason is not None:
@@ -153,9 +159,13 @@ def _loss(
 
 def _trained_in_head(model: nn.Module) -> list[nn.Parameter]:
     """What trains and makes logits of the decoder's output; a table tied to the embeddings is also the decoder's."""
+    return [parameter for parameter in _head(model) if parameter.requires_grad]
+
+
+def _head(model: nn.Module) -> list[nn.Parameter]:
     below = {id(p) for p in model.base_model.parameters()}  # type: ignore[operator, union-attr]
     head = [*model.get_output_embeddings().parameters(), *(p for p in model.parameters() if id(p) not in below)]  # type: ignore[operator]
-    return list({id(p): p for p in head if p.requires_grad}.values())
+    return list({id(p): p for p in head}.values())
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -31,7 +31,7 @@ from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.selection import warn_of_cap
-from sparseft.training.distributed_trainer import check_zero
+from sparseft.training.distributed_trainer import check_shards
 from sparseft.training.labelled_loss import ROWS, labelled_loss, usable
 from sparseft.training.recomputing import KINDS, recomputing
 from sparseft.training.running import Running, check_seen
@@ -132,7 +132,7 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
     spec = ModelSpec.of(model).narrowed(settings.layers)
     if settings.sparse:
         request = Request.of(spec, settings.for_benchmark())
-        check_zero(request, config.hardware)
+        check_shards(request, config.hardware)
         selection = compute(model, request)
         warn_of_cap(selection, settings)
         if settings.importance == "random":  # else the run's own selection is another
@@ -328,15 +328,10 @@ def device_bytes(hardware: HardwareConfig) -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def model_dtype(config: RunConfig, content: transformers.PretrainedConfig) -> torch.dtype:
-    """As the model is loaded: what the config asks for, else what the checkpoint says, else float32."""
-    asked = config.model.dtype if config.model.dtype != "auto" else None
-    stored = asked or getattr(content, "dtype", None) or torch.float32
-    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored)
-
-
 def sharded(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
-    """What is left on one device when DeepSpeed's ZeRO shards over all processes."""
+    """What is left on one device when FSDP2 or DeepSpeed's ZeRO shards over all processes."""
+    if config.hardware.fsdp:
+        return _with_fsdp(config, shape, memory)
     processes, stage = config.hardware.all_processes, config.hardware.zero_stage
     offload = config.hardware.offload != "none"
     if processes == 1 and stage == 0:
@@ -359,6 +354,35 @@ def sharded(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
         if everything:  # an adapter is small enough to stay whole everywhere
             changes["trained"] = -(-memory.trained // processes)
     return dataclasses.replace(memory, **changes)
+
+
+def _with_fsdp(config: RunConfig, shape: Shape, memory: Memory) -> Memory:
+    """FSDP2's groups are the decoder layers, the embeddings where the head is not tied to them, and the rest, which is
+    whole for all of a pass; beside it what is in use, and the next layer, which comes in one piece that is then taken
+    apart. Of a model that trains a group's gradients are whole until they are reduced, in a piece of their own."""
+    processes, model = config.hardware.all_processes, shape.model
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    everything = config.method.trains_all
+    base = {id(parameter): parameter for parameter in (model.parameters() if everything else frozen)}
+    width = 2 if shape.autocast else 1  # what trains is gathered as wide as it is kept
+
+    def whole(part: nn.Module) -> int:
+        """Bytes of a group, which is left out from then on."""
+        return width * tensor_bytes([base.pop(id(p)) for p in part.parameters() if id(p) in base])
+
+    layer = max(whole(part) for part in decoder_layers(model)[1])
+    first = 0 if tied else whole(embeddings)
+    rest = width * tensor_bytes(list(base.values()))
+    kept = memory.weights - tensor_bytes(frozen)  # indices and base values are not sharded
+    weights = kept + rest + 2 * layer + max(layer, first) - (-tensor_bytes(frozen) // processes)
+    if not everything:  # gradients are averaged in one piece, when the activations are gone
+        return dataclasses.replace(memory, weights=weights, activations=max(memory.activations, memory.gradients))
+    return dataclasses.replace(
+        memory, weights=weights, trained=-(-memory.trained // processes), moments=-(-memory.moments // processes),
+        gradients=-(-memory.gradients // processes) + 2 * max(rest, layer, first),
+    )  # fmt: skip
 
 
 def _gathered(model: nn.Module, parameters: list[Tensor]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +15,19 @@ from sparseft.data.loading import check_tokens, data_of
 from sparseft.data.packing import padding_id
 from sparseft.kernels.dispatch import kernel_for
 from sparseft.models.decoder import base_parameter_count
-from sparseft.models.loading import load_in_shards, load_tokenizer, resolve_device, vocabulary_rows
+from sparseft.models.loading import (
+    load_config,
+    load_in_shards,
+    load_tokenizer,
+    model_dtype,
+    resolve_device,
+    vocabulary_rows,
+)
 from sparseft.models.spec import ModelSpec
 from sparseft.selection import cache
 from sparseft.selection.cache import Selected
 from sparseft.selection.compute import Request
-from sparseft.training.distributed_trainer import check_zero
+from sparseft.training.distributed_trainer import check_shards
 
 
 @dataclass
@@ -31,6 +38,7 @@ class Prepared:
     tokenizer: Any
     data: Any  # data.LoadedData
     device: Any
+    dtype: torch.dtype  # of the base model
     sharding: Any = None  # transformers' settings of ZeRO-3, to live as long as a model in shards does
 
     @property
@@ -50,16 +58,19 @@ def prepare(config: RunConfig) -> Prepared:
     tokenizer = load_tokenizer(config.model)
     data = data_of(config, tokenizer)
     data.tell()
-    model, sharding = load_in_shards(config.model, config.hardware, device)
+    stored = model_dtype(config.model, load_config(config.model, packed=True))
+    wide = config.hardware.fsdp and config.method.widens(stored)  # what FSDP2 has sharded cannot be cast any more
+    settings = replace(config.model, dtype="float32") if wide else config.model
+    model, sharding = load_in_shards(settings, config.hardware, device)
     check_tokens(data, tokenizer, *vocabulary_rows(model))
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = stored if wide else next(model.parameters()).dtype
     total = base_parameter_count(model)
-    console.log(f"model: {config.model.path}, {total:,} parameters, {dtype} on {device}")
-    return Prepared(model, tokenizer, data, device, sharding)
+    console.log(f"model: {config.model.path}, {total:,} parameters, {str(dtype).removeprefix('torch.')} on {device}")
+    return Prepared(model, tokenizer, data, device, dtype, sharding)
 
 
 def select(config: RunConfig, prepared: Prepared, spec: ModelSpec) -> Selected:
     """The cached selection with this run's key, or a new one, which is then cached."""
     request = Request.of(spec, config.method)
-    check_zero(request, config.hardware)
+    check_shards(request, config.hardware)
     return cache.select(prepared.model, request, prepared.data, prepared.pad, config.cache_dir)

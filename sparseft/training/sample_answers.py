@@ -263,10 +263,10 @@ class SampleAnswers(transformers.TrainerCallback):
         return read_metrics(self.path)
 
     def _take(self, step: int, who: str) -> None:
-        # With ZeRO-3 all processes answer the same prompts in step; otherwise the first one does, and the others wait.
+        # In shards all processes answer the same prompts in step; otherwise the first one does, and the others wait.
         with self.trainer.run_state.clock.paused(), self.trainer.advising_memory():
             answers = []
-            if ranks.is_main() or self.trainer.is_zero3:
+            if ranks.is_main() or self.trainer.in_shards:
                 with self.trainer.compute_loss_context_manager():
                     answers = self.asked.answers(self.model, self.pad)
             ranks.barrier()

@@ -18,7 +18,7 @@ from sparseft import console, signals
 from sparseft.adapters.state import state_of
 from sparseft.data.tokenized import IGNORED
 from sparseft.distributed import ranks
-from sparseft.distributed.zero3 import shard_of
+from sparseft.distributed.shards import shard_of
 from sparseft.errors import Interrupted
 from sparseft.files.atomic import explained, publish
 from sparseft.layers import sparse_layers
@@ -223,9 +223,9 @@ class Trainer(distributed_trainer.DistributedTrainer):
     def name_untrained(self) -> None:
         """Warns of what is to train and got no gradient in this session's first step; once, as it waits for the device.
 
-        Not with DeepSpeed and FSDP, which keep gradients in places and pieces of their own.
+        Not with DeepSpeed, which keeps gradients in places of its own, and where they are in pieces.
         """
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled or (self.in_shards and state_of(self.model).kind.trains_all):
             return
         names = without_gradient(self.model)
         if names and ranks.is_main():
@@ -238,9 +238,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """transformers' own, with its parameter groups; in AdamW's place SparseAdamW where a sparse method trains, and
         the fused one elsewhere."""
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         plain = self.args.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
-        if plain and not sharded and self.optimizer_cls_and_kwargs is None:
+        if plain and not self.is_deepspeed_enabled and self.optimizer_cls_and_kwargs is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             options.pop("fused", None)
             if sparse_layers(self.model):
@@ -349,9 +348,9 @@ class Trainer(distributed_trainer.DistributedTrainer):
         with self.run_state.clock.paused(), torch.random.fork_rng(devices=cuda), self.advising_memory():
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measured(eval_dataset).items()}
             if self.score is not None:
-                # With ZeRO-3 all processes answer the same questions in step, also while the model is whole yet:
-                # transformers' generate() waits for the others.
-                measured = self.score() if ranks.is_main() or self.is_zero3 else None
+                # In shards all processes answer the same questions in step, with ZeRO-3 also while the model is whole
+                # yet: transformers' generate() waits for the others.
+                measured = self.score() if ranks.is_main() or self.in_shards else None
                 score, stderr = ranks.broadcast_object(measured)
                 metrics[f"{metric_key_prefix}_score"] = score
                 if stderr is not None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from sparseft.data.sampling import PaddedDataset, PaddedSampler
 from sparseft.training.checkpoints import write_manifest
-from support.ranks import COMMON, METHODS, TWO, Runs, run_ranks, split, trained
+from support.ranks import COMMON, METHODS, TWO, Runs, Stage, run_ranks, sharing, split, trained
 from support.running import metrics, refused, sparseft, summary, write_data
 
 RESELECTED = ["method.reselect_steps=2", "method.importance=gradient", "method.num_samples=6"]
@@ -27,8 +27,8 @@ METHODS |= {f"{name}, reselected": [*METHODS[name], *RESELECTED] for name in ("s
 METHODS["s2ft, reselected, averaged"] = [*METHODS["s2ft"], *RESELECTED, "trainer.average=ema:0.5"]
 METHODS |= {f"{name}, reselected anew": [*METHODS[name], *CALIBRATED] for name in ("s2ft", "permuted", "sylva")}
 # What two processes train as one does to 1e-5: not weights in bf16, and no re-selection where ZeRO has sharded them.
-EVERY = [(method, stage) for method in METHODS for stage in range(4)
-         if method != "bf16" and (stage < 3 or "reselected" not in method)]  # fmt: skip
+EVERY = [(method, stage) for method in METHODS for stage in (*range(4), "fsdp")
+         if method != "bf16" and (stage not in (3, "fsdp") or "reselected" not in method)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def difference(run: Path, other: Path, base: dict[str, torch.Tensor] | None = No
 
     Of a whole model that is what differs from the `base`, of LoRA the factor that starts at zero.
     """
-    left, right = trained(run), trained(other)
+    left, right = in_one_order(trained(run)), in_one_order(trained(other))
     assert left.keys() == right.keys()
     for name in left:
         if name.endswith("index"):
@@ -52,6 +52,16 @@ def difference(run: Path, other: Path, base: dict[str, torch.Tensor] | None = No
     return float((apart / size).sqrt())
 
 
+def in_one_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What trains rows or columns, by their numbers: `layout=permuted` keeps another order, but not in shards."""
+    ordered = dict(tensors)
+    for name, index in tensors.items():
+        if name.endswith(("rows.index", "columns.index")):
+            place, delta = index.argsort(), name.replace(".index", ".delta")
+            ordered |= {name: index[place], delta: tensors[delta].index_select(int("columns" in name), place)}
+    return ordered
+
+
 def assert_same_losses(run: Path, other: Path) -> None:
     for left, right in zip(metrics(run), metrics(other), strict=True):
         assert left["step"] == right["step"]
@@ -59,7 +69,7 @@ def assert_same_losses(run: Path, other: Path) -> None:
             assert left.get(key) == (pytest.approx(right[key], rel=1e-5) if key in right else None), key
 
 
-def check(runs: Runs, cases: list[tuple[str, int]], model: Path) -> None:
+def check(runs: Runs, cases: list[tuple[str, Stage]], model: Path) -> None:
     """Holds each (method, stage), run in two processes, against one process."""
     found = {}
     for method, stage in cases:
@@ -67,24 +77,25 @@ def check(runs: Runs, cases: list[tuple[str, int]], model: Path) -> None:
         assert_same_losses(alone, together)
         base = {name: value.double() for name, value in load_file(model / "model.safetensors").items()}
         found[method, stage] = difference(alone, together, base if method == "full" else None)
-    print("".join(f"\n{method:20} zero {stage}: {value:.1e}" for (method, stage), value in found.items()))
+    print("".join(f"\n{method:20} {sharing(stage)}: {value:.1e}" for (method, stage), value in found.items()))
     assert all(value < 1e-5 for value in found.values()), found
 
 
 EVERYDAY = [("s2ft", 0), ("sylva", 0), ("lora", 0), ("sylva", 1), ("s2ft", 2), ("s2ft", 3), ("sylva", 3), ("lora", 3),
-            ("s2ft, reselected", 0), ("s2ft, reselected, averaged", 2)]  # fmt: skip
+            ("s2ft, reselected", 0), ("s2ft, reselected, averaged", 2),
+            ("s2ft", "fsdp"), ("sylva", "fsdp"), ("dora", "fsdp"), ("full", "fsdp")]  # fmt: skip
 
 
-SEALED = [("sylva", 1), ("s2ft", 3)]
+SEALED = [("sylva", 1), ("s2ft", 3), ("full", "fsdp")]
 # A run of two processes in two sittings, packed and with its best adapter kept, and the same run in one.
 SITTINGS = [
     *("dataset.packing=true", "trainer.max_length=48", "trainer.scheduler=constant", "trainer.eval_steps=1"),
     *("trainer.save_steps=1", "method.dropout=0.2", "trainer.keep_best=true"),
 ]
-CONTINUED = [0, 3]  # stage 2 resumes as stage 1 does, by the same optimizer: `SEALED`
+CONTINUED = [0, 3, "fsdp"]  # stage 2 resumes as stage 1 does, by the same optimizer: `SEALED`
 
 
-def sittings(runs: Runs, stage: int) -> list[dict[str, Any]]:
+def sittings(runs: Runs, stage: Stage) -> list[dict[str, Any]]:
     cases = []
     for name, *words in (("whole",), ("cut", "trainer.max_steps=2"), ("cut", "trainer.resume=auto")):
         case = runs.case("lora", stage, *split(1, 2), *SITTINGS, f"output_dir={name}-{stage}", *words)
@@ -92,7 +103,7 @@ def sittings(runs: Runs, stage: int) -> list[dict[str, Any]]:
     return cases
 
 
-def grown(runs: Runs, stage: int) -> list[dict[str, Any]]:
+def grown(runs: Runs, stage: Stage) -> list[dict[str, Any]]:
     """A run that ends after two steps, as its schedule has it, and goes on to four."""
     words = ["trainer.scheduler=cosine", "trainer.warmup_steps=1", f"output_dir=grown-{stage}", "trainer.resume=auto"]
     cases = [runs.case("s2ft", stage, *split(1, 2), *words, f"trainer.max_steps={steps}") for steps in (2, 4)]
@@ -112,7 +123,8 @@ def together(runs: Runs) -> Runs:
     cases = [runs.case(method, stage, *(saving if (method, stage) in saved else [])) for method, stage in EVERYDAY]
     continued = [case for stage in CONTINUED for case in (*sittings(runs, stage), *grown(runs, stage))]
     bad = [bad_case(runs, *each) for each in (*BAD, *BAD_IN_A_ROW)]
-    run_ranks(runs.folder, [case, *cases, *continued, *bad, best_case(runs, "s2ft")], seconds=1200)
+    best = [best_case(runs, "s2ft", stage) for stage in (3, "fsdp")]
+    run_ranks(runs.folder, [case, *cases, *continued, *bad, *best], seconds=1200)
     return runs
 
 
@@ -120,13 +132,14 @@ def test_two_processes_train_what_one_trains(together: Runs, model_folder: Any) 
     check(together, EVERYDAY, model_folder())
 
 
-BAD = [("s2ft", 0, "loss"), ("s2ft", 1, "gradient"), ("s2ft", 3, "value"), ("bf16", 0, "loss"), ("bf16", 2, "loss")]
+BAD = [("s2ft", 0, "loss"), ("s2ft", 1, "gradient"), ("s2ft", 3, "value"), ("s2ft", "fsdp", "gradient"),
+       ("bf16", 0, "loss"), ("bf16", 2, "loss"), ("bf16", "fsdp", "value")]  # fmt: skip
 BAD_IN_A_ROW = [("s2ft", 2, "value", 5, 6, 7, 8, 9), ("s2ft", 3, "loss", 1, 3)]  # micro-steps, of which a step has two
-EVERY_BAD = [(method, stage, what) for method in ("s2ft", "bf16") for stage in range(4)
+EVERY_BAD = [(method, stage, what) for method in ("s2ft", "bf16") for stage in (*range(4), "fsdp")
              for what in ("loss", "value", "gradient")]  # fmt: skip
 
 
-def bad_case(runs: Runs, method: str, stage: int, what: str, *micro_steps: int) -> dict[str, Any]:
+def bad_case(runs: Runs, method: str, stage: Stage, what: str, *micro_steps: int) -> dict[str, Any]:
     """A run with bad micro-steps in the last process: the fourth, or those given, after which it is to fail."""
     name = f"bad-{method}-{stage}-{what}" + ("-all" if micro_steps else "")
     words = ["trainer.save_steps=1", "trainer.save_total_limit=9", "trainer.max_bad_steps=2"] if micro_steps else []
@@ -134,7 +147,7 @@ def bad_case(runs: Runs, method: str, stage: int, what: str, *micro_steps: int) 
     return case | {"name": name, "bad": micro_steps or [4], "what": what, "refused": bool(micro_steps)}
 
 
-def check_bad(runs: Runs, cases: list[tuple[str, int, str]]) -> None:
+def check_bad(runs: Runs, cases: list[tuple[str, Stage, str]]) -> None:
     """One process has a step that is not finite: no process updates anything, and the schedule goes on. As without
     DeepSpeed, weights and moments: these make the steps that follow."""
     for method, stage, what in cases:
@@ -177,8 +190,8 @@ def test_every_way_to_be_bad(tmp_path: Path, model_folder: Any) -> None:
 # ---- the best evaluation, and answers, of a model in shards ----
 
 
-def best_case(runs: Runs, method: str) -> dict[str, Any]:
-    """A run with ZeRO-3 judged by answers that are generated. Hardly one is right, so mostly the first step that counts
+def best_case(runs: Runs, method: str, stage: Stage = 3) -> dict[str, Any]:
+    """A run in shards judged by answers that are generated. Hardly one is right, so mostly the first step that counts
     stays best: the second."""
     questions = runs.folder / "questions" / "boolq"
     if not questions.exists():
@@ -193,19 +206,19 @@ def best_case(runs: Runs, method: str) -> dict[str, Any]:
         f"trainer.learning_rate={3e-2 if method != 'full' else 2e-3}",
         "trainer.eval_task=boolq",
         *asking(runs),
-        f"output_dir=best-{method}",
+        f"output_dir=best-{method}-{stage}",
     ]
-    return runs.case(method, 3, *words) | {"name": f"best-{method}"}
+    return runs.case(method, stage, *words) | {"name": f"best-{method}-{stage}"}
 
 
 def asking(runs: Runs) -> list[str]:
     return [f"eval.data_dir={runs.folder / 'questions'}", "eval.limit=3", "eval.max_new_tokens=32"]
 
 
-def check_best(runs: Runs, method: str) -> None:
+def check_best(runs: Runs, method: str, stage: Stage = 3) -> None:
     """The adapter left is that of the best evaluation, in the file and in the sharded model that answered the test's
     questions: the answers are those that one process reads out of the file, and not those of the last step."""
-    run = runs.folder / f"best-{method}"
+    run = runs.folder / f"best-{method}-{stage}"
     chosen = summary(run)["best_step"]
     assert chosen in (2, 4)  # evaluated, and not the last
     left, best, last = (trained(at) for at in (run, *(run / f"checkpoints/checkpoint-{n}" for n in (chosen, 5))))
@@ -222,17 +235,19 @@ def check_best(runs: Runs, method: str) -> None:
     assert answers == again != after and len(answers) == 3
 
 
-def test_the_best_adapter_of_a_model_in_shards(together: Runs) -> None:
-    check_best(together, "s2ft")
+@pytest.mark.parametrize("stage", [3, "fsdp"])
+def test_the_best_adapter_of_a_model_in_shards(together: Runs, stage: Stage) -> None:
+    check_best(together, "s2ft", stage)
 
 
 @pytest.mark.slow
 def test_the_best_of_every_method_in_shards(tmp_path: Path, model_folder: Any) -> None:
     runs = Runs(tmp_path, model_folder())
     methods = ["permuted", "sylva", "lora", "dora", "full"]
-    run_ranks(runs.folder, [best_case(runs, method) for method in methods])
-    for method in methods:
-        check_best(runs, method)
+    cases = [(method, stage) for method in methods for stage in (3, "fsdp")]
+    run_ranks(runs.folder, [best_case(runs, *case) for case in cases])
+    for case in cases:
+        check_best(runs, *case)
 
 
 @pytest.mark.slow
@@ -245,13 +260,14 @@ def test_compiled_in_two_processes(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-def test_scores_of_a_model_in_shards_are_those_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [3, "fsdp"])
+def test_scores_of_a_model_in_shards_are_those_of_one_process(tmp_path: Path, stage: Stage) -> None:
     words = ["method=s2ft", "sparsity=0.9", "dataset.max_examples=24", "dataset.eval_fraction=0.2", "hardware=cpu"]
     words += ["trainer.max_steps=4", "trainer.eval_steps=2", "trainer.max_length=64", "trainer.learning_rate=1e-2"]
     words += ["trainer.warmup_steps=0", "trainer.eval_task=mmlu", "eval.limit=10", "model.dtype=float32"]
     words += ["trainer.sample_prompts=[Name a colour]", "trainer.report_to=tensorboard"]
     sparseft(tmp_path, "train", *words, *split(2, 4), "output_dir=alone")
-    sharded = [*words, *split(2, 2), "output_dir=sharded", TWO, "hardware.zero_stage=3"]
+    sharded = [*words, *split(2, 2), "output_dir=sharded", TWO, sharing(stage)]
     run_ranks(tmp_path, [{"name": "sharded", "command": "train", "overrides": sharded}])
     alone, together = (
         [(line["step"], line["eval_score"]) for line in metrics(tmp_path / name) if "eval_score" in line]
@@ -265,7 +281,7 @@ def test_scores_of_a_model_in_shards_are_those_of_one_process(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("stage", CONTINUED)
-def test_two_processes_go_on_where_they_stopped(together: Runs, stage: int) -> None:
+def test_two_processes_go_on_where_they_stopped(together: Runs, stage: Stage) -> None:
     whole, cut = (together.folder / f"{name}-{stage}" for name in ("whole", "cut"))
     left, right = trained(whole), trained(cut)
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
@@ -278,7 +294,7 @@ def test_two_processes_go_on_where_they_stopped(together: Runs, stage: int) -> N
 
 
 @pytest.mark.parametrize("stage", CONTINUED)
-def test_a_longer_run_is_on_its_new_schedule(together: Runs, stage: int) -> None:
+def test_a_longer_run_is_on_its_new_schedule(together: Runs, stage: Stage) -> None:
     lines = metrics(together.folder / f"grown-{stage}")
     rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
     wanted = [1e-3 * (1 + math.cos(math.pi * done / 3)) / 2 for done in range(3)]  # of four steps, after the warm-up
@@ -316,16 +332,21 @@ def test_a_run_is_continued_with_as_many_examples_a_step(together: Runs, tmp_pat
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_continued_in_fewer_processes_it_ends_the_same(together: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "stage"), [("s2ft", 0), ("full", "fsdp")])
+def test_continued_in_fewer_processes_it_ends_the_same(
+    together: Runs, tmp_path: Path, model_folder: Any, method: str, stage: Stage
+) -> None:
+    """FSDP2's moments, too, lie in one file, which one process takes up whole."""
     run = tmp_path / "run"
-    shutil.copytree(together.folder / "s2ft-0", run)
+    shutil.copytree(together.folder / f"{method}-{stage}", run)
     shutil.rmtree(run / "checkpoints" / "checkpoint-5")
-    words = [*together.case("s2ft", 0)["overrides"], *split(2, 4), f"output_dir={run}", "trainer.resume=auto"]
-    words += ["hardware.num_processes=1"]
+    words = [*together.case(method, stage)["overrides"], *split(2, 4), f"output_dir={run}", "trainer.resume=auto"]
+    words += ["hardware.num_processes=1", "hardware.fsdp=false"]
     done = sparseft(together.folder, "train", *words, "trainer.save_steps=3")
     assert "resume: " in done.err and "checkpoint-3" in done.err
-    assert difference(together.one("s2ft"), run) < 1e-5
-    assert_same_losses(together.one("s2ft"), run)
+    base = {name: value.double() for name, value in load_file(model_folder() / "model.safetensors").items()}
+    assert difference(together.one(method), run, base if method == "full" else None) < 1e-5
+    assert_same_losses(together.one(method), run)
 
 
 @pytest.mark.parametrize("files", [["rng_state_0.pth", "rng_state_1.pth"], []])

@@ -1,6 +1,6 @@
 """What ends a run of two processes before its end: one of them meets it, both end, and it is said once.
 
-`make test-slow` has all of it, with DeepSpeed's stages; a handful here.
+`make test-slow` has all of it, with DeepSpeed's stages and FSDP2; a handful here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from sparseft.distributed import launch
 from sparseft.training.checkpoints import check, checkpoint_steps
 from support.places import ROOT, SUPPORT
+from support.ranks import Stage, sharing
 from support.running import METHODS, files, gone, on, sparseft, write_data
 
 TWO = "hardware.num_processes=2"
@@ -66,10 +67,10 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Fail
     return Failing(tmp_path, monkeypatch, capfd)
 
 
-def training(data: Path, model: Path, stage: int, *words: str) -> list[str]:
+def training(data: Path, model: Path, stage: Stage, *words: str) -> list[str]:
     return [
         *on(model, data), *METHODS["s2ft"], "trainer.max_steps=5", "trainer.save_steps=2", "output_dir=run",
-        "dataset.eval_fraction=0", f"hardware.zero_stage={stage}", *words,
+        "dataset.eval_fraction=0", sharing(stage), *words,
     ]  # fmt: skip
 
 
@@ -101,12 +102,12 @@ EVERYDAY = ["disk full, optimizer", "memory"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, data: Path, model_folder: Any) -> Callable[[int], Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory, data: Path, model_folder: Any) -> Callable[[Stage], Path]:
     """`whole(stage)`: the run in which nothing fails."""
     folder = tmp_path_factory.mktemp("whole")
 
     @functools.cache
-    def make(stage: int) -> Path:
+    def make(stage: Stage) -> Path:
         sparseft(folder, "train", *training(data, model_folder(), stage, f"output_dir=whole-{stage}"), TWO)
         return folder / f"whole-{stage}"
 
@@ -118,11 +119,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: Path, model_folder: An
     [
         pytest.param(case, stage, marks=[] if case in EVERYDAY and stage == 0 else [pytest.mark.slow])
         for case in CASES
-        for stage in (0, 2, 3)
+        for stage in (0, 2, 3, "fsdp")
     ],
 )
 def test_a_failure_of_one_process_ends_both(
-    case: str, stage: int, failing: Failing, data: Path, model_folder: Any, whole: Callable[[int], Path]
+    case: str, stage: Stage, failing: Failing, data: Path, model_folder: Any, whole: Callable[[Stage], Path]
 ) -> None:
     what, sentence, step = CASES[case]
     words = training(data, model_folder(), stage, "trainer.max_bad_steps=2", "trainer.save_total_limit=1")

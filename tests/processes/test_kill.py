@@ -127,6 +127,7 @@ TOGETHER = {
     "s2ft": [*VARIANTS["s2ft"], "trainer.keep_best=true"],
     "zero 2": [*METHODS["sylva"], "method.num_samples=4", "hardware.zero_stage=2", "trainer.keep_best=true"],
     "zero 3": [*METHODS["s2ft"], "hardware.zero_stage=3"],
+    "fsdp": [*METHODS["full"], "hardware.fsdp=true", "trainer.keep_best=true"],
 }
 
 
@@ -196,7 +197,7 @@ def kill_one_and_continue(seed: int, name: str, uninterrupted: Any, folder: Path
     [
         (3, "preprocess"),
         (4, "lora"),
-        *(pytest.param(5, n, marks=pytest.mark.slow) for n in ("s2ft", "zero 2", "zero 3")),
+        *(pytest.param(5, n, marks=pytest.mark.slow) for n in ("s2ft", "zero 2", "zero 3", "fsdp")),
     ],
 )
 def test_one_of_two_processes_is_killed(seed: int, name: str, uninterrupted_together: Any, tmp_path: Path) -> None:

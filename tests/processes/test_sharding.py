@@ -56,14 +56,15 @@ def model(folder: Path, dtype: str, *importances: str) -> dict[str, Any]:
 LOST = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["zero", "fsdp"])
 def found(
-    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path], tokenizer: Any
+    request: Any, tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path], tokenizer: Any
 ) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("sharding")
     llama = model_folder()
     job = {
+        "fsdp": request.param == "fsdp",
         "models": {
             "llama": model(llama, "float32", "random", "weight", "product", "gradient", "sylva"),
             "rounded": model(llama, "bfloat16", "weight"),
@@ -96,7 +97,11 @@ def test_each_process_holds_half_and_one_module(found: list[dict[str, Any]], nam
         assert abs(facts["resident"] - facts["whole"] / 2) <= spare
         # One module is gathered while it is made, one while it is filled; and of experts, one layer's are put together.
         together = facts["largest"] if ONE_LAYER_AT_ONCE else max(facts["experts"], facts["largest"])
-        assert facts["peak"] <= facts["whole"] / 2 + facts["largest"] + together + spare
+        # FSDP2's first process has read the whole checkpoint, on the host, before it shards it a group at a time; where
+        # all experts are put together first, the others have too.
+        reads = rank == 0 or (facts["experts"] and not ONE_LAYER_AT_ONCE)
+        held = facts["whole"] / (1 if facts["fsdp"] and reads else 2)
+        assert facts["peak"] <= held + facts["largest"] + together + spare
 
 
 def test_weights_that_do_not_fit_are_refused(found: list[dict[str, Any]]) -> None:

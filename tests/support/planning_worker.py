@@ -7,10 +7,12 @@ CASES: a list of {"name", "overrides"}; rank 0 leaves what it held in its last s
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from sparseft.compose.run_config import compose
+from sparseft.distributed.fsdp import is_dtensor
+from sparseft.distributed.shards import shard_of
 from sparseft.files.atomic import write_json
 from sparseft.memory import AllocationCounter, tensor_bytes
 from sparseft.training.trainer import Trainer
@@ -35,7 +40,7 @@ class Measured(transformers.TrainerCallback):
         self.found: dict[str, int] = {}
         model = trainer.model
         for tensor in (*model.parameters(), *model.buffers()):  # what DeepSpeed shards goes away again
-            counter._count(tensor.untyped_storage())
+            counter._count(own(tensor).untyped_storage())
         self.before = counter.live
         self.handle = register_optimizer_step_pre_hook(self.updating)
 
@@ -50,9 +55,10 @@ class Measured(transformers.TrainerCallback):
         parameters = list(model.parameters())
         trained = [p for p in parameters if p.requires_grad]
         frozen = [*(p for p in parameters if not p.requires_grad), *model.buffers()]
-        moments = [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, Tensor)]
-        own = {tensor.untyped_storage()._cdata for tensor in trained}
-        flat = [tensor for tensor in optimizer.state if tensor.untyped_storage()._cdata not in own]
+        leaves = tree_leaves(list(optimizer.state.values()))
+        moments = [own(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        known = {own(tensor).untyped_storage()._cdata for tensor in trained}
+        flat = [tensor for tensor in map(own, optimizer.state) if tensor.untyped_storage()._cdata not in known]
         self.found = {
             "weights": held(frozen),
             "trained": held(trained),
@@ -65,11 +71,51 @@ class Measured(transformers.TrainerCallback):
         self.found["peak"] = self.counter.peak
 
 
+def own(tensor: Tensor) -> Tensor:
+    """Of a DTensor this process's shard."""
+    return shard_of(tensor) if is_dtensor(tensor) else tensor
+
+
 def held(parameters: Iterable[Tensor]) -> int:
     """Bytes of what this process holds of parameters: under ZeRO-3 its shards beside what stands in their place."""
-    parameters = list(parameters)
+    parameters = [own(parameter) for parameter in parameters]
     shards = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
     return tensor_bytes([*parameters, *shards])
+
+
+class Counter(AllocationCounter):
+    """Counts what FSDP2 gathers too: it empties storages and fills them again, which no operation shows. Of DTensors
+    shards alone: their own storage is none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for leaf in tree_leaves(result):
+            if is_dtensor(leaf):
+                self._count(leaf._local_tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        with contextlib.suppress(RuntimeError):  # a DTensor's own has no place in memory
+            storage.data_ptr()
+            super()._count(storage)
+
+    @contextlib.contextmanager
+    def seeing_sizes(self) -> Iterator[None]:
+        usual = {name: getattr(_fsdp_param, name) for name in ("alloc_storage", "free_storage")}
+
+        def call(name: str, tensor: Tensor) -> None:
+            before = tensor.untyped_storage().nbytes()
+            usual[name](tensor)
+            self.live += tensor.untyped_storage().nbytes() - before
+            self.peak = max(self.peak, self.live)
+
+        for name in usual:
+            setattr(_fsdp_param, name, functools.partial(call, name))
+        try:
+            yield
+        finally:
+            for name, function in usual.items():
+                setattr(_fsdp_param, name, function)
 
 
 def main(path: Path) -> None:
@@ -79,7 +125,7 @@ def main(path: Path) -> None:
         measured: list[Measured] = []
 
         def train(self: Trainer, *args: Any, seen: list[Measured] = measured, **options: Any) -> Any:
-            with AllocationCounter() as counter:
+            with Counter() as counter, counter.seeing_sizes():
                 seen.append(Measured(self, counter))
                 self.add_callback(seen[0])
                 try:

@@ -29,6 +29,8 @@ METHODS = {
     "lora": ["method=lora", "sparsity=0.9", "method.dropout=0"],
     "dora": ["method=dora", "sparsity=0.9", "method.dropout=0"],
     "full": ["method=full"],
+    "paca": ["method=paca", "sparsity=0.9"],
+    "losia": ["method=losia", "sparsity=0.9", "method.reselect_steps=0"],
     "bf16": ["method=full", "method.dtype=model", "model.dtype=bfloat16"],  # the weights that train are rounded
 }
 
@@ -39,6 +41,13 @@ COMMON = [
     *("trainer.warmup_steps=0", "trainer.logging_steps=1", "trainer.learning_rate=1e-3", "trainer.weight_decay=0.01"),
     *("trainer.max_grad_norm=0.5", "model.dtype=float32"),
 ]
+
+
+Stage = int | str  # ZeRO's, or "fsdp"
+
+
+def sharing(stage: Stage) -> str:
+    return "hardware.fsdp=true" if stage == "fsdp" else f"hardware.zero_stage={stage}"
 
 
 def split(batch_size: int, accumulation: int) -> list[str]:
@@ -84,10 +93,10 @@ class Runs:
             sparseft(self.folder, "train", *self.base, *METHODS[method], *split(2, 4), f"output_dir={name}", *words)
         return self.alone[name]
 
-    def case(self, method: str, stage: int, *words: str) -> dict[str, Any]:
+    def case(self, method: str, stage: Stage, *words: str) -> dict[str, Any]:
         """The same run as one of two processes makes it: 4 sequences each."""
         name = f"{method}-{stage}"
-        overrides = [*self.base, *METHODS[method], *split(2, 2), f"output_dir={name}", f"hardware.zero_stage={stage}"]
+        overrides = [*self.base, *METHODS[method], *split(2, 2), f"output_dir={name}", sharing(stage)]
         return {"name": name, "command": "train", "overrides": [*overrides, TWO, *words]}
 
 

@@ -2,8 +2,9 @@
 
     python -m torch.distributed.run … tests/support/sharding_worker.py JOB.json
 
-JOB: {"models": {name: {"path", "dtype", "importances"}}, "broken": {name: path}}. Each model is loaded in shards, then
-whole, and held against that; each process leaves what it found as `rank-<n>.json` beside the file.
+JOB: {"models": {name: {"path", "dtype", "importances"}}, "broken": {name: path}, "fsdp": whether by FSDP2 and not by
+ZeRO-3}. Each model is loaded in shards, then whole, and held against that; each process leaves what it found as
+`rank-<n>.json` beside the file.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ import torch.distributed as dist
 from sparseft import S2FTConfig, SylvaConfig, attach, compute_selection, detach
 from sparseft.config import HardwareConfig, ModelConfig
 from sparseft.distributed.deepspeed import forget_zero
-from sparseft.distributed.zero3 import cast, full_shape, gathered, load_state, state_on_first
+from sparseft.distributed.fsdp import is_dtensor
+from sparseft.distributed.shards import cast, full_shape, gathered, is_sharded, load_state, shard_of, state_on_first
 from sparseft.errors import UserError
 from sparseft.files.atomic import write_json
 from sparseft.memory import AllocationCounter
 from sparseft.models import loading
-from sparseft.models.decoder import runnable
+from sparseft.models.decoder import decoder_layers, runnable
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.models.loading import load_in_shards, load_model
 from sparseft.models.probing import check_causal
 from sparseft.models.spec import ModelSpec
 
-HARDWARE = HardwareConfig(device="cpu", num_processes=2, zero_stage=3)
+ZERO = HardwareConfig(device="cpu", num_processes=2, zero_stage=3)
+FSDP = HardwareConfig(device="cpu", num_processes=2, fsdp=True)
 
 
 class Counter(AllocationCounter):
@@ -45,11 +48,16 @@ class Counter(AllocationCounter):
 
 
 def bytes_alive() -> int:
-    """Bytes of all floating-point tensors that Python can reach."""
+    """Bytes of all floating-point tensors that Python can reach; of a DTensor its shard is another one."""
     gc.collect()
     found = {}
     for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor) and not item.is_meta and item.is_floating_point():
+        if (
+            issubclass(type(item), torch.Tensor)
+            and not is_dtensor(item)
+            and not item.is_meta
+            and item.is_floating_point()
+        ):
             storage = item.untyped_storage()
             found[storage._cdata] = storage.nbytes()
     return sum(found.values())
@@ -79,29 +87,35 @@ def same_selection(left: Any, right: Any) -> bool:
     )
 
 
-def compare(path: str, dtype: str, importances: list[str]) -> dict[str, Any]:
+def compare(hardware: HardwareConfig, path: str, dtype: str, importances: list[str]) -> dict[str, Any]:
     """What is the same of a model loaded in shards and one loaded whole, and what the first one holds."""
     config, device = ModelConfig(path=path, dtype=dtype), torch.device("cpu")
     before = bytes_alive()
     # What the trial of the loaded model takes for its activations is not the loading's: it comes after the count.
     with Counter() as counter, mock.patch.object(loading, "check_causal"):
-        model, alive = load_in_shards(config, HARDWARE, device)
+        model, alive = load_in_shards(config, hardware, device)
     with runnable(model):
         check_causal(model, path)
     found: dict[str, Any] = {"resident": bytes_left() - before, "peak": counter.peak}
     forget_zero()  # what comes now is loaded whole
     whole = load_model(config, device)
     largest = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in whole.modules())
+    if hardware.fsdp:
+        inside = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(whole)[1]]
+        largest = max(*inside, sum(p.nbytes for p in whole.parameters()) - sum(inside))
+    found["fsdp"] = hardware.fsdp
     found["whole"], found["largest"] = sum(p.nbytes for p in whole.parameters()), largest
     found["experts"] = sum(p.nbytes for p in whole.parameters() if p.dim() == 3)
-    found["shards"] = sum(p.ds_tensor.nbytes + p.nbytes for p in model.parameters())
+    found["shards"] = sum(shard_of(p).nbytes + (0 if hardware.fsdp else p.nbytes) for p in model.parameters())
 
     ours, theirs = dict(model.named_parameters()), dict(whole.named_parameters())
     same = found["same"] = {"names": list(ours) == list(theirs)}  # a tied one has one name
     for name, parameter in theirs.items():
-        with gathered([ours[name]]):
-            same[name] = ours[name].dtype == parameter.dtype and torch.equal(ours[name], parameter)
-        same[f"{name} is sharded again"] = ours[name].numel() == 0 and full_shape(ours[name]) == parameter.shape
+        with gathered([ours[name]]) as (gathered_one,):
+            same[name] = ours[name].dtype == parameter.dtype and torch.equal(gathered_one, parameter)
+            same[f"{name} in its place"] = model.get_parameter(name) is gathered_one
+        same[f"{name} is sharded again"] = model.get_parameter(name) is ours[name] and is_again(ours[name])
+        same[f"{name}'s shape"] = full_shape(ours[name]) == parameter.shape
     ours, theirs = dict(model.named_buffers()), dict(whole.named_buffers())
     same["buffers"] = ours.keys() == theirs.keys() and all(
         ours[name].dtype == buffer.dtype and torch.equal(ours[name], buffer) for name, buffer in theirs.items()
@@ -122,17 +136,24 @@ def compare(path: str, dtype: str, importances: list[str]) -> dict[str, Any]:
         choose(model, whole, importance, same)
     if importances:
         attached(model, same)
-    changed = {name: value.float() + 1 for name, value in expected.items()}
-    cast(model, torch.float32)
+    changed = {name: value + 1 for name, value in expected.items()}
+    if not hardware.fsdp:
+        changed = {name: value.float() for name, value in changed.items()}
+        cast(model, torch.float32)
+        same["cast"] = all(p.dtype == shard_of(p).dtype == torch.float32 for p in model.parameters())
     load_state(model, [changed] if dist.get_rank() == 0 else [{}])
-    same["changed"] = all(
-        ours.dtype == torch.float32 and ours.ds_tensor.dtype == torch.float32 for ours in model.parameters()
-    )
     for name, parameter in model.named_parameters():
-        with gathered([parameter]):
-            same[f"{name} changed"] = torch.equal(parameter, changed[name])
+        with gathered([parameter]) as (gathered_one,):
+            same[f"{name} changed"] = torch.equal(gathered_one, changed[name])
     del alive
     return found
+
+
+def is_again(parameter: torch.Tensor) -> bool:
+    """Whether a process holds half of a parameter's rows, or (ZeRO-3) nothing in its place."""
+    if hasattr(parameter, "ds_id"):
+        return parameter.numel() == 0
+    return is_sharded(parameter) and abs(2 * shard_of(parameter).shape[0] - parameter.shape[0]) <= 1
 
 
 def passes(model: Any, whole: Any, same: dict[str, bool]) -> None:
@@ -151,7 +172,7 @@ def passes(model: Any, whole: Any, same: dict[str, bool]) -> None:
         results.append((logits, gradient))
     close = (torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in zip(*results, strict=True))
     same["logits"], same["gradient"] = close
-    same["sharded after a pass"] = all(p.numel() == 0 for p in model.parameters())
+    same["sharded after a pass"] = all(map(is_again, model.parameters()))
 
 
 def choose(model: Any, whole: Any, importance: str, same: dict[str, bool]) -> None:
@@ -180,10 +201,11 @@ def attached(model: Any, same: dict[str, bool]) -> None:
 def main(path: Path) -> None:
     dist.init_process_group("gloo")
     job = json.loads(path.read_text())
-    result: dict[str, Any] = {name: compare(**settings) for name, settings in job["models"].items()}
+    hardware = FSDP if job.get("fsdp") else ZERO
+    result: dict[str, Any] = {name: compare(hardware, **settings) for name, settings in job["models"].items()}
     for name, folder in job["broken"].items():
         try:
-            load_in_shards(ModelConfig(path=folder), HARDWARE, torch.device("cpu"))
+            load_in_shards(ModelConfig(path=folder), hardware, torch.device("cpu"))
         except UserError as error:
             result[name] = str(error)
         forget_zero()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,22 @@ def test_llama_70b_on_eight_devices(
     assert "70,553,706,496" in shown and "8 processes, ZeRO 3" in shown and f"{one['total'] / 2**30:.2f}" in shown
 
 
+def test_llama_70b_by_fsdp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An eighth of the base, and whole: the head, two layers, and the embeddings, which are larger than a layer."""
+    monkeypatch.setattr(command, "_around", lambda value, limit: [value])
+    path = model_folder(tmp_path / "llama3-70b", LLAMA_70B)
+    words = ["train", "--plan", f"model.path={path}", "method=s2ft", "hardware=8xh100", "hardware.zero_stage=0"]
+    words += ["sparsity=0.99", "trainer.max_length=2048", "hardware.fsdp=true"]
+    plan = sparseft(tmp_path, *words, "--json").json
+    one, trained = plan["per_device"], plan["trainable_parameters"]
+    layer, table = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672, 128256 * 8192
+    assert one["weights"] == pytest.approx(2 * (70.5537e9 / 8 + 2 * table + 2 * layer + trained), rel=0.01)
+    assert (one["trained"], one["gradients"], one["moments"]) == (4 * trained, 4 * trained, 8 * trained)
+    command.render(plan)
+    assert "8 processes, FSDP2" in capsys.readouterr().out
+    assert refused(tmp_path, *words, "hardware.num_processes=1").startswith("hardware.fsdp=true: one process has")
+
+
 def test_what_does_not_fit_comes_with_a_setting_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_around", lambda value, limit: [value])
     path = model_folder(tmp_path / "model", LLAMA_70B | {"num_hidden_layers": 4})
@@ -411,9 +428,11 @@ def measured_together(folder: Path, words: dict[str, list[str]]) -> dict[str, di
 
 
 @pytest.mark.slow
-def test_what_zero_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", [range(4), ["fsdp"]], ids=["zero", "fsdp"])
+def test_what_is_sharded(stages: Iterable[int | str], tmp_path: Path) -> None:
     """Prints the second table of docs/benchmarks/memory.md."""
     from support.models import build_tokenizer
+    from support.ranks import sharing
 
     tokenizer = build_tokenizer()
     wide = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -427,9 +446,9 @@ def test_what_zero_shards(tmp_path: Path) -> None:
         "trainer.max_steps=3", "trainer.warmup_steps=0", "dataset.eval_fraction=0", "hardware=cpu",
         "hardware.num_processes=2",
     ]  # fmt: skip
-    cases = {f"{method}-{stage}": (method, stage) for method in SHARED for stage in range(4)}
+    cases = {f"{method}-{stage}": (method, stage) for method in SHARED for stage in stages}
     words = {
-        name: [*common, *SHARED[method], f"hardware.zero_stage={stage}", f"output_dir={tmp_path / 'runs' / name}"]
+        name: [*common, *SHARED[method], sharing(stage), f"output_dir={tmp_path / 'runs' / name}"]
         for name, (method, stage) in cases.items()
     }
     found = measured_together(tmp_path, words)

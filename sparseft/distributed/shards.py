@@ -1,8 +1,9 @@
-"""Parameters of which this process holds a shard (ZeRO-3): their shapes, their values, and passes through their model.
+"""Parameters of which this process holds a shard: their shapes, their values, and passes through their model.
 
-DeepSpeed leaves a parameter without entries while it is sharded: `ds_shape` is its shape, `ds_tensor` the shard. What
-is here gathers as little at a time as can be: one parameter, or for a pass one decoder layer. All processes take part
-in each gathering, in the same order. With whole parameters every function does what torch does, without DeepSpeed.
+DeepSpeed (ZeRO-3) leaves a parameter without entries while it is sharded: `ds_shape` is its shape, `ds_tensor` the
+shard. FSDP2 keeps it as a DTensor (`fsdp.py`). What is here gathers as little at a time as can be: one parameter, or
+for a pass one decoder layer. All processes take part in each gathering, in the same order. With whole parameters every
+function does what torch does, without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparseft.distributed import fsdp
 from sparseft.distributed.ranks import broadcast_object, is_distributed, is_main
 from sparseft.errors import UserError
 
 
 def is_sharded(parameter: Tensor | None) -> bool:
-    """Whether ZeRO-3 has taken charge of the parameter, be it gathered at the moment or not."""
+    """Whether ZeRO-3 has taken charge of the parameter, be it gathered at the moment or not, or FSDP2."""
+    return _is_zero(parameter) or fsdp.is_dtensor(parameter)
+
+
+def _is_zero(parameter: Tensor | None) -> bool:
     return hasattr(parameter, "ds_id")
 
 
@@ -35,17 +41,29 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 def shard_of(parameter: Tensor) -> Tensor:
-    """The part of a parameter's values that this process holds: all of it, but under ZeRO-3."""
-    return getattr(parameter, "ds_tensor", parameter)
+    """The part of a parameter's values that this process holds: all of it, but under ZeRO-3 and FSDP2."""
+    return parameter.to_local() if fsdp.is_dtensor(parameter) else getattr(parameter, "ds_tensor", parameter)
 
 
 @contextlib.contextmanager
-def gathered(parameters: Iterable[Tensor | None], *, changed: bool = False) -> Iterator[None]:
-    """Inside, the parameters are whole in every process; None and whole ones may be among them.
+def gathered(parameters: Iterable[Tensor | None], *, changed: bool = False) -> Iterator[list[Tensor | None]]:
+    """Inside, the parameters are whole in every process, and are what modules hold; yields them, whole, in this order.
+    None and whole ones may be among them. (Under ZeRO-3 they are the same objects, under FSDP2 others.)
 
     changed: what rank 0 has made of them is what all shards hold afterwards; else they must stay as they are.
     """
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    parameters = list(parameters)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_gathered_zero(parameters, changed))
+        yield [
+            stack.enter_context(fsdp.gathered(p, changed=changed)) if fsdp.is_dtensor(p) else p  # type: ignore[arg-type]
+            for p in parameters
+        ]
+
+
+@contextlib.contextmanager
+def _gathered_zero(parameters: list[Tensor | None], changed: bool) -> Iterator[None]:
+    sharded = [parameter for parameter in parameters if _is_zero(parameter)]
     # What is whole at the moment needs no gathering to be read; changed, it changes in its shards too.
     chosen = [p for p in sharded if changed or p.ds_status.name != "AVAILABLE"]  # type: ignore[union-attr]
     if not chosen:
@@ -60,12 +78,17 @@ def gathered(parameters: Iterable[Tensor | None], *, changed: bool = False) -> I
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts a model's floating-point parameters and buffers, sharded ones in their shards.
 
-    UserError where the shards lie on a disk (`hardware.offload=nvme`).
+    UserError where the shards lie on a disk (`hardware.offload=nvme`). What FSDP2 has sharded keeps the dtype that it
+    gathers, and is loaded in the one that is to train (`prepare.py`).
     """
+    if in_fsdp := [parameter for parameter in model.parameters() if fsdp.is_dtensor(parameter)]:
+        if any(parameter.dtype != dtype for parameter in in_fsdp):
+            raise ValueError(f"FSDP2 has sharded weights that are not in {dtype}")
+        return
     model.to(dtype)
     for name, parameter in model.named_parameters():
         shard = shard_of(parameter)
-        if not is_sharded(parameter) or shard.dtype == dtype or not shard.is_floating_point():
+        if not _is_zero(parameter) or shard.dtype == dtype or not shard.is_floating_point():
             continue
         if shard.numel() != shard.ds_numel:  # type: ignore[attr-defined]
             raise UserError(f"'{name}' is on a disk (hardware.offload=nvme), where it cannot be cast to {dtype}.")
@@ -83,10 +106,10 @@ def state_on_first(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        with gathered([tensor]):
+        with gathered([tensor]) as (whole,):
             if is_main():
                 if id(tensor) not in seen:
-                    seen[id(tensor)] = tensor.detach().to("cpu", copy=True)
+                    seen[id(tensor)] = whole.detach().to("cpu", copy=True)
                 state[name] = seen[id(tensor)]
     return state
 
@@ -118,9 +141,9 @@ def load_state(model: nn.Module, files: Iterable[Mapping[str, Tensor]]) -> tuple
 def _take(tensor: Tensor, value: Tensor | None) -> None:
     """Fills a parameter or buffer, in shards or whole, from rank 0's value."""
     if is_sharded(tensor):
-        with gathered([tensor], changed=True):
+        with gathered([tensor], changed=True) as (whole,):
             if value is not None:
-                tensor.copy_(value)
+                whole.detach().copy_(value)
         return
     if value is not None:
         tensor.copy_(value)
@@ -134,9 +157,9 @@ def running(model: nn.Module, decoder_layers: Callable[[], Iterable[nn.Module]])
 
     Each of `decoder_layers()` is gathered for its own part of a pass, and so is every module outside of them that has
     parameters. All processes run as many passes, in step. Nothing changes for a model that is not sharded, or that the
-    engine has.
+    engine has; FSDP2 gathers by itself.
     """
-    if not any_sharded(model) or hasattr(model, "ds_inflight_param_registry"):
+    if not any(map(_is_zero, model.parameters())) or hasattr(model, "ds_inflight_param_registry"):
         yield
         return
     held: dict[nn.Module, contextlib.ExitStack] = {}
