@@ -110,16 +110,22 @@ def test_commands_on_a_packed_base(quantize: str, wide: Path, tmp_path: Path) ->
     run(tmp_path, "train", *words, "method=s2ft", "method.importance=gradient", "method.residual=true",
         "trainer.max_steps=6", "trainer.learning_rate=3e-2", "output_dir=run")  # fmt: skip
     run(tmp_path, "train", *words, "method=lora", "trainer.max_steps=2", "output_dir=lora")
-    done = run(tmp_path, "export", "run", "--format", "merged", "--out", "whole", "hardware=cpu", "--json").json["gain"]
+    words_of_export = ["export", "run", "--format", "merged", "--out", "whole", "hardware=cpu"]
+    done = run(tmp_path, *words_of_export, "--json").json["gain"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert done["loss_packed_base"] != done["loss_checkpoint"]
     assert done["loss_packed"] == pytest.approx(summary["eval_loss_after"], abs=0.01)
-    assert done["survived"] == (done["loss_checkpoint"] - done["loss_written"]) / (
-        done["loss_packed_base"] - done["loss_packed"]
-    )
+    assert done["loss_written"] == pytest.approx(done["loss_packed"], abs=0.01)
+    assert done["base"] == "trained" and done["loss_checkpoint"] is None
+    brought = done["loss_packed_base"] - done["loss_packed"]
+    assert done["survived"] == (done["loss_packed_base"] - done["loss_written"]) / brought > 0.95
     assert json.loads((tmp_path / "whole" / "sparseft_export.json").read_text())["gain"] == done
-    said = run(tmp_path, "export", "run", "--format", "merged", "--out", "whole", "hardware=cpu").out
+    own = run(tmp_path, *words_of_export, "--base", "checkpoint", "--json").json["gain"]
+    assert own["loss_packed_base"] != own["loss_checkpoint"]
+    assert own["survived"] == (own["loss_checkpoint"] - own["loss_written"]) / brought
+    said = run(tmp_path, *words_of_export).out
     assert "% of the gain survived: loss " in said and f"on the {quantize} base" in said
+    lora = run(tmp_path, "export", "lora", *words_of_export[2:], "--json").json["gain"]
+    assert lora["loss_written"] == pytest.approx(lora["loss_packed"], abs=0.01)
     assert (
         "gain" not in run(tmp_path, "export", "run", "--format", "patch", "--out", "p", "hardware=cpu", "--json").json
     )
