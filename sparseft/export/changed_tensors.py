@@ -63,9 +63,7 @@ class ChangedTensors:
         UserError: a base that is quantized or has no safetensors, an adapter that does not fit it.
     """
 
-    def __init__(
-        self, source: Source, dtype: torch.dtype | None = None, checkpoint: Checkpoint | None = None
-    ) -> None:
+    def __init__(self, source: Source, dtype: torch.dtype | None = None, checkpoint: Checkpoint | None = None) -> None:
         self.base, self.dtype = base_of(source), dtype
         load_config(self.base)  # refuses what is quantized
         self.checkpoint = checkpoint or Checkpoint.of(self.base)
@@ -156,9 +154,7 @@ class ChangedTensors:
         return Changed(name, index, value.flatten()[index].to(self.target(name)), former.flatten()[index])
 
 
-def base_model(
-    source: Source, dtype: torch.dtype | None = None, checkpoint: Checkpoint | None = None
-) -> nn.Module:
+def base_model(source: Source, dtype: torch.dtype | None = None, checkpoint: Checkpoint | None = None) -> nn.Module:
     """The base as stored, or in `dtype` where that is wider: what deltas are added to, to be rounded once. checkpoint:
     an `Unpacked` one gives it its weights."""
     model = replace(base_of(source), dtype="auto")

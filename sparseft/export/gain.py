@@ -1,8 +1,8 @@
 """What an adapter that was learnt on a packed base is still worth once it is written.
 
-Its deltas were learnt beside quantized weights (`model.quantize`); what is written adds them to these as plain numbers, or
-to the weights that these were packed from. Both are measured on the run's own held-out examples, each against its own
-base.
+Its deltas were learnt beside quantized weights (`model.quantize`); what is written adds them to these as plain numbers,
+or to the weights that these were packed from. Both are measured on the run's own held-out examples, each against its
+own base.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ EXAMPLES = 128  # of the held-out ones, at most
 
 
 def gain(source: Source, written: Path, base: str) -> dict[str, Any] | None:
-    """The losses of the packed base, of it with the adapter, and of the model folder `written`; `survived`: the share of
-    what the adapter brought on the packed base that is in `written`, over the packed base itself (`base`: trained), or
-    over the checkpoint, whose loss is then given too.
+    """The losses of the packed base, of it with the adapter, and of the model folder `written`; `survived`: the share
+    of what the adapter brought on the packed base that is in `written`, over the packed base itself (`base`: trained),
+    or over the checkpoint, whose loss is then given too.
 
     One model is in memory at a time. None where the base was not packed, or no run says what it was trained on.
     """

@@ -70,7 +70,8 @@ class Unpacked(Checkpoint):
 
     @torch.no_grad()
     def fill(self, model: nn.Module) -> None:
-        """Gives a model, loaded unpacked from the same checkpoint, these weights. It still counts as the checkpoint's."""
+        """Gives a model, loaded unpacked from the same checkpoint, these weights. It still counts as the checkpoint's,
+        so that adapters of that fit."""
         places = Places(model, self.tensors)
         for name in self._weights:
             parameter = places.parameters[places.group_with[name].parameters[0]]

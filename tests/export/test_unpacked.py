@@ -64,9 +64,7 @@ def logits(model: Any) -> Any:
 
 @pytest.mark.parametrize(("method", "residual"), [("sparse", False), ("sparse", True), ("lora", False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_written_is_what_was_trained(
-    method: str, residual: bool, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_what_is_written_is_what_was_trained(method: str, residual: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     base = adapted.base("llama", tmp_path / "base", dtype, shard="70KB")
     model, before = trained(base, tmp_path / "adapter", method, residual)
     run(tmp_path, "export", "adapter", "--format", "merged", "--out", "out", "model.quantize=nf4", "hardware=cpu")
