@@ -301,7 +301,9 @@ def export(
     words: Annotated[list[str] | None, typer.Argument(metavar="DIR|KEY=VALUE", hidden=True)] = None,
     format: Annotated[
         str | None,
-        typer.Option("--format", metavar="FORMAT", help="peft-lora, peft-shira, merged, patch, gguf-lora or mlx."),
+        typer.Option(
+            "--format", metavar="FORMAT", help="peft-lora, peft-shira, merged, packed, patch, gguf-lora or mlx."
+        ),
     ] = None,
     out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="The folder to write.")] = None,
     engine: Annotated[

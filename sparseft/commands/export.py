@@ -46,7 +46,7 @@ def run(
     options = Options(None if dtype is None else getattr(torch, dtype), engine, base_gguf)
     source = Source.find(folder if folder is not None else str(runs.latest_run()), config, overrides)
     if base is not None:
-        if not wanted.whole or source.packed is None:
+        if format != "merged" or source.packed is None:
             raise UserError(
                 f"--base {base}: it is for --format merged of what was trained on a base that model.quantize packed"
                 + ("." if source.packed is None else f", not for {format}.")
@@ -89,6 +89,8 @@ def facts(result: dict[str, Any]) -> list[str]:
     for many, one in (("linears", "linear"), ("tensors", "tensor"), ("entries", "entry"), ("files", "file")):
         if many in result:
             said.append(f"{result[many]:,} {one if result[many] == 1 else many}")
+    if "touched" in result:
+        said[-1] += f" in {result['touched']:.1%} of their groups"
     if "target_modules" in result:
         said[-1] += f" ({', '.join(result['target_modules'])})"
     return [*said, console.size(result["bytes"])]

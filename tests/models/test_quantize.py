@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import AutoTokenizer
 
 import sparseft
@@ -25,6 +24,7 @@ from sparseft.models.quantized import dequantized, is_packed
 from sparseft.models.spec import ModelSpec
 from sparseft.models.unquantized import Unquantized
 from support import nf4
+from support.models import wide_base
 from support.running import on, refused, write_data
 from support.running import sparseft as run
 
@@ -34,22 +34,9 @@ STEPS = {"nf4": 0.16, "int8": 1 / 127}
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose rows are whole groups of 64."""
-    folder = tmp_path_factory.mktemp("wide")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer) + 8, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, 0.0, 0.1)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return wide_base(tmp_path_factory.mktemp("wide"))
 
 
 @pytest.fixture(params=PACKAGES)

@@ -62,10 +62,10 @@ class Merged(Format):
         if len(files) > 1:
             weight_map = {name: file for file, names in files.items() for name in names}
             write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        self._copy(source, options, tokenizer, checkpoint.folder, folder, untied=bool(changed.extra))
+        self.copy_files(source, options, tokenizer, checkpoint.folder, folder, untied=bool(changed.extra))
         return {"files": len(files), "bytes": size}
 
-    def _copy(
+    def copy_files(
         self, source: Source, options: Options, tokenizer: Any, base: Path, folder: Path, *, untied: bool
     ) -> None:
         """All else that makes the model work: the base's own files, and the tokenizer that was trained with."""
