@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseft.errors import UserError
+from sparseft.models.quantized import is_int8
 
 LOW, HIGH = -128, 127  # codes of int8
 SLACK = 1 - 2.0**-8  # packed weights are unpacked to bf16, which may round the largest of a group up
@@ -23,7 +24,7 @@ SLACK = 1 - 2.0**-8  # packed weights are unpacked to bf16, which may round the 
 def check_writable(name: str, module: nn.Module) -> None:
     """UserError where a linear is packed in a way into which nothing can be written here."""
     weight: Any = module._parameters.get("weight")
-    if _is_nf4(weight) or _is_int8(weight):
+    if _is_nf4(weight) or is_int8(weight):
         return
     raise UserError(
         f"'{name}' is packed as {type(weight).__name__}; values can be written back into NF4 of bitsandbytes and into "
@@ -48,13 +49,6 @@ def write_packed(module: nn.Module, values: Tensor, entries: Tensor) -> Tensor:
 
 def _is_nf4(weight: Any) -> bool:
     return getattr(getattr(weight, "quant_state", None), "quant_type", None) == "nf4"
-
-
-def _is_int8(weight: Any) -> bool:
-    kind = type(weight)
-    if (kind.__module__.partition(".")[0], kind.__name__) != ("torchao", "Int8Tensor"):
-        return False
-    return weight.qdata.dim() == 2 and weight.scale.shape == (len(weight.qdata), 1)
 
 
 def _write_nf4(weight: Any, values: Tensor, touched: Tensor) -> Tensor:

@@ -116,7 +116,6 @@ def test_commands_on_a_packed_base(quantize: str, wide: Path, tmp_path: Path) ->
     assert (
         "gain" not in run(tmp_path, "export", "run", "--format", "patch", "--out", "p", "hardware=cpu", "--json").json
     )
-    assert "packed" in refused(tmp_path, "train", "--plan", *words)
     assert "every weight" in refused(tmp_path, "train", *words, "method=full", "output_dir=other")
     assert "reselect_steps" in refused(
         tmp_path, "train", *words, "method=s2ft", "method.reselect_steps=2", "output_dir=other"
