@@ -63,11 +63,11 @@ def test_only_touched_groups_change(quantize: str, residual: bool, base: Path, t
         groups = mask.view(-1, size).any(1, keepdim=True).expand(-1, size).reshape(old.shape)
         assert torch.equal(new[~groups], old[~groups])
         some |= bool((new != old).any())
-        if mask.any():  # as near as levels lie, and so on the whole nearer to what was learnt than the base is
+        if mask.any():  # a level from the checkpoint's value, as the base's is
             gap = 0.16 if quantize == "nf4" else 1 / 250
             scales = torch.maximum(new, old + delta).abs().view(-1, size).amax(1, keepdim=True)
             scales = scales.expand(-1, size).reshape(old.shape)
-            far = (new - old - delta).abs() > 1.1 * gap * scales + 2**-8 * old.abs()
+            far = (new - old - delta).abs() > 2.2 * gap * scales + 2**-8 * old.abs()
             assert far[mask].float().mean() < 0.02
             seen += 1
     assert some and seen > 4

@@ -103,21 +103,25 @@ def _write(source: Source, model: nn.Module) -> Iterator[tuple[int, int, int]]:
         if tuple(before.shape) != tuple(change.shape):
             raise UserError(f"{source.folder}: {shown(name)} is {change.shape}, in the base {tuple(before.shape)}.")
         entries = change.entries()
-        touched = write_packed(module, _wanted(source, model, name, change, before, entries).to(before.device), entries)
+        touched = write_packed(module, _wanted(model, name, change, before, entries).to(before.device), entries)
         same = (dequantized(module) == before) | touched
         if not same.all():
             raise RunError(f"{shown(name)}: {int((~same).sum()):,} weights beside the trained groups have changed.")
         yield int(touched.sum()), touched.numel(), len(entries)
 
 
-def _wanted(source: Source, model: nn.Module, name: str, change: Change, before: Tensor, entries: Tensor) -> Tensor:
-    """The weight (out, in) in fp32, with what was learnt: on the packed values, or with `method.residual` on the
-    checkpoint's."""
-    values = before.float().cpu().contiguous()
+def _wanted(model: nn.Module, name: str, change: Change, before: Tensor, entries: Tensor) -> Tensor:
+    """The weight (out, in) in fp32, of which `entries` are to be written: there the checkpoint's values with what was
+    learnt.
+
+    Packed values would not do: they lie at levels, from which a difference of less than half a step rounds back, and so
+    nearly all that is learnt would be lost. The checkpoint's lie anywhere, and rounding keeps differences in the mean.
+    """
+    checkpoint = Unquantized.of(model)
+    assert checkpoint is not None  # `check` has seen to it
+    own = checkpoint.weight(name).float().contiguous()
     if not isinstance(change, SparseChange):
-        return values + change.dense()
-    own = values.view(-1)[entries]
-    if source.residual and (checkpoint := Unquantized.of(model)) is not None:
-        own = checkpoint.weight(name).reshape(-1)[entries].float()
-    values.view(-1)[entries] = added(change, entries, own)
+        return own + change.dense()
+    values = before.float().cpu().contiguous()
+    values.view(-1)[entries] = added(change, entries, own.view(-1)[entries])
     return values
