@@ -14,24 +14,8 @@ from sparseft.data.tokenized import IGNORED
 from sparseft.errors import UserError, nearest
 from sparseft.models.decoder import context_length
 from sparseft.models.loading import load_model, resolve_device
+from sparseft.models.published import SHAPES
 
-# Published ones as in the checkpoints' config.json; heads are 128 wide in those of 7B and more, 64 in the others.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-                 "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048},
-    "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096},
-    "llama2-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
-                   "num_key_value_heads": 40, "vocab_size": 32000, "max_position_embeddings": 4096},
-    "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192},
-    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-                     "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
-                     "tie_word_embeddings": True},
-    # As deep as a 7B and so narrow that only the host's work counts.
-    "llama-64x32": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 32, "num_attention_heads": 4,
-                    "num_key_value_heads": 4, "vocab_size": 2048, "max_position_embeddings": 2048},
-}  # fmt: skip
 CONTEXT = 8192  # of the random models that are no published shape
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -301,7 +301,9 @@ def export(
     words: Annotated[list[str] | None, typer.Argument(metavar="DIR|KEY=VALUE", hidden=True)] = None,
     format: Annotated[
         str | None,
-        typer.Option("--format", metavar="FORMAT", help="peft-lora, peft-shira, merged, patch, gguf-lora or mlx."),
+        typer.Option(
+            "--format", metavar="FORMAT", help="peft-lora, peft-shira, merged, packed, patch, gguf-lora or mlx."
+        ),
     ] = None,
     out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="The folder to write.")] = None,
     engine: Annotated[
@@ -315,6 +317,10 @@ def export(
     ] = None,
     base_gguf: Annotated[
         str | None, typer.Option("--base-gguf", metavar="FILE", help="gguf-lora: prove it in llama.cpp, on this base.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="BASE", help="merged, of a quantized base: as trained, or the checkpoint."),
     ] = None,
     config_dir: ConfigDir = None,
     quiet: Quiet = False,
@@ -338,7 +344,7 @@ def export(
 
     def call(module: Any, config: Any, point: list[str]) -> dict[str, Any]:
         folder = folders[0] if folders else None
-        given = {"engine": engine, "dtype": dtype, "base_gguf": base_gguf}
+        given = {"engine": engine, "dtype": dtype, "base_gguf": base_gguf, "base": base}
         return module.run(config, folder=folder, format=format, out=out, overrides=point, **given)
 
     return configured("export", overrides, Options(False, False, config_dir, json, debug, quiet), call, check)

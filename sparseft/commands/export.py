@@ -17,6 +17,7 @@ from sparseft.publish.facts import facts_of
 from sparseft.runs import folder as runs
 
 DTYPES = ("float32", "bfloat16", "float16")
+BASES = ("trained", "checkpoint")
 
 
 def run(
@@ -28,6 +29,7 @@ def run(
     engine: str | None = None,
     dtype: str | None = None,
     base_gguf: str | None = None,
+    base: str | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes the run or adapter in `folder` (default: the latest run); returns path, format, facts and the proof."""
@@ -39,8 +41,17 @@ def run(
     wanted = format_of(format)
     if base_gguf is not None and format != "gguf-lora":
         raise UserError(f"--base-gguf {base_gguf}: it is for --format gguf-lora, which llama.cpp proves on it.")
+    if base is not None and base not in BASES:
+        raise UserError(f"--base {base}: expected one of {', '.join(BASES)}.{nearest(base, BASES)}")
     options = Options(None if dtype is None else getattr(torch, dtype), engine, base_gguf)
     source = Source.find(folder if folder is not None else str(runs.latest_run()), config, overrides)
+    if base is not None:
+        if format != "merged" or source.packed is None:
+            raise UserError(
+                f"--base {base}: it is for --format merged of what was trained on a base that model.quantize packed"
+                + ("." if source.packed is None else f", not for {format}.")
+            )
+        options.base = base
     console.log(f"exporting {source.target.what} as {format}")
 
     def readme(facts: dict[str, Any]) -> str:
@@ -60,10 +71,11 @@ def render(result: dict[str, Any]) -> None:
     )
     if (kept := result.get("gain")) is not None:
         share = "nothing to keep" if kept["survived"] is None else f"{kept['survived']:.0%} of the gain survived"
+        before = "" if kept["loss_checkpoint"] is None else f"{kept['loss_checkpoint']:.4f} -> "
         print(
             f"{share}: loss {kept['loss_packed_base']:.4f} -> {kept['loss_packed']:.4f} "
             f"on the {kept['quantize']} base, "
-            f"{kept['loss_checkpoint']:.4f} -> {kept['loss_written']:.4f} as written ({kept['examples']} examples of "
+            f"{before}{kept['loss_written']:.4f} as written ({kept['examples']} examples of "
             f"{kept['data']})"
         )
     print(f"{result['format']} written to {result['path']}: {', '.join(facts(result))}")
@@ -77,6 +89,8 @@ def facts(result: dict[str, Any]) -> list[str]:
     for many, one in (("linears", "linear"), ("tensors", "tensor"), ("entries", "entry"), ("files", "file")):
         if many in result:
             said.append(f"{result[many]:,} {one if result[many] == 1 else many}")
+    if "touched" in result:
+        said[-1] += f" in {result['touched']:.1%} of their groups"
     if "target_modules" in result:
         said[-1] += f" ({', '.join(result['target_modules'])})"
     return [*said, console.size(result["bytes"])]

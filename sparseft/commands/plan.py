@@ -13,6 +13,7 @@ from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.models.decoder import context_length
 from sparseft.models.loading import load_config, model_dtype
+from sparseft.models.published import published
 from sparseft.training import checks, memory_plan
 from sparseft.training.arguments import micro_batches
 from sparseft.training.distributed_trainer import has_experts
@@ -44,12 +45,7 @@ def run(config: RunConfig) -> dict[str, Any]:
             f"train --plan: a step of objective={config.objective} is not counted yet; a pair takes two sequences, and "
             f"objective=sft trainer.batch_size={2 * config.trainer.batch_size} plans for as many."
         )
-    if config.model.quantize != "none":
-        raise UserError(
-            f"train --plan: a base packed by model.quantize={config.model.quantize} is not counted yet; plan with "
-            "model.quantize=none, which needs more."
-        )
-    content = load_config(config.model)
+    content = published(config.model) or load_config(config.model)
     transformers.logging.set_verbosity_error()
     dtype = model_dtype(config.model, content)
     limit = context_length(content)

@@ -24,6 +24,7 @@ from sparseft.kernels import reference
 from sparseft.models.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.models.loading import load_config, load_model, resolve_device
+from sparseft.models.unpacked import Unpacked
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,7 +54,8 @@ def base_of(source: Source) -> ModelConfig:
 class ChangedTensors:
     """The changed entries of a source, as often as they are asked for.
 
-    checkpoint: the base's; places: of the model's parameters in it. dtype: of the new values, None: each tensor's own.
+    checkpoint: the base's, as it is stored where none is given; places: of the model's parameters in it. dtype: of the
+    new values, None: each tensor's own.
     extra: tensors that the checkpoint lacks (a head that was tied in the base and is not any more), by name.
     fingerprint: the base's.
 
@@ -61,15 +63,15 @@ class ChangedTensors:
         UserError: a base that is quantized or has no safetensors, an adapter that does not fit it.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, source: Source, dtype: torch.dtype | None = None, checkpoint: Checkpoint | None = None) -> None:
         self.base, self.dtype = base_of(source), dtype
         load_config(self.base)  # refuses what is quantized
-        self.checkpoint = Checkpoint.of(self.base)
+        self.checkpoint = checkpoint or Checkpoint.of(self.base)
         self.extra: dict[str, Tensor] = {}
         self.fingerprint = source.fingerprint
         self._source, self._merged = source, None
         if source.kind == "peft":
-            model = base_model(source, dtype)
+            model = base_model(source, dtype, checkpoint)
             self.fingerprint = base_fingerprint(model)
             self._merged = merged_model(source, model, dtype)
             self.places = Places(self._merged, self.checkpoint.tensors)
@@ -152,13 +154,17 @@ class ChangedTensors:
         return Changed(name, index, value.flatten()[index].to(self.target(name)), former.flatten()[index])
 
 
-def base_model(source: Source, dtype: torch.dtype | None = None) -> nn.Module:
-    """The base as stored, or in `dtype` where that is wider: what deltas are added to, to be rounded once."""
+def base_model(source: Source, dtype: torch.dtype | None = None, checkpoint: Checkpoint | None = None) -> nn.Module:
+    """The base as stored, or in `dtype` where that is wider: what deltas are added to, to be rounded once. checkpoint:
+    an `Unpacked` one gives it its weights."""
     model = replace(base_of(source), dtype="auto")
     if dtype is not None:
         stored = load_config(model).dtype or torch.float32
         model = replace(model, dtype=str(torch.promote_types(stored, dtype)).removeprefix("torch."))
-    return load_model(model, resolve_device(source.config.hardware.device))
+    loaded = load_model(model, resolve_device(source.config.hardware.device))
+    if isinstance(checkpoint, Unpacked):
+        checkpoint.fill(loaded)
+    return loaded
 
 
 def merged_model(source: Source, base: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

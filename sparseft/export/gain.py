@@ -1,7 +1,8 @@
-"""What an adapter that was learnt on a packed base is still worth once it is written into the checkpoint's weights.
+"""What an adapter that was learnt on a packed base is still worth once it is written.
 
-Its deltas were learnt beside quantized weights (`model.quantize`), and what is written adds them to the weights that
-these were packed from. Both are measured on the run's own held-out examples, each against its own base.
+Its deltas were learnt beside quantized weights (`model.quantize`); what is written adds them to these as plain numbers,
+or to the weights that these were packed from. Both are measured on the run's own held-out examples, each against its
+own base.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from sparseft.runs import folder as runs
 EXAMPLES = 128  # of the held-out ones, at most
 
 
-def gain(source: Source, written: Path) -> dict[str, Any] | None:
-    """The losses of the packed base and with the adapter, of the checkpoint and of the model folder `written`, and
-    `survived`, the share of what the adapter brought on the packed base that `written` has over the checkpoint.
+def gain(source: Source, written: Path, base: str) -> dict[str, Any] | None:
+    """The losses of the packed base, of it with the adapter, and of the model folder `written`; `survived`: the share
+    of what the adapter brought on the packed base that is in `written`, over the packed base itself (`base`: trained),
+    or over the checkpoint, whose loss is then given too.
 
     One model is in memory at a time. None where the base was not packed, no run says what it was trained on, or it
     learnt from preferences.
@@ -51,12 +53,12 @@ def gain(source: Source, written: Path) -> dict[str, Any] | None:
         pad = padding_id(source.tokenizer, vocabulary_rows(model)[0])
         return held_out_loss(model.eval(), chosen, pad, device, own.trainer.batch_size)
 
-    def losses() -> Iterator[float]:
+    def losses() -> Iterator[Any]:
         model = load_model(source.packed, device)
         yield loss(model)
         yield loss(load_adapter(model, source.target.adapter))
         del model
-        yield loss(load_model(source.target.model, device))
+        yield loss(load_model(source.target.model, device)) if base == "checkpoint" else None
         yield loss(load_model(ModelConfig(path=str(written)), device))
 
     with console.working("measuring what was learnt, before and after"), torch.no_grad():
@@ -64,11 +66,12 @@ def gain(source: Source, written: Path) -> dict[str, Any] | None:
     brought = packed - learnt
     return {
         "quantize": source.packed.quantize,
+        "base": base,
         "data": data.eval_source or f"{data.train_source} (training examples)",
         "examples": len(chosen),
         "loss_packed_base": packed,
         "loss_packed": learnt,
         "loss_checkpoint": checkpoint,
         "loss_written": merged,
-        "survived": (checkpoint - merged) / brought if brought > 0 else None,
+        "survived": ((packed if checkpoint is None else checkpoint) - merged) / brought if brought > 0 else None,
     }

@@ -53,7 +53,7 @@ def export(
         with console.working("checking every value that was written"):
             format.verify(source, options, aside)
         proof = prove(source, format, options, aside)
-        kept = gain(source, aside) if format.whole else None
+        kept = gain(source, aside, options.base) if format.whole else None
         about = {
             "sparseft": __version__,
             "format": format.name,

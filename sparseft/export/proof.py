@@ -22,6 +22,7 @@ from sparseft.export.formats.base import Answering, Format, Options
 from sparseft.export.source import Source
 from sparseft.layers import sparse_layers
 from sparseft.models.decoder import context_length, decoder_layers
+from sparseft.models.quantized import is_plain
 
 NOISE = 1e-4  # of the largest logit: what fp32 sums in another order may differ by
 ROUNDINGS = 4  # how many times a format's rounding of differences may show in what they change
@@ -165,7 +166,7 @@ def in_float32(model: nn.Module, *, unrounded: bool) -> Iterator[None]:
     kept: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
 
     def widen(module: nn.Module, *_: Any) -> None:
-        narrow = [p for p in module.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+        narrow = [p for p in module.parameters() if is_plain(p) and p.dtype in (torch.float16, torch.bfloat16)]
         kept[id(module)] = [(p, p.data) for p in narrow]
         for p in narrow:
             p.data = p.data.float()

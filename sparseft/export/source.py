@@ -65,6 +65,12 @@ class Source:
         return str(known or self.content["peft_type"]).lower()
 
     @property
+    def residual(self) -> bool:
+        """Whether its entries started at the checkpoint's own values on a packed base (`method.residual`)."""
+        settings = self.content.get("method_config")
+        return isinstance(settings, dict) and bool(settings.get("residual"))
+
+    @property
     def fingerprint(self) -> str | None:
         """The base's, as the adapter knows it; None of a peft folder made by others."""
         own = self.content if self.kind != "peft" else self.content.get("sparseft") or {}

@@ -28,10 +28,16 @@ class Wanted(NamedTuple):
     sums: bool = False
 
 
-def check_values(source: Source, read: Callable[[str], Tensor], dtype: torch.dtype | None = None) -> None:
+def check_values(
+    source: Source,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> None:
     """RunError where a parameter, made of the tensors that `read` gives by the names of the base's checkpoint, is not
-    the base's with the source's differences, rounded once (to `dtype`, None: to the dtype of the base's)."""
-    checkpoint = Checkpoint.of(base_of(source))
+    the base's with the source's differences, rounded once (to `dtype`, None: to the dtype of the base's). checkpoint:
+    the base's, as it is stored where none is given."""
+    checkpoint = checkpoint or Checkpoint.of(base_of(source))
     places = Places(without_weights(base_of(source)), checkpoint.tensors)
     wanted = _of_sparse if source.kind == "sparse" else _of_merged
     for name, values, sums in wanted(source, places, checkpoint, dtype):
@@ -76,7 +82,7 @@ def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
 
 
 def _of_merged(source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Wanted]:
-    model = merged_model(source, base_model(source, dtype), dtype)
+    model = merged_model(source, base_model(source, dtype, checkpoint), dtype)
     merged = dict(model.named_parameters(remove_duplicate=False))
     own = Places(model, checkpoint.tensors)
     for name, value in own.parameters.items():

@@ -113,11 +113,16 @@ class BesideLinear(SparseLinear):
                 "model.quantize packed it on loading."
             )
         packed, full = dequantized(self.base), self.checkpoint()
+        wide = torch.promote_types(self.compact_dtype, torch.float32)
+        if len(chosen) > 1:
+            packed = packed.to(wide, copy=True)
         for pattern in chosen:
             before, now = (reference.gather(w, pattern.kind, pattern.index.to(w.device), pattern.block_size)
                            for w in (full, packed))  # fmt: skip
-            wide = torch.promote_types(self.compact_dtype, torch.float32)
-            pattern.base_values = (before.to(now.device, wide) - now.to(wide)).to(pattern.base_values)
+            before = before.to(now.device, wide)
+            pattern.base_values = (before - now.to(wide)).to(pattern.base_values)
+            if len(chosen) > 1:  # an entry in several patterns starts there once: what one has taken, the next has not
+                reference.scatter_(packed, pattern.kind, pattern.index.to(packed.device), before, pattern.block_size)
         changes.count += 1
         self.write_back()
 

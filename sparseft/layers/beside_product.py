@@ -91,5 +91,5 @@ def _add_blocks_(y: Tensor, x: Tensor, delta: Tensor, pattern: Pattern, transpos
             left = pieces.index_select(1, columns).view(len(x), len(some), count * size).transpose(0, 1)
             right = delta.index_select(0, some.flatten()).mT.reshape(len(some), count * size, size)
             part = reference.product(left.contiguous(), right)  # (rows of blocks, tokens, B)
-            total.index_copy_(1, some_rows, part.transpose(0, 1))
+            total.index_copy_(1, some_rows.to(total.device), part.transpose(0, 1))  # a plan keeps them on the CPU
     y.add_(total.flatten(1)[:, : y.shape[1]])

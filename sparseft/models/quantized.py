@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parameter import UninitializedTensorMixin
 
 from sparseft.distributed.fsdp import is_dtensor
@@ -37,6 +38,14 @@ def is_packed(module: nn.Module) -> bool:
     return callable(getattr(module, "dequantize", None))
 
 
+def is_int8(weight: Any) -> bool:
+    """Whether a weight is torchao's in eight bits, with a scale a row."""
+    kind = type(weight)
+    if kind.__module__.partition(".")[0] != "torchao" or kind.__name__ != "Int8Tensor":
+        return False
+    return weight.qdata.dim() == 2 and weight.scale.shape == (len(weight.qdata), 1)
+
+
 def numbers_of(tensor: Tensor) -> Tensor:
     """A tensor as torch's own: of one of torchao's, which knows few operations, the values that it stands for."""
     packed = type(tensor).__module__.partition(".")[0] == "torchao"
@@ -59,9 +68,38 @@ def dequantized(module: nn.Module) -> Tensor:
     return module.dequantize()  # type: ignore[operator]
 
 
+class _UnpackedAgain(torch.autograd.Function):
+    """The product of an `Int8Linear`, whose codes are unpacked anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, module: nn.Linear) -> Tensor:
+        ctx.module = module
+        return F.linear(x, module.weight, module.bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        weight = ctx.module.weight
+        return (grad * weight.scale.view(-1).to(grad.dtype)) @ weight.qdata.to(grad.dtype), None
+
+
+class Int8Linear(nn.Linear):
+    """A linear with torchao's int8 weight. As torchao computes it, each keeps its weight in 16 bits from its forward to
+    its backward pass: then a step takes three bytes a weight, more than it does on the checkpoint itself."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and input.requires_grad:
+            return _UnpackedAgain.apply(input, self)
+        return super().forward(input)
+
+
 def keep_differentiable(module: nn.Module) -> None:
-    """Has a linear of bitsandbytes give its input's gradient always: on a CPU with AVX512-BF16 it repacks its weight in
-    its first pass for inference, and from then on has none, without a word."""
+    """Has a packed linear give its input's gradient always, and keep nothing for it but what it holds anyway.
+
+    One of bitsandbytes on a CPU with AVX512-BF16 repacks its weight in its first pass for inference, and from then on
+    has none, without a word; one of torchao's int8 keeps its unpacked weight.
+    """
+    if type(module) is nn.Linear and is_int8(module.weight):
+        module.__class__ = Int8Linear
     if not getattr(module, "support_avx512bf16_for_cpu", False):
         return
     module.state_dict()  # packs the weight back where that has happened: what it saves is in the usual order

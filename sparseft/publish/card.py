@@ -30,7 +30,7 @@ SEAL = re.compile(r"\n<!-- sparseft card ([0-9a-f]{64}): [^\n]*-->\s*\Z")
 LIBRARIES = {
     **{"sparse": ("sparseft", "adapter"), "patch": ("sparseft", "adapter")},
     **dict.fromkeys(("peft", "peft-lora", "peft-shira"), ("peft", "adapter")),
-    **dict.fromkeys(("full", "merged"), ("transformers", "finetune")),
+    **dict.fromkeys(("full", "merged", "packed"), ("transformers", "finetune")),
     **{"mlx": ("mlx", "adapter"), "gguf-lora": ("gguf", "adapter")},
 }
 
@@ -176,7 +176,7 @@ def _base_name(facts: Facts) -> str:
 
 
 def _lead(facts: Facts) -> str:
-    what = {"full": "a model", "merged": "a model"}.get(facts.kind, "an adapter")
+    what = dict.fromkeys(("full", "merged", "packed"), "a model").get(facts.kind, "an adapter")
     base = f"[{facts.base_id}](https://huggingface.co/{facts.base_id})" if facts.base_id else _base_name(facts)
     on = f", trained on {_data(facts)}" if facts.dataset else ""
     version = (facts.environment.get("versions") or {}).get("sparseft") or __version__
@@ -262,7 +262,7 @@ VERSIONS = ("sparseft", "torch", "transformers", "peft", "python")
 
 def _trains(facts: Facts) -> str:
     share = _share(facts)
-    if facts.kind in ("full", "merged") and not facts.roles:
+    if facts.kind in ("full", "merged", "packed") and not facts.roles:
         return "Every weight." if share is None else f"Every weight: {share}."
     if "peft_type" in facts.content:
         return (

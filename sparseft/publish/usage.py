@@ -22,7 +22,7 @@ def usage(facts: Facts) -> str:
         "sparse": _sparse,
         "patch": _patch,
         **dict.fromkeys(("peft", "peft-lora", "peft-shira"), _peft),
-        **dict.fromkeys(("full", "merged"), _whole),
+        **dict.fromkeys(("full", "merged", "packed"), _whole),
         "mlx": _mlx,
         "gguf-lora": _gguf,
     }[facts.kind](facts, base, load)

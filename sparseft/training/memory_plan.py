@@ -27,6 +27,7 @@ from sparseft.layers import share_inputs, sparse_layers
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter, available_bytes, tensor_bytes
 from sparseft.models.decoder import decoder_layers
+from sparseft.models.packed_shape import pack_shapes
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.engine_ranks import describe_export
@@ -128,6 +129,10 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
     model = _on_meta(content, dtype, config)
     total = sum(parameter.numel() for parameter in model.parameters())
     settings = config.method
+    if config.model.quantize != "none":
+        pack_shapes(model, config.model.quantize)
+        if getattr(settings, "residual", False):  # base values are kept either way
+            settings = dataclasses.replace(settings, residual=False)
     autocast = settings.widens(dtype) and not on_cpu(config.hardware)
     spec = ModelSpec.of(model).narrowed(settings.layers)
     if settings.sparse:

@@ -11,6 +11,7 @@ FORMATS = {
     "peft-lora": "sparseft.export.formats.peft_lora:PeftLora",
     "peft-shira": "sparseft.export.formats.peft_shira:PeftShira",
     "merged": "sparseft.export.formats.merged:Merged",
+    "packed": "sparseft.export.formats.packed:Packed",
     "patch": "sparseft.export.formats.patch:PatchFormat",
     "gguf-lora": "sparseft.export.formats.gguf_lora:GgufLora",
     "mlx": "sparseft.export.formats.mlx:Mlx",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,15 @@ class Options:
     """What the user may say of an export.
 
     dtype: of what is written (`float32`, …), None: the format's own; engine: the one whose rules it must meet;
-    base_gguf: the base model's GGUF file, on which llama.cpp itself proves `gguf-lora`.
+    base_gguf: the base model's GGUF file, on which llama.cpp itself proves `gguf-lora`. base: what `merged` adds
+    differences to where `model.quantize` packed the base: `trained`, the values it was trained beside, or `checkpoint`,
+    those that were packed.
     """
 
     dtype: torch.dtype | None = None
     engine: str | None = None
     base_gguf: str | None = None
+    base: Literal["trained", "checkpoint"] = "trained"
 
 
 class Answering(Protocol):

@@ -25,7 +25,8 @@ from sparseft.files.atomic import write_json
 from sparseft.files.tensors import DESCRIPTIONS, Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.checkpoint import FILE, INDEX, Checkpoint
-from sparseft.models.loading import load_config, load_model
+from sparseft.models.loading import load_config, load_model, resolve_device
+from sparseft.models.unpacked import Unpacked
 
 SHARD = 5 * 10**9  # bytes of a file at most, where no single tensor is larger
 
@@ -42,14 +43,14 @@ class Merged(Format):
 
     def check(self, source: Source, options: Options) -> list[str]:
         load_config(base_of(source))  # refuses what is quantized
-        Checkpoint.of(base_of(source))
+        checkpoint = _base(source, options)
         if source.kind == "sparse":
-            ChangedTensors(source, options.dtype)
+            ChangedTensors(source, options.dtype, checkpoint)
         return []
 
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
         tokenizer = source.tokenizer  # of a hub id: its files are in the cache then
-        changed = ChangedTensors(source, options.dtype)
+        changed = ChangedTensors(source, options.dtype, _base(source, options))
         checkpoint = changed.checkpoint
         tensors = {name: Stored(changed.target(name), each.shape) for name, each in checkpoint.tensors.items()}
         tensors |= {name: Stored(each.dtype, tuple(each.shape)) for name, each in changed.extra.items()}
@@ -61,10 +62,10 @@ class Merged(Format):
         if len(files) > 1:
             weight_map = {name: file for file, names in files.items() for name in names}
             write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        self._copy(source, options, tokenizer, checkpoint.folder, folder, untied=bool(changed.extra))
+        self.copy_files(source, options, tokenizer, checkpoint.folder, folder, untied=bool(changed.extra))
         return {"files": len(files), "bytes": size}
 
-    def _copy(
+    def copy_files(
         self, source: Source, options: Options, tokenizer: Any, base: Path, folder: Path, *, untied: bool
     ) -> None:
         """All else that makes the model work: the base's own files, and the tokenizer that was trained with."""
@@ -90,13 +91,13 @@ class Merged(Format):
         write_json(folder / "config.json", content)
 
     def verify(self, source: Source, options: Options, folder: Path) -> None:
-        written, base = Checkpoint.of_folder(folder), Checkpoint.of(base_of(source))
+        written, base = Checkpoint.of_folder(folder), _base(source, options)
         if missing := sorted(base.tensors.keys() - written.tensors.keys()):
             raise RunError(f"the export lacks {missing[0]} of the base. Nothing was kept.")
-        check_values(source, written.read, options.dtype)
+        check_values(source, written.read, options.dtype, base)
 
     def base(self, source: Source, options: Options) -> nn.Module:
-        return base_model(source, options.dtype)
+        return base_model(source, options.dtype, _base(source, options))
 
     def attached(self, source: Source, options: Options, base: nn.Module) -> nn.Module:
         return merged_model(source, base, options.dtype)
@@ -107,6 +108,15 @@ class Merged(Format):
         trusted = source.target.model.trust_remote_code
         model = load_model(ModelConfig(path=str(folder), trust_remote_code=trusted))
         return HuggingFace(model, f"transformers {transformers.__version__}")
+
+
+def _base(source: Source, options: Options) -> Checkpoint:
+    """The weights that differences are added to: what a packed base computed with, or the checkpoint's own."""
+    if source.packed is None or options.base == "checkpoint":
+        return Checkpoint.of(base_of(source))
+    device = resolve_device(source.config.hardware.device)
+    kept = {module: change.entries for module, change in source.changes.items()} if source.residual else {}
+    return Unpacked.of_base(source.packed, device, kept)
 
 
 def shards(tensors: dict[str, Stored], limit: int) -> dict[str, list[str]]:
