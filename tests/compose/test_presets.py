@@ -12,7 +12,6 @@ from sparseft.compose.run_config import compose, options
 from support.presets import PRESETS, SMALL, TABLES
 from support.running import sparseft, summary
 
-
 ONE_CARD = ("s2ft_llama3_70b_nf4_1xh100", "sylva_llama3_70b_nf4_1xh100")
 
 
