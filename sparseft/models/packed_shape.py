@@ -1,5 +1,5 @@
-"""What a base packed by `model.quantize` takes of memory, on the meta device: the bytes of its linears' packed weights, and
-those that unpacking them takes for the time of a product.
+"""What a base packed by `model.quantize` takes of memory, on the meta device: the bytes of its linears' packed weights,
+and those that unpacking them takes for the time of a product.
 """
 
 from __future__ import annotations

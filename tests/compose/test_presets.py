@@ -12,6 +12,8 @@ from sparseft.compose.run_config import compose, options
 from support.presets import PRESETS, SMALL, TABLES
 from support.running import sparseft, summary
 
+ONE_CARD = ("s2ft_llama3_70b_nf4_1xh100", "sylva_llama3_70b_nf4_1xh100")
+
 
 def make(name: str, *words: str) -> Any:
     return compose("train", [f"experiment={name}", *words])
@@ -20,7 +22,20 @@ def make(name: str, *words: str) -> Any:
 def test_every_row_of_the_tables_is_there() -> None:
     assert set(PRESETS) <= set(options("experiment"))
     named = [name for name in options("experiment") if name.split("_")[0] in ("s2ft", "sylva", "lora", "dora", "full")]
-    assert sorted(named) == sorted(PRESETS)  # and none that no test runs
+    assert sorted(named) == sorted([*PRESETS, *ONE_CARD])  # and none that no test runs
+
+
+@pytest.mark.parametrize("name", ONE_CARD)
+def test_a_70b_model_on_one_card(name: str, tmp_path: Path) -> None:
+    """All but its size: two steps on the tiny model, whose rows NF4 does not pack here."""
+    config = make(name)
+    assert config.model.path == "meta-llama/Meta-Llama-3-70B" and config.model.quantize == "nf4"
+    assert config.hardware.memory_gib == 79 and config.checkpointing == "full"
+    small = ["model=tiny", "hardware=cpu", "method.d_ratio=0.2"] if "s2ft" in name else ["model=tiny", "hardware=cpu"]
+    small += ["method.block_size=8"] if "sylva" in name else []
+    words = ["model.quantize=none", "trainer.max_steps=2", "trainer.batch_size=2", "output_dir=run"]
+    sparseft(tmp_path, "train", f"experiment={name}", *small, *words)
+    assert (tmp_path / "run" / "summary.json").is_file()
 
 
 @pytest.mark.parametrize("row", [row for row in TABLES if row.startswith("llama") and "7b" not in row])

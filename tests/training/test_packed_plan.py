@@ -127,7 +127,8 @@ def test_the_plan_needs_no_package_and_no_residual(tmp_path: Path, monkeypatch: 
 
 def test_published_shapes_are_the_models() -> None:
     assert published(ModelConfig(path="openai-community/gpt2")) is None
-    for path, parameters in (("meta-llama/Meta-Llama-3-70B", 70_553_706_496), ("meta-llama/Llama-2-7b-hf", 6_738_415_616)):  # fmt: skip
+    sizes = {"meta-llama/Meta-Llama-3-70B": 70_553_706_496, "meta-llama/Llama-2-7b-hf": 6_738_415_616}
+    for path, parameters in sizes.items():
         content = published(ModelConfig(path=path))
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(content)
