@@ -10,6 +10,7 @@ import transformers
 
 from sparseft import console
 from sparseft.config import RunConfig
+from sparseft.errors import UserError
 from sparseft.models.decoder import context_length
 from sparseft.models.loading import load_config, model_dtype
 from sparseft.models.published import published
