@@ -150,7 +150,7 @@ def test_several_machines_need_someone_who_knows_them() -> None:
         (["trainer.batch_size=0"], "trainer.batch_size=0"),
         (["model.path=./nowhere"], "model.path=./nowhere"),
         (["dataset.train_path=missing.json"], "missing.json"),
-        (["hardware.zero_stage=3", "method.reselect_steps=5"], "weights, which ZeRO-3 has sharded"),
+        (["hardware.zero_stage=3", "method.reselect_steps=5"], "weights, which hardware.zero_stage=3 has in shards"),
         (["hardware.offload=cpu"], "it is ZeRO that offloads"),
         (["hardware.offload=nvme", "hardware.zero_stage=2"], "needs hardware.zero_stage=3"),
         (["hardware.num_machines=2"], "hardware.num_machines=2"),
