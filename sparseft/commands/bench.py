@@ -27,6 +27,7 @@ from sparseft.bench.output import Output
 from sparseft.commands import train as training
 from sparseft.compose.run_config import to_yaml
 from sparseft.config import RunConfig
+from sparseft.errors import UserError
 from sparseft.training import checks
 
 # Each has run(config, output), and title and table of what that returns; some have more_tables, notes (lines below the
@@ -56,6 +57,8 @@ def run(
     """
     console.clear_warnings()
     checks.check_one_process(config, "bench")
+    if config.by_preference:
+        raise UserError(f"bench: objective={config.objective}: what is measured is imitation; leave objective out.")
     config = normalised(config)
     output = Output(config)
     output.check()

@@ -82,6 +82,8 @@ def evaluate(
     start = time.perf_counter()
     if plan.questions:
         mt_bench.prompt_of(plan.prompt, tokenizer)  # refused now, not after hours of other tasks
+    if plan.pairs is not None:
+        preference.held_out(plan.pairs, tokenizer, model)  # likewise
     parts = []
     with harness.undisturbed(model), harness.quiet(progress):
         lm = harness.LanguageModel(model, tokenizer, config.batch_size, max_length)

@@ -21,6 +21,7 @@ from sparseft.config import ModelConfig
 from sparseft.data.loading import data_of
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
+from sparseft.errors import UserError
 from sparseft.evaluation.held_out import held_out_loss
 from sparseft.export.source import Source
 from sparseft.files.untrusted import read_yaml_object
@@ -44,7 +45,11 @@ def gain(source: Source, written: Path, base: str) -> dict[str, Any] | None:
     if own.by_preference:
         return None  # what it brought is no loss of imitation
     own.model = source.packed
-    data = data_of(own, source.tokenizer)
+    try:
+        data = data_of(own, source.tokenizer)
+    except UserError as error:  # the run's own files may be elsewhere by now; what is exported is whole without them
+        console.warn(f"how much of what was learnt survived is not measured: {error}")
+        return None
     rows = data.train if data.eval is None else data.eval
     chosen = [rows[index] for index in seeded_first(min(EXAMPLES, len(rows)), len(rows), own.seed, "gain")]
     device = resolve_device(source.config.hardware.device)
@@ -59,7 +64,9 @@ def gain(source: Source, written: Path, base: str) -> dict[str, Any] | None:
         yield loss(load_adapter(model, source.target.adapter))
         del model
         yield loss(load_model(source.target.model, device)) if base == "checkpoint" else None
-        yield loss(load_model(ModelConfig(path=str(written)), device))
+        yield loss(
+            load_model(ModelConfig(path=str(written), trust_remote_code=source.target.model.trust_remote_code), device)
+        )
 
     with console.working("measuring what was learnt, before and after"), torch.no_grad():
         packed, learnt, checkpoint, merged = losses()

@@ -117,11 +117,16 @@ def learning_rate(config: RunConfig) -> float:
 
 
 def check_objective(config: RunConfig) -> None:
-    """Refuses a preference objective without the library whose loss it is."""
+    """Refuses a preference objective without the library whose loss it is, and in several processes."""
     if config.by_preference and importlib.util.find_spec("trl") is None:
         raise UserError(
             f"objective={config.objective}: needs the package trl, whose losses these are: pip install "
             "'sparseft[preference]'."
+        )
+    if config.by_preference and (processes(config.hardware) > 1 or config.hardware.fsdp):
+        raise UserError(
+            f"objective={config.objective} runs in one process so far, and here are several (a launcher's count, and "
+            "hardware.fsdp asks for them); start one."
         )
 
 

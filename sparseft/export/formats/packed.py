@@ -40,6 +40,10 @@ class Packed(Merged):
     def check(self, source: Source, options: Options) -> list[str]:
         if source.packed is None:
             raise UserError("--format packed: the base was not packed by model.quantize; use --format merged.")
+        if source.packed.quantize not in ("nf4", "int8"):
+            raise UserError(
+                f"--format packed: model.quantize={source.packed.quantize} cannot be written into; use --format merged."
+            )
         if options.dtype is not None:
             raise UserError("--format packed: what is packed has no dtype to choose; leave --dtype out.")
         Checkpoint.of(base_of(source))
@@ -60,7 +64,10 @@ class Packed(Merged):
         return {"linears": len(source.linears), "entries": entries, "touched": touched / count} | facts
 
     def verify(self, source: Source, options: Options, folder: Path) -> None:
-        model = load_model(ModelConfig(path=str(folder)), resolve_device(source.config.hardware.device))
+        model = load_model(
+            ModelConfig(path=str(folder), trust_remote_code=source.target.model.trust_remote_code),
+            resolve_device(source.config.hardware.device),
+        )
         found = {name: _hash(dequantized(module)) for name, module in _packed(model)}
         if found != self._written:
             names = self._written.keys() ^ found.keys() or {n for n in found if found[n] != self._written[n]}
@@ -78,7 +85,10 @@ class Packed(Merged):
     def load(self, source: Source, options: Options, folder: Path) -> HuggingFace:
         import transformers
 
-        model = load_model(ModelConfig(path=str(folder)), resolve_device(source.config.hardware.device))
+        model = load_model(
+            ModelConfig(path=str(folder), trust_remote_code=source.target.model.trust_remote_code),
+            resolve_device(source.config.hardware.device),
+        )
         return HuggingFace(model, f"transformers {transformers.__version__}")
 
 

@@ -1,0 +1,26 @@
+"""The gain at an export, where the run's own data cannot be read any more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sparseft.compose.run_config import compose, to_yaml
+from sparseft.config import ModelConfig
+from sparseft.export.gain import gain
+from sparseft.models.loading import load_tokenizer
+
+
+def test_data_that_are_gone_cost_no_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = compose("train", ["dataset=json", "hardware=cpu"])
+    own.dataset.train_path = str(tmp_path / "gone.jsonl")
+    (tmp_path / "config.yaml").write_text(to_yaml(own))
+    model = ModelConfig(path=own.model.path)
+    source = SimpleNamespace(
+        packed=model, tokenizer=load_tokenizer(model), config=own,
+        target=SimpleNamespace(folder=tmp_path, adapter=tmp_path, model=model),
+    )  # fmt: skip
+    assert gain(source, tmp_path, "trained") is None
+    assert "survived is not measured" in (told := capsys.readouterr().err) and "gone.jsonl" in told
