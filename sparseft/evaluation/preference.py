@@ -21,11 +21,11 @@ from sparseft.data.loading import check_tokens, data_of
 from sparseft.data.packing import Collator, padding_id
 from sparseft.data.tokenized import IGNORED, TokenizedDataset
 from sparseft.errors import UserError
+from sparseft.evaluation.tasks import PREFERENCE
 from sparseft.files.untrusted import read_yaml_object
 from sparseft.models.loading import vocabulary_rows
 from sparseft.runs.folder import CONFIG
 
-PREFERENCE = "preference"
 PAIRED = "dpo"  # an objective whose data are pairs
 CPU_BATCH = 8
 

@@ -22,9 +22,8 @@ from sparseft.evaluation.contamination import annotate
 from sparseft.evaluation.llm_adapters import ARITHMETIC, COMMONSENSE, GROUPS
 from sparseft.evaluation.mmlu import MMLU, MMLU_CATEGORIES
 from sparseft.evaluation.mt_bench import MT_BENCH
-from sparseft.evaluation.preference import PREFERENCE
 from sparseft.evaluation.target import Target
-from sparseft.evaluation.tasks import BUNDLED_DATA, HARNESS, Plan, expand_tasks, task_manager
+from sparseft.evaluation.tasks import BUNDLED_DATA, HARNESS, PREFERENCE, Plan, expand_tasks, task_manager
 from sparseft.rules import check_fields
 from sparseft.runs.environment import package_commit
 from sparseft.runs.folder import ADAPTER

@@ -15,7 +15,6 @@ from sparseft.errors import UserError, nearest
 from sparseft.evaluation.llm_adapters import ARITHMETIC, COMMONSENSE, GROUPS
 from sparseft.evaluation.mmlu import MMLU, MMLU_CATEGORIES, MMLU_SUBJECTS, local_subjects
 from sparseft.evaluation.mt_bench import MT_BENCH
-from sparseft.evaluation.preference import PREFERENCE
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 BUNDLED_DATA = str(BUNDLED_ROOT / "data")
 
+PREFERENCE = "preference"  # which answer of a pair is more probable (`preference.py`)
 HARNESS = "lm_eval:"  # before a name: lm-eval's own task, where ours has the same name
 
 

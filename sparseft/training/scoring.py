@@ -13,11 +13,10 @@ from sparseft.data.question_hashes import QuestionHashes
 from sparseft.distributed.ranks import is_main
 from sparseft.errors import UserError
 from sparseft.evaluation.mt_bench import MT_BENCH
-from sparseft.evaluation.preference import PREFERENCE
 from sparseft.evaluation.progress import Answers
 from sparseft.evaluation.run import conclude, evaluate, prepare
 from sparseft.evaluation.target import Target
-from sparseft.evaluation.tasks import data_folder, expand_tasks
+from sparseft.evaluation.tasks import PREFERENCE, data_folder, expand_tasks
 from sparseft.models.decoder import runnable
 from sparseft.runs.folder import ADAPTER
 

@@ -78,7 +78,7 @@ def test_a_head_with_fewer_rows_than_the_embeddings(make_model: Any) -> None:
     learns = TokenizedDataset.from_lists([([3, rows - 1], [-100, rows - 1])])
     known = type("Known", (), {"convert_ids_to_tokens": staticmethod(str), "__len__": lambda self: rows})()
     for data, refuses in ((asks, False), (learns, True)):
-        loaded = SimpleNamespace(train=asks, eval=data, train_source="a", eval_source="b")
+        loaded = SimpleNamespace(parts=lambda data=data: [(asks, "a"), (data, "b")])
         if refuses:
             with pytest.raises(UserError, match=f"^b: token '{rows - 1}' .* the model's head has {rows - 5} rows"):
                 check_tokens(loaded, known, *vocabulary_rows(model))
