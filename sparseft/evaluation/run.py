@@ -81,7 +81,8 @@ def evaluate(
     start = time.perf_counter()
     if plan.questions:
         mt_bench.prompt_of(plan.prompt, tokenizer)  # refused now, not after hours of other tasks
-    if plan.pairs is not None:
+    if PREFERENCE in plan.requested:
+        assert plan.pairs is not None
         preference.held_out(plan.pairs, tokenizer, model)  # likewise
     parts = []
     with harness.undisturbed(model), harness.quiet(progress):
