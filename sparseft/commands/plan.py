@@ -38,7 +38,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     (experts that take turns)."""
     config = copy.deepcopy(config)
     console.clear_warnings()
-    checks.check_sharing(config.hardware)
+    checks.check_together(config)
     checks.check_trainer(config)
     if config.by_preference:
         raise UserError(
@@ -105,7 +105,10 @@ def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] |
     even all of them are not enough."""
     changed = copy.deepcopy(config)
     given: dict[str, str] = {}
-    stage = 2 if has_experts(shape.model) else 3  # single experts of a sharded parameter cannot train
+    whole = has_experts(shape.model) or config.method.reselect_steps or config.trainer.average is not None
+    stage = 2 if whole else 3  # what these need is not in shards
+    if config.model.quantize != "none":
+        stage = 0
     for name in REMEDIES:
         if not _apply(name, changed, given, stage):
             continue

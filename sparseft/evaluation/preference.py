@@ -51,11 +51,10 @@ def held_out(config: RunConfig, tokenizer: Any, model: Any) -> Preferences:
 
 @torch.no_grad()
 def answer(
-    model: Any, tokenizer: Any, config: RunConfig, batch_size: int | str, limit: int | None
+    model: Any, tokenizer: Any, pairs: Preferences, batch_size: int | str, limit: int | None
 ) -> list[dict[str, Any]]:
     """One record a pair, in the order of the data: log-probabilities (nats) of the better and the worse answer, and
     whether the better one has the higher."""
-    pairs = held_out(config, tokenizer, model)
     count = min(len(pairs), limit or len(pairs))
     size = CPU_BATCH if isinstance(batch_size, str) else batch_size
     pad = padding_id(tokenizer, vocabulary_rows(model)[0])

@@ -83,7 +83,7 @@ def evaluate(
         mt_bench.prompt_of(plan.prompt, tokenizer)  # refused now, not after hours of other tasks
     if PREFERENCE in plan.requested:
         assert plan.pairs is not None
-        preference.held_out(plan.pairs, tokenizer, model)  # likewise
+        pairs = preference.held_out(plan.pairs, tokenizer, model)  # likewise
     parts = []
     with harness.undisturbed(model), harness.quiet(progress):
         lm = harness.LanguageModel(model, tokenizer, config.batch_size, max_length)
@@ -97,14 +97,13 @@ def evaluate(
             tokens = config.max_new_tokens or mt_bench.MAX_NEW_TOKENS
             conversations = mt_bench.answer(lm, plan.questions, plan.prompt, tokens)
         if PREFERENCE in plan.requested:
-            assert plan.pairs is not None
-            pairs = preference.answer(model, tokenizer, plan.pairs, config.batch_size, config.limit)
+            answered = preference.answer(model, tokenizer, pairs, config.batch_size, config.limit)
     scored = [name for name in plan.requested if name not in APART]
     outcome = results.assemble(parts, scored, plan.facts, lm.truncated, lm.max_length, plan.macro)
     if plan.questions:
         mt_bench.add_to(outcome, results.as_json(conversations))
     if PREFERENCE in plan.requested:
-        preference.add_to(outcome, pairs)
+        preference.add_to(outcome, answered)
     results.arrange(outcome, plan.requested)
     outcome["warnings"] = [*plan.warnings, *outcome["warnings"]]
     outcome["seconds"] = time.perf_counter() - start

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sparseft.config import AUTO, BITSANDBYTES, BUNDLED, OPTIMIZERS, HardwareConfig, RunConfig, in_bundle
+from sparseft.config import AUTO, BITSANDBYTES, BUNDLED, OPTIMIZERS, RunConfig, in_bundle
 from sparseft.data.reading import named_sources
 from sparseft.data.sources import locate
 from sparseft.distributed import launch
@@ -42,7 +42,29 @@ def check_hardware(config: RunConfig) -> None:
             "trainer.compile=graphs: CUDA graphs need a CUDA device, and this run is on the CPU; use "
             "trainer.compile=none, model or layers."
         )
-    check_sharing(hardware)
+    check_together(config)
+    if hardware.zero_stage and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"hardware.zero_stage={hardware.zero_stage}: deepspeed is not installed.")
+    if hardware.offload == "nvme" and not (hardware.offload_dir and Path(hardware.offload_dir).is_dir()):
+        raise UserError(f"hardware.offload_dir={hardware.offload_dir}: no such folder.")
+    if hardware.num_processes > 1:
+        gpus = torch.cuda.device_count()
+        if hardware.device != "cpu" and 0 < gpus < hardware.num_processes:
+            raise UserError(
+                f"hardware.num_processes={hardware.num_processes}: this machine has {gpus} "
+                f"{'GPU' if gpus == 1 else 'GPUs'}, and each process needs its own; use "
+                f"hardware.num_processes={gpus}, or hardware.device=cpu."
+            )
+
+
+def check_together(config: RunConfig) -> None:
+    """Refuses methods, bases and shards that do not go together, on any machine."""
+    hardware = config.hardware
+    if hardware.fsdp and processes(hardware) == 1:
+        raise UserError(
+            "hardware.fsdp=true: one process has nobody to share the model with; use hardware.num_processes=2 or more, "
+            "or hardware.fsdp=false."
+        )
     if hardware.in_shards and config.method.reselect_steps:
         raise UserError(
             f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in the "
@@ -77,27 +99,6 @@ def check_hardware(config: RunConfig) -> None:
                 f"{quantized}: {who} takes no packed weights here yet; use hardware.fsdp=false and "
                 f"hardware.zero_stage=0 (DDP), now {given}."
             )
-    if hardware.zero_stage and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f"hardware.zero_stage={hardware.zero_stage}: deepspeed is not installed.")
-    if hardware.offload == "nvme" and not (hardware.offload_dir and Path(hardware.offload_dir).is_dir()):
-        raise UserError(f"hardware.offload_dir={hardware.offload_dir}: no such folder.")
-    if hardware.num_processes > 1:
-        gpus = torch.cuda.device_count()
-        if hardware.device != "cpu" and 0 < gpus < hardware.num_processes:
-            raise UserError(
-                f"hardware.num_processes={hardware.num_processes}: this machine has {gpus} "
-                f"{'GPU' if gpus == 1 else 'GPUs'}, and each process needs its own; use "
-                f"hardware.num_processes={gpus}, or hardware.device=cpu."
-            )
-
-
-def check_sharing(hardware: HardwareConfig) -> None:
-    """Refuses shards of a single process."""
-    if hardware.fsdp and processes(hardware) == 1:
-        raise UserError(
-            "hardware.fsdp=true: one process has nobody to share the model with; use hardware.num_processes=2 or more, "
-            "or hardware.fsdp=false."
-        )
 
 
 def check_tests(config: RunConfig) -> None:
@@ -123,11 +124,8 @@ def check_objective(config: RunConfig) -> None:
             f"objective={config.objective}: needs the package trl, whose losses these are: pip install "
             "'sparseft[preference]'."
         )
-    if config.by_preference and (processes(config.hardware) > 1 or config.hardware.fsdp):
-        raise UserError(
-            f"objective={config.objective} runs in one process so far, and here are several (a launcher's count, and "
-            "hardware.fsdp asks for them); start one."
-        )
+    if config.by_preference and (count := processes(config.hardware)) > 1:  # a launcher's: of others no run is composed
+        raise UserError(f"objective={config.objective} runs in one process so far, not in {count}; start one.")
 
 
 def check_trainer(config: RunConfig) -> None:

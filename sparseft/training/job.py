@@ -44,6 +44,7 @@ from sparseft.runs.folder import (
     prepare_run_folder,
 )
 from sparseft.runs.metrics import truncate_metrics
+from sparseft.selection.compute import Request
 from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.picture import draw_shares, trained_shares
 from sparseft.selection.selection import Selection, describe_selection, describe_trainable
@@ -54,7 +55,7 @@ from sparseft.training.arguments import training_arguments
 from sparseft.training.average import Average
 from sparseft.training.best import Best, Evaluation, evaluations, reached, recorded, without_a_better
 from sparseft.training.checkpoints import CHECKPOINTS, last_checkpoint
-from sparseft.training.distributed_trainer import has_experts
+from sparseft.training.distributed_trainer import check_shards, has_experts
 from sparseft.training.labelled_loss import usable
 from sparseft.training.predicted import in_words, labelled_share, predicted_floors
 from sparseft.training.preference.objectives import OBJECTIVES
@@ -261,6 +262,7 @@ def select(job: Job) -> None:
     if not job.method.sparse:
         return
     if job.resumed_from is not None:
+        check_shards(Request.of(job.spec, job.method), job.config.hardware)
         own = job.previous.folder / SELECTION
         console.log(f"selection: the run's own, {own}")
         job.selection, job.selection_cached = Selection.load(own), True

@@ -11,8 +11,10 @@ import torch
 import transformers
 
 from sparseft.adapters.lifecycle import attach, trainable_parameters
+from sparseft.commands import plan
 from sparseft.compose.run_config import compose
 from sparseft.config import ModelConfig
+from sparseft.errors import UserError
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter, tensor_bytes
 from sparseft.models.loading import load_model
@@ -135,3 +137,9 @@ def test_published_shapes_are_the_models() -> None:
         assert sum(parameter.numel() for parameter in model.parameters()) == parameters
         assert content.dtype == torch.bfloat16
     assert SHAPES["llama3-70b"]["num_hidden_layers"] == 80
+
+
+def test_a_plan_refuses_what_train_refuses() -> None:
+    words = ["model.quantize=nf4", "method=s2ft", "hardware=cpu", "hardware.num_processes=2", "hardware.zero_stage=3"]
+    with pytest.raises(UserError, match="takes no packed weights here yet"):
+        plan.run(compose("train", words))

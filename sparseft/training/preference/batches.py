@@ -71,6 +71,12 @@ class Examples:
         prompt, answer = halves(part.better[at] if good else part.worse[at - len(part.better)])
         return {"prompt_ids": prompt, "completion_ids": answer, "label": good}
 
+    def next_to(self, place: int) -> dict[str, Any]:
+        """What is at another place of the same part, where it has one."""
+        first = 0 if place < len(self.parts[0]) else len(self.parts[0])
+        count = len(self.parts[1 if first else 0])
+        return self[first + (place - first + 1) % count]
+
 
 def halves(example: dict[str, Ids]) -> tuple[Ids, Ids]:
     """The ids before the first one that is learnt, and from it on."""
@@ -97,16 +103,18 @@ class Collator:
 
     def __init__(self, examples: Examples, form: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]) -> None:
         self.examples, self.form = examples, form
+        self.unpaired = examples.orders[0] is not None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        found = [self.examples[row[ROW]] for row in rows]
+        places = [row[ROW] for row in rows]
+        found = mismatched_in(self.examples, places) if self.unpaired else [self.examples[place] for place in places]
         answers = [len(ids) for each in found for name, ids in each.items() if name in ANSWERS]
         prompts = sum(len(each["prompt_ids"]) for each in found) * (len(answers) // len(found))
         return {
             **self.form(found),
             COUNT: sum(answers) + prompts,
             LEARNT: sum(answers),
-            PLACES: [row[ROW] for row in rows],
+            PLACES: places,
         }
 
 
@@ -122,8 +130,7 @@ def form_of(name: str, pad: int) -> Callable[[Sequence[dict[str, Any]]], dict[st
     if name == "KTO":
         from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-        unpaired = DataCollatorForUnpairedPreference(pad_token_id=pad)
-        return lambda found: unpaired(mismatched(found))
+        return DataCollatorForUnpairedPreference(pad_token_id=pad)
     from trl.experimental.utils import DPODataCollatorWithPadding
 
     padded = DPODataCollatorWithPadding(pad_token_id=pad)
@@ -134,6 +141,12 @@ def mismatched(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each prompt with the answer before it in the batch too, of which KTO estimates its divergence from the base. TRL
     lays these out once, for batches in the order of the file; here for the batch at hand."""
     return [{**each, "KL_completion_ids": found[at - 1]["completion_ids"]} for at, each in enumerate(found)]
+
+
+def mismatched_in(examples: Examples, places: Sequence[int]) -> list[dict[str, Any]]:
+    """`mismatched` of a batch; the answer of one that is alone in it is another example's."""
+    found = [examples[place] for place in places]
+    return mismatched(found) if len(found) > 1 else mismatched([*found, examples.next_to(places[0])])[:1]
 
 
 def as_sequences(found: dict[str, Any]) -> dict[str, Ids]:

@@ -19,13 +19,6 @@ def test_a_launchers_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
         checks.check_objective(config)
 
 
-def test_fsdp_is_refused() -> None:
-    config = compose("train", ["objective=dpo", "hardware=cpu"])
-    config.hardware.fsdp = True
-    with pytest.raises(UserError, match="runs in one process so far"):
-        checks.check_objective(config)
-
-
 def test_bench_measures_imitation() -> None:
     with pytest.raises(UserError, match=r"objective=dpo: what is measured is imitation"):
         bench.run(compose("bench", ["objective=dpo", "hardware=cpu"]))

@@ -18,6 +18,7 @@ import sparseft as sparseft_package
 from sparseft.adapters.lifecycle import load_adapter
 from sparseft.compose.run_config import compose
 from sparseft.config import BUNDLED_ROOT
+from sparseft.data.loaded import Preferences
 from sparseft.data.loading import data_of
 from sparseft.data.tokenized import IGNORED, TokenizedDataset
 from sparseft.training.arguments import training_arguments
@@ -277,6 +278,17 @@ def test_kto_takes_answers_for_themselves_and_pairs(tmp_path: Path) -> None:
 def test_a_mismatched_answer_is_that_of_the_example_before() -> None:
     found = [{"prompt_ids": [at], "completion_ids": [10 + at], "label": True} for at in range(3)]
     assert [each["KL_completion_ids"] for each in batches.mismatched(found)] == [[12], [10], [11]]
+
+
+def test_a_last_answer_alone_is_mismatched_with_another() -> None:
+    """Its own would say that the model has not moved, whatever it has learnt."""
+    good = TokenizedDataset.from_lists([([5, 10 + at], [IGNORED, 10 + at]) for at in range(3)])
+    bad = TokenizedDataset.from_lists([([5, 20 + at], [IGNORED, 20 + at]) for at in range(2)])
+    examples = batches.Examples(Preferences(False, good, bad), Preferences(False, good, bad))
+    for first in (0, 5):
+        for place in range(first, first + 5):
+            (seen,) = batches.mismatched_in(examples, [place])
+            assert seen["completion_ids"] == examples[place]["completion_ids"] != seen["KL_completion_ids"]
 
 
 def test_both_kinds_are_spread_evenly() -> None:
