@@ -41,6 +41,8 @@ class Measured(transformers.TrainerCallback):
         model = trainer.model
         for tensor in (*model.parameters(), *model.buffers()):  # what DeepSpeed shards goes away again
             counter._count(own(tensor).untyped_storage())
+            if hasattr(tensor, "ds_tensor"):  # or was read in shards
+                counter._count(tensor.ds_tensor.untyped_storage())
         self.before = counter.live
         self.handle = register_optimizer_step_pre_hook(self.updating)
 
