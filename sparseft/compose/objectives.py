@@ -29,8 +29,8 @@ def check(config: RunConfig) -> None:
         ("dataset.packing", data.packing, False, "TRL packs none of these"),
         ("dataset.mix", data.mix, None, one),
         ("dataset.replay", data.replay, None, one),
-        ("hardware.zero_stage", hardware.zero_stage, 0, "it runs in one process so far"),
-        ("hardware.num_processes", hardware.all_processes, 1, "it runs in one process so far"),
+        ("hardware.zero_stage", hardware.zero_stage, 0, "it has not been held to one process's steps under DeepSpeed"),
+        ("hardware.fsdp", hardware.fsdp, False, "its reference is put into whole weights"),
     ]
     for key, value, fitting, why in settings:
         if value != fitting:
