@@ -1132,7 +1132,20 @@ def test_trls_trainers_have_what_a_run_takes_over(objective: str) -> None:
         assert 'if "ref" in ref_model_unwrapped.peft_config else None' in text, relied_on("delete_adapter")
     else:
         assert "self._stored_metrics[train_eval][key].append" in text, relied_on("_stored_metrics")
-        assert parameters(own.get_batch_loss_metrics) == ["model", "batch", "train_eval"], relied_on("fp32_logits")
+        assert parameters(own.get_batch_loss_metrics) == ["model", "batch", "train_eval"], relied_on("exact_logits")
+
+
+def test_trls_head_is_what_a_plan_counts() -> None:
+    """`training/preference/planned.py` folds its tiles without torch, as a GPU's kernel does."""
+    pytest.importorskip("trl")
+    from trl.kernels import chunked_logprob
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    for name in ("_forward_tile", "_backward_tile"):
+        text = inspect.getsource(chunked_logprob.ChunkedLogProbFunction)
+        assert callable(getattr(chunked_logprob, name)) and f"else {name}" in text, relied_on(name)
+    text = inspect.getsource(DPOTrainer.__init__)
+    assert 'outputs = ("log_probs", "entropy", "mean_logits", "is_top1")' in text, relied_on("OUTPUTS")
 
 
 def test_a_steps_batches_come_at_once_and_its_loss_is_their_mean() -> None:

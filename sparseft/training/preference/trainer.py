@@ -81,7 +81,7 @@ class PreferenceTrainer(Trainer):
         takes them in turn.
         """
         noted = {name: len(values) for name, values in self.collected().items()}
-        with self.fp32_logits(), ranks.each_for_itself(self.accelerator):
+        with self.exact_logits(), ranks.each_for_itself(self.accelerator):
             loss = super().compute_loss(model, inputs, return_outputs, **options)
         if not model.training:
             return loss
@@ -109,19 +109,11 @@ class PreferenceTrainer(Trainer):
         everywhere = ranks.all_gather_object([] if self.empty else own.tolist())
         return own.new_tensor([value for values in everywhere for value in values])
 
-    @contextlib.contextmanager
-    def fp32_logits(self) -> Iterator[None]:
-        """Inside, the head's logits are fp32: TRL takes their logarithms in the dtype that they have, and bf16's eight
-        bits are a step of 0.03 at a log-probability of 8."""
-        if not hasattr(self, "get_batch_loss_metrics"):  # the others' head is TRL's own, which computes so
-            yield
-            return
-        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        hook = head.register_forward_hook(lambda _, __, logits: logits.float())
-        try:
-            yield
-        finally:
-            hook.remove()
+    def exact_logits(self) -> contextlib.AbstractContextManager[None]:
+        """`fp32_logits`, where the head is not TRL's own, which computes so."""
+        if not hasattr(self, "get_batch_loss_metrics"):
+            return contextlib.nullcontext()
+        return fp32_logits(self.accelerator.unwrap_model(self.model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With what TRL has collected of the steps since the last time, where it is of training: `measured` has its own
@@ -160,13 +152,24 @@ class PreferenceTrainer(Trainer):
     def judged(self, inputs: dict[str, Any]) -> tuple[float, dict[str, float]]:
         """A batch's loss and TRL's metrics of it."""
         if hasattr(self, "get_batch_loss_metrics"):
-            with self.fp32_logits(), ranks.each_for_itself(self.accelerator):
+            with self.exact_logits(), ranks.each_for_itself(self.accelerator):
                 loss, metrics = self.get_batch_loss_metrics(self.model, inputs, "eval")
             return float(loss), {name.removeprefix("eval_"): value for name, value in metrics.items()}
         loss = float(self.compute_loss(self.model, inputs))
         metrics = {name: values[-1] for name, values in self._metrics["eval"].items()}
         self._metrics["eval"].clear()
         return loss, metrics
+
+
+@contextlib.contextmanager
+def fp32_logits(model: Any) -> Iterator[None]:
+    """Inside, the head's logits are fp32: TRL takes their logarithms in the dtype that they have, and bf16's eight bits
+    are a step of 0.03 at a log-probability of 8."""
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, logits: logits.float())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def weighed(loss: float, metrics: Mapping[str, float], inputs: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
