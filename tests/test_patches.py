@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 import io
@@ -1133,6 +1134,21 @@ def test_trls_trainers_have_what_a_run_takes_over(objective: str) -> None:
     else:
         assert "self._stored_metrics[train_eval][key].append" in text, relied_on("_stored_metrics")
         assert parameters(own.get_batch_loss_metrics) == ["model", "batch", "train_eval"], relied_on("exact_logits")
+
+
+def test_trl_packs_no_preferences() -> None:
+    """So `dataset.packing` is refused (docs/preference.md): once this fails there is something to take up."""
+    pytest.importorskip("trl")
+    from sparseft.training.preference.objectives import OBJECTIVES
+
+    for objective in OBJECTIVES.values():
+        names = {field.name for field in dataclasses.fields(objective.configuration())}
+        packs = {name for name in names if "packing" in name or "padding_free" in name}
+        assert packs <= {"padding_free"}, relied_on("no packing")
+        text = inspect.getsource(objective.trainer())
+        if packs:
+            assert "temporarily unavailable after a refactor" in text, relied_on("no padding_free")
+            assert "self.padding_free = False" in text, relied_on("no padding_free")
 
 
 def test_trls_head_is_what_a_plan_counts() -> None:
