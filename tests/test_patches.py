@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 import io
@@ -1120,12 +1121,54 @@ def test_trls_trainers_have_what_a_run_takes_over(objective: str) -> None:
     order = trainer_class(objective).__mro__
     assert order.index(Trainer) < order.index(own) < order.index(transformers.Trainer)
     text = inspect.getsource(own)
+    gathered = set(re.findall(r"accelerator\.(gather\w*|reduce|pad_across_processes)\(", inspect.getsource(own)))
+    assert gathered == {"gather", "gather_for_metrics"} - ({"gather"} if objective != "dpo" else set()), relied_on(
+        "each_for_itself"
+    )
+    if objective == "kto":
+        assert parameters(own._compute_kl_logps) == ["model", "batch"], relied_on("_compute_kl_logps")
+        assert "kl = (KL_logps - ref_KL_logps).mean().detach()" in text, relied_on("_compute_kl_logps")
     if OBJECTIVES[objective].reference:
         assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in text, relied_on("_metrics")
         assert 'if "ref" in ref_model_unwrapped.peft_config else None' in text, relied_on("delete_adapter")
     else:
         assert "self._stored_metrics[train_eval][key].append" in text, relied_on("_stored_metrics")
-        assert parameters(own.get_batch_loss_metrics) == ["model", "batch", "train_eval"], relied_on("fp32_logits")
+        assert parameters(own.get_batch_loss_metrics) == ["model", "batch", "train_eval"], relied_on("exact_logits")
+
+
+def test_trl_packs_no_preferences() -> None:
+    """So `dataset.packing` is refused (docs/preference.md): once this fails there is something to take up."""
+    pytest.importorskip("trl")
+    from sparseft.training.preference.objectives import OBJECTIVES
+
+    for objective in OBJECTIVES.values():
+        names = {field.name for field in dataclasses.fields(objective.configuration())}
+        packs = {name for name in names if "packing" in name or "padding_free" in name}
+        assert packs <= {"padding_free"}, relied_on("no packing")
+        text = inspect.getsource(objective.trainer())
+        if packs:
+            assert "temporarily unavailable after a refactor" in text, relied_on("no padding_free")
+            assert "self.padding_free = False" in text, relied_on("no padding_free")
+
+
+def test_trls_head_is_what_a_plan_counts() -> None:
+    """`training/preference/planned.py` folds its tiles without torch, as a GPU's kernel does."""
+    pytest.importorskip("trl")
+    from trl.kernels import chunked_logprob
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    for name in ("_forward_tile", "_backward_tile"):
+        text = inspect.getsource(chunked_logprob.ChunkedLogProbFunction)
+        assert callable(getattr(chunked_logprob, name)) and f"else {name}" in text, relied_on(name)
+    text = inspect.getsource(DPOTrainer.__init__)
+    assert 'outputs = ("log_probs", "entropy", "mean_logits", "is_top1")' in text, relied_on("OUTPUTS")
+
+
+def test_a_steps_batches_come_at_once_and_its_loss_is_their_mean() -> None:
+    """Of which `PreferenceTrainer.get_batch_samples` makes the mean over all processes."""
+    text = inspect.getsource(transformers.Trainer)
+    assert "self.current_gradient_accumulation_steps = len(batch_samples)" in text, relied_on("get_batch_samples")
+    assert "loss = loss / self.current_gradient_accumulation_steps" in text, relied_on("get_batch_samples")
 
 
 def test_trl_tokenises_by_map_and_filter_alone() -> None:

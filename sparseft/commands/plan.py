@@ -10,7 +10,7 @@ import transformers
 
 from sparseft import console
 from sparseft.config import RunConfig
-from sparseft.errors import UserError
+from sparseft.data.preference_sets import UNPAIRS
 from sparseft.models.decoder import context_length
 from sparseft.models.loading import load_config, model_dtype
 from sparseft.models.published import published
@@ -18,6 +18,7 @@ from sparseft.training import checks, memory_plan
 from sparseft.training.arguments import micro_batches
 from sparseft.training.distributed_trainer import has_experts
 from sparseft.training.predicted import in_words, predicted_floors
+from sparseft.training.preference.objectives import sequences
 
 GIB = 2**30
 PARTS = {
@@ -40,11 +41,6 @@ def run(config: RunConfig) -> dict[str, Any]:
     console.clear_warnings()
     checks.check_together(config)
     checks.check_trainer(config)
-    if config.by_preference:
-        raise UserError(
-            f"train --plan: a step of objective={config.objective} is not counted yet; a pair takes two sequences, and "
-            f"objective=sft trainer.batch_size={2 * config.trainer.batch_size} plans for as many."
-        )
     content = published(config.model) or load_config(config.model)
     transformers.logging.set_verbosity_error()
     dtype = model_dtype(config.model, content)
@@ -73,7 +69,11 @@ def run(config: RunConfig) -> dict[str, Any]:
         "fsdp": config.hardware.fsdp,
         "batch": batch,
         "length": length,
-        "predicted_floors": predicted_floors(shape.model, shape.spec, config, length=length, labelled=1.0),
+        "sequences": batch * sequences(config.objective),
+        "objective": config.objective,
+        "predicted_floors": None  # of an objective whose step is another one
+        if config.by_preference
+        else predicted_floors(shape.model, shape.spec, config, length=length, labelled=1.0),
         "trainable_parameters": shape.trainable,
         "total_parameters": shape.total,
         "per_device": asdict(memory) | {"total": memory.total},
@@ -88,7 +88,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def micro_batch(config: RunConfig) -> int:
-    """Sequences that go through the model at once on one device."""
+    """Sequences, pairs or answers that go through the model at once on one device."""
     return micro_batches(config.trainer, config.hardware)[0]
 
 
@@ -107,7 +107,7 @@ def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] |
     given: dict[str, str] = {}
     whole = has_experts(shape.model) or config.method.reselect_steps or config.trainer.average is not None
     stage = 2 if whole else 3  # what these need is not in shards
-    if config.model.quantize != "none":
+    if config.model.quantize != "none" or config.by_preference:
         stage = 0
     for name in REMEDIES:
         if not _apply(name, changed, given, stage):
@@ -122,9 +122,10 @@ def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> b
     """Changes the config by one remedy (ZeRO up to `stage`) and notes the overrides that do it; whether there was
     anything to change."""
     trainer, hardware = config.trainer, config.hardware
-    if name == "micro_batch" and micro_batch(config) > 1:
-        hardware.micro_batch = 1
-        given["hardware.micro_batch"] = "1"
+    least = 2 if config.objective == UNPAIRS else 1
+    if name == "micro_batch" and micro_batch(config) > least and trainer.batch_size % least == 0:
+        hardware.micro_batch = least
+        given["hardware.micro_batch"] = str(least)
     elif name == "gradient_checkpointing" and trainer.checkpointing not in ("auto", "full"):
         trainer.checkpointing = "full"
         given["trainer.checkpointing"] = "full"
@@ -155,19 +156,27 @@ def render(result: dict[str, Any]) -> None:
     console.table(
         f"Plan: {result['method']} on {result['model']}, {result['dtype']}, {result['trainable_parameters']:,} of "
         f"{result['total_parameters']:,} parameters trained ({share:.2%})",
-        [f"one device, {processes}{sharing}{result['batch']} x {result['length']} tokens at once", unit],
+        [f"one device, {processes}{sharing}{result['sequences']} x {result['length']} tokens at once", unit],
         [[label, f"{memory[key] / size:,.2f}"] for key, label in PARTS.items()],
     )
     lengths = sorted({row["length"] for row in result["by_length_and_batch"]})
     batches = sorted({row["batch"] for row in result["by_length_and_batch"]})
     totals = {(row["length"], row["batch"]): row["bytes"] for row in result["by_length_and_batch"]}
     console.table(
-        f"Peak in {unit} by tokens and sequences at once",
+        f"Peak in {unit} by tokens and {_counted(result['objective'])} at once",
         ["tokens", *(f"batch {batch}" for batch in batches)],
         [[str(tokens), *(f"{totals[tokens, batch] / size:,.2f}" for batch in batches)] for tokens in lengths],
     )
     print(_verdict(result))
-    print(f"A step is {in_words(result['predicted_floors'], 1.0)}.")
+    if result["predicted_floors"] is not None:
+        print(f"A step is {in_words(result['predicted_floors'], 1.0)}.")
+
+
+def _counted(objective: str) -> str:
+    """What a batch is of."""
+    if sequences(objective) == 2:
+        return "pairs"
+    return "answers" if objective == UNPAIRS else "sequences"
 
 
 def _verdict(result: dict[str, Any]) -> str:

@@ -26,11 +26,11 @@ def check(config: RunConfig) -> None:
         ("trainer.compile", trainer.compile, "none", "the weights of its base come and go within a step"),
         ("trainer.forget_budget", trainer.forget_budget, None, "trimming keeps what lowers the loss of imitation"),
         ("dataset.loss_on_prompt", data.loss_on_prompt, False, "both answers have one prompt"),
-        ("dataset.packing", data.packing, False, "TRL packs none of these"),
+        ("dataset.packing", data.packing, False, "TRL's trainers pack none of these"),
         ("dataset.mix", data.mix, None, one),
         ("dataset.replay", data.replay, None, one),
-        ("hardware.zero_stage", hardware.zero_stage, 0, "it runs in one process so far"),
-        ("hardware.num_processes", hardware.all_processes, 1, "it runs in one process so far"),
+        ("hardware.zero_stage", hardware.zero_stage, 0, "it has not been held to one process's steps under DeepSpeed"),
+        ("hardware.fsdp", hardware.fsdp, False, "its reference is put into whole weights"),
     ]
     for key, value, fitting, why in settings:
         if value != fitting:

@@ -84,6 +84,17 @@ def any_rank(flag: bool) -> bool:
 
 
 @contextlib.contextmanager
+def each_for_itself(accelerator: Any) -> Iterator[None]:
+    """Inside, accelerate's `gather` and `gather_for_metrics` give a process what it has itself: libraries gather what
+    they note of a micro-step value by value, and wait for ever where the processes' batches differ in size."""
+    accelerator.gather = accelerator.gather_for_metrics = lambda value, **_: value
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics
+
+
+@contextlib.contextmanager
 def shared_aside(path: Path) -> Iterator[Path]:
     """A new folder beside `path` that all processes see, gone afterwards unless it was renamed (`atomic.publish`)."""
     folder = broadcast_object(new_aside(path) if is_main() else None)

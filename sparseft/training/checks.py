@@ -118,14 +118,12 @@ def learning_rate(config: RunConfig) -> float:
 
 
 def check_objective(config: RunConfig) -> None:
-    """Refuses a preference objective without the library whose loss it is, and in several processes."""
+    """Refuses a preference objective without the library whose loss it is."""
     if config.by_preference and importlib.util.find_spec("trl") is None:
         raise UserError(
             f"objective={config.objective}: needs the package trl, whose losses these are: pip install "
             "'sparseft[preference]'."
         )
-    if config.by_preference and (count := processes(config.hardware)) > 1:  # a launcher's: of others no run is composed
-        raise UserError(f"objective={config.objective} runs in one process so far, not in {count}; start one.")
 
 
 def check_trainer(config: RunConfig) -> None:

@@ -144,9 +144,13 @@ class DistributedTrainer(transformers.Trainer):
         self.whole = fsdp.replicated(self.model) if self.is_fsdp else []  # what trains beside FSDP2's shards
         if self.is_deepspeed_enabled:
             self.add_callback(AfterEngineStep(self.accelerator))
-        fillable = self.model_accepts_loss_kwargs
-        self.train_dataset = pad_to_world(self.train_dataset, self.args.train_batch_size, fillable=fillable)
+        self.train_dataset = pad_to_world(self.train_dataset, self.args.train_batch_size, fillable=self.fillable)
         self.eval_dataset = pad_to_world(self.eval_dataset, self.args.eval_batch_size)
+
+    @property
+    def fillable(self) -> bool:
+        """Whether a process that has no examples left can take part in a step with empty ones."""
+        return self.model_accepts_loss_kwargs
 
     @property
     def is_zero3(self) -> bool:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.selection import warn_of_cap
 from sparseft.training.distributed_trainer import check_shards
 from sparseft.training.labelled_loss import ROWS, labelled_loss, usable
+from sparseft.training.preference.objectives import OBJECTIVES
 from sparseft.training.recomputing import KINDS, recomputing
 from sparseft.training.running import Running, check_seen
 from sparseft.training.turns import turns_of
@@ -203,9 +204,18 @@ def _indices_with_content(model: nn.Module, selection: Any) -> None:
     share_inputs(model)
 
 
-def passes(shape: Shape, batch: int, length: int, *, checkpointing: str, device: str = "cpu") -> int:
+def passes(
+    shape: Shape,
+    batch: int,
+    length: int,
+    *,
+    checkpointing: str,
+    device: str = "cpu",
+    compute: Callable[[], Tensor] | None = None,
+) -> int:
     """The most bytes that a forward and a backward pass over `batch` × `length` tokens, all of them labelled, allocate
-    at once, the gradients of the trained parameters included. device: the type of the one that is planned for."""
+    at once, the gradients of the trained parameters included. device: the type of the one that is planned for.
+    compute: what makes the loss where that is not the model's own."""
     model = shape.model
     if checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -215,7 +225,7 @@ def passes(shape: Shape, batch: int, length: int, *, checkpointing: str, device:
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
     given: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
     way: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if shape.labelled:
+    if shape.labelled and compute is None:
         given[ROWS] = torch.arange(batch * length, device="meta")[: batch * (length - 1)]
         way = labelled_loss(model, torch.device(device))
     kinds = KINDS.get(checkpointing)
@@ -223,7 +233,7 @@ def passes(shape: Shape, batch: int, length: int, *, checkpointing: str, device:
     with _Counter() as counter:
         try:
             with way, recomputing(model, kinds) if kinds else contextlib.nullcontext():
-                loss = model(**given).loss
+                loss = model(**given).loss if compute is None else compute()
             loss.backward()
             del loss
         except (RuntimeError, NotImplementedError) as error:
@@ -239,15 +249,23 @@ def passes(shape: Shape, batch: int, length: int, *, checkpointing: str, device:
 
 
 def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> Memory:
-    """The memory of one device in a step of `batch` sequences of `length` tokens."""
+    """The memory of one device in a step of `batch` sequences, pairs or answers of `length` tokens each."""
     trained = list(trainable_parameters(shape.model).values())
     own = {id(parameter) for parameter in trained}
     frozen = [p for p in (*shape.model.parameters(), *shape.model.buffers()) if id(p) not in own]
     weights, parameters = tensor_bytes(frozen), tensor_bytes(trained)
     gradients = parameters
     device = "cpu" if on_cpu(config.hardware) else "cuda"
+    compute = None
+    if config.by_preference:
+        from sparseft.training.preference.planned import loss_of  # brings TRL, seconds that others need not wait
+
+        compute = loss_of(config, shape.model, batch, length, device)
+        if config.method.trains_all and OBJECTIVES[config.objective].reference:  # a frozen copy of all
+            weights += tensor_bytes(shape.model.parameters())
     with _looking(config, shape):
-        activations = passes(shape, batch, length, checkpointing=config.checkpointing, device=device) - gradients
+        most = passes(shape, batch, length, checkpointing=config.checkpointing, device=device, compute=compute)
+        activations = most - gradients
     if shape.autocast:  # the copies in half precision stay for the step; weights and gradients are twice as wide
         activations += parameters
         parameters, gradients = 2 * parameters, 2 * gradients

@@ -87,6 +87,25 @@ def test_trl_dpo(run):
     check_only_selected("out/final/adapter", model_at("out/final"))
 
 
+def test_trl_grpo(run):
+    """The sampler's log-probabilities are the trainer's, whose weights of before are others' soon."""
+    pytest.importorskip("trl")
+    found = run("trl_grpo", "--steps", "12")
+    rewards = found["rewards"]
+    assert len(rewards) == 12 and sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.05
+    assert found["apart"] < 1e-4 < 1e-2 < found["learnt"]
+    assert (Path("out") / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("said", "reward"), [(" 7.", 1), ("7", 1), (" 75", 0), (" 6, not 7", 0), (" seven", 0), ("", 0), ("The 7", 0)]
+)
+def test_the_reward_of_a_sum(said, reward):
+    pytest.importorskip("trl")
+    example = runpy.run_path(str(EXAMPLES / "trl_grpo.py"))
+    assert example["right"]([example["question"](3, 4)], [said]) == [reward]
+
+
 def test_accelerate_loop(run):
     losses = run("accelerate_loop", "--steps", "6")["losses"]
     assert losses[-1] < losses[0] - 0.5

@@ -38,8 +38,9 @@ class Measured(transformers.TrainerCallback):
     def __init__(self, trainer: Trainer, counter: AllocationCounter) -> None:
         self.trainer, self.counter = trainer, counter
         self.found: dict[str, int] = {}
-        model = trainer.model
-        for tensor in (*model.parameters(), *model.buffers()):  # what DeepSpeed shards goes away again
+        models = [trainer.model, getattr(trainer, "ref_model", None)]
+        self.tensors = [each for model in models if model for each in (*model.parameters(), *model.buffers())]
+        for tensor in self.tensors:  # what DeepSpeed shards goes away again
             counter._count(own(tensor).untyped_storage())
             if hasattr(tensor, "ds_tensor"):  # or was read in shards
                 counter._count(tensor.ds_tensor.untyped_storage())
@@ -53,10 +54,8 @@ class Measured(transformers.TrainerCallback):
         """Ahead of the update: the gradients are there, the activations are gone."""
         if self.found and self.found["step"] == self.trainer.state.global_step:
             return  # ZeRO updates one group of parameters after the other
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        parameters = list(model.parameters())
-        trained = [p for p in parameters if p.requires_grad]
-        frozen = [*(p for p in parameters if not p.requires_grad), *model.buffers()]
+        trained = [tensor for tensor in self.tensors if tensor.requires_grad]
+        frozen = [tensor for tensor in self.tensors if not tensor.requires_grad]
         leaves = tree_leaves(list(optimizer.state.values()))
         moments = [own(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         known = {own(tensor).untyped_storage()._cdata for tensor in trained}

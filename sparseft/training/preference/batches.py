@@ -99,21 +99,26 @@ def pair(better: TokenizedDataset, worse: TokenizedDataset, place: int) -> dict[
 
 
 class Collator:
-    """Places to a batch in the form of one of TRL's trainers (`form`), which says of itself what the host must know."""
+    """Places to a batch in the form of one of TRL's trainers (`form`), which says of itself what the host must know.
+
+    Rows that several processes' data are lengthened by (`sampling.PaddedDataset`) have no place. They are left out; a
+    batch of nothing else has no `PLACES`.
+    """
 
     def __init__(self, examples: Examples, form: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]) -> None:
         self.examples, self.form = examples, form
         self.unpaired = examples.orders[0] is not None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        places = [row[ROW] for row in rows]
-        found = mismatched_in(self.examples, places) if self.unpaired else [self.examples[place] for place in places]
+        places = [row[ROW] for row in rows if ROW in row]
+        taken = places or [0]  # of nothing: whatever takes part in what all processes do, and counts for nothing
+        found = mismatched_in(self.examples, taken) if self.unpaired else [self.examples[place] for place in taken]
         answers = [len(ids) for each in found for name, ids in each.items() if name in ANSWERS]
         prompts = sum(len(each["prompt_ids"]) for each in found) * (len(answers) // len(found))
         return {
             **self.form(found),
-            COUNT: sum(answers) + prompts,
-            LEARNT: sum(answers),
+            COUNT: sum(answers) + prompts if places else 0,
+            LEARNT: sum(answers) if places else 0,
             PLACES: places,
         }
 

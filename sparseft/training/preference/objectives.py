@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparseft.config import TrainerConfig
+from sparseft.data.preference_sets import UNPAIRS
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ OBJECTIVES = {
         settings={"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": lambda beta: beta / 2, "max_length": 2**31},
     ),
 }  # fmt: skip
+
+
+def sequences(objective: str) -> int:
+    """Of each example that is counted (`trainer.batch_size`): two of a pair, one of imitation and of `kto`."""
+    return 2 if objective in OBJECTIVES and objective != UNPAIRS else 1
 
 
 def _quietly_imported(module: str) -> Any:

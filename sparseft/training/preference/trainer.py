@@ -22,6 +22,7 @@ from sparseft import console
 from sparseft.adapters.reference_model import reference_model
 from sparseft.config import RunConfig
 from sparseft.data.loaded import LoadedData
+from sparseft.distributed import ranks
 from sparseft.models.decoder import runnable
 from sparseft.training.preference.batches import Collator, Examples, Tokenised, form_of
 from sparseft.training.preference.objectives import OBJECTIVES
@@ -57,24 +58,62 @@ class PreferenceTrainer(Trainer):
     def _send_telemetry(self) -> None:
         """A run tells nobody of itself."""
 
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
-        """As TRL computes it, of logits in fp32."""
-        with self.fp32_logits():
-            return super().compute_loss(model, inputs, return_outputs, **options)
+    @property
+    def fillable(self) -> bool:
+        """The collator knows an empty batch, and `compute_loss` counts it for nothing."""
+        return True
 
-    @contextlib.contextmanager
-    def fp32_logits(self) -> Iterator[None]:
-        """Inside, the head's logits are fp32: TRL takes their logarithms in the dtype that they have, and bf16's eight
-        bits are a step of 0.03 at a log-probability of 8."""
-        if not hasattr(self, "get_batch_loss_metrics"):  # the others' head is TRL's own, which computes so
-            yield
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.empty = not inputs[PLACES]
+        return super()._prepare_inputs(inputs)
+
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        """A step's batches. Its loss is to be the mean over the micro-steps of all processes that are of something."""
+        batches, count = super().get_batch_samples(*args, **options)
+        filled = ranks.all_gather_object(sum(bool(batch[PLACES]) for batch in batches))
+        self.share = len(batches) * len(filled) / max(1, sum(filled))
+        return batches, count
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        """As TRL computes it, of logits in fp32, in each process of its own pairs.
+
+        What it notes of a training step each process then has of all: micro-step after micro-step, as one process that
+        takes them in turn.
+        """
+        noted = {name: len(values) for name, values in self.collected().items()}
+        with self.exact_logits(), ranks.each_for_itself(self.accelerator):
+            loss = super().compute_loss(model, inputs, return_outputs, **options)
+        if not model.training:
+            return loss
+        self.note_of_all(noted)
+        return loss * (0.0 if self.empty else self.share)
+
+    def note_of_all(self, before: Mapping[str, int]) -> None:
+        """Has every process collect what all have since there were `before` values of each metric."""
+        if ranks.rank_and_world()[1] == 1:
             return
-        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        hook = head.register_forward_hook(lambda _, __, logits: logits.float())
-        try:
-            yield
-        finally:
-            hook.remove()
+        collected = self.collected()
+        collected.pop("num_tokens", None)  # TRL's own count, here of one process
+        new = {name: values[before.get(name, 0) :] for name, values in collected.items()}
+        for name, values in collected.items():
+            del values[before.get(name, 0) :]
+        for each in ranks.all_gather_object({} if self.empty else new):
+            for name, values in each.items():
+                collected[name].extend(values)
+
+    def _compute_kl_logps(self, model: nn.Module, batch: Any) -> Any:
+        """Of KTO: the log-probabilities by which it estimates how far the model has moved, of all processes."""
+        own = super()._compute_kl_logps(model, batch)
+        if ranks.rank_and_world()[1] == 1:
+            return own
+        everywhere = ranks.all_gather_object([] if self.empty else own.tolist())
+        return own.new_tensor([value for values in everywhere for value in values])
+
+    def exact_logits(self) -> contextlib.AbstractContextManager[None]:
+        """`fp32_logits`, where the head is not TRL's own, which computes so."""
+        if not hasattr(self, "get_batch_loss_metrics"):
+            return contextlib.nullcontext()
+        return fp32_logits(self.accelerator.unwrap_model(self.model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With what TRL has collected of the steps since the last time, where it is of training: `measured` has its own
@@ -99,23 +138,38 @@ class PreferenceTrainer(Trainer):
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     loss, metrics = self.judged(inputs)
-                for name, (value, count) in weighed(loss, metrics, inputs).items():
-                    found.setdefault(name, []).append((value, count))
+                for name, value in weighed(loss, metrics, inputs).items() if batch[PLACES] else ():
+                    found.setdefault(name, []).append(value)
                 done += len(batch[PLACES])
                 display.update(done)
         model.train(training)
-        return means(found)
+        everywhere = Weighed()
+        for each in ranks.all_gather_object(found):
+            for name, values in each.items():
+                everywhere.setdefault(name, []).extend(values)
+        return means(everywhere)
 
     def judged(self, inputs: dict[str, Any]) -> tuple[float, dict[str, float]]:
         """A batch's loss and TRL's metrics of it."""
         if hasattr(self, "get_batch_loss_metrics"):
-            with self.fp32_logits():
+            with self.exact_logits(), ranks.each_for_itself(self.accelerator):
                 loss, metrics = self.get_batch_loss_metrics(self.model, inputs, "eval")
             return float(loss), {name.removeprefix("eval_"): value for name, value in metrics.items()}
         loss = float(self.compute_loss(self.model, inputs))
         metrics = {name: values[-1] for name, values in self._metrics["eval"].items()}
         self._metrics["eval"].clear()
         return loss, metrics
+
+
+@contextlib.contextmanager
+def fp32_logits(model: Any) -> Iterator[None]:
+    """Inside, the head's logits are fp32: TRL takes their logarithms in the dtype that they have, and bf16's eight bits
+    are a step of 0.03 at a log-probability of 8."""
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, logits: logits.float())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def weighed(loss: float, metrics: Mapping[str, float], inputs: Mapping[str, Any]) -> dict[str, tuple[float, int]]:

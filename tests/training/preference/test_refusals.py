@@ -7,16 +7,6 @@ import pytest
 from sparseft.commands import bench
 from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
-from sparseft.training import checks
-
-
-def test_a_launchers_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = compose("train", ["objective=dpo", "hardware=cpu"])
-    checks.check_objective(config)
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="runs in one process so far"):
-        checks.check_objective(config)
 
 
 def test_bench_measures_imitation() -> None:

@@ -20,12 +20,15 @@ from sparseft.compose.run_config import compose
 from sparseft.config import BUNDLED_ROOT
 from sparseft.data.loaded import Preferences
 from sparseft.data.loading import data_of
+from sparseft.data.sampling import PaddedDataset
 from sparseft.data.tokenized import IGNORED, TokenizedDataset
 from sparseft.training.arguments import training_arguments
 from sparseft.training.preference import batches
+from sparseft.training.preference.batches import Tokenised
 from sparseft.training.preference.objectives import OBJECTIVES
 from sparseft.training.preference.trainer import make_trainer
 from sparseft.training.spikes import ROW
+from sparseft.training.trainer import COUNT, LEARNT, PLACES
 from support.nf4 import quantize
 from support.running import metrics, refused, sparseft, summary
 from support.training import same_end
@@ -289,6 +292,17 @@ def test_a_last_answer_alone_is_mismatched_with_another() -> None:
         for place in range(first, first + 5):
             (seen,) = batches.mismatched_in(examples, [place])
             assert seen["completion_ids"] == examples[place]["completion_ids"] != seen["KL_completion_ids"]
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_rows_that_data_are_lengthened_by_count_for_nothing(paired: bool) -> None:
+    sides = [TokenizedDataset.from_lists([([5, 6 + at], [IGNORED, 6 + at]) for at in range(3)]) for _ in range(2)]
+    collate = batches.Collator(batches.Examples(Preferences(paired, *sides)), list)
+    collate.form = lambda found: {"found": found}
+    filler = PaddedDataset(Tokenised.of(Preferences(paired, *sides)), 8)[7]
+    mixed, whole, empty = collate([{ROW: 1}, filler]), collate([{ROW: 1}]), collate([filler, filler])
+    assert mixed == whole and mixed[PLACES] == [1] and mixed[COUNT] > mixed[LEARNT] > 0
+    assert (empty[PLACES], empty[COUNT], empty[LEARNT]) == ([], 0, 0) and len(empty["found"]) == 1
 
 
 def test_both_kinds_are_spread_evenly() -> None:
