@@ -38,7 +38,7 @@ def check_values(
     the base's with the source's differences, rounded once (to `dtype`, None: to the dtype of the base's). checkpoint:
     the base's, as it is stored where none is given."""
     checkpoint = checkpoint or Checkpoint.of(base_of(source))
-    places = Places(without_weights(base_of(source)), checkpoint.tensors)
+    places = Places(without_weights(base_of(source), packed=True), checkpoint.tensors)
     wanted = _of_sparse if source.kind == "sparse" else _of_merged
     for name, values, sums in wanted(source, places, checkpoint, dtype):
         found = places.parameter(name, read) if places.holds(name) else read(name)
@@ -58,7 +58,7 @@ def check_values(
 
 
 def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Wanted]:
-    model = without_weights(base_of(source))
+    model = without_weights(base_of(source), packed=True)
     linears: dict[str, list[tuple[Weight, SparseChange]]] = defaultdict(list)
     for module, change in source.changes.items():
         weight = weight_of(model, module)

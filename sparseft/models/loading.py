@@ -23,7 +23,7 @@ from sparseft.models.gguf import is_gguf, unpacked
 from sparseft.models.load_report import check_complete, without_report
 from sparseft.models.probing import check_causal
 from sparseft.models.quantize import check_packed, check_quantize, quantization
-from sparseft.models.quantized import check_config, keep_differentiable, quantized_by
+from sparseft.models.quantized import check_config, keep_differentiable, keep_savable, quantized_by
 from sparseft.rules import check_fields
 
 QUANTIZED_FROM = "_sparseft_quantized_from"  # the attribute of a model that `model.quantize` packed: its config
@@ -153,6 +153,8 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", *, in_sh
         model = model.to(device)
     if config.quantize != "none":
         setattr(model, QUANTIZED_FROM, config)
+    if quantized_by(content) is not None:
+        keep_savable(model)
     check_packed(model, config)
     for module in model.modules():
         keep_differentiable(module)
