@@ -76,7 +76,9 @@ def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
             rows, columns = weight.shape
             part = wide.view(-1).narrow(0, weight.offset, rows * columns)
             matrix = part.view(columns, rows).t() if weight.transposed else part.view(rows, columns)
-            matrix += change.dense()
+            touched = torch.zeros(weight.shape, dtype=torch.bool)
+            touched.view(-1)[change.entries()] = True
+            matrix.copy_(torch.where(touched, matrix + change.dense(), matrix))  # -0.0 + 0.0 is another zero
         sums = any(len(change.kinds) > 1 for _, change in linears[name])
         yield Wanted(name, wide.to(target), sums)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 import sparseft
@@ -114,6 +115,43 @@ def test_packed_touches_only_what_was_trained(method: str, quantize: str, base: 
         moved += int((new != old).any())
     assert moved >= 4
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+
+
+def test_float8_by_torchao(tmp_path: Path) -> None:
+    """Works as it is: its values and gradients, a run, exact undo, merged; only writing into it does not."""
+    pytest.importorskip("torchao")
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    plain = wide_base(tmp_path / "plain")
+    base, settings = tmp_path / "base", transformers.TorchAoConfig(Float8WeightOnlyConfig())
+    transformers.AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=settings
+    ).save_pretrained(base)
+    AutoTokenizer.from_pretrained(plain).save_pretrained(base)
+    model, dense = load_model(ModelConfig(path=str(base))), load_model(ModelConfig(path=str(plain)))
+    packed = {name: module for name, module in model.named_modules() if is_packed(module)}
+    assert len(packed) == 14
+    for name, linear in packed.items():
+        values, own = dequantized(linear).float(), dense.get_submodule(name).weight.float()
+        assert ((values - own).abs() <= 2**-4 * own.abs() + 2**-9 * own.abs().amax(1, keepdim=True)).all()
+        x = torch.randn(2, 5, linear.in_features).bfloat16()
+        with torch.no_grad():
+            linear(x)
+        x.requires_grad_()
+        y = linear(x)
+        y.float().sum().backward()
+        assert (y.float() - x.float() @ values.t()).abs().max() <= 2**-6 * y.abs().max()
+        assert (x.grad.float() - values.sum(0)).abs().max() <= 2**-6 * values.sum(0).abs().max()
+    tokens = torch.arange(12).reshape(2, 6)
+    before = model(tokens).logits
+    train(base, tmp_path, "sylva")
+    model = sparseft.load_adapter(model, tmp_path / "run" / "adapter")
+    assert not torch.equal(model(tokens).logits, before)
+    assert torch.equal(sparseft.detach(model)(tokens).logits, before)
+    assert export(tmp_path, "merged")["gain"]["survived"] == pytest.approx(1, abs=0.05)
+    said = refused(tmp_path, "export", "run", "--format", "packed", "--out", "other", "hardware=cpu")
+    assert "is packed as Float8Tensor; values can be written back into NF4" in said
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_it_has_not_is_refused(base: Path, tmp_path: Path) -> None:
