@@ -85,7 +85,7 @@ SHARE = Rule(lambda value: 0 < value <= 1, "a share above 0, at most 1")
 
 @dataclass
 class ModelConfig:
-    """A causal language model: a Hugging Face id, a folder, or `bundled:tiny`."""
+    """A causal language model: a Hugging Face id, a folder, a GGUF file, or `bundled:tiny`."""
 
     name: str = "tiny"
     path: str = "bundled:tiny"

@@ -1105,6 +1105,15 @@ def test_what_is_written_and_put_back_can_count_as_unchanged() -> None:
     assert weight._version == 0, relied_on("_unsafe_preserve_version_counter")
 
 
+def test_a_model_without_its_loads_conversions_is_saved_by_its_architectures() -> None:
+    """`models/quantized.keep_savable` takes away those of a packed checkpoint, which have no reverse."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    text = inspect.getsource(revert_weight_conversion)
+    assert 'getattr(model, "_weight_conversions", None)' in text, relied_on("_weight_conversions")
+    assert "get_model_conversion_mapping(model, add_legacy=False)" in text, relied_on("_weight_conversions")
+
+
 # -- TRL --------------------------------------------------------------------------------------------------------------
 
 

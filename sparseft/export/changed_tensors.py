@@ -24,6 +24,7 @@ from sparseft.kernels import reference
 from sparseft.models.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.models.loading import load_config, load_model, resolve_device
+from sparseft.models.packed_checkpoint import PackedCheckpoint
 from sparseft.models.unpacked import Unpacked
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -65,7 +66,8 @@ class ChangedTensors:
 
     def __init__(self, source: Source, dtype: torch.dtype | None = None, checkpoint: Checkpoint | None = None) -> None:
         self.base, self.dtype = base_of(source), dtype
-        load_config(self.base)  # refuses what is quantized
+        packed = isinstance(checkpoint, PackedCheckpoint)
+        load_config(self.base, packed=packed)  # refuses what is quantized otherwise
         self.checkpoint = checkpoint or Checkpoint.of(self.base)
         self.extra: dict[str, Tensor] = {}
         self.fingerprint = source.fingerprint
@@ -79,7 +81,7 @@ class ChangedTensors:
                 if not self.places.holds(name):
                     self.extra[name] = parameter.detach().cpu()
             return
-        model = without_weights(self.base)
+        model = without_weights(self.base, packed=packed)
         self.places = Places(model, self.checkpoint.tensors)
         if source.kind == "full":
             self._trained = Checkpoint.of_folder(source.folder)
@@ -156,7 +158,9 @@ class ChangedTensors:
 
 def base_model(source: Source, dtype: torch.dtype | None = None, checkpoint: Checkpoint | None = None) -> nn.Module:
     """The base as stored, or in `dtype` where that is wider: what deltas are added to, to be rounded once. checkpoint:
-    an `Unpacked` one gives it its weights."""
+    one that is unpacked gives it its weights."""
+    if isinstance(checkpoint, PackedCheckpoint):
+        return checkpoint.unpacked(dtype)
     model = replace(base_of(source), dtype="auto")
     if dtype is not None:
         stored = load_config(model).dtype or torch.float32

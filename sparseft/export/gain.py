@@ -39,12 +39,13 @@ def gain(source: Source, written: Path, base: str) -> dict[str, Any] | None:
     One model is in memory at a time. None where the base was not packed, no run says what it was trained on, or it
     learnt from preferences.
     """
-    if source.packed is None or source.target.folder is None or source.target.adapter is None:
+    beside = source.beside
+    if beside is None or source.target.folder is None or source.target.adapter is None:
         return None
     own = from_dict(read_yaml_object(source.target.folder / runs.CONFIG))
     if own.by_preference:
         return None  # what it brought is no loss of imitation
-    own.model = source.packed
+    own.model = beside
     try:
         data = data_of(own, source.tokenizer)
     except UserError as error:  # the run's own files may be elsewhere by now; what is exported is whole without them
@@ -59,7 +60,7 @@ def gain(source: Source, written: Path, base: str) -> dict[str, Any] | None:
         return held_out_loss(model.eval(), chosen, pad, device, own.trainer.batch_size)
 
     def losses() -> Iterator[Any]:
-        model = load_model(source.packed, device)
+        model = load_model(beside, device)
         yield loss(model)
         yield loss(load_adapter(model, source.target.adapter))
         del model
@@ -72,7 +73,7 @@ def gain(source: Source, written: Path, base: str) -> dict[str, Any] | None:
         packed, learnt, checkpoint, merged = losses()
     brought = packed - learnt
     return {
-        "quantize": source.packed.quantize,
+        "quantize": source.stored_packed or beside.quantize,
         "base": base,
         "data": data.eval_source or f"{data.train_source} (training examples)",
         "examples": len(chosen),

@@ -19,6 +19,7 @@ from sparseft.export.changes import Change, LowRankChange, SparseChange, sparse_
 from sparseft.export.lora_changes import lora_changes
 from sparseft.files.hub import adapter_folder
 from sparseft.models.loading import check_model_path, load_config, load_tokenizer
+from sparseft.models.quantized import quantized_by
 from sparseft.runs import folder as runs
 
 
@@ -51,6 +52,16 @@ class Source:
         target = replace(target, model=replace(target.model, quantize="none"), base=base)
         place = target.adapter or Path(check_model_path(target.model.path))
         return Source(target, config, place, read_config(place), packed)
+
+    @functools.cached_property
+    def stored_packed(self) -> str | None:
+        """The package that packed the base's own checkpoint; None of one in plain numbers."""
+        return None if self.kind == "full" else quantized_by(load_config(self.target.model, "model", packed=True))
+
+    @property
+    def beside(self) -> ModelConfig | None:
+        """The packed base beside whose weights it was trained, as it was loaded then; None of a plain one."""
+        return self.packed or (self.target.model if self.stored_packed else None)
 
     @property
     def kind(self) -> str:

@@ -38,7 +38,7 @@ def check_values(
     the base's with the source's differences, rounded once (to `dtype`, None: to the dtype of the base's). checkpoint:
     the base's, as it is stored where none is given."""
     checkpoint = checkpoint or Checkpoint.of(base_of(source))
-    places = Places(without_weights(base_of(source)), checkpoint.tensors)
+    places = Places(without_weights(base_of(source), packed=True), checkpoint.tensors)
     wanted = _of_sparse if source.kind == "sparse" else _of_merged
     for name, values, sums in wanted(source, places, checkpoint, dtype):
         found = places.parameter(name, read) if places.holds(name) else read(name)
@@ -58,7 +58,7 @@ def check_values(
 
 
 def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Wanted]:
-    model = without_weights(base_of(source))
+    model = without_weights(base_of(source), packed=True)
     linears: dict[str, list[tuple[Weight, SparseChange]]] = defaultdict(list)
     for module, change in source.changes.items():
         weight = weight_of(model, module)
@@ -76,7 +76,9 @@ def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
             rows, columns = weight.shape
             part = wide.view(-1).narrow(0, weight.offset, rows * columns)
             matrix = part.view(columns, rows).t() if weight.transposed else part.view(rows, columns)
-            matrix += change.dense()
+            touched = torch.zeros(weight.shape, dtype=torch.bool)
+            touched.view(-1)[change.entries()] = True
+            matrix.copy_(torch.where(touched, matrix + change.dense(), matrix))  # -0.0 + 0.0 is another zero
         sums = any(len(change.kinds) > 1 for _, change in linears[name])
         yield Wanted(name, wide.to(target), sums)
 

@@ -23,6 +23,7 @@ from sparseft.files.tensors import Stored, opened, stored_tensors
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.decoder import base_parameters, find_expert, is_transposed, logical_shape
 from sparseft.models.loading import check_model_path, load_config
+from sparseft.models.quantized import quantized_by
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WHAT = "model"
@@ -92,12 +93,14 @@ def _from_hub(path: str, revision: str | None) -> Path:
     return folder
 
 
-def without_weights(model: ModelConfig) -> nn.Module:
+def without_weights(model: ModelConfig, *, packed: bool = False) -> nn.Module:
     """The model as transformers builds it, on the meta device: its modules and their shapes, in no memory. One that it
-    cannot build is a `UserError`."""
+    cannot build is a `UserError`. packed: of a packed checkpoint the plain model, else that is one too."""
     from transformers import AutoModelForCausalLM
 
-    config = load_config(model)
+    config = load_config(model, packed=packed)
+    if quantized_by(config) is not None:
+        del config.quantization_config
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)

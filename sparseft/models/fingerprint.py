@@ -17,6 +17,7 @@ from sparseft.models.quantized import numbers_of
 from sparseft.models.unquantized import Unquantized
 
 SAMPLES = 64  # values of each weight
+STANDS_FOR = "_sparseft_fingerprints"  # the attribute of a model that is another one unpacked: that one's
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -32,8 +33,10 @@ def base_fingerprint(model: nn.Module) -> str:
 def base_fingerprints(model: nn.Module) -> list[str]:
     """`base_fingerprint`, and where it differs, the one that the same weights have once they are loaded in fp16: there
     fp32 values are rounded twice. Two models are of one base where the lists share an entry. Of a model that was
-    quantized on loading they are those of its checkpoint.
+    quantized on loading they are those of its checkpoint, of one that was unpacked those of the packed one.
     """
+    if (known := vars(model).get(STANDS_FOR)) is not None:
+        return list(known)
     if (checkpoint := Unquantized.of(model)) is not None:
         return fingerprints_of(checkpoint.parameters())
     return fingerprints_of(sorted(base_parameters(model), key=lambda item: item[0]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ from sparseft.distributed.shards import full_shape
 from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, reason_of, where_looked
 from sparseft.files.hashing import check_whole
 from sparseft.models.decoder import decoder_layers, input_embeddings, runnable
+from sparseft.models.gguf import is_gguf, unpacked
+from sparseft.models.load_report import check_complete, without_report
 from sparseft.models.probing import check_causal
 from sparseft.models.quantize import check_packed, check_quantize, quantization
-from sparseft.models.quantized import check_config, keep_differentiable, quantized_by
+from sparseft.models.quantized import check_config, keep_differentiable, keep_savable, quantized_by
 from sparseft.rules import check_fields
 
 QUANTIZED_FROM = "_sparseft_quantized_from"  # the attribute of a model that `model.quantize` packed: its config
@@ -44,20 +45,28 @@ def _unbundled(path: str) -> str:
 def check_model_path(path: str) -> str:
     """The folder or hub id to load; a path that looks local and is not there is a `UserError`.
 
-    A folder `models/x` becomes `./models/x`: adapters keep the name of their base, and elsewhere it would be a hub id.
+    Of a GGUF file the folder into which it is unpacked, here, where it was not yet. A folder `models/x` becomes
+    `./models/x`: adapters keep the name of their base, and elsewhere it would be a hub id.
     """
     resolved = _unbundled(path)
     folder = Path(resolved).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.path={path}: the folder has no config.json, so it is no Hugging Face model.")
+            files = sorted(entry.name for entry in folder.iterdir() if is_gguf(entry.name))
+            hint = f" Of its GGUF files one can be named: model.path={folder / files[0]}" if files else ""
+            raise UserError(f"model.path={path}: the folder has no config.json, so it is no Hugging Face model.{hint}")
         return f"./{folder}" if HUB_ID.fullmatch(str(folder)) else str(folder)
+    if folder.is_file() and is_gguf(resolved):
+        return str(unpacked(folder, path))
     if folder.exists():
-        raise UserError(f"model.path={path}: expected a Hugging Face model folder, this is a file.")
+        raise UserError(
+            f"model.path={path}: expected a Hugging Face model folder or a GGUF file, this is a file of another kind."
+        )
     if looks_local(resolved) and not _in_hub_cache(resolved):
         here = folder.parent
         hub = f" '{here}' is a folder here, so this is not looked up on the hub." if HUB_ID.fullmatch(path) else ""
-        raise UserError(f"model.path={path}: no such folder{where_looked(resolved)}.{nearest_path(folder)}{hub}")
+        kind = "file" if is_gguf(resolved) else "folder"
+        raise UserError(f"model.path={path}: no such {kind}{where_looked(resolved)}.{nearest_path(folder)}{hub}")
     return resolved
 
 
@@ -144,6 +153,8 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", *, in_sh
         model = model.to(device)
     if config.quantize != "none":
         setattr(model, QUANTIZED_FROM, config)
+    if quantized_by(content) is not None:
+        keep_savable(model)
     check_packed(model, config)
     for module in model.modules():
         keep_differentiable(module)
@@ -240,37 +251,3 @@ def load_tokenizer(config: ModelConfig):
     return _load(
         "tokenizer", path, AutoTokenizer.from_pretrained, trust_remote_code=config.trust_remote_code, **options
     )
-
-
-@contextlib.contextmanager
-def without_report() -> Iterator[None]:
-    """Inside, transformers prints no table of weights that do not fit, which speaks of training on, and no bars."""
-    import transformers
-
-    usual, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(usual)
-        if bars:
-            transformers.logging.enable_progress_bar()
-
-
-def check_complete(path: str, report: Mapping[str, Any]) -> None:
-    """`UserError` where the loading report of `from_pretrained` names weights that are missing or of another shape."""
-    for problem in ("missing_keys", "mismatched_keys"):
-        if names := sorted(_named(key) for key in report.get(problem) or []):
-            raise UserError(
-                f"model.path={path}: the checkpoint does not fit its config.json: {len(names)} weights are "
-                f"{problem.removesuffix('_keys')}, {names[0]} for one."
-            )
-
-
-def _named(key: Any) -> str:
-    """A weight of the report: its name, or (name, shape in the file, shape in the model)."""
-    if isinstance(key, str):
-        return key
-    name, stored, wanted = key
-    return f"{name} of shape {tuple(stored)} instead of {tuple(wanted)}"

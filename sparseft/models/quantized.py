@@ -106,6 +106,13 @@ def keep_differentiable(module: nn.Module) -> None:
     module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+def keep_savable(model: nn.Module) -> None:
+    """Has a model that was read from a packed checkpoint be saved again: transformers would reverse the conversions it
+    was read by, and has no reverse of those that put packed weights together. Without them it takes the architecture's
+    own."""
+    model._weight_conversions = None  # type: ignore[assignment]
+
+
 def quantized_by(content: Any) -> str | None:
     """The method by which a config.json (as transformers reads it) says that its weights are quantised; None: plain."""
     settings = getattr(content, "quantization_config", None)

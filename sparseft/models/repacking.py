@@ -33,25 +33,29 @@ def check_writable(name: str, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def write_packed(module: nn.Module, values: Tensor, entries: Tensor) -> Tensor:
+def write_packed(module: nn.Module, values: Tensor, entries: Tensor, by_chance: int | None = None) -> Tensor:
     """Gives `entries` (k,) of a packed linear's weight the codes nearest to their `values`.
 
     values: of the whole weight (out, in), in fp32: those that the packed ones stand for, but for the entries.
-    entries: flat, row · in + column.
+    entries: flat, row · in + column. by_chance: a seed; each entry takes the level below it or the one above, the
+    likelier the nearer, so that in the mean it keeps its value.
 
     Returns a mask (out, in): the groups that were touched, outside of which nothing has changed.
     """
     touched = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
     touched[entries.to(values.device)] = True
     write = _write_nf4 if _is_nf4(module._parameters.get("weight")) else _write_int8
-    return write(module.weight, values.float().reshape(-1), touched).view(values.shape)
+    chance = None
+    if by_chance is not None:
+        chance = torch.rand(values.numel(), generator=torch.Generator().manual_seed(by_chance)).to(values.device)
+    return write(module.weight, values.float().reshape(-1), touched, chance).view(values.shape)
 
 
 def _is_nf4(weight: Any) -> bool:
     return getattr(getattr(weight, "quant_state", None), "quant_type", None) == "nf4"
 
 
-def _write_nf4(weight: Any, values: Tensor, touched: Tensor) -> Tensor:
+def _write_nf4(weight: Any, values: Tensor, touched: Tensor, chance: Tensor | None) -> Tensor:
     """bitsandbytes' form: two codes a byte, the first in the upper half; a scale for each `blocksize` entries."""
     state = weight.quant_state
     size, count = state.blocksize, len(values)
@@ -64,7 +68,13 @@ def _write_nf4(weight: Any, values: Tensor, touched: Tensor) -> Tensor:
     if grown.any():
         scales = torch.where(grown, _grow(state, chosen, needed, grown), scales)
     between = (state.code[1:] + state.code[:-1]) / 2
-    codes = torch.bucketize(new / scales.clamp_min(1e-30).unsqueeze(1), between).to(torch.uint8)
+    shares = new / scales.clamp_min(1e-30).unsqueeze(1)
+    codes = torch.bucketize(shares, between).to(torch.uint8)
+    if chance is not None:
+        above = torch.bucketize(shares, state.code).clamp(1, len(state.code) - 1)
+        low, high = state.code[above - 1], state.code[above]
+        up = F.pad(chance, (0, -count % size)).view(-1, size)[chosen] < (shares - low) / (high - low)
+        codes = torch.where(own, above - 1 + up.long(), codes).to(torch.uint8)
     packed = weight.data.view(-1).view(torch.uint8)
     bytes_ = F.pad(packed, (0, len(groups) * size // 2 - len(packed))).view(-1, size // 2)
     former = bytes_[chosen]
@@ -99,7 +109,7 @@ def _grow(state: Any, chosen: Tensor, needed: Tensor, grown: Tensor) -> Tensor:
     return _scales(state)[chosen]
 
 
-def _write_int8(weight: Any, values: Tensor, touched: Tensor) -> Tensor:
+def _write_int8(weight: Any, values: Tensor, touched: Tensor, chance: Tensor | None) -> Tensor:
     """torchao's form: a scale a row, the codes around zero."""
     codes, scale = weight.qdata, weight.scale
     new, own = values.view(codes.shape), touched.view(codes.shape)
@@ -109,6 +119,10 @@ def _write_int8(weight: Any, values: Tensor, touched: Tensor) -> Tensor:
     grown = ((whole > HIGH) | (whole < LOW)).logical_and(own).any(1, keepdim=True)
     fresh = (new.abs().amax(1, keepdim=True) * 2 / (HIGH - LOW)).to(scale.dtype)
     scale.copy_(torch.where(grown, fresh, scale))
-    whole = (new / scale.float().clamp_min(1e-30)).round().clamp(LOW, HIGH).to(codes.dtype)
+    shares = new / scale.float().clamp_min(1e-30)
+    whole = shares.round()
+    if chance is not None:
+        whole = torch.where(own, (shares + chance.view(codes.shape)).floor(), whole)
+    whole = whole.clamp(LOW, HIGH).to(codes.dtype)
     codes.copy_(torch.where(own | grown, whole, codes))
     return rows.unsqueeze(1).expand_as(own).reshape(-1)

@@ -28,6 +28,7 @@ from sparseft.errors import LayoutWarning, UserError
 from sparseft.files.atomic import explained, write_json, write_text
 from sparseft.memory import memory_bytes, reset_peak_memory
 from sparseft.models.decoder import context_length, runnable
+from sparseft.models.gguf import is_gguf
 from sparseft.models.loading import vocabulary_rows
 from sparseft.models.spec import ModelSpec
 from sparseft.runs.environment import environment
@@ -284,7 +285,7 @@ def attach(job: Job) -> None:
     if config.method.reselects_running:
         check_seen(model)
     job.method_config = state_of(model).method_config
-    if config.model.path.startswith(BUNDLED):
+    if config.model.path.startswith(BUNDLED) or is_gguf(config.model.path):  # not the folder behind it
         state_of(model).base_model = config.model.path
     job.trainable = trainable_count(model)
     if job.selection is not None:

@@ -124,16 +124,19 @@ def test_commands_on_a_packed_base(quantize: str, wide: Path, tmp_path: Path) ->
 
 
 def test_a_packed_checkpoint(quantize: str, wide: Path, tmp_path: Path) -> None:
-    """Loads as it was packed, trains, and is what its own adapters are of; exports of whole models refuse it."""
+    """Loads as it was packed, trains, and is what its own adapters are of; formats of differences refuse it."""
     loaded(wide, quantize).save_pretrained(tmp_path / "packed")
     AutoTokenizer.from_pretrained(wide).save_pretrained(tmp_path / "packed")
     before, after = loaded(wide, quantize), loaded(tmp_path / "packed", "none", "auto")
     tokens = torch.arange(12).reshape(2, 6)
     torch.testing.assert_close(after(tokens).logits, before(tokens).logits, rtol=0.05, atol=0.05)
+    after.save_pretrained(tmp_path / "again")
+    again = loaded(tmp_path / "again", "none", "auto")
+    assert torch.equal(again(tokens).logits, after(tokens).logits)
     words = [*on(tmp_path / "packed", write_data(tmp_path)["json"]), "trainer.max_steps=2"]
     run(tmp_path, "train", *words, "method=s2ft", "output_dir=run")
-    merged = refused(tmp_path, "export", "run", "--format", "merged", "--out", "whole", "hardware=cpu")
-    assert "the weights are quantized" in merged
+    patch = refused(tmp_path, "export", "run", "--format", "patch", "--out", "whole", "hardware=cpu")
+    assert "the weights are quantized" in patch
     assert "quantized already" in refused(tmp_path, "train", *words, "model.quantize=int8")
     assert "what it was quantized from is not known" in refused(
         tmp_path, "train", *words, "method=s2ft", "method.residual=true"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -98,6 +99,30 @@ def test_codes_are_the_packages_own(kind: str) -> None:
     entries = torch.arange(OUT * IN).view(-1, GROUP)[:, :2].flatten()
     write_packed(linear, flipped, entries)
     assert torch.equal(dequantized(linear).float(), flipped)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_rounded_by_chance_small_changes_are_kept_in_the_mean(kind: str) -> None:
+    """Beside levels the nearest one loses them all; the same seed gives the same bits."""
+    linear: Any = PACKED[kind]()
+    before = dequantized(linear).float()
+    size = IN if kind == "int8" else GROUP
+    scale = before.view(-1, size).abs().amax(1, keepdim=True).expand(-1, size).reshape(before.shape)
+    gap = scale / 127 if kind == "int8" else scale * 0.08  # NF4's narrowest gap is 0.0796
+    mask = before.abs() < 0.8 * scale  # those that fit whichever way they go
+    entries, values = mask.flatten().nonzero().flatten(), before + 0.2 * gap
+    nearest, chosen, again = (copy.deepcopy(linear) for _ in range(3))
+    write_packed(nearest, values, entries)
+    write_packed(chosen, values, entries, 1)
+    write_packed(again, values, entries, 1)
+    moved = ((dequantized(chosen).float() - before) / gap)[mask]
+    assert moved.abs().max() < (1.7 if kind == "int8" else 4)  # one level, and what bf16 takes of large codes
+    spread = 4 * moved.std() / len(moved) ** 0.5
+    assert spread < 0.1 and abs(moved.mean() - 0.2) < spread + 0.01
+    lost = ((dequantized(nearest).float() - before) / gap)[mask]
+    assert lost.abs().mean() < 0.01
+    assert torch.equal(dequantized(chosen), dequantized(again))
+    assert torch.equal(dequantized(chosen)[~mask].float(), before[~mask])
 
 
 def tensors(linear: Any) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def write_base(model: torch.nn.Module, path: Path) -> Path:
-    """Writes the model's weights, widened to fp32, without a vocabulary: llama.cpp is asked by token ids."""
+def write_base(model: torch.nn.Module, path: Path, kind: str = "F32", tokenizer: Any = None) -> Path:
+    """Writes the model's weights, widened to fp32, without a vocabulary: llama.cpp is asked by token ids.
+
+    kind: how matrices are stored, vectors stay in fp32; tokenizer: a byte-level BPE one, to be written too.
+    """
     import gguf
 
     config: Any = model.config
@@ -25,8 +29,11 @@ def write_base(model: torch.nn.Module, path: Path) -> Path:
     writer = gguf.GGUFWriter(path, name)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("none")
-    writer.add_vocab_size(config.vocab_size)
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+        writer.add_vocab_size(config.vocab_size)
+    else:
+        _add_tokenizer(writer, tokenizer, config.vocab_size)
     writer.add_block_count(blocks)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -56,12 +63,32 @@ def write_base(model: torch.nn.Module, path: Path) -> Path:
     for hf_name, tensor in _tensors(model):
         place = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         assert place is not None, hf_name
-        writer.add_tensor(place, np.ascontiguousarray(tensor.detach().float().numpy()))
+        values = np.ascontiguousarray(tensor.detach().float().numpy())
+        if kind == "F32" or values.ndim == 1:
+            writer.add_tensor(place, values)
+        else:
+            stored = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(place, gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
+    """As llama.cpp's converter writes a byte-level BPE tokenizer; what the model has beyond it are unused tokens."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = {number: word for word, number in tokenizer.get_vocab().items()}
+    special = set(tokenizer.all_special_ids)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([words.get(number, f"[PAD{number}]") for number in range(size)])
+    writer.add_token_types([3 if n in special else 1 if n in words else 5 for n in range(size)])
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
 
 
 def _tensors(model: torch.nn.Module) -> Any:

@@ -26,6 +26,7 @@ from sparseft.files.tensors import DESCRIPTIONS, Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.checkpoint import FILE, INDEX, Checkpoint
 from sparseft.models.loading import load_config, load_model, resolve_device
+from sparseft.models.packed_checkpoint import PackedCheckpoint
 from sparseft.models.unpacked import Unpacked
 
 SHARD = 5 * 10**9  # bytes of a file at most, where no single tensor is larger
@@ -42,7 +43,7 @@ class Merged(Format):
     rounded = whole = True
 
     def check(self, source: Source, options: Options) -> list[str]:
-        load_config(base_of(source))  # refuses what is quantized
+        load_config(base_of(source), packed=True)  # refuses what is quantized otherwise
         checkpoint = _base(source, options)
         if source.kind == "sparse":
             ChangedTensors(source, options.dtype, checkpoint)
@@ -82,6 +83,7 @@ class Merged(Format):
         if options.dtype is not None:
             content.pop("torch_dtype", None)
             content["dtype"] = str(options.dtype).removeprefix("torch.")
+        content.pop("quantization_config", None)  # of a packed base, of which these are the plain values
         if not trusted:
             content.pop("auto_map", None)  # names code that is not there
         if untied:
@@ -112,9 +114,11 @@ class Merged(Format):
 
 def _base(source: Source, options: Options) -> Checkpoint:
     """The weights that differences are added to: what a packed base computed with, or the checkpoint's own."""
+    device = resolve_device(source.config.hardware.device)
+    if source.stored_packed:
+        return PackedCheckpoint.of_base(base_of(source), device)
     if source.packed is None or options.base == "checkpoint":
         return Checkpoint.of(base_of(source))
-    device = resolve_device(source.config.hardware.device)
     kept = {module: change.entries for module, change in source.changes.items()} if source.residual else {}
     return Unpacked.of_base(source.packed, device, kept)
 

@@ -7,6 +7,7 @@ bit. What was learnt is rounded to the levels of the form, so that the share of 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,9 @@ class Packed(Merged):
         self._written: dict[str, str] = {}  # by linear: a hash of what it is to be
 
     def check(self, source: Source, options: Options) -> list[str]:
-        if source.packed is None:
+        if source.beside is None:
             raise UserError("--format packed: the base was not packed by model.quantize; use --format merged.")
-        if source.packed.quantize not in ("nf4", "int8"):
+        if source.packed is not None and source.packed.quantize not in ("nf4", "int8"):
             raise UserError(
                 f"--format packed: model.quantize={source.packed.quantize} cannot be written into; use --format merged."
             )
@@ -74,8 +75,8 @@ class Packed(Merged):
             raise RunError(f"the export is not what was written: {shown(min(names))} differs. Nothing was kept.")
 
     def base(self, source: Source, options: Options) -> nn.Module:
-        assert source.packed is not None
-        return load_model(source.packed, resolve_device(source.config.hardware.device))
+        assert source.beside is not None
+        return load_model(source.beside, resolve_device(source.config.hardware.device))
 
     def attached(self, source: Source, options: Options, base: nn.Module) -> nn.Module:
         for _ in _write(source, base):
@@ -113,7 +114,9 @@ def _write(source: Source, model: nn.Module) -> Iterator[tuple[int, int, int]]:
         if tuple(before.shape) != tuple(change.shape):
             raise UserError(f"{source.folder}: {shown(name)} is {change.shape}, in the base {tuple(before.shape)}.")
         entries = change.entries()
-        touched = write_packed(module, _wanted(model, name, change, before, entries).to(before.device), entries)
+        wanted = _wanted(model, name, change, before, entries).to(before.device)
+        by_chance = None if source.stored_packed is None else zlib.crc32(name.encode())
+        touched = write_packed(module, wanted, entries, by_chance)
         same = (dequantized(module) == before) | touched
         if not same.all():
             raise RunError(f"{shown(name)}: {int((~same).sum()):,} weights beside the trained groups have changed.")
@@ -124,12 +127,12 @@ def _wanted(model: nn.Module, name: str, change: Change, before: Tensor, entries
     """The weight (out, in) in fp32, of which `entries` are to be written: there the checkpoint's values with what was
     learnt.
 
-    Packed values would not do: they lie at levels, from which a difference of less than half a step rounds back, and so
-    nearly all that is learnt would be lost. The checkpoint's lie anywhere, and rounding keeps differences in the mean.
+    Packed values, rounded, would not do: they lie at levels, from which a difference of less than half a step rounds
+    back, and so nearly all that is learnt would be lost. The checkpoint's lie anywhere, and rounding keeps differences
+    in the mean. Where it was packed already they are all there is, and are rounded by chance, which does so too.
     """
     checkpoint = Unquantized.of(model)
-    assert checkpoint is not None  # `check` has seen to it
-    own = checkpoint.weight(name).float().contiguous()
+    own = (before.float().cpu() if checkpoint is None else checkpoint.weight(name).float()).contiguous()
     if not isinstance(change, SparseChange):
         return own + change.dense()
     values = before.float().cpu().contiguous()

@@ -1,0 +1,205 @@
+"""GGUF files as bases: the values of their blocks, everything that is done on a plain base, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparseft
+from sparseft.config import ModelConfig
+from sparseft.errors import UserError
+from sparseft.models.loading import load_model, load_tokenizer
+from support.gguf_base import write_base
+from support.models import build_tokenizer, wide_base
+from support.running import METHODS, on, refused, write_data
+from support.running import sparseft as run
+
+gguf = pytest.importorskip("gguf")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where unpacked files are kept."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "sparseft" / "gguf"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that was quantized."""
+    return wide_base(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def written(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    return write_base(load_model(ModelConfig(path=str(dense))), folder / "small.Q4_1.gguf", "Q4_1", build_tokenizer())
+
+
+@pytest.fixture
+def file(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(written, tmp_path))
+
+
+def stood_for(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """What a matrix becomes in GGUF's blocks, by the package gguf itself; blocks lie in rows, whatever their order."""
+    stored = gguf.GGMLQuantizationType[kind]
+    numbers = values.float().numpy()
+    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(numbers, stored), stored))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [
+    ("Q4_0", torch.bfloat16), ("Q4_1", torch.bfloat16), ("Q8_0", torch.bfloat16),
+    ("F16", torch.float16), ("BF16", torch.bfloat16), ("F32", torch.float32),
+])  # fmt: skip
+def test_values_are_the_files(kind: str, dtype: torch.dtype, dense: Path, tmp_path: Path) -> None:
+    plain = load_model(ModelConfig(path=str(dense)))
+    file = write_base(plain, tmp_path / f"m.{kind}.gguf", kind, build_tokenizer())
+    model = load_model(ModelConfig(path=str(file)))
+    state, before = model.state_dict(), plain.state_dict()
+    assert state.keys() == before.keys()
+    for name, values in before.items():
+        want = values if values.dim() == 1 else stood_for(values, kind)
+        assert state[name].dtype == dtype and torch.equal(state[name], want.to(dtype)), name
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    tokens = torch.arange(3, 15).reshape(2, 6)
+    assert torch.isfinite(model(tokens).logits).all()
+    text = "### Human: is it true? the answer is 7"
+    tokenizer, own = load_tokenizer(ModelConfig(path=str(file))), build_tokenizer()
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == own(text)["input_ids"]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
+
+
+def test_a_file_is_unpacked_once_and_anew_when_it_changes(
+    file: Path, dense: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_model(ModelConfig(path=str(file)))
+    assert "unpacking it to bfloat16, once: what comes of it is kept in " + str(home) in capsys.readouterr().err
+    (kept,) = home.iterdir()
+    assert "quantization_config" not in json.loads((kept / "config.json").read_text())
+    load_model(ModelConfig(path=str(file)))
+    assert "unpacking" not in capsys.readouterr().err
+    write_base(load_model(ModelConfig(path=str(dense))), file, "Q8_0", build_tokenizer())
+    load_model(ModelConfig(path=str(file)))
+    assert len(list(home.iterdir())) == 2
+
+
+@pytest.mark.parametrize("method", ["s2ft", "sylva", "lora"])
+def test_a_run_from_training_to_export(method: str, file: Path, tmp_path: Path, home: Path) -> None:
+    words = on(file, write_data(tmp_path)["json"])
+    run(tmp_path, "train", *words, *METHODS[method], "trainer.max_steps=2", "trainer.learning_rate=1e-2",
+        "output_dir=run")  # fmt: skip
+    adapter = tmp_path / "run" / "adapter"
+    described = json.loads((adapter / "adapter_config.json").read_text())
+    named = described["base_model_name_or_path"] if method == "lora" else described["base_model"]
+    (unpacked,) = home.iterdir()
+    assert Path(named) in (file, unpacked)  # PEFT's own files name what transformers loads
+    done = run(tmp_path, "export", "run", "--format", "merged", "--out", "whole", "hardware=cpu", "--json").json
+    assert done["format"] == "merged"
+    whole = load_model(ModelConfig(path=str(tmp_path / "whole")))
+    wanted = sparseft.merge(sparseft.load_adapter(load_model(ModelConfig(path=str(file))), adapter))
+    for name, values in wanted.state_dict().items():
+        assert torch.equal(whole.state_dict()[name], values), name
+    assert run(tmp_path, "eval", "boolq", "--run", "run", "--limit", "2", "eval.data_dir=bundled:data").code == 0
+
+
+@pytest.mark.parametrize("config", [
+    sparseft.S2FTConfig(sparsity=0.9, importance="random", roles=["o", "down"]),
+    sparseft.SylvaConfig(sparsity=0.9, importance="random", block_size=8),
+])  # fmt: skip
+def test_adapters_are_the_unpacked_models(config: Any, file: Path, tmp_path: Path) -> None:
+    """From the file to the model that transformers makes of it by itself, and back; undone bit for bit."""
+    import transformers
+
+    alone = transformers.AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.bfloat16,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    )  # fmt: skip
+    alone.save_pretrained(tmp_path / "alone")
+    tokens = torch.arange(12).reshape(2, 6)
+    places = [str(file), str(tmp_path / "alone")]
+    for here, there in (places, reversed(places)):
+        model = load_model(ModelConfig(path=here))
+        base = model(tokens).logits
+        model = sparseft.attach(model, config)
+        own = sparseft.SparseAdamW(sparseft.trainable_parameters(model).values(), lr=1e-2)
+        model(tokens, labels=tokens).loss.backward()
+        own.step()
+        learnt = model(tokens).logits
+        assert not torch.equal(learnt, base)
+        folder = sparseft.save_adapter(model, tmp_path / f"adapter-of-{Path(here).name}")
+        assert torch.equal(sparseft.detach(model)(tokens).logits, base)
+        other = load_model(ModelConfig(path=there))
+        assert torch.equal(other(tokens).logits, base)
+        other = sparseft.load_adapter(other, folder)
+        assert torch.equal(other(tokens).logits, learnt)
+
+
+def test_unpacked_weights_can_be_packed_on_loading(file: Path) -> None:
+    pytest.importorskip("torchao")
+    from sparseft.models.quantized import is_packed
+
+    model = load_model(ModelConfig(path=str(file), quantize="int8"))
+    assert is_packed(model.model.layers[0].mlp.up_proj)
+
+
+def test_what_cannot_be_read_is_refused(file: Path, dense: Path, tmp_path: Path, home: Path) -> None:
+    data = write_data(tmp_path)["json"]
+    whole = file.read_bytes()
+
+    def said(path: Path) -> str:
+        return refused(tmp_path, "train", *on(path, data), "method=s2ft", "output_dir=run")
+
+    (tmp_path / "other.gguf").write_bytes(b"PK" + bytes(4000))
+    assert "no GGUF file that transformers can read: GGUF magic invalid" in said(tmp_path / "other.gguf")
+    for length in (0, 3, 20, 4000, len(whole) // 2, len(whole) - 100):
+        (tmp_path / "cut.gguf").write_bytes(whole[:length])
+        assert "cut.gguf: no GGUF file that transformers can read: " in said(tmp_path / "cut.gguf")
+    assert "no such file" in said(tmp_path / "smal.Q4_1.gguf")
+    assert "Did you mean" in said(tmp_path / "smal.Q4_1.gguf")
+    (tmp_path / "only").mkdir()
+    shutil.copy(file, tmp_path / "only" / "a.gguf")
+    assert f"model.path={tmp_path / 'only' / 'a.gguf'}" in said(tmp_path / "only")
+    assert not (tmp_path / "run").exists() and not home.exists()
+
+
+def test_what_would_be_another_model_is_refused(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers reads no scaling of positions, and drops the tensor that holds Llama 3.1's."""
+    model = load_model(ModelConfig(path=str(dense)))
+    write = gguf.GGUFWriter.write_header_to_file
+    monkeypatch.setattr(
+        gguf.GGUFWriter,
+        "write_header_to_file",
+        lambda self, *a: (self.add_tensor("rope_freqs.weight", model.model.norm.weight.float().detach().numpy()),
+                          write(self, *a))[1],
+    )  # fmt: skip
+    file = write_base(model, tmp_path / "m.gguf", "Q8_0", build_tokenizer())
+    with pytest.raises(UserError, match=r"m.gguf: rope_freqs.weight scales its positions"):
+        load_model(ModelConfig(path=str(file)))
+    monkeypatch.setattr(
+        gguf.GGUFWriter,
+        "write_header_to_file",
+        lambda self, *a: (self.add_string("llama.rope.scaling.type", "linear"), write(self, *a))[1],
+    )
+    file = write_base(model, tmp_path / "m.gguf", "Q8_0", build_tokenizer())
+    with pytest.raises(UserError, match=r"m.gguf: llama.rope.scaling.type scales its positions"):
+        load_model(ModelConfig(path=str(file)))
+
+
+def test_no_tokenizer_and_no_package(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_base(load_model(ModelConfig(path=str(dense))), tmp_path / "m.gguf", "Q8_0")
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(ModelConfig(path=str(file)))
+    words = on(file, write_data(tmp_path)["json"])
+    run(tmp_path, "train", *words, "method=s2ft", f"model.tokenizer={dense}", "trainer.max_steps=1", "output_dir=run")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else find(name, *a))
+    file.touch()
+    with pytest.raises(UserError, match=r"needs the package gguf: pip install 'sparseft\[quantized\]'"):
+        load_model(ModelConfig(path=str(file)))
