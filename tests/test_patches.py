@@ -1114,6 +1114,15 @@ def test_a_model_without_its_loads_conversions_is_saved_by_its_architectures() -
     assert "get_model_conversion_mapping(model, add_legacy=False)" in text, relied_on("_weight_conversions")
 
 
+def test_ddp_can_be_told_what_not_to_send() -> None:
+    """`models/quantized.send_no_packed` names the packed weights."""
+    text = inspect.getsource(nn.parallel.DistributedDataParallel.__init__)
+    assert "set(module._ddp_params_and_buffers_to_ignore)" in text, relied_on("_ddp_params_and_buffers_to_ignore")
+    model = nn.Linear(2, 2)
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["weight"])
+    assert model._ddp_params_and_buffers_to_ignore == ["weight"]
+
+
 # -- TRL --------------------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.models.decoder import runnable
 from sparseft.models.masks import unasked
 from sparseft.models.probing import without_gradient
+from sparseft.models.quantized import send_no_packed
 from sparseft.runs.folder import ADAPTER, CHECKPOINTS, checkpoint_name
 from sparseft.training import distributed_trainer, schedules
 from sparseft.training.arguments import tf32_as_set
@@ -121,6 +122,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         self.feed(options, labelled)
         with tf32_as_set(), seen_as_adapted(model):
             super().__init__(model=model, args=args, **options)
+        send_no_packed(self.model)
         self.run_state = RunState(run, max_bad_steps, args.device)
         self.save_total_limit = save_total_limit
         self.score = score

@@ -19,7 +19,7 @@ def test_data_that_are_gone_cost_no_export(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "config.yaml").write_text(to_yaml(own))
     model = ModelConfig(path=own.model.path)
     source = SimpleNamespace(
-        packed=model, tokenizer=load_tokenizer(model), config=own,
+        beside=model, tokenizer=load_tokenizer(model), config=own,
         target=SimpleNamespace(folder=tmp_path, adapter=tmp_path, model=model),
     )  # fmt: skip
     assert gain(source, tmp_path, "trained") is None

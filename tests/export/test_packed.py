@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 import sparseft
 from sparseft.config import ModelConfig
+from sparseft.export import gain as gain_file
 from sparseft.export.formats import packed as format_file
 from sparseft.layers import sparse_layers
 from sparseft.models.loading import load_model
@@ -108,3 +110,23 @@ def test_what_is_not_packed_is_refused(base: Path, tmp_path: Path) -> None:
     run(tmp_path, "train", *words, "output_dir=run")
     said = refused(tmp_path, "export", "run", "--format", "packed", "--out", "out", "hardware=cpu")
     assert "was not packed by model.quantize" in said
+
+
+def test_one_model_is_in_memory_at_a_time(
+    quantize: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the share that survived is measured: a model with an adapter refers to itself, and is not gone with its
+    last name."""
+    words = [*on(base, write_data(tmp_path)["json"]), f"model.quantize={quantize}", "trainer.learning_rate=3e-2"]
+    run(tmp_path, "train", *words, "method=s2ft", "trainer.max_steps=2", "output_dir=run", "sparsity=0.9")
+    loaded: list[Any] = []
+
+    def load(*given: Any) -> Any:
+        assert not any(model() is not None for model in loaded)
+        model = load_model(*given)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(gain_file, "load_model", load)
+    run(tmp_path, "export", "run", "--format", "merged", "--out", "out", "hardware=cpu", "--base", "checkpoint")
+    assert len(loaded) == 3
