@@ -7,10 +7,12 @@ what is trained on is the unpacked values, and `model.quantize` may pack those.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,24 @@ def unpacked(file: Path, path: str) -> Path:
     name = f"{file.stem}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     folder = Path(constants.HF_HOME) / "sparseft" / "gguf" / name
     if not folder.is_dir():
-        _unpack(file, f"model.path={path}", folder)
+        with _alone(folder):  # several processes of a run come here at once
+            if not folder.is_dir():
+                _unpack(file, f"model.path={path}", folder)
     return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process is; what has waited has to look again."""
+    from huggingface_hub.utils import WeakFileLock
+
+    try:
+        locks = folder.parent.with_name("locks")
+        locks.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}.") from error
+    with WeakFileLock(locks / f"{folder.name}.lock"):
+        yield
 
 
 def _unpack(file: Path, what: str, folder: Path) -> None:

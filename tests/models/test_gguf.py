@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.util
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,22 @@ def test_a_file_is_unpacked_once_and_anew_when_it_changes(
     write_base(load_model(ModelConfig(path=str(dense))), file, "Q8_0", build_tokenizer())
     load_model(ModelConfig(path=str(file)))
     assert len(list(home.iterdir())) == 2
+
+
+def test_of_several_processes_one_unpacks(file: Path, home: Path) -> None:
+    from sparseft.models import gguf
+
+    begun: list[Path] = []
+
+    def slow(file: Path, what: str, folder: Path, make: Any = gguf._unpack) -> None:
+        begun.append(folder)
+        time.sleep(0.3)
+        make(file, what, folder)
+
+    with pytest.MonkeyPatch.context() as patch, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        patch.setattr(gguf, "_unpack", slow)
+        folders = list(pool.map(lambda _: gguf.unpacked(file, str(file)), range(3)))
+    assert len(begun) == 1 and set(folders) == set(begun)
 
 
 @pytest.mark.parametrize("method", ["s2ft", "sylva", "lora"])
