@@ -116,7 +116,8 @@ def test_a_base_is_known_by_its_files(kind: str, stored: Any, loaded: Any, tmp_p
     saved_model(kind, tmp_path / "model", stored)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=loaded)
     source = SimpleNamespace(
-        kind="sparse", folder=tmp_path, fingerprint="", content={"base_fingerprint": base_fingerprints(model)[0]},
+        kind="sparse", stored_packed=None, folder=tmp_path, fingerprint="",
+        content={"base_fingerprint": base_fingerprints(model)[0]},
         target=SimpleNamespace(model=ModelConfig(path=str(tmp_path / "model"))),
     )  # fmt: skip
     check_base(source)  # type: ignore[arg-type]
