@@ -43,7 +43,8 @@ HEAVY = (
 OWN_FIELDS = {field.name for name in METHODS for field in dataclasses.fields(get_method(name))} - set(dir(SparseConfig))
 OWN_FIELDS -= {field.name for part in (ModelConfig, HardwareConfig) for field in dataclasses.fields(part)}  # dtype
 HOLDS_SETTINGS = {"config", "method", "settings", "method_config"}  # names under which code has a method's settings
-OTHER_SETTINGS = {"adapters.peft.fusing", "adapters.peft.kind", "importance.kfac"}  # theirs are of their own, under such names
+# Theirs are of their own, under such names.
+OTHER_SETTINGS = {"adapters.peft.fusing", "adapters.peft.kind", "importance.kfac"}
 
 # Only these may know a method by name: the methods themselves, the comparisons and what shows users an example.
 KNOWS_METHODS = {"methods", "bench", "cli", "commands", "__init__"}
