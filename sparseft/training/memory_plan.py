@@ -261,8 +261,8 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
         from sparseft.training.preference.planned import loss_of  # brings TRL, seconds that others need not wait
 
         compute = loss_of(config, shape.model, batch, length, device)
-        if config.method.trains_all and OBJECTIVES[config.objective].reference:  # a frozen copy of all
-            weights += tensor_bytes(shape.model.parameters())
+        if config.method.trains_all and OBJECTIVES[config.objective].reference:  # a frozen copy, as wide as what trains
+            weights += tensor_bytes(shape.model.parameters()) * (2 if shape.autocast else 1)
     with _looking(config, shape):
         most = passes(shape, batch, length, checkpointing=config.checkpointing, device=device, compute=compute)
         activations = most - gradients

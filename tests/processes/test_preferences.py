@@ -66,6 +66,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{out}.jsonl").write_text("".join(lines[:count]))
     cases = [together(f"{objective}-{method}-2", objective, method) for objective, method in CASES]
     cases += [together(f"{objective}-whole", objective, method, *CUT) for objective, method in SITTINGS]
+    write_answers(folder / "answers.jsonl")
+    cases.append(together("answers-2", "kto", "s2ft", *ANSWERS, *split(2, 1)))
     run_ranks(folder, cases, seconds=1200)
     resumed = []
     for objective, method in SITTINGS:
@@ -73,6 +75,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         resumed.append(together(f"{objective}-cut", objective, method, *CUT, "trainer.resume=auto"))
     run_ranks(folder, resumed)
     return folder
+
+
+# Of five answers in twos the second process has none in an epoch's last step, where the first has one, good or bad.
+ANSWERS = ["dataset.train_path=answers.jsonl", "trainer.logging_steps=1", "trainer.max_steps=6"]
+
+
+def write_answers(path: Path) -> None:
+    """Five answers to as many prompts: good, bad, good, bad, good."""
+    pairs = [json.loads(line) for line in (path.parent / "pairs.jsonl").read_text().splitlines()[:5]]
+    answers = [
+        {"prompt": pair["prompt"], "completion": pair["rejected" if at % 2 else "chosen"], "label": at % 2 == 0}
+        for at, pair in enumerate(pairs)
+    ]
+    path.write_text("\n".join(map(json.dumps, answers)))
 
 
 def cut_after_two(whole: Path, folder: Path) -> None:
@@ -146,6 +162,17 @@ def test_two_processes_learn_what_one_learns(
     for key in "steps tokens eval_margin_after eval_loss_before eval_loss_after".split():
         assert told[key] == pytest.approx(expected[key], rel=1e-5), key
     assert abs(told["eval_margin_after"] - told["eval_margin_before"]) > 1e-3
+
+
+def test_an_empty_batch_tells_nothing_of_a_kind_of_answer_that_no_process_has(world: Path, by_halves: None) -> None:
+    sparseft(world, "train", *words("kto", "s2ft", *ANSWERS, *split(4, 1)), "output_dir=answers-1")
+    both, one = ([line for line in metrics(world / f"answers-{n}") if "loss" in line] for n in (2, 1))
+    kinds = ("rewards/chosen", "rewards/rejected")
+    told = [[name for name in kinds if name in line] for line in both]
+    assert len(told) == 6 and ["rewards/rejected"] in told[1::2]  # of what fills a batch up the label is another
+    for left, right, names in zip(both, one, told, strict=True):
+        assert names == [name for name in kinds if name in right]
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
 
 
 def test_larger_batches_are_the_same_where_the_loss_is_a_mean_over_pairs(world: Path) -> None:

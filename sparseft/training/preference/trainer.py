@@ -100,6 +100,8 @@ class PreferenceTrainer(Trainer):
         for each in ranks.all_gather_object({} if self.empty else new):
             for name, values in each.items():
                 collected[name].extend(values)
+        for name in [name for name, values in collected.items() if not values]:  # an empty batch's alone
+            del collected[name]
 
     def _compute_kl_logps(self, model: nn.Module, batch: Any) -> Any:
         """Of KTO: the log-probabilities by which it estimates how far the model has moved, of all processes."""

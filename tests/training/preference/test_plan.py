@@ -104,6 +104,14 @@ def test_full_counts_the_copy_that_it_is_compared_with(world: Path) -> None:
     assert whole["sft"]["objective"] == "sft" and whole["sft"]["sequences"] == BATCH
 
 
+def test_the_copy_is_as_wide_as_what_trains(world: Path) -> None:
+    """On a GPU a bf16 model trains in fp32, and is copied when it is that already."""
+    gpu = ["hardware.device=cuda", "hardware.memory_gib=80", "model.dtype=bfloat16"]
+    dpo, simpo = (plan_of(world, objective, "full", *gpu) for objective in ("dpo", "simpo"))
+    assert dpo["per_device"]["trained"] == 4 * dpo["total_parameters"]
+    assert dpo["per_device"]["weights"] - simpo["per_device"]["weights"] == 4 * dpo["total_parameters"]
+
+
 def plan_of(world: Path, objective: str, method: str, *more: str) -> dict[str, Any]:
     given = [word for word in words(objective, method, *more) if objective != "sft" or "dataset" not in word]
     with working_in(world):
