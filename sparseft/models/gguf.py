@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import math
 import re
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,30 +73,49 @@ def _unpack(file: Path, what: str, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{what}: reading it needs the package gguf: pip install 'sparseft[quantized]'.")
     try:
-        dtype, has_tokenizer = _read_header(file, what)
+        dtype, has_tokenizer, sizes = _read_header(file, what)
     except BROKEN as error:
         raise _refusal(what, error) from error
     kind = str(dtype).removeprefix("torch.")
     console.log(f"{what}: unpacking it to {kind}, once: what comes of it is kept in {folder}")
     try:
-        model, tokenizer = _loaded(file, what, dtype, has_tokenizer)
+        with _without_neighbours(file) as alone:
+            model, tokenizer = _loaded(alone, what, dtype, has_tokenizer)
     except BROKEN as error:
         raise _refusal(what, error) from error
-    with replaced_folder(folder, ["config.json"]) as aside:
+    _check_all_read(what, sizes, model)
+    with without_report(), replaced_folder(folder, ["config.json"]) as aside:
         model.save_pretrained(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
 
 
-def _read_header(file: Path, what: str) -> tuple[torch.dtype, bool]:
-    """The dtype to unpack a file to, and whether it has a tokenizer; UserError where something that transformers does
-    not read changes what the model computes."""
+@contextlib.contextmanager
+def _without_neighbours(file: Path) -> Iterator[Path]:
+    """The file in a folder where nothing else lies: transformers would read the tokenizer's files and templates beside
+    it, and rather a file of its name in the working directory than itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        alone = Path(folder) / file.name
+        alone.symlink_to(file.resolve())
+        yield alone
+
+
+def _read_header(file: Path, what: str) -> tuple[torch.dtype, bool, dict[str, int]]:
+    """The dtype to unpack a file to, whether it has a tokenizer, and by tensor how many values it holds.
+    UserError where something that transformers does not read changes what the model computes."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
+    fields = {name: field.contents() for name, field in reader.fields.items() if re.search("rope.scal|^split", name)}
+    if (parts := fields.get("split.count", 1)) > 1:
+        raise UserError(
+            f"{what}: this is one of {parts} parts of a model; put them together first: llama-gguf-split --merge."
+        )
     kinds = {tensor.tensor_type.name for tensor in reader.tensors}
-    scaling = [name for name in reader.fields if name.endswith("rope.scaling.type")]
-    scaled = [name for name in scaling if bytes(reader.fields[name].parts[-1]) != b"none"]
+    scaled = [name for name, value in fields.items() if name.endswith("rope.scaling.type") and value != "none"]
+    if not any(name.endswith("rope.scaling.type") for name in fields):  # then llama.cpp scales by a factor alone, too
+        factors = ("rope.scaling.factor", "rope.scale_linear")
+        scaled = [name for name, value in fields.items() if name.endswith(factors) and value not in (0, 1)]
     scaled += [tensor.name for tensor in reader.tensors if re.match("rope_(freqs|factors)", tensor.name)]
     if scaled:
         raise UserError(
@@ -104,14 +125,29 @@ def _read_header(file: Path, what: str) -> tuple[torch.dtype, bool]:
     dtype = next((PLAIN[kind] for kind in ("BF16", "F16", "F32") if kind in kinds), torch.float32)
     model = reader.fields.get("tokenizer.ggml.model")
     has_tokenizer = model is not None and bytes(model.parts[-1]) not in (b"none", b"no_vocab")
-    return (dtype if kinds <= PLAIN.keys() else torch.bfloat16), has_tokenizer
+    sizes = {tensor.name: math.prod(tensor.shape.tolist()) for tensor in reader.tensors}
+    return (dtype if kinds <= PLAIN.keys() else torch.bfloat16), has_tokenizer, sizes
+
+
+def _check_all_read(what: str, sizes: dict[str, int], model: Any) -> None:
+    """UserError where a file holds more than has become of it: transformers leaves out a tensor for which its model has
+    no place, biases of a Llama say."""
+    if model.config.get_text_config().tie_word_embeddings:
+        sizes = {name: size for name, size in sizes.items() if name != "output.weight"}  # the embeddings once more
+    count = sum(sizes.values())
+    read = sum({id(each): each.numel() for each in model.state_dict(keep_vars=True).values()}.values())
+    if read < count:
+        raise UserError(
+            f"{what}: of its {count:,} values transformers reads {read:,}, which makes another model; use the model's "
+            "checkpoint in safetensors."
+        )
 
 
 def _loaded(file: Path, what: str, dtype: torch.dtype, has_tokenizer: bool) -> tuple[Any, Any]:
     """The model, of plain weights, and the tokenizer."""
     import transformers
 
-    place: dict[str, Any] = {"gguf_file": file.name}
+    place: dict[str, Any] = {"gguf_file": str(file)}
     unpack: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # versions before it unpack always
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -187,27 +188,63 @@ def test_what_cannot_be_read_is_refused(file: Path, dense: Path, tmp_path: Path,
     assert not (tmp_path / "run").exists() and not home.exists()
 
 
-def test_what_would_be_another_model_is_refused(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers reads no scaling of positions, and drops the tensor that holds Llama 3.1's."""
-    model = load_model(ModelConfig(path=str(dense)))
+@pytest.mark.parametrize(("add", "said"), [
+    (lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), r"rope_freqs.weight scales its positions"),
+    (lambda w: w.add_string("llama.rope.scaling.type", "linear"), r"llama.rope.scaling.type scales its positions"),
+    (lambda w: w.add_float32("llama.rope.scaling.factor", 4), r"llama.rope.scaling.factor scales its positions"),
+    (lambda w: w.add_float32("llama.rope.scale_linear", 4), r"llama.rope.scale_linear scales its positions"),
+    (lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)), r"of its [\d,]+ values transformers reads"),
+    (lambda w: w.add_uint16("split.count", 3), r"one of 3 parts of a model"),
+])  # fmt: skip
+def test_what_would_be_another_model_is_refused(
+    add: Any, said: str, dense: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers reads no scaling of positions, and drops what its model has no place for."""
     write = gguf.GGUFWriter.write_header_to_file
-    monkeypatch.setattr(
-        gguf.GGUFWriter,
-        "write_header_to_file",
-        lambda self, *a: (self.add_tensor("rope_freqs.weight", model.model.norm.weight.float().detach().numpy()),
-                          write(self, *a))[1],
-    )  # fmt: skip
-    file = write_base(model, tmp_path / "m.gguf", "Q8_0", build_tokenizer())
-    with pytest.raises(UserError, match=r"m.gguf: rope_freqs.weight scales its positions"):
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", lambda self, *a: (add(self), write(self, *a))[1])
+    file = write_base(load_model(ModelConfig(path=str(dense))), tmp_path / "m.gguf", "Q8_0", build_tokenizer())
+    with pytest.raises(UserError, match="m.gguf: .*" + said):
         load_model(ModelConfig(path=str(file)))
-    monkeypatch.setattr(
-        gguf.GGUFWriter,
-        "write_header_to_file",
-        lambda self, *a: (self.add_string("llama.rope.scaling.type", "linear"), write(self, *a))[1],
-    )
-    file = write_base(model, tmp_path / "m.gguf", "Q8_0", build_tokenizer())
-    with pytest.raises(UserError, match=r"m.gguf: llama.rope.scaling.type scales its positions"):
-        load_model(ModelConfig(path=str(file)))
+    assert not home.exists() or not any(home.iterdir())
+
+
+def test_positions_that_are_not_scaled(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = gguf.GGUFWriter.write_header_to_file
+
+    def header(self: Any, *a: Any) -> None:
+        self.add_string("llama.rope.scaling.type", "none")
+        self.add_float32("llama.rope.scaling.factor", 1)
+        write(self, *a)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", header)
+    load_model(ModelConfig(path=str(write_base(load_model(ModelConfig(path=str(dense))), tmp_path / "m.gguf"))))
+
+
+def test_nothing_beside_a_file_is_read(
+    file: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither another model's tokenizer in its folder, nor a file of its name in the working directory."""
+    alone, own = load_model(ModelConfig(path=str(file))), load_tokenizer(ModelConfig(path=str(file)))
+    crowd, here = tmp_path / "crowd", tmp_path / "here"
+    for folder in (crowd, here):
+        folder.mkdir()
+    shutil.copy(file, crowd / "m.gguf")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (crowd / name).write_text(json.dumps({"model_type": "gpt2", "eos_token": "the", "do_sample": True}))
+    (crowd / "added_tokens.json").write_text(json.dumps({"another": 3}))
+    (crowd / "chat_template.jinja").write_text("another")
+    other = load_model(ModelConfig(path=str(dense)))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    write_base(other, here / "m.gguf", "F32", build_tokenizer())
+    monkeypatch.chdir(here)
+    model, tokenizer = (load(ModelConfig(path="../crowd/m.gguf")) for load in (load_model, load_tokenizer))
+    for name, values in alone.state_dict().items():
+        assert torch.equal(model.state_dict()[name], values), name
+    assert model.generation_config.to_dict() == alone.generation_config.to_dict()
+    assert tokenizer.get_vocab() == own.get_vocab() and tokenizer.eos_token == own.eos_token
+    assert tokenizer.chat_template == own.chat_template
 
 
 def test_no_tokenizer_and_no_package(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
