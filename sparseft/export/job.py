@@ -42,6 +42,11 @@ def export(
     if out.resolve() == source.folder.resolve() or out.resolve() in source.folder.resolve().parents:
         raise UserError(f"--out {out}: there lies what is exported; name a new folder.")
     engines.check(options.engine, format.name)
+    if source.stored_packed and not format.whole:
+        raise UserError(
+            f"--format {format.name}: of the base {source.target.model.path}, whose files are packed "
+            f"({source.stored_packed}), whole models are written alone: use --format merged or packed."
+        )
     _ = source.tokenizer  # the proof needs it
     check_base(source)
     notes = format.check(source, options)

@@ -159,6 +159,10 @@ def test_what_it_has_not_is_refused(base: Path, tmp_path: Path) -> None:
     train(base, tmp_path, "s2ft")
     words = ["export", "run", "--format", "merged", "--out", "out", "hardware=cpu"]
     assert "that model.quantize packed." in refused(tmp_path, *words, "--base", "checkpoint")
+    for format in ("peft-lora", "peft-shira", "patch", "gguf-lora", "mlx"):
+        said = refused(tmp_path, "export", "run", "--format", format, "--out", "out", "hardware=cpu")
+        assert "whole models are written alone: use --format merged or packed." in said
+        assert not (tmp_path / "out").exists()
     model = load_model(ModelConfig(path=str(base)))
     model.model.norm.weight.data.mul_(2)
     model.save_pretrained(tmp_path / "other")
