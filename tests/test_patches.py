@@ -1117,7 +1117,7 @@ def test_a_model_without_its_loads_conversions_is_saved_by_its_architectures() -
 def test_ddp_can_be_told_what_not_to_send() -> None:
     """`models/quantized.send_no_packed` names the packed weights."""
     text = inspect.getsource(nn.parallel.DistributedDataParallel.__init__)
-    assert "set(module._ddp_params_and_buffers_to_ignore)" in text, relied_on("_ddp_params_and_buffers_to_ignore")
+    assert "set(module._ddp_params_and_buffers_to_ignore)" in text, relied_on("_set_params_and_buffers_to_ignore_for_model")
     model = nn.Linear(2, 2)
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["weight"])
     assert model._ddp_params_and_buffers_to_ignore == ["weight"]

@@ -497,7 +497,6 @@ def test_a_setting_without_effect_is_warned_about() -> None:
         ("objective=dpo dataset.replay=a.json:0.1", ["dataset.replay", "objective=dpo", "use null"]),
         ("objective=dpo trainer.checkpointing=selective", ["trainer.checkpointing=selective", "none or full"]),
         ("objective=simpo hardware.zero_stage=2", ["hardware.zero_stage=2", "one process"]),
-        ("objective=simpo hardware.num_processes=2", ["hardware.num_processes=2", "use 1"]),
         ("objective=kto", ["trainer.batch_size=1", "use 2 or more"]),
         ("objective=kto trainer.batch_size=4 hardware.micro_batch=1", ["hardware.micro_batch=1", "use 2 or more"]),
     ],
