@@ -1117,7 +1117,8 @@ def test_a_model_without_its_loads_conversions_is_saved_by_its_architectures() -
 def test_ddp_can_be_told_what_not_to_send() -> None:
     """`models/quantized.send_no_packed` names the packed weights."""
     text = inspect.getsource(nn.parallel.DistributedDataParallel.__init__)
-    assert "set(module._ddp_params_and_buffers_to_ignore)" in text, relied_on("_set_params_and_buffers_to_ignore_for_model")
+    told = relied_on("_set_params_and_buffers_to_ignore_for_model")
+    assert "set(module._ddp_params_and_buffers_to_ignore)" in text, told
     model = nn.Linear(2, 2)
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["weight"])
     assert model._ddp_params_and_buffers_to_ignore == ["weight"]
@@ -1162,7 +1163,7 @@ def test_trl_packs_no_preferences() -> None:
     for objective in OBJECTIVES.values():
         names = {field.name for field in dataclasses.fields(objective.configuration())}
         packs = {name for name in names if "packing" in name or "padding_free" in name}
-        assert packs <= {"padding_free"}, relied_on("no packing")
+        assert packs <= {"padding_free"}, relied_on("TRL's trainers pack none of these")
         text = inspect.getsource(objective.trainer())
         if packs:
             assert "temporarily unavailable after a refactor" in text, relied_on("no padding_free")
