@@ -1166,8 +1166,8 @@ def test_trl_packs_no_preferences() -> None:
         assert packs <= {"padding_free"}, relied_on("TRL's trainers pack none of these")
         text = inspect.getsource(objective.trainer())
         if packs:
-            assert "temporarily unavailable after a refactor" in text, relied_on("no padding_free")
-            assert "self.padding_free = False" in text, relied_on("no padding_free")
+            assert "temporarily unavailable after a refactor" in text, relied_on("TRL's trainers pack none of these")
+            assert "self.padding_free = False" in text, relied_on("TRL's trainers pack none of these")
 
 
 def test_trls_head_is_what_a_plan_counts() -> None:
