@@ -57,6 +57,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         {"length": tokens, "batch": sequences, "bytes": _total(config, shape, sequences, tokens)}
         for tokens in _around(length, limit)
         for sequences in _around(batch, None)
+        if sequences >= _least(config)
     ]
     result: dict[str, Any] = {
         "plan": True,
@@ -92,6 +93,11 @@ def micro_batch(config: RunConfig) -> int:
     return micro_batches(config.trainer, config.hardware)[0]
 
 
+def _least(config: RunConfig) -> int:
+    """The smallest micro-batch that training takes."""
+    return 2 if config.objective == UNPAIRS else 1
+
+
 def _total(config: RunConfig, shape: Any, batch: int, length: int) -> int:
     return memory_plan.step_memory(config, shape, batch=batch, length=length).total
 
@@ -122,7 +128,7 @@ def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> b
     """Changes the config by one remedy (ZeRO up to `stage`) and notes the overrides that do it; whether there was
     anything to change."""
     trainer, hardware = config.trainer, config.hardware
-    least = 2 if config.objective == UNPAIRS else 1
+    least = _least(config)
     if name == "micro_batch" and micro_batch(config) > least and trainer.batch_size % least == 0:
         hardware.micro_batch = least
         given["hardware.micro_batch"] = str(least)

@@ -25,6 +25,7 @@ from sparseft.rules import check_type, is_optional, is_text, show
 
 COMMANDS = ("train", "preprocess", "eval", "chat", "export", "trim", "bench")
 PREFERENCES = "preference"  # the data set of the preference objectives
+KTO_STEP = {"batch_size": 4, "gradient_accumulation": 4}  # it needs two answers at once; a step is of 16 as ever
 
 # Text that other YAML readers (YAML 1.2, OmegaConf) would take for a number: written with quotes.
 _NUMBER_LIKE = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
@@ -70,6 +71,9 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     for override in settings.values():
         check_key(override, keys, method_name)
     content = _apply(config, settings, keys)
+    if objective is not None and objective.value == "kto" and "experiment" not in choices:
+        typed = {key.removeprefix("trainer.") for key in settings}
+        content["trainer"] |= {name: value for name, value in KTO_STEP.items() if name not in typed}
     if "method" in choices and "experiment" in choices:
         _drop_foreign_settings(content, method_name, choices["experiment"])
     _share(content, settings, method_name)

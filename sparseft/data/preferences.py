@@ -110,6 +110,8 @@ class Side(Converter):
 
     def _of_answer(self, item: dict[str, Any], where: str) -> dict[str, Any] | None:
         label = item.get("label")
+        if isinstance(label, str):  # fields of CSV are text
+            label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
         if not isinstance(label, bool) and label not in (0, 1):
             raise UserError(f"{where}: 'label' is {shown(repr(label))}; expected true (a good answer) or false.")
         answer = _given(item, "completion", where, UNPAIRED)

@@ -151,12 +151,13 @@ def convert(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], block_si
     """Freezes the model and replaces linears by sparse layers around the same weights.
 
     `modules` gives indices by module and kind, in the checkpoint's order. All or nothing: where one module cannot be
-    converted, the model is left as it was.
+    converted, the model is left as it was. Experts come in the order of their names, whatever that of `modules`: an
+    optimizer's state is taken up by the order of the parameters, and a selection read from its file has its own.
     """
     layers: list[tuple[nn.Module | None, SparseLinear]] = []
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
-        for name, kinds in modules.items():
+        for name, kinds in sorted(modules.items()):
             expert = find_expert(model, name)
             old = None if expert is not None else model.get_submodule(name)
             try:

@@ -45,7 +45,10 @@ def _require_roles(spec: ModelSpec, roles: Iterable[str], scope: str | None) -> 
     present = sorted({slot.role for slot in slots})
     for role in roles:
         if role not in present:
-            raise UserError(f"the model has no '{role}' projection in scope (it has {', '.join(present)}).")
+            without = set(spec.linears_in(scope)) - {slot.module for slot in slots}
+            names = sorted({spec.path_of(name).rpartition(".")[2] for name in without})
+            by_name = f" {', '.join(names)} can train by name, as in method.rows=[{names[0]}]." if names else ""
+            raise UserError(f"the model has no '{role}' projection in scope (it has {', '.join(present)}).{by_name}")
     return slots
 
 

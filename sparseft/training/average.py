@@ -112,6 +112,8 @@ class Average(transformers.TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = False  # the mean is evaluated once it is taken
         if state.global_step <= self.first:
             return
         if not self.parts:

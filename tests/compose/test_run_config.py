@@ -497,7 +497,7 @@ def test_a_setting_without_effect_is_warned_about() -> None:
         ("objective=dpo dataset.replay=a.json:0.1", ["dataset.replay", "objective=dpo", "use null"]),
         ("objective=dpo trainer.checkpointing=selective", ["trainer.checkpointing=selective", "none or full"]),
         ("objective=simpo hardware.zero_stage=2", ["hardware.zero_stage=2", "one process"]),
-        ("objective=kto", ["trainer.batch_size=1", "use 2 or more"]),
+        ("objective=kto trainer.batch_size=1", ["trainer.batch_size=1", "use 2 or more"]),
         ("objective=kto trainer.batch_size=4 hardware.micro_batch=1", ["hardware.micro_batch=1", "use 2 or more"]),
     ],
 )
@@ -515,6 +515,20 @@ def test_a_preference_objective_brings_its_data_set() -> None:
     )
     assert make("objective=dpo", "dataset.train_path=a.jsonl").dataset.name == "preference"
     assert make("objective=simpo", "trainer.beta=2.5").trainer.beta == 2.5
+
+
+@pytest.mark.parametrize(
+    ("words", "step"),
+    [
+        ("objective=kto", (4, 4)),
+        ("objective=kto trainer.batch_size=2", (2, 4)),
+        ("objective=kto trainer.gradient_accumulation=1", (4, 1)),
+        ("objective=dpo", (1, 16)),
+    ],
+)
+def test_kto_takes_several_answers_at_once(words: str, step: tuple[int, int]) -> None:
+    trainer = make(*words.split()).trainer
+    assert (trainer.batch_size, trainer.gradient_accumulation) == step
 
 
 # -- the user's own files ---------------------------------------------------------------------------------------------

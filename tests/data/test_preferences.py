@@ -185,6 +185,16 @@ def test_a_label_is_true_or_false(label: Any, tokenizer: Any, tmp_path: Path) ->
         load(tmp_path, [good, good], tokenizer, "kto")
 
 
+@pytest.mark.parametrize("good", ["True", "true", "1"])
+def test_labels_of_a_csv_file_are_text(good: str, tokenizer: Any, tmp_path: Path) -> None:
+    bad = {"True": "False", "true": "false", "1": "0"}[good]
+    path = tmp_path / "answers.csv"
+    path.write_text(f"prompt,completion,label\na,yes,{good}\nb,no,{bad}\nc,yes,{good}\n")
+    found = load(tmp_path, [], tokenizer, "kto", train_path=str(path)).preferences
+    assert found is not None
+    assert [text(each, tokenizer, learnt=True) for each in found.better] == ["yes</s>"] * 2 and len(found.worse) == 1
+
+
 def test_records_that_say_nothing_of_what_is_better(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"do not say which answer is better; expected prompt, chosen and rejected"):
         load(tmp_path, [{"prompt": "a", "completion": "b"}], tokenizer)

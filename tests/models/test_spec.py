@@ -170,7 +170,8 @@ def test_fused_projections_of_another_order_are_left_alone(name: str) -> None:
     assert all(slot.count == 4 for slot in spec.slots if slot.role == "o")
     selection = sparseft.compute_selection(model, sparseft.S2FTConfig(sparsity=0.9))
     assert all("columns" in kinds for kinds in selection.modules.values()) and len(selection.modules) == 4
-    with pytest.raises(UserError, match="no 'q' projection in scope"):
+    fused = next(iter(spec.linears.keys() - {slot.module for slot in spec.slots})).rpartition(".")[2]
+    with pytest.raises(UserError, match=rf"no 'q' projection in scope .* {fused} can train .* method.rows=\[{fused}\]"):
         sparseft.compute_selection(model, sparseft.S2FTConfig(q_ratio=0.5))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from sparseft.adapters.lifecycle import trainable_parameters
@@ -28,6 +29,7 @@ from sparseft.training.checkpoints import checkpoint_steps, last_checkpoint, ste
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.run_state import Clock
 from sparseft.training.trainer import Trainer, train
+from support.exported import saved_model
 from support.running import METHODS, files, metrics, on, refused, sparseft, summary, write_data
 from support.training import CPU, At, attached, examples, long_run, same_end, tensors, trained, trainer_of
 
@@ -380,6 +382,22 @@ def test_a_finished_run_can_be_made_longer(uninterrupted: Any, data: Path, model
     assert result["tokens"] > summary(uninterrupted("s2ft"))["tokens"]
     steps = [line["step"] for line in metrics(run) if "loss" in line]
     assert steps == [3, 6, 7, 9]
+
+
+def test_a_resumed_run_of_single_experts_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    """A selection comes from its file in another order than it was chosen in; the optimizer's state goes by order."""
+    model = saved_model("mixtral", tmp_path / "model")
+    words = ["train", *on(model, write_data(tmp_path)["json"]), *METHODS["sylva"], "model.dtype=float32",
+             "trainer.max_steps=4", "trainer.save_steps=2"]  # fmt: skip
+    sparseft(tmp_path, *words, "output_dir=whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for left in ("checkpoints/checkpoint-4", "adapter"):
+        shutil.rmtree(tmp_path / "parts" / left)
+    (tmp_path / "parts" / "summary.json").unlink()
+    sparseft(tmp_path, *words, "output_dir=parts", "trainer.resume=auto")
+    ends = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("whole", "parts")]
+    assert ends[0].keys() == ends[1].keys() and any("experts" in name for name in ends[0])
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_resuming_where_no_checkpoint_was_written_starts_anew(

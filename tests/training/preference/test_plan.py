@@ -140,3 +140,12 @@ def test_the_plan_says_what_it_counts(world: Path) -> None:
     said = sparseft(world, "train", "--plan", *words("dpo", "s2ft")).out
     assert "4 x 64 tokens at once" in said and "by tokens and pairs at once" in said and "A step is" not in said
     assert "by tokens and answers at once" in sparseft(world, "train", "--plan", *words("kto", "s2ft")).out
+
+
+def test_the_plan_has_no_batch_that_training_refuses(world: Path) -> None:
+    planned = {row["batch"] for row in plan_of(world, "kto", "s2ft")["by_length_and_batch"]}
+    assert planned == {2, 4} and {row["batch"] for row in plan_of(world, "dpo", "s2ft")["by_length_and_batch"]} == {
+        1,
+        2,
+        4,
+    }
