@@ -120,7 +120,7 @@ def _base(source: Source, options: Options) -> Checkpoint:
     if source.packed is None or options.base == "checkpoint":
         return Checkpoint.of(base_of(source))
     kept = {module: change.entries for module, change in source.changes.items()} if source.residual else {}
-    return Unpacked.of_base(source.packed, device, kept)
+    return Unpacked.of_base(source.packed, device, kept, Path(source.config.cache_dir).expanduser())
 
 
 def shards(tensors: dict[str, Stored], limit: int) -> dict[str, list[str]]:
