@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from sparseft.errors import RunError
 
 
 def mapped_zeros(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -23,3 +25,12 @@ def mapped_zeros(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tens
         # A sparse file would end the process by a signal at the first page that finds no room.
         os.posix_fallocate(file.fileno(), 0, max(1, size) * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(tuple(shape))
+
+
+def move_to_file(parameter: nn.Parameter, folder: Path) -> None:
+    """Gives a parameter on the CPU zeros in a file of its own in `folder` for its values. RunError where the disk has
+    no room for them."""
+    try:
+        parameter.data = mapped_zeros(folder, parameter.shape, parameter.dtype)
+    except OSError as error:
+        raise RunError(f"{folder}: no room for the unpacked weights ({error.strerror}).") from error

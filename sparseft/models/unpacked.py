@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.config import ModelConfig
-from sparseft.errors import RunError, UserError, shown
-from sparseft.files.mapped import mapped_zeros
+from sparseft.errors import UserError, shown
+from sparseft.files.mapped import move_to_file
 from sparseft.models.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
 from sparseft.models.loading import QUANTIZED_FROM, load_model
 from sparseft.models.quantized import dequantized, is_packed
@@ -84,9 +84,6 @@ class Unpacked(Checkpoint):
         for name in self._weights:
             parameter = places.parameters[places.group_with[name].parameters[0]]
             if parameter.device.type == "cpu":
-                try:
-                    parameter.data = mapped_zeros(self.room, parameter.shape, parameter.dtype)
-                except OSError as error:
-                    raise RunError(f"{self.room}: no room for the unpacked weights ({error.strerror}).") from error
+                move_to_file(parameter, self.room)
             parameter.copy_(self.read(name))
         setattr(model, QUANTIZED_FROM, self.base)
