@@ -7,7 +7,6 @@ own base.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,6 @@ def gain(source: Source, written: Path, base: str) -> dict[str, Any] | None:
         yield loss(model)
         yield loss(load_adapter(model, source.target.adapter))
         del model
-        gc.collect()  # a model with an adapter refers to itself, and would stay beside the next one
         yield loss(load_model(source.target.model, device)) if base == "checkpoint" else None
         yield loss(
             load_model(ModelConfig(path=str(written), trust_remote_code=source.target.model.trust_remote_code), device)

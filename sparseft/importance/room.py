@@ -4,8 +4,6 @@ to the device ahead of the work."""
 from __future__ import annotations
 
 import errno
-import math
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from sparseft.distributed import env
 from sparseft.errors import RunError
+from sparseft.files.mapped import mapped_zeros
 from sparseft.memory import available_bytes, free_device_bytes
 
 # What is kept takes at most so much of the memory that is free: on an accelerator the rest is for activations, on the
@@ -29,8 +28,6 @@ class Room:
     """Makes zeros of `total_bytes` in all, where they do not crowd what is free, which is asked once: on the device,
     else in host memory (locked, beside an accelerator), else in mapped files in `folder` (None: the system's folder
     for temporary files).
-
-    A file loses its name as soon as it is mapped, so its space is freed with the tensor, however the process ends.
 
     spare: not in host memory where the device itself works in it.
     """
@@ -57,13 +54,9 @@ class Room:
             return torch.zeros(shape, dtype=dtype, device=self.device)
         if self.place == HOST:
             return torch.zeros(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
-        folder, size = self.folder or Path(tempfile.gettempdir()), math.prod(shape)
+        folder = self.folder or Path(tempfile.gettempdir())
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(prefix=".sparseft-sums-", dir=folder) as file:
-                # A sparse file would end the process by a signal at the first page that finds no room.
-                os.posix_fallocate(file.fileno(), 0, max(1, size) * dtype.itemsize)
-                return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+            return mapped_zeros(folder, shape, dtype)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             reason = "the disk has no room left" if full else f"the file cannot be written ({error.strerror})"

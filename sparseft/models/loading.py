@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", *, in_sh
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    gc.collect()  # a model refers to itself: one that is done with stays beside the next until it is collected
     check_whole(Path(config.path).expanduser())  # before transformers reads anything of it
     content = load_config(config, "model", packed=True)  # refuses what cannot be trained, before any weight
     check_fields(config, lambda name: f"model.{name}")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError, shown
+from sparseft.files.mapped import move_to_file
 from sparseft.files.tensors import Stored
 from sparseft.models.checkpoint import Checkpoint, Places, saved_tensors, without_weights
 from sparseft.models.decoder import base_parameters
@@ -32,17 +34,18 @@ class PackedCheckpoint(Checkpoint):
 
     base: ModelConfig
     device: torch.device
+    room: Path
     linears: dict[str, str]  # by tensor: the packed linear
 
     @staticmethod
-    def of_base(base: ModelConfig, device: torch.device) -> PackedCheckpoint:
+    def of_base(base: ModelConfig, device: torch.device, room: Path) -> PackedCheckpoint:
         """Raises UserError where a packed weight is made of several tensors of a plain checkpoint."""
         found = Checkpoint.of(base)
         plain = without_weights(base, packed=True)
         dtype = model_dtype(base, load_config(base, packed=True))
         saved = saved_tensors(plain)
         places = Places(plain, saved)
-        self = PackedCheckpoint(found.folder, {}, {}, base, device, {})
+        self = PackedCheckpoint(found.folder, {}, {}, base, device, room, {})
         for name in self.model.state_dict():
             module = name.removesuffix(".weight")
             if name == f"{module}.weight" and is_packed(self.model.get_submodule(module)):
@@ -72,18 +75,22 @@ class PackedCheckpoint(Checkpoint):
     @torch.no_grad()
     def unpacked(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The plain model, in the checkpoint's dtype or in `dtype` where that is wider. It counts as the packed one, so
-        that adapters of that fit."""
+        that adapters of that fit. On a CPU it lies in files, beside the packed one in memory."""
         from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
 
         content = load_config(self.base, packed=True)
         del content.quantization_config
         stored = model_dtype(self.base, content)
         wide = stored if dtype is None else torch.promote_types(stored, dtype)
-        plain = AutoModelForCausalLM.from_config(content, dtype=wide, trust_remote_code=self.base.trust_remote_code).to(
-            self.device
-        )
+        trusted = self.base.trust_remote_code
+        with no_init_weights():  # pages that are never written take no memory
+            plain = AutoModelForCausalLM.from_config(content, dtype=wide, trust_remote_code=trusted).to(self.device)
+        plain.tie_weights()
         places = Places(plain, self.tensors)
         for name, parameter in base_parameters(plain):
+            if parameter.device.type == "cpu":
+                move_to_file(parameter, self.room)
             parameter.copy_(places.parameter(name, self.read))
         own = dict(plain.named_buffers())
         for name, buffer in self.model.named_buffers():

@@ -12,9 +12,9 @@ import torch
 
 import sparseft
 from sparseft.config import ModelConfig
-from sparseft.export import gain as gain_file
 from sparseft.export.formats import packed as format_file
 from sparseft.layers import sparse_layers
+from sparseft.models import loading
 from sparseft.models.loading import load_model
 from sparseft.models.quantized import dequantized, is_packed
 from support.models import wide_base
@@ -112,21 +112,25 @@ def test_what_is_not_packed_is_refused(base: Path, tmp_path: Path) -> None:
     assert "was not packed by model.quantize" in said
 
 
-def test_one_model_is_in_memory_at_a_time(
-    quantize: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("format", [["packed"], ["merged"], ["merged", "--base", "checkpoint"]])
+def test_one_packed_model_is_in_memory_at_a_time(
+    quantize: str, format: list[str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the share that survived is measured: a model with an adapter refers to itself, and is not gone with its
-    last name."""
+    """While one is written, checked, proven and measured: a model refers to itself, and is not gone with its last
+    name."""
     words = [*on(base, write_data(tmp_path)["json"]), f"model.quantize={quantize}", "trainer.learning_rate=3e-2"]
     run(tmp_path, "train", *words, "method=s2ft", "trainer.max_steps=2", "output_dir=run", "sparsity=0.9")
     loaded: list[Any] = []
+    load = loading._load
 
-    def load(*given: Any) -> Any:
-        assert not any(model() is not None for model in loaded)
-        model = load_model(*given)
-        loaded.append(weakref.ref(model))
-        return model
+    def alone(what: str, path: str, loader: Any, **options: Any) -> Any:
+        if "output_loading_info" not in options:  # a config
+            return load(what, path, loader, **options)
+        assert not any(is_packed(linear) for linear in (known() for known in loaded) if linear is not None)
+        model, report = load(what, path, loader, **options)
+        loaded.extend(weakref.ref(module) for module in model.modules() if isinstance(module, torch.nn.Linear))
+        return model, report
 
-    monkeypatch.setattr(gain_file, "load_model", load)
-    run(tmp_path, "export", "run", "--format", "merged", "--out", "out", "hardware=cpu", "--base", "checkpoint")
-    assert len(loaded) == 3
+    monkeypatch.setattr(loading, "_load", alone)
+    run(tmp_path, "export", "run", "--format", *format, "--out", "out", "hardware=cpu")
+    assert loaded

@@ -15,6 +15,7 @@ import sparseft
 from sparseft.config import ModelConfig
 from sparseft.layers import sparse_layers
 from sparseft.models.loading import load_model
+from sparseft.models.packed_checkpoint import PackedCheckpoint
 from sparseft.models.quantized import dequantized, is_packed
 from support.models import wide_base
 from support.running import on, refused, write_data
@@ -87,6 +88,18 @@ def test_merged_is_unpacked_with_deltas(method: str, quantize: str, base: Path, 
         assert ((value.float() - want).abs() <= 2**-8 * want.abs() + 1e-6).all(), name
         if method != "lora":
             assert torch.equal(value, want.bfloat16())
+
+
+def test_the_plain_model_lies_in_files(base: Path, tmp_path: Path) -> None:
+    """On a CPU, beside the packed one in memory: nothing of it stays when it goes."""
+    room = tmp_path / "room"
+    held = PackedCheckpoint.of_base(ModelConfig(path=str(base)), torch.device("cpu"), room)
+    plain, packed = held.unpacked(), load_model(ModelConfig(path=str(base)))
+    for name, parameter in plain.named_parameters():
+        place, module = parameter.untyped_storage().filename, packed.get_submodule(name.rpartition(".")[0])
+        assert place is not None and Path(place).parent == room, name
+        assert torch.equal(parameter, dequantized(module) if is_packed(module) else packed.get_parameter(name)), name
+    assert not list(room.iterdir())
 
 
 @pytest.mark.parametrize("method", METHODS)

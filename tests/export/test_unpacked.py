@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import sparseft
 from sparseft.adapters.lifecycle import trainable_parameters
 from sparseft.config import ModelConfig
+from sparseft.errors import RunError
 from sparseft.models import unpacked
 from sparseft.models.loading import QUANTIZED_FROM
 from sparseft.models.quantized import is_packed
@@ -97,6 +98,26 @@ def test_only_what_was_packed_is_unpacked(tmp_path: Path) -> None:
             assert torch.equal(value, before[name])
         elif name.removesuffix(".weight") not in touched:
             assert torch.equal(value, packed[name].dequantize())
+
+
+def test_unpacked_weights_lie_in_files(tmp_path: Path) -> None:
+    """On a CPU, beside the packed model they are made of: nothing of them stays when they go."""
+    base, room = adapted.base("llama", tmp_path / "base", torch.bfloat16), tmp_path / "room"
+    held = unpacked.Unpacked.of_base(ModelConfig(path=str(base), quantize="nf4"), torch.device("cpu"), {}, room)
+    model, packed = adapted.load(base), nf4.load(base)
+    held.fill(model)
+    for name, parameter in model.named_parameters():
+        module = packed.get_submodule(name.rpartition(".")[0])
+        place = parameter.untyped_storage().filename
+        assert is_packed(module) == (place is not None and Path(place).parent == room), name
+        if is_packed(module):
+            assert torch.equal(parameter, module.dequantize())
+    assert not list(room.iterdir())
+    blocked = tmp_path / "file"
+    blocked.touch()
+    held.room = blocked
+    with pytest.raises(RunError, match="no room for the unpacked weights"):
+        held.fill(model)
 
 
 def test_who_has_no_packed_base_has_no_choice(tmp_path: Path) -> None:

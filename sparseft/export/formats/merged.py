@@ -114,13 +114,13 @@ class Merged(Format):
 
 def _base(source: Source, options: Options) -> Checkpoint:
     """The weights that differences are added to: what a packed base computed with, or the checkpoint's own."""
-    device = resolve_device(source.config.hardware.device)
+    device, room = resolve_device(source.config.hardware.device), Path(source.config.cache_dir).expanduser()
     if source.stored_packed:
-        return PackedCheckpoint.of_base(base_of(source), device)
+        return PackedCheckpoint.of_base(base_of(source), device, room)
     if source.packed is None or options.base == "checkpoint":
         return Checkpoint.of(base_of(source))
     kept = {module: change.entries for module, change in source.changes.items()} if source.residual else {}
-    return Unpacked.of_base(source.packed, device, kept)
+    return Unpacked.of_base(source.packed, device, kept, room)
 
 
 def shards(tensors: dict[str, Stored], limit: int) -> dict[str, list[str]]:
