@@ -56,15 +56,16 @@ def trained(make_model: Any, method: str, rule: str, again: int = 0) -> tuple[An
     model = sparseft.attach(make_model("llama"), config)
     average, history = Average(rule, model, STEPS), []
     optimizer = torch.optim.SGD(sparseft.trainable_parameters(model).values(), lr=0.1)
-    state = SimpleNamespace(global_step=0, max_steps=STEPS)
+    state, control = SimpleNamespace(global_step=0, max_steps=STEPS), SimpleNamespace(should_evaluate=True)
     for step in range(1, STEPS + 1):
-        average.on_step_begin(None, state, None)
+        average.on_step_begin(None, state, control)
         ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(step))
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         state.global_step = step
-        average.on_step_end(None, state, None)
+        average.on_step_end(None, state, control)
+        assert control.should_evaluate == (step < STEPS)  # the last step's evaluation is the mean's
         history.append(learnt(model))
         if again and step % again == 0 and step < STEPS:
             apply_selection(model, reselect(model, config, None, seed=step), optimizer)
