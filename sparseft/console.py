@@ -214,13 +214,15 @@ class Progress:
         self._plain_line_seconds = plain_line_seconds
         self._plain_line_pause = plain_line_pause
         self._printed: int | None = None  # units done at the last plain line
+        self._heard = not is_quiet()  # whether it began where logs are; what goes on inside may be `quiet`
         self._started_at = self._printed_at = time.monotonic()
         self._around: Progress | None = None
 
     def __enter__(self) -> Progress:
         self.pace = Pace(self.total, self.initial)
         self._started_at = self._printed_at = time.monotonic()
-        if not is_quiet():
+        self._heard = not is_quiet()
+        if self._heard:
             self._around = _open[-1] if _open else None
             if self._around is not None:
                 self._around.pace.pause()
@@ -296,7 +298,8 @@ class Progress:
         if self.fields:
             parts.append(self._details())
         parts += [f"in {duration(self.pace.seconds)}"] if last else self._left()
-        log(f"{self.description}: {', '.join(parts)}")
+        if self._heard:
+            _write(f"{self.description}: {', '.join(parts)}")
 
 
 @contextlib.contextmanager

@@ -72,10 +72,10 @@ class Found:
 class Ramp(Trainer):
     """Trains at rates that rise from step to step, watches the loss, and leaves nothing behind."""
 
-    def __init__(self, *args: Any, watched: TokenizedDataset, **options: Any) -> None:
+    def __init__(self, *args: Any, watched: TokenizedDataset, progress: console.Progress, **options: Any) -> None:
         super().__init__(*args, **options)
         self.run_state.names_spikes = False  # the loss is meant to rise
-        self.watched = watched
+        self.watched, self.progress = watched, progress
         self.curve: list[tuple[float, float]] = []
         self.add_callback(_Watching(self))
 
@@ -99,6 +99,7 @@ class _Watching(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         loss = self.ramp.held_out_loss(self.ramp.watched)
         self.ramp.curve.append((_rate(state.global_step - 1), loss))
+        self.ramp.progress.update(state.global_step, loss=loss)
         if not loss <= DIVERGED * min(each for _, each in self.ramp.curve):  # nor for one that is no number
             control.should_training_stop = True
 
@@ -138,11 +139,11 @@ def find(
     )  # fmt: skip
     made = training_arguments(settings, hardware, seed=seed, device=device, total_steps=STEPS, **arguments)
     console.log(f"learning rate: sought by at most {STEPS} steps, after each the loss on {len(watched)} examples")
-    working = console.working("finding the learning rate")
-    with working, undone(model, device), tempfile.TemporaryDirectory() as folder, console.quiet():
+    progress = console.Progress(STEPS, "finding the learning rate", keeps=False)
+    with progress, undone(model, device), tempfile.TemporaryDirectory() as folder, console.quiet():
         transformers.set_seed(seed)
         ramp = Ramp(
-            model, made, run=Path(folder), max_bad_steps=STEPS + 1, watched=watched,
+            model, made, run=Path(folder), max_bad_steps=STEPS + 1, watched=watched, progress=progress,
             train_dataset=PackedDataset(others, trainer.max_length) if packing else others, eval_dataset=None,
             data_collator=Collator(pad, trainer.max_length if trainer.pad_to == "max_length" else 0),
             processing_class=None, **options,

@@ -623,6 +623,17 @@ def test_progress_is_quiet_on_demand(capsys: pytest.CaptureFixture[str], monkeyp
     assert capsys.readouterr().err == ""
 
 
+def test_a_progress_is_heard_where_it_began_though_what_goes_on_inside_is_quiet(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with console.Progress(2, "train") as progress, console.quiet():
+        console.log("a step")
+        with console.Progress(1, "step") as inner:
+            inner.update(1)
+        progress.update(2)
+    assert capsys.readouterr().err.splitlines() == ["train: 2/2 steps, in 0:00"]
+
+
 def test_progress_on_a_terminal(terminal: Callable) -> None:
     out, err = terminal()
     with console.Progress(4, "train") as progress:
