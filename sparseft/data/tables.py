@@ -13,6 +13,7 @@ from sparseft.data.readers import Item, refuse_encoding
 from sparseft.data.unpacking import FREE, RATIO, unpacked
 from sparseft.errors import UserError, shown
 
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 TABLE_RECORDS = 256  # rows that become dicts at once
 LONGEST_FIELD = 2**26  # characters of a field of text: the csv module's own limit is 2**17
 
@@ -114,6 +115,12 @@ def _separated(file: Path, source: str, separator: str) -> Iterator[Item]:
                 if not names:
                     names = [name.strip() for name in row]
                     _check_columns(names, source)
+                    other = next((c for c in _SEPARATORS if c in names[0]), None)
+                    if len(names) == 1 and other is not None:
+                        raise UserError(
+                            f"{source}: the first line names one column, '{shown(names[0])}': its fields look "
+                            f"separated by {_SEPARATORS[other]}; expected {_SEPARATORS[separator]}."
+                        )
                     continue
                 if len(row) != len(names):
                     raise UserError(

@@ -107,6 +107,17 @@ def test_an_empty_field_of_a_table_is_nothing(tmp_path: Path, tokenizer: Any) ->
         load(str(tmp_path / "b.csv"), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("name", "separator", "said"),
+    [("a.csv", ";", "semicolons; expected commas"), ("a.csv", "\t", "tabs; expected commas"),
+     ("a.tsv", ",", "commas; expected tabs")],
+)  # fmt: skip
+def test_another_separator_is_named(tmp_path: Path, tokenizer: Any, name: str, separator: str, said: str) -> None:
+    (tmp_path / name).write_text(f"prompt{separator}completion\na{separator}b\n")
+    with pytest.raises(UserError, match=f"names one column, .*{said}"):
+        load(str(tmp_path / name), tokenizer)
+
+
 def test_webdataset_files(tmp_path: Path) -> None:
     for name, suffix in (("records.tar", "json"), ("texts.tar", "txt")):
         with tarfile.open(tmp_path / name, "w") as archive:
