@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -147,17 +147,28 @@ def check_modules(model: nn.Module, names: Iterable[str], trainable: Iterable[st
         raise UserError(f"the weight of '{name}' is tied to '{other}': training one would change the other.")
 
 
+def _place(model: nn.Module) -> Callable[[tuple[str, Any]], tuple[int, int]]:
+    """Sorts experts of one 3-D parameter as the model has them, behind all others, whose place their names tell."""
+    places = {name: place for place, (name, _) in enumerate(model.named_parameters())}
+
+    def key(item: tuple[str, Any]) -> tuple[int, int]:
+        parameter, _, number = item[0].rpartition(".")
+        return (places[parameter], int(number)) if parameter in places and number.isdecimal() else (-1, 0)
+
+    return key
+
+
 def convert(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], block_size: int | None = None) -> nn.Module:
     """Freezes the model and replaces linears by sparse layers around the same weights.
 
     `modules` gives indices by module and kind, in the checkpoint's order. All or nothing: where one module cannot be
-    converted, the model is left as it was. Experts come in the order of their names, whatever that of `modules`: an
+    converted, the model is left as it was. Experts come in the model's order, whatever that of `modules`: an
     optimizer's state is taken up by the order of the parameters, and a selection read from its file has its own.
     """
     layers: list[tuple[nn.Module | None, SparseLinear]] = []
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
-        for name, kinds in sorted(modules.items()):
+        for name, kinds in sorted(modules.items(), key=_place(model)):
             expert = find_expert(model, name)
             old = None if expert is not None else model.get_submodule(name)
             try:
