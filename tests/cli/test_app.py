@@ -74,7 +74,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
         seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
         assert done.returncode == 0, done.stderr
         assert all(command in done.stdout for command in COMMANDS)
-    assert min(seconds) < 0.3
+    assert min(seconds) < 0.5  # 0.11 on idle cores, 0.3 on slow busy ones; with torch it is over 1
 
 
 def test_alone_it_prints_its_help(capfd: pytest.CaptureFixture[str]) -> None:
