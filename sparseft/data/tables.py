@@ -115,7 +115,7 @@ def _separated(file: Path, source: str, separator: str) -> Iterator[Item]:
                 if not names:
                     names = [name.strip() for name in row]
                     _check_columns(names, source)
-                    other = next((c for c in _SEPARATORS if c in names[0]), None)
+                    other = next((c for c in _SEPARATORS if c != separator and c in names[0]), None)
                     if len(names) == 1 and other is not None:
                         raise UserError(
                             f"{source}: the first line names one column, '{shown(names[0])}': its fields look "

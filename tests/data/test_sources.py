@@ -118,6 +118,13 @@ def test_another_separator_is_named(tmp_path: Path, tokenizer: Any, name: str, s
         load(str(tmp_path / name), tokenizer)
 
 
+def test_a_quoted_separator_is_part_of_a_name(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.csv").write_text('"prompt,completion"\na\n')
+    with pytest.raises(UserError, match="prompt,completion") as refusal:
+        load(str(tmp_path / "a.csv"), tokenizer)
+    assert "separated" not in str(refusal.value)
+
+
 def test_webdataset_files(tmp_path: Path) -> None:
     for name, suffix in (("records.tar", "json"), ("texts.tar", "txt")):
         with tarfile.open(tmp_path / name, "w") as archive:
