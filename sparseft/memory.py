@@ -7,6 +7,7 @@ import os
 import resource
 import weakref
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+MEMBERSHIPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # cgroups(7)
 
 
 def memory_bytes(device: torch.device, *, peak: bool) -> int:
@@ -29,8 +32,31 @@ def memory_bytes(device: torch.device, *, peak: bool) -> int:
 
 
 def available_bytes() -> int:
-    """Host memory that this machine's processes may still take."""
-    return psutil.virtual_memory().available
+    """Host memory that this process may still take: what the machine has left, or the control groups that it is in
+    (those of a container, of a batch system's job), where they allow less."""
+    return min([psutil.virtual_memory().available, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Bytes that each control group of this process with a limit still allows (Linux, both versions of them)."""
+    with contextlib.suppress(OSError):
+        for line in MEMBERSHIPS.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds == "":
+                root, limit, used, cached = GROUPS, "memory.max", "memory.current", "inactive_file"
+            elif "memory" in kinds.split(","):
+                root, limit, used = GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+                cached = "total_inactive_file"
+            else:
+                continue
+            group = root / path.lstrip("/")
+            # In a container the path is often the host's, and what is mounted is the container's group alone.
+            for folder in {root, *(parent for parent in (group, *group.parents) if parent.is_relative_to(root))}:
+                with contextlib.suppress(OSError, ValueError):  # no limit: "max", or no such file
+                    taken = int((folder / used).read_text())
+                    counts = dict(count.split() for count in (folder / "memory.stat").read_text().splitlines())
+                    # files that were read count, and make room when it is wanted
+                    yield max(0, int((folder / limit).read_text()) - taken + int(counts.get(cached, 0)))
 
 
 def free_device_bytes(device: torch.device) -> int:
