@@ -17,8 +17,9 @@ from sparseft.errors import UserError
 from sparseft.files.atomic import explained, write_json
 from sparseft.models.loading import load_tokenizer
 from sparseft.runs.folder import SUMMARY, check_run_folder, load_summary
-from sparseft.training import checks, job
+from sparseft.training import checks
 from sparseft.training.checkpoints import last_checkpoint
+from sparseft.training.job.run import run as train
 from sparseft.training.resume import previous_run
 
 
@@ -37,7 +38,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         previous_run(config)  # so that it refuses other settings before any process starts
         return launch.run("train", config)
     with launch.joined(config.hardware):
-        result = job.run(config)
+        result = train(config)
         if config.trainer.forget_budget is not None:
             result |= {"trim": trim(config, result)}
         if is_main():

@@ -42,6 +42,12 @@ class Prepared:
     sharding: Any = None  # transformers' settings of ZeRO-3, to live as long as a model in shards does
 
     @property
+    def rows(self) -> Any:
+        """What the Trainer draws batches from: training examples, packed where that is asked for; of a preference
+        objective pairs, or answers."""
+        return self.data.preferences or (self.data.train if self.data.packed is None else self.data.packed)
+
+    @property
     def pad(self) -> int:
         """The id to pad with."""
         return padding_id(self.tokenizer, vocabulary_rows(self.model)[0])

@@ -398,12 +398,12 @@ def test_a_disk_that_fills_up_at_the_end_is_said(
 ) -> None:
     import errno
 
-    from sparseft.training import job
+    from sparseft.training.job import finish
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/summary.json")
 
-    monkeypatch.setattr(job, "write_json", lambda path, content: full() if "summary" in str(path) else None)
+    monkeypatch.setattr(finish, "write_json", lambda path, content: full() if "summary" in str(path) else None)
     words = [*on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=1", "dataset.eval_fraction=0"]
     done = sparseft(tmp_path, "train", *words, "output_dir=run", code=1)
     assert "run/summary.json: No space left on device" in done.err
@@ -544,7 +544,7 @@ STAGES = {
     "evaluating": "sparseft.training.trainer/Trainer:held_out_loss",
     "saving a checkpoint": "sparseft.training.trainer:write_manifest",
     "saving the adapter": "sparseft.adapters.sparse:write_sparse",
-    "writing the summary": "sparseft.training.job:write_json",
+    "writing the summary": "sparseft.training.job.finish:write_json",
 }
 
 

@@ -148,7 +148,7 @@ def test_it_is_refused_before_anything_is_loaded(
     words: list[str], part: str, plan: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sparseft.models.loading.load_config", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr("sparseft.training.job.set_up", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("sparseft.training.job.run.set_up", lambda *_: pytest.fail("loaded"))
     assert part in refused(in_tmp, "train", *plan, *words)
     assert files(in_tmp) == set()
 

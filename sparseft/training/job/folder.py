@@ -1,0 +1,79 @@
+"""A run's folder, as it is when training begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from sparseft import console
+from sparseft.compose.run_config import to_yaml
+from sparseft.distributed import ranks
+from sparseft.files.atomic import explained, write_json, write_text
+from sparseft.runs.environment import environment
+from sparseft.runs.folder import (
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    RATE,
+    SAMPLES,
+    SELECTION,
+    link_latest,
+    prepare_run_folder,
+)
+from sparseft.runs.metrics import truncate_metrics
+from sparseft.training import resume as resuming
+from sparseft.training.checkpoints import last_checkpoint
+from sparseft.training.job.job import Job
+
+
+def open_folder(job: Job) -> Path:
+    """The run's folder, which says what the run is; of one that is continued, without what its last checkpoint does not
+    know of."""
+    folder = Path()
+    if ranks.is_main():
+        config, previous = job.config, job.previous
+        folder = prepare_run_folder(
+            config.output_dir,
+            config.method_name,
+            config.dataset.name,
+            overwrite=config.overwrite,
+            resume=config.trainer.resume is not None,
+        )
+        config.output_dir = str(folder)
+        link_latest(folder)
+        with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
+            _describe(job, folder)
+        console.log(f"run: {folder}")
+        if previous is not None:
+            resuming.clean(previous, config.trainer.save_total_limit)
+            truncate_metrics(folder / METRICS, previous.step)
+            truncate_metrics(folder / SAMPLES, previous.step)
+            console.log(f"resume: {previous.describe(job.total_steps)}")
+    return ranks.broadcast_object(folder)
+
+
+def _describe(job: Job, folder: Path) -> None:
+    """Writes what the run is into its folder: `config.yaml`, `environment.json`, `selection/`, its questions."""
+    write_text(folder / CONFIG, to_yaml(job.config))
+    data = job.prepared.data
+    facts = {
+        "train": data.train_source,
+        "eval": data.eval_source or None,
+        "format": data.format,
+        "examples": len(data.preferences or data.train),
+        "rows": len(job.prepared.rows),
+        "tokens": sum(part.num_tokens for part in data.trained),
+        "fingerprint": data.fingerprint,
+    }
+    dtype, world = str(job.dtype).removeprefix("torch."), ranks.rank_and_world()[1]
+    known = environment(str(job.prepared.device), dtype, world)
+    if job.prepared.device.type == "cuda":
+        known["device_name"] = torch.cuda.get_device_name(job.prepared.device)
+    write_json(folder / ENVIRONMENT, known | {"data": facts})
+    if job.selection is not None and job.resumed_from is None:
+        job.selection.save(folder / SELECTION)
+    data.questions.save(folder)
+    if job.found is not None:
+        write_json(folder / RATE, dataclasses.asdict(job.found))

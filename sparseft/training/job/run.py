@@ -1,0 +1,37 @@
+"""One training run, in five steps over one `Job`: set up, select, attach, train, finish.
+
+Nothing is written before all is checked, loaded and attached, so that a wrong setting leaves nothing behind. Of several
+processes each does its part, and the first one writes the run's folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparseft.config import RunConfig
+from sparseft.distributed import ranks
+from sparseft.distributed.deepspeed import forget_zero
+from sparseft.files.atomic import explained
+from sparseft.training import resume as resuming
+from sparseft.training.checkpoints import last_checkpoint
+from sparseft.training.job.attach import attach, select
+from sparseft.training.job.finish import finish
+from sparseft.training.job.folder import open_folder
+from sparseft.training.job.set_up import set_up
+from sparseft.training.job.train import train
+from sparseft.training.trackers import tracked
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """The run, in this process; returns its summary and its folder."""
+    forget_zero()  # of an earlier run
+    previous = ranks.broadcast_object(resuming.previous_run(config) if ranks.is_main() else None)
+    job = set_up(config, previous)
+    select(job)
+    attach(job)
+    folder = open_folder(job)
+    with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
+        step = max(0, job.previous.step) if job.previous else None
+        with tracked(config, job.arguments, job.prepared.model, folder, step) as trackers:
+            summary = finish(job, train(job, folder, trackers), trackers)
+    return summary | {"run": str(folder)}

@@ -1,0 +1,144 @@
+"""The fourth step of a run: measuring, and training in the run's folder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from sparseft import console
+from sparseft.data.packing import Collator
+from sparseft.distributed import ranks
+from sparseft.selection.picture import draw_shares, trained_shares
+from sparseft.training.average import Average
+from sparseft.training.best import Best, Evaluation, evaluations, reached, recorded, without_a_better
+from sparseft.training.checkpoints import CHECKPOINTS
+from sparseft.training.job.attach import loss_options
+from sparseft.training.job.job import Job, Trained
+from sparseft.training.reselecting import reselecting
+from sparseft.training.sample_answers import SampleAnswers
+from sparseft.training.trackers import Trackers
+from sparseft.training.trainer import Trainer
+from sparseft.training.trainer import train as run_loop
+
+
+def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
+    """Measures, and trains in the run's folder."""
+    config, prepared = job.config, job.prepared
+    if job.resumed_from is None:
+        picture(job, trackers, 0)
+    trainer = _trainer(job, folder, trackers)
+    average = None
+    if config.trainer.average is not None:
+        average = Average(config.trainer.average, prepared.model, job.total_steps, job.resumed_from)
+        trainer.add_callback(average)
+    if config.method.reselect_steps:
+        job.reselection = reselecting(
+            config.method, prepared, job.spec, trainer.run_state.clock,
+            ended_at=job.previous.ended_at if job.previous else None, resumed=job.resumed_from,
+        )  # fmt: skip
+        trainer.add_callback(job.reselection)
+    best = Best(
+        folder / CHECKPOINTS,
+        (lambda path: trainer.save_model(str(path))) if config.trainer.keep_best else None,
+        from_step=best_from(job),
+        target_score=config.trainer.target_score,
+        patience=config.trainer.patience,
+    )
+    trainer.add_callback(best)
+    samples = None
+    if job.asked is not None:
+        samples = SampleAnswers(
+            job.asked, trainer, prepared.model, prepared.pad, config.trainer.sample_steps,
+            lambda rows, step: trackers.table("samples", rows, step),
+        )  # fmt: skip
+        trainer.add_callback(samples)
+        samples.base()
+    before = evaluation(job, trainer, 0, "before")
+    transformers.set_seed(config.seed)  # whatever was drawn before, as by an evaluation, training starts the same
+    totals = run_loop(trainer, job.resumed_from, _last_step(job, folder))
+    if average is not None:
+        average.take()
+    if samples is not None:
+        samples.adapter(totals.step)
+    return Trained(trainer, best, before, totals)
+
+
+def _trainer(job: Job, folder: Path, trackers: Trackers) -> Trainer:
+    config, prepared = job.config, job.prepared
+    options: dict[str, Any] = {
+        "run": folder,
+        "save_total_limit": config.trainer.save_total_limit,
+        "max_bad_steps": config.trainer.max_bad_steps,
+        "score": job.scorer.on_validation(prepared.model, prepared.tokenizer) if job.scorer else None,
+        "report": trackers.log,
+    }
+    if config.by_preference:
+        from sparseft.training.preference.trainer import make_trainer  # brings TRL, seconds that others need not wait
+
+        return make_trainer(
+            config, prepared.model, job.arguments, prepared.data, prepared.tokenizer, prepared.pad, **options
+        )
+    return Trainer(
+        prepared.model,
+        job.arguments,
+        train_dataset=prepared.rows,
+        eval_dataset=prepared.data.eval,
+        compile_layers=config.trainer.compile == "layers",
+        data_collator=Collator(prepared.pad, config.trainer.max_length if config.trainer.pad_to == "max_length" else 0),
+        processing_class=None,
+        **loss_options(job),
+        **options,
+    )
+
+
+def picture(job: Job, trackers: Trackers, step: int) -> None:
+    """Shows trackers what trains; where nothing is chosen there is nothing to see."""
+    if trackers.opened and not job.method.trains_all:
+        trackers.picture("selection", draw_shares(trained_shares(job.prepared.model, job.spec)), step)
+
+
+def best_from(job: Job) -> int:
+    """The first step whose evaluation may be the best."""
+    return max(1, math.ceil(job.config.trainer.best_after * job.total_steps))
+
+
+def _last_step(job: Job, folder: Path) -> int:
+    """Where training ends: also where a run that is continued has reached its target, or lost its patience, before."""
+    settings = job.config.trainer
+    step = job.previous.step if job.previous else -1
+    seen = first_recorded(folder, step) if step > 0 else None
+    if seen is None:
+        return job.total_steps
+    counted = ranks.broadcast_object(evaluations(folder, range(best_from(job), step + 1)) if ranks.is_main() else [])
+    impatient = settings.patience is not None and without_a_better(counted) >= settings.patience
+    return step if impatient or reached(settings.target_score, seen.eval_score) else job.total_steps
+
+
+def evaluation(job: Job, trainer: Trainer, step: int, when: str, anew: bool = False) -> Evaluation | None:
+    """The evaluation at the present step: as recorded where it was measured there, else (and `anew`) measured now, and
+    said."""
+    if job.prepared.data.eval is None:
+        return None
+    folder = trainer.run_state.folder
+    seen = first_recorded(folder, step)
+    if seen is None or anew:
+        trainer.evaluate()
+        seen = first_recorded(folder, step)
+        _say(job, when, seen)
+    return seen
+
+
+def first_recorded(folder: Path, step: int) -> Evaluation | None:
+    """`recorded`, as the process finds it that writes the file."""
+    return ranks.broadcast_object(recorded(folder, step) if ranks.is_main() else None)
+
+
+def _say(job: Job, when: str, seen: Evaluation | None) -> None:
+    if seen is not None:
+        where = f", on {job.prepared.data.eval_source}" if when == "before" else ""
+        console.log(f"eval loss {when}: {seen.eval_loss:.4f}{where}")
+        if job.scorer is not None:
+            console.log(f"{job.scorer.name} {when}: {seen.eval_score:.4f} on the validation split")
