@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from sparseft.layers.beside import BesideLinear
 from sparseft.layers.convert import convert, put_beside, restore, sparse_layers, start_at_checkpoint
+from sparseft.layers.kinds import BlockSparseLinear, GridLinear, S2ColumnLinear, S2RowLinear
 from sparseft.layers.pattern import Pattern
 from sparseft.layers.permuted_layout import convert_permuted
 from sparseft.layers.saved_inputs import share_inputs
-from sparseft.layers.sparse_linear import BlockSparseLinear, GridLinear, S2ColumnLinear, S2RowLinear, SparseLinear
+from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.layers.write_back import write_back
 
 __all__ = [

@@ -14,10 +14,11 @@ from sparseft.errors import UserError, nearest
 from sparseft.layers.beside import BesideLinear, stands_beside
 from sparseft.layers.experts import ExpertLinear, close_experts, open_expert
 from sparseft.layers.joint_gradients import separate
+from sparseft.layers.kinds import BlockSparseLinear, GridLinear, S2ColumnLinear, S2RowLinear
 from sparseft.layers.pattern import Pattern
 from sparseft.layers.permutation import can_train
 from sparseft.layers.saved_inputs import forget_sharing, share_inputs, share_inputs_in_training
-from sparseft.layers.sparse_linear import BlockSparseLinear, GridLinear, S2ColumnLinear, S2RowLinear, SparseLinear
+from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import find_expert, logical_weight, stack_parameter
 from sparseft.models.quantized import is_plain
 from sparseft.models.unquantized import Unquantized
