@@ -25,7 +25,7 @@ from sparseft.data.packing import Collator, check_packing
 from sparseft.distributed import ranks
 from sparseft.distributed.deepspeed import forget_zero
 from sparseft.errors import LayoutWarning, UserError
-from sparseft.files.atomic import explained, write_json, write_text
+from sparseft.files.atomic import explained, remove, write_json, write_text
 from sparseft.memory import memory_bytes, reset_peak_memory
 from sparseft.models.decoder import context_length, runnable
 from sparseft.models.gguf import is_gguf
@@ -41,6 +41,7 @@ from sparseft.runs.folder import (
     SAMPLES,
     SELECTION,
     SUMMARY,
+    UNTRIMMED,
     link_latest,
     prepare_run_folder,
 )
@@ -548,6 +549,8 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
         after = kept
     trainer.save_trained(folder / ADAPTER)
     first = ranks.is_main()
+    if first and (folder / UNTRIMMED).is_dir():  # of a run that was trimmed and then went on: what it was cut from
+        remove(folder / UNTRIMMED)
     if job.method.trains_all and first:
         prepared.tokenizer.save_pretrained(folder / ADAPTER)
     scores: dict[str, Any] = {}
