@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.adapters.description import is_whole_model, read_config
+from sparseft.console import warn
 from sparseft.errors import HUB_ID, UserError, looks_local
 from sparseft.evaluation.llm_adapters import GROUPS
+from sparseft.files.hashing import adapter_hash
 from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS, opened, split_name
 from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.kernels.reference import trainable_entries
@@ -25,6 +27,7 @@ from sparseft.runs.folder import (
     EVAL,
     METRICS,
     SUMMARY,
+    is_of_another,
     is_run,
     load_summary,
 )
@@ -210,8 +213,12 @@ def _scores(run: Path, family: str) -> Iterator[Score]:
     for path in sorted((run / BEFORE).glob("*.json")):
         before |= read_json_object(path).get("tasks") or {}
     seen: set[str] = set()
+    present = adapter_hash(run / ADAPTER)
     for path in sorted((run / EVAL).glob("*.json")):
         content = read_json_object(path)
+        if is_of_another(content, present):
+            warn(f"{path} is of another adapter than the run has now, so the card leaves it out: evaluate it again.")
+            continue
         tasks = content.get("tasks") or {}
         asked = content.get("task")
         names = [asked, *(name for name in tasks if name != asked)] if asked in tasks else list(tasks)

@@ -308,6 +308,14 @@ def _shown(run: Path) -> Path:
     return run.relative_to(here) if run.is_relative_to(here) and run != here else run
 
 
+def is_of_another(results: dict[str, Any], present: str | None) -> bool:
+    """Whether results (an `eval/<task>.json`) are of another adapter than the run has, whose hash is `present`: the run
+    went on, or was cut back, after they were measured. Where either does not say, they are taken for the run's."""
+    header = results.get("sparseft")
+    known = header.get("adapter_sha256") if isinstance(header, dict) else None
+    return present is not None and known is not None and known != present
+
+
 def load_summary(run: str | Path) -> dict[str, Any]:
     """The run's `summary.json`. Raises UserError when the run has none (it did not finish) or it is not JSON."""
     path = Path(run) / SUMMARY
