@@ -25,13 +25,12 @@ from sparseft.runs.folder import (
     CONFIG,
     ENVIRONMENT,
     EVAL,
-    METRICS,
     SUMMARY,
     is_of_another,
     is_run,
     load_summary,
 )
-from sparseft.runs.metrics import read_metrics
+from sparseft.runs.metrics import went_on_from
 
 # Groups of the configuration that say nothing of how the adapter came to be, and settings that hold texts of their own.
 NOT_SHOWN = {"bench", "eval", "output_dir", "cache_dir", "overwrite"}
@@ -160,13 +159,10 @@ def facts_of(folder: Path, kind: str | None = None, rank: int | None = None) -> 
 
 def check_finished(run: Path) -> None:
     """Refuses a run that has no summary, or went on after it was written."""
-    steps = number(load_summary(run).get("steps"))
-    if not (run / METRICS).is_file() or steps is None:
-        return
-    last = max((number(record.get("step")) or 0 for record in read_metrics(run / METRICS)), default=0)
-    if last > steps:
+    load_summary(run)
+    if (steps := went_on_from(run)) is not None:
         raise UserError(
-            f"the run '{run}' was continued past step {steps:.0f}, where its {SUMMARY} ends, and has not finished: "
+            f"the run '{run}' was continued past step {steps}, where its {SUMMARY} ends, and has not finished: "
             "continue it with trainer.resume=auto."
         )
 
