@@ -105,6 +105,11 @@ def _with_adapter(
         base = model if folder is not None else None
         whole = dataclasses.replace(model, path=str(path), tokenizer=tokenizer)
         return Target(what, whole, None, folder, base, seen)
+    if not keys & {"model", "model.path"}:
+        try:
+            check_model_path(model.path)
+        except UserError as error:  # a folder that was named from elsewhere, say
+            raise UserError(f"{error} It is the base of {what}: model.path=FOLDER says where it is now.") from None
     return Target(f"{what} (on {model.path})", model, path, folder, model, seen)
 
 

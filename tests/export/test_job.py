@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,21 @@ def test_another_base_is_refused_before_anything_is_written(
     monkeypatch.setattr(type(format_of(format)), "write", lambda *_: pytest.fail("it was written"))
     assert export(made[1], format, tmp_path / "out", f"model.path={tmp_path / 'other'}") == 2
     assert "made for another base model" in capsys.readouterr().err and not list(tmp_path.glob("*out*"))
+
+
+def test_a_base_that_has_moved_is_asked_for(made: Any, tmp_path: Path) -> None:
+    """As one is that was named from another working directory."""
+    shutil.copytree(made[1], tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model": "../model"}))
+    for words in (
+        ["export", "adapter", "--format", "patch", "--out", "out"],
+        ["eval", "boolq", "--adapter", "adapter"],
+    ):
+        message = refused(tmp_path, *words)
+        assert message.startswith("model.path=../model: no such folder")
+        assert message.endswith("It is the base of the adapter adapter: model.path=FOLDER says where it is now.")
+    sparseft(tmp_path, "export", "adapter", "--format", "patch", "--out", "out", f"model.path={made[0]}")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "mixtral", "qwen3_moe"])
