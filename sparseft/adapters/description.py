@@ -94,8 +94,3 @@ def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         ranks = shown(given[:3])
         raise UserError(f"{folder}: {CONFIG} gives the ranks {ranks}, but the tensors' largest is {largest}.")
     return tensors
-
-
-def adapter_hash(path: Path | None) -> str | None:
-    """SHA-256 of the adapter's tensors."""
-    return file_hash(path / TENSORS) if path is not None and (path / TENSORS).is_file() else None

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.adapters.description import adapter_hash
 from sparseft.adapters.lifecycle import detach, fuse, load_adapter, set_adapter
 from sparseft.bench import trials
 from sparseft.bench.intervals import shown
@@ -35,6 +34,7 @@ from sparseft.data.packing import padding_id
 from sparseft.errors import UserError
 from sparseft.evaluation.held_out import held_out_loss
 from sparseft.files.atomic import write_json
+from sparseft.files.hashing import adapter_hash
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
 from sparseft.runs.folder import ADAPTER, SELECTION

@@ -97,7 +97,7 @@ class Voices:
             near = nearest(name, self.trained)
             hint = near if near.startswith(" Did") else nearest_path(name) or near
             raise UserError(f"no adapter is called '{name}', and there is no such folder{where_looked(name)}.{hint}")
-        run = runs.is_run(path)
+        run = runs.is_run(path) and not runs.is_checkpoint(path)
         given = {"run": name if run else None, "adapter": None if run else name}
         target = find_target(self.config, **given, base=False, overrides=self.overrides)
         return self._places.get(_place(target).resolve()) or self._add(target)

@@ -14,6 +14,7 @@ from sparseft.evaluation.progress import Answers
 from sparseft.evaluation.run import conclude, evaluate, prepare
 from sparseft.evaluation.target import Target, find_target, prompt_format, score_both
 from sparseft.evaluation.tasks import data_folder, expand_tasks
+from sparseft.files.atomic import explained
 from sparseft.runs import folder as runs
 from sparseft.training import checks
 
@@ -55,7 +56,9 @@ def run(
         outcome, of_base = score_both(target, config, score, answers.prepare)
     for warning in outcome["warnings"]:
         console.warn(warning)
-    written = conclude(outcome, plan, target, target.folder or new_folder(config), of_base)
+    folder = target.folder or new_folder(config)
+    with explained(f"the results in '{folder / runs.EVAL}'", lambda: None):
+        written = conclude(outcome, plan, target, folder, of_base)
     return {
         "evaluated": target.what,
         "tasks": outcome["tasks"],

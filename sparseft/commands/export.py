@@ -13,7 +13,7 @@ from sparseft.export.formats.base import Options
 from sparseft.export.job import export
 from sparseft.export.source import Source
 from sparseft.publish.card import card_of
-from sparseft.publish.facts import facts_of
+from sparseft.publish.facts import check_finished, facts_of
 from sparseft.runs import folder as runs
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -45,6 +45,8 @@ def run(
         raise UserError(f"--base {base}: expected one of {', '.join(BASES)}.{nearest(base, BASES)}")
     options = Options(None if dtype is None else getattr(torch, dtype), engine, base_gguf)
     source = Source.find(folder if folder is not None else str(runs.latest_run()), config, overrides)
+    if source.target.folder is not None:
+        check_finished(source.target.folder)
     if base is not None:
         if format != "merged" or source.packed is None:
             raise UserError(

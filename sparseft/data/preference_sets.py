@@ -45,11 +45,8 @@ def load_preferences(
     held = None if own is None else reader.open(NamedSource(own, "dataset.eval_path"), "evaluation", seed, True)
     paired = objective != UNPAIRS
     for each in (opened, held):
-        if each is not None and paired and each.format == UNPAIRED:
-            raise UserError(
-                f"objective={objective}: {each.source.name} has one answer a prompt (prompt, completion, label), and "
-                f"{objective} compares two (prompt, chosen, rejected); objective={UNPAIRS} takes them."
-            )
+        if each is not None and paired:
+            _check_paired(each, objective)
     reader.check([opened, *([held] if held else [])])
     sides = _read(reader, opened, "training", config.max_examples)
     names = np.unique(np.concatenate([tokens.records for tokens in sides]))
@@ -89,6 +86,43 @@ def load_preferences(
         notes=reader.notes,
         warnings=reader.warnings,
     )
+
+
+def load_pairs(
+    config: DatasetConfig, tokenizer: Any, *, objective: str, max_length: int, seed: int, cache_dir: str | Path
+) -> LoadedData:
+    """The pairs of `eval_path` alone, as what is trained on and what is held out."""
+    assert config.eval_path is not None
+    reader = Reader(config, Encoder(tokenizer), max_length, Cache(cache_dir))
+    opened = reader.open(NamedSource(config.eval_path, "dataset.eval_path"), "evaluation", seed, True)
+    _check_paired(opened, objective)
+    reader.check([opened])
+    sides = _read(reader, opened, "evaluation", None)
+    both = Preferences(True, *(tokens.dataset for tokens in sides))
+    return LoadedData(
+        train=both.better,
+        eval=both.better,
+        format=written_as(opened.source.first(DETECTION_RECORDS)),
+        train_source=opened.source.name,
+        eval_source=opened.source.name,
+        fingerprint=both.better.fingerprint(),
+        dropped=0,
+        cut=0,
+        questions=QuestionHashes(_questions(sides)),
+        eval_overlap=0,
+        preferences=both,
+        eval_preferences=both,
+        notes=reader.notes,
+        warnings=reader.warnings,
+    )
+
+
+def _check_paired(opened: Opened, objective: str) -> None:
+    if opened.format == UNPAIRED:
+        raise UserError(
+            f"objective={objective}: {opened.source.name} has one answer a prompt (prompt, completion, label), and "
+            f"{objective} compares two (prompt, chosen, rejected); objective={UNPAIRS} takes them."
+        )
 
 
 def _questions(sides: list[Tokens]) -> np.ndarray:

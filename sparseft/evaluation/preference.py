@@ -19,6 +19,7 @@ from sparseft.config import RunConfig
 from sparseft.data.loaded import Preferences
 from sparseft.data.loading import check_tokens, data_of
 from sparseft.data.packing import Collator, padding_id
+from sparseft.data.preference_sets import load_pairs
 from sparseft.data.tokenized import IGNORED, TokenizedDataset
 from sparseft.errors import UserError
 from sparseft.evaluation.tasks import PREFERENCE
@@ -27,22 +28,36 @@ from sparseft.models.loading import vocabulary_rows
 from sparseft.runs.folder import CONFIG
 
 PAIRED = "dpo"  # an objective whose data are pairs
+# Of `dataset`: what names training data, and what only holds for the records of one file.
+TRAINED_ON = {"name", "train_path", "mix", "hub_path"}
+OF_RECORDS = {"format", "paths", "language"}
 CPU_BATCH = 8
 
 
 def settings(config: RunConfig, run: Path | None, overrides: Sequence[str]) -> RunConfig:
-    """What says which pairs are held out: the run's own settings, or what the command says of data."""
-    given = any(word.lstrip("+~").startswith("dataset") for word in overrides)
-    if run is None or given:
+    """What says which pairs are held out: the run's own settings, with what the command says of data; where it names
+    other training data, the command's alone."""
+    keys = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    given = {key.removeprefix("dataset.") for key in keys if key.startswith("dataset.")}
+    if run is None or "dataset" in keys or given & TRAINED_ON:
         return dataclasses.replace(config, objective=PAIRED)
     own = from_dict(read_yaml_object(run / CONFIG))
+    if "eval_path" in given:
+        given |= OF_RECORDS
+    own.dataset = dataclasses.replace(own.dataset, **{name: getattr(config.dataset, name) for name in given})
     own.objective, own.cache_dir = PAIRED, config.cache_dir
     return own
 
 
 def held_out(config: RunConfig, tokenizer: Any, model: Any) -> Preferences:
-    """The pairs. UserError where there are none."""
-    data = data_of(config, tokenizer)
+    """The pairs. UserError where there are none. Where they have a file of their own, no training data are read."""
+    if config.dataset.eval_path:
+        data = load_pairs(
+            config.dataset, tokenizer, objective=config.objective, max_length=config.trainer.max_length,
+            seed=config.seed, cache_dir=config.cache_dir,
+        )  # fmt: skip
+    else:
+        data = data_of(config, tokenizer)
     check_tokens(data, tokenizer, *vocabulary_rows(model))
     if data.eval_preferences is None:
         raise UserError(f"{PREFERENCE}: no pairs are held out; give dataset.eval_path=FILE.")

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sparseft.adapters.description import adapter_hash
 from sparseft.config import EvalConfig
 from sparseft.errors import RunError, UserError
 from sparseft.evaluation import harness, llm_adapters, mmlu, mt_bench, preference, results
@@ -24,6 +23,7 @@ from sparseft.evaluation.mmlu import MMLU, MMLU_CATEGORIES
 from sparseft.evaluation.mt_bench import MT_BENCH
 from sparseft.evaluation.target import Target
 from sparseft.evaluation.tasks import BUNDLED_DATA, HARNESS, PREFERENCE, Plan, expand_tasks, task_manager
+from sparseft.files.hashing import adapter_hash
 from sparseft.rules import check_fields
 from sparseft.runs.environment import package_commit
 from sparseft.runs.folder import ADAPTER
@@ -126,7 +126,7 @@ def conclude(
         "evaluated": target.what,
         "model": target.model.path,
         "adapter": str(target.adapter) if target.adapter else None,
-        "adapter_sha256": adapter_hash(target.adapter),
+        "adapter_sha256": adapter_hash(target.adapter or Path(target.model.path)),
         "base": target.base.path if of_base is not None and target.base is not None else None,
         "data_dir": plan.config.data_dir,
         "split": plan.config.split,

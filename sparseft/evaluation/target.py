@@ -14,6 +14,7 @@ from sparseft.adapters.description import is_adapter, is_whole_model, read_confi
 from sparseft.adapters.lifecycle import detach, load_adapter, merge, mergeable
 from sparseft.compose.run_config import from_dict
 from sparseft.config import ModelConfig, RunConfig
+from sparseft.console import warn
 from sparseft.data.question_hashes import QuestionHashes
 from sparseft.errors import UserError, nearest_path, shown, where_looked
 from sparseft.files.hub import adapter_folder
@@ -21,6 +22,7 @@ from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.models.loading import check_model_path, load_model, load_tokenizer, resolve_device
 from sparseft.runs import folder as runs
 from sparseft.runs.folder import ADAPTER
+from sparseft.runs.metrics import went_on_from
 
 
 @dataclass
@@ -53,11 +55,16 @@ def find_target(
         return _with_adapter(f"the adapter {adapter}", config, overrides, path, None)
     if run is None and not runs.LATEST.is_symlink() and not runs.LATEST.exists():
         return Target(f"the base model {config.model.path} (there is no run yet)", config.model, None, None)
-    folder = runs.find_run(run) if run is not None else runs.latest_run()
+    folder = runs.find_run(run, for_adapter=True) if run is not None else runs.latest_run()
     latest = "the latest run" if run is None else "the run"
     if not is_adapter(folder / ADAPTER):
         raise UserError(f"{latest} {folder} has no adapter (it did not finish): continue it with trainer.resume=auto.")
     runs.check_own(folder)
+    if (steps := went_on_from(folder)) is not None:
+        warn(
+            f"the run {folder} was continued past step {steps} and has not finished: its adapter is still that of step "
+            f"{steps}."
+        )
     # Whether to trust remote code, who evaluates decides: not a folder from elsewhere.
     model = dataclasses.replace(from_dict(read_yaml_object(folder / runs.CONFIG)).model, trust_remote_code=False)
     return _with_adapter(f"{latest} {folder}", config, overrides, folder / ADAPTER, folder, model)
@@ -98,6 +105,11 @@ def _with_adapter(
         base = model if folder is not None else None
         whole = dataclasses.replace(model, path=str(path), tokenizer=tokenizer)
         return Target(what, whole, None, folder, base, seen)
+    if not keys & {"model", "model.path"}:
+        try:
+            check_model_path(model.path)
+        except UserError as error:  # a folder that was named from elsewhere, say
+            raise UserError(f"{error} It is the base of {what}: model.path=FOLDER says where it is now.") from None
     return Target(f"{what} (on {model.path})", model, path, folder, model, seen)
 
 

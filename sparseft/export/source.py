@@ -43,7 +43,7 @@ class Source:
         path = adapter_folder(folder)
         if not path.is_dir():
             raise UserError(f"{folder}: no such folder{where_looked(folder)}.{nearest_path(folder)}")
-        run = runs.is_run(path)
+        run = runs.is_run(path) and not runs.is_checkpoint(path)
         given = {"run": folder if run else None, "adapter": None if run else folder}
         target = find_target(config, **given, base=False, overrides=overrides)
         # Of a base that was packed on loading what is written is of its checkpoint: packed weights hold no deltas.

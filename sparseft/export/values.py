@@ -21,11 +21,12 @@ from sparseft.models.checkpoint import Checkpoint, Places, Weight, weight_of, wi
 
 
 class Wanted(NamedTuple):
-    """A parameter's values; `sums`: several differences meet in an entry, which may be added in any order."""
+    """A parameter's values. terms: where several differences meet in an entry, which may be added in any order, the sum
+    of the sizes of all that is added up there, else 0; None: they meet nowhere."""
 
     name: str
     values: Tensor
-    sums: bool = False
+    terms: Tensor | None = None
 
 
 def check_values(
@@ -40,7 +41,7 @@ def check_values(
     checkpoint = checkpoint or Checkpoint.of(base_of(source))
     places = Places(without_weights(base_of(source), packed=True), checkpoint.tensors)
     wanted = _of_sparse if source.kind == "sparse" else _of_merged
-    for name, values, sums in wanted(source, places, checkpoint, dtype):
+    for name, values, terms in wanted(source, places, checkpoint, dtype):
         found = places.parameter(name, read) if places.holds(name) else read(name)
         if (found.dtype, found.shape) != (values.dtype, values.shape):
             raise RunError(
@@ -48,8 +49,9 @@ def check_values(
                 f"expected {values.dtype} {tuple(values.shape)}. Nothing was kept."
             )
         differs = bits(found) != bits(values)
-        if sums:
-            differs &= ~((found - values).abs() <= torch.finfo(values.dtype).eps * values.abs())
+        if terms is not None:  # each addition rounds to what it has so far, which may be far more than what is left
+            rounding = torch.finfo(terms.dtype).eps * terms + torch.finfo(values.dtype).eps * values.abs()
+            differs &= ~((terms > 0) & ((found - values).abs() <= rounding))
         if count := int(differs.count_nonzero()):
             raise RunError(
                 f"the export is not what was trained: {count:,} of the {differs.numel():,} values of {shown(name)} are "
@@ -72,15 +74,31 @@ def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
             yield Wanted(name, base.to(target))
             continue
         wide = base.contiguous().to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        meet = any(len(change.kinds) > 1 for _, change in linears[name])
+        terms = torch.zeros_like(wide) if meet else None
         for weight, change in linears[name]:
-            rows, columns = weight.shape
-            part = wide.view(-1).narrow(0, weight.offset, rows * columns)
-            matrix = part.view(columns, rows).t() if weight.transposed else part.view(rows, columns)
-            touched = torch.zeros(weight.shape, dtype=torch.bool)
-            touched.view(-1)[change.entries()] = True
+            matrix = _matrix(wide, weight)
+            if terms is not None and len(change.kinds) > 1:
+                parts = [SparseChange(change.shape, {kind: value}) for kind, value in change.kinds.items()]
+                count = sum(_touched(part, weight.shape).int() for part in parts)
+                sizes = matrix.abs() + sum(part.dense().abs() for part in parts)
+                _matrix(terms, weight).copy_(torch.where(count > 1, sizes, 0.0))
+            touched = _touched(change, weight.shape)
             matrix.copy_(torch.where(touched, matrix + change.dense(), matrix))  # -0.0 + 0.0 is another zero
-        sums = any(len(change.kinds) > 1 for _, change in linears[name])
-        yield Wanted(name, wide.to(target), sums)
+        yield Wanted(name, wide.to(target), terms)
+
+
+def _matrix(parameter: Tensor, weight: Weight) -> Tensor:
+    """A linear's logical (out, in) weight as a view of the parameter that holds it."""
+    rows, columns = weight.shape
+    part = parameter.view(-1).narrow(0, weight.offset, rows * columns)
+    return part.view(columns, rows).t() if weight.transposed else part.view(rows, columns)
+
+
+def _touched(change: SparseChange, shape: tuple[int, int]) -> Tensor:
+    touched = torch.zeros(shape, dtype=torch.bool)
+    touched.view(-1)[change.entries()] = True
+    return touched
 
 
 def _of_merged(source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Wanted]:

@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -220,6 +221,9 @@ STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, e
 NEVER_OF_READING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
+WHOLE = "the file could not be written to its end (is the disk full?)"
+
+
 def storage_problem(error: BaseException) -> str | None:
     """Why a file could not be written, where that is what `error` says; None for any other error."""
     from safetensors import SafetensorError
@@ -230,10 +234,13 @@ def storage_problem(error: BaseException) -> str | None:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}"
     text = str(error).partition("\n")[0]
+    short = isinstance(error, OSError) and error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", text)
+    if short:  # numpy's, of an array that did not fit
+        return WHOLE
     if isinstance(error, SafetensorError) and "I/O error" in text:
         return text.partition("I/O error:")[2].strip() or text
     if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
-        return "the file could not be written to its end (is the disk full?)"
+        return WHOLE
     return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import dumps
-from sparseft.files.tensors import WHOLE_CONFIG
+from sparseft.files.tensors import ADAPTER_TENSORS, WHOLE_CONFIG
 from sparseft.files.untrusted import read_json_object
 
 # A hash over those entries of a description that nothing else checks stands with the tensors. Not among them is
@@ -25,6 +25,17 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def adapter_hash(folder: Path | None) -> str | None:
+    """By what an adapter's values are known: the SHA-256 of its tensors; of a whole model that of its description,
+    which has those of its files. None where there is neither."""
+    if folder is None:
+        return None
+    if (folder / ADAPTER_TENSORS).is_file():
+        return file_hash(folder / ADAPTER_TENSORS)
+    known = read_json_object(folder / WHOLE_CONFIG).get(BODY) if (folder / WHOLE_CONFIG).is_file() else None
+    return known if isinstance(known, str) else None
 
 
 def describe_whole(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -282,7 +282,7 @@ def _role(role: Any) -> list[str]:
 def _loss(summary: dict[str, Any]) -> str | None:
     before, after = summary.get("eval_loss_before"), summary.get("eval_loss_after")
     if number(after) is None:
-        return None
+        return _trimmed(summary).strip() or None
     change = f"{fixed(before)} before, {fixed(after)} after training" if number(before) is not None else fixed(after)
     if (objective := _objective(summary)) is not None:
         margin, accuracy = (number(summary.get(f"eval_{name}_after")) for name in ("margin", "accuracy"))
@@ -291,7 +291,22 @@ def _loss(summary: dict[str, Any]) -> str | None:
             text += f" Margin of rewards after training: {fixed(margin)}"
             text += "." if accuracy is None else f", the right way round in {percent(accuracy)} of the pairs."
         return text
-    return f"Loss on held-out examples of the training data, in nats a token: {change}."
+    return f"Loss on held-out examples of the training data, in nats a token: {change}.{_trimmed(summary)}"
+
+
+def _trimmed(summary: dict[str, Any]) -> str:
+    """That what is here is not the adapter as trained, where it was cut back to a budget of forgetting."""
+    trim = summary.get("trim")
+    if not isinstance(trim, dict) or trim.get("trimmed") is not True:
+        return ""
+    source, target = trim.get("source") or {}, trim.get("target") or {}
+    return (
+        " After training the adapter was cut back until it forgets no more than "
+        f"{trim.get('budget')} nats a token of `{shown_path(str(source.get('file')))}`: "
+        f"{fixed(source.get('forgetting_before'))} as trained, {fixed(source.get('forgetting'))} now. On "
+        f"{count(target.get('examples'))} examples of what it learnt, its loss is "
+        f"{fixed(target.get('loss_before'))} as trained, {fixed(target.get('loss_after'))} now."
+    )
 
 
 def _objective(summary: dict[str, Any]) -> str | None:

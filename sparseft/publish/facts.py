@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.adapters.description import is_whole_model, read_config
+from sparseft.console import warn
 from sparseft.errors import HUB_ID, UserError, looks_local
 from sparseft.evaluation.llm_adapters import GROUPS
+from sparseft.files.hashing import adapter_hash
 from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS, opened, split_name
 from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.kernels.reference import trainable_entries
@@ -23,12 +25,12 @@ from sparseft.runs.folder import (
     CONFIG,
     ENVIRONMENT,
     EVAL,
-    METRICS,
     SUMMARY,
+    is_of_another,
     is_run,
     load_summary,
 )
-from sparseft.runs.metrics import read_metrics
+from sparseft.runs.metrics import went_on_from
 
 # Groups of the configuration that say nothing of how the adapter came to be, and settings that hold texts of their own.
 NOT_SHOWN = {"bench", "eval", "output_dir", "cache_dir", "overwrite"}
@@ -157,13 +159,10 @@ def facts_of(folder: Path, kind: str | None = None, rank: int | None = None) -> 
 
 def check_finished(run: Path) -> None:
     """Refuses a run that has no summary, or went on after it was written."""
-    steps = number(load_summary(run).get("steps"))
-    if not (run / METRICS).is_file() or steps is None:
-        return
-    last = max((number(record.get("step")) or 0 for record in read_metrics(run / METRICS)), default=0)
-    if last > steps:
+    load_summary(run)
+    if (steps := went_on_from(run)) is not None:
         raise UserError(
-            f"the run '{run}' was continued past step {steps:.0f}, where its {SUMMARY} ends, and has not finished: "
+            f"the run '{run}' was continued past step {steps}, where its {SUMMARY} ends, and has not finished: "
             "continue it with trainer.resume=auto."
         )
 
@@ -210,8 +209,12 @@ def _scores(run: Path, family: str) -> Iterator[Score]:
     for path in sorted((run / BEFORE).glob("*.json")):
         before |= read_json_object(path).get("tasks") or {}
     seen: set[str] = set()
+    present = adapter_hash(run / ADAPTER)
     for path in sorted((run / EVAL).glob("*.json")):
         content = read_json_object(path)
+        if is_of_another(content, present):
+            warn(f"{path} is of another adapter than the run has now, so the card leaves it out: evaluate it again.")
+            continue
         tasks = content.get("tasks") or {}
         asked = content.get("task")
         names = [asked, *(name for name in tasks if name != asked)] if asked in tasks else list(tasks)

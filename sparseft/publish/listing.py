@@ -30,6 +30,7 @@ from sparseft.runs.folder import (
     SUMMARY,
     TRACKED,
     TRACKERS,
+    is_checkpoint,
     is_run,
 )
 
@@ -122,8 +123,11 @@ def listing_of(
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise UserError(f"{folder}: no such folder{where_looked(folder)}.{nearest_path(folder)}")
-    if path.name == ADAPTER and is_run(path.absolute().parent) and not is_run(path):
-        path = path.absolute().parent  # it knows more than its adapter's folder
+    if is_checkpoint(path):
+        path = path / ADAPTER
+    above = path.absolute().parent
+    if path.name == ADAPTER and is_run(above) and not is_checkpoint(above) and not is_run(path):
+        path = above  # it knows more than its adapter's folder
     if (path / NOTE).is_file():
         what, root = f"the export {path}", path
         wanted = sorted(each for each in path.iterdir() if each.is_file() and not _reason(each.name))

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.errors import UserError
+from sparseft.files.hashing import adapter_hash
 from sparseft.files.tensors import SELECTION_CONFIG, SELECTION_TENSORS, opened, split_name
 from sparseft.files.untrusted import parse_yaml, read_bytes, read_json_object, why
 from sparseft.report.numbers import number
 from sparseft.runs.folder import (
+    ADAPTER,
     BEFORE,
     CONFIG,
     ENVIRONMENT,
@@ -22,6 +24,7 @@ from sparseft.runs.folder import (
     SAMPLES,
     SELECTION,
     SUMMARY,
+    is_of_another,
     load_summary,
 )
 from sparseft.runs.metrics import read_metrics
@@ -218,9 +221,17 @@ def read_run(path: Path) -> Run:
         step, texts = number(record.get("step")), (record.get("prompt"), record.get("answer"))
         if step is not None and all(isinstance(text, str) for text in texts) and record.get("model") in MODELS:
             run.answers.append(Answer(step, record["model"] == MODELS[0], *texts))
+    present = attempt(lambda: adapter_hash(path / ADAPTER), ADAPTER, None)
     for name, scores in ((BEFORE, run.before), (EVAL, run.after)):
         for file in sorted((path / name).glob("*.json")):
-            _read_scores(run, optional(f"{name}/{file.name}", {}), scores, f"{name}/{file.name}")
+            content = optional(f"{name}/{file.name}", {})
+            if scores is run.after and is_of_another(content, present):
+                run.warnings.append(
+                    f"{name}/{file.name} is of another adapter than the run has now, so its scores are left out: the "
+                    "run went on or was trimmed since; evaluate it again."
+                )
+            else:
+                _read_scores(run, content, scores, f"{name}/{file.name}")
     said = run.get("warnings")
     run.warnings += [str(text) for text in said] if isinstance(said, list) else []
     broken = sum(value is None for value in (y for _, y in run.curve("loss")))

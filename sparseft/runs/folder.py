@@ -280,8 +280,17 @@ def check_own(run: str | Path) -> None:
             )
 
 
-def find_run(path: str | Path) -> Path:
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder is a checkpoint of a run, which holds an adapter as a run does."""
+    path = Path(path).resolve()
+    named = path.parent.name == CHECKPOINTS and re.fullmatch(rf"{CHECKPOINT}\d+", path.name) is not None
+    return named and is_run(path.parent.parent)
+
+
+def find_run(path: str | Path, *, for_adapter: bool = False) -> Path:
     """The run folder that the user means by `path`: the folder itself, a link to it, or a folder or file inside it.
+
+    for_adapter: of which the adapter is wanted; a path to another one inside the run is then refused.
 
     Raises UserError naming what is there instead, and the nearest run beside it.
     """
@@ -291,6 +300,11 @@ def find_run(path: str | Path) -> Path:
         folder = folder.parent
     above = folder
     while INSIDE.fullmatch(above.name):
+        if for_adapter and (is_checkpoint(above) or (above.name == UNTRIMMED and is_run(above.parent))):
+            raise UserError(
+                f"'{given}' is of another adapter than the one that its run has left: name the run, or that adapter "
+                f"for itself (eval, chat: --adapter {_shown(above)})."
+            )
         above = above.parent
     for candidate in (above, folder):
         if candidate.is_dir() and is_run(candidate):
@@ -306,6 +320,14 @@ def _shown(run: Path) -> Path:
     """`run` relative to the working directory where it lies below it, for short messages."""
     here = Path.cwd().resolve()
     return run.relative_to(here) if run.is_relative_to(here) and run != here else run
+
+
+def is_of_another(results: dict[str, Any], present: str | None) -> bool:
+    """Whether results (an `eval/<task>.json`) are of another adapter than the run has, whose hash is `present`: the run
+    went on, or was cut back, after they were measured. Where either does not say, they are taken for the run's."""
+    header = results.get("sparseft")
+    known = header.get("adapter_sha256") if isinstance(header, dict) else None
+    return present is not None and known is not None and known != present
 
 
 def load_summary(run: str | Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from sparseft.errors import UserError
 from sparseft.files.atomic import dumps, write_text
 from sparseft.files.untrusted import parse_json, read_bytes
+from sparseft.runs.folder import METRICS, SUMMARY, load_summary
 
 LARGEST = 1 << 34  # bytes
 
@@ -66,3 +67,13 @@ def truncate_metrics(path: str | Path, step: int) -> None:
         return
     kept = [record for record in read_metrics(path) if step_of(record) <= step]
     write_text(path, "".join(dumps(record) + "\n" for record in kept))
+
+
+def went_on_from(run: Path) -> int | None:
+    """The step that the summary of a run is of, where the run was continued past it and has not finished: its adapter
+    is of that step too. None of any other run."""
+    steps = load_summary(run).get("steps") if (run / SUMMARY).is_file() else None
+    if not isinstance(steps, int) or not (run / METRICS).is_file():
+        return None
+    seen = [step for line in read_metrics(run / METRICS) if isinstance(step := line.get("step"), (int, float))]
+    return steps if max(seen, default=0) > steps else None

@@ -58,7 +58,7 @@ class Trimming:
         the run says.
         """
         check(budget, source)
-        folder = runs.find_run(run) if run is not None else runs.latest_run()
+        folder = runs.find_run(run, for_adapter=True) if run is not None else runs.latest_run()
         target = find_target(config, run=str(folder), adapter=None, base=False, overrides=overrides)
         own = from_dict(read_yaml_object(folder / runs.CONFIG))
         if target.adapter is None or not own.method.separable:

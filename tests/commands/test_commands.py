@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sparseft.evaluation import results
 from sparseft.files.hashing import HASHED, body_hash
 from support.running import METHODS, Done, files, metrics, on, refused, sparseft, summary, write_data
 
@@ -527,6 +529,20 @@ def test_eval_of_a_run_leaves_results_in_it(
     stored = json.loads((run / "eval" / "mmlu.json").read_text())
     assert stored["sparseft"]["evaluated"] == result["evaluated"]
     assert stored["tasks"]["mmlu"]["accuracy"] == entry["accuracy"]
+
+
+def test_eval_on_a_full_disk_says_so(
+    world: Path, trained: dict[str, Done], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world / "run-s2ft", tmp_path / "run")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(results, "write_json", full)
+    words = ["mmlu", "--limit", "2", "--shots", "0", "--run=run", f"eval.data_dir={questions}"]
+    done = sparseft(tmp_path, "eval", *words, code=1)
+    assert "error: the results in 'run/eval' could not be written: No space left on device." in done.err
 
 
 def test_eval_latest_adapter_and_base_say_what_they_evaluate(

@@ -62,3 +62,21 @@ def test_the_base_alone_and_data_of_ones_own(tmp_path: Path) -> None:
     assert "do not say which answer is better" in refused(tmp_path, "eval", "preference", "--base")
     message = refused(tmp_path, "eval", "preference", "--base", "dataset=preference", "dataset.eval_path=no.jsonl")
     assert message.startswith("dataset.eval_path: there is no file 'no.jsonl'")
+
+
+def test_pairs_in_a_file_of_their_own_need_no_training_data(tmp_path: Path) -> None:
+    """Of a run that learnt something else, and of the base; of a run, its prompts are its own."""
+    lines = "".join(json.dumps(pair) + "\n" for pair in PAIRS[:5])
+    (tmp_path / "pairs.jsonl").write_text(lines)
+    words = ["trainer.max_steps=1", "method=s2ft", "hardware=cpu", "dataset=text", "trainer.max_length=64"]
+    sparseft(tmp_path, "train", *words, "output_dir=run")
+    path = "dataset.eval_path=pairs.jsonl"
+    found = sparseft(tmp_path, "eval", "preference", "--run", "run", path, "--json").json
+    assert found["tasks"]["preference"]["samples"] == 5
+    alone = sparseft(tmp_path, "eval", "preference", "--base", path, "--json").json
+    assert alone["tasks"]["preference"]["accuracy"] == found["tasks"]["preference"]["base"]
+    assert refused(tmp_path, "eval", "preference", "--run", "run", "dataset.eval_path=no.jsonl").startswith(
+        "dataset.eval_path: there is no file 'no.jsonl'"
+    )
+    (tmp_path / "answers.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n')
+    assert "compares two" in refused(tmp_path, "eval", "preference", "--base", "dataset.eval_path=answers.jsonl")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +12,19 @@ import pytest
 import torch
 import transformers
 
+from sparseft.adapters.lifecycle import load_adapter, merge
 from sparseft.cli.app import main
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
 from sparseft.export.base_check import check_base
 from sparseft.export.formats import format_of
 from sparseft.export.formats.patch import PatchFormat
+from sparseft.export.patch import apply_patch
 from sparseft.models.fingerprint import base_fingerprints
+from sparseft.models.loading import load_model
 from support.exported import adapter, lora, saved_model
 from support.models import build_tokenizer
+from support.running import refused, sparseft
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +114,21 @@ def test_another_base_is_refused_before_anything_is_written(
     assert "made for another base model" in capsys.readouterr().err and not list(tmp_path.glob("*out*"))
 
 
+def test_a_base_that_has_moved_is_asked_for(made: Any, tmp_path: Path) -> None:
+    """As one is that was named from another working directory."""
+    shutil.copytree(made[1], tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model": "../model"}))
+    for words in (
+        ["export", "adapter", "--format", "patch", "--out", "out"],
+        ["eval", "boolq", "--adapter", "adapter"],
+    ):
+        message = refused(tmp_path, *words)
+        assert message.startswith("model.path=../model: no such folder")
+        assert message.endswith("It is the base of the adapter adapter: model.path=FOLDER says where it is now.")
+    sparseft(tmp_path, "export", "adapter", "--format", "patch", "--out", "out", f"model.path={made[0]}")
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
@@ -124,3 +145,50 @@ def test_a_base_is_known_by_its_files(kind: str, stored: Any, loaded: Any, tmp_p
     source.content["base_fingerprint"] = "0"
     with pytest.raises(UserError, match="another base model"):
         check_base(source)  # type: ignore[arg-type]
+
+
+# ---- of a run ----
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps with a checkpoint of the first."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = ["method=s2ft", "trainer.max_steps=2", "trainer.save_steps=1", "trainer.batch_size=1", "hardware=cpu"]
+    words += ["trainer.gradient_accumulation=1", "trainer.learning_rate=1e-2", "trainer.warmup_steps=0"]
+    sparseft(folder, "train", *words, "dataset.max_examples=4", "trainer.max_length=128", "output_dir=run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("inside", ["", "/adapter"])
+def test_a_checkpoint_is_exported_itself_and_not_its_run(run_folder: Path, inside: str, tmp_path: Path) -> None:
+    place = run_folder / "checkpoints/checkpoint-1"
+    assert export(Path(f"{place}{inside}"), "patch", tmp_path / "out") == 0
+    tiny = ModelConfig(path="bundled:tiny")
+    adapters = (place / "adapter", run_folder / "adapter")
+    wanted, others = (
+        merge(load_adapter(load_model(tiny, torch.device("cpu")), folder)).state_dict() for folder in adapters
+    )
+    model = load_model(tiny, torch.device("cpu"))
+    apply_patch(model, tmp_path / "out")
+    found = model.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    assert any(not torch.equal(value, found[name]) for name, value in others.items())
+
+
+def test_a_checkpoint_is_not_evaluated_as_its_run(run_folder: Path) -> None:
+    message = refused(run_folder.parent, "eval", "boolq", "--run", "run/checkpoints/checkpoint-1")
+    assert "another adapter than the one that its run has left" in message
+    assert message.endswith("--adapter run/checkpoints/checkpoint-1).")
+
+
+def test_a_run_that_went_on_is_refused_before_the_work(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run_folder, tmp_path / "run")
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 1.0}\n')
+    monkeypatch.setattr(PatchFormat, "write", lambda *_: pytest.fail("written"))
+    assert "continued past step 2" in refused(tmp_path, "export", "run", "--format", "patch", "--out", "out")
+    done = sparseft(tmp_path, "eval", "boolq", "--run", "run", "--limit", "1")
+    assert "its adapter is still that of step 2" in done.err

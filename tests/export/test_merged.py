@@ -222,3 +222,25 @@ def test_a_fault_put_in_on_purpose_is_seen(
     assert "Nothing was kept" in done.err
     assert done.err.count("error:") == 1
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".partial*"))
+
+
+@pytest.mark.parametrize("format", ["merged", "patch", "mlx"])
+def test_differences_that_nearly_cancel_where_several_meet(format: str, tmp_path: Path) -> None:
+    """Sums in another order then differ by far more than the last bit of what is left."""
+    base = adapted.base("llama", tmp_path / "base", torch.float32)
+    model, module = adapted.load(base), "model.layers.0.self_attn.o_proj"
+    selection = sparseft.Selection({module: {"rows": [0, 1, 2, 3], "columns": list(range(40))}})
+    model = sparseft.attach(model, sparseft.S2FTConfig(sparsity=0.9), selection)
+    layer = model.get_submodule(module)
+    with torch.no_grad():
+        rows, columns = layer.patterns["rows"].delta, layer.patterns["columns"].delta
+        rows.normal_(generator=torch.Generator().manual_seed(0))
+        columns[:4] = 0.01 - rows[:, :40]
+        layer.write_back()
+    sparseft.save_adapter(model, tmp_path / "adapter")
+    out = tmp_path / "out"
+    run(tmp_path, "export", tmp_path / "adapter", "--format", format, "--out", out, f"model.path={base}")
+    written = {"merged": "model.safetensors", "mlx": "adapters.safetensors"}
+    if format in written:
+        name = f"{module}.weight"
+        assert torch.equal(load_file(out / written[format])[name], sparseft.merge(model).state_dict()[name])

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import sparseft
 from sparseft.cli.app import main
 from sparseft.export.formats.peft_shira import PeftShira
-from support.exported import adapter, load, maker, saved_model
+from support.exported import adapter, load, lora, maker, saved_model
+from support.running import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 PROMPT = torch.tensor([[5, 77, 130, 9, 40, 8]])
@@ -139,3 +140,13 @@ def test_a_fault_is_caught_and_nothing_kept(
     monkeypatch.setattr(PeftShira, "write", damaged)
     assert export(source, tmp_path / "out") == 1
     assert "the export is not what was trained" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [({}, "use --format merged, patch or peft-lora."), ({"use_dora": True}, "use --format merged or patch.")],
+)
+def test_what_it_names_instead_takes_the_adapter(made: Any, settings: Any, advice: str, tmp_path: Path) -> None:
+    lora(made("llama")[0], tmp_path / "adapter", ["q_proj"], r=2, **settings)
+    message = refused(tmp_path, "export", "adapter", "--format", "peft-shira", "--out", "out")
+    assert message.endswith(f"changes every entry of its weights: {advice}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from sparseft.errors import UserError
+from sparseft.errors import RunError, UserError
 from sparseft.files import atomic
 
 MARKS = ("mark.json",)
@@ -101,3 +102,17 @@ def test_removing_takes_the_name_first(tmp_path: Path, monkeypatch: pytest.Monke
     atomic.remove(path)
     (left,) = atomic.asides(tmp_path, "checkpoint-1")
     assert not path.exists() and (left / "mark.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError("3072 requested and 2292 written")]
+)
+def test_a_full_disk_is_said_in_a_sentence(error: OSError) -> None:
+    """The second is numpy's, of an array that did not fit; a GGUF file is written by it."""
+    with (
+        pytest.raises(RunError, match="the export could not be written: "),
+        atomic.explained("the export", lambda: None),
+    ):
+        raise error
+    with pytest.raises(OSError, match="another"), atomic.explained("the export", lambda: None):
+        raise OSError("another")

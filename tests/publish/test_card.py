@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from sparseft import S2FTConfig, attach, save_adapter
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
+from sparseft.files.hashing import file_hash
 from sparseft.models.loading import load_model
 from sparseft.publish.card import LIBRARIES, card_of, checked, filled, is_untouched, sealed
 from sparseft.publish.facts import facts_of
@@ -64,6 +65,30 @@ def test_scores_stand_beside_the_base_with_their_errors(card: Any) -> None:
     assert rows["boolq"] == ["50.0 ± 2.5 %", "75.0 ± 2.0 %", "+25.0 ± 1.5", "400, 3 of them trained on", "0"]
     assert rows["mmlu"] == ["46.0 ± 0.4 %", "40.0 ± 0.4 %", "−6.0 ± 0.3", "14,042", "5"]
     assert "2.500 before, 1.250 after" in card.text
+
+
+def test_scores_of_another_adapter_are_left_out(made: Any, tmp_path: Path) -> None:
+    """The run went on, or was trimmed, after they were measured."""
+    run = finished_run(made[1], tmp_path / "run")
+    for name, known in (("boolq", "of another"), ("mmlu", file_hash(run / "adapter/adapter_model.safetensors"))):
+        content = json.loads((run / f"eval/{name}.json").read_text())
+        (run / f"eval/{name}.json").write_text(json.dumps(content | {"sparseft": {"adapter_sha256": known}}))
+    text = card_of(facts_of(run))
+    assert list(table(text, "## Evaluation")) == ["mmlu"]
+    assert [result.dataset_name for result in checked(text).data.eval_results] == ["mmlu"]
+
+
+def test_an_adapter_that_was_cut_back_is_told_from_the_trained_one(made: Any, tmp_path: Path) -> None:
+    run = finished_run(made[1], tmp_path / "run")
+    content = json.loads((run / "summary.json").read_text())
+    trim = {"trimmed": True, "budget": 0.05, "source": {"file": f"{HOME}/general.txt", "forgetting_before": 0.7,
+            "forgetting": 0.049}, "target": {"examples": 96, "loss_before": 1.25, "loss_after": 1.375}}  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(content | {"trim": trim}))
+    told = card_of(facts_of(run)).partition("## Evaluation")[2].partition("###")[0]
+    assert "no more than 0.05 nats a token of `general.txt`: 0.700 as trained, 0.049 now" in told
+    assert "On 96 examples of what it learnt, its loss is 1.250 as trained, 1.375 now." in told
+    (run / "summary.json").write_text(json.dumps(content | {"trim": trim | {"trimmed": False}}))
+    assert "cut back" not in card_of(facts_of(run))
 
 
 def test_forgetting_is_what_was_not_trained(card: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sparseft.files import atomic
+from sparseft.files.hashing import file_hash
 from sparseft.report import answers, learning, preference, selected
 from sparseft.report.comparison import comparison, differences
 from sparseft.report.run_data import Answer, Run, Score, read_run
@@ -102,6 +103,25 @@ def test_the_base_beside_an_evaluation_is_read(tmp_path: Path) -> None:
     atomic.write_json(tmp_path / "eval/t.json", {"task": "t", "tasks": {"t": entry}})
     run = read_run(tmp_path)
     assert run.before["t"] == Score(0.5, 0.03, 9, 2, ["m"]) and run.change("t").stderr == 0.01
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole model"])
+def test_scores_of_another_adapter_are_left_out(kind: str, tmp_path: Path) -> None:
+    """The run went on, or was trimmed, after they were measured."""
+    for name in ("eval", "adapter"):
+        (tmp_path / name).mkdir()
+    if kind == "adapter":
+        (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"values")
+        present = file_hash(tmp_path / "adapter/adapter_model.safetensors")
+    else:
+        present = "of all its files"
+        atomic.write_json(tmp_path / "adapter/sparseft_config.json", {"config_sha256": present})
+    for task, known in (("old", "another"), ("new", present), ("unknown", None)):
+        content = {"task": task, "tasks": {task: {"accuracy": 0.6}}, "sparseft": {"adapter_sha256": known}}
+        atomic.write_json(tmp_path / f"eval/{task}.json", content)
+    run = read_run(tmp_path)
+    assert set(run.after) == set(run.headline) == {"new", "unknown"}
+    assert [warning for warning in run.warnings if warning.startswith("eval/old.json is of another adapter")]
 
 
 def test_an_error_below_zero_is_none(tmp_path: Path) -> None:

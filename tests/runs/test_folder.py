@@ -264,6 +264,22 @@ def test_find_run_takes_a_run_or_what_lies_inside(in_tmp: Path) -> None:
     assert runs.find_run(make_run(in_tmp / "eval")) == Path("eval")  # a run may be named like a part of one
 
 
+def test_another_adapter_inside_a_run_is_not_taken_for_its_own(in_tmp: Path) -> None:
+    run = make_run(in_tmp / "outputs/a")
+    others = ("checkpoints/checkpoint-5", "checkpoints/checkpoint-5/adapter", "adapter-untrimmed")
+    for name in (*others, "adapter", "eval"):
+        (run / name).mkdir(parents=True, exist_ok=True)
+    for name in others:
+        with pytest.raises(UserError, match="another adapter than the one that its run has left"):
+            runs.find_run(run / name, for_adapter=True)
+    for name in ("", "adapter", "eval", "checkpoints"):
+        assert runs.find_run(run / name, for_adapter=True) == Path("outputs/a")
+    assert runs.is_checkpoint(run / "checkpoints/checkpoint-5")
+    assert not runs.is_checkpoint(run / "checkpoints") and not runs.is_checkpoint(run)
+    alone = in_tmp / "models/checkpoints/checkpoint-5"  # not in a run: somebody's folder of that name
+    assert not runs.is_checkpoint(make_run(alone)) and runs.find_run(alone, for_adapter=True)
+
+
 def test_find_run_names_what_is_near(in_tmp: Path) -> None:
     make_run(in_tmp / "outputs/sylva-one")
     with pytest.raises(UserError, match="nothing of that name. Did you mean 'sylva-one'"):

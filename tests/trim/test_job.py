@@ -195,6 +195,9 @@ def test_a_run_with_a_budget_leaves_both_adapters(world: Path) -> None:
     run(world, *words, "trainer.resume=auto", "trainer.max_steps=16", "-q")  # from the checkpoint, which is untrimmed
     again = tensors(folder / "adapter-untrimmed")
     assert any(not torch.equal(value, as_trained[key]) for key, value in again.items())
+    on = [*TRAIN, *METHODS["s2ft"], "output_dir=budgeted", "trainer.resume=auto", "trainer.max_steps=17", "-q"]
+    run(world, *on)  # without a budget: what it left before is of another adapter
+    assert not (folder / "adapter-untrimmed").exists() and "trim" not in summary(folder)
     run(world, *TRAIN, *METHODS["s2ft"], "output_dir=budgeted", "overwrite=true", "trainer.max_steps=1", "-q")
     assert not (folder / "adapter-untrimmed").exists() and not (folder / "adapter" / "trim.json").exists()
 

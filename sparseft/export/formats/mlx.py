@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparseft.errors import RunError, UserError, reason_of
 from sparseft.export import mlx_lora
+from sparseft.export.changed_tensors import added
 from sparseft.export.expert_parts import Part, parts_of
 from sparseft.export.formats.base import Answering, Format, Options, rounding
 from sparseft.export.low_rank_forward import add_while_computing
@@ -77,8 +78,10 @@ class Mlx(Format):
         with torch.no_grad():
             changed = {id(weight_parameter(base, module)) for module in source.changes}
             for module, change in source.changes.items():
-                weight = plain_weight(base, module)
-                weight.copy_(weight.float() + change.dense().to(weight.device))
+                weight, entries = plain_weight(base, module), change.entries()
+                values = weight.detach().float().cpu().flatten().clone()
+                values[entries] = added(change, entries, values[entries])
+                weight.copy_(values.view(weight.shape))
         touched = {name for name, parameter in base.named_parameters() if id(parameter) in changed}
         for name, value in _read(folder, base):
             if name not in touched:

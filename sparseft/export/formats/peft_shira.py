@@ -51,7 +51,9 @@ class PeftShira(Format):
         if options.dtype not in (None, torch.float32):
             raise UserError("--dtype: PEFT keeps SHiRA's values in float32: leave it out.")
         if source.kind != "sparse":
-            raise UserError(f"{source.folder}: {source.method} changes every entry of its weights: {OTHER}.")
+            low_rank = source.kind == "peft" and not source.content.get("use_dora")
+            other = OTHER if low_rank else "use --format merged or patch"
+            raise UserError(f"{source.folder}: {source.method} changes every entry of its weights: {other}.")
         self.plan = plan_of(source)
         return []
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from sparseft import console
 from sparseft.distributed import ranks
-from sparseft.files.atomic import write_json
+from sparseft.files.atomic import remove, write_json
 from sparseft.memory import memory_bytes
-from sparseft.runs.folder import ADAPTER, SUMMARY
+from sparseft.runs.folder import ADAPTER, SUMMARY, UNTRIMMED
 from sparseft.training.best import Evaluation
 from sparseft.training.job.job import Job, Trained
 from sparseft.training.job.train import evaluation, picture
@@ -29,6 +29,8 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
         after = kept
     trainer.save_trained(folder / ADAPTER)
     first = ranks.is_main()
+    if first and (folder / UNTRIMMED).is_dir():  # of a run that was trimmed and then went on: what it was cut from
+        remove(folder / UNTRIMMED)
     if job.method.trains_all and first:
         prepared.tokenizer.save_pretrained(folder / ADAPTER)
     scores: dict[str, Any] = {}
