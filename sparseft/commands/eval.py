@@ -75,6 +75,11 @@ def _check_writable(config: RunConfig, target: Target) -> None:
         return
     folder = target.folder or new_folder(config)
     what = "the run's folder" if target.folder else "output_dir"
+    if target.folder is None and runs.is_run(folder):
+        raise UserError(
+            f"output_dir={config.output_dir}: the folder of a run, whose {runs.EVAL}/ holds what the run itself has "
+            "answered; name another folder, or leave it out."
+        )
     runs.check_writable(folder, what)
     runs.check_writable(folder / runs.EVAL, what)
 

@@ -117,12 +117,20 @@ def load_pairs(
     )
 
 
+class Unpaired(UserError):
+    """Data of one answer a prompt, where two are compared; `source` names them."""
+
+    source: str
+
+
 def _check_paired(opened: Opened, objective: str) -> None:
     if opened.format == UNPAIRED:
-        raise UserError(
+        error = Unpaired(
             f"objective={objective}: {opened.source.name} has one answer a prompt (prompt, completion, label), and "
             f"{objective} compares two (prompt, chosen, rejected); objective={UNPAIRS} takes them."
         )
+        error.source = opened.source.name
+        raise error
 
 
 def _questions(sides: list[Tokens]) -> np.ndarray:

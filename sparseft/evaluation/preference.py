@@ -16,10 +16,10 @@ import torch
 
 from sparseft.compose.run_config import from_dict
 from sparseft.config import RunConfig
-from sparseft.data.loaded import Preferences
+from sparseft.data.loaded import LoadedData, Preferences
 from sparseft.data.loading import check_tokens, data_of
 from sparseft.data.packing import Collator, padding_id
-from sparseft.data.preference_sets import load_pairs
+from sparseft.data.preference_sets import Unpaired, load_pairs
 from sparseft.data.tokenized import IGNORED, TokenizedDataset
 from sparseft.errors import UserError
 from sparseft.evaluation.tasks import PREFERENCE
@@ -51,17 +51,26 @@ def settings(config: RunConfig, run: Path | None, overrides: Sequence[str]) -> R
 
 def held_out(config: RunConfig, tokenizer: Any, model: Any) -> Preferences:
     """The pairs. UserError where there are none. Where they have a file of their own, no training data are read."""
-    if config.dataset.eval_path:
-        data = load_pairs(
-            config.dataset, tokenizer, objective=config.objective, max_length=config.trainer.max_length,
-            seed=config.seed, cache_dir=config.cache_dir,
-        )  # fmt: skip
-    else:
-        data = data_of(config, tokenizer)
+    try:
+        data = _data(config, tokenizer)
+    except Unpaired as error:
+        raise UserError(
+            f"{PREFERENCE}: {error.source} has one answer a prompt (prompt, completion, label), expected two (prompt, "
+            "chosen, rejected); give a file of pairs with dataset.eval_path=FILE."
+        ) from error
     check_tokens(data, tokenizer, *vocabulary_rows(model))
     if data.eval_preferences is None:
         raise UserError(f"{PREFERENCE}: no pairs are held out; give dataset.eval_path=FILE.")
     return data.eval_preferences
+
+
+def _data(config: RunConfig, tokenizer: Any) -> LoadedData:
+    if config.dataset.eval_path:
+        return load_pairs(
+            config.dataset, tokenizer, objective=config.objective, max_length=config.trainer.max_length,
+            seed=config.seed, cache_dir=config.cache_dir,
+        )  # fmt: skip
+    return data_of(config, tokenizer)
 
 
 @torch.no_grad()

@@ -54,6 +54,8 @@ def test_base_and_adapter_are_asked_the_runs_held_out_pairs(tmp_path: Path) -> N
         assert line["prompt"] == pair["prompt"] and line["target"] == f"{pair['chosen']}</s>"
         assert line["loglikelihoods"] == pytest.approx([now[0], now[2]], rel=1e-4)
         assert line["base"]["loglikelihoods"] == pytest.approx([before[0], before[2]], rel=1e-4)
+    said = refused(tmp_path, "eval", "preference", "--base", "output_dir=run")
+    assert said.startswith("output_dir=run: the folder of a run, whose eval/ holds what the run itself has answered")
 
 
 def test_the_base_alone_and_data_of_ones_own(tmp_path: Path) -> None:
@@ -79,4 +81,6 @@ def test_pairs_in_a_file_of_their_own_need_no_training_data(tmp_path: Path) -> N
         "dataset.eval_path: there is no file 'no.jsonl'"
     )
     (tmp_path / "answers.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n')
-    assert "compares two" in refused(tmp_path, "eval", "preference", "--base", "dataset.eval_path=answers.jsonl")
+    assert "has one answer a prompt (prompt, completion, label), expected two" in refused(
+        tmp_path, "eval", "preference", "--base", "dataset.eval_path=answers.jsonl"
+    )
