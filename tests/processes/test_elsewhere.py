@@ -28,11 +28,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     started = {}
     for device in ("cpu", "elsewhere"):
         folder = tmp_path_factory.mktemp(device)
-        log = open(folder.parent / f"{device}.log", "w")
-        process = subprocess.Popen(
-            [sys.executable, WORKER, device, folder], cwd=folder, stdout=log, stderr=log,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", SUPPORT)))},
-        )  # fmt: skip
+        with open(folder.parent / f"{device}.log", "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, WORKER, device, folder], cwd=folder, stdout=log, stderr=log,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", SUPPORT)))},
+            )  # fmt: skip
         started[device] = folder, process
     results = {}
     for device, (folder, process) in started.items():

@@ -101,8 +101,8 @@ def chosen(model: nn.Module, config: Any) -> Any:
     return sparseft.compute_selection(model, config, [batch()])
 
 
-def reselected() -> list[float]:
-    """What waits beside the deltas while other entries train goes with the layer."""
+def moved() -> list[float]:
+    """Trained, to the CPU and back, and trained on."""
     model = placed(build_model("llama"))
     sparseft.attach(model, sparseft.S2FTConfig(sparsity=0.9, importance="random"))
     found = steps(model)
@@ -139,7 +139,7 @@ BY_PYTHON: dict[str, Callable[[], list[float]]] = {
     "experts": lambda: adapters(S2FT(sparsity=0.9, importance="gradient"), model=build_experts("mixtral")),
     "beside a packed base": lambda: adapters(SYLVA(sparsity=0.8, block_size=8), model=packed()),
     "columns beside one": lambda: adapters(S2FT(sparsity=0.9, importance="random"), model=packed()),
-    "moved": reselected,
+    "moved": moved,
     "merged": merged,
     "left behind": left_behind,
 }
@@ -156,7 +156,7 @@ BY_COMMAND = {
     "losia, averaged": "method=losia trainer.average=last:0.5",
     "lora, packing": "method=lora dataset.packing=true trainer.max_length=128",
     "dora": "method=lora method.use_dora=true",
-    "full": "method=full trainer.average=ema:0.5 trainer.eval_steps=2 trainer.keep_best=false",
+    "full": "method=full trainer.average=ema:0.5 trainer.eval_steps=2",
     "re-selection": "method=s2ft method.reselect_steps=1 method.order=sampled",
     "re-selection by calibration": "method=sylva method.reselect_steps=1 method.num_samples=4",
     "dpo": "method=s2ft objective=dpo trainer.max_length=64",
@@ -164,13 +164,13 @@ BY_COMMAND = {
 }
 
 
-def sparseft_(*words: str) -> None:
+def run_command(*words: str) -> None:
     assert (code := main([*words])) == 0, f"{words}: exit code {code}"
 
 
-def trained(overrides: str, *more: str) -> list[float]:
+def trained(overrides: str) -> list[float]:
     run = new_folder()
-    sparseft_("train", *SHORT, *overrides.split(), *more, f"output_dir={run}", f"cache_dir={FOLDER / 'cache'}")
+    run_command("train", *SHORT, *overrides.split(), f"output_dir={run}", f"cache_dir={FOLDER / 'cache'}")
     summary = json.loads((run / "summary.json").read_text())
     assert FAR == json.loads((run / "environment.json").read_text())["device"].startswith("elsewhere")
     return [summary[name] for name in ("eval_loss_before", "train_loss", "eval_loss_after")]
@@ -180,14 +180,14 @@ def afterwards() -> list[float]:
     """A run that goes on from a checkpoint, with a rate that it looked for; asked, and exported."""
     run, out = new_folder(), new_folder()
     words = [*SHORT, "method=s2ft", "trainer.save_steps=2", f"output_dir={run}", f"cache_dir={FOLDER / 'cache'}"]
-    sparseft_("train", *words, "trainer.learning_rate=auto")
+    run_command("train", *words, "trainer.learning_rate=auto")
     for name in ("summary.json", "adapter/adapter_model.safetensors"):  # as after a kill
         (run / name).unlink()
     (run / "checkpoints" / "checkpoint-3").rename(FOLDER / "gone")
     words[words.index("overwrite=true")] = "trainer.resume=auto"
-    sparseft_("train", *words, "trainer.learning_rate=auto")
-    sparseft_("eval", "boolq", "--run", str(run), "--limit", "4")
-    sparseft_("export", str(run), "--format", "merged", "--out", str(out))
+    run_command("train", *words, "trainer.learning_rate=auto")
+    run_command("eval", "boolq", "--run", str(run), "--limit", "4")
+    run_command("export", str(run), "--format", "merged", "--out", str(out))
     asked = json.loads((run / "eval" / "boolq.json").read_text())["results"]["boolq"]
     accuracy = next(value for name, value in asked.items() if name.startswith("acc"))
     summary = json.loads((run / "summary.json").read_text())
