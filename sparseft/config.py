@@ -156,7 +156,7 @@ class TrainerConfig:
     max_grad_norm: Annotated[float, AT_LEAST_0] = 1.0
     max_bad_steps: Annotated[int, AT_LEAST_1] = 10
     logging_steps: Annotated[int, AT_LEAST_1] = 10
-    eval_steps: Annotated[int, AT_LEAST_1] | None = None
+    eval_steps: Annotated[int, AT_LEAST_0] | None = None
     eval_task: str | None = None
     target_score: Annotated[float, ACCURACY] | None = None
     patience: Annotated[int, AT_LEAST_1] | None = None

@@ -45,6 +45,10 @@ class Examples:
     key: dict[int, dict[str, str]]  # by seed: which examples these are
     pad: int
 
+    def first_alike(self, seeds: Sequence[int]) -> list[int]:
+        """Of each seed the first one with the same examples: the base's losses on them are the same."""
+        return [next(first for first in seeds if self.key[first] == self.key[seed]) for seed in seeds]
+
     def losses(self, model: Any, seed: int, device: Any) -> Losses:
         """Those of a loaded model."""
         return {

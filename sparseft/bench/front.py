@@ -50,6 +50,7 @@ OWN = ("bench.variants", "bench.seeds", "bench.source", "bench.forgetting", "ben
        "output_dir", "seed")  # fmt: skip
 BASE, CHART, PAGE = "base", "front.svg", "front.html"
 LOSSES, TASKS = "losses", "tasks"
+UNSEEN = "trainer.eval_steps=0"  # runs need no evaluations of their own: what they hold out is read once they are done
 
 
 @dataclass
@@ -122,7 +123,7 @@ def plan(
     for level in settings.forgetting:
         if not (math.isfinite(level) and level > 0):
             raise UserError(f"bench.forgetting: {level:g} is no forgetting to compare at: expected nats above 0.")
-    own = [word for word in words if word.partition("=")[0] not in OWN]
+    own = [UNSEEN, *(word for word in words if word.partition("=")[0] not in OWN)]
     study = Study(config, own, config_dirs, folder, variants, train)
     folders: dict[str, str] = {}
     for variant in variants:
@@ -146,7 +147,7 @@ def _check(trial: Trial, config: RunConfig) -> None:
     """Refuses a training that could not start, or could not be held against the others."""
     check_same_data(trial, config)
     theirs, ours = (dataclasses.asdict(each.trainer) for each in (trial.config, config))
-    differing = [key for key in theirs if theirs[key] != ours[key] and key not in ("learning_rate", "average")]
+    differing = [key for key in theirs if theirs[key] != ours[key] and key not in ("learning_rate", "average", "eval_steps")]
     if differing:
         raise UserError(f"it sets trainer.{differing[0]}, and all variants take one schedule.")
     data, trainer = trial.config.dataset, trial.config.trainer
@@ -170,7 +171,8 @@ def measure(study: Study) -> dict[str, Any]:
     first = next(iter(study.variants))
     of_first = [study.trial(first, seed, study.rates_of(first)[0]).config for seed in seeds]
     examples = read_examples(of_first, config.bench.source)
-    of_base = {seed: study.losses([None], seed, examples)[0] for seed in seeds}
+    console.log("bench: reading the base's losses")
+    of_base = [study.losses([None], seed, examples)[0] for seed in examples.first_alike(seeds)]
     points = {variant: [Measured(rate) for rate in study.rates_of(variant)] for variant in study.variants}
     weights: dict[str, int] = {}
     done, total = 0, len(seeds) * sum(map(len, points.values()))
@@ -190,7 +192,7 @@ def measure(study: Study) -> dict[str, Any]:
                 done += 1
                 progress.update(max(done, progress.completed))
             for (_, point), losses in zip(going, study.losses(runs, seed, examples), strict=True):
-                point.add(losses, of_base[seed])
+                point.add(losses, of_base[number])
             if seed != seeds[-1]:
                 dropped = sum(drop_hopeless(each, number + 1) for each in points.values())
                 done += dropped * (len(seeds) - number - 1)
@@ -205,8 +207,8 @@ def measure(study: Study) -> dict[str, Any]:
             "sources": config.bench.source,
             "levels": config.bench.forgetting,
             "base": {
-                "target": [of_base[seed][TEST][TARGET] for seed in seeds],
-                "sources": {path: of_base[seeds[0]][TEST][path] for path in config.bench.source},
+                "target": [losses[TEST][TARGET] for losses in of_base],
+                "sources": {path: of_base[0][TEST][path] for path in config.bench.source},
             },
             "variants": {
                 variant: {"trainable_parameters": weights[variant], **chosen(each)} for variant, each in points.items()

@@ -122,7 +122,7 @@ def plan(
 
 def _check(trial: Trial, config: RunConfig, choosing: bool) -> None:
     """Refuses a training that could not start, or could not be held against the others."""
-    if not choosing and trial.config.trainer.eval_steps is None:
+    if not choosing and not trial.config.trainer.eval_steps:
         raise UserError("bench time reads the held-out loss as it falls: give trainer.eval_steps.")
     data = trial.config.dataset
     if not (data.eval_path or data.eval_fraction):

@@ -37,6 +37,7 @@ STUDY = ("bench", "front", "dataset.max_examples=60", "dataset.eval_fraction=0.3
          "trainer.batch_size=4", "trainer.max_length=64", "trainer.warmup_steps=1", "bench.seeds=2",
          "bench.rates=[1e-3,3e-2]", "bench.forgetting=[0.05,0.5]", "output_dir=out",
          "bench.target_tasks=[boolq]", "bench.source_tasks=[gsm8k]", "eval.limit=1", "eval.max_new_tokens=2",
+         "trainer.eval_steps=100",  # so that there is the Trainer's own evaluation to hold against
          "bench.variants=['LoRA: method=lora method.dropout=0','S2FT: method=s2ft method.roles=[o,down]',"
          "'full: method=full bench.rates=[1e-3]']")  # fmt: skip
 
@@ -75,11 +76,14 @@ def test_in_several_processes_it_is_the_same(studied: tuple[Path, dict[str, Any]
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system has no forkserver")
     _, alone = studied
-    without = [word for word in STUDY if not word.startswith(("bench.target_tasks", "bench.source_tasks"))]
+    left_out = ("bench.target_tasks", "bench.source_tasks", "trainer.eval_steps")
+    without = [word for word in STUDY if not word.startswith(left_out)]
     several = sparseft(tmp_path, *without, "bench.jobs=3", "--json")
     for name, entry in several.json["variants"].items():
         for mine, theirs in zip(entry["points"], alone["variants"][name]["points"], strict=True):
             assert mine["target"] == theirs["target"] and mine["dropped"] == theirs["dropped"]
+    summaries = [json.loads(path.read_text()) for path in (tmp_path / "out/runs").glob("*/summary.json")]
+    assert summaries and all(each["eval_loss_before"] is each["eval_loss_after"] is None for each in summaries)
     assert "FutureWarning" not in several.err
     assert "(100 %)" in several.err or "10/10 runs" in several.err
 
@@ -218,6 +222,11 @@ def test_another_source_is_read_without_training(studied: tuple[Path, dict[str, 
             of_both = [np.mean(each) for each in zip(*point["sources"].values(), strict=True)]
             base = np.mean(list(again.json["base"]["sources"].values()))
             assert point["forgetting"] == pytest.approx([loss - base for loss in of_both])
+
+
+def test_the_base_is_read_once_on_the_same_examples() -> None:
+    keys = {3: {"target": "a"}, 4: {"target": "b"}, 5: {"target": "a"}}
+    assert forgetting.Examples({}, {}, keys, 0).first_alike([3, 4, 5]) == [3, 4, 3]
 
 
 def test_another_setting_is_refused(studied: tuple[Path, dict[str, Any]]) -> None:

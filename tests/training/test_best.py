@@ -116,12 +116,14 @@ def test_evaluations_leave_training_as_it_is(data: Path, model_folder: Any, tmp_
     words = ["train", *on(model_folder(), data), *METHODS["lora"], "method.dropout=0.5", "trainer.max_steps=6"]
     words += ["dataset.eval_fraction=0.25", "trainer.logging_steps=1", "trainer.learning_rate=1e-2"]
     seen = []
-    for name, more in (("never", []), ("always", ["trainer.eval_steps=1"]), ("best", ["trainer.eval_steps=2"])):
-        if name == "best":
-            more.append("trainer.keep_best=true")
-        sparseft(data.parent, *words, *more, f"output_dir={tmp_path / name}")
-        seen.append([line["loss"] for line in metrics(tmp_path / name) if "loss" in line])
-    assert len(seen[0]) == 6 and seen[0] == seen[1] == seen[2]
+    for steps, evaluated in ((0, []), (None, [0, 6]), (1, [*range(7)]), (2, [0, 2, 4, 6])):
+        run = tmp_path / str(steps)
+        more = ["trainer.keep_best=true"] if steps == 2 else []
+        sparseft(data.parent, *words, f"trainer.eval_steps={steps or json.dumps(steps)}", *more, f"output_dir={run}")
+        seen.append([line["loss"] for line in metrics(run) if "loss" in line])
+        assert [line["step"] for line in metrics(run) if "eval_loss" in line] == evaluated
+        assert (summary(run)["eval_loss_before"] is None) == (summary(run)["eval_loss_after"] is None) == (steps == 0)
+    assert len(seen[0]) == 6 and all(losses == seen[0] for losses in seen)
 
 
 # ---- a task that judges ----
@@ -214,6 +216,7 @@ def test_training_ends_when_nothing_gets_better_and_stays_ended(tmp_path: Path) 
         (["trainer.eval_task=mmlu"], ["trainer.eval_task=mmlu", "trainer.eval_steps"]),
         (["trainer.target_score=0.5", "trainer.eval_steps=1"], ["trainer.target_score=0.5", "trainer.eval_task"]),
         (["trainer.patience=2"], ["trainer.patience=2", "trainer.eval_steps"]),
+        (["trainer.patience=2", "trainer.eval_steps=0"], ["trainer.patience=2", "trainer.eval_steps"]),
         (["trainer.target_score=38.1", "trainer.eval_steps=1", "trainer.eval_task=mmlu"], ["38.1", "at most 1"]),
         (["trainer.eval_task=mmul", "trainer.eval_steps=1"], ["mmul", "mmlu"]),
         (["trainer.eval_task=mt_bench", "trainer.eval_steps=1"], ["mt_bench", "judge"]),

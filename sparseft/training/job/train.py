@@ -119,8 +119,8 @@ def _last_step(job: Job, folder: Path) -> int:
 
 def evaluation(job: Job, trainer: Trainer, step: int, when: str, anew: bool = False) -> Evaluation | None:
     """The evaluation at the present step: as recorded where it was measured there, else (and `anew`) measured now, and
-    said."""
-    if job.prepared.data.eval is None:
+    said. None where there is nothing held out, or none is asked for."""
+    if job.prepared.data.eval is None or job.config.trainer.eval_steps == 0:
         return None
     folder = trainer.run_state.folder
     seen = first_recorded(folder, step)
