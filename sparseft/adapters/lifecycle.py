@@ -89,9 +89,10 @@ def save_adapter(
     if name is None:
         raise UserError("no adapter is active: name the one to save.")
     state.kind.check_name(model, name)
+    path = Path(path).expanduser()
     with replaced_folder(path, DESCRIPTIONS) as aside:
         state.kind.save(model, state, name, aside, state_dict)
-    return Path(path)
+    return path
 
 
 @inside_compiled

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sparseft import console
@@ -10,9 +12,9 @@ from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
 from sparseft.export.formats import format_of
 from sparseft.export.formats.base import Options
-from sparseft.export.job import export
+from sparseft.export.job import NOTE, README, export
 from sparseft.export.source import Source
-from sparseft.publish.card import card_of
+from sparseft.publish.card import card_of, is_untouched
 from sparseft.publish.facts import check_finished, facts_of
 from sparseft.runs import folder as runs
 
@@ -54,6 +56,10 @@ def run(
                 + ("." if source.packed is None else f", not for {format}.")
             )
         options.base = base
+    card = Path(out).expanduser() / README
+    ours = os.path.isfile(card) and os.path.isfile(card.with_name(NOTE))  # a name may be longer than any file's
+    if ours and not is_untouched(card.read_text("utf-8", "replace")):
+        raise UserError(f"--out {out}: its {README} was edited, and would be lost: move it away, or name a new folder.")
     console.log(f"exporting {source.target.what} as {format}")
 
     def readme(facts: dict[str, Any]) -> str:

@@ -68,17 +68,22 @@ class Holder:
 
 
 class DictHolder(Holder):
-    """A plain state dict, with the checkpoint's names."""
+    """A plain state dict, with the checkpoint's names: also those of a file that has them without the model's prefix
+    (`h.0…` for `transformer.h.0…`), which only some checkpoints have."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
 
     def stored(self, name: str) -> Stored | None:
-        tensor = self.tensors.get(name)
+        tensor = self.tensors.get(self._own(name))
         return None if tensor is None else Stored(tensor.dtype, tuple(tensor.shape))
 
     def slots(self, name: str, index: Tensor) -> list[Slot]:
-        return [Slot(_writable(name, self.tensors[name]), index, None)]
+        return [Slot(_writable(name, self.tensors[self._own(name)]), index, None)]
+
+    def _own(self, name: str) -> str:
+        bare = name.partition(".")[2]
+        return name if name in self.tensors or bare not in self.tensors else bare
 
 
 class ModelHolder(Holder):

@@ -15,6 +15,7 @@ from sparseft.export.gain import gain
 from sparseft.export.proof import prove
 from sparseft.export.source import Source
 from sparseft.files.atomic import check_replaceable, explained, replaced_folder, write_json, write_text
+from sparseft.files.hub import TEMPLATES
 
 NOTE = "sparseft_export.json"  # in every export: what it is of, and how near it came; by it a folder may be replaced
 README = "README.md"
@@ -38,9 +39,8 @@ def export(
         RunError: what was written is not what was trained; nothing of it is kept.
     """
     out = Path(out).expanduser()
-    check_replaceable(out, (NOTE,))
-    if out.resolve() == source.folder.resolve() or out.resolve() in source.folder.resolve().parents:
-        raise UserError(f"--out {out}: there lies what is exported; name a new folder.")
+    check_replaceable(out.resolve(), (NOTE,), (TEMPLATES,))
+    _check_apart(source, out, options)
     engines.check(options.engine, format.name)
     if source.stored_packed and not format.whole:
         raise UserError(
@@ -52,7 +52,8 @@ def export(
     notes = format.check(source, options)
     for note in notes:
         console.log(note)
-    with explained(f"the export {out}", lambda: None), replaced_folder(out.resolve(), (NOTE,)) as aside:
+    put = replaced_folder(out.resolve(), (NOTE,), (TEMPLATES,))
+    with explained(f"the export {out}", lambda: None), put as aside:
         with console.working(f"writing {format.name}"):
             facts = format.write(source, options, aside)
         with console.working("checking every value that was written"):
@@ -73,3 +74,18 @@ def export(
         )
     found = {"path": str(out), "format": format.name, **facts, "notes": notes, "proof": proof}
     return found if kept is None else found | {"gain": kept}
+
+
+def _check_apart(source: Source, out: Path, options: Options) -> None:
+    """Refuses a folder in which something lies that is needed: what is exported, or its base, which may be an earlier
+    export."""
+    models = [model.path for model in (source.target.model, source.target.base) if model is not None]
+    places = {source.folder: "what is exported"}
+    places |= {
+        Path(path).expanduser(): "the base model" for path in (*models, source.content.get("base_model")) if path
+    }
+    if options.base_gguf is not None:
+        places[Path(options.base_gguf).expanduser()] = "the base of --base-gguf"
+    for place, what in places.items():
+        if place.exists() and place.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"--out {out}: there lies {what}; name a new folder.")

@@ -28,6 +28,8 @@ from sparseft.models.checkpoint import Checkpoint
 FORMAT_VERSION = 1
 TENSORS, CONFIG = "patch.safetensors", "patch.json"
 WHAT = "patch"
+# Of a description. Not `base_model`: a base may be moved, or be published under another name, which is written here.
+HASHED = ("format_version", "base_fingerprint", "method", "tensors", "checkpoint", "rest_fingerprint")
 
 
 class Entries(NamedTuple):
@@ -62,9 +64,10 @@ class Patch:
 
     def save(self, folder: str | Path) -> Path:
         """Writes the two files into a new folder (or in place of another patch), whole or not at all."""
+        folder = Path(folder).expanduser()
         with replaced_folder(folder, (CONFIG,)) as aside:
             write_patch(aside, self.about, self.checkpoint, self.tensors.items, lambda _: self.rest)
-        return Path(folder)
+        return folder
 
 
 def apply_patch(target: Any, patch: Patch | str | Path, *, out: str | Path | None = None) -> Patch:
@@ -139,16 +142,21 @@ def _apply_to_folder(folder: Path, patch: Patch, out: str | Path | None) -> Patc
         raise UserError(
             f"{folder}: a model folder is not changed in place: name a new one, apply_patch(…, out=FOLDER)."
         )
-    check_replaceable(Path(out), ())
-    if Path(out).resolve().is_relative_to(folder.resolve()):
+    out = Path(out).expanduser()
+    check_replaceable(out, ())
+    if out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{out}: lies in the folder that is patched: name one beside it.")
     checkpoint = Checkpoint.of_folder(folder)
     undo = _checked(DictHolder(_Lazy(checkpoint)), patch)
     shards = {checkpoint.files[name] for name in patch.tensors}
     with replaced_folder(out, ()) as aside:
-        # The hashes of a fully trained model's files are no longer those of these.
-        ignored = shutil.ignore_patterns(*shards, WHOLE_CONFIG)
-        shutil.copytree(folder, aside, dirs_exist_ok=True, ignore=ignored)
+        # The hashes of a fully trained model's files are no longer those of these. Modes stay behind: a model that is
+        # shared is read-only, down to its folder.
+        for file in sorted(folder.rglob("*")):
+            name = file.relative_to(folder)
+            if file.is_file() and str(name) not in {*shards, WHOLE_CONFIG}:
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, aside / name)
         for shard in sorted(shards):
             inside = {name: checkpoint.tensors[name] for name, file in checkpoint.files.items() if file == shard}
             values = ((name, with_entries(checkpoint.read(name), patch.tensors.get(name))) for name in inside)
@@ -229,10 +237,11 @@ def write_patch(
         "checkpoint": {name: list(shape) for name, shape in checkpoint.items()},
         "rest_fingerprint": rest(sampled),
     }
+    described_by = body_hash(content, HASHED)
     values = (
         item for name, each in entries() for item in ((f"{name}.indices", each.index), (f"{name}.values", each.values))
     )
-    write_streamed(folder / TENSORS, tensors, values, {BODY: body_hash(content)})
+    write_streamed(folder / TENSORS, tensors, values, {BODY: described_by})
     write_json(folder / CONFIG, content | {"sha256": file_hash(folder / TENSORS)})
     return {"tensors": len(described), "entries": sum(each["count"] for each in described.values())}
 
@@ -248,7 +257,10 @@ def _read(folder: Path) -> Patch:
     sha256 = content.pop("sha256", None)
     if file_hash(folder / TENSORS) != sha256:
         raise UserError(f"{folder}: {TENSORS} is not the file that {CONFIG} describes (altered).")
-    if body_hash(content) != texts.get(BODY):
+    if texts.get(BODY) not in (
+        body_hash(content, HASHED),
+        body_hash(content),
+    ):  # patches once hashed the base's name too
         raise UserError(f"{folder}: {CONFIG} is not what was written with {TENSORS} (altered).")
     # From here on the files are what was written: by whom is not known, so that all is checked all the same.
     described, checkpoint = content.get("tensors"), content.get("checkpoint")

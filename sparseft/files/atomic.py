@@ -151,23 +151,32 @@ def remove(folder: Path) -> None:
     _delete(old)
 
 
-def check_replaceable(path: Path, marks: Collection[str]) -> None:
-    """Refuses a path that `replaced_folder` would refuse: a file, or a folder that holds anything of the user's own."""
+def check_replaceable(path: Path, marks: Collection[str], folders: Collection[str] = ()) -> None:
+    """Refuses a path that `replaced_folder` would refuse: a file, a folder that holds anything of the user's own, and
+    one that cannot be put aside."""
     try:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: expected a folder to write, this is a file.")
         there = list(path.iterdir()) if path.exists() else []
+        if path.is_dir() and not path.is_symlink():
+            place = path.resolve()
+            why = "you are in it" if Path.cwd().is_relative_to(place) else "a file system is mounted there"
+            if os.path.ismount(place) or Path.cwd().is_relative_to(place):
+                raise UserError(f"{path}: cannot be replaced, as {why}: name a folder in it, such as {path / 'new'}.")
     except OSError as error:  # a name that is too long, say
         raise UserError(f"{path}: cannot be written: {error.strerror}.") from error
-    ours = any(entry.name in marks for entry in there) and not any(entry.is_dir() for entry in there)
+    ours = any(entry.name in marks for entry in there) and all(
+        entry.name in folders for entry in there if entry.is_dir()
+    )
     if there and not ours:
         raise UserError(f"{path}: the folder holds other files, which would be lost: name a new one.")
 
 
 @contextlib.contextmanager
-def replaced_folder(path: str | Path, marks: Collection[str]) -> Iterator[Path]:
+def replaced_folder(path: str | Path, marks: Collection[str], folders: Collection[str] = ()) -> Iterator[Path]:
     """`with replaced_folder(path, marks) as aside:` fills a new folder that takes the place of `path` at the end, or
-    never. What is replaced holds a file named in `marks`: never a folder of the user's other files (`UserError`)."""
+    never. What is replaced holds a file named in `marks`, and of folders those of `folders` alone: never a folder of
+    the user's other files (`UserError`)."""
     path = Path(os.path.abspath(path))
     try:
         if path.exists() and not path.is_dir():
@@ -187,7 +196,7 @@ def replaced_folder(path: str | Path, marks: Collection[str]) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(0o666 & ~mask)
         if aside != path:
-            check_replaceable(path, marks)
+            check_replaceable(path, marks, folders)
             publish(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

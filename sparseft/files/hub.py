@@ -14,11 +14,13 @@ from typing import Any
 from sparseft import console
 from sparseft.errors import HUB_ID, RunError, UserError, looks_local, nearest_path, shown
 
+TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer's chat templates beside its first one
+
 # What an adapter's or a whole model's folder may hold: safetensors, JSON and a tokenizer, nothing that executes.
 ADAPTER_FILES = [
     *("adapter_config.json", "adapter_model.safetensors", "sparseft_config.json", "config.json"),
     *("generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "chat_template.jinja"),
+    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "chat_template.jinja", f"{TEMPLATES}/*"),
 ]
 
 

@@ -13,7 +13,7 @@ from sparseft.errors import UserError, nearest, nearest_path, where_looked
 from sparseft.export.job import NOTE
 from sparseft.files.atomic import PARTIAL, dumps
 from sparseft.files.hashing import check_whole, file_hash
-from sparseft.files.hub import ADAPTER_FILES
+from sparseft.files.hub import ADAPTER_FILES, TEMPLATES
 from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS, WHOLE_CONFIG
 from sparseft.files.untrusted import parse_json, read_bytes, read_json_object
 from sparseft.publish.card import CARD, card_of, checked, filled, is_untouched
@@ -130,8 +130,8 @@ def listing_of(
         path = above  # it knows more than its adapter's folder
     if (path / NOTE).is_file():
         what, root = f"the export {path}", path
-        wanted = sorted(each for each in path.iterdir() if each.is_file() and not _reason(each.name))
-        wanted = [each for each in wanted if each.name != CARD]
+        place = path
+        wanted = [each for each in _loaded_from(path) if not _reason(each.name) and each.name != CARD]
         text = _card_of_export(path)
     elif is_run(path) or is_adapter(path):
         run = is_run(path)
@@ -140,7 +140,11 @@ def listing_of(
             check_finished(path)
         place = path / ADAPTER if run else path
         check_intact(place)
-        wanted = sorted(each for each in place.iterdir() if any(fnmatch(each.name, name) for name in ADAPTER_FILES))
+        wanted = [
+            each
+            for each in _loaded_from(place)
+            if any(fnmatch(each.relative_to(place).as_posix(), name) for name in ADAPTER_FILES)
+        ]
         text = card_of(facts_of(path))
     else:
         raise UserError(f"{folder}: neither a run, nor an adapter, nor a folder that `sparseft export` has made.")
@@ -150,7 +154,7 @@ def listing_of(
         raise UserError(f"{path / CARD} was edited: write the base model and its licence there, not as options.")
     else:
         checked(text, str(path / CARD))
-    files = [_file(each.name, each, base) for each in wanted]
+    files = [_file(each.relative_to(place).as_posix(), each, base) for each in wanted]
     taken = {each.resolve() for each in wanted}
     others = [each for each in _below(root) if each.resolve() not in taken and each != root / CARD]
     included = _included(root, others, include)
@@ -189,6 +193,11 @@ def _card_of_export(folder: Path) -> str:
         raise UserError(f"{folder} has no {CARD}: export it again, which writes one, or write your own.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / CARD}: cannot be read ({error}).") from error
+
+
+def _loaded_from(folder: Path) -> list[Path]:
+    """The files of a folder from which something is loaded, and its further chat templates."""
+    return sorted(each for each in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")) if each.is_file())
 
 
 def _below(root: Path) -> Iterator[Path]:
@@ -239,7 +248,7 @@ def read_described(path: Path, content: bytes) -> dict[str, Any]:
 def _public(content: dict[str, Any], base: str | None) -> dict[str, Any]:
     """A description whose base is a name that strangers can load: `base`, or of a folder its last part alone."""
     changed = dict(content)
-    for key in ("base_model", "base_model_name_or_path"):
+    for key in ("base_model", "base_model_name_or_path", "model"):  # the last one is mlx-lm's
         if isinstance(changed.get(key), str):
             changed[key] = base or shown_path(changed[key])
     if isinstance(changed.get("sparseft"), dict):

@@ -134,7 +134,7 @@ class Selection:
     @staticmethod
     def load(folder: str | Path) -> Selection:
         """Reads a selection's folder; a missing, truncated or altered file is a `UserError`."""
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         content = read_json_object(folder / SELECTION_CONFIG, "selection")
         if content.get("format_version") != FORMAT_VERSION:
             known = shown(content.get("format_version"))

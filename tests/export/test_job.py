@@ -24,7 +24,7 @@ from sparseft.models.fingerprint import base_fingerprints
 from sparseft.models.loading import load_model
 from support.exported import adapter, lora, saved_model
 from support.models import build_tokenizer
-from support.running import refused, sparseft
+from support.running import files, refused, sparseft
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,26 @@ def test_a_folder_behind_a_link_is_written_where_it_lies(made: Any, tmp_path: Pa
     for _ in range(2):
         assert export(made[1], "peft-shira", tmp_path / "out") == 0
         assert (tmp_path / "out").is_symlink() and (tmp_path / "disk/adapter_config.json").is_file()
+
+
+def test_a_base_is_not_written_over(made: Any, tmp_path: Path, capsys: Any) -> None:
+    """One that is an export itself, which else may be replaced."""
+    base = tmp_path / "base"
+    assert export(made[1], "merged", base) == 0
+    own = adapter(base, tmp_path / "own")
+    before = files(base)
+    assert export(own, "peft-shira", base) == 2
+    assert f"--out {base}: there lies the base model" in capsys.readouterr().err and files(base) == before
+
+
+def test_a_card_that_was_edited_is_not_lost(made: Any, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert export(made[1], "patch", out) == 0
+    card = out / "README.md"
+    card.write_text("My own words.\n" + card.read_text())
+    assert export(made[1], "patch", out) == 2
+    assert "README.md was edited" in capsys.readouterr().err and card.read_text().startswith("My own words.")
 
 
 def test_a_name_that_no_folder_can_have(made: Any, tmp_path: Path, capsys: Any) -> None:

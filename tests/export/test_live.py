@@ -144,6 +144,33 @@ def test_another_adapter_and_the_base(tmp_path: Path) -> None:
     assert_same(pair.plain, adapted.load(pair.base))
 
 
+def test_it_begins_with_the_base(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, method="rows")
+    sparseft.set_adapter(pair.model, None)
+    assert pair.sender.send() == 1 and pair.receiver.receive() == 1
+    assert_same(pair.plain, adapted.load(pair.base))
+    sparseft.set_adapter(pair.model, "default")
+    assert pair.step() == 2 and pair.receiver.receive() == 2
+    assert_same(pair.plain, pair.model)
+
+
+def test_what_began_and_was_not_sent_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter is switched to, sending fails, and the one before is active again."""
+    pair = Pair(tmp_path, method="rows")
+    other = adapted.adapter("llama", "columns", pair.base, tmp_path / "other", seed=3)
+    pair.step()
+    pair.receiver.receive()
+    sparseft.load_adapter(pair.model, other, "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.sender.transport, "send", lambda *_: exec("raise RunError('full')", globals()))
+        with pytest.raises(RunError, match="full"):
+            pair.sender.send()
+    sparseft.set_adapter(pair.model, "default")
+    pair.step()
+    pair.receiver.receive()
+    assert_same(pair.plain, pair.model)
+
+
 def test_a_state_dict_and_a_function(tmp_path: Path) -> None:
     """Both in the checkpoint's coordinates: experts one by one."""
     from safetensors.torch import load_file

@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sparseft
+from sparseft.config import ModelConfig
 from sparseft.export.formats import merged as format_file
 from sparseft.export.formats.merged import Merged, shards
 from sparseft.files.hashing import file_hash
 from sparseft.files.tensors import Stored
+from sparseft.models.checkpoint import fetch_beside
+from sparseft.publish.listing import listing_of
 from support import adapted
 from support.running import refused
 from support.running import sparseft as run
@@ -151,13 +154,29 @@ def test_what_makes_the_base_work_comes_along(tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "modeling_own.C"}, "own": 7}))
     adapter = adapted.adapter("llama", "rows", base, tmp_path / "adapter")
-    run(tmp_path, "export", adapter, "--format", "merged", "--out", "out")
+    for _ in range(2):  # it may be replaced, with its folder of templates
+        run(tmp_path, "export", adapter, "--format", "merged", "--out", "out")
     names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
+    assert "additional_chat_templates/tool.jinja" in {
+        file.name for file in listing_of(str(tmp_path / "out"), "me/mine", base="me/base").files
+    }
     assert {"chat_template.jinja", "merges.txt", "additional_chat_templates/tool.jinja"} <= names
     assert not names & {"modeling_own.py", "pytorch_model.bin.index.json"}
     assert "the base's card" not in (tmp_path / "out/README.md").read_text()  # it has a card of its own
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written == {key: value for key, value in config.items() if key != "auto_map"} | {"own": 7}
+
+
+def test_what_the_hub_has_beside_a_checkpoint_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a model generates, which nothing before has asked for; of a folder it is there or it is not."""
+    asked: list[tuple[str, str, str]] = []
+    monkeypatch.setattr(
+        "transformers.utils.hub.cached_file", lambda path, name, revision, **_: asked.append((path, name, revision))
+    )
+    (tmp_path / "config.json").write_text("{}")
+    fetch_beside(ModelConfig(path=str(tmp_path)))
+    fetch_beside(ModelConfig(path="someone/model", revision="v2"))
+    assert asked == [("someone/model", "generation_config.json", "v2")]
 
 
 def test_files_are_cut_at_the_limit() -> None:

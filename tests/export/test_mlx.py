@@ -16,6 +16,7 @@ import sparseft as library
 from sparseft.export import mlx_lora
 from sparseft.export.formats.mlx import Mlx
 from sparseft.export.mlx_lora import CONFIG, TENSORS
+from sparseft.publish.listing import listing_of
 from support import exported
 from support.running import refused, sparseft
 
@@ -133,6 +134,17 @@ def damaging(fault: Any) -> Any:
         return facts
 
     return write_and_damage
+
+
+def test_weights_keep_the_checkpoints_dtype_and_no_path_is_published(made, tmp_path, without_mlx):
+    """Whatever the run trained in."""
+    folder = made("llama")
+    out = tmp_path / "out"
+    sparseft(tmp_path, "export", folder / "adapter", "--format", "mlx", "--out", out, "model.dtype=float32")
+    assert {value.dtype for value in load_file(out / TENSORS).values()} == {torch.bfloat16}
+    assert json.loads((out / CONFIG).read_text())["model"] == str(folder / "base")
+    sent = {file.name: file.content for file in listing_of(str(out), "me/mine", base="me/base").files}
+    assert json.loads(sent[CONFIG])["model"] == "me/base"
 
 
 @pytest.mark.parametrize("verified", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sparseft.errors import UserError
 from sparseft.export.formats.patch import PatchFormat
 from sparseft.files.hashing import BODY, body_hash, file_hash
 from sparseft.layers import sparse_layers
+from sparseft.publish.listing import listing_of
 from support import adapted
 from support.places import ROOT
 from support.running import refused
@@ -161,6 +163,71 @@ def test_a_checkpoint_without_the_models_prefix(tmp_path: Path) -> None:
     sparseft.apply_patch(state, tmp_path / "patch")
     assert torch.equal(model.transformer.h[0].attn.c_attn.weight, state["h.0.attn.c_attn.weight"])
     same(model.state_dict(), sparseft.merge(sparseft.load_adapter(adapted.load(base), adapter)).state_dict())
+    # live patching names them as the model would be saved
+    trained = sparseft.load_adapter(adapted.load(base), adapter)
+    sparseft.PatchSender(trained, tmp_path / "live").send()
+    followed = dict(plain)
+    sparseft.PatchReceiver(followed, tmp_path / "live").receive()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in followed.items())
+
+
+def test_a_published_patch_is_applied(case: Any, tmp_path: Path) -> None:
+    """Publishing names the base otherwise."""
+    it = case("llama", "rows")
+    (tmp_path / "got").mkdir()
+    for file in listing_of(str(it.patch), "me/mine", base="me/base").files:
+        (tmp_path / "got" / file.name).write_bytes(file.content or file.path.read_bytes())
+    assert json.loads((tmp_path / "got/patch.json").read_text())["base_model"] == "me/base"
+    model = adapted.load(it.base)
+    sparseft.apply_patch(model, tmp_path / "got")
+    same(model.state_dict(), it.merged.state_dict())
+
+
+def test_a_patch_that_hashed_the_name_of_its_base_is_read(case: Any, tmp_path: Path) -> None:
+    it = case("llama", "rows")
+    content = it.described
+    del content["sha256"]
+    folder = tmp_path / "old"
+    folder.mkdir()
+    save_file(load_file(it.patch / "patch.safetensors"), folder / "patch.safetensors", {BODY: body_hash(content)})
+    content["sha256"] = file_hash(folder / "patch.safetensors")
+    (folder / "patch.json").write_text(json.dumps(content))
+    sparseft.Patch.load(folder)
+    (folder / "patch.json").write_text(json.dumps(content | {"base_model": "another"}))
+    with pytest.raises(UserError, match="altered"):
+        sparseft.Patch.load(folder)
+
+
+def test_home_is_where_a_patch_is_written_too(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    it = case("llama", "rows")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    patch = sparseft.Patch.load(it.patch)
+    assert patch.save("~/undo") == tmp_path / "undo"
+    sparseft.Patch.load("~/undo")
+    sparseft.apply_patch(it.base, patch, out="~/patched")
+    assert (tmp_path / "patched/config.json").is_file()
+    model = sparseft.load_adapter(adapted.load(it.base), it.adapter)
+    assert sparseft.save_adapter(model, "~/adapter") == tmp_path / "adapter"
+    sparseft.load_adapter(adapted.load(it.base), "~/adapter")
+
+
+def test_a_read_only_model_folder_is_patched_into_a_writable_one(case: Any, tmp_path: Path) -> None:
+    it = case("llama", "rows")
+    base = tmp_path / "base"
+    shutil.copytree(it.base, base)
+    (base / "more").mkdir()
+    name = sorted(path.name for path in base.glob("*.safetensors"))[0]
+    (base / "more" / name).write_bytes(b"another file of that name")
+    (base / "gone").symlink_to(base / "nowhere")
+    for folder in (base / "more", base):
+        folder.chmod(0o555)
+    try:
+        sparseft.apply_patch(base, it.patch, out=tmp_path / "out")
+    finally:
+        base.chmod(0o755)
+    assert all(folder.stat().st_mode & 0o200 for folder in (tmp_path / "out", tmp_path / "out/more"))
+    assert (tmp_path / "out/more" / name).read_bytes() == b"another file of that name"
+    same(adapted.load(tmp_path / "out").state_dict(), it.merged.state_dict())
 
 
 def test_values_are_rounded_once_to_the_checkpoints_dtype(case: Any, tmp_path: Path) -> None:

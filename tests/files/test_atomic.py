@@ -116,3 +116,21 @@ def test_a_full_disk_is_said_in_a_sentence(error: OSError) -> None:
         raise error
     with pytest.raises(OSError, match="another"), atomic.explained("the export", lambda: None):
         raise OSError("another")
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_what_cannot_be_put_aside_is_said_before_the_work(
+    mounted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount point cannot be renamed; renamed, the folder one is in would leave the shell in what is deleted."""
+    place = tmp_path / "place"
+    (place / "below").mkdir(parents=True)
+    if mounted:
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == place)
+    else:
+        monkeypatch.chdir(place / "below")
+    with pytest.raises(UserError, match="mounted there" if mounted else "you are in it"):
+        atomic.check_replaceable(place, ("below",))
+    (tmp_path / "link").symlink_to(place)
+    (place / "below").rmdir() if mounted else monkeypatch.chdir(tmp_path)
+    atomic.check_replaceable(tmp_path / "link", ("below",), ("below",))  # a link can be

@@ -22,9 +22,10 @@ from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
 from sparseft.export.values import check_values
 from sparseft.files.atomic import write_json
+from sparseft.files.hub import TEMPLATES
 from sparseft.files.tensors import DESCRIPTIONS, Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
-from sparseft.models.checkpoint import FILE, INDEX, Checkpoint
+from sparseft.models.checkpoint import FILE, INDEX, Checkpoint, fetch_beside
 from sparseft.models.loading import load_config, load_model, resolve_device
 from sparseft.models.packed_checkpoint import PackedCheckpoint
 from sparseft.models.unpacked import Unpacked
@@ -33,7 +34,7 @@ SHARD = 5 * 10**9  # bytes of a file at most, where no single tensor is larger
 
 # Of a model folder: what a tokenizer, a config or a template is kept in; code comes along only where it is trusted.
 KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm")
-CODE, TEMPLATES = ".py", "additional_chat_templates"
+CODE = ".py"
 
 
 class Merged(Format):
@@ -71,6 +72,7 @@ class Merged(Format):
     ) -> None:
         """All else that makes the model work: the base's own files, and the tokenizer that was trained with."""
         trusted = source.target.model.trust_remote_code
+        fetch_beside(base_of(source))
         for entry in base.iterdir():
             kept = entry.suffix in KEPT or (trusted and entry.suffix == CODE)
             if entry.is_file() and kept and entry.name not in DESCRIPTIONS and not entry.name.endswith(".index.json"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparseft.errors import RunError, UserError, reason_of
 from sparseft.export import mlx_lora
-from sparseft.export.changed_tensors import added
+from sparseft.export.changed_tensors import added, base_model
 from sparseft.export.expert_parts import Part, parts_of
 from sparseft.export.formats.base import Answering, Format, Options, rounding
 from sparseft.export.low_rank_forward import add_while_computing
@@ -62,7 +62,7 @@ class Mlx(Format):
             return mlx_lora.write(source, _dtype(options), folder, _naming(source))
         shapes = {module: change.shape for module, change in source.changes.items()}
         parts = {f"{_name(config.model_type, part.linear)}.weight": (module, part) for module, part in _parts(shapes)}
-        model = source.attached(source.base())
+        model = source.attached(self.base(source, options))
         values = {name: _weight(model, module, part) for name, (module, part) in parts.items()}  # views
         described = {name: Stored(value.dtype, tuple(value.shape)) for name, value in values.items()}
         write_streamed(folder / TENSORS, described, values.items(), {})
@@ -74,7 +74,7 @@ class Mlx(Format):
         """Every weight against base + delta, rounded once; the base is read anew."""
         if source.kind == "peft":
             return mlx_lora.verify(source, _dtype(options), folder, _naming(source))
-        base = source.base()
+        base = self.base(source, options)
         with torch.no_grad():
             changed = {id(weight_parameter(base, module)) for module in source.changes}
             for module, change in source.changes.items():
@@ -92,10 +92,14 @@ class Mlx(Format):
         if touched:
             raise RunError(f"{TENSORS} lacks {min(touched)}. Nothing was kept.")
 
+    def base(self, source: Source, options: Options) -> nn.Module:
+        """Where whole weights are written, in the checkpoint's dtype, whatever the run's was."""
+        return source.base() if source.kind == "peft" else base_model(source)
+
     def load(self, source: Source, options: Options, folder: Path) -> Answering:
         if importlib.util.find_spec("mlx_lm") is not None:
             return MlxModel(check_model_path(source.target.model.path), folder)
-        base = source.base()
+        base = self.base(source, options)
         if source.kind == "peft":
             naming = _naming(source)
             found = mlx_lora.read(folder, {naming(linear): linear for linear in source.low_rank})

@@ -71,7 +71,7 @@ class PatchSender:
         self.timeout = timeout
         self.session, self.sequence, self.plan = new_session(), 0, 0
         self._ever: dict[str, Tensor] = {}  # all entries that were sent, by tensor
-        self._seen: list[Any] = []
+        self._seen: list[Any] | None = None  # None: what is sent next begins
         self._moving: list[Part] = []
         self._springs: dict[str, list[Spring]] = {}
         self._closed = False
@@ -86,8 +86,10 @@ class PatchSender:
         seen = [each for layer in layers.values() for p in layer.patterns.values() for each in (p, p.index, p.inactive)]
         for layer in layers.values():
             layer.write_if_stale()
-        begins = len(seen) != len(self._seen) or any(a is not b for a, b in zip(seen, self._seen, strict=True))
+        known = self._seen
+        begins = known is None or len(seen) != len(known) or any(a is not b for a, b in zip(seen, known, strict=True))
         if begins:
+            self._seen = None  # as long as it is not sent
             body = self._begin(layers)
         else:
             body = self._values()
