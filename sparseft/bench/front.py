@@ -147,7 +147,9 @@ def _check(trial: Trial, config: RunConfig) -> None:
     """Refuses a training that could not start, or could not be held against the others."""
     check_same_data(trial, config)
     theirs, ours = (dataclasses.asdict(each.trainer) for each in (trial.config, config))
-    differing = [key for key in theirs if theirs[key] != ours[key] and key not in ("learning_rate", "average", "eval_steps")]
+    differing = [
+        key for key in theirs if theirs[key] != ours[key] and key not in ("learning_rate", "average", "eval_steps")
+    ]
     if differing:
         raise UserError(f"it sets trainer.{differing[0]}, and all variants take one schedule.")
     data, trainer = trial.config.dataset, trial.config.trainer

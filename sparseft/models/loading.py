@@ -127,6 +127,9 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", *, in_sh
         options["revision"] = config.revision
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # said below, in a sentence
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        # Weights are read in threads, of which each has the first device as its current one, whatever this one's is.
+        device = torch.device("cuda", torch.cuda.current_device())
     together = in_shards or is_deepspeed_zero3_enabled()
     if device.type != "cpu" and not together:
         # Tensor by tensor from the files: the host need not hold the model, which may be larger than its memory.

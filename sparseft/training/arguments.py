@@ -62,7 +62,6 @@ def training_arguments(
     seed: int,
     device: torch.device,
     total_steps: int,
-    autocast: bool = False,
     unused: bool = False,
     kind: type = transformers.TrainingArguments,
     **more: Any,
@@ -70,7 +69,6 @@ def training_arguments(
     """The Trainer's arguments of a run, but for its folder; steps are optimizer steps. `schedules.check` comes before.
 
     config: with the learning rate that it is to be, also where that is the method's.
-    autocast: fp32 weights are computed with in bf16.
     unused: a step may leave parameters without a gradient (experts that no token reached).
     kind, more: their class, and what it takes besides.
     """
@@ -101,7 +99,7 @@ def training_arguments(
         save_steps=config.save_steps or 10**9,  # with 10**9: at the end only
         seed=seed,
         data_seed=seed,
-        bf16=autocast,
+        bf16=False,  # `mixed_precision.py` where it is needed
         torch_compile=config.compile in ("model", "graphs"),
         torch_compile_mode=GRAPHS if config.compile == "graphs" else None,
         use_cpu=device.type == "cpu" and not hardware.zero_stage,  # accelerate knows DeepSpeed on devices only

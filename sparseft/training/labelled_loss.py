@@ -31,6 +31,7 @@ from sparseft.models.head import (
     head_of,
     tokens_at_once,
 )
+from sparseft.training.mixed_precision import as_before
 
 ROWS = "label_rows"  # in a batch: the flat positions of the tokens that predict a label
 
@@ -122,8 +123,8 @@ def language_model(model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def forward_of(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, `forward` stands in the place of the model's forward pass."""
-    before = vars(model).get("forward")  # of a wrapper, as accelerate's for mixed precision
-    model.forward = forward  # type: ignore[method-assign]
+    before = vars(model).get("forward")  # of a wrapper, as for mixed precision
+    model.forward = as_before(before, forward)  # type: ignore[method-assign]
     try:
         yield
     finally:

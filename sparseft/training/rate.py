@@ -151,7 +151,7 @@ def find(
         before = ramp.held_out_loss(watched)
         with ramp.advising_memory():
             ramp.train()
-        ramp.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what it put round the model's forward
+        vars(model).pop("_is_accelerate_prepared", None)  # else the run's own settings, compile say, are passed over
     rate = choose(before, ramp.curve)
     if rate is None:
         raise RunError(

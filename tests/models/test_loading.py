@@ -48,12 +48,13 @@ class Asked(Exception):
 
 @pytest.mark.parametrize(
     ("device", "sharded", "given"),
-    [("cpu", False, None), ("cuda", False, "cuda"), ("cuda:1", False, "cuda:1"), ("cuda", True, None)],
+    [("cpu", False, None), ("cuda", False, "cuda:3"), ("cuda:1", False, "cuda:1"), ("cuda", True, None)],
 )
 def test_what_transformers_is_asked_for(
     device: str, sharded: bool, given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing on the CPU, and nothing in shards, which DeepSpeed places."""
+    """Nothing on the CPU, and nothing in shards, which DeepSpeed places. Of several GPUs this process's own one: the
+    threads that read weights have the first as theirs."""
     build_model("llama").save_pretrained(tmp_path)
     options: dict[str, Any] = {}
 
@@ -63,6 +64,7 @@ def test_what_transformers_is_asked_for(
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", asked)
     monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: sharded)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     with pytest.raises(Asked):
         load_model(ModelConfig(path=str(tmp_path)), device)
     assert options.get("device_map") == (None if given is None else {"": torch.device(given)})

@@ -77,6 +77,7 @@ def test_nothing_is_left_of_the_ramp(make_model: Any, few_steps: None, kind: str
     assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
     assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
+    assert "_is_accelerate_prepared" not in vars(model) and "forward" not in vars(model)
     assert found.curve[0][0] == rate.LOWEST and found.watched == 16
 
 
