@@ -19,7 +19,8 @@ AUTOCAST = "sparseft_autocast"  # of a forward pass: the kind of device whose pr
 
 
 def multiply_in_bf16(model: nn.Module, device: torch.device) -> None:
-    """From here on the model's forward passes are autocast to bf16, whoever calls them; what they give is fp32."""
+    """From here on the model's forward passes are autocast to bf16, whoever calls them; losses and logits are
+    fp32."""
     model.forward = _autocast(device.type, model.forward)  # type: ignore[method-assign]
 
 
@@ -30,12 +31,14 @@ def as_before(before: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _autocast(device: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-    from accelerate.utils import convert_to_fp32
-
     @functools.wraps(forward)
     def inside(*args: Any, **given: Any) -> Any:
         with torch.autocast(device, torch.bfloat16):
-            return convert_to_fp32(forward(*args, **given))
+            output = forward(*args, **given)
+        for name in ("loss", "logits"):
+            if output.get(name) is not None:
+                output[name] = output[name].float()
+        return output
 
     setattr(inside, AUTOCAST, device)
     return inside
