@@ -149,6 +149,7 @@ def measure(study: Study) -> dict[str, Any]:
     floor = statistics.median(seconds.pop(FLOOR))
     for variant, entry in found.items():
         entry |= spread("step_seconds", seconds[variant]) | {"step_floors": statistics.median(seconds[variant]) / floor}
+        entry["step_error"] = step_error(seconds[variant], next(iter(seconds.values())))
     compare(found)
     return {
         "benchmark": "time",
@@ -274,7 +275,7 @@ def compare(found: dict[str, dict[str, Any]]) -> None:
         ]
         pairs = zip(entry["seconds_to_loss"], reference["seconds_to_loss"], strict=True)
         entry["ratios"] = [mine / theirs if mine is not None and theirs else None for mine, theirs in pairs]
-        entry["verdict"] = "" if entry is reference else verdict(entry["ratios"])
+        entry["verdict"] = "" if entry is reference else verdict(entry["ratios"], entry["step_error"])
     if not all(reference["seconds_to_loss"]):
         for entry in found.values():
             entry["verdict"] = f"{first} ends no lower than it began"
@@ -301,8 +302,18 @@ def reached(curve: Curve, loss: float) -> float | None:
     return None
 
 
-def verdict(ratios: Sequence[float | None]) -> str:
-    """What the ratios to the first variant's time say, by their 95 % interval."""
+def step_error(mine: Sequence[float], theirs: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of how long one step takes relative to another, of times taken in turns, as a
+    share: the seeds have one measurement of it in common, so that they do not show it."""
+    found = interval([a / b for a, b in zip(mine, theirs, strict=True)])
+    assert found is not None
+    mean, half = found
+    return half / mean
+
+
+def verdict(ratios: Sequence[float | None], of_step: float = 0.0) -> str:
+    """What the ratios to the first variant's time say, by their 95 % interval. of_step: what the time of a step adds
+    to it."""
     known = [ratio for ratio in ratios if ratio is not None]
     if not known:
         return "does not get there"
@@ -313,6 +324,7 @@ def verdict(ratios: Sequence[float | None]) -> str:
     found = interval(known)
     assert found is not None
     mean, half = found
+    half = math.hypot(half, mean * of_step)
     return "faster" if mean + half < 1 else "slower" if mean - half > 1 else "cannot tell"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sparseft.bench import time_to_loss
-from sparseft.bench.time_to_loss import Study, compare, median_batch, reached, seconds_at, verdict
+from sparseft.bench.time_to_loss import Study, compare, median_batch, reached, seconds_at, step_error, verdict
 from sparseft.compose.run_config import compose, from_dict
 from sparseft.data.loading import load_datasets
 from sparseft.data.packing import Collator
@@ -123,7 +123,8 @@ def test_choosing_counts_until_the_step_is_done() -> None:
 
 
 def test_a_reference_that_learns_nothing_is_no_measure() -> None:
-    entry = {"step_seconds": 2.0, "selection_seconds": [0.0], "reselect_steps": 0, "reselection_seconds": [0.0]}
+    entry = {"step_seconds": 2.0, "selection_seconds": [0.0], "reselect_steps": 0, "reselection_seconds": [0.0],
+             "step_error": 0.0}  # fmt: skip
     for last in (5.0, math.nan):
         found: dict[str, Any] = {name: entry | {"curves": [[(0, 4.0), (10, loss)]]} for name, loss in
                                  (("LoRA", last), ("S2FT", 3.0))}  # fmt: skip
@@ -196,3 +197,12 @@ def test_the_settings_of_a_run_are_the_variant_s(studied: tuple[Path, dict[str, 
     config = from_dict(read_yaml_object(run / "config.yaml"))
     assert (config.seed, config.method.reselect_steps, config.trainer.eval_steps) == (1, 2, 2)
     assert config.trainer.learning_rate == result["variants"]["S2FT"]["rate"]
+
+
+def test_what_a_step_takes_has_an_error_of_its_own() -> None:
+    """All seeds have one measurement of it in common: of two variants that take the same steps it is all there is."""
+    same = step_error([1.00, 1.02, 0.97, 1.01], [1.0, 1.0, 1.0, 1.0])
+    assert same == pytest.approx(3.182 * np.std([1.00, 1.02, 0.97, 1.01], ddof=1) / 2)  # by hand: t of three degrees
+    assert verdict([0.997] * 3, same) == "cannot tell" and verdict([0.9] * 3, same) == "faster"
+    assert step_error([3.0, 6.0], [1.0, 2.0]) == 0  # a machine that became slower
+    assert verdict([0.9] * 3, step_error([1.0], [1.0])) == "cannot tell"  # one turn says nothing
