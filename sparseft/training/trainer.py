@@ -139,6 +139,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         )  # fmt: skip
         self.compiled = CompiledLayers(self.model) if compile_layers else None
         self.graphs = args.torch_compile_mode == GRAPHS
+        self.made_up: float | None = None  # the loss at the checkpoint gone on from, where an interrupt left it out
         self.looked = False  # whether the first good step's gradients were looked at
         self._aside: str | None = None
         self.remove_callback(PrinterCallback)
@@ -323,12 +324,21 @@ class Trainer(distributed_trainer.DistributedTrainer):
         with fitting(resume_from_checkpoint, "what was trained"):
             load_trained(self.model if model is None else model, Path(resume_from_checkpoint) / ADAPTER)
 
+    def make_up(self, checkpoint: str) -> None:
+        """Evaluates what a checkpoint holds, as the step did not that an interrupt ended: it may be the best, be what
+        ends the training, or set the next rate."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = transformers.TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        self.made_up = self.evaluate()["eval_loss"]
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))
         with fitting(checkpoint, "the optimizer's state"):
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None:
                 schedules.go_on(self.lr_scheduler, rates, step_of(checkpoint))
+                if self.made_up is not None and self.args.lr_scheduler_type in schedules.MEASURED:
+                    self.lr_scheduler.step(self.made_up)
                 if not self.is_deepspeed_enabled:
                     check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
 

@@ -25,6 +25,7 @@ from sparseft.adapters.lifecycle import trainable_parameters
 from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.errors import RunError
 from sparseft.training.arguments import training_arguments
+from sparseft.training.callbacks import RunCallback
 from sparseft.training.checkpoints import checkpoint_steps, last_checkpoint, step_of
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.run_state import Clock
@@ -509,6 +510,44 @@ def test_an_interrupted_command_exits_130_and_resumes_to_the_same_end(
     assert [line.get("loss") for line in metrics(tmp_path / "run")] == [
         line.get("loss") for line in metrics(tmp_path / "whole")
     ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trainer.keep_best=true"],
+        ["trainer.patience=1", "trainer.learning_rate=1.0"],
+        *(pytest.param([f"trainer.scheduler={name}", f"trainer.scheduler_args={args}"], marks=pytest.mark.slow)
+          for name, args in (("reduce_lr_on_plateau", "{patience: 0, threshold: 0.5}"), ("greedy", "{min_lr: 1e-6, patience: 0, warmup: 0}"))),
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_an_interrupt_in_a_step_that_is_evaluated(
+    words: list[str], data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no time for the evaluation then; going on makes it up, and all that it decides."""
+    words = [*on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=6", "trainer.eval_steps=2",
+             "trainer.warmup_steps=0", "trainer.logging_steps=1", *words]  # fmt: skip
+    sparseft(tmp_path, "train", *words, "output_dir=whole")
+    own = RunCallback.on_step_end
+
+    def interrupted(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.run.interrupted = "SIGINT" if state.global_step == 2 else None
+        own(self, args, state, control, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCallback, "on_step_end", interrupted)
+        sparseft(tmp_path, "train", *words, "output_dir=run", code=130)
+    assert [line["step"] for line in metrics(tmp_path / "run") if "eval_loss" in line] == [0]
+    sparseft(tmp_path, "train", *words, "output_dir=run", "trainer.resume=auto")
+    facts = "step loss eval_loss learning_rate".split()
+    found, wanted = (
+        [{k: line.get(k) for k in facts} for line in metrics(tmp_path / name)] for name in ("run", "whole")
+    )
+    assert found == wanted
+    assert summary(tmp_path / "run").get("best_step") == summary(tmp_path / "whole").get("best_step")
+    for name, value in tensors(tmp_path / "whole").items():
+        assert torch.equal(tensors(tmp_path / "run")[name], value), name
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data: Path, model_folder: Any, tmp_path: Path) -> None:

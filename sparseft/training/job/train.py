@@ -57,6 +57,8 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         trainer.add_callback(samples)
         samples.base()
     before = evaluation(job, trainer, 0, "before")
+    if job.resumed_from is not None and _is_evaluated_late(job, folder):
+        trainer.make_up(job.resumed_from)
     transformers.set_seed(config.seed)  # whatever was drawn before, as by an evaluation, training starts the same
     totals = run_loop(trainer, job.resumed_from, _last_step(job, folder))
     if average is not None:
@@ -103,6 +105,12 @@ def picture(job: Job, trackers: Trackers, step: int) -> None:
 def best_from(job: Job) -> int:
     """The first step whose evaluation may be the best."""
     return max(1, math.ceil(job.config.trainer.best_after * job.total_steps))
+
+
+def _is_evaluated_late(job: Job, folder: Path) -> bool:
+    """Whether the step that is gone on from was to be evaluated, but for an interrupt."""
+    step, every = job.previous.step, job.config.trainer.eval_steps
+    return bool(every) and 0 < step < job.total_steps and step % every == 0 and first_recorded(folder, step) is None
 
 
 def _last_step(job: Job, folder: Path) -> int:
