@@ -100,8 +100,10 @@ class Running(Reselection):
         self.look_away()
         if self._step is not None:
             self._step.reduce()
+            # Each rank's loss is as many times its share as there are ranks. A run may go on with another number.
+            count = ranks.rank_and_world()[1]
             for key, found in self._step.totals.items():  # a step that is not finite counts as little as it trains
-                self.sums.totals[key] += torch.where(found.isfinite().all(), found, 0.0)
+                self.sums.totals[key] += torch.where(found.isfinite().all(), found / count, 0.0)
             self._step = None
         super().on_step_end(args, state, control, **kwargs)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import sparseft
+from sparseft.distributed import ranks
 from sparseft.errors import UserError
 from sparseft.importance.units import sum_units
 from sparseft.layers import sparse_layers
@@ -151,6 +152,23 @@ def test_a_step_that_is_not_finite_counts_nothing(make_model: Any) -> None:
     hook.remove()
     assert torch.equal(running.sums.totals[running.by_module[name][0].key], before[running.by_module[name][0].key])
     assert all(total.isfinite().all() for total in running.sums.totals.values())
+
+
+def test_a_step_weighs_the_same_in_any_number_of_processes(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two ranks each makes one of two micro-steps, with twice its share of the loss, as gradients are averaged."""
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    for count in (1, 2):
+        model, running = watched(make_model, "llama", "columns", 4)
+        monkeypatch.setattr(ranks, "rank_and_world", lambda count=count: (0, count))
+        monkeypatch.setattr(ranks, "all_reduce_sum", lambda tensor: None)  # both ranks' passes are made here
+        running.look(0)
+        for micro in range(2):
+            (model(input_ids=batch(0, micro), labels=batch(0, micro)).loss / 2 * count).backward()
+        running.on_step_end(None, SimpleNamespace(global_step=1, max_steps=999), None, model=model, optimizer=None)
+        seen[count] = {key: total.clone() for key, total in running.sums.totals.items()}
+    assert any(total.any() for total in seen[1].values())
+    for key, total in seen[1].items():
+        assert torch.allclose(seen[2][key], total, rtol=1e-6), key
 
 
 @pytest.mark.parametrize("order", ["largest", "smallest", "sampled"])

@@ -512,16 +512,20 @@ def test_an_interrupted_command_exits_130_and_resumes_to_the_same_end(
     ]
 
 
+PLATEAU = "trainer.scheduler=reduce_lr_on_plateau", "trainer.scheduler_args={patience: 0, threshold: 0.5}"
+GREEDY = "trainer.scheduler=greedy", "trainer.scheduler_args={min_lr: 1e-6, patience: 0}"
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["trainer.keep_best=true"],
         ["trainer.patience=1", "trainer.learning_rate=1.0"],
-        *(pytest.param([f"trainer.scheduler={name}", f"trainer.scheduler_args={args}"], marks=pytest.mark.slow)
-          for name, args in (("reduce_lr_on_plateau", "{patience: 0, threshold: 0.5}"), ("greedy", "{min_lr: 1e-6, patience: 0, warmup: 0}"))),
+        pytest.param(list(PLATEAU), marks=pytest.mark.slow),
+        pytest.param(list(GREEDY), marks=pytest.mark.slow),
     ],
     ids=lambda words: words[0],
-)  # fmt: skip
+)
 def test_an_interrupt_in_a_step_that_is_evaluated(
     words: list[str], data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
