@@ -209,7 +209,9 @@ def weighs_alike(group: Group) -> bool:
 
 
 def run_tasks(lm: Any, tasks: dict[str, Task], groups: dict[str, Group], limit: int | None) -> dict[str, Any]:
-    """lm-eval's results for these tasks, samples included."""
+    """lm-eval's results for these tasks, samples included; with the same shots each time."""
+    for task in tasks.values():  # a sampler draws on from where an evaluation before this one left it
+        task.set_fewshot_seed(seed=SEEDS["other"])
     # Not simple_evaluate: it indexes all of lm-eval's tasks and inspects the machine, ten seconds for nothing here.
     raw = lm_eval.evaluator.evaluate(
         lm=lm,

@@ -29,7 +29,6 @@ from sparseft.runs.environment import package_commit
 from sparseft.runs.folder import ADAPTER
 
 APART = (MT_BENCH, PREFERENCE)  # tasks of ours that lm-eval does not run
-FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
 def prepare(
@@ -246,7 +245,6 @@ def _add_harness(plan: Plan, requested: list[str]) -> None:
             task.set_config(key="num_fewshot", value=config.shots)
         elif default is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
     if config.split == "validation":
         plan.warnings.append(f"eval.split=validation does not apply to lm-eval's own tasks: {', '.join(requested)}.")
 
