@@ -87,30 +87,15 @@ def _alone(messages: list[Message]) -> str:
     return messages[-1]["content"]
 
 
-def _templated(messages: list[Message], tokenizer: Any, prompt: bool = True) -> str:
+def _templated(messages: list[Message], tokenizer: Any) -> str:
     from jinja2.exceptions import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # A template is a program, which may fail in any of these ways.
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         reason = shown(str(error).strip().rstrip("."), 300) or type(error).__name__
         raise UserError(f"the model's chat template refuses this: {reason}.") from error
-
-
-def end_of_turn(tokenizer: Any) -> set[int]:
-    """The token with which the chat template ends an answer, which a model may have learnt to say instead of EOS; empty
-    where there is none."""
-    if not getattr(tokenizer, "chat_template", None):
-        return set()
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _STAND_IN}]
-    try:
-        behind = _templated(messages, tokenizer, prompt=False).partition(_STAND_IN)[2].lstrip()
-    except UserError:  # nothing can be asked of it, which is said where something is
-        return set()
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    marks = [token for token in special if behind.startswith(token)]
-    return {tokenizer.convert_tokens_to_ids(max(marks, key=len))} if marks else set()
 
 
 def prompt_ids(form: Form, messages: list[Message], encoder: Encoder) -> list[int]:

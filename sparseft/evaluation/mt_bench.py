@@ -127,7 +127,10 @@ def _chat(asked: Turns, answered: Turns, tokenizer: Any) -> str:
 def answer(lm: Any, questions: list[dict[str, Any]], format: str, max_new_tokens: int) -> list[dict[str, Any]]:
     """One record a question: `prompts` and `turns` (the answers, stripped), and what every sample has.
 
+    from sparseft.data.encoding import end_of_turn
+
     `lm` is the harness's LanguageModel; `format` as `prompt_of` takes it; `max_new_tokens` bounds each turn.
+    ends = sorted(end_of_turn(lm.tokenizer)) if format == "chat" else []
     """
     from lm_eval.api.instance import Instance
 
@@ -143,7 +146,7 @@ def answer(lm: Any, questions: list[dict[str, Any]], format: str, max_new_tokens
             if warmth >= GREEDY_BELOW:
                 sampling = {"do_sample": True, "temperature": warmth, "top_p": 1.0, "top_k": 0}
             prompts[index].append(prompt(questions[index]["turns"][: turn + 1], said[index]))
-            settings = {"until": STOPS[format], "max_gen_toks": max_new_tokens, **PLAIN, **sampling}
+            settings = {"until": STOPS[format], "max_gen_toks": max_new_tokens, "ends": ends, **PLAIN, **sampling}
             requests.append(Instance("generate_until", questions[index], (prompts[index][-1], settings), index))
         for index, text in zip(open_ones, lm.generate_until(requests), strict=True):
             said[index].append(text)

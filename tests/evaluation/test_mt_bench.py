@@ -139,6 +139,21 @@ def test_a_second_bos_is_not_written(tokenizer: Any) -> None:
 
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = "{{ bos_token }}" + TEMPLATE
+def test_an_answer_in_the_chat_form_ends_with_the_turn(folder: Path, make_model: Any, tokenizer: Any) -> None:
+    """Training ends an answer with the template's mark, and puts no EOS behind it."""
+    import copy
+
+    chatty = copy.deepcopy(tokenizer)
+    chatty.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    chatty.chat_template = TEMPLATE.replace("</s>", "<|im_end|>")
+    mark = chatty.convert_tokens_to_ids("<|im_end|>")
+    for prompt, ends in (("chat", [tokenizer.eos_token_id, mark]), ("alpaca", [tokenizer.eos_token_id])):
+        model = Echo(make_model, chatty)
+        plan = prepare(["mt_bench"], EvalConfig(max_new_tokens=16, prompt=prompt), data_dir=str(folder))
+        evaluate(model, chatty, plan)
+        assert [settings["eos_token_id"] for _, settings in model.calls] == [ends] * 5
+
+
     _, chat = prompt_of("chat", chatty)
     assert chat(["Why?"], []) == "<s><user>Why?<assistant>"  # this tokenizer adds none by itself
     chatty.backend_tokenizer.post_processor = TemplateProcessing(
