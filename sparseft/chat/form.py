@@ -14,13 +14,9 @@ from typing import Any
 from sparseft.chat.conversation import Message
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Example, check_encodable
-from sparseft.data.prompts import STOPS, alpaca_conversation, guanaco_conversation, plain_conversation
+from sparseft.data.prompts import AS_MESSAGES, STOPS, alpaca_conversation, guanaco_conversation, plain_conversation
 from sparseft.errors import UserError, shown
 from sparseft.evaluation.target import data_format, prompt_format
-from sparseft.files.untrusted import read_yaml_object
-from sparseft.runs.folder import CONFIG
-
-_STAND_IN = "STANDS7IN7FOR7AN7ANSWER"
 
 Write = Callable[[list[Message]], str]
 
@@ -50,8 +46,8 @@ def find_form(wanted: str, tokenizer: Any, run: Path | None) -> Form:
         why = "by the model's template" if templated else "the tokenizer has no chat template"
     if wanted == "chat" and not templated:
         raise UserError("chat.prompt=chat: the tokenizer has no chat template; use alpaca, guanaco, plain or raw.")
-    if wanted == "auto" and name == "chat" and (not templated or _plain_chat(run)):
-        name = "plain"
+    if name == AS_MESSAGES:
+        name = "chat" if templated else "plain"
     if name == "chat":
         return Form(name, why, lambda messages: _templated(messages, tokenizer))
     write = {
@@ -61,13 +57,6 @@ def find_form(wanted: str, tokenizer: Any, run: Path | None) -> Form:
         "raw": _alone,
     }[name]
     return Form(name, why, write, tuple(STOPS[name]))
-
-
-def _plain_chat(run: Path | None) -> bool:
-    """Whether a run wrote chats without the template (`dataset.plain_chat`)."""
-    if run is None or not (run / CONFIG).is_file():
-        return False
-    return bool((read_yaml_object(run / CONFIG).get("dataset") or {}).get("plain_chat"))
 
 
 def _turns(write: Callable[..., str]) -> Write:
