@@ -82,7 +82,7 @@ def evaluate(
         mt_bench.prompt_of(plan.prompt, tokenizer)  # refused now, not after hours of other tasks
     if PREFERENCE in plan.requested:
         assert plan.pairs is not None
-        pairs = preference.held_out(plan.pairs, tokenizer, model)  # likewise
+        pairs = preference.held_out(plan.pairs, tokenizer, model, plan.pairs_of)  # likewise
     parts = []
     with harness.undisturbed(model), harness.quiet(progress):
         lm = harness.LanguageModel(model, tokenizer, config.batch_size, max_length)
