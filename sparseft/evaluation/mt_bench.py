@@ -98,7 +98,12 @@ def prompt_of(format: str, tokenizer: Any) -> tuple[str, Prompt]:
         if not template:
             raise UserError("eval.prompt=chat: the tokenizer has no chat template; use eval.prompt=alpaca or guanaco.")
         return format, lambda asked, answered: _chat(asked, answered, tokenizer)
-    write = {"alpaca": alpaca_conversation, "guanaco": guanaco_conversation, "plain": plain_conversation}[format]
+    forms: dict[str, Callable[..., str]] = {
+        "alpaca": alpaca_conversation,
+        "guanaco": guanaco_conversation,
+        "plain": plain_conversation,
+    }
+    write = forms[format]
 
     def written(asked: Turns, answered: Turns) -> str:
         # An answer as it was generated may lack the space that training has before it, or end in line breaks.
