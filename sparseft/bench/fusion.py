@@ -298,15 +298,24 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             row = [name]
             for skill in result["skills"]:
                 numbers = by_skill[skill]
-                kept = "" if way in (BASE, skill) else shown(numbers["kept"], 100, ".0f")
+                kept = "" if way in (BASE, skill) else _kept(numbers["kept"])
                 row += [shown(numbers["accuracy"], 100, ".1f"), kept, shown(numbers["eval_loss"], 1, ".3f")]
             rows.append(row)
     return columns, rows
 
 
+def _kept(shares: list[float | None]) -> str:
+    """The mean over the seeds in which there was a gain to keep, and of how many seeds it is where that is not all."""
+    known = sum(share is not None for share in shares)
+    return shown(shares, 100, ".0f") + (f" ({known} of {len(shares)} seeds)" if 0 < known < len(shares) else "")
+
+
 def notes(result: dict[str, Any]) -> list[str]:
     """What is chosen, what overlaps, and what disjoint adapters gain."""
-    lines = ["kept: what is left of a skill's own gain over the base; ± 95 % intervals over seeds (Student's t)"]
+    lines = [
+        "kept: what is left of a skill's own gain over the base, of seeds in which it gained; ± 95 % intervals over "
+        "seeds (Student's t)"
+    ]
     for variant, entry in result["variants"].items():
         rates = ", ".join(f"{s} {r['rate']:g}" for s, r in entry["rates"].items() if r["rate"] is not None)
         if rates:

@@ -14,13 +14,9 @@ from typing import Any
 from sparseft.chat.conversation import Message
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Example, check_encodable
-from sparseft.data.prompts import STOPS, alpaca_conversation, guanaco_conversation, plain_conversation
+from sparseft.data.prompts import AS_MESSAGES, STOPS, alpaca_conversation, guanaco_conversation, plain_conversation
 from sparseft.errors import UserError, shown
 from sparseft.evaluation.target import data_format, prompt_format
-from sparseft.files.untrusted import read_yaml_object
-from sparseft.runs.folder import CONFIG
-
-_STAND_IN = "STANDS7IN7FOR7AN7ANSWER"
 
 Write = Callable[[list[Message]], str]
 
@@ -50,8 +46,8 @@ def find_form(wanted: str, tokenizer: Any, run: Path | None) -> Form:
         why = "by the model's template" if templated else "the tokenizer has no chat template"
     if wanted == "chat" and not templated:
         raise UserError("chat.prompt=chat: the tokenizer has no chat template; use alpaca, guanaco, plain or raw.")
-    if wanted == "auto" and name == "chat" and (not templated or _plain_chat(run)):
-        name = "plain"
+    if name == AS_MESSAGES:
+        name = "chat" if templated else "plain"
     if name == "chat":
         return Form(name, why, lambda messages: _templated(messages, tokenizer))
     write = {
@@ -61,13 +57,6 @@ def find_form(wanted: str, tokenizer: Any, run: Path | None) -> Form:
         "raw": _alone,
     }[name]
     return Form(name, why, write, tuple(STOPS[name]))
-
-
-def _plain_chat(run: Path | None) -> bool:
-    """Whether a run wrote chats without the template (`dataset.plain_chat`)."""
-    if run is None or not (run / CONFIG).is_file():
-        return False
-    return bool((read_yaml_object(run / CONFIG).get("dataset") or {}).get("plain_chat"))
 
 
 def _turns(write: Callable[..., str]) -> Write:
@@ -87,30 +76,15 @@ def _alone(messages: list[Message]) -> str:
     return messages[-1]["content"]
 
 
-def _templated(messages: list[Message], tokenizer: Any, prompt: bool = True) -> str:
+def _templated(messages: list[Message], tokenizer: Any) -> str:
     from jinja2.exceptions import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # A template is a program, which may fail in any of these ways.
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         reason = shown(str(error).strip().rstrip("."), 300) or type(error).__name__
         raise UserError(f"the model's chat template refuses this: {reason}.") from error
-
-
-def end_of_turn(tokenizer: Any) -> set[int]:
-    """The token with which the chat template ends an answer, which a model may have learnt to say instead of EOS; empty
-    where there is none."""
-    if not getattr(tokenizer, "chat_template", None):
-        return set()
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _STAND_IN}]
-    try:
-        behind = _templated(messages, tokenizer, prompt=False).partition(_STAND_IN)[2].lstrip()
-    except UserError:  # nothing can be asked of it, which is said where something is
-        return set()
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    marks = [token for token in special if behind.startswith(token)]
-    return {tokenizer.convert_tokens_to_ids(max(marks, key=len))} if marks else set()
 
 
 def prompt_ids(form: Form, messages: list[Message], encoder: Encoder) -> list[int]:

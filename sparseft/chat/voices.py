@@ -13,9 +13,9 @@ from sparseft.adapters.description import read_config
 from sparseft.adapters.lifecycle import load_adapter, set_adapter
 from sparseft.adapters.state import state_of
 from sparseft.chat.answer import Memory, set_up
-from sparseft.chat.form import Form, end_of_turn, find_form
+from sparseft.chat.form import Form, find_form
 from sparseft.config import ModelConfig, RunConfig
-from sparseft.data.encoding import Encoder, generation_ends
+from sparseft.data.encoding import Encoder, end_of_turn, generation_ends
 from sparseft.errors import UserError, nearest, nearest_path, where_looked
 from sparseft.evaluation.target import Target, find_target, load_target
 from sparseft.runs import folder as runs

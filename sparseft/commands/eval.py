@@ -46,7 +46,7 @@ def run(
     names = expand_tasks(list(tasks), data_dir=data_dir)
     with console.working("reading the questions"):
         plan = prepare(names, config.eval, data_dir=data_dir)
-    plan.pairs = preference.settings(config, target.folder, overrides)
+    plan.pairs, plan.pairs_of = preference.settings(config, target.folder, overrides)
     plan.prompt = prompt_format(config.eval.prompt, target.folder)
     with Answers() as answers:
 

@@ -17,6 +17,7 @@ from sparseft import console
 from sparseft.data.files import KINDS, is_read, open_files
 from sparseft.data.readers import Item
 from sparseft.data.records import Source
+from sparseft.data.tables import without_nulls
 from sparseft.errors import UserError, nearest, reason_of, shown
 
 HUB_RECORDS = 256  # read at once
@@ -145,6 +146,7 @@ def _table(table: Any, name: str) -> Source:
 
 def _record(item: dict[str, Any]) -> dict[str, Any]:
     """A row as a record. Those of WebDataset have a field a file: the record's own is in that of JSON, else a text."""
+    item = without_nulls(item)
     if "__key__" not in item:
         return item
     if isinstance(item.get("json"), dict):

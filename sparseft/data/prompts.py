@@ -37,6 +37,7 @@ STOPS = {
     "chat": [],
     "raw": [],
 }
+AS_MESSAGES = "messages"  # the form of a run on chats: `chat` where the tokenizer has a template, else `plain`
 
 # The first words of LLM-Adapters' questions with a choice of answers.
 CHOOSE_ANSWER = "Please choose the correct answer to the question: "

@@ -86,7 +86,21 @@ def _rows(batches: Iterator[Any], size: int) -> Iterator[Item]:
         share = batch.nbytes // max(1, batch.num_rows)
         for item in batch.to_pylist():
             number += 1
-            yield number, item, share
+            yield number, without_nulls(item), share
+
+
+def without_nulls(item: dict[str, Any]) -> dict[str, Any]:
+    """A row without the empty fields of the objects in it: the structs of a column all have the same fields, so a tool
+    call that lacks an argument of another call gets it as null."""
+    return {key: _present(value) for key, value in item.items()}
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _present(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list) and any(isinstance(each, dict | list) for each in value):
+        return [_present(each) for each in value]
+    return value
 
 
 def comma_separated(file: Path, source: str) -> Iterator[Item]:

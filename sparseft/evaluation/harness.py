@@ -131,7 +131,8 @@ class LanguageModel(HFLM):
         return {**others, "max_gen_toks": allowed}
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **generation: Any) -> Any:
-        """Token ids (batch, prompt + generated); `context` (batch, prompt) is padded on the left."""
+        """Token ids (batch, prompt + generated); `context` (batch, prompt) is padded on the left. Of `generation`,
+        `ends` are ids that end an answer besides the model's own."""
         if not generation.get("do_sample"):
             generation.pop("temperature", None)  # greedy has none, and transformers warns about it
         end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
@@ -142,7 +143,7 @@ class LanguageModel(HFLM):
             # Not max_length: a max_new_tokens in the model's own generation settings would overrule it.
             max_new_tokens=max_length - context.shape[1],
             stopping_criteria=transformers.StoppingCriteriaList(criteria),
-            eos_token_id=self.ends or None,
+            eos_token_id=sorted({*self.ends, *generation.pop("ends", ())}) or None,
             pad_token_id=self.tokenizer.pad_token_id,
             use_cache=True,
             **generation,
@@ -209,7 +210,9 @@ def weighs_alike(group: Group) -> bool:
 
 
 def run_tasks(lm: Any, tasks: dict[str, Task], groups: dict[str, Group], limit: int | None) -> dict[str, Any]:
-    """lm-eval's results for these tasks, samples included."""
+    """lm-eval's results for these tasks, samples included; with the same shots each time."""
+    for task in tasks.values():  # a sampler draws on from where an evaluation before this one left it
+        task.set_fewshot_seed(seed=SEEDS["other"])
     # Not simple_evaluate: it indexes all of lm-eval's tasks and inspects the machine, ten seconds for nothing here.
     raw = lm_eval.evaluator.evaluate(
         lm=lm,

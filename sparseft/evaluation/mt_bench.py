@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparseft.data.prompts import ASSISTANT, STOPS, alpaca_conversation, human_turn
+from sparseft.data.prompts import AS_MESSAGES, STOPS, alpaca_conversation, guanaco_conversation, plain_conversation
 from sparseft.errors import UserError
 from sparseft.files.atomic import dumps, write_text
 from sparseft.files.untrusted import parse_json, why
@@ -88,27 +88,28 @@ def temperature(question: dict[str, Any]) -> float:
 
 
 def prompt_of(format: str, tokenizer: Any) -> tuple[str, Prompt]:
-    """`(alpaca | guanaco | chat, the function that writes such prompts)`; `auto` is chat where the tokenizer has a
-    template, else alpaca. UserError for chat without a template."""
+    """`(alpaca | guanaco | chat | plain, the function that writes such prompts)`; `auto` is chat where the tokenizer
+    has a template, else alpaca, and AS_MESSAGES (`target.prompt_format`) chat or plain. UserError for chat without a
+    template."""
     template = getattr(tokenizer, "chat_template", None)
-    if format == "auto":
-        format = "chat" if template else "alpaca"
+    if format in ("auto", AS_MESSAGES):
+        format = "chat" if template else "alpaca" if format == "auto" else "plain"
     if format == "chat":
         if not template:
             raise UserError("eval.prompt=chat: the tokenizer has no chat template; use eval.prompt=alpaca or guanaco.")
         return format, lambda asked, answered: _chat(asked, answered, tokenizer)
-    return format, {"alpaca": _alpaca, "guanaco": _guanaco}[format]
+    forms: dict[str, Callable[..., str]] = {
+        "alpaca": alpaca_conversation,
+        "guanaco": guanaco_conversation,
+        "plain": plain_conversation,
+    }
+    write = forms[format]
 
+    def written(asked: Turns, answered: Turns) -> str:
+        # An answer as it was generated may lack the space that training has before it, or end in line breaks.
+        return write(zip(asked, (text.strip() for text in answered), strict=False), asked[-1])
 
-def _alpaca(asked: Turns, answered: Turns) -> str:
-    return alpaca_conversation(zip(asked, answered, strict=False), asked[-1])
-
-
-def _guanaco(asked: Turns, answered: Turns) -> str:
-    text = ""
-    for question, answer in zip(asked, [*answered, ""], strict=True):
-        text += human_turn(question) + ASSISTANT + answer
-    return text
+    return format, written
 
 
 def _chat(asked: Turns, answered: Turns, tokenizer: Any) -> str:
@@ -131,7 +132,10 @@ def answer(lm: Any, questions: list[dict[str, Any]], format: str, max_new_tokens
     """
     from lm_eval.api.instance import Instance
 
+    from sparseft.data.encoding import end_of_turn
+
     format, prompt = prompt_of(format, lm.tokenizer)
+    ends = sorted(end_of_turn(lm.tokenizer)) if format == "chat" else []
     said: list[Turns] = [[] for _ in questions]
     prompts: list[Turns] = [[] for _ in questions]
     for turn in range(max(len(question["turns"]) for question in questions)):
@@ -143,7 +147,7 @@ def answer(lm: Any, questions: list[dict[str, Any]], format: str, max_new_tokens
             if warmth >= GREEDY_BELOW:
                 sampling = {"do_sample": True, "temperature": warmth, "top_p": 1.0, "top_k": 0}
             prompts[index].append(prompt(questions[index]["turns"][: turn + 1], said[index]))
-            settings = {"until": STOPS[format], "max_gen_toks": max_new_tokens, **PLAIN, **sampling}
+            settings = {"until": STOPS[format], "max_gen_toks": max_new_tokens, "ends": ends, **PLAIN, **sampling}
             requests.append(Instance("generate_until", questions[index], (prompts[index][-1], settings), index))
         for index, text in zip(open_ones, lm.generate_until(requests), strict=True):
             said[index].append(text)

@@ -25,7 +25,7 @@ from sparseft.errors import UserError
 from sparseft.evaluation.tasks import PREFERENCE
 from sparseft.files.untrusted import read_yaml_object
 from sparseft.models.loading import vocabulary_rows
-from sparseft.runs.folder import CONFIG
+from sparseft.runs.folder import CONFIG, check_trained_on
 
 PAIRED = "dpo"  # an objective whose data are pairs
 # Of `dataset`: what names training data, and what only holds for the records of one file.
@@ -34,23 +34,25 @@ OF_RECORDS = {"format", "paths", "language"}
 CPU_BATCH = 8
 
 
-def settings(config: RunConfig, run: Path | None, overrides: Sequence[str]) -> RunConfig:
+def settings(config: RunConfig, run: Path | None, overrides: Sequence[str]) -> tuple[RunConfig, Path | None]:
     """What says which pairs are held out: the run's own settings, with what the command says of data; where it names
-    other training data, the command's alone."""
+    other training data, the command's alone. And the run, where they are a part of its own data, as it read them."""
     keys = {word.lstrip("+~").partition("=")[0] for word in overrides}
     given = {key.removeprefix("dataset.") for key in keys if key.startswith("dataset.")}
     if run is None or "dataset" in keys or given & TRAINED_ON:
-        return dataclasses.replace(config, objective=PAIRED)
+        return dataclasses.replace(config, objective=PAIRED), None
     own = from_dict(read_yaml_object(run / CONFIG))
     if "eval_path" in given:
         given |= OF_RECORDS
     own.dataset = dataclasses.replace(own.dataset, **{name: getattr(config.dataset, name) for name in given})
+    split_off = own.by_preference and not given and not own.dataset.eval_path
     own.objective, own.cache_dir = PAIRED, config.cache_dir
-    return own
+    return own, run if split_off else None
 
 
-def held_out(config: RunConfig, tokenizer: Any, model: Any) -> Preferences:
-    """The pairs. UserError where there are none. Where they have a file of their own, no training data are read."""
+def held_out(config: RunConfig, tokenizer: Any, model: Any, run: Path | None) -> Preferences:
+    """The pairs. UserError where there are none, or where they come from other data than `run` has learnt, which may
+    have been any of them. Where they have a file of their own, no training data are read."""
     try:
         data = _data(config, tokenizer)
     except Unpaired as error:
@@ -58,6 +60,9 @@ def held_out(config: RunConfig, tokenizer: Any, model: Any) -> Preferences:
             f"{PREFERENCE}: {error.source} has one answer a prompt (prompt, completion, label), expected two (prompt, "
             "chosen, rejected); give a file of pairs with dataset.eval_path=FILE."
         ) from error
+    if run is not None:
+        otherwise = "Give the data as they were, or pairs that it has not seen with dataset.eval_path=FILE."
+        check_trained_on(run, data.fingerprint, data.train_source, otherwise)
     check_tokens(data, tokenizer, *vocabulary_rows(model))
     if data.eval_preferences is None:
         raise UserError(f"{PREFERENCE}: no pairs are held out; give dataset.eval_path=FILE.")

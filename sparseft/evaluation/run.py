@@ -29,7 +29,6 @@ from sparseft.runs.environment import package_commit
 from sparseft.runs.folder import ADAPTER
 
 APART = (MT_BENCH, PREFERENCE)  # tasks of ours that lm-eval does not run
-FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
 def prepare(
@@ -83,7 +82,7 @@ def evaluate(
         mt_bench.prompt_of(plan.prompt, tokenizer)  # refused now, not after hours of other tasks
     if PREFERENCE in plan.requested:
         assert plan.pairs is not None
-        pairs = preference.held_out(plan.pairs, tokenizer, model)  # likewise
+        pairs = preference.held_out(plan.pairs, tokenizer, model, plan.pairs_of)  # likewise
     parts = []
     with harness.undisturbed(model), harness.quiet(progress):
         lm = harness.LanguageModel(model, tokenizer, config.batch_size, max_length)
@@ -246,7 +245,6 @@ def _add_harness(plan: Plan, requested: list[str]) -> None:
             task.set_config(key="num_fewshot", value=config.shots)
         elif default is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
     if config.split == "validation":
         plan.warnings.append(f"eval.split=validation does not apply to lm-eval's own tasks: {', '.join(requested)}.")
 

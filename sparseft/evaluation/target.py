@@ -15,6 +15,7 @@ from sparseft.adapters.lifecycle import detach, load_adapter, merge, mergeable
 from sparseft.compose.run_config import from_dict
 from sparseft.config import ModelConfig, RunConfig
 from sparseft.console import warn
+from sparseft.data.prompts import AS_MESSAGES
 from sparseft.data.question_hashes import QuestionHashes
 from sparseft.errors import UserError, nearest_path, shown, where_looked
 from sparseft.files.hub import adapter_folder
@@ -183,5 +184,13 @@ def prompt_format(wanted: str, run: Path | None) -> str:
     """`eval.prompt`, with `auto` the format that the run was trained on where that is a conversation's."""
     if wanted != "auto":
         return wanted
-    known = {"alpaca": "alpaca", "guanaco": "guanaco", "oasst_trees": "guanaco", "messages": "chat"}
+    messages = "plain" if _plain_chat(run) else AS_MESSAGES
+    known = {"alpaca": "alpaca", "guanaco": "guanaco", "oasst_trees": "guanaco", "messages": messages}
     return known.get(str(data_format(run)), "auto")
+
+
+def _plain_chat(run: Path | None) -> bool:
+    """Whether a run wrote chats without the template (`dataset.plain_chat`)."""
+    if run is None or not (run / runs.CONFIG).is_file():
+        return False
+    return bool((read_yaml_object(run / runs.CONFIG).get("dataset") or {}).get("plain_chat"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparseft.config import BUNDLED, BUNDLED_ROOT, EvalConfig, RunConfig, in_bundle
@@ -105,6 +106,7 @@ class Plan:
     harness_tasks: dict[str, Task] = field(default_factory=dict)  # lm-eval's own, by lm-eval's names
     harness_groups: dict[str, Group] = field(default_factory=dict)
     pairs: RunConfig | None = None  # what says which pairs `preference` asks for
+    pairs_of: Path | None = None  # the run whose own training data hold them
     questions: list[dict[str, Any]] = field(default_factory=list)  # of MT-Bench
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # to put beside the results of a task or group
     warnings: list[str] = field(default_factory=list)

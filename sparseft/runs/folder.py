@@ -280,6 +280,19 @@ def check_own(run: str | Path) -> None:
             )
 
 
+def check_trained_on(run: Path, fingerprint: str, source: str, otherwise: str) -> None:
+    """Refuses other training examples, read from `source`, than the run's own, say from a file that has changed since;
+    `otherwise` says what to do."""
+    path = run / ENVIRONMENT
+    data = read_json_object(path).get("data") if path.is_file() else None
+    known = data.get("fingerprint") if isinstance(data, dict) else None
+    if known not in (None, fingerprint):
+        raise UserError(
+            f"the training examples are not those that the run in '{run}' was trained on: did {source} or the "
+            f"tokenizer change? {otherwise}"
+        )
+
+
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a folder is a checkpoint of a run, which holds an adapter as a run does."""
     path = Path(path).resolve()

@@ -14,7 +14,16 @@ from sparseft.distributed.env import processes
 from sparseft.errors import UserError
 from sparseft.files.untrusted import read_json, read_json_object, read_yaml_object
 from sparseft.rules import show
-from sparseft.runs.folder import BEST, CHECKPOINTS, CONFIG, ENVIRONMENT, check_own, delete_leftovers, is_run
+from sparseft.runs.folder import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    check_own,
+    check_trained_on,
+    delete_leftovers,
+    is_run,
+)
 from sparseft.training.checkpoints import STATE, good_checkpoint, prune, step_of
 
 # Settings that a run may be continued with other values of; all others decide what it trains, on what and how, and
@@ -79,16 +88,11 @@ class Previous:
             f"run of {total_steps} steps has it there"
         )
 
-    def check_data(self, fingerprint: str) -> None:
-        """Refuses other training examples than the run's own, say from a file that has changed since."""
-        path = self.folder / ENVIRONMENT
-        data = read_json_object(path).get("data") if path.is_file() else None
-        known = data.get("fingerprint") if isinstance(data, dict) else None
-        if self.checkpoint and known not in (None, fingerprint):
-            raise UserError(
-                f"the training examples are not those that the run in '{self.folder}' was trained on: did the data "
-                "file or the tokenizer change? Give the same data, or start anew in another output_dir."
-            )
+    def check_data(self, fingerprint: str, source: str) -> None:
+        """Refuses other training examples, read from `source`, than the run's own."""
+        if self.checkpoint:
+            otherwise = "Give the same data, or start anew in another output_dir."
+            check_trained_on(self.folder, fingerprint, source, otherwise)
 
 
 def previous_run(config: RunConfig) -> Previous | None:

@@ -17,7 +17,7 @@ import transformers
 
 from sparseft import console
 from sparseft.data.chat import Chats
-from sparseft.data.encoding import Encoder
+from sparseft.data.encoding import Encoder, end_of_turn
 from sparseft.data.files import locate_file, open_file
 from sparseft.data.formats import Converter, Example, Plain
 from sparseft.data.loading import no_row
@@ -112,13 +112,13 @@ class Asked:
     def __init__(self, prompts: list[Prompt], tokenizer: Any, format: str, plain_chat: bool) -> None:
         self.prompts, self.tokenizer = prompts, tokenizer
         encoder = Encoder(tokenizer)
-        self.ends = sorted(encoder.ends)
         chats = Chats(encoder, plain_chat) if format == "messages" else None
         if chats is not None:
             form = "plain" if chats.plainly else "chat"
         else:
             form = "guanaco" if format == "oasst_trees" else format
         self.stops = STOPS.get(form, [])  # prompts and plain texts have none
+        self.ends = sorted(encoder.ends | (end_of_turn(tokenizer) if form == "chat" else set()))
         examples = [_example(prompt, format, chats) for prompt in prompts]
         self.ids = [[token for ids, _ in segments for token in ids] for segments in encoder.encode(examples)]
 

@@ -49,6 +49,7 @@ class Trimming:
     config: RunConfig  # the run's, on this machine
     budget: float
     source: str
+    own_data: bool = True  # the data are those that the run was trained on, as its settings say
 
     @staticmethod
     def find(run: str | None, config: RunConfig, overrides: Sequence[str], budget: float, source: str) -> Trimming:
@@ -69,10 +70,11 @@ class Trimming:
                 "the loss of imitation."
             )
         keys = {word.lstrip("+~").partition("=")[0] for word in overrides}
+        recorded = own.dataset, own.trainer.max_length
         own.dataset = config.dataset if "dataset" in keys else _changed(own.dataset, config.dataset, "dataset", keys)
         own.trainer = _changed(own.trainer, config.trainer, "trainer", keys)
         own.model, own.hardware, own.cache_dir = target.model, config.hardware, config.cache_dir
-        return Trimming(target, own, budget, source)
+        return Trimming(target, own, budget, source, recorded == (own.dataset, own.trainer.max_length))
 
     def run(self) -> tuple[nn.Module, dict[str, Any]]:
         """The model with its adapter cut back, and what was done to it and came of it."""
@@ -81,6 +83,9 @@ class Trimming:
         tokenizer = load_tokenizer(config.model)
         general = source_data(config, self.source, tokenizer)
         data = data_of(config, tokenizer)
+        if self.own_data and self.target.folder is not None:
+            otherwise = "Give the data as they were, or others with dataset.train_path=FILE."
+            runs.check_trained_on(self.target.folder, data.fingerprint, data.train_source, otherwise)
         model, _ = load_target(self.target, config)
         for each in (data, general):
             check_tokens(each, tokenizer, *vocabulary_rows(model))

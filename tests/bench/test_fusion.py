@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sparseft as library
-from sparseft.bench.fusion import overlap
+from sparseft.bench.fusion import overlap, table
 from sparseft.bench.intervals import interval
 from sparseft.compose.run_config import from_dict
 from sparseft.data.loading import load_datasets
@@ -137,6 +137,22 @@ def test_it_goes_on_with_what_is_missing(studied: tuple[Path, dict[str, Any]]) -
     assert stored["variants"] == result["variants"]
     message = refused(folder, *STUDY, "trainer.max_steps=4")
     assert "holds a run with other settings" in message
+
+
+def test_what_is_kept_says_of_how_many_seeds_it_is() -> None:
+    """A seed whose own adapter gained nothing has nothing to keep."""
+
+    def cells(kept: list[float | None]) -> list[str]:
+        numbers = {"accuracy": [0.5] * 3, "eval_loss": [1.0] * 3, "kept": kept}
+        entry = {"weight": {}, "ways": {"fused": {"gsm8k": numbers}}}
+        return table({"skills": ["gsm8k"], "variants": {"LoRA": entry}})[1][0]
+
+    assert [cells(kept)[2] for kept in ([0.5] * 3, [0.5, None, 0.5], [None, 0.5, None], [None] * 3)] == [
+        "50 ± 0",
+        "50 ± 0 (2 of 3 seeds)",
+        "50 (1 of 3 seeds)",
+        "-",
+    ]
 
 
 def test_interval() -> None:

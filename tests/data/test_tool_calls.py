@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparseft.config import DatasetConfig
 from sparseft.data.encoding import Encoder, tokenize
+from sparseft.data.loading import load_datasets
 from sparseft.errors import UserError
 from support.data import BOS, EOS, convert_messages, make_tokenizer, records_of
 
@@ -141,3 +144,44 @@ def test_calls_of_others_are_read_and_not_learnt() -> None:
 def test_what_is_no_call_is_refused_with_its_place(record: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         convert_messages(records_of(record), tokenizer_of("tojson"))
+
+
+def test_a_table_gives_a_call_no_arguments_of_another(tmp_path: Path) -> None:
+    """Arrow gives all structs of a column the same fields; JSON lines keep a null that was written."""
+    import datasets
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    def asking(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        record = openai(arguments)
+        record["messages"][2]["tool_calls"][0]["function"]["name"] = name
+        properties = {key: {"type": "string"} for key in arguments}
+        schema = {"name": name, "parameters": {"type": "object", "properties": properties}}
+        return record | {"tools": [{"type": "function", "function": schema}]}
+
+    records = [
+        asking("weather", {"city": "Rome"}),
+        asking("pay", {"amount": 3, "to": [{"name": "Ann"}, {"iban": "X"}]}),
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "a.jsonl").write_text(lines)
+    table = pyarrow.Table.from_pylist(records)
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    pyarrow.feather.write_feather(table, str(tmp_path / "c.arrow"))
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "d"))
+
+    tokenizer = tokenizer_of("tojson")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ t.function.name }}", "{{ t | tojson }}")
+
+    def examples(name: str) -> list[Any]:
+        config = DatasetConfig(train_path=str(tmp_path / name), eval_fraction=0.0)
+        cache = tmp_path / "cache"
+        return list(load_datasets(config, tokenizer, max_length=4000, seed=0, bundled=False, cache_dir=cache).train)
+
+    expected = examples("a.jsonl")
+    assert len(expected) == 2
+    for name in ("b.parquet", "c.arrow", "d"):
+        assert examples(name) == expected
+    (tmp_path / "e.jsonl").write_text(lines.replace('"Rome"', "null"))
+    assert '{"city": null}' in tokenizer.decode(examples("e.jsonl")[0]["input_ids"])

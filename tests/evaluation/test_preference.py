@@ -66,6 +66,26 @@ def test_the_base_alone_and_data_of_ones_own(tmp_path: Path) -> None:
     assert message.startswith("dataset.eval_path: there is no file 'no.jsonl'")
 
 
+def test_pairs_of_a_file_that_has_changed_since_are_refused(tmp_path: Path) -> None:
+    """Split anew, what the run has learnt would count as held out."""
+    lines = [json.dumps(pair) + "\n" for pair in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    words = ["objective=simpo", "method=s2ft", "hardware=cpu", "dataset=preference", "dataset.train_path=pairs.jsonl"]
+    words += ["dataset.eval_path=null", "dataset.eval_fraction=0.25", "trainer.max_steps=1", "trainer.max_length=64"]
+    sparseft(tmp_path, "train", *words, "output_dir=run")
+    asked = ["eval", "preference", "--run", "run", "eval.compare_base=false"]
+    assert sparseft(tmp_path, *asked, "--json").json["tasks"]["preference"]["samples"] == 6
+    (tmp_path / "pairs.jsonl").write_text("".join(lines[4:] + lines[:4]))
+    message = refused(tmp_path, *asked)
+    assert message.startswith("the training examples are not those that the run in ")
+    assert (
+        "did pairs.jsonl or the tokenizer change? Give the data as they were, or pairs that it has not seen" in message
+    )
+    (tmp_path / "others.jsonl").write_text("".join(lines[:3]))
+    found = sparseft(tmp_path, *asked, "dataset.eval_path=others.jsonl", "--json").json
+    assert found["tasks"]["preference"]["samples"] == 3
+
+
 def test_pairs_in_a_file_of_their_own_need_no_training_data(tmp_path: Path) -> None:
     """Of a run that learnt something else, and of the base; of a run, its prompts are its own."""
     lines = "".join(json.dumps(pair) + "\n" for pair in PAIRS[:5])

@@ -495,6 +495,46 @@ def test_lm_evals_own_task_of_the_same_name(model: Any, tokenizer: Any, mmlu_fol
     }
 
 
+def test_every_evaluation_draws_the_same_shots(model: Any, tokenizer: Any, mmlu_folder: Path) -> None:
+    """A plan serves base and adapter, whose answers are compared prompt by prompt: lm-eval's sampler draws on."""
+    import inspect
+
+    import lm_eval
+    from lm_eval.api.samplers import ContextSampler
+    from lm_eval.evaluator import evaluate as evaluate_theirs
+
+    from sparseft.evaluation.harness import LanguageModel
+    from sparseft.evaluation.mmlu import build_task
+
+    lines = "".join(f"Dev {number}?,a,b,c,d,A\n" for number in range(12))
+    (mmlu_folder / "mmlu" / "dev" / "anatomy_dev.csv").write_text(lines)
+
+    def drawing() -> Any:
+        task = build_task("anatomy", "test", 12, str(mmlu_folder))
+        task.set_config("num_fewshot", 3)
+        task.sampler = ContextSampler(list(task.fewshot_docs()))
+        return task
+
+    def planned() -> Any:
+        plan = prepare(["mmlu_anatomy"], EvalConfig(shots=1), data_dir=str(mmlu_folder))
+        plan.tasks = {"mmlu_anatomy": drawing()}
+        return plan
+
+    def prompts(plan: Any) -> list[str]:
+        return [record["prompt"] for record in evaluate(model, tokenizer, plan)["samples"]["mmlu_anatomy"]]
+
+    plan = planned()
+    first = prompts(plan)
+    assert len(set(first)) == 3 and first == prompts(plan) == prompts(planned())
+
+    task = drawing()
+    task.set_fewshot_seed(inspect.signature(lm_eval.simple_evaluate).parameters["fewshot_random_seed"].default)
+    lm = LanguageModel(model, tokenizer, 8, None)
+    raw = evaluate_theirs(lm=lm, task_dict={"tasks": {"mmlu_anatomy": task}, "groups": {}}, log_samples=True)
+    theirs = raw["samples"]["mmlu_anatomy"]
+    assert [sample["arguments"][0][0] for sample in sorted(theirs, key=lambda each: each["doc_id"])] == first
+
+
 # Surroundings
 
 

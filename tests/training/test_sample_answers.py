@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
@@ -115,6 +116,26 @@ def test_an_answer_ends_where_a_question_of_its_own_begins(tokenizer: Any) -> No
             return torch.cat([input_ids, torch.tensor([said])], 1)
 
     assert asked.answers(Model(), 0) == [("it is 5", False)]
+
+
+def test_an_answer_ends_with_the_turn_of_the_template(tokenizer: Any) -> None:
+    """Training ends an answer with the template's mark, and puts no EOS behind it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = TEMPLATE.replace("</s>", "<|im_end|>")
+    mark = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    asked = Asked([Prompt(QUESTION, "here")], tokenizer, "messages", False)
+    assert asked.ends == [tokenizer.eos_token_id, mark]
+
+    class Model(torch.nn.Module):
+        device, config = torch.device("cpu"), transformers.LlamaConfig(max_position_embeddings=512)
+
+        def generate(self, input_ids: torch.Tensor, eos_token_id: list[int], **_: Any) -> torch.Tensor:
+            said = [*tokenizer("it is 5").input_ids, mark, *tokenizer("and so on").input_ids]
+            return torch.cat([input_ids, torch.tensor([said])], 1)
+
+    assert asked.answers(Model(), 0) == [("it is 5", False)]
+    assert Asked([Prompt(QUESTION, "here")], tokenizer, "messages", True).ends == [tokenizer.eos_token_id]
 
 
 # ---- in a run ----

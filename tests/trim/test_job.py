@@ -156,6 +156,20 @@ def test_wrong_input_is_refused_and_leaves_nothing(words: list[str], expected: l
     assert {path for path in files(world) if ".cache" not in path} == before
 
 
+def test_data_that_have_changed_since_are_refused(world: Path) -> None:
+    story = [f"{number} plus 3 is {number + 3}, as anyone who counts knows." for number in range(40)]
+    (world / "story.txt").write_text("\n\n".join(story))
+    words = [*TRAIN, *METHODS["s2ft"], "dataset.train_path=story.txt", "trainer.max_steps=1", "output_dir=told"]
+    run(world, *words)
+    (world / "story.txt").write_text("\n\n".join(reversed(story)))
+    trimming = ["trim", "told", "--forget", "9", "--source", SOURCE, "--out", "told-trimmed"]
+    message = refused(world, *trimming)
+    assert message.startswith("the training examples are not those that the run in ")
+    assert "did story.txt or the tokenizer change? Give the data as they were" in message
+    assert not (world / "told-trimmed").exists()
+    run(world, *trimming, "dataset.train_path=story.txt", "dataset.max_examples=30")
+
+
 def test_ctrl_c_leaves_nothing(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -31,7 +31,7 @@ def set_up(config: RunConfig, previous: resuming.Previous | None) -> Job:
     data = prepared.data
     reset_peak_memory(prepared.device)
     if previous is not None:
-        previous.check_data(data.fingerprint)
+        previous.check_data(data.fingerprint, data.train_source)
     if config.trainer.eval_steps and data.eval is None:
         raise UserError(
             f"trainer.eval_steps={config.trainer.eval_steps}: there are no evaluation examples; give "
