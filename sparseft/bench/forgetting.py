@@ -43,6 +43,7 @@ class Examples:
     target: dict[int, dict[str, list[Any]]]
     source: dict[str, dict[str, list[Any]]]
     key: dict[int, dict[str, str]]  # by seed: which examples these are
+    trained: dict[int, tuple[str, str]]  # by seed: the training data's fingerprint, and where they come from
     pad: int
 
     def first_alike(self, seeds: Sequence[int]) -> list[int]:
@@ -78,7 +79,7 @@ def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples
         few = sorted(seeded_first(min(SOURCE_EXAMPLES, len(keys)), len(keys), 0, "source"))
         source[path] = halves([data.train[at] for at in few], [keys[at] for at in few], f"bench.source: '{path}'")
         of_source[path] = data.fingerprint
-    key, bundled = {}, model.path.startswith(BUNDLED)
+    key, trained, bundled = {}, {}, model.path.startswith(BUNDLED)
     for run in runs:
         with console.quiet():
             data = data_of(run, tokenizer)
@@ -91,7 +92,8 @@ def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples
         rows = [data.eval[at] for at in range(len(data.eval))]
         target[run.seed] = halves(rows, list(data.eval.example_keys()), "the held-out examples")
         key[run.seed] = {TARGET: data.eval.fingerprint(), **of_source}
-    return Examples(target, source, key, padding_id(tokenizer, vocabulary[0]))
+        trained[run.seed] = data.fingerprint, data.train_source
+    return Examples(target, source, key, trained, padding_id(tokenizer, vocabulary[0]))
 
 
 def _files_of(source: str) -> set[Path | str]:

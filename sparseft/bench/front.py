@@ -42,6 +42,7 @@ from sparseft.data.files import locate_file
 from sparseft.errors import UserError
 from sparseft.models.loading import load_tokenizer, resolve_device
 from sparseft.report.charts import standalone
+from sparseft.runs.folder import check_trained_on
 from sparseft.training import checks
 
 __all__ = ["markdown", "more_tables", "notes", "page", "run", "table", "title"]  # of a benchmark
@@ -185,6 +186,10 @@ def measure(study: Study) -> dict[str, Any]:
         for number, seed in enumerate(seeds):
             going = [(variant, point) for variant, each in points.items() for point in each if not point.dropped]
             runs = [study.trial(variant, seed, point.rate) for variant, point in going]
+            for trial in runs:
+                if trials.finished(trial) is not None:  # held-out examples of today may be among those it has learnt
+                    where = Path(str(trial.config.output_dir))
+                    check_trained_on(where, *examples.trained[seed], "Give the benchmark another output_dir.")
             for count, _ in enumerate(processes.ahead(_train_and_read, runs) if processes else (), done + 1):
                 progress.update(count)
             for (variant, point), trial in zip(going, runs, strict=True):

@@ -226,12 +226,26 @@ def test_another_source_is_read_without_training(studied: tuple[Path, dict[str, 
 
 def test_the_base_is_read_once_on_the_same_examples() -> None:
     keys = {3: {"target": "a"}, 4: {"target": "b"}, 5: {"target": "a"}}
-    assert forgetting.Examples({}, {}, keys, 0).first_alike([3, 4, 5]) == [3, 4, 3]
+    assert forgetting.Examples({}, {}, keys, {}, 0).first_alike([3, 4, 5]) == [3, 4, 3]
 
 
 def test_another_setting_is_refused(studied: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = studied
     assert "holds a run with other settings" in refused(folder, *STUDY, "trainer.max_steps=4")
+
+
+def test_other_data_than_those_trained_on_are_refused(tmp_path: Path) -> None:
+    """A file that has changed since: what is held out of it now, earlier runs may have learnt."""
+    lines = [json.dumps({"prompt": f"{n} plus {n} is", "completion": f" {2 * n}"}) for n in range(40)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines))
+    words = [word for word in STUDY if not word.startswith(("bench.", "dataset."))]
+    words += [f"bench.source=[{SOURCE}]", "bench.seeds=1", "dataset=json", f"dataset.train_path={data}",
+              "dataset.eval_fraction=0.3", "bench.rates=[1e-3]", "bench.variants=['a: method=lora','b: method=s2ft']"]  # fmt: skip
+    sparseft(tmp_path, *words)
+    data.write_text("\n".join(reversed(lines[:-1])))
+    said = refused(tmp_path, *words)
+    assert "not those that the run in" in said and str(data) in said and "another output_dir" in said
 
 
 def measured(rate: float, points: list[tuple[float, float]], test: list[tuple[float, float]] | None = None) -> Measured:
