@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -340,6 +341,39 @@ def test_what_is_wrong_inside_a_process_keeps_its_exit_code(in_tmp: Path, model_
     message = refused(in_tmp, "train", *on(model_folder(), data), "method=s2ft", TWO, "scope=nowhere", "output_dir=run")
     assert message.startswith("scope=nowhere matches no linear")
     assert not (in_tmp / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], "output_dir 'run' already holds a run: "), (["trainer.resume=auto"], "'run/samples.jsonl' is a link ")],
+)
+def test_what_the_first_process_refuses_all_refuse(
+    in_tmp: Path, model_folder: Any, words: list[str], expected: str
+) -> None:
+    """One task a process: nobody stands over them, and the others would wait for hours."""
+    (in_tmp / "run").mkdir()
+    (in_tmp / "run" / "config.yaml").write_text("seed: 0\n")
+    (in_tmp / "run" / "samples.jsonl").symlink_to(in_tmp / "elsewhere")
+    words = [*on(model_folder(), write_data(in_tmp)["json"]), "method=s2ft", TWO, "output_dir=run", *words]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = PLACE | {"MASTER_PORT": str(free.getsockname()[1])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "sparseft", "train", *words], cwd=in_tmp, stderr=subprocess.PIPE, text=True,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=90)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [2, 2], said
+    errors = [[line for line in text.splitlines() if line.startswith("error: ")] for text in said]
+    assert errors[0] == errors[1] and len(errors[0]) == 1 and expected in errors[0][0], said
+    assert all("Traceback" not in text for text in said)
 
 
 def test_the_result_comes_once_and_the_folder_tells_the_command(in_tmp: Path, model_folder: Any) -> None:
