@@ -314,6 +314,21 @@ def test_ctrl_c_saves_once_and_leaves_no_process(in_tmp: Path, model_folder: Any
     assert gone(children)
 
 
+def test_a_signal_to_every_process_saves_too(in_tmp: Path, model_folder: Any) -> None:
+    """As systemd ends a service: the processes get the signal, and once more from the command that started them."""
+    command = long_run(in_tmp, model_folder())
+    children = command.children()
+    for pid in children:
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.05)
+    command.process.send_signal(signal.SIGTERM)
+    code, out, err = command.end()
+    assert (code, out) == (130, ""), err
+    assert "Traceback" not in err and err.count("SIGTERM: finishing the step and saving") == 1
+    assert len(list((in_tmp / "run" / "checkpoints").iterdir())) == 1
+    assert gone(children)
+
+
 def test_a_process_that_dies_takes_the_others_along(in_tmp: Path, model_folder: Any) -> None:
     command = long_run(in_tmp, model_folder())
     children = command.children()
