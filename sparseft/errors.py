@@ -26,6 +26,10 @@ class RunError(RuntimeError):
             self.last_checkpoint = last_checkpoint
 
 
+class Diverged(RunError):
+    """Training came to losses or weights that are no numbers, which a lower rate may not."""
+
+
 class Interrupted(KeyboardInterrupt):
     """The user, or the system, has ended the work, which saved first: with the last good checkpoint's folder."""
 

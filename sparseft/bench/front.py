@@ -148,9 +148,8 @@ def _check(trial: Trial, config: RunConfig) -> None:
     """Refuses a training that could not start, or could not be held against the others."""
     check_same_data(trial, config)
     theirs, ours = (dataclasses.asdict(each.trainer) for each in (trial.config, config))
-    differing = [
-        key for key in theirs if theirs[key] != ours[key] and key not in ("learning_rate", "average", "eval_steps")
-    ]
+    own = ("learning_rate", "average", "eval_steps")
+    differing = [key for key in theirs if theirs[key] != ours[key] and key not in own]
     if differing:
         raise UserError(f"it sets trainer.{differing[0]}, and all variants take one schedule.")
     data, trainer = trial.config.dataset, trial.config.trainer
@@ -176,7 +175,9 @@ def measure(study: Study) -> dict[str, Any]:
     examples = read_examples(of_first, config.bench.source)
     console.log("bench: reading the base's losses")
     of_base = [study.losses([None], seed, examples)[0] for seed in examples.first_alike(seeds)]
-    points = {variant: [Measured(rate) for rate in study.rates_of(variant)] for variant in study.variants}
+    points = {
+        variant: [Measured(rate, rate or math.nan) for rate in study.rates_of(variant)] for variant in study.variants
+    }
     weights: dict[str, int] = {}
     done, total = 0, len(seeds) * sum(map(len, points.values()))
     with (
@@ -192,14 +193,21 @@ def measure(study: Study) -> dict[str, Any]:
                     check_trained_on(where, *examples.trained[seed], "Give the benchmark another output_dir.")
             for count, _ in enumerate(processes.ahead(_train_and_read, runs) if processes else (), done + 1):
                 progress.update(count)
+            summaries = []
             for (variant, point), trial in zip(going, runs, strict=True):
-                summary = study.summary(trial)
-                weights.setdefault(variant, summary["trainable_parameters"])
-                point.learning_rate = summary["learning_rate"]
+                summaries.append(summary := study.tried(trial))
+                if summary is not None:
+                    weights.setdefault(variant, summary["trainable_parameters"])
+                    point.learning_rate = summary["learning_rate"]
                 done += 1
                 progress.update(max(done, progress.completed))
-            for (_, point), losses in zip(going, study.losses(runs, seed, examples), strict=True):
-                point.add(losses, of_base[number])
+            for variant in points:
+                mine = [at for at, trial in enumerate(runs) if trial.variant == variant]
+                study.check_left([runs[at] for at in mine], [summaries[at] for at in mine])
+            ended = [trial for trial, summary in zip(runs, summaries, strict=True) if summary is not None]
+            read = iter(study.losses(ended, seed, examples))
+            for (_, point), summary in zip(going, summaries, strict=True):
+                point.add(None if summary is None else next(read), of_base[number])
             if seed != seeds[-1]:
                 dropped = sum(drop_hopeless(each, number + 1) for each in points.values())
                 done += dropped * (len(seeds) - number - 1)
@@ -229,8 +237,8 @@ def measure(study: Study) -> dict[str, Any]:
 
 def _train_and_read(shared: tuple[Study, Examples], trial: Trial) -> None:
     study, examples = shared
-    study.summary(trial)
-    study.losses([trial], trial.seed, examples)
+    if study.tried(trial) is not None:
+        study.losses([trial], trial.seed, examples)
 
 
 @dataclass
@@ -238,16 +246,17 @@ class Measured:
     """A variant at one rate: what was read of it, by seed."""
 
     rate: float | None
-    learning_rate: float = math.nan
+    learning_rate: float = math.nan  # that of its trainings
     dropped: int | None = None  # seeds after which it was hopeless
     target: dict[str, list[float]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     forgetting: dict[str, list[float]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     sources: dict[str, list[float]] = field(default_factory=dict)  # the test loss of each
 
-    def add(self, losses: Losses, of_base: Losses) -> None:
-        """One more seed."""
+    def add(self, losses: Losses | None, of_base: Losses) -> None:
+        """One more seed; losses: None where the training diverged."""
         for split in SPLITS:
-            mine = {what: math.nan if loss is None else loss for what, loss in losses[split].items()}
+            known = of_base[split] if losses is None else losses[split]
+            mine = {what: math.nan if losses is None or loss is None else loss for what, loss in known.items()}
             before = of_base[split]
             self.target[split].append(mine.pop(TARGET))
             self.forgetting[split].append(statistics.fmean(loss - before[path] for path, loss in mine.items()))

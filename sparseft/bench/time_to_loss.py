@@ -167,14 +167,15 @@ def _train_ahead(study: Study) -> None:
     """All that is trained, several at once: what chooses the rates, then what is reported."""
     with workers(study.config.bench.jobs, study) as processes:
         assert processes is not None
-        _ahead(processes, [trial for variant in study.variants for trial in _choosing(study, variant)])
+        _ahead(processes, Study.tried, [trial for variant in study.variants for trial in _choosing(study, variant)])
         rates = {variant: _chosen(study, variant)[0] for variant in study.variants}
-        _ahead(processes, [study.trial(variant, seed, rates[variant]) for variant in rates for seed in study.seeds])
+        runs = [study.trial(variant, seed, rates[variant]) for variant in rates for seed in study.seeds]
+        _ahead(processes, Study.summary, runs)
 
 
-def _ahead(processes: Workers, trials: Sequence[Trial]) -> None:
+def _ahead(processes: Workers, work: Callable[[Any, Any], object], trials: Sequence[Trial]) -> None:
     with console.Progress(len(trials), "bench time", unit="run", plain_line_pause=0) as progress:
-        for count, _ in enumerate(processes.ahead(Study.summary, trials), 1):
+        for count, _ in enumerate(processes.ahead(work, trials), 1):
             progress.update(count)
 
 
@@ -185,10 +186,14 @@ def _choosing(study: Study, variant: str) -> list[Trial]:
 
 
 def _chosen(study: Study, variant: str) -> tuple[float | None, list[tuple[float | None, float]]]:
-    """A variant's rate, and the held-out loss of each."""
+    """A variant's rate, and the held-out loss of each: NaN where it diverged."""
     rates = study.rates_of(variant)
+    trials = _choosing(study, variant)
+    summaries = [study.tried(trial) for trial in trials]
+    study.check_left(trials, summaries)
     losses = [
-        (rate, study.summary(t)["eval_loss_after"]) for rate, t in zip(rates, _choosing(study, variant), strict=False)
+        (rate, math.nan if summary is None else summary["eval_loss_after"])
+        for rate, summary in zip(rates, summaries, strict=False)
     ]
     return (min(losses, key=lambda each: (math.isnan(each[1]), each[1]))[0] if losses else rates[0]), losses
 

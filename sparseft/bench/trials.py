@@ -18,9 +18,12 @@ from typing import Any
 from sparseft import console
 from sparseft.compose.run_config import compose, from_dict
 from sparseft.config import RunConfig
-from sparseft.errors import UserError
+from sparseft.errors import Diverged, RunError, UserError
+from sparseft.files.atomic import write_json
 from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.runs.folder import CONFIG, SUMMARY
+
+DIVERGED = "diverged.json"  # in a trial's folder: what its training said, which is not to be done again
 
 
 @dataclass
@@ -144,6 +147,26 @@ class Study:
     def summary(self, trial: Trial) -> dict[str, Any]:
         """What the trial's run says of itself; it is trained where it has not been."""
         return summary_of(trial, self.train)
+
+    def tried(self, trial: Trial) -> dict[str, Any] | None:
+        """`summary`; None where the training of one of several rates diverged, now or when it was done."""
+        if len(self.rates_of(trial.variant)) == 1:
+            return self.summary(trial)
+        mark = Path(str(trial.config.output_dir), DIVERGED)
+        if finished(trial) is None and mark.is_file():
+            return None
+        try:
+            return self.summary(trial)
+        except Diverged as error:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            write_json(mark, {"error": str(error)})
+            console.log(f"bench: {mark.parent.name} diverged and drops out: {error}")
+            return None
+
+    def check_left(self, trials: Sequence[Trial], summaries: Sequence[dict[str, Any] | None]) -> None:
+        """Raises what the first of a variant's trainings has said where all of them, as `tried` tells, diverged."""
+        if trials and all(summary is None for summary in summaries):
+            raise RunError(read_json_object(Path(str(trials[0].config.output_dir), DIVERGED))["error"])
 
 
 def named_variants(config: RunConfig) -> dict[str, list[str]]:

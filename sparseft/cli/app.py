@@ -7,6 +7,7 @@ stderr.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -453,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = typer.main.get_command(app)
     try:
-        code = command.main(_without_job(arguments), prog_name="sparseft", standalone_mode=False)
+        code = command.main(_without_job(_without_local_rank(arguments)), prog_name="sparseft", standalone_mode=False)
     except ClickException as error:
         code = _usage_error(error)
     except (KeyboardInterrupt, typer.Abort):
@@ -468,6 +469,11 @@ def main(argv: list[str] | None = None) -> int:
         console.error(lost)
         return FAILED
     return code or 0
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """DeepSpeed's runner puts `--local_rank=N` before the command; LOCAL_RANK says the same."""
+    return arguments[1:] if arguments and re.fullmatch(r"--local_rank=[0-9]+", arguments[0]) else arguments
 
 
 def _without_job(arguments: list[str]) -> list[str]:

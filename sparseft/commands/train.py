@@ -12,7 +12,7 @@ from sparseft import console
 from sparseft.commands import report
 from sparseft.config import RunConfig
 from sparseft.distributed import env, launch
-from sparseft.distributed.ranks import is_main
+from sparseft.distributed.ranks import from_main, is_main
 from sparseft.errors import UserError
 from sparseft.files.atomic import explained, write_json
 from sparseft.models.loading import load_tokenizer
@@ -27,8 +27,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     """Fine-tunes as configured and returns `summary.json` with the run's folder. The cheap checks come first."""
     console.clear_warnings()
     checks.check_hardware(config)
-    if is_main():  # the others may find what it has made already
-        check_run_folder(config.output_dir, overwrite=config.overwrite, resume=config.trainer.resume is not None)
+    if not env.started():
+        check_folder(config)
     checks.check_trainer(config)
     checks.check_data(config)
     checks.check_excluded(config)
@@ -38,6 +38,10 @@ def run(config: RunConfig) -> dict[str, Any]:
         previous_run(config)  # so that it refuses other settings before any process starts
         return launch.run("train", config)
     with launch.joined(config.hardware):
+        if env.started():
+            # By one for all, once they have met: before, the others would wait for one that has ended, and one that
+            # comes late would find what the first has made already.
+            from_main(lambda: check_folder(config))
         result = train(config)
         if config.trainer.forget_budget is not None:
             result |= {"trim": trim(config, result)}
@@ -46,6 +50,11 @@ def run(config: RunConfig) -> dict[str, Any]:
             with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
                 report.run([str(folder)])
     return result
+
+
+def check_folder(config: RunConfig) -> None:
+    """Refuses an `output_dir` that this run cannot use."""
+    check_run_folder(config.output_dir, overwrite=config.overwrite, resume=config.trainer.resume is not None)
 
 
 def check_trim(config: RunConfig) -> None:

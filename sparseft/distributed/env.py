@@ -16,6 +16,8 @@ DEFAULT_PORT = 29500  # of the first machine, where several take part; MASTER_PO
 MAX_PORT = 2**16 - 1
 # What torch needs of a process that is one of several: torchrun, DeepSpeed's runner and `launch` set them all.
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# How many tasks `srun` has started. The other variables of a task, sbatch gives to the batch script itself too.
+STEP_TASKS = "SLURM_STEP_NUM_TASKS"
 
 
 def started() -> bool:
@@ -88,11 +90,21 @@ def check_complete() -> None:
 
 
 def adopt_slurm(hardware: HardwareConfig) -> None:
-    """Takes a task of `srun` that is one of the processes asked for as started: its place becomes torch's."""
-    total = hardware.all_processes
-    if started() or "SLURM_PROCID" not in os.environ or "SLURM_NTASKS" not in os.environ or total == 1:
+    """Takes a task of `srun` that is one of the processes asked for as started: its place becomes torch's.
+
+    UserError where srun has started another number of tasks than one for each machine or for each process.
+    """
+    if started() or STEP_TASKS not in os.environ:
         return
-    if number("SLURM_NTASKS", 1) != total:
+    total, machines, tasks = hardware.all_processes, hardware.num_machines, number(STEP_TASKS, 1)
+    if tasks not in (machines, total):
+        raise UserError(
+            f"{STEP_TASKS}={tasks}: srun has started {tasks} task{'s' * (tasks > 1)}, but hardware.num_processes="
+            f"{hardware.num_processes} on hardware.num_machines={machines} takes "
+            f"{' or '.join(map(str, sorted({machines, total})))}; write `srun --nodes={machines} --ntasks-per-node=1 "
+            f"sparseft …`, or unset {STEP_TASKS} where each task is a run of its own."
+        )
+    if tasks != total or total == 1:
         return
     place, local = number("SLURM_PROCID", 0, total - 1), number("SLURM_LOCALID", 0, hardware.num_processes - 1)
     os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(place), str(total), str(local)
@@ -106,7 +118,7 @@ def machine_place(hardware: HardwareConfig) -> tuple[int, str, int]:
     if hardware.num_machines == 1:
         return 0, "localhost", 0
     counts = [name for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES") if os.environ.get(name)]
-    if not counts or "SLURM_NODEID" not in os.environ:
+    if not counts or "SLURM_NODEID" not in os.environ or STEP_TASKS not in os.environ:
         raise UserError(
             f"hardware.num_machines={hardware.num_machines}: started by nothing that knows the other machines. Use "
             f"`srun --nodes={hardware.num_machines} --ntasks-per-node=1 sparseft …`, or torchrun or deepspeed "

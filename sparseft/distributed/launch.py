@@ -148,15 +148,21 @@ def _run_children(folder: Path, envs: dict[int, dict[str, str]]) -> tuple[dict[i
     since the epoch), and the name of a signal seen meanwhile.
 
     The first signal is passed on (the children finish the step and save), a second one too (they stop at once), a
-    third one kills them.
+    third one kills them; those that come with the first count with it (`signals.TOGETHER`).
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # _raise reports the failure itself
     seen: list[str] = []
+    since = math.inf
     pids: list[int] = []
 
     def pass_on(number: int, _frame: Any = None) -> None:
+        nonlocal since
+        now = time.monotonic()
+        since = min(since, now)
+        if seen and now - since < signals.TOGETHER:
+            return
         seen.append(signal.Signals(number).name)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparseft.distributed import env
+from sparseft.errors import UserError
 from sparseft.files.atomic import new_aside
 
 
@@ -67,6 +68,20 @@ def broadcast_object(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def from_main(work: Callable[[], Any]) -> Any:
+    """What `work` returns in rank 0, which alone does it; a UserError of it is raised in every rank."""
+    refusal, value = None, None
+    if is_main():
+        try:
+            value = work()
+        except UserError as error:
+            refusal = error
+    said, value = broadcast_object((None if refusal is None else str(refusal), value))
+    if said is not None:
+        raise refusal or UserError(said)
+    return value
 
 
 def barrier() -> None:

@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from sparseft import console
 from sparseft.distributed import ranks
+from sparseft.errors import Diverged, RunError
 from sparseft.memory import memory_bytes
 from sparseft.runs.folder import METRICS
 from sparseft.runs.metrics import append_metrics
@@ -105,6 +106,7 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
                     f"the evaluation loss is {logs['eval_loss']} at step {state.global_step}"
                     + (": try a lower trainer.learning_rate." if state.global_step else ", before any training."),
                     self.run.bad_steps.proven,
+                    Diverged if state.global_step else RunError,
                 )
             if self.progress is not None:
                 shown = f", score {score['eval_score']:.4f}" if score else ""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseft import console
 from sparseft.distributed import ranks
-from sparseft.errors import RunError
+from sparseft.errors import Diverged, RunError
 from sparseft.training.checkpoints import last_checkpoint, step_of
 from sparseft.training.failures import BadSteps
 from sparseft.training.spikes import NAMED, Spikes
@@ -139,8 +139,8 @@ class RunState:
         self.bad_steps = BadSteps(self.bad_steps.limit, counts["bad"], counts["streak"], counts["proven"])
         self.spikes = Spikes(**kept.get("spikes", {}))  # older runs have none
 
-    def failure(self, message: str, until: int | None = None) -> RunError:
-        """A RunError that knows the last good checkpoint, of those up to the step `until` where that is given."""
+    def failure(self, message: str, until: int | None = None, kind: type[RunError] = RunError) -> RunError:
+        """A RunError of that kind that knows the last good checkpoint, of those up to the step `until` where given."""
         checkpoint, newest = last_checkpoint(self.folder, until), last_checkpoint(self.folder)
         if checkpoint is None:
             message += " There is no good checkpoint of before" + (
@@ -149,7 +149,7 @@ class RunState:
                 if newest
                 else ", as none was saved yet."
             )
-        return RunError(message, checkpoint)
+        return kind(message, checkpoint)
 
     def _stop_if_too_many(self, step: int) -> None:
         bad = self.bad_steps
@@ -164,4 +164,5 @@ class RunState:
             f"the loss or its gradient was not finite in {steps} (trainer.max_bad_steps={bad.limit}), which updated "
             f"nothing: {advice}.",
             bad.proven,
+            RunError if first == 1 else Diverged,
         )

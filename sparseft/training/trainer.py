@@ -19,7 +19,7 @@ from sparseft.adapters.state import state_of
 from sparseft.data.tokenized import IGNORED
 from sparseft.distributed import ranks
 from sparseft.distributed.shards import shard_of
-from sparseft.errors import Interrupted
+from sparseft.errors import Diverged, Interrupted
 from sparseft.files.atomic import explained, publish
 from sparseft.layers import sparse_layers
 from sparseft.layers.saved_inputs import share_inputs_in_training
@@ -280,6 +280,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 f"the trained weights are not finite after step {self.state.global_step}, so they are not saved: "
                 "try a lower trainer.learning_rate.",
                 self.run_state.bad_steps.proven,
+                Diverged,
             )
         what = checkpoint_name(self.state.global_step)
         explaining = explained(what, lambda: last_checkpoint(self.run_state.folder))

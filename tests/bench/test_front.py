@@ -229,6 +229,23 @@ def test_the_base_is_read_once_on_the_same_examples() -> None:
     assert forgetting.Examples({}, {}, keys, {}, 0).first_alike([3, 4, 5]) == [3, 4, 3]
 
 
+def test_a_rate_that_diverges_drops_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [word for word in STUDY if "tasks" not in word and "bench.variants" not in word]
+    words += ["bench.rates=[1e25,1e-3]", "trainer.max_bad_steps=1", "bench.seeds=1", "--json"]
+    words += ["bench.variants=['LoRA: method=lora method.dropout=0','S2FT: method=s2ft method.roles=[o,down]']"]
+    done = sparseft(tmp_path, *words)
+    assert "lora-lr-1e-25-seed0 diverged and drops out: the loss or its gradient was not finite" in done.err
+    entry = done.json["variants"]["LoRA"]
+    assert entry["rate"] == 1e-3 and [point["front"] for point in entry["points"]] == [False, True]
+    assert entry["points"][0]["target"] == [None] and entry["points"][0]["learning_rate"] == 1e25
+
+    def again(config: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(bench.training, "run", again)
+    assert sparseft(tmp_path, *words).json["variants"] == done.json["variants"]
+
+
 def test_another_setting_is_refused(studied: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = studied
     assert "holds a run with other settings" in refused(folder, *STUDY, "trainer.max_steps=4")
@@ -241,7 +258,8 @@ def test_other_data_than_those_trained_on_are_refused(tmp_path: Path) -> None:
     data.write_text("\n".join(lines))
     words = [word for word in STUDY if not word.startswith(("bench.", "dataset."))]
     words += [f"bench.source=[{SOURCE}]", "bench.seeds=1", "dataset=json", f"dataset.train_path={data}",
-              "dataset.eval_fraction=0.3", "bench.rates=[1e-3]", "bench.variants=['a: method=lora','b: method=s2ft']"]  # fmt: skip
+              "dataset.eval_fraction=0.3", "bench.rates=[1e-3]",
+              "bench.variants=['a: method=lora','b: method=s2ft']"]  # fmt: skip
     sparseft(tmp_path, *words)
     data.write_text("\n".join(reversed(lines[:-1])))
     said = refused(tmp_path, *words)

@@ -15,6 +15,7 @@ from sparseft.bench.time_to_loss import Study, compare, median_batch, reached, s
 from sparseft.compose.run_config import compose, from_dict
 from sparseft.data.loading import load_datasets
 from sparseft.data.packing import Collator
+from sparseft.errors import Diverged, RunError
 from sparseft.files.untrusted import read_yaml_object
 from sparseft.models.loading import load_tokenizer
 from support.running import refused, sparseft
@@ -140,7 +141,10 @@ def study_of(folder: Path, rates: str, summaries: dict[float, dict[str, Any]]) -
 
     def train(trial: Any) -> dict[str, Any]:
         assert not Path(trial.cache_dir).exists()
-        return summaries[trial.trainer.learning_rate]
+        summary = summaries[trial.trainer.learning_rate]
+        if isinstance(summary, Exception):
+            raise summary
+        return summary
 
     return Study(config, words, [], folder, {"S2FT": ["method=s2ft"]}, train)
 
@@ -152,6 +156,25 @@ def test_a_rate_whose_loss_is_no_number_is_not_chosen(tmp_path: Path, monkeypatc
     losses = {0.3: math.nan, 0.1: 2.0, 0.2: 3.0}
     study = study_of(tmp_path, "[0.3,0.1,0.2]", {rate: rest | {"eval_loss_after": x} for rate, x in losses.items()})
     assert time_to_loss._trained(study, "S2FT")["rate"] == 0.1
+
+
+def test_a_rate_that_diverges_drops_out_and_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time_to_loss, "curve_of", lambda run: [])
+    rest = {"learning_rate": 0.1, "trainable_parameters": 1, "steps": 1, "selection_seconds": None}
+    rest |= {"reselection_seconds": None, "eval_loss_after": 2.0}
+    ends: dict[float, Any] = {0.3: Diverged("the loss is nan."), 0.1: rest}
+    assert time_to_loss._trained(study_of(tmp_path, "[0.3,0.1]", ends), "S2FT")["rate"] == 0.1
+    assert "s2ft-lr-0.3-seed1 diverged and drops out: the loss is nan." in capsys.readouterr().err
+    ends[0.3] = AssertionError("trained again")
+    found = time_to_loss._trained(study_of(tmp_path, "[0.3,0.1]", ends), "S2FT")
+    assert found["rate"] == 0.1 and math.isnan(dict(found["rate_losses"])[0.3])
+    ends[0.2] = Diverged("it is inf.")
+    with pytest.raises(RunError, match=r"^the loss is nan\.$"):
+        time_to_loss._trained(study_of(tmp_path, "[0.3,0.2]", ends), "S2FT")
+    with pytest.raises(Diverged):  # there is nothing to choose from
+        time_to_loss._trained(study_of(tmp_path, "[0.2]", ends), "S2FT")
 
 
 def test_a_selection_of_an_interrupted_training_takes_its_time_again(tmp_path: Path) -> None:

@@ -343,9 +343,10 @@ def test_a_terminal_goes_on_after_what_was_wrong_and_is_left_in_time(world: Path
             Talk(voices, screen).run()
 
 
-def test_what_was_said_before_an_interrupt_is_kept(world: Path) -> None:
+def test_what_was_said_before_an_interrupt_is_kept(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first signal ends the answer after the present token, a second one at once; SIGTERM ends the talk too."""
     voices = talk_to("chat.max_new_tokens=60", "chat.prompt=raw")[0].voices
+    monkeypatch.setattr(sparseft.signals, "TOGETHER", 0.0)  # the second one is no echo of the first
 
     def after(pieces: int, *signals: int) -> Talk:
         class Screen(Typed):

@@ -162,6 +162,17 @@ def test_report(fake: Callable) -> None:
     assert reported == [(([],), {}), ((["runs/a=1", "b"],), {})]
 
 
+def test_what_deepspeeds_runner_puts_first_is_dropped(fake: Callable, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its launcher runs `python -m sparseft --local_rank=N train …`."""
+    calls = fake("train")
+    assert main(["--local_rank=1", "train", "seed=3", "--json"]) == 0
+    (config,), _ = calls.pop()
+    assert config.seed == 3
+    for words in (["--local_rank=x", "train"], ["train", "--local_rank=1"]):  # not what it writes
+        assert main(words) == 2
+    assert capfd.readouterr().err.count("No such option: --local_rank.") == 2
+
+
 @pytest.mark.parametrize("words", [["--cfg"], ["--cfg", "job"], ["--cfg=job"]])
 @pytest.mark.parametrize("command", ["train", "preprocess", "eval", "bench"])
 def test_cfg_prints_the_configuration_and_runs_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,7 +62,7 @@ def test_a_process_that_a_launcher_started_starts_none(monkeypatch: pytest.Monke
 
 
 def test_a_slurm_task_for_each_process_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    slurm(monkeypatch, PROCID=5, NTASKS=8, LOCALID=1, JOB_NODELIST="node7", JOB_NUM_NODES=2, NODEID=1)
+    slurm(monkeypatch, PROCID=5, STEP_NUM_TASKS=8, LOCALID=1, JOB_NODELIST="node7", JOB_NUM_NODES=2, NODEID=1)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "x")  # so that what is set below goes again with the test
         monkeypatch.delenv(name)
@@ -71,7 +72,7 @@ def test_a_slurm_task_for_each_process_takes_its_place(monkeypatch: pytest.Monke
 
 
 def test_a_slurm_task_for_each_machine_starts_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    slurm(monkeypatch, PROCID=1, NTASKS=2, NODEID=1, JOB_NUM_NODES=2, JOB_NODELIST="node[07-08]")
+    slurm(monkeypatch, PROCID=1, STEP_NUM_TASKS=2, NODEID=1, JOB_NUM_NODES=2, JOB_NODELIST="node[07-08]")
     monkeypatch.setenv("MASTER_ADDR", "node07")
     hardware = HardwareConfig(num_processes=4, num_machines=2)
     assert launch.needed(hardware)
@@ -81,20 +82,63 @@ def test_a_slurm_task_for_each_machine_starts_its_share(monkeypatch: pytest.Monk
     assert [env["LOCAL_RANK"] for env in envs.values()] == ["0", "1", "2", "3"]
     assert {env["WORLD_SIZE"] for env in envs.values()} == {"8"}
     assert {env["MASTER_ADDR"] for env in envs.values()} == {"node07"}
+    slurm(monkeypatch, STEP_NUM_TASKS=3)
     with pytest.raises(UserError, match="SLURM has given this job 2 machines"):
         launch.check(HardwareConfig(num_processes=4, num_machines=3))
 
 
+def test_a_batch_script_of_slurm_is_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch gives the script itself a place, as if it were the first of the job's tasks."""
+    slurm(monkeypatch, PROCID=0, NTASKS=4, LOCALID=0, NODEID=0, JOB_NUM_NODES=1, JOB_NODELIST="node7")
+    launch.check(HardwareConfig(num_processes=4))
+    assert launch.needed(HardwareConfig(num_processes=4)) and "RANK" not in os.environ
+    slurm(monkeypatch, NTASKS=8, JOB_NUM_NODES=2, JOB_NODELIST="node[07-08]")
+    with pytest.raises(UserError, match="started by nothing that knows the other machines. Use `srun --nodes=2"):
+        launch.check(HardwareConfig(num_processes=4, num_machines=2))  # the other machine has no such process
+
+
+def test_a_step_of_one_task_is_a_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `srun --pty bash` is."""
+    slurm(monkeypatch, PROCID=0, NTASKS=1, STEP_NUM_TASKS=1, LOCALID=0, NODEID=0, JOB_NUM_NODES=1, JOB_NODELIST="h")
+    for hardware, starts in ((HardwareConfig(), False), (HardwareConfig(num_processes=4), True)):
+        launch.check(hardware)
+        assert launch.needed(hardware) is starts and "RANK" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("tasks", "hardware", "expected"),
+    [
+        (4, HardwareConfig(), "num_processes=1 on hardware.num_machines=1 takes 1"),
+        (2, HardwareConfig(num_processes=4), "num_processes=4 on hardware.num_machines=1 takes 1 or 4"),
+        (4, HardwareConfig(num_processes=4, num_machines=2), "num_processes=4 on hardware.num_machines=2 takes 2 or 8"),
+        (1, HardwareConfig(num_processes=4, num_machines=2), "num_processes=4 on hardware.num_machines=2 takes 2 or 8"),
+    ],
+)
+def test_another_number_of_tasks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tasks: int, hardware: HardwareConfig, expected: str
+) -> None:
+    slurm(monkeypatch, PROCID=0, STEP_NUM_TASKS=tasks, LOCALID=0, NODEID=0, JOB_NUM_NODES=hardware.num_machines,
+          JOB_NODELIST="h")  # fmt: skip
+    with pytest.raises(UserError) as raised:
+        launch.check(hardware)
+    said = f"{tasks} task{'s' * (tasks > 1)}"
+    assert str(raised.value) == (
+        f"SLURM_STEP_NUM_TASKS={tasks}: srun has started {said}, but hardware.{expected}; write `srun "
+        f"--nodes={hardware.num_machines} --ntasks-per-node=1 sparseft …`, or unset SLURM_STEP_NUM_TASKS where each "
+        "task is a run of its own."
+    )
+
+
 @pytest.mark.parametrize("port", ["abc", "0", "65536", ""])
 def test_a_port_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
-    for name, value in {"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_NODELIST": "h", "MASTER_PORT": port}.items():
-        monkeypatch.setenv(name, value)
+    slurm(monkeypatch, STEP_NUM_TASKS=2, NNODES=2, NODEID=0, NODELIST="h")
+    monkeypatch.setenv("MASTER_PORT", port)
     with pytest.raises(UserError, match=f"^MASTER_PORT={port}: expected a port number"):
         launch.check(HardwareConfig(num_processes=2, num_machines=2))
 
 
 PLACE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-SLURMS = {"PROCID": "0", "NTASKS": "4", "LOCALID": "0", "NODEID": "0", "NNODES": "2", "NODELIST": "h"}
+SLURMS = {"PROCID": "0", "STEP_NUM_TASKS": "4", "LOCALID": "0", "NODEID": "0", "NNODES": "2", "NODELIST": "h"}
 
 
 @pytest.mark.parametrize(
@@ -114,10 +158,10 @@ SLURMS = {"PROCID": "0", "NTASKS": "4", "LOCALID": "0", "NODEID": "0", "NNODES":
          "MASTER_ADDR: expected RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as torchrun sets them; for a "
          "process alone unset RANK and WORLD_SIZE."),
         ({"SLURM_PROCID": "x"}, "SLURM_PROCID=x: expected a whole number, 0 to 3."),
-        ({"SLURM_NTASKS": "4(x2)"}, "SLURM_NTASKS=4(x2): expected a whole number, from 1 up."),
+        ({"SLURM_STEP_NUM_TASKS": "4(x2)"}, "SLURM_STEP_NUM_TASKS=4(x2): expected a whole number, from 1 up."),
         ({"SLURM_LOCALID": "2"}, "SLURM_LOCALID=2: expected a whole number, 0 to 1."),
-        ({"SLURM_NTASKS": "2", "SLURM_NODEID": "2"}, "SLURM_NODEID=2: expected a whole number, 0 to 1."),
-        ({"SLURM_NTASKS": "2", "SLURM_NNODES": "two"}, "SLURM_NNODES=two: expected a whole number, from 1 up."),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "2"}, "SLURM_NODEID=2: expected a whole number, 0 to 1."),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NNODES": "two"}, "SLURM_NNODES=two: expected a whole number, from 1 up."),
     ],
 )  # fmt: skip
 def test_a_place_that_is_none_is_refused_in_a_sentence(
@@ -270,6 +314,21 @@ def test_ctrl_c_saves_once_and_leaves_no_process(in_tmp: Path, model_folder: Any
     assert gone(children)
 
 
+def test_a_signal_to_every_process_saves_too(in_tmp: Path, model_folder: Any) -> None:
+    """As systemd ends a service: the processes get the signal, and once more from the command that started them."""
+    command = long_run(in_tmp, model_folder())
+    children = command.children()
+    for pid in children:
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.05)
+    command.process.send_signal(signal.SIGTERM)
+    code, out, err = command.end()
+    assert (code, out) == (130, ""), err
+    assert "Traceback" not in err and err.count("SIGTERM: finishing the step and saving") == 1
+    assert len(list((in_tmp / "run" / "checkpoints").iterdir())) == 1
+    assert gone(children)
+
+
 def test_a_process_that_dies_takes_the_others_along(in_tmp: Path, model_folder: Any) -> None:
     command = long_run(in_tmp, model_folder())
     children = command.children()
@@ -297,6 +356,39 @@ def test_what_is_wrong_inside_a_process_keeps_its_exit_code(in_tmp: Path, model_
     message = refused(in_tmp, "train", *on(model_folder(), data), "method=s2ft", TWO, "scope=nowhere", "output_dir=run")
     assert message.startswith("scope=nowhere matches no linear")
     assert not (in_tmp / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], "output_dir 'run' already holds a run: "), (["trainer.resume=auto"], "'run/samples.jsonl' is a link ")],
+)
+def test_what_the_first_process_refuses_all_refuse(
+    in_tmp: Path, model_folder: Any, words: list[str], expected: str
+) -> None:
+    """One task a process: nobody stands over them, and the others would wait for hours."""
+    (in_tmp / "run").mkdir()
+    (in_tmp / "run" / "config.yaml").write_text("seed: 0\n")
+    (in_tmp / "run" / "samples.jsonl").symlink_to(in_tmp / "elsewhere")
+    words = [*on(model_folder(), write_data(in_tmp)["json"]), "method=s2ft", TWO, "output_dir=run", *words]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = PLACE | {"MASTER_PORT": str(free.getsockname()[1])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "sparseft", "train", *words], cwd=in_tmp, stderr=subprocess.PIPE, text=True,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=90)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [2, 2], said
+    errors = [[line for line in text.splitlines() if line.startswith("error: ")] for text in said]
+    assert errors[0] == errors[1] and len(errors[0]) == 1 and expected in errors[0][0], said
+    assert all("Traceback" not in text for text in said)
 
 
 def test_the_result_comes_once_and_the_folder_tells_the_command(in_tmp: Path, model_folder: Any) -> None:

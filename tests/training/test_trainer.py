@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from sparseft import signals
 from sparseft.adapters.lifecycle import trainable_parameters
 from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.errors import RunError
@@ -464,17 +465,23 @@ def test_a_signal_ends_the_step_saves_and_says_where(number: signal.Signals, mak
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
 
-def test_a_second_signal_stops_at_once(make_model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_a_second_signal_stops_at_once_unless_it_comes_with_the_first(
+    make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
+    if not together:  # instead of waiting for a second
+        monkeypatch.setattr(signals, "TOGETHER", 0.0)
     trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, examples(16), max_steps=9,
                          gradient_accumulation=2)  # fmt: skip
     trainer.add_callback(At(3, twice))
     with pytest.raises(KeyboardInterrupt):
         train(trainer, None, 9)
-    assert trainer.state.global_step == 3 and last_checkpoint(tmp_path) is None
+    saved = last_checkpoint(tmp_path)
+    assert trainer.state.global_step == (4 if together else 3) and (saved is not None) == together
 
 
 def test_an_interrupted_command_exits_130_and_resumes_to_the_same_end(

@@ -25,7 +25,7 @@ from sparseft.training.trackers import tracked
 def run(config: RunConfig) -> dict[str, Any]:
     """The run, in this process; returns its summary and its folder."""
     forget_zero()  # of an earlier run
-    previous = ranks.broadcast_object(resuming.previous_run(config) if ranks.is_main() else None)
+    previous = ranks.from_main(lambda: resuming.previous_run(config))
     job = set_up(config, previous)
     select(job)
     attach(job)
