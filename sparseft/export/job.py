@@ -52,8 +52,10 @@ def export(
     notes = format.check(source, options)
     for note in notes:
         console.log(note)
-    put = replaced_folder(out.resolve(), (NOTE,), (TEMPLATES,))
-    with explained(f"the export {out}", lambda: None), put as aside:
+    with (
+        explained(f"the export {out}", lambda: None),
+        replaced_folder(out.resolve(), (NOTE,), (TEMPLATES,)) as aside,
+    ):
         with console.working(f"writing {format.name}"):
             facts = format.write(source, options, aside)
         with console.working("checking every value that was written"):

@@ -7,6 +7,7 @@ differences), `patch.json` says what of. Applying one gives back the patch that 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -152,11 +153,12 @@ def _apply_to_folder(folder: Path, patch: Patch, out: str | Path | None) -> Patc
     with replaced_folder(out, ()) as aside:
         # The hashes of a fully trained model's files are no longer those of these. Modes stay behind: a model that is
         # shared is read-only, down to its folder.
-        for file in sorted(folder.rglob("*")):
-            name = file.relative_to(folder)
-            if file.is_file() and str(name) not in {*shards, WHOLE_CONFIG}:
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, aside / name)
+        for place, _, names in os.walk(folder, followlinks=True):
+            for file in (Path(place, name) for name in names):
+                name = file.relative_to(folder)
+                if file.is_file() and str(name) not in {*shards, WHOLE_CONFIG}:
+                    (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, aside / name)
         for shard in sorted(shards):
             inside = {name: checkpoint.tensors[name] for name, file in checkpoint.files.items() if file == shard}
             values = ((name, with_entries(checkpoint.read(name), patch.tensors.get(name))) for name in inside)
@@ -237,11 +239,10 @@ def write_patch(
         "checkpoint": {name: list(shape) for name, shape in checkpoint.items()},
         "rest_fingerprint": rest(sampled),
     }
-    described_by = body_hash(content, HASHED)
     values = (
         item for name, each in entries() for item in ((f"{name}.indices", each.index), (f"{name}.values", each.values))
     )
-    write_streamed(folder / TENSORS, tensors, values, {BODY: described_by})
+    write_streamed(folder / TENSORS, tensors, values, {BODY: body_hash(content, HASHED)})
     write_json(folder / CONFIG, content | {"sha256": file_hash(folder / TENSORS)})
     return {"tensors": len(described), "entries": sum(each["count"] for each in described.values())}
 
@@ -257,10 +258,8 @@ def _read(folder: Path) -> Patch:
     sha256 = content.pop("sha256", None)
     if file_hash(folder / TENSORS) != sha256:
         raise UserError(f"{folder}: {TENSORS} is not the file that {CONFIG} describes (altered).")
-    if texts.get(BODY) not in (
-        body_hash(content, HASHED),
-        body_hash(content),
-    ):  # patches once hashed the base's name too
+    known = (body_hash(content, HASHED), body_hash(content))  # the second: patches once hashed the base's name too
+    if texts.get(BODY) not in known:
         raise UserError(f"{folder}: {CONFIG} is not what was written with {TENSORS} (altered).")
     # From here on the files are what was written: by whom is not known, so that all is checked all the same.
     described, checkpoint = content.get("tensors"), content.get("checkpoint")

@@ -152,17 +152,23 @@ def remove(folder: Path) -> None:
 
 
 def check_replaceable(path: Path, marks: Collection[str], folders: Collection[str] = ()) -> None:
-    """Refuses a path that `replaced_folder` would refuse: a file, a folder that holds anything of the user's own, and
-    one that cannot be put aside."""
+    """Refuses a path, before the work, that `replaced_folder` would refuse after it, and one that could not be put
+    aside, or not without taking the current folder away."""
+    _check_ours(path, marks, folders)
+    if path.is_dir() and not path.is_symlink():
+        place = path.resolve()
+        mounted, inside = os.path.ismount(place), Path.cwd().is_relative_to(place)
+        if mounted or inside:
+            why = "a file system is mounted there" if mounted else "you are in it"
+            raise UserError(f"{path}: cannot be replaced, as {why}: name a folder in it, such as {path / 'new'}.")
+
+
+def _check_ours(path: Path, marks: Collection[str], folders: Collection[str]) -> None:
+    """Refuses a file, and a folder that holds anything of the user's own."""
     try:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: expected a folder to write, this is a file.")
         there = list(path.iterdir()) if path.exists() else []
-        if path.is_dir() and not path.is_symlink():
-            place = path.resolve()
-            why = "you are in it" if Path.cwd().is_relative_to(place) else "a file system is mounted there"
-            if os.path.ismount(place) or Path.cwd().is_relative_to(place):
-                raise UserError(f"{path}: cannot be replaced, as {why}: name a folder in it, such as {path / 'new'}.")
     except OSError as error:  # a name that is too long, say
         raise UserError(f"{path}: cannot be written: {error.strerror}.") from error
     ours = any(entry.name in marks for entry in there) and all(
@@ -196,7 +202,7 @@ def replaced_folder(path: str | Path, marks: Collection[str], folders: Collectio
             if file.is_file():
                 file.chmod(0o666 & ~mask)
         if aside != path:
-            check_replaceable(path, marks, folders)
+            _check_ours(path, marks, folders)
             publish(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

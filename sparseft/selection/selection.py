@@ -102,7 +102,7 @@ class Selection:
         """Writes `selection.json` and `selection.safetensors` into `folder`, whole or not at all."""
         from safetensors.torch import save_file
 
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if self.has_blocks and self.block_size is None:
             raise UserError("a selection of blocks needs its block_size: Selection({…}, block_size=64).")
         if shapes is None:

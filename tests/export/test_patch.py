@@ -207,6 +207,9 @@ def test_home_is_where_a_patch_is_written_too(case: Any, tmp_path: Path, monkeyp
     sparseft.apply_patch(it.base, patch, out="~/patched")
     assert (tmp_path / "patched/config.json").is_file()
     model = sparseft.load_adapter(adapted.load(it.base), it.adapter)
+    selection = sparseft.Selection({"model.layers.0.mlp.down_proj": {"columns": torch.tensor([1])}})
+    assert selection.save("~/selection") == tmp_path / "selection"
+    sparseft.Selection.load("~/selection")
     assert sparseft.save_adapter(model, "~/adapter") == tmp_path / "adapter"
     sparseft.load_adapter(adapted.load(it.base), "~/adapter")
 
@@ -219,6 +222,9 @@ def test_a_read_only_model_folder_is_patched_into_a_writable_one(case: Any, tmp_
     name = sorted(path.name for path in base.glob("*.safetensors"))[0]
     (base / "more" / name).write_bytes(b"another file of that name")
     (base / "gone").symlink_to(base / "nowhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/text").write_text("behind a link")
+    (base / "linked").symlink_to(tmp_path / "elsewhere")
     for folder in (base / "more", base):
         folder.chmod(0o555)
     try:
@@ -226,6 +232,7 @@ def test_a_read_only_model_folder_is_patched_into_a_writable_one(case: Any, tmp_
     finally:
         base.chmod(0o755)
     assert all(folder.stat().st_mode & 0o200 for folder in (tmp_path / "out", tmp_path / "out/more"))
+    assert (tmp_path / "out/linked/text").read_text() == "behind a link"
     assert (tmp_path / "out/more" / name).read_bytes() == b"another file of that name"
     same(adapted.load(tmp_path / "out").state_dict(), it.merged.state_dict())
 

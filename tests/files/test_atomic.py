@@ -130,7 +130,15 @@ def test_what_cannot_be_put_aside_is_said_before_the_work(
     else:
         monkeypatch.chdir(place / "below")
     with pytest.raises(UserError, match="mounted there" if mounted else "you are in it"):
-        atomic.check_replaceable(place, ("below",))
+        atomic.check_replaceable(place, ("below",), ("below",))
     (tmp_path / "link").symlink_to(place)
     (place / "below").rmdir() if mounted else monkeypatch.chdir(tmp_path)
     atomic.check_replaceable(tmp_path / "link", ("below",), ("below",))  # a link can be
+
+
+def test_after_the_work_the_current_folder_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a long run leaves is worth more than where a shell is."""
+    path = folder_of(tmp_path / "adapter", "old")
+    monkeypatch.chdir(path)
+    write(path, "new")
+    assert (path / "mark.json").read_text() == "new"
