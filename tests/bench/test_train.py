@@ -342,11 +342,11 @@ def test_the_cost_of_choosing(in_tmp: Path) -> None:
     for row in rows.values():
         assert 0 < row["seconds_p20"] <= row["seconds"] <= row["seconds_p80"]
         assert row["ratio"] == pytest.approx(row["seconds"] / rows["forward+backward"]["seconds"])
-    assert rows["random"]["ratio"] < 0.5  # runs no sample at all
     weights = 4 * result["parameters"]
     assert rows["forward+backward"]["peak_memory_bytes"] > weights  # every weight's gradient at once
     layer = 4 * 128 * 384  # the largest gradient of one linear
     assert layer < rows["gradient"]["peak_memory_bytes"] < weights
+    assert rows["random"]["peak_memory_bytes"] < layer  # runs no sample at all
     assert layer < rows["sylva, layer by layer"]["peak_memory_bytes"] < rows["sylva"]["peak_memory_bytes"]
     assert json.loads((in_tmp / "out" / "bench.json").read_text()) == result
     table = sparseft(
