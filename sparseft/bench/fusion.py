@@ -16,6 +16,7 @@ the benchmark goes on with the runs and the scores that are missing.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,13 +59,14 @@ class Study(trials.Study):
         if exclude:
             trial.method = dataclasses.replace(trial.method, exclude=list(exclude))
         trial.output_dir = str(self.folder / "runs" / folder_name(name, seed))
-        return Trial(name, seed, trial)
+        return Trial(variant, seed, trial)
 
     def summary(self, trial: Trial) -> dict[str, Any]:
         """What the trial's run says of itself; it is trained where it has not been."""
         summary = super().summary(trial)
         if summary["eval_loss_after"] is None:
-            raise UserError(f"bench fusion chooses by held-out loss, and {trial.variant} has no evaluation examples.")
+            name = Path(str(trial.config.output_dir)).name
+            raise UserError(f"bench fusion chooses by held-out loss, and {name} has no evaluation examples.")
         return summary
 
 
@@ -146,13 +148,15 @@ def measure(study: Study) -> dict[str, Any]:
 
 
 def _choose_rates(study: Study, variant: str) -> dict[str, dict[str, Any]]:
-    """Of each skill the rate with the lowest held-out loss, with the first seed, and what each rate came to."""
+    """Of each skill the rate with the lowest held-out loss, with the first seed, and what each rate came to: NaN where
+    its training diverged."""
     chosen = {}
     for skill in study.skills:
-        losses = {}
-        for rate in study.rates_of(variant):
-            losses[rate] = study.summary(study.trial(variant, skill, study.seeds[0], rate))["eval_loss_after"]
-        best = min(losses, key=lambda rate: losses[rate])
+        runs = {rate: study.trial(variant, skill, study.seeds[0], rate) for rate in study.rates_of(variant)}
+        summaries = {rate: study.tried(run) for rate, run in runs.items()}
+        study.check_left(list(runs.values()), list(summaries.values()))
+        losses = {rate: math.nan if of is None else of["eval_loss_after"] for rate, of in summaries.items()}
+        best = min(losses, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
         chosen[skill] = {"rate": best, "losses": [[rate, loss] for rate, loss in losses.items()]}
     return chosen
 

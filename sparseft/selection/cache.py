@@ -65,7 +65,7 @@ def select(model: nn.Module, request: Request, data: LoadedData, pad: int, cache
     path = Path(cache_dir) / "selections" / key
     start = time.perf_counter()
     first = ranks.is_main()
-    found = ranks.broadcast_object(_cached(cache_dir, path) if first else None)  # all processes train the same
+    found = ranks.from_main(lambda: _cached(cache_dir, path))  # all processes train the same
     partial = path.with_name(f"{key}.partial")
     if found is not None:
         if first:  # of a process that was killed when it had saved the selection

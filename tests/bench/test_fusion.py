@@ -65,6 +65,15 @@ def test_rates_are_chosen_by_held_out_loss(studied: tuple[Path, dict[str, Any]])
             assert chosen == {"rate": min(losses, key=losses.__getitem__), "losses": [list(i) for i in losses.items()]}
 
 
+def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
+    words = [word for word in STUDY if "rates" not in word and "seeds" not in word]
+    words += ["bench.rates=[1e25,1e-3]", "trainer.max_bad_steps=1", "bench.seeds=1", "eval.limit=1", "--json"]
+    done = sparseft(tmp_path, *words)
+    assert "lora-boolq-lr-1e-25-seed0 diverged and drops out: the loss or its gradient was not finite" in done.err
+    chosen = done.json["variants"]["LoRA"]["rates"]["boolq"]
+    assert chosen["rate"] == 1e-3 and chosen["losses"][0] == [1e25, None] and chosen["losses"][1][1] > 0
+
+
 def test_sums_are_those_of_the_saved_adapters(studied: tuple[Path, dict[str, Any]]) -> None:
     """Oracle: the two folders loaded and fused anew; the weight is the better one of the first seed."""
     folder, result = studied

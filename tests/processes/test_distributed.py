@@ -124,7 +124,9 @@ def together(runs: Runs) -> Runs:
     continued = [case for stage in CONTINUED for case in (*sittings(runs, stage), *grown(runs, stage))]
     bad = [bad_case(runs, *each) for each in (*BAD, *BAD_IN_A_ROW)]
     best = [best_case(runs, "s2ft", stage) for stage in (3, "fsdp")]
-    run_ranks(runs.folder, [case, *cases, *continued, *bad, *best], seconds=1200)
+    (runs.folder / "a-file").write_text("no folder")
+    uncached = runs.case("s2ft", 0, f"cache_dir={runs.folder / 'a-file'}") | {"name": "uncached", "refused": True}
+    run_ranks(runs.folder, [uncached, case, *cases, *continued, *bad, *best], seconds=1200)
     return runs
 
 
@@ -178,6 +180,12 @@ def test_bad_steps_in_a_row_end_a_run_under_deepspeed(together: Runs) -> None:
     assert os.listdir(together.folder / "bad-s2ft-3-loss-all" / "checkpoints") == []
     assert "not finite in the steps 1 to 2" in began["message"] and began["last_checkpoint"] is None
     assert began["message"].endswith("There is no good checkpoint of before, as none was saved yet.")
+
+
+def test_what_the_first_process_refuses_all_refuse(together: Runs) -> None:
+    """It alone looks at the cache: the others, which would wait for it, end with the same sentence and go on here."""
+    message = json.loads((together.folder / "uncached.json").read_text())["message"]
+    assert message.startswith("cache_dir=") and message.endswith("a-file is no folder."), message
 
 
 @pytest.mark.slow

@@ -31,27 +31,29 @@ from sparseft.training.job.job import Job
 def open_folder(job: Job) -> Path:
     """The run's folder, which says what the run is; of one that is continued, without what its last checkpoint does not
     know of."""
-    folder = Path()
-    if ranks.is_main():
-        config, previous = job.config, job.previous
-        folder = prepare_run_folder(
-            config.output_dir,
-            config.method_name,
-            config.dataset.name,
-            overwrite=config.overwrite,
-            resume=config.trainer.resume is not None,
-        )
-        config.output_dir = str(folder)
-        link_latest(folder)
-        with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
-            _describe(job, folder)
-        console.log(f"run: {folder}")
-        if previous is not None:
-            resuming.clean(previous, config.trainer.save_total_limit)
-            truncate_metrics(folder / METRICS, previous.step)
-            truncate_metrics(folder / SAMPLES, previous.step)
-            console.log(f"resume: {previous.describe(job.total_steps)}")
-    return ranks.broadcast_object(folder)
+    return ranks.from_main(lambda: _open(job))
+
+
+def _open(job: Job) -> Path:
+    config, previous = job.config, job.previous
+    folder = prepare_run_folder(
+        config.output_dir,
+        config.method_name,
+        config.dataset.name,
+        overwrite=config.overwrite,
+        resume=config.trainer.resume is not None,
+    )
+    config.output_dir = str(folder)
+    link_latest(folder)
+    with explained(f"the run in '{folder}'", lambda: last_checkpoint(folder)):
+        _describe(job, folder)
+    console.log(f"run: {folder}")
+    if previous is not None:
+        resuming.clean(previous, config.trainer.save_total_limit)
+        truncate_metrics(folder / METRICS, previous.step)
+        truncate_metrics(folder / SAMPLES, previous.step)
+        console.log(f"resume: {previous.describe(job.total_steps)}")
+    return folder
 
 
 def _describe(job: Job, folder: Path) -> None:
