@@ -388,5 +388,5 @@ def asked(study: Study, runs: Sequence[Trial | None], tests: Any) -> Iterator[di
         return {task: scores[task]["accuracy"] for task in tasks}
 
     kept = [study.kept(trial, study.seeds[0] if trial is None else trial.seed, TASKS) for trial in runs]
-    key = {"tasks": tasks, "eval": dataclasses.asdict(study.config.eval)}
+    key = {"tasks": tasks, "eval": dataclasses.asdict(study.config.eval), "asked": tests.digest()}
     return read_each(study.config, kept, key, read)

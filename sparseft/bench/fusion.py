@@ -223,6 +223,7 @@ def _scores(
         "adapters": {name: adapter_hash(folder) for name, folder in folders.items()},
         "weights": study.config.bench.weights if not weights else weights,
         "eval": dataclasses.asdict(study.config.eval),
+        "asked": tests.digest(),
     }
     if path.is_file() and (there := read_json_object(path)).get("key") == key:
         weights |= there["weights"]

@@ -7,6 +7,8 @@ the same name; those are reached as `lm_eval:boolq`. Every other name of lm-eval
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,3 +113,9 @@ class Plan:
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # to put beside the results of a task or group
     warnings: list[str] = field(default_factory=list)
     macro: set[str] = field(default_factory=set)  # groups whose tasks weigh alike, whatever their sizes
+
+    def digest(self) -> str:
+        """What is asked, and what is right, as a hash: of data files that have changed since it is another one."""
+        asked = {name: list(task.eval_docs) for name, task in (self.tasks | self.harness_tasks).items()}
+        content = json.dumps([asked, self.questions], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:20]

@@ -341,6 +341,16 @@ def test_commonsense_and_arithmetic_by_hand(tokenizer: Any, tmp_path: Path) -> N
     assert lengths == {32, 256} and all(call["do_sample"] is False for call in model.calls)
 
 
+def test_the_digest_tells_changed_questions(tmp_path: Path) -> None:
+    def digest(*records: tuple[str, str]) -> str:
+        write_records(tmp_path / "gsm8k" / "test.json", list(records))
+        return prepare(["gsm8k"], EvalConfig(), data_dir=str(tmp_path)).digest()
+
+    first = digest(("How many?", "1"))
+    assert first == digest(("How many?", "1"))
+    assert len({first, digest(("How many?", "2")), digest(("How many now?", "1"))}) == 3
+
+
 @pytest.mark.parametrize(("asked", "tokens"), [(None, 256), (32, 32), (300, 300)])
 def test_tokens_of_an_answer_are_the_tasks_own_or_those_asked_for(
     asked: int | None, tokens: int, tmp_path: Path
