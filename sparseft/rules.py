@@ -95,8 +95,6 @@ def show(value: Any) -> str:
         return shown("{" + ", ".join(f"{name}: {show(item)}" for name, item in value.items()) + "}", 300)
     return shown(str(value), 300)
 
-    return shown(str(value), 300)
-
 
 def check_type(key: str, value: Any, annotation: Any) -> Any:
     """`value` as the field holds it (a whole number becomes a float where one is expected).

@@ -16,7 +16,7 @@ import typer
 from sparseft import __version__, console
 from sparseft.cli.jobs import Options, command_module, configured, finish, is_setting
 from sparseft.cli.outcome import FAILED, INTERRUPTED, WRONG_INPUT, emit, execute, flush_stdout, open_streams
-from sparseft.compose.overrides import is_override
+from sparseft.compose.overrides import is_override, paths_and_overrides
 from sparseft.errors import UserError, nearest
 
 BENCHMARKS = (
@@ -146,8 +146,7 @@ def data(
     PATH is dataset.train_path: a file or a hub id (default: the data of the settings). KEY=VALUE sets a setting, as for
     `train`. No weights are loaded.
     """
-    paths = [word for word in words or [] if not is_override(word) or os.path.isfile(word)]
-    overrides = [word for word in words or [] if word not in paths]
+    paths, overrides = paths_and_overrides(words or [])
 
     def check() -> None:
         if len(paths) > 1:
@@ -333,8 +332,7 @@ def export(
     DIR is the run (default: the latest) or the adapter. KEY=VALUE sets a setting, such as model.path=FOLDER where the
     base has moved. Exit code 1: what was written is not what was trained; nothing of it is kept.
     """
-    overrides = [word for word in words or [] if is_override(word)]
-    folders = [word for word in words or [] if not is_override(word)]
+    folders, overrides = paths_and_overrides(words or [])
 
     def check() -> None:
         if len(folders) > 1:
@@ -379,8 +377,7 @@ def trim(
     RUN is the run (default: the latest), whose own adapter stays as it is. KEY=VALUE sets a setting, such as
     model.path=FOLDER or dataset.train_path=FILE where something has moved.
     """
-    overrides = [word for word in words or [] if is_override(word)]
-    folders = [word for word in words or [] if not is_override(word)]
+    folders, overrides = paths_and_overrides(words or [])
 
     def check() -> None:
         if len(folders) > 1:

@@ -92,7 +92,7 @@ def render(result: dict[str, Any]) -> None:
 def facts(result: dict[str, Any]) -> list[str]:
     """What is said of the files, as counts with their units."""
     said = []
-    if (rank := result.get("rank", result.get("r"))) is not None:
+    if (rank := result.get("rank")) is not None:
         said.append(f"rank {rank}" + (f" ({result['needed']} needed)" if "needed" in result else ""))
     for many, one in (("linears", "linear"), ("tensors", "tensor"), ("entries", "entry"), ("files", "file")):
         if many in result:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,12 @@ class Override:
 def is_override(word: str) -> bool:
     """Whether a word sets something (as against a task of `eval`)."""
     return "=" in word or word[:1] in {"~", "+"}
+
+
+def paths_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words that name a path, and those that set something; what lies there is a path though it has a `=` in it."""
+    paths = [word for word in words if not is_override(word) or os.path.exists(word)]
+    return paths, [word for word in words if word not in paths]
 
 
 def parse(word: str) -> Override:

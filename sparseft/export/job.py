@@ -74,7 +74,8 @@ def export(
             aside / NOTE,
             about | {"method": source.method} | facts | {"proof": proof} | ({} if kept is None else {"gain": kept}),
         )
-    found = {"path": str(out), "format": format.name, **facts, "notes": notes, "proof": proof}
+    rank = facts.get("r")  # of formats that have none, null
+    found = {"path": str(out), "format": format.name, "rank": rank, **facts, "notes": notes, "proof": proof}
     return found if kept is None else found | {"gain": kept}
 
 

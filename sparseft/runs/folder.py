@@ -239,9 +239,10 @@ def link_latest(run: str | Path) -> None:
     The link is a convenience, so what stands in its way is warned about and left alone, and the run goes on.
     """
     run = Path(run).resolve()
-    here = Path.cwd()
+    here, place = Path.cwd(), OUTPUTS.resolve()  # which may be a link to another disk
     # A relative link survives moving the whole working directory, an absolute one moving only `outputs/`.
-    target = os.path.relpath(run, here / OUTPUTS) if run.is_relative_to(here) else str(run)
+    together = run.is_relative_to(here) and place.is_relative_to(here) or run.is_relative_to(place)
+    target = os.path.relpath(run, place) if together else str(run)
     try:
         OUTPUTS.mkdir(exist_ok=True)
         if LATEST.exists() and not LATEST.is_symlink():

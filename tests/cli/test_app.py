@@ -146,6 +146,21 @@ def test_eval_tells_tasks_from_overrides(fake: Callable, capfd: pytest.CaptureFi
     assert capfd.readouterr().out.startswith("rendered")
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("export", ["--format", "patch", "--out", "p"]), ("trim", ["--forget", "0.1", "--source", "x"])],
+)
+def test_a_run_may_have_an_equals_sign_in_its_name(
+    command: str, words: list[str], fake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=2e-4").mkdir()
+    calls = fake(command)
+    assert main([command, "lr=2e-4", "seed=3", *words]) == 0
+    ((args, given),) = calls
+    assert given["folder"] == "lr=2e-4" and args[0].seed == 3 and given["overrides"] == ["seed=3"]
+
+
 def test_bench(fake: Callable) -> None:
     calls = fake("bench")
     assert main(["bench", "seed=1", "train", "bench.steps=2"]) == 0

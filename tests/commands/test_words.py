@@ -29,7 +29,10 @@ def test_a_run_s_log_says_each_thing_once(tmp_path: Path) -> None:
     told = done.out.splitlines()
     assert len(told) == 2 and told[0].startswith("sylva: eval loss ") and told[1] == "run: run"
     again = sparseft(tmp_path, "export", "run", "--format", "peft-shira", "--out", "x", "--quiet", "--json")
-    assert again.err == "" and json.loads(again.out)["format"] == "peft-shira"
+    result = json.loads(again.out)
+    assert again.err == "" and result["format"] == "peft-shira" and result["rank"] == result["r"] > 0
+    patch = sparseft(tmp_path, "export", "run", "--format", "patch", "--out", "p", "--json")
+    assert json.loads(patch.out)["rank"] is None
 
 
 @pytest.mark.parametrize(

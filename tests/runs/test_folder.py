@@ -222,6 +222,15 @@ def test_latest_links_to_the_run_started_last(in_tmp: Path, tmp_path_factory: py
     assert sorted(item.name for item in Path("outputs").iterdir()) == ["a", "latest"]  # nothing left aside
 
 
+def test_latest_in_outputs_that_lie_elsewhere(in_tmp: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    place = tmp_path_factory.mktemp("scratch")
+    Path("outputs").symlink_to(place)
+    runs.link_latest(make_run(in_tmp / "mine"))
+    assert runs.latest_run() == Path("mine")
+    runs.link_latest(make_run(in_tmp / "outputs/a"))
+    assert os.readlink("outputs/latest") == "a" and runs.latest_run().resolve() == place / "a"
+
+
 def test_latest_that_is_gone_or_empty_says_so(in_tmp: Path) -> None:
     run = make_run(in_tmp / "outputs/a")
     runs.link_latest(run)
