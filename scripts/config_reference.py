@@ -37,6 +37,25 @@ sparseft train method=s2ft sparsity=0.95 trainer.max_steps=100 --cfg
 ```
 
 Your own files go beside these: `--config-dir DIR` with `DIR/model/mine.yaml`, `DIR/experiment/mine.yaml` and so on.
+
+## A run again
+
+The command line of a run is in its `environment.json`, what it came to in its `config.yaml`, with every default written
+out. With these lines above it (and the run's own method) that file is an experiment, here `DIR/experiment/again.yaml`:
+
+```yaml
+# @package _global_
+defaults:
+  - override /method: s2ft
+```
+
+<!-- shape -->
+```
+sparseft train --config-dir DIR experiment=again output_dir=outputs/again
+```
+
+The first line belongs at the head of every experiment; options of groups stand under `defaults`, as
+`override /GROUP: OPTION`.
 """
 
 GROUPS = {
@@ -106,6 +125,10 @@ def values(annotation: Any) -> str:
     return "anything" if annotation is Any else describe(annotation)
 
 
+# What a method refuses of what its fields may hold.
+NARROWER = {("losia", "allocation"): "`per_layer`", ("losia", "exclude"): "`null`"}
+
+
 def default(entry: Field) -> Any:
     return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
@@ -130,7 +153,8 @@ def table(prefix: str, config_class: type, meanings: dict[str, str], below: str 
         if not meanings.get(key):
             raise SystemExit(f"conf/ says nothing of {prefix}{entry.name}")
         shown = show(default(entry)).replace("|", r"\|")
-        row = [f"`{prefix}{entry.name}`", f"`{shown}`", cell(meanings[key]), cell(values(hints[entry.name]))]
+        may_be = NARROWER.get((getattr(config_class, "name", ""), entry.name)) or values(hints[entry.name])
+        row = [f"`{prefix}{entry.name}`", f"`{shown}`", cell(meanings[key]), cell(may_be)]
         rows.append("| " + " | ".join(row) + " |")
     return rows
 

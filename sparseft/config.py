@@ -198,6 +198,12 @@ class HardwareConfig:
         known = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
         self.device = known.get(self.device.lower(), self.device)
 
+    def at_once(self, batch_size: int) -> int:
+        """Sequences that a process takes at once of `batch_size`: all, or the most that divide it within
+        `micro_batch`."""
+        limit = min(batch_size, self.micro_batch or batch_size)
+        return next(size for size in range(limit, 0, -1) if batch_size % size == 0)
+
     @property
     def all_processes(self) -> int:
         """Processes on all machines."""

@@ -6,6 +6,7 @@ stderr.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from sparseft import __version__, console
-from sparseft.cli.jobs import Options, command_module, configured, finish, is_setting
+from sparseft.cli.jobs import Options, command_module, configured, finish, is_setting, nearest_setting
 from sparseft.cli.outcome import FAILED, INTERRUPTED, WRONG_INPUT, emit, execute, flush_stdout, open_streams
 from sparseft.compose.overrides import is_override, paths_and_overrides
 from sparseft.errors import UserError, nearest
@@ -429,6 +430,7 @@ def push(
     overwrite_card: Annotated[
         bool, typer.Option("--overwrite-card", help="Replace a README.md there that a person has edited.")
     ] = False,
+    quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -442,7 +444,8 @@ def push(
         options = {"dry_run": dry_run, "private": private, "overwrite_card": overwrite_card, "base_model": base_model}
         return command_module("push").run(run, repo, licence=licence, include=include or [], **options)
 
-    return finish("push", execute(work, debug), json, debug)
+    with console.quiet() if quiet else contextlib.nullcontext():
+        return finish("push", execute(work, debug), json, debug)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -495,6 +498,10 @@ def _usage_error(error: Any) -> int:
         else:
             options = (name for parameter in context.command.params for name in parameter.opts)
             hint = nearest(option, [name for name in options if name.startswith("-")])  # arguments have bare names
+            takes_settings = any(parameter.name == "words" for parameter in context.command.params)
+            if takes_settings and not hint.startswith(" Did you mean"):
+                setting = nearest_setting(context.command.name, option.lstrip("-"))
+                hint = f"{setting} A setting is written key=value, without dashes." if setting else hint
         message = f"No such option: {option}.{hint}"
     elif "No such command" in message:
         name = message.partition("'")[2].partition("'")[0]

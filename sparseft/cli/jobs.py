@@ -12,8 +12,9 @@ from sparseft import console
 from sparseft.cli.libraries import load
 from sparseft.cli.outcome import FAILED, INTERRUPTED, Outcome, emit, execute, to_json
 from sparseft.compose.overrides import GROUPS, is_override
-from sparseft.compose.validation import known_keys
+from sparseft.compose.validation import known_keys, method_fields, nearest_key
 from sparseft.errors import UserError
+from sparseft.methods import METHODS
 
 
 @dataclass
@@ -30,6 +31,17 @@ class Options:
 
 def is_setting(name: str) -> bool:
     return name in GROUPS or name.startswith("method.") or name in known_keys()
+
+
+def nearest_setting(command: str, name: str) -> str:
+    """`" Did you mean 'trainer.learning_rate'?"` for the setting of a command that an option was meant for; nothing
+    where none is near."""
+    own = {"trainer", *GROUPS, command}  # eval, chat and bench have settings of their own
+    keys = {key: hint for key, hint in known_keys().items() if "." not in key or key.partition(".")[0] in own}
+    for method in METHODS:
+        keys |= {f"method.{field}": hint for field, hint in method_fields(method).items()}
+    found = nearest_key(name.replace("-", "_"), keys)
+    return found if found.startswith(" Did you mean") else ""
 
 
 def configured(
@@ -66,7 +78,7 @@ def _configured(
         check()
         for word in words:
             if not is_override(word):
-                hint = f" Did you mean {word}=…?" if is_setting(word) else ""
+                hint = f" Did you mean {word}=…?" if is_setting(word) else _of_file(word)
                 raise UserError(f"'{word}' is not a setting: expected key=value.{hint}")
         return compose.points(command, words, folders) if options.multirun else [list(words)]
 
@@ -93,6 +105,14 @@ def _configured(
         with console.once("data: ", "model: "):  # what the points share; what comes of it, each says for itself
             return _sweep(module, words, expanded.result, run_point, options)
     return finish(module, run_point(0, expanded.result[0]), options.json, options.debug, options.cfg)
+
+
+def _of_file(word: str) -> str:
+    """How the settings of a YAML file are given; nothing where the word names none."""
+    stem, suffix = os.path.splitext(os.path.basename(word))
+    if suffix not in (".yaml", ".yml"):
+        return ""
+    return f" A file of settings is an experiment: as DIR/experiment/{stem}.yaml, --config-dir DIR experiment={stem}."
 
 
 def _sweep(

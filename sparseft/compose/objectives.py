@@ -37,11 +37,13 @@ def check(config: RunConfig) -> None:
             raise UserError(
                 f"{key}={show(value)}: cannot be used with objective={config.objective} ({why}); use {show(fitting)}."
             )
-    micro = min(trainer.batch_size, hardware.micro_batch or trainer.batch_size)
+    micro = hardware.at_once(trainer.batch_size)
     if config.objective == "kto" and micro < 2:
-        key = "trainer.batch_size" if trainer.batch_size < 2 else "hardware.micro_batch"
+        given = f"trainer.batch_size={trainer.batch_size}"
+        if trainer.batch_size > 1:  # 3 of which 2 may be taken at once are taken one by one
+            given = f"hardware.micro_batch={hardware.micro_batch} with {given}"
         raise UserError(
-            f"{key}={micro}: objective=kto estimates how far the model has moved from answers to other prompts of the "
+            f"{given}: objective=kto estimates how far the model has moved from answers to other prompts of the "
             "same micro-step, of which there must be two; use 2 or more, as trainer.batch_size=4 "
             "trainer.gradient_accumulation=4."
         )

@@ -157,11 +157,6 @@ def check(config: RunConfig) -> None:
         )
     if hardware.offload == "nvme" and (hardware.zero_stage != 3 or hardware.offload_dir is None):
         raise UserError("hardware.offload=nvme: needs hardware.zero_stage=3 and hardware.offload_dir, a folder there.")
-    limit = hardware.micro_batch
-    if limit is not None and limit < trainer.batch_size and trainer.batch_size % limit:
-        raise UserError(
-            f"hardware.micro_batch={limit}: expected a divisor of trainer.batch_size={trainer.batch_size}, to split it."
-        )
     if not config.bench.methods:
         raise UserError("bench.methods is empty: name at least one method.")
     for entry in config.bench.methods:
@@ -205,12 +200,12 @@ def check_key(override: Override, keys: dict[str, Any], method_name: str) -> Non
         owners = [name for name in METHODS if key.removeprefix("method.") in method_fields(name)]
         other = f" (it belongs to {', '.join(owners)})" if owners else ""
         raise UserError(
-            f"method={method_name} has no setting '{key}'{other}.{'' if owners else _nearest_key(key, keys)}"
+            f"method={method_name} has no setting '{key}'{other}.{'' if owners else nearest_key(key, keys)}"
         )
-    raise UserError(f"Unknown key '{key}' in {override.word}.{_nearest_key(key, keys)}")
+    raise UserError(f"Unknown key '{key}' in {override.word}.{nearest_key(key, keys)}")
 
 
-def _nearest_key(key: str, keys: dict[str, Any]) -> str:
+def nearest_key(key: str, keys: dict[str, Any]) -> str:
     """Where a key that does not exist was probably meant to go, else what there is instead.
 
     Compares last parts within a section: whole keys would find `trainer.resume` near `trainer.lr`.

@@ -77,8 +77,10 @@ def _named_source(name: str, key: str, bundled: bool, weight: float | None = Non
             f"No data set is bundled for dataset '{name}'; give a file with dataset.train_path=FILE."
             f"{nearest(name, BUNDLED_SETS)}"
         )
+    published = " (math_10k.json of github.com/AGI-Edgerunners/LLM-Adapters, ft-training_set)"  # on no hub
     raise UserError(
-        f"dataset '{name}' names no training data for this model; give a file or a hub id: dataset.train_path=FILE."
+        f"dataset '{name}' names no training data for this model; give a file or a hub id: dataset.train_path=FILE"
+        f"{published if name == 'arithmetic' else ''}."
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sparseft.errors import UserError, nearest
-from sparseft.selection.engine_ranks import FAST, HIGHEST, RANKS
+from sparseft.selection.engine_ranks import FAST, HIGHEST, RANKS, bounded
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ ENGINES = {
 class LoraFacts:
     """Of an export as LoRA: the rank in its files and what each linear needs of it.
 
-    linears: all in the files; experts, transposed: those of routed experts, and of Conv1D.
+    linears: all in the files; experts, transposed: those of routed experts, and of Conv1D; lora, reselects: how it was
+    trained, as `engine_ranks.bounded` takes it.
     """
 
     rank: int
@@ -53,6 +54,8 @@ class LoraFacts:
     linears: tuple[str, ...]
     experts: tuple[str, ...] = field(default=())
     transposed: tuple[str, ...] = field(default=())
+    lora: bool = False
+    reselects: bool = False
 
 
 def engine_of(name: str) -> Engine:
@@ -121,9 +124,10 @@ def too_high(facts: LoraFacts, limit: int) -> str:
     over = sorted((need for need in facts.needs.items() if need[1] > limit), key=lambda item: -item[1])
     worst = ", ".join(f"{linear} {need}" for linear, need in over[:3])
     more = f" and {len(over) - 3} more" if len(over) > 3 else ""
+    settings = bounded(limit, lora=facts.lora, reselects=facts.reselects)
     return (
-        f"{len(over)} of {len(facts.needs)} linears need more than {limit} ({worst}{more}): train with "
-        f"method.max_rank={limit}, or use --format patch or merged."
+        f"{len(over)} of {len(facts.needs)} linears need more than {limit} ({worst}{more}): train with {settings}, or "
+        "use --format patch or merged."
     )
 
 

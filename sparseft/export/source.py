@@ -78,8 +78,17 @@ class Source:
     @property
     def residual(self) -> bool:
         """Whether its entries started at the checkpoint's own values on a packed base (`method.residual`)."""
+        return bool(self._setting("residual"))
+
+    @property
+    def reselects(self) -> bool:
+        """Whether it was trained to choose anew (`method.reselect_steps`)."""
+        return bool(self._setting("reselect_steps"))
+
+    def _setting(self, name: str) -> Any:
+        """One of the method's settings that it was trained with; None where it says nothing of them."""
         settings = self.content.get("method_config")
-        return isinstance(settings, dict) and bool(settings.get("residual"))
+        return settings.get(name) if isinstance(settings, dict) else None
 
     @property
     def fingerprint(self) -> str | None:

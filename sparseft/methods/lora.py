@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from sparseft.selection.selection import Selection
 
 RANK = Rule(lambda rank: rank >= 1, "at least 1, or null to take it from sparsity")
+TARGETS = Rule(
+    lambda value: not isinstance(value, str), "a list such as [q_proj,v_proj], or null for all linears in scope"
+)
+Targets = Annotated[list[str] | str, TARGETS]  # no text is one: the rule says what is
 PROBABILITY = Rule(lambda value: 0.0 <= value < 1.0, "a probability from 0 to below 1")
 
 
@@ -40,7 +44,7 @@ class LoraConfig(MethodConfig):
     rank: Annotated[int, RANK] | None = None
     alpha: Annotated[float, ABOVE_0] | None = None
     dropout: Annotated[float, PROBABILITY] = 0.05
-    targets: list[str] | None = None
+    targets: Targets | None = None
     use_dora: bool = False
     seed: int = 0
 

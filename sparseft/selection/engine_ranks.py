@@ -59,8 +59,17 @@ def check_rank(selection: Selection, shapes: Mapping[str, tuple[int, int]], max_
             raise UserError(f"method.max_rank={max_rank}: the selection that was given needs rank {needed} ({module}).")
 
 
-def engines_note(needed: int, what: str, setting: str) -> str:
-    """Which engines take a LoRA of rank `needed`, and how. what: whose rank it is; setting: the one that bounds it."""
+def bounded(limit: int, *, lora: bool, reselects: bool) -> str:
+    """The settings by which a run's LoRA export stays within a rank. lora: of a method that trains one itself;
+    reselects: of one that is set to choose anew, which goes beyond any rank."""
+    if lora:
+        return f"method.rank={limit}"
+    return f"method.max_rank={limit}{' method.reselect_steps=0' if reselects else ''}"
+
+
+def engines_note(needed: int, what: str, fitting: str) -> str:
+    """Which engines take a LoRA of rank `needed`, and how. what: whose rank it is; fitting: the settings by which it
+    would be within `RANKS`."""
     rank = file_rank(needed)
     fits = [name for name, highest in HIGHEST.items() if highest is None or rank <= highest]
     slow = [f"{name} without its fast kernels (up to {FAST[name]})" for name in fits if rank > FAST.get(name, rank)]
@@ -70,7 +79,7 @@ def engines_note(needed: int, what: str, setting: str) -> str:
     refused = [
         f"{name} (up to {highest})" for name, highest in HIGHEST.items() if highest is not None and rank > highest
     ]
-    ends = f"; not {', '.join(refused)}: {setting}={RANKS[-1]} would fit" if refused else ""
+    ends = f"; not {', '.join(refused)}: {fitting} would fit" if refused else ""
     return f"export: {what}: fits {', '.join(fits + slow)}{ends}"
 
 
@@ -79,9 +88,11 @@ def describe_export(selection: Selection | None, spec: ModelSpec, settings: Any)
     holds what the method trains."""
     if selection is None:
         if (rank := settings.lora_rank(spec)) is not None:
-            console.log(engines_note(rank, f"a LoRA of rank {rank}", "method.rank"))
+            fitting = bounded(RANKS[-1], lora=True, reselects=False)
+            console.log(engines_note(rank, f"a LoRA of rank {rank}", fitting))
         return rank
     needed, module = largest_need(selection, spec.linears)
     more = "; every new selection adds to it" if settings.reselect_steps else ""
-    console.log(engines_note(needed, f"an exact LoRA needs rank {needed} ({module})", "method.max_rank") + more)
+    fitting = bounded(RANKS[-1], lora=False, reselects=bool(settings.reselect_steps))
+    console.log(engines_note(needed, f"an exact LoRA needs rank {needed} ({module})", fitting) + more)
     return needed

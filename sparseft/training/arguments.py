@@ -130,11 +130,8 @@ def _accelerator(hardware: HardwareConfig, device: torch.device) -> dict[str, An
 
 def micro_batches(config: TrainerConfig, hardware: HardwareConfig) -> tuple[int, int]:
     """(sequences at once, micro-steps a step): the trainer's, or its batch split where the hardware holds less."""
-    limit = hardware.micro_batch
-    if limit is None or limit >= config.batch_size:
-        return config.batch_size, config.gradient_accumulation
-    assert config.batch_size % limit == 0  # validation.py sees to it
-    return limit, config.gradient_accumulation * (config.batch_size // limit)
+    size = hardware.at_once(config.batch_size)
+    return size, config.gradient_accumulation * (config.batch_size // size)
 
 
 def _activation_checkpointing(on: bool) -> dict[str, Any]:

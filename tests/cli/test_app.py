@@ -220,6 +220,10 @@ def test_cfg_as_json_and_with_own_files(tmp_path: Path, capfd: pytest.CaptureFix
         (["train", "seed=1", "--multi-run"], ["--multi-run", "'--multirun'"]),
         (["train", "--trainer.max_steps=5"], ["trainer.max_steps=…"]),
         (["train", "--method", "s2ft"], ["method=…"]),
+        (["train", "--learning_rate", "1e-4"], ["Did you mean 'trainer.learning_rate'?", "key=value, without dashes"]),
+        (["train", "--batch-size", "4"], ["Did you mean 'trainer.batch_size'?"]),  # not eval's
+        (["train", "--targets", "q_proj"], ["Did you mean 'method.targets'?"]),
+        (["train", "run/config.yaml"], ["'run/config.yaml' is not a setting", "--config-dir DIR experiment=config."]),
         (["eval", "mmlu", "--shots", "five"], ["--shots", "integer"]),
         (["eval", "mmlu", "--shots", "-1"], ["eval.shots=-1", "at least 0"]),
         (["eval", "mmlu", "--shots", "5", "eval.shots=4"], ["--shots and eval.shots"]),

@@ -20,7 +20,8 @@ from sparseft.compose.run_config import from_dict, points, to_yaml
 from sparseft.config import BITSANDBYTES, OPTIMIZERS, SCHEDULERS, RunConfig
 from sparseft.errors import UserError
 from sparseft.methods import METHODS, get_method
-from sparseft.rules import check_type
+from sparseft.rules import check_type, show
+from sparseft.training.arguments import micro_batches
 from support.places import ROOT
 
 CONF = ROOT / "conf"
@@ -255,7 +256,10 @@ def test_values(word: str, section: str, expected: object) -> None:
 def test_lists_of_a_method() -> None:
     assert make("method=s2ft", "method.roles=[o,down]").method.roles == ["o", "down"]
     assert make("method=lora", "method.targets=[q_proj,v_proj]").method.targets == ["q_proj", "v_proj"]
-    assert "a list such as" in refused("method=lora", "method.targets=q_proj")
+    for typed in ("q_proj", "all-linear"):  # as peft has it
+        assert refused("method=lora", f"method.targets={typed}") == (
+            f"method.targets={typed}: expected a list such as [q_proj,v_proj], or null for all linears in scope."
+        )
 
 
 AS_TYPED = [
@@ -316,6 +320,28 @@ def test_a_config_file_repeats_the_run(name: str) -> None:
     )
     assert from_dict(yaml.safe_load(to_yaml(config))) == config
     assert from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_config_file_is_an_experiment_with_two_lines_above_it(name: str, tmp_path: Path) -> None:
+    """As docs/configuration.md has them."""
+    words = ["seed=7", "hardware=4xa100", "dataset=json", "trainer.save_steps=3", "eval.shots=2"]
+    config = make(f"method={name}", *words, *(["sparsity=0.95"] if name != "full" else []))
+    page = (ROOT / "docs/configuration.md").read_text()
+    head = re.search(r"```yaml\n(# @package _global_\n.*?)```", page, flags=re.DOTALL)
+    assert head is not None
+    write(tmp_path / "experiment/again.yaml", head[1].replace("s2ft", name) + to_yaml(config))
+    assert make("experiment=again", config_dirs=(str(tmp_path),)) == config
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "most", "at_once"), [(6, 4, 3), (7, 4, 1), (8, 2, 2), (3, 4, 3), (4, 4, 4), (6, None, 6)]
+)
+def test_a_batch_is_split_within_the_hardwares_limit(batch_size: int, most: int | None, at_once: int) -> None:
+    config = make("hardware=1xl4", f"trainer.batch_size={batch_size}", f"hardware.micro_batch={show(most)}")
+    assert config.hardware.at_once(batch_size) == at_once
+    micro_steps = config.trainer.gradient_accumulation * batch_size // at_once
+    assert micro_batches(config.trainer, config.hardware) == (at_once, micro_steps)
 
 
 def test_composing_leaves_hydra_as_it_was(tmp_path: Path) -> None:
@@ -499,6 +525,10 @@ def test_a_setting_without_effect_is_warned_about() -> None:
         ("objective=simpo hardware.zero_stage=2", ["hardware.zero_stage=2", "one process"]),
         ("objective=kto trainer.batch_size=1", ["trainer.batch_size=1", "use 2 or more"]),
         ("objective=kto trainer.batch_size=4 hardware.micro_batch=1", ["hardware.micro_batch=1", "use 2 or more"]),
+        (
+            "objective=kto trainer.batch_size=3 hardware.micro_batch=2",
+            ["hardware.micro_batch=2 with trainer.batch_size=3"],
+        ),
     ],
 )
 def test_wrong_input(words: str, expected: list[str]) -> None:

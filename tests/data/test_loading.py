@@ -24,6 +24,7 @@ from sparseft.data.formats import Example, detect_format
 from sparseft.data.loading import LoadedData, load_datasets
 from sparseft.data.packing import Collator, padding_id
 from sparseft.data.prompts import alpaca_prompt
+from sparseft.data.reading import named_sources
 from sparseft.data.records import Records
 from sparseft.data.sampling import calibration_batches, calibration_count, seeded_first
 from sparseft.data.sources import open_source
@@ -730,6 +731,13 @@ def test_cut_and_dropped_are_counted_and_nothing_left_is_an_error(tmp_path: Path
     assert (len(loaded.train), loaded.cut, loaded.dropped) == (1, 0, 2)
     with pytest.raises(UserError, match="none of the 1 training examples fits trainer.max_length=20"):
         load(write(tmp_path / "b.jsonl", [endless]), tokenizer, max_length=20)
+
+
+def test_a_set_that_is_on_no_hub_says_where_its_file_is() -> None:
+    with pytest.raises(UserError, match=r"dataset\.train_path=FILE \(math_10k\.json of github\.com/AGI-Edgerunners"):
+        named_sources(DatasetConfig(name="arithmetic"), bundled=False)
+    with pytest.raises(UserError, match=r"dataset 'text' names no training data for this model; .*=FILE\.$"):
+        named_sources(DatasetConfig(name="text"), bundled=False)
 
 
 @pytest.mark.parametrize("name", ["commonsense", "arithmetic", "oasst1", "text", "json"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+import yaml
 
 import sparseft
 from sparseft.cli.app import BENCHMARKS, app
@@ -21,7 +22,8 @@ from sparseft.compose.validation import annotation_of, known_keys, method_fields
 from sparseft.evaluation.tasks import own_names
 from sparseft.export.engines import ENGINES
 from sparseft.export.formats import FORMATS
-from sparseft.methods import METHODS
+from sparseft.methods import METHODS, get_method
+from sparseft.training.resume import FREE
 from support.documents import Block, Command, blocks, commands, inline_commands, named, python_blocks
 from support.models import build_model
 from support.places import ROOT
@@ -220,6 +222,27 @@ def test_what_a_command_printed_wraps_on_the_site() -> None:
         "```text\nx\n```\n", extensions=config["markdown_extensions"], extension_configs=config["mdx_configs"]
     )
     assert ".language-text code" in (ROOT / "docs/site.css").read_text() and 'class="language-text' in html
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_takes_the_choices_that_the_page_of_settings_gives_it(name: str) -> None:
+    page = (ROOT / "docs/configuration.md").read_text()
+    section = page.partition(f"### `method={name}`\n")[2].partition("\n#")[0]
+    rows = re.findall(r"^\| `method\.(\w+)` .* \| (`\w+`(?:, `\w+`)*) \|$", section, re.MULTILINE)
+    assert rows or name in ("lora", "dora")
+    for field, choices in rows:
+        for choice in re.findall(r"\w+", choices):
+            get_method(name)(**{field: yaml.safe_load(choice)}).validate()
+
+
+def test_the_settings_that_a_run_goes_on_with_are_those_of_the_code() -> None:
+    page = (ROOT / "docs/how-it-works.md").read_text()
+    found = re.search(
+        r"^A run goes on with other values of (.*?) and of\s`trainer\.`\{(.*?)\}", page, re.DOTALL | re.MULTILINE
+    )
+    assert found is not None
+    others, of_trainer = (re.findall(r"`([\w.*]+)`", part) for part in found.groups())
+    assert FREE == {*(name.removesuffix(".*") for name in others), *(f"trainer.{name}" for name in of_trainer)}
 
 
 def test_the_messages_on_the_page_of_errors_are_those_of_the_code() -> None:

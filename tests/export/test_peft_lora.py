@@ -250,9 +250,15 @@ def test_ranks_above_every_engines(made: Any, tmp_path: Path, monkeypatch: Any, 
         assert export(source, tmp_path / "out", *words) == 2
         error = capsys.readouterr().err
         assert "1 of 2 linears need more than 32" in error and f"{names[0]} 40" in error
-        assert "method.max_rank" in error and "patch or merged" in error and not (tmp_path / "out").exists()
+        assert "train with method.max_rank=32, or use --format patch or merged" in error
+        assert not (tmp_path / "out").exists()
     assert export(source, tmp_path / "out", "--engine", "peft") == 0
     assert config_of(tmp_path / "out")["r"] == 48
+    anew = adapter(model, tmp_path / "anew", {names[0]: {"rows": list(range(40))}}, reselect_steps=5)
+    assert export(anew, tmp_path / "other") == 2
+    assert "train with method.max_rank=32 method.reselect_steps=0, or use" in capsys.readouterr().err
+    assert export(lora(model, tmp_path / "lora", r=40), tmp_path / "other") == 2
+    assert "train with method.rank=32, or use" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,8 @@ def test_a_dry_run_shows_all_and_asks_nothing(hub: Hub, run: Path, monkeypatch: 
     assert "adapter_model.safetensors" in done.err and "left out:" in done.err and "checkpoint" in done.err
     assert "# tiny-base-sylva-own" in done.out and "library_name: sparseft" in done.out
     assert "nothing was sent: 3 files" in done.out
+    short = push(run, "--dry-run", "--quiet")
+    assert short.out == done.out and "adapter_model.safetensors" not in short.err and "warning: " in short.err
     shown = push(run, "--dry-run", "--json").json
     assert shown["dry_run"] and shown["card_text"].startswith("---\n") and "commit" not in shown
 

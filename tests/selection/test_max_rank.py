@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,10 +24,12 @@ from sparseft.kernels import reference
 from sparseft.methods.base import SparseConfig
 from sparseft.methods.full import FullConfig
 from sparseft.methods.lora import DoraConfig, LoraConfig
+from sparseft.methods.losia import LosiaConfig
 from sparseft.methods.paca import PacaConfig
 from sparseft.methods.s2ft import S2FTConfig
 from sparseft.methods.sylva import SylvaConfig
 from sparseft.models.spec import ModelSpec
+from sparseft.selection import engine_ranks
 from sparseft.selection.budget import Budget
 from sparseft.selection.cache import selection_key
 from sparseft.selection.choose import choose
@@ -349,13 +352,34 @@ def test_the_cached_selection_depends_on_the_cap() -> None:
 
 def test_what_each_engine_needs() -> None:
     assert [file_rank(n) for n in (1, 8, 9, 257, 320, 321, 512, 513)] == [8, 8, 16, 320, 320, 512, 512, 528]
-    assert engines_note(100, "what", "method.max_rank") == (
+    assert engines_note(100, "what", "a=1") == (
         "export: what: fits vllm (--max-lora-rank 128), sglang, tgi, lorax, llama.cpp, peft"
     )
     assert "vllm (--max-lora-rank 320), sglang, llama.cpp, peft, tgi without its fast kernels (up to 128)" in (
-        engines_note(300, "what", "method.max_rank")
+        engines_note(300, "what", "a=1")
     )
-    assert engines_note(600, "what", "method.rank").endswith("not vllm (up to 512): method.rank=512 would fit")
+    assert engines_note(600, "what", "method.rank=512").endswith("not vllm (up to 512): method.rank=512 would fit")
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        (LosiaConfig(), "method.max_rank=512 method.reselect_steps=0 would fit; every new selection adds to it\n"),
+        (LosiaConfig(reselect_steps=0), "method.max_rank=512 would fit\n"),
+        (S2FTConfig(reselect_steps=5), "method.max_rank=512 method.reselect_steps=0 would fit; every"),
+    ],
+    ids=["losia", "losia, once", "s2ft, anew"],
+)
+def test_the_settings_that_would_fit_go_together(
+    make_model: Callable, config: Any, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Choosing anew goes beyond any rank, so a cap beside it is refused."""
+    monkeypatch.setattr(engine_ranks, "needed_rank", lambda *_: 518)
+    model = make_model("llama")
+    describe_export(compute_selection(model, config), ModelSpec.of(model), config)
+    assert advice in capsys.readouterr().err
+    fitting = dict(word.split("=") for word in re.findall(r"method\.(\w+=\d+)", advice))
+    replace(config, **{name: int(value) for name, value in fitting.items()}).validate()
 
 
 @pytest.mark.parametrize(

@@ -74,11 +74,13 @@ def patterns(model: Any, layers: tuple[int, ...] = (0, 1)) -> dict[str, dict[str
     return chosen
 
 
-def adapter(model: Path, folder: Path, chosen: dict[str, dict[str, Any]] | None = None, scale: float = 0.3) -> Path:
-    """An adapter on the model in `model` with random deltas."""
+def adapter(
+    model: Path, folder: Path, chosen: dict[str, dict[str, Any]] | None = None, scale: float = 0.3, **settings: Any
+) -> Path:
+    """An adapter on the model in `model` with random deltas; settings: of its method."""
     attached = load(model)
     selection = sparseft.Selection(patterns(attached) if chosen is None else chosen, block_size=32)
-    attached = sparseft.attach(attached, sparseft.SylvaConfig(block_size=32), selection)
+    attached = sparseft.attach(attached, sparseft.SylvaConfig(block_size=32, **settings), selection)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in sparse_layers(attached).values():

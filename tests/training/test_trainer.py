@@ -23,12 +23,14 @@ from torch.nn import functional as F
 
 from sparseft import signals
 from sparseft.adapters.lifecycle import trainable_parameters
+from sparseft.compose.run_config import compose
 from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.errors import RunError
 from sparseft.training.arguments import training_arguments
 from sparseft.training.callbacks import RunCallback
 from sparseft.training.checkpoints import checkpoint_steps, last_checkpoint, step_of
 from sparseft.training.optimizer import SparseAdamW
+from sparseft.training.resume import previous_run
 from sparseft.training.run_state import Clock
 from sparseft.training.trainer import Trainer, train
 from support.exported import saved_model
@@ -436,6 +438,16 @@ def test_a_run_is_continued_with_its_own_settings(
     for part in parts:
         assert part in message
     assert {name: (run / name).read_bytes() for name in files(run)} == before
+
+
+def test_a_run_is_continued_with_other_settings_of_what_it_does_not_train(
+    uninterrupted: Any, data: Path, model_folder: Any, tmp_path: Path
+) -> None:
+    run = stop_after(uninterrupted("s2ft"), 4, tmp_path / "run")
+    changes = ["chat.temperature=0.5", "eval.shots=1", "bench.length=32", "trainer.checkpointing=full"]
+    words = [*long_run("s2ft", model_folder(), data), *changes, f"output_dir={run}", "trainer.resume=auto"]
+    previous = previous_run(compose("train", words[1:]))
+    assert previous is not None and previous.step == 4
 
 
 def test_a_run_is_continued_on_its_own_data(uninterrupted: Any, data: Path, model_folder: Any, tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ class PeftLora(Format):
             needs[name] = b.shape[1]
         rank = file_rank(max(needs.values(), default=0))
         self.plan = Plan(layout, rank, needs)
-        facts = engines.LoraFacts(rank, needs, tuple(layout.parts), layout.experts, layout.transposed)
+        trained = {"lora": source.kind == "peft", "reselects": source.reselects}
+        facts = engines.LoraFacts(rank, needs, tuple(layout.parts), layout.experts, layout.transposed, **trained)
         return engines.check(options.engine, self.name, facts)
 
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
