@@ -70,7 +70,7 @@ def test_it_computes_as_the_base_bit_for_bit(kind: str, dtype: torch.dtype) -> N
     assert torch.equal(found, expected) and not found.requires_grad and not torch.equal(answer, expected)
     assert same(weights(model), before) and torch.equal(logits(model), answer)
     assert reference.config is model.config and isinstance(reference, type(model))
-    assert {p.data_ptr() for p in reference.parameters()} == {p.data_ptr() for p in model.parameters()}
+    assert not list(reference.parameters()) and (reference.device, reference.dtype) == (model.device, model.dtype)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -118,6 +118,33 @@ def test_an_error_inside_leaves_the_model_as_it_was() -> None:
         reference(input_ids=torch.tensor([[10**6]]))
     assert same(weights(model), before) and torch.is_grad_enabled()
     assert torch.equal(logits(reference), logits(base()))
+
+
+def test_nothing_is_done_to_the_model_through_it() -> None:
+    model = moved(sparseft.attach(base(), CONFIGS["s2ft"]))
+    before, trained = weights(model), list(sparseft.trainable_parameters(model))
+    reference = sparseft.reference_model(model).eval().requires_grad_(False)
+    assert trained and list(sparseft.trainable_parameters(model)) == trained and model.training is False
+    sync = pytest.importorskip("trl.trainer.callbacks").SyncRefModelCallback._sync_target_model
+    with pytest.raises(ValueError, match="zip"):
+        sync(model, reference, 0.6)
+    assert same(weights(model), before)
+
+
+def test_what_it_generates_is_the_bases_and_what_is_not_is_refused(tmp_path: Any) -> None:
+    model = moved(sparseft.attach(base(), CONFIGS["s2ft"]))
+    before, reference = weights(model), sparseft.reference_model(model)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    found = reference.generate(IDS, **options)
+    assert torch.equal(found, base().generate(IDS, **options)) and same(weights(model), before)
+    assert not torch.equal(found, model.generate(IDS, **options))
+    with pytest.raises(sparseft.UserError, match=r"^adapter_names: this is the base of all rows"):
+        reference(input_ids=IDS, adapter_names=["default"])
+    with pytest.raises(sparseft.UserError, match=r"^reference_model: it has no weights of its own to save"):
+        reference.save_pretrained(tmp_path / "out")
+    with pytest.raises(sparseft.UserError, match="has no adapter"):
+        sparseft.save_adapter(reference, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_without_a_base_below_them() -> None:
