@@ -150,7 +150,9 @@ def test_conv1d_indices_are_logical(make_model: Make, tmp_path: Path) -> None:
     torch.testing.assert_close(sparseft.merge(model).get_submodule(name).weight.t(), expected)
 
 
-def test_saving_over_an_adapter_and_refusing_other_folders(make_model: Make, tmp_path: Path) -> None:
+def test_saving_over_an_adapter_and_refusing_other_folders(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = attached(make_model("llama"))
     for seed in (1, 2):
         randomise(model, seed)
@@ -161,6 +163,10 @@ def test_saving_over_an_adapter_and_refusing_other_folders(make_model: Make, tmp
     (tmp_path / "mine" / "code.py").write_text("print()")
     with pytest.raises(UserError, match="holds other files"):
         sparseft.save_adapter(model, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(UserError, match=r"\.: cannot be replaced, as you are in it: name a folder in it"):
+        sparseft.save_adapter(model, ".")
+    assert Path.cwd() == tmp_path / "a"
     assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(["a", CONFIG, TENSORS, "mine", "code.py"])
     with pytest.raises(UserError, match="no adapter is called 'defualt'. Did you mean 'default'"):
         sparseft.save_adapter(model, tmp_path / "b", "defualt")
