@@ -1,7 +1,8 @@
 """The base under an attached model as a model of its own: what preference tuning holds the trained one to.
 
-It has no weights beyond the model's. While it computes, the entries that train hold the base's values; afterwards base
-+ delta again, bit for bit, so that a backward pass of what the model has computed before is still right.
+It has no weights beyond the model's. While it computes, the entries that train hold the base's values, or peft's
+adapter is off; afterwards base + delta again, bit for bit, so that a backward pass of what the model has computed
+before is still right.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.adapters.by_row import ARGUMENT
-from sparseft.adapters.state import state_of
+from sparseft.adapters.peft import Peft
+from sparseft.adapters.state import State, state_of
 from sparseft.distributed.shards import is_sharded
 from sparseft.errors import UserError
 from sparseft.layers import SparseLinear, sparse_layers
@@ -28,12 +30,12 @@ _OF_THE_MODEL = (STATE, "generate", "save_pretrained")  # what attaching has put
 
 
 def reference_model(model: nn.Module) -> Any:
-    """The base under `model`, for the `ref_model` of TRL's trainers; None for LoRA and DoRA, of which TRL itself turns
-    the adapter off.
+    """The base under `model`, for the `ref_model` of TRL's trainers, whatever the adapter has learnt before. (Given
+    None, TRL compares a LoRA or DoRA with a copy of the adapter "default" as it is then.)
 
-    A module of the model's class and with its configuration, without a weight of its own: `parameters()` is empty, so
-    that nothing moves it (TRL's `sync_ref_model` fails). Calling it and its `generate` are the base and give no
-    gradient; its inner modules and `state_dict()` are the model's.
+    A module of the model's class (of the class inside peft's wrapper) and with its configuration, without a weight of
+    its own: `parameters()` is empty, so that nothing moves it (TRL's `sync_ref_model` fails). Calling it and its
+    `generate` are the base and give no gradient; its inner modules and `state_dict()` are the model's.
 
     Raises:
         UserError: nothing is attached; all of the model trains, so that no base is left; it is in shards.
@@ -41,10 +43,8 @@ def reference_model(model: nn.Module) -> Any:
     state = state_of(model)
     if state is None:
         raise UserError("reference_model: nothing is attached to this model; it is its own reference.")
-    if hasattr(model, "peft_config"):
-        return None
     layers = sparse_layers(model)
-    if not layers:
+    if not layers and not isinstance(state.kind, Peft):
         raise UserError(
             "reference_model: all weights of this model train, so that its base is gone; load a second one, or use "
             "precompute_ref_log_probs=True."
@@ -53,6 +53,9 @@ def reference_model(model: nn.Module) -> Any:
         raise UserError(
             "reference_model: this model is in several processes' shards (ZeRO-3 or FSDP2); load a second one."
         )
+    if isinstance(state.kind, Peft):
+        peft: Any = model
+        return _twin(peft.get_base_model(), lambda: adapter_off(peft, state))
     return _twin(model, lambda: base_in_place(list(layers.values())))
 
 
@@ -115,6 +118,22 @@ def base_in_place(layers: list[SparseLinear]) -> Iterator[None]:
             for layer in layers:
                 layer.write_inactive()
                 layer.write_back()
+
+
+@contextlib.contextmanager
+def adapter_off(model: nn.Module, state: State) -> Iterator[None]:
+    """Inside, peft's wrapper computes as the base does, also where an adapter has values of the base's own parameters.
+    What autograd has kept of those counts as unchanged, as above."""
+    active, written = state.active, tuple(state.kind.kept.parameters.values())
+    with torch.autograd._unsafe_preserve_version_counter(written):
+        state.kind.switch(model, state, None)
+    state.active = None
+    try:
+        yield
+    finally:
+        with torch.autograd._unsafe_preserve_version_counter(written):
+            state.kind.switch(model, state, active)
+        state.active = active
 
 
 def _written(layer: SparseLinear) -> list[Tensor]:
