@@ -684,6 +684,25 @@ def test_several_lora_adapters(make_model: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*was active which is now deleted")
+def test_each_of_several_lora_adapters_keeps_its_description(make_model: Make, tmp_path: Path) -> None:
+    configs = {"math": sparseft.LoraConfig(rank=3), "chat": sparseft.DoraConfig(rank=2)}
+    for name, config in configs.items():
+        sparseft.save_adapter(sparseft.attach(make_model("llama"), config), tmp_path / name)
+    model = sparseft.load_adapter(make_model("llama"), tmp_path / "math", "math")
+    sparseft.load_adapter(model, tmp_path / "chat", "chat")
+
+    def described(folder: Path) -> tuple[str, dict[str, Any]]:
+        own = json.loads((folder / CONFIG).read_text())["sparseft"]
+        return own["method"], own["method_config"]
+
+    for name in configs:
+        again = sparseft.save_adapter(model, tmp_path / f"{name}-again", name)
+        assert described(again) == described(tmp_path / name)
+    fused = sparseft.save_adapter(sparseft.fuse(model, {"math": 0.5}), tmp_path / "fused")
+    assert described(fused) == ("lora", {"fused": {"math": 0.5}})
+
+
+@pytest.mark.filterwarnings("ignore:.*was active which is now deleted")
 @pytest.mark.parametrize("rslora", [False, True])
 def test_fusing_lora_is_the_dense_sum(make_model: Make, tmp_path: Path, rslora: bool) -> None:
     peft_folder(make_model("llama"), tmp_path / "math", 1, use_rslora=rslora, lora_alpha=5, lora_dropout=0.3)
