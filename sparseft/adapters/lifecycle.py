@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,8 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
     if not weights:
         raise UserError("fuse: name at least one adapter with its weight.")
     for known, weight in weights.items():
-        if not math.isfinite(weight):
-            raise UserError(f"fuse: the weight of '{known}' is {weight}: expected a finite number.")
+        if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+            raise UserError(f"fuse: the weight of '{known}' is {weight!r}: expected a finite number.")
     check_new_name(name)
     state.kind.fuse(model, state, weights, name)
     return model

@@ -581,6 +581,7 @@ def test_fuse_refuses(make_model: Make, tmp_path: Path) -> None:
         ({"a": 1.0, "bb": 1.0}, "no adapter is called 'bb'"),
         ({"a": float("nan")}, "the weight of 'a' is nan"),
         ({"a": float("inf")}, "finite"),
+        ({"a": "1"}, "the weight of 'a' is '1': expected a finite number"),
     ):
         with pytest.raises(UserError, match=message):
             sparseft.fuse(model, weights)
