@@ -122,7 +122,8 @@ def names_of_rows(names: Rows, rows: int) -> Rows:
 def shape_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
     """How many rows, and tokens of each, a forward pass or `generate` was given; zeros where it was given none."""
     given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
-    return next(((value.shape[0], value.shape[1]) for value in given if isinstance(value, Tensor)), (0, 0))
+    batches = (value for value in given if isinstance(value, Tensor) and value.dim() >= 2)
+    return next(((value.shape[0], value.shape[1]) for value in batches), (0, 0))
 
 
 def _checked(model: Any, names: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sparseft.adapters.units import Units
 from sparseft.adapters.waiting import KEEP
 from sparseft.distributed.shards import full_shape
 from sparseft.errors import UserError, nearest
-from sparseft.files.atomic import replaced_folder
+from sparseft.files.atomic import check_replaceable, replaced_folder
 from sparseft.files.hub import adapter_folder
 from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.layers import sparse_layers
@@ -83,7 +84,18 @@ def save_adapter(
 
     LoRA and DoRA leave peft's own files, full fine-tuning a Hugging Face model folder. state_dict: a fully trained
     model's, where its parameters are in shards.
+
+    Raises:
+        UserError: no such adapter; `path` is a file, holds other files, cannot be replaced, or is the current folder.
     """
+    check_replaceable(Path(path).expanduser(), DESCRIPTIONS)
+    return write_adapter(model, path, name, state_dict)
+
+
+def write_adapter(
+    model: nn.Module, path: str | Path, name: str | None = None, state_dict: dict[str, Tensor] | None = None
+) -> Path:
+    """`save_adapter` at the end of a run, which is not lost for where its process stands."""
     state = require_state(model)
     name = state.active if name is None else name
     if name is None:
@@ -154,8 +166,8 @@ def fuse(model: nn.Module, weights: dict[str, float], name: str = "fused") -> nn
     if not weights:
         raise UserError("fuse: name at least one adapter with its weight.")
     for known, weight in weights.items():
-        if not math.isfinite(weight):
-            raise UserError(f"fuse: the weight of '{known}' is {weight}: expected a finite number.")
+        if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+            raise UserError(f"fuse: the weight of '{known}' is {weight!r}: expected a finite number.")
     check_new_name(name)
     state.kind.fuse(model, state, weights, name)
     return model

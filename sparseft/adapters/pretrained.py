@@ -15,6 +15,7 @@ from torch import nn
 
 from sparseft.adapters.state import require_state
 from sparseft.distributed.shards import any_sharded
+from sparseft.errors import UserError
 from sparseft.files.atomic import check_replaceable, replaced_folder
 from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.runs.folder import ADAPTER
@@ -40,13 +41,19 @@ def save_pretrained(
     Weights keep the names that they have in the model, which `from_pretrained` reads too. transformers would take the
     deltas of experts for experts and split them, and its `Trainer` resumes from no other names.
 
-    Raises `UserError` where `adapter` holds other files, before anything is written.
+    Raises `UserError` where `adapter` holds other files, or with `push_to_hub=True`, which uploads no more than what
+    transformers itself has just written; before anything is written.
     """
     kwargs["save_original_format"] = False
     state, folder = require_state(model), Path(save_directory) / ADAPTER
     # of shards saving is a call of all processes, and this one is not
     writes = is_main_process and state.active is not None and not any_sharded(model)
     if writes:
+        if kwargs.get("push_to_hub") or any(args[1:2]):  # by its place, behind state_dict
+            raise UserError(
+                "save_pretrained(push_to_hub=True) would upload the weights without the adapter: "
+                "model.push_to_hub('owner/name') uploads both."
+            )
         check_replaceable(folder, DESCRIPTIONS)
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
     if writes:

@@ -1,7 +1,8 @@
 """The base under an attached model as a model of its own: what preference tuning holds the trained one to.
 
-It has no weights beyond the model's. While it computes, the entries that train hold the base's values; afterwards base
-+ delta again, bit for bit, so that a backward pass of what the model has computed before is still right.
+It has no weights beyond the model's. While it computes, the entries that train hold the base's values, or peft's
+adapter is off; afterwards base + delta again, bit for bit, so that a backward pass of what the model has computed
+before is still right.
 """
 
 from __future__ import annotations
@@ -9,26 +10,32 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparseft.adapters.state import state_of
+from sparseft.adapters.by_row import ARGUMENT
+from sparseft.adapters.peft import Peft
+from sparseft.adapters.state import State, state_of
 from sparseft.distributed.shards import is_sharded
 from sparseft.errors import UserError
 from sparseft.layers import SparseLinear, sparse_layers
+from sparseft.models.decoder import STATE
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
           "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
+_OF_THE_MODEL = (STATE, "generate", "save_pretrained")  # what attaching has put on the model itself
 
 
 def reference_model(model: nn.Module) -> Any:
-    """The base under `model`, for the `ref_model` of TRL's trainers; None for LoRA and DoRA, of which TRL itself turns
-    the adapter off.
+    """The base under `model`, for the `ref_model` of TRL's trainers, whatever the adapter has learnt before. (Given
+    None, TRL compares a LoRA or DoRA with a copy of the adapter "default" as it is then.)
 
-    A module of the model's class and with its configuration, without a weight of its own; it gives no gradient.
+    A module of the model's class (of the class inside peft's wrapper) and with its configuration, without a weight of
+    its own: `parameters()` is empty, so that nothing moves it (TRL's `sync_ref_model` fails). Calling it and its
+    `generate` are the base and give no gradient; its inner modules and `state_dict()` are the model's.
 
     Raises:
         UserError: nothing is attached; all of the model trains, so that no base is left; it is in shards.
@@ -36,10 +43,8 @@ def reference_model(model: nn.Module) -> Any:
     state = state_of(model)
     if state is None:
         raise UserError("reference_model: nothing is attached to this model; it is its own reference.")
-    if hasattr(model, "peft_config"):
-        return None
     layers = sparse_layers(model)
-    if not layers:
+    if not layers and not isinstance(state.kind, Peft):
         raise UserError(
             "reference_model: all weights of this model train, so that its base is gone; load a second one, or use "
             "precompute_ref_log_probs=True."
@@ -48,27 +53,51 @@ def reference_model(model: nn.Module) -> Any:
         raise UserError(
             "reference_model: this model is in several processes' shards (ZeRO-3 or FSDP2); load a second one."
         )
+    if isinstance(state.kind, Peft):
+        peft: Any = model
+        return _twin(peft.get_base_model(), lambda: adapter_off(peft, state))
+    return _twin(model, lambda: base_in_place(list(layers.values())))
+
+
+def _twin(model: nn.Module, in_place: Callable[[], contextlib.AbstractContextManager[None]]) -> Any:
+    """`model` once more, which computes inside `in_place()`."""
     twin: Any = copy.copy(model)
-    twin.__dict__ = model.__dict__ | {name: OrderedDict() for name in _HOOKS}
-    twin.__class__ = type(type(model).__name__, (type(model),), {"train": _as_it_is, "__module__": __name__})
-    inside: list[contextlib.ExitStack] = []
-
-    def enter(*_: Any) -> None:
-        inside.append(contextlib.ExitStack())
-        inside[-1].enter_context(torch.no_grad())
-        inside[-1].enter_context(base_in_place(list(layers.values())))
-
-    def leave(*_: Any) -> None:
-        inside.pop().close()
-
-    twin.register_forward_pre_hook(enter)
-    twin.register_forward_hook(leave, always_call=True)
+    own = {key: value for key, value in vars(model).items() if key not in _OF_THE_MODEL}
+    twin.__dict__ = own | {name: OrderedDict() for name in _HOOKS} | {"_model": model, "_in_place": in_place}
+    twin.__class__ = type(type(model).__name__, (_Twin, type(model)), {"__module__": __name__})
     return twin
 
 
-def _as_it_is(self: nn.Module, mode: bool = True) -> nn.Module:
-    """The modules are the model's, whose mode is its own to say."""
-    return self
+class _Twin:
+    """What a twin does otherwise than its model, whose class comes next."""
+
+    _model: Any
+    _in_place: Callable[[], contextlib.AbstractContextManager[None]]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if ARGUMENT in kwargs:
+            raise UserError(f"{ARGUMENT}: this is the base of all rows (`reference_model`): ask the model itself.")
+        with torch.no_grad(), self._in_place():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """None: all are the model's, which trains them."""
+        return iter(())
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    def train(self, mode: bool = True) -> Any:
+        """The modules are the model's, whose mode is its own to say."""
+        return self
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        raise UserError("reference_model: it has no weights of its own to save: save the model, or load the base.")
 
 
 @contextlib.contextmanager
@@ -89,6 +118,22 @@ def base_in_place(layers: list[SparseLinear]) -> Iterator[None]:
             for layer in layers:
                 layer.write_inactive()
                 layer.write_back()
+
+
+@contextlib.contextmanager
+def adapter_off(model: nn.Module, state: State) -> Iterator[None]:
+    """Inside, peft's wrapper computes as the base does, also where an adapter has values of the base's own parameters.
+    What autograd has kept of those counts as unchanged, as above."""
+    active, written = state.active, tuple(state.kind.kept.parameters.values())
+    with torch.autograd._unsafe_preserve_version_counter(written):
+        state.kind.switch(model, state, None)
+    state.active = None
+    try:
+        yield
+    finally:
+        with torch.autograd._unsafe_preserve_version_counter(written):
+            state.kind.switch(model, state, active)
+        state.active = active
 
 
 def _written(layer: SparseLinear) -> list[Tensor]:

@@ -304,13 +304,14 @@ class Sparse(Kind):
         values = _placed(model, values, adapter.keep)
         active = state.active == name
         known = self.adapters.get(name)
-        if known is not None and known.keep == adapter.keep and same_entries(known.patterns, values):
+        alike = known is not None and (known.keep, known.residual) == (adapter.keep, adapter.residual)
+        if known is not None and alike and same_entries(known.patterns, values):
             # The deltas are filled in place, so that an optimizer that holds them stays valid.
             with torch.no_grad():
                 for module, kinds in values.items():
                     for kind, value in kinds.items():
                         known.patterns[module][kind].delta.copy_(value.delta)
-            known.method_config, known.source = adapter.method_config, adapter.source
+            known.method, known.method_config, known.source = adapter.method, adapter.method_config, adapter.source
             if active:
                 write_back(layer_at(model, module) for module in values)
         else:

@@ -130,7 +130,7 @@ class State:
     spec: ModelSpec | None = None  # None: nothing has asked for it
     config: MethodConfig | None = None  # with what it left to the model; None: the adapter was loaded
     active: str | None = None
-    method_config: dict[str, Any] = field(default_factory=dict)  # as the active adapter's description has it
+    method_config: dict[str, Any] = field(default_factory=dict)  # of what was attached, with what it left to the model
 
     @staticmethod
     def of(

@@ -21,6 +21,7 @@ from typing import Any
 from sparseft.errors import RunError, UserError, checkpoint_of, note_checkpoint
 
 PARTIAL = ".partial-"
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # another process has put its own folder there meanwhile
 
 # ---- JSON ----
 
@@ -122,11 +123,26 @@ def new_aside(path: Path) -> Path:
 
 
 def publish(aside: Path, path: Path, *, sync: bool = True) -> None:
-    """Renames a finished folder to `path`; one that was there goes only then. `sync` as for a file."""
+    """Renames a finished folder to `path`; one that was there goes only then, also one that another process puts there
+    meanwhile. `sync` as for a file."""
     if sync:
         for entry in aside.rglob("*"):
             _sync(entry)
         _sync(aside)
+    try:
+        old = _exchange(aside, path)
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise
+        old = _exchange(aside, path)
+    if sync:
+        _sync(path.parent)
+    if old is not None:
+        _delete(old)
+
+
+def _exchange(aside: Path, path: Path) -> Path | None:
+    """Renames `aside` to `path`; returns where that lies which was there."""
     old = _aside(path) if os.path.lexists(path) else None
     if old is not None:
         with contextlib.suppress(FileNotFoundError):  # another process has taken it away meanwhile
@@ -135,13 +151,13 @@ def publish(aside: Path, path: Path, *, sync: bool = True) -> None:
         os.rename(aside, path)
     except BaseException:
         if old is not None:
-            with contextlib.suppress(OSError):
+            try:
                 os.rename(old, path)
+            except OSError as error:
+                if error.errno in TAKEN:
+                    _delete(old)
         raise
-    if sync:
-        _sync(path.parent)
-    if old is not None:
-        _delete(old)
+    return old
 
 
 def remove(folder: Path) -> None:

@@ -371,6 +371,12 @@ class SparseLinear(nn.Module):
         plain = self._parameters.keys() >= {"weight", "bias"}
         return _Plan(count, pattern, _PRODUCTS[pattern.kind], how, *(self.joint or (None, 0)), plain)
 
+    def _replicate_for_data_parallel(self) -> SparseLinear:
+        """A replica of `nn.DataParallel` computes with tensors of its own, which are no parameters of it."""
+        replica = super()._replicate_for_data_parallel()
+        replica._plan = None
+        return replica
+
     def _with_patterns(self, x: Tensor) -> Tensor:
         """The forward pass with any number of patterns, and what a compiler sees of it."""
         patterns = self.patterns

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparseft import console
 from sparseft.errors import UserError, shown
-from sparseft.files.atomic import replaced_folder, write_json
+from sparseft.files.atomic import check_replaceable, replaced_folder, write_json
 from sparseft.files.hashing import body_hash
 from sparseft.files.tensors import DESCRIPTIONS, SELECTION_CONFIG, SELECTION_TENSORS, read_described, split_name
 from sparseft.files.untrusted import read_json_object
@@ -99,10 +99,15 @@ class Selection:
         return digest.hexdigest()
 
     def save(self, folder: str | Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> Path:
-        """Writes `selection.json` and `selection.safetensors` into `folder`, whole or not at all."""
+        """Writes `selection.json` and `selection.safetensors` into `folder`, whole or not at all.
+
+        Raises:
+            UserError: blocks without a size; `folder` is a file, holds other files, or cannot be replaced.
+        """
         from safetensors.torch import save_file
 
         folder = Path(folder).expanduser()
+        check_replaceable(folder, DESCRIPTIONS)
         if self.has_blocks and self.block_size is None:
             raise UserError("a selection of blocks needs its block_size: Selection({…}, block_size=64).")
         if shapes is None:

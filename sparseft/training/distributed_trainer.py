@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from sparseft import console
-from sparseft.adapters.lifecycle import save_adapter
+from sparseft.adapters.lifecycle import write_adapter
 from sparseft.adapters.state import state_of
 from sparseft.config import HardwareConfig
 from sparseft.data.sampling import PaddedDataset, PaddedSampler, pad_to_world
@@ -258,5 +258,5 @@ class DistributedTrainer(transformers.Trainer):
         model = self.accelerator.unwrap_model(self.model)
         with whole_parameters(model) as state_dict:
             if is_main():
-                save_adapter(model, folder, state_dict=state_dict)
+                write_adapter(model, folder, state_dict=state_dict)
         barrier()

@@ -90,9 +90,7 @@ class Trimming:
         for each in (data, general):
             check_tokens(each, tokenizer, *vocabulary_rows(model))
         units = units_of(model)
-        chosen = _some(data.train, CALIBRATION + HELD_OUT, config.seed)
-        calibration, unseen = chosen[:CALIBRATION], chosen[CALIBRATION:] or chosen
-        rows = unseen if data.eval is None else _some(data.eval, HELD_OUT, config.seed)
+        calibration, rows = of_target(data, config.seed)
         with console.working("measuring what the base and the adapter know"):
             measured = Measured(
                 model, units, calibration,
@@ -196,6 +194,16 @@ def source_data(config: RunConfig, source: str, tokenizer: Any, key: str = "--so
             f"{LEAST} are needed."
         )
     return data
+
+
+def of_target(data: LoadedData, seed: int) -> tuple[list[Any], list[Any]]:
+    """The target's examples that calibrate, and those that its loss is measured on: without evaluation examples other
+    training examples, half of them where there are few; the same ones only where there is no second."""
+    chosen = _some(data.train, CALIBRATION + HELD_OUT, seed)
+    if data.eval is not None:
+        return chosen[:CALIBRATION], _some(data.eval, HELD_OUT, seed)
+    count = min(CALIBRATION, (len(data.train) + 1) // 2)
+    return chosen[:count], chosen[count:] or chosen
 
 
 def _changed(own: Any, given: Any, section: str, keys: set[str]) -> Any:

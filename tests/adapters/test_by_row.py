@@ -180,6 +180,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
             call(ids(2), adapter_names=["s2ft", None, None])
         with pytest.raises(UserError, match="expected a list with a name or None for each row"):
             call(ids(2), adapter_names="s2ft")
+        with pytest.raises(UserError, match="1 names for a batch of 0 rows"):
+            call(ids(2)[0], adapter_names=["s2ft"])
     model.train()
     with pytest.raises(UserError, match=r"call model.eval\(\) first"):
         model(ids(2), adapter_names=["s2ft", None])

@@ -150,7 +150,9 @@ def test_conv1d_indices_are_logical(make_model: Make, tmp_path: Path) -> None:
     torch.testing.assert_close(sparseft.merge(model).get_submodule(name).weight.t(), expected)
 
 
-def test_saving_over_an_adapter_and_refusing_other_folders(make_model: Make, tmp_path: Path) -> None:
+def test_saving_over_an_adapter_and_refusing_other_folders(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = attached(make_model("llama"))
     for seed in (1, 2):
         randomise(model, seed)
@@ -161,6 +163,10 @@ def test_saving_over_an_adapter_and_refusing_other_folders(make_model: Make, tmp
     (tmp_path / "mine" / "code.py").write_text("print()")
     with pytest.raises(UserError, match="holds other files"):
         sparseft.save_adapter(model, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(UserError, match=r"\.: cannot be replaced, as you are in it: name a folder in it"):
+        sparseft.save_adapter(model, ".")
+    assert Path.cwd() == tmp_path / "a"
     assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(["a", CONFIG, TENSORS, "mine", "code.py"])
     with pytest.raises(UserError, match="no adapter is called 'defualt'. Did you mean 'default'"):
         sparseft.save_adapter(model, tmp_path / "b", "defualt")
@@ -575,6 +581,7 @@ def test_fuse_refuses(make_model: Make, tmp_path: Path) -> None:
         ({"a": 1.0, "bb": 1.0}, "no adapter is called 'bb'"),
         ({"a": float("nan")}, "the weight of 'a' is nan"),
         ({"a": float("inf")}, "finite"),
+        ({"a": "1"}, "the weight of 'a' is '1': expected a finite number"),
     ):
         with pytest.raises(UserError, match=message):
             sparseft.fuse(model, weights)
@@ -675,6 +682,25 @@ def test_several_lora_adapters(make_model: Make, tmp_path: Path) -> None:
     assert torch.equal(logits(model), expected["chat"])
     with pytest.raises(UserError, match="no adapter is called 'c'"):
         sparseft.set_adapter(model, "c")
+
+
+@pytest.mark.filterwarnings("ignore:.*was active which is now deleted")
+def test_each_of_several_lora_adapters_keeps_its_description(make_model: Make, tmp_path: Path) -> None:
+    configs = {"math": sparseft.LoraConfig(rank=3), "chat": sparseft.DoraConfig(rank=2)}
+    for name, config in configs.items():
+        sparseft.save_adapter(sparseft.attach(make_model("llama"), config), tmp_path / name)
+    model = sparseft.load_adapter(make_model("llama"), tmp_path / "math", "math")
+    sparseft.load_adapter(model, tmp_path / "chat", "chat")
+
+    def described(folder: Path) -> tuple[str, dict[str, Any]]:
+        own = json.loads((folder / CONFIG).read_text())["sparseft"]
+        return own["method"], own["method_config"]
+
+    for name in configs:
+        again = sparseft.save_adapter(model, tmp_path / f"{name}-again", name)
+        assert described(again) == described(tmp_path / name)
+    fused = sparseft.save_adapter(sparseft.fuse(model, {"math": 0.5}), tmp_path / "fused")
+    assert described(fused) == ("lora", {"fused": {"math": 0.5}})
 
 
 @pytest.mark.filterwarnings("ignore:.*was active which is now deleted")

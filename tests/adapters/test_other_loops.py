@@ -9,6 +9,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -17,6 +18,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -206,6 +208,23 @@ def test_save_pretrained_writes_nothing_over_other_files(tmp_path):
     with pytest.raises(UserError, match="adapter: the folder holds other files"):
         attached("s2ft").save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_is_pushed_has_the_adapter_too(tmp_path, monkeypatch):
+    model, pushed = attached("s2ft"), []
+    for how in (lambda: model.save_pretrained(tmp_path / "a", push_to_hub=True),
+                lambda: model.save_pretrained(tmp_path / "a", True, None, True)):  # fmt: skip
+        with pytest.raises(UserError, match=r"without the adapter: model\.push_to_hub\('owner/name'\) uploads both"):
+            how()
+    assert not (tmp_path / "a").exists()
+    api = SimpleNamespace(
+        create_repo=lambda name, **_: SimpleNamespace(repo_id=name),
+        create_commit=lambda operations, **_: pushed.extend(each.path_in_repo for each in operations),
+    )
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: api)
+    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("a card"))
+    model.push_to_hub("owner/name")
+    assert {"model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(pushed)
 
 
 # ---- accelerate ----

@@ -26,6 +26,7 @@ CONFIGS = {
     "sylva": sparseft.SylvaConfig(sparsity=0.9, importance="random"),
     "paca": sparseft.PacaConfig(sparsity=0.9, importance="random"),
     "losia": sparseft.LosiaConfig(sparsity=0.9, importance="random"),
+    "lora": sparseft.LoraConfig(rank=2, dropout=0),
 }
 IDS = torch.arange(3, 40).view(1, -1)
 
@@ -70,10 +71,10 @@ def test_it_computes_as_the_base_bit_for_bit(kind: str, dtype: torch.dtype) -> N
     assert torch.equal(found, expected) and not found.requires_grad and not torch.equal(answer, expected)
     assert same(weights(model), before) and torch.equal(logits(model), answer)
     assert reference.config is model.config and isinstance(reference, type(model))
-    assert {p.data_ptr() for p in reference.parameters()} == {p.data_ptr() for p in model.parameters()}
+    assert not list(reference.parameters()) and (reference.device, reference.dtype) == (model.device, model.dtype)
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "lora"])
 def test_a_backward_pass_goes_through_what_was_computed_before(name: str) -> None:
     model, alone = (moved(sparseft.attach(base(), CONFIGS[name])) for _ in range(2))
     reference = sparseft.reference_model(model)
@@ -120,12 +121,81 @@ def test_an_error_inside_leaves_the_model_as_it_was() -> None:
     assert torch.equal(logits(reference), logits(base()))
 
 
+def test_nothing_is_done_to_the_model_through_it() -> None:
+    model = moved(sparseft.attach(base(), CONFIGS["s2ft"]))
+    before, trained = weights(model), list(sparseft.trainable_parameters(model))
+    reference = sparseft.reference_model(model).eval().requires_grad_(False)
+    assert trained and list(sparseft.trainable_parameters(model)) == trained and model.training is False
+    sync = pytest.importorskip("trl.trainer.callbacks").SyncRefModelCallback._sync_target_model
+    with pytest.raises(ValueError, match="zip"):
+        sync(model, reference, 0.6)
+    assert same(weights(model), before)
+
+
+def test_what_it_generates_is_the_bases_and_what_is_not_is_refused(tmp_path: Any) -> None:
+    model = moved(sparseft.attach(base(), CONFIGS["s2ft"]))
+    before, reference = weights(model), sparseft.reference_model(model)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    found = reference.generate(IDS, **options)
+    assert torch.equal(found, base().generate(IDS, **options)) and same(weights(model), before)
+    assert not torch.equal(found, model.generate(IDS, **options))
+    with pytest.raises(sparseft.UserError, match=r"^adapter_names: this is the base of all rows"):
+        reference(input_ids=IDS, adapter_names=["default"])
+    with pytest.raises(sparseft.UserError, match=r"^reference_model: it has no weights of its own to save"):
+        reference.save_pretrained(tmp_path / "out")
+    with pytest.raises(sparseft.UserError, match="has no adapter"):
+        sparseft.save_adapter(reference, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_without_a_base_below_them() -> None:
     with pytest.raises(sparseft.UserError, match=r"nothing is attached to this model; it is its own reference\.$"):
         sparseft.reference_model(base())
     with pytest.raises(sparseft.UserError, match=r"all weights of this model train, so that its base is gone"):
         sparseft.reference_model(sparseft.attach(base(), sparseft.FullConfig()))
-    assert sparseft.reference_model(sparseft.attach(base(), sparseft.LoraConfig(rank=2))) is None
+
+
+@pytest.mark.parametrize("method", [sparseft.LoraConfig, sparseft.DoraConfig])
+def test_of_lora_and_dora_it_is_the_base_too(method: Any, tmp_path: Any) -> None:
+    """After a warm start and under any name; a backward pass goes through what was computed before."""
+    model = sparseft.attach(base(), method(rank=2, dropout=0))
+    with torch.no_grad():
+        for name, parameter in sparseft.trainable_parameters(model).items():
+            if "lora_B" in name:
+                parameter.fill_(0.02)
+    sparseft.save_adapter(model, tmp_path / "tuned")
+    model, alone = (sparseft.load_adapter(base(), tmp_path / "tuned", "math") for _ in range(2))
+    trained = list(sparseft.trainable_parameters(model))
+    answer, reference = logits(model), sparseft.reference_model(model)
+    assert torch.equal(logits(reference), logits(base())) and not torch.equal(answer, logits(base()))
+    assert torch.equal(reference.generate(IDS, max_new_tokens=5), base().generate(IDS, max_new_tokens=5))
+    assert not list(reference.parameters()) and list(sparseft.trainable_parameters(model)) == trained
+    answer.square().mean().backward()
+    logits(alone).square().mean().backward()
+    for (of, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert (ours.grad is None) is (theirs.grad is None) and (
+            ours.grad is None or torch.equal(ours.grad, theirs.grad)
+        ), of
+    assert torch.equal(logits(model), answer)
+
+
+def test_of_a_lora_that_trains_the_bases_biases_it_is_the_base_too(tmp_path: Any) -> None:
+    """A bias of a norm is kept for the backward pass, and counts as unchanged."""
+    import peft
+
+    plain = adapted.build("gpt2", torch.float32)
+    expected = logits(copy.deepcopy(plain).eval())
+    wrapped = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["c_attn"], bias="all"))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if name.endswith(".bias"):
+                parameter.add_(0.1)
+    wrapped.save_pretrained(tmp_path / "biased")
+    model = sparseft.load_adapter(plain, tmp_path / "biased").eval()
+    answer, reference = logits(model), sparseft.reference_model(model)
+    assert torch.equal(logits(reference), expected) and not torch.equal(answer, expected)
+    answer.square().mean().backward()
+    assert torch.equal(logits(model), answer)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +205,8 @@ def test_models_without_a_base_below_them() -> None:
         ("sylva", "DPO", {"loss_type": ["ipo"], "gradient_checkpointing": False, "gradient_accumulation_steps": 2}),
         ("permuted", "DPO", {"loss_type": ["sigmoid_norm"]}),
         ("sylva", "KTO", {}),
+        ("lora", "DPO", {}),
+        ("lora", "KTO", {}),
     ],
 )
 def test_trl_trains_as_with_a_second_model(name: str, of: str, options: dict[str, Any], tmp_path: Any) -> None:

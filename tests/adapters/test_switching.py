@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections import Counter
@@ -14,10 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparseft
+from sparseft.config import BUNDLED_ROOT
 from sparseft.errors import RunError, UserError
 from sparseft.layers import SparseLinear, sparse_layers
 from sparseft.models.decoder import base_parameters
 from sparseft.selection.selection import Selection
+from support import nf4
 from support.adapters import METHODS, build, randomise, reselected, saved
 
 TENSORS = "adapter_model.safetensors"
@@ -242,6 +245,28 @@ def test_loading_the_same_entries_keeps_the_optimizer_valid(tmp_path: Path) -> N
     sparseft.load_adapter(model, other, "a", keep="disk")
     assert all(one is two for one, two in zip(held, sparseft.trainable_parameters(model).values(), strict=True))
     assert same(bits(model), bits(sparseft.load_adapter(build("llama"), other)))
+
+
+def test_loading_the_same_entries_is_loading_that_adapter(tmp_path: Path) -> None:
+    """Also where it starts from other weights (`method.residual`), and what its description says."""
+    selection = Selection({OVERLAPPING["llama"]: {"columns": [1, 5]}})
+    ids = torch.arange(3, 20)[None]
+
+    def attached(residual: bool) -> Any:
+        return sparseft.attach(nf4.load(BUNDLED_ROOT / "tiny"), sparseft.S2FTConfig(residual=residual), selection)
+
+    model = attached(True)
+    expected = model(ids).logits
+    sparseft.save_adapter(model, tmp_path / "residual")
+    other = attached(False)
+    assert not torch.equal(other(ids).logits, expected)
+    assert torch.equal(sparseft.load_adapter(other, tmp_path / "residual")(ids).logits, expected)
+    paca = sparseft.attach(build("llama"), sparseft.PacaConfig(), selection)
+    sparseft.save_adapter(paca, tmp_path / "paca")
+    model = sparseft.attach(build("llama"), sparseft.S2FTConfig(), selection)
+    sparseft.save_adapter(sparseft.load_adapter(model, tmp_path / "paca"), tmp_path / "again")
+    found, wanted = (json.loads((tmp_path / each / "adapter_config.json").read_text()) for each in ("again", "paca"))
+    assert found == wanted
 
 
 # ---- where adapters wait ----

@@ -65,6 +65,22 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_former(
     assert (path / "mark.json").read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_of_two_processes_the_later_one_is_there(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one publishes between this one's look and its rename."""
+    path = folder_of(tmp_path / "adapter", "old") if there else tmp_path / "adapter"
+    rename, others = os.rename, [folder_of(tmp_path / "elsewhere", "other")]
+
+    def after_the_other(source: Path, target: Path) -> None:
+        if target == path and others:
+            rename(others.pop(), path)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", after_the_other)
+    write(path, "mine")
+    assert (path / "mark.json").read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+
+
 def test_within_what_is_aside_nothing_is_put_aside(tmp_path: Path) -> None:
     outer = atomic.new_aside(tmp_path / "checkpoint-1")
     with atomic.replaced_folder(outer / "checkpoint-1" / "adapter", MARKS) as aside:

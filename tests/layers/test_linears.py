@@ -519,6 +519,30 @@ def test_layers_are_collected() -> None:
 # ---- copies, casts, state dicts ----
 
 
+def replica(module: nn.Module) -> nn.Module:
+    """As `nn.DataParallel` makes one: tensors that depend on the module's parameters, and no parameters."""
+    made = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        made._modules[name] = replica(child)
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None:
+            setattr(made, name, tensor.clone())
+    return made
+
+
+@names
+def test_a_replica_computes_and_gives_the_module_its_gradients(name: str) -> None:
+    layer = layer_of(name)
+    randomise(layer)
+    x = torch.randn(2, IN)
+    y = layer(x)  # the module itself has been called
+    expected = torch.autograd.grad(y.square().sum(), deltas(layer))
+    made = replica(layer)(x)
+    found = torch.autograd.grad(made.square().sum(), deltas(layer))
+    torch.testing.assert_close(made, y)
+    torch.testing.assert_close(found, expected)
+
+
 def pickled(layer: nn.Module) -> nn.Module:
     buffer = io.BytesIO()
     torch.save(layer, buffer)

@@ -585,7 +585,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
     assert same(Selection.load(folder), old) and [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
-def test_other_peoples_folders_are_not_replaced(tmp_path: Path) -> None:
+def test_other_peoples_folders_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     selection = Selection({"m": {"rows": [1]}})
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
@@ -598,3 +598,6 @@ def test_other_peoples_folders_are_not_replaced(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "notes"]
     (tmp_path / "empty").mkdir()
     assert same(Selection.load(selection.save(tmp_path / "empty")), selection)
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"\.: cannot be replaced, as you are in it"):
+        selection.save(".")

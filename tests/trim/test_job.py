@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,6 +181,19 @@ def test_ctrl_c_leaves_nothing(world: Path, monkeypatch: pytest.MonkeyPatch) -> 
             patched.setattr(job, place, stop)
             run(world, "trim", "run-s2ft", "--forget", "0.05", "--source", SOURCE, "--out", "stopped", code=130)
         assert files(world) == before
+
+
+@pytest.mark.parametrize(("examples", "expected"), [(1, (1, 1)), (2, (1, 1)), (97, (49, 48)), (300, (96, 48))])
+def test_without_evaluation_examples_the_loss_is_measured_on_others(examples: int, expected: tuple[int, int]) -> None:
+    data: Any = SimpleNamespace(train=range(examples), eval=None)
+    calibration, rows = job.of_target(data, seed=0)
+    assert (len(calibration), len(rows)) == expected
+    assert examples == 1 or not {*calibration} & {*rows}
+    data.eval = range(1000, 1010)
+    assert (len(job.of_target(data, seed=0)[0]), sorted(job.of_target(data, seed=0)[1])) == (
+        min(examples, 96),
+        [*data.eval],
+    )
 
 
 def test_where_it_is_written() -> None:

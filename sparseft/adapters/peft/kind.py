@@ -39,6 +39,7 @@ class Peft(Kind):
 
     def __init__(self, kept: Overwritten) -> None:
         self.kept = kept
+        self.described: dict[str, tuple[str, dict[str, Any]]] = {}  # method and settings, by the adapter's name
 
     @classmethod
     def attach(
@@ -52,6 +53,7 @@ class Peft(Kind):
         spec = ModelSpec.of(model) if spec is None else spec
         state = State.of(model, cls(Overwritten.of(model)), config.name, spec, fingerprints)
         state.config, state.active, state.method_config = config, DEFAULT, dataclasses.asdict(config)
+        state.kind.described[DEFAULT] = config.name, state.method_config
         model = config.convert(model, None, spec)
         setattr(model, STATE, state)
         return model
@@ -68,15 +70,16 @@ class Peft(Kind):
             )
         state = state_for(model, cls, folder)
         own = content["sparseft"] if isinstance(content.get("sparseft"), dict) else {}
+        method = str(own.get("method") or content["peft_type"]).lower()
         if state is None:
-            method = str(own.get("method") or content["peft_type"]).lower()
             state = State.of(model, cls(Overwritten.of(model)), method)
         if own:
             check_base(state.fingerprints, state.dtype, folder, own)
         check_telling(state.kind.kept, name)
         before = state.active
         model = load(model, folder, content, name, state.kind.kept, before)
-        state.active, state.method_config = name, dict(own.get("method_config") or {})
+        state.active = name
+        state.kind.described[name] = method, dict(own.get("method_config") or {})
         setattr(model, STATE, state)
         if not activate and before != name:
             switch(model, state.kind.kept, name, before)
@@ -93,7 +96,8 @@ class Peft(Kind):
             switch(model, self.kept, active, name)
         try:
             with quiet():
-                _write(model, name, state.header, folder)
+                method, settings = self.described.get(name, (state.method, {}))  # none of what peft itself has added
+                _write(model, name, state.header | {"method": method, "method_config": settings}, folder)
         finally:
             if name != active:
                 switch(model, self.kept, name, active)
@@ -110,6 +114,9 @@ class Peft(Kind):
         fuse(model, self.kept, state.active, weights, name)
         switch(model, self.kept, None, name)
         state.active = name
+        methods = {self.described[known][0] for known in weights if known in self.described}
+        method = methods.pop() if len(methods) == 1 else state.method
+        self.described[name] = method, {"fused": dict(weights)}
 
     def units(self, model: Any, state: State) -> dict[str, Units]:
         """A rank of a linear is a column of its second factor. DoRA's magnitudes, biases, embeddings and whole modules

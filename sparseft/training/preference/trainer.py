@@ -247,7 +247,9 @@ def make_trainer(
 
 
 def reference_of(model: nn.Module, config: RunConfig) -> Any:
-    """What answers are compared with, for TRL's `ref_model`; None where TRL turns peft's adapter off."""
+    """What answers are compared with, for TRL's `ref_model`; None where TRL turns peft's adapter off, in shards too."""
+    if hasattr(model, "peft_config"):
+        return None
     if not config.method.trains_all:
         return reference_model(model)
     twin = copy.deepcopy(model).requires_grad_(False).eval()
