@@ -495,7 +495,6 @@ def test_names_of_variants_may_hold_anything(in_tmp: Path) -> None:
         (["bench.variants=['a: method=lora','b: dataset.train_path=gone.json']"], ["gone.json"]),
         (["bench.variants=['a: method=lora','b: model.path=gone']"], ["model.path=gone"]),
         (["bench.variants=['a: method=lora','b: method=s2ft method.exclude=[gone]']"], ["method.exclude", "gone"]),
-        (["bench.variants=['a: method=lora','b: trainer.trackers=[wandb]']"], ["wandb"]),
         (["dataset.eval_fraction=0"], ["dataset.eval_path", "held-out"]),
         (["bench.seeds=0"], ["bench.seeds=0"]),
     ],
