@@ -442,6 +442,10 @@ def main(arguments: list[str]) -> None:
     verb.add_argument("--levels", nargs="+", type=float, default=[0.02, 0.05, 0.1, 0.2])
     options = parser.parse_args(arguments)
     if options.verb == "train":
+        if options.out.exists():
+            parser.error(
+                f"--out {options.out} exists already: expected a new file, as a base and its runs are one file."
+            )
         train(options)
     else:
         print(table(options.runs, options.levels))

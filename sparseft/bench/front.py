@@ -126,19 +126,12 @@ def plan(
             raise UserError(f"bench.forgetting: {level:g} is no forgetting to compare at: expected nats above 0.")
     own = [UNSEEN, *(word for word in words if word.partition("=")[0] not in OWN)]
     study = Study(config, own, config_dirs, folder, variants, train)
-    folders: dict[str, str] = {}
     for variant in variants:
         try:
-            rates = study.rates_of(variant)
-            if len(set(rates)) < len(rates):
-                raise UserError("bench.rates names a rate twice.")
-            for rate in rates:
+            for rate in study.rates_of(variant):
                 trial = study.trial(variant, study.seeds[0], rate)
-                if trial.config.output_dir in folders:
-                    raise UserError(f"its folders would be those of '{folders[trial.config.output_dir]}'.")
-                folders[str(trial.config.output_dir)] = variant
                 _check(trial, config)
-                trials.finished(trial)  # refuses what ran there with other settings
+                study.check_folder(trial)
         except UserError as error:
             raise UserError(f"bench.variants: '{variant}': {error}") from None
     return study

@@ -16,10 +16,11 @@ the benchmark goes on with the runs and the scores that are missing.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ class Study(trials.Study):
     """What is compared, checked before the first run."""
 
     skills: dict[str, list[str]]  # the settings of each, by its name, which is its evaluation task's
+    of_base: dict[str, dict[str, float]] = field(
+        default_factory=dict, init=False
+    )  # a base's accuracies, by its settings
 
     def trial(self, variant: str, skill: str, seed: int, rate: float | None, exclude: Sequence[str] = ()) -> Trial:
         """One training, composed and checked."""
@@ -116,6 +120,11 @@ def plan(
             checks.check_trainer(trial)
             checks.check_data(trial)
             checks.check_model(trial)
+            try:
+                for rate in study.rates_of(variant):
+                    study.check_folder(study.trial(variant, skill, study.seeds[0], rate))
+            except UserError as error:
+                raise UserError(f"bench.variants: '{variant}': {error}") from None
     return study
 
 
@@ -180,7 +189,7 @@ def _measure_one(study: Study, variant: str, seed: int, found: dict[str, Any], t
                 study.summary(runs[name])
             apart[skill] = name
         selections = [Selection.load(Path(str(t.config.output_dir)) / SELECTION) for t in alone.values()]
-        found["overlap"].append(overlap(selections[0], selections[1]))
+        found["overlap"].append(mean_overlap(selections))
     sums = {"fused": list(study.skills)} | ({f"fused{APART}": list(apart.values())} if sparse else {})
     scores = _scores(study, variant, seed, runs, sums, found["weight"], tests)
     for way, by_skill in scores.items():
@@ -190,6 +199,11 @@ def _measure_one(study: Study, variant: str, seed: int, found: dict[str, Any], t
             entry["eval_loss"].append(numbers["eval_loss"])
             before, own = (scores[name][skill]["accuracy"] for name in (BASE, skill))
             entry["kept"].append((numbers["accuracy"] - before) / (own - before) if own > before else None)
+
+
+def mean_overlap(selections: Sequence[Selection]) -> float:
+    """The mean overlap of two selections or more, over all pairs."""
+    return statistics.fmean(overlap(first, second) for first, second in itertools.combinations(selections, 2))
 
 
 def overlap(first: Selection, second: Selection) -> float:
@@ -215,7 +229,8 @@ def _scores(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Accuracy and held-out loss of the base, each run and each sum on every skill: `{way: {skill: …}}`.
 
-    weights: of each sum, chosen with the first seed and added here. What was measured before is read.
+    weights: of each sum, chosen with the first seed and added here. What was measured before is read, and a base is
+    asked once.
     """
     folders = {name: Path(str(trial.config.output_dir)) / ADAPTER for name, trial in runs.items()}
     path = study.folder / "scores" / f"{folder_name(variant, seed)}.json"
@@ -225,10 +240,12 @@ def _scores(
         "eval": dataclasses.asdict(study.config.eval),
         "asked": tests.digest(),
     }
+    config = next(iter(runs.values())).config
+    base = f"{config.model} {config.hardware.device}"
     if path.is_file() and (there := read_json_object(path)).get("key") == key:
         weights |= there["weights"]
+        study.of_base[base] = {skill: numbers["accuracy"] for skill, numbers in there["scores"][BASE].items()}
         return there["scores"]
-    config = next(iter(runs.values())).config
     device = resolve_device(config.hardware.device)
     tokenizer = load_tokenizer(config.model)
     model: Any = load_model(config.model, device).eval()
@@ -238,20 +255,25 @@ def _scores(
     def losses() -> dict[str, float]:
         return {skill: held_out_loss(model, rows, pad, device) for skill, rows in held.items()}
 
-    def score(name: str) -> dict[str, dict[str, float]]:
+    def ask(name: str) -> dict[str, float]:
         console.log(f"bench: asking {variant}, {name}, seed {seed}")
         from sparseft.evaluation.run import evaluate
 
         tasks = evaluate(model, tokenizer, tests)["tasks"]
-        found = losses()
-        return {s: {"accuracy": tasks[s]["accuracy"], "eval_loss": found[s]} for s in study.skills}
+        return {skill: tasks[skill]["accuracy"] for skill in study.skills}
 
-    scores = {BASE: score(BASE)}
+    def score(accuracies: dict[str, float]) -> dict[str, dict[str, float]]:
+        found = losses()
+        return {s: {"accuracy": accuracies[s], "eval_loss": found[s]} for s in study.skills}
+
+    if base not in study.of_base:
+        study.of_base[base] = ask(BASE)
+    scores = {BASE: score(study.of_base[base])}
     for name, folder in folders.items():
         model = load_adapter(model, folder, name).eval()
     for name in folders:
         set_adapter(model, name)
-        scores[name] = score(name)
+        scores[name] = score(ask(name))
     chosen = dict(weights)
     for name, parts in sums.items():
         if name not in chosen:
@@ -261,7 +283,7 @@ def _scores(
                 means[weight] = statistics.fmean(losses().values())
             chosen[name] = min(means, key=lambda weight: means[weight])
         fuse(model, dict.fromkeys(parts, chosen[name]), name)
-        scores[name] = score(name)
+        scores[name] = score(ask(name))
     detach(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"key": key, "weights": chosen, "scores": scores})
@@ -326,7 +348,8 @@ def notes(result: dict[str, Any]) -> list[str]:
         if rates:
             lines.append(f"{variant}: learning rates {rates}, chosen by held-out loss with the first seed")
         if entry["overlap"]:
-            lines.append(f"{variant}: {100 * statistics.fmean(entry['overlap']):.0f} % of the units are in both skills")
+            both = "both skills" if len(result["skills"]) == 2 else "both of two skills, the mean over all pairs"
+            lines.append(f"{variant}: {100 * statistics.fmean(entry['overlap']):.0f} % of the units are in {both}")
         for skill, gained in entry.get("disjoint - overlapping", {}).items():
             accuracy, loss = shown(gained["accuracy"], 100, "+.1f"), shown(gained["eval_loss"], 1, "+.3f")
             lines.append(f"{variant}, {skill}: disjoint - overlapping {accuracy} points, held-out loss {loss}")

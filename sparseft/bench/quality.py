@@ -17,7 +17,7 @@ from typing import Any
 
 from sparseft import console
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
-from sparseft.bench.trials import Trial, finished, folder_name, going_on, named_settings
+from sparseft.bench.trials import Trial, finished, folder_name, going_on, named_settings, summary_of
 from sparseft.compose.run_config import compose
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
@@ -40,7 +40,11 @@ def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], 
             names.add(output_dir)
             trial = compose("train", [*own, *changes, f"seed={seed}", "overwrite=true"], config_dirs)
             trial.output_dir = str(output_dir)
-            checks.check_data(trial)
+            if seed == config.seed:  # seeds differ in nothing that is checked
+                checks.check_trainer(trial)
+                checks.check_data(trial)
+                checks.check_excluded(trial)
+                checks.check_model(trial)
             made.append(Trial(name, seed, trial))
     return made
 
@@ -74,8 +78,7 @@ def compare(config: RunConfig, trials: Sequence[Trial], train: Callable[[RunConf
     with console.Progress(len(trials), "bench quality", unit="run", initial=done, plain_line_pause=0) as progress:
         for position, trial in enumerate(trials):
             if summaries[position] is None:
-                with console.quiet():
-                    summary = train(trial.config)
+                summary = summary_of(trial, train)
                 if summary["eval_loss_after"] is None:
                     raise UserError("bench quality compares held-out losses, and there are no evaluation examples.")
                 summaries[position] = summary

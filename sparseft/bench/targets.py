@@ -215,6 +215,11 @@ def failure(result: dict[str, Any]) -> str | None:
             for name, row in rows.items()
             if (why := absent(row.get("profile", {})))
         ]
+        raised += [
+            f"the step of {name} ({row['step_failed']})"  # of the time to a loss
+            for name, row in result.get("variants", {}).items()
+            if "step_failed" in row
+        ]
         sentences += [f"Failed while measured: {'; '.join(raised)}."] if raised else []
     judged = result.get("targets", ())
     for met, said in ((False, "missed"), (None, "not measured")):

@@ -38,7 +38,7 @@ from sparseft.bench.intervals import FEWEST_SEEDS, interval, shown
 from sparseft.bench.jobs import Workers, workers
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
 from sparseft.bench.sharing import SharedWeights
-from sparseft.bench.timing import spread, take_turns
+from sparseft.bench.timing import attempt_each, failed_row, spread, take_turns
 from sparseft.bench.trials import Trial, check_same_data, finished, folder_name, going_on, named_variants
 from sparseft.config import RunConfig
 from sparseft.data.loading import data_of
@@ -110,13 +110,15 @@ def plan(
     own = [word for word in words if word.partition("=")[0] not in OWN]
     study = Study(config, own, config_dirs, folder, variants, train)
     for variant in variants:
-        for rate in study.rates_of(variant):
-            for choosing in (False, True):
-                try:
-                    trial = study.trial(variant, study.seeds[0], rate, choosing)
+        try:
+            for rate in study.rates_of(variant):
+                for choosing in (False, True):
+                    seed = study.seeds[-1] + 1 if choosing else study.seeds[0]
+                    trial = study.trial(variant, seed, rate, choosing)
                     _check(trial, config, choosing)
-                except UserError as error:
-                    raise UserError(f"bench.variants: '{variant}': {error}") from None
+                    study.check_folder(trial)
+        except UserError as error:
+            raise UserError(f"bench.variants: '{variant}': {error}") from None
     return study
 
 
@@ -145,11 +147,16 @@ def measure(study: Study) -> dict[str, Any]:
             found[variant] = _trained(study, variant)
             progress.update(position + 1)
     runs = {variant: study.trial(variant, study.seeds[0], entry["rate"]) for variant, entry in found.items()}
-    seconds = step_seconds({variant: trial.config for variant, trial in runs.items()}, config)
+    seconds, failures = step_seconds({variant: trial.config for variant, trial in runs.items()}, config)
     floor = statistics.median(seconds.pop(FLOOR))
+    first = next(iter(found))
     for variant, entry in found.items():
+        if variant in failures:
+            entry["step_failed"] = failures[variant]
+            continue
         entry |= spread("step_seconds", seconds[variant]) | {"step_floors": statistics.median(seconds[variant]) / floor}
-        entry["step_error"] = step_error(seconds[variant], next(iter(seconds.values())))
+        if first in seconds:
+            entry["step_error"] = step_error(seconds[variant], seconds[first])
     compare(found)
     return {
         "benchmark": "time",
@@ -230,8 +237,9 @@ def curve_of(run: Path) -> Curve:
     return [(int(row["step"]), float(row["eval_loss"])) for row in rows if row.get("eval_loss") is not None]
 
 
-def step_seconds(configs: Mapping[str, RunConfig], config: RunConfig) -> dict[str, list[float]]:
-    """Seconds of each variant's step, and of the floor's, taken in turns: its own batches, passes and loss."""
+def step_seconds(configs: Mapping[str, RunConfig], config: RunConfig) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each variant's step, and of the floor's, taken in turns: its own batches, passes and loss; and of
+    variants whose step raised what it said. Where the floor's raises, or every variant's, that is raised."""
     device = resolve_device(config.hardware.device)
     tokenizer = load_tokenizer(config.model)
     base: Any = load_model(config.model, device)
@@ -239,15 +247,29 @@ def step_seconds(configs: Mapping[str, RunConfig], config: RunConfig) -> dict[st
     pad = padding_id(tokenizer, vocabulary_rows(base)[0])
     calls: dict[str, Callable[[], Any]] = {}
     contenders: dict[str, Contender] = {}
-    first = next(iter(configs.values()))
+    failures: dict[str, str] = {}
+    settings = {FLOOR: next(iter(configs.values())), **configs}
+
+    def make(name: str) -> None:
+        each = settings[name]
+        made = contenders[name] = made_trainable(name, weights, None if name == FLOOR else each.method.for_benchmark())
+        made.labelled = usable(made.model, each)
+        batch = {key: value.to(device) for key, value in median_batch(each, tokenizer, pad).items()}
+        calls[name] = functools.partial(step, made, batch, each.trainer.gradient_accumulation)
+
+    def failed(name: str, error: Exception) -> None:
+        failures[name] = failed_row(error)["failed"]
+        console.log(f"bench: the step of {name} failed: {failures[name]}")
+        if name == FLOOR or len(failures) == len(configs):
+            raise error
+        weights.give(None)
+        calls.pop(name, None)
+        contenders.pop(name, None)
+
     try:
-        for name, each in {FLOOR: first, **configs}.items():
-            method = None if name == FLOOR else each.method.for_benchmark()
-            made = contenders[name] = made_trainable(name, weights, method)
-            made.labelled = usable(made.model, each)
-            batch = {key: value.to(device) for key, value in median_batch(each, tokenizer, pad).items()}
-            calls[name] = functools.partial(step, made, batch, each.trainer.gradient_accumulation)
-        return take_turns(calls, config.bench, device, prepare=lambda name: contenders[name].take_turn())
+        attempt_each(settings, make, failed, device)
+        seconds = take_turns(calls, config.bench, device, failed, prepare=lambda name: contenders[name].take_turn())
+        return seconds, failures
     finally:
         weights.give(None)
 
@@ -271,17 +293,21 @@ def compare(found: dict[str, dict[str, Any]]) -> None:
     """Adds to every variant its steps and seconds to the first one's last loss, seed by seed, and what they say."""
     first, reference = next(iter(found.items()))
     targets = [curve[-1][1] for curve in reference["curves"]]
-    for entry in found.values():
+    for own, entry in found.items():
         entry["final_losses"] = [curve[-1][1] for curve in entry["curves"]]
         entry["steps_to_loss"] = [reached(c, loss) for c, loss in zip(entry["curves"], targets, strict=True)]
         entry["seconds_to_loss"] = [
-            None if steps is None else seconds_at(entry, seed, steps)
+            None if steps is None or "step_failed" in entry else seconds_at(entry, seed, steps)
             for seed, steps in enumerate(entry["steps_to_loss"])
         ]
         pairs = zip(entry["seconds_to_loss"], reference["seconds_to_loss"], strict=True)
         entry["ratios"] = [mine / theirs if mine is not None and theirs else None for mine, theirs in pairs]
-        entry["verdict"] = "" if entry is reference else verdict(entry["ratios"], entry["step_error"])
-    if not all(reference["seconds_to_loss"]):
+        untimed = next((name for name in (first, own) if "step_failed" in found[name]), None)
+        if untimed is not None:
+            entry["verdict"] = f"the step of {untimed} failed"
+        else:
+            entry["verdict"] = "" if entry is reference else verdict(entry["ratios"], entry["step_error"])
+    if "step_failed" not in reference and not all(reference["seconds_to_loss"]):
         for entry in found.values():
             entry["verdict"] = f"{first} ends no lower than it began"
 
@@ -337,6 +363,8 @@ def chart(result: Mapping[str, Any]) -> str:
     """The held-out loss over the time, in steps of the frozen model: means over seeds, as an SVG file."""
     lines = []
     for index, (name, entry) in enumerate(result["variants"].items()):
+        if "step_failed" in entry:
+            continue
         points = []
         for at, _ in entry["curves"][0]:
             losses = [dict(curve).get(at) for curve in entry["curves"]]
@@ -376,8 +404,11 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{entry['learning_rate']:g}",
                 shown(entry["final_losses"], 1, ".4f"),
                 shown(entry["steps_to_loss"], 1, ".0f"),
-                f"{1000 * entry['step_seconds']:.0f}",
-                f"{entry['step_floors']:.2f}",
+                *(
+                    ["-", "-"]
+                    if "step_failed" in entry
+                    else [f"{1000 * entry['step_seconds']:.0f}", f"{entry['step_floors']:.2f}"]
+                ),
                 shown(entry["seconds_to_loss"], 1, ".1f"),
                 shown(floors, 1, ".0f"),
                 shown(entry["ratios"], 1, ".2f"),
@@ -395,6 +426,8 @@ def notes(result: dict[str, Any]) -> list[str]:
         f"takes {1000 * result['floor_seconds']:.0f} ms",
     ]
     for name, entry in result["variants"].items():
+        if "step_failed" in entry:
+            lines.append(f"{name}: its step failed, so it has no times: {entry['step_failed']}")
         chosen = statistics.fmean(entry["selection_seconds"])
         if chosen >= 0.1 or entry["reselect_steps"]:
             again = (

@@ -141,14 +141,14 @@ def orders(count: int) -> list[list[int]]:
 
 
 def spread(name: str, times: Sequence[float]) -> dict[str, float]:
-    """The median under `name`, and the quantiles beside it."""
+    """The median under `name`, and the quantiles beside it, as many times below the one as above the other."""
     ordered = sorted(times)
-    median = statistics.median(ordered)
+    median, outside = statistics.median(ordered), int(0.2 * (len(ordered) - 1))
     return {
         name: median,
-        f"{name}_p20": ordered[int(0.2 * (len(ordered) - 1))],
+        f"{name}_p20": ordered[outside],
         f"{name}_p50": median,
-        f"{name}_p80": ordered[round(0.8 * (len(ordered) - 1))],
+        f"{name}_p80": ordered[-1 - outside],
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -44,12 +45,21 @@ def folder_name(variant: str, seed: int) -> str:
 def same_training(config: RunConfig, path: Path) -> bool:
     """Whether a run's `config.yaml` says what `config` does; settings it does not name yet have their defaults."""
     try:
-        there = from_dict(read_yaml_object(path)).to_dict()
+        there = from_dict(read_yaml_object(path))
     except UserError as error:
         raise UserError(f"{path}: cannot be read, so it is not known what ran there ({error}).") from error
-    here = config.to_dict()
-    elsewhere = ("bench", "cache_dir")  # what these say changes nothing of the training
-    return all(here[key] == there[key] for key in here if key not in elsewhere)
+    mine, theirs = _wherever(config), _wherever(there)
+    elsewhere = ("bench", "cache_dir", "output_dir")  # what these say changes nothing of the training
+    return all(mine[key] == theirs[key] for key in mine if key not in elsewhere)
+
+
+def _wherever(config: RunConfig) -> dict[str, Any]:
+    """A config's settings, with the folders of `method.exclude` as seen from the run's: where a benchmark's folder has
+    been moved, its runs have all been."""
+    said = config.to_dict()
+    if exclude := said["method"].get("exclude"):
+        said["method"]["exclude"] = [os.path.relpath(each, config.output_dir or ".") for each in exclude]
+    return said
 
 
 def named_settings(key: str, texts: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -91,13 +101,28 @@ def finished(trial: Trial) -> dict[str, Any] | None:
 
 
 def summary_of(trial: Trial, train: Callable[[RunConfig], dict[str, Any]]) -> dict[str, Any]:
-    """What the trial's run says of itself; it is trained where it has not been."""
+    """What the trial's run says of itself; it is trained where it has not been. Diverged where its training did, now
+    or before: it would again."""
     summary = finished(trial)
-    if summary is None:
-        console.log(f"bench: training {Path(str(trial.config.output_dir)).name}")
+    if summary is not None:
+        return summary
+    folder = Path(str(trial.config.output_dir))
+    if (said := diverged(trial)) is not None:
+        raise Diverged(f"{folder.name} diverged before, and is not trained again unless {folder} is deleted: {said}")
+    console.log(f"bench: training {folder.name}")
+    try:
         with console.quiet():
-            summary = train(trial.config)
-    return summary
+            return train(trial.config)
+    except Diverged as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / DIVERGED, {"error": str(error)})
+        raise
+
+
+def diverged(trial: Trial) -> str | None:
+    """What the trial's training said when it diverged; None where it has not."""
+    mark = Path(str(trial.config.output_dir), DIVERGED)
+    return str(read_json_object(mark)["error"]) if mark.is_file() else None
 
 
 @contextlib.contextmanager
@@ -121,6 +146,7 @@ class Study:
     variants: dict[str, list[str]]  # the settings of each, by its name
     train: Callable[[RunConfig], dict[str, Any]]  # trains one config and returns its summary
     made: dict[tuple[str, ...], RunConfig] = field(default_factory=dict, init=False)  # composed, by their words
+    folders: dict[str, str] = field(default_factory=dict, init=False)  # of the trials checked so far: whose each is
 
     @property
     def seeds(self) -> list[int]:
@@ -142,7 +168,17 @@ class Study:
         rates = self.config.bench.rates
         if "bench.rates" in named:
             rates = self.composed(self.variants[variant], self.seeds[0], None).bench.rates
+        if len(set(rates)) < len(rates):
+            raise UserError("bench.rates names a rate twice.")
         return [None] if "trainer.learning_rate" in named or not rates else list(rates)
+
+    def check_folder(self, trial: Trial) -> None:
+        """Refuses a trial whose folder another one has, or in which one with other settings ran."""
+        folder = str(trial.config.output_dir)
+        if folder in self.folders:
+            raise UserError(f"its folders would be those of '{self.folders[folder]}'.")
+        self.folders[folder] = trial.variant
+        finished(trial)
 
     def summary(self, trial: Trial) -> dict[str, Any]:
         """What the trial's run says of itself; it is trained where it has not been."""
@@ -152,21 +188,18 @@ class Study:
         """`summary`; None where the training of one of several rates diverged, now or when it was done."""
         if len(self.rates_of(trial.variant)) == 1:
             return self.summary(trial)
-        mark = Path(str(trial.config.output_dir), DIVERGED)
-        if finished(trial) is None and mark.is_file():
+        if finished(trial) is None and diverged(trial) is not None:
             return None
         try:
             return self.summary(trial)
         except Diverged as error:
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            write_json(mark, {"error": str(error)})
-            console.log(f"bench: {mark.parent.name} diverged and drops out: {error}")
+            console.log(f"bench: {Path(str(trial.config.output_dir)).name} diverged and drops out: {error}")
             return None
 
     def check_left(self, trials: Sequence[Trial], summaries: Sequence[dict[str, Any] | None]) -> None:
         """Raises what the first of a variant's trainings has said where all of them, as `tried` tells, diverged."""
         if trials and all(summary is None for summary in summaries):
-            raise RunError(read_json_object(Path(str(trials[0].config.output_dir), DIVERGED))["error"])
+            raise RunError(diverged(trials[0]) or "")
 
 
 def named_variants(config: RunConfig) -> dict[str, list[str]]:

@@ -76,6 +76,11 @@ def places_of(config: Any, shapes: dict[str, tuple[int, int]]) -> dict[str, list
             name = names.get_name(part.linear)
             if name is None:
                 raise UserError(f"--format gguf-lora: llama.cpp's {architecture} has no tensor for {module}.")
+            if not name.startswith("blk."):
+                raise UserError(
+                    f"--format gguf-lora holds changes of the layers' linears, and {module} lies outside the layers; "
+                    "--format merged holds it."
+                )
             place = Place(name, module, part.start, part.stop, part.expert, _heads(config, architecture, part.linear))
             found.setdefault(name, []).append(place)
     return found

@@ -20,7 +20,8 @@ from sparseft.models.fingerprint import SAMPLES
 
 
 class Slot(NamedTuple):
-    """Entries of one tensor of the holder: flat `index` (k,); `which` (k,): their places among those asked for."""
+    """Entries of one tensor of the holder: flat `index` (k,); `which` (k,): their places among those asked for, None:
+    all of them, in their order. Both lie on the tensor's device, as they are used step after step."""
 
     tensor: Tensor
     index: Tensor
@@ -28,7 +29,7 @@ class Slot(NamedTuple):
 
     def read(self, out: Tensor) -> None:
         """Copies the entries to their places in `out`."""
-        values = _flat(self.tensor).index_select(0, self.index.to(self.tensor.device)).to(out.device)
+        values = _flat(self.tensor).index_select(0, self.index).to(out.device)
         if self.which is None:
             out.copy_(values)
         else:
@@ -36,10 +37,16 @@ class Slot(NamedTuple):
 
     def write(self, values: Tensor) -> None:
         """Sets the entries to theirs among `values`."""
+        values = values.to(self.tensor.device)
         if self.which is not None:
-            values = values.index_select(0, self.which.to(values.device))
-        device = self.tensor.device
-        _flat(self.tensor).index_copy_(0, self.index.to(device), values.to(device))
+            values = values.index_select(0, self.which)
+        _flat(self.tensor).index_copy_(0, self.index, values)
+
+
+def _slot(name: str, tensor: Tensor, index: Tensor, which: Tensor | None = None) -> Slot:
+    """The slot of entries of a tensor that can be written; else a `UserError`."""
+    tensor = _writable(name, tensor)
+    return Slot(tensor, index.to(tensor.device), None if which is None else which.to(tensor.device))
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -79,7 +86,7 @@ class DictHolder(Holder):
         return None if tensor is None else Stored(tensor.dtype, tuple(tensor.shape))
 
     def slots(self, name: str, index: Tensor) -> list[Slot]:
-        return [Slot(_writable(name, self.tensors[self._own(name)]), index, None)]
+        return [_slot(name, self.tensors[self._own(name)], index)]
 
     def _own(self, name: str) -> str:
         bare = name.partition(".")[2]
@@ -103,10 +110,11 @@ class ModelHolder(Holder):
         return Stored(parameter.dtype, own)
 
     def slots(self, name: str, index: Tensor) -> list[Slot]:
-        return [
-            Slot(_writable(part.name, self.places.parameters[part.name]), part.index, part.which)
-            for part in self.places.in_model(name, index)
-        ]
+        found = []
+        for part in self.places.in_model(name, index):
+            which = None if torch.equal(part.which, torch.arange(len(index))) else part.which
+            found.append(_slot(part.name, self.places.parameters[part.name], part.index, which))
+        return found
 
 
 def _writable(name: str, tensor: Tensor) -> Tensor:

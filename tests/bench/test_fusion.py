@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sparseft as library
-from sparseft.bench.fusion import overlap, table
+from sparseft.bench.fusion import mean_overlap, overlap, table
 from sparseft.bench.intervals import interval
 from sparseft.compose.run_config import from_dict
 from sparseft.data.loading import load_datasets
@@ -31,7 +31,9 @@ WAYS = ["base", "gsm8k", "boolq"]
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("fusion")
-    return folder, sparseft(folder, *STUDY, "--json").json
+    done = sparseft(folder, *STUDY, "--json")
+    (folder / "said").write_text(done.err)
+    return folder, done.json
 
 
 def run_of(folder: Path, variant: str, skill: str, seed: int, result: dict[str, Any], apart: bool = False) -> Path:
@@ -115,6 +117,23 @@ def test_disjoint_runs_share_nothing_and_the_others_all(studied: tuple[Path, dic
         assert len(set(counts)) == 1
 
 
+def test_the_base_is_asked_once(studied: tuple[Path, dict[str, Any]]) -> None:
+    """Its accuracies are those of all variants and seeds, and its losses are each seed's."""
+    folder, result = studied
+    said = (folder / "said").read_text()
+    assert said.count(", base, seed") == 1 and said.count(", gsm8k, seed") == 4
+    for skill in result["skills"]:
+        of_base = [entry["ways"]["base"][skill] for entry in result["variants"].values()]
+        assert len({accuracy for each in of_base for accuracy in each["accuracy"]}) == 1
+        assert of_base[0]["eval_loss"][0] != of_base[0]["eval_loss"][1]
+
+
+def test_the_overlap_of_several_is_the_mean_over_their_pairs() -> None:
+    each = [Selection({"up": {"rows": rows}}) for rows in ([0, 1], [1, 2], [1, 0])]
+    assert [overlap(each[0], each[1]), overlap(each[0], each[2]), overlap(each[1], each[2])] == [0.5, 1.0, 0.5]
+    assert mean_overlap(each) == pytest.approx(2 / 3) and mean_overlap(each[:2]) == 0.5
+
+
 def test_what_is_kept_and_gained(studied: tuple[Path, dict[str, Any]]) -> None:
     folder, result = studied
     for entry in result["variants"].values():
@@ -141,7 +160,7 @@ def test_it_goes_on_with_what_is_missing(studied: tuple[Path, dict[str, Any]]) -
     before = kept.stat().st_mtime_ns
     again = sparseft(folder, *STUDY)
     assert again.err.count("bench: training") == 1 and kept.stat().st_mtime_ns == before
-    assert "asking S2FT, fused, disjoint, seed 1" in again.err and "asking S2FT, base, seed 0" not in again.err
+    assert "asking S2FT, fused, disjoint, seed 1" in again.err and ", base, seed" not in again.err
     stored = json.loads((folder / "out/bench.json").read_text())
     assert stored["variants"] == result["variants"]
     message = refused(folder, *STUDY, "trainer.max_steps=4")
@@ -180,6 +199,10 @@ def test_interval() -> None:
         (["bench.skills=['arithmetic: dataset=arithmetic','piqa: dataset=comonsense']"], ["comonsense", "commonsense"]),
         (["bench.variants=[]"], ["bench.variants", "at least one"]),
         (["bench.variants=['a: method=full']"], ["'a' trains whole models"]),
+        (
+            ["bench.variants=['S2FT: method=s2ft','s2ft: method=lora']"],
+            ["'s2ft': its folders would be those of 'S2FT'"],
+        ),
         (["bench.weights=[]"], ["bench.weights is empty"]),
         (["bench.rates=[0]"], ["bench.rates"]),
         (["dataset.eval_fraction=0"], ["dataset.eval_path", "held-out"]),

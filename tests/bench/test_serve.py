@@ -117,6 +117,28 @@ def test_others_ways_end_where_they_say() -> None:
     assert all(torch.equal(p, before[n].flip(0)) for n, p in model.named_parameters() if n in before)
 
 
+def test_who_cannot_be_in_a_mixed_batch_has_a_row_that_says_so(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that peft cannot mix is missing, one whose first batch raises has failed, and the others are measured."""
+    plain = serve.sparse_adapters
+
+    def made(model: Any, *rest: Any) -> Any:
+        model, trained = plain(model, *rest)
+        if rest[1] == "sylva" and rest[3] == 3:
+            monkeypatch.setattr(model, "forward", lambda *_, **__: 1 / 0)
+        return model, trained
+
+    monkeypatch.setattr(serve, "sparse_adapters", made)
+    words = [*WORDS, 'bench.methods=[s2ft,"lora use_dora=true",sylva]', "bench.widths=[64]", "bench.lengths=[1]"]
+    result = sparseft(in_tmp, "bench", "serve", "--json", *words, "output_dir=out", code=1).json
+    rows = result["points"][-1]["methods"]
+    assert rows["lora use_dora=true"] == {
+        "missing": "'default' is a DoRA adapter, which peft cannot mix in one batch: use it alone."
+    }
+    assert rows["sylva"]["failed"] == "ZeroDivisionError: division by zero"
+    assert rows["base"]["mixed_seconds"] > 0 and rows["s2ft"]["mixed_seconds"] > 0
+    assert json.loads((in_tmp / "out/bench.json").read_text())["points"] == result["points"]
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "sparse"])
 def test_adapters_of_ones_own(kind: str, in_tmp: Path) -> None:
     """PEFT's folders that others made, and ours, by PEFT's own hands and no others'."""

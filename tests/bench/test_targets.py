@@ -12,7 +12,7 @@ import torch
 
 from sparseft.bench import output, targets
 from sparseft.bench.contenders import owns_weights
-from sparseft.bench.timing import failed_row, orders, take_turns
+from sparseft.bench.timing import failed_row, orders, spread, take_turns
 from sparseft.compose.run_config import compose
 from sparseft.config import BenchConfig
 from sparseft.errors import UserError
@@ -178,6 +178,13 @@ def test_figures_have_the_digits_that_tell_them_apart() -> None:
 
 
 # ---- turns ----
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_quantiles_leave_out_as_many_times_below_as_above(count: int) -> None:
+    found = spread("seconds", [float(at) for at in range(count)])
+    assert found["seconds_p20"] + found["seconds_p80"] == count - 1 == 2 * found["seconds"]
+    assert found["seconds_p20"] == (0 if count < 6 else 1 if count < 11 else 2)
 
 
 @pytest.mark.parametrize("count", range(1, 10))

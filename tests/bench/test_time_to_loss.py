@@ -99,6 +99,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     lora = "LoRA: method=lora"
     for words, text in (
         ([f"bench.variants=['{lora}']"], "name at least two variants"),
+        ([f"bench.variants=['{lora}','lora: method=s2ft']"], "'lora': its folders would be those of 'LoRA'"),
         ([f"bench.variants=['{lora}','S2FT: method=s2ft model.dtype=bfloat16']"], "'S2FT': it sets model.dtype"),
         ([f"bench.variants=['{lora}','S2FT: method=s2ft dataset.max_examples=3']"], "it sets dataset.max_examples"),
         ([f"bench.variants=['{lora}','S2FT: method=s2ftt']"], "'S2FT': "),
@@ -175,6 +176,38 @@ def test_a_rate_that_diverges_drops_out_and_is_not_trained_again(
         time_to_loss._trained(study_of(tmp_path, "[0.3,0.2]", ends), "S2FT")
     with pytest.raises(Diverged):  # there is nothing to choose from
         time_to_loss._trained(study_of(tmp_path, "[0.2]", ends), "S2FT")
+
+
+def test_a_variant_whose_step_raises_has_its_curves_and_no_times(
+    studied: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, result = studied
+    plain = time_to_loss.step
+
+    def step(made: Any, *rest: Any) -> Any:
+        if made.name == "S2FT":
+            raise MemoryError("too little")
+        return plain(made, *rest)
+
+    monkeypatch.setattr(time_to_loss, "step", step)
+    done = sparseft(folder, *STUDY, "--json", code=1)
+    lora, s2ft = done.json["variants"].values()
+    assert "Failed while measured: the step of S2FT (MemoryError: too little)" in done.err
+    assert s2ft["curves"] == result["variants"]["S2FT"]["curves"] and s2ft["seconds_to_loss"] == [None, None]
+    assert s2ft["step_failed"] == "MemoryError: too little" and s2ft["verdict"] == "the step of S2FT failed"
+    assert not [key for key in s2ft if key.startswith("step_s") or key in ("step_floors", "step_error")]
+    assert lora["step_seconds"] > 0 and lora["ratios"] == [1.0, 1.0]
+    assert "S2FT: its step failed, so it has no times: MemoryError: too little" in (folder / "out/bench.md").read_text()
+
+
+def test_without_the_first_ones_step_there_are_no_ratios() -> None:
+    entry = {"step_seconds": 2.0, "selection_seconds": [0.0], "reselect_steps": 0, "reselection_seconds": [0.0]}
+    found: dict[str, Any] = {name: entry | {"curves": [[(0, 4.0), (10, 3.0)]]} for name in ("LoRA", "S2FT")}
+    found["LoRA"]["step_failed"] = "no memory"
+    compare(found)
+    assert [each["ratios"] for each in found.values()] == [[None], [None]]
+    assert [each["verdict"] for each in found.values()] == ["the step of LoRA failed"] * 2
+    assert found["S2FT"]["seconds_to_loss"] == [20.0]
 
 
 def test_a_selection_of_an_interrupted_training_takes_its_time_again(tmp_path: Path) -> None:

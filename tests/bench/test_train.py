@@ -493,6 +493,8 @@ def test_names_of_variants_may_hold_anything(in_tmp: Path) -> None:
         (["bench.variants=['a: method=lora','A: method=full']"], ["two variants", "'A'"]),
         (["bench.variants=['a: method.block_sice=8']"], ["block_sice", "block_size"]),
         (["bench.variants=['a: method=lora','b: dataset.train_path=gone.json']"], ["gone.json"]),
+        (["bench.variants=['a: method=lora','b: model.path=gone']"], ["model.path=gone"]),
+        (["bench.variants=['a: method=lora','b: method=s2ft method.exclude=[gone]']"], ["method.exclude", "gone"]),
         (["dataset.eval_fraction=0"], ["dataset.eval_path", "held-out"]),
         (["bench.seeds=0"], ["bench.seeds=0"]),
     ],

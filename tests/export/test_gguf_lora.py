@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparseft.export.changes import sparse_changes
 from sparseft.export.formats.gguf_lora import FILE, GgufLora
@@ -104,6 +105,14 @@ def test_keys_are_reordered_by_their_own_heads(made, tmp_path):
     found = tensors(tmp_path / "out" / FILE)
     rows = found["blk.1.attn_k.weight"].any(dim=1).nonzero().flatten().tolist()
     assert rows == [0, 2, 3, 17]  # rows 0, 1, 7 = 1 + 6 of head 0 are its 0, 2, 3; row 8 = 2 + 6 of head 1 is its 5
+
+
+def test_a_lora_of_the_head_is_refused_by_name(made, tmp_path):
+    exported.lora(made("llama") / "base", tmp_path / "adapter", ["q_proj", "lm_head"], r=6)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"  # without the weights that peft saves beside the pair
+    save_file({name: tensor for name, tensor in load_file(path).items() if "base_layer" not in name}, path)
+    text = refused(tmp_path, "export", "adapter", "--format", "gguf-lora", "--out", "out")
+    assert "lm_head lies outside the layers" in text and "--format merged" in text and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])

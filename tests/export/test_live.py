@@ -17,6 +17,7 @@ import torch
 
 import sparseft
 from sparseft.errors import RunError, UserError
+from sparseft.export import holders
 from sparseft.export.live.messages import STEP, checksum
 from sparseft.layers import sparse_layers
 from sparseft.layers.inactive import swap
@@ -76,6 +77,22 @@ def test_every_step_is_the_trainers(kind: str, method: str, tmp_path: Path) -> N
     assert pair.receiver.receive() is None
     assert list(pair.receiver) == []
     assert not pair.files
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_what_says_where_entries_lie_is_on_their_device_before_the_first_step(
+    dictionary: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no step uploads it again. Entries in their own order need no places among those asked for."""
+    monkeypatch.setattr(holders, "_writable", lambda _, tensor: tensor)
+    model = adapted.load(adapted.base("llama", tmp_path / "base", torch.bfloat16)).to("meta")
+    state, name = model.state_dict(), "model.layers.0.mlp.up_proj.weight"
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    holder = holders.holder_of(dict(state) if dictionary else model, shapes)
+    in_order, mixed = (holder.slots(name, torch.tensor(index))[0] for index in ([1, 4, 9], [4, 9, 1]))
+    assert in_order.index.device.type == mixed.index.device.type == "meta"
+    assert in_order.which is None
+    assert (mixed.which is None) if dictionary else (mixed.which.device.type == "meta")
 
 
 def test_a_step_is_two_bytes_an_entry(tmp_path: Path) -> None:

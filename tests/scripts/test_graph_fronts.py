@@ -82,6 +82,11 @@ def test_trains_and_says_how_it_compares(
     fronts.main(["table", str(out), "--levels", "0.05"])
     printed = capsys.readouterr().out
     assert "oasst1: 3 seeds" in printed and all(name in printed for name in few)
+    content = out.read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        fronts.main(words)
+    assert ended.value.code == 2 and f"--out {out} exists already" in capsys.readouterr().err
+    assert out.read_bytes() == content
 
 
 def test_losses_are_those_of_the_model(scripts: tuple[Any, Any]) -> None:

@@ -1,0 +1,89 @@
+"""Variants × seeds as ordinary runs: which of what lies in a benchmark's folder is taken, refused or trained again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sparseft.bench import fusion, time_to_loss
+from sparseft.bench.trials import Trial, finished, summary_of
+from sparseft.compose.run_config import compose
+from sparseft.errors import Diverged, UserError
+
+WORDS = ["dataset=commonsense", "trainer.eval_steps=2", "bench.rates=[0.1,0.2]", "bench.seeds=1"]
+VARIANTS = "bench.variants=['LoRA: method=lora','S2FT: method=s2ft']"
+SKILLS = "bench.skills=['gsm8k: dataset=arithmetic','boolq: dataset=commonsense']"
+
+
+def has_run(trial: Trial) -> None:
+    """Leaves what a run with the trial's settings does."""
+    folder = Path(str(trial.config.output_dir))
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(trial.config.to_dict()))
+    (folder / "summary.json").write_text("{}")
+
+
+def untrained(_config: Any) -> Any:
+    raise AssertionError("trained")
+
+
+def trial_of(folder: Path, *words: str) -> Trial:
+    config = compose("train", [*WORDS[:1], "method=s2ft", *words])
+    config.method = dataclasses.replace(config.method, exclude=[str(folder / "runs/first")])
+    config.output_dir = str(folder / "runs/second")
+    return Trial("second", 0, config)
+
+
+def test_a_folder_that_was_moved_or_is_named_otherwise_holds_the_same_runs(in_tmp: Path) -> None:
+    """Also runs that leave out what another one in the folder trains."""
+    has_run(trial_of(Path("there")))
+    assert finished(trial_of(Path("there"))) == finished(trial_of(in_tmp / "there")) == {}
+    Path("there").rename("elsewhere")
+    assert finished(trial_of(Path("elsewhere"))) == finished(trial_of(in_tmp / "elsewhere")) == {}
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        finished(trial_of(Path("elsewhere"), "trainer.max_steps=3"))
+    other = trial_of(Path("elsewhere"))
+    other.config.method = dataclasses.replace(other.config.method, exclude=["elsewhere/runs/third"])
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        finished(other)
+
+
+def test_a_training_that_diverged_is_not_done_again(tmp_path: Path) -> None:
+    trial = trial_of(tmp_path)
+
+    def train(_config: Any) -> Any:
+        raise Diverged("the loss is nan.")
+
+    with pytest.raises(Diverged, match=r"^the loss is nan\.$"):
+        summary_of(trial, train)
+    with pytest.raises(Diverged, match=r"^second diverged before, .* unless .*second is deleted: the loss is nan\.$"):
+        summary_of(trial, untrained)
+    (tmp_path / "runs/second/diverged.json").unlink()
+    assert summary_of(trial, lambda _: {"seed": 0}) == {"seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("plan", "words", "place"),
+    [
+        (time_to_loss.plan, [], lambda study: study.trial("S2FT", 1, 0.2, choosing=True)),
+        (time_to_loss.plan, [], lambda study: study.trial("S2FT", 0, 0.2)),
+        (fusion.plan, [SKILLS, "dataset.eval_fraction=0.1"], lambda study: study.trial("S2FT", "boolq", 0, 0.2)),
+    ],
+)
+def test_runs_with_other_settings_are_refused_before_the_first_training(
+    plan: Callable[..., Any], words: list[str], place: Callable[[Any], Trial], tmp_path: Path
+) -> None:
+    words = [*WORDS, VARIANTS, *words]
+
+    def planned(*more: str) -> Any:
+        return plan(compose("bench", [*words, *more]), [*words, *more], [], tmp_path, untrained)
+
+    has_run(place(planned("trainer.max_steps=3")))
+    planned("trainer.max_steps=3")
+    with pytest.raises(UserError, match="'S2FT': .* holds a run with other settings"):
+        planned("trainer.max_steps=4")
