@@ -186,6 +186,9 @@ def test_copies_casts_and_state_dicts() -> None:
     half = twin.bfloat16()
     assert half.rows.compact.dtype == torch.bfloat16
     assert half.rows.delta.dtype == torch.float32
+    wide = trained(BesideLinear.wrap(NF4Linear(dense(dtype=torch.bfloat16))), "rows", "blocks").float()
+    assert torch.equal(wide.rows.compact, wide.rows.base_values + wide.rows.delta)  # not what bf16 had left of it
+    assert wide.is_written
     with pytest.raises(TypeError, match="wrap"):
         BesideLinear(3, 4)
     with pytest.raises(ValueError, match="order"):
