@@ -30,7 +30,7 @@ from sparseft.files.tensors import KINDS, read_described, split_name
 from sparseft.kernels import reference
 from sparseft.layers import restore, sparse_layers, start_at_checkpoint, write_back
 from sparseft.layers.by_row import ByRow
-from sparseft.layers.convert import check_modules, exchange, layer_at, weight_parameter
+from sparseft.layers.convert import check_modules, device_of, exchange, layer_at
 from sparseft.layers.pattern import check_index, entry_dim, index_keys, index_of_keys, positions_of, same_entries
 from sparseft.methods.base import SparseConfig
 from sparseft.models.decoder import STATE, in_experts
@@ -398,7 +398,7 @@ def _placed(model: nn.Module, values: Values, keep: str) -> Values:
         return values
     placed: Values = {}
     for module, kinds in values.items():
-        device = weight_parameter(model, module).device
+        device = device_of(model, module)
         placed[module] = {
             kind: value._replace(
                 delta=on_host(value.delta, device) if keep == "host" else value.delta.to(device, copy=True)

@@ -170,7 +170,7 @@ def compute_scores(
     if importance in ("weight", "product"):
         for c in candidates:
             module = model.get_submodule(c.module)
-            with gathered([module.weight]):
+            with gathered([module._parameters.get("weight")]):
                 weight = logical_weight(module).detach().float()
                 weights[c.key] = sum_units(weight.square(), c).double().sqrt().cpu()  # ‖W_u‖₂ of each unit
     if importance == "weight":

@@ -51,7 +51,7 @@ def kernel_for(tensor: Tensor) -> ModuleType | None:
     if wanted == "reference" or tensor.dtype not in KERNEL_DTYPES:
         return None
     if wanted == "auto":
-        return _blocks_triton() if tensor.is_cuda and _gpu_knows(tensor.device, tensor.dtype) else None
+        return _blocks_triton() if tensor.is_cuda and gpu_knows(tensor.device, tensor.dtype) else None
     module = _blocks_triton()
     if module is None:
         raise UserError(f"{VARIABLE}=triton: triton cannot be imported; install it, or choose auto or reference.")
@@ -64,8 +64,9 @@ def kernel_for(tensor: Tensor) -> ModuleType | None:
 
 
 @functools.cache  # asking the device takes as long as a small product
-def _gpu_knows(device: torch.device, dtype: torch.dtype) -> bool:
-    if torch.version.hip:
+def gpu_knows(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton has code for this GPU and numbers of this dtype; what is no CUDA device it is not asked about."""
+    if torch.version.hip or device.type != "cuda":
         return True
     first = FIRST_GPU_BF16 if dtype == torch.bfloat16 else FIRST_GPU
     return torch.cuda.get_device_capability(device) >= first

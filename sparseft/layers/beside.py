@@ -222,9 +222,12 @@ class BesideLinear(SparseLinear):
         """There is one order, and the buffers are the module's."""
 
     def _apply(self, fn, recurse: bool = True):
+        before = self.compact_dtype
         nn.Module._apply(self, fn, recurse)
-        self.compact_dtype = next((p.base_values.dtype for p in self.patterns.values()), self.compact_dtype)
+        self.compact_dtype = next((p.base_values.dtype for p in self.patterns.values()), before)
         changes.count += 1
+        if self.compact_dtype != before:
+            self.write_back()  # as of every sparse layer: rounded once again from fp32
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:

@@ -39,7 +39,7 @@ class Features(NamedTuple):
 
 class Matrices(NamedTuple):
     """`count` dense parts of a delta: matrix (count, k, m) takes the k features `inputs` to the m features `outputs`;
-    None: all of them, in the order in which they are stored. Those of one adapter have no output twice."""
+    None: all of them, in the order in which they are stored. Those of one adapter and kind have no output twice."""
 
     inputs: Features | None
     outputs: Features | None
@@ -178,7 +178,7 @@ class ByRow:
             for kind, content in self.adapters.get(number, {}).items():
                 for made in matrices(kind, content, self.shape, row_order, column_order):
                     sides = [side and (side.width, side.runs.shape[1]) for side in made[:2]]
-                    groups[(*sides, made.matrix.shape[1:], len(rows))].append((rows, made))
+                    groups[(kind, *sides, made.matrix.shape[1:], len(rows))].append((rows, made))
         parts = []
         for members in groups.values():
             rows = torch.cat([torch.tensor(own).expand(len(made.matrix), -1) for own, made in members])

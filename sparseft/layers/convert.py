@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,6 +49,13 @@ def weight_parameter(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter that holds the weight of the linear or the expert `name`, of an expert that of all of them."""
     expert = find_expert(model, name)
     return model.get_submodule(name).weight if expert is None else stack_parameter(expert.experts, expert.parameter)
+
+
+def device_of(model: nn.Module, name: str) -> torch.device:
+    """Where the linear or the expert `name` is, also one that is packed and keeps no parameter `weight`."""
+    expert = find_expert(model, name)
+    module = model.get_submodule(name) if expert is None else expert.experts
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def plain_weight(model: nn.Module, name: str) -> Tensor:
@@ -126,8 +134,12 @@ def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         owners.setdefault(id(parameter), []).append(name)
     tied = {}
     for name in names:
-        own = f"{name}.weight" if find_expert(model, name) is None else name.rpartition(".")[0]
-        others = [owner for owner in owners.get(id(weight_parameter(model, name)), []) if owner != own]
+        if find_expert(model, name) is None:
+            linear = model.get_submodule(name)
+            own, weight = f"{name}.weight", linear._parameters.get("weight")  # None: packed under another name
+        else:
+            own, weight = name.rpartition(".")[0], weight_parameter(model, name)
+        others = [owner for owner in owners.get(id(weight), []) if owner != own]
         if others:
             tied[name] = others[0]
     return tied

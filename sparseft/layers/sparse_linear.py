@@ -218,7 +218,7 @@ class SparseLinear(nn.Module):
             del self._modules[kind]
         changes.count += 1
         if patterns:
-            with gathered([self.weight]):
+            with gathered([self._parameters.get("weight")]):  # None: of a packed one that keeps it elsewhere
                 weight = self.logical_weight
                 for kind, pattern in patterns.items():
                     if pattern.inverse is not inverses[kind]:

@@ -249,7 +249,8 @@ def _trial(model: nn.Module, linears: Mapping[str, nn.Module], length: int) -> d
     names = {id(module): name for name, module in linears.items()}
     holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     # A weight that several modules hold is read by the others too; tied weights are refused where they are chosen.
-    reads = _Reads({id(m.weight): name for name, m in linears.items() if holders[id(m.weight)] == 1})
+    weights = {name: m._parameters.get("weight") for name, m in linears.items()}  # None: packed under another name
+    reads = _Reads({id(w): name for name, w in weights.items() if w is not None and holders[id(w)] == 1})
     probes: dict[str, Tensor] = {}  # a zero that is added to each linear's output
 
     def enter(module: nn.Module, inputs: Any) -> None:

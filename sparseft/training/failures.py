@@ -127,7 +127,7 @@ def _without_kernel(refusal: BaseException, memory: MemoryAdvice) -> str:
     if "sparseft.kernels.experts_triton" in modules:
         return "SPARSEFT_KERNELS=reference in the environment does without it"
     if "sparseft.kernels.adamw_triton" in modules:
-        return "another trainer.optimizer does without it"
+        return "SPARSEFT_KERNELS=reference in the environment, or another trainer.optimizer, does without it"
     return (
         "it is none of sparseft's, so try without what may have brought it (trainer.compile=none, "
         f"model.attn_implementation=sdpa), or with other shapes: {memory.advice()}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from sparseft.errors import UserError
-from sparseft.kernels import grid
+from sparseft.kernels import dispatch, grid
 from sparseft.kernels.grid import Grids
 from sparseft.layers.pattern import changes, version_of
 from sparseft.layers.sparse_linear import SparseLinear
@@ -143,7 +143,7 @@ class _Plan:
         self.tables: list[tuple[Table, list[int]]] = []
         devices = optimizer.kernel_devices
         candidates = [p for p in self.layers if self.states[p] and parameters[p].device.type in devices]
-        if candidates and _has_triton():
+        if candidates and dispatch.mode() != "reference" and _has_triton():
             self._make_tables(candidates)
         self.by_kernel = [place for _, places in self.tables for place in places]
         self.kernel_deltas = [parameters[place] for place in self.by_kernel]
@@ -357,6 +357,7 @@ def _fits(entry: Entry, layer: SparseLinear) -> bool:
     return (
         len(layer.patterns) == 1
         and entry.weight.dtype in WEIGHT_DTYPES
+        and dispatch.gpu_knows(entry.weight.device, entry.weight.dtype)
         and entry.base_values.dtype == entry.weight.dtype
         and all(value.dtype == torch.float32 for value in values[:3])
         and all(tensor.is_contiguous() for tensor in (*values, *index))

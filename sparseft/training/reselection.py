@@ -21,6 +21,7 @@ from sparseft.layers import share_inputs, sparse_layers
 from sparseft.layers.inactive import restore_active, swap
 from sparseft.layers.pattern import Pattern, entry_dim
 from sparseft.layers.permuted_layout import Plan, carry_out, in_stored_order
+from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.runs.folder import ADAPTER, SELECTION  # of a checkpoint: what was trained, what trained when it was saved
 from sparseft.selection.selection import Selection
 
@@ -43,7 +44,8 @@ def apply_selection(model: nn.Module, selection: Selection, optimizer: Any = Non
                 move_moments(optimizer, layers[module].patterns[kind], source)
             new += int((source < 0).sum())
             total += len(source)
-    share_inputs(model)
+    share_inputs(model)  # a compiled pass does not look for itself
+    share_inputs_in_training(model)  # others may make again what is saved here (`recomputing`)
     if plan is not None:
         carry_out(model, plan)
     return new / total

@@ -186,6 +186,9 @@ def test_copies_casts_and_state_dicts() -> None:
     half = twin.bfloat16()
     assert half.rows.compact.dtype == torch.bfloat16
     assert half.rows.delta.dtype == torch.float32
+    wide = trained(BesideLinear.wrap(NF4Linear(dense(dtype=torch.bfloat16))), "rows", "blocks").float()
+    assert torch.equal(wide.rows.compact, wide.rows.base_values + wide.rows.delta)  # not what bf16 had left of it
+    assert wide.is_written
     with pytest.raises(TypeError, match="wrap"):
         BesideLinear(3, 4)
     with pytest.raises(ValueError, match="order"):
@@ -233,6 +236,47 @@ def test_a_quantized_model_trains_switches_and_goes_back(name: str, make_model: 
     assert torch.equal(model(tokens).logits, learnt)
     sparseft.fuse(model, {"default": 0.5}, "half")
     assert not torch.equal(model(tokens).logits, learnt)
+
+
+class Codes(nn.Module):
+    """A packed linear without a parameter `weight`, as HQQ's are."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.W_q = nn.Parameter(linear.weight.detach().mul(64).round().to(torch.int8), requires_grad=False)
+
+    def dequantize(self) -> Tensor:
+        return self.W_q.float() / 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize())
+
+
+@pytest.mark.parametrize("importance", ["random", "weight"])
+def test_a_packed_linear_may_keep_its_codes_under_any_name(
+    importance: str, make_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def coded() -> nn.Module:
+        model = make_model("llama")
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and "layers" in name:
+                model.set_submodule(name, Codes(module))
+        return model
+
+    model, tokens = coded(), torch.arange(12).reshape(2, 6)
+    base = model(tokens).logits
+    sparseft.attach(model, sparseft.SylvaConfig(sparsity=0.9, importance=importance, block_size=8))
+    own = sparseft.SparseAdamW(sparseft.trainable_parameters(model).values(), lr=1e-2)
+    model(tokens, labels=tokens).loss.backward()
+    own.step()
+    learnt = model(tokens).logits
+    assert not torch.equal(learnt, base)
+    assert torch.equal(sparseft.set_adapter(model, None)(tokens).logits, base)
+    assert torch.equal(sparseft.set_adapter(model, "default")(tokens).logits, learnt)
+    loaded = sparseft.load_adapter(coded(), sparseft.save_adapter(model, tmp_path / "adapter"))
+    assert torch.equal(loaded(tokens).logits, learnt)
+    assert "could not be run" not in capsys.readouterr().err  # the look at which linears train
 
 
 def test_put_beside_keeps_the_function(make_model: Any) -> None:

@@ -155,6 +155,21 @@ def test_the_gradient_of_the_input_is_each_rows_own() -> None:
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_grid_and_blocks_on_the_same_rows_are_both_added() -> None:
+    """In an order of its own the weight's blocks are features as a grid's are: 4 by 4 both, and both in row 0 to 3."""
+    square = Deltas(grid.encode(torch.arange(4), torch.arange(4)), torch.randn(16), torch.empty(0))
+    block = Deltas(torch.tensor([[0, 0]]), torch.randn(1, 4, 4), torch.empty(0))
+    block.block_size = 4
+    adapter = {"grid": square, "blocks": block}
+    layer, x = SparseLinear(IN, OUT), torch.randn(2, 3, IN)
+    expected = (x @ (layer.logical_weight + dense(adapter)).t() + layer.bias).detach()
+    rows, columns = torch.randperm(OUT), torch.randperm(IN)
+    layer.permute(rows, columns)
+    with torch.no_grad():
+        found = ByRow((OUT, IN), {0: adapter}).add(layer(x[..., columns]), x[..., columns], (0, 0), 3, layer)
+    torch.testing.assert_close(found, expected[..., rows], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(3, 2, IN), (2, 3, IN), (7, IN), (6, IN), (IN,), (2, 1, 2, IN)])
 def test_other_numbers_of_rows_are_refused(shape: tuple[int, ...]) -> None:
     layer, x = nn.Linear(IN, OUT), torch.zeros(shape)

@@ -304,7 +304,8 @@ def refused_by_triton(module: str) -> BaseException:
         ("sparseft.kernels.group_triton", "a smaller method.block_size needs less, and SPARSEFT_KERNELS=reference in "
          "the environment does without"),
         ("sparseft.kernels.experts_triton", "SPARSEFT_KERNELS=reference in the environment does without it"),
-        ("sparseft.kernels.adamw_triton", "another trainer.optimizer does without it"),
+        ("sparseft.kernels.adamw_triton", "SPARSEFT_KERNELS=reference in the environment, or another "
+         "trainer.optimizer, does without it"),
         ("torch._inductor.runtime", "it is none of sparseft's, so try without what may have brought it "
          "(trainer.compile=none, model.attn_implementation=sdpa), or with other shapes: trainer.batch_size=2 "
          "trainer.gradient_accumulation=2 take the same 4 examples a step in smaller pieces"),

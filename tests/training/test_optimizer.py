@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 import sparseft
 from sparseft.errors import UserError
-from sparseft.kernels import reference
+from sparseft.kernels import dispatch, reference
 from sparseft.layers import BesideLinear, SparseLinear, sparse_layers, write_back
 from sparseft.layers.inactive import swap
 from sparseft.selection.selection import Selection
@@ -161,6 +161,24 @@ def test_many_steps_are_torchs_and_a_write_back(dtype: torch.dtype) -> None:
     run(oracle, theirs, steps)
     check_alike(model, oracle)
     check_state(ours, theirs)
+    check_weights(model, bases)
+
+
+@pytest.mark.parametrize("reason", ["SPARSEFT_KERNELS", "GPU"])
+def test_without_the_kernel_torch_updates(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where plain torch is asked for, and on a GPU that Triton has no code for."""
+    monkeypatch.setattr(SparseAdamW, "kernel_devices", frozenset({"cpu"}))
+    if reason == "GPU":
+        monkeypatch.setattr(dispatch, "gpu_knows", lambda device, dtype: False)
+    else:
+        monkeypatch.setenv("SPARSEFT_KERNELS", "reference")
+    model = zoo()
+    oracle, bases = copy.deepcopy(model), bases_of(model)
+    ours, theirs = SparseAdamW(trained(model), lr=1e-2), torch.optim.AdamW(trained(oracle), lr=1e-2)
+    run(model, ours, range(2))
+    run(oracle, theirs, range(2))
+    assert not ours._plan.tables
+    check_alike(model, oracle)
     check_weights(model, bases)
 
 

@@ -22,9 +22,11 @@ from sparseft.layers import sparse_layers
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter
 from sparseft.methods import get_method
+from sparseft.selection.selection import Selection
 from sparseft.training import labelled_loss
 from sparseft.training.arguments import training_arguments
 from sparseft.training.recomputing import CHEAP, UP, describe, recomputing
+from sparseft.training.reselection import apply_selection
 from sparseft.training.trainer import train
 from support.products import Products
 from support.running import METHODS, files, on, refused, sparseft, summary, write_data
@@ -339,6 +341,26 @@ def test_layers_save_slices_again_after_training(tmp_path: Path) -> None:
     train(trainer, None, 1)
     loss_of(model).backward()
     assert {name: layer.keeps_input for name, layer in sparse_layers(model).items()} == settings
+
+
+def test_a_reselection_keeps_no_more() -> None:
+    """q, k and v go on reading what is made again for them, and save no slices beside it."""
+    model = made("llama", "sylva")
+    share_inputs_in_training(model)
+
+    def kept() -> tuple[int, dict[str, bool | None]]:
+        def loss() -> torch.Tensor:
+            with recomputing(model):
+                return model(**batch(), use_cache=False).loss
+
+        loss()  # settles what is saved
+        return held_bytes(loss, CPU), {name: layer.keeps_input for name, layer in sparse_layers(model).items()}
+
+    before = kept()
+    layers = {name: layer for name, layer in sparse_layers(model).items() if layer.patterns}
+    again = {name: {"blocks": layer.blocks.index.cpu()} for name, layer in layers.items()}
+    apply_selection(model, Selection(again, block_size=16))
+    assert kept() == before
 
 
 @pytest.mark.parametrize(
