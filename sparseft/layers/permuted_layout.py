@@ -208,7 +208,7 @@ def _check_structure(
             continue
         shapes = [full_shape(t) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
         if is_attention and path and "." not in path:
-            head_norm = "norm" in path and all(shape == (spec.head_dim,) for shape in shapes)
+            head_norm = "norm" in path and all(shape == (by_role["k"].unit,) for shape in shapes)
             if head_norm or "Rotary" in type(module).__name__:
                 continue
         if any(path == "" or is_attention or shape.numel() > 1 for shape in shapes):

@@ -57,7 +57,7 @@ class Checkpoint:
             names = sorted(set(files.values()))
         else:
             raise UserError(
-                f"{folder}: no {FILE} and no {INDEX}: export reads checkpoints in safetensors; "
+                f"{folder}: no {FILE} and no {INDEX}: a checkpoint in safetensors is needed here; "
                 "load the model and save it with save_pretrained first."
             )
         tensors: dict[str, Stored] = {}
@@ -85,7 +85,7 @@ def _from_hub(path: str, revision: str | None) -> Path:
     options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     place = cached_file(path, FILE, **options) or cached_file(path, INDEX, **options)
     if place is None:
-        raise UserError(f"model.path={path}: no {FILE} and no {INDEX} there; export needs a checkpoint in safetensors.")
+        raise UserError(f"model.path={path}: no {FILE} and no {INDEX} there; a checkpoint in safetensors is needed.")
     folder = Path(place).parent
     if Path(place).name == INDEX:
         for name in sorted(set(read_json_object(place, WHAT).get("weight_map", {}).values())):

@@ -70,13 +70,26 @@ def logical_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers and its name: of the config's length, the one with the most parameters."""
+    """The list of decoder layers and its name: of the config's length, the one with the most parameters, of the text
+    decoder's where the model says which part that is, so that no tower for images is taken for it."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    fitting = [item for item in lists if len(item[1]) == count] or lists
+    fitting = [item for item in lists if len(item[1]) == count]
+    decoder = _decoder(model)
+    inside = {id(module) for module in decoder.modules()} if decoder is not None else set()
+    fitting = [item for item in fitting if id(item[1]) in inside] or fitting or lists
     if not fitting:
         raise UserError(f"{type(model).__name__} has no list of decoder layers (nn.ModuleList).")
     return max(fitting, key=lambda item: sum(full_shape(p).numel() for p in item[1].parameters()))
+
+
+def _decoder(model: nn.Module) -> nn.Module | None:
+    """The part of the model that reads text; None where a model's own code does not say which it is."""
+    try:
+        found = model.get_decoder()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
@@ -190,11 +203,16 @@ def find_expert(model: nn.Module, name: str) -> Expert | None:
     return Expert(module, parameter, int(number)) if shape is not None and int(number) < shape[0] else None
 
 
-def is_router(parent: nn.Module, leaf: str) -> bool:
-    """Whether the child `leaf` of `parent` weighs experts (a router or a shared expert's gate): never trained.
+def is_router(parent: nn.Module, name: str) -> bool:
+    """Whether a child of `parent`, by its name in the layer, weighs experts (a router, a part of one, or a shared
+    expert's gate): never trained.
 
-    Such a child stands beside the experts; a gate projection stands beside up and down.
+    Such a child stands beside the experts, where a gate projection stands beside up and down, or below a module that
+    is called so.
     """
+    *above, leaf = name.split(".")
+    if {"router", "gate"} & set(above):
+        return True
     has_experts = any("expert" in name and not name.endswith("gate") for name in parent._modules)
     return has_experts and (leaf in ("gate", "router", "classifier") or leaf.endswith("expert_gate"))
 

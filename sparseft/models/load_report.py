@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sparseft import console
 from sparseft.errors import UserError
 
 
@@ -33,6 +34,17 @@ def check_complete(path: str, report: Mapping[str, Any]) -> None:
                 f"model.path={path}: the checkpoint does not fit its config.json: {len(names)} weights are "
                 f"{problem.removesuffix('_keys')}, {names[0]} for one."
             )
+
+
+def tell_unplaced(path: str, report: Mapping[str, Any]) -> None:
+    """A warning where the checkpoint holds weights that the model has no place for. Some are left out by intent (those
+    of images, of layers that predict further tokens); biases or layers mean that config.json is not the checkpoint's.
+    """
+    if names := sorted(report.get("unexpected_keys") or []):
+        console.warn(
+            f"model.path={path}: the model has no place for {len(names)} weights of the checkpoint and goes without "
+            f"them, {names[0]} for one."
+        )
 
 
 def _named(key: Any) -> str:

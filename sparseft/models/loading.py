@@ -19,9 +19,10 @@ from sparseft.distributed.ranks import broadcast_object
 from sparseft.distributed.shards import full_shape
 from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, reason_of, where_looked
 from sparseft.files.hashing import check_whole
+from sparseft.files.tensors import stored_tensors
 from sparseft.models.decoder import decoder_layers, input_embeddings, runnable
 from sparseft.models.gguf import is_gguf, unpacked
-from sparseft.models.load_report import check_complete, without_report
+from sparseft.models.load_report import check_complete, tell_unplaced, without_report
 from sparseft.models.probing import check_causal
 from sparseft.models.quantize import check_packed, check_quantize, quantization
 from sparseft.models.quantized import check_config, keep_differentiable, keep_savable, quantized_by
@@ -152,6 +153,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", *, in_sh
         refused = refused or (UserError(told) if told else None)
     if refused is not None:
         raise refused
+    tell_unplaced(config.path, report)
     if in_shards:
         fsdp.shard(model, decoder_layers(model)[1], input_embeddings(model), device)
     elif getattr(model, "hf_quantizer", None) is None:  # some quantized models refuse to be moved
@@ -189,7 +191,7 @@ def load_in_shards(config: ModelConfig, hardware: HardwareConfig, device: torch.
 
     if hardware.device == "cpu":
         no_shared_memory()
-    stored = getattr(load_config(config), "dtype", None) if config.dtype == "auto" else config.dtype
+    stored = model_dtype(config, load_config(config))
     kind = {"bfloat16": "bf16", "float16": "fp16"}.get(str(stored).removeprefix("torch."))
     settings = {key: value for key, value in zero_config(hardware).items() if value != "auto"}
     settings |= {"train_micro_batch_size_per_gpu": 1}  # required by DeepSpeed, unused here
@@ -232,10 +234,20 @@ def load_config(config: ModelConfig, what: str = "config", *, packed: bool = Fal
 
 
 def model_dtype(config: ModelConfig, content: Any) -> torch.dtype:
-    """As the model is loaded: what the config asks for, else what the checkpoint's config.json says, else float32."""
+    """As the model is loaded: what the config asks for, else what the checkpoint's config.json says of the model or of
+    its text part, else what its first file holds, else float32."""
     asked = config.dtype if config.dtype != "auto" else None
-    stored = asked or getattr(content, "dtype", None) or torch.float32
+    said = getattr(content, "dtype", None) or getattr(content.get_text_config(), "dtype", None)
+    stored = asked or said or _dtype_of_file(config) or torch.float32
     return stored if isinstance(stored, torch.dtype) else getattr(torch, stored)
+
+
+def _dtype_of_file(config: ModelConfig) -> torch.dtype | None:
+    """The first floating dtype in a folder's checkpoint, of 16 bits or more; None of one that is not in safetensors or
+    that only the hub has."""
+    file = next(iter(sorted(Path(check_model_path(config.path)).glob("model*.safetensors"))), None)
+    found = (tensor.dtype for tensor in stored_tensors(file, "model").values()) if file is not None else ()
+    return next((dtype for dtype in found if dtype.is_floating_point and dtype.itemsize > 1), None)
 
 
 def vocabulary_rows(model: nn.Module) -> tuple[int, int]:

@@ -57,18 +57,64 @@ MLP_ROLES: dict[str, str | tuple[str, ...]] = {
 COLUMN_ROLES = ("o", "down")  # their units are input features; every other role's are output features
 
 
+ANYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj")  # these are of an attention whatever their parent is called
+
+
 def role_of(name: str) -> str | tuple[str, ...] | None:
     """The role of a linear, by its name; of a fused one its roles. None where the name says none."""
     parent, leaf = f".{name}".rsplit(".", 2)[-2:]
-    return (ATTENTION_ROLES if "attn" in parent or "attention" in parent else MLP_ROLES).get(leaf)
+    in_attention = "attn" in parent or "attention" in parent or leaf in ANYWHERE
+    return (ATTENTION_ROLES if in_attention else MLP_ROLES).get(leaf)
 
 
-def _active_experts(config: Any) -> float:
-    """The share of a layer's routed experts that a token goes through; 1 of a model without any."""
+def _layer_configs(config: Any) -> list[Any]:
+    """The config of each decoder layer where layers differ, as Gemma 4's in the width of their heads, which the model's
+    config then refuses to say; of any other model its config alone."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
+def _kv_heads(config: Any, num_heads: int) -> int:
+    """The key/value heads of a layer by its config: Falcon's names are its own."""
+    if getattr(config, "new_decoder_architecture", False):
+        return int(config.num_kv_heads)
+    if getattr(config, "multi_query", False):
+        return 1
+    return int(getattr(config, "num_key_value_heads", None) or num_heads)
+
+
+def _active_experts(configs: list[Any]) -> float:
+    """The share of a layer's routed experts that a token goes through, in the first layer that has any; 1 of a model
+    without."""
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    there = next((count for name in names if (count := getattr(config, name, None))), None)
-    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_k", None)
-    return chosen / there if there and chosen else 1.0
+    for config in configs:
+        there = next((count for name in names if (count := getattr(config, name, None))), None)
+        chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_k", None)
+        if there and chosen:
+            return float(chosen / there)
+    return 1.0
+
+
+def _said(module: nn.Module, *names: str) -> int | None:
+    """The first of these attributes that the module has as a number."""
+    found = (getattr(module, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int) and value), None)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of one attention, and the features of each."""
+
+    count: int  # of queries
+    kv_count: int
+    keys: int  # features of a head of q and k
+    values: int  # of v, and of what o reads
+
+    def of(self, attention: nn.Module) -> Heads:
+        """With the widths that the attention names as its own: those of DeepSeek's latent attention, of linear
+        attention, of Gemma 4's layers with attention to all tokens."""
+        keys = _said(attention, "qk_head_dim", "head_k_dim", "head_dim")
+        values = _said(attention, "v_head_dim", "head_v_dim", "head_dim")
+        return replace(self, keys=keys or self.keys, values=values or self.values)
 
 
 @dataclass(frozen=True)
@@ -80,7 +126,7 @@ class RoleSlice:
     role: str  # q | k | v | o | gate | up | down; of a linear chosen by its name: its side
     side: str  # rows (output features) | columns (input features)
     start: int
-    unit: int  # features a unit: head_dim, or 1
+    unit: int  # features a unit: a head's, or 1
     count: int
     other: int  # length of the weight's other side: entries a feature
 
@@ -91,7 +137,7 @@ class ModelSpec:
 
     linears: dict[str, tuple[int, int]]
     transposed: set[str]  # modules that store their weight as (in, out)
-    num_heads: int
+    num_heads: int  # these three as the config says; where layers differ, those of the first
     num_kv_heads: int
     head_dim: int
     total_parameters: int
@@ -116,13 +162,13 @@ class ModelSpec:
         """
         check_plain(model)
         config = model.config.get_text_config()
-        num_heads = getattr(config, "num_attention_heads", None)
+        configs = _layer_configs(config)
+        num_heads = getattr(configs[0], "num_attention_heads", None)
         if not isinstance(num_heads, int):
             raise UserError(
                 f"{type(model).__name__} has no single number of attention heads in its config "
                 f"(num_attention_heads={num_heads}): sparseft trains transformers' decoders built on attention."
             )
-        num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
         prefix, layers = decoder_layers(model)
         linears: dict[str, tuple[int, int]] = {}
         transposed: set[str] = set()
@@ -132,8 +178,7 @@ class ModelSpec:
             modules = dict(layer.named_modules())
             for name, module in modules.items():
                 full_name = f"{prefix}.{index}.{name}"
-                owner, _, leaf = name.rpartition(".")
-                if is_linear(module) and not is_router(modules[owner], leaf):
+                if is_linear(module) and not is_router(modules[name.rpartition(".")[0]], name):
                     linears[full_name] = logical_shape(module)
                     if is_transposed(module):
                         transposed.add(full_name)
@@ -149,16 +194,18 @@ class ModelSpec:
                 f"No linear layers were found in the {len(layers)} decoder layers under '{prefix}' of "
                 f"{type(model).__name__}, so there is nothing to train sparsely."
             )
-        head_dim = getattr(config, "head_dim", None)
-        if not head_dim:
-            queries = [shape[0] for name, shape in linears.items() if name.endswith("q_proj")]
-            head_dim = (queries[0] if queries else int(config.hidden_size)) // num_heads
+        queries = [shape[0] for name, shape in linears.items() if name.endswith("q_proj")]
+        heads = []
+        for own in configs:
+            count = int(own.num_attention_heads)
+            width = getattr(own, "head_dim", None) or (queries[0] if queries else int(config.hidden_size)) // count
+            heads.append(Heads(count, _kv_heads(own, count), int(width), int(width)))
         spec = ModelSpec(
             linears=linears,
             transposed=transposed,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=int(head_dim),
+            num_heads=heads[0].count,
+            num_kv_heads=heads[0].kv_count,
+            head_dim=heads[0].keys,
             total_parameters=base_parameter_count(model),
             experts=experts,
             stacked=stacked,
@@ -167,16 +214,21 @@ class ModelSpec:
             layer_of={n: int(n[len(prefix) + 1 :].split(".", 1)[0]) for n in (*linears, *frozen_shapes)},
             depth=len(layers),
             head_weights=int(config.hidden_size) * int(config.vocab_size),
-            active_experts=_active_experts(config),
+            active_experts=_active_experts(configs),
         )
         for name in linears:
-            spec.slots += spec._slots_of(name, spec.layer_of[name])
-        if config.model_type == "codegen" or not getattr(config, "multi_query", True):  # GPT-BigCode without it
-            # Their fused projections mix q, k and v head by head, so that no run of rows is one of them.
-            spec.slots = [slot for slot in spec.slots if slot.role not in ("q", "k", "v")]
+            layer = spec.layer_of[name]
+            in_layer = heads[layer] if layer < len(heads) else heads[0]
+            own = in_layer if name in stacked else in_layer.of(model.get_submodule(name.rpartition(".")[0]))
+            spec.slots += spec._slots_of(name, layer, own)
+        interleaved = config.model_type in ("codegen", "minimax") or not getattr(config, "multi_query", True)
+        if interleaved:  # GPT-BigCode without it, too
+            # These fused projections mix q, k and v head by head, so that no run of rows is one of them.
+            fused = {slot.module for slot in spec.slots if isinstance(role_of(slot.module), tuple)}
+            spec.slots = [s for s in spec.slots if s.module not in fused or s.role not in ("q", "k", "v")]
         return spec
 
-    def _slots_of(self, name: str, layer: int) -> list[RoleSlice]:
+    def _slots_of(self, name: str, layer: int, heads: Heads) -> list[RoleSlice]:
         rows, columns = self.linears[name]
         roles = role_of(self.path_of(name))
         if roles is None:
@@ -184,14 +236,16 @@ class ModelSpec:
         if isinstance(roles, str):
             side = "columns" if roles in COLUMN_ROLES else "rows"
             length, other = (columns, rows) if side == "columns" else (rows, columns)
-            unit = self.head_dim if roles in ("q", "k", "v", "o") else 1
+            unit = heads.keys if roles in ("q", "k") else heads.values if roles in ("v", "o") else 1
+            if roles == "q" and rows == 2 * heads.count * unit:
+                unit *= 2  # gated attention: below each head's query lie the rows of its gate
             if length % unit:
                 return []
             return [RoleSlice(name, layer, roles, side, 0, unit, length // unit, other)]
         if roles == ("gate", "up"):
             counts, unit = [rows // 2, rows // 2], 1
         else:
-            counts, unit = [self.num_heads, self.num_kv_heads, self.num_kv_heads], self.head_dim
+            counts, unit = [heads.count, heads.kv_count, heads.kv_count], heads.keys
         if sum(counts) * unit != rows:
             return []
         starts = [unit * sum(counts[:i]) for i in range(len(counts))]

@@ -13,7 +13,8 @@ from sparseft.data.sources import locate
 from sparseft.distributed import launch
 from sparseft.distributed.env import check_variables, processes
 from sparseft.errors import UserError, looks_local, nearest_path, where_looked
-from sparseft.models.loading import load_config, resolve_device
+from sparseft.models.checkpoint import Checkpoint
+from sparseft.models.loading import check_model_path, load_config, resolve_device
 from sparseft.models.quantize import check_quantize
 from sparseft.models.quantized import quantized_by
 from sparseft.selection.exclude import find_excluded
@@ -188,6 +189,8 @@ def check_model(config: RunConfig) -> None:
     machine has not."""
     content = load_config(config.model, packed=True)
     check_quantize(config.model, content, resolve_device(config.hardware.device))
+    if config.model.quantize != "none" and (folder := Path(check_model_path(config.model.path))).is_dir():
+        Checkpoint.of_folder(folder)  # whose weights are read beside the packed ones
     if config.hardware.fsdp and (method := quantized_by(content)) is not None:
         raise UserError(
             f"hardware.fsdp=true: the checkpoint of model.path={config.model.path} is quantized ({method}), and FSDP2 "

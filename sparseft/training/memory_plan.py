@@ -162,7 +162,10 @@ def _on_meta(content: transformers.PretrainedConfig, dtype: torch.dtype, config:
         try:
             with torch.device("meta"):
                 return transformers.AutoModelForCausalLM.from_config(
-                    copy.deepcopy(content), dtype=dtype, attn_implementation=attention
+                    copy.deepcopy(content),
+                    dtype=dtype,
+                    attn_implementation=attention,
+                    trust_remote_code=config.model.trust_remote_code,
                 )
         except (ImportError, ValueError) as error:
             raise UserError(f"model.path={config.model.path}: cannot be built: {reason_of(error)}") from error
@@ -183,9 +186,9 @@ def _on_meta(content: transformers.PretrainedConfig, dtype: torch.dtype, config:
 
 def _check_experts(model: nn.Module, path: str) -> None:
     """Refuses experts that are not computed by one grouped product over all tokens, whoever gets which of them: then
-    the memory depends on the data."""
-    named = [module for name, module in model.named_modules() if name.rpartition(".")[2].endswith("experts")]
-    for module in named:
+    the memory depends on the data. Shared experts are an MLP that all tokens go through."""
+    leaves = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
+    for module in (module for leaf, module in leaves if leaf.endswith("experts") and leaf != "shared_experts"):
         implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
         if implementation != "grouped_mm":
             raise UserError(

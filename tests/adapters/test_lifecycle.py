@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -467,6 +468,43 @@ def test_compiled_models(make_model: Make, tmp_path: Path) -> None:
     base = make_model("llama")
     assert type(plain) is type(base) and plain.state_dict().keys() == base.state_dict().keys()
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["s2ft", "sylva", "lora"])
+def test_layers_that_differ_in_their_heads(tmp_path: Path, method: str) -> None:
+    """Gemma 4's config refuses to name one width of heads for all layers."""
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        config = transformers.Gemma4TextConfig(
+            vocab_size=96, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=80, head_dim=12, global_head_dim=24, layer_types=["sliding_attention", "full_attention"],
+            hidden_size_per_layer_input=8, vocab_size_per_layer_input=96, pad_token_id=0,
+        )  # fmt: skip
+        return transformers.Gemma4ForCausalLM(config).eval()
+
+    config = {
+        "s2ft": sparseft.S2FTConfig(q_ratio=0.25, o_ratio=0.25, importance="random"),
+        "sylva": sparseft.SylvaConfig(block_size=8, importance="random"),
+        "lora": sparseft.LoraConfig(rank=2, dropout=0.0),
+    }[method]
+    model, ids = build(), torch.arange(3, 20)[None]
+    base = model(input_ids=ids).logits
+    model = sparseft.attach(model, config)
+    if method == "s2ft":  # a head of four, whole
+        trained = {name: p for name, layer in sparse_layers(model).items() for p in layer.patterns.values()}
+        assert {name[13:]: len(p.index) for name, p in trained.items()} == {
+            "0.self_attn.q_proj": 12, "0.self_attn.o_proj": 12, "1.self_attn.q_proj": 24, "1.self_attn.o_proj": 24
+        }  # fmt: skip
+    optimizer = torch.optim.SGD(sparseft.trainable_parameters(model).values(), lr=0.5)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    expected = model(input_ids=ids).logits
+    assert not torch.allclose(expected, base)
+    loaded = sparseft.load_adapter(build(), sparseft.save_adapter(model, tmp_path / "adapter"))
+    torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+    torch.testing.assert_close(sparseft.merge(loaded)(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_selection_is_not_changed_by_attaching(make_model: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -389,19 +390,30 @@ def test_what_may_tell_units_apart_stays(make_model: Make, change: str) -> None:
     assert sparse_layers(model)[name].row_permutation is None
 
 
-def test_a_norm_over_each_head_does_not_matter(make_model: Make) -> None:
-    config = transformers.Qwen3Config(
-        vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=12, tie_word_embeddings=False,
-    )  # fmt: skip
+@pytest.mark.parametrize("kind", ["qwen3", "gated", "by_layer"])
+def test_a_norm_over_each_head_does_not_matter(kind: str) -> None:
+    sizes = {
+        "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": False,
+    }  # fmt: skip
+    kinds = {
+        "qwen3": transformers.Qwen3Config,
+        "gated": functools.partial(transformers.Qwen3_5TextConfig, layer_types=["full_attention"] * 2),
+        "by_layer": functools.partial(  # the second layer's heads are twice as wide
+            transformers.Gemma4TextConfig, layer_types=["sliding_attention", "full_attention"], global_head_dim=24,
+            hidden_size_per_layer_input=0,
+        ),
+    }  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM(config).double().eval()
+    model = transformers.AutoModelForCausalLM.from_config(kinds[kind](**sizes)).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
     expected = logits(model)
-    sparseft.attach(model, PERMUTED, whole_groups("llama"))
-    assert sparse_layers(model)["model.layers.0.self_attn.q_proj"].is_permuted
+    group = ModelSpec.of(model)  # the last key/value head of each layer, with all its query heads
+    last = {s.module: {s.side: features([1], s.unit * s.count // 2)} for s in group.slots if s.role in "qkvo"}
+    sparseft.attach(model, PERMUTED, Selection(last))
+    assert [sparse_layers(model)[name].is_permuted for name in last] == [True] * 8
     torch.testing.assert_close(logits(model), expected, atol=1e-12, rtol=1e-12)
 
 

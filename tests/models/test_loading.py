@@ -1,7 +1,8 @@
-"""To which device a checkpoint's tensors are read."""
+"""What of a checkpoint is read: to which device, in which dtype, and what is left out."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,35 @@ def test_tensors_are_read_to_their_device_at_once(
         assert list(ours) == list(theirs)
         for name, tensor in theirs.items():
             assert ours[name].is_meta and (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape)
+
+
+@pytest.mark.parametrize("where", ["the model", "the text", "the file"])
+def test_the_dtype_of_a_checkpoint(where: str, tmp_path: Path) -> None:
+    build_model("llama", torch.bfloat16).save_pretrained(tmp_path, max_shard_size="50KB")
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    if where != "the model":
+        del content["dtype"]
+    file.write_text(json.dumps(content))
+    config = ModelConfig(path=str(tmp_path))
+    read = loading.load_config(config)
+    if where == "the text":  # as a model that takes images says it
+        text = transformers.LlamaConfig(dtype="bfloat16")
+        read.get_text_config = lambda *_, **__: text
+    assert loading.model_dtype(config, read) == load_model(config).dtype == torch.bfloat16
+    assert loading.model_dtype(ModelConfig(path=str(tmp_path), dtype="float16"), read) == torch.float16
+
+
+def test_weights_without_a_place_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_model("qwen2").save_pretrained(tmp_path)
+    load_model(ModelConfig(path=str(tmp_path)))
+    assert "warning" not in capsys.readouterr().err
+    file = tmp_path / "config.json"
+    told = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False}  # biases of q, k, v
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    load_model(ModelConfig(path=str(tmp_path)))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no place for 6 weights of the checkpoint" in said and "model.layers.0.self_attn.k_proj.bias for one" in said
 
 
 class Asked(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 import sparseft
+from sparseft.compose.run_config import compose
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
 from sparseft.layers import sparse_layers
@@ -23,6 +25,7 @@ from sparseft.models.quantize import check_quantize
 from sparseft.models.quantized import dequantized, is_packed
 from sparseft.models.spec import ModelSpec
 from sparseft.models.unquantized import Unquantized
+from sparseft.training import checks
 from support import nf4
 from support.models import wide_base
 from support.running import on, refused, write_data
@@ -161,6 +164,19 @@ def test_what_cannot_be_packed_is_refused(
         check_quantize(ModelConfig(quantize="int4"), None, "cpu")
     check_quantize(ModelConfig(quantize="int4"), None, "cuda")
     assert "expected one of none, nf4, int8, int4" in refused(tmp_path, "train", *words[:-1], "model.quantize=fp3")
+
+
+def test_a_checkpoint_that_is_not_in_safetensors_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(checks, "check_quantize", lambda *_: None)  # whether the package is there
+    shutil.copy(model_folder() / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()  # not read
+    config = compose("train", ["method=s2ft", f"model.path={tmp_path}", "model.quantize=nf4", "hardware=cpu"])
+    with pytest.raises(UserError, match=r"no model.safetensors.* a checkpoint in safetensors is needed here; load the"):
+        checks.check_model(config)
+    config.model.quantize = "none"
+    checks.check_model(config)
 
 
 # ---- what the checkpoint held ----

@@ -142,6 +142,130 @@ def test_roles_and_heads(name: str) -> None:
     assert not any("head" in n or "embed" in n for n in spec.linears)
 
 
+T = transformers
+SMALL = {**SIZES, "num_key_value_heads": 2, "head_dim": 10}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 14}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+BOTH = {"layer_types": ["linear_attention", "full_attention"]}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 8, "linear_value_head_dim": 16}
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
+
+# Heads of another width than the config's head_dim. name: (config, {end of the linear's name: (unit, count)})
+WIDTHS: dict[str, Callable[[], tuple[Any, dict[str, tuple[int, int]]]]] = {
+    "latent attention": lambda: (
+        T.DeepseekV3Config(
+            **SIZES, **LATENT, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+            topk_group=1, moe_intermediate_size=16, first_k_dense_replace=2,
+        ),
+        {"o_proj": (14, 4)},
+    ),
+    "latent attention, q whole": lambda: (
+        T.DeepseekV2Config(
+            **SIZES, **LATENT | {"q_lora_rank": None}, num_key_value_heads=4, n_routed_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=2,
+        ),
+        {"q_proj": (10, 4), "o_proj": (14, 4)},
+    ),
+    "each side its own": lambda: (
+        T.MiMoV2FlashConfig(
+            **SMALL, v_head_dim=6, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+            layer_types=["full_attention"] * 2,
+        ),
+        {"q_proj": (10, 4), "k_proj": (10, 2), "v_proj": (6, 2), "o_proj": (6, 4)},
+    ),
+    "gated": lambda: (
+        T.Qwen3_5TextConfig(**SMALL, **LINEAR, **BOTH),
+        {
+            "linear_attn.out_proj": (16, 6), "q_proj": (20, 4), "k_proj": (10, 2), "v_proj": (10, 2),
+            "self_attn.o_proj": (10, 4),
+        },
+    ),
+    "linear": lambda: (
+        T.OlmoHybridConfig(**SIZES, **LINEAR | {"linear_num_value_heads": 2}, **BOTH),
+        {
+            "linear_attn.q_proj": (8, 2), "linear_attn.k_proj": (8, 2), "linear_attn.v_proj": (16, 2),
+            "linear_attn.o_proj": (16, 2), "self_attn.q_proj": (12, 4), "self_attn.k_proj": (12, 4),
+            "self_attn.v_proj": (12, 4), "self_attn.o_proj": (12, 4),
+        },
+    ),
+    "by layer": lambda: (
+        T.Gemma4TextConfig(
+            **SMALL, **ALTERNATING, global_head_dim=24, attention_k_eq_v=True, num_global_key_value_heads=1,
+            hidden_size_per_layer_input=8, vocab_size_per_layer_input=64,
+        ),
+        {
+            "0.self_attn.q_proj": (10, 4), "0.self_attn.k_proj": (10, 2), "0.self_attn.v_proj": (10, 2),
+            "0.self_attn.o_proj": (10, 4), "1.self_attn.q_proj": (24, 4), "1.self_attn.k_proj": (24, 1),
+            "1.self_attn.o_proj": (24, 4),
+        },
+    ),
+    "a parent that is not called attention": lambda: (
+        T.RecurrentGemmaConfig(**SIZES, num_key_value_heads=2, lru_width=48, block_types=["recurrent", "attention"]),
+        {"q_proj": (12, 4), "k_proj": (12, 2), "v_proj": (12, 2), "o_proj": (12, 4)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(WIDTHS))
+def test_units_are_whole_heads(name: str) -> None:
+    config, widths = WIDTHS[name]()
+    spec = ModelSpec.of(meta(config), tried=False)
+    found = {}
+    for slot in (s for s in spec.slots if s.role in ("q", "k", "v", "o")):
+        end = next(end for end in widths if slot.module.endswith(end))
+        found[end] = (slot.unit, slot.count)
+        assert slot.unit * slot.count == spec.linears[slot.module][slot.side == "columns"]
+    assert found == widths
+
+
+@pytest.mark.parametrize(("new", "multi_query", "kv_heads"), [(False, True, 1), (False, False, 4), (True, True, 2)])
+def test_falcon_names_its_key_value_heads_otherwise(new: bool, multi_query: bool, kv_heads: int) -> None:
+    config = T.FalconConfig(
+        vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
+        new_decoder_architecture=new, multi_query=multi_query,
+    )  # fmt: skip
+    model = meta(config)
+    assert ModelSpec.of(model).num_kv_heads == kv_heads
+    leaves = {
+        name.rpartition(".")[2] for name in sparseft.compute_selection(model, sparseft.S2FTConfig(sparsity=0.9)).modules
+    }
+    assert leaves == ({"dense", "dense_4h_to_h"} if kv_heads == 4 else {"dense_4h_to_h"})  # down alone, where grouped
+
+
+# name: (config, ends of the names of its routers' linears)
+ROUTERS: dict[str, Callable[[], tuple[Any, tuple[str, ...]]]] = {
+    "afmoe": lambda: (
+        T.AfmoeConfig(**SMALL, **EXPERTS, num_shared_experts=1, num_dense_layers=0, layer_types=["full_attention"] * 2),
+        ("mlp.router.gate",),
+    ),
+    "hunyuan": lambda: (T.HunYuanMoEV1Config(**SMALL, num_experts=4, moe_topk=2), ("mlp.gate.wg",)),
+    "jetmoe": lambda: (
+        T.JetMoeConfig(
+            vocab_size=64, hidden_size=48, intermediate_size=16, num_hidden_layers=2, num_key_value_heads=2,
+            kv_channels=12, num_local_experts=4, num_experts_per_tok=2,
+        ),
+        ("mlp.router.layer", "experts.router.layer"),
+    ),
+    "mixtral": lambda: (T.MixtralConfig(**SMALL, num_local_experts=4), ()),  # its router is no linear
+    "zaya": lambda: (
+        T.ZayaConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                     head_dim=12),
+        ("gate.down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ROUTERS))
+def test_routers_are_never_trained(name: str) -> None:
+    config, routers = ROUTERS[name]()
+    model = meta(config)
+    there = {n for n, module in model.named_modules() if is_linear(module) and n.endswith(routers or ("router",))}
+    assert bool(there) == bool(routers)
+    spec = ModelSpec.of(model, tried=False)
+    assert spec.linears and there.isdisjoint(spec.linears)
+    assert not any("router" in n.split(".") or "gate" in n.split(".") for n in spec.linears)
+
+
 def test_unknown_roles_leave_blocks_to_train() -> None:
     config = transformers.GPTNeoXConfig(
         vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
@@ -155,10 +279,19 @@ def test_unknown_roles_leave_blocks_to_train() -> None:
 FUSED: dict[str, Any] = {
     "neox": transformers.GPTNeoXConfig(**SIZES),
     "bloom": transformers.BloomConfig(vocab_size=64, hidden_size=48, n_layer=2, n_head=4),
-    "falcon": transformers.FalconConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4),
+    "falcon": transformers.FalconConfig(
+        vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, multi_query=False
+    ),
     "codegen": transformers.CodeGenConfig(vocab_size=64, n_embd=48, n_layer=2, n_head=4, rotary_dim=4),
     "bigcode": transformers.GPTBigCodeConfig(vocab_size=64, n_embd=48, n_layer=2, n_head=4, multi_query=False),
 }
+
+
+def test_interleaved_projections_beside_plain_ones() -> None:
+    config = T.MiniMaxConfig(**SMALL, **BOTH, num_local_experts=2)
+    slots = [slot for slot in ModelSpec.of(meta(config), tried=False).slots if slot.role in ("q", "k", "v", "o")]
+    assert {slot.module.rpartition(".")[2] for slot in slots if slot.layer == 0} == {"out_proj"}
+    assert {slot.role for slot in slots if slot.layer == 1} == {"q", "k", "v", "o"}
 
 
 @pytest.mark.parametrize("name", list(FUSED))
@@ -211,6 +344,17 @@ def test_decoder_layers(make_model: Callable[..., Any]) -> None:
         bare = torch.nn.Linear(2, 2)
         bare.config = transformers.LlamaConfig()
         decoder_layers(bare)
+
+
+def test_decoder_layers_are_those_of_the_text() -> None:
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = T.Gemma3Config(
+        text_config=SMALL | ALTERNATING, vision_config=tower | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )  # fmt: skip
+    model = meta(config)
+    assert sum(p.numel() for p in model.model.vision_tower.parameters()) > 60_000  # more than the text's layers
+    assert decoder_layers(model) == ("model.language_model.layers", model.model.language_model.layers)
 
 
 def test_quantised_linears_are_no_linears() -> None:

@@ -18,6 +18,7 @@ from sparseft.commands import plan as command
 from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
 from sparseft.layers.saved_inputs import share_inputs_in_training
+from sparseft.models.loading import load_config
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import as_trained
 from sparseft.training import memory_plan as planning
@@ -399,6 +400,28 @@ def test_experts_that_no_zero_stage_shards(tmp_path: Path, monkeypatch: pytest.M
         tmp_path, *words, "hardware.memory_gib=6.61", "hardware.gradient_checkpointing=true", "--json"
     ).json
     assert tight["fits"] is False and tight["remedy"]["overrides"][-1] == "hardware.zero_stage=2"
+
+
+def test_shared_experts_are_no_experts() -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(contents()["mixtral"])
+        model.model.layers[0].mlp.shared_experts = torch.nn.Linear(128, 128)
+    planning._check_experts(model, "here")
+
+
+def test_a_model_of_the_folders_own_code_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    content = contents()["llama"].to_dict() | {"model_type": "own"}
+    content["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = configured("lora", f"model.path={tmp_path}", "model.trust_remote_code=true")
+    model = planning._on_meta(load_config(config.model), torch.float32, config)
+    assert type(model).__name__ == "OwnForCausalLM"
 
 
 def test_experts_that_take_turns_are_refused() -> None:
