@@ -240,7 +240,8 @@ class SampleAnswers(transformers.TrainerCallback):
         self.steps = ranks.broadcast_object({step_of(line) for line in self._recorded()} if ranks.is_main() else None)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.every and state.global_step % self.every == 0:
+        # Those of the last step are asked for at the end: what is left may be a mean.
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self.adapter(state.global_step)
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
@@ -254,9 +255,9 @@ class SampleAnswers(transformers.TrainerCallback):
         if not ranks.broadcast_object([line.get("prompt") for line in known] == asked):
             self._take(0, "base")
 
-    def adapter(self, step: int) -> None:
-        """The adapter's answers, where they have not been asked for at this step."""
-        if step not in self.steps:
+    def adapter(self, step: int, anew: bool = False) -> None:
+        """The adapter's answers, where they have not been asked for at this step, or are to be asked for `anew`."""
+        if anew or step not in self.steps:
             self._take(step, "adapter")
 
     def _recorded(self) -> list[dict[str, Any]]:

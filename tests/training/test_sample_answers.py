@@ -18,6 +18,7 @@ from sparseft.data.loading import load_datasets
 from sparseft.data.prompts import STOPS
 from sparseft.errors import UserError
 from sparseft.training import sample_answers
+from sparseft.training.average import Average
 from sparseft.training.sample_answers import Asked, Prompt, read_prompts
 from support.running import METHODS, metrics, on, refused, sparseft, summary, write_data
 from support.training import attached, same_end
@@ -191,6 +192,25 @@ def test_other_prompts_of_a_resumed_run_have_the_bases_answers_first(words: list
         *((0, "seven"), (0, "nine")), *((1, "seven"), (2, "seven")), *((3, "seven"), (3, "nine")),
     ]  # fmt: skip
     assert found[0] == base
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_the_last_answers_are_those_of_the_mean(
+    early: bool, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is what is left, also where the run ends before its last step."""
+    done: list[Any] = []
+    take, answers = Average.take, Asked.answers
+    monkeypatch.setattr(Average, "take", lambda self: done.append("mean") or take(self))
+    monkeypatch.setattr(Asked, "answers", lambda self, *args: [(f"{len(done)}", False) for _ in answers(self, *args)])
+    more = ["trainer.patience=1", "trainer.eval_steps=1", "trainer.learning_rate=1e-30"] if early else []
+    sparseft(
+        tmp_path, *words, *more, "trainer.sample_prompts=[seven]", "trainer.sample_steps=1", "trainer.max_steps=3",
+        "trainer.average=ema:0.5", "output_dir=run",
+    )  # fmt: skip
+    last = 2 if early else 3
+    found = [(line["step"], line["answer"]) for line in samples(tmp_path / "run")]
+    assert found == [*((step, "0") for step in range(last)), (last, "1")]
 
 
 @pytest.mark.parametrize("method", ["sylva", "full"])
