@@ -7,7 +7,6 @@ stderr.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 from typing import Annotated, Any

@@ -74,6 +74,8 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     if objective is not None and objective.value == "kto" and "experiment" not in choices:
         typed = {key.removeprefix("trainer.") for key in settings}
         content["trainer"] |= {name: value for name, value in KTO_STEP.items() if name not in typed}
+    if "method.dropout" not in settings:
+        _turn_dropout_off(content, method_name)
     if "method" in choices and "experiment" in choices:
         _drop_foreign_settings(content, method_name, choices["experiment"])
     _share(content, settings, method_name)
@@ -113,6 +115,7 @@ def from_dict(content: dict[str, Any]) -> RunConfig:
     content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
     _rename(content)
     method_name = _method_name(content)
+    _turn_dropout_off(content, method_name)
     method = content["method"]
     for field in SHARED:
         top, own = content.get(field), method.get(field)
@@ -132,6 +135,12 @@ def _rename(content: dict[str, Any]) -> None:
     compiled = hardware.pop("compile", None) if isinstance(hardware, dict) else None
     if compiled is not None and isinstance(content.setdefault("trainer", {}), dict):
         content["trainer"].setdefault("compile", "model" if compiled is True else "none")
+
+
+def _turn_dropout_off(content: dict[str, Any], method_name: str) -> None:
+    """Of a preference objective, in place: TRL turns it off, also in runs of earlier versions, which say a number."""
+    if content.get("objective") in OBJECTIVES[1:] and "dropout" in method_fields(method_name):
+        content["method"]["dropout"] = 0.0
 
 
 def to_yaml(config: RunConfig) -> str:

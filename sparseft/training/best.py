@@ -123,7 +123,7 @@ class Best(transformers.TrainerCallback):
         if seen.step == 0:
             return
         counts = self.save is not None and seen.step >= self.from_step
-        if counts and broadcast_object(is_main() and seen.better_than(read_best(self.folder))):
+        if counts and broadcast_object(is_main() and seen.better_than(self._kept())):
             self._keep(seen)
         if reached(self.target_score, seen.eval_score) and seen.step < state.max_steps:
             console.log(f"step {seen.step}: score {seen.eval_score:.4f} reaches trainer.target_score, so training ends")
@@ -134,6 +134,11 @@ class Best(transformers.TrainerCallback):
             console.log(f"step {seen.step}: no better evaluation in the last {self.patience}, so training ends")
             control.should_save = control.should_training_stop = True
 
+    def _kept(self) -> Evaluation | None:
+        """The best so far, if it counts: that of a run that was shorter may be of too early a step."""
+        best = read_best(self.folder)
+        return best if best is not None and best.step >= self.from_step else None
+
     def _keep(self, seen: Evaluation) -> None:
         with shared_aside(self.folder / BEST) as aside:
             self.save(aside)
@@ -143,7 +148,7 @@ class Best(transformers.TrainerCallback):
 
     def take(self, model: Any) -> Evaluation | None:
         """Puts the best adapter into the model; None (and nothing done) where none was kept."""
-        best = broadcast_object(read_best(self.folder) if is_main() else None) if self.save is not None else None
+        best = broadcast_object(self._kept() if is_main() else None) if self.save is not None else None
         if best is not None:
             load_trained(model, self.folder / BEST / ADAPTER)
         return best

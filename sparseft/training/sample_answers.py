@@ -31,6 +31,7 @@ from sparseft.models.decoder import context_length, runnable
 from sparseft.rules import show
 from sparseft.runs.folder import SAMPLES
 from sparseft.runs.metrics import read_metrics, step_of
+from sparseft.training.labelled_loss import language_model
 from sparseft.training.trainer import Trainer
 
 KEY = "trainer.sample_prompts"
@@ -156,9 +157,7 @@ class Asked:
             eos_token_id=self.ends or None,
             pad_token_id=pad,
             use_cache=True,
-            # A model's own generation settings have no place here.
-            do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
+        )
         return [self._text(ids) for ids in output[:, longest:].tolist()]
 
     def _text(self, ids: list[int]) -> tuple[str, bool]:
@@ -209,18 +208,22 @@ def _example(prompt: Prompt, format: str, chats: Chats | None) -> Example:
 
 @contextlib.contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
-    """Inside, the model answers: no dropout, no gradients; modes and random numbers are as before afterwards."""
+    """Inside, the model answers: greedily, whatever its own generation settings say, and drops nothing out. They,
+    modes and random numbers are as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     cuda = [model.device] if model.device.type == "cuda" else []
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # of generation settings that are left unused
+    models = [each for each in {model, language_model(model)} if "generation_config" in vars(each)]
+    own = [(each, each.generation_config) for each in models]
     try:
+        for each, _ in own:  # what a call does not say, transformers takes from there
+            each.generation_config = transformers.GenerationConfig()
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=cuda), runnable(model):
             torch.manual_seed(0)
             yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        for each, settings in own:
+            each.generation_config = settings
         for module, training in modes:
             module.training = training
 
@@ -240,7 +243,8 @@ class SampleAnswers(transformers.TrainerCallback):
         self.steps = ranks.broadcast_object({step_of(line) for line in self._recorded()} if ranks.is_main() else None)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.every and state.global_step % self.every == 0:
+        # Those of the last step are asked for at the end: what is left may be a mean.
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self.adapter(state.global_step)
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
@@ -254,9 +258,9 @@ class SampleAnswers(transformers.TrainerCallback):
         if not ranks.broadcast_object([line.get("prompt") for line in known] == asked):
             self._take(0, "base")
 
-    def adapter(self, step: int) -> None:
-        """The adapter's answers, where they have not been asked for at this step."""
-        if step not in self.steps:
+    def adapter(self, step: int, anew: bool = False) -> None:
+        """The adapter's answers, where they have not been asked for at this step, or are to be asked for `anew`."""
+        if anew or step not in self.steps:
             self._take(step, "adapter")
 
     def _recorded(self) -> list[dict[str, Any]]:

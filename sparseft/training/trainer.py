@@ -370,7 +370,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
                     metrics[f"{metric_key_prefix}_score_stderr"] = stderr
         self.log(dict(metrics))
         # As in transformers' own: this resets `should_evaluate`, else the end of an epoch evaluates once more.
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        with self.run_state.clock.paused():  # the best adapter is saved there
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def measured(self, eval_dataset: Any = None) -> dict[str, float]:

@@ -516,6 +516,7 @@ def test_a_setting_without_effect_is_warned_about() -> None:
         ("objective=dpo trainer.beta=0", ["trainer.beta=0.0", "more than 0"]),
         ("objective=dpo trainer.compile=layers", ["trainer.compile=layers", "use none"]),
         ("objective=dpo trainer.label_smoothing=0.1", ["trainer.label_smoothing=0.1", "TRL's", "use 0.0"]),
+        ("objective=orpo method=lora method.dropout=0.1", ["method.dropout=0.1", "objective=orpo", "use 0.0"]),
         ("objective=dpo trainer.pad_to=max_length", ["trainer.pad_to=max_length", "use longest"]),
         ("objective=ipo trainer.learning_rate=auto", ["trainer.learning_rate=auto", "give a number"]),
         ("objective=orpo dataset.packing=true", ["dataset.packing=true", "use false"]),
@@ -545,6 +546,16 @@ def test_a_preference_objective_brings_its_data_set() -> None:
     )
     assert make("objective=dpo", "dataset.train_path=a.jsonl").dataset.name == "preference"
     assert make("objective=simpo", "trainer.beta=2.5").trainer.beta == 2.5
+
+
+def test_a_preference_objective_has_no_dropout() -> None:
+    """Also a run of an earlier version, which says a number that TRL made 0."""
+    config = make("objective=dpo", "method=lora")
+    assert config.method.dropout == 0.0 and make("method=lora").method.dropout == 0.05
+    assert make("objective=dpo", "method=dora", "method.dropout=0").method.dropout == 0.0
+    content = config.to_dict()
+    content["method"]["dropout"] = 0.05
+    assert from_dict(content) == config
 
 
 @pytest.mark.parametrize(

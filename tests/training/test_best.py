@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparseft.training.best import Evaluation, without_a_better
+from sparseft.training.best import Best, Evaluation, read_best, without_a_better
 from sparseft.training.trainer import Trainer
 from support.running import METHODS, files, metrics, on, refused, sparseft, summary, write_data
 
@@ -87,6 +88,21 @@ def test_early_evaluations_do_not_count(data: Path, model_folder: Any, tmp_path:
     run = tmp_path / "run"
     sparseft(data.parent, *scripted_run("s2ft", model_folder(), data, "trainer.best_after=0.75"), f"output_dir={run}")
     assert summary(run)["best_step"] == 7
+
+
+def test_of_a_longer_run_an_earlier_best_is_none(tmp_path: Path) -> None:
+    """Though it has the lower loss: the share of `trainer.best_after` is of more steps now."""
+    control, saved = SimpleNamespace(), []
+
+    def evaluated(step: int, loss: float, from_step: int) -> Best:
+        best = Best(tmp_path, saved.append, from_step=from_step)
+        best.on_evaluate(None, SimpleNamespace(global_step=step, max_steps=8), control, {"eval_loss": loss})
+        return best
+
+    evaluated(4, 2.0, from_step=3)
+    assert evaluated(5, 1.0, from_step=6).take(None) is None  # and nothing is put into the model
+    evaluated(7, 3.0, from_step=6)
+    assert len(saved) == 2 and read_best(tmp_path) == Evaluation(7, 3.0)
 
 
 @pytest.mark.parametrize("step", [1, 5])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparseft.compose.run_config import compose
 from sparseft.training.job import attach
 from sparseft.training.labelled_loss import labelled_loss
 from sparseft.training.mixed_precision import multiply_in_bf16
@@ -78,3 +79,34 @@ def test_all_of_a_run_computes_alike(
     trained = [each for each in products if each[1] == torch.float32 and each[3] < 200]
     assert {grad for grad, *_ in trained} == {False, True}
     assert {product for _, _, product, _ in trained} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_all_of_a_run_by_preferences_computes_alike(
+    objective: str, tmp_path: Path, products: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the frozen copy that answers are compared with; TRL puts a head of its own into both."""
+    pytest.importorskip("trl")
+    monkeypatch.setattr(attach, "HALF_IS_FAST", ("cpu",))
+    words = [f"objective={objective}", "method=full", "model.dtype=bfloat16", "hardware=cpu", "trainer.max_steps=1",
+             "trainer.batch_size=2", "trainer.gradient_accumulation=1", "dataset.max_examples=8"]  # fmt: skip
+    sparseft(tmp_path, "train", *words, "output_dir=run")
+    trained = [each for each in products if each[1] == torch.float32]
+    assert {grad for grad, *_ in trained} == {False, True}
+    assert {product for _, _, product, _ in trained} == {torch.bfloat16}
+
+
+def test_the_frozen_copy_is_called_itself(make_model: Any) -> None:
+    """Not the model that it is a copy of, and in bf16 like that one."""
+    pytest.importorskip("trl")
+    from sparseft.training.preference.trainer import reference_of
+
+    model = make_model("llama").float().eval()
+    multiply_in_bf16(model, CPU)
+    ids = torch.randint(90, (2, 8), generator=torch.Generator().manual_seed(0))
+    wanted = model(input_ids=ids).logits.detach()
+    copied: Any = reference_of(model, compose("train", ["objective=dpo", "method=full"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(copied(input_ids=ids).logits, wanted)

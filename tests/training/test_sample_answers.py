@@ -18,6 +18,8 @@ from sparseft.data.loading import load_datasets
 from sparseft.data.prompts import STOPS
 from sparseft.errors import UserError
 from sparseft.training import sample_answers
+from sparseft.training.average import Average
+from sparseft.training.labelled_loss import language_model
 from sparseft.training.sample_answers import Asked, Prompt, read_prompts
 from support.running import METHODS, metrics, on, refused, sparseft, summary, write_data
 from support.training import attached, same_end
@@ -103,6 +105,22 @@ def test_answers_are_those_of_generate_one_at_a_time(
         kept = new[: new.index(2)] if 2 in new else new
         expected = tokenizer.decode(kept, skip_special_tokens=True).strip()
         assert text == expected
+
+
+@pytest.mark.parametrize("method", ["s2ft", "lora"])
+def test_the_models_own_generation_settings_do_not_count(method: str, make_model: Any, tokenizer: Any) -> None:
+    """Nor are they changed: of peft's model neither its own nor those of the model inside."""
+    model = attached(make_model("llama", torch.float64, vocab_size=len(tokenizer)), method)
+    asked = Asked([Prompt("the answer is", "here"), Prompt("a", "here")], tokenizer, "text", False)
+    expected = asked.answers(model, 0)
+    own = language_model(model).generation_config
+    own.update(
+        no_repeat_ngram_size=1, num_return_sequences=2, return_dict_in_generate=True, suppress_tokens=[5, 6, 7],
+        do_sample=True, temperature=0.3, min_new_tokens=9,
+    )  # fmt: skip
+    before = own.to_dict()
+    assert asked.answers(model, 0) == expected
+    assert language_model(model).generation_config is own and own.to_dict() == before
 
 
 def test_an_answer_ends_where_a_question_of_its_own_begins(tokenizer: Any) -> None:
@@ -191,6 +209,25 @@ def test_other_prompts_of_a_resumed_run_have_the_bases_answers_first(words: list
         *((0, "seven"), (0, "nine")), *((1, "seven"), (2, "seven")), *((3, "seven"), (3, "nine")),
     ]  # fmt: skip
     assert found[0] == base
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_the_last_answers_are_those_of_the_mean(
+    early: bool, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is what is left, also where the run ends before its last step."""
+    done: list[Any] = []
+    take, answers = Average.take, Asked.answers
+    monkeypatch.setattr(Average, "take", lambda self: done.append("mean") or take(self))
+    monkeypatch.setattr(Asked, "answers", lambda self, *args: [(f"{len(done)}", False) for _ in answers(self, *args)])
+    more = ["trainer.patience=1", "trainer.eval_steps=1", "trainer.learning_rate=1e-30"] if early else []
+    sparseft(
+        tmp_path, *words, *more, "trainer.sample_prompts=[seven]", "trainer.sample_steps=1", "trainer.max_steps=3",
+        "trainer.average=ema:0.5", "output_dir=run",
+    )  # fmt: skip
+    last = 2 if early else 3
+    found = [(line["step"], line["answer"]) for line in samples(tmp_path / "run")]
+    assert found == [*((step, "0") for step in range(last)), (last, "1")]
 
 
 @pytest.mark.parametrize("method", ["sylva", "full"])

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -202,6 +203,22 @@ def test_each_evaluation_happens_once_also_at_an_epochs_end(make_model: Any, tmp
     train(trainer, None, 6)
     assert [line["step"] for line in metrics(tmp_path) if "eval_loss" in line] == [2, 4, 6]
     assert trainer.model.training  # and evaluation gives the mode back
+
+
+def test_what_an_evaluation_leads_to_is_no_training_time(make_model: Any, tmp_path: Path) -> None:
+    """As that the best adapter is saved."""
+    trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, examples(4), examples(3))
+    clock, stood = trainer.run_state.clock, []
+
+    class Slow(transformers.TrainerCallback):
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            first = clock.seconds
+            stood.append(all(clock.seconds == first for _ in range(100)))
+
+    trainer.add_callback(Slow())
+    clock.start()
+    trainer.evaluate()
+    assert stood == [True]
 
 
 def test_the_clock_stands_still_outside_training(monkeypatch: pytest.MonkeyPatch) -> None:

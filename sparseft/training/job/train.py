@@ -64,7 +64,7 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
     if average is not None:
         average.take()
     if samples is not None:
-        samples.adapter(totals.step)
+        samples.adapter(totals.step, anew=average is not None)  # one that ended early has asked too soon
     return Trained(trainer, best, before, totals)
 
 

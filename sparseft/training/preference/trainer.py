@@ -24,6 +24,7 @@ from sparseft.config import RunConfig
 from sparseft.data.loaded import LoadedData
 from sparseft.distributed import ranks
 from sparseft.models.decoder import runnable
+from sparseft.training.mixed_precision import as_before
 from sparseft.training.preference.batches import Collator, Examples, Tokenised, form_of
 from sparseft.training.preference.objectives import OBJECTIVES
 from sparseft.training.trainer import PLACES, Trainer
@@ -38,7 +39,11 @@ class PreferenceTrainer(Trainer):
         configs = [model.config.get_text_config(), getattr(model, "generation_config", None)]
         given = [(each, each.pad_token_id) for each in configs if each is not None]
         trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
+        called = [(each, vars(each).get("forward")) for each in (model, options.get("ref_model")) if each is not None]
         super().__init__(model, args, **options)
+        for each, before in called:  # TRL's fused head goes around a wrapper, as for mixed precision
+            if before is not None and each.forward is not before:
+                each.forward = as_before(before, each.forward)
         for each, pad in given:  # TRL makes it the tokenizer's
             each.pad_token_id = pad
         for parameter, values in trained:  # TRL makes them bf16 over a packed base
@@ -253,6 +258,9 @@ def reference_of(model: nn.Module, config: RunConfig) -> Any:
     if not config.method.trains_all:
         return reference_model(model)
     twin = copy.deepcopy(model).requires_grad_(False).eval()
+    before = vars(twin).pop("forward", None)  # a wrapper, copied by reference: it calls the model's own forward pass
+    if before is not None:
+        twin.forward = as_before(before, twin.forward)  # type: ignore[method-assign]
     size = sum(p.numel() * p.element_size() for p in twin.parameters())
     console.log(
         f"reference: a second copy of the model ({size / 2**30:.2f} GiB), as method={config.method_name} trains every "
