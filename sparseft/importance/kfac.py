@@ -89,7 +89,6 @@ class KroneckerFactors:
         self.gradients: dict[str, SecondMoment] = {}  # by module
         self.sources: dict[str, str] = {}
         self.sums: dict[str, Tensor] = {}  # (out, in)
-        self.samples: dict[str, int] = {}
         self.room = Room(statistics_bytes(settings, shapes.values()), device, "the summed gradients", folder)
 
     def __call__(self, seen: Observation) -> None:
@@ -101,7 +100,6 @@ class KroneckerFactors:
             self.inputs[name].update(seen.x)
         self.gradients[name].update(seen.gradient)
         _add_product(self.sums[name], seen.gradient, seen.x)
-        self.samples[name] += seen.samples
 
     def _open(self, name: str, source: str) -> None:
         rows, columns = self.shapes[name]
@@ -110,7 +108,6 @@ class KroneckerFactors:
             self.inputs[source] = self._matrix(columns)
         self.gradients[name] = self._matrix(rows)
         self.sums[name] = self.room.zeros(rows, columns)
-        self.samples[name] = 0
 
     def _matrix(self, n: int) -> SecondMoment:
         # One seed for all: matrices of equal size then share their test matrix, and every rank draws the same.
@@ -123,18 +120,17 @@ class KroneckerFactors:
         yield from ((f"G {name}", matrix) for name, matrix in self.gradients.items())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The sums by name, live, and the modules with their sources and sample counts."""
+        """The sums by name, live, and the modules with their sources."""
         tensors = {f"sum {name}": total for name, total in self.sums.items()}
         for name, matrix in self._matrices():
             tensors |= {f"{name} {i}": x for i, x in enumerate(matrix.tensors())}
-        return tensors, {"sources": self.sources, "samples": self.samples}
+        return tensors, {"sources": self.sources}
 
     def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Takes over a `state()` made with the same settings and shapes."""
         for name, source in meta["sources"].items():
             self._open(name, source)
             self.sums[name].copy_(tensors[f"sum {name}"])
-            self.samples[name] = meta["samples"][name]
         for name, matrix in self._matrices():
             for i, x in enumerate(matrix.tensors()):
                 x.copy_(tensors[f"{name} {i}"])
@@ -148,8 +144,6 @@ class KroneckerFactors:
         for name in order:
             if name not in self.sources:
                 self._open(name, sources[name])
-        counts = ranks.all_gather_object(self.samples)
-        self.samples = {name: sum(theirs.get(name, 0) for theirs in counts) for name in order}
         for name in order:
             ranks.all_reduce_sum(self.sums[name])
             for x in self.gradients[name].tensors():
@@ -163,9 +157,14 @@ class KroneckerFactors:
     def score(
         self,
         modules: Mapping[str, Sequence[Candidate]],
+        samples: int,
         finished: Callable[[list[str], dict[str, Tensor], list[float]], None],
     ) -> None:
         """Scores modules, those that share an input together.
+
+        The mean gradient is that over `samples`, all of the calibration: a sample that reached no token of an expert
+        counts with a gradient of zero. Else an expert of few samples would outweigh the linears that every sample goes
+        through by the fourth power of their ratio.
 
         `finished` is called, on the calling thread, with the names of such modules, Σ O_o · I_i over each unit of their
         candidates (float64 on the CPU, by candidate key) and the effective damping of each of their matrices.
@@ -177,7 +176,7 @@ class KroneckerFactors:
         threads = torch.get_num_threads()
         if threads == 1:
             for job in jobs:
-                finished(list(job), *self._scored(job))
+                finished(list(job), *self._scored(job, samples))
             return
         # Hundreds of small decompositions, on the CPU wherever the sums are, which one thread does best: a job to each
         # thread, not threads to a job. The switch to full precision is the process's, so it is thrown here for all.
@@ -190,7 +189,7 @@ class KroneckerFactors:
         with full_precision(self.device), pool:
             torch.set_num_threads(1)  # MKL's number is the whole process's
             try:
-                futures = {pool.submit(self._scored, job): list(job) for job in jobs}
+                futures = {pool.submit(self._scored, job, samples): list(job) for job in jobs}
                 for future in as_completed(futures):
                     finished(futures[future], *future.result())
             except BaseException:
@@ -199,7 +198,9 @@ class KroneckerFactors:
             finally:
                 torch.set_num_threads(threads)
 
-    def _scored(self, modules: Mapping[str, Sequence[Candidate]]) -> tuple[dict[str, Tensor], list[float]]:
+    def _scored(
+        self, modules: Mapping[str, Sequence[Candidate]], samples: int
+    ) -> tuple[dict[str, Tensor], list[float]]:
         scores, dampings, seen = {}, [], {}
         for name, candidates in modules.items():
             if name not in self.sources:  # a module that no gradient reached
@@ -208,7 +209,7 @@ class KroneckerFactors:
             A, G = self.inputs[self.sources[name]], self.gradients[name]
             total = self.sums[name].to(A.device)
             sides = entry_importance(total, A, G, self.settings.damping)
-            output, input = (side.cpu() / self.samples[name] ** 2 for side in sides)  # of the mean, not the sum
+            output, input = (side.cpu() / samples**2 for side in sides)  # of the mean, not the sum
             for c in candidates:
                 if c.kind in ("blocks", "grid"):
                     scores[c.key] = block_scores(output, input, c.unit).reshape(-1)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -215,7 +216,7 @@ def compute_scores(
         state.expect(needed)
         calibration = Calibration(model, batches, state, watch)
         done = calibration.collect(by_module, sums, gradients=gradients, together=together)
-        found = _scored(sums, by_module, state, watch, done)
+        found = _scored(sums, by_module, state, watch, done=done)
     scores, dampings = found
     scores = {c.key: weights[c.key] * scores[c.key] if weights else scores[c.key] for c in candidates}
     return Scored(scores, {"second_order": summary(dampings, factors.damping)} if importance == "sylva" else {})
@@ -259,7 +260,7 @@ def _by_layer(
         console.log(f"calibration: all layers at once, as hidden states ({size}) would take more disk than the sums")
         return None
     console.log(f"calibration: layer by layer; hidden states ({size}) are kept {walk.room.place}")
-    return walk.run(statistics, _scored, watch)
+    return walk.run(statistics, partial(_scored, done=(len(groups), count)), watch)
 
 
 def _scored(
@@ -267,7 +268,8 @@ def _scored(
     by_module: Mapping[str, Sequence[Candidate]],
     state: CalibrationState | None = None,
     watch: Watch | None = None,
-    done: tuple[int, int] = (0, 0),
+    *,
+    done: tuple[int, int],
 ) -> Found:
     """What complete statistics come to; with several ranks on each the same."""
     if isinstance(sums, UnitSums):
@@ -317,8 +319,9 @@ def score_modules(
         if scored is not None:
             scored(len(names), len(mine))
 
+    samples = sum(ranks.all_gather_object(done[1]))
     try:
-        statistics.score({name: members for name, members in mine.items() if name not in set(names)}, finished)
+        statistics.score({name: members for name, members in mine.items() if name not in set(names)}, samples, finished)
     except BaseException:
         keep_scores()
         if world == 1:  # with several ranks the sums are reduced by now: no longer this rank's own

@@ -50,7 +50,7 @@ class PacaConfig(SparseConfig):
             )
         # A column costs as many weights as the linear has output features: those of one name compete with each other.
         candidates = [
-            Candidate(name, "columns", shape, 0, 1, shape[1], name.rpartition(".")[2])
+            Candidate(name, "columns", shape, 0, 1, shape[1], spec.path_of(name).rpartition(".")[2])
             for name, shape in linears.items()
         ]
         share = 0.0 if self.wanted_sparsity is None else spec.share_of(self.wanted_sparsity, self.scope)

@@ -44,7 +44,6 @@ class S2FTConfig(SparseConfig):
 
     name = "s2ft"
     learning_rate = 2e-4
-    by_role = True
 
     q_ratio: Ratio | None = None
     k_ratio: Ratio | None = None
@@ -57,6 +56,11 @@ class S2FTConfig(SparseConfig):
     rows: list[str] | None = None
     columns: list[str] | None = None
     layout: Literal["gather", "permuted"] = "gather"
+
+    @property
+    def by_role(self) -> bool:  # type: ignore[override]
+        """Not of linears that are named, whose units are single features."""
+        return self.rows is None and self.columns is None
 
     @property
     def ratios(self) -> dict[str, float]:

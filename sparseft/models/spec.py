@@ -123,7 +123,7 @@ class RoleSlice:
 
     module: str
     layer: int
-    role: str  # q | k | v | o | gate | up | down; of a linear chosen by its name: its side
+    role: str  # q | k | v | o | gate | up | down; of a linear chosen by its name: the last part of that
     side: str  # rows (output features) | columns (input features)
     start: int
     unit: int  # features a unit: a head's, or 1
@@ -340,12 +340,16 @@ class ModelSpec:
         return 1.0 - sparsity if self.layers is None else wanted / there
 
     def feature_slots(self, sides: Mapping[str, str]) -> list[RoleSlice]:
-        """Slots of single features of the linears named in `sides` ("rows" or "columns"), in the model's order."""
+        """Slots of single features of the linears named in `sides` ("rows" or "columns"), in the model's order.
+
+        Those of linears of one name compete with each other, as a feature's cost is the length of the other side.
+        """
         slots = []
         for name, (rows, columns) in self.linears.items():
             if side := sides.get(name):
                 count, other = (rows, columns) if side == "rows" else (columns, rows)
-                slots.append(RoleSlice(name, self.layer_of[name], side, side, 0, 1, count, other))
+                leaf = self.path_of(name).rpartition(".")[2]
+                slots.append(RoleSlice(name, self.layer_of[name], leaf, side, 0, 1, count, other))
         return slots
 
     def path_of(self, name: str) -> str:

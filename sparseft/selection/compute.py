@@ -67,6 +67,11 @@ class Request:
     budget: Budget
     excluded: Sequence[Excluded] = ()
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether single experts of a 3-D parameter are among what is chosen from."""
+        return not self.spec.stacked.isdisjoint(c.module for c in self.budget.candidates)
+
     @staticmethod
     def of(spec: ModelSpec, settings: Settings) -> Request:
         """UserError where the model cannot meet the settings."""

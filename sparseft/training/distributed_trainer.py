@@ -70,9 +70,7 @@ def has_experts(model: nn.Module) -> bool:
 
 def check_shards(request: Request, hardware: HardwareConfig) -> None:
     """Refuses what cannot train in shards, of the linears that a sparse method is to choose from."""
-    if hardware.in_shards is None:
-        return
-    if not request.spec.stacked.isdisjoint(candidate.module for candidate in request.budget.candidates):
+    if hardware.in_shards is not None and request.has_experts:
         raise UserError(
             f"{hardware.in_shards}: experts kept as 3-D parameters cannot be sharded while single experts of them "
             "train; use hardware.fsdp=false and hardware.zero_stage=2 or less."

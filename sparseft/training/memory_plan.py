@@ -139,13 +139,12 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
     if settings.sparse:
         request = Request.of(spec, settings.for_benchmark())
         check_shards(request, config.hardware)
+        check_seen(request, settings)
         selection = compute(model, request)
         warn_of_cap(selection, settings)
         if settings.importance == "random":  # else the run's own selection is another
             describe_export(selection, request.spec, settings)
         model = attach(model, request.settings, selection, spec=request.spec)
-        if settings.reselects_running:
-            check_seen(model)
         _indices_with_content(model, selection)
     else:
         describe_export(None, spec, settings)

@@ -28,6 +28,7 @@ from sparseft.selection import cache
 from sparseft.selection.cache import Selected
 from sparseft.selection.compute import Request
 from sparseft.training.distributed_trainer import check_shards
+from sparseft.training.running import check_seen
 
 
 @dataclass
@@ -79,4 +80,5 @@ def select(config: RunConfig, prepared: Prepared, spec: ModelSpec) -> Selected:
     """The cached selection with this run's key, or a new one, which is then cached."""
     request = Request.of(spec, config.method)
     check_shards(request, config.hardware)
+    check_seen(request, config.method)
     return cache.select(prepared.model, request, prepared.data, prepared.pad, config.cache_dir)

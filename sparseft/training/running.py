@@ -29,8 +29,8 @@ from sparseft.models.spec import ModelSpec
 from sparseft.runs.folder import RUNNING
 from sparseft.selection.budget import Budget
 from sparseft.selection.choose import choose
+from sparseft.selection.compute import Request
 from sparseft.selection.selection import Selection
-from sparseft.training.distributed_trainer import has_experts
 from sparseft.training.reselection import Reselection
 
 
@@ -169,9 +169,10 @@ def operands(seen: Callable[[Tensor, Tensor], None]) -> Callable[..., None]:
     return hook
 
 
-def check_seen(model: nn.Module) -> None:
-    """UserError where a linear that trains is none that is called, so that no hook sees what it is given."""
-    if has_experts(model):
+def check_seen(request: Request, method: Any) -> None:
+    """UserError where `method` looks at gradients as they pass and is to choose from linears that are none that are
+    called, so that no hook sees what they are given."""
+    if method.reselects_running and request.has_experts:
         raise UserError(
             "method.reselect_by=running: this model's experts are kept as one 3-D parameter, of which training shows "
             "no single expert's gradient; use method.reselect_by=calibration."

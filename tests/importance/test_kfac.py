@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from sparseft.errors import RunError
 from sparseft.importance import room as host_memory
 from sparseft.importance.batching import WINDOW, groups_of, may_share, packed, pad_together, split_samples
 from sparseft.importance.hooks import Observation, observe
-from sparseft.importance.kfac import FactorSettings, KroneckerFactors, summary
+from sparseft.importance.kfac import FactorSettings, KroneckerFactors, block_scores, entry_importance, summary
+from sparseft.importance.scores import compute_scores
+from sparseft.layers.experts import opened
 from sparseft.models.spec import ModelSpec
+from support import experts
 from support.calibration import LENGTHS, samples
 from support.oracles import chosen_units
 
@@ -35,8 +39,8 @@ def collected(model: nn.Module, batches: Any, together: int = 0) -> KroneckerFac
 
 
 def assert_same(left: KroneckerFactors, right: KroneckerFactors, rtol: float = 2e-5) -> None:
-    """The same modules, sources, counts and, relative to each matrix's largest entry, the same sums."""
-    assert left.sources == right.sources and left.samples == right.samples
+    """The same modules, sources, token counts and, relative to each matrix's largest entry, the same sums."""
+    assert left.sources == right.sources
     (a, _), (b, _) = left.state(), right.state()
     assert a.keys() == b.keys() and a
     for name, value in b.items():
@@ -64,7 +68,6 @@ def test_a_padded_group_counts_as_its_samples_alone(make_model: Callable[..., An
     assert_same(collected(model, batches, together), alone)
     for name, wanted in autograd(model, batches).items():
         torch.testing.assert_close(alone.sums[name], wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
-    assert set(alone.samples.values()) == {len(LENGTHS)}
     assert {h.tokens for h in (*alone.inputs.values(), *alone.gradients.values())} == {sum(LENGTHS)}
 
 
@@ -190,6 +193,33 @@ def test_bf16_is_summed_in_fp32(make_model: Callable[..., Any]) -> None:
     ):
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
     assert found.sums[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_an_experts_mean_gradient_is_over_all_samples(by_layer: bool) -> None:
+    """Also of one that few of them reach, whose score would else be that of a linear whose every sample is so large."""
+    model, batches = experts.build("mixtral"), samples(lengths=(2, 2, 3))
+    budget = sparseft.SylvaConfig(sparsity=0.9, block_size=8).budget(ModelSpec.of(model))
+    reached: Counter[str] = Counter()
+    with opened(model, [c.module for c in budget.candidates]):
+        shapes = {c.module: c.shape for c in budget.candidates}
+        sums = KroneckerFactors(FactorSettings(num_partition=0), 0, shapes, torch.device("cpu"))
+
+        def seen(observation: Observation) -> None:
+            reached[observation.name] += observation.samples
+            sums(observation)
+
+        observe(model, shapes, groups_of(model, batches, gradients=True), seen, gradients=True)
+        found = compute_scores(
+            model, budget.candidates, "sylva", seed=0, batches=batches, factors=sums.settings, by_layer=by_layer
+        )
+    assert set(reached.values()) == {1, 2, 3}
+    for c in budget.candidates:
+        wanted = torch.zeros(c.count, dtype=torch.float64)
+        if c.module in reached:
+            A, G = sums.inputs[sums.sources[c.module]], sums.gradients[c.module]
+            wanted = block_scores(*entry_importance(sums.sums[c.module] / len(batches), A, G), c.unit).reshape(-1)
+        torch.testing.assert_close(found.scores[c.key], wanted, rtol=1e-4, atol=1e-4 * float(wanted.max()))
 
 
 # -- sums on disk -----------------------------------------------------------------------------------------------------

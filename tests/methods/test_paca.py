@@ -13,6 +13,7 @@ import sparseft
 from sparseft.errors import UserError
 from sparseft.layers import sparse_layers
 from sparseft.models.spec import ModelSpec
+from support import experts
 
 Make = Callable[..., Any]
 KINDS = ("llama", "gpt2")
@@ -85,6 +86,19 @@ def test_a_global_choice_by_weight_costs_what_was_asked_for(make_model: Make, ki
     wanted = sum(0.2 * rows * inputs for rows, inputs in linears.values())
     assert abs(trained - wanted) <= sum(rows for rows, _ in linears.values()) / 2  # half a column of each, by rounding
     assert len(set(map(len, columns.values()))) > 2  # not as many everywhere
+
+
+@pytest.mark.parametrize("allocation", ["per_layer", "global", "flops"])
+def test_experts_of_one_3d_parameter_compete_with_each_other(allocation: str) -> None:
+    model = experts.build("mixtral")
+    linears = ModelSpec.of(model).linears
+    config = sparseft.PacaConfig(sparsity=0.9, importance="weight", allocation=allocation)
+    selection = sparseft.compute_selection(model, config)
+    wanted = 0.1 * sum(rows * inputs for rows, inputs in linears.values())
+    assert abs(selection.meta["trainable_parameters"] - wanted) <= sum(rows for rows, _ in linears.values()) / 2
+    stacks = [key for key in selection.meta["candidates"] if ".mlp.experts." in key and ".0." in key]
+    path = "model.layers.0.mlp.experts"
+    assert stacks == [f"{path}.gate_up_proj:gate_up_proj", f"{path}.down_proj:down_proj"]
 
 
 def test_a_scope_is_all_that_trains(make_model: Make) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from sparseft.selection.selection import Selection
 from sparseft.training.reselection import apply_selection
 from support.experts import build as build_experts
 from support.models import build_model
+from support.running import refused
+from support.running import sparseft as command
 
 METHODS: dict[str, Any] = {
     "s2ft": sparseft.S2FTConfig(sparsity=0.95, roles=["o", "down"]),
@@ -328,3 +331,16 @@ def test_a_run_folder_means_its_adapter(tmp_path: Path) -> None:
     _, taken = saved(model, METHODS["paca"], tmp_path / "run" / "adapter")
     selection = sparseft.compute_selection(model, excluding(METHODS["paca"], tmp_path / "run"))
     assert_disjoint(taken, selection, model)
+
+
+def test_a_run_goes_on_when_what_it_left_out_is_gone(tmp_path: Path) -> None:
+    words = ["method=paca", "method.rank=1", "trainer.batch_size=2", "hardware.device=cpu"]
+    command(tmp_path, "train", *words, "trainer.max_steps=1", "output_dir=first")
+    words += ["method.exclude=[first]", "output_dir=second", "trainer.save_steps=1"]
+    command(tmp_path, "train", *words, "trainer.max_steps=1")
+    shutil.rmtree(tmp_path / "first")
+    before = Selection.load(tmp_path / "second" / "selection")
+    command(tmp_path, "train", *words, "trainer.max_steps=2", "trainer.resume=auto")
+    assert json.loads((tmp_path / "second" / "summary.json").read_text())["steps"] == 2
+    assert Selection.load(tmp_path / "second" / "selection").digest() == before.digest()
+    assert "no such folder" in refused(tmp_path, "train", *words, "overwrite=true")  # a new run has to choose

@@ -27,7 +27,8 @@ from sparseft.models.spec import ModelSpec
 from sparseft.selection.budget import block_budget, blocks_spent, keep_count, ratio_budget
 from sparseft.selection.choose import choose, rank_units
 from sparseft.selection.compute import compute_selection, first_samples
-from sparseft.selection.selection import Selection, units_by_role
+from sparseft.selection.selection import Selection, describe_selection, units_by_role
+from support import experts
 from support.models import build_model
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -178,6 +179,19 @@ def test_sparsity_is_met(make_model: Callable[..., Any], sparsity: float, roles:
         assert abs(mine - (1 - sparsity) * scope) <= min(units.values()) or mine == sum(units.values())
 
 
+@pytest.mark.parametrize("order", ["largest", "smallest"])
+@pytest.mark.parametrize(
+    ("kind", "names"), [("llama", ["q_proj", "down_proj"]), ("mixtral", ["gate_up_proj", "down_proj"])]
+)
+def test_a_global_choice_among_named_linears_costs_what_was_asked_for(kind: str, names: list[str], order: str) -> None:
+    """Rows of wide inputs weigh more and cost more: they compete with those of their own name alone."""
+    model = experts.build(kind) if kind in experts.MODELS else build_model(kind)
+    spec = ModelSpec.of(model)
+    config = S2FTConfig(sparsity=0.95, rows=names, importance="weight", allocation="global", order=order)
+    trained = compute_selection(model, config).meta["trainable_parameters"]
+    assert abs(trained - 0.05 * spec.weights_in(None)) <= 80  # the inputs of the widest
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("size", [8, 32])
 def test_block_budget(make_model: Callable[..., Any], kind: str, size: int) -> None:
@@ -202,6 +216,16 @@ def test_what_trains_of_each_role(make_model: Callable[..., Any], allocation: st
     assert fused == {"q": (2, 8, 2 * 12 * 48), "v": (4, 8, 4 * 12 * 48)}
     blocks = compute_selection(model, SylvaConfig(importance="random", block_size=8))
     assert units_by_role(blocks, spec) == {}
+
+
+@pytest.mark.parametrize("named", [{"rows": ["q_proj"]}, {"columns": ["o_proj"], "rows": ["gate_proj"]}])
+def test_of_named_linears_no_heads_are_said_to_train(named: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """What trains of them are single features."""
+    model = build_model("llama")
+    config = S2FTConfig(sparsity=0.97, **named)
+    describe_selection(compute_selection(model, config), ModelSpec.of(model), config)
+    err = capsys.readouterr().err
+    assert "trainable: " in err and "trainable by role" not in err
 
 
 def block_areas(shape: tuple[int, int], size: int) -> list[int]:

@@ -18,10 +18,11 @@ from sparseft.importance.units import sum_units
 from sparseft.layers import sparse_layers
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.choose import choose
-from sparseft.selection.compute import as_trained
+from sparseft.selection.compute import Request, as_trained
 from sparseft.training.running import Running, check_seen
 from support.adapters import build
 from support.running import refused
+from support.running import sparseft as command
 
 METHODS = {
     "columns": lambda **own: sparseft.S2FTConfig(d_ratio=0.1, o_ratio=0.3, **own),
@@ -210,11 +211,18 @@ def test_a_compiled_model_is_refused(tmp_path: Path) -> None:
     assert "trainer.compile=layers: method.reselect_by=running looks at gradients" in refused(tmp_path, "train", *words)
 
 
-def test_experts_of_a_3d_parameter_are_refused(tmp_path: Path) -> None:
+def test_experts_of_a_3d_parameter_are_refused_before_the_selection(tmp_path: Path) -> None:
     model = build("mixtral")
+    model.resize_token_embeddings(1079)  # what the bundled tokenizer knows
     model.save_pretrained(tmp_path / "model")
-    model = sparseft.attach(model, METHODS["blocks"]())
-    with pytest.raises(UserError, match="experts are kept as one 3-D parameter"):
-        check_seen(model)
     words = ["method=losia", f"model.path={tmp_path / 'model'}", "model.tokenizer=bundled:tiny"]
     assert "use method.reselect_by=calibration" in refused(tmp_path, "train", "--plan", *words)
+    words += ["dataset=text", "dataset.train_path=bundled:data/text/train.txt", "output_dir=run"]
+    done = command(tmp_path, "train", *words, "trainer.max_steps=1", code=2)
+    assert "experts are kept as one 3-D parameter" in done.err and "selection: computed" not in done.err
+    assert not list(tmp_path.rglob("selection*"))
+
+
+def test_linears_beside_such_experts_are_not() -> None:
+    config = METHODS["blocks"](reselect_steps=5, scope="self_attn")
+    check_seen(Request.of(ModelSpec.of(build("mixtral")), config), config)

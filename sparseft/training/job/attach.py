@@ -27,7 +27,6 @@ from sparseft.training.predicted import in_words, labelled_share, predicted_floo
 from sparseft.training.preference.objectives import OBJECTIVES
 from sparseft.training.prepare import select as cached_or_computed
 from sparseft.training.recomputing import KINDS
-from sparseft.training.running import check_seen
 
 
 def select(job: Job) -> None:
@@ -40,7 +39,8 @@ def select(job: Job) -> None:
     if not job.method.sparse:
         return
     if job.resumed_from is not None:
-        check_shards(Request.of(job.spec, job.method), job.config.hardware)
+        # What it leaves to other adapters is settled: they need not be there any more.
+        check_shards(Request.of(job.spec, dataclasses.replace(job.method, exclude=None)), job.config.hardware)
         own = job.previous.folder / SELECTION
         console.log(f"selection: the run's own, {own}")
         job.selection, job.selection_cached = Selection.load(own), True
@@ -59,8 +59,6 @@ def attach(job: Job) -> None:
             prepared.model, config.method, job.selection, spec=job.spec, fingerprints=job.fingerprints
         )
     prepared.model = model
-    if config.method.reselects_running:
-        check_seen(model)
     job.method_config = state_of(model).method_config
     if config.model.path.startswith(BUNDLED) or is_gguf(config.model.path):  # not the folder behind it
         state_of(model).base_model = config.model.path
