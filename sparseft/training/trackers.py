@@ -19,8 +19,9 @@ import io
 import logging
 import os
 import sys
+import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +226,12 @@ class Trackio(Tracker):
             import trackio
         keep_trackio_in(Path(self.place))
         self.trackio = trackio
+        # A run is found again by its name, which other folders' runs have too where all write to one place.
+        shared = any(os.environ.get(f"TRACKIO_{name}") for name in ("DIR", "SPACE_ID", "SERVER_URL"))
+        name = (known or {}).get("name") or args.run_name + (f"-{uuid.uuid4().hex[:8]}" if shared else "")
         # Not by transformers' callback: that goes on with any older run of this name, and counts lines as steps.
-        trackio.init(PROJECT, args.run_name, config=args.to_dict(), resume="never" if known is None else "allow")
-        return {}
+        trackio.init(PROJECT, name, config=args.to_dict(), resume="never" if known is None else "allow")
+        return {"name": name}
 
     def where(self) -> str:
         remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
@@ -275,6 +279,7 @@ class Trackers:
 
     def __init__(self, opened: dict[str, Tracker]) -> None:
         self.opened = opened
+        self.new: set[str] = set()  # those that have nothing of the run yet, as of one that is continued with one more
 
     def log(self, record: dict[str, Any]) -> None:
         """A line of metrics."""
@@ -282,9 +287,9 @@ class Trackers:
         logs = {name: value for name, value in record.items() if name not in left_out and value is not None}
         self._each(lambda tracker: tracker.log(logs, record["step"]))
 
-    def picture(self, name: str, pixels: Any, step: int) -> None:
-        """pixels: uint8 (height, width, 3)."""
-        self._each(lambda tracker: tracker.picture(name, pixels, step))
+    def picture(self, name: str, pixels: Any, step: int, only: Collection[str] | None = None) -> None:
+        """pixels: uint8 (height, width, 3); only: the trackers that get it, None for all."""
+        self._each(lambda tracker: tracker.picture(name, pixels, step), only)
 
     def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
         """Rows of texts, all with the same keys; at least one."""
@@ -298,8 +303,10 @@ class Trackers:
     def end(self, failed: bool) -> None:
         self._each(lambda tracker: tracker.end(failed))
 
-    def _each(self, act: Callable[[Tracker], None]) -> None:
+    def _each(self, act: Callable[[Tracker], None], only: Collection[str] | None = None) -> None:
         for name, tracker in list(self.opened.items()):
+            if only is not None and name not in only:
+                continue
             try:
                 with _silent():
                     act(tracker)
@@ -322,7 +329,7 @@ def tracked(
     if is_main():
         known = read_json_object(folder / TRACKERS) if (folder / TRACKERS).is_file() else {}
         for name in config.trainer.trackers:
-            known.setdefault(name, {})
+            known.setdefault(name, None)  # not begun yet
             write_json(folder / TRACKERS, known)  # before, as it says too which folders are the run's
             try:
                 known[name] = _open(trackers, name, config, arguments, model, folder, resumed, known[name])
@@ -340,7 +347,7 @@ def tracked(
 
 def _open(
     trackers: Trackers, name: str, config: RunConfig, arguments: Any, model: Any, folder: Path, resumed: int | None,
-    known: Any,
+    known: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Starts a tracker, says where it is to be seen, and returns by what it is found again."""
     tracker = KINDS[name](folder)
@@ -348,7 +355,9 @@ def _open(
     settings.run_name = folder.resolve().name
     settings.to_dict = lambda: {name: part for name, part in config.to_dict().items() if name != "bench"}
     settings.to_json_string = lambda: "".join(f"    {line}\n" for line in to_yaml(config).splitlines())  # as code
-    again = known if isinstance(known, dict) and resumed is not None else None
+    again = known if resumed is not None else None
+    if again is None:
+        trackers.new.add(name)
     try:
         with _silent():
             found = tracker.begin(settings, model, again, resumed or 0)

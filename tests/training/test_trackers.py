@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import struct
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,36 @@ def test_trackio_has_each_line_once_in_one_run(runs: Path) -> None:
     seen = {name: (step, value) for step, row in rows for name, value in row.items()}
     assert seen["summary/eval_loss_after"] == (4, summary(runs / "run")["eval_loss_after"])
     assert seen["selection"][1]["_type"] == "trackio.image" and "samples" in seen
+
+
+def test_a_tracker_that_a_continued_run_begins_with_has_all_of_it(words: list[str], tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    short = [word for word in words if "max_steps" not in word]
+    sparseft(tmp_path, *short, "trainer.max_steps=2", "output_dir=run")
+    sparseft(tmp_path, *words, "output_dir=run", "trainer.resume=auto", "trainer.report_to=mlflow")
+    client = MlflowClient((tmp_path / "run" / "mlflow" / "store").resolve().as_uri())
+    (experiment,) = client.search_experiments(filter_string="name = 'sparseft'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.params["trainer.learning_rate"] == "0.01"
+    assert "selection-2.png" in {item.path for item in client.list_artifacts(run.info.run_id)}
+
+
+def test_runs_of_one_name_in_a_shared_place_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "tracks"))
+    args = types.SimpleNamespace(run_name="run", to_dict=dict)
+    known: dict[str, dict[str, Any]] = {}
+    for step, name in enumerate(["a", "b", "a"]):
+        tracker = trackers.Trackio(tmp_path / name)
+        known[name] = tracker.begin(args, None, known.get(name), step)
+        tracker.log({"loss": 1.0}, step)
+        tracker.end(failed=False)
+    with sqlite3.connect(tmp_path / "tracks" / "sparseft.db") as database:
+        found = {
+            step: (run, name) for step, run, name in database.execute("select step, run_id, run_name from metrics")
+        }
+    assert found[0] == found[2] != found[1] and found[0][1] == known["a"]["name"]
+    assert all(name.startswith("run-") for _, name in found.values())
 
 
 def test_the_environment_says_where(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

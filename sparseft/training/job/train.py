@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ from sparseft.training.trainer import train as run_loop
 def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
     """Measures, and trains in the run's folder."""
     config, prepared = job.config, job.prepared
-    if job.resumed_from is None:
-        picture(job, trackers, 0)
+    picture(job, trackers, job.previous.step if job.previous else 0, trackers.new)
     trainer = _trainer(job, folder, trackers)
     average = None
     if config.trainer.average is not None:
@@ -96,10 +96,10 @@ def _trainer(job: Job, folder: Path, trackers: Trackers) -> Trainer:
     )
 
 
-def picture(job: Job, trackers: Trackers, step: int) -> None:
-    """Shows trackers what trains; where nothing is chosen there is nothing to see."""
-    if trackers.opened and not job.method.trains_all:
-        trackers.picture("selection", draw_shares(trained_shares(job.prepared.model, job.spec)), step)
+def picture(job: Job, trackers: Trackers, step: int, only: Collection[str] | None = None) -> None:
+    """Shows trackers (None: all) what trains; where nothing is chosen there is nothing to see."""
+    if (trackers.opened if only is None else only) and not job.method.trains_all:
+        trackers.picture("selection", draw_shares(trained_shares(job.prepared.model, job.spec)), step, only)
 
 
 def best_from(job: Job) -> int:
