@@ -222,7 +222,7 @@ def test_shared_code_reads_no_methods_own_setting(path: Path) -> None:
     ("source", "found"),
     [
         ('hasattr(config, "num_partition")', ["1: num_partition"]),
-        ('getattr(run.method, "dropout", 0.0)', ["1: dropout"]),
+        ('getattr(run.method, "alpha", 0.0)', ["1: alpha"]),
         ('state.method_config.get("layout")', ["1: layout"]),
         ("run.method.damping", ["1: damping"]),
         ('settings["roles"]', ["1: roles"]),

@@ -24,7 +24,7 @@ def check(config: RunConfig) -> None:
         ("trainer.label_smoothing", trainer.label_smoothing, 0.0, loss),
         ("trainer.pad_to", trainer.pad_to, "longest", "TRL pads its batches"),
         ("trainer.compile", trainer.compile, "none", "the weights of its base come and go within a step"),
-        ("method.dropout", getattr(config.method, "dropout", 0.0), 0.0, "TRL turns all dropout off"),
+        ("method.dropout", config.method.dropout, 0.0, "TRL turns all dropout off"),
         ("trainer.forget_budget", trainer.forget_budget, None, "trimming keeps what lowers the loss of imitation"),
         ("dataset.loss_on_prompt", data.loss_on_prompt, False, "both answers have one prompt"),
         ("dataset.packing", data.packing, False, "TRL's trainers pack none of these"),

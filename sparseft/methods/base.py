@@ -64,6 +64,7 @@ class MethodConfig:
     layers = ALL
     wanted_sparsity = None  # the sparsity that sets the size: as given or the default; None where something else does
     block_size = None
+    dropout = 0.0
     reselect_steps = 0
     reselect_by = "running"
     reselects_in_turn: ClassVar[bool] = False  # by running gradients: one decoder layer every `reselect_steps`, not all
