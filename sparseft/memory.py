@@ -140,12 +140,14 @@ class SavedBytes:
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in self._own:
                     self._seen[storage.data_ptr()] = storage.nbytes()
-                    self._kept.append(tensor)  # kept alive, so that its address is not reused
-            return tensor
+                    self._kept.append(tensor.detach())  # kept alive, so that its address is not reused
+            return tensor.detach()  # an operation's own result would hold its node, and the node it: never freed
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield self
-        self._kept.clear()
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                yield self
+        finally:
+            self._kept.clear()
 
     @property
     def total(self) -> int:

@@ -28,6 +28,6 @@ STAGES = (
     Stage("loss", 25, "head and loss of 128,256 words", _of("losses")),
     Stage("preprocess", 50, "choosing: time, and the same units as on the CPU", _of("choosing")),
     Stage("plan", 15, "train --plan against the steps' peaks", _of("plan")),
-    Stage("step-8b", 40, "a step of LLaMA-3 8B, 4 x 2048 tokens", _of("steps", "eight")),
+    Stage("step-8b", 70, "a step of LLaMA-3 8B, 4 x 2048 tokens", _of("steps", "eight")),
     Stage("sanitizer", 80, "kernels under compute-sanitizer", _of("tests", "sanitizer"), needs_cuda=True),
 )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -336,7 +337,20 @@ def _use_liger(c: Contender) -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # what transformers' Trainer calls
 
     wrapped = getattr(c.model, "get_base_model", None)  # of PEFT
-    _apply_liger_kernel_to_instance(model=wrapped() if wrapped else c.model)
+    model = wrapped() if wrapped else c.model
+    names = vars(sys.modules[type(model).__module__])
+    _before_liger.append((names, dict(names)))  # it exchanges functions of transformers' module too, for all models
+    _apply_liger_kernel_to_instance(model=model)
+
+
+_before_liger: list[tuple[dict[str, Any], dict[str, Any]]] = []  # names of a module, as they are and as they were
+
+
+def forget_liger() -> None:
+    """Puts back what Liger has exchanged in transformers' modules: the next way would run with it."""
+    while _before_liger:
+        names, before = _before_liger.pop()
+        names.update(before)
 
 
 def _compile(c: Contender, first_step: Callable[[], Any]) -> None:

@@ -9,6 +9,7 @@ Times are p20 of the steps.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -174,7 +175,8 @@ def series(result: Mapping[str, Any], axis: str) -> dict[str, list[tuple[float, 
             continue
         x = point["value"] * (100 if axis == "density" else 1)
         for name, entry in measured(point["methods"]).items():
-            values = (x, 1000 * comparable(entry, STEP), entry["peak_memory_bytes"] / 2**20)
+            peak = entry["peak_memory_bytes"]
+            values = (x, 1000 * comparable(entry, STEP), math.nan if peak is None else peak / 2**20)
             lines.setdefault(name, []).append(values)
     return lines
 
@@ -202,11 +204,14 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             (STEP, 1000, lambda a, b: f"{a / b:.2f}"),
             ("peak_memory_bytes", 2**-20, lambda a, b: f"{a - b:+,.1f}"),
         ):
-            rows[-1].append(kind(floor) if absent(floor) else f"{floor[key] * scale:,.1f}")
+            of_floor = floor.get(key)  # None: no figures, or its memory could not be counted
+            rows[-1].append(kind(floor) if absent(floor) else "-" if of_floor is None else f"{of_floor * scale:,.1f}")
             for entry in others:
                 if absent(entry):
                     rows[-1].append(kind(entry))
+                elif of_floor is None or entry[key] is None:
+                    rows[-1].append("-")
                 else:
                     value = comparable(entry, key) if key == STEP else entry[key]
-                    rows[-1].append("-" if absent(floor) else shown(value * scale, floor[key] * scale))
+                    rows[-1].append(shown(value * scale, of_floor * scale))
     return columns, rows

@@ -195,6 +195,12 @@ def _amounts(entry: Mapping[str, Any]) -> list[str]:
     return [f"{value:,.{digits}f} {unit}".rstrip() for value in values]
 
 
+def beside_its_figures(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What failed of a contender that was timed: (doing what, why)."""
+    after = {"memory": "while its memory was counted", "profile": "under the profiler"}
+    return [(doing, why) for name, doing in after.items() if (why := absent(row.get(name, {})))]
+
+
 def failure(result: dict[str, Any]) -> str | None:
     """What makes a benchmark a failed one: contenders that raised, nothing to measure at all, and targets that do not
     hold or were not measured."""
@@ -210,10 +216,10 @@ def failure(result: dict[str, Any]) -> str | None:
     else:
         raised = [f"{name} ({row['failed']})" for name, row in without.items() if "failed" in row]
         raised += [
-            f"{where}{name} under the profiler ({why})"
+            f"{where}{name} {doing} ({why})"
             for where, rows in groups.items()
             for name, row in rows.items()
-            if (why := absent(row.get("profile", {})))
+            for doing, why in beside_its_figures(row)
         ]
         raised += [
             f"the step of {name} ({row['step_failed']})"  # of the time to a loss

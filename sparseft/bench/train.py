@@ -29,6 +29,7 @@ from sparseft.bench.contenders import (
     check_ways,
     contender,
     forget_compiled,
+    forget_liger,
     measure_memory,
     owns_weights,
     parts_of,
@@ -131,6 +132,7 @@ def measure(
             field.measure_alone(entry, traces, keep)
     finally:
         weights.give(None)
+        forget_liger()
         if field.compiled:
             forget_compiled()
     return field.rows()
@@ -243,7 +245,7 @@ class Field:
     def _count_memory(self, entries: Sequence[str] | None = None) -> None:
         if not self.compiled:  # the counters do not see inside compiled code
             entries = list(self.calls) if entries is None else [entry for entry in entries if entry in self.calls]
-            attempt_each(entries, self.count_memory, self.failed, self.device)
+            attempt_each(entries, self.count_memory, self.failed_count, self.device)
 
     def count_memory(self, entry: str) -> None:
         recomputes = bool({"checkpointing", *RECOMPUTED} & set(parts_of(self.way)))
@@ -287,6 +289,13 @@ class Field:
         if entry in self.calls:
             self._free(entry)
         self.contenders.pop(entry, None)
+
+    def failed_count(self, entry: str, error: Exception) -> None:
+        """Says so beside its times, which hold; it runs no more."""
+        counted = self.contenders[entry].facts["memory"] = failed_row(error)
+        console.log(f"bench: {entry} failed while its memory was counted: {counted['failed']}")
+        self.weights.give(None)
+        self._free(entry)
 
     def failed_profile(self, entry: str, error: Exception) -> None:
         """Says so beside its figures, which hold."""
@@ -452,8 +461,7 @@ def notes(result: dict[str, Any]) -> list[str]:
             if "beside" in entry:
                 lines.append(f"{where}{name} {_after(entry)}")
         for name, entry in entries.items():
-            if "profile" in entry and (why := absent(entry["profile"])):
-                lines.append(f"failed: {where}{name}, under the profiler: {why}")
+            lines += [f"failed: {where}{name}, {doing}: {why}" for doing, why in targets.beside_its_figures(entry)]
             lines += [f"graph break: {name}: {reason}" for reason in entry.get("graph_break_reasons", ())]
     return lines + targets.lines(result["targets"])
 

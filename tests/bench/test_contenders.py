@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import gzip
+import importlib.machinery
 import json
 import sys
+import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama import modeling_llama
 
-from sparseft.bench import contenders, profiling, train
+from sparseft.bench import contenders, profiling, targets, train
 from sparseft.bench.models import random_llama
 from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import held_bytes
 from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
-from sparseft.memory import SavedBytes
+from sparseft.memory import AllocationCounter, SavedBytes
 from support.running import files, sparseft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -122,6 +126,17 @@ def test_what_is_held_is_what_is_saved() -> None:
     assert held == pytest.approx(saved.total, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["floor", "s2ft", "sylva", "lora"])
+def test_counting_memory_leaves_none_behind(name: str) -> None:
+    """A pack hook that returns its input ties a graph's node to what that node saves: no collector frees it."""
+    c = made(name)
+    contenders.measure_memory(c, batch(), CPU)  # brings the optimizer's state
+    with AllocationCounter() as counter:
+        contenders.measure_memory(c, batch(), CPU)
+        gc.collect()
+    assert counter.live < 0.01 * c.saved_bytes
+
+
 def test_every_way_has_its_columns(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "BACKEND", "aot_eager")
     chosen = "bench.ways=[eager,checkpointing,liger,compile]"
@@ -150,6 +165,22 @@ def test_a_compiler_that_is_not_there_is_said(in_tmp: Path, monkeypatch: pytest.
     for entry in result["ways"]["compile"].values():
         assert entry.keys() == {"missing"} and "no C++ compiler here" in entry["missing"]
     assert all("step_seconds" in entry for entry in result["methods"].values())
+
+
+def test_liger_is_of_its_own_way_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides the model it changes, Liger exchanges the rotary function of transformers' module."""
+    package, kernels = types.ModuleType("liger_kernel"), types.ModuleType("liger_kernel.transformers")
+    package.__spec__ = importlib.machinery.ModuleSpec("liger_kernel", None)
+    kernels._apply_liger_kernel_to_instance = lambda model: setattr(modeling_llama, "apply_rotary_pos_emb", len)
+    monkeypatch.setitem(sys.modules, "liger_kernel", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", kernels)
+    plain, c = modeling_llama.apply_rotary_pos_emb, made("floor")
+    c.model.to("meta")  # no CPU
+    for _ in range(2):
+        contenders.put_in_way("liger", c, lambda: None)
+    assert modeling_llama.apply_rotary_pos_emb is len
+    contenders.forget_liger()
+    assert modeling_llama.apply_rotary_pos_emb is plain
 
 
 def test_a_missing_peer_is_named(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +305,14 @@ def test_a_method_that_fails_gives_its_memory_back_at_once(place: str, monkeypat
     monkeypatch.setattr(train, "contender", contender)
     monkeypatch.setattr(train, place, breaks)
     result = train.run(compose("bench", [*SMALL, "bench.methods=[floor,s2ft,sylva]"]))
-    assert result["methods"]["s2ft"]["failed"] == "RuntimeError: no room"
+    row = result["methods"]["s2ft"]
+    if place == "step":
+        assert row["failed"] == "RuntimeError: no room"
+    else:  # its times hold
+        assert row["memory"]["failed"] == "RuntimeError: no room" and row["peak_memory_bytes"] is None
+        assert row["step_seconds"] > 0 and row["ratio_to"]["floor"] > 0
+        assert "failed: s2ft, while its memory was counted: RuntimeError: no room" in train.notes(result)
+        assert "s2ft while its memory was counted (RuntimeError: no room)" in targets.failure(result)
     assert [gone for name, gone in after if name == "sylva"] == [True]
 
 

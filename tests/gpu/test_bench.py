@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from sparseft.bench.contenders import contender, step
+from sparseft.bench.contenders import contender, measure_memory, step
 from sparseft.bench.models import random_model
 from sparseft.bench.sharing import SharedWeights
 from sparseft.compose.run_config import compose
@@ -36,3 +36,6 @@ def test_contenders_share_weights_and_leave_nothing_behind() -> None:
         step(made, batch)
         torch.cuda.synchronize()
         assert torch.cuda.memory_allocated() - before < 0.01 * whole, f"a step of {made.name} keeps something"
+        measure_memory(made, batch, torch.device("cuda"))
+        gc.collect()
+        assert torch.cuda.memory_allocated() - before < 0.01 * whole, f"counting {made.name}'s memory keeps something"
