@@ -22,6 +22,7 @@ from sparseft.config import RunConfig
 from sparseft.methods import METHODS, get_method
 from sparseft.rules import Rule, alternatives, describe, field_types, show
 
+OF_TRAINING = {"eval": ", and of training with a `trainer.eval_task`"}  # a section of two commands
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
 INTRO = """# Every setting
@@ -29,8 +30,10 @@ INTRO = """# Every setting
 <!-- Written by scripts/config_reference.py from conf/ and the dataclasses: change those, and run it. -->
 
 A setting is an override, `key=value`, in any order with a command's options; a group is chosen by `group=option`. Later
-words win over earlier ones, the command line over an experiment, an experiment over the rest. `sparseft train --cfg`
-prints what a command line comes to and runs nothing.
+words win over earlier ones, the command line over an experiment, an experiment over the rest. An option that is chosen
+beside an experiment, and is not the experiment's own, takes the place of all that it sets in that section:
+`experiment=quickstart method=lora` has LoRA's defaults. `sparseft train --cfg` prints what a command line comes to and
+runs nothing.
 
 ```
 sparseft train method=s2ft sparsity=0.95 trainer.max_steps=100 --cfg
@@ -174,7 +177,7 @@ def page() -> str:
         lines += table(f"{group}.", SECTIONS[group], comments(conf / group / "_defaults.yaml"))
         lines += ["", "Options: " + ", ".join(f"`{group}={name}`" for name in options(group)) + "."]
     for section in [name for name in SECTIONS if name not in (*GROUPS, "trainer")]:
-        lines += ["", f"## `{section}`", "", f"Of `sparseft {section}` alone.", ""]
+        lines += ["", f"## `{section}`", "", f"Of `sparseft {section}`{OF_TRAINING.get(section, ' alone')}.", ""]
         lines += table(f"{section}.", SECTIONS[section], base, section)
     lines += ["", "## `experiment`", "", "Settings that belong together, chosen by `experiment=NAME`.", ""]
     lines += ["| option | what |", "| --- | --- |"]

@@ -49,7 +49,7 @@ def same_training(config: RunConfig, path: Path) -> bool:
     except UserError as error:
         raise UserError(f"{path}: cannot be read, so it is not known what ran there ({error}).") from error
     mine, theirs = _wherever(config), _wherever(there)
-    elsewhere = ("bench", "cache_dir", "output_dir")  # what these say changes nothing of the training
+    elsewhere = ("bench", "cache_dir", "output_dir", "overwrite")  # what these say changes nothing of the training
     return all(mine[key] == theirs[key] for key in mine if key not in elsewhere)
 
 
@@ -57,6 +57,7 @@ def _wherever(config: RunConfig) -> dict[str, Any]:
     """A config's settings, with the folders of `method.exclude` as seen from the run's: where a benchmark's folder has
     been moved, its runs have all been."""
     said = config.to_dict()
+    said["trainer"]["resume"] = None  # nor does this
     if exclude := said["method"].get("exclude"):
         said["method"]["exclude"] = [os.path.relpath(each, config.output_dir or ".") for each in exclude]
     return said

@@ -12,10 +12,10 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from sparseft.errors import UserError
-from sparseft.rules import describe, is_text
+from sparseft.rules import alternatives, describe, is_text
 
 GROUPS = ("model", "dataset", "method", "hardware", "experiment")
 
@@ -183,14 +183,46 @@ def _swept_values(override: Override, annotation: Any, options_of: Callable[[str
 
 
 def _hydra_parse(override: Override, annotation: Any) -> Any:
-    """Hydra's own reading of `key=value`."""
+    """Hydra's own reading of `key=value`; where the field may hold text, what its grammar does not know is text."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    value = override.value or ""
     try:
-        return OverridesParser.create().parse_override(f"{override.key}={override.value}")
+        try:
+            return OverridesParser.create().parse_override(f"{override.key}={value}")
+        except HydraException:
+            if not _may_hold_text(annotation):
+                raise
+            return OverridesParser.create().parse_override(f"{override.key}={_quoted(value)}")
     except HydraException as error:
         raise UserError(
             f"{override.word}: the value cannot be read; expected {describe(annotation)}, quoted if it holds "
             "any of = , ( ) [ ] { } ' \"."
         ) from error
+
+
+def _may_hold_text(annotation: Any) -> bool:
+    """Whether text is a value of the field, or of the list that it holds."""
+    return any(each is str or any(map(_may_hold_text, get_args(each))) for each in alternatives(annotation))
+
+
+def _quoted(value: str) -> str:
+    """The value with its words that Hydra's grammar does not know in quotes: `[~/runs/a,b]` -> `['~/runs/a',b]`."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.errors import HydraException
+
+    value = value.strip()
+    words = split_top_level(value)
+    if len(words) > 1:
+        return ",".join(map(_quoted, words))
+    if value.startswith("[") and value.endswith("]"):
+        return f"[{_quoted(value[1:-1])}]"
+    if not value or value.startswith(("[", "{", "'", '"', "${")):
+        return value
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return QuotedString(value, Quote.single).with_quotes()
+    return value

@@ -7,6 +7,7 @@ over the result once their keys are known to exist. Hydra is imported inside fun
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from sparseft.rules import check_type, is_optional, is_text, show
 COMMANDS = ("train", "preprocess", "eval", "chat", "export", "trim", "bench")
 PREFERENCES = "preference"  # the data set of the preference objectives
 KTO_STEP = {"batch_size": 4, "gradient_accumulation": 4}  # it needs two answers at once; a step is of 16 as ever
+
+_COMPOSED: dict[tuple[Any, ...], tuple[Any, dict[str, str]]] = {}  # of `_composed` where only shipped files take part
 
 # Text that other YAML readers (YAML 1.2, OmegaConf) would take for a number: written with quotes.
 _NUMBER_LIKE = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
@@ -62,8 +65,9 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     """
     assert command in COMMANDS
     choices, settings = _sort_words(overrides, config_dirs)
-    objective = settings.get("objective")
-    if objective is not None and objective.value in OBJECTIVES[1:] and "experiment" not in choices:
+    typed = settings.get("objective")
+    objective = words.text_value(typed) if typed is not None and typed.value is not None else None
+    if objective in OBJECTIVES[1:] and "experiment" not in choices:
         choices.setdefault("dataset", PREFERENCES)  # the others have no pairs
     config = _compose_groups(command, choices, config_dirs)
     method_name = _method_name(config)
@@ -71,13 +75,10 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     for override in settings.values():
         check_key(override, keys, method_name)
     content = _apply(config, settings, keys)
-    if objective is not None and objective.value == "kto" and "experiment" not in choices:
-        typed = {key.removeprefix("trainer.") for key in settings}
-        content["trainer"] |= {name: value for name, value in KTO_STEP.items() if name not in typed}
+    if objective == "kto" and "experiment" not in choices:
+        content["trainer"] |= {name: value for name, value in KTO_STEP.items() if f"trainer.{name}" not in settings}
     if "method.dropout" not in settings:
         _turn_dropout_off(content, method_name)
-    if "method" in choices and "experiment" in choices:
-        _drop_foreign_settings(content, method_name, choices["experiment"])
     _share(content, settings, method_name)
     built = _build(content, " in the configuration files")
     bundled = built.model.path.startswith(BUNDLED)
@@ -253,7 +254,44 @@ def _hydra_errors(config_dirs: Sequence[str] = ()) -> Iterator[None]:
 
 
 def _compose_groups(command: str, choices: dict[str, str], config_dirs: Sequence[str]) -> Any:
-    """Hydra's part: the composed DictConfig, without the settings on the command line."""
+    """Hydra's part: the composed DictConfig, without the settings on the command line.
+
+    An option that is chosen beside an experiment takes the place of the experiment's whole section, unless it is the
+    experiment's own.
+    """
+    config, _ = _composed(command, choices, config_dirs)
+    typed = {group: option for group, option in choices.items() if group != "experiment"}
+    if typed and "experiment" in choices:
+        experiment, its_options = _composed(command, {"experiment": choices["experiment"]}, config_dirs)
+        options_alone, _ = _composed(command, typed, config_dirs)
+        _, defaults = _composed(command, {}, config_dirs)
+        for group, option in typed.items():
+            own, section = its_options.get(group), experiment.get(group)
+            if own == defaults.get(group):  # a run's `config.yaml` chooses none, its section says which it was
+                own = section.get("name") if hasattr(section, "get") else None
+            if option != own:
+                config[group] = options_alone.get(group, {})
+    return config
+
+
+def _composed(command: str, choices: dict[str, str], config_dirs: Sequence[str]) -> tuple[Any, dict[str, str]]:
+    """The DictConfig as Hydra composes it, and each group's option; kept where no file but shipped ones takes part."""
+    key = (conf_dir(), command, tuple(choices.items()))
+    if config_dirs or key not in _COMPOSED:
+        from omegaconf import OmegaConf
+
+        config = _by_hydra(command, choices, config_dirs)
+        OmegaConf.set_struct(config, False)  # a user's own file may leave out settings, the dataclass has defaults
+        found = config, dict(config.hydra.runtime.choices)
+        del config["hydra"]
+        if config_dirs:
+            return found
+        _COMPOSED[key] = found
+    return copy.deepcopy(_COMPOSED[key])
+
+
+def _by_hydra(command: str, choices: dict[str, str], config_dirs: Sequence[str]) -> Any:
+    """What Hydra composes, its own node `hydra` included."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -273,7 +311,7 @@ def _compose_groups(command: str, choices: dict[str, str], config_dirs: Sequence
             _hydra_errors(config_dirs),
             initialize_config_dir(config_dir=str(conf_dir()), job_name="sparseft", version_base="1.3"),
         ):
-            return hydra_compose(command, group_words)
+            return hydra_compose(command, group_words, return_hydra_config=True)
     finally:
         GlobalHydra.instance().clear()
         if previous is not None:
@@ -295,7 +333,6 @@ def _apply(config: Any, settings: dict[str, Override], keys: dict[str, Any]) -> 
     """Writes the settings over the composed config and resolves interpolations; plain containers come back."""
     from omegaconf import OmegaConf
 
-    OmegaConf.set_struct(config, False)  # a user's own file may leave out settings, the dataclass has defaults
     for key, override in settings.items():
         if key == "method.name":
             continue
@@ -318,24 +355,15 @@ def _apply(config: Any, settings: dict[str, Override], keys: dict[str, Any]) -> 
     return content
 
 
-def _drop_foreign_settings(content: dict[str, Any], method_name: str, experiment: str) -> None:
-    """Takes out what an experiment sets for its own method when another one was chosen on the command line."""
-    elsewhere = {field for name in METHODS for field in method_fields(name)} - set(method_fields(method_name))
-    for field in sorted(elsewhere & set(content["method"])):
-        value = content["method"].pop(field)
-        warn(f"experiment={experiment} sets method.{field}={show(value)}, which {method_name} does not have.")
-
-
 def _share(content: dict[str, Any], settings: dict[str, Override], method_name: str) -> None:
     """Passes `sparsity`, `scope` and `seed` on to the method, in place.
 
     What is nearest to the user wins: a key on the command line over one in a file, and among files the method's own
-    value if it differs from its default. Two that contradict each other are refused, except for the seed, where a
+    value. Two that contradict each other are refused, except for the seed, where a
     selection may well have another seed than the training.
     """
     method = content["method"]
     hints = method_fields(method_name)
-    defaults = get_method(method_name)()
     for field in SHARED:
         if field in content:
             content[field] = check_type(field, content[field], validation.run_fields()[field])
@@ -344,12 +372,12 @@ def _share(content: dict[str, Any], settings: dict[str, Override], method_name: 
             if field != "seed" and top is not None:
                 warn(f"{field}={top} has no effect: method={method_name} has no such setting.")
             continue
-        own = method.get(field, getattr(defaults, field))
+        own = method.get(field)  # a file's own seed is one: those of conf/method/ are the run's
         top_typed, own_typed = field in settings, f"method.{field}" in settings
-        own_set = own is not None and (own_typed or (not top_typed and own != getattr(defaults, field)))
+        own_set = own is not None and (own_typed or not top_typed)
         if top is None:
-            if top_typed and field == "scope" and not own_typed:
-                method[field] = None  # scope=null: every linear, whatever the files say
+            if top_typed and not own_typed:
+                method[field] = None  # scope=null: every linear; sparsity=null: the method's own; whatever files say
             continue
         if not own_set:
             method[field] = top

@@ -53,6 +53,15 @@ def test_a_folder_that_was_moved_or_is_named_otherwise_holds_the_same_runs(in_tm
         finished(other)
 
 
+def test_how_a_trial_was_started_is_no_other_setting(tmp_path: Path) -> None:
+    """A run's `config.yaml` says neither; those of earlier versions did."""
+    for words in ([], ["overwrite=true"]):
+        trial = trial_of(tmp_path / str(len(words)), *words)
+        has_run(trial)
+        again = trial_of(tmp_path / str(len(words)), "overwrite=true", "trainer.resume=auto")
+        assert finished(again) == {}
+
+
 def test_a_training_that_diverged_is_not_done_again(tmp_path: Path) -> None:
     trial = trial_of(tmp_path)
 

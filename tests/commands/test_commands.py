@@ -161,6 +161,18 @@ def test_text_output_sums_up(world: Path, model_folder: Any) -> None:
     assert (world / "outputs" / "latest").resolve() == run.resolve()
 
 
+def test_a_run_again_does_not_replace_it(in_tmp: Path, model_folder: Any) -> None:
+    """Its `config.yaml` as an experiment, however the run itself was started."""
+    words = [*on(model_folder(), write_data(in_tmp)["json"]), *METHODS["lora"], "trainer.max_steps=1"]
+    sparseft(in_tmp, "train", *words, "output_dir=run", "overwrite=true")
+    sparseft(in_tmp, "train", *words, "output_dir=run", "trainer.resume=auto")
+    text = (in_tmp / "run/config.yaml").read_text()
+    (in_tmp / "own/experiment").mkdir(parents=True)
+    head = "# @package _global_\ndefaults:\n  - override /method: lora\n"
+    (in_tmp / "own/experiment/again.yaml").write_text(head + text)
+    assert "already holds a run" in refused(in_tmp, "train", "--config-dir=own", "experiment=again")
+
+
 def eval_loss(model: Any, tokenizer: Any, run: Path, data: Path) -> float:
     """The mean loss over the labelled tokens of the run's held-out examples, one at a time."""
     import torch

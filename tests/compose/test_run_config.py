@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparseft import console
+from sparseft.bench.trials import named_settings
 from sparseft.compose import overrides, validation
 from sparseft.compose import run_config as compose
 from sparseft.compose.run_config import from_dict, points, to_yaml
-from sparseft.config import BITSANDBYTES, OPTIMIZERS, SCHEDULERS, RunConfig
+from sparseft.config import BITSANDBYTES, OPTIMIZERS, SCHEDULERS, DatasetConfig, RunConfig
 from sparseft.errors import UserError
 from sparseft.methods import METHODS, get_method
 from sparseft.rules import check_type, show
@@ -278,6 +279,24 @@ def test_text_reaches_the_field_as_typed(first: int) -> None:
     assert from_dict(yaml.safe_load(to_yaml(config))) == config
 
 
+PATHS = ["/home/jürgen/p.txt", "~/p.txt", "a#b.txt", "a&b.txt", "a=b", "größe.json:0.5", "it's", "a b"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_reach_lists_as_typed(path: str) -> None:
+    assert make(f"trainer.sample_prompts={path}").trainer.sample_prompts == path
+    assert make(f"trainer.sample_prompts=[{path},b.txt]").trainer.sample_prompts == [path, "b.txt"]
+    assert make(f"method.exclude=[{path}]").method.exclude == [path]
+    swept = points("train", [f"method.exclude=[{path}],[b]"])
+    assert [make(*point).method.exclude for point in swept] == [[path], ["b"]]
+
+
+def test_a_mix_has_files_of_any_name() -> None:
+    assert make("dataset=[größe.json:0.5,~/b.json:0.5]").dataset.mix == ["größe.json:0.5", "~/b.json:0.5"]
+    assert "several values make a sweep" in refused("trainer.sample_prompts=a#b.txt,c.txt")
+    assert "cannot be read" in refused("method.exclude=[~/a,,b]")
+
+
 @pytest.mark.parametrize(
     ("quoted", "plain"), [("'a,b'", "a,b"), ('"a b"', "a b"), (r"'it\'s'", "it's"), ("'1e5'", "1e5"), ("' a'", " a")]
 )
@@ -373,6 +392,29 @@ def test_shared_settings_reach_the_method() -> None:
     assert from_dict(config.to_dict()) == config
 
 
+def test_a_files_own_seed_of_the_method_stands(tmp_path: Path) -> None:
+    """Also where it is 0: a run that says both repeats. A seed on the command line is nearer than a file's."""
+    config = make("seed=5", "method.seed=0")
+    head = "# @package _global_\ndefaults:\n  - override /method: sylva\n"
+    write(tmp_path / "experiment/again.yaml", head + to_yaml(config))
+    write(tmp_path / "experiment/seeded.yaml", "# @package _global_\nseed: 5\n")
+    write(tmp_path / "method/bare.yaml", "name: s2ft\n")
+    folders = (str(tmp_path),)
+    assert make("experiment=again", config_dirs=folders) == config == from_dict(config.to_dict())
+    assert make("experiment=again", "seed=6", config_dirs=folders).method.seed == 6
+    assert make("experiment=seeded", config_dirs=folders).method.seed == 5
+    assert make("method=bare", "seed=4", config_dirs=folders).method.seed == 4
+
+
+def test_null_undoes_what_files_share(tmp_path: Path) -> None:
+    text = "# @package _global_\nmethod:\n  sparsity: 0.9\n  scope: mlp\n"
+    write(tmp_path / "experiment/mine.yaml", text)
+    config = make("experiment=mine", "sparsity=null", "scope=null", config_dirs=(str(tmp_path),))
+    assert (config.sparsity, config.method.sparsity, config.scope, config.method.scope) == (None,) * 4
+    config = make("experiment=mine", "sparsity=null", "method.sparsity=0.8", config_dirs=(str(tmp_path),))
+    assert (config.method.sparsity, config.method.scope) == (0.8, "mlp")
+
+
 def test_contradictions_are_refused() -> None:
     message = refused("sparsity=0.9", "method.sparsity=0.8")
     assert "sparsity=0.9 and method.sparsity=0.8" in message
@@ -393,12 +435,79 @@ def test_the_command_line_wins_over_an_experiment() -> None:
     assert make("experiment=quickstart", "experiment=null") == make()
 
 
-def test_another_method_in_an_experiment() -> None:
+@pytest.mark.parametrize(
+    ("experiment", "words"),
+    [
+        ("quickstart", ["method=lora"]),
+        ("quickstart", ["model=gpt2"]),
+        ("s2ft_llama2_alpaca", ["dataset=commonsense"]),
+        ("s2ft_llama2_alpaca", ["model=tiny", "dataset=oasst1", "method=sylva", "hardware=1xl4"]),
+        ("step_llama2_7b", ["hardware=cpu"]),
+    ],
+)
+def test_an_option_takes_the_place_of_an_experiments_section(experiment: str, words: list[str]) -> None:
+    """All of it, with what the experiment sets there; the other sections stay the experiment's."""
     console.clear_warnings()
-    config = make("experiment=quickstart", "method=lora")
-    assert config.method_name == "lora"
-    assert config.method.sparsity == make("experiment=quickstart").sparsity
-    assert any("method.block_size" in warning for warning in console.recorded_warnings())
+    chosen, options, its_own = make(f"experiment={experiment}", *words), make(*words), make(f"experiment={experiment}")
+    typed = [word.partition("=")[0] for word in words]
+    for section in ("model", "dataset", "method", "hardware", "trainer", "eval", "bench"):
+        expected = getattr(options if section in typed else its_own, section)
+        if section == "method":  # which shares the experiment's sparsity and scope
+            expected = dataclasses.replace(expected, sparsity=chosen.sparsity, scope=chosen.scope)
+        assert getattr(chosen, section) == expected
+    assert console.recorded_warnings() == []
+
+
+def test_an_experiments_own_option_keeps_its_section() -> None:
+    for word in ("method=sylva", "model=tiny", "dataset=commonsense", "hardware=cpu"):
+        assert make("experiment=quickstart", word) == make("experiment=quickstart")
+    assert make("experiment=s2ft_llama2_alpaca", "dataset=json").dataset.hub_path == "vicgalle/alpaca-gpt4"
+    config = make("experiment=quickstart", "method=lora", "method.alpha=3", "model=gpt2", "model.dtype=bfloat16")
+    assert (config.method.alpha, config.model.dtype) == (3, "bfloat16")
+
+
+@pytest.mark.parametrize("experiment", ["fusion", "fusion_smollm2"])
+def test_skills_are_trained_with_the_experiments_settings(experiment: str) -> None:
+    """Which those of a data set are only where a skill chooses no option in their place."""
+    of_all = make(f"experiment={experiment}")
+    for _, words in named_settings("bench.skills", of_all.bench.skills):
+        own = make(f"experiment={experiment}", *words).dataset
+        assert own.eval_fraction == of_all.dataset.eval_fraction != DatasetConfig().eval_fraction or own.max_examples
+        assert own.max_examples == of_all.dataset.max_examples
+        path = own.train_path or own.hub_path
+        assert path is None or own.name in path
+
+
+@pytest.mark.parametrize(
+    ("ran", "word"),
+    [
+        ("method=sylva method.block_size=8", "method=lora"),
+        ("model=tiny model.dtype=float32", "model=qwen2.5-0.5b"),
+        ("model=qwen2.5-0.5b", "model=tiny"),
+        ("dataset=commonsense dataset.train_path=a.json", "dataset=arithmetic"),
+        ("experiment=s2ft_llama2_alpaca", "dataset=commonsense"),
+        ("hardware=cpu", "hardware=1xh100"),
+    ],
+)
+def test_an_option_takes_the_place_of_a_runs_section(ran: str, word: str, tmp_path: Path) -> None:
+    """A run's `config.yaml` as an experiment has whole sections, and chooses no option but the method."""
+    config = make(*ran.split())
+    head = f"# @package _global_\ndefaults:\n  - override /method: {config.method_name}\n"
+    write(tmp_path / "experiment/again.yaml", head + to_yaml(config))
+    again = make("experiment=again", word, config_dirs=(str(tmp_path),))
+    section = word.partition("=")[0]
+    expected = dataclasses.asdict(make(word))[section] | ({"dtype": again.model.dtype} if section == "model" else {})
+    assert dataclasses.asdict(again)[section] == expected
+    if section != "dataset":
+        same = f"{section}={config.method_name if section == 'method' else getattr(config, section).name}"
+        assert make("experiment=again", same, config_dirs=(str(tmp_path),)) == config
+
+
+def test_composing_again_is_quick_and_of_its_own() -> None:
+    """Hydra composes shipped files once; what a run makes of them is its own."""
+    first = make("trainer.max_steps=3", "method.exclude=[a]")
+    kept = len(compose._COMPOSED)
+    assert make() != first and make() == make() and len(compose._COMPOSED) == kept
 
 
 def test_a_setting_without_effect_is_warned_about() -> None:
@@ -539,6 +648,7 @@ def test_wrong_input(words: str, expected: list[str]) -> None:
 
 
 def test_a_preference_objective_brings_its_data_set() -> None:
+    assert make("objective='dpo'").dataset.name == "preference"
     assert make("objective=dpo").dataset.name == "preference" and make().dataset.name == "commonsense"
     assert (
         make("objective=sft").dataset.name == "commonsense"
@@ -564,6 +674,7 @@ def test_a_preference_objective_has_no_dropout() -> None:
         ("objective=kto", (4, 4)),
         ("objective=kto trainer.batch_size=2", (2, 4)),
         ("objective=kto trainer.gradient_accumulation=1", (4, 1)),
+        ("objective='kto'", (4, 4)),
         ("objective=dpo", (1, 16)),
     ],
 )

@@ -58,7 +58,10 @@ def _open(job: Job) -> Path:
 
 def _describe(job: Job, folder: Path) -> None:
     """Writes what the run is into its folder: `config.yaml`, `environment.json`, `selection/`, its questions."""
-    write_text(folder / CONFIG, to_yaml(job.config))
+    # As an experiment it is to make a run of its own, not to replace this one or to go on with it.
+    trainer = dataclasses.replace(job.config.trainer, resume=None)
+    repeated = dataclasses.replace(job.config, overwrite=False, trainer=trainer)
+    write_text(folder / CONFIG, to_yaml(repeated))
     data = job.prepared.data
     facts = {
         "train": data.train_source,
