@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from support.models import (
     build_model,
     build_tokenizer,
 )
+from support.pages import blank_pages
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -71,6 +72,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         gc.unfreeze()
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pages() -> Iterator[None]:
+    """Runs leave a blank page: tests that read one, or are about what may stand in it, ask for `real_pages`."""
+    with blank_pages():
+        yield
 
 
 @pytest.fixture

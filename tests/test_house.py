@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import os
 import re
 import subprocess
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,25 @@ def dotted(path: Path) -> str:
     return ".".join(parts)
 
 
-def imported(tree: ast.AST, module: str) -> Iterator[tuple[str, int]]:
-    """Every sparseft module that `module` imports anywhere, dotted below the package, and the line."""
-    package = ["sparseft", *module.split(".")]
-    for node in ast.walk(tree):
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All of a module's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parsed_once() -> Iterator[None]:
+    """By all tests here; those that follow in the process have no use for hundreds of trees."""
+    yield
+    nodes.cache_clear()
+    imported.cache_clear()
+
+
+@functools.cache
+def imported(path: Path) -> list[tuple[str, int]]:
+    """Every sparseft module that this one imports anywhere, dotted below the package, and the line."""
+    package, imports = ["sparseft", *dotted(path).split(".")], []
+    for node in nodes(path):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -81,17 +97,14 @@ def imported(tree: ast.AST, module: str) -> Iterator[tuple[str, int]]:
             known = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
             found = [name for name in known if (PACKAGE / (name.replace(".", "/") + ".py")).exists()
                      or (PACKAGE / name.replace(".", "/")).is_dir()]  # fmt: skip
-            yield (found[0] if found else parts[0] if len(parts) > 1 else "__init__"), node.lineno
+            imports.append((found[0] if found else parts[0] if len(parts) > 1 else "__init__", node.lineno))
+    return imports
 
 
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def docstrings(tree: ast.Module) -> set[int]:
+def docstrings(code: Iterable[ast.AST]) -> set[int]:
     """Ids of the constants that are docstrings."""
     found = set()
-    for node in ast.walk(tree):
+    for node in code:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
@@ -110,7 +123,7 @@ def test_nobody_inside_comes_in_by_the_front_door() -> None:
     for path in MODULES:
         module = dotted(path)
         if module not in ("__init__", "__main__"):
-            for target, line in imported(parse(path), module):
+            for target, line in imported(path):
                 assert target != "__init__", f"{module}:{line} imports from sparseft/__init__.py"
 
 
@@ -142,7 +155,7 @@ def circles(imports: dict[str, set[str]]) -> list[set[str]]:
 
 def test_no_modules_import_each_other() -> None:
     """Also in a function or for the type checker only."""
-    imports = {dotted(path): {target for target, _ in imported(parse(path), dotted(path))} for path in MODULES}
+    imports = {dotted(path): {target for target, _ in imported(path)} for path in MODULES}
     assert not circles(imports)
 
 
@@ -152,49 +165,49 @@ def test_the_circle_test_sees_what_it_should() -> None:
     assert circles(straight | {"c": {"d"}, "d": {"b"}, "e": {"f"}, "f": {"e", "a"}}) == [{"b", "c", "d"}, {"e", "f"}]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_shared_code_names_no_method(path: Path) -> None:
-    module = dotted(path)
-    part = module.split(".")[0]
-    if part in KNOWS_METHODS:
-        return
-    tree = parse(path)
-    skip = docstrings(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and id(node) not in skip and node.value in set(METHODS) - {"full"}:
-            assert (part, node.value) in ALSO_KNOWS, f"{module}:{node.lineno} knows the method '{node.value}'"
-    for target, line in imported(tree, module):
-        assert not target.startswith("methods.") or target in SHARED_METHODS, f"{module}:{line} imports {target}"
+def test_shared_code_names_no_method() -> None:
+    faults, methods = [], set(METHODS) - {"full"}
+    for path in MODULES:
+        module = dotted(path)
+        part = module.split(".")[0]
+        if part in KNOWS_METHODS:
+            continue
+        skip = docstrings(nodes(path))
+        for node in nodes(path):
+            if isinstance(node, ast.Constant) and id(node) not in skip and node.value in methods:
+                if (part, node.value) not in ALSO_KNOWS:
+                    faults.append(f"{module}:{node.lineno} knows the method '{node.value}'")
+        for target, line in imported(path):
+            if target.startswith("methods.") and target not in SHARED_METHODS:
+                faults.append(f"{module}:{line} imports {target}")
+    assert not faults, "\n".join(faults)
 
 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_test_module_imports_another(path: Path) -> None:
+def test_no_test_module_imports_another() -> None:
     """What several share stands in tests/support."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += (
-            [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-        for name in names:
-            parts = name.split(".")
-            assert parts[0] != "conftest" and not any(part.startswith("test_") for part in parts[:2]), (
-                f"{path.name}:{node.lineno} imports {name}"
-            )
+    faults = []
+    for path in TESTS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for parts in (name.split(".") for name in names):
+                if parts[0] == "conftest" or any(part.startswith("test_") for part in parts[:2]):
+                    faults.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {'.'.join(parts)}")
+    assert not faults, "\n".join(faults)
 
 
-def own_fields_read(source: str) -> list[str]:
+def own_fields_read(code: Iterable[ast.AST]) -> list[str]:
     """Where code reads a setting that only some methods have, as `line: field`."""
 
     def holds(node: ast.expr) -> bool:
         return getattr(node, "id", getattr(node, "attr", None)) in HOLDS_SETTINGS
 
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in code:
         field = None
         if isinstance(node, ast.Attribute) and holds(node.value):
             field = node.attr
@@ -211,11 +224,13 @@ def own_fields_read(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_shared_code_reads_no_methods_own_setting(path: Path) -> None:
-    module = dotted(path)
-    if module.split(".")[0] not in KNOWS_METHODS and module not in OTHER_SETTINGS:
-        assert not own_fields_read(path.read_text(encoding="utf-8")), module
+def test_shared_code_reads_no_methods_own_setting() -> None:
+    faults = []
+    for path in MODULES:
+        module = dotted(path)
+        if module.split(".")[0] not in KNOWS_METHODS and module not in OTHER_SETTINGS:
+            faults += [f"{module}:{found}" for found in own_fields_read(nodes(path))]
+    assert not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +245,7 @@ def test_shared_code_reads_no_methods_own_setting(path: Path) -> None:
     ],
 )
 def test_that_test_sees_what_it_should(source: str, found: list[str]) -> None:
-    assert own_fields_read(source) == found
+    assert own_fields_read(ast.walk(ast.parse(source))) == found
 
 
 def test_importing_light_modules_loads_nothing_heavy() -> None:
@@ -248,23 +263,22 @@ def test_importing_light_modules_loads_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_nothing_private_is_taken_from_another_module(path: Path) -> None:
+def test_nothing_private_is_taken_from_another_module() -> None:
     """A name with an underscore is its module's own: neither imported from another one nor read off it."""
-    taken: dict[str, str] = {}  # modules of the package, by the names that they have here
-    faults = []
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sparseft":
-            for alias in node.names:
-                taken[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-                if alias.name.startswith("_") and not alias.name.startswith("__"):
-                    faults.append(f"line {node.lineno}: {node.module}.{alias.name}")
-    names = {dotted(module) for module in MODULES}
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in taken:
-            module = taken[node.value.id].removeprefix("sparseft.")
-            if module in names and node.attr.startswith("_") and not node.attr.startswith("__"):
-                faults.append(f"line {node.lineno}: {module}.{node.attr}")
+    faults, names = [], {dotted(module) for module in MODULES}
+    for path in MODULES:
+        taken: dict[str, str] = {}  # modules of the package, by the names that they have here
+        for node in nodes(path):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sparseft":
+                for alias in node.names:
+                    taken[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                    if alias.name.startswith("_") and not alias.name.startswith("__"):
+                        faults.append(f"{dotted(path)}:{node.lineno}: {node.module}.{alias.name}")
+        for node in nodes(path):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in taken:
+                module = taken[node.value.id].removeprefix("sparseft.")
+                if module in names and node.attr.startswith("_") and not node.attr.startswith("__"):
+                    faults.append(f"{dotted(path)}:{node.lineno}: {module}.{node.attr}")
     assert not faults, "\n".join(faults)
 
 
@@ -280,10 +294,10 @@ RANK_WORDS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SPARSEFT_
 RANK_NAMES = {"get_rank", "get_world_size", "is_world_process_zero", "is_local_process_zero", "is_main_process"}
 
 
-def acts(tree: ast.Module) -> Iterator[tuple[str, int]]:
+def acts(code: Sequence[ast.AST]) -> Iterator[tuple[str, int]]:
     """(act, line) of what only one place may do."""
-    skip = docstrings(tree)
-    for node in ast.walk(tree):
+    skip = docstrings(code)
+    for node in code:
         if isinstance(node, ast.Attribute):
             name = node.attr
             if name in ("rename", "renames", "mkdtemp", "mkstemp", "umask", "fsync") or (
@@ -320,7 +334,7 @@ def test_each_act_has_one_place() -> None:
     faults = []
     for path in MODULES:
         module = dotted(path)
-        for act, line in acts(parse(path)):
+        for act, line in acts(nodes(path)):
             if not any(module == place or module.startswith(f"{place}.") for place in ACTS[act]):
                 faults.append(f"{module}:{line}: {act} belongs to {', '.join(ACTS[act])}")
     assert not faults, "\n".join(faults)
@@ -341,7 +355,7 @@ def test_each_library_has_one_place() -> None:
     faults = []
     for path in MODULES:
         module = dotted(path)
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
@@ -370,7 +384,7 @@ def test_each_library_has_one_place() -> None:
     ],
 )
 def test_the_test_of_acts_sees_what_it_should(source: str, act: str | None) -> None:
-    assert {found for found, _ in acts(ast.parse(source))} == ({act} if act else set())
+    assert {found for found, _ in acts([*ast.walk(ast.parse(source))])} == ({act} if act else set())
 
 
 # -- the package's papers ---------------------------------------------------------------------------------------------
@@ -446,7 +460,7 @@ def test_every_import_is_declared() -> None:
     comes_with = {"tokenizers": "transformers", "click": "typer"}
     comes_with |= {"pyarrow": "datasets"}
     for path in MODULES:
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]

@@ -7,17 +7,26 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.pages import real_pages
 from support.running import METHODS, files, metrics, sparseft, summary
 
 SHORT = [
     *("trainer.max_steps=3", "trainer.batch_size=4", "trainer.gradient_accumulation=1", "trainer.warmup_steps=0"),
     *("trainer.max_length=256", "dataset.max_examples=60", "hardware=cpu", "model.dtype=float32"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pages() -> Iterator[None]:
+    """Every run here leaves its page, of whatever method and data."""
+    with real_pages():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -145,6 +145,26 @@ def mask(shape: torch.Size, layer: SparseLinear) -> Tensor:
     return covered
 
 
+@pytest.fixture(scope="module")
+def trained(make_model: Make) -> Callable[[str, str, str], tuple[Any, dict[str, Tensor]]]:
+    """`trained(method, kind, dtype)`: a copy of a model that took four steps, each trained once, and the base's
+    tensors."""
+    made: dict[tuple[str, str, str], tuple[Any, dict[str, Tensor]]] = {}
+
+    def copied(method: str, kind: str, dtype: str) -> tuple[Any, dict[str, Tensor]]:
+        key = method, kind, dtype
+        if key not in made:
+            model = make_model(kind, DTYPES[dtype])
+            before = weights(model)
+            model = attach(model, method)
+            train(model, steps=4)
+            made[key] = model, before
+        model, before = made[key]
+        return copy.deepcopy(model), before
+
+    return copied
+
+
 # ---- attach ----
 
 
@@ -222,10 +242,8 @@ def test_gradients_equal_autograds_dense_ones(make_model: Make, method: str, kin
 @each_sparse
 @each_kind
 @each_dtype
-def test_what_is_not_selected_never_changes_by_a_bit(make_model: Make, method: str, kind: str, dtype: str) -> None:
-    model = attach(make_model(kind, DTYPES[dtype]), method)
-    before = weights(model)
-    train(model, steps=4)
+def test_what_is_not_selected_never_changes_by_a_bit(trained: Make, method: str, kind: str, dtype: str) -> None:
+    model, before = trained(method, kind, dtype)
     after = weights(model)
     layers = sparse_layers(model)
     changed = 0
@@ -283,10 +301,9 @@ def test_a_masked_dense_run_learns_the_same(make_model: Make) -> None:
 @each_kind
 @each_dtype
 def test_merged_attached_saved_and_reloaded_agree_to_the_bit(
-    make_model: Make, tmp_path: Path, method: str, kind: str, dtype: str
+    make_model: Make, trained: Make, tmp_path: Path, method: str, kind: str, dtype: str
 ) -> None:
-    model = attach(make_model(kind, DTYPES[dtype]), method)
-    train(model)
+    model, _ = trained(method, kind, dtype)
     attached = logits(model)
     assert not torch.equal(attached, logits(make_model(kind, DTYPES[dtype])))
     sparseft.save_adapter(model, tmp_path / "adapter")
@@ -304,8 +321,16 @@ def test_merged_attached_saved_and_reloaded_agree_to_the_bit(
 @each_sparse
 @each_kind
 @each_dtype
-def test_detach_restores_every_bit(make_model: Make, method: str, kind: str, dtype: str) -> None:
-    model = make_model(kind, DTYPES[dtype])
+def test_detach_restores_every_bit(trained: Make, method: str, kind: str, dtype: str) -> None:
+    model, before = trained(method, kind, dtype)
+    detached = sparseft.detach(model)
+    assert detached is model and same(model.state_dict(), before)
+
+
+@each_sparse
+@each_kind
+def test_detach_gives_back_the_model_that_there_was(make_model: Make, method: str, kind: str) -> None:
+    model = make_model(kind, torch.bfloat16)
     model.lm_head.requires_grad_(False)  # flags of the caller's own
     before = {n: t.clone() for n, t in model.state_dict().items()}
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -323,18 +348,17 @@ def test_detach_restores_every_bit(make_model: Make, method: str, kind: str, dty
 
 @each_sparse
 @each_kind
-def test_switching_off_and_on(make_model: Make, method: str, kind: str) -> None:
-    model = attach(make_model(kind, torch.bfloat16), method)
-    base, base_weights = logits(make_model(kind, torch.bfloat16)), weights(model)
-    train(model)
-    trained, trained_weights = logits(model), weights(model)
+def test_switching_off_and_on(make_model: Make, trained: Make, method: str, kind: str) -> None:
+    model, base_weights = trained(method, kind, "bf16")
+    base = logits(make_model(kind, torch.bfloat16))
+    learnt, learnt_weights = logits(model), weights(model)
     names = set(sparseft.trainable_parameters(model))
     for _ in range(2):
         sparseft.set_adapter(model, None)
         assert torch.equal(logits(model), base) and same(weights(model), base_weights)
         assert sparseft.trainable_parameters(model) == {}
         sparseft.set_adapter(model, "default")
-        assert torch.equal(logits(model), trained) and same(weights(model), trained_weights)
+        assert torch.equal(logits(model), learnt) and same(weights(model), learnt_weights)
         assert set(sparseft.trainable_parameters(model)) == names
 
 

@@ -136,7 +136,7 @@ def weight(model: Any, name: str) -> Tensor:
 def changed(model: Any, base: Any) -> set[str]:
     """Every linear of the decoder, expert and router whose weight differs."""
     names = [n for n, m in base.named_modules() if isinstance(getattr(m, "weight", None), Tensor)]
-    names += list(ModelSpec.of(base).stacked)
+    names += list(ModelSpec.of(base, tried=False).stacked)
     return {name for name in names if not torch.equal(weight(model, name), weight(base, name))}
 
 

@@ -27,6 +27,7 @@ import transformers
 from sparseft.compose.run_config import compose
 from sparseft.errors import RunError, UserError
 from sparseft.files.atomic import write_json
+from support.pages import blank_pages
 
 BAD = {  # what becomes of a bad micro-step's loss
     "loss": lambda loss: loss * float("nan"),
@@ -69,7 +70,7 @@ def main(path: Path) -> None:
     for case in json.loads(path.read_text()):
         module = importlib.import_module(f"sparseft.commands.{case['command']}")
         try:
-            with spoilt(case.get("bad", ()), case.get("what", "loss")):
+            with blank_pages(), spoilt(case.get("bad", ()), case.get("what", "loss")):
                 result = module.run(compose(case["command"], case["overrides"]))
         except (UserError, RunError) as error:
             if not case.get("refused"):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from support.places import ROOT
 from support.running import sparseft, write_data
 
 TWO = "hardware.num_processes=2"
@@ -69,7 +70,13 @@ def run_ranks(
             *(f"--master-port={port}", str(worker), str(path)),
         ],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        env=os.environ
+        | {
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+        },
         capture_output=True,
         text=True,
         timeout=seconds,

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from sparseft.errors import RunError
-from sparseft.training.checkpoints import check, checkpoint_steps, last_checkpoint, write_manifest
+from sparseft.training.checkpoints import check, checkpoint_steps, good_checkpoint, last_checkpoint, write_manifest
 from sparseft.training.failures import MemoryAdvice, memory_problem, out_of_memory
 from sparseft.training.trainer import train
 from support.running import METHODS, files, metrics, on, refused, sparseft, summary, write_data
@@ -478,6 +478,17 @@ def seal_again(folder: Path) -> None:
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(
+    case: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    DAMAGE[case](run / "checkpoints" / "checkpoint-7")
+    assert good_checkpoint(run) == str(run / "checkpoints" / "checkpoint-6")
+    assert capsys.readouterr().err.count("warning: a damaged checkpoint is passed over: ") == 1
+
+
+@pytest.mark.parametrize("case", ["adapter truncated", "another's", "sealed with a broken state"])
+def test_a_run_goes_on_from_before_a_damaged_checkpoint(
     case: str, whole: Path, data: Path, model_folder: Any, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -486,7 +497,6 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(
     done = sparseft(data.parent, *long_run("s2ft", model_folder(), data), f"output_dir={run}", "trainer.resume=auto")
     assert done.err.count("warning: a damaged checkpoint is passed over: ") == 1, done.err
     assert f"resume: {run}/checkpoints/checkpoint-6" in done.err
-    (run / "checkpoints" / "s").unlink(missing_ok=True)
     same_end(run, whole)
     check(run / "checkpoints" / "checkpoint-7")
 
@@ -549,8 +559,12 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("stage", STAGES)
+# The same code answers both: SIGTERM is sent only before there is a trainer, while there is one, and after it.
+SIGNALS = [(stage, signal.SIGINT) for stage in STAGES]
+SIGNALS += [(stage, signal.SIGTERM) for stage in ("loading the model", "saving a checkpoint", "writing the summary")]
+
+
+@pytest.mark.parametrize(("stage", "number"), SIGNALS)
 def test_a_signal_in_any_stage_exits_130_and_the_run_goes_on(
     stage: str,
     number: signal.Signals,

@@ -313,20 +313,30 @@ def test_what_cannot_be_planned(words: list[str], parts: list[str], tmp_path: Pa
         "method=s2ft trainer.max_length=1000",  # of a context of 128, which no example fills
         "method=full trainer.optimizer=adafactor",
         "method=lora trainer.optimizer=adagrad",
-        "method=sylva method.block_size=4 trainer.optimizer=sgd",
         "method=s2ft model.dtype=float16 trainer.optimizer=adamw_torch_fused",
         "method=full hardware.dtype=bfloat16 hardware.gradient_checkpointing=true",
         "method=dora dataset.packing=true trainer.scheduler=cosine",
         "method=s2ft method.reselect_steps=1 scope=self_attn model.attn_implementation=eager",
-        "method=sylva method.reselect_steps=2 method.reselect_by=running sparsity=0.9",
         "method=s2ft method.layout=permuted trainer.batch_size=4 hardware.micro_batch=2",
-        "-m method=s2ft,lora",
     ],
 )
 def test_what_training_takes_can_be_planned(words: str, tmp_path: Path, model_folder: Any) -> None:
     common = [*on(model_folder(), write_data(tmp_path)["json"]), "trainer.max_steps=1", "--json"]
     for plan in (["--plan"], ["output_dir=run"]):
         sparseft(tmp_path, "train", *plan, *common, *words.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "method=sylva method.block_size=4 trainer.optimizer=sgd",
+        "method=sylva method.reselect_steps=2 method.reselect_by=running sparsity=0.9",
+        "-m method=s2ft,lora",
+    ],
+)
+def test_what_other_tests_train_can_be_planned(words: str, tmp_path: Path, model_folder: Any) -> None:
+    common = [*on(model_folder(), write_data(tmp_path)["json"]), "trainer.max_steps=1", "--json"]
+    sparseft(tmp_path, "train", "--plan", *common, *words.split())
 
 
 def test_attention_by_a_package_that_is_not_here_is_planned(tmp_path: Path) -> None:
