@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
+from sparseft import console
 from sparseft.config import SPARSITY
 from sparseft.errors import UserError, nearest
 from sparseft.methods.base import DEFAULT_SPARSITY, Layers, MethodConfig
@@ -75,6 +76,12 @@ class LoraConfig(MethodConfig):
 
         spec = spec.narrowed(self.layers)
         rank, targets = rank_for(spec, self), target_modules(spec, self)
+        smallest = min(targets, key=lambda name: min(spec.linears[name]))
+        if self.rank is None and rank > (most := min(spec.linears[smallest])):
+            console.warn(
+                f"sparsity={self.wanted_sparsity} asks for rank {rank}, and the smallest linear with an adapter, "
+                f"{smallest}, has rank {most}: more adds nothing there; raise sparsity or give method.rank"
+            )
         check_modules(model, targets, spec.linears)  # merging into a tied weight would change the other too
         peft_config = peft.LoraConfig(
             task_type=peft.TaskType.CAUSAL_LM,
