@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from sparseft import console
 from sparseft.config import SPARSITY
 from sparseft.errors import UserError, nearest
-from sparseft.methods.base import DEFAULT_SPARSITY, Layers, MethodConfig
+from sparseft.methods.base import DEFAULT_SPARSITY, RANK, Layers, MethodConfig
 from sparseft.models.chosen_layers import ALL
 from sparseft.rules import ABOVE_0, Rule
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sparseft.models.spec import ModelSpec
     from sparseft.selection.selection import Selection
 
-RANK = Rule(lambda rank: rank >= 1, "at least 1, or null to take it from sparsity")
 TARGETS = Rule(
     lambda value: not isinstance(value, str), "a list such as [q_proj,v_proj], or null for all linears in scope"
 )
