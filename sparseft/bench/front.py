@@ -36,14 +36,21 @@ from sparseft.bench.front_tables import drawing, markdown, more_tables, notes, p
 from sparseft.bench.jobs import Workers, workers
 from sparseft.bench.output import Output, device_name
 from sparseft.bench.pareto import beaten, bootstrap, read_off, verdict
-from sparseft.bench.trials import Trial, check_same_data, folder_name, going_on, named_variants
+from sparseft.bench.trials import (
+    Trial,
+    check_same_data,
+    check_trial,
+    folder_name,
+    going_on,
+    named_variants,
+    rates_of_seeds,
+)
 from sparseft.config import RunConfig
 from sparseft.data.files import locate_file
 from sparseft.errors import UserError
 from sparseft.models.loading import load_tokenizer, resolve_device
 from sparseft.report.charts import standalone
 from sparseft.runs.folder import check_trained_on
-from sparseft.training import checks
 
 __all__ = ["markdown", "more_tables", "notes", "page", "run", "table", "title"]  # of a benchmark
 
@@ -145,15 +152,7 @@ def _check(trial: Trial, config: RunConfig) -> None:
     differing = [key for key in theirs if theirs[key] != ours[key] and key not in own]
     if differing:
         raise UserError(f"it sets trainer.{differing[0]}, and all variants take one schedule.")
-    data, trainer = trial.config.dataset, trial.config.trainer
-    if not (data.eval_path or data.eval_fraction):
-        raise UserError("bench front needs held-out examples: give dataset.eval_fraction or dataset.eval_path.")
-    if trainer.keep_best or trainer.target_score is not None:
-        which = "keep_best" if trainer.keep_best else "target_score"
-        raise UserError(f"trainer.{which} looks at the held-out examples, of which bench front reports: leave it out.")
-    checks.check_trainer(trial.config)
-    checks.check_data(trial.config)
-    checks.check_model(trial.config)
+    check_trial(trial.config, "front", by_score=False)
 
 
 # ---- all of it ----
@@ -192,6 +191,7 @@ def measure(study: Study) -> dict[str, Any]:
                 if summary is not None:
                     weights.setdefault(variant, summary["trainable_parameters"])
                     point.learning_rate = summary["learning_rate"]
+                    point.learning_rates.append(point.learning_rate)
                 done += 1
                 progress.update(max(done, progress.completed))
             for variant in points:
@@ -244,6 +244,7 @@ class Measured:
     target: dict[str, list[float]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     forgetting: dict[str, list[float]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     sources: dict[str, list[float]] = field(default_factory=dict)  # the test loss of each
+    learning_rates: list[float] = field(default_factory=list)  # of the trainings that ended: each may find its own
 
     def add(self, losses: Losses | None, of_base: Losses) -> None:
         """One more seed; losses: None where the training diverged."""
@@ -286,7 +287,7 @@ def chosen(points: Sequence[Measured]) -> dict[str, Any]:
     on_front = [point for point, out in zip(left, beaten([point.mean for point in left]), strict=True) if not out]
     rates = [point.learning_rate for point in points]
     return {
-        "learning_rate": best.learning_rate,
+        **rates_of_seeds(best.learning_rates or [best.learning_rate]),
         "rate": best.rate,
         "at_edge": len(rates) > 2 and best.learning_rate in (min(rates), max(rates)),
         "target": best.target[TEST],
@@ -294,7 +295,7 @@ def chosen(points: Sequence[Measured]) -> dict[str, Any]:
         "forgetting": best.forgetting[TEST],
         "points": [
             {
-                "learning_rate": point.learning_rate,
+                **rates_of_seeds(point.learning_rates or [point.learning_rate]),
                 "dropped": point.dropped,
                 "front": point in on_front,
                 "target": point.target[TEST],

@@ -11,6 +11,7 @@ from typing import Any
 from sparseft.bench.intervals import shown
 from sparseft.bench.output import as_markdown, markdown_table, measured_on
 from sparseft.bench.pareto import bootstrap, read_off
+from sparseft.bench.trials import shown_rates
 from sparseft.report.charts import NARROW, WIDTH, Band, Panel, Series, drawn, line_chart
 from sparseft.report.html import write_page
 from sparseft.report.numbers import when
@@ -50,7 +51,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             [
                 name,
                 f"{entry['trainable_parameters']:,}",
-                f"{entry['learning_rate']:g}",
+                shown_rates(entry),
                 shown(entry["target"], 1, ".4f"),
                 shown(entry["source"], 1, ".4f"),
                 shown(entry["forgetting"], 1, ".4f"),
@@ -103,7 +104,7 @@ def all_points(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             rows.append(
                 [
                     name,
-                    f"{point['learning_rate']:g}",
+                    shown_rates(point),
                     shown(point["target"], 1, ".4f"),
                     shown(point["forgetting"], 1, ".4f"),
                     *(shown(losses, 1, ".4f") for losses in point["sources"].values() if several),

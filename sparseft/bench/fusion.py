@@ -29,7 +29,7 @@ from sparseft.adapters.lifecycle import detach, fuse, load_adapter, set_adapter
 from sparseft.bench import trials
 from sparseft.bench.intervals import shown
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
-from sparseft.bench.trials import Trial, folder_name, going_on, named_settings
+from sparseft.bench.trials import Trial, check_trial, folder_name, going_on, named_settings
 from sparseft.config import RunConfig
 from sparseft.data.loading import data_of
 from sparseft.data.packing import padding_id
@@ -41,7 +41,6 @@ from sparseft.files.untrusted import read_json_object
 from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
 from sparseft.runs.folder import ADAPTER, SELECTION
 from sparseft.selection.selection import Selection
-from sparseft.training import checks
 
 OWN = ("bench.variants", "bench.seeds", "bench.skills", "bench.rates", "bench.weights", "output_dir", "seed")
 BASE, APART = "base", ", disjoint"
@@ -115,12 +114,8 @@ def plan(
             trial = study.trial(variant, skill, study.seeds[0], study.rates_of(variant)[0]).config
             if trial.method.trains_all:
                 raise UserError(f"bench.variants: '{variant}' trains whole models, which have no sum of adapters.")
-            if not (trial.dataset.eval_path or trial.dataset.eval_fraction):
-                raise UserError("bench fusion chooses by held-out loss: give dataset.eval_path or .eval_fraction.")
-            checks.check_trainer(trial)
-            checks.check_data(trial)
-            checks.check_model(trial)
             try:
+                check_trial(trial, "fusion")
                 for rate in study.rates_of(variant):
                     study.check_folder(study.trial(variant, skill, study.seeds[0], rate))
             except UserError as error:

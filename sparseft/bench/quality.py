@@ -17,12 +17,21 @@ from typing import Any
 
 from sparseft import console
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
-from sparseft.bench.trials import Trial, finished, folder_name, going_on, named_settings, summary_of
+from sparseft.bench.trials import (
+    Trial,
+    check_trial,
+    finished,
+    folder_name,
+    going_on,
+    named_settings,
+    rates_of_seeds,
+    shown_rates,
+    summary_of,
+)
 from sparseft.compose.run_config import compose
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.models.loading import resolve_device
-from sparseft.training import checks
 
 
 def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], folder: Path) -> list[Trial]:
@@ -41,10 +50,7 @@ def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], 
             trial = compose("train", [*own, *changes, f"seed={seed}", "overwrite=true"], config_dirs)
             trial.output_dir = str(output_dir)
             if seed == config.seed:  # seeds differ in nothing that is checked
-                checks.check_trainer(trial)
-                checks.check_data(trial)
-                checks.check_excluded(trial)
-                checks.check_model(trial)
+                check_trial(trial, "quality")
             made.append(Trial(name, seed, trial))
     return made
 
@@ -68,9 +74,6 @@ def run(
 
 def compare(config: RunConfig, trials: Sequence[Trial], train: Callable[[RunConfig], dict[str, Any]]) -> dict[str, Any]:
     """Runs the trials that are missing, variant by variant within a seed, and puts all of them side by side."""
-    for trial in trials:
-        if not (trial.config.dataset.eval_path or trial.config.dataset.eval_fraction):
-            raise UserError("bench quality compares held-out losses: give dataset.eval_path or dataset.eval_fraction.")
     summaries = [finished(trial) for trial in trials]
     done = sum(summary is not None for summary in summaries)
     if done:
@@ -115,7 +118,7 @@ def variants(trials: Sequence[Trial], summaries: Sequence[Any]) -> dict[str, dic
             "eval_loss_before": statistics.fmean(summary["eval_loss_before"] for summary in mine),
             "train_loss": statistics.fmean(summary["train_loss"] for summary in mine),
             "trainable_parameters": round(statistics.fmean(summary["trainable_parameters"] for summary in mine)),
-            "learning_rate": mine[0]["learning_rate"],
+            **rates_of_seeds([summary["learning_rate"] for summary in mine]),
             "train_seconds": statistics.median(summary["train_seconds"] for summary in mine),
         }
     return rows
@@ -139,7 +142,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             f"{row['difference_sd']:.4f}" if row["difference_sd"] is not None else "-",
             f"{row['train_loss']:.4f}",
             f"{row['trainable_parameters']:,}",
-            f"{row['learning_rate']:g}",
+            shown_rates(row),
         ]
         for name, row in result["variants"].items()
     ]

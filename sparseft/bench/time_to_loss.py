@@ -39,7 +39,17 @@ from sparseft.bench.jobs import Workers, workers
 from sparseft.bench.output import Output, as_markdown, device_name, measured_on
 from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import attempt_each, failed_row, spread, take_turns
-from sparseft.bench.trials import Trial, check_same_data, finished, folder_name, going_on, named_variants
+from sparseft.bench.trials import (
+    Trial,
+    check_same_data,
+    check_trial,
+    finished,
+    folder_name,
+    going_on,
+    named_variants,
+    rates_of_seeds,
+    shown_rates,
+)
 from sparseft.config import RunConfig
 from sparseft.data.loading import data_of
 from sparseft.data.packing import Collator, padding_id
@@ -48,8 +58,8 @@ from sparseft.models.loading import load_model, load_tokenizer, resolve_device, 
 from sparseft.report.charts import Panel, Series, line_chart, standalone
 from sparseft.runs.folder import METRICS
 from sparseft.runs.metrics import read_metrics
-from sparseft.training import checks
 from sparseft.training.labelled_loss import usable
+from sparseft.training.mixed_precision import multiply_as_trained
 
 OWN = ("bench.variants", "bench.seeds", "bench.rates", "bench.steps", "bench.warmup_steps", "output_dir", "seed")
 CHART = "time-to-loss.svg"
@@ -126,15 +136,21 @@ def _check(trial: Trial, config: RunConfig, choosing: bool) -> None:
     """Refuses a training that could not start, or could not be held against the others."""
     if not choosing and not trial.config.trainer.eval_steps:
         raise UserError("bench time reads the held-out loss as it falls: give trainer.eval_steps.")
-    data = trial.config.dataset
-    if not (data.eval_path or data.eval_fraction):
-        of = " to choose rates by" if choosing else ""
-        raise UserError(f"bench time needs held-out examples{of}: give dataset.eval_fraction.")
+    if choosing and not trial.config.dataset.eval_fraction:
+        raise UserError("bench time needs held-out examples to choose rates by: give dataset.eval_fraction.")
+    if trial.config.method.reselects_running:
+        raise UserError(
+            "method.reselect_by=running makes a layer's whole gradient in each step, which the timed steps do not: use "
+            "method.reselect_by=calibration, or method.reselect_steps=0."
+        )
+    if (average := trial.config.trainer.average) is not None:
+        raise UserError(
+            f"trainer.average={average}: its pass in each step is in no timed step, and its loss is known at the end "
+            "alone: leave it out."
+        )
     check_same_data(trial, config, excepted="dataset.eval_path" if choosing else "")
     check_steps(trial.config, choosable=False)  # the steps are timed so
-    checks.check_trainer(trial.config)
-    checks.check_data(trial.config)
-    checks.check_model(trial.config)
+    check_trial(trial.config, "time")
 
 
 def measure(study: Study) -> dict[str, Any]:
@@ -213,7 +229,7 @@ def _trained(study: Study, variant: str) -> dict[str, Any]:
     every = getattr(runs[0].config.method, "reselect_steps", 0)
     return {
         "rate": best,
-        "learning_rate": summaries[0]["learning_rate"],
+        **rates_of_seeds([summary["learning_rate"] for summary in summaries]),
         "rate_losses": losses,
         "at_edge": len(losses) > 2 and best in (losses[0][0], losses[-1][0]),
         "trainable_parameters": summaries[0]["trainable_parameters"],
@@ -252,7 +268,12 @@ def step_seconds(configs: Mapping[str, RunConfig], config: RunConfig) -> tuple[d
 
     def make(name: str) -> None:
         each = settings[name]
-        made = contenders[name] = made_trainable(name, weights, None if name == FLOOR else each.method.for_benchmark())
+        method = None if name == FLOOR else each.method
+        if method is not None and not method.trains_all:  # which trains as wide weights as it is set to
+            method = method.for_benchmark()
+        made = contenders[name] = made_trainable(name, weights, method)
+        if method is not None:
+            multiply_as_trained(made.model, method, base.dtype, device)
         made.labelled = usable(made.model, each)
         batch = {key: value.to(device) for key, value in median_batch(each, tokenizer, pad).items()}
         calls[name] = functools.partial(step, made, batch, each.trainer.gradient_accumulation)
@@ -401,7 +422,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             [
                 name,
                 f"{entry['trainable_parameters']:,}",
-                f"{entry['learning_rate']:g}",
+                shown_rates(entry),
                 shown(entry["final_losses"], 1, ".4f"),
                 shown(entry["steps_to_loss"], 1, ".0f"),
                 *(

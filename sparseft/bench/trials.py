@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sparseft.errors import Diverged, RunError, UserError
 from sparseft.files.atomic import write_json
 from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.runs.folder import CONFIG, SUMMARY
+from sparseft.training import checks, schedules
 
 DIVERGED = "diverged.json"  # in a trial's folder: what its training said, which is not to be done again
 
@@ -203,6 +204,17 @@ class Study:
             raise RunError(diverged(trials[0]) or "")
 
 
+def rates_of_seeds(rates: Sequence[float]) -> dict[str, Any]:
+    """For `bench.json`, of a variant's learning rates by seed: the one that all have (None where each has found its
+    own, with trainer.learning_rate=auto), and all."""
+    return {"learning_rate": rates[0] if len(set(rates)) == 1 else None, "learning_rates": list(rates)}
+
+
+def shown_rates(entry: Mapping[str, Any]) -> str:
+    """What `rates_of_seeds` has made, for a table: each rate once, in the seeds' order."""
+    return ", ".join(f"{rate:g}" for rate in dict.fromkeys(entry["learning_rates"]))
+
+
 def named_variants(config: RunConfig) -> dict[str, list[str]]:
     """`bench.variants` by name: at least two, each once."""
     variants = dict(named_settings("bench.variants", config.bench.variants))
@@ -218,3 +230,31 @@ def check_same_data(trial: Trial, config: RunConfig, excepted: str = "") -> None
         differing = [key for key in theirs if theirs[key] != ours[key] and f"{group}.{key}" != excepted]
         if differing:
             raise UserError(f"it sets {group}.{differing[0]}, and all variants train one model on one set of data.")
+
+
+def check_trial(config: RunConfig, benchmark: str, by_score: bool = True) -> None:
+    """Refuses a training that could not start, that holds no examples out, or that decides something by them: the
+    benchmark reports of them what nothing has chosen.
+
+    by_score: whether a run may decide by an evaluation task's score in their place.
+    """
+    data, trainer = config.dataset, config.trainer
+    if not (data.eval_path or data.eval_fraction):
+        raise UserError(f"bench {benchmark} needs held-out examples: give dataset.eval_fraction or dataset.eval_path.")
+    blind = by_score and trainer.eval_task is not None
+    looking = {
+        "keep_best": trainer.keep_best and not blind,
+        "patience": trainer.patience is not None and not blind,
+        "target_score": trainer.target_score is not None and not by_score,
+        f"scheduler={trainer.scheduler}": trainer.scheduler in schedules.MEASURED,
+        "forget_budget": trainer.forget_budget is not None,
+    }
+    for setting, looks in looking.items():
+        if looks:
+            raise UserError(
+                f"trainer.{setting} looks at the held-out examples, of which bench {benchmark} reports: leave it out."
+            )
+    checks.check_trainer(config)
+    checks.check_data(config)
+    checks.check_excluded(config)
+    checks.check_model(config)

@@ -33,6 +33,7 @@ SAMPLES = Rule(
     lambda count: (isinstance(count, int) and count >= 1) or 0.0 < count < 1.0,
     "a whole number of calibration examples, at least 1, or a share of the training data below 1 such as 0.01",
 )
+RANK = Rule(lambda rank: rank >= 1, "at least 1, or null to take it from sparsity")
 FOLDER = Rule(lambda path: bool(path.strip()), "a run's or an adapter's folder")
 Layers = Annotated[list[int] | str | int | float, LAYERS]  # no number is one: the rule says what is
 EVERY = Rule(lambda steps: steps >= 0, "0 (never) or a number of steps")

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
+from sparseft import console
 from sparseft.config import SPARSITY
 from sparseft.errors import UserError, nearest
-from sparseft.methods.base import DEFAULT_SPARSITY, Layers, MethodConfig
+from sparseft.methods.base import DEFAULT_SPARSITY, RANK, Layers, MethodConfig
 from sparseft.models.chosen_layers import ALL
 from sparseft.rules import ABOVE_0, Rule
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from sparseft.models.spec import ModelSpec
     from sparseft.selection.selection import Selection
 
-RANK = Rule(lambda rank: rank >= 1, "at least 1, or null to take it from sparsity")
 TARGETS = Rule(
     lambda value: not isinstance(value, str), "a list such as [q_proj,v_proj], or null for all linears in scope"
 )
@@ -75,6 +75,12 @@ class LoraConfig(MethodConfig):
 
         spec = spec.narrowed(self.layers)
         rank, targets = rank_for(spec, self), target_modules(spec, self)
+        smallest = min(targets, key=lambda name: min(spec.linears[name]))
+        if self.rank is None and rank > (most := min(spec.linears[smallest])):
+            console.warn(
+                f"sparsity={self.wanted_sparsity} asks for rank {rank}, and the smallest linear with an adapter, "
+                f"{smallest}, has rank {most}: more adds nothing there; raise sparsity or give method.rank"
+            )
         check_modules(model, targets, spec.linears)  # merging into a tied weight would change the other too
         peft_config = peft.LoraConfig(
             task_type=peft.TaskType.CAUSAL_LM,

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from sparseft.errors import UserError
-from sparseft.methods.base import SparseConfig
-from sparseft.rules import Rule
+from sparseft.methods.base import RANK, SparseConfig
 
 if TYPE_CHECKING:
     from sparseft.models.spec import ModelSpec
     from sparseft.selection.budget import Budget
     from sparseft.selection.selection import Selection
-
-RANK = Rule(lambda rank: rank >= 1, "at least 1, or null to take it from sparsity")
 
 
 @dataclass

@@ -31,12 +31,12 @@ def tf32_as_set() -> Iterator[None]:
     switches: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),  # `matmul.allow_tf32` is part of it
     ]
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; the old names set some of these too, so these come last
-        onednn = torch.backends.mkldnn
-        named += [(place, "fp32_precision") for place in (cudnn, onednn, matmul, cudnn.conv, cudnn.rnn, onednn.matmul)]
-        # Settings that were left unset follow this one, and must stay unset.
-        switches.insert(0, (partial(getattr, torch.backends, "fp32_precision"),
-                            partial(setattr, torch.backends, "fp32_precision")))  # fmt: skip
+    onednn = torch.backends.mkldnn
+    # Last, as the old names set some of these too.
+    named += [(place, "fp32_precision") for place in (cudnn, onednn, matmul, cudnn.conv, cudnn.rnn, onednn.matmul)]
+    # Settings that were left unset follow this one, and must stay unset.
+    switches.insert(0, (partial(getattr, torch.backends, "fp32_precision"),
+                        partial(setattr, torch.backends, "fp32_precision")))  # fmt: skip
     switches += [(partial(getattr, *one), partial(setattr, *one)) for one in named]
 
     def value(read: Callable[[], Any]) -> Any:

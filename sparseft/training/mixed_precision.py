@@ -18,6 +18,13 @@ HALF_IS_FAST = ("cuda",)  # kinds of devices; a CPU multiplies the weights as th
 AUTOCAST = "sparseft_autocast"  # of a forward pass: the kind of device whose products it makes in bf16
 
 
+def multiply_as_trained(model: nn.Module, method: Any, stored: torch.dtype, device: torch.device) -> None:
+    """Has a model that `method` trains whole, of a checkpoint in 16 bits (`stored`), multiply in bf16 where the device
+    is fast at it."""
+    if method.trains_all and device.type in HALF_IS_FAST and stored.itemsize == 2:
+        multiply_in_bf16(model, device)
+
+
 def multiply_in_bf16(model: nn.Module, device: torch.device) -> None:
     """From here on the model's forward passes are autocast to bf16, whoever calls them; losses and logits are
     fp32."""

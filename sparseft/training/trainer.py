@@ -49,6 +49,7 @@ from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.recomputing import describe, recomputing
 from sparseft.training.reselection import Reselection, save_active
+from sparseft.training.router_loss import router_loss
 from sparseft.training.run_state import Mark, RunState
 from sparseft.training.spikes import ROW, Numbered
 from sparseft.training.verdicts import takes_flag
@@ -177,8 +178,17 @@ class Trainer(distributed_trainer.DistributedTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
         """As transformers computes it, whose masks are made by what the batch says of itself."""
-        with unasked(inputs), self.own_loss(), self.keeping_less():
+        share = self.share_of_step(options.get("num_items_in_batch"))
+        with unasked(inputs), self.own_loss(), self.keeping_less(), router_loss(self.model, share):
             return super().compute_loss(model, inputs, return_outputs, **options)
+
+    def share_of_step(self, items: Any) -> float:
+        """What a micro-step is of its step, over all processes, where transformers divides its loss by the step's
+        labels (`items`); 1 where that is not done, or it is no training."""
+        if items is None or not (self.model.training and self.model_accepts_loss_kwargs):
+            return 1.0
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return 1.0 / (self.current_gradient_accumulation_steps * processes)
 
     @contextlib.contextmanager
     def keeping_less(self) -> Iterator[None]:

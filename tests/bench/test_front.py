@@ -341,6 +341,9 @@ def test_what_is_chosen_on_validation_is_reported_on_test() -> None:
     found = chosen([taken, other])
     assert (found["learning_rate"], found["target"], found["forgetting"]) == (1e-3, [3.0] * 3, [0.2] * 3)
     assert [point["front"] for point in found["points"]] == [True, False]
+    taken.learning_rates = [1e-3, 2e-3, 1e-3]  # each seed has found its own
+    found = chosen([taken])
+    assert found["learning_rate"] is None and found["points"][0]["learning_rates"] == [1e-3, 2e-3, 1e-3]
 
 
 def test_unequal_sizes_are_named() -> None:

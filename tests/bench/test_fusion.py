@@ -206,6 +206,7 @@ def test_interval() -> None:
         (["bench.weights=[]"], ["bench.weights is empty"]),
         (["bench.rates=[0]"], ["bench.rates"]),
         (["dataset.eval_fraction=0"], ["dataset.eval_path", "held-out"]),
+        (["trainer.keep_best=true", "trainer.eval_steps=2"], ["trainer.keep_best", "of which bench fusion reports"]),
     ],
     ids=lambda value: "-".join(value),
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from sparseft.bench import time_to_loss
 from sparseft.bench.time_to_loss import Study, compare, median_batch, reached, seconds_at, step_error, verdict
@@ -18,13 +19,16 @@ from sparseft.data.packing import Collator
 from sparseft.errors import Diverged, RunError
 from sparseft.files.untrusted import read_yaml_object
 from sparseft.models.loading import load_tokenizer
+from sparseft.training import mixed_precision
+from sparseft.training.mixed_precision import AUTOCAST
 from support.running import refused, sparseft
 
 STUDY = ("bench", "time", "dataset.max_examples=80", "trainer.max_steps=4", "trainer.eval_steps=2",
          "trainer.batch_size=4", "trainer.max_length=64", "bench.seeds=2", "bench.rates=[1e-3,3e-2]", "bench.steps=3",
          "bench.warmup_steps=1", "output_dir=out",
          "bench.variants=['LoRA: method=lora method.dropout=0','S2FT: method=s2ft method.roles=[o,down] "
-         "method.importance=gradient method.num_samples=4 method.reselect_steps=2']")  # fmt: skip
+         "method.importance=gradient method.num_samples=4 method.reselect_steps=2 "
+         "method.reselect_by=calibration']")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +110,38 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         ([f"bench.variants=['{lora}','S2FT: method=s2ft trainer.checkpointing=selective']"], "runs plain steps only"),
         (["trainer.eval_steps=null"], "give trainer.eval_steps"),
         (["dataset.eval_fraction=0"], "give dataset.eval_fraction"),
+        (
+            [f"bench.variants=['{lora}','S2FT: method=s2ft method.reselect_steps=2']"],
+            "'S2FT': method.reselect_by=running",
+        ),
+        (
+            [f"bench.variants=['{lora}','mean: method=lora trainer.average=last:0.5']"],
+            "'mean': trainer.average=last:0.5",
+        ),
+        (["trainer.keep_best=true"], "trainer.keep_best looks at the held-out examples"),
     ):
         assert text in refused(tmp_path, "bench", "time", *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_step_is_timed_of_the_weights_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full training of a 16-bit checkpoint has fp32 weights, and products in bf16 where the device is fast at them."""
+    words = ["model.dtype=bfloat16", "dataset=commonsense", "dataset.max_examples=20", "trainer.batch_size=2",
+             "trainer.max_length=64", "bench.steps=1", "bench.warmup_steps=0", f"cache_dir={tmp_path}"]  # fmt: skip
+    methods = {"full": ["method=full"], "as stored": ["method=full", "method.dtype=model"], "LoRA": ["method=lora"]}
+    configs = {name: compose("bench", [*words, *own]) for name, own in methods.items()}
+    seen: dict[str, tuple[torch.dtype, bool]] = {}
+
+    def step(made: Any, *_: Any) -> None:
+        own = next(p for p in made.model.parameters() if p.requires_grad or made.is_floor)
+        seen[made.name] = own.dtype, hasattr(made.model.forward, AUTOCAST)
+
+    monkeypatch.setattr(time_to_loss, "step", step)
+    for fast in ((), ("cpu",)):
+        monkeypatch.setattr(mixed_precision, "HALF_IS_FAST", fast)
+        time_to_loss.step_seconds(configs, configs["full"])
+        assert seen["full"] == (torch.float32, bool(fast)) and seen["as stored"] == (torch.bfloat16, bool(fast))
+        assert seen["floor"] == (torch.bfloat16, False) and not seen["LoRA"][1]
 
 
 def test_reached_interpolates_and_takes_the_first_time() -> None:

@@ -496,6 +496,10 @@ def test_names_of_variants_may_hold_anything(in_tmp: Path) -> None:
         (["bench.variants=['a: method=lora','b: model.path=gone']"], ["model.path=gone"]),
         (["bench.variants=['a: method=lora','b: method=s2ft method.exclude=[gone]']"], ["method.exclude", "gone"]),
         (["dataset.eval_fraction=0"], ["dataset.eval_path", "held-out"]),
+        (
+            ["bench.variants=['a: method=lora','b: method=lora trainer.keep_best=true trainer.eval_steps=1']"],
+            ["trainer.keep_best looks at the held-out examples", "of which bench quality reports"],
+        ),
         (["bench.seeds=0"], ["bench.seeds=0"]),
     ],
     ids=lambda value: "-".join(value),

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from sparseft.bench import fusion, time_to_loss
-from sparseft.bench.trials import Trial, finished, summary_of
+from sparseft.bench.quality import variants
+from sparseft.bench.trials import Trial, check_trial, finished, rates_of_seeds, shown_rates, summary_of
 from sparseft.compose.run_config import compose
 from sparseft.errors import Diverged, UserError
 
@@ -96,3 +97,38 @@ def test_runs_with_other_settings_are_refused_before_the_first_training(
     planned("trainer.max_steps=3")
     with pytest.raises(UserError, match="'S2FT': .* holds a run with other settings"):
         planned("trainer.max_steps=4")
+
+
+def test_nothing_is_decided_by_the_examples_that_are_reported() -> None:
+    config = compose("train", ["dataset.eval_fraction=0.1"])
+    plain = config.trainer
+    check_trial(config, "quality")
+    looking: dict[str, dict[str, Any]] = {
+        "keep_best": {"keep_best": True},
+        "patience": {"patience": 2},
+        "scheduler=greedy": {"scheduler": "greedy"},
+        "scheduler=reduce_lr_on_plateau": {"scheduler": "reduce_lr_on_plateau"},
+        "forget_budget": {"forget_budget": 0.1, "forget_source": "source.txt"},
+    }
+    for name, settings in looking.items():
+        config.trainer = dataclasses.replace(plain, eval_steps=2, **settings)
+        with pytest.raises(UserError, match=rf"^trainer\.{name} looks at the held-out .* bench quality reports"):
+            check_trial(config, "quality")
+        config.trainer = dataclasses.replace(config.trainer, eval_task="boolq")
+        if name in ("keep_best", "patience"):  # by another task's score, but for bench front
+            check_trial(config, "quality")
+        with pytest.raises(UserError, match=rf"^trainer\.{name} looks at the held-out .* bench front reports"):
+            check_trial(config, "front", by_score=False)
+    config.trainer, config.dataset.eval_fraction = plain, 0.0
+    with pytest.raises(UserError, match=r"^bench quality needs held-out examples: give dataset\.eval_fraction or"):
+        check_trial(config, "quality")
+
+
+def test_a_rate_that_each_seed_has_found_is_shown_for_each() -> None:
+    assert rates_of_seeds([0.1, 0.1]) == {"learning_rate": 0.1, "learning_rates": [0.1, 0.1]}
+    rest = {"eval_loss_after": 1.0, "eval_loss_before": 2.0, "train_loss": 1.0, "trainable_parameters": 1}
+    summaries = [rest | {"train_seconds": 1.0, "learning_rate": rate} for rate in (0.01, 0.02, 0.01)]
+    trials = [Trial("auto", seed, None) for seed in range(3)]  # type: ignore[arg-type]
+    row = variants(trials, summaries)["auto"]
+    assert row["learning_rate"] is None and row["learning_rates"] == [0.01, 0.02, 0.01]
+    assert shown_rates(row) == "0.01, 0.02"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.compose.run_config import compose
-from sparseft.training.job import attach
+from sparseft.training import mixed_precision
 from sparseft.training.labelled_loss import labelled_loss
 from sparseft.training.mixed_precision import multiply_in_bf16
 from support.running import METHODS, on, sparseft, summary, write_data
@@ -70,7 +70,7 @@ def test_all_of_a_run_computes_alike(
     model_folder: Any, tmp_path: Path, products: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is measured before training, in training, and after."""
-    monkeypatch.setattr(attach, "HALF_IS_FAST", ("cpu",))
+    monkeypatch.setattr(mixed_precision, "HALF_IS_FAST", ("cpu",))
     data = write_data(tmp_path, 12)["json"]
     words = [*on(model_folder(), data), *METHODS["full"], "model.dtype=bfloat16", "trainer.max_steps=2"]
     done = sparseft(tmp_path, "train", *words, "dataset.eval_fraction=0.25", f"output_dir={tmp_path / 'run'}")
@@ -87,7 +87,7 @@ def test_all_of_a_run_by_preferences_computes_alike(
 ) -> None:
     """With the frozen copy that answers are compared with; TRL puts a head of its own into both."""
     pytest.importorskip("trl")
-    monkeypatch.setattr(attach, "HALF_IS_FAST", ("cpu",))
+    monkeypatch.setattr(mixed_precision, "HALF_IS_FAST", ("cpu",))
     words = [f"objective={objective}", "method=full", "model.dtype=bfloat16", "hardware=cpu", "trainer.max_steps=1",
              "trainer.batch_size=2", "trainer.gradient_accumulation=1", "dataset.max_examples=8"]  # fmt: skip
     sparseft(tmp_path, "train", *words, "output_dir=run")

@@ -22,7 +22,7 @@ from sparseft.training.arguments import training_arguments
 from sparseft.training.distributed_trainer import check_shards, has_experts
 from sparseft.training.job.job import Job
 from sparseft.training.labelled_loss import usable
-from sparseft.training.mixed_precision import HALF_IS_FAST, multiply_in_bf16
+from sparseft.training.mixed_precision import multiply_as_trained
 from sparseft.training.predicted import in_words, labelled_share, predicted_floors
 from sparseft.training.preference.objectives import OBJECTIVES
 from sparseft.training.prepare import select as cached_or_computed
@@ -71,10 +71,9 @@ def attach(job: Job) -> None:
         console.log(f"trainable: {job.trainable:,} of {job.spec.total_parameters:,} parameters of the model")
     _predict(job)
     job.export_rank = describe_export(job.selection, job.spec, config.method)
-    whole = job.method.trains_all
-    if whole and prepared.device.type in HALF_IS_FAST and job.dtype.itemsize == 2:
-        multiply_in_bf16(model, prepared.device)
-    options: dict[str, Any] = {"unused": has_experts(model) or (whole and bool(job.spec.frozen))}
+    multiply_as_trained(model, job.method, job.dtype, prepared.device)
+    unused = has_experts(model) or (job.method.trains_all and bool(job.spec.frozen))
+    options: dict[str, Any] = {"unused": unused}
     if config.trainer.learning_rate == AUTO:
         _find_rate(job, options)
     if config.by_preference:

@@ -1,0 +1,34 @@
+"""What a router adds to the loss so that experts are used evenly, in several micro-steps and processes.
+
+transformers divides a step's loss on tokens by the labels of the whole step, and adds the router's term, a mean over a
+batch, undivided in each micro-step of each process: that many times too much. Here it counts with its mean over them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from sparseft.training.labelled_loss import language_model
+
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # as models, or their configurations, call its weight
+
+
+@contextlib.contextmanager
+def router_loss(model: nn.Module, share: float) -> Iterator[None]:
+    """Inside, the model (also wrapped) adds `share` of its router's term to its loss."""
+    inner = language_model(model)
+    places = [(place, name) for place in (inner, inner.config.get_text_config()) for name in COEFFICIENTS]
+    usual = [(place, name, getattr(place, name)) for place, name in places if getattr(place, name, None)]
+    if share == 1.0 or not usual:
+        yield
+        return
+    for place, name, weight in usual:
+        setattr(place, name, share * weight)
+    try:
+        yield
+    finally:
+        for place, name, weight in usual:
+            setattr(place, name, weight)
