@@ -248,6 +248,15 @@ def test_the_best_adapter_of_a_model_in_shards(together: Runs, stage: Stage) -> 
     check_best(together, "s2ft", stage)
 
 
+def test_every_process_knows_the_score(tmp_path: Path, model_folder: Any) -> None:
+    """Though the first one alone has asked: of several machines each one's says what came of the run."""
+    runs = Runs(tmp_path, model_folder())
+    run_ranks(runs.folder, [best_case(runs, "s2ft", 0)])
+    first, second = (json.loads((tmp_path / f"best-s2ft-0{of}.json").read_text()) for of in ("", "-rank1"))
+    assert first["test_score"] == second["test_score"] is not None
+    assert first["test_score_stderr"] == second["test_score_stderr"]
+
+
 @pytest.mark.slow
 def test_the_best_of_every_method_in_shards(tmp_path: Path, model_folder: Any) -> None:
     runs = Runs(tmp_path, model_folder())
