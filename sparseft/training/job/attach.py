@@ -19,7 +19,7 @@ from sparseft.selection.selection import Selection, describe_selection, describe
 from sparseft.training import rate as rates
 from sparseft.training import schedules
 from sparseft.training.arguments import training_arguments
-from sparseft.training.distributed_trainer import check_shards, has_experts
+from sparseft.training.distributed_trainer import check_shards, has_experts, trains_beside_text
 from sparseft.training.job.job import Job
 from sparseft.training.labelled_loss import usable
 from sparseft.training.mixed_precision import HALF_IS_FAST, multiply_in_bf16
@@ -40,7 +40,8 @@ def select(job: Job) -> None:
         return
     if job.resumed_from is not None:
         # What it leaves to other adapters is settled: they need not be there any more.
-        check_shards(Request.of(job.spec, dataclasses.replace(job.method, exclude=None)), job.config.hardware)
+        request = Request.of(job.spec, dataclasses.replace(job.method, exclude=None))
+        check_shards(request, job.config.hardware, job.prepared.model)
         own = job.previous.folder / SELECTION
         console.log(f"selection: the run's own, {own}")
         job.selection, job.selection_cached = Selection.load(own), True
@@ -74,7 +75,9 @@ def attach(job: Job) -> None:
     whole = job.method.trains_all
     if whole and prepared.device.type in HALF_IS_FAST and job.dtype.itemsize == 2:
         multiply_in_bf16(model, prepared.device)
-    options: dict[str, Any] = {"unused": has_experts(model) or (whole and bool(job.spec.frozen))}
+    options: dict[str, Any] = {
+        "unused": has_experts(model) or (whole and (bool(job.spec.frozen) or trains_beside_text(model)))
+    }
     if config.trainer.learning_rate == AUTO:
         _find_rate(job, options)
     if config.by_preference:
