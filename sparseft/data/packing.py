@@ -187,7 +187,8 @@ class Collator:
         ):
             batch["position_ids"] = torch.zeros(shape, dtype=torch.long)
             for row, (example, count) in enumerate(zip(examples, counts, strict=True)):
-                batch["position_ids"][row, :count] = torch.tensor(example["position_ids"], dtype=torch.long)
+                own = example.get("position_ids", range(count))  # what fills a batch up is one example, and has none
+                batch["position_ids"][row, :count] = torch.tensor(own, dtype=torch.long)
         elif padded:
             batch["attention_mask"] = (torch.arange(shape[1]) < torch.tensor(counts)[:, None]).long()
         return batch

@@ -67,6 +67,12 @@ class PaddedDataset(Dataset):
     def __init__(self, dataset: Any, multiple: int, *, fillable: bool = True) -> None:
         self.dataset, self.fillable = dataset, fillable
         self.length = -(-len(dataset) // multiple) * multiple
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """accelerate's loader says the epoch before it iterates: to the data, as where a run goes on in the middle of
+        an epoch the sampler lies too deep for it."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.length
@@ -91,12 +97,9 @@ class PaddedSampler(Sampler[int]):
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[int]:
+        self.order.set_epoch(self.dataset.epoch)
         yield from self.order
         yield from range(len(self.dataset.dataset), len(self.dataset))
-
-    def set_epoch(self, epoch: int) -> None:
-        """accelerate's loader says the epoch before it iterates."""
-        self.order.set_epoch(epoch)
 
 
 def pad_to_world(dataset: Any, batch_size: int, *, fillable: bool = True) -> Any:

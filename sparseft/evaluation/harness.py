@@ -29,6 +29,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 from tokenizers.processors import TemplateProcessing
 
 from sparseft.data.loading import no_row
+from sparseft.distributed.shards import any_sharded
 from sparseft.errors import UserError
 from sparseft.models.loading import vocabulary_rows
 
@@ -37,9 +38,16 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int | None], None]  # (what, done, of how many)
 
 ROOM = 32  # tokens that generation gets at least, at the cost of the prompt's beginning
-CPU_BATCH = 8  # for batch_size=auto on a CPU, where too large a batch ends the process instead of raising
+FIXED_BATCH = 8  # for batch_size=auto where it cannot be tried out
 BOOTSTRAP = 1000  # resamplings for metrics without a closed standard error (accuracy has one)
 SEEDS = {"python": 0, "other": 1234}  # lm-eval's own defaults; they matter to tasks that sample
+
+
+def settled_batch(batch_size: int | str, model: Any) -> int | str:
+    """`auto` is found by trying, but not on a CPU, where too large a batch ends the process instead of raising, nor in
+    shards, where each process would find its own while the others wait for it."""
+    fixed = batch_size == "auto" and (model.device.type == "cpu" or any_sharded(model))
+    return FIXED_BATCH if fixed else batch_size
 
 
 class StopAt(transformers.StoppingCriteria):
@@ -67,8 +75,6 @@ class LanguageModel(HFLM):
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, max_length: int | None) -> None:
-        if batch_size == "auto" and model.device.type == "cpu":
-            batch_size = CPU_BATCH
         tokenizer, self.can_pad = _usable(tokenizer, model)
         limit = resolve_max_length(model.config, tokenizer)
         with _as_tied(model):
@@ -76,7 +82,7 @@ class LanguageModel(HFLM):
                 pretrained=model,
                 backend="causal",
                 tokenizer=tokenizer,
-                batch_size=batch_size,
+                batch_size=settled_batch(batch_size, model),
                 max_length=min(max_length or limit, limit),
             )
         self.truncated: set[str] = set()

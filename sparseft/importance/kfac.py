@@ -21,7 +21,7 @@ from sparseft.errors import RunError, UserError
 from sparseft.importance.hodlr import Hodlr
 from sparseft.importance.hooks import Observation
 from sparseft.importance.multilevel import Multilevel
-from sparseft.importance.room import Room
+from sparseft.importance.room import DEVICE, Room
 from sparseft.importance.second_moment import SecondMoment, full_precision
 from sparseft.importance.units import Candidate, sum_features
 from sparseft.kernels.reference import FP32_PRODUCTS, token_product
@@ -138,14 +138,22 @@ class KroneckerFactors:
     def reduce(self) -> None:
         """Adds up the sums of all ranks, one tensor at a time. Sketches are linear in x xᵀ, so theirs add up too."""
         sources: dict[str, str] = {}
-        for theirs in ranks.all_gather_object(self.sources):  # a rank may have seen no sample that reached an expert
+        everywhere = ranks.all_gather_object((self.sources, self.room.place))
+        for theirs, _ in everywhere:  # a rank may have seen no sample that reached an expert
             sources = {**theirs, **sources}
+        # Each rank has looked at its own memory: of one tensor some on a device and some on the host would wait for
+        # each other, by NCCL and by gloo.
+        by_host = any(place != DEVICE for _, place in everywhere)
         order = [name for name in self.shapes if name in sources]
         for name in order:
             if name not in self.sources:
                 self._open(name, sources[name])
         for name in order:
-            ranks.all_reduce_sum(self.sums[name])
+            total = self.sums[name]
+            shared = total.cpu() if by_host else total
+            ranks.all_reduce_sum(shared)
+            if shared is not total:
+                total.copy_(shared)
             for x in self.gradients[name].tensors():
                 ranks.all_reduce_sum(x)
         for name in dict.fromkeys(sources[name] for name in order):

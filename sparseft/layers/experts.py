@@ -22,7 +22,7 @@ from sparseft.kernels import reference
 from sparseft.layers.grouped_product import Grouping, grouped_product
 from sparseft.layers.pattern import Pattern
 from sparseft.layers.sparse_linear import SparseLinear
-from sparseft.models.decoder import Expert, find_expert, stack_parameter
+from sparseft.models.decoder import Expert, find_expert, stack_parameter, stacks
 
 _CONFIG = "_sparseft_config"  # where an opened experts module keeps its own config
 # What may be asked of a stack as of its parameter; a product by another way would lose the deltas' gradient silently.
@@ -214,6 +214,12 @@ def _see_plain(experts: nn.Module, state_dict: Any, prefix: str, *_: Any) -> Non
     for name, layer in _expert_layers(experts):
         deltas = any(f"{prefix}{name}.{kind}.delta" in state_dict for kind in reference.KINDS)
         layer._plain_loaded = prefix + layer.parameter in state_dict and not deltas
+
+
+def multiplied_at_once(model: nn.Module) -> bool:
+    """Whether a plain model multiplies all experts of a 3-D parameter in one product, which leaves none of them without
+    a gradient."""
+    return all(module.config._experts_implementation == "grouped_mm" for module in model.modules() if stacks(module))
 
 
 def open_expert(expert: Expert, *, eager: bool = False) -> ExpertLinear:

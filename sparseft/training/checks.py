@@ -32,6 +32,11 @@ def check_one_process(config: RunConfig, command: str) -> None:
                 f"hardware.{field}={str(value).lower()}: `sparseft {command}` runs in one process; use "
                 f"hardware.{field}={str(possible).lower()}."
             )
+    if (started := processes(config.hardware)) > 1:
+        raise UserError(
+            f"WORLD_SIZE={started}: a launcher has started {started} processes, but `sparseft {command}` runs in one; "
+            "start it without torchrun."
+        )
 
 
 def check_hardware(config: RunConfig) -> None:

@@ -30,11 +30,13 @@ from sparseft.distributed.deepspeed import (
     judge_gradients,
     weights_only,
 )
+from sparseft.distributed.env import processes
 from sparseft.distributed.ranks import barrier, is_main, rank_and_world
 from sparseft.distributed.shards import any_sharded, full_shape, gathered, is_sharded, state_on_first
 from sparseft.errors import RunError, UserError
 from sparseft.layers import put_beside, sparse_layers, write_back
-from sparseft.layers.experts import ExpertLinear
+from sparseft.layers.experts import ExpertLinear, multiplied_at_once
+from sparseft.models.decoder import decoder_layers
 from sparseft.selection.compute import Request
 from sparseft.training.checkpoints import fitting
 from sparseft.training.reselection import load_active
@@ -68,12 +70,30 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(layer, ExpertLinear) for layer in sparse_layers(model).values())
 
 
-def check_shards(request: Request, hardware: HardwareConfig) -> None:
+def trains_beside_text(model: nn.Module) -> bool:
+    """Whether something trains outside the decoder and its head, such as a tower for images, to which text gives no
+    gradient."""
+    decoder = decoder_layers(model)[0].rpartition(".")[0]
+    reached = [model.get_submodule(decoder), model.get_output_embeddings()]
+    own = {id(p) for module in reached if module is not None for p in module.parameters()}
+    return any(p.requires_grad and id(p) not in own for p in model.parameters())
+
+
+def check_shards(request: Request, hardware: HardwareConfig, model: nn.Module) -> None:
     """Refuses what cannot train in shards, of the linears that a sparse method is to choose from."""
     if hardware.in_shards is not None and request.has_experts:
         raise UserError(
             f"{hardware.in_shards}: experts kept as 3-D parameters cannot be sharded while single experts of them "
             "train; use hardware.fsdp=false and hardware.zero_stage=2 or less."
+        )
+    if not (hardware.zero_stage and request.has_experts and processes(hardware) > 1):
+        return
+    grids = any(c.kind == "grid" for c in request.budget.candidates)
+    if grids or not multiplied_at_once(model):
+        raise UserError(
+            f"hardware.zero_stage={hardware.zero_stage}: experts kept as 3-D parameters are multiplied one by one here "
+            f"({'as grids of them train' if grids else 'by the way of this model'}), and one that no token reaches has "
+            "no gradient, without which ZeRO would mix up the others'; use hardware.zero_stage=0."
         )
 
 

@@ -138,7 +138,7 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
     spec = ModelSpec.of(model).narrowed(settings.layers)
     if settings.sparse:
         request = Request.of(spec, settings.for_benchmark())
-        check_shards(request, config.hardware)
+        check_shards(request, config.hardware, model)
         check_seen(request, settings)
         selection = compute(model, request)
         warn_of_cap(selection, settings)

@@ -79,6 +79,6 @@ def prepare(config: RunConfig) -> Prepared:
 def select(config: RunConfig, prepared: Prepared, spec: ModelSpec) -> Selected:
     """The cached selection with this run's key, or a new one, which is then cached."""
     request = Request.of(spec, config.method)
-    check_shards(request, config.hardware)
+    check_shards(request, config.hardware, prepared.model)
     check_seen(request, config.method)
     return cache.select(prepared.model, request, prepared.data, prepared.pad, config.cache_dir)

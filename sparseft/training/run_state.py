@@ -83,15 +83,17 @@ class RunState:
         self.names_spikes = True
         self.step_learnt = 0  # of the present step: tokens to be learnt
         self.step_rows: list[int] = []  # and rows of the training data
-        self._made_of: dict[int, tuple[int, list[int]]] = {}  # these, of the steps that were judged and not settled
+        self._made_of: dict[int, list[int]] = {}  # the rows of the steps that were judged and not settled
 
     def judge(self, step: int, norm: Tensor | float | None) -> Tensor:
         """Decides over the optimizer step number `step` (1-based) whose gradients are there, without waiting for them:
         a float32 () on the device, 1 where the step is bad. A call of all processes; its sum of losses starts anew."""
-        bad = self.verdicts.add(step, ranks.mean_over_ranks(self.step_loss), norm)
+        learnt = torch.full_like(self.step_loss, self.step_learnt)
+        loss, learnt = ranks.mean_over_ranks(torch.stack([self.step_loss, learnt]))
+        bad = self.verdicts.add(step, loss, norm, learnt)
         self.loss_sum += torch.where(bad > 0, 0.0, self.step_loss)
         self.step_loss.zero_()
-        self._made_of[step] = self.step_learnt, self.step_rows
+        self._made_of[step] = self.step_rows
         self.step_learnt, self.step_rows = 0, []
         return bad
 
@@ -100,10 +102,10 @@ class RunState:
 
         Waits for the device where it has not come to the last of them yet.
         """
-        for step, loss, norm in self.verdicts.settled(until):
-            made_of = self._made_of.pop(step)
+        for step, loss, norm, learnt in self.verdicts.settled(until):
+            rows = self._made_of.pop(step)
             if self.bad_steps.judge(step, loss, norm):
-                self._look_for_spike(step, loss, *made_of)
+                self._look_for_spike(step, loss, round(learnt * ranks.rank_and_world()[1]), rows)
                 continue
             if self.bad_steps.streak == 1 and ranks.is_main():
                 console.warn(

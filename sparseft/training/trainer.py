@@ -31,7 +31,7 @@ from sparseft.runs.folder import ADAPTER, CHECKPOINTS, checkpoint_name
 from sparseft.training import distributed_trainer, schedules
 from sparseft.training.arguments import tf32_as_set
 from sparseft.training.average import Average
-from sparseft.training.best import copy_best
+from sparseft.training.best import copy_best, read_best
 from sparseft.training.callbacks import RunCallback
 from sparseft.training.checkpoints import (
     check_moments,
@@ -325,9 +325,11 @@ class Trainer(distributed_trainer.DistributedTrainer):
             save_active(self.accelerator.unwrap_model(self.model), folder)
 
     def take_best(self, checkpoint: Path) -> None:
-        """What the checkpoint knows as the best adapter is the run's again."""
-        if ranks.is_main():
-            copy_best(checkpoint, self.run_state.folder / CHECKPOINTS)
+        """The best adapter that the checkpoint knows is the run's again, but where the run's is of the checkpoint's own
+        step: its evaluation was made up after the checkpoint."""
+        folder = self.run_state.folder / CHECKPOINTS
+        if ranks.is_main() and ((own := read_best(folder)) is None or own.step != step_of(str(checkpoint))):
+            copy_best(checkpoint, folder)
         ranks.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -31,7 +31,9 @@ class Verdict:
     """What decides over an optimizer step, on its way to the host."""
 
     step: int
-    numbers: Tensor  # float64 (1 or 2,) on the host, pinned where it comes from a GPU: the loss, the gradient's norm
+    # float64 (2 or 3,) on the host, pinned where it comes from a GPU: the loss, the tokens that it is the mean of, the
+    # gradient's norm
+    numbers: Tensor
     arrived: torch.cuda.Event | None  # None: from the CPU itself
 
     def read(self) -> list[float]:
@@ -48,15 +50,16 @@ class Verdicts:
         self.bad = torch.zeros((), device=device)  # float32: 1 where the present step's loss or gradient is not finite
         self._waiting: deque[Verdict] = deque()
 
-    def add(self, step: int, loss: Tensor, norm: Tensor | float | None) -> Tensor:
+    def add(self, step: int, loss: Tensor, norm: Tensor | float | None, tokens: Tensor) -> Tensor:
         """Decides on the device over the step number `step` (1-based): the flag `bad`, the same tensor each time.
 
-        loss: float64 (). norm: of the gradient; None where there is none.
+        loss, tokens: float64 (). norm: of the gradient; None where there is none.
         """
-        numbers = loss.detach().reshape(1)
+        known = [loss.detach(), tokens]
         if norm is not None:
             norm = norm if isinstance(norm, Tensor) else torch.full((), norm, device=loss.device)
-            numbers = torch.stack([loss.detach(), norm.detach().double()])
+            known.append(norm.detach().double())
+        numbers = torch.stack(known)
         self.bad.copy_(numbers.isfinite().all().logical_not())
         on_gpu = numbers.device.type == "cuda"
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_gpu)
@@ -68,9 +71,10 @@ class Verdicts:
         self._waiting.append(Verdict(step, host, arrived))
         return self.bad
 
-    def settled(self, until: int | None = None) -> Iterator[tuple[int, float, float | None]]:
-        """(step, loss, norm) of the verdicts up to the step `until`, or of all: the only place where the host reads."""
+    def settled(self, until: int | None = None) -> Iterator[tuple[int, float, float | None, float]]:
+        """(step, loss, norm, tokens) of the verdicts up to the step `until`, or of all: nowhere else does the host
+        read."""
         while self._waiting and (until is None or self._waiting[0].step <= until):
             verdict = self._waiting.popleft()
-            loss, *norm = verdict.read()
-            yield verdict.step, loss, (norm[0] if norm else None)
+            loss, tokens, *norm = verdict.read()
+            yield verdict.step, loss, (norm[0] if norm else None), tokens

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseft.data.packing import Collator, PackedDataset, best_fit, check_packing, padding_share
+from sparseft.data.sampling import PaddedDataset
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.errors import UserError
 from support.running import METHODS, metrics, on, refused, sparseft, summary, write_data
@@ -71,6 +72,8 @@ def test_batches_of_rows_have_positions_instead_of_a_mask() -> None:
     assert set(Collator(0)([alone[0], alone[1]])) == {"input_ids", "labels"}
     assert Collator(0)([alone[0], alone[2]])["attention_mask"].tolist() == [[1] * 10, [1] * 9 + [0]]
     assert Collator(0)([packed[0], alone[0]])["position_ids"].tolist() == [[*range(8), 0, 1], [*range(10)]]
+    filler = PaddedDataset(packed, 8)[7]  # what several processes' data are lengthened by
+    assert Collator(0)([packed[0], filler])["position_ids"].tolist() == [[*range(8), 0, 1], [0] * 10]
 
 
 def test_padding_share_by_hand() -> None:

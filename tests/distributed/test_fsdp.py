@@ -45,6 +45,20 @@ def test_other_commands_run_in_one_process(tmp_path: Path) -> None:
     assert message == "hardware.fsdp=true: `sparseft bench` runs in one process; use hardware.fsdp=false."
 
 
+@pytest.mark.parametrize("words", [("eval", "mmlu", "--base"), ("bench", "train"), ("chat",)])
+def test_other_commands_are_started_once(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    message = refused(tmp_path, *words)
+    assert message == (
+        f"WORLD_SIZE=2: a launcher has started 2 processes, but `sparseft {words[0]}` runs in one; start it without "
+        "torchrun."
+    )
+
+
 def llama(dtype: torch.dtype = torch.float32) -> transformers.LlamaForCausalLM:
     content = transformers.LlamaConfig(
         vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2

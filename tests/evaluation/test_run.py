@@ -701,3 +701,15 @@ def test_real_model_agrees_with_its_logits() -> None:
             assert record["loglikelihoods"] == pytest.approx(expected, abs=1e-3)
             verdicts.append("ABCD"[int(np.argmax(expected))] == record["target"])
         assert outcome["tasks"][name]["accuracy"] == pytest.approx(np.mean(verdicts))
+
+
+def test_a_batch_is_tried_out_by_one_process_on_a_gpu_alone() -> None:
+    from types import SimpleNamespace
+
+    from sparseft.evaluation.harness import FIXED_BATCH, settled_batch
+
+    whole, shard = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(0))
+    shard.ds_id = 0
+    for parameter, device, expected in ((whole, "cuda", "auto"), (shard, "cuda", FIXED_BATCH), (whole, "cpu", 8)):
+        there = SimpleNamespace(device=torch.device(device), parameters=lambda own=parameter: iter([own]))
+        assert settled_batch("auto", there) == expected and settled_batch(3, there) == 3

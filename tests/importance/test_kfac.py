@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparseft
+from sparseft.distributed import ranks
 from sparseft.errors import RunError
 from sparseft.importance import room as host_memory
 from sparseft.importance.batching import WINDOW, groups_of, may_share, packed, pad_together, split_samples
@@ -327,3 +328,42 @@ def test_the_device_multiplies_halves_exactly(dtype: torch.dtype, structure: str
         torch.testing.assert_close(
             states[1][name].cpu(), wanted, rtol=1e-5, atol=1e-5 * peak, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_sums_are_reduced_at_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another rank has no room on its device, this one's sums go by the host too."""
+
+    class OnDevice:
+        """Stands for a tensor on a device."""
+
+        def __init__(self, held: torch.Tensor) -> None:
+            self.held = held
+
+        def cpu(self) -> torch.Tensor:
+            return self.held.clone()
+
+        def copy_(self, there: torch.Tensor) -> None:
+            self.held.copy_(there)
+
+    def reduced(place: str) -> OnDevice:
+        sums = KroneckerFactors(FactorSettings(num_partition=0), 0, {"m": (2, 3)}, torch.device("cpu"))
+        sums._open("m", "m")
+        sums.room.place = host_memory.DEVICE
+        total = OnDevice(torch.ones(2, 3))
+        sums.sums["m"] = total  # type: ignore[assignment]
+        monkeypatch.setattr(ranks, "all_gather_object", lambda own: [own, (own[0], place)])
+        sums.reduce()
+        return total
+
+    reached = []
+
+    def doubled(tensor: Any) -> None:
+        reached.append(tensor)
+        if isinstance(tensor, torch.Tensor):
+            tensor *= 2
+
+    monkeypatch.setattr(ranks, "all_reduce_sum", doubled)
+    total = reduced(host_memory.HOST)
+    assert not any(isinstance(tensor, OnDevice) for tensor in reached) and total.held.tolist() == [[2.0] * 3] * 2
+    total = reduced(host_memory.DEVICE)
+    assert sum(tensor is total for tensor in reached) == 1

@@ -248,6 +248,15 @@ def test_the_best_adapter_of_a_model_in_shards(together: Runs, stage: Stage) -> 
     check_best(together, "s2ft", stage)
 
 
+def test_every_process_knows_the_score(tmp_path: Path, model_folder: Any) -> None:
+    """Though the first one alone has asked: of several machines each one's says what came of the run."""
+    runs = Runs(tmp_path, model_folder())
+    run_ranks(runs.folder, [best_case(runs, "s2ft", 0)])
+    first, second = (json.loads((tmp_path / f"best-s2ft-0{of}.json").read_text()) for of in ("", "-rank1"))
+    assert first["test_score"] == second["test_score"] is not None
+    assert first["test_score_stderr"] == second["test_score_stderr"]
+
+
 @pytest.mark.slow
 def test_the_best_of_every_method_in_shards(tmp_path: Path, model_folder: Any) -> None:
     runs = Runs(tmp_path, model_folder())
@@ -520,9 +529,31 @@ def test_lengthened_data_counts_no_example_twice(count: int) -> None:
 def test_the_order_is_that_of_one_process() -> None:
     from accelerate.data_loader import SeedableRandomSampler
 
-    sampler, alone = PaddedSampler(PaddedDataset(Numbers(9), 4), 5), SeedableRandomSampler(Numbers(9), data_seed=5)
+    data = PaddedDataset(Numbers(9), 4)
+    sampler, alone = PaddedSampler(data, 5), SeedableRandomSampler(Numbers(9), data_seed=5)
     for epoch in (0, 3):
-        sampler.set_epoch(epoch)
+        data.set_epoch(epoch)
         alone.set_epoch(epoch)
         order = list(sampler)
         assert order[:9] == list(alone) and order[9:] == [9, 10, 11] and len(order) == len(sampler)
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_every_epoch_has_its_order_wherever_it_is_gone_on(epoch: int, skipped: int) -> None:
+    """Through accelerate's loader of several processes, which wraps the sampler once more to leave batches out."""
+    from accelerate import skip_first_batches
+    from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
+
+    found = []
+    for rank in range(2):
+        data = PaddedDataset(Numbers(7), 2)
+        batches = BatchSamplerShard(torch.utils.data.BatchSampler(PaddedSampler(data, 0), 1, False), 2, rank)
+        loader: Any = DataLoaderShard(data, batch_sampler=batches, collate_fn=lambda rows: rows[0]["labels"][0])
+        if skipped:
+            loader = skip_first_batches(loader, skipped)
+        loader.set_epoch(epoch)
+        found.append(list(loader))
+    alone = SeedableRandomSampler(Numbers(7), data_seed=0)
+    alone.set_epoch(epoch)
+    assert [row for step in zip(*found, strict=True) for row in step] == [*alone, -100][2 * skipped :]

@@ -3,9 +3,9 @@
     python -m torch.distributed.run … tests/support/distributed_worker.py CASES.json
 
 CASES: a list of {"name", "overrides", "command", "refused", "bad", "what"}; each is composed and run by
-`sparseft.commands`. Rank 0 leaves its result as `<name>.json` beside the file, or the message of one that is to be
-refused or to fail. The cases share the time that torch and DeepSpeed take to be imported. With "bad", the losses of
-those micro-steps (1-based) are bad in the last process, in the way that "what" names.
+`sparseft.commands`. Rank 0 leaves its result as `<name>.json` beside the file (others: `<name>-rank<r>.json`), or the
+message of one that is to be refused or to fail. The cases share the time that torch and DeepSpeed take to be imported.
+With "bad", the losses of those micro-steps (1-based) are bad in the last process, in the way that "what" names.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def main(path: Path) -> None:
             if not case.get("refused"):
                 raise
             result = {"message": str(error), "last_checkpoint": getattr(error, "last_checkpoint", None)}
-        if dist.get_rank() == 0:
-            write_json(path.parent / f"{case['name']}.json", result)
+        of_rank = f"-rank{dist.get_rank()}" if dist.get_rank() else ""
+        write_json(path.parent / f"{case['name']}{of_rank}.json", result)
         dist.barrier()
         gc.freeze()  # what the case imported: every case asks for collections, which would go through it
     dist.destroy_process_group()

@@ -553,17 +553,17 @@ GREEDY = "trainer.scheduler=greedy", "trainer.scheduler_args={min_lr: 1e-6, pati
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("at", "words"),
     [
-        ["trainer.keep_best=true"],
-        ["trainer.patience=1", "trainer.learning_rate=1.0"],
-        pytest.param(list(PLATEAU), marks=pytest.mark.slow),
-        pytest.param(list(GREEDY), marks=pytest.mark.slow),
+        (4, ["trainer.keep_best=true", "trainer.learning_rate=1.0"]),  # at the best evaluation
+        (2, ["trainer.patience=1", "trainer.learning_rate=1.0"]),
+        pytest.param(2, list(PLATEAU), marks=pytest.mark.slow),
+        pytest.param(2, list(GREEDY), marks=pytest.mark.slow),
     ],
-    ids=lambda words: words[0],
+    ids=["best", "patience", "plateau", "greedy"],
 )
 def test_an_interrupt_in_a_step_that_is_evaluated(
-    words: list[str], data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int, words: list[str], data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is no time for the evaluation then; going on makes it up, and all that it decides."""
     words = [*on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=6", "trainer.eval_steps=2",
@@ -572,13 +572,21 @@ def test_an_interrupt_in_a_step_that_is_evaluated(
     own = RunCallback.on_step_end
 
     def interrupted(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.run.interrupted = "SIGINT" if state.global_step == 2 else None
+        self.run.interrupted = "SIGINT" if state.global_step == at else None
         own(self, args, state, control, **given)
+
+    def failed(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
+        raise RunError("ended before the next checkpoint")
 
     with monkeypatch.context() as patch:
         patch.setattr(RunCallback, "on_step_end", interrupted)
         sparseft(tmp_path, "train", *words, "output_dir=run", code=130)
-    assert [line["step"] for line in metrics(tmp_path / "run") if "eval_loss" in line] == [0]
+    assert [line["step"] for line in metrics(tmp_path / "run") if "eval_loss" in line] == list(range(0, at, 2))
+    if "trainer.keep_best=true" in words:
+        assert summary(tmp_path / "whole")["best_step"] == at
+        with monkeypatch.context() as patch:
+            patch.setattr(RunCallback, "on_step_end", failed)
+            sparseft(tmp_path, "train", *words, "output_dir=run", "trainer.resume=auto", code=1)
     sparseft(tmp_path, "train", *words, "output_dir=run", "trainer.resume=auto")
     facts = "step loss eval_loss learning_rate".split()
     found, wanted = (

@@ -19,7 +19,7 @@ from sparseft.selection.selection import Selection, describe_selection, describe
 from sparseft.training import rate as rates
 from sparseft.training import schedules
 from sparseft.training.arguments import training_arguments
-from sparseft.training.distributed_trainer import check_shards, has_experts
+from sparseft.training.distributed_trainer import check_shards, has_experts, trains_beside_text
 from sparseft.training.job.job import Job
 from sparseft.training.labelled_loss import usable
 from sparseft.training.mixed_precision import multiply_as_trained
@@ -40,7 +40,8 @@ def select(job: Job) -> None:
         return
     if job.resumed_from is not None:
         # What it leaves to other adapters is settled: they need not be there any more.
-        check_shards(Request.of(job.spec, dataclasses.replace(job.method, exclude=None)), job.config.hardware)
+        request = Request.of(job.spec, dataclasses.replace(job.method, exclude=None))
+        check_shards(request, job.config.hardware, job.prepared.model)
         own = job.previous.folder / SELECTION
         console.log(f"selection: the run's own, {own}")
         job.selection, job.selection_cached = Selection.load(own), True
@@ -72,8 +73,8 @@ def attach(job: Job) -> None:
     _predict(job)
     job.export_rank = describe_export(job.selection, job.spec, config.method)
     multiply_as_trained(model, job.method, job.dtype, prepared.device)
-    unused = has_experts(model) or (job.method.trains_all and bool(job.spec.frozen))
-    options: dict[str, Any] = {"unused": unused}
+    unread = bool(job.spec.frozen) or trains_beside_text(model)  # by text, that is
+    options: dict[str, Any] = {"unused": has_experts(model) or (job.method.trains_all and unread)}
     if config.trainer.learning_rate == AUTO:
         _find_rate(job, options)
     if config.by_preference:

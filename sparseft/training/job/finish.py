@@ -35,9 +35,10 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
         prepared.tokenizer.save_pretrained(folder / ADAPTER)
     scores: dict[str, Any] = {}
     if job.scorer is not None:
-        test_score = stderr = None
+        measured = None
         if first or config.hardware.in_shards:
-            test_score, stderr = job.scorer.on_test(prepared.model, prepared.tokenizer, folder)
+            measured = job.scorer.on_test(prepared.model, prepared.tokenizer, folder)
+        test_score, stderr = ranks.broadcast_object(measured)  # each machine says what came of the run
         scores = {
             "eval_task": job.scorer.name,
             "eval_score_before": trained.before.eval_score,
