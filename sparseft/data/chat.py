@@ -27,6 +27,7 @@ from typing import Any
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Converter, Example, Segments, counted, is_empty, join_prompts, unused_sentence
 from sparseft.data.prompts import PLAIN_ASSISTANT, PLAIN_BREAK, plain_turn
+from sparseft.data.templates import STAND_IN, Refused, rendered
 from sparseft.data.tool_calls import calls_of, objects, spelt_call, tools_of, with_arguments
 from sparseft.errors import UserError, nearest, shown
 
@@ -37,9 +38,6 @@ SWITCHES = ("weight", "train", "loss", "train_on_turn")  # of a message: whether
 _CONTEXT = ("tools", "documents")  # of a conversation: lists that templates may use
 
 Message = dict[str, Any]  # role, content, and what else the template may use
-
-# Stands in for an answer, to see what the template writes around it whatever the answer says.
-_STAND_IN = "STANDS7IN7FOR7AN7ANSWER"
 
 
 @dataclass
@@ -70,11 +68,12 @@ class Answer:
 
 
 class Chats(Converter):
-    """Converts conversations with the encoder's tokenizer; `plain`: without its chat template."""
+    """Converts conversations with the encoder's tokenizer; `plain`: without its chat template; `day`: the one that the
+    template takes for today."""
 
-    def __init__(self, encoder: Encoder, plain: bool = False) -> None:
+    def __init__(self, encoder: Encoder, plain: bool = False, day: str | None = None) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.day = encoder, day
         self.tokenizer = encoder.tokenizer
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         # Why the template is not used; None: it is.
@@ -122,7 +121,7 @@ class Chats(Converter):
         writes as Python does."""
 
         def written(arguments: Any) -> str | None:
-            function = {"name": _STAND_IN, "arguments": arguments}
+            function = {"name": STAND_IN, "arguments": arguments}
             calls = [{"id": "call00000", "type": "function", "function": function}]  # Mistral's are nine letters
             messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": calls}]
             try:
@@ -246,7 +245,7 @@ class Chats(Converter):
         """Text and start of an answer whose rendering does not begin with its prompt."""
         messages = chat.messages
         around = self._stand_in(chat, turn)
-        common = os.path.commonprefix([prompt, answered, *([around[0] + _STAND_IN] if around else [])])
+        common = os.path.commonprefix([prompt, answered, *([around[0] + STAND_IN] if around else [])])
         opens = turn == 0 and around is not None and answered.startswith(around[0])
         if opens and around[0].rstrip().endswith(prompt.strip()):  # behind a system message of the template's own
             return answered, len(around[0].rstrip()) + len(os.path.commonprefix([_space(around[0]), _space(prompt)]))
@@ -275,12 +274,12 @@ class Chats(Converter):
 
     def _stand_in(self, chat: Conversation, turn: int) -> tuple[str, str] | None:
         """What the template writes before and behind the answer `turn`, whatever it says; None if it does not show."""
-        message = chat.messages[turn] | {"content": _STAND_IN}
+        message = chat.messages[turn] | {"content": STAND_IN}
         try:
             text = self._try([*chat.messages[:turn], message], chat)
         except Refused:
             return None
-        before, found, behind = text.rpartition(_STAND_IN)
+        before, found, behind = text.rpartition(STAND_IN)
         return (before, behind) if found else None
 
     def _next_mark(self, chat: Conversation, turn: int, answered: str, full: str) -> str:
@@ -289,7 +288,7 @@ class Chats(Converter):
         text = full
         if turn == chat.learnt[-1]:
             try:
-                text = self._try([*chat.messages[: turn + 1], {"role": "user", "content": _STAND_IN}], chat)
+                text = self._try([*chat.messages[: turn + 1], {"role": "user", "content": STAND_IN}], chat)
             except Refused:
                 return ""
         if not text.startswith(answered):
@@ -342,16 +341,7 @@ class Chats(Converter):
 
     def _try(self, messages: list[Message], chat: Conversation, *, prompt: bool = False) -> str:
         """What the template writes; `prompt`: with what asks for the next answer. Refused where it cannot."""
-        from jinja2.exceptions import TemplateError  # only conversations need it
-
-        try:
-            # As a batch of one, which unlike a conversation may be empty: the prompt of one that the assistant opens.
-            return self.tokenizer.apply_chat_template(
-                [messages], tokenize=False, add_generation_prompt=prompt, **chat.context
-            )[0]
-        # A template is a program on the record's data: a key that is not there, a text where it expects a list, …
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise Refused(shown(str(error).strip().rstrip("."), 300) or type(error).__name__) from error
+        return rendered(self.tokenizer, messages, prompt=prompt, day=self.day, context=chat.context)
 
 
 _SHOWS_NOT = (
@@ -359,10 +349,6 @@ _SHOWS_NOT = (
     "from its text that asks for one); give the tokenizer another chat_template, or dataset.plain_chat=true to write "
     "chats as plain User: and Assistant: text"
 )
-
-
-class Refused(Exception):
-    """The template cannot render these messages; its own words."""
 
 
 def parse_conversation(item: dict[str, Any], where: str) -> Conversation:

@@ -153,26 +153,6 @@ def generation_ends(tokenizer: Any) -> set[int]:
     return {int(end) for end in ends if end is not None}
 
 
-def end_of_turn(tokenizer: Any) -> set[int]:
-    """The token with which the chat template ends an answer, which a model may have learnt to say instead of EOS; empty
-    where there is none."""
-    if not getattr(tokenizer, "chat_template", None):
-        return set()
-    from jinja2.exceptions import TemplateError  # only conversations need it
-
-    stand_in = "STANDS7IN7FOR7AN7ANSWER"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": stand_in}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    # A template is a program, which may fail in any of these ways; it says so where something is asked.
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
-        return set()
-    behind = text.partition(stand_in)[2].lstrip()
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    marks = [token for token in special if behind.startswith(token)]
-    return {tokenizer.convert_tokens_to_ids(max(marks, key=len))} if marks else set()
-
-
 def _prefix(tokenizer: Any) -> list[int]:
     """The ids that the tokenizer puts before any text by default."""
     probe = "a"

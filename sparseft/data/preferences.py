@@ -49,12 +49,12 @@ def written_as(records: Records) -> str:
 
 
 class Side(Converter):
-    """Converts one side of the records; `plain`: chats without the tokenizer's template."""
+    """Converts one side of the records; `plain` and `day`: of chats, as `Chats` takes them."""
 
-    def __init__(self, encoder: Encoder, format: str, side: str, plain: bool = False) -> None:
+    def __init__(self, encoder: Encoder, format: str, side: str, plain: bool = False, day: str | None = None) -> None:
         super().__init__()
         self.format, self.better = format, side == BETTER
-        self.texts, self.chats = Plain("prompt_completion"), Chats(encoder, plain)
+        self.texts, self.chats = Plain("prompt_completion"), Chats(encoder, plain, day)
         self._chats = self._same = 0
 
     def convert(self, records: Records) -> list[Example]:

@@ -16,6 +16,7 @@ from sparseft.data.oasst_trees import Trees
 from sparseft.data.preferences import KEYS, UNPAIRED, Side, detect_preference
 from sparseft.data.records import Source
 from sparseft.data.sources import open_source
+from sparseft.data.templates import chat_date
 from sparseft.data.token_cache import Cache, Damaged, Writer, tokens_key
 from sparseft.data.tokenized import Tokens
 from sparseft.errors import UserError, nearest
@@ -109,6 +110,7 @@ class Reader:
 
     def __init__(self, config: DatasetConfig, encoder: Encoder, max_length: int, cache: Cache) -> None:
         self.config, self.encoder, self.max_length, self.cache = config, encoder, max_length, cache
+        self.day = chat_date(config, encoder.tokenizer)
         self.notes: list[str] = []
         self.warnings: list[str] = []
 
@@ -198,6 +200,8 @@ class Reader:
             format, ["plain_chat"] if side else []
         )
         apart = {"side": side} if side else {}
+        if self.day is not None and not config.plain_chat and (side or format == "messages"):
+            apart["day"] = self.day
         return {"format": format, "max_length": self.max_length, "max_examples": count, **apart} | {
             name: getattr(config, name) for name in ("too_long", "loss_on_prompt", *own)
         }
@@ -207,9 +211,9 @@ class Reader:
     ) -> None:
         converter: Converter
         if side is not None:
-            converter = Side(self.encoder, format, side, self.config.plain_chat)
+            converter = Side(self.encoder, format, side, self.config.plain_chat, self.day)
         elif format == "messages":
-            converter = Chats(self.encoder, self.config.plain_chat)
+            converter = Chats(self.encoder, self.config.plain_chat, self.day)
         elif format == "oasst_trees":
             converter = Trees(self.config.paths, self.config.language)
         else:

@@ -62,8 +62,6 @@ def tokenizer_content(tokenizer: Any) -> Iterator[bytes]:
     template = getattr(tokenizer, "chat_template", None)
     ends = [tokenizer.eos_token_id, sorted(generation_ends(tokenizer))]
     yield json.dumps([template, tokenizer.special_tokens_map, *ends], default=str).encode()
-    if "strftime_now" in str(template):  # a template that writes the date gives other prompts tomorrow
-        yield time.strftime("%Y-%m-%d").encode()
     if getattr(tokenizer, "is_fast", False):
         yield tokenizer.backend_tokenizer.to_str().encode()
         return

@@ -17,12 +17,13 @@ import transformers
 
 from sparseft import console
 from sparseft.data.chat import Chats
-from sparseft.data.encoding import Encoder, end_of_turn
+from sparseft.data.encoding import Encoder
 from sparseft.data.files import locate_file, open_file
 from sparseft.data.formats import Converter, Example, Plain
 from sparseft.data.loading import no_row
 from sparseft.data.prompts import ASSISTANT, STOPS, human_turn
 from sparseft.data.records import Records
+from sparseft.data.templates import end_of_turn
 from sparseft.distributed import ranks
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import dumps, write_text
@@ -110,10 +111,12 @@ def _records(file: Path, name: str) -> Iterator[Prompt]:
 class Asked:
     """Prompts in the form of the training data, as token ids."""
 
-    def __init__(self, prompts: list[Prompt], tokenizer: Any, format: str, plain_chat: bool) -> None:
+    def __init__(
+        self, prompts: list[Prompt], tokenizer: Any, format: str, plain_chat: bool, day: str | None = None
+    ) -> None:
         self.prompts, self.tokenizer = prompts, tokenizer
         encoder = Encoder(tokenizer)
-        chats = Chats(encoder, plain_chat) if format == "messages" else None
+        chats = Chats(encoder, plain_chat, day) if format == "messages" else None
         if chats is not None:
             form = "plain" if chats.plainly else "chat"
         else:
