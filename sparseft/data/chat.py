@@ -25,7 +25,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseft.data.encoding import Encoder
-from sparseft.data.formats import Converter, Example, Segments, counted, is_empty, join_prompts, unused_sentence
+from sparseft.data.formats import (
+    Converter,
+    Example,
+    NothingToLearn,
+    Segments,
+    counted,
+    is_empty,
+    join_prompts,
+    unused_sentence,
+)
 from sparseft.data.prompts import PLAIN_ASSISTANT, PLAIN_BREAK, plain_turn
 from sparseft.data.templates import STAND_IN, Refused, rendered
 from sparseft.data.tool_calls import calls_of, objects, spelt_call, tools_of, with_arguments
@@ -35,7 +44,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant"}
 _SHAREGPT |= dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool")
 SWITCHES = ("weight", "train", "loss", "train_on_turn")  # of a message: whether it is learnt
-_CONTEXT = ("tools", "documents")  # of a conversation: lists that templates may use
+BESIDE = ("system", "functions", "tools", "documents")  # of a record, beside its messages: what templates may use
 
 Message = dict[str, Any]  # role, content, and what else the template may use
 
@@ -87,6 +96,8 @@ class Chats(Converter):
         self._first_refused: dict[str, str] = {}
         self._unused: Counter[str] = Counter()  # records, by a field that the template does not use
         self._unwritten: Counter[str] = Counter()  # messages whose content the template does not write, by role
+        self._shortened: Counter[bool] = Counter()  # learnt ones among them, by whether a thought is what is missing
+        self._first_shortened: dict[bool, str] = {}
         self._asked = 0
         self._as_text: bool | None = None  # whether the template wants a call's arguments as text
         self._asked_with: Counter[str] = Counter()  # answers, by a generation prompt's end that is in no text
@@ -97,7 +108,7 @@ class Chats(Converter):
         chat = parse_conversation(item, where)
         self._asked += chat.asked
         used = next((key for key in ("messages", "conversations") if item.get(key) is not None), "messages")
-        known = (used, "system", "functions", *_CONTEXT)
+        known = (used, *BESIDE)
         self._unknown.update(key for key in item if key not in known and not is_empty(item[key]))
         if not chat.learnt:
             self._masked += 1
@@ -162,6 +173,21 @@ class Chats(Converter):
         parts += [*unused_sentence(self._unused, by), *unused_sentence(self._unknown)]
         return "; ".join(parts)
 
+    def warnings(self) -> list[str]:
+        """Answers that the template does not write as they are: it decides what is learnt of them."""
+        said = super().warnings()
+        for thought, count in self._shortened.most_common():
+            how = (
+                "the part of {} up to </think>, which is not learnt"
+                if thought
+                else "{} as given, so not all of it is learnt"
+            )
+            said.append(
+                f"the chat template does not write {how.format(counted(count, 'answer'))} (first: "
+                f"{self._first_shortened[thought]})"
+            )
+        return said
+
     def _plain(self, chat: Conversation) -> list[tuple[Segments, bool]]:
         for turn in chat.learnt:
             if not chat.messages[turn]["content"].strip():
@@ -189,7 +215,7 @@ class Chats(Converter):
             found = [
                 ([(each.text[: each.start], False), (each.text[each.start :], True)], each.closed) for each in answers
             ]
-        self._count_unwritten(used, answers, [full, *(each.text for each in answers)])
+        self._count_unwritten(chat, used, answers, [full, *(each.text for each in answers)])
         return found
 
     def _why_apart(self, answers: list[Answer], full: str) -> str | None:
@@ -323,13 +349,31 @@ class Chats(Converter):
         except Refused:
             return False
 
-    def _count_unwritten(self, used: list[Message], answers: list[Answer], texts: list[str]) -> None:
-        """Counts messages whose content stands in none of the texts."""
+    def _count_unwritten(
+        self, chat: Conversation, used: list[Message], answers: list[Answer], texts: list[str]
+    ) -> None:
+        """Counts messages whose content stands in none of the texts. White space does not count: some templates set
+        `<think>` off by lines of their own."""
         learnt = {each.turn: each for each in answers}
         for turn, message in enumerate(used):
             within = [learnt[turn].text[learnt[turn].start :]] if turn in learnt else texts
-            if not any(message["content"].strip() in text for text in within):
+            if any(message["content"].strip() in text for text in within):
+                continue
+            content = _squeezed(message["content"])
+            if turn in learnt:
+                self._compare(content, learnt[turn], chat.place(turn))
+            elif not any(content in _squeezed(text) for text in texts):
                 self._unwritten[message["role"]] += 1
+
+    def _compare(self, content: str, answer: Answer, where: str) -> None:
+        """Counts a learnt answer of which the text lacks something."""
+        before, text = _squeezed(answer.text[: answer.start]), _squeezed(answer.text)
+        found = text.rfind(content)
+        if found >= 0 and found + len(content) > len(before):  # it may begin in the prompt, which opens its thought
+            return
+        thought = "</think>" in content and content.rpartition("</think>")[2] in text[len(before) :]
+        self._shortened[thought] += 1
+        self._first_shortened.setdefault(thought, where)
 
     def _render(self, messages: list[Message], chat: Conversation) -> str:
         try:
@@ -352,16 +396,19 @@ _SHOWS_NOT = (
 
 
 def parse_conversation(item: dict[str, Any], where: str) -> Conversation:
-    """The record's chat. UserError says what is missing or wrong."""
+    """The record's chat. UserError says what is missing or wrong; NothingToLearn where an answer is empty or there is
+    none."""
     messages = item.get("messages") if item.get("messages") is not None else item.get("conversations")
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list):
         keys = shown(", ".join(sorted(str(key) for key in item)), 300) or "nothing"
         raise UserError(f"{where}: a chat record needs a list under 'messages' or 'conversations' (it has: {keys}).")
+    if not messages:
+        raise NothingToLearn("the conversation is empty", where)
     parsed = [_parse_message(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
     switches = [_switch(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
     answers = [turn for turn, message in enumerate(parsed) if message["role"] == "assistant"]
     if not answers:
-        raise UserError(f"{where}: the conversation has no assistant message to learn from.")
+        raise NothingToLearn("the conversation has no assistant message to learn from", where)
     learnt = [turn for turn in answers if switches[turn] is not False]
     asked = sum(bool(on) for turn, on in enumerate(switches) if turn not in answers)
     inserted = 0
@@ -402,7 +449,7 @@ def _parse_message(message: Any, where: str) -> Message:
     if not isinstance(content, str):
         raise UserError(f"{where}: 'content' must be text, not {type(content).__name__}.")
     if role == "assistant" and not content.strip() and not calls:
-        raise UserError(f"{where}: the assistant's 'content' is empty; every answer needs text.")
+        raise NothingToLearn("an assistant's 'content' is empty", where)
     return {"role": role, "content": content, **others}
 
 
@@ -444,6 +491,11 @@ def _extras(messages: Sequence[Message]) -> list[str]:
 def _end_marks(tokenizer: Any) -> tuple[str, ...]:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return tuple({*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
+
+
+def _squeezed(text: str) -> str:
+    """`text` without white space."""
+    return "".join(text.split())
 
 
 def _space(text: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,9 +145,11 @@ def _begins(ids: list[int], start: list[int]) -> bool:
 def generation_ends(tokenizer: Any) -> set[int]:
     """Ids that end generation: the tokenizer's EOS, and those of the model's `generation_config.json` beside it."""
     ends = [tokenizer.eos_token_id]
-    if getattr(tokenizer, "name_or_path", None):
+    file = getattr(tokenizer, "generation_config_file", None)  # as `load_tokenizer` has found it
+    place = str(Path(file).parent) if file else getattr(tokenizer, "name_or_path", None)
+    if place:
         try:
-            own = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True).eos_token_id
+            own = GenerationConfig.from_pretrained(place, local_files_only=True).eos_token_id
         except (OSError, ValueError):  # there is none, or none that can be read
             own = None
         ends += own if isinstance(own, list) else [own]

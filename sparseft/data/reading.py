@@ -115,11 +115,12 @@ class Reader:
         self.warnings: list[str] = []
 
     def open(self, named: NamedSource, role: str, seed: int, preferences: bool = False) -> Opened:
-        """A source and its format, of `formats.py` or of `preferences.py`. A file to evaluate on is not streamed."""
+        """A source and its format, of `formats.py` or of `preferences.py`. What is evaluated on is read in its own
+        order, all of it."""
         config, training = self.config, role == "training"
         source = open_source(
             named.path, split=config.hub_split if training else None, key=named.key,
-            stream=seed if training and config.streaming else None,
+            streaming=config.streaming, shuffle=seed if training and config.streaming else None,
         )  # fmt: skip
         if preferences == (config.format in KEYS) and config.format != "auto":
             return Opened(named, source, config.format)
@@ -154,6 +155,7 @@ class Reader:
             note = f"{facts.records} training records from {source.name}{files}, format {format} ({how})"
             self.notes += [note] if note not in self.notes else []
         self.notes += [note for note in facts.notes if note not in self.notes]
+        self.warnings += [warning for warning in facts.warnings if warning not in self.warnings]
         limit = f"{self.max_length} tokens"
         role, what, end = (f"{role}'s {side}", "answers", "end") if side else (role, "examples", "answer")
         if facts.dropped:
@@ -239,10 +241,12 @@ class Reader:
         note = converter.note(source.name)
         facts = writer.facts
         facts.notes += [note] if note else []
+        facts.warnings += converter.warnings()
         if facts.examples == 0:
             if format == UNPAIRED:
                 return  # there may be good answers alone to evaluate on
-            raise UserError(f"{source.name}: none of the {facts.records} {role} records holds an example ({note}).")
+            why = "; ".join([*facts.warnings, *facts.notes])
+            raise UserError(f"{source.name}: none of the {facts.records} {role} records holds an example ({why}).")
         if facts.dropped == facts.examples:
             raise UserError(
                 f"{source.name}: none of the {facts.examples} {role} examples fits trainer.max_length="
