@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from sparseft.rules import ABOVE_0, AT_LEAST_0, AT_LEAST_1, AT_LEAST_2, BELOW_1, Rule
+from sparseft.rules import A_DAY, ABOVE_0, AT_LEAST_0, AT_LEAST_1, AT_LEAST_2, BELOW_1, Rule
 
 BUNDLED = "bundled:"  # paths that start so lie inside the package
 BUNDLED_ROOT = Path(__file__).resolve().parent / "bundled"
@@ -120,6 +120,7 @@ class DatasetConfig:
     too_long: Literal["cut_answer", "drop"] = "cut_answer"
     packing: bool = False
     plain_chat: bool = False
+    chat_date: Annotated[str, A_DAY] | None = None
     paths: Literal["best", "all"] = "best"
     language: str | None = None
 

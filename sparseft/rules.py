@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from datetime import date
 from typing import Annotated, Any, Literal, NamedTuple
 
 from sparseft.errors import UserError, nearest, shown
@@ -34,6 +35,14 @@ AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
 AT_LEAST_2 = Rule(lambda value: value >= 2, "at least 2")
 ABOVE_0 = Rule(lambda value: value > 0, "more than 0")
 BELOW_1 = Rule(lambda value: 0 <= value < 1, "a number from 0 to below 1")
+A_DAY = Rule(lambda value: _is_day(value), "a day as 2026-01-31")
+
+
+def _is_day(value: str) -> bool:
+    try:
+        return date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False
 
 
 @functools.cache

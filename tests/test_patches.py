@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import inspect
 import io
@@ -1032,6 +1033,18 @@ def test_conversions_of_a_checkpoint() -> None:
     saved = revert_weight_conversion(model, {name: p.to("meta") for name, p in known.items()})
     assert saved[name].shape == (48, 80), relied_on("revert_weight_conversion")
     assert saved[name].is_meta, relied_on("revert_weight_conversion")
+
+
+# -- chat templates ---------------------------------------------------------------------------------------------------
+
+
+def test_a_templates_date_is_that_of_a_module_level_clock(tokenizer: Any) -> None:
+    """`data/templates.py` sets it."""
+    from sparseft.data.templates import rendered
+
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}"
+    assert rendered(tokenizer, [], day="2020-02-29") == "2020-02-29", relied_on("strftime_now")
+    assert rendered(tokenizer, []) == datetime.date.today().isoformat(), relied_on("strftime_now")
 
 
 # -- trackers ----------------------------------------------------------------------------------------------------------

@@ -68,7 +68,10 @@ def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples
     tokenizer, vocabulary = load_tokenizer(model), vocabulary_rows(load_model(model))
     target, source, of_source = {}, {}, {}
     for path in sources:
-        settings = DatasetConfig(name="text", train_path=path, eval_fraction=0.0, too_long=config.dataset.too_long)
+        settings = DatasetConfig(
+            name="text", train_path=path, eval_fraction=0.0, too_long=config.dataset.too_long,
+            chat_date=config.dataset.chat_date,
+        )  # fmt: skip
         with console.quiet():
             data = load_datasets(
                 settings, tokenizer, max_length=config.trainer.max_length, seed=0, bundled=False,

@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,13 @@ def going_on(folder: Path) -> Iterator[None]:
         raise
 
 
+def _chat_date(path: Path) -> str | None:
+    try:
+        return from_dict(read_yaml_object(path)).dataset.chat_date
+    except UserError:  # which `same_training` says
+        return None
+
+
 @dataclass
 class Study:
     """What is compared, checked before the first run."""
@@ -150,6 +158,12 @@ class Study:
     made: dict[tuple[str, ...], RunConfig] = field(default_factory=dict, init=False)  # composed, by their words
     folders: dict[str, str] = field(default_factory=dict, init=False)  # of the trials checked so far: whose each is
 
+    def __post_init__(self) -> None:
+        # One day for all of its runs, whenever they are trained: what they learn and what is held out is the same.
+        if self.config.dataset.chat_date is None:
+            made = sorted(self.folder.glob(f"*/*/{CONFIG}"))
+            self.config.dataset.chat_date = _chat_date(made[0]) if made else date.today().isoformat()
+
     @property
     def seeds(self) -> list[int]:
         """Those of its runs."""
@@ -161,7 +175,8 @@ class Study:
         if rate is not None:
             words.append(f"trainer.learning_rate={rate:g}")
         if tuple(words) not in self.made:  # each once: composing warns of what has no effect
-            self.made[tuple(words)] = compose("train", words, self.config_dirs)
+            made = self.made[tuple(words)] = compose("train", words, self.config_dirs)
+            made.dataset.chat_date = made.dataset.chat_date or self.config.dataset.chat_date
         return copy.deepcopy(self.made[tuple(words)])
 
     def rates_of(self, variant: str) -> list[float | None]:

@@ -15,7 +15,8 @@ from sparseft.chat.conversation import Message
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Example, check_encodable
 from sparseft.data.prompts import AS_MESSAGES, STOPS, alpaca_conversation, guanaco_conversation, plain_conversation
-from sparseft.errors import UserError, shown
+from sparseft.data.templates import asking
+from sparseft.errors import UserError
 from sparseft.evaluation.target import data_format, prompt_format
 
 Write = Callable[[list[Message]], str]
@@ -49,7 +50,7 @@ def find_form(wanted: str, tokenizer: Any, run: Path | None) -> Form:
     if name == AS_MESSAGES:
         name = "chat" if templated else "plain"
     if name == "chat":
-        return Form(name, why, lambda messages: _templated(messages, tokenizer))
+        return Form(name, why, lambda messages: asking(tokenizer, messages))
     write = {
         "alpaca": _turns(alpaca_conversation),
         "guanaco": _turns(guanaco_conversation),
@@ -74,17 +75,6 @@ def _alone(messages: list[Message]) -> str:
     if messages[0]["role"] == "system":
         raise UserError("questions are put alone, as they are (raw), which leaves no place for a system message.")
     return messages[-1]["content"]
-
-
-def _templated(messages: list[Message], tokenizer: Any) -> str:
-    from jinja2.exceptions import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    # A template is a program, which may fail in any of these ways.
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        reason = shown(str(error).strip().rstrip("."), 300) or type(error).__name__
-        raise UserError(f"the model's chat template refuses this: {reason}.") from error
 
 
 def prompt_ids(form: Form, messages: list[Message], encoder: Encoder) -> list[int]:

@@ -15,7 +15,8 @@ from sparseft.adapters.state import state_of
 from sparseft.chat.answer import Memory, set_up
 from sparseft.chat.form import Form, find_form
 from sparseft.config import ModelConfig, RunConfig
-from sparseft.data.encoding import Encoder, end_of_turn, generation_ends
+from sparseft.data.encoding import Encoder, generation_ends
+from sparseft.data.templates import end_of_turn
 from sparseft.errors import UserError, nearest, nearest_path, where_looked
 from sparseft.evaluation.target import Target, find_target, load_target
 from sparseft.runs import folder as runs

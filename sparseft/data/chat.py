@@ -25,8 +25,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseft.data.encoding import Encoder
-from sparseft.data.formats import Converter, Example, Segments, counted, is_empty, join_prompts, unused_sentence
+from sparseft.data.formats import (
+    Converter,
+    Example,
+    NothingToLearn,
+    Segments,
+    counted,
+    is_empty,
+    join_prompts,
+    unused_sentence,
+)
 from sparseft.data.prompts import PLAIN_ASSISTANT, PLAIN_BREAK, plain_turn
+from sparseft.data.templates import STAND_IN, Refused, rendered
 from sparseft.data.tool_calls import calls_of, objects, spelt_call, tools_of, with_arguments
 from sparseft.errors import UserError, nearest, shown
 
@@ -34,12 +44,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant"}
 _SHAREGPT |= dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool")
 SWITCHES = ("weight", "train", "loss", "train_on_turn")  # of a message: whether it is learnt
-_CONTEXT = ("tools", "documents")  # of a conversation: lists that templates may use
+BESIDE = ("system", "functions", "tools", "documents")  # of a record, beside its messages: what templates may use
 
 Message = dict[str, Any]  # role, content, and what else the template may use
-
-# Stands in for an answer, to see what the template writes around it whatever the answer says.
-_STAND_IN = "STANDS7IN7FOR7AN7ANSWER"
 
 
 @dataclass
@@ -70,11 +77,12 @@ class Answer:
 
 
 class Chats(Converter):
-    """Converts conversations with the encoder's tokenizer; `plain`: without its chat template."""
+    """Converts conversations with the encoder's tokenizer; `plain`: without its chat template; `day`: the one that the
+    template takes for today."""
 
-    def __init__(self, encoder: Encoder, plain: bool = False) -> None:
+    def __init__(self, encoder: Encoder, plain: bool = False, day: str | None = None) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.day = encoder, day
         self.tokenizer = encoder.tokenizer
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         # Why the template is not used; None: it is.
@@ -88,6 +96,8 @@ class Chats(Converter):
         self._first_refused: dict[str, str] = {}
         self._unused: Counter[str] = Counter()  # records, by a field that the template does not use
         self._unwritten: Counter[str] = Counter()  # messages whose content the template does not write, by role
+        self._shortened: Counter[bool] = Counter()  # learnt ones among them, by whether a thought is what is missing
+        self._first_shortened: dict[bool, str] = {}
         self._asked = 0
         self._as_text: bool | None = None  # whether the template wants a call's arguments as text
         self._asked_with: Counter[str] = Counter()  # answers, by a generation prompt's end that is in no text
@@ -98,7 +108,7 @@ class Chats(Converter):
         chat = parse_conversation(item, where)
         self._asked += chat.asked
         used = next((key for key in ("messages", "conversations") if item.get(key) is not None), "messages")
-        known = (used, "system", "functions", *_CONTEXT)
+        known = (used, *BESIDE)
         self._unknown.update(key for key in item if key not in known and not is_empty(item[key]))
         if not chat.learnt:
             self._masked += 1
@@ -122,7 +132,7 @@ class Chats(Converter):
         writes as Python does."""
 
         def written(arguments: Any) -> str | None:
-            function = {"name": _STAND_IN, "arguments": arguments}
+            function = {"name": STAND_IN, "arguments": arguments}
             calls = [{"id": "call00000", "type": "function", "function": function}]  # Mistral's are nine letters
             messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": calls}]
             try:
@@ -163,6 +173,21 @@ class Chats(Converter):
         parts += [*unused_sentence(self._unused, by), *unused_sentence(self._unknown)]
         return "; ".join(parts)
 
+    def warnings(self) -> list[str]:
+        """Answers that the template does not write as they are: it decides what is learnt of them."""
+        said = super().warnings()
+        for thought, count in self._shortened.most_common():
+            how = (
+                "the part of {} up to </think>, which is not learnt"
+                if thought
+                else "{} as given, so not all of it is learnt"
+            )
+            said.append(
+                f"the chat template does not write {how.format(counted(count, 'answer'))} (first: "
+                f"{self._first_shortened[thought]})"
+            )
+        return said
+
     def _plain(self, chat: Conversation) -> list[tuple[Segments, bool]]:
         for turn in chat.learnt:
             if not chat.messages[turn]["content"].strip():
@@ -190,7 +215,7 @@ class Chats(Converter):
             found = [
                 ([(each.text[: each.start], False), (each.text[each.start :], True)], each.closed) for each in answers
             ]
-        self._count_unwritten(used, answers, [full, *(each.text for each in answers)])
+        self._count_unwritten(chat, used, answers, [full, *(each.text for each in answers)])
         return found
 
     def _why_apart(self, answers: list[Answer], full: str) -> str | None:
@@ -246,7 +271,7 @@ class Chats(Converter):
         """Text and start of an answer whose rendering does not begin with its prompt."""
         messages = chat.messages
         around = self._stand_in(chat, turn)
-        common = os.path.commonprefix([prompt, answered, *([around[0] + _STAND_IN] if around else [])])
+        common = os.path.commonprefix([prompt, answered, *([around[0] + STAND_IN] if around else [])])
         opens = turn == 0 and around is not None and answered.startswith(around[0])
         if opens and around[0].rstrip().endswith(prompt.strip()):  # behind a system message of the template's own
             return answered, len(around[0].rstrip()) + len(os.path.commonprefix([_space(around[0]), _space(prompt)]))
@@ -275,12 +300,12 @@ class Chats(Converter):
 
     def _stand_in(self, chat: Conversation, turn: int) -> tuple[str, str] | None:
         """What the template writes before and behind the answer `turn`, whatever it says; None if it does not show."""
-        message = chat.messages[turn] | {"content": _STAND_IN}
+        message = chat.messages[turn] | {"content": STAND_IN}
         try:
             text = self._try([*chat.messages[:turn], message], chat)
         except Refused:
             return None
-        before, found, behind = text.rpartition(_STAND_IN)
+        before, found, behind = text.rpartition(STAND_IN)
         return (before, behind) if found else None
 
     def _next_mark(self, chat: Conversation, turn: int, answered: str, full: str) -> str:
@@ -289,7 +314,7 @@ class Chats(Converter):
         text = full
         if turn == chat.learnt[-1]:
             try:
-                text = self._try([*chat.messages[: turn + 1], {"role": "user", "content": _STAND_IN}], chat)
+                text = self._try([*chat.messages[: turn + 1], {"role": "user", "content": STAND_IN}], chat)
             except Refused:
                 return ""
         if not text.startswith(answered):
@@ -324,13 +349,31 @@ class Chats(Converter):
         except Refused:
             return False
 
-    def _count_unwritten(self, used: list[Message], answers: list[Answer], texts: list[str]) -> None:
-        """Counts messages whose content stands in none of the texts."""
+    def _count_unwritten(
+        self, chat: Conversation, used: list[Message], answers: list[Answer], texts: list[str]
+    ) -> None:
+        """Counts messages whose content stands in none of the texts. White space does not count: some templates set
+        `<think>` off by lines of their own."""
         learnt = {each.turn: each for each in answers}
         for turn, message in enumerate(used):
             within = [learnt[turn].text[learnt[turn].start :]] if turn in learnt else texts
-            if not any(message["content"].strip() in text for text in within):
+            if any(message["content"].strip() in text for text in within):
+                continue
+            content = _squeezed(message["content"])
+            if turn in learnt:
+                self._compare(content, learnt[turn], chat.place(turn))
+            elif not any(content in _squeezed(text) for text in texts):
                 self._unwritten[message["role"]] += 1
+
+    def _compare(self, content: str, answer: Answer, where: str) -> None:
+        """Counts a learnt answer of which the text lacks something."""
+        before, text = _squeezed(answer.text[: answer.start]), _squeezed(answer.text)
+        found = text.rfind(content)
+        if found >= 0 and found + len(content) > len(before):  # it may begin in the prompt, which opens its thought
+            return
+        thought = "</think>" in content and content.rpartition("</think>")[2] in text[len(before) :]
+        self._shortened[thought] += 1
+        self._first_shortened.setdefault(thought, where)
 
     def _render(self, messages: list[Message], chat: Conversation) -> str:
         try:
@@ -342,16 +385,7 @@ class Chats(Converter):
 
     def _try(self, messages: list[Message], chat: Conversation, *, prompt: bool = False) -> str:
         """What the template writes; `prompt`: with what asks for the next answer. Refused where it cannot."""
-        from jinja2.exceptions import TemplateError  # only conversations need it
-
-        try:
-            # As a batch of one, which unlike a conversation may be empty: the prompt of one that the assistant opens.
-            return self.tokenizer.apply_chat_template(
-                [messages], tokenize=False, add_generation_prompt=prompt, **chat.context
-            )[0]
-        # A template is a program on the record's data: a key that is not there, a text where it expects a list, …
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise Refused(shown(str(error).strip().rstrip("."), 300) or type(error).__name__) from error
+        return rendered(self.tokenizer, messages, prompt=prompt, day=self.day, context=chat.context)
 
 
 _SHOWS_NOT = (
@@ -361,21 +395,20 @@ _SHOWS_NOT = (
 )
 
 
-class Refused(Exception):
-    """The template cannot render these messages; its own words."""
-
-
 def parse_conversation(item: dict[str, Any], where: str) -> Conversation:
-    """The record's chat. UserError says what is missing or wrong."""
+    """The record's chat. UserError says what is missing or wrong; NothingToLearn where an answer is empty or there is
+    none."""
     messages = item.get("messages") if item.get("messages") is not None else item.get("conversations")
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list):
         keys = shown(", ".join(sorted(str(key) for key in item)), 300) or "nothing"
         raise UserError(f"{where}: a chat record needs a list under 'messages' or 'conversations' (it has: {keys}).")
+    if not messages:
+        raise NothingToLearn("the conversation is empty", where)
     parsed = [_parse_message(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
     switches = [_switch(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
     answers = [turn for turn, message in enumerate(parsed) if message["role"] == "assistant"]
     if not answers:
-        raise UserError(f"{where}: the conversation has no assistant message to learn from.")
+        raise NothingToLearn("the conversation has no assistant message to learn from", where)
     learnt = [turn for turn in answers if switches[turn] is not False]
     asked = sum(bool(on) for turn, on in enumerate(switches) if turn not in answers)
     inserted = 0
@@ -416,7 +449,7 @@ def _parse_message(message: Any, where: str) -> Message:
     if not isinstance(content, str):
         raise UserError(f"{where}: 'content' must be text, not {type(content).__name__}.")
     if role == "assistant" and not content.strip() and not calls:
-        raise UserError(f"{where}: the assistant's 'content' is empty; every answer needs text.")
+        raise NothingToLearn("an assistant's 'content' is empty", where)
     return {"role": role, "content": content, **others}
 
 
@@ -458,6 +491,11 @@ def _extras(messages: Sequence[Message]) -> list[str]:
 def _end_marks(tokenizer: Any) -> tuple[str, ...]:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return tuple({*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
+
+
+def _squeezed(text: str) -> str:
+    """`text` without white space."""
+    return "".join(text.split())
 
 
 def _space(text: str) -> str:

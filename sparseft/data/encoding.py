@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,33 +145,15 @@ def _begins(ids: list[int], start: list[int]) -> bool:
 def generation_ends(tokenizer: Any) -> set[int]:
     """Ids that end generation: the tokenizer's EOS, and those of the model's `generation_config.json` beside it."""
     ends = [tokenizer.eos_token_id]
-    if getattr(tokenizer, "name_or_path", None):
+    file = getattr(tokenizer, "generation_config_file", None)  # as `load_tokenizer` has found it
+    place = str(Path(file).parent) if file else getattr(tokenizer, "name_or_path", None)
+    if place:
         try:
-            own = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True).eos_token_id
+            own = GenerationConfig.from_pretrained(place, local_files_only=True).eos_token_id
         except (OSError, ValueError):  # there is none, or none that can be read
             own = None
         ends += own if isinstance(own, list) else [own]
     return {int(end) for end in ends if end is not None}
-
-
-def end_of_turn(tokenizer: Any) -> set[int]:
-    """The token with which the chat template ends an answer, which a model may have learnt to say instead of EOS; empty
-    where there is none."""
-    if not getattr(tokenizer, "chat_template", None):
-        return set()
-    from jinja2.exceptions import TemplateError  # only conversations need it
-
-    stand_in = "STANDS7IN7FOR7AN7ANSWER"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": stand_in}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    # A template is a program, which may fail in any of these ways; it says so where something is asked.
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
-        return set()
-    behind = text.partition(stand_in)[2].lstrip()
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    marks = [token for token in special if behind.startswith(token)]
-    return {tokenizer.convert_tokens_to_ids(max(marks, key=len))} if marks else set()
 
 
 def _prefix(tokenizer: Any) -> list[int]:

@@ -10,12 +10,13 @@
 | `oasst_trees` | `prompt` with nested `replies`: message trees of OASST | every assistant turn |
 
 A file has one format; where it is detected, a record of another one is refused. LLM-Adapters' `answer` serves
-evaluation alone. Fields that a format does not have are counted in a note.
+evaluation alone. Fields that a format does not have are counted in a note, records without an answer in a warning.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -141,22 +142,41 @@ def _check_types(item: dict[str, Any], format: str, where: str) -> None:
             raise UserError(f"{where}: '{key}': expected {expected}, got {kind(item[key])}{without}.")
 
 
+class NothingToLearn(Exception):
+    """A record that is as it should be, but for the answer, which is empty or not there; public sets have some."""
+
+    def __init__(self, why: str, where: str) -> None:
+        super().__init__(why)
+        self.where = where
+
+
 class Converter(abc.ABC):
     """Turns the records of a data set into examples, chunk by chunk, and counts what it leaves out."""
 
     def __init__(self) -> None:
         self._unknown: Counter[str] = Counter()  # records, by a field that nothing uses
+        self._empty: Counter[str] = Counter()  # records with nothing to learn, by the reason
+        self._first_empty: dict[str, str] = {}
 
     def convert(self, records: Records) -> list[Example]:
         """The examples of these records. UserError names file and record of one that lacks something."""
         examples = []
         for index, item in enumerate(records.items):
-            where = records.where(index)
-            for example in self._examples(item, where):
-                example.record = records.start + index
-                check_encodable(example)
-                examples.append(example)
+            with self._counting_empty():
+                for example in self._examples(item, records.where(index)):
+                    example.record = records.start + index
+                    check_encodable(example)
+                    examples.append(example)
         return examples
+
+    @contextlib.contextmanager
+    def _counting_empty(self) -> Iterator[None]:
+        """Inside, what has nothing to learn is left out and counted."""
+        try:
+            yield
+        except NothingToLearn as reason:
+            self._empty[str(reason)] += 1
+            self._first_empty.setdefault(str(reason), reason.where)
 
     @abc.abstractmethod
     def _examples(self, item: dict[str, Any], where: str) -> Iterable[Example]:
@@ -165,6 +185,13 @@ class Converter(abc.ABC):
     def note(self, source: str) -> str | None:
         """What the user should be told of the conversion once all records are converted; None: nothing."""
         return "; ".join(unused_sentence(self._unknown)) or None
+
+    def warnings(self) -> list[str]:
+        """Such sentences that should worry the user."""
+        return [
+            f"{counted(count, 'record')} left out: {reason} (first: {self._first_empty[reason]})"
+            for reason, count in self._empty.most_common()
+        ]
 
 
 class Plain(Converter):
@@ -267,13 +294,13 @@ def _guanaco(item: dict[str, Any], where: str) -> Segments:
     text = _answer(item, "text", where, "guanaco")
     pieces = _MARKERS.split(text)  # before the first marker, then marker and turn in turns
     if ASSISTANT not in pieces[1::2]:
-        raise UserError(f"{where}: the guanaco text has no '{ASSISTANT}' turn to learn from.")
+        raise NothingToLearn(f"the text has no '{ASSISTANT}' turn to learn from", where)
     if HUMAN not in pieces[1::2]:
         raise UserError(f"{where}: the guanaco text has no '{HUMAN}' turn.")
     parts: Segments = [(pieces[0], False)]
     for marker, turn in zip(pieces[1::2], pieces[2::2], strict=True):
         if marker == ASSISTANT and not turn.strip():
-            raise UserError(f"{where}: an '{ASSISTANT}' turn is empty; every answer needs text.")
+            raise NothingToLearn(f"an '{ASSISTANT}' turn is empty", where)
         parts += [(marker, False), (turn, marker == ASSISTANT)]
     return join_prompts(parts)
 
@@ -330,7 +357,7 @@ def _text(item: dict[str, Any], key: str, where: str, format: str) -> str:
 def _answer(item: dict[str, Any], key: str, where: str, format: str) -> str:
     value = _text(item, key, where, format)
     if not value.strip():
-        raise UserError(f"{where}: '{key}' is empty; every example needs text to learn from.")
+        raise NothingToLearn(f"'{key}' is empty", where)
     return value
 
 

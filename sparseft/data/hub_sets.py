@@ -99,9 +99,13 @@ def open_built(files: Sequence[Path], name: str, *, key: str = "dataset.train_pa
 def _built(builder: Any, title: str, split: str | None, key: str, streaming: bool, local: bool) -> Source:
     """A split, as the builder makes it."""
     if streaming:
-        split = split or HELD_OUT[0]
+        known = [str(each) for each in builder.info.splits or {}]
+        split = _chosen(title, split, known, key) if known else split or HELD_OUT[0]
         if "[" in split:
-            raise UserError(f"{title}: a stream has no parts of splits ({split}); use dataset.max_examples.")
+            raise UserError(
+                f"{title}: a stream has no parts of splits ({split}): name a whole one; of what is trained on "
+                "dataset.max_examples takes the first."
+            )
         with _loading(title, key, local):
             stream = builder.as_streaming_dataset(split)
 
@@ -205,6 +209,19 @@ def _loading(name: str, key: str, local: bool) -> Iterator[None]:
         raise UserError(
             f"'{name}' is no file here, and could not be loaded from the Hugging Face hub or its cache ({reason}). "
             f"Give a local file: {key}=FILE."
+        ) from error
+    except RuntimeError as error:
+        script = re.search(r"Dataset scripts are no longer supported, but found (\S+)", str(error))
+        if script is None:
+            raise
+        if local:
+            raise UserError(
+                f"{key}: the script {script[1]} in the folder '{name}' is in the way, as datasets takes it for the "
+                f"set's own: name the data files, as {key}='{name}/*.jsonl'."
+            ) from error
+        raise UserError(
+            f"'{name}' is loaded by a script ({script[1]}), which datasets no longer runs: give another set, or its "
+            f"data files ({key}=FILE)."
         ) from error
     finally:
         if bars:

@@ -14,14 +14,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sparseft.data.chat import SWITCHES, Chats
+from sparseft.data.chat import BESIDE, SWITCHES, Chats
 from sparseft.data.encoding import Encoder
-from sparseft.data.formats import DETECTION_RECORDS, Converter, Example, Plain, counted
+from sparseft.data.formats import (
+    DETECTION_RECORDS,
+    Converter,
+    Example,
+    NothingToLearn,
+    Plain,
+    counted,
+    is_empty,
+    unused_sentence,
+)
 from sparseft.data.records import Records, kind
 from sparseft.errors import UserError, nearest, shown
 
 PREFERENCE, UNPAIRED = "preference", "unpaired"
 BETTER, WORSE = SIDES = ("better", "worse")
+ANSWERS = ("chosen", "rejected", "completion")
 KEYS = {PREFERENCE: ("prompt", "chosen", "rejected"), UNPAIRED: ("prompt", "completion", "label")}
 
 
@@ -44,17 +54,17 @@ def detect_preference(records: Records) -> str:
 
 def written_as(records: Records) -> str:
     """The format of `formats.py` in which the answers are written: `messages`, or `prompt_completion`."""
-    answers = (item.get(key) for item in records.items for key in ("chosen", "completion"))
+    answers = (item.get(key) for item in records.items for key in ANSWERS)
     return "messages" if any(isinstance(answer, list) for answer in answers) else "prompt_completion"
 
 
 class Side(Converter):
-    """Converts one side of the records; `plain`: chats without the tokenizer's template."""
+    """Converts one side of the records; `plain` and `day`: of chats, as `Chats` takes them."""
 
-    def __init__(self, encoder: Encoder, format: str, side: str, plain: bool = False) -> None:
+    def __init__(self, encoder: Encoder, format: str, side: str, plain: bool = False, day: str | None = None) -> None:
         super().__init__()
         self.format, self.better = format, side == BETTER
-        self.texts, self.chats = Plain("prompt_completion"), Chats(encoder, plain)
+        self.texts, self.chats = Plain("prompt_completion"), Chats(encoder, plain, day)
         self._chats = self._same = 0
 
     def convert(self, records: Records) -> list[Example]:
@@ -62,10 +72,17 @@ class Side(Converter):
         examples = []
         for index, item in enumerate(records.items):
             where = records.where(index)
-            one = self._of_pair(item, where) if self.format == PREFERENCE else self._of_answer(item, where)
+            is_chat = any(isinstance(item.get(key), list) for key in ANSWERS)
+            beside = {key: value for key, value in item.items() if key in BESIDE and is_chat}
+            known = (*KEYS[self.format], *beside)
+            self._unknown.update(str(key) for key in item if key not in known and not is_empty(item[key]))
+            one = None
+            with self._counting_empty():
+                one = self._of_pair(item, where) if self.format == PREFERENCE else self._of_answer(item, where)
             if one is None:
                 continue
             self._chats += "messages" in one
+            one |= beside
             way = self.chats if "messages" in one else self.texts
             found = way.convert(Records([one], records.source, start=records.start + index, places=[where]))
             if len(found) > 1:
@@ -80,11 +97,16 @@ class Side(Converter):
         raise NotImplementedError  # `convert` hands whole records on
 
     def note(self, source: str) -> str | None:
-        """How chats were rendered, and the pairs whose answers are the same, as a sentence."""
+        """How chats were rendered, the pairs whose answers are the same, and fields not used, as a sentence."""
         said = [self.chats.note(source)] if self._chats else []
         if self._same:
             said.append(f"{counted(self._same, 'pair')} left out: both answers are the same")
+        said += unused_sentence(self._unknown)
         return "; ".join(said) or None
+
+    def warnings(self) -> list[str]:
+        """Those of all that converts records here."""
+        return [*super().warnings(), *self.chats.warnings(), *self.texts.warnings()]
 
     def _of_pair(self, item: dict[str, Any], where: str) -> dict[str, Any] | None:
         chosen, rejected = (_given(item, key, where, PREFERENCE) for key in ("chosen", "rejected"))
@@ -98,7 +120,7 @@ class Side(Converter):
             return None
         answer = chosen if self.better else rejected
         prompt = item.get("prompt")
-        if isinstance(answer, list) and not _is_prompt_of(prompt, chosen):
+        if isinstance(answer, list) and not _is_prompt_of(prompt, chosen, rejected):
             common = next((at for at, both in enumerate(zip(chosen, rejected, strict=False)) if both[0] != both[1]),
                           min(len(chosen), len(rejected)))  # fmt: skip
             if common == 0:
@@ -132,16 +154,18 @@ def _given(item: dict[str, Any], key: str, where: str, format: str) -> Any:
     if not isinstance(value, str | list):
         raise UserError(f"{where}: '{key}' must be text or a list of messages, not {kind(value)}.")
     if not value or (isinstance(value, str) and not value.strip()):
-        raise UserError(f"{where}: '{key}' is empty; every answer needs text.")
+        raise NothingToLearn(f"'{key}' is empty", where)
     return value
 
 
-def _is_prompt_of(prompt: Any, answer: list[Any]) -> bool:
+def _is_prompt_of(prompt: Any, *answers: list[Any]) -> bool:
     """Whether a chat's `prompt` stands apart from its answers: not in front of them too."""
     if prompt is None or prompt == []:
         return False
-    first = answer[0]
-    return isinstance(prompt, list) or not (isinstance(first, dict) and first.get("role", first.get("from")) in ASKING)
+    if isinstance(prompt, list):
+        return any(answer[: len(prompt)] != prompt for answer in answers)
+    first = answers[0][0]
+    return not (isinstance(first, dict) and first.get("role", first.get("from")) in ASKING)
 
 
 ASKING = ("system", "developer", "user", "human")  # roles that a conversation begins with

@@ -16,6 +16,7 @@ from sparseft.data.oasst_trees import Trees
 from sparseft.data.preferences import KEYS, UNPAIRED, Side, detect_preference
 from sparseft.data.records import Source
 from sparseft.data.sources import open_source
+from sparseft.data.templates import chat_date
 from sparseft.data.token_cache import Cache, Damaged, Writer, tokens_key
 from sparseft.data.tokenized import Tokens
 from sparseft.errors import UserError, nearest
@@ -109,15 +110,17 @@ class Reader:
 
     def __init__(self, config: DatasetConfig, encoder: Encoder, max_length: int, cache: Cache) -> None:
         self.config, self.encoder, self.max_length, self.cache = config, encoder, max_length, cache
+        self.day = chat_date(config, encoder.tokenizer)
         self.notes: list[str] = []
         self.warnings: list[str] = []
 
     def open(self, named: NamedSource, role: str, seed: int, preferences: bool = False) -> Opened:
-        """A source and its format, of `formats.py` or of `preferences.py`. A file to evaluate on is not streamed."""
+        """A source and its format, of `formats.py` or of `preferences.py`. What is evaluated on is read in its own
+        order, all of it."""
         config, training = self.config, role == "training"
         source = open_source(
             named.path, split=config.hub_split if training else None, key=named.key,
-            stream=seed if training and config.streaming else None,
+            streaming=config.streaming, shuffle=seed if training and config.streaming else None,
         )  # fmt: skip
         if preferences == (config.format in KEYS) and config.format != "auto":
             return Opened(named, source, config.format)
@@ -152,6 +155,7 @@ class Reader:
             note = f"{facts.records} training records from {source.name}{files}, format {format} ({how})"
             self.notes += [note] if note not in self.notes else []
         self.notes += [note for note in facts.notes if note not in self.notes]
+        self.warnings += [warning for warning in facts.warnings if warning not in self.warnings]
         limit = f"{self.max_length} tokens"
         role, what, end = (f"{role}'s {side}", "answers", "end") if side else (role, "examples", "answer")
         if facts.dropped:
@@ -198,6 +202,8 @@ class Reader:
             format, ["plain_chat"] if side else []
         )
         apart = {"side": side} if side else {}
+        if self.day is not None and not config.plain_chat and (side or format == "messages"):
+            apart["day"] = self.day
         return {"format": format, "max_length": self.max_length, "max_examples": count, **apart} | {
             name: getattr(config, name) for name in ("too_long", "loss_on_prompt", *own)
         }
@@ -207,9 +213,9 @@ class Reader:
     ) -> None:
         converter: Converter
         if side is not None:
-            converter = Side(self.encoder, format, side, self.config.plain_chat)
+            converter = Side(self.encoder, format, side, self.config.plain_chat, self.day)
         elif format == "messages":
-            converter = Chats(self.encoder, self.config.plain_chat)
+            converter = Chats(self.encoder, self.config.plain_chat, self.day)
         elif format == "oasst_trees":
             converter = Trees(self.config.paths, self.config.language)
         else:
@@ -235,10 +241,12 @@ class Reader:
         note = converter.note(source.name)
         facts = writer.facts
         facts.notes += [note] if note else []
+        facts.warnings += converter.warnings()
         if facts.examples == 0:
             if format == UNPAIRED:
                 return  # there may be good answers alone to evaluate on
-            raise UserError(f"{source.name}: none of the {facts.records} {role} records holds an example ({note}).")
+            why = "; ".join([*facts.warnings, *facts.notes])
+            raise UserError(f"{source.name}: none of the {facts.records} {role} records holds an example ({why}).")
         if facts.dropped == facts.examples:
             raise UserError(
                 f"{source.name}: none of the {facts.examples} {role} examples fits trainer.max_length="

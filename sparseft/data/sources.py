@@ -57,17 +57,18 @@ def open_source(
     *,
     split: str | None = "train",
     key: str = "dataset.train_path",
-    stream: int | None = None,
+    streaming: bool = False,
+    shuffle: int | None = None,
 ) -> Source:
     """What `path` names (`locate`), to be read.
 
     `split` is the split of a set that has some, where the path names none; None takes its validation or test split
-    (an evaluation set). stream: the seed of the order that records are read in, and no more of them are fetched than
-    are read; None: in the set's own order. Raises UserError if nothing can be read there.
+    (an evaluation set). streaming: of a hub set no more is fetched than is read. shuffle: the seed of the order that
+    records are read in; None: the set's own. Raises UserError if nothing can be read there.
     """
     place = locate(path, key=key)
     if not place.files:
-        source = open_set(place.name, place.subset, place.split or split, key=key, streaming=stream is not None)
+        source = open_set(place.name, place.subset, place.split or split, key=key, streaming=streaming)
     elif all(file.suffix.lower() in BUILT for file in place.files):
         source = open_built(place.files, path, key=key)
     elif is_pattern(path):
@@ -76,4 +77,4 @@ def open_source(
         source = open_file(place.files[0], path)
     if not len(source.first(1)):
         raise UserError(f"{source.name} holds no records; {key} needs at least one.")
-    return source if stream is None else Streamed(source, stream)
+    return source if shuffle is None else Streamed(source, shuffle)

@@ -30,7 +30,7 @@ from sparseft.errors import UserError
 from sparseft.files.atomic import asides, new_aside, publish, write_json
 from sparseft.files.untrusted import read_json
 
-LAYOUT = "4"  # changes with what the files hold or how tokens come about
+LAYOUT = "5"  # changes with what the files hold or how tokens come about
 ARRAYS = {
     "input_ids": "<i4",
     "labels": "<i4",
@@ -62,8 +62,6 @@ def tokenizer_content(tokenizer: Any) -> Iterator[bytes]:
     template = getattr(tokenizer, "chat_template", None)
     ends = [tokenizer.eos_token_id, sorted(generation_ends(tokenizer))]
     yield json.dumps([template, tokenizer.special_tokens_map, *ends], default=str).encode()
-    if "strftime_now" in str(template):  # a template that writes the date gives other prompts tomorrow
-        yield time.strftime("%Y-%m-%d").encode()
     if getattr(tokenizer, "is_fast", False):
         yield tokenizer.backend_tokenizer.to_str().encode()
         return

@@ -132,6 +132,7 @@ class Facts:
     dropped: int = 0  # examples left out: no token to learn fits, or too long with `drop`
     cut: int = 0  # of the examples kept, how many had their answer cut
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     mixed: str | None = None  # names the first record that is of another format, where there is one
 
 

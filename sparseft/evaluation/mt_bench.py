@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.data.prompts import AS_MESSAGES, STOPS, alpaca_conversation, guanaco_conversation, plain_conversation
+from sparseft.data.templates import asking, end_of_turn
 from sparseft.errors import UserError
 from sparseft.files.atomic import dumps, write_text
 from sparseft.files.untrusted import parse_json, why
@@ -118,7 +119,7 @@ def _chat(asked: Turns, answered: Turns, tokenizer: Any) -> str:
         messages.append({"role": "user", "content": question})
         if position < len(answered):
             messages.append({"role": "assistant", "content": answered[position].strip()})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = asking(tokenizer, messages)
     # A template writes BOS as text; the tokenizer, which will see that text, may put its own before it. Where it then
     # goes on otherwise (with a `▁` that it puts at a text's beginning only), lm-eval sees BOS and adds none.
     bare = text.removeprefix(tokenizer.bos_token or "")
@@ -131,8 +132,6 @@ def answer(lm: Any, questions: list[dict[str, Any]], format: str, max_new_tokens
     `lm` is the harness's LanguageModel; `format` as `prompt_of` takes it; `max_new_tokens` bounds each turn.
     """
     from lm_eval.api.instance import Instance
-
-    from sparseft.data.encoding import end_of_turn
 
     format, prompt = prompt_of(format, lm.tokenizer)
     ends = sorted(end_of_turn(lm.tokenizer)) if format == "chat" else []

@@ -40,11 +40,13 @@ def settings(config: RunConfig, run: Path | None, overrides: Sequence[str]) -> t
     keys = {word.lstrip("+~").partition("=")[0] for word in overrides}
     given = {key.removeprefix("dataset.") for key in keys if key.startswith("dataset.")}
     if run is None or "dataset" in keys or given & TRAINED_ON:
-        return dataclasses.replace(config, objective=PAIRED), None
+        dataset = dataclasses.replace(config.dataset, loss_on_prompt=False)
+        return dataclasses.replace(config, objective=PAIRED, dataset=dataset), None
     own = from_dict(read_yaml_object(run / CONFIG))
     if "eval_path" in given:
         given |= OF_RECORDS
-    own.dataset = dataclasses.replace(own.dataset, **{name: getattr(config.dataset, name) for name in given})
+    changed = {name: getattr(config.dataset, name) for name in given}
+    own.dataset = dataclasses.replace(own.dataset, **changed | {"loss_on_prompt": False})  # answers are compared
     split_off = own.by_preference and not given and not own.dataset.eval_path
     own.objective, own.cache_dir = PAIRED, config.cache_dir
     return own, run if split_off else None

@@ -93,16 +93,6 @@ def _from_hub(path: str, revision: str | None) -> Path:
     return folder
 
 
-def fetch_beside(model: ModelConfig) -> None:
-    """Puts what says how a model of the hub generates beside its checkpoint in the hub's cache, where it has that."""
-    from transformers.utils.hub import cached_file
-
-    place = check_model_path(model.path)
-    if not Path(place).is_dir():
-        missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        cached_file(place, "generation_config.json", revision=model.revision, **missing)
-
-
 def without_weights(model: ModelConfig, *, packed: bool = False) -> nn.Module:
     """The model as transformers builds it, on the meta device: its modules and their shapes, in no memory. One that it
     cannot build is a `UserError`. packed: of a packed checkpoint the plain model, else that is one too."""

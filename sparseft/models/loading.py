@@ -265,6 +265,20 @@ def load_tokenizer(config: ModelConfig):
 
     options = {"revision": config.revision} if config.revision else {}
     path = config.tokenizer or config.path
-    return _load(
+    tokenizer = _load(
         "tokenizer", path, AutoTokenizer.from_pretrained, trust_remote_code=config.trust_remote_code, **options
     )
+    tokenizer.generation_config_file = generation_config_file(path, config.revision)  # for `data/encoding.py`
+    return tokenizer
+
+
+def generation_config_file(path: str, revision: str | None) -> str | None:
+    """Where what says how a model generates lies, of one of the hub in its cache, beside the checkpoint; None where
+    there is none."""
+    from transformers.utils.hub import cached_file
+
+    place = check_model_path(path)
+    if (file := Path(place, "generation_config.json")).is_file():
+        return str(file)
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return None if Path(place).is_dir() else cached_file(place, file.name, revision=revision, **missing)

@@ -17,10 +17,10 @@ LENGTH = 4000  # characters of a text
 def sample_answers(runs: Sequence[Run]) -> dict[str, Any] | None:
     """By prompt the base's answer and the last one of each run's adapter, with a single run the earlier ones too; None
     where no run has any."""
-    prompts = list(dict.fromkeys(answer.prompt for run in runs for answer in run.answers))
+    prompts = list(dict.fromkeys(answer.asked for run in runs for answer in run.answers))
     if not prompts:
         return None
-    shown = [{"prompt": _cut(prompt), "answers": _answers(runs, prompt)} for prompt in prompts[:PROMPTS]]
+    shown = [{"prompt": _cut(asked[0]), "answers": _answers(runs, asked)} for asked in prompts[:PROMPTS]]
     note = "Greedy answers to the prompts of trainer.sample_prompts."
     if len(prompts) > PROMPTS:
         note += f" The first {PROMPTS} of {count(len(prompts))} prompts; all are in samples.jsonl."
@@ -30,19 +30,17 @@ def sample_answers(runs: Sequence[Run]) -> dict[str, Any] | None:
     return {"note": note, "prompts": shown}
 
 
-def _answers(runs: Sequence[Run], prompt: str) -> list[dict[str, Any]]:
+def _answers(runs: Sequence[Run], asked: tuple[str, str]) -> list[dict[str, Any]]:
     single = len(runs) == 1
     cells: list[dict[str, Any]] = []
-    bases = {run.label: [a.text for a in run.answers if a.base and a.prompt == prompt] for run in runs}
+    bases = {run.label: [a.text for a in run.answers if a.base and a.asked == asked] for run in runs}
     texts = dict.fromkeys(found[-1] for found in bases.values() if found)
     for text in texts:
         whose = [label for label, found in bases.items() if found and found[-1] == text]
         name = "base" if len(texts) == 1 else f"base of {listed(whose)}"
         cells.append({"name": name, "text": _cut(text), "same": False, "earlier": [], "left": 0})
     for run in runs:
-        by_step = {
-            a.step: a.text for a in run.answers if not a.base and a.prompt == prompt
-        }  # the last of a step counts
+        by_step = {a.step: a.text for a in run.answers if not a.base and a.asked == asked}  # the last of a step counts
         if not by_step:
             continue
         *earlier, (step, text) = sorted(by_step.items())

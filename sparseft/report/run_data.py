@@ -52,6 +52,12 @@ class Answer:
     base: bool
     prompt: str
     text: str
+    prompt_id: str = ""  # tells it from others that ask the same last
+
+    @property
+    def asked(self) -> tuple[str, str]:
+        """What was asked, to be compared."""
+        return self.prompt, self.prompt_id
 
 
 @dataclass
@@ -220,7 +226,7 @@ def read_run(path: Path) -> Run:
     for record in attempt(lambda: read_metrics(path / SAMPLES), SAMPLES, []):
         step, texts = number(record.get("step")), (record.get("prompt"), record.get("answer"))
         if step is not None and all(isinstance(text, str) for text in texts) and record.get("model") in MODELS:
-            run.answers.append(Answer(step, record["model"] == MODELS[0], *texts))
+            run.answers.append(Answer(step, record["model"] == MODELS[0], *texts, str(record.get("prompt_id") or "")))
     present = attempt(lambda: adapter_hash(path / ADAPTER), ADAPTER, None)
     for name, scores in ((BEFORE, run.before), (EVAL, run.after)):
         for file in sorted((path / name).glob("*.json")):

@@ -13,6 +13,8 @@ from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.data.loading import check_tokens, data_of
 from sparseft.data.packing import padding_id
+from sparseft.data.templates import chat_date
+from sparseft.distributed import ranks
 from sparseft.kernels.dispatch import kernel_for
 from sparseft.models.decoder import base_parameter_count
 from sparseft.models.loading import (
@@ -63,6 +65,8 @@ def prepare(config: RunConfig) -> Prepared:
     device = resolve_device(config.hardware.device)
     kernel_for(torch.empty(0, device=device))  # an unusable SPARSEFT_KERNELS is said before anything is computed
     tokenizer = load_tokenizer(config.model)
+    # Kept in config.yaml: who reads these data again, a run that goes on, trimming, evaluation, has the same examples.
+    config.dataset.chat_date = ranks.from_main(lambda: config.dataset.chat_date or chat_date(config.dataset, tokenizer))
     data = data_of(config, tokenizer)
     data.tell()
     stored = model_dtype(config.model, load_config(config.model, packed=True))

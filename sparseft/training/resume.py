@@ -108,7 +108,10 @@ def previous_run(config: RunConfig) -> Previous | None:
     check_own(folder)
     previous = Previous(folder, good_checkpoint(folder))
     if previous.checkpoint is not None:
-        _check_same(config, folder)
+        own = _settings_of(config, folder)
+        if config.dataset.chat_date is None:
+            config.dataset.chat_date = own.dataset.chat_date  # the day that its examples were written on
+        _check_same(config, own, folder)
         if config.trainer.max_steps > 0:  # else the data say how many; `job.set_up` asks again
             previous.check_steps(config.trainer, config.trainer.max_steps)
     return previous
@@ -124,12 +127,17 @@ def clean(previous: Previous, save_total_limit: int | None) -> None:
     prune(folder, save_total_limit, previous.step)
 
 
-def _check_same(config: RunConfig, folder: Path) -> None:
+def _settings_of(config: RunConfig, folder: Path) -> RunConfig:
+    """Those that the run was started with."""
     content = read_yaml_object(folder / CONFIG)
     method = content.get("method")
     if isinstance(method, dict) and method.get("reselect_steps"):
         content["method"] = config.method.unnamed | method
-    old = from_dict(content).to_dict()
+    return from_dict(content)
+
+
+def _check_same(config: RunConfig, own: RunConfig, folder: Path) -> None:
+    old = own.to_dict()
     then, now = flatten(old), flatten(config.to_dict())
     then[PROCESSES], now[PROCESSES] = _processes(folder, old), processes(config.hardware)
     # What DeepSpeed has sharded, only as many processes at the same stage can put together again.

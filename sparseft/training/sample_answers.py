@@ -7,8 +7,9 @@ they are asked changes no random number and no mode of the training, and no seco
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import torch
 import transformers
 
 from sparseft import console
-from sparseft.data.chat import Chats
-from sparseft.data.encoding import Encoder, end_of_turn
+from sparseft.data.chat import BESIDE, Chats
+from sparseft.data.encoding import Encoder
 from sparseft.data.files import locate_file, open_file
 from sparseft.data.formats import Converter, Example, Plain
 from sparseft.data.loading import no_row
 from sparseft.data.prompts import ASSISTANT, STOPS, human_turn
 from sparseft.data.records import Records
+from sparseft.data.templates import end_of_turn
 from sparseft.distributed import ranks
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import dumps, write_text
@@ -46,15 +48,22 @@ Messages = list[dict[str, Any]]
 
 @dataclass
 class Prompt:
-    """What is asked: a text, or the messages of a chat up to an answer; `where` it stands, for messages."""
+    """What is asked: a text, or the messages of a chat up to an answer; `where` it stands, for messages, and what its
+    record has `beside` it, for the template."""
 
     content: str | Messages
     where: str
+    beside: dict[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
         """What is asked, in short: of a chat what is asked last."""
         return self.content if isinstance(self.content, str) else str(self.content[-1].get("content"))
+
+    @property
+    def id(self) -> str:
+        """Tells it from others that ask the same last."""
+        return hashlib.sha256(dumps([self.content, self.beside]).encode()).hexdigest()[:12]
 
 
 def read_prompts(setting: list[str] | str | None) -> list[Prompt]:
@@ -94,14 +103,15 @@ def _records(file: Path, name: str) -> Iterator[Prompt]:
         for index, item in enumerate(records.items):
             where = records.where(index)
             prompt, messages = item.get("prompt"), item.get("messages")
+            beside = {key: item[key] for key in BESIDE if key in item}
             if isinstance(prompt, str) and prompt.strip():
-                yield Prompt(prompt, where)
+                yield Prompt(prompt, where, beside)
             elif isinstance(messages, list) and all(isinstance(each, dict) for each in messages):
                 if messages and messages[-1].get("role") == "assistant":
                     messages = messages[:-1]
                 if not messages:
                     raise UserError(f"{where}: 'messages' ask nothing.")
-                yield Prompt(messages, where)
+                yield Prompt(messages, where, beside)
             else:
                 keys = shown(", ".join(sorted(map(str, item))), 300) or "nothing"
                 raise UserError(f"{where}: expected 'prompt' (a text) or 'messages' (a list), it has: {keys}.")
@@ -110,10 +120,12 @@ def _records(file: Path, name: str) -> Iterator[Prompt]:
 class Asked:
     """Prompts in the form of the training data, as token ids."""
 
-    def __init__(self, prompts: list[Prompt], tokenizer: Any, format: str, plain_chat: bool) -> None:
+    def __init__(
+        self, prompts: list[Prompt], tokenizer: Any, format: str, plain_chat: bool, day: str | None = None
+    ) -> None:
         self.prompts, self.tokenizer = prompts, tokenizer
         encoder = Encoder(tokenizer)
-        chats = Chats(encoder, plain_chat) if format == "messages" else None
+        chats = Chats(encoder, plain_chat, day) if format == "messages" else None
         if chats is not None:
             form = "plain" if chats.plainly else "chat"
         else:
@@ -200,7 +212,11 @@ def _example(prompt: Prompt, format: str, chats: Chats | None) -> Example:
             "prompt_completion": {"prompt": content, "completion": stand_in},
             "text": {"text": content},
         }[format]  # fmt: skip
-    example = converter.convert(_Alone([item], "", "", [1], at=prompt.where))[-1]
+    found = converter.convert(_Alone([prompt.beside | item], "", "", [1], at=prompt.where))
+    if not found:
+        why = "; ".join(converter.warnings()) or converter.note(prompt.where)
+        raise UserError(f"{prompt.where}: nothing can be asked ({why}).")
+    example = found[-1]
     if format != "text":
         example.segments = example.segments[:-1]
     return example
@@ -254,8 +270,8 @@ class SampleAnswers(transformers.TrainerCallback):
     def base(self) -> None:
         """The base's answers, where the run has not got those to these prompts: of the model before it is trained."""
         known = [line for line in self._recorded() if line.get("model") == "base"] if ranks.is_main() else []
-        asked = [prompt.text for prompt in self.asked.prompts]
-        if not ranks.broadcast_object([line.get("prompt") for line in known] == asked):
+        asked = [prompt.id for prompt in self.asked.prompts]
+        if not ranks.broadcast_object([line.get("prompt_id") for line in known] == asked):
             self._take(0, "base")
 
     def adapter(self, step: int, anew: bool = False) -> None:
@@ -280,7 +296,8 @@ class SampleAnswers(transformers.TrainerCallback):
 
     def _write(self, step: int, who: str, answers: list[tuple[str, bool]]) -> None:
         rows = [
-            {"step": step, "model": who, "prompt": prompt.text, "answer": text} | ({"cut": NEW_TOKENS} if cut else {})
+            {"step": step, "model": who, "prompt": prompt.text, "answer": text, "prompt_id": prompt.id}
+            | ({"cut": NEW_TOKENS} if cut else {})
             for prompt, (text, cut) in zip(self.asked.prompts, answers, strict=True)
         ]
         lines = [line for line in self._recorded() if line.get("model") != who or line.get("step") != step]

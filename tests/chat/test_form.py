@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from sparseft.chat.form import find_form, prompt_ids
-from sparseft.data.encoding import Encoder, end_of_turn
+from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Example
+from sparseft.data.templates import end_of_turn
 from sparseft.errors import UserError
 from support.data import CHATML, EOS, convert, convert_messages, make_tokenizer, records_of
 

@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig
 
-from sparseft.config import DatasetConfig
+from sparseft.config import DatasetConfig, ModelConfig
+from sparseft.data.chat import Chats
 from sparseft.data.encoding import Encoder, generation_ends, tokenize
 from sparseft.data.loading import load_datasets
 from sparseft.data.prompts import alpaca_prompt
 from sparseft.data.token_cache import tokens_key
 from sparseft.errors import UserError
+from sparseft.models.loading import load_tokenizer
 from support.data import (
     BOS,
     CHATML,
@@ -384,10 +386,39 @@ def test_what_a_template_leaves_of_the_messages_is_counted() -> None:
     r1 = R1.replace("'system' %}{{ m.content }}", "'system' %}")
     record = {"messages": chat("Hi", "<think>Well.</think>Yo.", system="Be kind.")}
     (item,), note = converted(chat_tokenizer(r1), record)
-    assert "does not write 1 system message as given" in note and "1 assistant message as given" in note
+    assert "does not write 1 system message as given" in note and "assistant" not in note
     assert labelled(chat_tokenizer(r1), item) == "Yo.</s>"
     _, note = converted(chat_tokenizer(CHATML), record)
     assert "does not write" not in note
+
+
+RESPACED = CHATML.replace(
+    "{{ m.content }}", "{{ m.content.replace('<think>', '<think>\n').replace('</think>', '\n</think>\n\n') }}"
+)
+OPENS = CHATML.replace("assistant\n{%", "assistant\n<think>{%")  # the whole answer is written, and its beginning asked
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (R1, ["the part of 2 answers up to </think>, which is not learnt (first: set.jsonl, line 1, message 2)"]),
+        (CHATML.replace("m.content", "m.content | upper"), ["2 answers as given, so not all of it is learnt (first: "]),
+        (CHATML, []),
+        (RESPACED, []),
+        (OPENS, []),
+        (FORGETFUL, []),
+    ],
+    ids=["r1", "other", "chatml", "respaced", "opens", "forgetful"],
+)
+def test_reasoning_that_is_not_learnt_is_warned_of(template: str, said: list[str]) -> None:
+    """White space alone is no difference, and a thought that the prompt opens stands there."""
+    records = records_of(*[{"messages": chat("Hi", "<think>Well.</think>Yo.")}] * 2)
+    chats = Chats(Encoder(chat_tokenizer(template)))
+    assert len(chats.convert(records)) == 2
+    warnings = chats.warnings()
+    assert len(warnings) == len(said)
+    for warning, words in zip(warnings, said, strict=True):
+        assert words in warning
 
 
 @pytest.mark.parametrize(
@@ -574,6 +605,29 @@ def test_an_answer_without_any_end_gets_eos(tmp_path: Path) -> None:
     items, note = converted(tokenizer, {"messages": chat("Hi", "Yo.", "More", "No.")})
     assert [labelled(tokenizer, item) for item in items] == ["Yo." + EOS, "No." + EOS]
     assert "as one example an answer: the template does not end answers, so EOS does" in note
+
+
+def test_what_ends_generation_is_that_of_the_hubs_revision_from_the_first_run_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model, which would bring the file, is loaded when the data are tokenised already."""
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "v2").mkdir()
+    GenerationConfig(eos_token_id=[2, 300]).save_pretrained(tmp_path / "v2")
+    asked = []
+
+    def cached_file(path: str, name: str, revision: str | None = None, **options: Any) -> str | None:
+        asked.append((path, name, revision))
+        return str(tmp_path / revision / name) if revision else None
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained",
+        lambda *args, real=AutoTokenizer.from_pretrained, **options: real(tmp_path / "tokenizer"),
+    )  # fmt: skip
+    ends = generation_ends(load_tokenizer(ModelConfig(path="someone/model", revision="v2")))
+    assert {2, 300} <= ends and ("someone/model", "generation_config.json", "v2") in asked
+    assert 300 not in generation_ends(load_tokenizer(ModelConfig(path="someone/model")))
 
 
 def test_cached_tokens_are_not_used_where_other_tokens_end_generation(tmp_path: Path) -> None:

@@ -122,30 +122,67 @@ MARKERS = st.sampled_from(["### Human:", "### Assistant:", "### Human: q", "### 
 @example("x### Human:### Assistant: a\n\n### Human: ")
 def test_guanaco_keeps_every_character_and_labels_exactly_the_answers(text: str) -> None:
     try:
-        (converted,) = convert(records_of({"text": text}), "guanaco")
+        found = convert(records_of({"text": text}), "guanaco")
     except UserError:
-        # Refused only for a reason: an empty text, a speaker missing, or an answer of white space.
+        found = []
+    if not found:
+        # Refused or left out only for a reason: an empty text, a speaker missing, or an answer of white space.
         turns = text.split("### Assistant:")[1:]
         assert not turns or "### Human:" not in text or any(not turn.split("### Human:")[0].strip() for turn in turns)
         return
+    (converted,) = found
     assert converted.text == text
     answers = [piece for piece, answer in converted.segments if answer]
     assert answers == [turn.split("### Human:")[0] for turn in text.split("### Assistant:")[1:]]
+
+
+QUESTION = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("item", "format", "why"),
+    [
+        ({"instruction": "a", "output": " \n"}, "alpaca", "line 2): 'output' is empty"),
+        ({"prompt": "a", "completion": ""}, "prompt_completion", "line 2): 'completion' is empty"),
+        ({"text": "### Human: only a question"}, "guanaco", "line 2): the text has no '### Assistant:' turn"),
+        ({"text": "### Human: a### Assistant: ### Human: b### Assistant: c"}, "guanaco", "line 2): an '###"),
+        ({"messages": []}, "messages", "line 2): the conversation is empty"),
+        ({"conversations": []}, "messages", "line 2): the conversation is empty"),
+        ({"messages": [QUESTION]}, "messages", "line 2): the conversation has no assistant message"),
+        (
+            {"messages": [QUESTION, {"role": "assistant", "content": " "}]}, "messages",
+            "line 2, message 2): an assistant's 'content' is empty",
+        ),
+    ],
+)  # fmt: skip
+def test_a_record_without_an_answer_is_left_out_and_said(
+    item: dict, format: str, why: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    """With the place of the first; a file of nothing else is refused."""
+    place, reason = why.split("): ")
+    good = {
+        "alpaca": {"instruction": "a", "output": "b"},
+        "prompt_completion": {"prompt": "a", "completion": "b"},
+        "guanaco": {"text": "### Human: a### Assistant: b"},
+        "messages": {"messages": [QUESTION, {"role": "assistant", "content": "b"}]},
+    }[format]
+    loaded = load(write(tmp_path / "a.jsonl", [good, item, item, good]), tokenizer, format=format)
+    assert len(loaded.train) == 2
+    (warning,) = loaded.warnings
+    assert warning.startswith(f"2 records left out: {reason}") and f"a.jsonl, {place})" in warning
+    with pytest.raises(UserError, match="none of the 1 training records holds an example .1 record left out: "):
+        load(write(tmp_path / "b.jsonl", [item]), tokenizer, format=format)
 
 
 @pytest.mark.parametrize(
     ("item", "format", "words"),
     [
         ({"instruction": "a", "outptu": "b"}, "alpaca", ["lacks 'output'", "'outptu'", "Did you mean 'output'?"]),
-        ({"instruction": "a", "output": " \n"}, "alpaca", ["'output' is empty"]),
         ({"instruction": " ", "output": "b"}, "alpaca", ["'instruction' is empty"]),
         ({"instruction": "a", "output": 4}, "alpaca", ["'output' must be text, not a number"]),
         ({"instruction": "a", "input": ["x"], "output": "b"}, "alpaca", ["'input' must be text, not a list"]),
         ({"prompt": "a"}, "prompt_completion", ["lacks 'completion'", "prompt"]),
-        ({"prompt": "a", "completion": ""}, "prompt_completion", ["'completion' is empty"]),
-        ({"text": "### Human: only a question"}, "guanaco", ["no '### Assistant:' turn"]),
         ({"text": "### Assistant: only an answer"}, "guanaco", ["no '### Human:' turn"]),
-        ({"text": "### Human: a### Assistant: ### Human: b### Assistant: c"}, "guanaco", ["turn is empty"]),
         ({}, "text", ["lacks 'text'", "nothing"]),
         ({"text": "half \ud83d a pair"}, "text", ["surrogate", "\\ud83d"]),
     ],
@@ -371,10 +408,8 @@ def test_messages_without_a_template_are_plain_text_and_that_is_said() -> None:
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        ([], ["needs a list under 'messages' or 'conversations'"]),
-        ([{"role": "user", "content": "a"}], ["no assistant message"]),
+        ({}, ["needs a list under 'messages' or 'conversations'"]),
         ([{"role": "asistant", "content": "a"}], ["message 1", "Did you mean 'assistant'?"]),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], ["message 2", "is empty"]),
         ([{"role": "user"}, {"role": "assistant", "content": "a"}], ["message 1", "must be text, not NoneType"]),
         (["hello"], ["message 1", "expected an object"]),
         ([{"role": "user", "content": [{"type": "image"}]}], ["message 1", "type text"]),

@@ -18,6 +18,7 @@ from sparseft.data.tokenized import IGNORED
 from sparseft.errors import UserError
 
 CHATML = (
+    "{% if tools %}<s>TOOLS {{ tools | length }}\n{% endif %}"
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
@@ -64,6 +65,11 @@ CHATS = [{"prompt": [user(f"{at}?")], "chosen": [assistant("yes")], "rejected": 
 SHAPES = {  # the same chat, as data sets spell it
     "apart": {"prompt": [user("a?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
     "in front of both": {"chosen": [user("a?"), assistant("yes")], "rejected": [user("a?"), assistant("no")]},
+    "and as a list": {
+        "prompt": [user("a?")],
+        "chosen": [user("a?"), assistant("yes")],
+        "rejected": [user("a?"), assistant("no")],
+    },
     "and as text": {
         "prompt": "a?",
         "chosen": [user("a?"), assistant("yes")],
@@ -73,7 +79,11 @@ SHAPES = {  # the same chat, as data sets spell it
 }
 
 
-@pytest.mark.parametrize("records", [PLAIN, CHATS], ids=["texts", "chats"])
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+WITH_TOOLS = [chat | {"tools": TOOLS} for chat in CHATS]
+
+
+@pytest.mark.parametrize("records", [PLAIN, CHATS, WITH_TOOLS], ids=["texts", "chats", "tools"])
 def test_the_tokens_are_trls(records: list[Any], chatting: Any, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     found = load(tmp_path, records, chatting).preferences
@@ -99,6 +109,23 @@ def test_ways_to_spell_a_chat(shape: str, chatting: Any, tmp_path: Path) -> None
     assert text(found.worse[0], chatting, learnt=True) == "no</s>\n"
 
 
+def test_what_stands_beside_a_chat_is_read_and_all_else_counted(chatting: Any, tmp_path: Path) -> None:
+    given = {"system": "Be brief.", "tools": TOOLS, "source": "mine", "empty": ""}
+    found = load(tmp_path, [CHATS[0] | given, CHATS[1]], chatting)
+    assert found.preferences is not None
+    for side in (found.preferences.better, found.preferences.worse):
+        assert text(side[0], chatting).startswith("<s>TOOLS 1\n<s>system\nBe brief.</s>\n<s>user\n0?</s>")
+    assert [note for note in found.notes if "not used" in note] == [
+        "messages rendered with the tokenizer's chat template; field 'source' of 1 record is not used"
+    ]
+    answers = [{"prompt": [user("a")], "completion": [assistant("b")], "label": label} for label in (True, False)]
+    found = load(tmp_path, [each | given for each in answers], chatting, "kto")
+    assert found.preferences is not None and "Be brief." in text(found.preferences.worse[0], chatting)
+    texts = load(tmp_path, [PLAIN[0] | given, PLAIN[1]], chatting)
+    said = "fields 'system' of 1 record, 'tools' of 1 record, 'source' of 1 record are not used"
+    assert texts.notes.count(said) == 1
+
+
 def test_earlier_answers_are_part_of_the_prompt(chatting: Any, tmp_path: Path) -> None:
     before = [user("a?"), assistant("b") | {"weight": 1}, user("c?")]
     record = {"prompt": before, "chosen": [assistant("yes")], "rejected": [assistant("no")]}
@@ -120,6 +147,16 @@ def test_answers_for_themselves(tokenizer: Any, tmp_path: Path) -> None:
     assert {text(each, tokenizer, learnt=True) for each in found.better} == {"yes</s>"}
     as_pairs = load(tmp_path, PLAIN, tokenizer, "kto").preferences
     assert as_pairs is not None and not as_pairs.paired and len(as_pairs) == 10
+
+
+@pytest.mark.parametrize("key", ["chosen", "rejected"])
+@pytest.mark.parametrize("pair", [PLAIN[0], CHATS[0]], ids=["texts", "chats"])
+def test_a_pair_with_an_empty_answer_is_left_out_and_said(pair: Any, key: str, chatting: Any, tmp_path: Path) -> None:
+    nothing = " " if pair is PLAIN[0] else [assistant(" ")]
+    found = load(tmp_path, [pair, pair | {key: nothing}], chatting)
+    assert found.preferences is not None and len(found.preferences) == 1
+    (warning,) = found.warnings
+    assert warning.startswith("1 record left out: ") and "is empty (first: " in warning and "line 2" in warning
 
 
 def test_a_pair_stays_together(tokenizer: Any, tmp_path: Path) -> None:
@@ -150,7 +187,6 @@ WRONG = [
     ({"prompt": "a", "chosen": "b"}, "line 2: the preference record lacks 'rejected' (it has: chosen, prompt)."),
     ({"prompt": "a", "chosen": "b", "rejcted": "c"}, "prompt, rejcted). 'rejcted': Did you mean 'rejected'?"),
     (GOOD | {"chosen": 3}, "line 2: 'chosen' must be text or a list of messages, not a number."),
-    (GOOD | {"chosen": " "}, "line 2: 'chosen' is empty; every answer needs text."),
     (GOOD | {"chosen": OTHERS}, "'chosen' is a list and 'rejected' text; both are texts, or both lists of messages."),
     ({"chosen": "b", "rejected": "c"}, "line 2: 'prompt' is missing."),
     (GOOD | {"prompt": [user("a")]}, "line 2: 'prompt' must be text as 'chosen' is, not a list."),

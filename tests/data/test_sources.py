@@ -287,10 +287,10 @@ def test_a_stream_is_the_set_in_another_order_and_no_more_is_read(
     write(library / "data" / "sft.jsonl", pairs("s", 200))
     name = f"{hub}:main:train_sft" if where == "hub" else str(library / "data" / "sft.jsonl")
     whole = prompts(open_source(name))
-    first, again, other = (prompts(open_source(name, stream=seed)) for seed in (0, 0, 1))
+    first, again, other = (prompts(open_source(name, streaming=True, shuffle=seed)) for seed in (0, 0, 1))
     assert first == again != other and sorted(first) == sorted(other) == sorted(whole) and first != whole
     assert max(abs(first.index(each) - place) for place, each in enumerate(whole)) < 200
-    source = open_source(name, stream=0)
+    source = open_source(name, streaming=True, shuffle=0)
     inner, read = source.source.items, []
 
     def counted() -> Any:
@@ -317,6 +317,27 @@ def test_a_stream_has_all_that_training_needs(hub: str, library: Path, tokenizer
     assert not set(data.train.example_keys()) & set(data.eval.example_keys())
     assert stream(0, eval_fraction=0.1).fingerprint == data.fingerprint != stream(1, eval_fraction=0.1).fingerprint
     assert not list((library.parent.parent / "hf").rglob("*.arrow"))  # nothing was loaded and kept by `datasets`
+
+
+def test_what_is_evaluated_on_is_streamed_too_in_its_order(hub: str, library: Path, tokenizer: Any) -> None:
+    config = DatasetConfig(
+        train_path=f"{hub}:main:train_sft", eval_path=f"{hub}:main", streaming=True, max_examples=2,
+    )  # fmt: skip
+    data = load_datasets(config, tokenizer, max_length=64, seed=0, bundled=False, cache_dir=library / "cache")
+    assert data.eval_source == f"{hub}:main (test)"
+    assert [tokenizer.decode(each["input_ids"]).split("=")[0] for each in data.eval] == ["<s>t 0 ", "<s>t 1 "]
+    assert not list((library.parent.parent / "hf").rglob("*.arrow"))
+    with pytest.raises(UserError, match=r"a stream has no parts of splits \(test\[:1\]\): name a whole one"):
+        open_source(f"{hub}:main:test[:1]", streaming=True)
+
+
+def test_a_set_that_a_script_loads_is_refused(tmp_path: Path, hub: str, library: Path) -> None:
+    (library / "set.py").write_text("raise SystemExit('never run')\n")
+    folder = refused(tmp_path, "data", "owner/set")
+    assert folder.startswith("dataset.train_path: the script set.py in the folder 'owner/set' is in the way")
+    assert folder.endswith("as dataset.train_path='owner/set/*.jsonl'.")
+    with pytest.raises(UserError, match="'owner/set' is loaded by a script .set.py., which datasets no longer runs"):
+        open_source("owner/set")
 
 
 def test_what_a_stream_needs_is_said(tmp_path: Path) -> None:

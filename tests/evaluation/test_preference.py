@@ -11,7 +11,9 @@ import torch
 import transformers
 
 from sparseft.adapters.lifecycle import load_adapter
+from sparseft.compose.run_config import compose, to_yaml
 from sparseft.config import BUNDLED_ROOT
+from sparseft.evaluation.preference import settings
 from support.running import refused, sparseft
 
 PAIRS = [json.loads(line) for line in (BUNDLED_ROOT / "data/preference/eval.jsonl").read_text().splitlines()]
@@ -64,6 +66,16 @@ def test_the_base_alone_and_data_of_ones_own(tmp_path: Path) -> None:
     assert "do not say which answer is better" in refused(tmp_path, "eval", "preference", "--base")
     message = refused(tmp_path, "eval", "preference", "--base", "dataset=preference", "dataset.eval_path=no.jsonl")
     assert message.startswith("dataset.eval_path: there is no file 'no.jsonl'")
+
+
+@pytest.mark.parametrize("words", [[], ["dataset.eval_path=pairs.jsonl"], ["dataset=preference"]])
+def test_answers_alone_are_compared_whatever_a_run_has_learnt(words: list[str], tmp_path: Path) -> None:
+    """Else the prompt would count in the mean over tokens."""
+    config = compose("train", ["dataset.loss_on_prompt=true"], [])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    for run in (tmp_path, None):
+        assert not settings(config, run, words)[0].dataset.loss_on_prompt
+    assert config.dataset.loss_on_prompt
 
 
 def test_pairs_of_a_file_that_has_changed_since_are_refused(tmp_path: Path) -> None:

@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sparseft
-from sparseft.config import ModelConfig
 from sparseft.export.formats import merged as format_file
 from sparseft.export.formats.merged import Merged, shards
 from sparseft.files.hashing import file_hash
 from sparseft.files.tensors import Stored
-from sparseft.models.checkpoint import fetch_beside
+from sparseft.models.loading import generation_config_file
 from sparseft.publish.listing import listing_of
 from support import adapted
 from support.running import refused
@@ -174,8 +173,8 @@ def test_what_the_hub_has_beside_a_checkpoint_is_fetched(tmp_path: Path, monkeyp
         "transformers.utils.hub.cached_file", lambda path, name, revision, **_: asked.append((path, name, revision))
     )
     (tmp_path / "config.json").write_text("{}")
-    fetch_beside(ModelConfig(path=str(tmp_path)))
-    fetch_beside(ModelConfig(path="someone/model", revision="v2"))
+    assert generation_config_file(str(tmp_path), None) is None
+    generation_config_file("someone/model", "v2")
     assert asked == [("someone/model", "generation_config.json", "v2")]
 
 

@@ -42,6 +42,14 @@ def test_the_bases_answer_stands_beside_the_last_with_the_earlier_ones_folded() 
     assert adapter["earlier"] == [("after step 10", "b")]  # a step taken again counts as it came last
 
 
+def test_prompts_that_end_alike_stand_apart() -> None:
+    one, two = lines((5, "x")), lines((5, "y"))
+    for answer in two:
+        answer.prompt_id = "2"
+    found = answers.sample_answers([a_run(answers=one + two)])["prompts"]
+    assert [(each["prompt"], each["answers"][1]["text"]) for each in found] == [("p", "x"), ("p", "y")]
+
+
 def test_runs_share_a_base_only_where_it_answered_alike() -> None:
     one, two = a_run("one", answers=lines((5, "x"))), a_run("two", answers=lines((5, "y")))
     names = [cell["name"] for cell in answers.sample_answers([one, two, a_run("none")])["prompts"][0]["answers"]]
@@ -67,7 +75,7 @@ def test_lines_that_are_no_answers_are_left_out(tmp_path: Path) -> None:
     good = {"step": 4, "model": "adapter", "prompt": "p", "answer": "a"}
     bad = [{}, good | {"step": "4"}, good | {"model": "other"}, good | {"answer": None}, good | {"prompt": 3}]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [good, *bad]) + '{"torn')
-    assert read_run(tmp_path).answers == [Answer(4, False, "p", "a")]
+    assert read_run(tmp_path).answers == [Answer(4, False, "p", "a", "")]
     (tmp_path / "samples.jsonl").write_text("[]\n")
     assert "samples.jsonl could not be read" in " ".join(read_run(tmp_path).warnings)
 

@@ -325,6 +325,26 @@ def test_files_of_prompts(tmp_path: Path) -> None:
     assert read_prompts(None) == []
 
 
+def test_what_stands_beside_the_messages_is_asked_too(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for tool in tools or [] %}<s>TOOL {{ tool.function.name }}{% endfor %}" + TEMPLATE
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    records = [{"messages": [USER]}, {"system": "Be brief.", "tools": tools, "messages": [USER]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    first, second = read_prompts(str(tmp_path / "a.jsonl"))
+    assert first.text == second.text and first.id != second.id
+    plain, full = (tokenizer.decode(ids) for ids in Asked([first, second], tokenizer, "messages", False).ids)
+    tokenizer.chat_template = None
+    assert full == "<s>TOOL add<s>system: Be brief." + plain and plain == f"<s>user: {QUESTION}<s>assistant: "
+
+
+def test_what_has_no_example_to_ask_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE
+    turns = [USER, {"role": "assistant", "content": " "}, USER]
+    with pytest.raises(UserError, match="^here: nothing can be asked .1 record left out: an assistant's 'content' is"):
+        Asked([Prompt(turns, "here")], tokenizer, "messages", False)
+    tokenizer.chat_template = None
+
+
 def test_an_answer_ends_where_a_turn_of_the_datas_own_form_begins(tokenizer: Any) -> None:
     prompts = [Prompt("Why?", "a list")]
     stops = {form: Asked(prompts, tokenizer, form, False).stops for form in ("alpaca", "oasst_trees", "text")}

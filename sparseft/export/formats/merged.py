@@ -25,8 +25,8 @@ from sparseft.files.atomic import write_json
 from sparseft.files.hub import TEMPLATES
 from sparseft.files.tensors import DESCRIPTIONS, Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
-from sparseft.models.checkpoint import FILE, INDEX, Checkpoint, fetch_beside
-from sparseft.models.loading import load_config, load_model, resolve_device
+from sparseft.models.checkpoint import FILE, INDEX, Checkpoint
+from sparseft.models.loading import generation_config_file, load_config, load_model, resolve_device
 from sparseft.models.packed_checkpoint import PackedCheckpoint
 from sparseft.models.unpacked import Unpacked
 
@@ -72,7 +72,8 @@ class Merged(Format):
     ) -> None:
         """All else that makes the model work: the base's own files, and the tokenizer that was trained with."""
         trusted = source.target.model.trust_remote_code
-        fetch_beside(base_of(source))
+        model = base_of(source)
+        generation_config_file(model.path, model.revision)  # which the hub's cache has beside the checkpoint then
         for entry in base.iterdir():
             kept = entry.suffix in KEPT or (trusted and entry.suffix == CODE)
             if entry.is_file() and kept and entry.name not in DESCRIPTIONS and not entry.name.endswith(".index.json"):

@@ -59,7 +59,8 @@ def _asked(config: RunConfig, prepared: Prepared) -> Asked | None:
     prompts = read_prompts(config.trainer.sample_prompts)
     if not prompts:
         return None
-    asked = Asked(prompts, prepared.tokenizer, prepared.data.format, config.dataset.plain_chat)
+    dataset = config.dataset
+    asked = Asked(prompts, prepared.tokenizer, prepared.data.format, dataset.plain_chat, dataset.chat_date)
     asked.check(vocabulary_rows(prepared.model)[0], context_length(prepared.model.config))
     return asked
 
