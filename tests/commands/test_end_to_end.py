@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -159,19 +158,6 @@ def test_exit_codes_of_a_process(in_tmp: Path) -> None:
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr.count("\n") == 1 and "Did you mean 'sylva'?" in wrong.stderr
     assert not list(in_tmp.iterdir())
-
-
-def test_an_interrupt_while_loading_exits_130(in_tmp: Path) -> None:
-    """Not only training answers Ctrl-C with one line and the exit code."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "sparseft", "train", "method=s2ft", *SHORT],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=in_tmp,
-    )  # fmt: skip
-    assert child.stderr.readline().startswith("data: ")  # the model comes next
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=120)
-    assert child.returncode == 130, err
-    assert out == "" and err.splitlines()[-1].startswith("error: interrupted.")
 
 
 def test_the_second_command_of_a_sweep_does_not_inherit(in_tmp: Path) -> None:

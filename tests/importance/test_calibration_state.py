@@ -144,16 +144,36 @@ SLOW = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
-def test_preprocess_goes_on_after_a_signal(
-    tmp_path: Path, model_folder: Any, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = [
-        "preprocess", *on(model_folder("llama"), write_data(tmp_path)["json"]), "method=sylva", "sparsity=0.9",
+def preprocess(folder: Path, model: Path) -> list[str]:
+    return [
+        "preprocess", *on(model, write_data(folder)["json"]), "method=sylva", "sparsity=0.9",
         "method.block_size=8", "method.num_samples=8",
     ]  # fmt: skip
+
+
+def check_that_it_goes_on(folder: Path, words: list[str]) -> None:
+    """From what a command that ended after the third sample has left, to what one that never ended would choose."""
+    (partial,) = (folder / ".cache/sparseft/selections").iterdir()
+    assert partial.suffix == ".partial" and 3 <= resuming.saved_samples(partial) < 8
+    done = sparseft(folder, *words, "--json")
+    assert "calibration: goes on after" in done.err
+    resumed = Path(folder / done.json["selection"])
+    assert not partial.exists()
+    fresh = sparseft(folder, *words, "--json", "cache_dir=fresh").json
+    for name in ("selection.json", "selection.safetensors"):
+        assert (resumed / name).read_bytes() == (folder / fresh["selection"] / name).read_bytes()
+
+
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow) for each in INTERRUPTS)]
+)
+def test_a_process_goes_on_after_a_signal(
+    tmp_path: Path, model_folder: Any, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = preprocess(tmp_path, model_folder("llama"))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
@@ -167,18 +187,31 @@ def test_preprocess_goes_on_after_a_signal(
             break
     lines += child.stderr.readlines()
     assert child.wait(60) == (-9 if number == signal.SIGKILL else 130), "".join(lines)
-    (partial,) = (tmp_path / ".cache/sparseft/selections").iterdir()
-    assert partial.suffix == ".partial" and 3 <= resuming.saved_samples(partial) < 8
     if number != signal.SIGKILL:
         assert any(f"{number.name}: what is done is kept in" in line for line in lines)
     monkeypatch.setattr(scores, "TOKENS_TOGETHER", 1)  # the state counts in groups: here they are the child's
-    done = sparseft(tmp_path, *words, "--json")
-    assert "calibration: goes on after" in done.err
-    resumed = Path(tmp_path / done.json["selection"])
-    assert not partial.exists()
-    fresh = sparseft(tmp_path, *words, "--json", "cache_dir=fresh").json
-    for name in ("selection.json", "selection.safetensors"):
-        assert (resumed / name).read_bytes() == (tmp_path / fresh["selection"] / name).read_bytes()
+    check_that_it_goes_on(tmp_path, words)
+
+
+@pytest.mark.parametrize("number", INTERRUPTS)
+def test_preprocess_keeps_what_is_done_at_a_signal(
+    tmp_path: Path, model_folder: Any, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, plain = preprocess(tmp_path, model_folder("llama")), resuming.keep
+
+    def keep(*args: Any) -> None:
+        plain(*args)
+        if args[-1][1] == 3:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(scores, "TOKENS_TOGETHER", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(resuming, "keep", keep)
+        patch.setattr(resuming, "SAVE_SECONDS", 0.0)
+        patch.setattr(resuming, "SAVE_COST", 0.0)
+        done = sparseft(tmp_path, *words, code=130)
+    assert f"{number.name}: what is done is kept in" in done.err
+    check_that_it_goes_on(tmp_path, words)
 
 
 BY_LAYER = textwrap.dedent(
@@ -238,10 +271,7 @@ def test_two_ranks_go_on_below_the_layers_that_are_done(
 ) -> None:
     """SIGINT once the first layer is done: all ranks end with that layer, also where a signal reaches one only, or the
     other waits for its sums already."""
-    words = [
-        "preprocess", *on(model_folder("llama"), write_data(tmp_path)["json"]), "method=sylva", "sparsity=0.9",
-        "method.block_size=8", "method.num_samples=8",
-    ]  # fmt: skip
+    words = preprocess(tmp_path, model_folder("llama"))
     children, read = two(tmp_path, words, waits), []
     slower = children[1]
     assert slower.stderr is not None

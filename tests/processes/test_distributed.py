@@ -126,7 +126,11 @@ def together(runs: Runs) -> Runs:
     best = [best_case(runs, "s2ft", stage) for stage in (3, "fsdp")]
     (runs.folder / "a-file").write_text("no folder")
     uncached = runs.case("s2ft", 0, f"cache_dir={runs.folder / 'a-file'}") | {"name": "uncached", "refused": True}
-    run_ranks(runs.folder, [uncached, case, *cases, *continued, *bad, *best], seconds=1200)
+    (runs.folder / "linked").mkdir()
+    (runs.folder / "linked" / "config.yaml").write_text("seed: 0\n")
+    (runs.folder / "linked" / "samples.jsonl").symlink_to(runs.folder / "elsewhere")
+    linked = runs.case("s2ft", 0, "output_dir=linked", "trainer.resume=auto") | {"name": "linked", "refused": True}
+    run_ranks(runs.folder, [uncached, linked, case, *cases, *continued, *bad, *best], seconds=1200)
     return runs
 
 
@@ -183,9 +187,12 @@ def test_bad_steps_in_a_row_end_a_run_under_deepspeed(together: Runs) -> None:
 
 
 def test_what_the_first_process_refuses_all_refuse(together: Runs) -> None:
-    """It alone looks at the cache: the others, which would wait for it, end with the same sentence and go on here."""
+    """It alone looks at the cache and into the run's folder: the others, which would wait for it, end with the same
+    sentence and go on here."""
     message = json.loads((together.folder / "uncached.json").read_text())["message"]
     assert message.startswith("cache_dir=") and message.endswith("a-file is no folder."), message
+    message = json.loads((together.folder / "linked.json").read_text())["message"]
+    assert "'linked/samples.jsonl' is a link " in message, message
 
 
 @pytest.mark.slow
