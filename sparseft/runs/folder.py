@@ -56,6 +56,7 @@ BEFORE = "eval/before"  # the base model's results
 ANSWERS = "eval/mt_bench/model_answer"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT = "checkpoint-"  # below `checkpoints/`, before the step
+DAMAGED = "damaged-"  # before the name of a checkpoint that was passed over when the run went on
 BEST = ".best"  # there too, and in each checkpoint
 BEST_NOTE = "best.json"
 RATE = "learning_rate.json"  # how the rate was found, where trainer.learning_rate=auto
@@ -133,8 +134,8 @@ def is_run(path: str | Path) -> bool:
 
 def _checkpoints(run: Path) -> Iterator[Path]:
     """The folders of checkpoints in a run, or links in their places, whole or not."""
-    for path in (run / CHECKPOINTS).glob(f"{CHECKPOINT}*"):
-        if re.fullmatch(rf"{CHECKPOINT}\d+", path.name) and (path.is_symlink() or path.is_dir()):
+    for path in (run / CHECKPOINTS).glob("*"):
+        if re.fullmatch(rf"({DAMAGED})?{CHECKPOINT}\d+", path.name) and (path.is_symlink() or path.is_dir()):
             yield path
 
 

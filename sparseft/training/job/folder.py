@@ -58,7 +58,6 @@ def _open(job: Job) -> Path:
 
 def _describe(job: Job, folder: Path) -> None:
     """Writes what the run is into its folder: `config.yaml`, `environment.json`, `selection/`, its questions."""
-    write_text(folder / CONFIG, to_yaml(job.config))
     data = job.prepared.data
     facts = {
         "train": data.train_source,
@@ -73,6 +72,8 @@ def _describe(job: Job, folder: Path) -> None:
     known = environment(str(job.prepared.device), dtype, world)
     if job.prepared.device.type == "cuda":
         known["device_name"] = torch.cuda.get_device_name(job.prepared.device)
+    # One right after the other: by both together a run that is continued knows in how many processes it was started.
+    write_text(folder / CONFIG, to_yaml(job.config))
     write_json(folder / ENVIRONMENT, known | {"data": facts})
     if job.selection is not None and job.resumed_from is None:
         job.selection.save(folder / SELECTION)
