@@ -170,7 +170,7 @@ def remove(folder: Path) -> None:
 def check_replaceable(path: Path, marks: Collection[str], folders: Collection[str] = ()) -> None:
     """Refuses a path, before the work, that `replaced_folder` would refuse after it, and one that could not be put
     aside, or not without taking the current folder away."""
-    _check_ours(path, marks, folders)
+    check_ours(path, marks, folders)
     if path.is_dir() and not path.is_symlink():
         place = path.resolve()
         mounted, inside = os.path.ismount(place), Path.cwd().is_relative_to(place)
@@ -179,7 +179,7 @@ def check_replaceable(path: Path, marks: Collection[str], folders: Collection[st
             raise UserError(f"{path}: cannot be replaced, as {why}: name a folder in it, such as {path / 'new'}.")
 
 
-def _check_ours(path: Path, marks: Collection[str], folders: Collection[str]) -> None:
+def check_ours(path: Path, marks: Collection[str], folders: Collection[str] = ()) -> None:
     """Refuses a file, and a folder that holds anything of the user's own."""
     try:
         if path.exists() and not path.is_dir():
@@ -218,7 +218,7 @@ def replaced_folder(path: str | Path, marks: Collection[str], folders: Collectio
             if file.is_file():
                 file.chmod(0o666 & ~mask)
         if aside != path:
-            _check_ours(path, marks, folders)
+            check_ours(path, marks, folders)
             publish(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

@@ -9,16 +9,19 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from sparseft.console import warn
 from sparseft.errors import UserError, nearest, where_looked
-from sparseft.files.atomic import PARTIAL, replace_link, try_writing
+from sparseft.files.atomic import PARTIAL, check_ours, replace_link, try_writing
 from sparseft.files.tensors import (
     ADAPTER_CONFIG,
     ADAPTER_TENSORS,
+    DESCRIPTIONS,
     SELECTION_CONFIG,
     SELECTION_TENSORS,
     WHOLE_CONFIG,
@@ -53,6 +56,7 @@ BEFORE = "eval/before"  # the base model's results
 ANSWERS = "eval/mt_bench/model_answer"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT = "checkpoint-"  # below `checkpoints/`, before the step
+DAMAGED = "damaged-"  # before the name of a checkpoint that was passed over when the run went on
 BEST = ".best"  # there too, and in each checkpoint
 BEST_NOTE = "best.json"
 RATE = "learning_rate.json"  # how the rate was found, where trainer.learning_rate=auto
@@ -128,6 +132,13 @@ def is_run(path: str | Path) -> bool:
     return any((Path(path) / mark).exists() for mark in MARKS)
 
 
+def _checkpoints(run: Path) -> Iterator[Path]:
+    """The folders of checkpoints in a run, or links in their places, whole or not."""
+    for path in (run / CHECKPOINTS).glob("*"):
+        if re.fullmatch(rf"({DAMAGED})?{CHECKPOINT}\d+", path.name) and (path.is_symlink() or path.is_dir()):
+            yield path
+
+
 def check_writable(folder: Path, what: str) -> None:
     """Refuses a folder that neither exists nor could be made, or that cannot be written; makes nothing.
 
@@ -162,6 +173,29 @@ def check_run_folder(output_dir: str | None, *, overwrite: bool = False, resume:
             f"output_dir '{run}' already holds a run: give another folder, continue it with trainer.resume=auto, "
             "or replace it with overwrite=true."
         )
+    if overwrite and is_run(run):
+        _check_left(run)
+        return
+    check_own(run)  # what goes on from it would refuse its links only then
+    check_ours(run / ADAPTER, DESCRIPTIONS)
+    if not is_run(run) and not overwrite and (first := next(_checkpoints(run), None)):
+        raise UserError(
+            f"output_dir '{run}' holds '{first.relative_to(run)}' of a run that is not there, which this one would go "
+            "on from after an interrupt: give another folder, or remove it with overwrite=true."
+        )
+
+
+def _check_left(run: Path) -> None:
+    """Refuses files that an overwrite would leave in `adapter/`: the new run's adapter is a folder in its place."""
+    adapter = run / ADAPTER
+    if adapter.is_symlink() or not adapter.is_dir():
+        return
+    for path in sorted(adapter.iterdir()):
+        file = path.is_file() or path.is_symlink()
+        if not LEFT.fullmatch(path.name) and not (file and any(fnmatchcase(path.name, own) for own in _OF_AN_ADAPTER)):
+            raise UserError(
+                f"'{path}' is no file of the run's, and would be in the way of the new adapter: move it elsewhere."
+            )
 
 
 def prepare_run_folder(
@@ -184,30 +218,41 @@ def prepare_run_folder(
         raise UserError(f"cannot write to output_dir '{run}': {error.strerror or error}.") from error
     if is_run(run) and not resume:
         _delete_run(run)
+    elif overwrite:
+        _delete_checkpoints(run)
     return run
 
 
 def _delete_run(run: Path) -> None:
-    """Deletes the files of a run and what folders that leaves empty. Links are unlinked, never followed."""
+    """Deletes the files of a run and what folders that leaves empty. Links are unlinked, never followed.
+
+    The checkpoints go first and `config.yaml` last: what an interrupt leaves is still the old run, so that a new one
+    never goes on from its checkpoints.
+    """
     # An own folder that someone moved elsewhere: what it points to is not ours to empty. Outer ones first, or what lies
     # behind their links would be taken for the run's.
     for part in reversed(FOLDERS):
         if (run / part).is_symlink():
             (run / part).unlink()
+    _delete_checkpoints(run)
     _delete_tracked(run)
     for part, patterns in OWN_FILES.items():
         for path in (path for pattern in patterns for path in (run / part).glob(pattern)):
-            if path.is_file() or path.is_symlink():
+            if path != run / CONFIG and (path.is_file() or path.is_symlink()):
                 path.unlink()
     delete_leftovers(run)
-    for path in (run / CHECKPOINTS / BEST, *(run / CHECKPOINTS).glob(f"{CHECKPOINT}*")):
-        if path.is_symlink():
-            path.unlink()
-        elif path.is_dir() and re.fullmatch(rf"{re.escape(BEST)}|{CHECKPOINT}\d+", path.name):
-            shutil.rmtree(path)
     for part in FOLDERS:
         with contextlib.suppress(OSError):  # not there, or not empty: someone else's files stay
             (run / part).rmdir()
+    (run / CONFIG).unlink(missing_ok=True)
+
+
+def _delete_checkpoints(run: Path) -> None:
+    for path in (run / CHECKPOINTS / BEST, *_checkpoints(run)):
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
 
 
 def _delete_tracked(run: Path) -> None:

@@ -124,11 +124,11 @@ class Average(transformers.TrainerCallback):
         for part in self.parts.values():
             part.mean.lerp_(part.parameter.to(part.mean.dtype), 1.0 / self.weight)
 
-    def take(self) -> None:
-        """Puts the mean into the model; says so, or that there is none as the run ended before."""
+    def take(self) -> bool:
+        """Puts the mean into the model and says so; False, and said, where there is none as the run ended before."""
         if not self.parts:
             console.warn(f"trainer.average={self.rule}: the run ended before the first step that counts")
-            return
+            return False
         self._fold()
         for part in self.parts.values():
             part.write()
@@ -136,6 +136,7 @@ class Average(transformers.TrainerCallback):
             layer.write_back()
             layer.write_inactive()
         console.log(f"average: what is left is the mean over {self.count} steps (trainer.average={self.rule})")
+        return True
 
     def save(self, folder: Path) -> None:
         """Writes the mean into a checkpoint's folder; before the first step that counts there is none."""

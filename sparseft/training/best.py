@@ -42,17 +42,12 @@ class Evaluation:
         return self.eval_loss < other.eval_loss or (math.isnan(other.eval_loss) and not math.isnan(self.eval_loss))
 
 
-def recorded(folder: Path, step: int) -> Evaluation | None:
-    """The last evaluation in `metrics.jsonl` at `step`, None where there was none."""
-    lines = [line for line in read_metrics(folder / METRICS) if line.get("step") == step]
-    lines = [line for line in lines if isinstance(line.get("eval_loss"), (int, float))]
-    return Evaluation(step, lines[-1]["eval_loss"], lines[-1].get("eval_score")) if lines else None
-
-
-def evaluations(folder: Path, steps: range) -> list[Evaluation]:
-    """Those in `metrics.jsonl` at `steps`, in order."""
+def evaluations(folder: Path, steps: range, averaged: bool = False) -> list[Evaluation]:
+    """Those in `metrics.jsonl` at `steps`, in order: of what trained, or of its mean (`averaged`)."""
     found: dict[int, Evaluation] = {}  # a run that was continued may have evaluated a step twice
     for line in read_metrics(folder / METRICS):
+        if bool(line.get("averaged")) is not averaged:
+            continue
         if line.get("step") in steps and isinstance(line.get("eval_loss"), (int, float)):
             found[line["step"]] = Evaluation(line["step"], line["eval_loss"], line.get("eval_score"))
     return list(found.values())

@@ -100,7 +100,8 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
         logs = logs or {}
         if "eval_loss" in logs:
             score = {name: logs[name] for name in ("eval_score", "eval_score_stderr") if name in logs}
-            self._append(record | {"eval_loss": logs["eval_loss"]} | score | of_objective(logs))
+            mean = {"averaged": True} if self.run.averaged else {}
+            self._append(record | {"eval_loss": logs["eval_loss"]} | score | of_objective(logs) | mean)
             if not math.isfinite(logs["eval_loss"]):
                 raise self.run.failure(
                     f"the evaluation loss is {logs['eval_loss']} at step {state.global_step}"

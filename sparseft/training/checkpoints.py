@@ -86,8 +86,7 @@ def check_moments(optimizer: Any) -> None:
 
 
 def prune(folder: Path, limit: int | None, step: int) -> None:
-    """Deletes all but the newest `limit` checkpoints (None: none) of those up to `step`. A damaged one may bear a later
-    step's name: it is replaced when the run comes there."""
+    """Deletes all but the newest `limit` checkpoints (None: none) of those up to `step`."""
     for number in [each for each in checkpoint_steps(folder) if each <= step][: -limit if limit else 0]:
         remove(folder / checkpoint_name(number))
 

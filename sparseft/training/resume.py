@@ -12,19 +12,23 @@ from sparseft.compose.run_config import from_dict
 from sparseft.config import RunConfig, TrainerConfig, flatten
 from sparseft.distributed.env import processes
 from sparseft.errors import UserError
+from sparseft.files.atomic import publish
 from sparseft.files.untrusted import read_json, read_json_object, read_yaml_object
 from sparseft.rules import show
 from sparseft.runs.folder import (
     BEST,
     CHECKPOINTS,
     CONFIG,
+    DAMAGED,
     ENVIRONMENT,
+    SUMMARY,
     check_own,
     check_trained_on,
+    checkpoint_name,
     delete_leftovers,
     is_run,
 )
-from sparseft.training.checkpoints import STATE, good_checkpoint, prune, step_of
+from sparseft.training.checkpoints import STATE, checkpoint_steps, good_checkpoint, prune, step_of
 
 # Settings that a run may be continued with other values of; all others decide what it trains, on what and how, and
 # a checkpoint would silently keep the old ones or mix both. With more steps the learning rate goes on as a run of that
@@ -107,6 +111,11 @@ def previous_run(config: RunConfig) -> Previous | None:
         return None
     check_own(folder)
     previous = Previous(folder, good_checkpoint(folder))
+    if previous.checkpoint is None and (folder / SUMMARY).is_file():
+        raise UserError(
+            f"the run in '{folder}' has finished, and left no checkpoint to go on from: give another output_dir, or "
+            "overwrite=true without trainer.resume to replace it."
+        )
     if previous.checkpoint is not None:
         own = _settings_of(config, folder)
         if config.dataset.chat_date is None:
@@ -119,11 +128,15 @@ def previous_run(config: RunConfig) -> Previous | None:
 
 def clean(previous: Previous, save_total_limit: int | None) -> None:
     """Removes what a crash left: files that were being written, checkpoints beyond the limit, and a best adapter that
-    none of them knows."""
+    none of them knows. The damaged checkpoints that were passed over are moved aside: no message names them as good."""
     folder = previous.folder / CHECKPOINTS
     if previous.checkpoint is None:
         shutil.rmtree(folder / BEST, ignore_errors=True)
     delete_leftovers(previous.folder)
+    for step in checkpoint_steps(folder):
+        if step > previous.step:
+            name = checkpoint_name(step)
+            publish(folder / name, folder / f"{DAMAGED}{name}", sync=False)
     prune(folder, save_total_limit, previous.step)
 
 

@@ -73,6 +73,7 @@ class RunState:
         self.bad_steps = BadSteps(max_bad_steps)
         self.verdicts = Verdicts(device)
         self.interrupted: str | None = None  # the signal's name
+        self.averaged = False  # the model holds the mean of what trained, so no evaluation of it ends a training
         self.tokens = 0  # that this process has trained on in this session
         self._earlier_tokens = 0  # of all processes, in the sessions before
         # Sums of the micro-steps' losses, each already its share of its step's mean: over the good steps, and over the

@@ -258,7 +258,13 @@ class SampleAnswers(transformers.TrainerCallback):
         self.path = trainer.run_state.folder / SAMPLES
         self.steps = ranks.broadcast_object({step_of(line) for line in self._recorded()} if ranks.is_main() else None)
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step:  # of a run that is continued, whose interrupt may have come in a step that asks
+            self.on_step_end(args, state, control)
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        if control.should_training_stop:  # an interrupted step is saved first, and asked for when the run goes on
+            return
         # Those of the last step are asked for at the end: what is left may be a mean.
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self.adapter(state.global_step)

@@ -283,7 +283,7 @@ class Trackers:
 
     def log(self, record: dict[str, Any]) -> None:
         """A line of metrics."""
-        left_out = {"step", "epoch"} if "eval_loss" in record else {"step"}
+        left_out = {"step", "epoch", "averaged"} if "eval_loss" in record else {"step"}
         logs = {name: value for name, value in record.items() if name not in left_out and value is not None}
         self._each(lambda tracker: tracker.log(logs, record["step"]))
 

@@ -199,18 +199,26 @@ def loaders(make_model: Any, tokenizer: Any, root: Path) -> dict[str, Callable[[
 
         def load(folder: Path) -> None:
             from sparseft.evaluation.target import find_target
-            from sparseft.training.best import recorded
+            from sparseft.training.best import evaluations
             from sparseft.training.resume import previous_run
 
             config = copy.deepcopy(composed)
             config.output_dir, config.trainer.resume = str(folder), "auto"
             build_report([folder], folder / "report.html")  # says in the page what it could not read
             problems = []
+
+            def continued() -> None:
+                try:
+                    previous_run(config)
+                except UserError as error:
+                    if "has finished, and left no checkpoint" not in str(error):
+                        raise
+
             for read in (
                 lambda: find_target(config, run=str(folder), adapter=None, base=False),
-                lambda: previous_run(config),
+                continued,
                 lambda: read_best(folder / "checkpoints"),
-                lambda: recorded(folder, 2),
+                lambda: evaluations(folder, range(2, 3)),
                 lambda: truncate_metrics(folder / "metrics.jsonl", 1),
                 lambda: read_metrics(folder / "metrics.jsonl"),
             ):

@@ -6,9 +6,12 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -143,7 +146,6 @@ def test_overwrite_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
     mine = [
         "notes.txt",
         "eval/plot.png",
-        "adapter/my notes.md",
         "checkpoints/best/weights",
         "checkpoints/checkpoint-x/a",
     ]
@@ -154,6 +156,72 @@ def test_overwrite_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
     left = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
     assert left == sorted(mine)
     assert not (run / "selection").exists() and not (run / "eval/before").exists()
+
+
+def test_an_interrupted_overwrite_leaves_the_old_run_or_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is interrupted: a new run would go on from a checkpoint that it finds."""
+
+    def interrupted(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def delete(*args: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return plain(*args, **options)
+
+        return delete
+
+    for count in range(99):
+        run = make_run(tmp_path / str(count))
+        (run / "metrics.jsonl").write_text("")
+        for name in ("checkpoints/checkpoint-1", "checkpoints/checkpoint-2", "checkpoints/.best"):
+            (run / name).mkdir(parents=True)
+        left = [count]
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", interrupted(Path.unlink))
+            patch.setattr(shutil, "rmtree", interrupted(shutil.rmtree))
+            try:
+                runs.prepare_run_folder(str(run), "full", "json", overwrite=True)
+            except KeyboardInterrupt:
+                assert (run / "config.yaml").is_file()
+            else:
+                break
+    assert count > 5 and list(run.iterdir()) == []
+
+
+def test_checkpoints_alone_are_not_taken_for_a_new_runs(tmp_path: Path) -> None:
+    """As an overwrite that was interrupted could leave them."""
+    (tmp_path / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"holds 'checkpoints/checkpoint-5' of a run that is not.*overwrite=true"):
+            runs.prepare_run_folder(str(tmp_path), "full", "json", resume=resume)
+    runs.prepare_run_folder(str(tmp_path), "full", "json", overwrite=True)
+    assert not (tmp_path / "checkpoints" / "checkpoint-5").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_what_the_adapter_could_not_take_the_place_of_is_refused_before_the_work(
+    tmp_path: Path, options: dict[str, bool]
+) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "adapter").mkdir()
+    (run / "adapter" / "my notes.md").write_text("mine")
+    before = sorted(run.rglob("*"))
+    with pytest.raises(UserError, match="adapter" if options else "already holds a run"):
+        runs.prepare_run_folder(str(run), "full", "json", **options)
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_links_that_lead_out_of_the_folder_are_refused_at_the_start(tmp_path: Path, options: dict[str, bool]) -> None:
+    """As they are where a run is continued or read."""
+    (tmp_path / "scratch" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
+    with pytest.raises(UserError, match=r"'.*run/checkpoints' is a link that leads out of the run's folder"):
+        runs.prepare_run_folder(str(tmp_path / "run"), "full", "json", **options)
+    assert (tmp_path / "scratch" / "checkpoint-5").is_dir()
 
 
 def test_overwrite_never_follows_a_link(tmp_path: Path) -> None:

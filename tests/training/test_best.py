@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparseft.training.best import Best, Evaluation, read_best, without_a_better
+from sparseft.training.average import Average
+from sparseft.training.best import Best, Evaluation, evaluations, read_best, without_a_better
 from sparseft.training.trainer import Trainer
 from support.running import METHODS, files, metrics, on, refused, sparseft, summary, write_data
 
@@ -205,6 +206,36 @@ def test_evaluations_without_a_better_one() -> None:
     assert [since(), since(2.0), since(2.0, 1.0), since(2.0, 2.0), since(1.0, 2.0, 1.5), since(1.0, 2.0, 0.5)] == [
         0, 0, 0, 1, 2, 0,
     ]  # fmt: skip
+
+
+def test_the_means_evaluation_counts_for_no_patience(tmp_path: Path) -> None:
+    lines = [{"step": step, "eval_loss": loss} for step, loss in ((2, 1.0), (4, 1.1), (6, 1.2))]
+    lines.append({"step": 6, "eval_loss": 0.9, "averaged": True})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert without_a_better(evaluations(tmp_path, range(1, 7))) == 2
+    assert evaluations(tmp_path, range(1, 7), averaged=True) == [Evaluation(6, 0.9)]
+
+
+def test_a_run_that_ended_early_with_a_mean_stays_ended(
+    data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean is better than what ended the training."""
+    taken: list[bool] = []
+    take, loss = Average.take, Trainer.held_out_loss
+    monkeypatch.setattr(Average, "take", lambda self: taken.append(True) or take(self))
+    monkeypatch.setattr(Trainer, "held_out_loss", lambda self, given: 0.5 if taken else loss(self, given))
+    words = [word for word in scripted_run("s2ft", model_folder(), data) if "keep_best" not in word]
+    words += ["trainer.average=ema:0.5", "trainer.patience=2", f"output_dir={tmp_path}/run"]
+    sparseft(tmp_path, *words)
+    run = tmp_path / "run"
+    first = metrics(run)
+    seen = [(line["step"], line.get("averaged")) for line in first if "eval_loss" in line]
+    assert seen[-2:] == [(5, None), (5, True)]
+    assert summary(run)["eval_loss_after"] == 0.5
+    taken.clear()
+    sparseft(tmp_path, *words, "trainer.resume=auto")
+    assert summary(run)["steps"] == 5 and summary(run)["eval_loss_after"] == 0.5
+    assert metrics(run) == first
 
 
 def test_training_ends_when_nothing_gets_better_and_stays_ended(tmp_path: Path) -> None:

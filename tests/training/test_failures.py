@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from sparseft.errors import RunError
+from sparseft.runs.folder import prepare_run_folder
 from sparseft.training.checkpoints import check, checkpoint_steps, good_checkpoint, last_checkpoint, write_manifest
 from sparseft.training.failures import MemoryAdvice, memory_problem, out_of_memory
 from sparseft.training.trainer import train
@@ -497,8 +498,31 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint(
     done = sparseft(data.parent, *long_run("s2ft", model_folder(), data), f"output_dir={run}", "trainer.resume=auto")
     assert done.err.count("warning: a damaged checkpoint is passed over: ") == 1, done.err
     assert f"resume: {run}/checkpoints/checkpoint-6" in done.err
+    shutil.rmtree(run / "checkpoints" / "damaged-checkpoint-7")
     same_end(run, whole)
     check(run / "checkpoints" / "checkpoint-7")
+
+
+def test_a_damaged_checkpoint_is_never_called_good(
+    whole: Path, data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparseft.training.trainer import Trainer
+
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    flip(run / "checkpoints" / "checkpoint-7" / "optimizer.pt")
+    damaged = files(run / "checkpoints" / "checkpoint-7")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RunError("the device is gone.")
+
+    monkeypatch.setattr(Trainer, "training_step", fail)
+    words = [*long_run("s2ft", model_folder(), data), f"output_dir={run}"]
+    done = sparseft(data.parent, *words, "trainer.resume=auto", code=1)
+    assert f"The last good checkpoint is {run}/checkpoints/checkpoint-6." in done.err
+    assert files(run / "checkpoints" / "damaged-checkpoint-7") == damaged  # moved aside, not lost
+    prepare_run_folder(str(run), "s2ft", "json", overwrite=True)
+    assert files(run) == set()
 
 
 def test_content_that_no_hash_shows_is_refused_in_a_sentence(

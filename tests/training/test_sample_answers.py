@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from sparseft.training import sample_answers
 from sparseft.training.average import Average
 from sparseft.training.labelled_loss import language_model
 from sparseft.training.sample_answers import Asked, Prompt, read_prompts
+from sparseft.training.trainer import Trainer
 from support.running import METHODS, metrics, on, refused, sparseft, summary, write_data
 from support.training import attached, same_end
 
@@ -197,6 +200,25 @@ def test_the_run_is_the_same_and_a_resumed_one_asks_what_is_missing(
     assert len(times) == 2  # nothing was left to train
     (run / "samples.jsonl").unlink()
     same_end(run, tmp_path / "plain")
+
+
+def test_an_interrupt_saves_before_it_asks(words: list[str], tmp_path: Path) -> None:
+    """A scheduler gives few seconds from its signal on; the step is asked for when the run goes on."""
+    asking = [*words, "trainer.sample_prompts=[seven]", "trainer.sample_steps=1", "trainer.max_steps=4"]
+    plain = Trainer.training_step
+
+    def interrupted(self: Any, *args: Any, **options: Any) -> Any:
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted)
+        sparseft(tmp_path, *asking, "output_dir=run", code=130)
+    assert [line["step"] for line in samples(tmp_path / "run")] == [0, 1]
+    sparseft(tmp_path, *asking, "output_dir=run", "trainer.resume=auto")
+    sparseft(tmp_path, *asking, "output_dir=whole")
+    assert samples(tmp_path / "run") == samples(tmp_path / "whole")
 
 
 def test_other_prompts_of_a_resumed_run_have_the_bases_answers_first(words: list[str], tmp_path: Path) -> None:

@@ -478,6 +478,34 @@ def test_a_run_is_continued_on_its_own_data(uninterrupted: Any, data: Path, mode
     assert message.startswith("the training examples are not those that the run in ")
 
 
+def test_a_finished_run_without_its_checkpoints_is_not_trained_over(
+    uninterrupted: Any, data: Path, model_folder: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted("s2ft"), run)
+    shutil.rmtree(run / "checkpoints")
+    before = {name: (run / name).read_bytes() for name in files(run)}
+    message = refused(
+        data.parent, *long_run("s2ft", model_folder(), data), f"output_dir={run}", "trainer.resume=auto", "seed=1"
+    )
+    assert message.startswith(f"the run in '{run}' has finished, ")
+    assert {name: (run / name).read_bytes() for name in files(run)} == before
+
+
+def test_what_a_run_is_is_written_once_all_of_it_is_known(
+    data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new config beside the old environment would speak of other processes than the run had."""
+    from sparseft.training.job import folder
+
+    def slow(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "environment", slow)
+    sparseft(tmp_path, *long_run("s2ft", model_folder(), data), "output_dir=run", code=130)
+    assert files(tmp_path / "run") == set()
+
+
 # ---- interrupts and failures ----
 
 

@@ -20,9 +20,7 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
     """Measures again, leaves the adapter (the best one where it was kept) and the summary, which it returns."""
     config, prepared, trainer = job.config, job.prepared, trained.trainer
     folder = trainer.run_state.folder
-    # Where a run that is averaged ends early, the evaluation that ended it was of what trained.
-    anew = config.trainer.average is not None and trained.totals.step < job.total_steps
-    after = evaluation(job, trainer, trained.totals.step, "after", anew)
+    after = evaluation(job, trainer, trained.totals.step, "after")
     kept = trained.best.take(prepared.model)
     if kept is not None:
         console.log(f"best: the evaluation at step {kept.step}, whose adapter is kept")

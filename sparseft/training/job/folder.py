@@ -58,10 +58,6 @@ def _open(job: Job) -> Path:
 
 def _describe(job: Job, folder: Path) -> None:
     """Writes what the run is into its folder: `config.yaml`, `environment.json`, `selection/`, its questions."""
-    # As an experiment it is to make a run of its own, not to replace this one or to go on with it.
-    trainer = dataclasses.replace(job.config.trainer, resume=None)
-    repeated = dataclasses.replace(job.config, overwrite=False, trainer=trainer)
-    write_text(folder / CONFIG, to_yaml(repeated))
     data = job.prepared.data
     facts = {
         "train": data.train_source,
@@ -76,6 +72,11 @@ def _describe(job: Job, folder: Path) -> None:
     known = environment(str(job.prepared.device), dtype, world)
     if job.prepared.device.type == "cuda":
         known["device_name"] = torch.cuda.get_device_name(job.prepared.device)
+    # As an experiment it is to make a run of its own, not to replace this one or to go on with it.
+    trainer = dataclasses.replace(job.config.trainer, resume=None)
+    repeated = dataclasses.replace(job.config, overwrite=False, trainer=trainer)
+    # One right after the other: by both together a run that is continued knows in how many processes it was started.
+    write_text(folder / CONFIG, to_yaml(repeated))
     write_json(folder / ENVIRONMENT, known | {"data": facts})
     if job.selection is not None and job.resumed_from is None:
         job.selection.save(folder / SELECTION)

@@ -14,7 +14,7 @@ from sparseft.data.packing import Collator
 from sparseft.distributed import ranks
 from sparseft.selection.picture import draw_shares, trained_shares
 from sparseft.training.average import Average
-from sparseft.training.best import Best, Evaluation, evaluations, reached, recorded, without_a_better
+from sparseft.training.best import Best, Evaluation, evaluations, reached, without_a_better
 from sparseft.training.checkpoints import CHECKPOINTS
 from sparseft.training.job.attach import loss_options
 from sparseft.training.job.job import Job, Trained
@@ -62,7 +62,7 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
     transformers.set_seed(config.seed)  # whatever was drawn before, as by an evaluation, training starts the same
     totals = run_loop(trainer, job.resumed_from, _last_step(job, folder))
     if average is not None:
-        average.take()
+        trainer.run_state.averaged = average.take()
     if samples is not None:
         samples.adapter(totals.step, anew=average is not None)  # one that ended early has asked too soon
     return Trained(trainer, best, before, totals)
@@ -125,23 +125,25 @@ def _last_step(job: Job, folder: Path) -> int:
     return step if impatient or reached(settings.target_score, seen.eval_score) else job.total_steps
 
 
-def evaluation(job: Job, trainer: Trainer, step: int, when: str, anew: bool = False) -> Evaluation | None:
-    """The evaluation at the present step: as recorded where it was measured there, else (and `anew`) measured now, and
-    said. None where there is nothing held out, or none is asked for."""
+def evaluation(job: Job, trainer: Trainer, step: int, when: str) -> Evaluation | None:
+    """The evaluation of the model as it is, at the present step: as recorded where it was measured there, else measured
+    now, and said. None where there is nothing held out, or none is asked for."""
     if job.prepared.data.eval is None or job.config.trainer.eval_steps == 0:
         return None
-    folder = trainer.run_state.folder
-    seen = first_recorded(folder, step)
-    if seen is None or anew:
+    folder, averaged = trainer.run_state.folder, trainer.run_state.averaged
+    seen = first_recorded(folder, step, averaged)
+    if seen is None:
         trainer.evaluate()
-        seen = first_recorded(folder, step)
+        seen = first_recorded(folder, step, averaged)
         _say(job, when, seen)
     return seen
 
 
-def first_recorded(folder: Path, step: int) -> Evaluation | None:
-    """`recorded`, as the process finds it that writes the file."""
-    return ranks.broadcast_object(recorded(folder, step) if ranks.is_main() else None)
+def first_recorded(folder: Path, step: int, averaged: bool = False) -> Evaluation | None:
+    """The last evaluation at `step` of `evaluations`, None where there was none; as the process finds it that writes
+    the file."""
+    there = evaluations(folder, range(step, step + 1), averaged) if ranks.is_main() else []
+    return ranks.broadcast_object(there[0] if there else None)
 
 
 def _say(job: Job, when: str, seen: Evaluation | None) -> None:
