@@ -93,14 +93,22 @@ def _from_hub(path: str, revision: str | None) -> Path:
     return folder
 
 
+# How a model generates, and how one that reads images or sound prepares them.
+BESIDE = (
+    *("generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("processor_config.json", "chat_template.json"),
+)
+
+
 def fetch_beside(model: ModelConfig) -> None:
-    """Puts what says how a model of the hub generates beside its checkpoint in the hub's cache, where it has that."""
+    """Puts the files `BESIDE` of a model of the hub with its checkpoint in the hub's cache, where it has them."""
     from transformers.utils.hub import cached_file
 
     place = check_model_path(model.path)
     if not Path(place).is_dir():
         missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        cached_file(place, "generation_config.json", revision=model.revision, **missing)
+        for name in BESIDE:
+            cached_file(place, name, revision=model.revision, **missing)
 
 
 def without_weights(model: ModelConfig, *, packed: bool = False) -> nn.Module:

@@ -94,7 +94,8 @@ def _load(what: str, path: str, loader, **options):
 
     content = (AttributeError, KeyError, TypeError, ValueError)  # raised for a malformed config.json
     try:
-        return loader(check_model_path(path), **options)
+        alone = what == "tokenizer" and has_tokenizer(Path(path).expanduser())  # which needs no model beside it
+        return loader(str(Path(path).expanduser()) if alone else check_model_path(path), **options)
     except (OSError, RuntimeError, SafetensorError, StrictDataclassError, *content) as error:
         if isinstance(error, UserError):
             raise
@@ -259,12 +260,18 @@ def vocabulary_rows(model: nn.Module) -> tuple[int, int]:
     return rows, logits
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in a folder, of a model or of anything else."""
+    return (folder / "tokenizer_config.json").is_file()
+
+
 def load_tokenizer(config: ModelConfig):
     """The tokenizer (`model.tokenizer`, else the model's own)."""
     from transformers import AutoTokenizer
 
-    options = {"revision": config.revision} if config.revision else {}
     path = config.tokenizer or config.path
+    # Of another repository than the model's it would name a commit that is not there, or another one.
+    options = {"revision": config.revision} if config.revision and path == config.path else {}
     return _load(
         "tokenizer", path, AutoTokenizer.from_pretrained, trust_remote_code=config.trust_remote_code, **options
     )
