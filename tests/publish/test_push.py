@@ -154,6 +154,12 @@ def test_a_private_repository(hub: Hub, run: Path) -> None:
     assert "is public already" in refused(run.parent, "push", run, "me/mine", "--private")
 
 
+def test_a_new_repository_is_as_its_owner_has_settled(hub: Hub, run: Path) -> None:
+    hub.makes_private = True
+    done = push(run)
+    assert hub.repos["me/mine"].private and "(private)" in done.err and "(private)" in done.out
+
+
 def test_an_adapters_folder_and_its_run_are_the_same(hub: Hub, run: Path) -> None:
     push(run)
     first = dict(hub.repos["me/mine"].files)
