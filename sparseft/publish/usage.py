@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparseft.publish.facts import Facts
+from sparseft.publish.facts import Facts, is_hub_id
 from sparseft.report.numbers import number
 
 REPO, BASE = "USER/NAME", "BASE_MODEL"  # what `card.filled` replaces
@@ -10,14 +10,17 @@ REPO, BASE = "USER/NAME", "BASE_MODEL"  # what `card.filled` replaces
 LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{base}")
+tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 model = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="auto")"""
 
 
 def usage(facts: Facts) -> str:
     """Markdown: a heading and code for each tool that loads it; nothing that it does not load in."""
     base = facts.base_id or BASE
-    load = LOAD.format(base=base, revision=f', revision="{facts.revision}"' if facts.revision else "")
+    tokenizer = facts.tokenizer if facts.tokenizer and is_hub_id(facts.tokenizer) else base
+    load = LOAD.format(
+        base=base, tokenizer=tokenizer, revision=f', revision="{facts.revision}"' if facts.revision else ""
+    )
     parts = {
         "sparse": _sparse,
         "patch": _patch,

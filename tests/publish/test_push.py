@@ -184,6 +184,15 @@ def test_adapters_of_other_kinds(hub: Hub, made: Any, tmp_path: Path, method: st
     assert ("takes no DoRA" in said) == (method == "dora") and ("vllm serve" in said) == (method != "dora")
 
 
+def test_a_model_that_needs_code_of_its_own_is_refused(hub: Hub, made: Any, tmp_path: Path) -> None:
+    """The code is not pushed, and without it the repository would not load."""
+    trained = adapted.attached("llama", "full", load(made[0]))
+    trained.config.auto_map = {"AutoConfig": "configuration_own.Own"}
+    package.save_adapter(trained, tmp_path / "trained")
+    said = refused(tmp_path, "push", tmp_path / "trained", "me/mine")
+    assert "auto_map" in said and "export --format merged" in said and not hub.repos
+
+
 # ---- pushed again ----
 
 
