@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,18 @@ def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{folder}: {shown(name)} holds values that are not finite.")
-    ranks = [len(t) for name, t in tensors.items() if t.dim() and ("lora_A" in name or "lora_embedding_A" in name)]
+    largest = largest_rank(tensors)
     pattern = content.get("rank_pattern") or {}
-    given = [content.get("r", usual["r"]), *(pattern.values() if isinstance(pattern, dict) else [None])]
-    largest = max(ranks, default=0)
-    if not all(type(rank) is int and 1 <= rank <= largest for rank in given):
-        ranks = shown(given[:3])
+    given = list(pattern.values()) if isinstance(pattern, dict) else [None]
+    usually = content.get("r", usual["r"])  # beside patterns it may be no linear's
+    whole = all(type(rank) is int and rank >= 1 for rank in (usually, *given))
+    if not whole or max(given or [usually]) > largest:
+        ranks = shown([usually, *given][:3])
         raise UserError(f"{folder}: {CONFIG} gives the ranks {ranks}, but the tensors' largest is {largest}.")
     return tensors
+
+
+def largest_rank(tensors: Mapping[str, Tensor]) -> int:
+    """Of a LoRA's tensors; 0 where none is of a low rank."""
+    ranks = [len(t) for name, t in tensors.items() if t.dim() and ("lora_A" in name or "lora_embedding_A" in name)]
+    return max(ranks, default=0)

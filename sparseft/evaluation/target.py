@@ -20,7 +20,7 @@ from sparseft.data.question_hashes import QuestionHashes
 from sparseft.errors import UserError, nearest_path, shown, where_looked
 from sparseft.files.hub import adapter_folder
 from sparseft.files.untrusted import read_json_object, read_yaml_object
-from sparseft.models.loading import check_model_path, load_model, load_tokenizer, resolve_device
+from sparseft.models.loading import check_model_path, has_tokenizer, load_model, load_tokenizer, resolve_device
 from sparseft.runs import folder as runs
 from sparseft.runs.folder import ADAPTER
 from sparseft.runs.metrics import went_on_from
@@ -88,7 +88,11 @@ def _with_adapter(
         if not keys & {"model", "model.path"} and not is_whole_model(path):
             if not known:
                 raise UserError(f"{path}: the adapter names no base model: give model.path=FOLDER or a hub id.")
-            model = dataclasses.replace(config.model, name="adapter", path=str(known))
+            revision = content.get("revision") if known == content.get("base_model_name_or_path") else None
+            said = {"revision": revision} if isinstance(revision, str) and revision else {}
+            model = dataclasses.replace(config.model, name="adapter", path=str(known), **said)
+        if model.tokenizer is None and has_tokenizer(path):  # with tokens or a template that the base's lacks
+            model = dataclasses.replace(model, tokenizer=str(path))
     elif "model" in keys:
         model = config.model
     changed = {key.removeprefix("model."): None for key in keys if key.startswith("model.")}
@@ -98,7 +102,7 @@ def _with_adapter(
         if keys & {"model", "model.path"}:
             raise UserError(f"{path} is a whole model, so it has no base: leave model and model.path out.")
         tokenizer = model.tokenizer or model.path if folder is not None else config.model.tokenizer
-        if "model.tokenizer" not in keys and (path / "tokenizer_config.json").is_file():
+        if "model.tokenizer" not in keys and has_tokenizer(path):
             tokenizer = None
         elif folder is None and tokenizer is None:
             tokenizer = _tokenizer_of_base(path, content)

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from sparseft import console
+from sparseft.config import ModelConfig
 from sparseft.errors import RunError
 from sparseft.export.formats.base import Answering, Format, Options
 from sparseft.export.source import Source
 from sparseft.layers import sparse_layers
 from sparseft.models.decoder import context_length, decoder_layers
+from sparseft.models.loading import load_tokenizer
 from sparseft.models.quantized import is_plain
 
 NOISE = 1e-4  # of the largest logit: what fp32 sums in another order may differ by
@@ -68,6 +70,8 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
     model to the base) and `same_answers` (prompts answered alike, greedily). RunError where they differ beyond
     rounding, and where the export is the base.
     """
+    if format.whole:
+        _check_tokenizer(source, folder)
     base = format.base(source, options)
     prompts = prompts_of(source, context_length(base.config) or LENGTH + ANSWER)
     with console.Progress(len(prompts) * (2 + ANSWER), "prove", unit="text") as progress:
@@ -113,6 +117,24 @@ def prove(source: Source, format: Format, options: Options, folder: Path) -> dic
             + "Nothing was kept."
         )
     return report
+
+
+def _check_tokenizer(source: Source, folder: Path) -> None:
+    """RunError where the folder's tokenizer, loaded as its users load it, is another than the source's."""
+    trusted = source.target.model.trust_remote_code
+    written = load_tokenizer(ModelConfig(path=str(folder), trust_remote_code=trusted))
+    wanted, found = (_facts(tokenizer) for tokenizer in (source.tokenizer, written))
+    if wrong := [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]:
+        raise RunError(
+            f"the export's tokenizer is not the one it was trained with: {min(wrong)} differs. Nothing was kept."
+        )
+
+
+def _facts(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer makes of texts and conversations, by which it is known."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    texts = {f"'{text}'": tokenizer(text)["input_ids"] for text in PROMPTS}
+    return {**special, **texts, "chat_template": tokenizer.chat_template}
 
 
 def _asked(model: Answering, texts: Iterable[list[int]], progress: console.Progress) -> Iterator[Tensor]:

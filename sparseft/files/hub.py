@@ -16,11 +16,17 @@ from sparseft.errors import HUB_ID, RunError, UserError, looks_local, nearest_pa
 
 TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer's chat templates beside its first one
 
+# What a tokenizer is kept in, in a folder of whatever kind.
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "*.spm", "*.tiktoken", "*.vocab", "tekken.json", "chat_template*"),
+)
+
 # What an adapter's or a whole model's folder may hold: safetensors, JSON and a tokenizer, nothing that executes.
 ADAPTER_FILES = [
     *("adapter_config.json", "adapter_model.safetensors", "sparseft_config.json", "config.json"),
     *("generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "chat_template.jinja", f"{TEMPLATES}/*"),
+    *(*TOKENIZER_FILES, f"{TEMPLATES}/*"),
 ]
 
 

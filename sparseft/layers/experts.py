@@ -116,7 +116,7 @@ class ExpertLinear(SparseLinear):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
         if self._plain_loaded:
-            self._take_new_base()
+            self._take_new_base_unless_known()
         self._plain_loaded = False
 
 

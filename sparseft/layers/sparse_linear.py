@@ -413,7 +413,7 @@ class SparseLinear(nn.Module):
             f"{prefix}{kind}.delta" in state_dict for kind in self.patterns
         )
         if plain:
-            self._take_new_base()
+            self._take_new_base_unless_known()
 
     def _permute_entries(
         self, entries: dict[str, Any], prefix: str, rows: Tensor | None, columns: Tensor | None
@@ -464,6 +464,17 @@ class SparseLinear(nn.Module):
         self.row_permutation, self.column_permutation = rows, columns
         for kind, pattern in self.patterns.items():
             pattern.permute(self.inverse_of(kind))
+
+    @torch.no_grad()
+    def _take_new_base_unless_known(self) -> None:
+        """`_take_new_base`, unless the weight holds what base and deltas say already: of a checkpoint in several files
+        the deltas may have come before the weight that they are in."""
+        loaded = self.weight.detach().clone()
+        self.write_inactive()
+        self.write_back()
+        if self.weight.is_meta or not torch.equal(self.weight, loaded):
+            self.weight.copy_(loaded)
+            self._take_new_base()
 
     @torch.no_grad()
     def _take_new_base(self) -> None:

@@ -22,7 +22,7 @@ from sparseft.errors import UserError, reason_of, shown
 from sparseft.files.tensors import Stored, opened, stored_tensors
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.decoder import base_parameters, find_expert, is_transposed, logical_shape
-from sparseft.models.loading import check_model_path, load_config
+from sparseft.models.loading import GENERATION, check_model_path, file_beside, load_config
 from sparseft.models.quantized import quantized_by
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -91,6 +91,19 @@ def _from_hub(path: str, revision: str | None) -> Path:
         for name in sorted(set(read_json_object(place, WHAT).get("weight_map", {}).values())):
             cached_file(path, name, revision=revision)
     return folder
+
+
+# How a model generates, and how one that reads images or sound prepares them.
+BESIDE = (
+    *(GENERATION, "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("processor_config.json", "chat_template.json"),
+)
+
+
+def fetch_beside(model: ModelConfig) -> None:
+    """Puts the files `BESIDE` of a model of the hub with its checkpoint in the hub's cache, where it has them."""
+    for name in BESIDE:
+        file_beside(model.path, name, model.revision)
 
 
 def without_weights(model: ModelConfig, *, packed: bool = False) -> nn.Module:

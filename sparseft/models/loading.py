@@ -44,6 +44,9 @@ def _unbundled(path: str) -> str:
     return str(folder)
 
 
+GENERATION = "generation_config.json"
+
+
 def check_model_path(path: str) -> str:
     """The folder or hub id to load; a path that looks local and is not there is a `UserError`.
 
@@ -94,7 +97,8 @@ def _load(what: str, path: str, loader, **options):
 
     content = (AttributeError, KeyError, TypeError, ValueError)  # raised for a malformed config.json
     try:
-        return loader(check_model_path(path), **options)
+        alone = what == "tokenizer" and has_tokenizer(Path(path).expanduser())  # which needs no model beside it
+        return loader(str(Path(path).expanduser()) if alone else check_model_path(path), **options)
     except (OSError, RuntimeError, SafetensorError, StrictDataclassError, *content) as error:
         if isinstance(error, UserError):
             raise
@@ -259,26 +263,34 @@ def vocabulary_rows(model: nn.Module) -> tuple[int, int]:
     return rows, logits
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in a folder, of a model or of anything else."""
+    return (folder / "tokenizer_config.json").is_file()
+
+
 def load_tokenizer(config: ModelConfig):
     """The tokenizer (`model.tokenizer`, else the model's own)."""
     from transformers import AutoTokenizer
 
-    options = {"revision": config.revision} if config.revision else {}
     path = config.tokenizer or config.path
+    # Of another repository than the model's it would name a commit that is not there, or another one.
+    revision = config.revision if path == config.path else None
+    options = {"revision": revision} if revision else {}
     tokenizer = _load(
         "tokenizer", path, AutoTokenizer.from_pretrained, trust_remote_code=config.trust_remote_code, **options
     )
-    tokenizer.generation_config_file = generation_config_file(path, config.revision)  # for `data/encoding.py`
+    tokenizer.generation_config_file = file_beside(path, GENERATION, revision)  # for `data/encoding.py`
     return tokenizer
 
 
-def generation_config_file(path: str, revision: str | None) -> str | None:
-    """Where what says how a model generates lies, of one of the hub in its cache, beside the checkpoint; None where
+def file_beside(path: str, name: str, revision: str | None) -> str | None:
+    """Where a file beside a model or a tokenizer lies, of one of the hub in its cache, beside the checkpoint; None where
     there is none."""
     from transformers.utils.hub import cached_file
 
-    place = check_model_path(path)
-    if (file := Path(place, "generation_config.json")).is_file():
-        return str(file)
+    folder = Path(path).expanduser()
+    place = folder if folder.is_dir() else Path(check_model_path(path))
+    if place.is_dir():
+        return str(place / name) if (place / name).is_file() else None
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return None if Path(place).is_dir() else cached_file(place, file.name, revision=revision, **missing)
+    return cached_file(str(place), name, revision=revision, **missing)

@@ -387,10 +387,12 @@ def _prompt(facts: Facts) -> str | None:
     alpaca = prompts.alpaca_prompt("{instruction}")
     guanaco = f"{prompts.human_turn('{question}')}{prompts.ASSISTANT}"
     plain = prompts.plain_conversation([], "{question}")
+    own = facts.tokenizer
+    whose = "the base's tokenizer" if own is None else f"the tokenizer {_cell(shown_path(own))}"
     texts = {
         "alpaca": f"As LLM-Adapters' and Alpaca's instructions:\n\n```text\n{alpaca}```",
         "guanaco": f"In guanaco's turns:\n\n```text\n{guanaco}\n```",
-        "messages": "As conversations, by the chat template of the base's tokenizer.",
+        "messages": f"As conversations, by the chat template of {whose}.",
         "plain": f"As conversations without a chat template:\n\n```text\n{plain}\n```",
         "prompt_completion": "By each record's `prompt` as it stands, with nothing around it.",
         "text": "Not at all: it went on with plain text.",

@@ -104,6 +104,12 @@ class Facts:
         return self.group("model").get("revision") or self.content.get("revision")
 
     @property
+    def tokenizer(self) -> str | None:
+        """The tokenizer that it was trained with, where that is another than the base's: a hub id or a path."""
+        known = self.group("model").get("tokenizer")
+        return known if isinstance(known, str) and known != self.base else None
+
+    @property
     def dataset(self) -> str | None:
         """What was trained on, as it may be shown: a hub id or a file's name."""
         known = (self.environment.get("data") or {}).get("train") or self.summary.get("dataset")

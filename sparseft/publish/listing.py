@@ -172,9 +172,15 @@ def listing_of(
 
 
 def check_intact(folder: Path) -> None:
-    """Refuses an adapter whose tensors are not those that it describes: truncated, altered, or half written."""
+    """Refuses an adapter whose tensors are not those that it describes: truncated, altered, or half written; and a
+    model that does not load without code of its own."""
     if is_whole_model(folder):
         check_whole(folder)
+        if "auto_map" in read_json_object(folder / "config.json"):
+            raise UserError(
+                f"{folder / 'config.json'} names Python code of the model's own (auto_map), which is not pushed: push "
+                "the folder that `sparseft export --format merged model.trust_remote_code=true` leaves."
+            )
         return
     content = read_config(folder)
     own = content if "peft_type" not in content else content.get("sparseft") or {}

@@ -75,7 +75,7 @@ def push(listing: Listing, repo: str, *, private: bool = False, overwrite_card: 
         head, names, hidden = _state(api, repo)
         if head is None:
             with explained(f"{repo} as {user}"):
-                api.create_repo(repo, private=private, exist_ok=True)
+                api.create_repo(repo, private=private or None, exist_ok=True)  # None: as its owner has settled
             head, names, hidden = _state(api, repo)
             console.log(f"made {url_of(repo)}{' (private)' if hidden else ''}")
         elif private and not hidden:

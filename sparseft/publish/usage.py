@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from sparseft.publish.facts import Facts
+from sparseft.publish.facts import Facts, is_hub_id
 from sparseft.report.numbers import number
+from sparseft.selection.engine_ranks import RANKS, file_rank
 
 REPO, BASE = "USER/NAME", "BASE_MODEL"  # what `card.filled` replaces
 
 LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{base}")
+tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 model = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="auto")"""
 
 
 def usage(facts: Facts) -> str:
     """Markdown: a heading and code for each tool that loads it; nothing that it does not load in."""
     base = facts.base_id or BASE
-    load = LOAD.format(base=base, revision=f', revision="{facts.revision}"' if facts.revision else "")
+    tokenizer = facts.tokenizer if facts.tokenizer and is_hub_id(facts.tokenizer) else base
+    load = LOAD.format(
+        base=base, tokenizer=tokenizer, revision=f', revision="{facts.revision}"' if facts.revision else ""
+    )
     parts = {
         "sparse": _sparse,
         "patch": _patch,
@@ -39,8 +43,8 @@ def _shell(code: str) -> str:
 
 def _sparse(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
     rank = number(facts.summary.get("export_rank"))
-    ready = f" --max-lora-rank {vllm_rank(int(rank))}" if rank and rank <= VLLM[-1] else " --max-lora-rank RANK"
-    told = "" if rank and rank <= VLLM[-1] else "\n\nThe export prints RANK; of one above 512, serve `merged`."
+    ready = f" --max-lora-rank {file_rank(int(rank))}" if rank and rank <= RANKS[-1] else " --max-lora-rank RANK"
+    told = "" if rank and rank <= RANKS[-1] else "\n\nThe export prints RANK; of one above 512, serve `merged`."
     return [
         ("sparseft", _python(f'import sparseft\n{load}\nsparseft.load_adapter(model, "{REPO}")')),
         (
@@ -61,14 +65,6 @@ def _sparse(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
     ]
 
 
-VLLM = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that it has
-
-
-def vllm_rank(rank: int) -> int:
-    """The least `--max-lora-rank` that holds a rank."""
-    return next(size for size in VLLM if size >= rank)
-
-
 def _vllm(base: str, adapter: str, rank: str) -> str:
     return f"vllm serve {base} --enable-lora --lora-modules tuned={adapter}{rank}"
 
@@ -83,8 +79,8 @@ def _peft(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
     rank = facts.rank
     if facts.content.get("use_dora"):
         parts.append(("vLLM", "It takes no DoRA: merge it first."))
-    elif rank is not None and rank <= VLLM[-1]:
-        parts.append(("vLLM", _shell(_vllm(base, REPO, f" --max-lora-rank {vllm_rank(rank)}"))))
+    elif rank is not None and rank <= RANKS[-1]:
+        parts.append(("vLLM", _shell(_vllm(base, REPO, f" --max-lora-rank {file_rank(rank)}"))))
     return parts
 
 

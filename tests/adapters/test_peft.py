@@ -438,7 +438,46 @@ def test_what_does_not_add_up_is_not_fused(form: str, kind: str, tmp_path: Path)
     assert torch.equal(logits(model), before)
 
 
+# ---- ranks ----
+
+
+def test_a_rank_that_no_linear_has(tmp_path: Path) -> None:
+    """Where every linear has its own in `rank_pattern`, `r` is what peft wrote and nothing more."""
+    options = {"r": 64, "rank_pattern": {"q_proj": 2, "down_proj": 4}}
+    folder = make_folder("llama", tmp_path / "p", options_of("plain", "llama") | options)
+    model = sparseft.load_adapter(build("llama"), folder)
+    assert torch.equal(logits(model), logits(by_peft("llama", folder)))
+    again = sparseft.save_adapter(model, tmp_path / "again")
+    assert torch.equal(logits(sparseft.load_adapter(build("llama"), again)), logits(model))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"r": 10**12}, {"rank_pattern": {"q_proj": 10**12}}, {"r": 10**12, "rank_pattern": {"q_proj": 4}}]
+)
+def test_ranks_that_would_take_all_memory_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_folder("llama", tmp_path / "p", options_of("plain", "llama"))
+    file = folder / "adapter_config.json"
+    wider = {"target_modules": [*Q_DOWN, "up_proj"]} if len(changes) == 2 else {}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes | wider))
+    with pytest.raises(UserError, match="adapter_config.json|cannot load it"):
+        sparseft.load_adapter(build("llama"), folder)
+
+
 # ---- eval ----
+
+
+@pytest.mark.parametrize("given", [[], ["model.revision=v9", "model.tokenizer=some/other"]])
+def test_what_an_adapter_brings_with_it_is_used(given: list[str], tmp_path: Path, tokenizer: Any) -> None:
+    """The base's revision in its description, and a tokenizer beside it, as TRL leaves one; what is said wins."""
+    folder = make_folder("llama", tmp_path / "p", options_of("plain", "llama"))
+    file = folder / "adapter_config.json"
+    said = {"base_model_name_or_path": "some/base", "revision": "v2"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    tokenizer.save_pretrained(folder)
+    words = ["hardware.device=cpu", *given]
+    found = find_target(compose("eval", words), run=None, adapter=str(folder), base=False, overrides=words).model
+    wanted = ("v9", "some/other") if given else ("v2", str(folder))
+    assert (found.path, found.revision, found.tokenizer) == ("some/base", *wanted)
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,10 @@ from sparseft.export.formats import merged as format_file
 from sparseft.export.formats.merged import Merged, shards
 from sparseft.files.hashing import file_hash
 from sparseft.files.tensors import Stored
-from sparseft.models.loading import generation_config_file
+from sparseft.models.checkpoint import fetch_beside
 from sparseft.publish.listing import listing_of
 from support import adapted
+from support.models import build_tokenizer
 from support.running import refused
 from support.running import sparseft as run
 
@@ -166,16 +167,72 @@ def test_what_makes_the_base_work_comes_along(tmp_path: Path) -> None:
     assert written == {key: value for key, value in config.items() if key != "auto_map"} | {"own": 7}
 
 
+def test_only_what_is_part_of_a_model_comes_along(tmp_path: Path) -> None:
+    """Whatever else lies beside the base is the user's own: the export is published as it is."""
+    base = adapted.base("llama", tmp_path / "base", torch.bfloat16)
+    own = ("trainer_state.json", "train.json", "notes.txt", "secrets.json", "requirements.txt")
+    parts = ("preprocessor_config.json", "processor_config.json", "chat_template.json", "vocab.txt", "LICENSE")
+    for name in (*own, *parts):
+        (base / name).write_text("{}")
+    adapter = adapted.adapter("llama", "rows", base, tmp_path / "adapter")
+    run(tmp_path, "export", adapter, "--format", "merged", "--out", "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "generation_config.json", *parts} <= names and not names & set(own)
+
+
+def another_tokenizer(folder: Path) -> Path:
+    """One that ends a turn otherwise than the bases'."""
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = "<s>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["rows", "full"])
+def test_a_tokenizer_of_its_own_is_not_mixed_with_the_bases(method: str, tmp_path: Path) -> None:
+    """Of the base's tokenizer no file stays that the other one does not write: transformers would read it too."""
+    base = adapted.base("llama", tmp_path / "base", torch.bfloat16)
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (base / "added_tokens.json").write_text(json.dumps({"</s>": 2}))
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "tokenizer.model").write_text("")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/tool.jinja").write_text("{{ tools }}")
+    adapter = adapted.adapter("llama", method, base, tmp_path / "adapter")
+    own = another_tokenizer(adapter if method == "full" else tmp_path / "own")
+    words = () if method == "full" else (f"model.tokenizer={own}",)
+    run(tmp_path, "export", adapter, "--format", "merged", "--out", "out", *words)
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (found.eos_token, found.pad_token, found.chat_template) == ("<s>", "<s>", None)
+
+
+def test_a_tokenizer_that_comes_back_otherwise_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = adapted.base("llama", tmp_path / "base", torch.bfloat16)
+    adapter = adapted.adapter("llama", "rows", base, tmp_path / "adapter")
+    write = Merged.write
+
+    def damaged(self: Any, source: Any, options: Any, folder: Path) -> Any:
+        facts = write(self, source, options, folder)
+        another_tokenizer(folder)
+        return facts
+
+    monkeypatch.setattr(Merged, "write", damaged)
+    done = run(tmp_path, "export", adapter, "--format", "merged", "--out", "out", code=1)
+    assert "tokenizer" in done.err and "eos_token" in done.err and not (tmp_path / "out").exists()
+
+
 def test_what_the_hub_has_beside_a_checkpoint_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How a model generates, which nothing before has asked for; of a folder it is there or it is not."""
+    """What nothing before has asked for: how a model generates, and how it reads images and sound. Of a folder it is
+    there or it is not."""
     asked: list[tuple[str, str, str]] = []
     monkeypatch.setattr(
         "transformers.utils.hub.cached_file", lambda path, name, revision, **_: asked.append((path, name, revision))
     )
     (tmp_path / "config.json").write_text("{}")
-    assert generation_config_file(str(tmp_path), None) is None
-    generation_config_file("someone/model", "v2")
-    assert asked == [("someone/model", "generation_config.json", "v2")]
+    fetch_beside(ModelConfig(path=str(tmp_path)))
+    fetch_beside(ModelConfig(path="someone/model", revision="v2"))
+    names = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json")
+    assert set(asked) >= {("someone/model", name, "v2") for name in names}
 
 
 def test_files_are_cut_at_the_limit() -> None:

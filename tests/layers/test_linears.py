@@ -635,6 +635,22 @@ def test_plain_weight_becomes_the_base(name: str, assign: bool) -> None:
     assert torch.equal(layer.weight, plain.weight)
 
 
+@names
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("first", ["weight", "deltas"])
+def test_a_checkpoint_in_several_files_comes_in_any_order(name: str, assign: bool, first: str) -> None:
+    """A weight that comes after its deltas holds them already: it is no new base."""
+    source, target = layer_of(name), layer_of(name)
+    randomise(source)
+    state = copy.deepcopy(source.state_dict())
+    for plain in (first == "weight", first != "weight"):
+        part = {key: value for key, value in state.items() if (key in ("weight", "bias")) == plain}
+        target.load_state_dict(part, strict=False, assign=assign)
+    assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())
+    target.restore_base()
+    assert torch.equal(target.weight, make_linear().weight)
+
+
 def test_loading_still_reports_what_is_missing() -> None:
     layer = layer_of("rows")
     state = layer.state_dict()

@@ -12,8 +12,8 @@ import transformers
 
 from sparseft.config import ModelConfig
 from sparseft.models import loading
-from sparseft.models.loading import load_model
-from support.models import build_model
+from sparseft.models.loading import load_model, load_tokenizer
+from support.models import build_model, build_tokenizer
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -98,3 +98,19 @@ def test_what_transformers_is_asked_for(
     with pytest.raises(Asked):
         load_model(ModelConfig(path=str(tmp_path)), device)
     assert options.get("device_map") == (None if given is None else {"": torch.device(given)})
+
+
+def test_a_tokenizer_needs_no_model_beside_it(tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path)
+    found = load_tokenizer(ModelConfig(path="someone/model", tokenizer=str(tmp_path)))
+    assert found("true")["input_ids"] == build_tokenizer()("true")["input_ids"]
+
+
+@pytest.mark.parametrize(("tokenizer", "given"), [(None, "v2"), ("some/model", "v2"), ("some/tokenizer", None)])
+def test_a_revision_is_of_the_models_own_repository(
+    tokenizer: str | None, given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {}
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _, **given: options.update(given))
+    load_tokenizer(ModelConfig(path="some/model", revision="v2", tokenizer=tokenizer))
+    assert options.get("revision") == given

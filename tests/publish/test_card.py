@@ -158,6 +158,19 @@ def test_conversations_are_shown_as_they_were_written(
     assert expected in text and ("chat template of the base" in text) == (not setting and format == "messages")
 
 
+@pytest.mark.parametrize(("tokenizer", "loaded"), [("meta/Chat", "meta/Chat"), ("/home/alice/chat", "BASE_MODEL")])
+def test_a_tokenizer_of_another_model_is_named(tokenizer: str, loaded: str, made: Any, tmp_path: Path) -> None:
+    run = finished_run(made[1], tmp_path / "run")
+    for name, before, after in (
+        ("environment.json", '"alpaca"', '"messages"'),
+        ("config.yaml", "model: {", f"model: {{tokenizer: {tokenizer}, "),
+    ):
+        (run / name).write_text((run / name).read_text().replace(before, after))
+    text = card_of(facts_of(run))
+    assert f'AutoTokenizer.from_pretrained("{loaded}")' in text and "alice" not in text
+    assert f"chat template of the tokenizer {'meta/Chat' if '/Chat' in tokenizer else 'chat'}" in text
+
+
 def test_every_tool_is_told_how_to_load_it(card: Any) -> None:
     text = card.text
     assert 'sparseft.load_adapter(model, "me/mine")' in text

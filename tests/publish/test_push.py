@@ -154,6 +154,12 @@ def test_a_private_repository(hub: Hub, run: Path) -> None:
     assert "is public already" in refused(run.parent, "push", run, "me/mine", "--private")
 
 
+def test_a_new_repository_is_as_its_owner_has_settled(hub: Hub, run: Path) -> None:
+    hub.makes_private = True
+    done = push(run)
+    assert hub.repos["me/mine"].private and "(private)" in done.err and "(private)" in done.out
+
+
 def test_an_adapters_folder_and_its_run_are_the_same(hub: Hub, run: Path) -> None:
     push(run)
     first = dict(hub.repos["me/mine"].files)
@@ -176,6 +182,15 @@ def test_adapters_of_other_kinds(hub: Hub, made: Any, tmp_path: Path, method: st
     assert torch.equal(fetched.eval()(tokens).logits, trained.eval()(tokens).logits)
     said = there["README.md"].decode()
     assert ("takes no DoRA" in said) == (method == "dora") and ("vllm serve" in said) == (method != "dora")
+
+
+def test_a_model_that_needs_code_of_its_own_is_refused(hub: Hub, made: Any, tmp_path: Path) -> None:
+    """The code is not pushed, and without it the repository would not load."""
+    trained = adapted.attached("llama", "full", load(made[0]))
+    trained.config.auto_map = {"AutoConfig": "configuration_own.Own"}
+    package.save_adapter(trained, tmp_path / "trained")
+    said = refused(tmp_path, "push", tmp_path / "trained", "me/mine")
+    assert "auto_map" in said and "export --format merged" in said and not hub.repos
 
 
 # ---- pushed again ----

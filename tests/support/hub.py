@@ -52,7 +52,8 @@ class Fault(Exception):
 
 
 class Hub:
-    """The hub's state. log: (method, path) of each request; before: called with them before each answer."""
+    """The hub's state. log: (method, path) of each request; before: called with them before each answer;
+    makes_private: what the owner has settled for repositories of which the request does not say."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -60,6 +61,7 @@ class Hub:
         self.log: list[tuple[str, str]] = []
         self.before: Callable[[str, str], None] = lambda method, path: None
         self.url = ""
+        self.makes_private = False
 
     def new(self, name: str, files: dict[str, bytes] | None = None, *, private: bool = False) -> Repo:
         self.repos[name] = Repo(private)
@@ -100,7 +102,8 @@ class Hub:
             raise Fault(
                 403, f"You don't have the rights to create a model under the namespace {wanted['organization']}"
             )
-        private = wanted.get("private") or wanted.get("visibility") == "private"
+        said = wanted.keys() & {"private", "visibility"}
+        private = wanted.get("private") or wanted.get("visibility") == "private" if said else self.makes_private
         self.new(name, private=bool(private))
         return _json({"url": f"{self.url}/{name}"})
 

@@ -7,7 +7,8 @@ values of everything else are the base's to the bit.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,20 @@ from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
 from sparseft.export.values import check_values
 from sparseft.files.atomic import write_json
-from sparseft.files.hub import TEMPLATES
-from sparseft.files.tensors import DESCRIPTIONS, Stored, write_streamed
+from sparseft.files.hub import TEMPLATES, TOKENIZER_FILES
+from sparseft.files.tensors import Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
-from sparseft.models.checkpoint import FILE, INDEX, Checkpoint
-from sparseft.models.loading import generation_config_file, load_config, load_model, resolve_device
+from sparseft.models.checkpoint import BESIDE, FILE, INDEX, Checkpoint, fetch_beside
+from sparseft.models.loading import load_config, load_model, resolve_device
 from sparseft.models.packed_checkpoint import PackedCheckpoint
 from sparseft.models.unpacked import Unpacked
 
 SHARD = 5 * 10**9  # bytes of a file at most, where no single tensor is larger
 
-# Of a model folder: what a tokenizer, a config or a template is kept in; code comes along only where it is trusted.
-KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm")
-CODE = ".py"
+# Of a model folder, beside its tokenizer: all else that lies there is the user's own, and an export is published.
+# Code comes along only where it is trusted.
+KEPT = ("config.json", *BESIDE, "LICENSE*", "NOTICE*")
+CODE = "*.py"
 
 
 class Merged(Format):
@@ -72,15 +74,16 @@ class Merged(Format):
     ) -> None:
         """All else that makes the model work: the base's own files, and the tokenizer that was trained with."""
         trusted = source.target.model.trust_remote_code
-        model = base_of(source)
-        generation_config_file(model.path, model.revision)  # which the hub's cache has beside the checkpoint then
+        fetch_beside(base_of(source))
+        another = source.target.model.tokenizer or source.kind == "full"  # than the base's, of which no file may stay
         for entry in base.iterdir():
-            kept = entry.suffix in KEPT or (trusted and entry.suffix == CODE)
-            if entry.is_file() and kept and entry.name not in DESCRIPTIONS and not entry.name.endswith(".index.json"):
+            of_tokenizer = _is_one_of(entry.name, TOKENIZER_FILES)
+            kept = not another if of_tokenizer else _is_one_of(entry.name, (*KEPT, *((CODE,) if trusted else ())))
+            if entry.is_file() and kept:
                 shutil.copyfile(entry, folder / entry.name)
-            elif entry.is_dir() and entry.name == TEMPLATES:
+            elif entry.is_dir() and entry.name == TEMPLATES and not another:
                 shutil.copytree(entry, folder / entry.name)
-        if source.target.model.tokenizer or source.kind == "full":  # another than the base's
+        if another:
             tokenizer.save_pretrained(folder)
         content = read_json_object(folder / "config.json")
         if options.dtype is not None:
@@ -113,6 +116,10 @@ class Merged(Format):
         trusted = source.target.model.trust_remote_code
         model = load_model(ModelConfig(path=str(folder), trust_remote_code=trusted))
         return HuggingFace(model, f"transformers {transformers.__version__}")
+
+
+def _is_one_of(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _base(source: Source, options: Options) -> Checkpoint:
