@@ -6,6 +6,7 @@ No torch here: `sparseft --help` and `--cfg` stay fast.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -198,6 +199,8 @@ class HardwareConfig:
     def __post_init__(self) -> None:
         known = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
         self.device = known.get(self.device.lower(), self.device)
+        if self.offload_dir is not None:
+            self.offload_dir = os.path.expanduser(self.offload_dir)
 
     def at_once(self, batch_size: int) -> int:
         """Sequences that a process takes at once of `batch_size`: all, or the most that divide it within
@@ -306,6 +309,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.model.dtype == "auto" and self.hardware.dtype is not None:
             self.model = replace(self.model, dtype=self.hardware.dtype)
+        self.cache_dir = os.path.expanduser(self.cache_dir)  # `cache_dir=~/x` reaches us as typed, unlike `~/x` alone
 
     @property
     def checkpointing(self) -> str:

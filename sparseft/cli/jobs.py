@@ -85,8 +85,10 @@ def _configured(
     def run_point(index: int, point: list[str]) -> Outcome:
         def work() -> Any:
             config = compose.compose(command, point, folders)
-            changed = [new.partition("=")[0] for new, old in zip(point, words, strict=True) if new != old]
-            if options.multirun and config.output_dir is not None and "output_dir" not in changed:
+            swept = [new for new, old in zip(point, words, strict=True) if new != old]
+            place = next((word for word in swept if word.startswith("output_dir=")), None)
+            shared = place is None or sum(place in other for other in expanded.result) > 1
+            if options.multirun and config.output_dir is not None and shared:
                 config.output_dir = os.path.join(config.output_dir, str(index))
                 point.append(f"output_dir={config.output_dir}")
             if options.cfg:

@@ -9,11 +9,14 @@ from typing import Any
 import transformers
 
 from sparseft import console
+from sparseft.compose import validation
 from sparseft.config import RunConfig
 from sparseft.data.preference_sets import UNPAIRS
+from sparseft.errors import UserError
 from sparseft.models.decoder import context_length
 from sparseft.models.loading import load_config, model_dtype
 from sparseft.models.published import published
+from sparseft.models.quantized import quantized_by
 from sparseft.training import checks, memory_plan
 from sparseft.training.arguments import micro_batches
 from sparseft.training.distributed_trainer import has_experts
@@ -41,7 +44,12 @@ def run(config: RunConfig) -> dict[str, Any]:
     console.clear_warnings()
     checks.check_together(config)
     checks.check_trainer(config)
-    content = published(config.model) or load_config(config.model)
+    content = published(config.model) or load_config(config.model, packed=True)
+    if (packed := quantized_by(content)) is not None:
+        raise UserError(
+            f"model.path={config.model.path}: the checkpoint is packed already ({packed}), and plans are made of plain "
+            "ones; plan the model that it was made of, with model.quantize=nf4, int8 or int4."
+        )
     transformers.logging.set_verbosity_error()
     dtype = model_dtype(config.model, content)
     limit = context_length(content)
@@ -116,12 +124,27 @@ def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] |
     if config.model.quantize != "none" or config.by_preference:
         stage = 0
     for name in REMEDIES:
+        before = copy.deepcopy(changed), dict(given)
         if not _apply(name, changed, given, stage):
+            continue
+        if not _taken(changed):
+            changed, given = before
             continue
         total = _total(changed, shape, micro_batch(changed), changed.trainer.max_length)
         if total <= device_bytes:
             return {"overrides": [f"{key}={value}" for key, value in given.items()], "bytes": total}
     return None
+
+
+def _taken(config: RunConfig) -> bool:
+    """Whether training takes such settings."""
+    try:
+        validation.check(config)
+        checks.check_together(config)
+        checks.check_trainer(config)
+    except UserError:
+        return False
+    return True
 
 
 def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> bool:

@@ -82,6 +82,9 @@ class S2FTConfig(SparseConfig):
             raise UserError("every ratio that is set is 0, so nothing would be trained: set one above 0.")
         if self.roles is not None and not self.roles:
             raise UserError(f"method.roles is empty: name at least one of {', '.join(ROLES)}.")
+        if self.ratios and self.roles is not None:
+            given = ", ".join(f"method.{field}" for field, role in RATIO_FIELDS.items() if role in self.ratios)
+            raise UserError(f"method.roles and {given} both say what trains: give one of them.")
         named = [field for field in ("rows", "columns") if getattr(self, field) is not None]
         for field in named:
             if not getattr(self, field):

@@ -90,21 +90,26 @@ def check_together(config: RunConfig) -> None:
                 "method.reselect_by=running takes a part of a layer's step alone, and ZeRO takes the step elsewhere; "
                 "use hardware.zero_stage=0, method.reselect_by=calibration, or method.reselect_steps=0."
             )
-    quantized = f"model.quantize={config.model.quantize}"
     if config.model.quantize != "none":
-        if config.method.trains_all:
-            raise UserError(f"{quantized}: method={config.method_name} trains every weight, which packed ones cannot.")
-        if config.method.reselect_steps:
-            raise UserError(
-                f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in "
-                f"the weights, which {quantized} packs; use method.reselect_steps=0."
-            )
-        if hardware.zero_stage or hardware.fsdp:
-            who, given = ("FSDP2", "hardware.fsdp=true") if hardware.fsdp else ("DeepSpeed", hardware.zero_stage)
-            raise UserError(
-                f"{quantized}: {who} takes no packed weights here yet; use hardware.fsdp=false and "
-                f"hardware.zero_stage=0 (DDP), now {given}."
-            )
+        _check_packed(config, f"model.quantize={config.model.quantize}")
+
+
+def _check_packed(config: RunConfig, quantized: str) -> None:
+    """Refuses what packed weights do not go with; `quantized` is the setting that they come of."""
+    hardware = config.hardware
+    if config.method.trains_all:
+        raise UserError(f"{quantized}: method={config.method_name} trains every weight, which packed ones cannot.")
+    if config.method.reselect_steps:
+        raise UserError(
+            f"method.reselect_steps={config.method.reselect_steps}: what inactive entries have learnt is kept in the "
+            f"weights, which are packed ({quantized}); use method.reselect_steps=0."
+        )
+    if hardware.zero_stage or hardware.fsdp:
+        who, given = ("FSDP2", "hardware.fsdp=true") if hardware.fsdp else ("DeepSpeed", hardware.zero_stage)
+        raise UserError(
+            f"{quantized}: {who} takes no packed weights here yet; use hardware.fsdp=false and hardware.zero_stage=0 "
+            f"(DDP), now {given}."
+        )
 
 
 def check_tests(config: RunConfig) -> None:
@@ -144,7 +149,8 @@ def check_trainer(config: RunConfig) -> None:
     check_objective(config)
     trackers.check(trainer.trackers)
     read_prompts(trainer.sample_prompts)
-    schedules.check(trainer, learning_rate(config), trainer.max_steps if trainer.max_steps > 0 else None)
+    rate = None if trainer.learning_rate == AUTO else learning_rate(config)
+    schedules.check(trainer, rate, trainer.max_steps if trainer.max_steps > 0 else None)
     if trainer.label_smoothing and trainer.compile in ("model", "graphs"):
         raise UserError(
             f"trainer.label_smoothing={trainer.label_smoothing}: cannot be used with trainer.compile="
@@ -196,12 +202,9 @@ def check_model(config: RunConfig) -> None:
     check_quantize(config.model, content, resolve_device(config.hardware.device))
     if config.model.quantize != "none" and (folder := Path(check_model_path(config.model.path))).is_dir():
         Checkpoint.of_folder(folder)  # whose weights are read beside the packed ones
-    if config.hardware.fsdp and (method := quantized_by(content)) is not None:
-        raise UserError(
-            f"hardware.fsdp=true: the checkpoint of model.path={config.model.path} is quantized ({method}), and FSDP2 "
-            "takes no packed weights here yet; use hardware.fsdp=false (DDP)."
-        )
-    if getattr(config.method, "residual", False) and config.model.quantize == "none" and quantized_by(content) is None:
+    if (packed := quantized_by(content)) is not None:
+        _check_packed(config, f"model.path={config.model.path}, which is quantized ({packed})")
+    if getattr(config.method, "residual", False) and config.model.quantize == "none" and packed is None:
         raise UserError(
             "method.residual=true: this base is at full precision, of which quantization took nothing; it is for "
             "model.quantize=nf4, int8 or int4."

@@ -34,10 +34,11 @@ def warmup_steps(config: TrainerConfig, total_steps: int) -> int:
     return total_steps // 10 if config.warmup_steps >= total_steps > 0 else config.warmup_steps
 
 
-def check(config: TrainerConfig, learning_rate: float, total_steps: int | None) -> None:
+def check(config: TrainerConfig, learning_rate: float | None, total_steps: int | None) -> None:
     """Refuses a schedule that could not be followed to its end, by building it and looking at its rates.
 
-    total_steps: None where it is not known yet, as the data are not counted. Raises `UserError`.
+    learning_rate, total_steps: None where it is not known yet, as it is to be found and the data are not counted.
+    Raises `UserError`.
     """
     name, given = config.scheduler, config.scheduler_args or {}
     known = [str(item.value) for item in SchedulerType]
@@ -54,18 +55,19 @@ def check(config: TrainerConfig, learning_rate: float, total_steps: int | None) 
     _check_fits(config, given, steps if total_steps else None)
     shown = "".join(f" with trainer.scheduler_args.{key}={value}" for key, value in given.items())
     try:
-        rates = _rates(name, given, learning_rate, warmup_steps(config, steps), steps)
+        rates = _rates(name, given, learning_rate or 1.0, warmup_steps(config, steps), steps)
     except (ValueError, TypeError, ArithmeticError, LookupError) as error:
         raise UserError(f"trainer.scheduler={name}{shown}: cannot be followed ({reason_of(error)}).") from error
     for step, rate in rates.items():
         if isinstance(rate, complex) or not math.isfinite(rate) or rate < 0:
             raise UserError(f"trainer.scheduler={name}{shown}: its learning rate after {step} steps would be {rate}.")
-        if rate > learning_rate * (1 + 1e-9):
+        if learning_rate is not None and rate > learning_rate * (1 + 1e-9):
             raise UserError(
                 f"trainer.scheduler={name}{shown}: its learning rate after {step} steps would be {rate:.4g}, more than "
                 f"the run's highest, {learning_rate} (trainer.learning_rate)."
             )
-    _check_bounds(name, given, learning_rate)
+    if learning_rate is not None:
+        _check_bounds(name, given, learning_rate)
     if rates and total_steps:
         _check_zero(f"trainer.scheduler={name}{shown}", rates, total_steps)
 

@@ -96,7 +96,8 @@ class Trimming:
                 model, units, calibration,
                 _some(general.train, CALIBRATION, config.seed), _some(general.eval, HELD_OUT, config.seed),
                 pad=padding_id(tokenizer, vocabulary_rows(model)[0]), device=resolve_device(config.hardware.device),
-                batch_size=config.trainer.batch_size,
+                batch_size=config.hardware.at_once(config.trainer.batch_size),
+                recomputed=config.checkpointing != "none",
             )  # fmt: skip
             nothing, whole = (torch.full((measured.count,), value, dtype=torch.float64) for value in (0.0, 1.0))
             before = measured.losses(whole, measured.held_out)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparseft.adapters.units import Units
 from sparseft.data.packing import Collator
 from sparseft.evaluation.held_out import batch_losses, mean_loss
+from sparseft.models.decoder import decoder_layers
 
 Example = Mapping[str, Any]  # input_ids and labels, as data sets give them
 Losses = list[tuple[float, int]]  # of `batch_losses`
@@ -23,6 +27,7 @@ class Measured:
     """An adapter that is active on `model`, its calibration examples, and source text that is held out from them.
 
     The model is put into evaluation mode, and of its parameters only those of `units` take gradients from now on.
+    recomputed: backward passes compute each decoder layer's forward pass again, in less memory and more time.
     """
 
     def __init__(
@@ -36,7 +41,9 @@ class Measured:
         pad: int,
         device: torch.device,
         batch_size: int,
+        recomputed: bool = False,
     ) -> None:
+        self.recomputed = recomputed
         self.model, self.units = model, units
         self.target, self.source, self.held_out = target, source, held_out
         self.pad, self.device, self.batch_size = pad, device, batch_size
@@ -87,12 +94,27 @@ class Measured:
         for batch, count in zip(batches, labelled, strict=True):
             if count:
                 batch = {name: value.to(self.device) for name, value in batch.items()}
-                loss = self.model(**batch, use_cache=False).loss
-                (loss * (count / sum(labelled))).backward()
+                with checkpointed(self.model) if self.recomputed else contextlib.nullcontext():
+                    loss = self.model(**batch, use_cache=False).loss
+                    (loss * (count / sum(labelled))).backward()
         found = torch.cat([each.slopes() for each in self.units.values()])
         for each in self.units.values():
             each.parameter.grad = None
         return found
+
+
+@contextlib.contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Inside, each decoder layer keeps its input alone for the backward pass. transformers' own switch does nothing in
+    evaluation mode, where nothing is drawn at random."""
+    layers = [layer for layer in decoder_layers(model)[1] if "forward" not in vars(layer)]
+    try:
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
 def turn(rows: Sequence[Example], step: int) -> list[Example]:

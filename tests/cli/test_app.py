@@ -499,6 +499,13 @@ def test_swept_output_folders_stay_as_they_are(fake: Callable) -> None:
     assert calls[1][1]["overrides"] == ["seed=1", "output_dir=o", "output_dir=o/1"]
 
 
+def test_swept_output_folders_with_several_points_are_numbered(fake: Callable) -> None:
+    """Or the second point would take the first one's place, where it may overwrite."""
+    calls = fake("train")
+    assert main(["train", "-m", "output_dir=a,b", "seed=0,1", "overwrite=true"]) == 0
+    assert [config.output_dir for (config,), _ in calls] == ["a/0", "a/1", "b/2", "b/3"]
+
+
 def test_the_configurations_of_a_sweep(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "-m", "--cfg", "method=s2ft,full"]) == 0
     documents = list(yaml.safe_load_all(capfd.readouterr().out))

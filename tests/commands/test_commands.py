@@ -163,6 +163,27 @@ def test_text_output_sums_up(world: Path, model_folder: Any) -> None:
     assert (world / "outputs" / "latest").resolve() == run.resolve()
 
 
+def test_packing_is_of_what_is_at_once(in_tmp: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some models pack single rows alone: they can where the hardware splits a batch into such."""
+    from sparseft.training.job import set_up
+
+    sizes = []
+    monkeypatch.setattr(set_up, "check_packing", lambda model, rows: sizes.append(rows))
+    words = [*on(model_folder(), write_data(in_tmp)["json"]), *METHODS["lora"], "trainer.max_steps=1"]
+    words += ["dataset.packing=true", "trainer.gradient_accumulation=2", "trainer.batch_size=4"]
+    done = sparseft(in_tmp, "train", *words, "hardware.micro_batch=1")
+    assert sizes == [1] and "a step of 1 x 8 rows takes" in done.err
+
+
+@pytest.mark.parametrize("objective", ["kto", "orpo", "dpo"])
+def test_a_step_in_parts_is_another_one_for_some_objectives(objective: str, in_tmp: Path) -> None:
+    pytest.importorskip("trl")
+    words = [f"objective={objective}", "method=lora", "trainer.max_steps=1", "trainer.gradient_accumulation=1"]
+    words += ["dataset.max_examples=16", "trainer.batch_size=4", "hardware=cpu", "hardware.micro_batch=2"]
+    said = f"objective={objective} takes means over what is at once" in sparseft(in_tmp, "train", *words).err
+    assert said == (objective != "dpo")
+
+
 def test_a_run_again_does_not_replace_it(in_tmp: Path, model_folder: Any) -> None:
     """Its `config.yaml` as an experiment, however the run itself was started."""
     words = [*on(model_folder(), write_data(in_tmp)["json"]), *METHODS["lora"], "trainer.max_steps=1"]

@@ -254,6 +254,13 @@ def test_values(word: str, section: str, expected: object) -> None:
     assert value == expected and type(value) is type(expected)
 
 
+def test_folders_of_ours_are_in_the_home_where_they_say_so() -> None:
+    """As text is typed in quotes, or stands in a file."""
+    config = make("cache_dir=~/c", "hardware.offload_dir=~/o")
+    assert (config.cache_dir, config.hardware.offload_dir) == (os.path.expanduser("~/c"), os.path.expanduser("~/o"))
+    assert from_dict(config.to_dict()) == config
+
+
 def test_lists_of_a_method() -> None:
     assert make("method=s2ft", "method.roles=[o,down]").method.roles == ["o", "down"]
     assert make("method=lora", "method.targets=[q_proj,v_proj]").method.targets == ["q_proj", "v_proj"]
@@ -619,6 +626,8 @@ def test_a_setting_without_effect_is_warned_about() -> None:
         ("seed=-1", ["seed=-1"]),
         ("hardware.num_processes=0", ["at least 1"]),
         ("method=s2ft sparsity=0.9 method.o_ratio=0.1", ["sparsity=0.9", "ratios"]),
+        ("method=s2ft method.roles=[q,v] method.d_ratio=0.1", ["method.roles and method.d_ratio both say what trains"]),
+        ("experiment=s2ft_llama2_alpaca method.roles=[q]", ["method.roles and method.o_ratio, method.d_ratio both"]),
         # what a preference objective does not go with
         ("objective=dop", ["objective=dop", "Did you mean 'dpo'?"]),
         ("trainer.beta=0.2", ["trainer.beta=0.2", "objective=sft has none"]),

@@ -179,6 +179,29 @@ def test_a_checkpoint_that_is_not_in_safetensors_is_refused_at_once(
     checks.check_model(config)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("method=full", "method=full trains every weight"),
+        ("method=losia", "method.reselect_steps=100: what inactive"),
+        ("method=s2ft method.reselect_steps=5", "method.reselect_steps=5: what inactive"),
+        ("method=s2ft hardware.zero_stage=2", "DeepSpeed takes no packed weights here yet"),
+        ("method=lora hardware.fsdp=true", "FSDP2 takes no packed weights here yet"),
+    ],
+)
+def test_what_a_packed_checkpoint_does_not_go_with_is_refused_at_once(
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(checks, "check_quantize", lambda *_: None)  # whether the package is there
+    content = json.loads((model_folder() / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = compose("train", [*words.split(), f"model.path={tmp_path}", "hardware=cpu"])
+    with pytest.raises(UserError) as caught:
+        checks.check_model(config)
+    assert said in str(caught.value) and f"model.path={tmp_path}" in str(caught.value)
+
+
 # ---- what the checkpoint held ----
 
 

@@ -181,6 +181,26 @@ def test_the_remedy_of_one_that_computes_again_is_to_do_so_wholly() -> None:
     assert command.remedy(config, shape, room)["overrides"] == ["trainer.checkpointing=full"]
 
 
+@pytest.mark.parametrize(
+    ("words", "fits"),
+    [
+        ("s2ft", ["hardware.zero_stage=3"]),
+        ("losia", None),  # chooses anew in turn
+        ("s2ft trainer.optimizer=adafactor", None),
+        ("s2ft trainer.compile=layers", None),
+    ],
+)
+def test_no_remedy_is_what_training_refuses(
+    words: str, fits: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here all that helps is ZeRO."""
+    config = configured(*words.split(), "hardware.num_processes=2", "trainer.checkpointing=full")
+    shape = planning.trainable_shape(config, contents()["llama"], torch.float32)
+    monkeypatch.setattr(command, "_total", lambda config, *_: 0 if config.hardware.zero_stage else 2)
+    found = command.remedy(config, shape, 1)
+    assert (found and found["overrides"]) == fits
+
+
 @pytest.mark.slow
 def test_the_table_of_errors() -> None:
     """Prints the table of docs/benchmarks/memory.md: pytest -s -m slow tests/training/test_memory_plan.py"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,16 @@ def test_published_shapes_are_the_models() -> None:
         assert sum(parameter.numel() for parameter in model.parameters()) == parameters
         assert content.dtype == torch.bfloat16
     assert SHAPES["llama3-70b"]["num_hidden_layers"] == 80
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao"])
+def test_a_checkpoint_that_is_packed_already_has_no_plan(method: str, tmp_path: Path) -> None:
+    """It can be trained all the same, so nothing else is said of it."""
+    settings = {"quant_method": method, "load_in_4bit": True, "quant_type": {"default": "int8_weight_only"}}
+    content = transformers.LlamaConfig(**SMALL, **COMMON).to_dict() | {"quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    message = refused(tmp_path, "train", "--plan", f"model.path={tmp_path}", "method=s2ft")
+    assert f"packed already ({method})" in message and "model.quantize=nf4" in message
 
 
 def test_a_plan_refuses_what_train_refuses() -> None:

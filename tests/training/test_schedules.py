@@ -11,9 +11,10 @@ import transformers
 from transformers.trainer_utils import SchedulerType
 
 from sparseft.compose import validation
+from sparseft.compose.run_config import compose
 from sparseft.config import OPTIMIZERS, TrainerConfig
 from sparseft.errors import UserError
-from sparseft.training import schedules
+from sparseft.training import checks, schedules
 from sparseft.training.checkpoints import last_checkpoint
 from sparseft.training.trainer import train
 from support.running import files, metrics, on, refused, sparseft, summary, write_data
@@ -119,6 +120,16 @@ def test_what_follows_the_loss_needs_evaluations(name: str) -> None:
 def test_a_greedy_schedule_says_that_its_default_bound_is_too_high() -> None:
     with pytest.raises(UserError, match=r"min_lr is 0.001, expected less than the learning rate \(5e-05\)"):
         schedules.check(TrainerConfig(scheduler="greedy", eval_steps=1), 5e-5, 8)
+
+
+def test_a_rate_that_is_yet_to_be_found_judges_no_schedule() -> None:
+    words = ["trainer.learning_rate=auto", "trainer.scheduler=reduce_lr_on_plateau", "trainer.eval_steps=1"]
+    words += ["trainer.scheduler_args.min_lr=1e-3", "method=s2ft"]
+    checks.check_trainer(compose("train", words))
+    with pytest.raises(UserError, match=r"min_lr is 0.001, expected less than the learning rate \(0.0002\)"):
+        checks.check_trainer(compose("train", words[1:]))
+    with pytest.raises(UserError, match="no such setting"):
+        checks.check_trainer(compose("train", [*words[:-2], "trainer.scheduler_args.mn_lr=1", "method=s2ft"]))
 
 
 def test_steps_that_train_nothing_are_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from sparseft.adapters.lifecycle import load_adapter
 from sparseft.commands.trim import beside, render
-from sparseft.compose.run_config import from_dict
+from sparseft.compose.run_config import compose, from_dict
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
 from sparseft.evaluation.held_out import held_out_loss
@@ -55,6 +55,22 @@ def tensors(adapter: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(adapter / "adapter_model.safetensors")
+
+
+def test_as_much_is_at_once_as_the_hardware_takes(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+
+    def measured(*_: Any, **options: Any) -> Any:
+        made.update(options)
+        raise StopIteration
+
+    monkeypatch.setattr(job, "Measured", measured)
+    monkeypatch.chdir(world)
+    words = ["hardware.micro_batch=2", "hardware=cpu", "trainer.checkpointing=full"]
+    one = job.Trimming.find("run-s2ft", compose("trim", words), words, BUDGET, SOURCE)
+    with pytest.raises(StopIteration):
+        one.run()
+    assert (made["batch_size"], made["recomputed"]) == (2, True)
 
 
 @pytest.fixture(scope="module")

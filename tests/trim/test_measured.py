@@ -13,6 +13,7 @@ from sparseft.adapters.lifecycle import units
 from sparseft.adapters.units import Units
 from sparseft.evaluation.held_out import batch_losses, held_out_loss, mean_loss
 from sparseft.kernels.kinds import KINDS
+from sparseft.memory import SavedBytes
 from sparseft.trim.measured import TOGETHER, Measured, difference, turn
 from support.adapters import METHODS, build, randomise
 from support.training import CPU, examples
@@ -135,3 +136,19 @@ def test_a_row_of_a_grid_is_a_unit() -> None:
     assert units.parameter.tolist() == [1.0, 2.0, 0.0, 0.0, 50.0, 60.0, 70.0]
     units.parameter.grad = torch.ones(7)
     assert units.slopes().tolist() == [18.0, 3.0, 7.0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_slopes_are_the_same_where_layers_are_computed_again(method: str) -> None:
+    """In less memory; the model is left as it was."""
+    one = measured(3, method)
+    factors = torch.rand(one.count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for one.recomputed in (False, True):
+        with SavedBytes(one.model).counting() as saved:
+            slopes = one.slopes(factors, step=1)
+        found.append((slopes, saved.total))
+    (plain, kept), (again, kept_less) = found
+    torch.testing.assert_close(again, plain)
+    assert kept_less < 0.7 * kept
+    assert not any("forward" in vars(module) for module in one.model.modules())

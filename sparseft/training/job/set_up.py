@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 
 from sparseft import console
-from sparseft.config import RunConfig
+from sparseft.config import AUTO, RunConfig
 from sparseft.data.packing import check_packing
 from sparseft.distributed import ranks
 from sparseft.errors import UserError
@@ -18,9 +18,12 @@ from sparseft.models.loading import vocabulary_rows
 from sparseft.models.spec import ModelSpec
 from sparseft.training import checks, schedules
 from sparseft.training import resume as resuming
+from sparseft.training.arguments import micro_batches
 from sparseft.training.job.job import Job
 from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.sample_answers import Asked, read_prompts
+
+PER_MICRO_STEP = ("kto", "orpo")  # kto's estimate of how far the model has moved, orpo's mean over answers' tokens
 
 
 def set_up(config: RunConfig, previous: resuming.Previous | None) -> Job:
@@ -40,13 +43,19 @@ def set_up(config: RunConfig, previous: resuming.Previous | None) -> Job:
     _check_context(config, prepared)
     total_steps, learning_rate = count_steps(config, prepared), checks.learning_rate(config)
     if config.trainer.max_steps < 1:  # else it has been looked at before anything was loaded
-        schedules.check(config.trainer, learning_rate, total_steps)
+        schedules.check(config.trainer, None if config.trainer.learning_rate == AUTO else learning_rate, total_steps)
     if previous is not None:
         previous.check_steps(config.trainer, total_steps)
+    at_once, micro_steps = micro_batches(config.trainer, config.hardware)
     if data.packed is not None:
         with runnable(prepared.model):
-            check_packing(prepared.model, config.trainer.batch_size)
-        console.log(f"data: {data.packed.note(config.trainer.batch_size, config.trainer.gradient_accumulation)}")
+            check_packing(prepared.model, at_once)
+        console.log(f"data: {data.packed.note(at_once, micro_steps)}")
+    if at_once < config.trainer.batch_size and config.objective in PER_MICRO_STEP:
+        console.warn(
+            f"hardware.micro_batch={config.hardware.micro_batch}: objective={config.objective} takes means over what "
+            f"is at once, so a step of {config.trainer.batch_size} in parts of {at_once} is not the same step"
+        )
     contamination = _contamination(config, data, scorer)
     spec = ModelSpec.of(prepared.model).narrowed(config.method.layers)
     asked = _asked(config, prepared)
