@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sparseft
+from sparseft.config import ModelConfig
 from sparseft.export.formats import merged as format_file
 from sparseft.export.formats.merged import Merged, shards
 from sparseft.files.hashing import file_hash
