@@ -284,8 +284,7 @@ def load_tokenizer(config: ModelConfig):
 
 
 def file_beside(path: str, name: str, revision: str | None) -> str | None:
-    """Where a file beside a model or a tokenizer lies, of one of the hub in its cache, beside the checkpoint. None where
-    it has none."""
+    """Where a file beside a model or a tokenizer lies, of one of the hub in its cache; None where it has none."""
     from transformers.utils.hub import cached_file
 
     folder = Path(path).expanduser()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,11 @@ def test_a_revision_is_of_the_models_own_repository(
     tokenizer: str | None, given: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {}
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _, **given: options.update(given))
+
+    def loaded(_: str, **given: Any) -> SimpleNamespace:
+        options.update(given)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loaded)
     load_tokenizer(ModelConfig(path="some/model", revision="v2", tokenizer=tokenizer))
     assert options.get("revision") == given
