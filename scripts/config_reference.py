@@ -32,9 +32,9 @@ INTRO = """# Every setting
 A setting is an override, `key=value`, in any order with a command's options; a group is chosen by `group=option`. Later
 words win over earlier ones, the command line over an experiment, an experiment over the rest. An option that is chosen
 beside an experiment, and is not the experiment's own, takes the place of all that it sets in that section:
-`experiment=quickstart method=lora` has LoRA's defaults. So it is with the experiments that `bench front`, `time` and others
-take by themselves: beside `dataset=…` give `dataset.eval_fraction` too. `sparseft train --cfg` prints what a command line comes to and
-runs nothing.
+`experiment=quickstart method=lora` has LoRA's defaults. So it is with the experiments that `bench front`, `time` and
+others take by themselves: beside `dataset=…` give `dataset.eval_fraction` too. `sparseft train --cfg` prints what a
+command line comes to and runs nothing.
 
 ```
 sparseft train method=s2ft sparsity=0.95 trainer.max_steps=100 --cfg

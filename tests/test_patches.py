@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import importlib
 import inspect
 import io
 import json
@@ -1201,6 +1202,15 @@ def test_a_steps_batches_come_at_once_and_its_loss_is_their_mean() -> None:
     text = inspect.getsource(transformers.Trainer)
     assert "self.current_gradient_accumulation_steps = len(batch_samples)" in text, relied_on("get_batch_samples")
     assert "loss = loss / self.current_gradient_accumulation_steps" in text, relied_on("get_batch_samples")
+
+
+def test_a_routers_term_is_added_whole_to_each_micro_steps_loss() -> None:
+    """Where the loss on tokens is divided by the step's, over all processes: which `training/router_loss.py` mends."""
+    for kind in ("mixtral", "qwen3_moe", "gpt_oss"):
+        text = inspect.getsource(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"))
+        assert "loss += self.router_aux_loss_coef * aux_loss" in text, relied_on("router_aux_loss_coef")
+    text = inspect.getsource(transformers.Trainer)
+    assert "if self.args.average_tokens_across_devices:" in text, relied_on("average_tokens_across_devices")
 
 
 def test_trl_tokenises_by_map_and_filter_alone() -> None:

@@ -243,12 +243,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             yield
             return
-        # Where PyTorch has the newer switch (2.9), reading the older one raises once anybody has set the newer.
         switch = torch.backends.cuda.matmul
-        name, full = ("fp32_precision", "ieee") if hasattr(switch, "fp32_precision") else ("allow_tf32", False)
-        before = getattr(switch, name)
-        setattr(switch, name, full)
+        before, switch.fp32_precision = switch.fp32_precision, "ieee"
         try:
             yield
         finally:
-            setattr(switch, name, before)
+            switch.fp32_precision = before

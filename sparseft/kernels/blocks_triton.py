@@ -129,9 +129,7 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def tf32_allowed() -> bool:
     """Whether torch's own fp32 products may round their operands to TF32."""
-    matmul = torch.backends.cuda.matmul
-    precision = getattr(matmul, "fp32_precision", None)  # torch 2.9's name: asking by the old one can be an error there
-    return precision == "tf32" if precision is not None else matmul.allow_tf32
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # asking by its old name can be an error
 
 
 def blocks_gradient(

@@ -128,7 +128,7 @@ class RowsProduct(torch.autograd.Function):
 
 
 class ColumnsProduct(torch.autograd.Function):
-    """As `RowsProduct` for columns, delta (out, k)."""
+    """As `RowsProduct` for columns, delta (out, k), and for grids, delta (entries,)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, delta, plan):
@@ -174,24 +174,6 @@ class BlocksProduct(torch.autograd.Function):
             else:
                 left.made.append((ctx.place, plan.gradient(grad_output, x)))
         return grad_x, None, bias_grad, None, None, None, None
-
-
-class GridProduct(torch.autograd.Function):
-    """As `RowsProduct` for grids, delta (entries,)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, delta, plan):
-        y = dense_product(x, weight, bias, plan.transposed)
-        ctx.save_for_backward(weight, plan.kept(x, y.dtype))
-        ctx.plan, ctx.weight = plan, weight
-        return y
-
-    @staticmethod
-    @once
-    def backward(ctx, grad_output):
-        weight, x = ctx.saved_tensors
-        grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.plan.transposed)
-        return grad_x, None, bias_grad, ctx.plan.gradient(grad_output, x), None
 
 
 class PatternsProduct(torch.autograd.Function):
@@ -257,7 +239,7 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
 
 
 # Their nodes say what made y again would take: `weight`, and `plan` with its order.
-SINGLE_PATTERN = (RowsProduct, ColumnsProduct, BlocksProduct, GridProduct)
+SINGLE_PATTERN = (RowsProduct, ColumnsProduct, BlocksProduct)
 FUNCTIONS = (*SINGLE_PATTERN, PatternsProduct)
 
 

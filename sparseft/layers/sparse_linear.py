@@ -21,15 +21,7 @@ from sparseft.distributed.shards import full_shape, gathered
 from sparseft.kernels import reference
 from sparseft.layers.pattern import Pattern, as_index, changes, version_of
 from sparseft.layers.permutation import can_train, inverse, permute_entries, permuted
-from sparseft.layers.product import (
-    BlocksProduct,
-    ColumnsProduct,
-    GridProduct,
-    PatternsProduct,
-    RowsProduct,
-    applied,
-    dense_product,
-)
+from sparseft.layers.product import BlocksProduct, ColumnsProduct, PatternsProduct, RowsProduct, applied, dense_product
 from sparseft.layers.write_back import enrol
 from sparseft.models.decoder import is_transposed, logical_weight
 
@@ -37,7 +29,7 @@ _PRODUCTS = {
     "rows": applied(RowsProduct),
     "columns": applied(ColumnsProduct),
     "blocks": applied(BlocksProduct),
-    "grid": applied(GridProduct),
+    "grid": applied(ColumnsProduct),
 }
 
 
