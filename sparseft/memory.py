@@ -140,7 +140,9 @@ class SavedBytes:
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in self._own:
                     self._seen[storage.data_ptr()] = storage.nbytes()
-                    self._kept.append(tensor.detach())  # kept alive, so that its address is not reused
+                    self._kept.append(
+                        tensor
+                    )  # alive until all are counted: its address is not reused, and layers may share it
             return tensor.detach()  # an operation's own result would hold its node, and the node it: never freed
 
         try:
