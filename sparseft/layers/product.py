@@ -289,7 +289,8 @@ def slice_of(
 class SharedSlice:
     """One slice for all layers of blocks that are given the very same input: the first makes it, the others take it.
 
-    Neither the input nor the slice is kept alive by this: graphs that have saved the slice do that.
+    The input is not kept alive by this, and the slice only as long as the input is: under hooks on saved tensors, as
+    `training/recomputing.py` has them, a graph keeps another tensor than the one that it was given.
 
     Args:
         columns: block columns that any of the layers needs, ascending, on the CPU.
@@ -298,19 +299,24 @@ class SharedSlice:
     def __init__(self, columns: Tensor) -> None:
         self.columns = columns
         # The input, its version, and the slice, as one value: threads may call the layers at the same time.
-        self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def take(self, x: Tensor, needed: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         """As `slice_of`, with `needed` being `columns` on the device of x."""
         if x.is_inference():  # inference tensors have no version counter
             return slice_of(x, needed, size, dtype)
-        if (last := self._last) is not None and last[0]() is x and last[1] == x._version:
-            known = last[2]()
-            if known is not None and known.dtype == dtype:
-                return known
-        version = x._version
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == x._version and last[2].dtype == dtype:
+            return last[2]
+        version, me = x._version, weakref.ref(self)
+
+        def forget(input: weakref.ref[Tensor]) -> None:
+            slices = me()
+            if slices is not None and (last := slices._last) is not None and last[0] is input:
+                slices._last = None
+
         made = slice_of(x, needed, size, dtype)
-        self._last = weakref.ref(x), version, weakref.ref(made)
+        self._last = weakref.ref(x, forget), version, made
         return made
 
     def __reduce__(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -14,13 +15,14 @@ from torch import nn
 
 import sparseft
 from sparseft.importance.scores import compute_scores
-from sparseft.layers import BlockSparseLinear, share_inputs, sparse_layers
+from sparseft.layers import BlockSparseLinear, product, share_inputs, sparse_layers
 from sparseft.layers.product import SharedSlice
 from sparseft.memory import SavedBytes
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.budget import block_budget
 from sparseft.selection.choose import choose
 from sparseft.selection.selection import Selection
+from sparseft.training.recomputing import KINDS, recomputing
 from sparseft.training.reselection import apply_selection
 
 TOKENS = 24
@@ -224,6 +226,29 @@ def test_models_without_blocks_are_left_alone() -> None:
 def test_siblings_save_one_slice(needed: dict[str, Any], columns: int) -> None:
     model = sparseft.attach(llama(), sparseft.SylvaConfig(importance="random", block_size=16), blocks_of(**needed))
     assert with_inputs(model) - saved(model) == TOKENS * (128 - columns * 16) * 4
+
+
+def test_siblings_share_their_slice_where_activations_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks on saved tensors keep another tensor than the slice, which nothing else holds; and none is left behind."""
+    needed = {"q_proj": [4, 0], "k_proj": [0, 1, 2], "v_proj": [3, 1], "gate_proj": [7, 2], "up_proj": [1]}
+    config = sparseft.SylvaConfig(importance="random", block_size=16)
+    model = sparseft.attach(llama(), config, blocks_of(**needed)).train()
+    plain, made = product.slice_of, []
+
+    def noted(*args: Any) -> torch.Tensor:
+        made.append(weakref.ref(found := plain(*args)))
+        return found
+
+    monkeypatch.setattr(product, "slice_of", noted)
+    ids = torch.arange(TOKENS).reshape(2, -1)
+    for kinds in ((), KINDS["selective"]):
+        made.clear()
+        with recomputing(model, kinds) if kinds else contextlib.nullcontext():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        assert len(made) == 2
+        loss.backward()
+        del loss
+        assert not any(each() is not None for each in made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
