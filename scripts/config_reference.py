@@ -138,12 +138,9 @@ def default(entry: Field) -> Any:
 
 
 def cell(text: str) -> str:
-    return (
-        SETTING.sub(r"`\1`", BRACES.sub(r"`\g<0>`", text))
-        .replace("|", r"\|")
-        .replace("<", "&lt;")
-        .replace("*_", r"\*_")
-    )
+    parts = re.split("(`[^`]*`)", text)  # what is code already stays as it is
+    parts[::2] = [SETTING.sub(r"`\1`", BRACES.sub(r"`\g<0>`", part)) for part in parts[::2]]
+    return "".join(parts).replace("|", r"\|").replace("<", "&lt;").replace("*_", r"\*_")
 
 
 def table(prefix: str, config_class: type, meanings: dict[str, str], below: str = "") -> list[str]:

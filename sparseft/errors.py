@@ -63,6 +63,18 @@ def shown(value: object, limit: int = 80) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in kept)
 
 
+# What stands in a URL and lets others in: a name and a password before the host, and what follows `?`, which errors
+# also quote without the host. A password may hold any character that whoever wrote it did not escape.
+_LOGIN = re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]*://)(?:[^\s/?#@:]*:\S*@|[^\s/?#]*@)")
+_END = r"""(?=[.,;:)\]]*(?:[\s'"`<>]|$))"""
+_QUERY = re.compile(rf"""(?<=\S)\?[\w.%\[\]-]+=[^\s'"`<>]*?{_END}|(\w://[^\s'"`<>?]*)\?[^\s'"`<>]*?{_END}""")
+
+
+def without_secrets(text: str) -> str:
+    """A text with its URLs less who logs in and what is asked for: both hold passwords and tokens."""
+    return _QUERY.sub(r"\1", _LOGIN.sub(r"\1", text))
+
+
 def reason_of(error: BaseException) -> str:
     """What an exception of a library says, on one line: its first line, with the next where that only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.errors import HUB_ID, RunError, UserError, looks_local, nearest_path, shown
+from sparseft.errors import HUB_ID, RunError, UserError, looks_local, nearest_path, shown, without_secrets
 
 TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer's chat templates beside its first one
 
@@ -162,8 +162,9 @@ def _cause(error: BaseException) -> str:
 
 
 def without_token(text: str) -> str:
-    """A text with the user's token, should it stand there, taken out; on one line."""
+    """A text with the user's token, should it stand there, and the secrets of URLs taken out; on one line."""
     from huggingface_hub import get_token
 
     token = get_token()
-    return shown(" ".join((text.replace(token, "***") if token else text).split()), 300)
+    text = without_secrets(text.replace(token, "***") if token else text)
+    return shown(" ".join(text.split()), 300)

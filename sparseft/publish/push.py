@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import __version__, console
-from sparseft.errors import RunError, UserError, shown
+from sparseft.errors import RunError, UserError, shown, without_secrets
 from sparseft.files.hub import NAME, calm, explained, is_offline
 from sparseft.publish.card import CARD, is_untouched
 from sparseft.publish.listing import Listing
@@ -55,7 +55,7 @@ def url_of(repo: str) -> str:
     """Where a repository is looked at."""
     from huggingface_hub import constants
 
-    return f"{constants.ENDPOINT}/{repo}"
+    return f"{without_secrets(constants.ENDPOINT)}/{repo}"
 
 
 def push(listing: Listing, repo: str, *, private: bool = False, overwrite_card: bool = False) -> Pushed:

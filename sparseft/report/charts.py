@@ -174,7 +174,7 @@ def line_chart(
 
 
 def _lines(drawing: Drawing, axes: Axes, panel: Panel, x_label: str, whole: bool) -> None:
-    axes.set(xlabel=x_label, ylabel=panel.y_label)
+    axes.set(xlabel=clean(x_label), ylabel=clean(panel.y_label))
     axes.set_title(clean(panel.title), fontsize=12, loc="left")
     axes.grid(False, axis="x")
     axes.tick_params(left=False)
@@ -245,7 +245,7 @@ def bar_chart(
     rows = sum(len(bars) * step + between for _, bars in groups)
     with _drawing(width, rows + 80, x_label) as drawing:
         (axes,) = drawing.axes
-        axes.set(xlabel=x_label)
+        axes.set(xlabel=clean(x_label))
         axes.grid(False, axis="y")
         axes.tick_params(left=False, bottom=False)
         axes.spines["bottom"].set_visible(False)
@@ -333,7 +333,7 @@ def heat_map(
         shown = range(0, len(columns), 1 if upright else max(1, math.ceil(26 / side)))
         drawing.names(axes.xaxis, list(shown), [columns[index] for index in shown], str)
         drawing.names(axes.yaxis, list(range(len(rows))), rows, lambda row: _short(row, 30, end=True))
-        axes.set_xlabel(x_label, x=len(columns) / wide / 2)
+        axes.set_xlabel(clean(x_label), x=len(columns) / wide / 2)
         if upright:
             axes.tick_params(axis="x", labelrotation=90)
     return drawing.svg

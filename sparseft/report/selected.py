@@ -30,7 +30,7 @@ LEVELS, KEPT_LEVELS = 7, 3  # how many numbers `candidates` of selection.json ha
 def layer_and_role(module: str) -> Place:
     """`model.layers.3.self_attn.q_proj` -> ("3", "self_attn.q_proj"): the first number names the layer, later ones
     (experts) fall together; a module outside the layers has the layer ""."""
-    layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    layer = re.search(r"(?:^|\.)(\d{1,9})(?:\.|$)", module)
     if not layer:
         return "", module
     role = re.sub(r"\.\d+(?=\.|$)", "", module[layer.end() :])

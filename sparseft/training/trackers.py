@@ -31,7 +31,7 @@ from sparseft import console
 from sparseft.compose.run_config import to_yaml
 from sparseft.config import RunConfig, flatten
 from sparseft.distributed.ranks import is_main
-from sparseft.errors import RunError, UserError
+from sparseft.errors import RunError, UserError, without_secrets
 from sparseft.files.atomic import plain, write_json
 from sparseft.files.untrusted import read_json_object
 from sparseft.runs.folder import MLFLOW, SUMMARY, TENSORBOARD, TRACKERS, TRACKIO, WANDB
@@ -364,7 +364,7 @@ def _open(
     except Exception as error:
         raise RunError(f"trainer.report_to={name}: it cannot be started: {_words(error)}.") from error
     trackers.opened[name] = tracker
-    console.log(f"{name}: {tracker.where()}")
+    console.log(f"{name}: {without_secrets(tracker.where())}")
     return found
 
 
@@ -386,7 +386,8 @@ def _shown(path: str | Path) -> str:
 
 
 def _words(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
+    """What it says, for the log and for the run's summary, which reports and model cards repeat."""
+    return without_secrets(" ".join(str(error).split())).rstrip(".")[:300] or type(error).__name__
 
 
 @contextlib.contextmanager

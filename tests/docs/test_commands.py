@@ -224,6 +224,14 @@ def test_what_a_command_printed_wraps_on_the_site() -> None:
     assert ".language-text code" in (ROOT / "docs/site.css").read_text() and 'class="language-text' in html
 
 
+def test_code_on_the_page_of_settings_is_not_broken_by_code_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    cell = __import__("config_reference").cell
+    assert cell("`sparseft train model.path=FOLDER {x}`: of model.path") == (
+        "`sparseft train model.path=FOLDER {x}`: of `model.path`"
+    )
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_takes_the_choices_that_the_page_of_settings_gives_it(name: str) -> None:
     page = (ROOT / "docs/configuration.md").read_text()

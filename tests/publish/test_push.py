@@ -21,6 +21,7 @@ from sparseft.evaluation.target import find_target
 from sparseft.files.hub import adapter_folder
 from sparseft.publish import listing
 from sparseft.publish.card import is_untouched
+from sparseft.publish.push import url_of
 from sparseft.runs.folder import TRACKED
 from support import adapted
 from support import hub as stand_in
@@ -194,6 +195,11 @@ def test_a_model_that_needs_code_of_its_own_is_refused(hub: Hub, made: Any, tmp_
 
 
 # ---- pushed again ----
+
+
+def test_a_password_of_the_endpoint_is_not_told(monkeypatch: Any) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "https://alice:s3cret@hub.corp")
+    assert url_of("me/mine") == "https://hub.corp/me/mine"
 
 
 def test_what_the_hub_has_is_not_sent_again(hub: Hub, run: Path) -> None:

@@ -493,6 +493,11 @@ def test_numbers_as_people_read_them() -> None:
     assert count("<b>") == "–"
 
 
+def test_what_no_page_can_hold_stands_on_no_axis() -> None:
+    drawn = line_chart([[Panel("loss \x1b[31m\ud800", [Series("a", [(0, 1.0), (1, 2.0)])])]], "step\x00")
+    assert not {"\x1b", "\x00"} & set(drawn) and drawn.encode()
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
@@ -501,7 +506,9 @@ def test_numbers_as_people_read_them() -> None:
         ("model.layers.0.mlp.experts.down_proj.3", ("0", "mlp.experts.down_proj")),
         ("model.layers.0.mlp.experts.7.w1", ("0", "mlp.experts.w1")),
         ("lm_head", ("", "lm_head")),
+        (f"layers.{'9' * 5000}.q", ("", f"layers.{'9' * 5000}.q")),  # no number that Python would read
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_layer_and_role(module: str, expected: tuple[str, str]) -> None:
     assert layer_and_role(module) == expected

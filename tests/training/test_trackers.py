@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparseft import console
 from sparseft.errors import UserError
 from sparseft.layers import sparse_layers
 from sparseft.models.spec import ModelSpec
@@ -318,6 +319,61 @@ def test_a_tracker_that_cannot_start_ends_the_run_before_it_trains(
     done = sparseft(tmp_path, *words, "trainer.report_to=[tensorboard,mlflow]", "output_dir=run", code=1)
     assert "trainer.report_to=mlflow: it cannot be started: refused." in done.err
     assert ended == [True] and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("at https://alice:s3cret@mlflow.corp/api/log?write_token=abc; again", "at https://mlflow.corp/api/log; again"),
+        (
+            "Max retries exceeded with url: /log?write_token=abc (no way)",
+            "Max retries exceeded with url: /log (no way)",
+        ),
+        (
+            "postgresql+psycopg2://alice:s3/c?r@e#t@db.corp:5432/runs?sslmode=x",
+            "postgresql+psycopg2://db.corp:5432/runs",
+        ),
+        ("(https://t0ken@host/x?SECRET).", "(https://host/x)"),
+        ("https://host:8080/x, and me@host. Why?", "https://host:8080/x, and me@host. Why?"),
+    ],
+)
+def test_what_an_error_quotes_lets_nobody_in(text: str, told: str, tmp_path: Path) -> None:
+    """Warnings go into the summary, and from there into reports and onto model cards."""
+
+    class Failing(trackers.Tracker):
+        def summary(self, content: dict[str, Any]) -> None:
+            raise ConnectionError(text)
+
+        def end(self, failed: bool) -> None:
+            pass
+
+    console.clear_warnings()
+    trackers.Trackers({"mlflow": Failing(tmp_path)}).summary({"loss": 1.0})
+    assert console.recorded_warnings() == [f"mlflow: {told}; the run goes on without it"]
+
+
+@pytest.mark.parametrize(
+    ("tracker", "variable", "value"),
+    [
+        ("mlflow", "MLFLOW_TRACKING_URI", "postgresql://alice:s3cret@db.corp/runs"),
+        ("trackio", "TRACKIO_SERVER_URL", "https://trackio.corp/?write_token=s3cret"),
+    ],
+)
+def test_the_log_of_where_it_is_lets_nobody_in(
+    tracker: str, variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv(variable, value)
+    kind = trackers.KINDS[tracker]
+
+    def begin(self: Any, *_: Any) -> dict[str, Any]:
+        self.mlflow = types.SimpleNamespace(get_tracking_uri=lambda: value)
+        return {}
+
+    monkeypatch.setattr(kind, "begin", begin)
+    config: Any = types.SimpleNamespace(to_dict=dict)
+    trackers._open(trackers.Trackers({}), tracker, config, types.SimpleNamespace(), None, tmp_path, None, None)
+    said = capsys.readouterr().err
+    assert f"{tracker}: " in said and ".corp" in said and "s3cret" not in said and "alice" not in said
 
 
 def test_only_the_first_process_has_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
