@@ -109,6 +109,12 @@ def looks_local(path: str) -> bool:
     return marked or Path(path).suffix.lower() in FILE_SUFFIXES or ("/" in path and Path(path).parent.is_dir())
 
 
+def local_name(path: str) -> str:
+    """What a path that is here is called in files that are read elsewhere, where `corpus/x` would be an id of the hub:
+    `./corpus/x`."""
+    return f"./{path}" if HUB_ID.fullmatch(path) and Path(path).suffix.lower() not in FILE_SUFFIXES else path
+
+
 def where_looked(path: str | Path) -> str:
     """` (looked in /home/me)` for a relative path, which may be right from another folder; empty for any other."""
     return "" if Path(path).expanduser().is_absolute() else f" (looked in {Path.cwd()})"

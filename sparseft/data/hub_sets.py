@@ -18,7 +18,7 @@ from sparseft.data.files import KINDS, is_read, open_files
 from sparseft.data.readers import Item
 from sparseft.data.records import Source
 from sparseft.data.tables import without_nulls
-from sparseft.errors import UserError, nearest, reason_of, shown
+from sparseft.errors import UserError, local_name, nearest, reason_of, shown
 
 HUB_RECORDS = 256  # read at once
 HELD_OUT = ("validation", "test")  # splits to evaluate on, the first that there is
@@ -35,6 +35,7 @@ def open_set(
     """
     folder = Path(name).expanduser()
     local = folder.is_dir()
+    name = local_name(name) if local else name
     if local and any((folder / known).is_file() for known in ("state.json", "dataset_dict.json")):
         return _saved(folder, name, split, key)
     with _loading(name, key, local):

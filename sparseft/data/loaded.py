@@ -40,6 +40,7 @@ class LoadedData:
     questions: QuestionHashes  # of the training examples
     eval_overlap: int  # questions of the evaluation examples that are training questions too, by their normalised text
     formats: list[str] = field(default_factory=list)  # of all sets, each once
+    sources: list[str] = field(default_factory=list)  # the parts of `train_source`
     preferences: Preferences | None = None  # of a preference objective, whose `train` and `eval` are the better answers
     eval_preferences: Preferences | None = None
     packed: PackedDataset | None = None  # the training examples, several a row, with `packing`

@@ -101,6 +101,7 @@ def load_datasets(
         formats=list(dict.fromkeys(part.format for part in parts)),
         format=parts[max(trained, key=lambda each: len(each.examples)).piece].format,
         train_source=" + ".join(part.name for part in parts),
+        sources=[part.name for part in parts],
         eval_source=eval_source,
         fingerprint=train.dataset.fingerprint(),
         dropped=train.facts.dropped,

@@ -75,6 +75,7 @@ def load_preferences(
         format=written_as(opened.source.first(DETECTION_RECORDS)),
         formats=[opened.format],
         train_source=opened.source.name,
+        sources=[opened.source.name],
         eval_source=source,
         fingerprint=together,
         dropped=sum(tokens.facts.dropped for tokens in sides),

@@ -9,7 +9,7 @@ from sparseft.config import BUNDLED
 from sparseft.data.files import is_pattern, locate_file, matching, open_file, open_files
 from sparseft.data.hub_sets import BUILT, open_built, open_set
 from sparseft.data.records import Source, Streamed
-from sparseft.errors import UserError
+from sparseft.errors import UserError, local_name
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def open_source(
     elif is_pattern(path):
         source = open_files(place.files, path)
     else:
-        source = open_file(place.files[0], path)
+        source = open_file(place.files[0], local_name(path))
     if not len(source.first(1)):
         raise UserError(f"{source.name} holds no records; {key} needs at least one.")
     return source if shuffle is None else Streamed(source, shuffle)

@@ -17,7 +17,7 @@ from sparseft import __version__
 from sparseft.config import OBJECTIVES
 from sparseft.data import prompts
 from sparseft.errors import UserError, reason_of, shown
-from sparseft.publish.facts import Facts, Score, shown_config, shown_path, shown_words
+from sparseft.publish.facts import Facts, Score, hub_id_of, shown_config, shown_path, shown_words
 from sparseft.publish.usage import BASE, REPO, usage
 from sparseft.report.numbers import SPACE, count, duration, fixed, memory, number, percent, signed
 
@@ -92,7 +92,7 @@ def metadata(facts: Facts) -> str:
         pipeline_tag="text-generation",
         license=facts.licence,
         language=language if isinstance(language, str) and language else None,
-        datasets=[facts.dataset_id] if facts.dataset_id else None,
+        datasets=list(dict.fromkeys(filter(None, map(hub_id_of, facts.sources)))) or None,
         tags=tags,
         eval_results=results or None,
         model_name=_title(facts) if results else None,
@@ -165,10 +165,9 @@ def checked(text: str, name: str = CARD) -> Any:
 
 
 def _title(facts: Facts) -> str:
-    base = _base_name(facts).rpartition("/")[2].replace(":", "-")
-    data = (facts.dataset or "").partition(" (")[0].rpartition("/")[2]
-    stem = Path(data).stem if data else ""
-    return "-".join(part for part in (base, facts.method, stem) if part)
+    base = _base_name(facts).rpartition("/")[2]
+    stems = [Path((hub_id_of(each) or shown_path(each)).partition(" (")[0]).stem for each in facts.sources]
+    return "-".join(part for part in (base, facts.method, *dict.fromkeys(stems)) if part).replace(":", "-")
 
 
 def _base_name(facts: Facts) -> str:
@@ -178,7 +177,7 @@ def _base_name(facts: Facts) -> str:
 def _lead(facts: Facts) -> str:
     what = dict.fromkeys(("full", "merged", "packed"), "a model").get(facts.kind, "an adapter")
     base = f"[{facts.base_id}](https://huggingface.co/{facts.base_id})" if facts.base_id else _base_name(facts)
-    on = f", trained on {_data(facts)}" if facts.dataset else ""
+    on = f", trained on {_data(facts)}" if facts.sources else ""
     version = (facts.environment.get("versions") or {}).get("sparseft") or __version__
     text = f"This is {what} of {base}{on} by the method `{facts.method}` of sparseft {version}."
     if facts.base and not facts.base_id and not facts.base.startswith("bundled:"):
@@ -187,9 +186,12 @@ def _lead(facts: Facts) -> str:
 
 
 def _data(facts: Facts) -> str:
-    if facts.dataset_id:
-        return f"[{facts.dataset_id}](https://huggingface.co/datasets/{facts.dataset_id})"
-    return f"`{facts.dataset}`"
+    """Every source: of the hub its id, with a link to it, else the last part of its path."""
+    ids = [(each, hub_id_of(each)) for each in facts.sources]
+    return " + ".join(
+        f"[{each}](https://huggingface.co/datasets/{known})" if known else f"`{shown_path(each)}`"
+        for each, known in ids
+    )
 
 
 def _overview(facts: Facts) -> list[tuple[str, Any]]:
@@ -201,7 +203,7 @@ def _overview(facts: Facts) -> list[tuple[str, Any]]:
     return [
         ("base model", f"{base} ({revision})"),
         ("base fingerprint", f"`{fingerprint}`, by which sparseft knows it" if fingerprint else None),
-        ("data", f"{_data(facts)}{examples}" if facts.dataset else None),
+        ("data", f"{_data(facts)}{examples}" if facts.sources else None),
         ("method", f"`{facts.method}`"),
         ("objective", _objective(facts.summary)),
         ("trained weights", _share(facts)),
@@ -354,7 +356,7 @@ def _forgetting(facts: Facts) -> str:
 
 def _limits(facts: Facts) -> list[str]:
     lines = [
-        f"For text in the manner of its training data{f' ({_data(facts)})' if facts.dataset else ''}; made to study "
+        f"For text in the manner of its training data{f' ({_data(facts)})' if facts.sources else ''}; made to study "
         "and to build on, not tested for any particular use.",
         "What its base gets wrong, invents or is biased to, this model does too; the training data adds its own. It "
         "was not trained or tested for safety.",
@@ -366,7 +368,7 @@ def _limits(facts: Facts) -> list[str]:
     if any(score.overlap for score in facts.scores):
         lines.append("Some of the questions were trained on, as the table says: those scores are too high.")
     warnings = facts.summary.get("warnings")
-    told = [shown_words(str(text)) for text in warnings] if isinstance(warnings, list) else []
+    told = [shown_words(str(text), facts.paths) for text in warnings] if isinstance(warnings, list) else []
     lines += [f"From training: {_cell(text)}" for text in told]
     return lines
 

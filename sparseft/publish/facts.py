@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparseft.adapters.description import is_whole_model, read_config
+from sparseft.config import BUNDLED
 from sparseft.console import warn
-from sparseft.errors import HUB_ID, UserError, looks_local
+from sparseft.errors import HUB_ID, UserError, looks_local, without_secrets
 from sparseft.evaluation.llm_adapters import GROUPS
 from sparseft.files.hashing import adapter_hash
 from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS, opened, split_name
@@ -31,12 +32,16 @@ from sparseft.runs.folder import (
     load_summary,
 )
 from sparseft.runs.metrics import went_on_from
+from sparseft.runs.trained_on import sources_of, trained_for
 
 # Groups of the configuration that say nothing of how the adapter came to be, and settings that hold texts of their own.
 NOT_SHOWN = {"bench", "eval", "output_dir", "cache_dir", "overwrite"}
 TEXTS = {"sample_prompts"}
-# Absolute paths in a sentence, of which only those in quotes may hold spaces.
-PATHS = re.compile(r"""(['"`])((?:~|[A-Za-z]:)?/[^'"`\n]*)(?=\1)|(?<![\w.~/:>-])(?:~|[A-Za-z]:)?/[^\s'"`,;:()<>|]+""")
+# Paths in a sentence that begin as such, of which only those in quotes may hold spaces.
+BEFORE_PATH = r"(?<![\w.~/>-])(?<!:(?=//))"  # but for a URL's
+ROOT = r"(?:~[\w.-]*|\.\.?|[A-Za-z]:)?/"
+PATHS = re.compile(rf"""(['"`])({ROOT}[^'"`\n]*)(?=\1)|{BEFORE_PATH}{ROOT}[^\s'"`,;:()<>|]+""")
+PARTED = re.compile(r"(.*?)((?: \([^()/]*\))*)", re.DOTALL)  # a source, and its split or what was split off it
 
 
 @dataclass
@@ -110,16 +115,21 @@ class Facts:
         return known if isinstance(known, str) and known != self.base else None
 
     @property
-    def dataset(self) -> str | None:
-        """What was trained on, as it may be shown: a hub id or a file's name."""
-        known = (self.environment.get("data") or {}).get("train") or self.summary.get("dataset")
-        return None if known is None else shown_path(str(known))
+    def sources(self) -> list[str]:
+        """What was trained on, as the run's files name it."""
+        return list(dict.fromkeys(sources_of(self.config, self.environment, self.summary)))
 
     @property
-    def dataset_id(self) -> str | None:
-        """The data's id on the hub; None of a file."""
-        known = str((self.environment.get("data") or {}).get("train") or "").partition(" ")[0]
-        return known if is_hub_id(known) else None
+    def paths(self) -> list[str]:
+        """What the run's files name that lies in a folder, the longest first: no id of the hub, and nothing bundled."""
+        found = {str(self.folder.resolve()), str(self.folder.parent.resolve()), *self.sources, self.base or ""}
+        found.update(_texts({key: part for key, part in self.config.items() if key != "bench"}))
+        found = {_parted(each)[0] for each in found} | {each.partition(":")[0] for each in found}
+        # `./corpus/x` is `corpus/x` in the settings
+        found |= {each.removeprefix("./") for each in found if each.startswith("./")}
+        marked = {each for each in found if f"./{each}" in found}
+        kept = {each for each in found if "/" in each.strip("/.") and (each in marked or not is_known(each))}
+        return sorted(kept, key=lambda each: (-len(each), each))
 
     def group(self, name: str) -> dict[str, Any]:
         section = self.config.get(name)
@@ -157,7 +167,7 @@ def facts_of(folder: Path, kind: str | None = None, rank: int | None = None) -> 
         facts.config = read_yaml_object(run / CONFIG)
         if (run / ENVIRONMENT).is_file():
             facts.environment = read_json_object(run / ENVIRONMENT)
-        facts.scores = list(_scores(run, str(facts.group("dataset").get("name"))))
+        facts.scores = list(_scores(run, facts))
     if not whole:
         facts.roles = _roles(place, content)
     return facts
@@ -178,38 +188,79 @@ def is_hub_id(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not looks_local(name)
 
 
+def hub_id_of(source: str) -> str | None:
+    """The id of a source on the hub, without its subset and split; None of a path."""
+    name = _parted(source)[0].partition(":")[0]
+    return name if is_hub_id(name) else None
+
+
+def is_known(source: str) -> bool:
+    """Whether strangers know a source too: it is on the hub, or bundled."""
+    return source.startswith(BUNDLED) or hub_id_of(source) is not None
+
+
+def _parted(source: str) -> tuple[str, str]:
+    """`data/train.json (23 examples split off)` as the path and what is said of it."""
+    found = PARTED.fullmatch(source)
+    assert found is not None
+    return found[1], found[2]
+
+
 def shown_path(text: str) -> str:
     """A text of a run's files as strangers may read it: of a path the last part alone, which names no user."""
-    path, space, rest = text.partition(" (")  # `data/train.json (23 examples split off)`
-    return (Path(path).name if looks_local(path) and Path(path).name else path) + space + rest
+    path, note = _parted(text)
+    is_path = "/" in path or looks_local(path)
+    return (Path(path).name if is_path and not is_known(path) and Path(path).name else path) + note
 
 
-def shown_words(text: str) -> str:
-    """A sentence of a run's files as strangers may read it: of each absolute path the last part alone."""
+def shown_words(text: str, paths: Sequence[str] = ()) -> str:
+    """A sentence of a run's files as strangers may read it: of each path the last part alone, of URLs no secrets.
+
+    paths: those that it may name, the longest first; others are found where they begin as paths do.
+    """
 
     def last(found: re.Match[str]) -> str:
         return (found[1] or "") + (Path(found[2] or found[0]).name or "…")
 
-    return PATHS.sub(last, re.sub(r"\b\w+://(?=/)", "", text))  # a path as a URL is one
+    text = re.sub(r"\b\w+://+(?=/)", "", without_secrets(text))  # a path as a URL is one
+    for path in paths:
+        text = re.sub(rf"{BEFORE_PATH}{re.escape(path)}(?![\w-])", lambda _, name=Path(path).name: name, text)
+    folders = {str(folder) for path in paths for folder in Path(path).parents} - {".", "..", "/"}
+    for folder in sorted(folders, key=len, reverse=True):  # others lie there too, as the files of a pattern do
+        text = re.sub(rf"{BEFORE_PATH}{re.escape(folder)}/", "/" if folder.startswith("/") else "./", text)
+    return PATHS.sub(last, text)
 
 
 def shown_config(facts: Facts) -> dict[str, Any]:
     """The settings that repeat the run: paths by their last part, and no texts of the user's own."""
+    local = set(facts.paths)  # of which some read as ids of the hub
 
     def shown(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: shown(item) for key, item in value.items() if key not in TEXTS}
         if isinstance(value, list):
             return [shown(item) for item in value]
+        if isinstance(value, str) and value.partition(":")[0] in local:
+            return Path(value).name
         return shown_path(value) if isinstance(value, str) else value
 
     return {key: shown(value) for key, value in facts.config.items() if key not in NOT_SHOWN}
 
 
+def _texts(content: Any) -> Iterator[str]:
+    """Every text in a configuration but the user's own ones."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict):
+        yield from (text for key, part in content.items() if key not in TEXTS for text in _texts(part))
+    elif isinstance(content, list):
+        yield from (text for part in content for text in _texts(part))
+
+
 # ---- scores ----
 
 
-def _scores(run: Path, family: str) -> Iterator[Score]:
+def _scores(run: Path, facts: Facts) -> Iterator[Score]:
     """What the tasks asked for scored, each once; groups first, then their members where there are few."""
     before: dict[str, dict[str, Any]] = {}
     for path in sorted((run / BEFORE).glob("*.json")):
@@ -226,8 +277,12 @@ def _scores(run: Path, family: str) -> Iterator[Score]:
         names = [asked, *(name for name in tasks if name != asked)] if asked in tasks else list(tasks)
         if len(names) > MEMBERS + 1:
             names = [name for name in names if name == asked]
+        found = trained_for(facts.config, facts.environment, facts.summary, {*tasks, *GROUPS})
+        found |= {member for group in found for member in _members(group, tasks.get(group))}
         for name in names:
-            score = _score(name, tasks[name], before.get(name) or {}, family, name == asked or asked not in tasks)
+            # A group is no measure of what was forgotten where one of its members was trained.
+            learnt = name in found or not found.isdisjoint(_members(name, tasks[name]))
+            score = _score(name, tasks[name], before.get(name) or {}, learnt, name == asked or asked not in tasks)
             if score is not None and name not in seen:
                 seen.add(name)
                 yield score
@@ -236,7 +291,13 @@ def _scores(run: Path, family: str) -> Iterator[Score]:
 MEMBERS = 8  # of a group that are shown one by one: MMLU has 57
 
 
-def _score(name: str, entry: dict[str, Any], before: dict[str, Any], family: str, asked: bool) -> Score | None:
+def _members(group: str, entry: Any) -> list[str]:
+    """The tasks of a group, as its scores say, else as it is made here; none of a task."""
+    known = entry.get("tasks") if isinstance(entry, dict) else None
+    return [str(name) for name in known] if isinstance(known, list) else list(GROUPS.get(group, ()))
+
+
+def _score(name: str, entry: dict[str, Any], before: dict[str, Any], learnt: bool, asked: bool) -> Score | None:
     accuracy = number(entry.get("accuracy"))
     if accuracy is None:
         return None
@@ -258,7 +319,7 @@ def _score(name: str, entry: dict[str, Any], before: dict[str, Any], family: str
         entry.get("split"),
         str(entry.get("metric") or "").partition(",")[0] or None,
         int(number(entry.get("train_overlap")) or 0),
-        name == family or name in GROUPS.get(family, ()),
+        learnt,
         asked,
     )
 

@@ -28,6 +28,7 @@ from sparseft.runs.folder import (
     load_summary,
 )
 from sparseft.runs.metrics import read_metrics
+from sparseft.runs.trained_on import trained_for
 
 MODELS = ("base", "adapter")  # who answers, in samples.jsonl
 
@@ -113,11 +114,12 @@ class Run:
 
     @property
     def learns(self) -> set[str]:
-        """The evaluated tasks that the run trains for: `trainer.eval_task`, the one that its data are named after, and
+        """The evaluated tasks that the run trains for: `trainer.eval_task`, those that its data are named after, and
         the members of these. Empty where none of the tasks is known to be."""
-        said = (self._configured("trainer", "eval_task"), self._configured("dataset", "name"), self.get("eval_task"))
-        named = {name for name in said if isinstance(name, str)}
         scores = {**self.before, **self.after}
+        said = (self._configured("trainer", "eval_task"), self.get("eval_task"))
+        named = {name for name in said if isinstance(name, str)}
+        named |= trained_for(self.config, self.environment, self.summary or {}, scores)
         own = {task for task in scores if task in named}
         members = {member for task in own for member in scores[task].members}
         groups = {task for task in scores if scores[task].members and {*scores[task].members} <= named}

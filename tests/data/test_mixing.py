@@ -231,6 +231,11 @@ def test_a_run_on_named_sets(tmp_path: Path) -> None:
     assert summary(tmp_path / "run")["dataset"] == "commonsense:0.7 + arithmetic:0.3"
     config = compose("train", words)
     assert from_dict(config.to_dict()) == config and config.dataset.name == "json"
+    data = json.loads((tmp_path / "run" / "environment.json").read_text())["data"]
+    assert data["sources"] == [f"bundled:data/{name}/train.json" for name in ("commonsense", "arithmetic")] + [
+        "bundled:data/oasst1/train.jsonl"
+    ]
+    assert data["train"] == " + ".join(data["sources"])
 
 
 def test_named_sets_of_other_models_are_their_published_ones(tmp_path: Path) -> None:

@@ -264,6 +264,23 @@ def test_folders(tmp_path: Path, tokenizer: Any) -> None:
         load(str(tmp_path / "split"), tokenizer)
 
 
+def test_what_lies_here_is_no_id_of_the_hub_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cards are written from other folders, where `corpus/medical` would be one."""
+    write(tmp_path / "corpus" / "medical" / "a.jsonl", pairs("a", 2))
+    for name in ("notes", "a.jsonl"):
+        write(tmp_path / "corpus" / name, pairs("b", 2))
+    datasets.Dataset.from_list(pairs("a", 3)).save_to_disk(tmp_path / "corpus" / "saved")
+    monkeypatch.chdir(tmp_path)
+    for path, name in (
+        ("corpus/medical", "./corpus/medical (train)"),
+        ("corpus/medical:default:train", "./corpus/medical:default (train)"),
+        ("corpus/saved", "./corpus/saved"),
+        ("corpus/notes", "./corpus/notes"),
+        ("corpus/a.jsonl", "corpus/a.jsonl"),
+    ):
+        assert open_source(path).name == name
+
+
 def test_saved_sets(tmp_path: Path) -> None:
     one = datasets.Dataset.from_list(pairs("a", 3))
     one.save_to_disk(tmp_path / "one")

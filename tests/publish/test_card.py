@@ -189,17 +189,97 @@ def test_nothing_of_this_machine_or_of_the_users_texts_is_told(made: Any, tmp_pa
     assert data.base_model is None and data.datasets is None  # ids of the hub alone
 
 
+def with_sources(run: Path, *names: str, **more: Any) -> str:
+    """The card of a run that was trained on other data."""
+    content = json.loads((run / "environment.json").read_text())
+    content["data"] |= {"train": " + ".join(names), "sources": list(names)}
+    (run / "environment.json").write_text(json.dumps(content | more))
+    return filled(card_of(facts_of(run)), "me/mine", None, None)
+
+
+@pytest.mark.parametrize(
+    ("names", "ids", "told"),
+    [
+        (["medical/notes (train)", f"{HOME} smith/a + b/own.jsonl"], ["medical/notes"], "{0} + `own.jsonl`"),
+        ([f"{HOME}/own.json", "owner/a:main (train[:10%])"], ["owner/a"], "`own.json` + {1}"),
+        (["owner/a:one (train)", "owner/a:two (train)"], ["owner/a"], "{0} + {1}"),
+        (["bundled:data/commonsense/train.json", "bundled:data/arithmetic/train.json"], None,
+         "`bundled:data/commonsense/train.json` + `bundled:data/arithmetic/train.json`"),
+        (["./corpus/medical (train)"], None, "`medical (train)`"),
+        (["./corpus/medical:en (train)", "alice smith/notes"], None, "`medical:en (train)` + `notes`"),
+        ([f"{HOME} (old)/own.json"], None, "`own.json`"),
+    ],
+)  # fmt: skip
+def test_every_source_is_named(names: list[str], ids: Any, told: str, made: Any, tmp_path: Path) -> None:
+    """Of the hub by its id, with a link, else by its last part, whatever else the run was trained on."""
+    text = with_sources(finished_run(made[1], tmp_path / "run"), *names)
+    links = [f"[{name}](https://huggingface.co/datasets/{re.split('[: ]', name)[0]})" for name in names]
+    assert f", trained on {told.format(*links)} by the method" in text and "alice" not in text
+    assert ModelCard(text).data.datasets == ids
+
+
+def test_the_sources_of_an_older_run_are_told_apart(made: Any, tmp_path: Path) -> None:
+    """Its file has them in one line."""
+    run = finished_run(made[1], tmp_path / "run", data=f"{HOME}/a + b/x.json")
+    assert "trained on `x.json` by" in card_of(facts_of(run))
+    content = (run / "config.yaml").read_text().replace("language: en", f"mix: ['{HOME}/a.json:1', owner/b:1]")
+    (run / "config.yaml").write_text(content)
+    line = (run / "environment.json").read_text().replace(f"{HOME}/a + b/x.json", f"{HOME}/a.json + owner/b (train)")
+    (run / "environment.json").write_text(line)
+    text = card_of(facts_of(run))
+    assert "trained on `a.json` + [owner/b (train)](https://huggingface.co/datasets/owner/b) by" in text
+    assert "alice" not in text
+
+
+def test_settings_name_no_folder_that_reads_as_an_id(made: Any, tmp_path: Path) -> None:
+    run = finished_run(made[1], tmp_path / "run", data="corpus/medical")
+    settings = with_sources(run, "./corpus/medical (train)").partition("```yaml")[2]
+    assert "train_path: medical\n" in settings and "corpus" not in settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "names", "command", "trained"),
+    [
+        # A mix, which is a data set of no family.
+        ("name: json, mix: [arithmetic:0.7, commonsense:0.3]", ["bundled:data/commonsense/train.json"], "", True),
+        ("name: json, mix: [own.json:1, zwhe99/commonsense_170k:1]", ["own.json"], "", True),
+        ("name: json, mix: [own.json:1, other.json:1]", ["own.json", "other.json"], "", False),
+        # Data of one's own, where no family was chosen.
+        ("name: commonsense, train_path: my.jsonl", ["my.jsonl"], "sparseft train dataset.train_path=my.jsonl", False),
+        ("name: commonsense, train_path: my.jsonl", ["my.jsonl"], "sparseft train dataset=commonsense", True),
+        ("name: arithmetic, train_path: my.jsonl", ["my.jsonl"], "", False),
+        ("name: boolq, train_path: my.jsonl", ["my.jsonl"], "", True),
+        ("name: commonsense, train_path: google/boolq", ["google/boolq (train)"], "", True),
+        ("name: commonsense", ["zwhe99/commonsense_170k (train)"], "", True),
+        ("name: json, train_path: my.jsonl, replay: 'commonsense:0.1'", ["my.jsonl"], "", True),
+    ],
+)
+def test_what_was_trained_is_judged_by_the_sources(
+    setting: str, names: list[str], command: str, trained: bool, made: Any, tmp_path: Path
+) -> None:
+    run = finished_run(made[1], tmp_path / "run")
+    found = re.sub(r"dataset: .*", f"dataset: {{{setting}}}", (run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(found)
+    text = with_sources(run, *names, command_line=command)
+    assert ("- boolq, not trained" in text) == (not trained) and "- mmlu, not trained" in text
+
+
 @pytest.mark.parametrize(
     ("warning", "told"),
     [
         (f"{HOME}/own.json: 3 records left out", "own.json: 3 records left out"),
         (f"'{HOME}/my data/own.json' has (see {HOME}/x, ~/y) 1/2 of a/b", "'own.json' has (see x, y) 1/2 of a/b"),
         (f"mlflow: sqlite:///{HOME}/m.db, file://{HOME}/store/: locked", "mlflow: m.db, store: locked"),
-        ("asked of https://example.org/a/b", "asked of https://example.org/a/b"),
+        (f"asked of https://example.org/a/b:{HOME}/x", "asked of https://example.org/a/b:x"),
+        ("'alice smith/x/b.jsonl', line 4; alice smith/x/c.jsonl, 1/2", "'b.jsonl', line 4; c.jsonl, 1/2"),
+        ("alice smith/x/b.jsonl, ../../alice/b.jsonl, ~alice/x, ./alice/y", "b.jsonl, b.jsonl, x, y"),
+        (f"{HOME} smith/d/b.jsonl: {HOME} smith/e.jsonl", "b.jsonl: e.jsonl"),
+        ("url: https://alice:s3cret@mlflow.corp/log?token=alice; it", "url: https://mlflow.corp/log; it"),
     ],
 )
 def test_a_warning_of_the_training_names_no_folder(warning: str, told: str, made: Any, tmp_path: Path) -> None:
     run = finished_run(made[1], tmp_path / "run")
+    with_sources(run, "owner/questions (train)", "alice smith/x/b.jsonl", f"{HOME} smith/d/b.jsonl")
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | {"warnings": [warning]}))
     text = card_of(facts_of(run))

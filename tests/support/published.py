@@ -34,7 +34,7 @@ def finished_run(
     _write(folder / "environment.json", {
         "versions": {"sparseft": "0.1.0", "torch": "2.13.0"}, "commit": "0123456789abcdef", "device": "cuda:0",
         "device_name": "NVIDIA H100", "dtype": "bfloat16", "world_size": 2, "cpu_count": 8,
-        "command_line": f"sparseft train model.path={base}", "started": "2026-01-31T10:00:00+00:00",
+        "command_line": f"sparseft train dataset=commonsense model.path={base}", "started": "2026-01-31T10:00:00+00:00",
         "data": {"train": data, "eval": None, "format": "alpaca", "examples": 439},
     })  # fmt: skip
     (folder / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')

@@ -61,6 +61,7 @@ def _describe(job: Job, folder: Path) -> None:
     data = job.prepared.data
     facts = {
         "train": data.train_source,
+        "sources": data.sources,
         "eval": data.eval_source or None,
         "format": data.format,
         "examples": len(data.preferences or data.train),
