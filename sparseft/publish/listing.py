@@ -13,7 +13,7 @@ from sparseft.errors import UserError, nearest, nearest_path, where_looked
 from sparseft.export.job import NOTE
 from sparseft.files.atomic import PARTIAL, dumps
 from sparseft.files.hashing import check_whole, file_hash
-from sparseft.files.hub import ADAPTER_FILES, TEMPLATES
+from sparseft.files.hub import ADAPTER_FILES, TEMPLATES, check_inside
 from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS, WHOLE_CONFIG
 from sparseft.files.untrusted import parse_json, read_bytes, read_json_object
 from sparseft.publish.card import CARD, card_of, checked, filled, is_untouched
@@ -154,6 +154,7 @@ def listing_of(
         raise UserError(f"{path / CARD} was edited: write the base model and its licence there, not as options.")
     else:
         checked(text, str(path / CARD))
+    check_inside(wanted, root)
     files = [_file(each.relative_to(place).as_posix(), each, base) for each in wanted]
     taken = {each.resolve() for each in wanted}
     others = [each for each in _below(root) if each.resolve() not in taken and each != root / CARD]
@@ -193,6 +194,7 @@ def check_intact(folder: Path) -> None:
 
 
 def _card_of_export(folder: Path) -> str:
+    check_inside([folder / CARD], folder)
     try:
         return read_bytes(folder / CARD).decode("utf-8")
     except FileNotFoundError:

@@ -181,6 +181,44 @@ def test_only_what_is_part_of_a_model_comes_along(tmp_path: Path) -> None:
     assert {"tokenizer.json", "generation_config.json", *parts} <= names and not names & set(own)
 
 
+@pytest.mark.parametrize("link", ["tokenizer.key", "LICENSE.txt", "additional_chat_templates/own.jinja"])
+def test_a_link_out_of_the_base_is_not_followed(link: str, tmp_path: Path) -> None:
+    """An export is published as it is: `tokenizer.key -> ~/.ssh/id_rsa` is nobody's tokenizer."""
+    base = adapted.base("llama", tmp_path / "base", torch.bfloat16)
+    adapter = adapted.adapter("llama", "rows", base, tmp_path / "adapter")
+    (tmp_path / "id_rsa").write_text("mine alone")
+    (base / link).parent.mkdir(exist_ok=True)
+    (base / link).symlink_to(tmp_path / "id_rsa")
+    said = refused(tmp_path, "export", adapter, "--format", "merged", "--out", "out")
+    assert f"base/{link} is a link that leads out of its folder" in said and not (tmp_path / "out").exists()
+
+
+def test_the_links_of_the_hubs_cache_are_its_own_files(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--me--base/snapshots/abc"
+    base = adapted.base("llama", snapshot, torch.bfloat16)
+    for file in list(base.iterdir()):
+        blob = tmp_path / "models--me--base/blobs" / file.name
+        blob.parent.mkdir(exist_ok=True)
+        file.rename(blob)
+        file.symlink_to(f"../../blobs/{file.name}")
+    adapter = adapted.adapter("llama", "rows", base, tmp_path / "adapter")
+    run(tmp_path, "export", adapter, "--format", "merged", "--out", "out")
+    assert (tmp_path / "out/tokenizer.json").is_file() and not (tmp_path / "out/tokenizer.json").is_symlink()
+
+
+def test_where_the_base_came_from_is_left_out(tmp_path: Path) -> None:
+    """Older files name the folder that they were loaded from."""
+    base = adapted.base("llama", tmp_path / "base", torch.bfloat16)
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+        content = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps(content | {key: "/home/alice/acme"}))
+    adapter = adapted.adapter("llama", "rows", base, tmp_path / "adapter")
+    run(tmp_path, "export", adapter, "--format", "merged", "--out", "out")
+    for name in ("config.json", "tokenizer_config.json"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "alice" not in text and "name_or_path" not in json.loads(text)
+
+
 def another_tokenizer(folder: Path) -> Path:
     """One that ends a turn otherwise than the bases'."""
     tokenizer = build_tokenizer()

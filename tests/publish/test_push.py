@@ -202,6 +202,16 @@ def test_a_password_of_the_endpoint_is_not_told(monkeypatch: Any) -> None:
     assert url_of("me/mine") == "https://hub.corp/me/mine"
 
 
+def test_a_link_out_of_the_folder_is_not_followed(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "id_rsa").write_text("mine alone")
+    (run / "adapter/tokenizer.key").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(package.UserError, match=r"tokenizer\.key is a link that leads out of its folder"):
+        listing.listing_of(str(run), "me/mine")
+    (run / "adapter/tokenizer.key").unlink()
+    (run / "adapter/tokenizer.key").symlink_to("adapter_config.json")
+    assert "tokenizer.key" in {file.name for file in listing.listing_of(str(run), "me/mine").files}
+
+
 def test_what_the_hub_has_is_not_sent_again(hub: Hub, run: Path) -> None:
     push(run)
     assert push(run, "--json").json["news"] is False and "lie already" in push(run).out

@@ -23,7 +23,7 @@ from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
 from sparseft.export.values import check_values
 from sparseft.files.atomic import write_json
-from sparseft.files.hub import TEMPLATES, TOKENIZER_FILES
+from sparseft.files.hub import TEMPLATES, TOKENIZER_FILES, check_inside
 from sparseft.files.tensors import Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.checkpoint import BESIDE, FILE, INDEX, Checkpoint, fetch_beside
@@ -50,6 +50,7 @@ class Merged(Format):
         checkpoint = _base(source, options)
         if source.kind == "sparse":
             ChangedTensors(source, options.dtype, checkpoint)
+        files_beside(source, checkpoint.folder)
         return []
 
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
@@ -73,30 +74,26 @@ class Merged(Format):
         self, source: Source, options: Options, tokenizer: Any, base: Path, folder: Path, *, untied: bool
     ) -> None:
         """All else that makes the model work: the base's own files, and the tokenizer that was trained with."""
-        trusted = source.target.model.trust_remote_code
         fetch_beside(base_of(source))
-        another = source.target.model.tokenizer or source.kind == "full"  # than the base's, of which no file may stay
-        for entry in base.iterdir():
-            of_tokenizer = _is_one_of(entry.name, TOKENIZER_FILES)
-            kept = not another if of_tokenizer else _is_one_of(entry.name, (*KEPT, *((CODE,) if trusted else ())))
-            if entry.is_file() and kept:
-                shutil.copyfile(entry, folder / entry.name)
-            elif entry.is_dir() and entry.name == TEMPLATES and not another:
-                shutil.copytree(entry, folder / entry.name)
-        if another:
+        for entry in files_beside(source, base):
+            place = folder / entry.relative_to(base)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(entry, place)
+        if _has_another_tokenizer(source):
             tokenizer.save_pretrained(folder)
         content = read_json_object(folder / "config.json")
         if options.dtype is not None:
             content.pop("torch_dtype", None)
             content["dtype"] = str(options.dtype).removeprefix("torch.")
         content.pop("quantization_config", None)  # of a packed base, of which these are the plain values
-        if not trusted:
+        if not source.target.model.trust_remote_code:
             content.pop("auto_map", None)  # names code that is not there
         if untied:
             for part in (content, *(value for value in content.values() if isinstance(value, dict))):
                 if part is content or "tie_word_embeddings" in part:
                     part["tie_word_embeddings"] = False
         write_json(folder / "config.json", content)
+        _forget_origin(folder)
 
     def verify(self, source: Source, options: Options, folder: Path) -> None:
         written, base = Checkpoint.of_folder(folder), _base(source, options)
@@ -116,6 +113,40 @@ class Merged(Format):
         trusted = source.target.model.trust_remote_code
         model = load_model(ModelConfig(path=str(folder), trust_remote_code=trusted))
         return HuggingFace(model, f"transformers {transformers.__version__}")
+
+
+def _has_another_tokenizer(source: Source) -> bool:
+    """Than the base's, of which no file may stay."""
+    return bool(source.target.model.tokenizer) or source.kind == "full"
+
+
+def files_beside(source: Source, base: Path) -> list[Path]:
+    """The files of the base that come along beside its weights. UserError where one is a link out of its folder."""
+    of_tokenizer = [] if _has_another_tokenizer(source) else TOKENIZER_FILES
+    others = (*KEPT, *((CODE,) if source.target.model.trust_remote_code else ()))
+    found = []
+    for entry in sorted(base.iterdir()):
+        patterns = of_tokenizer if _is_one_of(entry.name, TOKENIZER_FILES) else others
+        if entry.is_file() and _is_one_of(entry.name, patterns):
+            found.append(entry)
+        elif entry.is_dir() and entry.name == TEMPLATES and of_tokenizer:
+            found += sorted(each for each in entry.iterdir() if each.is_file())
+    check_inside(found, base)
+    return found
+
+
+def _forget_origin(folder: Path) -> None:
+    """Takes out of a model's files where it was loaded from when they were written, often somebody's own folder."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        content = read_json_object(folder / name)
+        parts = [content, *(part for part in content.values() if isinstance(part, dict))]
+        known = [(part, key) for part in parts for key in ("_name_or_path", "name_or_path") if key in part]
+        for part, key in known:
+            del part[key]
+        if known:
+            write_json(folder / name, content)
 
 
 def _is_one_of(name: str, patterns: Iterable[str]) -> bool:

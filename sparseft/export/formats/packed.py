@@ -20,7 +20,7 @@ from sparseft.errors import RunError, UserError, shown
 from sparseft.export.changed_tensors import added, base_of
 from sparseft.export.changes import Change, SparseChange
 from sparseft.export.formats.base import Options
-from sparseft.export.formats.merged import Merged
+from sparseft.export.formats.merged import Merged, files_beside
 from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
 from sparseft.models.checkpoint import Checkpoint
@@ -47,7 +47,7 @@ class Packed(Merged):
             )
         if options.dtype is not None:
             raise UserError("--format packed: what is packed has no dtype to choose; leave --dtype out.")
-        Checkpoint.of(base_of(source))
+        files_beside(source, Checkpoint.of(base_of(source)).folder)
         _ = source.linears  # refuses what is no change of linears
         return []
 
