@@ -301,11 +301,7 @@ def score_modules(
         scores, names, dampings = saved[0], saved[1]["modules"], saved[1]["dampings"]
     sources = dict.fromkeys(statistics.sources.get(name, name) for name in by_module)
     turn = {source: place % world for place, source in enumerate(sources)}
-    mine = {
-        name: members
-        for name, members in by_module.items()
-        if turn[statistics.sources.get(name, name)] == rank
-    }
+    mine = {name: members for name, members in by_module.items() if turn[statistics.sources.get(name, name)] == rank}
 
     def keep_scores() -> None:
         if state.folder is not None and names:
