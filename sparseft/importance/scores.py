@@ -299,12 +299,9 @@ def score_modules(
     dampings: list[float] = []
     if (saved := state.load(SCORES)) is not None:
         scores, names, dampings = saved[0], saved[1]["modules"], saved[1]["dampings"]
-    sources = list(dict.fromkeys(statistics.sources.get(name, name) for name in by_module))
-    mine = {
-        name: members
-        for name, members in by_module.items()
-        if sources.index(statistics.sources.get(name, name)) % world == rank
-    }
+    sources = dict.fromkeys(statistics.sources.get(name, name) for name in by_module)
+    turn = {source: place % world for place, source in enumerate(sources)}
+    mine = {name: members for name, members in by_module.items() if turn[statistics.sources.get(name, name)] == rank}
 
     def keep_scores() -> None:
         if state.folder is not None and names:
@@ -320,8 +317,10 @@ def score_modules(
             scored(len(names), len(mine))
 
     samples = sum(ranks.all_gather_object(done[1]))
+    scored_before = set(names)
     try:
-        statistics.score({name: members for name, members in mine.items() if name not in set(names)}, samples, finished)
+        left = {name: members for name, members in mine.items() if name not in scored_before}
+        statistics.score(left, samples, finished)
     except BaseException:
         keep_scores()
         if world == 1:  # with several ranks the sums are reduced by now: no longer this rank's own

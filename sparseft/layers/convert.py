@@ -37,12 +37,14 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` wherever the model holds `old` (one module may have several names)."""
-    for parent in model.modules():
+def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Puts the second of each pair wherever the model holds the first (one module may have several names)."""
+    pairs = list(pairs)  # holds what the numbers stand for
+    news = {id(old): new for old, new in pairs}
+    for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
+            if child is not None and id(child) in news:
+                parent._modules[name] = news[id(child)]
 
 
 def weight_parameter(model: nn.Module, name: str) -> nn.Parameter:
@@ -74,7 +76,7 @@ def make_sparse(model: nn.Module, name: str) -> SparseLinear:
         return open_expert(expert)
     old = model.get_submodule(name)
     new = wrapped(model, name)
-    replace_module(model, old, new)
+    replace_modules(model, [(old, new)])
     return new
 
 
@@ -199,11 +201,10 @@ def convert(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], block_si
             parameter.requires_grad_(frozen[name])
         raise
     model.requires_grad_(False)
-    for old, new in layers:
+    for _, new in layers:
         if isinstance(new, ExpertLinear):
             new.put_in_place()
-        else:
-            replace_module(model, old, new)
+    replace_modules(model, [(old, new) for old, new in layers if not isinstance(new, ExpertLinear)])
     share_inputs(model)
     return model
 
@@ -212,14 +213,13 @@ def restore(model: nn.Module, *, merged: bool) -> nn.Module:
     """Puts the original modules back, with the base's own weights, or with the deltas in them (`merged`)."""
     separate(model)
     forget_sharing(model)
-    for layer in sparse_layers(model).values():
+    layers = sparse_layers(model).values()
+    for layer in layers:
         if merged:
             layer.write_back()
         else:
             layer.restore_base()
-        if isinstance(layer, ExpertLinear):
-            continue
-        replace_module(model, layer, layer.unwrap())
+    replace_modules(model, [(layer, layer.unwrap()) for layer in layers if not isinstance(layer, ExpertLinear)])
     close_experts(model)
     return model
 
@@ -242,11 +242,13 @@ def put_beside(model: nn.Module) -> None:
         if isinstance(layer, ExpertLinear) or any(p.inactive is not None for p in layer.patterns.values()):
             raise ValueError(f"{name}: inactive entries and experts need a weight that can be written")
     separate(model)
+    pairs = []
     for layer in layers.values():
         patterns = layer.install({})
         new = BesideLinear.wrap(layer.unwrap())
         new.install(patterns)
-        replace_module(model, layer, new)
+        pairs.append((layer, new))
+    replace_modules(model, pairs)
     share_inputs(model)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sparseft.distributed.shards import full_shape
 from sparseft.layers.beside import stands_beside
-from sparseft.layers.convert import convert, replace_module, sparse_layers, tied_names
+from sparseft.layers.convert import convert, replace_modules, sparse_layers, tied_names
 from sparseft.layers.permutation import inverse
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.spec import ModelSpec, RoleSlice
@@ -84,7 +84,7 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
         layer = model.get_submodule(name)
         if not isinstance(layer, SparseLinear):
             plain, layer = layer, SparseLinear.wrap(layer)
-            replace_module(model, plain, layer)
+            replace_modules(model, [(plain, layer)])
         layer.permute(permutations.get("rows"), permutations.get("columns"))
 
 

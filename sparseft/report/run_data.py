@@ -229,7 +229,9 @@ def read_run(path: Path) -> Run:
         step, texts = number(record.get("step")), (record.get("prompt"), record.get("answer"))
         if step is not None and all(isinstance(text, str) for text in texts) and record.get("model") in MODELS:
             run.answers.append(Answer(step, record["model"] == MODELS[0], *texts, str(record.get("prompt_id") or "")))
-    present = attempt(lambda: adapter_hash(path / ADAPTER), ADAPTER, None)
+    present = None
+    if any((path / EVAL).glob("*.json")):  # it reads the whole adapter
+        present = attempt(lambda: adapter_hash(path / ADAPTER), ADAPTER, None)
     for name, scores in ((BEFORE, run.before), (EVAL, run.after)):
         for file in sorted((path / name).glob("*.json")):
             content = optional(f"{name}/{file.name}", {})

@@ -16,12 +16,12 @@ from sparseft.runs.folder import METRICS, SUMMARY, load_summary
 LARGEST = 1 << 34  # bytes
 
 
-def append_metrics(path: str | Path, record: dict[str, Any]) -> None:
-    """Appends one line of strict JSON and hands it to the operating system, so that a crash loses no earlier line.
+def append_metrics(path: str | Path, *records: dict[str, Any]) -> None:
+    """Appends lines of strict JSON, handed to the operating system at once, so that a crash loses no earlier line.
 
     A last line that a crash tore is cut off first: the new one would run into it.
     """
-    line = dumps(record).encode() + b"\n"
+    lines = b"".join(dumps(record).encode() + b"\n" for record in records)
     with open(path, "ab+") as file:
         end = file.seek(0, os.SEEK_END)
         if end:
@@ -29,7 +29,7 @@ def append_metrics(path: str | Path, record: dict[str, Any]) -> None:
             if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line)
+        file.write(lines)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from sparseft.files.untrusted import read_bytes, why
 from sparseft.models.decoder import context_length, runnable
 from sparseft.rules import show
 from sparseft.runs.folder import SAMPLES
-from sparseft.runs.metrics import read_metrics, step_of
+from sparseft.runs.metrics import append_metrics, read_metrics, step_of
 from sparseft.training.labelled_loss import language_model
 from sparseft.training.trainer import Trainer
 
@@ -296,19 +296,23 @@ class SampleAnswers(transformers.TrainerCallback):
                 with self.trainer.compute_loss_context_manager():
                     answers = self.asked.answers(self.model, self.pad)
             ranks.barrier()
+        again = who == "base" or step in self.steps
         self.steps.add(step)
         if ranks.is_main():
-            self._write(step, who, answers)
+            self._write(step, who, answers, again)
 
-    def _write(self, step: int, who: str, answers: list[tuple[str, bool]]) -> None:
+    def _write(self, step: int, who: str, answers: list[tuple[str, bool]], again: bool) -> None:
         rows = [
             {"step": step, "model": who, "prompt": prompt.text, "answer": text, "prompt_id": prompt.id}
             | ({"cut": NEW_TOKENS} if cut else {})
             for prompt, (text, cut) in zip(self.asked.prompts, answers, strict=True)
         ]
-        lines = [line for line in self._recorded() if line.get("model") != who or line.get("step") != step]
-        lines = [*rows, *lines] if who == "base" else [*lines, *rows]
-        write_text(self.path, "".join(dumps(line) + "\n" for line in lines))
+        if again:
+            lines = [line for line in self._recorded() if line.get("model") != who or line.get("step") != step]
+            lines = [*rows, *lines] if who == "base" else [*lines, *rows]
+            write_text(self.path, "".join(dumps(line) + "\n" for line in lines))
+        else:  # the file grows with the run: it is not written anew each time
+            append_metrics(self.path, *rows)
         for row in rows[:LOGGED]:
             cut = f" … (cut after {row['cut']} tokens)" if "cut" in row else ""
             console.log(f"step {step}, {who} on {_short(row['prompt'], 80)!r}: {_short(row['answer'], 200)!r}{cut}")

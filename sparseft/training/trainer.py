@@ -292,6 +292,8 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 self.run_state.bad_steps.proven,
                 Diverged,
             )
+        # metrics.jsonl has it; in trainer_state.json it would grow with the steps, until the file is too large to read
+        self.state.log_history.clear()
         what = checkpoint_name(self.state.global_step)
         explaining = explained(what, lambda: last_checkpoint(self.run_state.folder))
         with self.run_state.clock.paused(), explaining, console.working(f"saving {what}"):

@@ -182,6 +182,8 @@ def test_the_run_is_the_same_and_a_resumed_one_asks_what_is_missing(
     sparseft(tmp_path, *words, "trainer.max_steps=4", "output_dir=plain")
     done = sparseft(tmp_path, *words, *asking, "trainer.max_steps=4", "output_dir=run")
     run = tmp_path / "run"
+    state = json.loads((run / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["log_history"] == [], "what is logged stands in metrics.jsonl: a checkpoint must not grow with it"
     found = samples(run)
     assert [(line["step"], line["model"], line["prompt"]) for line in found] == [
         (step, "adapter" if step else "base", prompt) for step in range(5) for prompt in ("2+3=", "4+5=")
