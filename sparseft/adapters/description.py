@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,15 @@ PEFT_RULES = {
     "lora_dropout": Rule(lambda value: type(value) in (int, float) and 0 <= value <= 1, "a probability"),
 } | dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"), SWITCH)
 
+EXPRESSIONS = ("exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
+
+
+def is_bounded(expression: object) -> bool:
+    """Whether a regular expression is matched against a name in at most some ten thousand steps: it repeats little, and
+    no group, and its alternatives are of one group. peft matches a description's against every module's name."""
+    text = str(expression)
+    return len(re.findall(r"[*+?{]", text)) <= 2 and text.count("(") <= 1 and not re.search(r"\)[*+?{]", text)
+
 
 def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     """Refuses a peft adapter that is no plain LoRA (DoRA included), or not what was written. Returns its tensors."""
@@ -87,6 +97,15 @@ def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{folder}: {shown(name)} holds values that are not finite.")
+    for key in EXPRESSIONS:
+        value = content.get(key)
+        texts = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
+        unbounded = [text for text in texts if not is_bounded(text)]
+        if unbounded or len(texts) > max(1, len(tensors)):
+            example = shown((unbounded or texts)[0])
+            raise UserError(
+                f"{folder}: matching {key} in {CONFIG} ({example}) could take without end: expected names of modules."
+            )
     largest = largest_rank(tensors)
     pattern = content.get("rank_pattern") or {}
     given = list(pattern.values()) if isinstance(pattern, dict) else [None]

@@ -17,6 +17,7 @@ from sparseft.adapters.sparse import Sparse
 from sparseft.adapters.state import DEFAULT, Kind, check_new_name, require_state, state_of
 from sparseft.adapters.units import Units
 from sparseft.adapters.waiting import KEEP
+from sparseft.console import warn
 from sparseft.distributed.shards import full_shape
 from sparseft.errors import UserError, nearest
 from sparseft.files.atomic import check_replaceable, replaced_folder
@@ -24,7 +25,7 @@ from sparseft.files.hub import adapter_folder
 from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.layers import sparse_layers
 from sparseft.methods import checked
-from sparseft.models.decoder import inside_compiled
+from sparseft.models.decoder import has_head, inside_compiled
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 
@@ -48,8 +49,11 @@ def attach(
     spec, fingerprints: the model's (`models.fingerprint.base_fingerprints`), where the caller has them: they are not
     made a second time.
 
+    Whoever gives the spec sees to `config.reselect_steps`; without it a warning says that nothing is chosen anew.
+
     Raises:
-        UserError: a value out of range, a selection that does not fit, a model that is attached already.
+        UserError: a value out of range, a selection that does not fit, a model that is attached already or that has no
+            head to predict tokens with.
     """
     config = checked(config)
     if state_of(model) is not None or sparse_layers(model) or hasattr(model, "peft_config"):
@@ -58,6 +62,16 @@ def attach(
         raise UserError(f"expected a sparseft.Selection, got {type(selection).__name__}: Selection({{…}}) makes one.")
     if selection is not None and not config.sparse:
         raise UserError(f"method {config.name} takes no selection.")
+    if not has_head(model):
+        raise UserError(
+            f"{type(model).__name__} has no head that predicts tokens, and one of another kind would be left as it is "
+            "and not be saved: expected a causal language model (AutoModelForCausalLM)."
+        )
+    if spec is None and config.reselect_steps:
+        warn(
+            f"method.reselect_steps={config.reselect_steps}: choosing anew is done by `sparseft train` alone; in "
+            "another loop the first selection trains to the end (reselect_steps=0 says so)."
+        )
     model = KINDS[config.kind].attach(model, config, selection, spec, fingerprints)
     by_row.listen(model)
     return model

@@ -35,7 +35,8 @@ def reference_model(model: nn.Module) -> Any:
 
     A module of the model's class (of the class inside peft's wrapper) and with its configuration, without a weight of
     its own: `parameters()` is empty, so that nothing moves it (TRL's `sync_ref_model` fails). Calling it and its
-    `generate` are the base and give no gradient; its inner modules and `state_dict()` are the model's.
+    `generate` are the base, without dropout, and give no gradient; its inner modules and `state_dict()` are the
+    model's.
 
     Raises:
         UserError: nothing is attached; all of the model trains, so that no base is left; it is in shards.
@@ -63,7 +64,9 @@ def _twin(model: nn.Module, in_place: Callable[[], contextlib.AbstractContextMan
     """`model` once more, which computes inside `in_place()`."""
     twin: Any = copy.copy(model)
     own = {key: value for key, value in vars(model).items() if key not in _OF_THE_MODEL}
-    twin.__dict__ = own | {name: OrderedDict() for name in _HOOKS} | {"_model": model, "_in_place": in_place}
+    twin.__dict__ = (
+        own | {name: OrderedDict() for name in _HOOKS} | {"training": False, "_model": model, "_in_place": in_place}
+    )
     twin.__class__ = type(type(model).__name__, (_Twin, type(model)), {"__module__": __name__})
     return twin
 
@@ -77,7 +80,7 @@ class _Twin:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if ARGUMENT in kwargs:
             raise UserError(f"{ARGUMENT}: this is the base of all rows (`reference_model`): ask the model itself.")
-        with torch.no_grad(), self._in_place():
+        with torch.no_grad(), self._in_place(), _evaluating(self._model):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -93,11 +96,25 @@ class _Twin:
         return self._model.dtype
 
     def train(self, mode: bool = True) -> Any:
-        """The modules are the model's, whose mode is its own to say."""
+        """The modules are the model's, whose mode is its own to say; the twin computes in evaluation mode always."""
         return self
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         raise UserError("reference_model: it has no weights of its own to save: save the model, or load the base.")
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the modules are in evaluation mode; the weights, which `SparseLinear.train` would write, stay as they
+    are."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.adapters import pretrained
+from sparseft.adapters import loaded_state, pretrained
 from sparseft.adapters.description import CONFIG, FORMAT_VERSION, TENSORS, read_config
 from sparseft.adapters.state import DEFAULT, Kind, Names, Now, State, state_for, state_of
 from sparseft.adapters.units import Units
@@ -138,7 +138,7 @@ class Sparse(Kind):
         self.adapters[DEFAULT] = Adapter(config.name, asdict(config), patterns=patterns)
         state.config, state.active, state.method_config = config, DEFAULT, asdict(config)
         setattr(model, STATE, state)
-        pretrained.listen(model)
+        _listen(model)
         return model
 
     @classmethod
@@ -266,6 +266,7 @@ class Sparse(Kind):
             raise UserError(f"'{state.active}' cannot be merged: {reason}.")
         restore(model, merged=merged)
         pretrained.ignore(model)
+        loaded_state.ignore(model)
         delattr(model, STATE)
         return model
 
@@ -323,10 +324,16 @@ class Sparse(Kind):
         if state_of(model) is None:
             model.requires_grad_(False)
             setattr(model, STATE, state)
-            pretrained.listen(model)
+            _listen(model)
         if activate or active:
             self.switch(model, state, name)
             state.active = name
+
+
+def _listen(model: nn.Module) -> None:
+    """Lets the model's own ways to save and to load a state know of its adapters."""
+    pretrained.listen(model)
+    loaded_state.listen(model)
 
 
 def _adding(linear: ByRow, numbers: Mapping[str, int], now: Now) -> Callable[..., Tensor | None]:

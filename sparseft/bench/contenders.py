@@ -35,6 +35,7 @@ from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import SavedBytes, tensor_bytes
 from sparseft.methods import get_method
 from sparseft.methods.base import MethodConfig
+from sparseft.models.spec import ModelSpec
 from sparseft.rules import field_types, is_text
 from sparseft.training.compiling import BACKEND
 from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss, why_plain
@@ -173,7 +174,8 @@ def made_trainable(name: str, weights: SharedWeights, method: MethodConfig | Non
         return Contender(name, model.requires_grad_(False).train(), None, 0, weights=shares)
     if shares is not None:
         shares.claim(model)
-    model = attach(model, method).train()
+    # With the spec nothing warns that these steps choose nothing anew.
+    model = attach(model, method, spec=ModelSpec.of(model) if method.sparse else None).train()
     parameters = list(trainable_parameters(model).values())
     optimizer: torch.optim.Optimizer
     if method.sparse:  # as training does

@@ -45,6 +45,7 @@ from sparseft.layers import sparse_layers
 from sparseft.memory import tensor_bytes
 from sparseft.methods import get_method
 from sparseft.models.loading import resolve_device
+from sparseft.models.spec import ModelSpec
 from sparseft.report.charts import Panel, Series, line_chart, standalone
 
 MERGE, STATE, BASE = "merge and unmerge", "state dict", "base"
@@ -170,7 +171,7 @@ def sparse_adapters(
         for number in range(count):
             settings = method_config(name, config, own)
             settings.seed = number
-            model = attach(model, settings)
+            model = attach(model, settings, spec=ModelSpec.of(model))
             trained = randomised(model, number)
             save_adapter(model, Path(folder) / str(number))
             model = detach(model)

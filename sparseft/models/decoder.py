@@ -100,6 +100,13 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
+def has_head(model: nn.Module) -> bool:
+    """Whether a model predicts tokens: any but one of transformers that neither has a head for that nor generates."""
+    if getattr(model, "can_generate", lambda: True)():
+        return True
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
 def context_length(config: Any) -> int | None:
     """The tokens that a model's config says it takes at most; None where it names no bound (XLNet says -1, others what
     no sequence reaches)."""

@@ -99,8 +99,10 @@ def _load(what: str, path: str, loader, **options):
     try:
         alone = what == "tokenizer" and has_tokenizer(Path(path).expanduser())  # which needs no model beside it
         return loader(str(Path(path).expanduser()) if alone else check_model_path(path), **options)
-    except (OSError, RuntimeError, SafetensorError, StrictDataclassError, *content) as error:
-        if isinstance(error, UserError):
+    except BaseException as error:
+        known = isinstance(error, (OSError, RuntimeError, SafetensorError, StrictDataclassError, *content))
+        panic = type(error).__name__ == "PanicException"  # of tokenizers, which is in Rust; it is no `Exception`
+        if isinstance(error, UserError) or not (known or panic):
             raise
         gone = isinstance(error, OSError) and not Path(_unbundled(path)).expanduser().exists()
         here = f"no such folder{where_looked(path)}, and " if gone else ""

@@ -243,6 +243,38 @@ def test_what_is_wrong_is_said(key: str, value: Any, message: str, tmp_path: Pat
         sparseft.load_adapter(build("llama"), folder)
 
 
+ENDLESS = r"(\w+\.?)+(\w+\.?)+!"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"exclude_modules": ENDLESS},
+        {"rank_pattern": {ENDLESS: 2}},
+        {"alpha_pattern": {"(a|a)(a|a)": 2}},
+        {"alpha_pattern": {f"layer{number}": 2 for number in range(1000)}},
+        {"modules_to_save": [ENDLESS]},
+        {"layers_to_transform": [0], "layers_pattern": ENDLESS},
+    ],
+    ids=lambda changes: "+".join(changes),
+)
+def test_expressions_that_match_without_end_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_folder("llama", "plain", tmp_path / "one", 0)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=rf"matching {list(changes)[-1]} in adapter_config.json .* without end"):
+        sparseft.load_adapter(build("llama"), folder)
+
+
+@pytest.mark.parametrize("targets", [ENDLESS, r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|down_proj).*?)|(?:\bmodel\.x)"])
+def test_targets_by_such_an_expression_are_those_of_the_tensors(targets: str, tmp_path: Path) -> None:
+    folder = make_folder("llama", "plain", tmp_path / "one", 0)
+    expected = logits(by_peft("llama", folder))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
+    assert torch.equal(logits(sparseft.load_adapter(build("llama"), folder)), expected)
+
+
 @pytest.mark.parametrize("name", ["0", "mlp", "model", "weight", "lora_A", "base_layer", "a.b", "z/ü", ".."])
 def test_names_that_peft_takes_for_parts_of_weights(name: str, tmp_path: Path) -> None:
     """PEFT strips `.0` from `layers.0` too when it saves an adapter called 0, or one beside it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -24,6 +25,7 @@ from sparseft.methods.sylva import BLOCK_SIZES
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
+from support.models import tiny_config
 
 # transformers 5 renames the method; peft and these tests call it by the name that 5.0 has too
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -444,6 +446,31 @@ def test_peft_layers_of_others_are_refused(make_model: Make, good: Path) -> None
         with pytest.raises(UserError, match="peft's layers"):
             sparseft.load_adapter(inner, good)
     sparseft.attach(wrapped.merge_and_unload(), sparseft.S2FTConfig())
+
+
+@pytest.mark.parametrize("method", [sparseft.S2FTConfig, sparseft.LoraConfig, sparseft.FullConfig])
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaModel"])
+def test_models_that_predict_no_tokens_are_refused(kind: str, method: Any) -> None:
+    """Their heads are new, or there is none: it would stay random, and be in no adapter."""
+    model = getattr(transformers, kind)(tiny_config("llama"))
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(UserError, match=f"^{kind} has no head that predicts tokens"):
+        sparseft.attach(model, method())
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("config", [sparseft.LosiaConfig(importance="random"), sparseft.S2FTConfig(reselect_steps=5)])
+def test_choosing_anew_that_nobody_does_is_warned_about(
+    make_model: Make, config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparseft.attach(make_model("llama"), config)
+    steps = f"warning: method.reselect_steps={config.reselect_steps}: choosing anew is done by `sparseft train` alone"
+    assert steps in " ".join(capsys.readouterr().err.split())
+    model = make_model("llama")
+    sparseft.attach(model, config, spec=ModelSpec.of(model))  # as training gives it
+    sparseft.attach(make_model("llama"), dataclasses.replace(config, reselect_steps=0))
+    assert "choosing anew" not in capsys.readouterr().err
 
 
 def test_a_selection_that_is_none_is_refused(make_model: Make) -> None:

@@ -264,6 +264,27 @@ def test_merging_nothing_gives_the_base(tmp_path: Path) -> None:
     assert_unchanged(before, sparseft.merge(model))
 
 
+@pytest.mark.parametrize("leave", [sparseft.merge, sparseft.detach])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_wrapper_that_was_left_has_no_adapter(loaded: bool, leave: Any, tmp_path: Path) -> None:
+    model = sparseft.attach(build("llama"), sparseft.LoraConfig(rank=2))
+    folder = sparseft.save_adapter(model, tmp_path / "a")
+    if loaded:
+        model = sparseft.load_adapter(build("llama"), folder)
+    written = (folder / "adapter_model.safetensors").read_bytes()
+    plain = leave(model)
+    for act in (
+        lambda: sparseft.save_adapter(model, folder),
+        lambda: sparseft.set_adapter(model, None),
+        lambda: sparseft.merge(model),
+        lambda: sparseft.detach(model),
+    ):
+        with pytest.raises(UserError, match="the model has no adapter"):
+            act()
+    assert (folder / "adapter_model.safetensors").read_bytes() == written
+    assert torch.isfinite(logits(sparseft.load_adapter(plain, folder))).all()
+
+
 def test_gradient_checkpointing_leaves_no_hook(tmp_path: Path) -> None:
     """peft hooks the embeddings of such a model."""
     folder = make_folder("llama", tmp_path / "p", options_of("plain", "llama"))

@@ -235,3 +235,18 @@ def test_trl_trains_as_with_a_second_model(name: str, of: str, options: dict[str
     else:
         assert ours == theirs and same(mine, other)
     assert ours[-1]["loss"] != ours[0]["loss"]
+
+
+@pytest.mark.parametrize("name", ["s2ft", "lora"])
+def test_it_is_without_dropout_whatever_the_models_mode(name: str) -> None:
+    config = transformers.GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=64)  # drops out a tenth
+    plain = transformers.GPT2LMHeadModel(config).eval()
+    expected = logits(copy.deepcopy(plain))
+    model = moved(sparseft.attach(plain, CONFIGS[name]))
+    reference = sparseft.reference_model(model)
+    model.train()
+    modes = [module.training for module in model.modules()]
+    before = weights(model)
+    assert torch.equal(logits(reference), expected) and reference.training is False
+    assert [module.training for module in model.modules()] == modes and same(weights(model), before)
+    assert not torch.equal(logits(model), logits(model))

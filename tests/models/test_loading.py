@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from sparseft.config import ModelConfig
+from sparseft.errors import UserError
 from sparseft.models import loading
 from sparseft.models.loading import load_model, load_tokenizer
 from support.models import build_model, build_tokenizer
@@ -120,3 +121,13 @@ def test_a_revision_is_of_the_models_own_repository(
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loaded)
     load_tokenizer(ModelConfig(path="some/model", revision="v2", tokenizer=tokenizer))
     assert options.get("revision") == given
+
+
+def test_a_tokenizer_on_which_its_library_panics_is_one_sentence(tmp_path: Path) -> None:
+    """A panic of what is written in Rust is no `Exception`."""
+    build_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAQAAAEAAAD/////"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": normalizer}))
+    with pytest.raises(UserError, match=f"^model.path={tmp_path}: the tokenizer could not be loaded: ."):
+        load_tokenizer(ModelConfig(path=str(tmp_path)))

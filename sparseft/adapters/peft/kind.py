@@ -168,6 +168,7 @@ class Peft(Kind):
             switch(model, self.kept, state.active, None)
             unwrap(base, None)
         drop_hooks(base, self.kept)
+        delattr(model, STATE)  # the wrapper is left behind: saved, it would be an empty adapter
         return base
 
     def unmergeable(self, model: Any, state: State) -> str | None:

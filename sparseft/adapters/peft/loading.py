@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.adapters.description import TENSORS, check_peft, largest_rank
+from sparseft.adapters.description import TENSORS, check_peft, is_bounded, largest_rank
 from sparseft.adapters.peft.base_values import Overwritten, quiet, set_modes, switch, trained_biases, without_biases
 from sparseft.errors import UserError, shown
 from sparseft.methods.exact_targets import as_written
@@ -43,6 +43,8 @@ def load(
             config.inference_mode = False
             # One that no linear has, beside `rank_pattern`: peft takes memory for it before it misses the tensors.
             config.r = min(config.r, largest_rank(tensors))
+            if isinstance(config.target_modules, str) and not is_bounded(config.target_modules):
+                config.target_modules = {key.removeprefix(WRAPPED).split(".lora_")[0] for key in tensors}
             if plain:
                 wrapper = peft.get_peft_model(model, dataclasses.replace(config, bias="none"), adapter_name=name)
                 own = _fill(wrapper, kept, tensors, name)
