@@ -25,7 +25,7 @@ from sparseft.files.hub import adapter_folder
 from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.layers import sparse_layers
 from sparseft.methods import checked
-from sparseft.models.decoder import has_head, inside_compiled
+from sparseft.models.decoder import has_other_head, inside_compiled
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 
@@ -62,10 +62,10 @@ def attach(
         raise UserError(f"expected a sparseft.Selection, got {type(selection).__name__}: Selection({{…}}) makes one.")
     if selection is not None and not config.sparse:
         raise UserError(f"method {config.name} takes no selection.")
-    if not has_head(model):
+    if has_other_head(model):
         raise UserError(
-            f"{type(model).__name__} has no head that predicts tokens, and one of another kind would be left as it is "
-            "and not be saved: expected a causal language model (AutoModelForCausalLM)."
+            f"{type(model).__name__} has no head that predicts tokens but one of another kind, which would be left as it "
+            "is and not be saved: expected a causal language model (AutoModelForCausalLM)."
         )
     if spec is None and config.reselect_steps:
         warn(

@@ -100,11 +100,12 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def has_head(model: nn.Module) -> bool:
-    """Whether a model predicts tokens: any but one of transformers that neither has a head for that nor generates."""
-    if getattr(model, "can_generate", lambda: True)():
-        return True
-    return getattr(model, "get_output_embeddings", lambda: None)() is not None
+def has_other_head(model: nn.Module) -> bool:
+    """Whether a model of transformers has a head that predicts no tokens, as for classes or rewards. A backbone has none
+    at all (`AutoModel`)."""
+    if getattr(model, "can_generate", lambda: True)() or getattr(model, "base_model", model) is model:
+        return False
+    return getattr(model, "get_output_embeddings", lambda: None)() is None
 
 
 def context_length(config: Any) -> int | None:
