@@ -91,7 +91,7 @@ class Sparse(Kind):
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
-        self._rows: tuple[list[int], list[Adapter], dict[str, ByRow]] | None = None
+        self._rows: tuple[list[tuple[int, int]], list[Adapter], dict[str, ByRow]] | None = None
 
     @classmethod
     def attach(

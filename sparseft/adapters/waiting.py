@@ -15,7 +15,7 @@ from sparseft.errors import RunError
 from sparseft.layers import Pattern
 from sparseft.layers.convert import layer_at
 from sparseft.layers.inactive import union
-from sparseft.layers.pattern import version_of
+from sparseft.layers.pattern import updates, version_of
 
 KEEP = ("device", "host", "disk")
 
@@ -76,7 +76,8 @@ class Adapter:
     patterns: Patterns = field(default_factory=dict)
     keep: str = "device"
     source: Source | None = None
-    versions: dict[int, int] = field(default_factory=dict)  # of deltas by `id`: as `waiting` has them
+    versions: dict[int, int] = field(default_factory=dict)  # of deltas by their pattern's `id`: as `waiting` has them
+    updates: int = -1  # the count when `waiting` had them
 
     @property
     def residual(self) -> bool:
@@ -89,9 +90,9 @@ class Adapter:
         return list(self.patterns or self.waiting)
 
     @property
-    def version(self) -> int:
-        """A number that is another one after any of its deltas was changed in place."""
-        return sum(version_of(pattern.delta) for pattern in self.live())
+    def version(self) -> tuple[int, int]:
+        """Other numbers after any of its deltas may have been changed in place."""
+        return updates.count, sum(version_of(pattern.delta) for pattern in self.live())
 
     def values(self) -> Values:
         """All that it has trained: entries that re-selection has put aside too. Shares memory with the adapter."""
@@ -121,18 +122,20 @@ class Adapter:
                 if pattern.delta.device != device:
                     pattern.delta.data = pattern.delta.data.to(device, non_blocking=True)
         self.versions = {id(pattern): version_of(pattern.delta) for pattern in self.live()}
+        self.updates = updates.count
         return self.patterns
 
     @torch.no_grad()
     def park(self) -> None:
-        """The deltas go where they wait; those that were changed since `fetch` are copied there."""
+        """The deltas go where they wait; those that may have been changed since `fetch` are copied there."""
+        updated = self.updates != updates.count
         for module, kinds in self.patterns.items():
             for kind, pattern in kinds.items():
                 pattern.base_values = pattern.base_values.new_empty(0)  # read anew when it becomes active again
                 waiting = self.waiting.get(module, {}).get(kind)
                 if waiting is None or pattern.delta.device == waiting.delta.device:
                     continue
-                if self.versions.get(id(pattern)) == version_of(pattern.delta):
+                if not updated and self.versions.get(id(pattern)) == version_of(pattern.delta):
                     pattern.delta.data = waiting.delta
                 else:
                     pattern.delta.data = on_host(pattern.delta.data, pattern.delta.device)

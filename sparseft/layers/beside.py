@@ -22,7 +22,7 @@ from sparseft.distributed.shards import is_sharded
 from sparseft.errors import UserError
 from sparseft.kernels import grid, reference
 from sparseft.layers.beside_product import BesideProduct, added
-from sparseft.layers.pattern import Pattern, changes, version_of
+from sparseft.layers.pattern import Pattern, changes
 from sparseft.layers.product import Plan
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import logical_shape
@@ -142,7 +142,7 @@ class BesideLinear(SparseLinear):
                 pattern.compact = torch.empty_like(pattern.delta, dtype=self.compact_dtype)
                 changes.count += 1
             pattern.compact.copy_(pattern.base_values + pattern.delta)
-            pattern.wrote(version_of(pattern.delta))
+            pattern.wrote(pattern.delta)
 
     @property
     def is_written(self) -> bool:
@@ -188,7 +188,7 @@ class BesideLinear(SparseLinear):
         y = self.base(x)
         for pattern in self.patterns.values():
             delta = pattern.delta
-            if self.holds and version_of(delta) != pattern.written_version:
+            if self.holds and not pattern.holds(delta):
                 self.write_back()
             values = pattern.compact if self.holds else delta.detach()
             if torch.is_grad_enabled() and (delta.requires_grad or x.requires_grad or y.requires_grad):

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from sparseft.kernels.block_group import BlockGroup
 from sparseft.layers.pattern import changes
-from sparseft.layers.product import Blocks, Left, applied
+from sparseft.layers.product import Blocks, Left, applied, refuse_transforms
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import decoder_layers
 
@@ -84,6 +84,7 @@ class Joint:
             count = changes.count  # before anything is read
             fits = self._fits = (count, _fit(self.layers))
         if fits[1] and torch.is_grad_enabled():
+            refuse_transforms()
             deltas = [layer._modules["blocks"]._parameters["delta"] for layer in self.layers]
             token = _make_node(self, *deltas)
             if token.requires_grad:

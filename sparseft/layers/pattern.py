@@ -25,15 +25,20 @@ INACTIVE = "parked_"  # how a state dict's names of inactive entries begin; chec
 BlockRuns = list[tuple[Tensor, Tensor]]  # see `block_runs`
 
 
-class Changes:
-    """Counts what happens to any pattern, of any layer, that makes a plan of how to train it out of date. That is
-    seldom, and a plan is made quickly; to know in each forward pass that nothing happened takes one comparison."""
+class Count:
+    """How often something has happened, for all that want to know whether it has since they looked."""
 
     def __init__(self) -> None:
         self.count = 0
 
 
-changes = Changes()
+# What happens to any pattern, of any layer, that makes a plan of how to train it out of date. That is seldom, and a
+# plan is made quickly; to know in each forward pass that nothing happened takes one comparison.
+changes = Count()
+
+# Optimizers' steps and changes of mode. Either may have changed any delta without a trace in its version: fused steps
+# and `.data` leave none. One count for all, since to tell each pattern in each step would take time.
+updates = Count()
 
 
 @dataclass
@@ -61,6 +66,8 @@ class Pattern(nn.Module):
     residual = False  # whether it starts from what quantization took of its entries (`layers/beside.py`)
     slices: SharedSlice | None = None  # of blocks: shared with layers that read the same input
     compact: Tensor | None  # base values + delta in the compute dtype, where no weight holds them (`layers/beside.py`)
+    written_delta: Tensor | None = None  # what the weight was last written with, at its `written_version`
+    written_version: int
     sparseft_pattern = True  # how modules below this one tell deltas from the base's parameters
 
     def __init__(
@@ -80,7 +87,7 @@ class Pattern(nn.Module):
         self.register_buffer("base_values", self._read(weight))
         self.register_buffer("compact", None, persistent=False)
         self.delta = nn.Parameter(torch.zeros(self.shape, dtype=torch.float32, device=weight.device))
-        self.written_version = version_of(self.delta)
+        self.wrote(self.delta)
         self.inactive: Entries | None = None
 
     @property
@@ -113,7 +120,7 @@ class Pattern(nn.Module):
         """Other entries under the same delta, which the weight holds already."""
         self.index, self.base_values = index, base_values
         self.share(None)  # until `share_inputs` has seen the new index
-        self.written_version = version_of(self.delta)
+        self.wrote(self.delta)
 
     def take_base(self, weight: Tensor) -> None:
         """Reads `base_values` anew from a weight (out, in) that holds the base's entries."""
@@ -207,28 +214,39 @@ class Pattern(nn.Module):
         super().__setstate__(state)
         self.written_version = -1  # a copy's delta counts its versions anew: to be written once more
 
-    def wrote(self, version: int) -> None:
-        """The weight holds base + delta, the delta being of this version."""
-        self.__dict__["written_version"] = version  # nn.Module's own way takes 1 µs, for each layer in each step
+    def wrote(self, delta: Tensor) -> None:
+        """The weight holds base + `delta`, the pattern's own as it is now. One that is computed is not remembered, as
+        it holds a graph: each forward pass writes it."""
+        own = self.__dict__  # nn.Module's own way takes 1 µs, for each layer in each step, and registers parameters
+        own["written_delta"] = delta if delta.is_leaf else None
+        own["written_version"] = version_of(delta)
+
+    def holds(self, delta: Tensor) -> bool:
+        """Whether the weight was last written with this very tensor, which has not been changed in place since."""
+        return delta is self.written_delta and version_of(delta) == self.written_version
 
     @property
     def stale(self) -> bool:
-        """Whether `delta` was changed in place since the weight was last written."""
-        return version_of(self.delta) != self.written_version
+        """Whether `delta` was changed in place, or exchanged, since the weight was last written."""
+        return not self.holds(self.delta)
 
     def _apply(self, fn, recurse: bool = True):
         def keep_fp32(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            is_delta = tensor is self.delta or tensor is self.delta.grad
-            # The device moves, the precision stays: a delta in bf16 would lose small updates.
-            return tensor.to(result.device) if is_delta and result.dtype != tensor.dtype else result
+            keeps = tensor is self.delta or tensor is self.delta.grad or not tensor.is_floating_point()
+            # The device moves, the precision stays: a delta in bf16 would lose small updates, and indices are integers
+            # also where `model.type(torch.float32)` makes numbers of all that there is.
+            return tensor.to(result.device) if keeps and result.dtype != tensor.dtype else result
 
         stale = self.stale
         super()._apply(keep_fp32, recurse)
         self._locate()
         if self.inactive is not None:
             self.inactive.base = self.inactive.base.to(self.base_values.dtype)
-        self.written_version = -1 if stale else version_of(self.delta)
+        if stale:
+            self.written_version = -1
+        else:
+            self.wrote(self.delta)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparseft.errors import UserError
 from sparseft.kernels import dispatch, reference
 from sparseft.kernels.grid import Grids
 from sparseft.kernels.reference import flat
@@ -233,9 +234,18 @@ def left_at(node: Any) -> Left | None:
 
 
 def applied(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
-    """`function.apply` without what torch's Python does ahead of it for functorch, which takes as long again. What is
-    below refuses functorch's transforms itself."""
+    """`function.apply` without what torch's Python does ahead of it for `torch.func`, which takes as long again. Its
+    callers `refuse_transforms`: what is below does so as well, but asks to report a bug."""
     return super(torch.autograd.Function, function).apply
+
+
+def refuse_transforms() -> None:
+    """Raises `UserError` inside a transform of `torch.func`."""
+    if torch._C._are_functorch_transforms_active():
+        raise UserError(
+            "sparse layers cannot be differentiated or mapped by torch.func (grad, vjp, jvp, vmap): use "
+            "loss.backward() or torch.autograd.grad, also of a torch.func.functional_call."
+        ) from None
 
 
 # Their nodes say what made y again would take: `weight`, and `plan` with its order.

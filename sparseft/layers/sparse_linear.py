@@ -19,9 +19,17 @@ from torch import Tensor, nn
 
 from sparseft.distributed.shards import full_shape, gathered
 from sparseft.kernels import reference
-from sparseft.layers.pattern import Pattern, as_index, changes, version_of
+from sparseft.layers.pattern import Pattern, as_index, changes, updates
 from sparseft.layers.permutation import can_train, inverse, permute_entries, permuted
-from sparseft.layers.product import BlocksProduct, ColumnsProduct, PatternsProduct, RowsProduct, applied, dense_product
+from sparseft.layers.product import (
+    BlocksProduct,
+    ColumnsProduct,
+    PatternsProduct,
+    RowsProduct,
+    applied,
+    dense_product,
+    refuse_transforms,
+)
 from sparseft.layers.write_back import enrol
 from sparseft.models.decoder import is_transposed, logical_weight
 
@@ -253,6 +261,7 @@ class SparseLinear(nn.Module):
         weight = self.logical_weight
         if weight.is_meta:
             return
+        refuse_transforms()  # their deltas are no values that a weight could hold
         if len(patterns) == 1:
             pattern = patterns[0]
             values = (pattern.base_values + pattern.delta).to(weight.dtype)  # in fp32, or float64 where the base is
@@ -268,10 +277,10 @@ class SparseLinear(nn.Module):
                 values = reference.gather(total, p.kind, p.at, p.block_size).to(weight.dtype)
                 reference.scatter_(weight, p.kind, p.at, values, p.block_size)
         for pattern in patterns:
-            pattern.wrote(version_of(pattern.delta))
+            pattern.wrote(pattern.delta)
 
     def write_if_stale(self) -> None:
-        """`write_back` where a delta was changed by other means than an optimizer's step."""
+        """`write_back` where a delta was changed or exchanged by other means than an optimizer's step."""
         if any(pattern.stale for pattern in self.patterns.values()):
             self.write_back()
 
@@ -295,8 +304,9 @@ class SparseLinear(nn.Module):
     def train(self, mode: bool = True) -> SparseLinear:
         """Also writes the deltas where the mode changes: what averages of parameters put into `delta.data`, as they do
         ahead of an evaluation, leaves no trace in its version."""
-        if mode != self.training:
+        if mode != self.training and self.patterns:
             self.write_back()
+            updates.count += 1
         return super().train(mode)
 
     @property
@@ -335,7 +345,7 @@ class SparseLinear(nn.Module):
             self.write_if_stale()
             return self._with_patterns(x)
         delta = pattern._parameters["delta"]
-        if delta._version != pattern.written_version:
+        if delta is not pattern.written_delta or delta._version != pattern.written_version:
             self.write_back()
         if plan.plain:
             parameters = self._parameters
@@ -344,11 +354,15 @@ class SparseLinear(nn.Module):
             weight, bias = self.weight, self.bias
         if torch.is_grad_enabled() and delta.requires_grad:
             begun = None if plan.joint is None else plan.joint.begun
-            if begun is None or begun[2][plan.place] is not delta:
-                y = plan.product(x, weight, bias, delta, plan.how)
-            else:
-                node, token, _ = begun
-                y = plan.product(x, weight, bias, token, plan.how, node, plan.place)
+            try:
+                if begun is None or begun[2][plan.place] is not delta:
+                    y = plan.product(x, weight, bias, delta, plan.how)
+                else:
+                    node, token, _ = begun
+                    y = plan.product(x, weight, bias, token, plan.how, node, plan.place)
+            except RuntimeError:
+                refuse_transforms()  # asked only now, as that takes its time
+                raise
         else:
             y = dense_product(x, weight, bias, self.transposed)
         return y
@@ -383,8 +397,12 @@ class SparseLinear(nn.Module):
         return dense_product(x, self.weight, self.bias, self.transposed)
 
     def _apply(self, fn, recurse: bool = True):
+        def keep_integers(tensor: Tensor) -> Tensor:  # the permutations
+            result = fn(tensor)
+            return result if tensor.is_floating_point() or result.dtype == tensor.dtype else tensor.to(result.device)
+
         dtype = self.weight.dtype
-        super()._apply(fn, recurse)
+        super()._apply(keep_integers, recurse)
         changes.count += 1
         if self.weight.dtype != dtype:
             self.write_inactive()
@@ -475,7 +493,7 @@ class SparseLinear(nn.Module):
             pattern.inactive = None
             pattern.take_base(self.logical_weight)
             pattern.delta.zero_()
-            pattern.written_version = version_of(pattern.delta)
+            pattern.wrote(pattern.delta)
 
     def unwrap(self) -> nn.Module:
         """The module that this layer replaced, with its weight and bias in the original order; TypeError where it

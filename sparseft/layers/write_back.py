@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparseft.layers.pattern import Pattern, changes
+from sparseft.layers.pattern import Pattern, changes, updates
 
 
 class FollowsDeltas(Protocol):
@@ -63,6 +63,7 @@ def write_back(layers: Iterable[FollowsDeltas]) -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    updates.count += 1
     if _enrolled and not isinstance(optimizer, WritesWeights):
         found = layers_of(parameter for group in optimizer.param_groups for parameter in group["params"])
         write_back({layer: None for layer, _ in found.values()})

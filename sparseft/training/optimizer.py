@@ -21,7 +21,7 @@ from torch.optim.adamw import adamw
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch, grid
 from sparseft.kernels.grid import Grids
-from sparseft.layers.pattern import changes, version_of
+from sparseft.layers.pattern import changes
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.layers.write_back import WritesWeights, layers_of
 
@@ -223,7 +223,7 @@ class _Plan:
         else:
             places = [place for place in self.patterns if grads[place] is None]
         for place in places:
-            if version_of(self.parameters[place]) != self.patterns[place]().written_version:
+            if not self.patterns[place]().holds(self.parameters[place]):
                 self.layers[place]().write_back()
 
     def step_by_kernel(self, groups: Groups, grads: Gradients, found_inf: Flag, grad_scale: Flag) -> None:
@@ -249,8 +249,8 @@ class _Plan:
         torch.autograd.graph.increment_version(weights if all(active) else [*compress(weights, active)])
         versions = [delta._version for delta in self.kernel_deltas]
         if versions != self.kernel_versions:
-            for pattern, version in compress(zip(self.kernel_patterns, versions, strict=True), active):
-                pattern().wrote(version)
+            for pattern, delta in compress(zip(self.kernel_patterns, self.kernel_deltas, strict=True), active):
+                pattern().wrote(delta)
             self.kernel_versions = versions
 
     def step_by_torch(self, groups: Groups, grads: Gradients, found_inf: Flag, grad_scale: Flag) -> None:

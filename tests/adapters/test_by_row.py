@@ -149,14 +149,16 @@ def test_permuted_layout(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_what_was_trained_since_counts(tmp_path: Path) -> None:
-    """The deltas that the last call gathered are not taken for those of today."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_was_trained_since_counts(fused: bool, tmp_path: Path) -> None:
+    """The deltas that the last call gathered are not taken for those of today, whatever their versions say."""
     model = loaded("llama", tmp_path)
     names: list[str | None] = ["default", "fused", None]
     with torch.no_grad():
         before = model(input_ids=ids(3), adapter_names=names).logits
     sparseft.set_adapter(model, "default")
-    optimizer = torch.optim.SGD(sparseft.trainable_parameters(model).values(), lr=1.0)
+    trained = sparseft.trainable_parameters(model).values()
+    optimizer = torch.optim.AdamW(trained, fused=True, lr=1e-2) if fused else torch.optim.SGD(trained, lr=1.0)
     model(input_ids=ids(3), labels=ids(3)).loss.backward()
     optimizer.step()
     expected = one_by_one(model, ids(3), names)

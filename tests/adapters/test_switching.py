@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparseft
+from sparseft.adapters.state import state_of
 from sparseft.config import BUNDLED_ROOT
 from sparseft.errors import RunError, UserError
 from sparseft.layers import SparseLinear, sparse_layers
@@ -234,6 +236,44 @@ def test_an_optimizer_goes_on_after_switching(keep: str, optimizer: str, tmp_pat
     assert (tmp_path / "trained-True" / TENSORS).read_bytes() == (tmp_path / "trained-False" / TENSORS).read_bytes()
     assert not same(results[0], bits(sparseft.load_adapter(build("llama"), a)))
     assert (a / TENSORS).read_bytes() == content
+
+
+class Elsewhere(Tensor):
+    """Says that it lies on another device than the model."""
+
+    device = torch.device("meta")  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("optimizer", ["loop", "fused", "SparseAdamW", "averaged"])
+@pytest.mark.parametrize("keep", ["host", "disk"])
+def test_what_was_trained_on_a_device_waits_on_the_host(keep: str, optimizer: str, tmp_path: Path) -> None:
+    """Fused steps, and averages that are put into `.data` ahead of an evaluation, leave no trace in versions."""
+    folder = saved(lambda: build("llama"), tmp_path / "a", METHODS["s2ft"](0), 1)
+    model = sparseft.load_adapter(build("llama"), folder, "a", keep=keep)
+    waiting = state_of(model).kind.adapters["a"].waiting
+    for kinds in waiting.values():
+        for kind, value in kinds.items():
+            kinds[kind] = value._replace(delta=value.delta.clone().as_subclass(Elsewhere))
+    deltas = list(sparseft.trainable_parameters(model).values())
+    sparseft.set_adapter(model, None)
+    assert all(isinstance(value.delta, Elsewhere) for kinds in waiting.values() for value in kinds.values())
+    sparseft.set_adapter(model, "a")
+    for delta in deltas:
+        delta.data = delta.data.as_subclass(Tensor).clone()  # as on its way to a device
+    if optimizer == "averaged":
+        for delta in deltas:
+            delta.data.fill_(0.05)
+        model.train()
+    else:
+        makers = {"SparseAdamW": sparseft.SparseAdamW, "fused": functools.partial(torch.optim.AdamW, fused=True)}
+        trained = makers.get(optimizer, torch.optim.AdamW)(deltas, lr=1e-2)
+        model(**batch(0)).loss.backward()
+        trained.step()
+    expected = bits(model)
+    assert not same(expected, bits(sparseft.load_adapter(build("llama"), folder)))
+    sparseft.set_adapter(model, None)
+    sparseft.set_adapter(model, "a")
+    assert same(bits(model), expected)
 
 
 def test_loading_the_same_entries_keeps_the_optimizer_valid(tmp_path: Path) -> None:

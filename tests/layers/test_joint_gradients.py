@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import sparseft
+from sparseft.errors import UserError
 from sparseft.kernels import dispatch
 from sparseft.kernels.block_group import BlockGroup
 from sparseft.layers import BlockSparseLinear, SparseLinear, restore, share_inputs, sparse_layers
@@ -439,6 +440,21 @@ def test_a_compiled_decoder_layer() -> None:
         layer.compile(backend="aot_eager", fullgraph=True)
     model(batch()).square().sum().backward()
     check(model, dense(batch()))
+
+
+def test_transforms_are_refused_and_other_deltas_are_not() -> None:
+    model, other, x = sparse(), sparse(), batch()
+    with torch.no_grad():
+        for layer in sparse_layers(other).values():
+            layer.delta.normal_()
+    given = {name: p.detach().requires_grad_() for name, p in other.named_parameters() if name.endswith("delta")}
+    with pytest.raises(UserError, match=r"by torch\.func \(grad"):
+        torch.func.grad(lambda given: torch.func.functional_call(model, given, (x,)).square().sum())(given)
+    torch.func.functional_call(model, given, (x,)).square().sum().backward()
+    other(x).square().sum().backward()
+    for name, layer in sparse_layers(other).items():
+        assert torch.equal(given[f"{name}.blocks.delta"].grad, layer.delta.grad), name
+    assert torch.equal(model(x), sparse()(x))
 
 
 def test_a_transformer(products: list[int]) -> None:

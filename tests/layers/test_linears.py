@@ -494,6 +494,75 @@ def test_delta_changed_by_hand_is_seen_by_forward_and_state_dict() -> None:
     assert torch.equal(layer(x), F.linear(x, make_linear().weight, layer.bias))
 
 
+@names
+def test_exchanged_deltas_are_seen(name: str) -> None:
+    """Tensors have versions of their own: those of other deltas may be the same."""
+    layer, x = layer_of(name), torch.randn(3, IN)
+    randomise(layer)
+    before = layer(x)
+    for seed in range(3):
+        other = layer_of(name)
+        torch.manual_seed(seed)
+        randomise(other)
+        given = {key: p.detach() for key, p in other.named_parameters() if key.endswith("delta")}
+        wanted = other(x)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                computed = {key: delta * 1 for key, delta in given.items()}
+                assert torch.equal(torch.func.functional_call(layer, given, (x,)), wanted)
+                assert torch.equal(torch.func.functional_call(layer, computed, (x,)), wanted)
+        assert torch.equal(layer(x), before)
+    for kind, pattern in layer.patterns.items():
+        pattern.delta = nn.Parameter(given[f"{kind}.delta"])
+    assert torch.equal(layer(x), wanted)
+
+
+def test_gradients_of_exchanged_deltas() -> None:
+    layer, x = layer_of("rows"), torch.randn(3, IN)
+    first = layer.delta + 1.0  # depends on the layer's own
+    torch.func.functional_call(layer, {"rows.delta": first}, (x,)).square().sum().backward()
+    found, layer.delta.grad = layer.delta.grad, None
+    with torch.no_grad():
+        layer.delta.add_(1.0)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(found, layer.delta.grad)
+
+
+@names
+def test_transforms_are_refused(name: str) -> None:
+    layer, x = layer_of(name), torch.randn(3, IN)
+    given = {key: p.detach() for key, p in layer.named_parameters() if key.endswith("delta")}
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, given, (x,)).sum()
+
+    before = layer.weight.clone()
+    stacked = {key: torch.stack([delta, delta]) for key, delta in given.items()}
+    for call in (
+        lambda: torch.func.grad(loss)(given),
+        lambda: torch.func.jvp(loss, (given,), (given,)),
+        lambda: torch.func.vmap(loss)(stacked),
+    ):
+        with pytest.raises(UserError, match=r"by torch.func \(grad, vjp, jvp, vmap\): use loss.backward"):
+            call()
+    with torch.no_grad():  # no deltas in it
+        torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+    assert torch.equal(layer.weight, before)
+
+
+@names
+def test_a_change_of_type_leaves_indices(name: str) -> None:
+    layer, x = layer_of(name), torch.randn(3, IN)
+    if name == "rows":
+        layer.permute(rows=torch.randperm(OUT))
+    randomise(layer)
+    expected = layer(x)
+    layer.type(torch.float64).type(torch.float32)
+    assert {p.index.dtype for p in layer.patterns.values()} == {torch.int64}
+    torch.testing.assert_close(layer(x), expected)
+    train(layer, torch.optim.AdamW(deltas(layer), 1e-2))
+
+
 def test_two_models_share_nothing() -> None:
     left, right = layer_of("rows", seed=0), layer_of("rows", seed=1)
     optimizers = [torch.optim.AdamW(deltas(layer), 1e-2) for layer in (left, right)]
