@@ -452,7 +452,12 @@ def test_peft_layers_of_others_are_refused(make_model: Make, good: Path) -> None
 @pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "LlamaForTokenClassification"])
 def test_models_that_predict_no_tokens_are_refused(kind: str, method: Any) -> None:
     """Their heads are new: they would stay random, and be in no adapter. A backbone has none to lose."""
-    sparseft.attach(transformers.LlamaModel(tiny_config("llama")), method())
+    backbone = transformers.LlamaModel(tiny_config("llama"))
+    if method is sparseft.LoraConfig:
+        with pytest.raises(UserError, match="^method lora: LlamaModel does not generate"):
+            sparseft.attach(backbone, method())
+    else:
+        sparseft.attach(backbone, method())
     model = getattr(transformers, kind)(tiny_config("llama"))
     before = [(name, type(module)) for name, module in model.named_modules()]
     with pytest.raises(UserError, match=f"^{kind} has no head that predicts tokens"):

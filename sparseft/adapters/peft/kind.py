@@ -50,6 +50,11 @@ class Peft(Kind):
         spec: ModelSpec | None,
         fingerprints: list[str] | None = None,
     ) -> nn.Module:
+        if not hasattr(model, "prepare_inputs_for_generation"):  # which peft's wrapper takes over
+            raise UserError(
+                f"method {config.name}: {type(model).__name__} does not generate: expected a causal language model "
+                "(AutoModelForCausalLM)."
+            )
         spec = ModelSpec.of(model) if spec is None else spec
         state = State.of(model, cls(Overwritten.of(model)), config.name, spec, fingerprints)
         state.config, state.active, state.method_config = config, DEFAULT, dataclasses.asdict(config)
