@@ -169,7 +169,8 @@ def page() -> str:
     for name in METHODS:
         path = conf / "method" / f"{name}.yaml"
         lines += ["", f"### `method={name}`", "", heading(path), ""]
-        lines += table("method.", get_method(name), comments(path))
+        shared = comments(path.with_name("_sparse.yaml")) if get_method(name).sparse else {}
+        lines += table("method.", get_method(name), shared | comments(path))
     for group, text in GROUPS.items():
         lines += ["", f"## `{group}`", "", text, ""]
         lines += table(f"{group}.", SECTIONS[group], comments(conf / group / "_defaults.yaml"))

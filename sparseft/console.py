@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sparseft.pace import Pace
+from sparseft.replaced import variables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,15 +108,8 @@ def be_quiet() -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Inside, logs and progress are silent, as with `SPARSEFT_QUIET=1`; warnings and errors are not."""
-    before = os.environ.get(QUIET)
-    be_quiet()
-    try:
+    with variables(**{QUIET: "1"}):
         yield
-    finally:
-        if before is None:
-            del os.environ[QUIET]
-        else:
-            os.environ[QUIET] = before
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -31,7 +31,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Loaded by `sparseft --help`, `import sparseft` or composing a config: nothing heavy when they are imported.
 LIGHT = re.compile(
-    r"(__init__|__main__|config|rules|errors|console|(cli|compose|files|runs|report|distributed|commands)"
+    r"(__init__|__main__|config|rules|errors|console|replaced|(cli|compose|files|runs|report|distributed|commands)"
     r"|cli\.(app|jobs|outcome)|compose\.\w+|files\.(atomic|untrusted)|runs\.\w+|report\.\w+|distributed\.(env|launch)"
     r"|commands\.report|methods(\.(?!exact_targets\b)\w+)?|selection|data\.prompts)"
 )

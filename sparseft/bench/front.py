@@ -34,14 +34,13 @@ from sparseft.bench import trials
 from sparseft.bench.forgetting import SPLITS, TARGET, TEST, VALIDATION, Examples, Losses, read_each, read_examples
 from sparseft.bench.front_tables import drawing, markdown, more_tables, notes, page, table, title
 from sparseft.bench.jobs import Workers, workers
-from sparseft.bench.output import Output, device_name
+from sparseft.bench.output import device_name
 from sparseft.bench.pareto import beaten, bootstrap, read_off, verdict
 from sparseft.bench.trials import (
     Trial,
     check_same_data,
     check_trial,
     folder_name,
-    going_on,
     named_variants,
     rates_of_seeds,
 )
@@ -52,7 +51,7 @@ from sparseft.models.loading import load_tokenizer, resolve_device
 from sparseft.report.charts import standalone
 from sparseft.runs.folder import check_trained_on
 
-__all__ = ["markdown", "more_tables", "notes", "page", "run", "table", "title"]  # of a benchmark
+__all__ = ["markdown", "more_tables", "notes", "page", "table", "title"]  # of a benchmark
 
 OWN = ("bench.variants", "bench.seeds", "bench.source", "bench.forgetting", "bench.target_tasks", "bench.source_tasks",
        "output_dir", "seed")  # fmt: skip
@@ -89,25 +88,6 @@ class Study(trials.Study):
         device = resolve_device(self.config.hardware.device)
         kept = [self.kept(trial, seed, LOSSES) for trial in runs]
         return list(read_each(self.config, kept, examples.key[seed], lambda m: examples.losses(m, seed, device)))
-
-
-def run(
-    config: RunConfig,
-    output: Output,
-    words: Sequence[str],
-    config_dirs: Sequence[str],
-    train: Callable[[RunConfig], dict[str, Any]],
-) -> dict[str, Any]:
-    """Trains and measures all of it, and returns what `bench.json` holds; interrupted, says how to go on.
-
-    words, config_dirs: what `config` was composed from. train: trains one config and returns its summary.
-    """
-    folder = output.choose()
-    study = plan(config, words, config_dirs, folder, train)
-    with going_on(folder):
-        result = measure(study)
-    output.write(CHART, standalone(drawing(result)))
-    return result | {"charts": [CHART], "page": str(folder / PAGE)}
 
 
 # ---- the plan ----
@@ -225,7 +205,12 @@ def measure(study: Study) -> dict[str, Any]:
         compare(result)
         if tests is not None:
             _ask(study, result, tests, processes)
-    return result
+    return result | {"page": str(study.folder / PAGE)}
+
+
+def charts(result: dict[str, Any]) -> dict[str, str]:
+    """The front, as an SVG file by its name."""
+    return {CHART: standalone(drawing(result))}
 
 
 def _train_and_read(shared: tuple[Study, Examples], trial: Trial) -> None:

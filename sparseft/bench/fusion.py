@@ -28,8 +28,8 @@ from sparseft import console
 from sparseft.adapters.lifecycle import detach, fuse, load_adapter, set_adapter
 from sparseft.bench import trials
 from sparseft.bench.intervals import shown
-from sparseft.bench.output import Output, as_markdown, device_name, measured_on
-from sparseft.bench.trials import Trial, check_trial, folder_name, going_on, named_settings
+from sparseft.bench.output import as_markdown, device_name, measured_on
+from sparseft.bench.trials import Trial, check_trial, folder_name, named_settings
 from sparseft.config import RunConfig
 from sparseft.data.loading import data_of
 from sparseft.data.packing import padding_id
@@ -71,23 +71,6 @@ class Study(trials.Study):
             name = Path(str(trial.config.output_dir)).name
             raise UserError(f"bench fusion chooses by held-out loss, and {name} has no evaluation examples.")
         return summary
-
-
-def run(
-    config: RunConfig,
-    output: Output,
-    words: Sequence[str],
-    config_dirs: Sequence[str],
-    train: Callable[[RunConfig], dict[str, Any]],
-) -> dict[str, Any]:
-    """Trains, fuses and measures all of it, and returns what `bench.json` holds; interrupted, says how to go on.
-
-    words, config_dirs: what `config` was composed from. train: trains one config and returns its summary.
-    """
-    folder = output.choose()
-    study = plan(config, words, config_dirs, folder, train)
-    with going_on(folder):
-        return measure(study)
 
 
 def plan(

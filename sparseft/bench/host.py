@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.kernels import dispatch
 from sparseft.layers import sparse_layers
+from sparseft.replaced import replaced, variables
 from sparseft.training.optimizer import SparseAdamW
 
 NOTHING = "-"
@@ -131,14 +131,10 @@ def without_launches(c: Contender, batch: Mapping[str, Tensor], device: torch.de
 
 def with_reference(c: Contender, batch: Mapping[str, Tensor], device: torch.device) -> float:
     """A forward and a backward pass with plain torch's products."""
-    before = os.environ.get(dispatch.VARIABLE)
-    os.environ[dispatch.VARIABLE] = "reference"
     try:
-        return seconds_of(lambda: passes(c, batch), device)
+        with variables(**{dispatch.VARIABLE: "reference"}):
+            return seconds_of(lambda: passes(c, batch), device)
     finally:
-        os.environ.pop(dispatch.VARIABLE)
-        if before is not None:
-            os.environ[dispatch.VARIABLE] = before
         c.model.zero_grad(set_to_none=True)
 
 
@@ -166,32 +162,20 @@ def launches_left_out() -> Iterator[None]:
     The gradients of blocks are allocated and left as they are, and the optimizer changes nothing: this is for timing.
     Without triton a GPU would go the reference's way too, and nothing is left out.
     """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError):
-            from triton.runtime.interpreter import InterpretedFunction  # in a JITFunction's place: TRITON_INTERPRET=1
-            from triton.runtime.jit import JITFunction
+    places: list[tuple[Any, str, Any]] = []
+    with contextlib.suppress(ImportError):
+        from triton.runtime.interpreter import InterpretedFunction  # in a JITFunction's place: TRITON_INTERPRET=1
+        from triton.runtime.jit import JITFunction
 
-            from sparseft.kernels import blocks_triton
+        from sparseft.kernels import blocks_triton
 
-            def kernel_for(tensor: Tensor) -> ModuleType | None:
-                return blocks_triton if tensor.dtype in dispatch.KERNEL_DTYPES else None
+        def kernel_for(tensor: Tensor) -> ModuleType | None:
+            return blocks_triton if tensor.dtype in dispatch.KERNEL_DTYPES else None
 
-            stack.enter_context(replaced(dispatch, "kernel_for", kernel_for))
-            stack.enter_context(replaced(SparseAdamW, "kernel_devices", frozenset({"cpu", "cuda"})))
-            for kernel in (JITFunction, InterpretedFunction):
-                stack.enter_context(replaced(kernel, "run", no_launch))
+        places = [(kernel, "run", no_launch) for kernel in (JITFunction, InterpretedFunction)]
+        places += [(dispatch, "kernel_for", kernel_for), (SparseAdamW, "kernel_devices", frozenset({"cpu", "cuda"}))]
+    with replaced(*places):
         yield
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, the attribute `name` of a module or class is `value`."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def no_launch(_kernel: Any, *_arguments: Any, **_options: Any) -> None:

@@ -7,6 +7,7 @@ On CUDA the caches are overwritten before each call, so that nothing is read fro
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from sparseft.models.loading import resolve_device
 
 LLAMA_7B = ((4096, 4096), (11008, 4096), (4096, 11008))  # (out, in): attention, gate and up, down
 BLOCK_SIZES = (16, 64, 128)
+DENSITIES = (0.016, 0.05)
 SPIN, LONGEST_SPIN = 2_000_000, 2**8 * 1_000_000  # cycles of a GPU: about 1 ms, 130 ms
 TRANSFER = {"cuda": 2**29, "cpu": 2**26}  # bytes of the copy that measures the bandwidth: far more than any cache
 
@@ -59,11 +61,11 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     dtype = torch.bfloat16 if config.model.dtype == "auto" and device.type == "cuda" else DTYPES[config.model.dtype]
     rows = measure(
         device,
-        shapes=LLAMA_7B if settings.width is None else ((settings.width, settings.width),),
-        tokens=(settings.batch_size * settings.length,),
-        dtypes=(dtype,),
-        repeats=settings.steps,
-        seed=config.seed,
+        LLAMA_7B if settings.width is None else ((settings.width, settings.width),),
+        settings.batch_size * settings.length,
+        dtype,
+        settings.steps,
+        config.seed,
     )
     return {
         "benchmark": "kernels",
@@ -112,30 +114,24 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def measure(
-    device: torch.device | str,
-    *,
-    shapes: Sequence[tuple[int, int]] = LLAMA_7B,
-    tokens: Sequence[int] = (512, 2048, 8192),
-    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
-    block_sizes: Sequence[int] = BLOCK_SIZES,
-    densities: Sequence[float] = (0.016, 0.05),
-    repeats: int = 20,
-    seed: int = 0,
+    device: torch.device,
+    shapes: Sequence[tuple[int, int]],
+    tokens: int,
+    dtype: torch.dtype,
+    repeats: int,
+    seed: int,
 ) -> list[KernelRow]:
-    """Measures every combination on `device`, blocks drawn at random; kernel and dense product take turns."""
-    device = torch.device(device)
+    """Measures every shape (out, in) with every block size and density, blocks drawn at random; kernel and dense
+    product take turns."""
     generator = torch.Generator().manual_seed(seed)
     timer = Timer(device)
     bandwidth = measured_bandwidth(timer)
     rows = []
     for shape in shapes:
-        for count in tokens:
-            for dtype in dtypes:
-                grad_output, x = (torch.randn(count, n, generator=generator).to(device, dtype) for n in shape)
-                for size in block_sizes:
-                    for density in densities:
-                        index = some_blocks(shape, size, density, generator).to(device)
-                        rows.append(_measure(timer, grad_output, x, index, size, bandwidth, repeats))
+        grad_output, x = (torch.randn(tokens, n, generator=generator).to(device, dtype) for n in shape)
+        for size, density in itertools.product(BLOCK_SIZES, DENSITIES):
+            index = some_blocks(shape, size, density, generator).to(device)
+            rows.append(_measure(timer, grad_output, x, index, size, bandwidth, repeats))
     return rows
 
 

@@ -12,90 +12,88 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparseft import console
-from sparseft.bench.output import Output, as_markdown, device_name, measured_on
+from sparseft.bench import trials
+from sparseft.bench.output import as_markdown, device_name, measured_on
 from sparseft.bench.trials import (
     Trial,
     check_trial,
     finished,
     folder_name,
-    going_on,
     named_settings,
     rates_of_seeds,
     shown_rates,
-    summary_of,
 )
-from sparseft.compose.run_config import compose
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.models.loading import resolve_device
 
+OWN = ("bench.variants", "bench.seeds", "output_dir")
 
-def trials(config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], folder: Path) -> list[Trial]:
-    """`bench.variants` × `bench.seeds`, each composed and checked before the first one runs."""
-    made, names = [], set()
+
+@dataclass
+class Study(trials.Study):
+    """What is compared, checked before the first run."""
+
+    def trial(self, variant: str, seed: int) -> Trial:
+        """One training, composed."""
+        config = self.composed(self.variants[variant], seed, None)
+        config.output_dir = str(self.folder / "runs" / folder_name(variant, seed))
+        return Trial(variant, seed, config)
+
+
+def plan(
+    config: RunConfig,
+    words: Sequence[str],
+    config_dirs: Sequence[str],
+    folder: Path,
+    train: Callable[[RunConfig], dict[str, Any]],
+) -> Study:
+    """Reads and checks the settings; UserError where a run could not start."""
     named = named_settings("bench.variants", config.bench.variants)
     if not named:
         raise UserError("bench.variants is empty: name at least one variant.")
-    own = [word for word in words if word.partition("=")[0] not in ("bench.variants", "bench.seeds", "output_dir")]
-    for seed in range(config.seed, config.seed + config.bench.seeds):
-        for name, changes in named:
-            output_dir = folder / folder_name(name, seed)
-            if output_dir in names:
-                raise UserError(f"bench.variants: two variants are called '{name}', or nearly so.")
-            names.add(output_dir)
-            trial = compose("train", [*own, *changes, f"seed={seed}", "overwrite=true"], config_dirs)
-            trial.output_dir = str(output_dir)
-            if seed == config.seed:  # seeds differ in nothing that is checked
-                check_trial(trial, "quality")
-            made.append(Trial(name, seed, trial))
-    return made
+    names = set()
+    for name, _ in named:
+        if folder_name(name, 0) in names:
+            raise UserError(f"bench.variants: two variants are called '{name}', or nearly so.")
+        names.add(folder_name(name, 0))
+    own = [word for word in words if word.partition("=")[0] not in OWN]
+    study = Study(config, own, config_dirs, folder, dict(named), train)
+    for variant in study.variants:  # seeds differ in nothing that is checked
+        check_trial(study.trial(variant, study.seeds[0]).config, "quality")
+    return study
 
 
-def run(
-    config: RunConfig,
-    output: Output,
-    words: Sequence[str],
-    config_dirs: Sequence[str],
-    train: Callable[[RunConfig], dict[str, Any]],
-) -> dict[str, Any]:
-    """Trains every variant with every seed and returns what `bench.json` holds; interrupted, says how to go on.
-
-    words, config_dirs: what `config` was composed from; the variants come on top. train: trains one config and returns
-    its summary.
-    """
-    folder = output.choose()
-    with going_on(folder):
-        return compare(config, trials(config, words, config_dirs, folder / "runs"), train)
-
-
-def compare(config: RunConfig, trials: Sequence[Trial], train: Callable[[RunConfig], dict[str, Any]]) -> dict[str, Any]:
+def measure(study: Study) -> dict[str, Any]:
     """Runs the trials that are missing, variant by variant within a seed, and puts all of them side by side."""
-    summaries = [finished(trial) for trial in trials]
+    runs = [study.trial(variant, seed) for seed in study.seeds for variant in study.variants]
+    summaries = [finished(trial) for trial in runs]
     done = sum(summary is not None for summary in summaries)
     if done:
-        console.log(f"bench: {done} of {len(trials)} runs are there from before")
-    with console.Progress(len(trials), "bench quality", unit="run", initial=done, plain_line_pause=0) as progress:
-        for position, trial in enumerate(trials):
+        console.log(f"bench: {done} of {len(runs)} runs are there from before")
+    with console.Progress(len(runs), "bench quality", unit="run", initial=done, plain_line_pause=0) as progress:
+        for position, trial in enumerate(runs):
             if summaries[position] is None:
-                summary = summary_of(trial, train)
+                summary = study.summary(trial)
                 if summary["eval_loss_after"] is None:
                     raise UserError("bench quality compares held-out losses, and there are no evaluation examples.")
                 summaries[position] = summary
                 done += 1
                 progress.update(done, loss=summary["eval_loss_after"])
-    devices = [device_name(resolve_device(trial.config.hardware.device)) for trial in trials]  # a variant may say which
+    devices = [device_name(resolve_device(trial.config.hardware.device)) for trial in runs]  # a variant may say which
     return {
         "benchmark": "quality",
-        "model": config.model.path,
-        "dataset": config.dataset.title,
-        "dtype": config.model.dtype,
+        "model": study.config.model.path,
+        "dataset": study.config.dataset.title,
+        "dtype": study.config.model.dtype,
         "device": " and ".join(dict.fromkeys(devices)),
-        "seeds": sorted({trial.seed for trial in trials}),
-        "variants": variants(trials, summaries),
+        "seeds": study.seeds,
+        "variants": variants(runs, summaries),
     }
 
 

@@ -36,7 +36,7 @@ from sparseft.bench import trials
 from sparseft.bench.contenders import FLOOR, Contender, check_steps, made_trainable, step
 from sparseft.bench.intervals import FEWEST_SEEDS, interval, shown
 from sparseft.bench.jobs import Workers, workers
-from sparseft.bench.output import Output, as_markdown, device_name, measured_on
+from sparseft.bench.output import as_markdown, device_name, measured_on
 from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import attempt_each, failed_row, spread, take_turns
 from sparseft.bench.trials import (
@@ -45,7 +45,6 @@ from sparseft.bench.trials import (
     check_trial,
     finished,
     folder_name,
-    going_on,
     named_variants,
     rates_of_seeds,
     shown_rates,
@@ -87,25 +86,6 @@ class Study(trials.Study):
         if finished(trial) is None:
             shutil.rmtree(str(trial.config.cache_dir), ignore_errors=True)  # a selection found there would take no time
         return super().summary(trial)
-
-
-def run(
-    config: RunConfig,
-    output: Output,
-    words: Sequence[str],
-    config_dirs: Sequence[str],
-    train: Callable[[RunConfig], dict[str, Any]],
-) -> dict[str, Any]:
-    """Trains and times all of it, and returns what `bench.json` holds; interrupted, says how to go on.
-
-    words, config_dirs: what `config` was composed from. train: trains one config and returns its summary.
-    """
-    folder = output.choose()
-    study = plan(config, words, config_dirs, folder, train)
-    with going_on(folder):
-        result = measure(study)
-    output.write(CHART, chart(result))
-    return result | {"charts": [CHART]}
 
 
 def plan(
@@ -380,8 +360,8 @@ def verdict(ratios: Sequence[float | None], of_step: float = 0.0) -> str:
     return "faster" if mean + half < 1 else "slower" if mean - half > 1 else "cannot tell"
 
 
-def chart(result: Mapping[str, Any]) -> str:
-    """The held-out loss over the time, in steps of the frozen model: means over seeds, as an SVG file."""
+def charts(result: Mapping[str, Any]) -> dict[str, str]:
+    """The held-out loss over the time, in steps of the frozen model: means over seeds, as an SVG file by its name."""
     lines = []
     for index, (name, entry) in enumerate(result["variants"].items()):
         if "step_failed" in entry:
@@ -398,7 +378,7 @@ def chart(result: Mapping[str, Any]) -> str:
     width = max(x for line in lines for x, _ in line.points)
     lines.append(Series("the loss to be reached", [(0.0, goal), (width, goal)], None))
     panel = Panel("held-out loss", lines, title=f"grey: where {first} ends")
-    return standalone(line_chart([[panel]], "time (steps of the frozen model)", height=380))
+    return {CHART: standalone(line_chart([[panel]], "time (steps of the frozen model)", height=380))}
 
 
 def title(result: dict[str, Any]) -> str:

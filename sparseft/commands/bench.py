@@ -24,6 +24,7 @@ from sparseft.bench import (
     train,
 )
 from sparseft.bench.output import Output
+from sparseft.bench.trials import going_on
 from sparseft.commands import train as training
 from sparseft.compose.run_config import to_yaml
 from sparseft.config import RunConfig
@@ -31,7 +32,8 @@ from sparseft.errors import UserError
 from sparseft.training import checks
 
 # Each has run(config, output), and title and table of what that returns; some have more_tables, notes (lines below the
-# tables) and page (which writes all of it as HTML).
+# tables) and page (which writes all of it as HTML). Those of TRAINING have plan, measure and markdown, and some charts,
+# in place of run.
 BENCHMARKS: dict[str, Any] = {
     "train": train,
     "scaling": scaling,
@@ -64,7 +66,7 @@ def run(
     output.check()
     try:
         if what in TRAINING:
-            result = BENCHMARKS[what].run(config, output, words, config_dirs, training.run)
+            result = _trained(BENCHMARKS[what], config, output, words, config_dirs)
         else:
             result = BENCHMARKS[what].run(config, output)
     except BaseException:  # an interrupt too
@@ -77,6 +79,20 @@ def run(
     if "page" in result:
         BENCHMARKS[what].page(result, Path(result["page"]), to_yaml(config))
     return result
+
+
+def _trained(
+    benchmark: Any, config: RunConfig, output: Output, words: Sequence[str], config_dirs: Sequence[str]
+) -> dict[str, Any]:
+    """What a benchmark of `TRAINING` has measured, its charts written; interrupted, it says how to go on."""
+    folder = output.choose()
+    study = benchmark.plan(config, words, config_dirs, folder, training.run)
+    with going_on(folder):
+        result = benchmark.measure(study)
+    charts = benchmark.charts(result) if hasattr(benchmark, "charts") else {}
+    for name, svg in charts.items():
+        output.write(name, svg)
+    return result | ({"charts": list(charts)} if charts else {})
 
 
 def normalised(config: RunConfig) -> RunConfig:

@@ -32,6 +32,7 @@ from sparseft.data.loading import no_row
 from sparseft.distributed.shards import any_sharded
 from sparseft.errors import UserError
 from sparseft.models.loading import vocabulary_rows
+from sparseft.replaced import replaced
 
 log = logging.getLogger(__name__)
 
@@ -112,13 +113,8 @@ class LanguageModel(HFLM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         for request in requests:
             request.arguments = (request.args[0], self._fit(*request.args[:2]))
-        batch_size = self.batch_size_per_gpu
-        if not self.can_pad:
-            self.batch_size_per_gpu = 1
-        try:
+        with replaced((self, "batch_size_per_gpu", self.batch_size_per_gpu if self.can_pad else 1)):
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
-        finally:
-            self.batch_size_per_gpu = batch_size
 
     def _fit(self, prompt: str, generation: dict[str, Any]) -> dict[str, Any]:
         """`generation` with `max_gen_toks` cut to what the context leaves after `prompt`.
@@ -234,20 +230,12 @@ def run_tasks(lm: Any, tasks: dict[str, Task], groups: dict[str, Group], limit: 
 @contextlib.contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Runs without gradients and from fixed seeds, and leaves modes, `use_cache` and random states as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    settings = [item for item in (model.config, getattr(model, "generation_config", None)) if item is not None]
-    caches = [(item, item.use_cache) for item in settings if hasattr(item, "use_cache")]
-    try:
-        with torch.no_grad(), seeded(_cuda_devices(model)):
-            # Scoring needs no key/value cache, which costs memory; generation asks for one itself.
-            for item, _ in caches:
-                item.use_cache = False
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for item, use_cache in caches:
-            item.use_cache = use_cache
+    modes = [(module, "training", module.training) for module in model.modules()]
+    # Scoring needs no key/value cache, which costs memory; generation asks for one itself.
+    settings = (model.config, getattr(model, "generation_config", None))
+    caches = [(item, "use_cache", False) for item in settings if hasattr(item, "use_cache")]
+    with replaced(*modes, *caches), torch.no_grad(), seeded(_cuda_devices(model)):
+        yield
 
 
 @contextlib.contextmanager
@@ -289,7 +277,7 @@ def quiet(progress: Progress | None = None) -> Iterator[None]:
         for name in ("lm_eval", "transformers", "datasets"):
             stack.enter_context(_level(logging.getLogger(name), logging.ERROR))
         for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
-            stack.enter_context(_bars(module, progress))
+            stack.enter_context(replaced((module, "tqdm", _bars(progress))))
         if not datasets.are_progress_bars_disabled():
             datasets.disable_progress_bars()
             stack.callback(datasets.enable_progress_bars)
@@ -308,9 +296,8 @@ def _level(logger: logging.Logger, level: int) -> Iterator[None]:
         logger.setLevel(before)
 
 
-@contextlib.contextmanager
-def _bars(module: Any, progress: Progress | None) -> Iterator[None]:
-    """Gives `module` a `tqdm` that reports to `progress`."""
+def _bars(progress: Progress | None) -> type:
+    """In place of `tqdm`: reports to `progress`."""
 
     class Bar:
         """The part of tqdm's interface that lm-eval uses."""
@@ -333,9 +320,4 @@ def _bars(module: Any, progress: Progress | None) -> Iterator[None]:
         def close(self) -> None:
             pass
 
-    before = module.tqdm
-    module.tqdm = Bar
-    try:
-        yield
-    finally:
-        module.tqdm = before
+    return Bar

@@ -77,22 +77,15 @@ def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
         meet = any(len(change.kinds) > 1 for _, change in linears[name])
         terms = torch.zeros_like(wide) if meet else None
         for weight, change in linears[name]:
-            matrix = _matrix(wide, weight)
+            matrix = weight.within(wide)
             if terms is not None and len(change.kinds) > 1:
                 parts = [SparseChange(change.shape, {kind: value}) for kind, value in change.kinds.items()]
                 count = sum(_touched(part, weight.shape).int() for part in parts)
                 sizes = matrix.abs() + sum(part.dense().abs() for part in parts)
-                _matrix(terms, weight).copy_(torch.where(count > 1, sizes, 0.0))
+                weight.within(terms).copy_(torch.where(count > 1, sizes, 0.0))
             touched = _touched(change, weight.shape)
             matrix.copy_(torch.where(touched, matrix + change.dense(), matrix))  # -0.0 + 0.0 is another zero
         yield Wanted(name, wide.to(target), terms)
-
-
-def _matrix(parameter: Tensor, weight: Weight) -> Tensor:
-    """A linear's logical (out, in) weight as a view of the parameter that holds it."""
-    rows, columns = weight.shape
-    part = parameter.view(-1).narrow(0, weight.offset, rows * columns)
-    return part.view(columns, rows).t() if weight.transposed else part.view(rows, columns)
 
 
 def _touched(change: SparseChange, shape: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparseft.importance.hodlr_factors import Hierarchy, truncate_block, truncate_sketch
-from sparseft.importance.second_moment import SecondMoment, gaussian
+from sparseft.importance.second_moment import SecondMoment, add_product, gaussian
 from sparseft.importance.slots import Layout, relaid, relaid_blocks
 from sparseft.kernels.reference import product
 
@@ -83,10 +83,7 @@ class Hodlr(SecondMoment):
         x: Tensor,  # (tokens, slots), float32, or halves where their products come in float32
     ) -> None:
         nodes = self._at(x, self._sketched)
-        if x.dtype == torch.float32:
-            self._gram.baddbmm_(nodes.mT, nodes)
-        else:
-            self._gram += product(nodes.mT, nodes)
+        add_product(self._gram, nodes, nodes)
         if self._test is None:
             return
         # x times the test matrix, by node of the finest sketched level; a coarser node is the sum of its two halves.

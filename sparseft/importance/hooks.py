@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparseft.importance.batching import Group, Sample, pad_together
-from sparseft.importance.loss import loss_gradient
 from sparseft.models.decoder import runnable
-from sparseft.models.head import decoder_output
+from sparseft.models.head import cross_entropy, decoder_output, head_of, tokens_at_once
+from sparseft.replaced import replaced
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     transformers recomputes activations (gradient checkpointing) in training mode only, so nothing is recomputed here.
     """
-    training = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
-    model.requires_grad_(False)
-    try:
+    modes = [(module, "training", module.training) for module in model.modules()]
+    flags = [(parameter, "requires_grad", False) for parameter in model.parameters()]
+    with replaced(*modes, *flags):
+        model.eval()
         yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 @dataclass(frozen=True)
@@ -87,6 +82,30 @@ class Pass:
         inputs = {name: value for name, value in self.batch.items() if name != "labels"}
         hidden = decoder_output(model, inputs)
         return hidden, loss_gradient(model, hidden, self.batch["labels"])
+
+
+def loss_gradient(
+    model: nn.Module,
+    hidden: Tensor,  # what the decoder gave (samples, tokens, features)
+    labels: Tensor,  # (samples, tokens); -100: not counted
+) -> Tensor:
+    """The gradient by `hidden` of the sum over samples of the mean cross-entropy of their labelled tokens, each
+    predicted by those before it.
+
+    In chunks of tokens, and of those alone that predict a label: with a vocabulary of a hundred thousand the logits of
+    a few samples would take more memory than all else.
+    """
+    targets = labels[:, 1:]
+    labelled = targets != -100
+    shares = (labelled / labelled.sum(1, keepdim=True).clamp_min(1))[labelled]  # float32
+    rows = F.pad(labelled, (0, 1)).reshape(-1).nonzero().squeeze(1)
+    flat = hidden.detach().reshape(-1, hidden.shape[-1])
+    gradient = torch.zeros_like(flat)
+    step = tokens_at_once(model, flat.device)
+    with head_of(model) as logits_of:
+        for at, target, share in zip(rows.split(step), targets[labelled].split(step), shares.split(step), strict=True):
+            gradient[at] = cross_entropy(logits_of, flat[at], target, share, step, by_x=True)[1]
+    return gradient.view_as(hidden)
 
 
 def _moved(batch: Sample, device: torch.device) -> Sample:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import UserError
-from sparseft.importance.second_moment import SecondMoment, gaussian
+from sparseft.importance.second_moment import SecondMoment, add_product, gaussian
 from sparseft.importance.slots import Layout
 from sparseft.kernels.reference import product
 
@@ -95,8 +95,8 @@ class Multilevel(SecondMoment):
     ) -> None:
         leaves = x.view(len(x), 2**self.levels, -1).transpose(0, 1)  # (leaves, tokens, leaf)
         first, second = leaves[..., : self._half], leaves[..., self._half :]
-        _add_product(self._upper, first, leaves)
-        _add_product(self._lower, second, second)
+        add_product(self._upper, first, leaves)
+        add_product(self._lower, second, second)
         if self._test is None or self._sketches is None:
             return
         # x times the test matrices, by leaf; that of a node is the sum over its leaves, which all of them take.
@@ -128,17 +128,6 @@ class Multilevel(SecondMoment):
             gram.baddbmm_(cut, cut.mT, alpha=-1)
         leaves = (gram + gram.mT).mul_(0.5)  # the product's two triangles may be summed in different order
         return LowRanks(layout, leaves, bases)
-
-
-def _add_product(
-    total: Tensor,  # (leaves, a, b)
-    left: Tensor,  # (leaves, tokens, a), float32, or halves where their products come in float32
-    right: Tensor,  # (leaves, tokens, b)
-) -> None:
-    if left.dtype == torch.float32:
-        total.baddbmm_(left.mT, right)
-    else:
-        total += product(left.mT, right)
 
 
 def _restricted(bases: list[Tensor], level: int, tests: Tensor) -> Tensor:

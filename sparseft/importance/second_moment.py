@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparseft.errors import RunError, UserError
 from sparseft.importance.slots import Layout
-from sparseft.kernels.reference import FP32_PRODUCTS
+from sparseft.kernels.reference import FP32_PRODUCTS, product
 
 # Tokens that one pass of `update` takes at a time: bounds its float32 copies when a caller gives a whole epoch. On a
 # CPU they are then small enough for the allocator to use again (about 1.3 times as fast as 4,096); elsewhere each chunk
@@ -216,6 +216,18 @@ class SecondMoment:
         """
         self.release()
         return [self._tokens, *self._sums()]
+
+
+def add_product(
+    total: Tensor,  # (nodes, a, b)
+    left: Tensor,  # (nodes, tokens, a), float32, or halves where their products come in float32
+    right: Tensor,  # (nodes, tokens, b)
+) -> None:
+    """Adds leftᵀ right of each node."""
+    if left.dtype == torch.float32:
+        total.baddbmm_(left.mT, right)
+    else:
+        total += product(left.mT, right)
 
 
 def gaussian(slots: int, width: int, seed: int, device: torch.device) -> Tensor:

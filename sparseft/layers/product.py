@@ -128,7 +128,7 @@ class RowsProduct(torch.autograd.Function):
         return grad_x, None, bias_grad, ctx.plan.gradient(grad_output, x), None
 
 
-class ColumnsProduct(torch.autograd.Function):
+class ColumnsProduct(RowsProduct):
     """As `RowsProduct` for columns, delta (out, k), and for grids, delta (entries,)."""
 
     @staticmethod
@@ -137,13 +137,6 @@ class ColumnsProduct(torch.autograd.Function):
         ctx.save_for_backward(weight, plan.kept(x, y.dtype))
         ctx.plan, ctx.weight = plan, weight
         return y
-
-    @staticmethod
-    @once
-    def backward(ctx, grad_output):
-        weight, x = ctx.saved_tensors
-        grad_x, bias_grad = _dense_gradients(ctx, grad_output, weight, ctx.plan.transposed)
-        return grad_x, None, bias_grad, ctx.plan.gradient(grad_output, x), None
 
 
 class BlocksProduct(torch.autograd.Function):

@@ -138,6 +138,12 @@ class Weight(NamedTuple):
             entries = entries % self.shape[1] * self.shape[0] + entries // self.shape[1]
         return entries + self.offset
 
+    def within(self, parameter: Tensor) -> Tensor:
+        """The logical weight (out, in) as a view of the contiguous parameter that holds it."""
+        rows, columns = self.shape
+        part = parameter.view(-1).narrow(0, self.offset, rows * columns)
+        return part.view(columns, rows).t() if self.transposed else part.view(rows, columns)
+
 
 def weight_of(model: nn.Module, module: str) -> Weight:
     """The weight of the linear or the expert `module`; a name that the model lacks is a `UserError`."""

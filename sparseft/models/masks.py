@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, masking_utils
 
+from sparseft.replaced import replaced
+
 
 @contextlib.contextmanager
 def unasked(batch: Collection[str]) -> Iterator[None]:
@@ -22,22 +24,16 @@ def unasked(batch: Collection[str]) -> Iterator[None]:
     The masks are the same as ever. Flash attention's own code asks for the lengths of what is padded or packed all the
     same.
     """
-    replaced: list[tuple[Any, str, Any]] = []
+    places: list[tuple[Any, str, Any]] = []
     if "attention_mask" in batch or "position_ids" in batch:
         # As where transformers must not look: while it compiles, or captures a CUDA graph.
-        replaced.append((masking_utils, "is_tracing", _yes))
+        places.append((masking_utils, "is_tracing", _yes))
     else:
-        replaced.append((masking_utils, "find_packed_sequence_indices", _none))
+        places.append((masking_utils, "find_packed_sequence_indices", _none))
     if "attention_mask" not in batch:
-        replaced.append((PreTrainedModel, "warn_if_padding_and_no_attention_mask", _none))  # it reads the ids
-    own = [getattr(owner, name) for owner, name, _ in replaced]
-    for owner, name, told in replaced:
-        setattr(owner, name, told)
-    try:
+        places.append((PreTrainedModel, "warn_if_padding_and_no_attention_mask", _none))  # it reads the ids
+    with replaced(*places):
         yield
-    finally:
-        for (owner, name, _), before in zip(replaced, own, strict=True):
-            setattr(owner, name, before)
 
 
 def _yes(*_: Any) -> bool:

@@ -52,7 +52,4 @@ class Unquantized:
         """The weight (out, in) of a linear."""
         model, checkpoint, places = self._places
         weight = weight_of(model, module)
-        rows, columns = weight.shape
-        found = places.parameter(weight.parameter, checkpoint.read)
-        found = found.flatten().narrow(0, weight.offset, rows * columns)
-        return found.view(columns, rows).t() if weight.transposed else found.view(rows, columns)
+        return weight.within(places.parameter(weight.parameter, checkpoint.read).contiguous())

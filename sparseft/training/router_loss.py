@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from sparseft.replaced import replaced
 from sparseft.training.labelled_loss import language_model
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # as models, or their configurations, call its weight
@@ -22,13 +23,5 @@ def router_loss(model: nn.Module, share: float) -> Iterator[None]:
     inner = language_model(model)
     places = [(place, name) for place in (inner, inner.config.get_text_config()) for name in COEFFICIENTS]
     usual = [(place, name, getattr(place, name)) for place, name in places if getattr(place, name, None)]
-    if share == 1.0 or not usual:
+    with replaced(*((place, name, share * weight) for place, name, weight in usual if share != 1.0)):
         yield
-        return
-    for place, name, weight in usual:
-        setattr(place, name, share * weight)
-    try:
-        yield
-    finally:
-        for place, name, weight in usual:
-            setattr(place, name, weight)

@@ -30,6 +30,7 @@ from sparseft.errors import UserError, shown
 from sparseft.files.atomic import dumps, write_text
 from sparseft.files.untrusted import read_bytes, why
 from sparseft.models.decoder import context_length, runnable
+from sparseft.replaced import replaced
 from sparseft.rules import show
 from sparseft.runs.folder import SAMPLES
 from sparseft.runs.metrics import append_metrics, read_metrics, step_of
@@ -226,22 +227,16 @@ def _example(prompt: Prompt, format: str, chats: Chats | None) -> Example:
 def _undisturbed(model: Any) -> Iterator[None]:
     """Inside, the model answers: greedily, whatever its own generation settings say, and drops nothing out. They,
     modes and random numbers are as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, "training", module.training) for module in model.modules()]
     cuda = [model.device] if model.device.type == "cuda" else []
     models = [each for each in {model, language_model(model)} if "generation_config" in vars(each)]
-    own = [(each, each.generation_config) for each in models]
-    try:
-        for each, _ in own:  # what a call does not say, transformers takes from there
-            each.generation_config = transformers.GenerationConfig()
+    # What a call does not say, transformers takes from there.
+    plain = [(each, "generation_config", transformers.GenerationConfig()) for each in models]
+    with replaced(*modes, *plain), torch.no_grad(), torch.random.fork_rng(devices=cuda):
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda), runnable(model):
+        with runnable(model):
             torch.manual_seed(0)
             yield
-    finally:
-        for each, settings in own:
-            each.generation_config = settings
-        for module, training in modes:
-            module.training = training
 
 
 class SampleAnswers(transformers.TrainerCallback):

@@ -445,7 +445,7 @@ def test_quality_trains_only_the_trials_that_are_missing(compared: tuple[Path, d
 
 
 def test_quality_names_the_device_that_its_runs_had(
-    compared: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    compared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sparseft.bench import quality
     from sparseft.compose.run_config import compose
@@ -455,12 +455,10 @@ def test_quality_names_the_device_that_its_runs_had(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Some GPU")
     summary = json.loads((folder / "out/runs/lora-seed0/summary.json").read_text())
-    trials = []
-    for variant, device in (("a", "auto"), ("b", "cuda")):
-        config = compose("train", ["dataset.eval_fraction=0.1", f"hardware.device={device}", f"output_dir={variant}"])
-        trials.append(quality.Trial(variant, 0, config))
-    monkeypatch.setattr(quality, "finished", lambda _trial: None)
-    found = quality.compare(trials[0].config, trials, lambda _config: summary) | {"environment": result["environment"]}
+    variants = {"a": ["hardware.device=auto"], "b": ["hardware.device=cuda"]}
+    config = compose("bench", ["dataset.eval_fraction=0.1", "bench.seeds=1"])
+    study = quality.Study(config, [], [], tmp_path, variants, lambda _config: summary)
+    found = quality.measure(study) | {"environment": result["environment"]}
     assert quality.measured_on(found).startswith("Some GPU (host: ")
 
 
@@ -603,7 +601,7 @@ def test_a_folder_that_refuses_files_is_found_before_anything_is_measured(
     def measured(*_: Any) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(f"sparseft.bench.{what}.run", measured)
+    monkeypatch.setattr(f"sparseft.bench.{what}.{'plan' if what == 'quality' else 'run'}", measured)
     plain = Path.mkdir
 
     def mkdir(self: Path, *rest: Any, **options: Any) -> None:  # as /proc does, whatever its mode says

@@ -80,6 +80,7 @@ def test_there_is_a_yaml_for_every_method() -> None:
 def test_no_yaml_is_left_out() -> None:
     known = {f"{group}/{option}.yaml" for group, option in OPTIONS} | {f"{name}.yaml" for name in compose.COMMANDS}
     known |= {"_base.yaml"} | {f"{group}/_defaults.yaml" for group in ("model", "dataset", "hardware")}
+    known |= {"method/_sparse.yaml"}
     known |= {f"experiment/{path.name}" for path in (CONF / "experiment").glob("_*.yaml")}  # shared by presets
     assert {path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} == known
 
@@ -103,6 +104,8 @@ def test_the_base_file_holds_each_section(section: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_methods_yaml_is_its_dataclass(name: str) -> None:
     content = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+    if content.pop("defaults", None):
+        content = yaml.safe_load((CONF / "method/_sparse.yaml").read_text()) | content
     assert content.pop("name") == name
     assert set(content) == set(field_names(get_method(name)))
     assert make(f"method={name}").method == get_method(name)()

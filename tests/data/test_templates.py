@@ -111,6 +111,17 @@ def test_a_benchmarks_runs_have_one_day(folder: Path, clock: Any) -> None:
     assert study().composed([], 0, None).dataset.chat_date == "2026-01-30"
 
 
+def test_a_comparison_goes_on_on_another_day(folder: Path, clock: Any) -> None:
+    words = ["bench", "quality", "model.path=model", *WORDS, "dataset.eval_fraction=0.25", "trainer.max_steps=1"]
+    words += ["bench.variants=['a: trainer.learning_rate=1e-3']", "output_dir=bench"]
+    clock("2026-01-30")
+    sparseft(folder, *words, "bench.seeds=1")
+    clock("2026-01-31")
+    done = sparseft(folder, *words, "bench.seeds=2")
+    assert "1 of 2 runs are there from before" in done.err
+    assert "chat_date: '2026-01-30'" in config(folder / "bench/runs/a-seed1")
+
+
 def test_the_day_is_in_what_the_template_writes_and_nowhere_else(
     tokenizer: Any, clock: Any, folder: Path, tmp_path: Path
 ) -> None:

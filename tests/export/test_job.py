@@ -16,9 +16,9 @@ from sparseft.adapters.lifecycle import load_adapter, merge
 from sparseft.cli.app import main
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
-from sparseft.export.base_check import check_base
 from sparseft.export.formats import format_of
 from sparseft.export.formats.patch import PatchFormat
+from sparseft.export.job import check_base
 from sparseft.export.patch import apply_patch
 from sparseft.models.fingerprint import base_fingerprints
 from sparseft.models.loading import load_model

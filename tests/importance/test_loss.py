@@ -10,9 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from sparseft.importance import loss
 from sparseft.importance.batching import Group, may_share
-from sparseft.importance.hooks import Pass
+from sparseft.importance.hooks import Pass, loss_gradient
 from sparseft.memory import AllocationCounter
 from sparseft.models import head
 from support.calibration import samples
@@ -78,7 +77,7 @@ def test_few_logits_exist_at_once_and_none_of_tokens_without_a_label(
     width = model.config.vocab_size
     monkeypatch.setattr(head, "LOGITS_CPU", width * 8)
     with AllocationCounter() as counter:
-        loss.loss_gradient(model, hidden, labels)
+        loss_gradient(model, hidden, labels)
     assert counter.peak < 4 * (2.5 * 8 * width + 2 * hidden.numel() + 10 * labels.numel())
 
 

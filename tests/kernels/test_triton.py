@@ -376,14 +376,14 @@ def test_the_kernels_compile_for_cuda(tmp_path: Path) -> None:
 def test_the_benchmark_measures_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSEFT_KERNELS", "reference")
     monkeypatch.setattr(kernels, "TRANSFER", {"cpu": 2**16, "cuda": 2**16})
-    rows = kernels.measure(
-        DEVICE, shapes=[(64, 128)], tokens=[1, 8], dtypes=[torch.float32], block_sizes=[16], densities=[0.1], repeats=2
-    )
-    assert [(row.shape, row.tokens, row.dtype, row.blocks, row.way) for row in rows] == [
-        ((64, 128), tokens, "float32", 3, "reference") for tokens in (1, 8)
+    rows = kernels.measure(torch.device(DEVICE), [(128, 256)], 8, torch.float32, 2, 0)
+    assert [(row.shape, row.tokens, row.dtype, row.block_size, row.blocks, row.way) for row in rows] == [
+        ((128, 256), 8, "float32", size, blocks, "reference")
+        for size, counts in ((16, (2, 6)), (64, (1, 1)), (128, (1, 1)))
+        for blocks in counts
     ]
     for row in rows:
-        assert row.density == 3 * 16 * 16 / (64 * 128)
+        assert row.density == row.blocks * row.block_size**2 / (128 * 256)
         assert min(row.kernel_us, row.dense_us, row.bound_us) > 0
 
 

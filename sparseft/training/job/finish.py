@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sparseft import console
 from sparseft.distributed import ranks
 from sparseft.files.atomic import remove, write_json
 from sparseft.memory import memory_bytes
-from sparseft.runs.folder import ADAPTER, SUMMARY, UNTRIMMED
+from sparseft.runs.folder import ADAPTER, METRICS, SUMMARY, UNTRIMMED
+from sparseft.runs.metrics import read_metrics, step_of
 from sparseft.training.best import Evaluation
 from sparseft.training.job.job import Job, Trained
 from sparseft.training.job.train import evaluation, picture
-from sparseft.training.preference.outcome import outcome
 from sparseft.training.trackers import Trackers
+
+# What a run by preferences says of itself, and what TRL calls it.
+PREFERENCES = {"accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
 
 
 def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
     summary = _summary(job, trained, after) | ({"best_step": kept.step} if kept else {})
     if config.by_preference and first:
         steps = (each.step if each else None for each in (trained.before, after))
-        summary |= outcome(folder, *steps)
+        summary |= _of_preferences(folder, *steps)
     summary |= ({"bad_steps": trained.totals.bad} if trained.totals.bad else {}) | scores
     if spikes := trainer.run_state.spikes.count:
         summary["loss_spikes"] = spikes
@@ -57,6 +61,18 @@ def finish(job: Job, trained: Trained, trackers: Trackers) -> dict[str, Any]:
         picture(job, trackers, trained.totals.step)
     trackers.summary(summary)
     return summary
+
+
+def _of_preferences(folder: Path, before: int | None, after: int | None) -> dict[str, Any]:
+    """Accuracy and margin on held-out data at two steps, as the last evaluations there have them; None where there are
+    none (of `kto` there is no accuracy: its answers are no pairs)."""
+    lines = read_metrics(folder / METRICS)
+    found: dict[str, Any] = {}
+    for when, step in (("before", before), ("after", after)):
+        there = [line for line in lines if step is not None and step_of(line) == step and "eval_loss" in line]
+        for name, key in PREFERENCES.items():
+            found[f"eval_{name}_{when}"] = there[-1].get(key) if there else None
+    return found
 
 
 def _summary(job: Job, trained: Trained, after: Evaluation | None) -> dict[str, Any]:
