@@ -31,11 +31,13 @@ class Diverged(RunError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user, or the system, has ended the work, which saved first: with the last good checkpoint's folder."""
+    """The user, or the system, has ended the work, which saved first where it trained: `last_checkpoint` as of
+    `RunError`."""
 
-    def __init__(self, name: str, last_checkpoint: str | None = None) -> None:
+    def __init__(self, name: str, last_checkpoint: Any = ...) -> None:
         super().__init__(name)
-        self.last_checkpoint = last_checkpoint
+        if last_checkpoint is not ...:
+            self.last_checkpoint = last_checkpoint
 
 
 def note_checkpoint(error: BaseException, checkpoint: str | os.PathLike | None) -> None:

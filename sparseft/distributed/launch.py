@@ -168,6 +168,7 @@ def _run_children(folder: Path, envs: dict[int, dict[str, str]]) -> tuple[dict[i
             with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
                 os.killpg(pid, number if len(seen) < 3 else signal.SIGKILL)
 
+    ending = signals.ending()  # before torch handles them
     quiet = {local: Std.ALL for local in envs if envs[local]["RANK"] != "0"}
     with _signals_restored():
         children = start_processes(
@@ -180,7 +181,7 @@ def _run_children(folder: Path, envs: dict[int, dict[str, str]]) -> tuple[dict[i
         try:
             pids.extend(children.pids().values())
             if threading.current_thread() is threading.main_thread():
-                for number in signals.SIGNALS:
+                for number in ending:
                     signal.signal(number, pass_on)
             result = None
             first_end = math.inf
@@ -205,7 +206,7 @@ def _signals_restored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (*signals.SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
+    before = {number: signal.getsignal(number) for number in (*signals.ending(), signal.SIGHUP, signal.SIGQUIT)}
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import errno
 import io
 import json
 import os
@@ -563,10 +564,17 @@ def test_log_on_a_terminal_keeps_long_lines_whole(terminal: Callable) -> None:
     console.clear_warnings()
 
 
-def test_a_closed_stderr_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_stderr_changes_no_exit_code() -> None:
+    command = f"{sys.executable} -m sparseft train nonsense=1 2> /dev/full"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 2
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.EIO, "Input/output error")])
+def test_a_closed_stderr_does_not_end_a_run(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
-            raise BrokenPipeError
+            raise error
 
     monkeypatch.setattr(sys, "stderr", Closed())
     console.log("one")
