@@ -45,6 +45,11 @@ def note_checkpoint(error: BaseException, checkpoint: str | os.PathLike | None) 
     error.last_checkpoint = checkpoint  # type: ignore[attr-defined]
 
 
+def in_a_run(error: BaseException) -> bool:
+    """Whether an exception knows of the last good checkpoint, be it that there is none: work had begun."""
+    return hasattr(error, "last_checkpoint")
+
+
 def checkpoint_of(error: BaseException) -> str | None:
     """The last good checkpoint, as far as the exception knows it."""
     checkpoint = getattr(error, "last_checkpoint", None)

@@ -54,6 +54,10 @@ class End:
     time: float = 0.0  # of the end, seconds since the epoch
 
 
+class ResultLost(RunError):
+    """All processes did their work, but the folder that they tell of it in is gone, as where TMPDIR was cleaned."""
+
+
 class ChildTraceback(Exception):
     """The traceback of the process that failed, for --debug."""
 
@@ -86,7 +90,7 @@ def run(command: str, config: RunConfig) -> dict[str, Any]:
     """Runs `sparseft.commands.<command>.run(config)` in as many processes as the hardware asks for.
 
     Returns rank 0's result. Raises what one process would have raised: UserError, RunError (with `last_checkpoint`), or
-    KeyboardInterrupt once the children have saved and ended. No child outlives it.
+    KeyboardInterrupt once the children have saved and ended; ResultLost. No child outlives it.
     """
     with tempfile.TemporaryDirectory(prefix="sparseft-") as made:
         folder = Path(made)
@@ -100,7 +104,10 @@ def run(command: str, config: RunConfig) -> dict[str, Any]:
         left = [_end(folder, rank, local, *ends[local]) for local, rank in enumerate(ranks)]
         if failed := [end for end in left if end.code]:
             _raise(failed, interrupted)
-        return read_json(folder / RESULT)
+        try:
+            return read_json(folder / RESULT)
+        except OSError as error:
+            raise ResultLost(f"the processes have finished, but their result, '{folder / RESULT}', is gone.") from error
 
 
 # ---- starting ----

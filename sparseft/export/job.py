@@ -14,7 +14,7 @@ from sparseft.export.formats.base import Format, Options
 from sparseft.export.gain import gain
 from sparseft.export.proof import prove
 from sparseft.export.source import Source
-from sparseft.files.atomic import check_replaceable, explained, replaced_folder, write_json, write_text
+from sparseft.files.atomic import check_replaceable, explained, name_leftovers, replaced_folder, write_json, write_text
 from sparseft.files.hub import TEMPLATES
 
 NOTE = "sparseft_export.json"  # in every export: what it is of, and how near it came; by it a folder may be replaced
@@ -40,6 +40,7 @@ def export(
     """
     out = Path(out).expanduser()
     check_replaceable(out.resolve(), (NOTE,), (TEMPLATES,))
+    name_leftovers(out.resolve())
     _check_apart(source, out, options)
     engines.check(options.engine, format.name)
     if source.stored_packed and not format.whole:

@@ -164,6 +164,7 @@ def check_run_folder(output_dir: str | None, *, overwrite: bool = False, resume:
     if output_dir is None:
         if resume:
             raise UserError("trainer.resume needs output_dir=FOLDER: the folder of the run to continue.")
+        check_writable(OUTPUTS, "the folder of runs")
         return
     if not str(output_dir).strip():
         raise UserError("output_dir is empty: expected a folder's path, or null for one of its own under outputs/.")
