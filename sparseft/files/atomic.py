@@ -108,11 +108,13 @@ def asides(folder: Path, name: str | None = None) -> Iterator[Path]:
 
 
 def name_leftovers(path: Path) -> None:
-    """Warns of what was to become `path` and lies beside it, with its size: what a killed process left of a model may be
-    large, and nothing else shows it."""
+    """Warns of what was to become `path` and lies beside it, with its size: a killed process may have left a whole
+    model, and nothing else shows it."""
     for aside in asides(path.parent, path.name):
         size = console.size(sum(file.lstat().st_size for file in aside.rglob("*") if not file.is_dir()))
-        console.warn(f"'{aside}' ({size}) is what a killed process left: remove it, unless one is still writing '{path}'")
+        console.warn(
+            f"'{aside}' ({size}) is what a killed process left: remove it, unless one is still writing '{path}'"
+        )
 
 
 def try_writing(folder: Path) -> None:

@@ -96,9 +96,9 @@ class Trainer(distributed_trainer.DistributedTrainer):
     """Trains what is trainable of an attached model, and saves only that.
 
     `run` is the run folder: metrics go to its `metrics.jsonl`, checkpoints to `checkpoints/checkpoint-N/`, of which
-    the newest `save_total_limit` are kept (None: all). `report(record)` gets each line of metrics too. `score(leave)` is
-    the model's accuracy on a task and its standard error (or None), and calls `leave()`, which may raise, now and then;
-    evaluations then carry both beside the loss. With
+    the newest `save_total_limit` are kept (None: all). `report(record)` gets each line of metrics too. `score(leave)`
+    is the model's accuracy on a task and its standard error (or None); evaluations then carry both beside the loss. It
+    calls `leave()` now and then, which raises where it is to end early. With
     `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is not finite updates nothing;
     `max_bad_steps` of them in a row end the run. `labelled`: the loss is computed as `labelled_loss.py` does it.
     `smoothing`: of the labels in training. `recomputed`: the kinds of tensors that are computed again in the backward

@@ -23,7 +23,7 @@ def test_a_second_job_is_refused_until_the_first_has_ended(tmp_path: Path) -> No
     with Lock() as first:
         first.take(tmp_path)
         first.take(tmp_path)  # it has it
-        with Lock() as second, pytest.raises(UserError, match=rf"is being trained by process {os.getpid()} on .*: wait"):
+        with Lock() as second, pytest.raises(UserError, match=rf"by process {os.getpid()} on .*: wait"):
             second.take(tmp_path)
     assert not is_run(tmp_path) and (tmp_path / ".lock").read_bytes() == b""
     with Lock() as third:

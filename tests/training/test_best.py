@@ -216,7 +216,9 @@ def test_an_interrupt_while_a_task_judges_does_not_wait_for_it(
     assert "checkpoint is run/checkpoints/checkpoint-2." in done.err
     assert [line["step"] for line in metrics(tmp_path / "run") if "eval_loss" in line] == [0]
     sparseft(tmp_path, *JUDGED, "output_dir=run", "trainer.resume=auto")
-    scores = [[line["eval_score"] for line in metrics(run) if "eval_score" in line] for run in (tmp_path / "run", judged)]
+    scores = [
+        [line["eval_score"] for line in metrics(run) if "eval_score" in line] for run in (tmp_path / "run", judged)
+    ]
     assert scores[0] == scores[1] and same(adapter(tmp_path / "run"), adapter(judged))
 
 
