@@ -328,18 +328,20 @@ _live: list[Live] = []  # the one display of what runs, on a terminal
 
 def _show() -> None:
     """Starts, refreshes or ends the live lines on a terminal, of what runs innermost and what that is a part of."""
-    if not _open:
-        while _live:
-            _live.pop().stop()
-        return
-    if not _live and not is_terminal(sys.stderr):
-        return
-    if not _live:
-        from rich.live import Live
+    with _lost_where_it_must():
+        if not _open:
+            while _live:
+                _live.pop().stop()
+            return
+        if not _live and not is_terminal(sys.stderr):
+            return
+        if not _live:
+            from rich.live import Live
 
-        _live.append(Live(get_renderable=_lines, console=_console(stderr=True), refresh_per_second=4, transient=True))
-        _live[0].start()
-    _live[0].refresh()
+            live = Live(get_renderable=_lines, console=_console(stderr=True), refresh_per_second=4, transient=True)
+            _live.append(live)
+            live.start()
+        _live[0].refresh()
 
 
 def _lines() -> Text:
@@ -400,13 +402,20 @@ def _console(stderr: bool) -> Console:
 
 
 def _write(message: str, style: str | None = None) -> None:
-    try:
+    with _lost_where_it_must():
         if is_terminal(sys.stderr):
             _console(stderr=True).print(message, style=style, soft_wrap=True)
         else:
             print(message, file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        # Whoever read the log went away; the run itself must not die of it, nor what libraries and children print.
+
+
+@contextlib.contextmanager
+def _lost_where_it_must() -> Iterator[None]:
+    """Inside, stderr that can no longer be written (its reader or the terminal went away, its disk is full) leads
+    nowhere from then on: the run itself must not die of it, nor what libraries and children print."""
+    try:
+        yield
+    except OSError:
         nowhere = open(os.devnull, "w")
         with contextlib.suppress(OSError, ValueError):  # a stream that has no file
             os.dup2(nowhere.fileno(), sys.stderr.fileno())

@@ -31,16 +31,23 @@ class Diverged(RunError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user, or the system, has ended the work, which saved first: with the last good checkpoint's folder."""
+    """The user, or the system, has ended the work, which saved first where it trained: `last_checkpoint` as of
+    `RunError`."""
 
-    def __init__(self, name: str, last_checkpoint: str | None = None) -> None:
+    def __init__(self, name: str, last_checkpoint: Any = ...) -> None:
         super().__init__(name)
-        self.last_checkpoint = last_checkpoint
+        if last_checkpoint is not ...:
+            self.last_checkpoint = last_checkpoint
 
 
 def note_checkpoint(error: BaseException, checkpoint: str | os.PathLike | None) -> None:
     """Lets an exception say where the last good checkpoint is (None: there is none), as its `last_checkpoint`."""
     error.last_checkpoint = checkpoint  # type: ignore[attr-defined]
+
+
+def in_a_run(error: BaseException) -> bool:
+    """Whether an exception knows of the last good checkpoint, be it that there is none: work had begun."""
+    return hasattr(error, "last_checkpoint")
 
 
 def checkpoint_of(error: BaseException) -> str | None:

@@ -11,34 +11,41 @@ from typing import Any
 
 from sparseft.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal or the connection is gone; unknown to Windows
 # Seconds within which signals are one: what ends a whole control group, as systemd does, signals the processes of a run
 # themselves, and so does their parent, which passes on what it gets.
 TOGETHER = 1.0
 GATHER = 0.2  # seconds to wait for those that come with the first
 
 
+def ending() -> tuple[int, ...]:
+    """The signals that end the work once it has saved. Not SIGHUP where it is ignored, as under nohup."""
+    hangup = () if HANGUP is None or signal.getsignal(HANGUP) is signal.SIG_IGN else (HANGUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hangup)
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM (a cluster's warning) interrupts as Ctrl-C does, by `Interrupted`. In another thread than the
-    main one it stays with whoever runs it."""
+    """Inside, SIGTERM (a cluster's warning) and SIGHUP interrupt as Ctrl-C does, by `Interrupted`. In another thread
+    than the main one they stay with whoever runs it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(_number: int, _frame: Any) -> None:
-        raise Interrupted(signal.SIGTERM.name)
+    def interrupt(number: int, _frame: Any) -> None:
+        raise Interrupted(signal.Signals(number).name)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in ending() if number != signal.SIGINT}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def noted(first: Callable[[str], None]) -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM is given to `first` by its name and nothing more happens; a second one, not
+    """Inside, the first signal of `ending` is given to `first` by its name and nothing more happens; a second one, not
     `TOGETHER` with it, interrupts at once. In another thread than the main one signals stay with whoever runs it."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -55,7 +62,7 @@ def noted(first: Callable[[str], None]) -> Iterator[None]:
         elif time.monotonic() - since >= TOGETHER:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.signal(number, note) for number in ending()}
     try:
         yield
     finally:

@@ -61,6 +61,7 @@ def test_all_that_is_tested_here_is_still_relied_on() -> None:
 # -- transformers' Trainer --------------------------------------------------------------------------------------------
 
 OVERRIDDEN = {
+    "_evaluate": ["trial", "ignore_keys_for_eval", "skip_scheduler"],
     "_get_grad_norm": ["model", "grad_norm"],
     "_get_output_dir": ["trial"],
     "_get_train_sampler": ["train_dataset"],
@@ -124,10 +125,11 @@ def test_the_trainer_calls_them_in_this_order(tmp_path: Path, make_model: Any) -
     def train(steps: int, resume: str | None = None) -> list[str]:
         args = transformers.TrainingArguments(
             str(tmp_path), max_steps=steps, save_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to=[],
-            disable_tqdm=True, max_grad_norm=1.0,
+            disable_tqdm=True, max_grad_norm=1.0, eval_strategy="steps", eval_steps=1,
         )  # fmt: skip
         calls: list[str] = []
-        trainer = recording(calls)(make_model("llama"), args, train_dataset=data, callbacks=[Updates(calls)])
+        made = recording(calls)
+        trainer = made(make_model("llama"), args, train_dataset=data, eval_dataset=data, callbacks=[Updates(calls)])
         trainer.train(resume_from_checkpoint=resume)
         return calls
 
@@ -146,7 +148,7 @@ def test_the_trainer_calls_them_in_this_order(tmp_path: Path, make_model: Any) -
     all_in_order(calls, "training_step", "_prepare_inputs", "compute_loss", "_track_num_input_tokens")
     assert "_track_num_input_tokens" in calls, relied_on("_track_num_input_tokens")
     assert "create_optimizer" in calls, relied_on("create_optimizer")
-    all_in_order(calls, "_get_grad_norm", "_save_checkpoint", "_get_output_dir", "save_model")
+    all_in_order(calls, "_get_grad_norm", "_evaluate", "evaluate", "_save_checkpoint", "_get_output_dir", "save_model")
     for part in ("_save_optimizer_and_scheduler", "_save_rng_state"):
         all_in_order(calls, "_save_checkpoint", part)
     names = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}

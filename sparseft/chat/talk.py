@@ -161,8 +161,8 @@ class Talk:
                 telling.end()
                 if not heard:
                     raise
-        if "SIGTERM" in heard:
-            raise Interrupted("SIGTERM")
+        if heard and heard[0] != "SIGINT":
+            raise Interrupted(heard[0])
         ends = model.generation_config.eos_token_id or []
         full = not telling.stopped and len(telling.ids) >= longest and telling.ids[-1] not in ends
         ended = "interrupted" if heard else "length" if full else "itself"

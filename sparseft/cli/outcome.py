@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -13,13 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseft import signals
-from sparseft.errors import RunError, UserError, checkpoint_of
+from sparseft.errors import RunError, UserError, checkpoint_of, in_a_run, shown
 from sparseft.files.atomic import dumps
 
 DONE = 0
 FAILED = 1
 WRONG_INPUT = 2
 INTERRUPTED = 130
+
+# Why a path that was given can be neither there nor made: too long, links in a circle, below a file, or not to enter.
+OF_A_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES}
 
 
 @dataclass
@@ -62,6 +66,9 @@ def outcome_of(error: BaseException) -> Outcome:
         if isinstance(error.code, int) and error.code:  # a launcher's child that has already said why
             return Outcome(error.code)
         return Outcome(FAILED, message=_one_line(str(error.code or "ended early, without a result")))
+    if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename and not in_a_run(error):
+        path = shown(os.fsdecode(error.filename))
+        return Outcome(WRONG_INPUT, message=f"'{path}' cannot be used: {error.strerror}.")
     message = _one_line(str(error))
     if not isinstance(error, RunError):
         message = f"{type(error).__name__}: {message}" if message else type(error).__name__

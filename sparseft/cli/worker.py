@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -14,7 +15,7 @@ from sparseft.cli.jobs import command_module
 from sparseft.cli.outcome import DONE, outcome_of, quiet_libraries, stdout_to_stderr
 from sparseft.compose.run_config import from_dict
 from sparseft.distributed import env, launch
-from sparseft.errors import checkpoint_of, note_checkpoint
+from sparseft.errors import checkpoint_of, in_a_run, note_checkpoint
 from sparseft.files.atomic import write_json
 from sparseft.files.untrusted import read_json
 
@@ -38,12 +39,14 @@ def main(folder: Path) -> int:
     except BaseException as error:
         text = "".join(traceback.format_exception(error))
         checkpoint = checkpoint_of(error)
-        note_checkpoint(error, None)  # the parent's word, from its own exception
+        if in_a_run(error):
+            note_checkpoint(error, None)  # the parent's word, from its own exception
         found = outcome_of(error)
         end = launch.End(found.code, found.message, checkpoint, text, time.time())
-    if env.local_rank() == 0 and end.code == DONE:
-        write_json(folder / launch.RESULT, result)
-    write_json(folder / launch.END.format(rank=env.rank()), dataclasses.asdict(end))
+    with contextlib.suppress(OSError):  # gone, where TMPDIR was cleaned meanwhile: the exit code is the same
+        if env.local_rank() == 0 and end.code == DONE:
+            write_json(folder / launch.RESULT, result)
+        write_json(folder / launch.END.format(rank=env.rank()), dataclasses.asdict(end))
     if end.code:
         # At once: the other processes may be waiting for this one in a collective, and its threads for them.
         sys.stderr.flush()

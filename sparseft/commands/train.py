@@ -16,7 +16,8 @@ from sparseft.distributed.ranks import from_main, is_main
 from sparseft.errors import UserError
 from sparseft.files.atomic import explained, write_json
 from sparseft.models.loading import load_tokenizer
-from sparseft.runs.folder import SUMMARY, check_run_folder, load_summary
+from sparseft.runs.folder import SUMMARY, check_run_folder, latest_run, load_summary
+from sparseft.runs.lock import Lock
 from sparseft.training import checks
 from sparseft.training.checkpoints import last_checkpoint
 from sparseft.training.job.run import run as train
@@ -36,13 +37,17 @@ def run(config: RunConfig) -> dict[str, Any]:
     check_trim(config)
     if launch.needed(config.hardware):
         previous_run(config)  # so that it refuses other settings before any process starts
-        return launch.run("train", config)
-    with launch.joined(config.hardware):
+        try:
+            return launch.run("train", config)
+        except launch.ResultLost:
+            folder = latest_run() if config.output_dir is None else Path(config.output_dir).expanduser()
+            return load_summary(folder) | {"run": str(folder)}
+    with launch.joined(config.hardware), Lock() as lock:
         if env.started():
             # By one for all, once they have met: before, the others would wait for one that has ended, and one that
             # comes late would find what the first has made already.
             from_main(lambda: check_folder(config))
-        result = train(config)
+        result = train(config, lock)
         if config.trainer.forget_budget is not None:
             result |= {"trim": trim(config, result)}
         if is_main():

@@ -9,6 +9,7 @@ from typing import Any
 from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
+from sparseft.files.atomic import name_leftovers
 from sparseft.runs.folder import check_writable
 from sparseft.training import checks
 from sparseft.trim.job import Trimming
@@ -34,6 +35,7 @@ def run(
     if where.exists():
         raise UserError(f"--out {where}: it is there already; name a new folder, or remove it.")
     check_writable(where, "--out")
+    name_leftovers(where)
     console.log(f"trimming {trimming.target.what} to {forget:g} nats a token of {source}")
     model, outcome = trimming.run()
     trimming.write(model, outcome, where)

@@ -207,7 +207,7 @@ class Writer:
         with _written(self.folder):
             for file in self._files.values():
                 file.close()
-        if kind is None:
-            stated = {name: {"count": self._counts[name], "crc32": self._checksums[name]} for name in ARRAYS}
-            content = {"layout": LAYOUT, "facts": asdict(self.facts), **stated}
-            write_json(self.folder / DESCRIPTION, content)
+            if kind is None:
+                stated = {name: {"count": self._counts[name], "crc32": self._checksums[name]} for name in ARRAYS}
+                content = {"layout": LAYOUT, "facts": asdict(self.facts), **stated}
+                write_json(self.folder / DESCRIPTION, content)

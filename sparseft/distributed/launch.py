@@ -54,6 +54,10 @@ class End:
     time: float = 0.0  # of the end, seconds since the epoch
 
 
+class ResultLost(RunError):
+    """All processes did their work, but the folder that they tell of it in is gone, as where TMPDIR was cleaned."""
+
+
 class ChildTraceback(Exception):
     """The traceback of the process that failed, for --debug."""
 
@@ -86,7 +90,7 @@ def run(command: str, config: RunConfig) -> dict[str, Any]:
     """Runs `sparseft.commands.<command>.run(config)` in as many processes as the hardware asks for.
 
     Returns rank 0's result. Raises what one process would have raised: UserError, RunError (with `last_checkpoint`), or
-    KeyboardInterrupt once the children have saved and ended. No child outlives it.
+    KeyboardInterrupt once the children have saved and ended; ResultLost. No child outlives it.
     """
     with tempfile.TemporaryDirectory(prefix="sparseft-") as made:
         folder = Path(made)
@@ -100,7 +104,10 @@ def run(command: str, config: RunConfig) -> dict[str, Any]:
         left = [_end(folder, rank, local, *ends[local]) for local, rank in enumerate(ranks)]
         if failed := [end for end in left if end.code]:
             _raise(failed, interrupted)
-        return read_json(folder / RESULT)
+        try:
+            return read_json(folder / RESULT)
+        except OSError as error:
+            raise ResultLost(f"the processes have finished, but their result, '{folder / RESULT}', is gone.") from error
 
 
 # ---- starting ----
@@ -168,6 +175,7 @@ def _run_children(folder: Path, envs: dict[int, dict[str, str]]) -> tuple[dict[i
             with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
                 os.killpg(pid, number if len(seen) < 3 else signal.SIGKILL)
 
+    ending = signals.ending()  # before torch handles them
     quiet = {local: Std.ALL for local in envs if envs[local]["RANK"] != "0"}
     with _signals_restored():
         children = start_processes(
@@ -180,7 +188,7 @@ def _run_children(folder: Path, envs: dict[int, dict[str, str]]) -> tuple[dict[i
         try:
             pids.extend(children.pids().values())
             if threading.current_thread() is threading.main_thread():
-                for number in signals.SIGNALS:
+                for number in ending:
                     signal.signal(number, pass_on)
             result = None
             first_end = math.inf
@@ -205,7 +213,7 @@ def _signals_restored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (*signals.SIGNALS, signal.SIGHUP, signal.SIGQUIT)}
+    before = {number: signal.getsignal(number) for number in (*signals.ending(), signal.SIGHUP, signal.SIGQUIT)}
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from sparseft.export.formats.base import Format, Options
 from sparseft.export.gain import gain
 from sparseft.export.proof import prove
 from sparseft.export.source import Source
-from sparseft.files.atomic import check_replaceable, explained, replaced_folder, write_json, write_text
+from sparseft.files.atomic import check_replaceable, explained, name_leftovers, replaced_folder, write_json, write_text
 from sparseft.files.hub import TEMPLATES
 from sparseft.models import fingerprint
 from sparseft.models.checkpoint import Checkpoint, Places, without_weights
@@ -44,6 +44,7 @@ def export(
     """
     out = Path(out).expanduser()
     check_replaceable(out.resolve(), (NOTE,), (TEMPLATES,))
+    name_leftovers(out.resolve())
     _check_apart(source, out, options)
     engines.check(options.engine, format.name)
     if source.stored_packed and not format.whole:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
@@ -18,7 +19,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparseft.errors import RunError, UserError, checkpoint_of, note_checkpoint
+from sparseft import console
+from sparseft.errors import RunError, UserError, checkpoint_of, in_a_run, note_checkpoint
 
 PARTIAL = ".partial-"
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # another process has put its own folder there meanwhile
@@ -102,7 +104,17 @@ def move(file: Path, folder: Path) -> None:
 
 def asides(folder: Path, name: str | None = None) -> Iterator[Path]:
     """What lies aside in a folder, of other processes or left by a crash; with `name`, of what is called so."""
-    return folder.glob(f"{PARTIAL}*" if name is None else f"{PARTIAL}*-{name}")
+    return folder.glob(f"{PARTIAL}*" if name is None else f"{PARTIAL}{'?' * 8}-{glob.escape(name)}")
+
+
+def name_leftovers(path: Path) -> None:
+    """Warns of what was to become `path` and lies beside it, with its size: a killed process may have left a whole
+    model, and nothing else shows it."""
+    for aside in asides(path.parent, path.name):
+        size = console.size(sum(file.lstat().st_size for file in aside.rglob("*") if not file.is_dir()))
+        console.warn(
+            f"'{aside}' ({size}) is what a killed process left: remove it, unless one is still writing '{path}'"
+        )
 
 
 def try_writing(folder: Path) -> None:
@@ -284,7 +296,7 @@ def explained(what: str, last_checkpoint: Callable[[], Any]) -> Iterator[None]:
     except BaseException as error:
         problem = storage_problem(error)
         if problem is None:
-            if not hasattr(error, "last_checkpoint"):
+            if not in_a_run(error):
                 note_checkpoint(error, last_checkpoint())
             raise
         checkpoint = checkpoint_of(error) or last_checkpoint()

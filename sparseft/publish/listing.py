@@ -23,6 +23,7 @@ from sparseft.runs.folder import (
     CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
+    LOCK,
     METRICS,
     QUESTIONS,
     REPORT,
@@ -209,10 +210,10 @@ def _loaded_from(folder: Path) -> list[Path]:
 
 
 def _below(root: Path) -> Iterator[Path]:
-    """Every file below a folder; what links out of it is none of its own."""
+    """Every file below a folder but a run's lock; what links out of it is none of its own."""
     inside = root.resolve()
     for path in sorted(root.rglob("*")):
-        if path.is_file() and path.resolve().is_relative_to(inside):
+        if path.is_file() and path.name != LOCK and path.resolve().is_relative_to(inside):
             yield path
 
 

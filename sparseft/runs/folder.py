@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -60,6 +60,7 @@ DAMAGED = "damaged-"  # before the name of a checkpoint that was passed over whe
 BEST = ".best"  # there too, and in each checkpoint
 BEST_NOTE = "best.json"
 RATE = "learning_rate.json"  # how the rate was found, where trainer.learning_rate=auto
+LOCK = ".lock"  # held while a job trains there; stays, and holds nothing of the run's
 TRACKERS = "trackers.json"  # by which a run that is continued is found again
 TENSORBOARD = "tensorboard"  # the folders that trackers fill as they like
 WANDB = "wandb"
@@ -163,6 +164,7 @@ def check_run_folder(output_dir: str | None, *, overwrite: bool = False, resume:
     if output_dir is None:
         if resume:
             raise UserError("trainer.resume needs output_dir=FOLDER: the folder of the run to continue.")
+        check_writable(OUTPUTS, "the folder of runs")
         return
     if not str(output_dir).strip():
         raise UserError("output_dir is empty: expected a folder's path, or null for one of its own under outputs/.")
@@ -199,23 +201,34 @@ def _check_left(run: Path) -> None:
 
 
 def prepare_run_folder(
-    output_dir: str | None, method: str, dataset: str, *, overwrite: bool = False, resume: bool = False
+    output_dir: str | None,
+    method: str,
+    dataset: str,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    hold: Callable[[Path], None] = lambda run: None,
 ) -> Path:
     """The folder of a new run, made if it is not there; call it only once the whole config is known to be valid.
 
     Without `output_dir`: `outputs/<date>-<time>-<method>-<dataset>`. A folder that already holds a run is refused
     unless `resume` (left as it is) or `overwrite` (the old run's own files are deleted, any others stay).
+    `hold(run)` keeps others out of it (`lock.Lock.take`), as soon as it is there.
     Raises UserError when it cannot be used, as `check_run_folder` does.
     """
     check_run_folder(output_dir, overwrite=overwrite, resume=resume)
     if output_dir is None:
-        return new_folder(f"{timestamp()}-{method}-{dataset}")
+        run = new_folder(f"{timestamp()}-{method}-{dataset}")
+        hold(run)
+        return run
     run = Path(output_dir).expanduser()
     try:
         run.mkdir(parents=True, exist_ok=True)
         try_writing(run)
     except OSError as error:
         raise UserError(f"cannot write to output_dir '{run}': {error.strerror or error}.") from error
+    hold(run)
+    check_run_folder(output_dir, overwrite=overwrite, resume=resume)  # another job may have been quicker
     if is_run(run) and not resume:
         _delete_run(run)
     elif overwrite:

@@ -61,6 +61,10 @@ class Mark:
     bad: int = 0  # steps whose loss or gradient was not finite: `loss` is the sum over the others
 
 
+class Left(Exception):
+    """An evaluation that an interrupt ended: nothing of it is recorded, and going on makes it up."""
+
+
 class RunState:
     """What the trainer and its callback share of a run.
 
@@ -128,6 +132,16 @@ class RunState:
         loss, tokens = ranks.mean_over_ranks(sums).tolist()
         everywhere = round(tokens * ranks.rank_and_world()[1])
         return Mark(step, loss, self._earlier_tokens + everywhere, self.clock.seconds, self.bad_steps.count)
+
+    def leave(self) -> None:
+        """`Left` where this process is interrupted."""
+        if self.interrupted is not None:
+            raise Left
+
+    def leave_together(self) -> None:
+        """`Left` where any process is interrupted (a call of all processes)."""
+        if ranks.any_rank(self.interrupted is not None):
+            raise Left
 
     def bad_step_counts(self) -> dict[str, int]:
         """What a checkpoint keeps of the bad steps, under the names that it has them by."""

@@ -56,18 +56,26 @@ class Scorer:
         for warning in self.plans["validation"].warnings:
             console.warn(warning)
 
-    def _evaluate(self, model: Any, tokenizer: Any, split: str) -> dict[str, Any]:
+    def _evaluate(
+        self, model: Any, tokenizer: Any, split: str, leave: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         # Runnable: before DeepSpeed's engine has it, and where an ended run is only judged.
         with Answers(self.name) as answers, runnable(model):
-            return evaluate(model, tokenizer, self.plans[split], progress=answers)
+
+            def progress(what: str, done: int, total: int | None) -> None:
+                answers(what, done, total)
+                leave()
+
+            return evaluate(model, tokenizer, self.plans[split], progress=progress)
 
     def _score(self, outcome: dict[str, Any]) -> Score:
         found = outcome["tasks"][self.name]
         return found["accuracy"], found["stderr"]
 
-    def on_validation(self, model: Any, tokenizer: Any) -> Callable[[], Score]:
-        """Measures the accuracy on the validation split, whenever it is called."""
-        return lambda: self._score(self._evaluate(model, tokenizer, "validation"))
+    def on_validation(self, model: Any, tokenizer: Any) -> Callable[[Callable[[], None]], Score]:
+        """Measures the accuracy on the validation split, whenever it is called. What it is called with is called after
+        each answer, and may end the measurement by an exception."""
+        return lambda leave: self._score(self._evaluate(model, tokenizer, "validation", leave))
 
     def on_test(self, model: Any, tokenizer: Any, folder: Path) -> Score:
         """The accuracy on the test split; writes `eval/<task>.json` into the run's folder, as `sparseft eval` does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.recomputing import describe, recomputing
 from sparseft.training.reselection import Reselection, save_active
 from sparseft.training.router_loss import router_loss
-from sparseft.training.run_state import Mark, RunState
+from sparseft.training.run_state import Left, Mark, RunState
 from sparseft.training.spikes import ROW, Numbered
 from sparseft.training.verdicts import takes_flag
 
@@ -95,8 +96,9 @@ class Trainer(distributed_trainer.DistributedTrainer):
     """Trains what is trainable of an attached model, and saves only that.
 
     `run` is the run folder: metrics go to its `metrics.jsonl`, checkpoints to `checkpoints/checkpoint-N/`, of which
-    the newest `save_total_limit` are kept (None: all). `report(record)` gets each line of metrics too. `score()` is the
-    model's accuracy on a task and its standard error (or None); evaluations then carry both beside the loss. With
+    the newest `save_total_limit` are kept (None: all). `report(record)` gets each line of metrics too. `score(leave)`
+    is the model's accuracy on a task and its standard error (or None); evaluations then carry both beside the loss. It
+    calls `leave()` now and then, which raises where it is to end early. With
     `compile_layers` steps run each decoder layer compiled. A step whose loss or gradient is not finite updates nothing;
     `max_bad_steps` of them in a row end the run. `labelled`: the loss is computed as `labelled_loss.py` does it.
     `smoothing`: of the labels in training. `recomputed`: the kinds of tensors that are computed again in the backward
@@ -111,7 +113,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         run: Path,
         save_total_limit: int | None = None,
         max_bad_steps: int = 10,
-        score: Callable[[], tuple[float, float | None]] | None = None,
+        score: Callable[[Callable[[], None]], tuple[float, float | None]] | None = None,
         report: Callable[[dict[str, Any]], None] | None = None,
         compile_layers: bool = False,
         labelled: bool = False,
@@ -365,6 +367,14 @@ class Trainer(distributed_trainer.DistributedTrainer):
 
     # ---- evaluation: the mean over all labelled tokens, whatever the batch size ----
 
+    def _evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """An evaluation between steps. One that was `Left` for an interrupt is followed by the checkpoint."""
+        try:
+            return super()._evaluate(*args, **options)
+        except Left:
+            self.run_callback.on_evaluate(self.args, self.state, self.control)
+            return {"eval_loss": math.nan}  # the best to nobody; with some schedulers transformers asks for it
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -377,8 +387,15 @@ class Trainer(distributed_trainer.DistributedTrainer):
             if self.score is not None:
                 # In shards all processes answer the same questions in step, with ZeRO-3 also while the model is whole
                 # yet: transformers' generate() waits for the others.
-                measured = self.score() if ranks.is_main() or self.in_shards else None
-                score, stderr = ranks.broadcast_object(measured)
+                measured = None
+                if self.in_shards:
+                    measured = self.score(lambda: None)
+                elif ranks.is_main():
+                    with contextlib.suppress(Left):
+                        measured = self.score(self.run_state.leave)
+                if (measured := ranks.broadcast_object(measured)) is None:
+                    raise Left
+                score, stderr = measured
                 metrics[f"{metric_key_prefix}_score"] = score
                 if stderr is not None:
                     metrics[f"{metric_key_prefix}_score_stderr"] = stderr
@@ -410,6 +427,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                     total += torch.stack([loss.double() * labelled, labelled.double()])
                 done += len(batch["labels"])
                 display.update(done)
+                self.run_state.leave_together()
         model.train(training)
         total = self.accelerator.reduce(total)
         return (total[0] / total[1]).item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.machinery
 import io
 import json
@@ -21,8 +22,9 @@ import yaml
 
 from sparseft import console
 from sparseft.cli.app import main
+from sparseft.cli.outcome import outcome_of
 from sparseft.compose.run_config import from_dict
-from sparseft.errors import RunError, UserError
+from sparseft.errors import RunError, UserError, note_checkpoint
 from support.places import ROOT
 
 COMMANDS = ("preprocess", "train", "eval", "export", "trim", "chat", "bench", "report", "push")
@@ -563,10 +565,29 @@ def test_log_on_a_terminal_keeps_long_lines_whole(terminal: Callable) -> None:
     console.clear_warnings()
 
 
-def test_a_closed_stderr_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_cannot_be_used_is_wrong_input_until_work_has_begun() -> None:
+    with pytest.raises(OSError) as raised:
+        Path("a" * 300).exists()
+    found = outcome_of(raised.value)
+    assert (found.code, found.message) == (2, f"'{'a' * 80}…' cannot be used: File name too long.")
+    denied = PermissionError(errno.EACCES, "Permission denied", "/root/run")
+    assert outcome_of(denied).message == "'/root/run' cannot be used: Permission denied."
+    assert outcome_of(PermissionError(errno.EACCES, "Permission denied")).code == 1  # of no path
+    note_checkpoint(denied, None)
+    assert outcome_of(denied).code == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_stderr_changes_no_exit_code() -> None:
+    command = f"{sys.executable} -m sparseft train nonsense=1 2> /dev/full"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 2
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.EIO, "Input/output error")])
+def test_a_closed_stderr_does_not_end_a_run(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
-            raise BrokenPipeError
+            raise error
 
     monkeypatch.setattr(sys, "stderr", Closed())
     console.log("one")

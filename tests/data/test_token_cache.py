@@ -357,10 +357,12 @@ def test_a_full_disk_and_a_folder_that_cannot_be_are_said(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(caching, "_publish", full)
-    with pytest.raises(UserError, match="cache_dir: .*No space left on device; make room"):
-        load(path, tokenizer, tmp_path / "cache")
-    assert entries(tmp_path / "cache") == []
+    for step in ("_publish", "write_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(caching, step, full)
+            with pytest.raises(UserError, match="cache_dir: .*No space left on device; make room"):
+                load(path, tokenizer, tmp_path / "cache")
+        assert entries(tmp_path / "cache") == []
 
 
 def test_what_a_killed_run_left_goes_after_a_day(tmp_path: Path, tokenizer: Any) -> None:

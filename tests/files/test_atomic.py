@@ -120,6 +120,15 @@ def test_removing_takes_the_name_first(tmp_path: Path, monkeypatch: pytest.Monke
     assert not path.exists() and (left / "mark.json").is_file()
 
 
+def test_what_a_killed_process_left_is_named_with_its_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left = atomic.new_aside(tmp_path / "out[1]")
+    (left / "mark.json").write_text("x" * 2500)
+    atomic.new_aside(tmp_path / "not-out[1]")
+    atomic.name_leftovers(tmp_path / "out[1]")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: '{left}' (2.5 kB) is what a killed process left")
+
+
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError("3072 requested and 2292 written")]
 )

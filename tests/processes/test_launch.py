@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -297,6 +299,25 @@ def long_run(folder: Path, model: Path, *words: str) -> Command:
         time.sleep(0.1)
     assert len(command.children()) == 2
     return command
+
+
+def test_a_run_is_not_lost_with_the_folder_that_its_processes_report_in(
+    in_tmp: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where TMPDIR is cleaned of what is old."""
+    place = in_tmp / "tmp"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    data = write_data(in_tmp, 24)["json"]
+    command = Command(
+        in_tmp, *on(model_folder(), data), "method=s2ft", "sparsity=0.9", "trainer.max_steps=3", "output_dir=run",
+        "dataset.eval_fraction=0", "--json",
+    )  # fmt: skip
+    command.wait_for("run: run")
+    shutil.rmtree(next(place.glob("sparseft-*")))
+    code, out, err = command.end()
+    assert code == 0, err
+    assert json.loads(out) == summary(in_tmp / "run") | {"run": "run"}
 
 
 def test_ctrl_c_saves_once_and_leaves_no_process(in_tmp: Path, model_folder: Any) -> None:

@@ -260,8 +260,8 @@ def test_unusable_folders_are_refused_with_the_reason(tmp_path: Path, in_tmp: Pa
     with pytest.raises(UserError, match=r"trainer\.resume needs output_dir"):
         runs.prepare_run_folder(None, "full", "json", resume=True)
     Path("outputs").write_text("in the way")
-    with pytest.raises(UserError, match="'outputs': it is a file"):
-        runs.prepare_run_folder(None, "full", "json")
+    with pytest.raises(UserError, match="the folder of runs 'outputs' is a file"):
+        runs.check_run_folder(None)  # before anything is loaded
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses writes even to root")

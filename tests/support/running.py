@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.cli.app import main
+from sparseft.runs.folder import LOCK
 
 
 @dataclass
@@ -63,8 +64,9 @@ def refused(cwd: Path, *words: str) -> str:
 
 
 def files(folder: Path) -> set[str]:
-    """Every file below a folder, by its path there."""
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
+    """Every file below a folder, by its path there, but a run's lock, which stays."""
+    paths = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    return {path.relative_to(folder).as_posix() for path in paths if path.name != LOCK}
 
 
 def write_data(folder: Path, count: int = 24) -> dict[str, Path]:

@@ -199,6 +199,29 @@ def test_training_ends_at_the_target_and_stays_ended(judged: Path, tmp_path: Pat
     assert same(adapter(run), adapter(judged))
 
 
+def test_an_interrupt_while_a_task_judges_does_not_wait_for_it(
+    judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Trainer.measured
+
+    def interrupted(self: Any, data: Any = None) -> dict[str, float]:
+        found = own(self, data)
+        if self.state.global_step == 2:
+            self.run_state.interrupted = "SIGINT"
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "measured", interrupted)
+        done = sparseft(tmp_path, *JUDGED, "output_dir=run", code=130)
+    assert "checkpoint is run/checkpoints/checkpoint-2." in done.err
+    assert [line["step"] for line in metrics(tmp_path / "run") if "eval_loss" in line] == [0]
+    sparseft(tmp_path, *JUDGED, "output_dir=run", "trainer.resume=auto")
+    scores = [
+        [line["eval_score"] for line in metrics(run) if "eval_score" in line] for run in (tmp_path / "run", judged)
+    ]
+    assert scores[0] == scores[1] and same(adapter(tmp_path / "run"), adapter(judged))
+
+
 def test_evaluations_without_a_better_one() -> None:
     def since(*losses: float) -> int:
         return without_a_better([Evaluation(step, loss) for step, loss in enumerate(losses)])

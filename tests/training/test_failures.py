@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from sparseft import signals
 from sparseft.errors import RunError
 from sparseft.runs.folder import prepare_run_folder
+from sparseft.runs.lock import Lock
 from sparseft.training.checkpoints import check, checkpoint_steps, good_checkpoint, last_checkpoint, write_manifest
 from sparseft.training.failures import MemoryAdvice, memory_problem, out_of_memory
 from sparseft.training.trainer import train
@@ -525,6 +527,24 @@ def test_a_damaged_checkpoint_is_never_called_good(
     assert files(run) == set()
 
 
+def test_a_run_that_another_job_trains_is_left_alone(
+    whole: Path, data: Path, model_folder: Any, tmp_path: Path
+) -> None:
+    """Going on would take its newest checkpoint for damaged, replacing it would delete it while it trains."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    flip(run / "checkpoints" / "checkpoint-7" / "optimizer.pt")
+    before = files(run)
+    with Lock() as other:
+        other.take(run)
+        for word in ("trainer.resume=auto", "overwrite=true"):
+            message = refused(data.parent, *long_run("s2ft", model_folder(), data), f"output_dir={run}", word)
+            assert f"output_dir '{run}' is being trained by process {os.getpid()} on" in message
+            assert files(run) == before
+    sparseft(data.parent, *long_run("s2ft", model_folder(), data), f"output_dir={run}", "trainer.resume=auto")
+    assert (run / ".lock").read_bytes() == b""
+
+
 def test_content_that_no_hash_shows_is_refused_in_a_sentence(
     whole: Path, data: Path, model_folder: Any, tmp_path: Path
 ) -> None:
@@ -586,6 +606,7 @@ STAGES = {
 # The same code answers both: SIGTERM is sent only before there is a trainer, while there is one, and after it.
 SIGNALS = [(stage, signal.SIGINT) for stage in STAGES]
 SIGNALS += [(stage, signal.SIGTERM) for stage in ("loading the model", "saving a checkpoint", "writing the summary")]
+SIGNALS += [(stage, signal.SIGHUP) for stage in ("loading the model", "saving a checkpoint")]
 
 
 @pytest.mark.parametrize(("stage", "number"), SIGNALS)
@@ -613,13 +634,24 @@ def test_a_signal_in_any_stage_exits_130_and_the_run_goes_on(
     done = sparseft(tmp_path, *words, "output_dir=run", code=130)
     monkeypatch.undo()
     assert done.out == "" and done.err.splitlines()[-1].startswith("error: interrupted.")
-    if "saving" in stage:
+    if "saving" in stage or "summary" in stage:
         assert "The last good checkpoint is run/checkpoints/checkpoint-" in done.err
         check(Path(last_checkpoint(tmp_path / "run") or ""))
     sparseft(tmp_path, *words, "output_dir=run")
     for key, value in tensors(whole_short).items():
         assert torch.equal(tensors(tmp_path / "run")[key], value), key
     assert not {name for name in files(tmp_path / "run") if name.startswith(".") or "/." in name}
+
+
+def test_a_hangup_is_ignored_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.terminable(), signals.noted(lambda name: None):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def short_run(data: Path, model_folder: Any) -> list[str]:

@@ -626,6 +626,38 @@ def test_an_interrupt_in_a_step_that_is_evaluated(
         assert torch.equal(tensors(tmp_path / "run")[name], value), name
 
 
+@pytest.mark.parametrize("words", [[], list(PLATEAU)], ids=["best", "plateau"])
+def test_an_interrupt_in_an_evaluation_does_not_wait_for_it(
+    words: list[str], data: Path, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left unrecorded, the step is saved, and going on makes it up."""
+    words = [*on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=6", "trainer.eval_steps=2",
+             "trainer.warmup_steps=0", "trainer.logging_steps=1", "trainer.keep_best=true", *words]  # fmt: skip
+    sparseft(tmp_path, "train", *words, "output_dir=whole")
+    own, ended = Trainer.held_out_loss, []
+
+    def interrupted(self: Any, data: Any) -> float:
+        if self.state.global_step == 4:
+            self.run_state.interrupted = "SIGINT"
+        loss = own(self, data)
+        ended.append(self.state.global_step)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "held_out_loss", interrupted)
+        done = sparseft(tmp_path, "train", *words, "output_dir=run", code=130)
+    assert ended == [0, 2] and "checkpoint is run/checkpoints/checkpoint-4." in done.err
+    assert [line["step"] for line in metrics(tmp_path / "run") if "eval_loss" in line] == [0, 2]
+    sparseft(tmp_path, "train", *words, "output_dir=run", "trainer.resume=auto")
+    facts = "step loss eval_loss learning_rate".split()
+    found, wanted = (
+        [{k: line.get(k) for k in facts} for line in metrics(tmp_path / name)] for name in ("run", "whole")
+    )
+    assert found == wanted and summary(tmp_path / "run")["best_step"] == summary(tmp_path / "whole")["best_step"]
+    for name, value in tensors(tmp_path / "whole").items():
+        assert torch.equal(tensors(tmp_path / "run")[name], value), name
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data: Path, model_folder: Any, tmp_path: Path) -> None:
     words = [*on(model_folder(), data), *METHODS["sylva"], "trainer.max_steps=6", "trainer.save_steps=1"]
     done = sparseft(

@@ -10,6 +10,7 @@ import torch
 from sparseft import console
 from sparseft.compose.run_config import to_yaml
 from sparseft.distributed import ranks
+from sparseft.errors import UserError
 from sparseft.files.atomic import explained, write_json, write_text
 from sparseft.runs.environment import environment
 from sparseft.runs.folder import (
@@ -19,29 +20,42 @@ from sparseft.runs.folder import (
     RATE,
     SAMPLES,
     SELECTION,
+    is_run,
     link_latest,
     prepare_run_folder,
 )
+from sparseft.runs.lock import Lock
 from sparseft.runs.metrics import truncate_metrics
 from sparseft.training import resume as resuming
 from sparseft.training.checkpoints import last_checkpoint
 from sparseft.training.job.job import Job
 
 
-def open_folder(job: Job) -> Path:
-    """The run's folder, which says what the run is; of one that is continued, without what its last checkpoint does not
-    know of."""
-    return ranks.from_main(lambda: _open(job))
+def open_folder(job: Job, lock: Lock) -> Path:
+    """The run's folder, locked, which says what the run is; of one that is continued, without what its last checkpoint
+    does not know of."""
+    return ranks.from_main(lambda: _open(job, lock))
 
 
-def _open(job: Job) -> Path:
+def _open(job: Job, lock: Lock) -> Path:
     config, previous = job.config, job.previous
+    resume = config.trainer.resume is not None
+
+    def hold(run: Path) -> None:
+        lock.take(run)
+        if resume and previous is None and is_run(run):
+            raise UserError(
+                f"another job has begun a run in output_dir '{run}' meanwhile: give the same command again to go on "
+                "with it."
+            )
+
     folder = prepare_run_folder(
         config.output_dir,
         config.method_name,
         config.dataset.name,
         overwrite=config.overwrite,
-        resume=config.trainer.resume is not None,
+        resume=resume,
+        hold=hold,
     )
     config.output_dir = str(folder)
     link_latest(folder)

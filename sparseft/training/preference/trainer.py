@@ -149,6 +149,7 @@ class PreferenceTrainer(Trainer):
                     found.setdefault(name, []).append(value)
                 done += len(batch[PLACES])
                 display.update(done)
+                self.run_state.leave_together()
         model.train(training)
         everywhere = Weighed()
         for each in ranks.all_gather_object(found):
