@@ -108,6 +108,12 @@ def context_length(config: Any) -> int | None:
     return int(length) if bounded else None
 
 
+def language_model(model: nn.Module) -> nn.Module:
+    """The model whose forward pass takes labels: inside what trains in several processes, and inside peft's."""
+    inner = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
+
+
 def runnable(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Inside, a model in shards can be run, a decoder layer at a time (`shards.running`); any other as it is."""
     return running(model, lambda: decoder_layers(model)[1])

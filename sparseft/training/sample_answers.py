@@ -29,11 +29,10 @@ from sparseft.distributed import ranks
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import dumps, write_text
 from sparseft.files.untrusted import read_bytes, why
-from sparseft.models.decoder import context_length, runnable
+from sparseft.models.decoder import context_length, language_model, runnable
 from sparseft.rules import show
 from sparseft.runs.folder import SAMPLES
 from sparseft.runs.metrics import read_metrics, step_of
-from sparseft.training.labelled_loss import language_model
 from sparseft.training.trainer import Trainer
 
 KEY = "trainer.sample_prompts"
