@@ -47,7 +47,7 @@ def run(
     with console.working("reading the questions"):
         plan = prepare(names, config.eval, data_dir=data_dir)
     plan.pairs, plan.pairs_of = preference.settings(config, target.folder, overrides)
-    plan.prompt = prompt_format(config.eval.prompt, target.folder)
+    plan.prompt = prompt_format(config.eval.prompt, target.told)
     with Answers() as answers:
 
         def score(model: Any, tokenizer: Any) -> dict[str, Any]:
