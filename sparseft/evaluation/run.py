@@ -91,8 +91,10 @@ def evaluate(
             (plan.harness_tasks, plan.harness_groups, True),
         ):
             if tasks:
+                lm.plain = not prefixed  # lm-eval's own tasks are asked as lm-eval asks them
                 parts.append((harness.run_tasks(lm, tasks, groups, config.limit), prefixed))
         if plan.questions:
+            lm.plain = True
             tokens = config.max_new_tokens or mt_bench.MAX_NEW_TOKENS
             conversations = mt_bench.answer(lm, plan.questions, plan.prompt, tokens)
         if PREFERENCE in plan.requested:

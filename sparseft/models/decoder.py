@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -112,6 +113,21 @@ def language_model(model: nn.Module) -> nn.Module:
     """The model whose forward pass takes labels: inside what trains in several processes, and inside peft's."""
     inner = getattr(model, "module", model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def plain_generation(model: nn.Module) -> Iterator[None]:
+    """Inside, `generate` takes nothing from the model's own generation settings, not even which ids end an answer:
+    what a call does not say, transformers would take from there. They are as before afterwards."""
+    models = [each for each in {model, language_model(model)} if "generation_config" in vars(each)]
+    own = [(each, each.generation_config) for each in models]
+    try:
+        for each, _ in own:
+            each.generation_config = transformers.GenerationConfig()
+        yield
+    finally:
+        for each, settings in own:
+            each.generation_config = settings
 
 
 def runnable(model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -29,7 +29,7 @@ from sparseft.distributed import ranks
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import dumps, write_text
 from sparseft.files.untrusted import read_bytes, why
-from sparseft.models.decoder import context_length, language_model, runnable
+from sparseft.models.decoder import context_length, plain_generation, runnable
 from sparseft.rules import show
 from sparseft.runs.folder import SAMPLES
 from sparseft.runs.metrics import read_metrics, step_of
@@ -227,18 +227,12 @@ def _undisturbed(model: Any) -> Iterator[None]:
     modes and random numbers are as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     cuda = [model.device] if model.device.type == "cuda" else []
-    models = [each for each in {model, language_model(model)} if "generation_config" in vars(each)]
-    own = [(each, each.generation_config) for each in models]
     try:
-        for each, _ in own:  # what a call does not say, transformers takes from there
-            each.generation_config = transformers.GenerationConfig()
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda), runnable(model):
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda), runnable(model), plain_generation(model):
             torch.manual_seed(0)
             yield
     finally:
-        for each, settings in own:
-            each.generation_config = settings
         for module, training in modes:
             module.training = training
 
