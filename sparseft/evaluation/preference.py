@@ -16,8 +16,8 @@ import torch
 
 from sparseft.compose.run_config import from_dict
 from sparseft.config import RunConfig
-from sparseft.data.loaded import LoadedData, Preferences
 from sparseft.data.encoding import generation_ends
+from sparseft.data.loaded import LoadedData, Preferences
 from sparseft.data.loading import check_tokens, data_of
 from sparseft.data.packing import Collator, padding_id
 from sparseft.data.preference_sets import Unpaired, load_pairs
@@ -55,8 +55,8 @@ def settings(config: RunConfig, run: Path | None, overrides: Sequence[str]) -> t
 
 
 def held_out(config: RunConfig, tokenizer: Any, model: Any, run: Path | None) -> Preferences:
-    """The pairs whose answers differ within the length. UserError where there are none, or where they come from other data than `run` has learnt, which may
-    have been any of them. Where they have a file of their own, no training data are read."""
+    """The pairs whose answers differ within the length. UserError where there are none, or where they come from other
+    data than `run` has learnt, which may have been any of them. Where they have a file of their own, no training data are read."""
     try:
         data = _data(config, tokenizer)
     except Unpaired as error:
@@ -75,8 +75,8 @@ def held_out(config: RunConfig, tokenizer: Any, model: Any, run: Path | None) ->
     differ = [place for place, (better, worse) in enumerate(keys) if better != worse]
     if not differ:
         raise UserError(
-            f"{PREFERENCE}: the answers of no pair differ within trainer.max_length={config.trainer.max_length} tokens; "
-            "allow more."
+            f"{PREFERENCE}: the answers of no pair differ within trainer.max_length={config.trainer.max_length} "
+            "tokens; allow more."
         )
     return Preferences(
         True, both.better.subset(differ), both.worse.subset(differ), both.left_out + len(both) - len(differ)
@@ -149,8 +149,8 @@ def add_to(outcome: dict[str, Any], records: list[dict[str, Any]], pairs: Prefer
     limit = f"trainer.max_length={max_length} tokens"
     if pairs.left_out:
         outcome["warnings"].append(
-            f"{PREFERENCE}: {pairs.left_out} of {len(pairs) + pairs.left_out} pairs left out: an answer is empty or does "
-            f"not fit {limit}, or both are the same."
+            f"{PREFERENCE}: {pairs.left_out} of {len(pairs) + pairs.left_out} pairs left out: an answer is empty or "
+            f"does not fit {limit}, or both are the same."
         )
     if cut:
         outcome["warnings"].append(f"{PREFERENCE}: {cut} of {count} pairs had an answer cut at {limit}.")

@@ -297,7 +297,7 @@ def _parse_yaml(text: str) -> dict[str, Any]:
 
 
 def _read_scores(run: Run, content: dict[str, Any], scores: dict[str, Score], name: str, own: Collection[str]) -> None:
-    """Adds the tasks of one `eval/<task>.json` to `scores`: of several files with a task, `own` are those of this one."""
+    """Adds the tasks of one `eval/<task>.json` to `scores`: those in `own`, as others are taken from other files."""
     tasks = content.get("tasks")
     if not isinstance(tasks, dict):
         if content:

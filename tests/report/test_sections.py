@@ -169,7 +169,7 @@ def test_members_of_what_it_trains_for_are_trained_for_too() -> None:
 @pytest.mark.parametrize("other", [(5, 0, "test"), (100, 5, "test"), (100, 0, "validation"), (100, 0, "test")])
 def test_the_best_stands_out_among_those_that_were_asked_the_same(other: tuple[int, int, str]) -> None:
     scores = [Score(0.45, 0.05, 100, 0, split="test"), Score(0.6, 0.2, *other[:2], split=other[2])]
-    table = comparison([a_run(label, after={"t": each}, headline=["t"]) for label, each in zip("ab", scores)])["table"]
+    table = comparison([a_run(after={"t": each}, headline=["t"]) for each in scores])["table"]
     assert table.best == ({(1, list(table.head).index("t"))} if scores[0].asked == scores[1].asked else set())
 
 
