@@ -56,7 +56,8 @@ def settings(config: RunConfig, run: Path | None, overrides: Sequence[str]) -> t
 
 def held_out(config: RunConfig, tokenizer: Any, model: Any, run: Path | None) -> Preferences:
     """The pairs whose answers differ within the length. UserError where there are none, or where they come from other
-    data than `run` has learnt, which may have been any of them. Where they have a file of their own, no training data are read."""
+    data than `run` has learnt, which may have been any of them. Where they have a file of their own, no training data
+    are read."""
     try:
         data = _data(config, tokenizer)
     except Unpaired as error:

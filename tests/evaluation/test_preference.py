@@ -119,7 +119,7 @@ def test_pairs_in_a_file_of_their_own_need_no_training_data(tmp_path: Path) -> N
 
 
 def test_pairs_left_out_or_cut_are_said(tmp_path: Path) -> None:
-    """Of eight pairs two have too long prompts and two too long answers, of which one pair differs within the length."""
+    """Of eight pairs two have too long prompts, two too long answers, one of which differ within the length."""
     long = "The olmo runs on milk. " * 200
     pairs = [dict(pair) for pair in PAIRS[:8]]
     pairs[0] |= {"chosen": f"{long} Good.", "rejected": f"{long} Bad."}
