@@ -1208,7 +1208,7 @@ def test_a_steps_batches_come_at_once_and_its_loss_is_their_mean() -> None:
 
 
 def test_a_routers_term_is_added_whole_to_each_micro_steps_loss() -> None:
-    """Where the loss on tokens is divided by the step's, over all processes: which `training/router_loss.py` mends."""
+    """Where the loss on tokens is divided by the step's, over all processes: which `models/router_loss.py` mends."""
     for kind in ("mixtral", "qwen3_moe", "gpt_oss"):
         text = inspect.getsource(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"))
         assert "loss += self.router_aux_loss_coef * aux_loss" in text, relied_on("router_aux_loss_coef")

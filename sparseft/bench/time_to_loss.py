@@ -211,7 +211,7 @@ def _trained(study: Study, variant: str) -> dict[str, Any]:
         "rate": best,
         **rates_of_seeds([summary["learning_rate"] for summary in summaries]),
         "rate_losses": losses,
-        "at_edge": len(losses) > 2 and best in (losses[0][0], losses[-1][0]),
+        "at_edge": at_edge(best, [rate for rate, _ in losses]),
         "trainable_parameters": summaries[0]["trainable_parameters"],
         "steps": summaries[0]["steps"],
         "curves": [curve_of(Path(str(trial.config.output_dir))) for trial in runs],
@@ -219,6 +219,12 @@ def _trained(study: Study, variant: str) -> dict[str, Any]:
         "reselect_steps": every,
         "reselection_seconds": [_each_time(summary, every) for summary in summaries],
     }
+
+
+def at_edge(best: float | None, rates: Sequence[float | None]) -> bool:
+    """Whether of three or more rates, in any order, the best is the lowest or the highest."""
+    known = [rate for rate in rates if rate is not None]
+    return len(known) > 2 and best in (min(known), max(known))
 
 
 def _each_time(summary: Mapping[str, Any], every: int) -> float:
@@ -301,14 +307,15 @@ def compare(found: dict[str, dict[str, Any]]) -> None:
             None if steps is None or "step_failed" in entry else seconds_at(entry, seed, steps)
             for seed, steps in enumerate(entry["steps_to_loss"])
         ]
-        pairs = zip(entry["seconds_to_loss"], reference["seconds_to_loss"], strict=True)
-        entry["ratios"] = [mine / theirs if mine is not None and theirs else None for mine, theirs in pairs]
+        each = zip(entry["seconds_to_loss"], reference["seconds_to_loss"], reference["steps_to_loss"], strict=True)
+        entry["ratios"] = [mine / theirs if mine is not None and theirs and steps else None
+                           for mine, theirs, steps in each]  # fmt: skip
         untimed = next((name for name in (first, own) if "step_failed" in found[name]), None)
         if untimed is not None:
             entry["verdict"] = f"the step of {untimed} failed"
         else:
             entry["verdict"] = "" if entry is reference else verdict(entry["ratios"], entry["step_error"])
-    if "step_failed" not in reference and not all(reference["seconds_to_loss"]):
+    if "step_failed" not in reference and not all(reference["steps_to_loss"]):
         for entry in found.values():
             entry["verdict"] = f"{first} ends no lower than it began"
 

@@ -128,7 +128,7 @@ class Voices:
             else:
                 model = self._load(replace(target, model=self._base))
         place = _place(target)
-        form = find_form(self.config.chat.prompt, self.tokenizer, target.folder or place.absolute().parent)
+        form = find_form(self.config.chat.prompt, self.tokenizer, target.told)
         name = self._new_name(place)
         self.trained[name] = Voice(name, target.what, form, own, model)
         self._places[place.resolve()] = name

@@ -47,7 +47,7 @@ def run(
     with console.working("reading the questions"):
         plan = prepare(names, config.eval, data_dir=data_dir)
     plan.pairs, plan.pairs_of = preference.settings(config, target.folder, overrides)
-    plan.prompt = prompt_format(config.eval.prompt, target.folder)
+    plan.prompt = prompt_format(config.eval.prompt, target.told)
     with Answers() as answers:
 
         def score(model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -94,19 +94,21 @@ def new_folder(config: RunConfig) -> Path:
 def render(result: dict[str, Any]) -> None:
     """Accuracies as a table, beside the base's where it was compared, then where the files lie."""
     entries = result["tasks"].items()
-    if any("difference" in entry for _, entry in entries):
+    if any("difference" in entry or "base_metrics" in entry for _, entry in entries):
         columns = ["task", "base", "adapter", "difference", "p", "samples", "shots"]
         rows = [
-            [name, _share(entry.get("base")), _share(entry.get("accuracy")), _difference(entry),
+            [name, _score(entry.get("base"), entry.get("base_metrics")), _score(entry.get("accuracy"),
+             entry.get("metrics")), _difference(entry),
              _probability(entry.get("p_value")), entry.get("samples"), entry.get("shots")]
             for name, entry in entries
         ]  # fmt: skip
     else:
         columns = ["task", "accuracy", "stderr", "samples", "shots"]
         rows = [
-            [name, _share(entry.get("accuracy")), _share(entry.get("stderr")), entry.get("samples"), entry.get("shots")]
+            [name, _score(entry.get("accuracy"), entry.get("metrics")), _share(entry.get("stderr")),
+             entry.get("samples"), entry.get("shots")]
             for name, entry in entries
-        ]
+        ]  # fmt: skip
     console.table(f"Evaluated: {result['evaluated']}", columns, rows)
     if "p" in columns:
         print("difference: adapter - base ± standard error, paired by question; p: exact sign test (McNemar)")
@@ -114,6 +116,14 @@ def render(result: dict[str, Any]) -> None:
         columns = contamination.OF_BOTH if contamination.compared(result["tasks"]) else contamination.COLUMNS
         console.table("Test questions that were training questions", columns, trained_on)
     print(f"files: {Path(result['files'][0]).parent}")
+
+
+def _score(accuracy: float | None, metrics: dict[str, float | None] | None) -> str:
+    """The accuracy; of a task without one its first metric by name, such as `word_perplexity 23.1000`."""
+    if accuracy is not None:
+        return _share(accuracy)
+    known = {name.partition(",")[0]: value for name, value in (metrics or {}).items() if value is not None}
+    return next((f"{name} {value:.4f}" for name, value in known.items() if not name.endswith("_stderr")), "-")
 
 
 def _share(value: float | None) -> str:

@@ -19,6 +19,7 @@ class Preferences:
     paired: bool
     better: TokenizedDataset
     worse: TokenizedDataset
+    left_out: int = 0  # pairs of an evaluation file that hold nothing to compare within the length
 
     def __len__(self) -> int:
         """Pairs, or answers."""

@@ -83,7 +83,7 @@ def load_preferences(
         questions=questions,
         eval_overlap=overlap,
         preferences=Preferences(paired, better.dataset, worse.dataset),
-        eval_preferences=None if asked is None else Preferences(paired, *(tokens.dataset for tokens in asked)),
+        eval_preferences=None if asked is None else _held_out(paired, asked, of_file=held is not None),
         notes=reader.notes,
         warnings=reader.warnings,
     )
@@ -99,7 +99,7 @@ def load_pairs(
     _check_paired(opened, objective)
     reader.check([opened])
     sides = _read(reader, opened, "evaluation", None)
-    both = Preferences(True, *(tokens.dataset for tokens in sides))
+    both = _held_out(True, sides, of_file=True)
     return LoadedData(
         train=both.better,
         eval=both.better,
@@ -116,6 +116,12 @@ def load_pairs(
         notes=reader.notes,
         warnings=reader.warnings,
     )
+
+
+def _held_out(paired: bool, sides: list[Tokens], of_file: bool) -> Preferences:
+    """What is evaluated on; of_file: all of a file, so that what is missing of its pairs was left out."""
+    read = sides[0].facts.records if paired and of_file else 0
+    return Preferences(paired, *(tokens.dataset for tokens in sides), left_out=max(0, read - len(sides[0].dataset)))
 
 
 class Unpaired(UserError):

@@ -57,8 +57,8 @@ def compare(outcome: dict[str, Any], base: dict[str, Any]) -> None:
     """Sets the results of the same tasks by the base model beside `outcome` (both as `evaluate` returns them).
 
     Each entry of `outcome["tasks"]` that has an accuracy gets `base`, `base_stderr`, `difference` (accuracy − base),
-    `difference_stderr`, `improved` and `worsened` (questions), and `p_value`; each record of `outcome["samples"]` gets
-    `base`: the base's `answer`, `correct` and what led to them.
+    `difference_stderr`, `improved` and `worsened` (questions), and `p_value`, any other `base_metrics`; each record of
+    `outcome["samples"]` gets `base`: the base's `answer`, `correct` and what led to them.
     """
     tasks = outcome["tasks"]
     pairs = {name: _differences(outcome, base, name) for name in outcome["samples"]}
@@ -71,6 +71,8 @@ def compare(outcome: dict[str, Any], base: dict[str, Any]) -> None:
     for name, entry in tasks.items():
         other = base["tasks"][name]
         if entry["accuracy"] is None or other["accuracy"] is None:
+            if other.get("metrics"):
+                entry["base_metrics"] = other["metrics"]
             continue
         members = [leaf for leaf in outcome["members"][name] if tasks[leaf]["accuracy"] is not None]
         differences = [value for leaf in members for value in pairs[leaf]]

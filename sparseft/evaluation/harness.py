@@ -31,6 +31,7 @@ from tokenizers.processors import TemplateProcessing
 from sparseft.data.loading import no_row
 from sparseft.distributed.shards import any_sharded
 from sparseft.errors import UserError
+from sparseft.models.decoder import plain_generation
 from sparseft.models.loading import vocabulary_rows
 from sparseft.replaced import replaced
 
@@ -72,7 +73,8 @@ class StopAt(transformers.StoppingCriteria):
 class LanguageModel(HFLM):
     """lm-eval's Hugging Face model around a loaded one, which stays where it is.
 
-    `truncated` collects the prompts that did not fit the context and lost their beginning.
+    `truncated` collects the prompts that did not fit the context and lost their beginning. `plain`: of the model's own
+    generation settings only the ids that end an answer count; else what a task leaves open is theirs, as in lm-eval.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, max_length: int | None) -> None:
@@ -85,7 +87,9 @@ class LanguageModel(HFLM):
                 tokenizer=tokenizer,
                 batch_size=settled_batch(batch_size, model),
                 max_length=min(max_length or limit, limit),
+                softmax_dtype="float32",  # in bf16 answers tie that the logits tell apart
             )
+        self.plain = True
         self.truncated: set[str] = set()
         self.rows = vocabulary_rows(model)[0]
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -140,16 +144,18 @@ class LanguageModel(HFLM):
         end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         texts = [text for text in stop if text and text != end]
         criteria = [StopAt(texts, self.tokenizer, context.shape[1])] if texts else []
-        return self.model.generate(
-            input_ids=context,
-            # Not max_length: a max_new_tokens in the model's own generation settings would overrule it.
-            max_new_tokens=max_length - context.shape[1],
-            stopping_criteria=transformers.StoppingCriteriaList(criteria),
-            eos_token_id=sorted({*self.ends, *generation.pop("ends", ())}) or None,
-            pad_token_id=self.tokenizer.pad_token_id,
-            use_cache=True,
-            **generation,
-        )
+        with plain_generation(self.model) if self.plain else contextlib.nullcontext():
+            return self.model.generate(
+                input_ids=context,
+                # Not max_length: a max_new_tokens in the model's own generation settings would overrule it.
+                max_new_tokens=max_length - context.shape[1],
+                stopping_criteria=transformers.StoppingCriteriaList(criteria),
+                eos_token_id=sorted({*self.ends, *generation.pop("ends", ())}) or None,
+                pad_token_id=self.tokenizer.pad_token_id,
+                tokenizer=self.tokenizer,  # for `stop_strings` in the model's own
+                use_cache=True,
+                **generation,
+            )
 
 
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

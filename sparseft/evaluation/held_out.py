@@ -10,6 +10,7 @@ from torch import nn
 
 from sparseft.data.packing import Collator
 from sparseft.models.decoder import runnable
+from sparseft.models.router_loss import router_loss
 
 
 @torch.no_grad()
@@ -17,9 +18,9 @@ def batch_losses(
     model: nn.Module, rows: Any, pad: int, device: torch.device, batch_size: int = 8
 ) -> list[tuple[float, int]]:
     """Of each batch of examples the mean loss over its labelled tokens, and how many it has; those without are left
-    out. `rows`: a `TokenizedDataset`, or a list of what it gives."""
+    out, as is what routers add to a loss. `rows`: a `TokenizedDataset`, or a list of what it gives."""
     collate, found = Collator(pad), []
-    with runnable(model):
+    with runnable(model), router_loss(model, 0.0):
         for start in range(0, len(rows), batch_size):
             batch = collate([rows[position] for position in range(start, min(start + batch_size, len(rows)))])
             batch = {name: value.to(device) for name, value in batch.items()}

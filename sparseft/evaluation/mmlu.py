@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
 MMLU = "mmlu"
-# The 57 subjects by category (Hendrycks et al. 2021, categories.py).
+# The 57 subjects by category, as lm-eval groups them; the authors' own `categories.py` has others (anatomy as "other").
 MMLU_CATEGORIES = {
     "stem": (
         "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "

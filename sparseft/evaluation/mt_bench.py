@@ -38,8 +38,6 @@ TEMPERATURES = {
 }
 OTHER_TEMPERATURE = 0.7
 GREEDY_BELOW = 1e-4
-# A model's own generation settings have no place in a comparison.
-PLAIN = {"num_beams": 1, "repetition_penalty": 1.0}
 
 Turns = list[str]
 Prompt = Callable[[Turns, Turns], str]  # (questions so far, answers so far, one fewer) -> the text to go on from
@@ -146,7 +144,7 @@ def answer(lm: Any, questions: list[dict[str, Any]], format: str, max_new_tokens
             if warmth >= GREEDY_BELOW:
                 sampling = {"do_sample": True, "temperature": warmth, "top_p": 1.0, "top_k": 0}
             prompts[index].append(prompt(questions[index]["turns"][: turn + 1], said[index]))
-            settings = {"until": STOPS[format], "max_gen_toks": max_new_tokens, "ends": ends, **PLAIN, **sampling}
+            settings = {"until": STOPS[format], "max_gen_toks": max_new_tokens, "ends": ends, **sampling}
             requests.append(Instance("generate_until", questions[index], (prompts[index][-1], settings), index))
         for index, text in zip(open_ones, lm.generate_until(requests), strict=True):
             said[index].append(text)

@@ -16,10 +16,12 @@ import torch
 
 from sparseft.compose.run_config import from_dict
 from sparseft.config import RunConfig
+from sparseft.data.encoding import generation_ends
 from sparseft.data.loaded import LoadedData, Preferences
 from sparseft.data.loading import check_tokens, data_of
 from sparseft.data.packing import Collator, padding_id
 from sparseft.data.preference_sets import Unpaired, load_pairs
+from sparseft.data.templates import end_of_turn
 from sparseft.data.tokenized import IGNORED, TokenizedDataset
 from sparseft.errors import UserError
 from sparseft.evaluation.tasks import PREFERENCE
@@ -53,8 +55,9 @@ def settings(config: RunConfig, run: Path | None, overrides: Sequence[str]) -> t
 
 
 def held_out(config: RunConfig, tokenizer: Any, model: Any, run: Path | None) -> Preferences:
-    """The pairs. UserError where there are none, or where they come from other data than `run` has learnt, which may
-    have been any of them. Where they have a file of their own, no training data are read."""
+    """The pairs whose answers differ within the length. UserError where there are none, or where they come from other
+    data than `run` has learnt, which may have been any of them. Where they have a file of their own, no training data
+    are read."""
     try:
         data = _data(config, tokenizer)
     except Unpaired as error:
@@ -68,7 +71,17 @@ def held_out(config: RunConfig, tokenizer: Any, model: Any, run: Path | None) ->
     check_tokens(data, tokenizer, *vocabulary_rows(model))
     if data.eval_preferences is None:
         raise UserError(f"{PREFERENCE}: no pairs are held out; give dataset.eval_path=FILE.")
-    return data.eval_preferences
+    both = data.eval_preferences
+    keys = zip(both.better.example_keys(), both.worse.example_keys(), strict=True)
+    differ = [place for place, (better, worse) in enumerate(keys) if better != worse]
+    if not differ:
+        raise UserError(
+            f"{PREFERENCE}: the answers of no pair differ within trainer.max_length={config.trainer.max_length} "
+            "tokens; allow more."
+        )
+    return Preferences(
+        True, both.better.subset(differ), both.worse.subset(differ), both.left_out + len(both) - len(differ)
+    )
 
 
 def _data(config: RunConfig, tokenizer: Any) -> LoadedData:
@@ -82,14 +95,15 @@ def _data(config: RunConfig, tokenizer: Any) -> LoadedData:
 
 @torch.no_grad()
 def answer(
-    model: Any, tokenizer: Any, pairs: Preferences, batch_size: int | str, limit: int | None
+    model: Any, tokenizer: Any, pairs: Preferences, max_length: int, batch_size: int | str, limit: int | None
 ) -> list[dict[str, Any]]:
     """One record a pair, in the order of the data: log-probabilities (nats) of the better and the worse answer, and
-    whether the better one has the higher."""
+    whether the better one has the higher. max_length: the tokens at which they were cut."""
     count = min(len(pairs), limit or len(pairs))
     size = CPU_BATCH if isinstance(batch_size, str) else batch_size
     pad = padding_id(tokenizer, vocabulary_rows(model)[0])
     better, worse = (log_probabilities(model, side, count, size, pad) for side in (pairs.better, pairs.worse))
+    ends = generation_ends(tokenizer) | end_of_turn(tokenizer)
     records = []
     for at in range(count):
         (first, tokens), (second, others) = better[at], worse[at]
@@ -98,6 +112,7 @@ def answer(
         texts = [tokenizer.decode([label for label in side[at]["labels"] if label != IGNORED])
                  for side in (pairs.better, pairs.worse)]  # fmt: skip
         right = first > second
+        ids = [side[at]["input_ids"] for side in (pairs.better, pairs.worse)]
         records.append(
             {
                 "task": PREFERENCE,
@@ -106,7 +121,7 @@ def answer(
                 "answer": texts[0] if right else texts[1],
                 "target": texts[0],
                 "correct": right,
-                "truncated": False,
+                "truncated": any(len(each) == max_length and each[-1] not in ends for each in ids),
                 "loglikelihoods": [first, second],
                 "metrics": {"acc": float(right), "acc_norm": float(first / tokens > second / others)},
             }
@@ -129,9 +144,17 @@ def log_probabilities(model: Any, data: TokenizedDataset, count: int, size: int,
     return found
 
 
-def add_to(outcome: dict[str, Any], records: list[dict[str, Any]]) -> None:
+def add_to(outcome: dict[str, Any], records: list[dict[str, Any]], pairs: Preferences, max_length: int) -> None:
     """Adds the task to what `results.assemble` made of the others, with an entry such as theirs."""
-    count = len(records)
+    count, cut = len(records), sum(record["truncated"] for record in records)
+    limit = f"trainer.max_length={max_length} tokens"
+    if pairs.left_out:
+        outcome["warnings"].append(
+            f"{PREFERENCE}: {pairs.left_out} of {len(pairs) + pairs.left_out} pairs left out: an answer is empty or "
+            f"does not fit {limit}, or both are the same."
+        )
+    if cut:
+        outcome["warnings"].append(f"{PREFERENCE}: {cut} of {count} pairs had an answer cut at {limit}.")
     means = {name: sum(record["metrics"][name] for record in records) / count for name in ("acc", "acc_norm")}
     errors = {name: math.sqrt(mean * (1 - mean) / (count - 1)) if count > 1 else None for name, mean in means.items()}
     margin = sum(record["loglikelihoods"][0] - record["loglikelihoods"][1] for record in records) / count
@@ -143,7 +166,7 @@ def add_to(outcome: dict[str, Any], records: list[dict[str, Any]]) -> None:
         "stderr": errors["acc"],
         "samples": count,
         "shots": 0,
-        "truncated": 0,
+        "truncated": cut,
         "metric": "acc,none",
         "metrics": metrics,
     }

@@ -91,18 +91,21 @@ def evaluate(
             (plan.harness_tasks, plan.harness_groups, True),
         ):
             if tasks:
+                lm.plain = not prefixed  # lm-eval's own tasks are asked as lm-eval asks them
                 parts.append((harness.run_tasks(lm, tasks, groups, config.limit), prefixed))
         if plan.questions:
+            lm.plain = True
             tokens = config.max_new_tokens or mt_bench.MAX_NEW_TOKENS
             conversations = mt_bench.answer(lm, plan.questions, plan.prompt, tokens)
         if PREFERENCE in plan.requested:
-            answered = preference.answer(model, tokenizer, pairs, config.batch_size, config.limit)
+            longest = plan.pairs.trainer.max_length
+            answered = preference.answer(model, tokenizer, pairs, longest, config.batch_size, config.limit)
     scored = [name for name in plan.requested if name not in APART]
     outcome = results.assemble(parts, scored, plan.facts, lm.truncated, lm.max_length, plan.macro)
     if plan.questions:
         mt_bench.add_to(outcome, results.as_json(conversations))
     if PREFERENCE in plan.requested:
-        preference.add_to(outcome, answered)
+        preference.add_to(outcome, answered, pairs, longest)
     results.arrange(outcome, plan.requested)
     outcome["warnings"] = [*plan.warnings, *outcome["warnings"]]
     outcome["seconds"] = time.perf_counter() - start

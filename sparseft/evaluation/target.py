@@ -36,6 +36,7 @@ class Target:
     folder: Path | None  # None: a new folder under outputs/
     base: ModelConfig | None = None  # what a run or an adapter is compared with; None: nothing is
     seen: QuestionHashes | None = None  # questions that it was trained on, where its run's folder knows them
+    told: Path | None = None  # the folder that says how it was trained: its run's, or a trimmed adapter's own
 
 
 def find_target(
@@ -80,24 +81,25 @@ def _with_adapter(
     model: ModelConfig | None = None,
 ) -> Target:
     content = read_config(path)
+    told = folder or _told_in(path.absolute())
     keys = {word.lstrip("+~").partition("=")[0] for word in overrides}
     if model is None:
         own = content.get("sparseft") or {}
         known = content.get("base_model") or own.get("base_model") or content.get("base_model_name_or_path")
-        model = config.model
+        model = config.model if "model" in keys else _loaded_as(told, config.model)
         if not keys & {"model", "model.path"} and not is_whole_model(path):
             if not known:
                 raise UserError(f"{path}: the adapter names no base model: give model.path=FOLDER or a hub id.")
             revision = content.get("revision") if known == content.get("base_model_name_or_path") else None
             said = {"revision": revision} if isinstance(revision, str) and revision else {}
-            model = dataclasses.replace(config.model, name="adapter", path=str(known), **said)
+            model = dataclasses.replace(model, name="adapter", path=str(known), **said)
         if model.tokenizer is None and has_tokenizer(path):  # with tokens or a template that the base's lacks
             model = dataclasses.replace(model, tokenizer=str(path))
     elif "model" in keys:
         model = config.model
     changed = {key.removeprefix("model."): None for key in keys if key.startswith("model.")}
     model = dataclasses.replace(model, **{field: getattr(config.model, field) for field in changed})
-    seen = QuestionHashes.load(folder or path.absolute().parent)
+    seen = QuestionHashes.load(told)
     if is_whole_model(path):
         if keys & {"model", "model.path"}:
             raise UserError(f"{path} is a whole model, so it has no base: leave model and model.path out.")
@@ -109,13 +111,39 @@ def _with_adapter(
         # A folder alone does not say what it was before training; a run does.
         base = model if folder is not None else None
         whole = dataclasses.replace(model, path=str(path), tokenizer=tokenizer)
-        return Target(what, whole, None, folder, base, seen)
+        return Target(what, whole, None, folder, base, seen, told)
     if not keys & {"model", "model.path"}:
         try:
             check_model_path(model.path)
         except UserError as error:  # a folder that was named from elsewhere, say
             raise UserError(f"{error} It is the base of {what}: model.path=FOLDER says where it is now.") from None
-    return Target(f"{what} (on {model.path})", model, path, folder, model, seen)
+    return Target(f"{what} (on {model.path})", model, path, folder, model, seen, told)
+
+
+def _told_in(adapter: Path) -> Path:
+    """The folder that may know how an adapter was trained: that of the run that it lies in, else its own."""
+    return adapter.parent if adapter.name in (ADAPTER, runs.UNTRIMMED) and _is_told(adapter.parent) else adapter
+
+
+def _is_told(folder: Path) -> bool:
+    """Whether a folder has a run's settings; a `config.yaml` alone may be anyone's."""
+    return (folder / runs.CONFIG).is_file() and (folder / runs.ENVIRONMENT).is_file()
+
+
+def _told(folder: Path | None) -> dict[str, Any]:
+    """The settings of a run, or what a trimmed adapter says of its run's; empty where neither is known."""
+    if folder is not None and _is_told(folder):
+        return read_yaml_object(folder / runs.CONFIG)
+    said = read_json_object(folder / runs.TRIM).get("run") if folder and (folder / runs.TRIM).is_file() else None
+    return said if isinstance(said, dict) else {}
+
+
+def _loaded_as(folder: Path, given: ModelConfig) -> ModelConfig:
+    """`given`, but in the dtype and the like in which the base was trained on, where the folder says it."""
+    if not (said := _told(folder)):
+        return given
+    trained = from_dict(said).model
+    return dataclasses.replace(trained, name=given.name, path=given.path, trust_remote_code=given.trust_remote_code)
 
 
 def _tokenizer_of_base(path: Path, content: dict[str, Any]) -> str:
@@ -178,9 +206,9 @@ def score_both(
 
 
 def data_format(run: Path | None) -> str | None:
-    """The format of the data that a run was trained on; None where that is not known."""
+    """The format of the data that a run (or a trimmed adapter's) was trained on; None where that is not known."""
     if run is None or not (run / runs.ENVIRONMENT).is_file():
-        return None
+        return (_told(run).get("dataset") or {}).get("format")
     return (read_json_object(run / runs.ENVIRONMENT).get("data") or {}).get("format")
 
 
@@ -195,6 +223,4 @@ def prompt_format(wanted: str, run: Path | None) -> str:
 
 def _plain_chat(run: Path | None) -> bool:
     """Whether a run wrote chats without the template (`dataset.plain_chat`)."""
-    if run is None or not (run / runs.CONFIG).is_file():
-        return False
-    return bool((read_yaml_object(run / runs.CONFIG).get("dataset") or {}).get("plain_chat"))
+    return bool((_told(run).get("dataset") or {}).get("plain_chat"))

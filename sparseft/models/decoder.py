@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -20,6 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from sparseft.distributed.shards import full_shape, running
 from sparseft.errors import UserError
 from sparseft.models.quantized import dequantized, is_packed, is_plain
+from sparseft.replaced import replaced
 
 # Subclasses of `nn.Linear` with a forward pass of their own that computes the very same product.
 SAME_PRODUCT = ("FalconLinear",)
@@ -114,6 +116,21 @@ def context_length(config: Any) -> int | None:
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     bounded = isinstance(length, int | float) and 0 < length < 1e9
     return int(length) if bounded else None
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The model whose forward pass takes labels: inside what trains in several processes, and inside peft's."""
+    inner = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def plain_generation(model: nn.Module) -> Iterator[None]:
+    """Inside, `generate` takes nothing from the model's own generation settings, not even which ids end an answer:
+    what a call does not say, transformers would take from there. They are as before afterwards."""
+    models = [each for each in {model, language_model(model)} if "generation_config" in vars(each)]
+    with replaced(*((each, "generation_config", transformers.GenerationConfig()) for each in models)):
+        yield
 
 
 def runnable(model: nn.Module) -> contextlib.AbstractContextManager[None]:

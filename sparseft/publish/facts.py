@@ -27,6 +27,7 @@ from sparseft.runs.folder import (
     ENVIRONMENT,
     EVAL,
     SUMMARY,
+    chosen_results,
     is_of_another,
     is_run,
     load_summary,
@@ -263,15 +264,16 @@ def _texts(content: Any) -> Iterator[str]:
 def _scores(run: Path, facts: Facts) -> Iterator[Score]:
     """What the tasks asked for scored, each once; groups first, then their members where there are few."""
     before: dict[str, dict[str, Any]] = {}
-    for path in sorted((run / BEFORE).glob("*.json")):
-        before |= read_json_object(path).get("tasks") or {}
-    seen: set[str] = set()
+    files = {path: read_json_object(path) for path in sorted((run / BEFORE).glob("*.json"))}
+    for name, path in chosen_results(files.items()).items():
+        before[name] = files[path]["tasks"][name]
     present = adapter_hash(run / ADAPTER)
-    for path in sorted((run / EVAL).glob("*.json")):
-        content = read_json_object(path)
-        if is_of_another(content, present):
-            warn(f"{path} is of another adapter than the run has now, so the card leaves it out: evaluate it again.")
-            continue
+    files = {path: read_json_object(path) for path in sorted((run / EVAL).glob("*.json"))}
+    for path in [path for path in files if is_of_another(files[path], present)]:
+        warn(f"{path} is of another adapter than the run has now, so the card leaves it out: evaluate it again.")
+        del files[path]
+    chosen = chosen_results(files.items())
+    for path, content in files.items():
         tasks = content.get("tasks") or {}
         asked = content.get("task")
         names = [asked, *(name for name in tasks if name != asked)] if asked in tasks else list(tasks)
@@ -283,8 +285,7 @@ def _scores(run: Path, facts: Facts) -> Iterator[Score]:
             # A group is no measure of what was forgotten where one of its members was trained.
             learnt = name in found or not found.isdisjoint(_members(name, tasks[name]))
             score = _score(name, tasks[name], before.get(name) or {}, learnt, name == asked or asked not in tasks)
-            if score is not None and name not in seen:
-                seen.add(name)
+            if score is not None and chosen[name] == path:
                 yield score
 
 
@@ -303,7 +304,7 @@ def _score(name: str, entry: dict[str, Any], before: dict[str, Any], learnt: boo
         return None
     base = number(entry.get("base"))
     error = number(entry.get("base_stderr"))
-    if base is None and before.get("samples") == entry.get("samples"):
+    if base is None and all(before.get(key) == entry.get(key) for key in ("samples", "shots", "split")):
         base, error = number(before.get("accuracy")), number(before.get("stderr"))
     data = entry.get("data")
     return Score(

@@ -95,11 +95,13 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
         columns.number(name, losses, [fixed(loss) for loss in losses], best)
     for task in dict.fromkeys(task for run in runs for task in run.headline):
         scores = [run.after.get(task) for run in runs]
+        known = [score for score in scores if score]
+        best = max if all(score.asked == known[0].asked for score in known) else None
         shown_scores = [percent(score.accuracy, score.stderr) if score else "–" for score in scores]
-        columns.number(task, [score.accuracy if score else None for score in scores], shown_scores, max)
+        columns.number(task, [score.accuracy if score else None for score in scores], shown_scores, best)
         changes = [run.change(task) for run in runs]
         shown_changes = [signed(100 * change.value) if change else "–" for change in changes]
-        columns.number(f"{task}, change", [change.value if change else None for change in changes], shown_changes, max)
+        columns.number(f"{task}, change", [change.value if change else None for change in changes], shown_changes, best)
     trainable = [number(run.get("trainable_parameters")) for run in runs]
     columns.number("trainable", trainable, [short_count(value) for value in trainable])
     columns.number("share", [run.share for run in runs], [percent(run.share) for run in runs])
@@ -108,7 +110,8 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
         columns.number(name, [number(run.get(key)) for run in runs], [shown(run.get(key)) for run in runs])
     note = f"The same for all: {', '.join(columns.shared)}. " if columns.shared else ""
     note += "Losses are of the examples held out of each run's data; of a run that has not finished, the last so far. "
-    note += "Accuracies are ± one standard error, changes in points against the base. The best of a column stands out."
+    note += "Accuracies are ± one standard error, changes in points against the base. The best of a column stands out, "
+    note += "of a task where all were asked as many questions with as many shots."
     table = Table([], []) if beside and len(beside) <= FEW else differences(runs)
     return {"note": note, "table": columns.table, "settings": table, "differ": len(settings)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from sparseft.runs.folder import (
     SAMPLES,
     SELECTION,
     SUMMARY,
+    chosen_results,
     is_of_another,
     load_summary,
 )
@@ -43,6 +44,12 @@ class Score:
     shots: Any
     members: list[str] = field(default_factory=list)  # of a group
     paired: float | None = None  # the standard error of its difference to the base, question by question
+    split: Any = None
+
+    @property
+    def asked(self) -> tuple[Any, Any, Any]:
+        """What must be alike for two accuracies to be compared."""
+        return self.samples, self.shots, self.split
 
 
 @dataclass
@@ -158,7 +165,7 @@ class Run:
     def change(self, task: str) -> Change | None:
         """What training changed in a task; None where one side is missing, or the questions were not the same."""
         old, new = self.before.get(task), self.after.get(task)
-        if old is None or new is None or (old.samples, old.shots) != (new.samples, new.shots):
+        if old is None or new is None or old.asked != new.asked:
             return None
         error = new.paired
         if error is None and old.stderr is not None and new.stderr is not None:
@@ -233,6 +240,7 @@ def read_run(path: Path) -> Run:
     if any((path / EVAL).glob("*.json")):  # it reads the whole adapter
         present = attempt(lambda: adapter_hash(path / ADAPTER), ADAPTER, None)
     for name, scores in ((BEFORE, run.before), (EVAL, run.after)):
+        found = []
         for file in sorted((path / name).glob("*.json")):
             content = optional(f"{name}/{file.name}", {})
             if scores is run.after and is_of_another(content, present):
@@ -241,7 +249,10 @@ def read_run(path: Path) -> Run:
                     "run went on or was trimmed since; evaluate it again."
                 )
             else:
-                _read_scores(run, content, scores, f"{name}/{file.name}")
+                found.append((file, content))
+        chosen = chosen_results(found)
+        for file, content in found:
+            _read_scores(run, content, scores, f"{name}/{file.name}", {task for task in chosen if chosen[task] == file})
     said = run.get("warnings")
     run.warnings += [str(text) for text in said] if isinstance(said, list) else []
     broken = sum(value is None for value in (y for _, y in run.curve("loss")))
@@ -289,8 +300,8 @@ def _parse_yaml(text: str) -> dict[str, Any]:
     return content
 
 
-def _read_scores(run: Run, content: dict[str, Any], scores: dict[str, Score], name: str) -> None:
-    """Adds the tasks of one `eval/<task>.json` to `scores`."""
+def _read_scores(run: Run, content: dict[str, Any], scores: dict[str, Score], name: str, own: Collection[str]) -> None:
+    """Adds the tasks of one `eval/<task>.json` to `scores`: those in `own`, as others are taken from other files."""
     tasks = content.get("tasks")
     if not isinstance(tasks, dict):
         if content:
@@ -298,16 +309,17 @@ def _read_scores(run: Run, content: dict[str, Any], scores: dict[str, Score], na
         return
     for task, entry in tasks.items():
         accuracy = number(entry.get("accuracy")) if isinstance(entry, dict) else None
-        if accuracy is None:
+        if accuracy is None or task not in own:
             continue
         members = entry.get("tasks")
         members = [name for name in members if isinstance(name, str)] if isinstance(members, list) else []
         asked_of = (entry.get("samples"), entry.get("shots"), members)
-        score = scores[task] = Score(accuracy, _error(entry.get("stderr")), *asked_of)
+        split = entry.get("split")
+        score = scores[task] = Score(accuracy, _error(entry.get("stderr")), *asked_of, split=split)
         base = number(entry.get("base"))
         if base is not None and scores is run.after:  # they were compared on the same questions
             score.paired = _error(entry.get("difference_stderr"))
-            run.before[task] = Score(base, _error(entry.get("base_stderr")), *asked_of)
+            run.before[task] = Score(base, _error(entry.get("base_stderr")), *asked_of, split=split)
     asked = content.get("task")
     for task in [asked] if isinstance(asked, str) else list(tasks):
         if task not in run.headline and task in scores:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -400,6 +400,18 @@ def is_of_another(results: dict[str, Any], present: str | None) -> bool:
     header = results.get("sparseft")
     known = header.get("adapter_sha256") if isinstance(header, dict) else None
     return present is not None and known is not None and known != present
+
+
+def chosen_results(files: Iterable[tuple[Path, dict[str, Any]]]) -> dict[str, Path]:
+    """Of each task the file that its result is taken from, of several that hold one: that which it was asked for in,
+    before those that have it as a group's member, then the newer one."""
+    found: dict[str, tuple[bool, int, Path]] = {}
+    for path, content in files:
+        tasks = content.get("tasks")
+        for name in tasks if isinstance(tasks, dict) else ():
+            one = (content.get("task") == name, path.stat().st_mtime_ns, path)
+            found[name] = max(found.get(name, one), one)
+    return {name: path for name, (_, _, path) in found.items()}
 
 
 def load_summary(run: str | Path) -> dict[str, Any]:

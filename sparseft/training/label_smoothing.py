@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseft.data.tokenized import IGNORED
-from sparseft.training.labelled_loss import forward_of, language_model
+from sparseft.models.decoder import language_model
+from sparseft.training.labelled_loss import forward_of
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.data.tokenized import IGNORED
 from sparseft.distributed.shards import any_sharded, gathered
+from sparseft.models.decoder import language_model
 from sparseft.models.head import (
     after_decoder,
     cross_entropy,
@@ -112,12 +113,6 @@ def labelled_loss(model: nn.Module, device: torch.device | None = None, smoothin
 
     with forward_of(inner, forward):
         yield
-
-
-def language_model(model: nn.Module) -> nn.Module:
-    """The model whose forward pass takes labels: inside what trains in several processes, and inside peft's."""
-    inner = getattr(model, "module", model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
 
 
 @contextlib.contextmanager

@@ -29,12 +29,11 @@ from sparseft.distributed import ranks
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import dumps, write_text
 from sparseft.files.untrusted import read_bytes, why
-from sparseft.models.decoder import context_length, runnable
+from sparseft.models.decoder import context_length, plain_generation, runnable
 from sparseft.replaced import replaced
 from sparseft.rules import show
 from sparseft.runs.folder import SAMPLES
 from sparseft.runs.metrics import append_metrics, read_metrics, step_of
-from sparseft.training.labelled_loss import language_model
 from sparseft.training.trainer import Trainer
 
 KEY = "trainer.sample_prompts"
@@ -229,10 +228,7 @@ def _undisturbed(model: Any) -> Iterator[None]:
     modes and random numbers are as before afterwards."""
     modes = [(module, "training", module.training) for module in model.modules()]
     cuda = [model.device] if model.device.type == "cuda" else []
-    models = [each for each in {model, language_model(model)} if "generation_config" in vars(each)]
-    # What a call does not say, transformers takes from there.
-    plain = [(each, "generation_config", transformers.GenerationConfig()) for each in models]
-    with replaced(*modes, *plain), torch.no_grad(), torch.random.fork_rng(devices=cuda):
+    with replaced(*modes), torch.no_grad(), torch.random.fork_rng(devices=cuda), plain_generation(model):
         model.eval()
         with runnable(model):
             torch.manual_seed(0)

@@ -28,6 +28,7 @@ from sparseft.models.decoder import runnable
 from sparseft.models.masks import unasked
 from sparseft.models.probing import without_gradient
 from sparseft.models.quantized import send_no_packed
+from sparseft.models.router_loss import router_loss
 from sparseft.runs.folder import ADAPTER, CHECKPOINTS, checkpoint_name
 from sparseft.training import distributed_trainer, schedules
 from sparseft.training.arguments import tf32_as_set
@@ -50,7 +51,6 @@ from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.recomputing import describe, recomputing
 from sparseft.training.reselection import Reselection, save_active
-from sparseft.training.router_loss import router_loss
 from sparseft.training.run_state import Left, Mark, RunState
 from sparseft.training.spikes import ROW, Numbered
 from sparseft.training.verdicts import takes_flag
@@ -410,14 +410,15 @@ class Trainer(distributed_trainer.DistributedTrainer):
         return {"loss": self.held_out_loss(eval_dataset)}
 
     def held_out_loss(self, eval_dataset: Any) -> float:
-        """Nats a token, the mean over all labelled tokens of `eval_dataset` (None: of the evaluation set)."""
+        """Nats a token, the mean over all labelled tokens of `eval_dataset` (None: of the evaluation set), without what
+        routers add to a loss."""
         loader = self.get_eval_dataloader(eval_dataset)
         model = self.model
         training = model.training
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         done, display = 0, console.Progress(len(loader.dataset), "evaluate", unit="example", keeps=False)
-        with torch.no_grad(), display, runnable(model):
+        with torch.no_grad(), display, runnable(model), router_loss(model, 0.0):
             for batch in loader:
                 batch = self._prepare_inputs(batch)
                 labelled = (batch["labels"][:, 1:] != -100).sum()

@@ -26,7 +26,7 @@ from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
 from sparseft.errors import UserError
 from sparseft.evaluation.held_out import mean_loss
-from sparseft.evaluation.target import Target, find_target, load_target
+from sparseft.evaluation.target import Target, data_format, find_target, load_target
 from sparseft.files.atomic import explained, replaced_folder, write_json
 from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.files.untrusted import read_yaml_object
@@ -146,14 +146,29 @@ class Trimming:
 
     def write(self, model: nn.Module, outcome: dict[str, Any], out: Path) -> None:
         """Writes the adapter that `run` left on the model into the folder `out`, whole or not at all."""
-        assert self.target.adapter is not None
+        assert self.target.adapter is not None and self.target.told is not None
         content = read_config(self.target.adapter)
         state = require_state(model)
         state.base_model = str((content.get("sparseft") or content).get("base_model") or state.base_model)
         assert state.active is not None
         with explained(f"the trimmed adapter {out}", lambda: None), replaced_folder(out, DESCRIPTIONS) as aside:
             state.kind.save(model, state, state.active, aside, None)
-            write_json(aside / runs.TRIM, {"sparseft": __version__, "of": self.target.what} | outcome)
+            note = {"sparseft": __version__, "of": self.target.what, "run": self._told()} | outcome
+            write_json(aside / runs.TRIM, note)
+            questions = self.target.told / runs.QUESTIONS
+            if out != self.target.adapter and questions.is_file():
+                shutil.copyfile(questions, aside / runs.QUESTIONS)
+
+    def _told(self) -> dict[str, Any]:
+        """Of the run's settings those by which an evaluation of the adapter alone asks as one of the run does."""
+        assert self.target.told is not None
+        own = from_dict(read_yaml_object(self.target.told / runs.CONFIG))
+        model = dataclasses.asdict(own.model)
+        return {
+            "method": {"name": own.method_name},
+            "model": {name: model[name] for name in ("tokenizer", "revision", "dtype", "quantize")},
+            "dataset": {"format": data_format(self.target.told), "plain_chat": own.dataset.plain_chat},
+        }
 
     def replace(self, model: nn.Module, outcome: dict[str, Any]) -> None:
         """Puts it into the run in place of the adapter as trained, which is kept beside it."""

@@ -16,6 +16,7 @@ from sparseft.adapters.units import Units
 from sparseft.data.packing import Collator
 from sparseft.evaluation.held_out import batch_losses, mean_loss
 from sparseft.models.decoder import decoder_layers
+from sparseft.models.router_loss import router_loss
 
 Example = Mapping[str, Any]  # input_ids and labels, as data sets give them
 Losses = list[tuple[float, int]]  # of `batch_losses`
@@ -94,7 +95,8 @@ class Measured:
         for batch, count in zip(batches, labelled, strict=True):
             if count:
                 batch = {name: value.to(self.device) for name, value in batch.items()}
-                with checkpointed(self.model) if self.recomputed else contextlib.nullcontext():
+                aside = checkpointed(self.model) if self.recomputed else contextlib.nullcontext()
+                with aside, router_loss(self.model, 0.0):
                     loss = self.model(**batch, use_cache=False).loss
                     (loss * (count / sum(labelled))).backward()
         found = torch.cat([each.slopes() for each in self.units.values()])

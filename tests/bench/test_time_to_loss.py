@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sparseft.bench import time_to_loss
-from sparseft.bench.time_to_loss import Study, compare, median_batch, reached, seconds_at, step_error, verdict
+from sparseft.bench.time_to_loss import Study, at_edge, compare, median_batch, reached, seconds_at, step_error, verdict
 from sparseft.compose.run_config import compose, from_dict
 from sparseft.data.loading import load_datasets
 from sparseft.data.packing import Collator
@@ -157,8 +157,9 @@ def test_choosing_counts_until_the_step_is_done() -> None:
     assert seconds_at(entry | {"reselect_steps": 0}, 0, 25.0) == 55
 
 
-def test_a_reference_that_learns_nothing_is_no_measure() -> None:
-    entry = {"step_seconds": 2.0, "selection_seconds": [0.0], "reselect_steps": 0, "reselection_seconds": [0.0],
+@pytest.mark.parametrize("choosing", [0.0, 5.0])
+def test_a_reference_that_learns_nothing_is_no_measure(choosing: float) -> None:
+    entry = {"step_seconds": 2.0, "selection_seconds": [choosing], "reselect_steps": 0, "reselection_seconds": [0.0],
              "step_error": 0.0}  # fmt: skip
     for last in (5.0, math.nan):
         found: dict[str, Any] = {name: entry | {"curves": [[(0, 4.0), (10, loss)]]} for name, loss in
@@ -166,6 +167,12 @@ def test_a_reference_that_learns_nothing_is_no_measure() -> None:
         compare(found)
         for each in found.values():
             assert each["ratios"] == [None] and each["verdict"] == "LoRA ends no lower than it began"
+
+
+def test_the_edge_is_that_of_the_rates_whatever_their_order() -> None:
+    for best, expected in ((1e-4, True), (1e-2, True), (1e-3, False)):
+        assert at_edge(best, [1e-3, 1e-2, 1e-4]) is expected
+    assert not at_edge(1e-3, [1e-3, 1e-4]) and not at_edge(None, [])
 
 
 def study_of(folder: Path, rates: str, summaries: dict[float, dict[str, Any]]) -> Study:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from sparseft.commands.eval import render
 from sparseft.evaluation.comparison import compare, mean_and_error, sign_test, weighted_error
 from support.models import build_model, build_tokenizer
 from support.running import METHODS, on, refused, sparseft, write_data
@@ -186,3 +187,18 @@ def test_the_bundled_questions_serve_any_model(tmp_path: Path) -> None:
     done = sparseft(tmp_path, "eval", *words, "eval.data_dir=bundled:data")
     assert done.json["tasks"]["boolq"]["samples"] == 1
     assert "bundled:data" in refused(tmp_path, "eval", *words, "eval.data_dir=bundled:dat")
+
+
+def test_a_task_without_an_accuracy_shows_its_first_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    both = [outcome({"wikitext": [0, 0]}, {}) for _ in range(2)]
+    for each, value in zip(both, (23.125, 31.5), strict=True):
+        metrics = {"word_perplexity,none": value, "word_perplexity_stderr,none": None, "bits_per_byte,none": 1.0}
+        each["tasks"]["wikitext"] |= {"accuracy": None, "metric": None, "metrics": metrics, "shots": 0}
+    result = {"evaluated": "it", "files": ["out/eval/wikitext.json"], **both[0]}
+    render(result)
+    (alone,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wikitext")]
+    assert "word_perplexity 23.1250" in alone
+    compare(*both)
+    render(result)
+    (beside,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wikitext")]
+    assert beside.index("word_perplexity 31.5000") < beside.index("word_perplexity 23.1250")

@@ -116,3 +116,29 @@ def test_pairs_in_a_file_of_their_own_need_no_training_data(tmp_path: Path) -> N
     assert "has one answer a prompt (prompt, completion, label), expected two" in refused(
         tmp_path, "eval", "preference", "--base", "dataset.eval_path=answers.jsonl"
     )
+
+
+def test_pairs_left_out_or_cut_are_said(tmp_path: Path) -> None:
+    """Of eight pairs two have too long prompts, two too long answers, one of which differ within the length."""
+    long = "The olmo runs on milk. " * 200
+    pairs = [dict(pair) for pair in PAIRS[:8]]
+    pairs[0] |= {"chosen": f"{long} Good.", "rejected": f"{long} Bad."}
+    pairs[1] |= {"chosen": f"Good. {long}", "rejected": f"Bad. {long}"}
+    for pair in pairs[2:4]:
+        pair["prompt"] *= 200
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    words = ["eval", "preference", "--base", "dataset.eval_path=pairs.jsonl", "output_dir=out", "--json"]
+    found = sparseft(tmp_path, *words, "trainer.max_length=128").json
+    assert found["tasks"]["preference"]["samples"] == 5 and found["tasks"]["preference"]["truncated"] == 1
+    assert found["warnings"] == [
+        "preference: 3 of 8 pairs left out: an answer is empty or does not fit trainer.max_length=128 tokens, or both "
+        "are the same.",
+        "preference: 1 of 5 pairs had an answer cut at trainer.max_length=128 tokens.",
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "out/eval/preference.samples.jsonl").read_text().splitlines()]
+    assert [line["truncated"] for line in lines] == [True, False, False, False, False]
+    assert found["tasks"]["preference"]["accuracy"] == sum(line["correct"] for line in lines) / 5
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pairs[0]) + "\n")
+    assert refused(tmp_path, *words, "trainer.max_length=128").startswith(
+        "preference: the answers of no pair differ within trainer.max_length=128 tokens"
+    )

@@ -83,7 +83,9 @@ def write_records(path: Path, records: list[tuple[str, str]]) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def scores_by_hand(model: Any, tokenizer: Any, prompt: str, choices: list[str]) -> list[float]:
+def scores_by_hand(
+    model: Any, tokenizer: Any, prompt: str, choices: list[str], dtype: torch.dtype | None = None
+) -> list[float]:
     """Log-likelihoods of the choices after the prompt, one plain forward pass each."""
     context = tokenizer(prompt).input_ids
     scores = []
@@ -91,7 +93,7 @@ def scores_by_hand(model: Any, tokenizer: Any, prompt: str, choices: list[str]) 
         ids = tokenizer(prompt + choice).input_ids
         assert ids[: len(context)] == context
         with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1, dtype=dtype)
         scores.append(sum(logits[at - 1, ids[at]].item() for at in range(len(context), len(ids))))
     return scores
 
@@ -131,6 +133,17 @@ def test_mmlu_agrees_with_the_logits(model: Any, tokenizer: Any, mmlu_folder: Pa
     assert outcome["tasks"]["mmlu_high_school_physics"]["stderr"] is None and entry["stderr"] is None
     deviation = np.std(correct["mmlu_anatomy"], ddof=1) / np.sqrt(3)
     assert outcome["tasks"]["mmlu_anatomy"]["stderr"] == pytest.approx(deviation)
+
+
+def test_log_likelihoods_of_a_bf16_model_keep_fp32s_places(tokenizer: Any, mmlu_folder: Path) -> None:
+    """Rounded to bf16, answers tie that the logits tell apart."""
+    model = tiny_llama(tokenizer).bfloat16()
+    outcome = scored(model, tokenizer, ["mmlu_anatomy"], EvalConfig(shots=0, batch_size=1), data_dir=str(mmlu_folder))
+    for record in outcome["samples"]["mmlu_anatomy"]:
+        found = torch.tensor(record["loglikelihoods"])
+        assert (found != found.bfloat16().float()).any()
+        expected = scores_by_hand(model, tokenizer, record["prompt"], [" A", " B", " C", " D"], torch.float32)
+        assert record["loglikelihoods"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_mmlu_groups_weigh_as_they_say(tokenizer: Any, mmlu_folder: Path) -> None:
@@ -377,6 +390,27 @@ def test_generation_in_batches_is_generation_alone(tokenizer: Any, tmp_path: Pat
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, num_beams=beams, do_sample=False
         )
         assert record["response"] == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_a_models_own_generation_settings_change_no_answer(tokenizer: Any, tmp_path: Path) -> None:
+    """Lm-eval's own tasks take them, also those that need the tokenizer."""
+    write_records(tmp_path / "boolq" / "test.json", [(text, "true") for text in ("Is it?", "Why is it so?")])
+    plan = prepare(["boolq"], EvalConfig(max_new_tokens=24), data_dir=str(tmp_path))
+    model = tiny_llama(tokenizer, seed=3)
+
+    def responses() -> list[str]:
+        (records,) = evaluate(model, tokenizer, plan)["samples"].values()
+        return [record["response"] for record in records]
+
+    plain = responses()
+    own = model.generation_config = transformers.GenerationConfig(
+        no_repeat_ngram_size=1, min_new_tokens=20, stop_strings=[plain[0][:2]], eos_token_id=tokenizer.eos_token_id
+    )
+    before = own.to_dict()
+    assert responses() == plain
+    plan.harness_tasks, plan.tasks, plan.requested = plan.tasks, {}, ["lm_eval:boolq"]
+    assert responses() != plain
+    assert model.generation_config is own and own.to_dict() == before
 
 
 def test_long_prompts_keep_room_for_the_answer(tokenizer: Any, tmp_path: Path) -> None:

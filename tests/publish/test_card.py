@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from sparseft.models.loading import load_model
 from sparseft.publish.card import LIBRARIES, card_of, checked, filled, is_untouched, sealed
 from sparseft.publish.facts import facts_of
 from sparseft.publish.licences import licence_in
+from sparseft.report.run_data import read_run
 from support.exported import maker
 from support.published import HOME, finished_run
 
@@ -76,6 +78,37 @@ def test_scores_of_another_adapter_are_left_out(made: Any, tmp_path: Path) -> No
     text = card_of(facts_of(run))
     assert list(table(text, "## Evaluation")) == ["mmlu"]
     assert [result.dataset_name for result in checked(text).data.eval_results] == ["mmlu"]
+
+
+def test_card_and_report_take_a_result_from_the_same_file(made: Any, tmp_path: Path) -> None:
+    """The one in which a task was asked for, then the newer one."""
+    run = finished_run(made[1], tmp_path / "run")
+
+    def add(file: str, age: int, **accuracies: float) -> None:
+        tasks = {name: {"accuracy": value, "samples": 10, "shots": 0} for name, value in accuracies.items()}
+        (run / f"eval/{file}.json").write_text(json.dumps({"task": file, "tasks": tasks}))
+        os.utime(run / f"eval/{file}.json", (age, age))
+
+    add("commonsense", 2_000_000_000, commonsense=0.5, boolq=0.25, piqa=0.5)  # newer than what was asked of boolq
+    add("another", 1_000_000_000, another=0.5, piqa=0.25)
+    expected = {"boolq": 0.75, "mmlu": 0.4, "commonsense": 0.5, "piqa": 0.5, "another": 0.5}
+    assert {score.task: score.accuracy for score in facts_of(run).scores} == expected
+    assert {name: score.accuracy for name, score in read_run(run).after.items()} == expected
+    assert read_run(run).before["boolq"].accuracy == 0.5
+
+
+@pytest.mark.parametrize("changed", [{}, {"shots": 5}, {"split": "validation"}, {"samples": 9}])
+def test_a_base_that_was_asked_otherwise_stands_beside_nothing(
+    changed: dict[str, Any], made: Any, tmp_path: Path
+) -> None:
+    run = finished_run(made[1], tmp_path / "run")
+    entry = {"accuracy": 0.5, "samples": 10, "shots": 0, "split": "test"}
+    (run / "eval/before").mkdir()
+    for name, other in (("eval", {}), ("eval/before", changed)):
+        (run / f"{name}/piqa.json").write_text(json.dumps({"task": "piqa", "tasks": {"piqa": entry | other}}))
+    (score,) = [score for score in facts_of(run).scores if score.task == "piqa"]
+    assert score.base == (None if changed else 0.5)
+    assert (read_run(run).change("piqa") is None) == bool(changed)
 
 
 def test_an_adapter_that_was_cut_back_is_told_from_the_trained_one(made: Any, tmp_path: Path) -> None:

@@ -180,6 +180,13 @@ def test_what_a_run_learns_is_judged_by_its_sources() -> None:
 # -- comparison -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("other", [(5, 0, "test"), (100, 5, "test"), (100, 0, "validation"), (100, 0, "test")])
+def test_the_best_stands_out_among_those_that_were_asked_the_same(other: tuple[int, int, str]) -> None:
+    scores = [Score(0.45, 0.05, 100, 0, split="test"), Score(0.6, 0.2, *other[:2], split=other[2])]
+    table = comparison([a_run(after={"t": each}, headline=["t"]) for each in scores])["table"]
+    assert table.best == ({(1, list(table.head).index("t"))} if scores[0].asked == scores[1].asked else set())
+
+
 def test_a_column_sorts_by_its_numbers_and_missing_ones_have_none() -> None:
     one = a_run("one", summary={"steps": 5, "train_seconds": 100, "eval_loss_after": 0.5}, config={"a": 1})
     two = a_run("two", metrics=[{"step": 3, "eval_loss": 0.7}], config={"a": 2})

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from sparseft.data.tokenized import TokenizedDataset
-from sparseft.training.router_loss import router_loss
+from sparseft.evaluation.held_out import held_out_loss
+from sparseft.models.router_loss import router_loss
 from support.experts import build
-from support.training import attached, trainer_of
+from support.training import CPU, attached, examples, trainer_of
 
 ROW = ([5, 9, 17, 4, 30, 11, 8, 22], [-100, -100, 17, 4, 30, 11, 8, 22])
 
@@ -58,3 +59,17 @@ def test_the_weight_is_back_afterwards(mixtral: Any) -> None:
     assert float(plain.loss - part.loss) == pytest.approx(0.75 * 0.5 * float(plain.aux_loss), rel=1e-4)
     assert inside.router_aux_loss_coef == 0.5
     torch.testing.assert_close(inside(**batch).loss, plain.loss)
+
+
+def test_held_out_losses_leave_it_out(mixtral: Any, tmp_path: Path) -> None:
+    rows = examples(5)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            labels = torch.tensor(row["labels"][1:])
+            logits = mixtral(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            count += int((labels != -100).sum())
+    trainer = trainer_of(attached(mixtral, "lora"), tmp_path, rows, rows, max_steps=1)
+    assert trainer.held_out_loss(None) == pytest.approx(total / count, rel=1e-5)
+    assert held_out_loss(mixtral, rows, 0, CPU, 2) == pytest.approx(total / count, rel=1e-5)

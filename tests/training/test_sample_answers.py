@@ -19,9 +19,9 @@ from sparseft.config import DatasetConfig
 from sparseft.data.loading import load_datasets
 from sparseft.data.prompts import STOPS
 from sparseft.errors import UserError
+from sparseft.models.decoder import language_model
 from sparseft.training import sample_answers
 from sparseft.training.average import Average
-from sparseft.training.labelled_loss import language_model
 from sparseft.training.sample_answers import Asked, Prompt, read_prompts
 from sparseft.training.trainer import Trainer
 from support.running import METHODS, metrics, on, refused, sparseft, summary, write_data

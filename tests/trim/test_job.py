@@ -17,6 +17,7 @@ from sparseft.compose.run_config import compose, from_dict
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
 from sparseft.evaluation.held_out import held_out_loss
+from sparseft.evaluation.target import find_target, prompt_format
 from sparseft.files.untrusted import read_yaml_object
 from sparseft.models.loading import load_model, load_tokenizer, vocabulary_rows
 from sparseft.trim import job
@@ -128,6 +129,26 @@ def test_a_trimmed_adapter_is_an_adapter_like_any_other(
     render(trimmed["s2ft"])
     shown = capsys.readouterr().out
     assert "as trained" in shown and "one factor for all" in shown and f"--adapter {adapter}" in shown
+
+
+def test_an_adapter_alone_is_asked_as_its_run_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its dtype, on what it was trained on, in its prompts; whether trimmed or still in its run."""
+    words = [*METHODS["s2ft"], "dataset=commonsense", "model.dtype=float32", "trainer.max_steps=1", "output_dir=run"]
+    run(tmp_path, *TRAIN, *words)
+    run(tmp_path, "trim", "run", "--forget", "9", "--source", SOURCE, "--out", "trimmed")
+    monkeypatch.chdir(tmp_path)
+    config = compose("eval", [])
+    own = find_target(config, run="run", adapter=None, base=False)
+    assert own.model.dtype == "float32" and prompt_format("auto", own.told) == "alpaca"
+    for adapter in ("run/adapter", "run", "trimmed"):
+        found = find_target(config, run=None, adapter=adapter, base=False)
+        assert (found.model.path, found.model.dtype) == (own.model.path, "float32")
+        assert own.seen is not None and found.seen is not None
+        assert len(own.seen) and (found.seen.hashes == own.seen.hashes).all()
+        assert prompt_format("auto", found.told) == "alpaca"
+        words = ["model.dtype=bfloat16"]
+        other = find_target(compose("eval", words), run=None, adapter=adapter, base=False, overrides=words)
+        assert other.model.dtype == "bfloat16"
 
 
 def test_what_is_within_the_budget_stays_as_it_is(world: Path) -> None:

@@ -1,7 +1,8 @@
-"""What a router adds to the loss so that experts are used evenly, in several micro-steps and processes.
+"""What a router adds to the loss so that experts are used evenly: once a step in training, never in what is measured.
 
 transformers divides a step's loss on tokens by the labels of the whole step, and adds the router's term, a mean over a
 batch, undivided in each micro-step of each process: that many times too much. Here it counts with its mean over them.
+A held-out loss leaves it out: it says nothing of the data.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from sparseft.models.decoder import language_model
 from sparseft.replaced import replaced
-from sparseft.training.labelled_loss import language_model
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # as models, or their configurations, call its weight
 
