@@ -42,7 +42,7 @@ _TYPES = {
     "guanaco": {"text": "text"},
     "text": {"text": "text"},
 }
-# The key of each format whose null is an empty answer: so parquet keeps one.
+# The key of each format that may be empty, or null as parquet keeps it: such records are left out.
 _ANSWERS = {"alpaca": "output", "prompt_completion": "completion", "guanaco": "text", "text": "text"}
 _PARTNERS = {"instruction": "output", "output": "instruction", "prompt": "completion", "completion": "prompt"}
 _MARKERS = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
@@ -122,12 +122,14 @@ def check_records(records: Records, format: str) -> str | None:
     a record that would be of this one, had its value under the format's key another type."""
     if records.plain_text:
         return None
-    mixed = None
+    mixed, answer = None, _ANSWERS.get(format, "")
     for index, item in enumerate(records.items):
+        if answer in item and is_empty(item[answer]):
+            continue
         own = _format_of(item)
-        if own is None and not is_null(item, _ANSWERS.get(format, "")):
+        if own is None:
             _check_types(item, format, records.where(index))
-        elif own not in (None, format) and mixed is None:
+        elif own != format and mixed is None:
             way = "set dataset.format=text to read all as that, or " if {own, format} == {"guanaco", "text"} else ""
             mixed = (
                 f"{records.where(index)}: this record has format {own}, but most of the first records have {format}; a "
@@ -221,11 +223,6 @@ _MOST_FIELDS = 12  # named in one note
 def is_empty(value: Any) -> bool:
     """Whether a field holds nothing: None, or an empty text, list or object."""
     return value is None or (isinstance(value, str | list | dict) and not value)
-
-
-def is_null(item: dict[str, Any], key: str) -> bool:
-    """Whether a record has the key, and null there."""
-    return key in item and item[key] is None
 
 
 def unused_sentence(fields: Counter[str], by: str = "") -> list[str]:
@@ -362,7 +359,8 @@ def _text(item: dict[str, Any], key: str, where: str, format: str) -> str:
 
 
 def _answer(item: dict[str, Any], key: str, where: str, format: str) -> str:
-    if is_null(item, key) or not _text(item, key, where, format).strip():
+    null = key in item and item[key] is None
+    if null or not _text(item, key, where, format).strip():
         raise NothingToLearn(f"'{key}' is empty", where)
     return item[key]
 

@@ -73,8 +73,8 @@ def port() -> int:
 
 
 def threads() -> int | None:
-    """OMP_NUM_THREADS, the first of a list (4,2: threads within threads); None where it is not set. UserError where it is
-    no number."""
+    """OMP_NUM_THREADS, the first of a list (4,2: threads within threads); None where it is not set. UserError where it
+    is no number."""
     given = os.environ.get("OMP_NUM_THREADS") or ""
     first = given.partition(",")[0].strip()
     if given and not (first.isascii() and first.isdecimal() and 0 < int(first)):

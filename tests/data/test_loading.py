@@ -220,6 +220,15 @@ def test_of_nulls_alone_no_format_is_detected(tmp_path: Path, tokenizer: Any, it
         load(write(tmp_path / "a.jsonl", [item]), tokenizer)
 
 
+@pytest.mark.parametrize("nothing", ["", None])
+def test_an_empty_text_is_of_any_format(tmp_path: Path, tokenizer: Any, nothing: Any) -> None:
+    """Of turns too, though it has none."""
+    items = [{"text": "### Human: a### Assistant: b"}, {"text": nothing}]
+    found = load(write(tmp_path / "a.jsonl", items), tokenizer)
+    assert (found.format, len(found.train)) == ("guanaco", 1)
+    assert found.warnings[0].startswith("1 record left out: 'text' is empty (first: ")
+
+
 def test_nulls_of_parquet_are_left_out_as_empty_texts_are(tmp_path: Path, tokenizer: Any) -> None:
     import pyarrow
     import pyarrow.parquet
