@@ -22,6 +22,7 @@ from sparseft.bench.contenders import Contender
 from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.data.packing import Collator
 from sparseft.data.tokenized import TokenizedDataset
+from sparseft.distributed import env
 from sparseft.training.arguments import training_arguments
 from sparseft.training.trainer import Trainer, train
 
@@ -58,6 +59,7 @@ class _Marks(transformers.TrainerCallback):
         self.marks.append((time.perf_counter(), self.trainer.passes))
 
 
+@env.alone()
 def measure(c: Contender, batch: Mapping[str, Tensor], accumulation: int) -> list[float]:
     """Seconds besides the passes of some steps, each with `accumulation` times the batch. The contender has the turn
     afterwards, and trained a little further."""

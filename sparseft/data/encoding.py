@@ -61,14 +61,13 @@ class Encoder:
 
     def joins(self, segments: Sequence[tuple[str, bool]]) -> bool:
         """Whether no token of the whole text spans a border of two segments."""
-        contexts, texts, whole = [], [], ""
+        contexts, texts, whole = [], [], ""  # the last: since the last added token
         for text, _ in segments:
             if whole and text:
-                context = self._since_added(whole)
-                contexts.append(context)
+                contexts.append(whole)
                 # What stands behind an added token has no influence on a border before it.
-                texts.append(context + text[: match.end() if (match := self._added.search(text)) else None])
-            whole += text
+                texts.append(whole + text[: match.end() if (match := self._added.search(text)) else None])
+            whole = self._since_added(whole + text)
         ids = self._encode_texts([*contexts, *texts])
         return all(_begins(long, short) for short, long in zip(ids, ids[len(contexts) :], strict=False))
 

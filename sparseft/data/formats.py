@@ -42,6 +42,8 @@ _TYPES = {
     "guanaco": {"text": "text"},
     "text": {"text": "text"},
 }
+# The key of each format that may be empty, or null as parquet keeps it: such records are left out.
+_ANSWERS = {"alpaca": "output", "prompt_completion": "completion", "guanaco": "text", "text": "text"}
 _PARTNERS = {"instruction": "output", "output": "instruction", "prompt": "completion", "completion": "prompt"}
 _MARKERS = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
 
@@ -120,8 +122,10 @@ def check_records(records: Records, format: str) -> str | None:
     a record that would be of this one, had its value under the format's key another type."""
     if records.plain_text:
         return None
-    mixed = None
+    mixed, answer = None, _ANSWERS.get(format, "")
     for index, item in enumerate(records.items):
+        if answer in item and is_empty(item[answer]):
+            continue
         own = _format_of(item)
         if own is None:
             _check_types(item, format, records.where(index))
@@ -355,10 +359,10 @@ def _text(item: dict[str, Any], key: str, where: str, format: str) -> str:
 
 
 def _answer(item: dict[str, Any], key: str, where: str, format: str) -> str:
-    value = _text(item, key, where, format)
-    if not value.strip():
+    null = key in item and item[key] is None
+    if null or not _text(item, key, where, format).strip():
         raise NothingToLearn(f"'{key}' is empty", where)
-    return value
+    return item[key]
 
 
 _KNOWN_KEYS = frozenset(("instruction", "input", "output", "answer", "text", "prompt", "completion"))

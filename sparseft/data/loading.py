@@ -57,7 +57,7 @@ def load_datasets(
     `max_examples` cuts the training records of each source before anything else.
 
     The tokens lie in files below `cache_dir`, which are mapped into memory and used again for the same data, tokenizer
-    and settings: memory does not grow with the data, but for some 50 bytes an example.
+    and settings: memory does not grow with the data, but for some 200 bytes an example.
 
     Raises UserError for a missing or broken file, a bad record, or if no example is left.
     """

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparseft import console
 from sparseft.data.tokenized import IGNORED, TokenizedDataset
 from sparseft.errors import UserError
 from sparseft.models import probing
@@ -80,6 +81,11 @@ class PackedDataset:
 
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     """The row of each example, int64 (examples,), and the number of rows; no length is over `capacity`."""
+    with console.working("packing"):
+        return _best_fit(lengths, capacity)
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     assert len(lengths) == 0 or lengths.max() <= capacity
     row_of = np.empty(len(lengths), np.int64)
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room that is left

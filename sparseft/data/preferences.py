@@ -143,7 +143,7 @@ class Side(Converter):
 def _given(item: dict[str, Any], key: str, where: str, format: str) -> Any:
     """The value of an answer: text, or a list of messages."""
     value = item.get(key)
-    if value is None:
+    if key not in item:
         keys = sorted(str(name) for name in item if item[name] is not None)
         wrong = [name for name in keys if name not in KEYS[format]]
         near = next((f" '{shown(name)}':{nearest(name, [key])}" for name in wrong
@@ -151,7 +151,7 @@ def _given(item: dict[str, Any], key: str, where: str, format: str) -> Any:
         raise UserError(
             f"{where}: the {format} record lacks '{key}' (it has: {shown(', '.join(keys), 300) or 'nothing'}).{near}"
         )
-    if not isinstance(value, str | list):
+    if not isinstance(value, str | list | None):
         raise UserError(f"{where}: '{key}' must be text or a list of messages, not {kind(value)}.")
     if not value or (isinstance(value, str) and not value.strip()):
         raise NothingToLearn(f"'{key}' is empty", where)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from sparseft import console
 from sparseft.data.packing import Collator
 from sparseft.data.tokenized import IGNORED, TokenizedDataset
 from sparseft.distributed.ranks import rank_and_world
@@ -28,7 +29,9 @@ def seeded_first(count: int, total: int, seed: int, purpose: str) -> list[int]:
     def rank(index: int) -> bytes:
         return hashlib.blake2b(f"{purpose}:{seed}:{index}".encode(), digest_size=16).digest()
 
-    return heapq.nsmallest(count, range(total), key=rank)
+    with console.working("choosing examples"):
+        ranks = np.fromiter(map(rank, range(total)), "S16", total)
+        return np.argsort(ranks, kind="stable")[:count].tolist()
 
 
 def calibration_count(num_samples: float | None, examples: int) -> int:

@@ -114,8 +114,8 @@ def tab_separated(file: Path, source: str) -> Iterator[Item]:
 
 
 def _separated(file: Path, source: str, separator: str) -> Iterator[Item]:
-    """One record a row, its fields named by the first row, all of them text, without empty ones. A quoted field may
-    hold separators and lines. The number is that of the line that the row begins on."""
+    """One record a row, its fields named by the first row, all of them text. A quoted field may hold separators and
+    lines. The number is that of the line that the row begins on."""
     csv.field_size_limit(LONGEST_FIELD)
     with unpacked(file, source) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
         rows = csv.reader(text, delimiter=separator, strict=True)
@@ -141,7 +141,7 @@ def _separated(file: Path, source: str, separator: str) -> Iterator[Item]:
                         f"{source}, line {line}: {len(row)} fields, but the first line names {len(names)} "
                         f"({shown(', '.join(names), 300)}); a field that holds a separator or a line break is quoted."
                     )
-                yield line, {name: value for name, value in zip(names, row, strict=True) if value}, sum(map(len, row))
+                yield line, dict(zip(names, row, strict=True)), sum(map(len, row))
         except UnicodeDecodeError:
             refuse_encoding(file, source)
             raise

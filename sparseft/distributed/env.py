@@ -5,9 +5,11 @@ Torch, transformers and accelerate read them too, wherever they are set, and fai
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 
 from sparseft.config import HardwareConfig
 from sparseft.errors import UserError, shown
@@ -18,6 +20,11 @@ MAX_PORT = 2**16 - 1
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # How many tasks `srun` has started. The other variables of a task, sbatch gives to the batch script itself too.
 STEP_TASKS = "SLURM_STEP_NUM_TASKS"
+# Settings that accelerate and transformers would take for the run's, beside those that it has.
+SETTINGS = ("ACCELERATE_", "PARALLELISM_CONFIG_")
+# What accelerate takes for a place among several processes where it is half of one, or MPI's.
+HALF_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MPI_PLACES = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
 
 
 def started() -> bool:
@@ -63,6 +70,34 @@ def port() -> int:
     if not 0 < value <= MAX_PORT:
         raise UserError(f"MASTER_PORT={shown(given)}: expected a port number, 1 to {MAX_PORT}.")
     return value
+
+
+def threads() -> int | None:
+    """OMP_NUM_THREADS, the first of a list (4,2: threads within threads); None where it is not set. UserError where it
+    is no number."""
+    given = os.environ.get("OMP_NUM_THREADS") or ""
+    first = given.partition(",")[0].strip()
+    if given and not (first.isascii() and first.isdecimal() and 0 < int(first)):
+        raise UserError(f"OMP_NUM_THREADS={shown(given)}: expected a whole number, from 1 up.")
+    return int(first) if given else None
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, the environment has no settings of a training that are not the run's own, and without a launcher no place
+    among several processes: accelerate would train by the ones and wait for the others."""
+    places = () if started() else MPI_PLACES
+    left_out = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(SETTINGS + places) or (places and name in HALF_PLACE)
+    }
+    for name in left_out:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(left_out)
 
 
 def check_variables() -> None:

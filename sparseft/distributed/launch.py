@@ -134,7 +134,7 @@ def _environments(hardware: HardwareConfig) -> tuple[int, dict[int, dict[str, st
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": "sparseft",
         "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count)),
+        "OMP_NUM_THREADS": str(env.threads() or max(1, (os.cpu_count() or 1) // count)),
         "PYTHONUNBUFFERED": "1",
     }
     if hardware.device == "cpu":  # accelerate and DeepSpeed would take a GPU that they see
@@ -268,8 +268,15 @@ def _raise(failed: list[End], interrupted: str | None) -> None:
 
 @contextlib.contextmanager
 def joined(hardware: HardwareConfig) -> Iterator[None]:
-    """Inside, this process is one of torch's process group, where it was started as one; the group it finds stays."""
+    """Inside, this process is one of torch's process group, where it was started as one; the group it finds stays. The
+    environment is `env.alone`'s."""
     check(hardware)
+    with env.alone(), _group(hardware):
+        yield
+
+
+@contextlib.contextmanager
+def _group(hardware: HardwareConfig) -> Iterator[None]:
     if not env.started():
         yield
         return
@@ -280,6 +287,8 @@ def joined(hardware: HardwareConfig) -> Iterator[None]:
         yield
         return
     env.check_complete()
+    if threads := env.threads():
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate reads one number
     if env.rank() != 0:
         console.be_quiet()
     backend = "gloo"

@@ -58,7 +58,7 @@ class Checkpoint:
         else:
             raise UserError(
                 f"{folder}: no {FILE} and no {INDEX}: a checkpoint in safetensors is needed here; "
-                "load the model and save it with save_pretrained first."
+                "load the model and the tokenizer, save both with save_pretrained, and give that as model.path=FOLDER."
             )
         tensors: dict[str, Stored] = {}
         found: dict[str, str] = {}

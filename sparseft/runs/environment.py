@@ -12,7 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "lm_eval", "deepspeed", "triton", "safetensors")
+PACKAGES = (
+    "torch", "transformers", "accelerate", "peft", "trl", "datasets", "lm_eval", "deepspeed", "triton", "safetensors",
+    "tokenizers", "huggingface_hub", "bitsandbytes", "torchao", "gguf",
+)  # fmt: skip
 
 
 def environment(device: str, dtype: str, world_size: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sparseft.adapters.lifecycle import attach, trainable_parameters
 from sparseft.config import HardwareConfig, RunConfig
+from sparseft.distributed import env
 from sparseft.distributed.deepspeed import MAX_BUCKET
 from sparseft.errors import UserError, reason_of
 from sparseft.layers import share_inputs, sparse_layers
@@ -317,6 +318,7 @@ def _while_updating(config: RunConfig, trained: list[Tensor]) -> int:
     return tensor_bytes(trained)  # the denominators of all at once
 
 
+@env.alone()
 def optimizer_bytes(optimizer: str, trained: list[Tensor]) -> int:
     """Bytes that the optimizer keeps for the parameters it trains (on the meta device). UserError where that is not
     known here and cannot be tried."""

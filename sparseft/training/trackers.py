@@ -41,13 +41,16 @@ NOISY = ("transformers", "mlflow", "wandb", "trackio", "tensorboard", "alembic",
 
 
 def check(names: list[str]) -> None:
-    """Refuses a tracker whose package is not installed."""
+    """Refuses a tracker whose package is not installed, or whose part of transformers is turned off."""
     for name in names:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # without an origin: a folder of that name that is no package
             raise UserError(
                 f"trainer.report_to={name}: the package {name} is not installed; pip install 'sparseft[{name}]'."
             )
+        off = os.environ.get("DISABLE_MLFLOW_INTEGRATION", "")  # as transformers reads it
+        if name == MLFLOW and off.upper() == "TRUE":
+            raise UserError(f"trainer.report_to=mlflow: DISABLE_MLFLOW_INTEGRATION={off} turns it off; unset that.")
 
 
 class Tracker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -147,6 +148,9 @@ QUESTION = {"role": "user", "content": "a"}
         ({"text": "### Human: only a question"}, "guanaco", "line 2): the text has no '### Assistant:' turn"),
         ({"text": "### Human: a### Assistant: ### Human: b### Assistant: c"}, "guanaco", "line 2): an '###"),
         ({"messages": []}, "messages", "line 2): the conversation is empty"),
+        ({"instruction": "a", "output": None}, "alpaca", "line 2): 'output' is empty"),
+        ({"prompt": "a", "completion": None}, "prompt_completion", "line 2): 'completion' is empty"),
+        ({"text": None}, "guanaco", "line 2): 'text' is empty"),
         ({"conversations": []}, "messages", "line 2): the conversation is empty"),
         ({"messages": [QUESTION]}, "messages", "line 2): the conversation has no assistant message"),
         (
@@ -204,6 +208,47 @@ GOOD = {
 }
 
 
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ({"text": None}, "'text': expected text, got null"),
+        ({"instruction": "a", "output": None}, "'output': expected text, got null"),
+    ],
+)
+def test_of_nulls_alone_no_format_is_detected(tmp_path: Path, tokenizer: Any, item: dict, words: str) -> None:
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 1: {words}"):
+        load(write(tmp_path / "a.jsonl", [item]), tokenizer)
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+def test_an_empty_text_is_of_any_format(tmp_path: Path, tokenizer: Any, nothing: Any) -> None:
+    """Of turns too, though it has none."""
+    items = [{"text": "### Human: a### Assistant: b"}, {"text": nothing}]
+    found = load(write(tmp_path / "a.jsonl", items), tokenizer)
+    assert (found.format, len(found.train)) == ("guanaco", 1)
+    assert found.warnings[0].startswith("1 record left out: 'text' is empty (first: ")
+
+
+def test_nulls_of_parquet_are_left_out_as_empty_texts_are(tmp_path: Path, tokenizer: Any) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "Be brief."},
+        {"instruction": "Add.", "input": None, "output": "4", "system": None},
+        {"instruction": "Add.", "input": None, "output": None, "system": None},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    texts = [{key: value or "" for key, value in row.items()} for row in rows]
+    found, same = load(str(tmp_path / "a.parquet"), tokenizer), load(write(tmp_path / "a.jsonl", texts), tokenizer)
+    assert list(found.train) == list(same.train) and len(found.train) == 2
+    assert found.warnings[0].startswith("1 record left out: 'output' is empty (first: ")
+    asked_nothing = pyarrow.Table.from_pylist([rows[0], rows[0] | {"instruction": None}])
+    pyarrow.parquet.write_table(asked_nothing, tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet, record 2: 'instruction': expected text, got null"):
+        load(str(tmp_path / "b.parquet"), tokenizer)
+
+
 @pytest.mark.parametrize("detected", [True, False])
 @pytest.mark.parametrize(
     ("format", "item", "words"),
@@ -212,11 +257,9 @@ GOOD = {
         ("messages", {"messages": {"role": "user"}}, "'messages': expected a list of messages, got an object"),
         ("messages", {"messages": None}, "'messages': expected a list of messages, got null"),
         ("messages", {"conversations": 5, "id": "x"}, "'conversations': expected a list of messages, got a number"),
-        ("text", {"text": None}, "'text': expected text, got null"),
         ("text", {"text": ["a"]}, "'text': expected text, got a list"),
         ("text", {"text": 5}, "'text': expected text, got a number"),
         ("text", {"text": True}, "'text': expected text, got true or false"),
-        ("alpaca", {"instruction": "a", "output": None}, "'output': expected text, got null"),
         ("alpaca", {"instruction": ["a"], "output": "b"}, "'instruction' must be text, not a list"),
         ("prompt_completion", {"prompt": 5, "completion": "a"}, "'prompt' must be text, not a number"),
         (
@@ -224,7 +267,6 @@ GOOD = {
             {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
             "'prompt' must be text, not a list; the messages of a chat go into one list, under 'messages'",
         ),
-        ("prompt_completion", {"prompt": "a", "completion": None}, "'completion': expected text, got null"),
         (
             "oasst_trees",
             {"prompt": {"text": "a"}},
@@ -594,6 +636,31 @@ def test_an_answer_gets_no_space_that_the_text_does_not_have(style: str) -> None
     first = tokenizer("Q: né?\n")["input_ids"]
     assert item["input_ids"][: len(first)] == first
     assert item["labels"][: len(first)] == [-100] * len(first)
+
+
+BORDERS = st.sampled_from(
+    ["the ", "answer", ":", " ", "", "\n", "correct", BOS, EOS, "</", "s>", f"is{EOS}\n", "Z\u00fcrich"]
+)
+
+
+@pytest.mark.parametrize("style", ["bytes", "prepend", "metaspace", "prefix_space"])
+@given(texts=st.lists(BORDERS, max_size=8))
+def test_texts_join_where_no_token_spans_a_border_of_the_whole(style: str, texts: list[str]) -> None:
+    """Though each border is looked at with the text since the last added token alone."""
+    encoder = _encoder(style)
+
+    def ids(text: str) -> list[int]:
+        return encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    wholes = ["".join(texts[:count]) for count in range(1, len(texts) + 1)]
+    borders = zip(wholes, wholes[1:], strict=False)
+    expected = all(ids(after)[: len(ids(before))] == ids(before) for before, after in borders)
+    assert encoder.joins([(text, False) for text in texts]) == expected
+
+
+@functools.cache
+def _encoder(style: str) -> Encoder:
+    return Encoder(make_tokenizer(style))
 
 
 def test_labels_of_several_turns_decode_to_the_answers(tokenizer: Any) -> None:

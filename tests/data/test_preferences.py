@@ -152,11 +152,11 @@ def test_answers_for_themselves(tokenizer: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["chosen", "rejected"])
 @pytest.mark.parametrize("pair", [PLAIN[0], CHATS[0]], ids=["texts", "chats"])
 def test_a_pair_with_an_empty_answer_is_left_out_and_said(pair: Any, key: str, chatting: Any, tmp_path: Path) -> None:
-    nothing = " " if pair is PLAIN[0] else [assistant(" ")]
-    found = load(tmp_path, [pair, pair | {key: nothing}], chatting)
-    assert found.preferences is not None and len(found.preferences) == 1
-    (warning,) = found.warnings
-    assert warning.startswith("1 record left out: ") and "is empty (first: " in warning and "line 2" in warning
+    for nothing in (" " if pair is PLAIN[0] else [assistant(" ")], None):
+        found = load(tmp_path, [pair, pair | {key: nothing}], chatting)
+        assert found.preferences is not None and len(found.preferences) == 1
+        (warning,) = found.warnings
+        assert warning.startswith("1 record left out: ") and "is empty (first: " in warning and "line 2" in warning
 
 
 def test_a_pair_stays_together(tokenizer: Any, tmp_path: Path) -> None:

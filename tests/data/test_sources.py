@@ -98,13 +98,20 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, name: str) ->
         assert [found.where(index)[-6:] for index in range(3)] == ["line 2", "line 4", "line 5"]
 
 
-def test_an_empty_field_of_a_table_is_nothing(tmp_path: Path, tokenizer: Any) -> None:
+def test_an_empty_field_of_a_table_is_empty_text(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "a.csv").write_text("instruction,input,output\nAdd,1+1,2\nSay hi,,hi\n")
     data = load(str(tmp_path / "a.csv"), tokenizer)
     assert data.format == "alpaca" and "### Input" not in tokenizer.decode(data.train[1]["input_ids"])
-    (tmp_path / "b.csv").write_text("prompt,completion\na,b\nc,\n")
-    with pytest.raises(UserError, match=r"b\.csv, line 3: the prompt_completion record lacks 'completion'"):
-        load(str(tmp_path / "b.csv"), tokenizer)
+    tables = {
+        "b.csv": ("prompt,completion\na,b\nc,\n,\n", "'completion'"),
+        "c.tsv": ('text\nonce\n""\n""\n', "'text'"),
+        "d.csv": ("instruction,input,output,system,history\nAdd,1+1,2,,\nHi,,,,\nHo,,,,\n", "'output'"),
+    }
+    for name, (content, answer) in tables.items():
+        (tmp_path / name).write_text(content)
+        data = load(str(tmp_path / name), tokenizer)
+        assert len(data.train) == 1
+        assert data.warnings == [f"2 records left out: {answer} is empty (first: {tmp_path / name}, line 3)"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -117,6 +118,20 @@ def test_the_files_are_what_the_contract_says(case: Any, kind: str, method: str)
     assert described["method"] == (method if method in ("lora", "dora", "full") else "sylva")
     assert described["base_model"] == str(it.base)
     assert len(described["base_fingerprint"]) == 64
+
+
+def test_a_base_in_torchs_files_is_given_as_it_was_saved_anew(case: Any, tmp_path: Path) -> None:
+    it = case("llama", "rows")
+    shutil.copytree(it.base, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors*"))
+    torch.save(checkpoint(it.base), tmp_path / "old" / "pytorch_model.bin")
+    adapter = adapted.adapter("llama", "rows", tmp_path / "old", tmp_path / "adapter")
+    words = ["export", str(adapter), "--format", "patch", "--out", "patch"]
+    message = refused(tmp_path, *words)
+    assert message.endswith("save both with save_pretrained, and give that as model.path=FOLDER.")
+    adapted.load(tmp_path / "old").save_pretrained(tmp_path / "anew")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "anew")
+    run(tmp_path, *words, "model.path=anew")
+    same(load_file(tmp_path / "patch" / "patch.safetensors"), load_file(it.patch / "patch.safetensors"))
 
 
 @pytest.mark.parametrize(

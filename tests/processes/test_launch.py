@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from sparseft.config import HardwareConfig
-from sparseft.distributed import launch, ranks
+from sparseft.distributed import env, launch, ranks
 from sparseft.errors import RunError, UserError
-from support.running import files, gone, on, refused, summary, write_data
+from support.running import files, gone, metrics, on, refused, summary, write_data
 
 TWO = "hardware.num_processes=2"
 
@@ -180,6 +180,55 @@ def test_a_place_that_is_none_is_refused_in_a_sentence(
         assert refused(in_tmp, "eval", "mmlu", "--base", "hardware=cpu") == message
         assert refused(in_tmp, "preprocess", "hardware=cpu") == message
     assert not files(in_tmp)
+
+
+@pytest.mark.parametrize(("given", "passed"), [("4,2", 4), ("3", 3), ("", 0)])
+def test_threads_are_the_first_of_a_list(monkeypatch: pytest.MonkeyPatch, given: str, passed: int) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    _, envs, _ = launch._environments(HardwareConfig(num_processes=2))
+    assert envs[1]["OMP_NUM_THREADS"] == str(passed or max(1, (os.cpu_count() or 1) // 2))
+
+
+@pytest.mark.parametrize("given", ["many", "0", ",2", "-1"])
+def test_threads_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    with pytest.raises(UserError, match=f"^OMP_NUM_THREADS={given}: expected a whole number, from 1 up."):
+        launch._environments(HardwareConfig(num_processes=2))
+
+
+# What transformers and accelerate would read: other launchers' places, and settings of a training that is not ours.
+OTHERS = {
+    "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "PMI_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "2",
+    "MV2_COMM_WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "no_such",
+    "ACCELERATE_USE_CPU": "maybe", "ACCELERATE_TORCH_DEVICE": "cuda", "ACCELERATE_USE_MEGATRON_LM": "true",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2", "ACCELERATE_USE_FSDP": "true",
+}  # fmt: skip
+
+
+def test_a_run_is_the_same_whatever_others_left_in_the_environment(in_tmp: Path, model_folder: Any) -> None:
+    """Each variable by itself would have ended the run, kept it waiting for a second process, or changed the losses."""
+    words = [*on(model_folder(), write_data(in_tmp)["json"]), "method=s2ft", "sparsity=0.9", "trainer.max_steps=2"]
+    for name, variables in (("plain", {}), ("others", OTHERS)):
+        done = subprocess.run(
+            [sys.executable, "-m", "sparseft", "train", *words, "trainer.logging_steps=1", f"output_dir={name}"],
+            cwd=in_tmp, env=os.environ | variables, capture_output=True, text=True, timeout=90,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    losses = [[line["loss"] for line in metrics(in_tmp / name) if "loss" in line] for name in ("plain", "others")]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_what_others_left_in_the_environment_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in OTHERS.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with env.alone():
+        assert before.keys() - os.environ.keys() == OTHERS.keys() - {"MASTER_ADDR"}
+    assert dict(os.environ) == before
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    with env.alone():
+        assert PLACE.items() <= os.environ.items() and not any(name.startswith("ACCELERATE_") for name in os.environ)
 
 
 def test_several_machines_need_someone_who_knows_them() -> None:

@@ -444,6 +444,7 @@ def test_environment_holds_versions_and_no_names(monkeypatch: pytest.MonkeyPatch
     found = environment.environment("cpu", "float32", 2)
     assert found["versions"]["torch"] == torch.__version__
     assert set(found["versions"]) >= {"python", "sparseft", "transformers", "peft", "datasets", "lm_eval", "triton"}
+    assert set(found["versions"]) >= {"trl", "tokenizers", "huggingface_hub", "bitsandbytes", "torchao", "gguf"}
     assert (found["device"], found["dtype"], found["world_size"]) == ("cpu", "float32", 2)
     assert found["command_line"] == "sparseft train 'output_dir=a b'"
     monkeypatch.setattr(sys, "orig_argv", ["/x/.venv/bin/python3.11", "-m", "sparseft", "train"])

@@ -285,6 +285,15 @@ def test_a_missing_package_is_named_before_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_mlflow_that_is_turned_off_is_refused_before_work(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISABLE_MLFLOW_INTEGRATION", "True")
+    message = refused(tmp_path, *words, "trainer.report_to=mlflow", "output_dir=run")
+    assert message == "trainer.report_to=mlflow: DISABLE_MLFLOW_INTEGRATION=True turns it off; unset that."
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As W&B leaves one in the working directory."""
     (tmp_path / "tracked_folder" / "run-1").mkdir(parents=True)
