@@ -64,8 +64,8 @@ def attach(
         raise UserError(f"method {config.name} takes no selection.")
     if has_other_head(model):
         raise UserError(
-            f"{type(model).__name__} has no head that predicts tokens but one of another kind, which would be left as it "
-            "is and not be saved: expected a causal language model (AutoModelForCausalLM)."
+            f"{type(model).__name__} has no head that predicts tokens but one of another kind, which would be left as "
+            "it is and not be saved: expected a causal language model (AutoModelForCausalLM)."
         )
     if spec is None and config.reselect_steps:
         warn(

@@ -103,8 +103,8 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def has_other_head(model: nn.Module) -> bool:
-    """Whether a model of transformers has a head that predicts no tokens, as for classes or rewards. A backbone has none
-    at all (`AutoModel`)."""
+    """Whether a model of transformers has a head that predicts no tokens, as for classes or rewards. A backbone
+    (`AutoModel`) has none at all."""
     if getattr(model, "can_generate", lambda: True)() or getattr(model, "base_model", model) is model:
         return False
     return getattr(model, "get_output_embeddings", lambda: None)() is None
