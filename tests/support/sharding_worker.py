@@ -90,6 +90,8 @@ def same_selection(left: Any, right: Any) -> bool:
 def compare(hardware: HardwareConfig, path: str, dtype: str, importances: list[str]) -> dict[str, Any]:
     """What is the same of a model loaded in shards and one loaded whole, and what the first one holds."""
     config, device = ModelConfig(path=path, dtype=dtype), torch.device("cpu")
+    gc.collect()
+    gc.freeze()  # what is there by now is left out of the counts, which take long with the libraries' objects
     before = bytes_left()
     # What the trial of the loaded model takes for its activations is not the loading's: it comes after the count.
     with Counter() as counter, mock.patch.object(loading, "check_causal"):
