@@ -42,7 +42,7 @@ hypothesis.settings.register_profile("fuzz", deadline=None)
 hypothesis.settings.load_profile("fuzz" if os.environ.get("SPARSEFT_FUZZ") == "1" else "steady")
 
 
-LONG = ["processes", "bench", "training", "importance"]  # folders whose files take a minute and more, longest first
+LONG = ["processes", "bench", "training", "trim", "commands", "importance"]  # folders that take long, longest first
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -940,15 +938,6 @@ def test_seeded_order_is_a_permutation_fixed_for_good() -> None:
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------
-
-
-def test_prompts_import_nothing_heavy() -> None:
-    code = (
-        "import sys, sparseft.data.prompts, sparseft.data; "
-        "print([m for m in ('numpy', 'torch', 'transformers', 'datasets', 'tokenizers') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_lm_eval_feeds_the_same_prompt_ids(make_hflm: Callable[[Any], Any]) -> None:

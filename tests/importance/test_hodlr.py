@@ -17,6 +17,7 @@ from sparseft.errors import RunError, UserError
 from sparseft.importance.hodlr import SKETCHES_WIDE, Hodlr, sketch_width
 from sparseft.importance.hodlr_factors import leading
 from sparseft.importance.kfac import block_scores, entry_importance
+from support.second_moments import check_inverse, data, moment, relative
 
 SPECTRA = ("flat", "slow", "decaying", "fast", "spiked", "low rank")
 properties = settings(max_examples=40, deadline=None)
@@ -29,19 +30,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def data(n: int, tokens: int, seed: int, decay: float = 1.0) -> torch.Tensor:
-    """(tokens, n) float32 vectors whose second moment has eigenvalues that fall as i^-decay in a random basis."""
-    rng = np.random.default_rng(seed)
-    basis, _ = np.linalg.qr(rng.standard_normal((n, n)))
-    scale = np.arange(1, n + 1) ** (-decay / 2)
-    return torch.from_numpy((rng.standard_normal((tokens, n)) * scale @ basis.T).astype(np.float32))
-
-
-def moment(x: torch.Tensor) -> np.ndarray:
-    x = x.reshape(-1, x.shape[-1]).double().numpy()
-    return x.T @ x / max(1, len(x))
 
 
 def fed(n: int, x: torch.Tensor, **options) -> Hodlr:
@@ -59,36 +47,7 @@ def off_diagonal(n: int, levels: int) -> Iterator[tuple[slice, slice]]:
         nodes = [half for low, middle, high in halves for half in ((low, middle), (middle, high))]
 
 
-def relative(found: np.ndarray | torch.Tensor, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(np.asarray(found) - expected) / max(np.linalg.norm(expected), 1e-300))
-
-
-def check_inverse(hodlr: Hodlr, damping: float, tolerance: float = 1e-6) -> None:
-    """The inverse's diagonal is the dense one's, and the damping is the first one that serves."""
-    found = hodlr.inverse_diagonal(damping).numpy()
-    used = hodlr.effective_damping
-    dense = hodlr.to_dense().numpy()
-    unit = np.diag(dense).mean() or 1.0
-    eye = np.eye(hodlr.n)
-    assert found.shape == (hodlr.n,) and np.isfinite(found).all() and (found > 0).all()
-    assert np.linalg.eigvalsh(dense + used * unit * eye)[0] > 0
-    if used > damping:
-        assert round(math.log10(used / damping), 9) % 1 == 0
-        assert np.linalg.eigvalsh(dense + used / 10 * unit * eye)[0] < 1e-9 * unit  # no less would have done
-    np.testing.assert_allclose(found, np.diag(np.linalg.inv(dense + used * unit * eye)), rtol=tolerance)
-
-
 # -- the matrix -------------------------------------------------------------------------------------------------------
-
-
-@properties
-@given(n=st.integers(1, 90), tokens=st.integers(1, 120), seed=st.integers(0, 99))
-def test_without_levels_it_is_the_dense_matrix(n: int, tokens: int, seed: int) -> None:
-    x = data(n, tokens, seed)
-    hodlr = fed(n, x, num_partition=0)
-    assert relative(hodlr.to_dense(), moment(x)) < 1e-6
-    check_inverse(hodlr, 1e-3)
-    assert hodlr.effective_damping == 1e-3
 
 
 @properties
@@ -120,18 +79,6 @@ def test_the_matrix_its_products_and_its_inverse_agree(
     forms = (v * (dense @ v)).sum(0)
     np.testing.assert_allclose(hodlr.quadratic(torch.from_numpy(v)), forms, atol=1e-10 * np.abs(dense).sum())
     check_inverse(hodlr, damping)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 333])
-@pytest.mark.parametrize("num_partition", [1, 3, 30])
-def test_any_size_with_levels_and_ranks_beyond_it(n: int, num_partition: int) -> None:
-    x = data(n, 2 * n, seed=n)
-    hodlr = fed(n, x, num_partition=num_partition, rank=2)
-    assert hodlr.levels <= num_partition and n >> hodlr.levels >= min(n, 4)
-    check_inverse(hodlr, 1e-3)
-    if n <= 100:
-        full = fed(n, x, num_partition=num_partition, rank=n + 5)
-        assert relative(full.to_dense(), moment(x)) < 1e-6
 
 
 @pytest.mark.parametrize(("n", "num_partition", "rank"), [(300, 1, 150), (301, 4, 301), (400, 8, 200), (64, 8, 32)])
@@ -214,126 +161,7 @@ def test_the_error_falls_with_the_rank() -> None:
     assert errors[-1] < 0.1 * errors[0]
 
 
-# -- streaming --------------------------------------------------------------------------------------------------------
-
-
-@properties
-@given(
-    n=st.sampled_from([1, 5, 64, 99, 250]),
-    num_partition=st.integers(0, 6),
-    cuts=st.lists(st.integers(0, 300), max_size=8),
-)
-def test_batches_can_be_split_in_any_way(n: int, num_partition: int, cuts: list[int]) -> None:
-    x = data(n, 300, seed=n)
-    whole, split = fed(n, x, num_partition=num_partition), Hodlr(n, num_partition)
-    for low, high in itertools.pairwise([0, *sorted(cuts), 300]):
-        split.update(x[low:high])  # empty ones among them
-    assert split.tokens == 300
-    assert relative(split.to_dense(), whole.to_dense().numpy()) < 1e-5
-    np.testing.assert_allclose(split.inverse_diagonal(1e-1), whole.inverse_diagonal(1e-1), rtol=1e-3)
-
-
-def test_a_batch_longer_than_one_pass_takes() -> None:
-    x = data(40, 10_000, seed=0)
-    assert relative(fed(40, x, rank=40).to_dense(), moment(x)) < 1e-6
-
-
-def test_sums_of_several_ranks_are_one_matrix() -> None:
-    x = data(250, 400, seed=5)
-    parts = [fed(250, part, num_partition=5) for part in x.split([100, 0, 250, 50])]
-    whole = fed(250, x, num_partition=5).to_dense().numpy()
-    reduced = Hodlr(250, 5)
-    reduced.inverse_diagonal()  # a result that must not outlive the reduction
-    for target, *sources in zip(reduced.tensors(), *(part.tensors() for part in parts), strict=True):
-        target.copy_(torch.stack(sources).sum(0))  # what an all-reduce leaves on each rank
-    assert reduced.tokens == 400
-    assert relative(reduced.to_dense(), whole) < 1e-5
-
-
-def test_saved_sums_continue_where_they_were() -> None:
-    x = data(250, 300, seed=6)
-    hodlr = fed(250, x[:200], num_partition=5)
-    saved = [tensor.clone() for tensor in hodlr.tensors()]
-    hodlr.update(x[200:])
-    loaded = Hodlr(250, 5)
-    loaded.inverse_diagonal()  # a result that must not outlive the loading
-    for target, source in zip(loaded.tensors(), saved, strict=True):
-        target.copy_(source)
-    loaded.update(x[200:])
-    assert torch.equal(loaded.to_dense(), hodlr.to_dense()) and loaded.tokens == 300
-
-
-def test_the_seed_decides_and_nothing_else() -> None:
-    x = data(250, 100, seed=7, decay=0.2)
-    first = fed(250, x, seed=3).to_dense()
-    torch.manual_seed(99)
-    state = torch.get_rng_state()
-    assert torch.equal(fed(250, x, seed=3).to_dense(), first)
-    assert torch.equal(torch.get_rng_state(), state)  # and the caller's random numbers are not used up
-    assert not torch.equal(fed(250, x, seed=4).to_dense(), first)
-
-
-def test_updating_after_an_inverse_changes_it() -> None:
-    x = data(100, 400, seed=8)
-    hodlr = fed(100, x[:50])
-    early = hodlr.inverse_diagonal()
-    early += 1  # the caller's own
-    assert torch.equal(hodlr.inverse_diagonal() + 1, early)
-    hodlr.update(x[50:])
-    assert relative(hodlr.to_dense(), fed(100, x).to_dense().numpy()) < 1e-5
-    check_inverse(hodlr, 1e-3)
-
-
 # -- what comes in ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_any_floating_dtype(dtype: torch.dtype) -> None:
-    x = data(60, 200, seed=9).to(dtype)
-    assert relative(fed(60, x, rank=60).to_dense(), moment(x)) < 1e-6
-
-
-def test_any_leading_shape_and_stride() -> None:
-    x = data(61, 120, seed=10)
-    expected = fed(61, x).to_dense()
-    for given_ in (x.view(4, 5, 6, 61), x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2]):
-        assert torch.equal(fed(61, given_).to_dense(), expected)
-    one = fed(61, x[0])
-    assert one.tokens == 1 and relative(one.to_dense(), fed(61, x[:1]).to_dense().numpy()) < 1e-6
-
-
-def test_activations_that_carry_a_graph_leave_none_behind() -> None:
-    x = data(61, 20, seed=10).requires_grad_()
-    hodlr = fed(61, x * 1)
-    assert not any(tensor.requires_grad for tensor in hodlr.tensors())
-    assert not hodlr.matmul(x.t()).requires_grad and not hodlr.inverse_diagonal().requires_grad
-
-
-def test_autocast_does_not_reach_the_sums() -> None:
-    x = data(250, 100, seed=11)
-    expected = fed(250, x)
-    v = torch.randn(250, 2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = fed(250, x)
-        product = inside.matmul(v)
-    assert torch.equal(inside.to_dense(), expected.to_dense())
-    assert torch.equal(product, expected.matmul(v))
-
-
-@pytest.mark.parametrize("n", [1, 7, 64, 200])
-@pytest.mark.parametrize("num_partition", [0, 4])
-@pytest.mark.parametrize("value", [0.0, 1.0, -3e3, 1e-9])
-def test_zero_and_constant_inputs_stay_finite(n: int, num_partition: int, value: float) -> None:
-    hodlr = fed(n, torch.full((50, n), value), num_partition=num_partition)
-    np.testing.assert_allclose(hodlr.to_dense(), np.full((n, n), value**2), rtol=1e-5)
-    unit = value**2 or 1.0
-    for damping in (1e-1, 1e-3):
-        check_inverse(hodlr, damping)
-        assert hodlr.effective_damping == damping  # rank 1: nothing is cut off
-        exact = (1 - value**2 / (n * value**2 + damping * unit)) / damping / unit
-        np.testing.assert_allclose(hodlr.inverse_diagonal(damping), exact, rtol=1e-2)
-    hodlr.update(data(n, 50, seed=0))
-    check_inverse(hodlr, 1e-3)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -345,56 +173,6 @@ def test_the_inverse_keeps_its_digits_near_a_singular_matrix(n: int, rank: int) 
     for damping in (1e-2, 1e-4, 1e-6):
         check_inverse(hodlr, damping)
         assert hodlr.effective_damping <= max(damping, 1e-3)
-
-
-def test_without_tokens_the_matrix_is_zero() -> None:
-    hodlr = Hodlr(20)
-    hodlr.update(torch.zeros(0, 20))
-    hodlr.update(torch.zeros(3, 0, 20))
-    assert hodlr.tokens == 0 and not hodlr.to_dense().any() and not hodlr.matmul(torch.ones(20, 2)).any()
-    assert not hodlr.quadratic(torch.ones(20, 2)).any()
-    np.testing.assert_allclose(hodlr.inverse_diagonal(1e-2), 100.0)
-
-
-@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e12])
-def test_the_units_of_the_data_do_not_matter(scale: float) -> None:
-    x = data(200, 300, seed=12)
-    plain, scaled = fed(200, x), fed(200, x * scale)
-    np.testing.assert_allclose(scaled.inverse_diagonal() * scale**2, plain.inverse_diagonal(), rtol=1e-4)
-    v = data(7, 200, seed=13)
-    tiny = scaled.quadratic(v * 1e-25) / 1e-50 / scale**2  # squares far below float32's range
-    np.testing.assert_allclose(tiny, plain.quadratic(v), rtol=1e-3, atol=1e-6 * float(plain.quadratic(v).max()))
-
-
-def test_single_vectors() -> None:
-    hodlr = fed(30, data(30, 40, seed=14))
-    v = torch.randn(30)
-    assert torch.equal(hodlr.matmul(v), hodlr.matmul(v[:, None])[:, 0])
-    assert hodlr.matmul(v.bfloat16()).dtype == torch.float32
-
-
-def test_wrong_input_is_refused() -> None:
-    hodlr = Hodlr(10)
-    for wrong in (torch.zeros(4, 11), torch.zeros(10, 4), torch.zeros(())):
-        with pytest.raises(ValueError, match=r"x has shape .*expected \(\.\.\., 10\)"):
-            hodlr.update(wrong)
-    for method in (hodlr.matmul, hodlr.quadratic):
-        with pytest.raises(ValueError, match="expected"):
-            method(torch.zeros(9, 10))
-    for arguments in ({"n": 0}, {"n": 10, "rank": 0}, {"n": 10, "num_partition": -1}, {"n": 10, "rank": 1.5}):
-        with pytest.raises(UserError, match="whole number"):
-            Hodlr(**arguments)
-    for damping in (-1e-3, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="damping"):
-            hodlr.inverse_diagonal(damping)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
-def test_data_that_is_not_finite_is_reported(value: float) -> None:
-    x = data(200, 30, seed=15)
-    x[3, 150] = value
-    with pytest.raises(RunError, match="not finite"):
-        fed(200, x).inverse_diagonal()
 
 
 # -- damping, cost ----------------------------------------------------------------------------------------------------
@@ -464,16 +242,6 @@ def test_nothing_of_the_dense_size_is_ever_made() -> None:
     assert torch.isfinite(inverse).all() and (inverse > 0).all()
 
 
-def test_the_number_of_threads_is_the_callers_again() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        fed(100, data(100, 50, seed=0)).inverse_diagonal()
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
 # -- importance -------------------------------------------------------------------------------------------------------
 
 
@@ -535,16 +303,3 @@ def test_importance_refuses_what_does_not_fit() -> None:
         entry_importance(torch.full((4, 6), float("nan")), A, G)
     with pytest.raises(UserError, match="block_size"):
         block_scores(torch.ones(4), torch.ones(6), 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_can_be_multiplied_as_they_are(dtype: torch.dtype) -> None:
-    """As on CUDA, where their products come in float32: what `update` otherwise casts first."""
-    x = torch.randn(70, 1001, generator=torch.Generator().manual_seed(0)).to(dtype)
-    cast, direct = Hodlr(1001), Hodlr(1001)
-    assert direct._test is not None and torch.equal(direct._test.to(dtype).float(), direct._test)
-    cast.update(x)
-    direct._add(direct._summed.spread(x, 1).contiguous())
-    for one, other in zip(direct.tensors()[1:], cast.tensors()[1:], strict=True):
-        assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseft.errors import RunError, UserError
 from sparseft.importance import multilevel
 from sparseft.importance.hodlr import Hodlr
 from sparseft.importance.hooks import Observation
 from sparseft.importance.kfac import RANKS, FactorSettings, KroneckerFactors, entry_importance, statistics_bytes
 from sparseft.importance.multilevel import Multilevel, nystrom
 from sparseft.importance.second_moment import SecondMoment
+from support.second_moments import check_inverse, data, moment, relative
 
 properties = settings(max_examples=40, deadline=None)
 
@@ -39,27 +39,10 @@ def small_leaves() -> Iterator[None]:
         yield
 
 
-def data(n: int, tokens: int, seed: int, decay: float = 1.0) -> torch.Tensor:
-    """(tokens, n) float32 vectors whose second moment has eigenvalues that fall as i^-decay in a random basis."""
-    rng = np.random.default_rng(seed)
-    basis, _ = np.linalg.qr(rng.standard_normal((n, n)))
-    scale = np.arange(1, n + 1) ** (-decay / 2)
-    return torch.from_numpy((rng.standard_normal((tokens, n)) * scale @ basis.T).astype(np.float32))
-
-
-def moment(x: torch.Tensor) -> np.ndarray:
-    x = x.reshape(-1, x.shape[-1]).double().numpy()
-    return x.T @ x / max(1, len(x))
-
-
 def fed(n: int, x: torch.Tensor, **options) -> Multilevel:
     matrix = Multilevel(n, **options)
     matrix.update(x)
     return matrix
-
-
-def relative(found: np.ndarray | torch.Tensor, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(np.asarray(found) - expected) / max(np.linalg.norm(expected), 1e-300))
 
 
 def nodes(n: int, level: int) -> list[slice]:
@@ -71,27 +54,7 @@ def nodes(n: int, level: int) -> list[slice]:
     return [slice(low, high) for low, high in zip([0, *ends], ends, strict=False)]
 
 
-def check_inverse(matrix: SecondMoment, damping: float, tolerance: float = 1e-6) -> None:
-    """The inverse's diagonal is the dense one's, with the damping that was asked for."""
-    found = matrix.inverse_diagonal(damping).numpy()
-    dense = matrix.to_dense().numpy()
-    unit = np.diag(dense).mean() or 1.0
-    assert matrix.effective_damping == damping
-    assert found.shape == (matrix.n,) and np.isfinite(found).all() and (found > 0).all()
-    wanted = np.diag(np.linalg.inv(dense + damping * unit * np.eye(matrix.n)))
-    np.testing.assert_allclose(found, wanted, rtol=tolerance)
-
-
 # -- the matrix -------------------------------------------------------------------------------------------------------
-
-
-@properties
-@given(n=st.integers(1, 90), tokens=st.integers(1, 120), seed=st.integers(0, 99))
-def test_without_levels_it_is_the_dense_matrix(n: int, tokens: int, seed: int) -> None:
-    x = data(n, tokens, seed)
-    matrix = fed(n, x, num_partition=0)
-    assert matrix.levels == 0 and relative(matrix.to_dense(), moment(x)) < 1e-6
-    check_inverse(matrix, 1e-3)
 
 
 @properties
@@ -141,17 +104,6 @@ def _placed(matrix: Multilevel, level: int, rows: slice, taken: torch.Tensor) ->
     index = nodes(matrix.n, level).index(rows)
     whole[index * node : (index + 1) * node] = taken
     return whole
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 333])
-@pytest.mark.parametrize("num_partition", [1, 3, 30])
-def test_any_size_with_levels_and_ranks_beyond_it(n: int, num_partition: int) -> None:
-    x = data(n, 2 * n, seed=n)
-    matrix = fed(n, x, num_partition=num_partition, rank=2)
-    assert matrix.levels <= num_partition and n >> matrix.levels >= min(n, 8)
-    check_inverse(matrix, 1e-3)
-    full = fed(n, x, num_partition=num_partition, rank=n + 5)
-    assert full.levels == 0 and relative(full.to_dense(), moment(x)) < 1e-6
 
 
 def test_a_rank_that_the_data_really_has_is_found_at_once_and_nothing_is_made_of_rounding(
@@ -207,70 +159,7 @@ def test_the_error_falls_with_the_rank() -> None:
     assert all(later < 0.9 * earlier for earlier, later in itertools.pairwise(errors)), errors
 
 
-# -- streaming --------------------------------------------------------------------------------------------------------
-
-
-@properties
-@given(
-    n=st.sampled_from([1, 5, 64, 99, 250]),
-    num_partition=st.integers(0, 6),
-    cuts=st.lists(st.integers(0, 300), max_size=8),
-)
-def test_batches_can_be_split_in_any_way(n: int, num_partition: int, cuts: list[int]) -> None:
-    x = data(n, 300, seed=n)
-    whole, split = fed(n, x, num_partition=num_partition), Multilevel(n, num_partition)
-    for low, high in itertools.pairwise([0, *sorted(cuts), 300]):
-        split.update(x[low:high])  # empty ones among them
-    assert split.tokens == 300
-    assert relative(split.to_dense(), whole.to_dense().numpy()) < 1e-5
-    np.testing.assert_allclose(split.inverse_diagonal(1e-1), whole.inverse_diagonal(1e-1), rtol=1e-3)
-
-
-def test_sums_of_several_ranks_are_one_matrix() -> None:
-    x = data(250, 400, seed=5)
-    parts = [fed(250, part, num_partition=4) for part in x.split([100, 0, 250, 50])]
-    whole = fed(250, x, num_partition=4).to_dense().numpy()
-    reduced = Multilevel(250, 4)
-    reduced.inverse_diagonal()  # a result that must not outlive the reduction
-    for target, *sources in zip(reduced.tensors(), *(part.tensors() for part in parts), strict=True):
-        target.copy_(torch.stack(sources).sum(0))  # what an all-reduce leaves on each rank
-    assert reduced.tokens == 400 and reduced.levels > 2
-    assert relative(reduced.to_dense(), whole) < 1e-5
-
-
-def test_the_seed_decides_and_nothing_else() -> None:
-    x = data(250, 100, seed=7, decay=0.2)
-    first = fed(250, x, seed=3).to_dense()
-    torch.manual_seed(99)
-    state = torch.get_rng_state()
-    assert torch.equal(fed(250, x, seed=3).to_dense(), first)
-    assert torch.equal(torch.get_rng_state(), state)  # and the caller's random numbers are not used up
-    assert not torch.equal(fed(250, x, seed=4).to_dense(), first)
-
-
 # -- what comes in ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_any_floating_dtype(dtype: torch.dtype) -> None:
-    x = data(60, 200, seed=9).to(dtype)
-    assert relative(fed(60, x, num_partition=0).to_dense(), moment(x)) < 1e-6
-    assert torch.equal(fed(60, x).to_dense(), fed(60, x.float()).to_dense())
-
-
-@pytest.mark.parametrize("n", [1, 7, 64, 200])
-@pytest.mark.parametrize("num_partition", [0, 4])
-@pytest.mark.parametrize("value", [0.0, 1.0, -3e3, 1e-9])
-def test_zero_and_constant_inputs_stay_finite(n: int, num_partition: int, value: float) -> None:
-    matrix = fed(n, torch.full((50, n), value), num_partition=num_partition)
-    np.testing.assert_allclose(matrix.to_dense(), np.full((n, n), value**2), rtol=1e-4)
-    unit = value**2 or 1.0
-    for damping in (1e-1, 1e-3):
-        exact = (1 - value**2 / (n * value**2 + damping * unit)) / damping / unit
-        np.testing.assert_allclose(matrix.inverse_diagonal(damping), exact, rtol=1e-2)
-        assert matrix.effective_damping == damping
-    matrix.update(data(n, 50, seed=0))
-    check_inverse(matrix, 1e-3)
 
 
 @pytest.mark.parametrize("damping", [1e-2, 1e-6, 1e-9, 1e-30, 1e-300])
@@ -286,59 +175,6 @@ def test_the_damping_is_the_one_asked_for_whatever_rounding_has_left(damping: fl
     assert torch.isfinite(inverse).all() and (inverse > 0).all()
     shift = damping * dense.mean()
     assert (inverse >= 0.999 / (dense + shift)).all() and (inverse <= 1.001 / shift).all()
-
-
-def test_without_tokens_the_matrix_is_zero() -> None:
-    matrix = Multilevel(40)
-    matrix.update(torch.zeros(0, 40))
-    matrix.update(torch.zeros(3, 0, 40))
-    assert matrix.tokens == 0 and not matrix.to_dense().any() and not matrix.matmul(torch.ones(40, 2)).any()
-    assert not matrix.quadratic(torch.ones(40, 2)).any()
-    np.testing.assert_allclose(matrix.inverse_diagonal(1e-2), 100.0)
-
-
-@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e12])
-def test_the_units_of_the_data_do_not_matter(scale: float) -> None:
-    x = data(200, 300, seed=12)
-    plain, scaled = fed(200, x), fed(200, x * scale)
-    np.testing.assert_allclose(scaled.inverse_diagonal() * scale**2, plain.inverse_diagonal(), rtol=1e-3)
-    v = data(7, 200, seed=13)
-    tiny = scaled.quadratic(v * 1e-25) / 1e-50 / scale**2  # squares far below float32's range
-    np.testing.assert_allclose(tiny, plain.quadratic(v), rtol=1e-3, atol=1e-6 * float(plain.quadratic(v).max()))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
-def test_data_that_is_not_finite_is_reported(value: float) -> None:
-    x = data(200, 30, seed=15)
-    x[3, 150] = value
-    with pytest.raises(RunError, match="not finite"):
-        fed(200, x).inverse_diagonal()
-
-
-def test_wrong_input_is_refused() -> None:
-    matrix = Multilevel(10)
-    for wrong in (torch.zeros(4, 11), torch.zeros(10, 4), torch.zeros(())):
-        with pytest.raises(ValueError, match=r"Multilevel.update: x has shape .*expected \(\.\.\., 10\)"):
-            matrix.update(wrong)
-    for arguments in ({"n": 0}, {"n": 10, "rank": 0}, {"n": 10, "num_partition": -1}, {"n": 10, "rank": 1.5}):
-        with pytest.raises(UserError, match="Multilevel: .*whole number"):
-            Multilevel(**arguments)
-    for damping in (0.0, -1e-3, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="damping"):
-            matrix.inverse_diagonal(damping)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_can_be_multiplied_as_they_are(dtype: torch.dtype) -> None:
-    """As on CUDA, where their products come in float32: what `update` otherwise casts first."""
-    x = torch.randn(70, 333, generator=torch.Generator().manual_seed(0)).to(dtype)
-    cast, direct = Multilevel(333), Multilevel(333)
-    cast.update(x)
-    direct._add(direct._summed.spread(x, 1).contiguous())
-    assert direct.levels > 3
-    for one, other in zip(direct.tensors()[1:], cast.tensors()[1:], strict=True):
-        assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
 # -- what sylva makes of it -------------------------------------------------------------------------------------------

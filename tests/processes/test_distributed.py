@@ -123,7 +123,7 @@ def together(runs: Runs) -> Runs:
     cases = [runs.case(method, stage, *(saving if (method, stage) in saved else [])) for method, stage in EVERYDAY]
     continued = [case for stage in CONTINUED for case in (*sittings(runs, stage), *grown(runs, stage))]
     bad = [bad_case(runs, *each) for each in (*BAD, *BAD_IN_A_ROW)]
-    best = [best_case(runs, "s2ft", stage) for stage in (3, "fsdp")]
+    best = [best_case(runs, "s2ft", stage) for stage in (0, 3, "fsdp")]
     (runs.folder / "a-file").write_text("no folder")
     uncached = runs.case("s2ft", 0, f"cache_dir={runs.folder / 'a-file'}") | {"name": "uncached", "refused": True}
     (runs.folder / "linked").mkdir()
@@ -255,11 +255,9 @@ def test_the_best_adapter_of_a_model_in_shards(together: Runs, stage: Stage) -> 
     check_best(together, "s2ft", stage)
 
 
-def test_every_process_knows_the_score(tmp_path: Path, model_folder: Any) -> None:
+def test_every_process_knows_the_score(together: Runs) -> None:
     """Though the first one alone has asked: of several machines each one's says what came of the run."""
-    runs = Runs(tmp_path, model_folder())
-    run_ranks(runs.folder, [best_case(runs, "s2ft", 0)])
-    first, second = (json.loads((tmp_path / f"best-s2ft-0{of}.json").read_text()) for of in ("", "-rank1"))
+    first, second = (json.loads((together.folder / f"best-s2ft-0{of}.json").read_text()) for of in ("", "-rank1"))
     assert first["test_score"] == second["test_score"] is not None
     assert first["test_score_stderr"] == second["test_score_stderr"]
 

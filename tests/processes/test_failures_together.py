@@ -133,7 +133,7 @@ def test_a_failure_of_one_process_ends_both(
     assert steps(failing.folder) == [step]
     assert not (failing.folder / "run" / "adapter").exists()
     assert not [name for name in files(failing.folder) if "/." in name and ".cache" not in name]
-    if case not in EVERYDAY:
+    if case != "disk full, optimizer":  # goes on to the same end; killed anywhere it does so in test_kill.py
         return
     sparseft(failing.folder, "train", *words, TWO, "trainer.resume=auto")
     runs = failing.folder / "run", whole(stage)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 
 from sparseft.config import BUNDLED_ROOT
 from sparseft.training.preference import batches
-from support.ranks import TWO, run_ranks, split
+from support.ranks import TWO, cut_after_two, run_ranks, split
 from support.running import files, gone, metrics, refused, sparseft, summary
 from support.training import same_end
 
@@ -68,12 +67,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases += [together(f"{objective}-whole", objective, method, *CUT) for objective, method in SITTINGS]
     write_answers(folder / "answers.jsonl")
     cases.append(together("answers-2", "kto", "s2ft", *ANSWERS, *split(2, 1)))
+    cases += [
+        together(f"{objective}-cut", objective, method, *CUT, "trainer.resume=auto") | {"cut": f"{objective}-whole"}
+        for objective, method in SITTINGS
+    ]
     run_ranks(folder, cases, seconds=1200)
-    resumed = []
-    for objective, method in SITTINGS:
-        cut_after_two(folder / f"{objective}-whole", folder / f"{objective}-cut")
-        resumed.append(together(f"{objective}-cut", objective, method, *CUT, "trainer.resume=auto"))
-    run_ranks(folder, resumed)
     return folder
 
 
@@ -89,16 +87,6 @@ def write_answers(path: Path) -> None:
         for at, pair in enumerate(pairs)
     ]
     path.write_text("\n".join(map(json.dumps, answers)))
-
-
-def cut_after_two(whole: Path, folder: Path) -> None:
-    """A copy of a run as it was after its second step."""
-    shutil.copytree(whole, folder)
-    for step in (3, 4, 5):
-        shutil.rmtree(folder / f"checkpoints/checkpoint-{step}")
-    shutil.rmtree(folder / "adapter")
-    (folder / "summary.json").unlink()
-    assert (folder / "checkpoints/checkpoint-2/manifest.json").exists()
 
 
 @pytest.fixture

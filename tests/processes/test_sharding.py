@@ -56,15 +56,12 @@ def model(folder: Path, dtype: str, *importances: str) -> dict[str, Any]:
 LOST = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(scope="module", params=["zero", "fsdp"])
-def found(
-    request: Any, tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path], tokenizer: Any
-) -> list[dict[str, Any]]:
-    """What each of two processes found."""
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path], tokenizer: Any) -> Path:
+    """The folder of what the two processes found by ZeRO-3 and by FSDP2."""
     folder = tmp_path_factory.mktemp("sharding")
     llama = model_folder()
     job = {
-        "fsdp": request.param == "fsdp",
         "models": {
             "llama": model(llama, "float32", "random", "weight", "product", "gradient", "sylva"),
             "rounded": model(llama, "bfloat16", "weight"),
@@ -77,7 +74,13 @@ def found(
         },
     }
     run_ranks(folder, job, worker=WORKER)
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    return folder
+
+
+@pytest.fixture(params=["zero", "fsdp"])
+def found(request: Any, every: Path) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    return [json.loads((every / f"{request.param}-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", ["llama", "rounded", "tied", "experts"])

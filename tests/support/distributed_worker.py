@@ -2,10 +2,11 @@
 
     python -m torch.distributed.run … tests/support/distributed_worker.py CASES.json
 
-CASES: a list of {"name", "overrides", "command", "refused", "bad", "what"}; each is composed and run by
+CASES: a list of {"name", "overrides", "command", "refused", "bad", "what", "cut"}; each is composed and run by
 `sparseft.commands`. Rank 0 leaves its result as `<name>.json` beside the file (others: `<name>-rank<r>.json`), or the
 message of one that is to be refused or to fail. The cases share the time that torch and DeepSpeed take to be imported.
-With "bad", the losses of those micro-steps (1-based) are bad in the last process, in the way that "what" names.
+With "bad", the losses of those micro-steps (1-based) are bad in the last process, in the way that "what" names. With
+"cut" the run of that name is first copied, as it was after its second step, under the case's own name, to go on with.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sparseft.compose.run_config import compose
 from sparseft.errors import RunError, UserError
 from sparseft.files.atomic import write_json
 from support.pages import blank_pages
+from support.ranks import cut_after_two
 
 BAD = {  # what becomes of a bad micro-step's loss
     "loss": lambda loss: loss * float("nan"),
@@ -69,6 +71,10 @@ def main(path: Path) -> None:
     dist.init_process_group("gloo")  # once; sparseft finds it and leaves it
     for case in json.loads(path.read_text()):
         module = importlib.import_module(f"sparseft.commands.{case['command']}")
+        if "cut" in case:
+            if dist.get_rank() == 0:
+                cut_after_two(path.parent / case["cut"], path.parent / case["name"])
+            dist.barrier()
         try:
             with blank_pages(), spoilt(case.get("bad", ()), case.get("what", "loss")):
                 result = module.run(compose(case["command"], case["overrides"]))

@@ -33,11 +33,16 @@ if FAR:  # before sparseft is imported, whose modules take these by name
     PartialState.set_device = lambda self: setattr(self, "device", elsewhere.DEVICE)
 
 import sparseft  # noqa: E402
+import sparseft.training.rate  # noqa: E402
+import sparseft.trim.job  # noqa: E402
 from sparseft.cli.app import main  # noqa: E402
+from sparseft.config import BUNDLED_ROOT  # noqa: E402
 from sparseft.training.optimizer import SparseAdamW  # noqa: E402
 from support.experts import build as build_experts  # noqa: E402
 from support.models import build_model  # noqa: E402
 from support.nf4 import quantize  # noqa: E402
+from support.pages import blank_pages  # noqa: E402
+from support.running import write_data  # noqa: E402
 
 FOLDER = Path()
 DEVICE: Any = elsewhere.DEVICE if FAR else "cpu"
@@ -146,22 +151,32 @@ BY_PYTHON: dict[str, Callable[[], list[float]]] = {
 
 # -- by command -------------------------------------------------------------------------------------------------------
 
+# On few examples: evaluating them before and after takes longer than the steps. A page reads files alone.
 SHORT = [
     "model.dtype=float32", "trainer.max_steps=3", "trainer.batch_size=2", "trainer.gradient_accumulation=1",
-    "trainer.max_length=96", "overwrite=true",
+    "trainer.max_length=96", "overwrite=true", "dataset.eval_fraction=0.2",
 ]  # fmt: skip
+SUMS, PAIRS = ("dataset=json", "dataset.train_path=pairs.jsonl"), ("dataset.train_path=preferences.jsonl",)
+sparseft.trim.job.HELD_OUT = 16
+sparseft.training.rate.STEPS, sparseft.training.rate.WATCHED = 12, (4, 4)  # two rates a decade
 BY_COMMAND = {
     "s2ft, checkpointing": "method=s2ft method.importance=gradient method.num_samples=4 trainer.checkpointing=full",
     "sylva, selective": "method=sylva method.num_samples=4 trainer.checkpointing=selective trainer.label_smoothing=0.1",
     "losia, averaged": "method=losia trainer.average=last:0.5",
     "lora, packing": "method=lora dataset.packing=true trainer.max_length=128",
-    "dora": "method=lora method.use_dora=true",
     "full": "method=full trainer.average=ema:0.5 trainer.eval_steps=2",
-    "re-selection": "method=s2ft method.reselect_steps=1 method.order=sampled",
+    "re-selection, budget": "method=s2ft method.reselect_steps=1 method.order=sampled"
+    " trainer.forget_budget=0.01 trainer.forget_source=bundled:data/text/train.txt",
     "re-selection by calibration": "method=sylva method.reselect_steps=1 method.num_samples=4",
     "dpo": "method=s2ft objective=dpo trainer.max_length=64",
-    "budget": "method=s2ft trainer.forget_budget=0.01 trainer.forget_source=bundled:data/text/train.txt",
 }
+
+
+def prepare() -> None:
+    """The data of the commands, in the working directory."""
+    write_data(Path(), 20)
+    lines = (BUNDLED_ROOT / "data/preference/train.jsonl").read_text().splitlines(keepends=True)
+    Path("preferences.jsonl").write_text("".join(lines[:10]))
 
 
 def run_command(*words: str) -> None:
@@ -170,7 +185,8 @@ def run_command(*words: str) -> None:
 
 def trained(overrides: str) -> list[float]:
     run = new_folder()
-    run_command("train", *SHORT, *overrides.split(), f"output_dir={run}", f"cache_dir={FOLDER / 'cache'}")
+    data = PAIRS if "objective=dpo" in overrides else SUMS
+    run_command("train", *SHORT, *data, *overrides.split(), f"output_dir={run}", f"cache_dir={FOLDER / 'cache'}")
     summary = json.loads((run / "summary.json").read_text())
     assert FAR == json.loads((run / "environment.json").read_text())["device"].startswith("elsewhere")
     return [summary[name] for name in ("eval_loss_before", "train_loss", "eval_loss_after")]
@@ -179,14 +195,14 @@ def trained(overrides: str) -> list[float]:
 def afterwards() -> list[float]:
     """A run that goes on from a checkpoint, with a rate that it looked for; asked, and exported."""
     run, out = new_folder(), new_folder()
-    words = [*SHORT, "method=s2ft", "trainer.save_steps=2", f"output_dir={run}", f"cache_dir={FOLDER / 'cache'}"]
+    words = [*SHORT, *SUMS, "method=s2ft", "trainer.save_steps=2", f"output_dir={run}", f"cache_dir={FOLDER / 'cache'}"]
     run_command("train", *words, "trainer.learning_rate=auto")
     for name in ("summary.json", "adapter/adapter_model.safetensors"):  # as after a kill
         (run / name).unlink()
     (run / "checkpoints" / "checkpoint-3").rename(FOLDER / "gone")
     words[words.index("overwrite=true")] = "trainer.resume=auto"
     run_command("train", *words, "trainer.learning_rate=auto")
-    run_command("eval", "boolq", "--run", str(run), "--limit", "4")
+    run_command("eval", "boolq", "--run", str(run), "--limit", "2", "eval.max_new_tokens=4")
     run_command("export", str(run), "--format", "merged", "--out", str(out))
     asked = json.loads((run / "eval" / "boolq.json").read_text())["results"]["boolq"]
     accuracy = next(value for name, value in asked.items() if name.startswith("acc"))
@@ -200,9 +216,11 @@ CASES["afterwards"] = afterwards
 if __name__ == "__main__":
     FOLDER = Path(sys.argv[2])
     found: dict[str, Any] = {}
-    for name in sys.argv[3:] or CASES:
-        try:
-            found[name] = CASES[name]()
-        except BaseException:
-            found[name] = traceback.format_exc()
+    prepare()
+    with blank_pages():
+        for name in sys.argv[3:] or CASES:
+            try:
+                found[name] = CASES[name]()
+            except BaseException:
+                found[name] = traceback.format_exc()
     (FOLDER / "found.json").write_text(json.dumps(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -105,6 +106,16 @@ class Runs:
         name = f"{method}-{stage}"
         overrides = [*self.base, *METHODS[method], *split(2, 2), f"output_dir={name}", sharing(stage)]
         return {"name": name, "command": "train", "overrides": [*overrides, TWO, *words]}
+
+
+def cut_after_two(whole: Path, folder: Path) -> None:
+    """A copy of a run as it was after its second step."""
+    shutil.copytree(whole, folder)
+    for step in (3, 4, 5):
+        shutil.rmtree(folder / f"checkpoints/checkpoint-{step}")
+    shutil.rmtree(folder / "adapter")
+    (folder / "summary.json").unlink()
+    assert (folder / "checkpoints/checkpoint-2/manifest.json").exists()
 
 
 def trained(run: Path) -> dict[str, torch.Tensor]:

@@ -2,9 +2,9 @@
 
     python -m torch.distributed.run … tests/support/sharding_worker.py JOB.json
 
-JOB: {"models": {name: {"path", "dtype", "importances"}}, "broken": {name: path}, "fsdp": whether by FSDP2 and not by
-ZeRO-3}. Each model is loaded in shards, then whole, and held against that; each process leaves what it found as
-`rank-<n>.json` beside the file.
+JOB: {"models": {name: {"path", "dtype", "importances"}}, "broken": {name: path}}. Each model is loaded in shards, by
+ZeRO-3 and by FSDP2, then whole, and held against that; each process leaves what it found as `zero-<n>.json` and
+`fsdp-<n>.json` beside the file.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ def same_selection(left: Any, right: Any) -> bool:
 def compare(hardware: HardwareConfig, path: str, dtype: str, importances: list[str]) -> dict[str, Any]:
     """What is the same of a model loaded in shards and one loaded whole, and what the first one holds."""
     config, device = ModelConfig(path=path, dtype=dtype), torch.device("cpu")
+    gc.collect()
+    gc.freeze()  # what is there by now is left out of the counts, which take long with the libraries' objects
     before = bytes_left()
     # What the trial of the loaded model takes for its activations is not the loading's: it comes after the count.
     with Counter() as counter, mock.patch.object(loading, "check_causal"):
@@ -201,7 +203,12 @@ def attached(model: Any, same: dict[str, bool]) -> None:
 def main(path: Path) -> None:
     dist.init_process_group("gloo")
     job = json.loads(path.read_text())
-    hardware = FSDP if job.get("fsdp") else ZERO
+    for name, hardware in {"zero": ZERO, "fsdp": FSDP}.items():
+        write_json(path.parent / f"{name}-{dist.get_rank()}.json", results(job, hardware))
+    dist.destroy_process_group()
+
+
+def results(job: dict[str, Any], hardware: HardwareConfig) -> dict[str, Any]:
     result: dict[str, Any] = {name: compare(hardware, **settings) for name, settings in job["models"].items()}
     for name, folder in job["broken"].items():
         try:
@@ -210,8 +217,7 @@ def main(path: Path) -> None:
             result[name] = str(error)
         forget_zero()
         dist.barrier()
-    write_json(path.parent / f"rank-{dist.get_rank()}.json", result)
-    dist.destroy_process_group()
+    return result
 
 
 if __name__ == "__main__":
