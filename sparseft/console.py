@@ -415,6 +415,8 @@ def _lost_where_it_must() -> Iterator[None]:
     nowhere from then on: the run itself must not die of it, nor what libraries and children print."""
     try:
         yield
+    except BlockingIOError:
+        pass  # a slow reader, where writing does not wait: this line is lost, the next one may not be
     except OSError:
         nowhere = open(os.devnull, "w")
         with contextlib.suppress(OSError, ValueError):  # a stream that has no file

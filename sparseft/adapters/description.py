@@ -68,9 +68,9 @@ EXPRESSIONS = ("exclude_modules", "layers_pattern", "modules_to_save", "rank_pat
 
 def is_bounded(expression: object) -> bool:
     """Whether a regular expression is matched against a name in at most some ten thousand steps: it repeats little, and
-    no group, and its alternatives are of one group. peft matches a description's against every module's name."""
+    no group, and has few alternatives. peft matches a description's against every module's name."""
     text = str(expression)
-    return len(re.findall(r"[*+?{]", text)) <= 2 and text.count("(") <= 1 and not re.search(r"\)[*+?{]", text)
+    return len(re.findall(r"[*+?{]", text)) <= 2 and text.count("(") <= 3 and not re.search(r"\)[*+?{]", text)
 
 
 def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
@@ -101,7 +101,8 @@ def check_peft(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         value = content.get(key)
         texts = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
         unbounded = [text for text in texts if not is_bounded(text)]
-        if unbounded or len(texts) > max(1, len(tensors)):
+        expressions = [text for text in texts if re.search(r"[*+?{(\[|\\]", str(text))]
+        if unbounded or len(expressions) > max(1, len(tensors)):
             example = shown((unbounded or texts)[0])
             raise UserError(
                 f"{folder}: matching {key} in {CONFIG} ({example}) could take without end: expected names of modules."

@@ -52,8 +52,8 @@ def attach(
     Whoever gives the spec sees to `config.reselect_steps`; without it a warning says that nothing is chosen anew.
 
     Raises:
-        UserError: a value out of range, a selection that does not fit, a model that is attached already or that has no
-            head to predict tokens with.
+        UserError: a value out of range, a selection that does not fit, a model that is attached already or that has a
+            head of another kind than for tokens.
     """
     config = checked(config)
     if state_of(model) is not None or sparse_layers(model) or hasattr(model, "peft_config"):
@@ -62,7 +62,7 @@ def attach(
         raise UserError(f"expected a sparseft.Selection, got {type(selection).__name__}: Selection({{…}}) makes one.")
     if selection is not None and not config.sparse:
         raise UserError(f"method {config.name} takes no selection.")
-    if has_other_head(model):
+    if spec is None and has_other_head(model):  # who has a spec has asked whether the model is causal
         raise UserError(
             f"{type(model).__name__} has no head that predicts tokens but one of another kind, which would be left as "
             "it is and not be saved: expected a causal language model (AutoModelForCausalLM)."

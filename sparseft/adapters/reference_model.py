@@ -124,6 +124,7 @@ def base_in_place(layers: list[SparseLinear]) -> Iterator[None]:
     written = tuple(tensor for layer in layers for tensor in _written(layer))
     with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(written):
         for layer in layers:
+            layer.write_if_stale()  # what was loaded or copied: else the next look at the layer would write it
             layer.restore_base()
             if layer.beside:
                 for pattern in layer.patterns.values():

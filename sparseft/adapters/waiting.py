@@ -135,7 +135,8 @@ class Adapter:
                 waiting = self.waiting.get(module, {}).get(kind)
                 if waiting is None or pattern.delta.device == waiting.delta.device:
                     continue
-                if not updated and self.versions.get(id(pattern)) == version_of(pattern.delta):
+                same = self.versions.get(id(pattern)) == version_of(pattern.delta)
+                if same and (not updated or torch.equal(pattern.delta.cpu(), waiting.delta)):
                     pattern.delta.data = waiting.delta
                 else:
                     pattern.delta.data = on_host(pattern.delta.data, pattern.delta.device)

@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from sparseft import console
 from sparseft.cli.jobs import command_module
 from sparseft.cli.outcome import DONE, outcome_of, quiet_libraries, stdout_to_stderr
 from sparseft.compose.run_config import from_dict
@@ -43,10 +44,14 @@ def main(folder: Path) -> int:
             note_checkpoint(error, None)  # the parent's word, from its own exception
         found = outcome_of(error)
         end = launch.End(found.code, found.message, checkpoint, text, time.time())
-    with contextlib.suppress(OSError):  # gone, where TMPDIR was cleaned meanwhile: the exit code is the same
-        if env.local_rank() == 0 and end.code == DONE:
+    if env.local_rank() == 0 and end.code == DONE:
+        with contextlib.suppress(OSError):  # the folder is gone, where TMPDIR was cleaned meanwhile
             write_json(folder / launch.RESULT, result)
+    try:
         write_json(folder / launch.END.format(rank=env.rank()), dataclasses.asdict(end))
+    except OSError:
+        if end.message:
+            console.error(end.message)  # the parent, which would, does not get to know it
     if end.code:
         # At once: the other processes may be waiting for this one in a collective, and its threads for them.
         sys.stderr.flush()

@@ -16,7 +16,7 @@ from sparseft.distributed.ranks import from_main, is_main
 from sparseft.errors import UserError
 from sparseft.files.atomic import explained, write_json
 from sparseft.models.loading import load_tokenizer
-from sparseft.runs.folder import SUMMARY, check_run_folder, latest_run, load_summary
+from sparseft.runs.folder import SUMMARY, check_run_folder, load_summary
 from sparseft.runs.lock import Lock
 from sparseft.training import checks
 from sparseft.training.checkpoints import last_checkpoint
@@ -40,7 +40,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         try:
             return launch.run("train", config)
         except launch.ResultLost:
-            folder = latest_run() if config.output_dir is None else Path(config.output_dir).expanduser()
+            if config.output_dir is None:  # only the processes knew which folder they made
+                raise
+            folder = Path(config.output_dir).expanduser()
             return load_summary(folder) | {"run": str(folder)}
     with launch.joined(config.hardware), Lock() as lock:
         if env.started():

@@ -34,7 +34,7 @@ def started() -> bool:
 
 def rank() -> int:
     """This process's number among all of them; 0 where it is alone."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if started() else 0
 
 
 def local_rank() -> int:

@@ -190,6 +190,8 @@ def _run_children(folder: Path, envs: dict[int, dict[str, str]]) -> tuple[dict[i
             if threading.current_thread() is threading.main_thread():
                 for number in ending:
                     signal.signal(number, pass_on)
+                if signals.HANGUP is not None and signals.HANGUP not in ending:  # as under nohup; torch handles it
+                    signal.signal(signals.HANGUP, signal.SIG_IGN)
             result = None
             first_end = math.inf
             while result is None:
@@ -238,7 +240,7 @@ def _end(folder: Path, rank: int, local: int, code: int, seen: float) -> End:
         seen = math.inf if -code == signal.SIGTERM else seen - SEEN_LATE
     else:
         reason = f"ended with exit code {code} and said nothing"
-    return End(1, f"process {rank} {reason}.{_log(folder, local)}", time=seen)
+    return End(code if code in (2, 130) else 1, f"process {rank} {reason}.{_log(folder, local)}", time=seen)
 
 
 def _log(folder: Path, local: int) -> str:

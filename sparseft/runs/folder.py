@@ -1,6 +1,7 @@
 """Run folders: where they lie, the names of all that they hold, how one is found, checked and deleted. No torch here.
 
-Every file but `metrics.jsonl` (`metrics.py`) is written aside and renamed, so a reader never meets half of one.
+Every file is written aside and renamed, so a reader never meets half of one, but `metrics.jsonl` and `samples.jsonl`,
+which grow by lines (`metrics.py`), and the lock.
 """
 
 from __future__ import annotations

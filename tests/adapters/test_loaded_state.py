@@ -65,8 +65,10 @@ def test_an_adapter_names_the_base_that_a_plain_state_brought(layout: str, activ
     torch.testing.assert_close(logits(sparseft.load_adapter(build_model("llama"), folder)), logits(model))
 
 
-def test_deltas_alone_and_a_state_of_the_same_base_keep_its_name() -> None:
-    model = trained(sparseft.attach(build_model("llama"), CONFIG))
+@pytest.mark.parametrize("layout", ["gather", "permuted"])
+def test_deltas_alone_and_a_state_of_the_same_base_keep_its_name(layout: str) -> None:
+    config = sparseft.S2FTConfig(sparsity=0.9, importance="random", layout=layout)
+    model = trained(sparseft.attach(build_model("llama"), config))
     known, answer, state = model._sparseft.fingerprints, logits(model), copy.deepcopy(model.state_dict())
     for kept in (state, {name: value for name, value in state.items() if name.endswith(".delta")}):
         with torch.no_grad():

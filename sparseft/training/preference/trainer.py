@@ -24,6 +24,7 @@ from sparseft.config import RunConfig
 from sparseft.data.loaded import LoadedData
 from sparseft.distributed import ranks
 from sparseft.models.decoder import runnable
+from sparseft.replaced import replaced
 from sparseft.training.mixed_precision import as_before
 from sparseft.training.preference.batches import Collator, Examples, Tokenised, form_of
 from sparseft.training.preference.objectives import OBJECTIVES
@@ -140,7 +141,8 @@ class PreferenceTrainer(Trainer):
         training, found = model.training, Weighed()
         model.eval()
         done, display = 0, console.Progress(len(loader.dataset), "evaluate", unit="example", keeps=False)
-        with torch.no_grad(), display, runnable(model):
+        unrouted = replaced((self, "aux_loss_enabled", False))  # a router's term says nothing of the pairs
+        with torch.no_grad(), display, runnable(model), unrouted:
             for batch in loader:
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
