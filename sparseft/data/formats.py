@@ -101,19 +101,22 @@ def detect_format(records: Records) -> str:
 
 
 def _format_of(item: dict[str, Any]) -> str | None:
-    def has(key: str) -> bool:
-        return item.get(key) is not None
+    def has(question: str, answer: str) -> bool:
+        given = [item.get(question), item.get(answer)]
+        # a table has a cell for each column: where both are empty, the text beside them is meant
+        return None not in given and (text is None or is_empty(text) or not all(map(is_empty, given)))
 
+    text = item.get("text")
     if isinstance(item.get("prompt"), dict) and isinstance(item["prompt"].get("replies"), list):
         return "oasst_trees"
     if isinstance(item.get("messages"), list) or isinstance(item.get("conversations"), list):
         return "messages"
-    if has("instruction") and has("output"):
+    if has("instruction", "output"):
         return "alpaca"
-    if has("prompt") and has("completion"):
+    if has("prompt", "completion"):
         return "prompt_completion"
-    if isinstance(item.get("text"), str):
-        return "guanaco" if HUMAN in item["text"] and ASSISTANT in item["text"] else "text"
+    if isinstance(text, str):
+        return "guanaco" if HUMAN in text and ASSISTANT in text else "text"
     return None
 
 

@@ -37,7 +37,10 @@ KEYS = {PREFERENCE: ("prompt", "chosen", "rejected"), UNPAIRED: ("prompt", "comp
 
 def detect_preference(records: Records) -> str:
     """The format of the first records. UserError where they say nothing of what is better."""
-    for item in records.items[:DETECTION_RECORDS]:
+    first = records.items[:DETECTION_RECORDS]
+    # a table has a cell for each column: what is empty in one record may be of another format
+    filled = [{key: value for key, value in item.items() if not is_empty(value)} for item in first]
+    for item in (*filled, *first):
         if "chosen" in item or "rejected" in item:
             return PREFERENCE
         if "label" in item and "completion" in item:

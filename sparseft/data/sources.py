@@ -70,7 +70,7 @@ def open_source(
     if not place.files:
         source = open_set(place.name, place.subset, place.split or split, key=key, streaming=streaming)
     elif all(file.suffix.lower() in BUILT for file in place.files):
-        source = open_built(place.files, path, key=key)
+        source = open_built(place.files, local_name(path), key=key)
     elif is_pattern(path):
         source = open_files(place.files, path)
     else:

@@ -49,6 +49,8 @@ def settings(config: RunConfig, run: Path | None, overrides: Sequence[str]) -> t
         given |= OF_RECORDS
     changed = {name: getattr(config.dataset, name) for name in given}
     own.dataset = dataclasses.replace(own.dataset, **changed | {"loss_on_prompt": False})  # answers are compared
+    if "eval_path" in given and "trainer.max_length" in keys:  # what was split off was cut as the run's data were
+        own.trainer = dataclasses.replace(own.trainer, max_length=config.trainer.max_length)
     split_off = own.by_preference and not given and not own.dataset.eval_path
     own.objective, own.cache_dir = PAIRED, config.cache_dir
     return own, run if split_off else None

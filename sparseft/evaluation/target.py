@@ -93,6 +93,8 @@ def _with_adapter(
             revision = content.get("revision") if known == content.get("base_model_name_or_path") else None
             said = {"revision": revision} if isinstance(revision, str) and revision else {}
             model = dataclasses.replace(model, name="adapter", path=str(known), **said)
+        if "model.path" in keys and "model.revision" not in keys:
+            model = dataclasses.replace(model, revision=None)  # which is the run's base's
         if model.tokenizer is None and has_tokenizer(path):  # with tokens or a template that the base's lacks
             model = dataclasses.replace(model, tokenizer=str(path))
     elif "model" in keys:
@@ -122,7 +124,10 @@ def _with_adapter(
 
 def _told_in(adapter: Path) -> Path:
     """The folder that may know how an adapter was trained: that of the run that it lies in, else its own."""
-    return adapter.parent if adapter.name in (ADAPTER, runs.UNTRIMMED) and _is_told(adapter.parent) else adapter
+    if adapter.name not in (ADAPTER, runs.UNTRIMMED):
+        return adapter
+    above = [adapter.parent, *([adapter.parents[2]] if adapter.parents[1].name == runs.CHECKPOINTS else [])]
+    return next(filter(_is_told, above), adapter)
 
 
 def _is_told(folder: Path) -> bool:

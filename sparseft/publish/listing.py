@@ -155,7 +155,7 @@ def listing_of(
         raise UserError(f"{path / CARD} was edited: write the base model and its licence there, not as options.")
     else:
         checked(text, str(path / CARD))
-    check_inside(wanted, root)
+    check_inside(wanted, place)
     files = [_file(each.relative_to(place).as_posix(), each, base) for each in wanted]
     taken = {each.resolve() for each in wanted}
     others = [each for each in _below(root) if each.resolve() not in taken and each != root / CARD]

@@ -29,6 +29,7 @@ from sparseft.models.masks import unasked
 from sparseft.models.probing import without_gradient
 from sparseft.models.quantized import send_no_packed
 from sparseft.models.router_loss import router_loss
+from sparseft.replaced import replaced
 from sparseft.runs.folder import ADAPTER, CHECKPOINTS, checkpoint_name
 from sparseft.training import distributed_trainer, schedules
 from sparseft.training.arguments import tf32_as_set
@@ -294,11 +295,11 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 self.run_state.bad_steps.proven,
                 Diverged,
             )
-        # metrics.jsonl has it; in trainer_state.json it would grow with the steps, until the file is too large to read
-        self.state.log_history.clear()
         what = checkpoint_name(self.state.global_step)
         explaining = explained(what, lambda: last_checkpoint(self.run_state.folder))
-        with self.run_state.clock.paused(), explaining, console.working(f"saving {what}"):
+        # metrics.jsonl has the log; in trainer_state.json it would grow with the steps, until nobody can read the file
+        unlogged = replaced((self.state, "log_history", []))
+        with self.run_state.clock.paused(), explaining, console.working(f"saving {what}"), unlogged:
             self._save_aside(model, trial)
 
     def _save_aside(self, model: nn.Module, trial: Any) -> None:

@@ -251,8 +251,8 @@ ENDLESS = r"(\w+\.?)+(\w+\.?)+!"
     [
         {"exclude_modules": ENDLESS},
         {"rank_pattern": {ENDLESS: 2}},
-        {"alpha_pattern": {"(a|a)(a|a)": 2}},
-        {"alpha_pattern": {f"layer{number}": 2 for number in range(1000)}},
+        {"alpha_pattern": {"(a|a)" * 4: 2}},
+        {"alpha_pattern": {f"layer[{number}]": 2 for number in range(1000)}},
         {"modules_to_save": [ENDLESS]},
         {"layers_to_transform": [0], "layers_pattern": ENDLESS},
     ],
@@ -264,6 +264,17 @@ def test_expressions_that_match_without_end_are_refused(changes: dict[str, Any],
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=rf"matching {list(changes)[-1]} in adapter_config.json .* without end"):
         sparseft.load_adapter(build("llama"), folder)
+
+
+def test_many_plain_names_are_no_expressions(tmp_path: Path) -> None:
+    folder = make_folder("llama", "plain", tmp_path / "one", 0)
+    expected = logits(by_peft("llama", folder))
+    path = folder / "adapter_config.json"
+    names = [f"vision.layers.{number}.q_proj" for number in range(1000)]
+    pattern = {r"layers\.(0|1)\..*(up|gate)_proj": 2}
+    changes = {"exclude_modules": names, "alpha_pattern": pattern}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert torch.equal(logits(sparseft.load_adapter(build("llama"), folder)), expected)
 
 
 @pytest.mark.parametrize("targets", [ENDLESS, r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|down_proj).*?)|(?:\bmodel\.x)"])

@@ -115,6 +115,19 @@ def test_an_empty_field_of_a_table_is_empty_text(tmp_path: Path, tokenizer: Any)
 
 
 @pytest.mark.parametrize(
+    ("columns", "format"),
+    [("instruction,output,text\n,,once\n,,upon\n", "text"), ("prompt,completion,text\n,,once\n,,upon\n", "text"),
+     ("instruction,output,text\nAdd,,\nSay,hi,\n", "alpaca")],
+)  # fmt: skip
+def test_columns_that_are_empty_throughout_say_nothing_of_the_format(
+    columns: str, format: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    (tmp_path / "a.csv").write_text(columns)
+    data = load(str(tmp_path / "a.csv"), tokenizer)
+    assert data.format == format and len(data.train) == (2 if format == "text" else 1)
+
+
+@pytest.mark.parametrize(
     ("name", "separator", "said"),
     [("a.csv", ";", "semicolons; expected commas"), ("a.csv", "\t", "tabs; expected commas"),
      ("a.tsv", ",", "commas; expected tabs")],
@@ -358,8 +371,8 @@ def test_what_is_evaluated_on_is_streamed_too_in_its_order(hub: str, library: Pa
 def test_a_set_that_a_script_loads_is_refused(tmp_path: Path, hub: str, library: Path) -> None:
     (library / "set.py").write_text("raise SystemExit('never run')\n")
     folder = refused(tmp_path, "data", "owner/set")
-    assert folder.startswith("dataset.train_path: the script set.py in the folder 'owner/set' is in the way")
-    assert folder.endswith("as dataset.train_path='owner/set/*.jsonl'.")
+    assert folder.startswith("dataset.train_path: the script set.py in the folder './owner/set' is in the way")
+    assert folder.endswith("as dataset.train_path='./owner/set/*.jsonl'.")
     with pytest.raises(UserError, match="'owner/set' is loaded by a script .set.py., which datasets no longer runs"):
         open_source("owner/set")
 

@@ -145,7 +145,7 @@ def test_two_processes_learn_what_one_learns(
     found = apart(both, one, BUNDLED_ROOT / "tiny/model.safetensors" if method == "full" else None)
     # Adam moves a weight by about the rate however small its gradient is, so where gradients are near zero the sum's
     # rounding, another one on each kind of CPU, shows in weights (3e-5 on one with AMX) before it does in losses.
-    assert found < 1e-4
+    assert found < (1e-4 if objective in ("ipo", "kto") else 1e-5)
     assert_same(both, one, "rewards/|logps/" if kto else "none")
     told, expected = summary(both), summary(one)
     assert told["eval_accuracy_after"] == expected["eval_accuracy_after"]

@@ -157,8 +157,6 @@ SHORT = [
     "trainer.max_length=96", "overwrite=true", "dataset.eval_fraction=0.2",
 ]  # fmt: skip
 SUMS, PAIRS = ("dataset=json", "dataset.train_path=pairs.jsonl"), ("dataset.train_path=preferences.jsonl",)
-sparseft.trim.job.HELD_OUT = 16
-sparseft.training.rate.STEPS, sparseft.training.rate.WATCHED = 12, (4, 4)  # two rates a decade
 BY_COMMAND = {
     "s2ft, checkpointing": "method=s2ft method.importance=gradient method.num_samples=4 trainer.checkpointing=full",
     "sylva, selective": "method=sylva method.num_samples=4 trainer.checkpointing=selective trainer.label_smoothing=0.1",
@@ -215,6 +213,8 @@ CASES["afterwards"] = afterwards
 
 if __name__ == "__main__":
     FOLDER = Path(sys.argv[2])
+    sparseft.trim.job.HELD_OUT = 16
+    sparseft.training.rate.STEPS, sparseft.training.rate.WATCHED = 12, (4, 4)  # two rates a decade
     found: dict[str, Any] = {}
     prepare()
     with blank_pages():

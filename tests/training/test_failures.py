@@ -9,7 +9,7 @@ import re
 import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -609,6 +609,15 @@ SIGNALS += [(stage, signal.SIGTERM) for stage in ("loading the model", "saving a
 SIGNALS += [(stage, signal.SIGHUP) for stage in ("loading the model", "saving a checkpoint")]
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """SIGHUP is not ignored, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize(("stage", "number"), SIGNALS)
 def test_a_signal_in_any_stage_exits_130_and_the_run_goes_on(
     stage: str,
