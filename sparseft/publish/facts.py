@@ -123,7 +123,15 @@ class Facts:
     @property
     def paths(self) -> list[str]:
         """What the run's files name that lies in a folder, the longest first: no id of the hub, and nothing bundled."""
-        found = {str(self.folder.resolve()), str(self.folder.parent.resolve()), *self.sources, self.base or ""}
+        data = self.environment.get("data")
+        held_out = str(data.get("eval") or "") if isinstance(data, dict) else ""
+        found = {
+            str(self.folder.resolve()),
+            str(self.folder.parent.resolve()),
+            *self.sources,
+            held_out,
+            self.base or "",
+        }
         found.update(_texts({key: part for key, part in self.config.items() if key != "bench"}))
         found = {_parted(each)[0] for each in found} | {each.partition(":")[0] for each in found}
         # `./corpus/x` is `corpus/x` in the settings

@@ -268,6 +268,12 @@ def test_settings_name_no_folder_that_reads_as_an_id(made: Any, tmp_path: Path) 
     run = finished_run(made[1], tmp_path / "run", data="corpus/medical")
     settings = with_sources(run, "./corpus/medical (train)").partition("```yaml")[2]
     assert "train_path: medical\n" in settings and "corpus" not in settings
+    path = run / "config.yaml"
+    path.write_text(re.sub(r"dataset: .*", "dataset: {name: json, eval_path: clients/held}", path.read_text()))
+    path = run / "environment.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps(known | {"data": known["data"] | {"eval": "./clients/held (validation)"}}))
+    assert "clients" not in filled(card_of(facts_of(run)), "me/mine", None, None)
 
 
 @pytest.mark.parametrize(
