@@ -126,8 +126,10 @@ def _told_in(adapter: Path) -> Path:
     """The folder that may know how an adapter was trained: that of the run that it lies in, else its own."""
     if adapter.name not in (ADAPTER, runs.UNTRIMMED):
         return adapter
-    above = [adapter.parent, *([adapter.parents[2]] if adapter.parents[1].name == runs.CHECKPOINTS else [])]
-    return next(filter(_is_told, above), adapter)
+    above = adapter.parent
+    if above.parent.name == runs.CHECKPOINTS:
+        above = above.parent.parent
+    return above if _is_told(above) else adapter
 
 
 def _is_told(folder: Path) -> bool:

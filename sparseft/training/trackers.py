@@ -34,6 +34,7 @@ from sparseft.distributed.ranks import is_main
 from sparseft.errors import RunError, UserError, without_secrets
 from sparseft.files.atomic import plain, write_json
 from sparseft.files.untrusted import read_json_object
+from sparseft.replaced import variables
 from sparseft.runs.folder import MLFLOW, SUMMARY, TENSORBOARD, TRACKERS, TRACKIO, WANDB
 
 PROJECT = "sparseft"  # of those that keep runs in projects, where the environment names none
@@ -176,7 +177,7 @@ class MLflow(Tracker):
         args.to_dict = lambda: settings
         names = {"MLFLOW_EXPERIMENT_NAME": experiment, "MLFLOW_RUN_ID": (known or {}).get("id")}
         self.callback = MLflowCallback()
-        with _variables({name: value for name, value in names.items() if value and name not in os.environ}):
+        with variables(**{name: value for name, value in names.items() if value and name not in os.environ}):
             self.callback.on_train_begin(args, _state(step), None, model=model if known is None else None)
         return {"id": mlflow.active_run().info.run_id}
 
@@ -225,7 +226,7 @@ class MLflow(Tracker):
 class Trackio(Tracker):
     def begin(self, args: Any, model: Any, known: dict[str, Any] | None, step: int) -> dict[str, Any]:
         self.place = os.environ.get("TRACKIO_DIR") or str(self.folder / TRACKIO)
-        with _variables({"TRACKIO_DIR": self.place}):  # it looks once, when it is imported
+        with variables(TRACKIO_DIR=self.place):  # it looks once, when it is imported
             import trackio
         keep_trackio_in(Path(self.place))
         self.trackio = trackio
@@ -391,21 +392,6 @@ def _shown(path: str | Path) -> str:
 def _words(error: Exception) -> str:
     """What it says, for the log and for the run's summary, which reports and model cards repeat."""
     return without_secrets(" ".join(str(error).split())).rstrip(".")[:300] or type(error).__name__
-
-
-@contextlib.contextmanager
-def _variables(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables inside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -21,15 +21,7 @@ from support.second_moments import check_inverse, data, moment, relative
 
 SPECTRA = ("flat", "slow", "decaying", "fast", "spiked", "low rank")
 properties = settings(max_examples=40, deadline=None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny products: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fed(n: int, x: torch.Tensor, **options) -> Hodlr:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,23 +19,7 @@ from sparseft.importance.second_moment import SecondMoment
 from support.second_moments import check_inverse, data, moment, relative
 
 properties = settings(max_examples=40, deadline=None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny products: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_leaves() -> Iterator[None]:
-    """So that small matrices have several levels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(multilevel, "LEAST_LEAF_ROWS", 8)
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "small_leaves")
 
 
 def fed(n: int, x: torch.Tensor, **options) -> Multilevel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,32 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseft.errors import RunError, UserError
-from sparseft.importance import multilevel
 from sparseft.importance.hodlr import Hodlr
 from sparseft.importance.multilevel import Multilevel
 from sparseft.importance.second_moment import SecondMoment
 from support.second_moments import check_inverse, data, moment, relative
 
 properties = settings(max_examples=40, deadline=None)
+pytestmark = pytest.mark.usefixtures("one_thread", "small_leaves")
 each = pytest.mark.parametrize("form", [Hodlr, Multilevel])
 Form = Callable[..., SecondMoment]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny products: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_leaves() -> Iterator[None]:
-    """So that small matrices have several levels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(multilevel, "LEAST_LEAF_ROWS", 8)
-        yield
 
 
 def fed(form: Form, n: int, x: torch.Tensor, **options) -> SecondMoment:
