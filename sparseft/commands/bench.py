@@ -29,6 +29,7 @@ from sparseft.commands import train as training
 from sparseft.compose.run_config import to_yaml
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
+from sparseft.runs.lock import Lock
 from sparseft.training import checks
 
 # Each has run(config, output), and title and table of what that returns; some have more_tables, notes (lines below the
@@ -87,7 +88,9 @@ def _trained(
     """What a benchmark of `TRAINING` has measured, its charts written; interrupted, it says how to go on."""
     folder = output.choose()
     study = benchmark.plan(config, words, config_dirs, folder, training.run)
-    with going_on(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock() as lock, going_on(folder):
+        lock.take(folder)  # a second job would train the same runs
         result = benchmark.measure(study)
     charts = benchmark.charts(result) if hasattr(benchmark, "charts") else {}
     for name, svg in charts.items():

@@ -1,5 +1,5 @@
-"""One job at a time trains in a run's folder: by a lock that the system takes back when its holder ends, however that
-ends. No torch here."""
+"""One job at a time writes in a run's folder, or in that of a benchmark of runs: by a lock that the system takes back
+when its holder ends, however that ends. No torch here."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Lock:
                 os.close(handle)
                 if isinstance(error, BlockingIOError):
                     raise UserError(
-                        f"output_dir '{run}' is being trained by {holder or 'another process'}: wait for it or end it."
+                        f"output_dir '{run}' is in use by {holder or 'another process'}: wait for it or end it."
                     ) from None
                 raise
             _HELD.add(handle)
@@ -61,7 +61,7 @@ class Lock:
             if self._handle is None:
                 warn(
                     f"output_dir '{run}' cannot be locked ({error.strerror}), so nothing keeps another job from "
-                    "training in it at the same time"
+                    "writing in it at the same time"
                 )
 
     def __exit__(self, *exception: object) -> None:

@@ -30,6 +30,7 @@ from sparseft.errors import UserError
 from sparseft.evaluation.held_out import held_out_loss
 from sparseft.files.untrusted import read_yaml_object
 from sparseft.models.loading import load_model, load_tokenizer
+from sparseft.runs.lock import Lock
 from support.running import files, refused, sparseft
 
 SOURCE = "bundled:data/arithmetic/train.json"
@@ -251,6 +252,18 @@ def test_a_rate_that_diverges_drops_out(tmp_path: Path, monkeypatch: pytest.Monk
 def test_another_setting_is_refused(studied: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = studied
     assert "holds a run with other settings" in refused(folder, *STUDY, "trainer.max_steps=4")
+
+
+def test_a_study_that_another_job_works_on_is_left_alone(studied: tuple[Path, dict[str, Any]]) -> None:
+    """Both would train what is missing."""
+    folder, _ = studied
+    (folder / "out/runs/full-lr-0.001-seed1/summary.json").rename(folder / "summary.json")
+    before = files(folder / "out")
+    with Lock() as other:
+        other.take(folder / "out")
+        assert "output_dir 'out' is in use by process" in refused(folder, *STUDY)
+    assert files(folder / "out") == before
+    (folder / "summary.json").rename(folder / "out/runs/full-lr-0.001-seed1/summary.json")
 
 
 def test_other_data_than_those_trained_on_are_refused(tmp_path: Path) -> None:

@@ -539,7 +539,7 @@ def test_a_run_that_another_job_trains_is_left_alone(
         other.take(run)
         for word in ("trainer.resume=auto", "overwrite=true"):
             message = refused(data.parent, *long_run("s2ft", model_folder(), data), f"output_dir={run}", word)
-            assert f"output_dir '{run}' is being trained by process {os.getpid()} on" in message
+            assert f"output_dir '{run}' is in use by process {os.getpid()} on" in message
             assert files(run) == before
     sparseft(data.parent, *long_run("s2ft", model_folder(), data), f"output_dir={run}", "trainer.resume=auto")
     assert (run / ".lock").read_bytes() == b""
