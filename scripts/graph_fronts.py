@@ -44,8 +44,8 @@ from sparseft.models.fingerprint import base_fingerprints
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import as_trained, compute_selection
 from sparseft.training.optimizer import SparseAdamW
-from sparseft.training.reselection import apply_selection
-from sparseft.training.running import Running
+from sparseft.training.reselection.running import Running
+from sparseft.training.reselection.swap import apply_selection
 
 SOURCES = {"gsm8k": ("stories", "chat"), "commonsense": ("stories", "chat"), "oasst1": ("stories", "maths")}
 STEPS, ROWS, CURVE = 80, 8, 5  # optimizer steps, rows of each, points of a curve

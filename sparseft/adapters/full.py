@@ -21,7 +21,7 @@ from sparseft.files.hashing import check_whole, describe_whole
 from sparseft.files.tensors import WHOLE_CONFIG, read_tensors
 from sparseft.methods.base import MethodConfig
 from sparseft.models.decoder import STATE
-from sparseft.models.quantized import is_packed
+from sparseft.models.packed.quantized import is_packed
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 

@@ -35,9 +35,9 @@ from sparseft.layers.pattern import check_index, entry_dim, index_keys, index_of
 from sparseft.methods.base import SparseConfig
 from sparseft.models.decoder import STATE, in_experts
 from sparseft.models.fingerprint import check_base
-from sparseft.models.quantized import is_packed
+from sparseft.models.packed.quantized import is_packed
+from sparseft.models.packed.unquantized import Unquantized
 from sparseft.models.spec import ModelSpec
-from sparseft.models.unquantized import Unquantized
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.engine_ranks import check_rank
 from sparseft.selection.selection import Selection

@@ -15,7 +15,7 @@ from sparseft.errors import UserError, nearest
 from sparseft.methods.base import MethodConfig
 from sparseft.models.decoder import STATE
 from sparseft.models.fingerprint import base_fingerprints
-from sparseft.models.quantized import check_plain
+from sparseft.models.packed.quantized import check_plain
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.selection import Selection
 

@@ -15,8 +15,8 @@ from sparseft.data.preference_sets import UNPAIRS
 from sparseft.errors import UserError
 from sparseft.models.decoder import context_length
 from sparseft.models.loading import load_config, model_dtype
+from sparseft.models.packed.quantized import quantized_by
 from sparseft.models.published import published
-from sparseft.models.quantized import quantized_by
 from sparseft.training import checks, memory_plan
 from sparseft.training.arguments import micro_batches
 from sparseft.training.distributed_trainer import has_experts

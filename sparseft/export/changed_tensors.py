@@ -24,8 +24,8 @@ from sparseft.kernels import reference
 from sparseft.models.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
 from sparseft.models.fingerprint import base_fingerprint
 from sparseft.models.loading import load_config, load_model, resolve_device
-from sparseft.models.packed_checkpoint import PackedCheckpoint
-from sparseft.models.unpacked import Unpacked
+from sparseft.models.packed.checkpoint import PackedCheckpoint
+from sparseft.models.packed.unpacked import Unpacked
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

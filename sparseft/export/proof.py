@@ -24,7 +24,7 @@ from sparseft.export.source import Source
 from sparseft.layers import sparse_layers
 from sparseft.models.decoder import context_length, decoder_layers
 from sparseft.models.loading import load_tokenizer
-from sparseft.models.quantized import is_plain
+from sparseft.models.packed.quantized import is_plain
 
 NOISE = 1e-4  # of the largest logit: what fp32 sums in another order may differ by
 ROUNDINGS = 4  # how many times a format's rounding of differences may show in what they change

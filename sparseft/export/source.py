@@ -19,7 +19,7 @@ from sparseft.export.changes import Change, LowRankChange, SparseChange, sparse_
 from sparseft.export.lora_changes import lora_changes
 from sparseft.files.hub import adapter_folder
 from sparseft.models.loading import check_model_path, load_config, load_tokenizer
-from sparseft.models.quantized import quantized_by
+from sparseft.models.packed.quantized import quantized_by
 from sparseft.runs import folder as runs
 
 

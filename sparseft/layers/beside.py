@@ -26,7 +26,7 @@ from sparseft.layers.pattern import Pattern, changes
 from sparseft.layers.product import Plan
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import logical_shape
-from sparseft.models.quantized import dequantized, is_packed, keep_differentiable
+from sparseft.models.packed.quantized import dequantized, is_packed, keep_differentiable
 
 
 def stands_beside(linear: nn.Module) -> bool:

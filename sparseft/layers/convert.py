@@ -21,8 +21,8 @@ from sparseft.layers.permutation import can_train
 from sparseft.layers.saved_inputs import forget_sharing, share_inputs, share_inputs_in_training
 from sparseft.layers.sparse_linear import SparseLinear
 from sparseft.models.decoder import find_expert, logical_weight, stack_parameter
-from sparseft.models.quantized import is_plain
-from sparseft.models.unquantized import Unquantized
+from sparseft.models.packed.quantized import is_plain
+from sparseft.models.packed.unquantized import Unquantized
 
 CLASSES = {
     ("rows",): S2ColumnLinear,

@@ -23,7 +23,7 @@ from sparseft.files.tensors import Stored, opened, stored_tensors
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.decoder import base_parameters, find_expert, is_transposed, logical_shape
 from sparseft.models.loading import GENERATION, check_model_path, file_beside, load_config
-from sparseft.models.quantized import quantized_by
+from sparseft.models.packed.quantized import quantized_by
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WHAT = "model"

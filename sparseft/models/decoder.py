@@ -20,7 +20,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sparseft.distributed.shards import full_shape, running
 from sparseft.errors import UserError
-from sparseft.models.quantized import dequantized, is_packed, is_plain
+from sparseft.models.packed.quantized import dequantized, is_packed, is_plain
 from sparseft.replaced import replaced
 
 # Subclasses of `nn.Linear` with a forward pass of their own that computes the very same product.

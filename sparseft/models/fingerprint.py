@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sparseft.distributed.shards import full_shape, gathered
 from sparseft.errors import UserError, shown
 from sparseft.models.decoder import base_parameters
-from sparseft.models.quantized import numbers_of
-from sparseft.models.unquantized import Unquantized
+from sparseft.models.packed.quantized import numbers_of
+from sparseft.models.packed.unquantized import Unquantized
 
 SAMPLES = 64  # values of each weight
 STANDS_FOR = "_sparseft_fingerprints"  # the attribute of a model that is another one unpacked: that one's

@@ -23,9 +23,9 @@ from sparseft.files.tensors import stored_tensors
 from sparseft.models.decoder import decoder_layers, input_embeddings, runnable
 from sparseft.models.gguf import is_gguf, unpacked
 from sparseft.models.load_report import check_complete, tell_unplaced, without_report
+from sparseft.models.packed.quantize import check_packed, check_quantize, quantization
+from sparseft.models.packed.quantized import check_config, keep_differentiable, keep_savable, quantized_by
 from sparseft.models.probing import check_causal
-from sparseft.models.quantize import check_packed, check_quantize, quantization
-from sparseft.models.quantized import check_config, keep_differentiable, keep_savable, quantized_by
 from sparseft.rules import check_fields
 
 QUANTIZED_FROM = "_sparseft_quantized_from"  # the attribute of a model that `model.quantize` packed: its config

@@ -20,8 +20,8 @@ from sparseft.models.decoder import (
     other_stacks,
     stacks,
 )
+from sparseft.models.packed.quantized import check_plain
 from sparseft.models.probing import unreached
-from sparseft.models.quantized import check_plain
 
 # Last part of a module's name -> its role. A tuple names the parts of a fused projection in their order.
 ATTENTION_ROLES: dict[str, str | tuple[str, ...]] = {

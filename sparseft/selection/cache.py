@@ -25,7 +25,7 @@ from sparseft.files.atomic import explained
 from sparseft.files.tensors import SELECTION_CONFIG
 from sparseft.importance.calibration import Watch, saved_samples
 from sparseft.models.fingerprint import base_fingerprints
-from sparseft.models.unquantized import Unquantized
+from sparseft.models.packed.unquantized import Unquantized
 from sparseft.selection.compute import Request, Settings, compute
 from sparseft.selection.exclude import Excluded
 from sparseft.selection.selection import Selection

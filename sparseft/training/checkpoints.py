@@ -24,7 +24,7 @@ from sparseft.files.hashing import file_hash
 from sparseft.files.untrusted import read_json, read_json_object, why
 from sparseft.runs.folder import CHECKPOINT, CHECKPOINTS, checkpoint_name
 from sparseft.training.failures import out_of_memory
-from sparseft.training.reselection import load_active
+from sparseft.training.reselection.swap import load_active
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"

@@ -15,8 +15,8 @@ from sparseft.distributed.env import check_variables, processes
 from sparseft.errors import UserError, looks_local, nearest_path, where_looked
 from sparseft.models.checkpoint import Checkpoint
 from sparseft.models.loading import check_model_path, load_config, resolve_device
-from sparseft.models.quantize import check_quantize
-from sparseft.models.quantized import quantized_by
+from sparseft.models.packed.quantize import check_quantize
+from sparseft.models.packed.quantized import quantized_by
 from sparseft.selection.exclude import find_excluded
 from sparseft.training import schedules, trackers
 from sparseft.training.sample_answers import read_prompts

@@ -39,7 +39,7 @@ from sparseft.layers.experts import ExpertLinear, multiplied_at_once
 from sparseft.models.decoder import decoder_layers
 from sparseft.selection.compute import Request
 from sparseft.training.checkpoints import fitting
-from sparseft.training.reselection import load_active
+from sparseft.training.reselection.swap import load_active
 
 # Of several processes on the CPU, transformers 5.17 loads an optimizer to "cpu:0", which torch 2.11 does not know.
 torch.serialization.register_package(

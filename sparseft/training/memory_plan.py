@@ -28,7 +28,7 @@ from sparseft.layers import share_inputs, sparse_layers
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter, available_bytes, tensor_bytes
 from sparseft.models.decoder import decoder_layers
-from sparseft.models.packed_shape import pack_shapes
+from sparseft.models.packed.shape import pack_shapes
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.engine_ranks import describe_export
@@ -37,8 +37,8 @@ from sparseft.training.distributed_trainer import check_shards
 from sparseft.training.labelled_loss import ROWS, labelled_loss, usable
 from sparseft.training.preference.objectives import OBJECTIVES
 from sparseft.training.recomputing import KINDS, recomputing
-from sparseft.training.running import Running, check_seen
-from sparseft.training.turns import turns_of
+from sparseft.training.reselection.running import Running, check_seen
+from sparseft.training.reselection.turns import turns_of
 
 FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
 # Copies of the trained parameters that an optimizer keeps, in their dtype, by the start of its name.

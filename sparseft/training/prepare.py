@@ -30,7 +30,7 @@ from sparseft.selection import cache
 from sparseft.selection.cache import Selected
 from sparseft.selection.compute import Request
 from sparseft.training.distributed_trainer import check_shards
-from sparseft.training.running import check_seen
+from sparseft.training.reselection.running import check_seen
 
 
 @dataclass

@@ -26,8 +26,8 @@ from sparseft.layers import sparse_layers
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.models.decoder import runnable
 from sparseft.models.masks import unasked
+from sparseft.models.packed.quantized import send_no_packed
 from sparseft.models.probing import without_gradient
-from sparseft.models.quantized import send_no_packed
 from sparseft.models.router_loss import router_loss
 from sparseft.replaced import replaced
 from sparseft.runs.folder import ADAPTER, CHECKPOINTS, checkpoint_name
@@ -51,7 +51,7 @@ from sparseft.training.label_smoothing import smoothed_loss
 from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.recomputing import describe, recomputing
-from sparseft.training.reselection import Reselection, save_active
+from sparseft.training.reselection.swap import Reselection, save_active
 from sparseft.training.run_state import Left, Mark, RunState
 from sparseft.training.spikes import ROW, Numbered
 from sparseft.training.verdicts import takes_flag

@@ -16,7 +16,7 @@ from sparseft.export.formats import packed as format_file
 from sparseft.layers import sparse_layers
 from sparseft.models import loading
 from sparseft.models.loading import load_model
-from sparseft.models.quantized import dequantized, is_packed
+from sparseft.models.packed.quantized import dequantized, is_packed
 from support.models import wide_base
 from support.running import on, refused, write_data
 from support.running import sparseft as run

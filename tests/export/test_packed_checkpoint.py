@@ -15,8 +15,8 @@ import sparseft
 from sparseft.config import ModelConfig
 from sparseft.layers import sparse_layers
 from sparseft.models.loading import load_model
-from sparseft.models.packed_checkpoint import PackedCheckpoint
-from sparseft.models.quantized import dequantized, is_packed
+from sparseft.models.packed.checkpoint import PackedCheckpoint
+from sparseft.models.packed.quantized import dequantized, is_packed
 from support.models import wide_base
 from support.running import on, refused, write_data
 from support.running import sparseft as run

@@ -13,9 +13,9 @@ import sparseft
 from sparseft.adapters.lifecycle import trainable_parameters
 from sparseft.config import ModelConfig
 from sparseft.errors import RunError
-from sparseft.models import unpacked
 from sparseft.models.loading import QUANTIZED_FROM
-from sparseft.models.quantized import is_packed
+from sparseft.models.packed import unpacked
+from sparseft.models.packed.quantized import is_packed
 from sparseft.selection.selection import Selection
 from support import adapted, nf4
 from support.running import refused

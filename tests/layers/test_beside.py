@@ -15,7 +15,7 @@ import sparseft
 from sparseft.errors import UserError
 from sparseft.kernels import reference
 from sparseft.layers import BesideLinear, SparseLinear, put_beside, sparse_layers
-from sparseft.models.quantized import dequantized
+from sparseft.models.packed.quantized import dequantized
 from support.nf4 import NF4Linear, quantize
 
 PATTERNS = {  # of a weight (29, 37); blocks of 8, edge ones among them

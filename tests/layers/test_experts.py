@@ -22,7 +22,7 @@ from sparseft.models.fingerprint import base_fingerprint
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import reselect
 from sparseft.selection.selection import Selection
-from sparseft.training.reselection import apply_selection
+from sparseft.training.reselection.swap import apply_selection
 from support.experts import MODELS, SIZES, batch, build
 from support.oracles import dense_gradients
 

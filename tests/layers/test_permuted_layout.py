@@ -26,7 +26,7 @@ from sparseft.models.decoder import logical_weight
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import reselect
 from sparseft.selection.selection import Selection
-from sparseft.training.reselection import apply_selection, load_active, save_active
+from sparseft.training.reselection.swap import apply_selection, load_active, save_active
 
 Make = Callable[..., Any]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}

@@ -23,7 +23,7 @@ from sparseft.selection.budget import block_budget
 from sparseft.selection.choose import choose
 from sparseft.selection.selection import Selection
 from sparseft.training.recomputing import KINDS, recomputing
-from sparseft.training.reselection import apply_selection
+from sparseft.training.reselection.swap import apply_selection
 
 TOKENS = 24
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.984, 0.99)

@@ -1,5 +1,5 @@
 """LoSiA: how large its grids are, by what the first ones are chosen, and what is refused. The contract suite holds what
-is every method's, tests/training/test_turns.py what re-selection does."""
+is every method's, tests/training/reselection/test_turns.py what re-selection does."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_adapters_are_the_unpacked_models(config: Any, file: Path, tmp_path: Pat
 
 def test_unpacked_weights_can_be_packed_on_loading(file: Path) -> None:
     pytest.importorskip("torchao")
-    from sparseft.models.quantized import is_packed
+    from sparseft.models.packed.quantized import is_packed
 
     model = load_model(ModelConfig(path=str(file), quantize="int8"))
     assert is_packed(model.model.layers[0].mlp.up_proj)

@@ -23,7 +23,7 @@ from sparseft.selection.cache import selection_key
 from sparseft.selection.compute import Request, reselect
 from sparseft.selection.exclude import Excluded, read_excluded, taken_units
 from sparseft.selection.selection import Selection
-from sparseft.training.reselection import apply_selection
+from sparseft.training.reselection.swap import apply_selection
 from support.experts import build as build_experts
 from support.models import build_model
 from support.running import refused

@@ -13,7 +13,7 @@ from torch import Tensor
 import sparseft
 from sparseft.layers import sparse_layers
 from sparseft.selection.selection import Selection
-from sparseft.training.reselection import apply_selection
+from sparseft.training.reselection.swap import apply_selection
 from support import experts
 from support.models import build_model
 

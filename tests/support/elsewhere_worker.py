@@ -23,12 +23,12 @@ if FAR:  # before sparseft is imported, whose modules take these by name
     from accelerate.state import PartialState
 
     import sparseft.models.loading
-    import sparseft.models.quantized
+    import sparseft.models.packed.quantized
 
     on = {"auto": elsewhere.DEVICE, "cpu": torch.device("cpu")}
     sparseft.models.loading.resolve_device = on.__getitem__
     # to sparseft a class of its own is a tensor that packs its numbers
-    sparseft.models.quantized.is_dtensor = lambda tensor: isinstance(tensor, elsewhere.Elsewhere)
+    sparseft.models.packed.quantized.is_dtensor = lambda tensor: isinstance(tensor, elsewhere.Elsewhere)
     transformers.TrainingArguments.device = property(lambda self: elsewhere.DEVICE)
     PartialState.set_device = lambda self: setattr(self, "device", elsewhere.DEVICE)
 

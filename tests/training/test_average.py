@@ -19,7 +19,7 @@ from sparseft.layers import sparse_layers
 from sparseft.layers.inactive import union
 from sparseft.selection.compute import reselect
 from sparseft.training.average import Average
-from sparseft.training.reselection import apply_selection
+from sparseft.training.reselection.swap import apply_selection
 from support.running import metrics, refused, summary
 from support.running import sparseft as command
 

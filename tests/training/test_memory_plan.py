@@ -25,7 +25,7 @@ from sparseft.training import memory_plan as planning
 from sparseft.training import recomputing
 from sparseft.training.labelled_loss import usable
 from sparseft.training.optimizer import SparseAdamW
-from sparseft.training.running import Running
+from sparseft.training.reselection.running import Running
 from support.places import SUPPORT
 from support.running import files, on, refused, sparseft, write_data
 

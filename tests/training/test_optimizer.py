@@ -30,7 +30,7 @@ from sparseft.layers import BesideLinear, SparseLinear, sparse_layers, write_bac
 from sparseft.layers.inactive import swap
 from sparseft.selection.selection import Selection
 from sparseft.training.optimizer import SparseAdamW
-from sparseft.training.reselection import move_moments
+from sparseft.training.reselection.swap import move_moments
 from support.places import ROOT
 from support.syncs import waiting_is_an_error
 

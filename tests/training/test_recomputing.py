@@ -26,7 +26,7 @@ from sparseft.selection.selection import Selection
 from sparseft.training import labelled_loss
 from sparseft.training.arguments import training_arguments
 from sparseft.training.recomputing import CHEAP, UP, describe, recomputing
-from sparseft.training.reselection import apply_selection
+from sparseft.training.reselection.swap import apply_selection
 from sparseft.training.trainer import train
 from support.products import Products
 from support.running import METHODS, files, on, refused, sparseft, summary, write_data

@@ -20,9 +20,9 @@ from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import as_trained
 from sparseft.training.arguments import training_arguments
 from sparseft.training.recomputing import KINDS as KINDS_MADE_AGAIN
-from sparseft.training.running import Running
+from sparseft.training.reselection.running import Running
+from sparseft.training.reselection.turns import Turns, turns_of
 from sparseft.training.trainer import Trainer, train
-from sparseft.training.turns import Turns, turns_of
 from sparseft.training.verdicts import Verdict, Verdicts
 from support.syncs import Audit
 from support.training import examples

@@ -28,8 +28,8 @@ from sparseft.files.tensors import Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.checkpoint import BESIDE, FILE, INDEX, Checkpoint, fetch_beside
 from sparseft.models.loading import load_config, load_model, resolve_device
-from sparseft.models.packed_checkpoint import PackedCheckpoint
-from sparseft.models.unpacked import Unpacked
+from sparseft.models.packed.checkpoint import PackedCheckpoint
+from sparseft.models.packed.unpacked import Unpacked
 
 SHARD = 5 * 10**9  # bytes of a file at most, where no single tensor is larger
 

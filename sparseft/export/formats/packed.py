@@ -25,9 +25,9 @@ from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
 from sparseft.models.checkpoint import Checkpoint
 from sparseft.models.loading import load_model, resolve_device
-from sparseft.models.quantized import dequantized, is_packed
-from sparseft.models.repacking import check_writable, write_packed
-from sparseft.models.unquantized import Unquantized
+from sparseft.models.packed.quantized import dequantized, is_packed
+from sparseft.models.packed.repacking import check_writable, write_packed
+from sparseft.models.packed.unquantized import Unquantized
 
 
 class Packed(Merged):

@@ -15,7 +15,7 @@ from sparseft.training import rate as rates
 from sparseft.training import resume as resuming
 from sparseft.training.best import Best, Evaluation
 from sparseft.training.prepare import Prepared
-from sparseft.training.reselection import Reselection
+from sparseft.training.reselection.swap import Reselection
 from sparseft.training.run_state import Mark
 from sparseft.training.sample_answers import Asked
 from sparseft.training.trainer import Trainer

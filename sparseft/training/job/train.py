@@ -18,7 +18,7 @@ from sparseft.training.best import Best, Evaluation, evaluations, reached, witho
 from sparseft.training.checkpoints import CHECKPOINTS
 from sparseft.training.job.attach import loss_options
 from sparseft.training.job.job import Job, Trained
-from sparseft.training.reselecting import reselecting
+from sparseft.training.reselection.way import reselecting
 from sparseft.training.sample_answers import SampleAnswers
 from sparseft.training.trackers import Trackers
 from sparseft.training.trainer import Trainer

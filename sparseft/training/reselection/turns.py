@@ -25,8 +25,8 @@ from sparseft.models.spec import ModelSpec
 from sparseft.runs.folder import SENSITIVITY
 from sparseft.selection.grids import best_grid
 from sparseft.selection.selection import Selection
-from sparseft.training.reselection import Reselection
-from sparseft.training.running import operands
+from sparseft.training.reselection.running import operands
+from sparseft.training.reselection.swap import Reselection
 
 
 def turns_of(model: nn.Module, spec: ModelSpec) -> list[list[str]]:

@@ -31,7 +31,7 @@ from sparseft.selection.budget import Budget
 from sparseft.selection.choose import choose
 from sparseft.selection.compute import Request
 from sparseft.selection.selection import Selection
-from sparseft.training.reselection import Reselection
+from sparseft.training.reselection.swap import Reselection
 
 
 class Running(Reselection):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import UserError
-from sparseft.models.quantized import dequantized
-from sparseft.models.repacking import check_writable, write_packed
+from sparseft.models.packed.quantized import dequantized
+from sparseft.models.packed.repacking import check_writable, write_packed
 from support.nf4 import NF4Linear
 
 OUT, IN, GROUP = 96, 576, 64  # 864 groups of 64: four of scales' own 256, the last of them not full

@@ -21,7 +21,7 @@ from sparseft.models.checkpoint import Checkpoint, Places, saved_tensors, withou
 from sparseft.models.decoder import base_parameters
 from sparseft.models.fingerprint import STANDS_FOR, base_fingerprints
 from sparseft.models.loading import load_config, load_model, model_dtype
-from sparseft.models.quantized import dequantized, is_packed
+from sparseft.models.packed.quantized import dequantized, is_packed
 
 
 @dataclass

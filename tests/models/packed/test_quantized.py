@@ -26,7 +26,7 @@ import sparseft
 from sparseft.errors import UserError
 from sparseft.layers import SparseLinear
 from sparseft.models.decoder import is_linear, stacks
-from sparseft.models.quantized import LOADED, check_config, check_plain, is_packed, quantized_by
+from sparseft.models.packed.quantized import LOADED, check_config, check_plain, is_packed, quantized_by
 from sparseft.models.spec import ModelSpec
 from support.running import files, on, refused, write_data
 

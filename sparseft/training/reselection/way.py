@@ -11,9 +11,9 @@ from sparseft.selection.compute import as_trained, reselect
 from sparseft.selection.exclude import read_excluded
 from sparseft.selection.selection import Selection
 from sparseft.training.prepare import Prepared
-from sparseft.training.reselection import Reselection
-from sparseft.training.running import Running
-from sparseft.training.turns import Turns, turns_of
+from sparseft.training.reselection.running import Running
+from sparseft.training.reselection.swap import Reselection
+from sparseft.training.reselection.turns import Turns, turns_of
 
 
 def reselecting(

@@ -15,7 +15,7 @@ from sparseft.layers import sparse_layers
 from sparseft.layers.inactive import swap, union
 from sparseft.layers.pattern import positions_of
 from sparseft.selection.compute import reselect
-from sparseft.training.reselection import apply_selection, load_active, move_moments, save_active
+from sparseft.training.reselection.swap import apply_selection, load_active, move_moments, save_active
 from support.running import refused
 from support.running import sparseft as command
 

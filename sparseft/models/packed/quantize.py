@@ -14,7 +14,7 @@ from torch import nn
 
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
-from sparseft.models.quantized import is_packed, quantized_by
+from sparseft.models.packed.quantized import is_packed, quantized_by
 
 PACKAGE = {"nf4": "bitsandbytes", "int8": "torchao", "int4": "torchao"}
 GROUP = 128  # weights of an int4 row that share a scale

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseft.errors import UserError
-from sparseft.models.quantized import is_int8
+from sparseft.models.packed.quantized import is_int8
 
 LOW, HIGH = -128, 127  # codes of int8
 SLACK = 1 - 2.0**-8  # packed weights are unpacked to bf16, which may round the largest of a group up

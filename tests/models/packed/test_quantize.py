@@ -21,10 +21,10 @@ from sparseft.errors import UserError
 from sparseft.layers import sparse_layers
 from sparseft.models.fingerprint import base_fingerprints
 from sparseft.models.loading import load_model
-from sparseft.models.quantize import check_quantize
-from sparseft.models.quantized import dequantized, is_packed
+from sparseft.models.packed.quantize import check_quantize
+from sparseft.models.packed.quantized import dequantized, is_packed
+from sparseft.models.packed.unquantized import Unquantized
 from sparseft.models.spec import ModelSpec
-from sparseft.models.unquantized import Unquantized
 from sparseft.training import checks
 from support import nf4
 from support.models import wide_base

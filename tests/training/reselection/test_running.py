@@ -19,7 +19,7 @@ from sparseft.layers import sparse_layers
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.choose import choose
 from sparseft.selection.compute import Request, as_trained
-from sparseft.training.running import Running, check_seen
+from sparseft.training.reselection.running import Running, check_seen
 from support.adapters import build
 from support.running import refused
 from support.running import sparseft as command

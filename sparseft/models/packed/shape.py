@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparseft.models.quantize import GROUP
+from sparseft.models.packed.quantize import GROUP
 
 NF4_GROUP, NF4_SCALES = 64, 256  # weights with a scale, and scales with one of their own: bitsandbytes' own
 

@@ -19,7 +19,7 @@ from sparseft.kernels import grid
 from sparseft.layers import sparse_layers
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.grids import best_grid, drawn_grid
-from sparseft.training.turns import Turns, turns_of
+from sparseft.training.reselection.turns import Turns, turns_of
 
 Sides = tuple[list[int], list[int]]
 

@@ -18,7 +18,7 @@ from sparseft.errors import UserError, shown
 from sparseft.files.mapped import move_to_file
 from sparseft.models.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
 from sparseft.models.loading import QUANTIZED_FROM, load_model
-from sparseft.models.quantized import dequantized, is_packed
+from sparseft.models.packed.quantized import dequantized, is_packed
 
 Kept = Mapping[str, Callable[[], Tensor]]
 

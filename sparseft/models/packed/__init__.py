@@ -1,0 +1,1 @@
+"""Bases whose linears hold packed weights: of bitsandbytes, torchao or GGUF."""
