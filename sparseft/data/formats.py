@@ -44,6 +44,7 @@ _TYPES = {
 }
 # The key of each format that may be empty, or null as parquet keeps it: such records are left out.
 _ANSWERS = {"alpaca": "output", "prompt_completion": "completion", "guanaco": "text", "text": "text"}
+CHAT_KEYS = ("messages", "conversations")  # of a chat, either of them; null in a record without one
 _PARTNERS = {"instruction": "output", "output": "instruction", "prompt": "completion", "completion": "prompt"}
 _MARKERS = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
 
@@ -130,9 +131,9 @@ def check_records(records: Records, format: str) -> str | None:
         if answer in item and is_empty(item[answer]):
             continue
         own = _format_of(item)
-        if own is None:
+        if own is None and not (format == "messages" and is_null_chat(item)):
             _check_types(item, format, records.where(index))
-        elif own != format and mixed is None:
+        elif own not in (None, format) and mixed is None:
             way = "set dataset.format=text to read all as that, or " if {own, format} == {"guanaco", "text"} else ""
             mixed = (
                 f"{records.where(index)}: this record has format {own}, but most of the first records have {format}; a "
@@ -226,6 +227,12 @@ _MOST_FIELDS = 12  # named in one note
 def is_empty(value: Any) -> bool:
     """Whether a field holds nothing: None, or an empty text, list or object."""
     return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def is_null_chat(item: dict[str, Any]) -> bool:
+    """Whether a record has the key of a chat and nothing under it: a conversation without a message."""
+    given = [item[key] for key in CHAT_KEYS if key in item]
+    return bool(given) and all(value is None for value in given)
 
 
 def unused_sentence(fields: Counter[str], by: str = "") -> list[str]:

@@ -95,9 +95,9 @@ def test_only_what_the_assistant_says_is_learnt_and_questions_are_known() -> Non
     ("root", "words"),
     [
         ({"text": "q", "role": "human", "replies": []}, ["role is 'human'", "prompter"]),
-        (say("q", answer("a") | {"text": 3}), ["'text' must be text, not int"]),
+        (say("q", answer("a") | {"text": 3}), ["'text' must be text, not a number"]),
         (say("q") | {"replies": {}} | {"replies": "x"}, ["'replies' must be a list"]),
-        (say("q", "a"), ["must be an object, this is a str"]),
+        (say("q", "a"), ["must be an object, this is text"]),
         (say("q", answer("a", rank="first")), ["message a", "'rank' must be a number"]),
     ],
 )
