@@ -31,6 +31,7 @@ from sparseft.data.formats import (
     Example,
     NothingToLearn,
     Segments,
+    check_encodable,
     counted,
     is_empty,
     is_null_chat,
@@ -202,6 +203,7 @@ class Chats(Converter):
         """Segments of each example, and whether its last answer ends with an end-of-turn token."""
         used = chat.messages[: chat.learnt[-1] + 1]  # what follows the last answer teaches nothing
         full = self._render(used, chat)
+        check_encodable(full, chat.where)  # before a tokenizer looks for borders in it
         answers = [each for turn in chat.learnt if (each := self._answer(chat, turn, full)) is not None]
         if not answers:
             return []

@@ -170,11 +170,14 @@ class Converter(abc.ABC):
         """The examples of these records. UserError names file and record of one that lacks something."""
         examples = []
         for index, item in enumerate(records.items):
-            with self._counting_empty():
-                for example in self._examples(item, records.where(index)):
-                    example.record = records.start + index
-                    check_encodable(example)
-                    examples.append(example)
+            try:
+                with self._counting_empty():
+                    for example in self._examples(item, records.where(index)):
+                        example.record = records.start + index
+                        check_encodable(example.text, example.source)
+                        examples.append(example)
+            except RecursionError as error:  # in a template or in the JSON of a tool call, too
+                raise UserError(f"{records.where(index)}: what it holds is nested too deep to be read.") from error
         return examples
 
     @contextlib.contextmanager
@@ -253,18 +256,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' if number > 1 else ''}"
 
 
-def check_encodable(example: Example) -> None:
+def check_encodable(text: str, where: str) -> None:
     """Refuses half a surrogate pair, which JSON's \\u escapes can spell but no tokenizer can encode."""
-    for text, _ in example.segments:
-        if text.isascii():
-            continue
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            character = f"\\u{ord(text[error.start]):04x}"
-            raise UserError(
-                f"{example.source}: the text holds half a surrogate pair ({character}), no character."
-            ) from error
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        character = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(f"{where}: the text holds half a surrogate pair ({character}), no character.") from error
 
 
 def _alpaca(item: dict[str, Any], where: str) -> Segments:

@@ -59,10 +59,7 @@ class Trees(Converter):
         self.trees += 1
         self.languages[str(item["prompt"].get("lang"))] += 1
         self._found = {str(key) for key in item if key not in _TREE_FIELDS and not is_empty(item[key])}
-        try:
-            root = self._kept(item["prompt"], where)
-        except RecursionError as error:
-            raise UserError(f"{where}: the replies are nested too deep to be read.") from error
+        root = self._kept(item["prompt"], where)
         self._unknown.update(self._found)
         found = list(self._conversations(root)) if root is not None else []
         self.without += not found

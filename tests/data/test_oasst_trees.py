@@ -112,7 +112,7 @@ def test_nested_too_deep_is_the_users_to_settle() -> None:
     root = answer("end")
     for _ in range(3000):
         root = say("q", root)
-    with pytest.raises(UserError, match="line 1: the replies are nested too deep"):
+    with pytest.raises(UserError, match="line 1: what it holds is nested too deep"):
         Trees("all", None).convert(Records([tree(root)], "trees.jsonl", "line", [1]))
 
 
