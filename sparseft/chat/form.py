@@ -80,6 +80,6 @@ def _alone(messages: list[Message]) -> str:
 def prompt_ids(form: Form, messages: list[Message], encoder: Encoder) -> list[int]:
     """The token ids of the prompt, as training has them: one BOS where the tokenizer puts one."""
     example = Example([(form.write(messages), False)], "the conversation")
-    check_encodable(example)
+    check_encodable(example.text, example.source)
     (segments,) = encoder.encode([example])
     return [token for ids, _ in segments for token in ids]

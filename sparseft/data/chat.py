@@ -26,16 +26,20 @@ from typing import Any
 
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import (
+    CHAT_KEYS,
     Converter,
     Example,
     NothingToLearn,
     Segments,
+    check_encodable,
     counted,
     is_empty,
+    is_null_chat,
     join_prompts,
     unused_sentence,
 )
 from sparseft.data.prompts import PLAIN_ASSISTANT, PLAIN_BREAK, plain_turn
+from sparseft.data.records import kind
 from sparseft.data.templates import STAND_IN, Refused, rendered
 from sparseft.data.tool_calls import calls_of, objects, spelt_call, tools_of, with_arguments
 from sparseft.errors import UserError, nearest, shown
@@ -107,7 +111,7 @@ class Chats(Converter):
         show where an answer begins."""
         chat = parse_conversation(item, where)
         self._asked += chat.asked
-        used = next((key for key in ("messages", "conversations") if item.get(key) is not None), "messages")
+        used = next((key for key in CHAT_KEYS if item.get(key) is not None), "messages")
         known = (used, *BESIDE)
         self._unknown.update(key for key in item if key not in known and not is_empty(item[key]))
         if not chat.learnt:
@@ -199,6 +203,7 @@ class Chats(Converter):
         """Segments of each example, and whether its last answer ends with an end-of-turn token."""
         used = chat.messages[: chat.learnt[-1] + 1]  # what follows the last answer teaches nothing
         full = self._render(used, chat)
+        check_encodable(full, chat.where)  # before a tokenizer looks for borders in it
         answers = [each for turn in chat.learnt if (each := self._answer(chat, turn, full)) is not None]
         if not answers:
             return []
@@ -398,7 +403,7 @@ _SHOWS_NOT = (
 def parse_conversation(item: dict[str, Any], where: str) -> Conversation:
     """The record's chat. UserError says what is missing or wrong; NothingToLearn where an answer is empty or there is
     none."""
-    messages = item.get("messages") if item.get("messages") is not None else item.get("conversations")
+    messages = next((item[key] for key in CHAT_KEYS if item.get(key) is not None), [] if is_null_chat(item) else None)
     if not isinstance(messages, list):
         keys = shown(", ".join(sorted(str(key) for key in item)), 300) or "nothing"
         raise UserError(f"{where}: a chat record needs a list under 'messages' or 'conversations' (it has: {keys}).")
@@ -415,7 +420,7 @@ def parse_conversation(item: dict[str, Any], where: str) -> Conversation:
     system = item.get("system")
     if not is_empty(system):
         if not isinstance(system, str):
-            raise UserError(f"{where}: 'system' must be text, not {type(system).__name__}.")
+            raise UserError(f"{where}: 'system' must be text, not {kind(system)}.")
         if parsed[0]["role"] not in ("system", "developer"):
             parsed.insert(0, {"role": "system", "content": system})
             learnt, inserted = [turn + 1 for turn in learnt], 1
@@ -428,7 +433,7 @@ def parse_conversation(item: dict[str, Any], where: str) -> Conversation:
 
 def _parse_message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
-        raise UserError(f"{where}: expected an object with role and content, this is a {type(message).__name__}.")
+        raise UserError(f"{where}: expected an object with role and content, this is {kind(message)}.")
     role_key = "role" if "role" in message or "from" not in message else "from"
     given = message.get(role_key)
     role = _SHAREGPT.get(given, given) if isinstance(given, str) else given
@@ -439,7 +444,7 @@ def _parse_message(message: Any, where: str) -> Message:
     taken = (role_key, content_key, *SWITCHES)
     others = {str(key): value for key, value in message.items() if key not in taken and not is_empty(value)}
     calls = spelt_call(content, where) if given == "function_call" else calls_of(others, where)
-    if given == "function_call" or (content is None and calls):
+    if given == "function_call" or (content is None and (calls or role == "assistant")):
         content = ""
     if calls:
         others.pop("function_call", None)
@@ -447,7 +452,7 @@ def _parse_message(message: Any, where: str) -> Message:
     if isinstance(content, list):
         content = _join_parts(content, where)
     if not isinstance(content, str):
-        raise UserError(f"{where}: 'content' must be text, not {type(content).__name__}.")
+        raise UserError(f"{where}: 'content' must be text, not {kind(content)}.")
     if role == "assistant" and not content.strip() and not calls:
         raise NothingToLearn("an assistant's 'content' is empty", where)
     return {"role": role, "content": content, **others}

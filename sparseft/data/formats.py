@@ -44,6 +44,7 @@ _TYPES = {
 }
 # The key of each format that may be empty, or null as parquet keeps it: such records are left out.
 _ANSWERS = {"alpaca": "output", "prompt_completion": "completion", "guanaco": "text", "text": "text"}
+CHAT_KEYS = ("messages", "conversations")  # of a chat, either of them; null in a record without one
 _PARTNERS = {"instruction": "output", "output": "instruction", "prompt": "completion", "completion": "prompt"}
 _MARKERS = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
 
@@ -130,9 +131,9 @@ def check_records(records: Records, format: str) -> str | None:
         if answer in item and is_empty(item[answer]):
             continue
         own = _format_of(item)
-        if own is None:
+        if own is None and not (format == "messages" and is_null_chat(item)):
             _check_types(item, format, records.where(index))
-        elif own != format and mixed is None:
+        elif own not in (None, format) and mixed is None:
             way = "set dataset.format=text to read all as that, or " if {own, format} == {"guanaco", "text"} else ""
             mixed = (
                 f"{records.where(index)}: this record has format {own}, but most of the first records have {format}; a "
@@ -169,11 +170,14 @@ class Converter(abc.ABC):
         """The examples of these records. UserError names file and record of one that lacks something."""
         examples = []
         for index, item in enumerate(records.items):
-            with self._counting_empty():
-                for example in self._examples(item, records.where(index)):
-                    example.record = records.start + index
-                    check_encodable(example)
-                    examples.append(example)
+            try:
+                with self._counting_empty():
+                    for example in self._examples(item, records.where(index)):
+                        example.record = records.start + index
+                        check_encodable(example.text, example.source)
+                        examples.append(example)
+            except RecursionError as error:  # in a template or in the JSON of a tool call, too
+                raise UserError(f"{records.where(index)}: what it holds is nested too deep to be read.") from error
         return examples
 
     @contextlib.contextmanager
@@ -228,6 +232,12 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
+def is_null_chat(item: dict[str, Any]) -> bool:
+    """Whether a record has the key of a chat and nothing under it: a conversation without a message."""
+    given = [item[key] for key in CHAT_KEYS if key in item]
+    return bool(given) and all(value is None for value in given)
+
+
 def unused_sentence(fields: Counter[str], by: str = "") -> list[str]:
     """`field 'id' of 12 records, 'source' of 3 records not used`, as a list of one sentence, or of none. `fields`
     counts records; `by` says who does not use them."""
@@ -246,18 +256,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' if number > 1 else ''}"
 
 
-def check_encodable(example: Example) -> None:
+def check_encodable(text: str, where: str) -> None:
     """Refuses half a surrogate pair, which JSON's \\u escapes can spell but no tokenizer can encode."""
-    for text, _ in example.segments:
-        if text.isascii():
-            continue
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            character = f"\\u{ord(text[error.start]):04x}"
-            raise UserError(
-                f"{example.source}: the text holds half a surrogate pair ({character}), no character."
-            ) from error
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        character = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(f"{where}: the text holds half a surrogate pair ({character}), no character.") from error
 
 
 def _alpaca(item: dict[str, Any], where: str) -> Segments:

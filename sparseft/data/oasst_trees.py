@@ -19,6 +19,7 @@ from typing import Any
 
 from sparseft.data.formats import Converter, Example, Segments, is_empty, join_prompts, unused_sentence
 from sparseft.data.prompts import ASSISTANT, human_turn
+from sparseft.data.records import kind
 from sparseft.errors import UserError, nearest, shown
 
 _ROLES = ("prompter", "assistant")
@@ -58,10 +59,7 @@ class Trees(Converter):
         self.trees += 1
         self.languages[str(item["prompt"].get("lang"))] += 1
         self._found = {str(key) for key in item if key not in _TREE_FIELDS and not is_empty(item[key])}
-        try:
-            root = self._kept(item["prompt"], where)
-        except RecursionError as error:
-            raise UserError(f"{where}: the replies are nested too deep to be read.") from error
+        root = self._kept(item["prompt"], where)
         self._unknown.update(self._found)
         found = list(self._conversations(root)) if root is not None else []
         self.without += not found
@@ -84,7 +82,7 @@ class Trees(Converter):
     def _kept(self, item: Any, tree: str) -> TreeMessage | None:
         """A message with its replies, or None if it is left out. `tree` is where the whole tree stands."""
         if not isinstance(item, dict):
-            raise UserError(f"{tree}: every message must be an object, this is a {type(item).__name__}.")
+            raise UserError(f"{tree}: every message must be an object, this is {kind(item)}.")
         where = tree if item.get("message_id") is None else f"{tree}, message {shown(item['message_id'])}"
         self._found.update(str(key) for key in item if key not in _FIELDS and not is_empty(item[key]))
         role, text = item.get("role"), item.get("text")
@@ -92,16 +90,16 @@ class Trees(Converter):
             raise UserError(f"{where}: the role is {shown(repr(role))}.{nearest(str(role), _ROLES)}")
         replies = item.get("replies") or []
         if not isinstance(replies, list):
-            raise UserError(f"{where}: 'replies' must be a list, not {type(replies).__name__}.")
+            raise UserError(f"{where}: 'replies' must be a list, not {kind(replies)}.")
         reason = self._why_not(item)
         if reason is not None:
             self.left_out[reason] += _size(item)
             return None
         if not isinstance(text, str):
-            raise UserError(f"{where}: 'text' must be text, not {type(text).__name__}.")
+            raise UserError(f"{where}: 'text' must be text, not {kind(text)}.")
         rank = item.get("rank")
         if rank is not None and not isinstance(rank, int | float):
-            raise UserError(f"{where}: 'rank' must be a number, not {type(rank).__name__}.")
+            raise UserError(f"{where}: 'rank' must be a number, not {kind(rank)}.")
         message = TreeMessage(role, text, float("inf") if rank is None else rank)
         message.replies = [reply for each in replies if (reply := self._kept(each, tree)) is not None]
         message.answered = any(reply.role == "assistant" or reply.answered for reply in message.replies)

@@ -113,8 +113,9 @@ def padding_share(lengths: np.ndarray, batch_size: int) -> float:
     """The share of padding in batches of `batch_size` drawn in a random order, each padded to its longest."""
     drawn = np.random.default_rng(0).permutation(lengths)
     whole = len(drawn) // batch_size * batch_size
-    batches = [*drawn[:whole].reshape(-1, batch_size), *([drawn[whole:]] if whole < len(drawn) else [])]
-    filled = sum(int(batch.max()) * len(batch) for batch in batches)
+    rest = drawn[whole:]
+    filled = int(drawn[:whole].reshape(-1, batch_size).max(1).sum()) * batch_size
+    filled += int(rest.max(initial=0)) * len(rest)
     return 1 - int(lengths.sum()) / filled if filled else 0.0
 
 

@@ -136,7 +136,8 @@ class Side(Converter):
     def _of_answer(self, item: dict[str, Any], where: str) -> dict[str, Any] | None:
         label = item.get("label")
         if isinstance(label, str):  # fields of CSV are text
-            label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
+            said = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+            label = said.get(label.strip().lower(), label)
         if not isinstance(label, bool) and label not in (0, 1):
             raise UserError(f"{where}: 'label' is {shown(repr(label))}; expected true (a good answer) or false.")
         answer = _given(item, "completion", where, UNPAIRED)

@@ -72,7 +72,8 @@ class _explained:
 
 
 def _check_columns(names: list[str], source: str) -> None:
-    if twice := [name for name in names if names.count(name) > 1]:
+    # A spreadsheet may leave columns without a name behind the others, which nothing uses.
+    if twice := [name for name in names if name and names.count(name) > 1]:
         raise UserError(f"{source}: there are two columns '{shown(twice[0])}'; which of both is meant?")
 
 

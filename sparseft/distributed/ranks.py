@@ -84,6 +84,22 @@ def from_main(work: Callable[[], Any]) -> Any:
     return value
 
 
+def main_first(work: Callable[[], Any]) -> Any:
+    """What `work` returns in each process: each machine's first one does it before the others, which find in files what
+    that has left (tokens, downloads). A UserError in any process is raised in every one."""
+    refusal, value = None, None
+    for first in (True, False) if rank_and_world()[1] > 1 else (env.local_rank() == 0,):
+        if first == (env.local_rank() == 0):
+            try:
+                value = work()
+            except UserError as error:
+                refusal = error
+        said = next(filter(None, all_gather_object(None if refusal is None else str(refusal))), None)
+        if said is not None:
+            raise refusal or UserError(said)
+    return value
+
+
 def barrier() -> None:
     """Waits until all processes are here. By an object, which travels between the hosts: no device has to be idle."""
     broadcast_object(None)

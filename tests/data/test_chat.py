@@ -432,6 +432,8 @@ def test_reasoning_that_is_not_learnt_is_warned_of(template: str, said: list[str
         ({"messages": chat("a", "", tool_calls=[{"x": 1}])}, ["message 2", "does not write tool calls"]),
         ({"messages": chat("a", "b", tool_calls="x")}, ["message 2", "tool calls", "list of objects"]),
         ({"system": "A", "messages": chat("a", "", tool_calls=[{"x": 1}])}, ["message 2", "tool calls"]),
+        ({"messages": chat("a", "b", "c\ud83d", "d")}, ["half a surrogate pair (\\ud83d)"]),
+        ({"tools": "[" * 10**5, "messages": chat("a", "b")}, ["nested too deep"]),
     ],
 )
 def test_fields_that_cannot_be_used_are_refused_with_file_and_line(record: dict, words: list[str]) -> None:

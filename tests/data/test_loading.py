@@ -150,6 +150,12 @@ QUESTION = {"role": "user", "content": "a"}
         ({"prompt": "a", "completion": None}, "prompt_completion", "line 2): 'completion' is empty"),
         ({"text": None}, "guanaco", "line 2): 'text' is empty"),
         ({"conversations": []}, "messages", "line 2): the conversation is empty"),
+        ({"messages": None}, "messages", "line 2): the conversation is empty"),
+        ({"messages": None, "conversations": None}, "messages", "line 2): the conversation is empty"),
+        (
+            {"messages": [QUESTION, {"role": "assistant", "content": None}]}, "messages",
+            "line 2, message 2): an assistant's 'content' is empty",
+        ),
         ({"messages": [QUESTION]}, "messages", "line 2): the conversation has no assistant message"),
         (
             {"messages": [QUESTION, {"role": "assistant", "content": " "}]}, "messages",
@@ -210,6 +216,7 @@ GOOD = {
     ("item", "words"),
     [
         ({"text": None}, "'text': expected text, got null"),
+        ({"messages": None}, "'messages': expected a list of messages, got null"),
         ({"instruction": "a", "output": None}, "'output': expected text, got null"),
     ],
 )
@@ -253,7 +260,6 @@ def test_nulls_of_parquet_are_left_out_as_empty_texts_are(tmp_path: Path, tokeni
     [
         ("messages", {"messages": "User: a"}, "'messages': expected a list of messages, got text"),
         ("messages", {"messages": {"role": "user"}}, "'messages': expected a list of messages, got an object"),
-        ("messages", {"messages": None}, "'messages': expected a list of messages, got null"),
         ("messages", {"conversations": 5, "id": "x"}, "'conversations': expected a list of messages, got a number"),
         ("text", {"text": ["a"]}, "'text': expected text, got a list"),
         ("text", {"text": 5}, "'text': expected text, got a number"),
@@ -298,6 +304,7 @@ TURNS = {"text": "### Human: a### Assistant: b"}
     [
         ([*alpaca(20), GOOD["messages"]], ["line 21", "format messages", "first records have alpaca", "one format"]),
         ([GOOD["messages"], GOOD["prompt_completion"]], ["line 2", "format prompt_completion", "messages"]),
+        ([GOOD["messages"], {"messages": None} | GOOD["prompt_completion"]], ["line 2", "format prompt_completion"]),
         ([GOOD["messages"], *alpaca(3)], ["line 1", "format messages", "alpaca"]),
         ([GOOD["text"], TURNS], ["line 2", "guanaco", "dataset.format=text"]),
         ([TURNS, GOOD["text"]], ["line 2", "format text", "dataset.format=text"]),
@@ -450,7 +457,7 @@ def test_messages_without_a_template_are_plain_text_and_that_is_said() -> None:
     [
         ({}, ["needs a list under 'messages' or 'conversations'"]),
         ([{"role": "asistant", "content": "a"}], ["message 1", "Did you mean 'assistant'?"]),
-        ([{"role": "user"}, {"role": "assistant", "content": "a"}], ["message 1", "must be text, not NoneType"]),
+        ([{"role": "user"}, {"role": "assistant", "content": "a"}], ["message 1", "must be text, not null"]),
         (["hello"], ["message 1", "expected an object"]),
         ([{"role": "user", "content": [{"type": "image"}]}], ["message 1", "type text"]),
         ([{"role": "assistant", "content": "a", "tool_calls": [1]}], ["message 1", "tool calls"]),

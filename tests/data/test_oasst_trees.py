@@ -95,9 +95,9 @@ def test_only_what_the_assistant_says_is_learnt_and_questions_are_known() -> Non
     ("root", "words"),
     [
         ({"text": "q", "role": "human", "replies": []}, ["role is 'human'", "prompter"]),
-        (say("q", answer("a") | {"text": 3}), ["'text' must be text, not int"]),
+        (say("q", answer("a") | {"text": 3}), ["'text' must be text, not a number"]),
         (say("q") | {"replies": {}} | {"replies": "x"}, ["'replies' must be a list"]),
-        (say("q", "a"), ["must be an object, this is a str"]),
+        (say("q", "a"), ["must be an object, this is text"]),
         (say("q", answer("a", rank="first")), ["message a", "'rank' must be a number"]),
     ],
 )
@@ -112,7 +112,7 @@ def test_nested_too_deep_is_the_users_to_settle() -> None:
     root = answer("end")
     for _ in range(3000):
         root = say("q", root)
-    with pytest.raises(UserError, match="line 1: the replies are nested too deep"):
+    with pytest.raises(UserError, match="line 1: what it holds is nested too deep"):
         Trees("all", None).convert(Records([tree(root)], "trees.jsonl", "line", [1]))
 
 

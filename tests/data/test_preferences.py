@@ -221,9 +221,9 @@ def test_a_label_is_true_or_false(label: Any, tokenizer: Any, tmp_path: Path) ->
         load(tmp_path, [good, good], tokenizer, "kto")
 
 
-@pytest.mark.parametrize("good", ["True", "true", "1"])
+@pytest.mark.parametrize("good", ["True", "true", "1", "1.0"])
 def test_labels_of_a_csv_file_are_text(good: str, tokenizer: Any, tmp_path: Path) -> None:
-    bad = {"True": "False", "true": "false", "1": "0"}[good]
+    bad = {"True": "False", "true": "false", "1": "0", "1.0": "0.0"}[good]
     path = tmp_path / "answers.csv"
     path.write_text(f"prompt,completion,label\na,yes,{good}\nb,no,{bad}\nc,yes,{good}\n")
     found = load(tmp_path, [], tokenizer, "kto", train_path=str(path)).preferences

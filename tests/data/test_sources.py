@@ -105,6 +105,7 @@ def test_an_empty_field_of_a_table_is_empty_text(tmp_path: Path, tokenizer: Any)
     tables = {
         "b.csv": ("prompt,completion\na,b\nc,\n,\n", "'completion'"),
         "c.tsv": ('text\nonce\n""\n""\n', "'text'"),
+        "e.csv": ("prompt,completion,,\na,b,,\nc,,,\n,,,\n", "'completion'"),
         "d.csv": ("instruction,input,output,system,history\nAdd,1+1,2,,\nHi,,,,\nHo,,,,\n", "'output'"),
     }
     for name, (content, answer) in tables.items():

@@ -23,6 +23,8 @@ from sparseft.training.job.job import Job
 from sparseft.training.prepare import Prepared, prepare
 from sparseft.training.sample_answers import Asked, read_prompts
 
+# From how many examples an evaluation takes long, and what share of the training between two of them is much.
+MANY, MUCH = 1000, 0.1
 PER_MICRO_STEP = ("kto", "orpo")  # kto's estimate of how far the model has moved, orpo's mean over answers' tokens
 
 
@@ -56,6 +58,7 @@ def set_up(config: RunConfig, previous: resuming.Previous | None) -> Job:
             f"hardware.micro_batch={config.hardware.micro_batch}: objective={config.objective} takes means over what "
             f"is at once, so a step of {config.trainer.batch_size} in parts of {at_once} is not the same step"
         )
+    _warn_of_long_evaluations(config, prepared, total_steps)
     contamination = _contamination(config, data, scorer)
     spec = ModelSpec.of(prepared.model).narrowed(config.method.layers)
     asked = _asked(config, prepared)
@@ -87,8 +90,31 @@ def count_steps(config: RunConfig, prepared: Prepared) -> int:
     trainer = config.trainer
     if trainer.max_steps > 0:
         return trainer.max_steps
-    sequences = trainer.batch_size * trainer.gradient_accumulation * ranks.rank_and_world()[1]
-    return math.ceil(trainer.num_epochs * max(1, math.ceil(len(prepared.rows) / sequences)))
+    return math.ceil(trainer.num_epochs * max(1, math.ceil(len(prepared.rows) / _sequences(config))))
+
+
+def _sequences(config: RunConfig) -> int:
+    """What a step of all processes takes."""
+    return config.trainer.batch_size * config.trainer.gradient_accumulation * ranks.rank_and_world()[1]
+
+
+def _warn_of_long_evaluations(config: RunConfig, prepared: Prepared, total_steps: int) -> None:
+    """Says what each evaluation reads, where that is much beside what is trained on between two of them: nothing bounds
+    a share of a large data set."""
+    data, every = prepared.data, config.trainer.eval_steps
+    pairs = data.eval_preferences
+    if data.eval is None or every == 0 or len(pairs or data.eval) < MANY:
+        return
+    read = data.eval.num_tokens + (pairs.worse.num_tokens if pairs else 0)
+    steps = min(every or total_steps, total_steps)
+    trained = steps * _sequences(config) * sum(part.num_tokens for part in data.trained) / len(prepared.rows)
+    if read > MUCH * trained:
+        fewer = "a smaller dataset.eval_fraction" if config.dataset.eval_path is None else "a smaller dataset.eval_path"
+        rarer = "a larger trainer.eval_steps reads them less often" if every else "trainer.eval_steps=0 reads none"
+        console.warn(
+            f"each evaluation reads {len(pairs or data.eval):,} held-out examples, {read:,} tokens, which is "
+            f"{read / trained:.1f} times what is trained on between two evaluations: {fewer} makes them fewer, {rarer}"
+        )
 
 
 def _check_context(config: RunConfig, prepared: Prepared) -> None:
