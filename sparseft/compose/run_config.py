@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from sparseft.compose.overrides import GROUPS, Override
 from sparseft.compose.validation import annotation_of, check_key, known_keys, method_fields
 from sparseft.config import BUNDLED, OBJECTIVES, RunConfig
 from sparseft.console import warn
-from sparseft.errors import UserError, nearest
+from sparseft.errors import UserError, local_name, nearest
 from sparseft.methods import METHODS, get_method
 from sparseft.methods.base import SHARED
 from sparseft.rules import check_type, is_optional, is_text, show
@@ -422,6 +423,9 @@ def _build(content: dict[str, Any], source: str) -> RunConfig:
         values.setdefault(section, validation.SECTIONS[section]())
     config = RunConfig(**values)
     validation.check(config)
+    for key in ("path", "tokenizer"):  # a run's files are read elsewhere too
+        if (name := getattr(config.model, key)) and os.path.isdir(name):
+            setattr(config.model, key, local_name(name))
     return config
 
 
