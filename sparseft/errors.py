@@ -71,8 +71,12 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 # What stands in a URL and lets others in: a name and a password before the host, and what follows `?`, which errors
-# also quote without the host. A password may hold any character that whoever wrote it did not escape.
-_LOGIN = re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]*://)(?:[^\s/?#@:]*:\S*@|[^\s/?#]*@)")
+# also quote without the host. Both end at the last `@` before `/`, `?` or `#`. A password that holds one of these, as
+# nobody escaped it, is told from a port by not being one, and ends at the last `@` of all.
+_LOGIN = re.compile(
+    r"(?<![\w+.-])([A-Za-z][\w+.-]*://)"
+    r"(?:[^\s/?#]*@|(?![^\s/?#:]*:\d{0,5}(?:[/?#\s]|$))[^\s/?#:\[]*:(?:(?!\w://)\S)*@)"
+)
 _END = r"""(?=[.,;:)\]]*(?:[\s'"`<>]|$))"""
 _QUERY = re.compile(rf"""(?<=\S)\?[\w.%\[\]-]+=[^\s'"`<>]*?{_END}|(\w://[^\s'"`<>?]*)\?[^\s'"`<>]*?{_END}""")
 

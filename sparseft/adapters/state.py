@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sparseft.adapters.units import Units
-from sparseft.errors import UserError, nearest
+from sparseft.errors import UserError, local_name, nearest
 from sparseft.methods.base import MethodConfig
 from sparseft.models.decoder import STATE
 from sparseft.models.fingerprint import base_fingerprints
@@ -142,12 +143,13 @@ class State:
     ) -> State:
         """The state of a model about to be attached."""
         check_plain(model)
+        name = getattr(model, "name_or_path", "") or ""
         return State(
             kind=kind,
             method=method,
             fingerprints=base_fingerprints(model) if fingerprints is None else fingerprints,
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-            base_model=getattr(model, "name_or_path", "") or "",
+            base_model=local_name(name) if os.path.isdir(name) else name,
             requires_grad={name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
             spec=spec,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,13 +20,14 @@ from sparseft.compose.overrides import GROUPS, Override
 from sparseft.compose.validation import annotation_of, check_key, known_keys, method_fields
 from sparseft.config import BUNDLED, OBJECTIVES, RunConfig
 from sparseft.console import warn
-from sparseft.errors import UserError, nearest
+from sparseft.errors import UserError, local_name, nearest
 from sparseft.methods import METHODS, get_method
 from sparseft.methods.base import SHARED
 from sparseft.rules import check_type, is_optional, is_text, show
 
 COMMANDS = ("train", "preprocess", "eval", "chat", "export", "trim", "bench")
 PREFERENCES = "preference"  # the data set of the preference objectives
+OWN_DATA = "json"  # the option of the group dataset that is of no family
 KTO_STEP = {"batch_size": 4, "gradient_accumulation": 4}  # it needs two answers at once; a step is of 16 as ever
 
 _COMPOSED: dict[tuple[Any, ...], tuple[Any, dict[str, str]]] = {}  # of `_composed` where only shipped files take part
@@ -79,6 +81,9 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
         content["trainer"] |= {name: value for name, value in KTO_STEP.items() if f"trainer.{name}" not in settings}
     if "method.dropout" not in settings:
         _turn_dropout_off(content, method_name)
+    own = content["dataset"]["train_path"] or content["dataset"]["mix"]
+    if own and not choices.keys() & {"dataset", "experiment"} and "dataset.name" not in settings:
+        content["dataset"]["name"] = OWN_DATA  # they are not of the family that is chosen where none is
     _share(content, settings, method_name)
     built = _build(content, " in the configuration files")
     bundled = built.model.path.startswith(BUNDLED)
@@ -179,7 +184,7 @@ def _sort_words(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[d
             raise UserError(f"{word}: a {group} is always needed, it cannot be removed; choose one with {group}=NAME.")
         available = options(group, config_dirs)
         if group == "dataset" and override.value.startswith("[") and override.value.endswith("]"):
-            choices[group] = "json"  # whose settings are the plain ones: each source has a format of its own
+            choices[group] = OWN_DATA  # whose settings are the plain ones: each source has a format of its own
             settings["dataset.mix"] = words.parse(f"dataset.mix={override.value}")
             mixes.append(settings["dataset.mix"])
             continue
@@ -418,6 +423,9 @@ def _build(content: dict[str, Any], source: str) -> RunConfig:
         values.setdefault(section, validation.SECTIONS[section]())
     config = RunConfig(**values)
     validation.check(config)
+    for key in ("path", "tokenizer"):  # a run's files are read elsewhere too
+        if (name := getattr(config.model, key)) and os.path.isdir(name):
+            setattr(config.model, key, local_name(name))
     return config
 
 

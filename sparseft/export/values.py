@@ -6,6 +6,7 @@ whole: an entry that is missing, one too many and one that differs in a bit are 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -21,10 +22,13 @@ from sparseft.models.checkpoint import Checkpoint, Places, Weight, weight_of, wi
 
 
 class Wanted(NamedTuple):
-    """A parameter's values. terms: where several differences meet in an entry, which may be added in any order, the sum
-    of the sizes of all that is added up there, else 0; None: they meet nowhere."""
+    """The values (n,) of entries of a parameter of `shape`, from `start` on. terms (n,): where several differences meet
+    in an entry, which may be added in any order, the sum of the sizes of all that is added up there, else 0; None: they
+    meet nowhere."""
 
     name: str
+    shape: torch.Size
+    start: int
     values: Tensor
     terms: Tensor | None = None
 
@@ -41,17 +45,22 @@ def check_values(
     checkpoint = checkpoint or Checkpoint.of(base_of(source))
     places = Places(without_weights(base_of(source), packed=True), checkpoint.tensors)
     wanted = _of_sparse if source.kind == "sparse" else _of_merged
-    for name, values, terms in wanted(source, places, checkpoint, dtype):
-        found = places.parameter(name, read) if places.holds(name) else read(name)
-        if (found.dtype, found.shape) != (values.dtype, values.shape):
-            raise RunError(
-                f"the export is not what was trained: {shown(name)} is {found.dtype} {tuple(found.shape)} there, "
-                f"expected {values.dtype} {tuple(values.shape)}. Nothing was kept."
-            )
-        differs = bits(found) != bits(values)
+    at, found = "", torch.empty(0)
+    for name, shape, start, values, terms in wanted(source, places, checkpoint, dtype):
+        if name != at:
+            del found  # before the next one is read
+            at, found = name, (places.parameter(name, read) if places.holds(name) else read(name))
+            if (found.dtype, found.shape) != (values.dtype, shape):
+                raise RunError(
+                    f"the export is not what was trained: {shown(name)} is {found.dtype} {tuple(found.shape)} there, "
+                    f"expected {values.dtype} {tuple(shape)}. Nothing was kept."
+                )
+            found = found.contiguous().view(-1)
+        there = found[start : start + len(values)]
+        differs = bits(there) != bits(values)
         if terms is not None:  # each addition rounds to what it has so far, which may be far more than what is left
             rounding = torch.finfo(terms.dtype).eps * terms + torch.finfo(values.dtype).eps * values.abs()
-            differs &= ~((terms > 0) & ((found - values).abs() <= rounding))
+            differs &= ~((terms > 0) & ((there - values).abs() <= rounding))
         if count := int(differs.count_nonzero()):
             raise RunError(
                 f"the export is not what was trained: {count:,} of the {differs.numel():,} values of {shown(name)} are "
@@ -69,23 +78,31 @@ def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
         if not places.holds(name):
             continue
         base = places.parameter(name, checkpoint.read)
+        shape, base = base.shape, base.contiguous().view(-1)
         target = dtype if dtype is not None and base.dtype in FLOATS else base.dtype
-        if name not in linears:
-            yield Wanted(name, base.to(target))
-            continue
-        wide = base.contiguous().to(torch.promote_types(base.dtype, torch.float32), copy=True)
-        meet = any(len(change.kinds) > 1 for _, change in linears[name])
-        terms = torch.zeros_like(wide) if meet else None
-        for weight, change in linears[name]:
-            matrix = weight.within(wide)
-            if terms is not None and len(change.kinds) > 1:
-                parts = [SparseChange(change.shape, {kind: value}) for kind, value in change.kinds.items()]
-                count = sum(_touched(part, weight.shape).int() for part in parts)
-                sizes = matrix.abs() + sum(part.dense().abs() for part in parts)
-                weight.within(terms).copy_(torch.where(count > 1, sizes, 0.0))
-            touched = _touched(change, weight.shape)
-            matrix.copy_(torch.where(touched, matrix + change.dense(), matrix))  # -0.0 + 0.0 is another zero
-        yield Wanted(name, wide.to(target), terms)
+        done = 0
+        # One linear at a time: the experts of a layer may be most of what fits into memory.
+        for weight, change in sorted(linears[name], key=lambda each: each[0].offset):
+            yield Wanted(name, shape, done, base[done : weight.offset].to(target))
+            done = weight.offset + math.prod(weight.shape)
+            yield Wanted(name, shape, weight.offset, *_changed(base[weight.offset : done], weight, change, target))
+        yield Wanted(name, shape, done, base[done:].to(target))
+
+
+def _changed(base: Tensor, weight: Weight, change: SparseChange, target: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The values (n,) of one linear of the values (n,) of its base, and their `terms`."""
+    wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+    own = weight._replace(offset=0)
+    matrix, terms = own.within(wide), None
+    if len(change.kinds) > 1:
+        terms = torch.zeros_like(wide)
+        parts = [SparseChange(change.shape, {kind: value}) for kind, value in change.kinds.items()]
+        count = sum(_touched(part, weight.shape).int() for part in parts)
+        sizes = matrix.abs() + sum(part.dense().abs() for part in parts)
+        own.within(terms).copy_(torch.where(count > 1, sizes, 0.0))
+    touched = _touched(change, weight.shape)
+    matrix.copy_(torch.where(touched, matrix + change.dense(), matrix))  # -0.0 + 0.0 is another zero
+    return wide.to(target), terms
 
 
 def _touched(change: SparseChange, shape: tuple[int, int]) -> Tensor:
@@ -100,7 +117,7 @@ def _of_merged(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
     own = Places(model, checkpoint.tensors)
     for name, value in own.parameters.items():
         if not own.holds(name):  # a head that is not tied any more
-            yield Wanted(name, value.detach().cpu())
+            yield Wanted(name, value.shape, 0, value.detach().cpu().flatten())
     for name in places.parameters:
         if not places.holds(name):
             continue
@@ -108,4 +125,4 @@ def _of_merged(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
         target = dtype if dtype is not None and base.dtype in FLOATS else base.dtype
         # A tensor that is wider in the files keeps what did not change.
         same = bits(base.to(value.dtype)) == bits(value)
-        yield Wanted(name, torch.where(same, base.to(target), value.to(target)))
+        yield Wanted(name, value.shape, 0, torch.where(same, base.to(target), value.to(target)).flatten())

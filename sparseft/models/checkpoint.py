@@ -21,12 +21,14 @@ from sparseft.config import ModelConfig
 from sparseft.errors import UserError, reason_of, shown
 from sparseft.files.tensors import Stored, opened, stored_tensors
 from sparseft.files.untrusted import read_json_object
+from sparseft.models.conversion import Conversion, Found
 from sparseft.models.decoder import base_parameters, find_expert, is_transposed, logical_shape
 from sparseft.models.loading import GENERATION, check_model_path, file_beside, load_config
 from sparseft.models.packed.quantized import quantized_by
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WHAT = "model"
+CONVERSIONS = 8  # of groups of tensors that are kept at a time
 
 
 # ---- files ----
@@ -161,14 +163,6 @@ def weight_of(model: nn.Module, module: str) -> Weight:
 # ---- parameters and checkpoint tensors ----
 
 
-class Part(NamedTuple):
-    """Entries of one tensor: `index` (k,) flat, int64, sorted; `which` (k,): their places among those asked for."""
-
-    name: str
-    index: Tensor
-    which: Tensor
-
-
 @dataclass
 class Group:
     """Tensors of the checkpoint of which transformers makes some parameters: one of one, mostly.
@@ -222,8 +216,7 @@ class Places:
                 shapes = {name: torch.empty(tensors[name].shape, device="meta") for name in group.names}
                 group.parameters = list(self._converted(target, group, shapes.__getitem__))
             self._group_of |= dict.fromkeys(group.parameters, group)
-        self._numbers: tuple[int, dict[str, Tensor]] = (0, {})
-        self._inverted: tuple[int, Tensor] = (0, torch.empty(0))
+        self._conversions: dict[int, Conversion] = {}  # the latest ones, by the group
 
     def _converted(self, target: str, group: Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """What transformers makes of a group's tensors, by parameter."""
@@ -238,25 +231,20 @@ class Places:
                 raise UserError(f"the checkpoint's {shown(group.names[0])} does not become {shown(name)} of the model.")
         return made
 
-    def numbers(self, group: Group) -> dict[str, Tensor]:
-        """By parameter of a converted group: the number of each of its entries among those of all the tensors."""
-        if self._numbers[0] != id(group):  # one at a time: it is as large as the parameters
-            starts = {name: (start, end) for name, start, end in self.starts(group)}
-            dtype = torch.int32 if max(end for _, end in starts.values()) < 2**31 else torch.int64
-
-            def numbered(name: str) -> Tensor:
-                return torch.arange(*starts[name], dtype=dtype).view(self.tensors[name].shape)
-
-            self._numbers = (id(group), self._converted(group.parameters[0], group, numbered))
-        return self._numbers[1]
-
-    def starts(self, group: Group) -> Iterator[tuple[str, int, int]]:
-        """The numbers of each tensor's entries in its group: (name, first, end)."""
-        start = 0
-        for name in group.names:
-            end = start + torch.Size(self.tensors[name].shape).numel()
-            yield name, start, end
-            start = end
+    def _conversion(self, group: Group) -> Conversion:
+        """What becomes of a converted group; what cannot be followed is a `UserError`."""
+        if id(group) not in self._conversions:
+            shapes = {name: self.tensors[name].shape for name in group.names}
+            try:
+                made = Conversion(shapes, lambda read: self._converted(group.parameters[0], group, read))
+            except ValueError as error:
+                raise UserError(
+                    f"what transformers makes of the checkpoint's {shown(group.names[0])} cannot be followed: {error}."
+                ) from error
+            if len(self._conversions) >= CONVERSIONS:
+                del self._conversions[next(iter(self._conversions))]
+            self._conversions[id(group)] = made
+        return self._conversions[id(group)]
 
     def names(self) -> list[str]:
         """The checkpoint's tensors that are parameters of the model."""
@@ -272,50 +260,23 @@ class Places:
             raise UserError(f"the checkpoint has no tensor of its own for '{shown(parameter)}'.")
         return self._group_of[parameter]
 
-    def in_checkpoint(self, parameter: str, flat: Tensor) -> list[Part]:
+    def in_checkpoint(self, parameter: str, flat: Tensor) -> list[Found]:
         """Where entries (k,) of a parameter are in the checkpoint; one that it lacks is a `UserError`."""
         group = self.group_of(parameter)
         if group.pattern is None:
             index, which = flat.sort()
-            return [Part(group.names[0], index, which)]
-        return self._split(group, self.numbers(group)[parameter].flatten()[flat].long())
+            return [Found(group.names[0], index, which)]
+        return self._conversion(group).in_tensors(parameter, flat)
 
-    def _split(self, group: Group, numbers: Tensor) -> list[Part]:
-        parts = []
-        numbers, which = numbers.sort()
-        for name, start, end in self.starts(group):
-            first, last = torch.searchsorted(numbers, torch.tensor([start, end])).tolist()
-            if last > first:
-                parts.append(Part(name, numbers[first:last] - start, which[first:last]))
-        return parts
-
-    def in_model(self, name: str, index: Tensor) -> list[Part]:
+    def in_model(self, name: str, index: Tensor) -> list[Found]:
         """Where entries (k,) of a checkpoint's tensor are in the model; none where it has no such parameter."""
         group = self.group_with.get(name)
         if group is None or group.parameters[0] not in self.parameters:
             return []
         if group.pattern is None:
             flat, which = index.sort()
-            return [Part(group.parameters[0], flat, which)]
-        start = next(start for each, start, _ in self.starts(group) if each == name)
-        flat, which = self._inverse(group)[index + start].long().sort()
-        parts, begin = [], 0
-        for parameter in group.parameters:
-            end = begin + self.parameters[parameter].numel()
-            first, last = torch.searchsorted(flat, torch.tensor([begin, end])).tolist()
-            if last > first:
-                parts.append(Part(parameter, flat[first:last] - begin, which[first:last]))
-            begin = end
-        return parts
-
-    def _inverse(self, group: Group) -> Tensor:
-        """By the number of an entry of a converted group: its place among those of all its parameters."""
-        if self._inverted[0] != id(group):
-            numbers = torch.cat([self.numbers(group)[parameter].flatten() for parameter in group.parameters])
-            inverse = torch.empty_like(numbers)
-            inverse[numbers.long()] = torch.arange(len(numbers), dtype=numbers.dtype)
-            self._inverted = (id(group), inverse)
-        return self._inverted[1]
+            return [Found(group.parameters[0], flat, which)]
+        return self._conversion(group).in_parameters(name, index)
 
     def parameter(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """A parameter as transformers makes it of the checkpoint's tensors, which `read` gives by name."""
@@ -333,15 +294,7 @@ class Places:
                     for name in (*group.names, *group.twins):
                         yield name, parameters(group.parameters[0])
                 continue
-            values: Tensor | None = None
-            for parameter, numbers in self.numbers(group).items():
-                value = parameters(parameter)
-                if values is None:
-                    values = value.new_empty(sum(end - start for _, start, end in self.starts(group)))
-                values[numbers.flatten().long()] = value.flatten()
-            assert values is not None
-            for name, start, end in self.starts(group):
-                yield name, values[start:end].view(self.tensors[name].shape)
+            yield from self._conversion(group).undone(parameters)
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Stored]:

@@ -13,7 +13,7 @@ from sparseft.adapters.description import is_whole_model, read_config
 from sparseft.config import BUNDLED
 from sparseft.console import warn
 from sparseft.errors import HUB_ID, UserError, looks_local, without_secrets
-from sparseft.evaluation.llm_adapters import GROUPS
+from sparseft.evaluation.trained_on import sources_of, trained_for
 from sparseft.files.hashing import adapter_hash
 from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS, opened, split_name
 from sparseft.files.untrusted import read_json_object, read_yaml_object
@@ -33,7 +33,6 @@ from sparseft.runs.folder import (
     load_summary,
 )
 from sparseft.runs.metrics import went_on_from
-from sparseft.runs.trained_on import sources_of, trained_for
 
 # Groups of the configuration that say nothing of how the adapter came to be, and settings that hold texts of their own.
 NOT_SHOWN = {"bench", "eval", "output_dir", "cache_dir", "overwrite"}
@@ -281,18 +280,16 @@ def _scores(run: Path, facts: Facts) -> Iterator[Score]:
         warn(f"{path} is of another adapter than the run has now, so the card leaves it out: evaluate it again.")
         del files[path]
     chosen = chosen_results(files.items())
+    evaluated = {name: _members(entry) for content in files.values() for name, entry in _tasks(content).items()}
+    learnt = trained_for(facts.config, facts.environment, facts.summary, evaluated)
     for path, content in files.items():
-        tasks = content.get("tasks") or {}
-        asked = content.get("task")
+        tasks, asked = _tasks(content), content.get("task")
         names = [asked, *(name for name in tasks if name != asked)] if asked in tasks else list(tasks)
         if len(names) > MEMBERS + 1:
             names = [name for name in names if name == asked]
-        found = trained_for(facts.config, facts.environment, facts.summary, {*tasks, *GROUPS})
-        found |= {member for group in found for member in _members(group, tasks.get(group))}
         for name in names:
-            # A group is no measure of what was forgotten where one of its members was trained.
-            learnt = name in found or not found.isdisjoint(_members(name, tasks[name]))
-            score = _score(name, tasks[name], before.get(name) or {}, learnt, name == asked or asked not in tasks)
+            is_asked = name == asked or asked not in tasks
+            score = _score(name, tasks[name], before.get(name) or {}, name in learnt, is_asked)
             if score is not None and chosen[name] == path:
                 yield score
 
@@ -300,10 +297,14 @@ def _scores(run: Path, facts: Facts) -> Iterator[Score]:
 MEMBERS = 8  # of a group that are shown one by one: MMLU has 57
 
 
-def _members(group: str, entry: Any) -> list[str]:
-    """The tasks of a group, as its scores say, else as it is made here; none of a task."""
-    known = entry.get("tasks") if isinstance(entry, dict) else None
-    return [str(name) for name in known] if isinstance(known, list) else list(GROUPS.get(group, ()))
+def _tasks(content: dict[str, Any]) -> dict[str, Any]:
+    return content.get("tasks") or {}
+
+
+def _members(entry: dict[str, Any]) -> list[str]:
+    """The tasks of a group, as its scores say; none of a task."""
+    known = entry.get("tasks")
+    return [str(name) for name in known] if isinstance(known, list) else []
 
 
 def _score(name: str, entry: dict[str, Any], before: dict[str, Any], learnt: bool, asked: bool) -> Score | None:

@@ -256,10 +256,12 @@ def read_described(path: Path, content: bytes) -> dict[str, Any]:
 
 def _public(content: dict[str, Any], base: str | None) -> dict[str, Any]:
     """A description whose base is a name that strangers can load: `base`, or of a folder its last part alone."""
-    changed = dict(content)
+    changed, own = dict(content), content.get("sparseft")
     for key in ("base_model", "base_model_name_or_path", "model"):  # the last one is mlx-lm's
-        if isinstance(changed.get(key), str):
-            changed[key] = base or shown_path(changed[key])
-    if isinstance(changed.get("sparseft"), dict):
-        changed["sparseft"] = _public(changed["sparseft"], base)
+        if isinstance(name := changed.get(key), str):
+            if isinstance(own, dict) and own.get("base_model") == f"./{name}":
+                name = f"./{name}"  # a folder, of which PEFT does not say that it is one
+            changed[key] = base or shown_path(name)
+    if isinstance(own, dict):
+        changed["sparseft"] = _public(own, base)
     return changed

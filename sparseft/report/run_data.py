@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.errors import UserError
+from sparseft.evaluation.trained_on import trained_for
 from sparseft.files.hashing import adapter_hash
 from sparseft.files.tensors import SELECTION_CONFIG, SELECTION_TENSORS, opened, split_name
 from sparseft.files.untrusted import parse_yaml, read_bytes, read_json_object, why
@@ -29,7 +30,6 @@ from sparseft.runs.folder import (
     load_summary,
 )
 from sparseft.runs.metrics import read_metrics
-from sparseft.runs.trained_on import trained_for
 
 MODELS = ("base", "adapter")  # who answers, in samples.jsonl
 
@@ -121,16 +121,9 @@ class Run:
 
     @property
     def learns(self) -> set[str]:
-        """The evaluated tasks that the run trains for: `trainer.eval_task`, those that its data are named after, and
-        the members of these. Empty where none of the tasks is known to be."""
-        scores = {**self.before, **self.after}
-        said = (self._configured("trainer", "eval_task"), self.get("eval_task"))
-        named = {name for name in said if isinstance(name, str)}
-        named |= trained_for(self.config, self.environment, self.summary or {}, scores)
-        own = {task for task in scores if task in named}
-        members = {member for task in own for member in scores[task].members}
-        groups = {task for task in scores if scores[task].members and {*scores[task].members} <= named}
-        return own | (members & set(scores)) | groups
+        """The evaluated tasks that the run trains for. Empty where none of them is known to be."""
+        scores = {name: score.members for name, score in (self.before | self.after).items()}
+        return trained_for(self.config, self.environment, self.summary or {}, scores)
 
     @property
     def model_name(self) -> str:

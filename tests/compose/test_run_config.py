@@ -869,3 +869,18 @@ def test_a_wrong_type_names_what_the_rule_takes(words: str, expected: str) -> No
     """Not the types that stand in the annotation so that the rule gets to see such values."""
     with pytest.raises(UserError, match=f"^{words}: expected {expected}$"):
         make("method=sylva", words)
+
+
+def test_a_models_folder_does_not_read_as_an_id_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's files are read where the folder is not there: for the model card, say."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/tiny", "tokenizers/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    for tokenizer, named in (("tokenizers/mine", "./tokenizers/mine"), ("meta/Chat", "meta/Chat")):
+        model = compose.compose("train", ["model.path=models/tiny", f"model.tokenizer={tokenizer}"]).model
+        assert (model.path, model.tokenizer) == ("./models/tiny", named)
+        earlier = from_dict({"model": {"path": "models/tiny", "tokenizer": tokenizer}, "method": {"name": "s2ft"}})
+        assert (earlier.model.path, earlier.model.tokenizer) == (
+            model.path,
+            model.tokenizer,
+        )  # a run that was started by another version goes on

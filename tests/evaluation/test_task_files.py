@@ -265,3 +265,16 @@ def test_a_group_of_the_hub_names_what_is_missing(monkeypatch: pytest.MonkeyPatc
     plan = prepare(["arithmetic"], EvalConfig(), data_dir=None)
     assert plan.facts["arithmetic"]["missing"] == ["AddSub", "SingleEq", "mawps"]
     assert plan.warnings == ["arithmetic: no test data of AddSub, SingleEq, mawps in 'hub'."]
+
+
+@pytest.mark.parametrize("name", ["_common", "_arithmetic"])
+@pytest.mark.parametrize(
+    "more", ["### Response:\nThe answer is 9", "### Instruction:\nHow many are 9?\n\n### Response:\n9"]
+)
+def test_an_example_that_is_made_up_after_the_answer_does_not_count(name: str, more: str) -> None:
+    """LLM-Adapters' own evaluation cuts at the next `### Response:`."""
+    from lm_eval.models.utils import postprocess_generated_text
+
+    stop = common("llm_adapters", name)["generation_kwargs"]["until"]
+    text = postprocess_generated_text(f"So it is 7.\n\n{more}", stop, None)
+    assert llm_adapters.extract("gsm8k", text) == 7

@@ -191,7 +191,10 @@ def test_conversations_are_shown_as_they_were_written(
     assert expected in text and ("chat template of the base" in text) == (not setting and format == "messages")
 
 
-@pytest.mark.parametrize(("tokenizer", "loaded"), [("meta/Chat", "meta/Chat"), ("/home/alice/chat", "BASE_MODEL")])
+@pytest.mark.parametrize(
+    ("tokenizer", "loaded"),
+    [("meta/Chat", "meta/Chat"), ("/home/alice/chat", "BASE_MODEL"), ("./alice/chat", "BASE_MODEL")],
+)
 def test_a_tokenizer_of_another_model_is_named(tokenizer: str, loaded: str, made: Any, tmp_path: Path) -> None:
     run = finished_run(made[1], tmp_path / "run")
     for name, before, after in (
@@ -277,29 +280,29 @@ def test_settings_name_no_folder_that_reads_as_an_id(made: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("setting", "names", "command", "trained"),
+    ("setting", "names", "trained"),
     [
         # A mix, which is a data set of no family.
-        ("name: json, mix: [arithmetic:0.7, commonsense:0.3]", ["bundled:data/commonsense/train.json"], "", True),
-        ("name: json, mix: [own.json:1, zwhe99/commonsense_170k:1]", ["own.json"], "", True),
-        ("name: json, mix: [own.json:1, other.json:1]", ["own.json", "other.json"], "", False),
-        # Data of one's own, where no family was chosen.
-        ("name: commonsense, train_path: my.jsonl", ["my.jsonl"], "sparseft train dataset.train_path=my.jsonl", False),
-        ("name: commonsense, train_path: my.jsonl", ["my.jsonl"], "sparseft train dataset=commonsense", True),
-        ("name: arithmetic, train_path: my.jsonl", ["my.jsonl"], "", False),
-        ("name: boolq, train_path: my.jsonl", ["my.jsonl"], "", True),
-        ("name: commonsense, train_path: google/boolq", ["google/boolq (train)"], "", True),
-        ("name: commonsense", ["zwhe99/commonsense_170k (train)"], "", True),
-        ("name: json, train_path: my.jsonl, replay: 'commonsense:0.1'", ["my.jsonl"], "", True),
+        ("name: json, mix: [arithmetic:0.7, commonsense:0.3]", ["bundled:data/commonsense/train.json"], True),
+        ("name: json, mix: [own.json:1, zwhe99/commonsense_170k:1]", ["own.json"], True),
+        ("name: json, mix: [own.json:1, other.json:1]", ["own.json", "other.json"], False),
+        # Data of one's own, where no family was chosen, and where one was.
+        ("name: json, train_path: my.jsonl", ["my.jsonl"], False),
+        ("name: commonsense, train_path: my.jsonl", ["my.jsonl"], True),
+        ("name: arithmetic, train_path: my.jsonl", ["my.jsonl"], False),
+        ("name: boolq, train_path: my.jsonl", ["my.jsonl"], True),
+        ("name: commonsense, train_path: google/boolq", ["google/boolq (train)"], True),
+        ("name: commonsense", ["zwhe99/commonsense_170k (train)"], True),
+        ("name: json, train_path: my.jsonl, replay: 'commonsense:0.1'", ["my.jsonl"], True),
     ],
 )
 def test_what_was_trained_is_judged_by_the_sources(
-    setting: str, names: list[str], command: str, trained: bool, made: Any, tmp_path: Path
+    setting: str, names: list[str], trained: bool, made: Any, tmp_path: Path
 ) -> None:
     run = finished_run(made[1], tmp_path / "run")
     found = re.sub(r"dataset: .*", f"dataset: {{{setting}}}", (run / "config.yaml").read_text())
     (run / "config.yaml").write_text(found)
-    text = with_sources(run, *names, command_line=command)
+    text = with_sources(run, *names)
     assert ("- boolq, not trained" in text) == (not trained) and "- mmlu, not trained" in text
 
 

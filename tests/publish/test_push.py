@@ -517,3 +517,16 @@ def test_an_export_is_pushed_with_the_runs_card(hub: Hub, run: Path, made: Any, 
     push(out)
     assert hub.repos["me/mine"].files["README.md"].decode().endswith("Mine.\n")
     assert "was edited" in refused(tmp_path, "push", out, "me/mine", "--license", "mit")
+
+
+def test_a_bases_folder_that_reads_as_an_id_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a LoRA that was saved from Python beside its base, and pushed from another folder."""
+    monkeypatch.chdir(tmp_path)
+    adapted.base("llama", Path("models/tiny"))
+    adapted.adapter("llama", "lora", Path("models/tiny"), tmp_path / "lora")
+    monkeypatch.chdir(tmp_path / "lora")
+    files = {file.name: file for file in listing.listing_of(str(tmp_path / "lora"), "me/mine").files}
+    content = files["adapter_config.json"].content
+    assert content is not None and b"tiny" in content and b"models/tiny" not in content
+    card = files["README.md"].content
+    assert card is not None and b"base_model: " not in card and b"models/tiny" not in card

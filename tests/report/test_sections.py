@@ -160,21 +160,19 @@ def test_what_it_trains_for_is_told_from_what_it_does_not() -> None:
 def test_members_of_what_it_trains_for_are_trained_for_too() -> None:
     scores = {"group": Score(0.5, None, 1, 0, ["a", "b"]), "a": Score(0.5, None, 1, 0), "c": Score(0.5, None, 1, 0)}
     assert a_run(after=scores, config={"dataset": {"name": "group"}}).learns == {"group", "a"}
-    assert a_run(after=scores, config={"dataset": {"name": "a"}}).learns == {"a"}
+    # A group is no measure of what was forgotten where one of its members was trained.
+    assert a_run(after=scores, config={"dataset": {"name": "a"}}).learns == {"group", "a"}
 
 
 def test_what_a_run_learns_is_judged_by_its_sources() -> None:
     scores = {name: Score(0.5, None, 1, 0) for name in ("commonsense", "arithmetic")}
     for dataset, expected in (
-        ({"name": "commonsense", "train_path": "medical.jsonl"}, set()),  # the family where none is chosen
+        ({"name": "json", "train_path": "medical.jsonl"}, set()),
         ({"name": "json", "mix": ["arithmetic:0.7", "commonsense:0.3"]}, {"arithmetic", "commonsense"}),
         ({"name": "arithmetic", "train_path": "math_10k.json"}, {"arithmetic"}),
         ({"name": "commonsense", "train_path": "commonsense_170k.json"}, {"commonsense"}),
     ):
         assert a_run(after=scores, config={"dataset": dataset}).learns == expected
-    run = a_run(after=scores, config={"dataset": {"name": "commonsense", "train_path": "medical.jsonl"}})
-    run.environment = {"command_line": "sparseft train dataset=commonsense dataset.train_path=medical.jsonl"}
-    assert run.learns == {"commonsense"}
 
 
 # -- comparison -------------------------------------------------------------------------------------------------------

@@ -344,6 +344,22 @@ def test_a_tracker_that_cannot_start_ends_the_run_before_it_trains(
         ),
         ("(https://t0ken@host/x?SECRET).", "(https://host/x)"),
         ("https://host:8080/x, and me@host. Why?", "https://host:8080/x, and me@host. Why?"),
+        # A port is no password, whatever comes later.
+        *(
+            (same, same)
+            for same in (
+                "https://host:8080/me@host/v",
+                "https://host:8080#me@host",
+                "https://host:/me@host",
+                "s3://store/me@v",
+                "http://[::1]:8080/me@host",
+                "https://host/a:b@v",
+            )
+        ),
+        ("http://a:1/x,http://alice:s3cret@b/y@v", "http://a:1/x,http://b/y@v"),
+        ("http://alice:s3/t@a/x,http://alice:p@ss@b:1/y", "http://a/x,http://b:1/y"),
+        ("https://:s3cret@[::1]:8080/me@host", "https://[::1]:8080/me@host"),
+        ("https://alice:123456/7@host:80/x", "https://host:80/x"),
     ],
 )
 def test_what_an_error_quotes_lets_nobody_in(text: str, told: str, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""The memory that an export of experts takes, which lie in the files one by one and are one parameter in the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import sparseft
+from sparseft.compose.run_config import compose
+from sparseft.export.changed_tensors import ChangedTensors
+from sparseft.export.source import Source
+from sparseft.export.values import check_values
+from sparseft.memory import AllocationCounter
+from sparseft.models.checkpoint import Checkpoint
+from sparseft.selection.selection import Selection
+from support import adapted, experts
+
+EXPERTS, HIDDEN, INSIDE = 8, 64, 128
+
+
+class Counter(AllocationCounter):
+    """Without tensors of the meta device."""
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type != "meta":
+            super()._count(storage)
+
+
+def base_and_adapter(folder: Path) -> tuple[Path, Path]:
+    config = experts.MODELS["mixtral"]()
+    sizes = {"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": INSIDE, "num_hidden_layers": 1}
+    for name, value in {**sizes, "num_local_experts": EXPERTS, "head_dim": None}.items():
+        setattr(config, name, value)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config).bfloat16()
+    model.save_pretrained(folder / "base")
+    model = adapted.load(folder / "base")
+    names = [f"model.layers.0.mlp.experts.{side}_proj.{n}" for side in ("gate_up", "down") for n in range(EXPERTS)]
+    sparseft.attach(model, sparseft.S2FTConfig(), Selection({name: {"rows": [3, 7]} for name in names}))
+    with torch.no_grad():
+        for delta in sparseft.trainable_parameters(model).values():
+            delta += 1.0
+    sparseft.save_adapter(model, folder / "adapter")
+    return folder / "base", folder / "adapter"
+
+
+def test_it_is_bounded_by_the_weights_of_a_layers_experts(tmp_path: Path) -> None:
+    base, adapter = base_and_adapter(tmp_path)
+    source = Source.find(str(adapter), compose("export", [f"model.path={base}"]))
+    size = EXPERTS * 2 * INSIDE * HIDDEN * 2  # bytes of gate_up_proj, the largest parameter
+    assert len(source.changes) == 2 * EXPERTS  # read
+
+    with Counter() as counter:
+        changes = list(ChangedTensors(source)())
+    assert {change.name.rpartition("experts.")[2] for change in changes} >= {"0.w1.weight", "7.w2.weight"}
+    assert counter.peak <= 1.0 * size
+
+    checkpoint = Checkpoint.of_folder(base)
+    written: dict[str, Tensor] = {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
+    for change in changes:
+        written[change.name].view(-1)[change.index] = change.values
+    with Counter() as counter:
+        check_values(source, written.__getitem__)
+    assert (
+        counter.peak <= 3.3 * size
+    )  # the base's and the written ones, one of them in two pieces as well, and an expert
+
+    parameters = dict(adapted.load(base).named_parameters())
+    places = ChangedTensors(source).places
+    with Counter() as counter:
+        for name, values in places.stored(lambda name: parameters[name].detach()):
+            assert torch.equal(values, checkpoint.read(name))
+    assert counter.peak <= 1.3 * size
