@@ -207,6 +207,8 @@ def test_what_makes_masks_asks_by_these_names() -> None:
     for name, user in (("find_packed_sequence_indices", asked[0]), ("is_tracing", asked[1])):
         names = getattr(masking_utils, user).__code__.co_names
         assert hasattr(masking_utils, name) and name in names, f"{user} of masking_utils: {relied_on(name)}"
+    own = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    assert own["sdpa"] is masking_utils.sdpa_mask and own._local_mapping == {}, relied_on("_local_mapping")
 
 
 def test_which_models_there_are() -> None:

@@ -44,6 +44,7 @@ from sparseft.training.recomputing import CHEAP, KINDS, UP, recomputing
 
 FLOOR = "floor"
 EAGER = "eager"
+PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused")
 PLAIN = "loss=plain"
 RECOMPUTED = {**KINDS, **{kind: (kind,) for kind in (*CHEAP, UP)}}  # by part of a way
 WAY_PARTS = ("labelled", "compile", "liger", "checkpointing", *RECOMPUTED)
@@ -279,11 +280,20 @@ def check_ways(chosen: Sequence[str]) -> None:
 
 
 def check_steps(config: RunConfig, choosable: bool = True) -> None:
-    """Refuses settings of runs that say what only `bench.ways` says: how the step is run.
+    """Refuses settings of runs that say what only `bench.ways` says, how the step is run, or what no timed step does.
 
     choosable: whether the benchmark has ways to choose from.
     """
     hardware, compiled = config.hardware, config.trainer.compile
+    if config.trainer.optimizer not in PLAIN_ADAMW:
+        raise UserError(
+            f"trainer.optimizer={config.trainer.optimizer}: the steps that a benchmark times are AdamW's: leave it out."
+        )
+    if (average := config.trainer.average) is not None:
+        raise UserError(
+            f"trainer.average={average}: its pass in each step is in no timed step, and its loss is known at the end "
+            "alone: leave it out."
+        )
     asked = {  # part of a way: what asks for it, what does not
         "checkpointing": ("hardware.gradient_checkpointing=true", "hardware.gradient_checkpointing=false"),
         **{kind: (f"trainer.checkpointing={kind}", "trainer.checkpointing=none") for kind in KINDS},

@@ -7,6 +7,7 @@ is, so that it is in the same one with whatever seed it was held out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from sparseft.files.atomic import write_json
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
 from sparseft.runs.folder import ADAPTER
+from sparseft.training.labelled_loss import labelled_loss, why_plain
 
 VALIDATION, TEST = SPLITS = ("validation", "test")
 TARGET = "target"
@@ -50,13 +52,25 @@ class Examples:
         """Of each seed the first one with the same examples: the base's losses on them are the same."""
         return [next(first for first in seeds if self.key[first] == self.key[seed]) for seed in seeds]
 
+    def describe(self, seed: int) -> str:
+        """What is read of one model, and the settings that make it less."""
+        target = [row for rows in self.target[seed].values() for row in rows]
+        source = [row for halves in self.source.values() for rows in halves.values() for row in rows]
+        counts = (f"{len(rows):,} examples ({sum(len(row['input_ids']) for row in rows):,} tokens)"
+                  for rows in (target, source))  # fmt: skip
+        return (
+            f"of each model the losses on {next(counts)} held out and {next(counts)} of bench.source are read; "
+            "dataset.eval_fraction, or a smaller dataset.eval_path, makes them fewer"
+        )
+
     def losses(self, model: Any, seed: int, device: Any) -> Losses:
-        """Those of a loaded model."""
-        return {
-            split: {TARGET: held_out_loss(model, self.target[seed][split], self.pad, device)}
-            | {path: held_out_loss(model, rows[split], self.pad, device) for path, rows in self.source.items()}
-            for split in SPLITS
-        }
+        """Those of a loaded model, whose head runs on labelled tokens alone where it can."""
+        with labelled_loss(model) if why_plain(model) is None else contextlib.nullcontext():
+            return {
+                split: {TARGET: held_out_loss(model, self.target[seed][split], self.pad, device)}
+                | {path: held_out_loss(model, rows[split], self.pad, device) for path, rows in self.source.items()}
+                for split in SPLITS
+            }
 
 
 def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples:

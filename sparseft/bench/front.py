@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,8 +146,10 @@ def measure(study: Study) -> dict[str, Any]:
     first = next(iter(study.variants))
     of_first = [study.trial(first, seed, study.rates_of(first)[0]).config for seed in seeds]
     examples = read_examples(of_first, config.bench.source)
-    console.log("bench: reading the base's losses")
+    console.log(f"bench: {examples.describe(seeds[0])}")
+    start = time.perf_counter()
     of_base = [study.losses([None], seed, examples)[0] for seed in examples.first_alike(seeds)]
+    console.log(f"bench: the base's losses took {time.perf_counter() - start:.0f} s")
     points = {
         variant: [Measured(rate, rate or math.nan) for rate in study.rates_of(variant)] for variant in study.variants
     }

@@ -73,7 +73,7 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
         "rows": len(rows),
         "tokens": data.train.num_tokens,
         "max_length": length,
-        "batch_size": config.trainer.batch_size,
+        "batch_size": config.hardware.at_once(config.trainer.batch_size),
         "cores": machine()["cores"],
         "characters_per_token": characters,
         "needed": {
@@ -100,7 +100,7 @@ def _drain(rows: PackedDataset, tokenizer: Any, config: RunConfig, workers: int)
     """One epoch of batches, as the Trainer draws them."""
     loader: Any = DataLoader(
         rows,  # type: ignore[arg-type]
-        batch_size=config.trainer.batch_size,
+        batch_size=config.hardware.at_once(config.trainer.batch_size),
         shuffle=True,
         collate_fn=Collator(padding_id(tokenizer)),
         num_workers=workers,

@@ -57,6 +57,7 @@ from sparseft.models.loading import load_model, load_tokenizer, resolve_device, 
 from sparseft.report.charts import Panel, Series, line_chart, standalone
 from sparseft.runs.folder import METRICS
 from sparseft.runs.metrics import read_metrics
+from sparseft.training.arguments import micro_batches
 from sparseft.training.labelled_loss import usable
 from sparseft.training.mixed_precision import multiply_as_trained
 
@@ -122,11 +123,6 @@ def _check(trial: Trial, config: RunConfig, choosing: bool) -> None:
         raise UserError(
             "method.reselect_by=running makes a layer's whole gradient in each step, which the timed steps do not: use "
             "method.reselect_by=calibration, or method.reselect_steps=0."
-        )
-    if (average := trial.config.trainer.average) is not None:
-        raise UserError(
-            f"trainer.average={average}: its pass in each step is in no timed step, and its loss is known at the end "
-            "alone: leave it out."
         )
     check_same_data(trial, config, excepted="dataset.eval_path" if choosing else "")
     check_steps(trial.config, choosable=False)  # the steps are timed so
@@ -262,7 +258,7 @@ def step_seconds(configs: Mapping[str, RunConfig], config: RunConfig) -> tuple[d
             multiply_as_trained(made.model, method, base.dtype, device)
         made.labelled = usable(made.model, each)
         batch = {key: value.to(device) for key, value in median_batch(each, tokenizer, pad).items()}
-        calls[name] = functools.partial(step, made, batch, each.trainer.gradient_accumulation)
+        calls[name] = functools.partial(step, made, batch, micro_batches(each.trainer, each.hardware)[1])
 
     def failed(name: str, error: Exception) -> None:
         failures[name] = failed_row(error)["failed"]
@@ -282,11 +278,11 @@ def step_seconds(configs: Mapping[str, RunConfig], config: RunConfig) -> tuple[d
 
 
 def median_batch(config: RunConfig, tokenizer: Any, pad: int) -> dict[str, Tensor]:
-    """Of the training batches, in the data's order, that with the median number of labels among those of the median
-    width (tokens of its longest row): a step's work depends on both."""
+    """Of what the model is given at once in training, in the data's order, that with the median number of labels among
+    those of the median width (tokens of its longest row): a step's work depends on both."""
     data = data_of(config, tokenizer)
     rows: Any = data.packed if data.packed is not None else data.train
-    size, settings = config.trainer.batch_size, config.trainer
+    size, settings = micro_batches(config.trainer, config.hardware)[0], config.trainer
     collate = Collator(pad, settings.max_length if settings.pad_to == "max_length" else 0)
     starts = range(0, max(1, len(rows) - size + 1), size)
     widths = {start: max(rows.lengths[start : start + size]) for start in starts}

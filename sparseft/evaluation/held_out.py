@@ -36,5 +36,7 @@ def mean_loss(losses: Sequence[tuple[float, int]]) -> float:
 
 
 def held_out_loss(model: nn.Module, rows: Any, pad: int, device: torch.device, batch_size: int = 8) -> float:
-    """The mean loss over all labelled tokens of examples."""
+    """The mean loss over all labelled tokens of examples, those of similar lengths in one batch: padding is computed
+    too."""
+    rows = sorted((rows[position] for position in range(len(rows))), key=lambda row: len(row["input_ids"]))
     return mean_loss(batch_losses(model, rows, pad, device, batch_size))

@@ -1,7 +1,10 @@
-"""Attention masks without a question to the device.
+"""Attention masks without a question to the device, and one for all layers.
 
 transformers looks at the values of a mask, or of positions, to see whether an attention mask is needed at all: the host
 then waits for the device in every forward pass. Who laid out a batch knows the answer.
+
+What it then makes for torch's attention is boolean, and torch turns that into numbers to be added to the scores: anew
+in each layer, whose backward pass keeps them. A mask that is made of such numbers is kept once.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ import contextlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
 
 from sparseft.replaced import replaced
@@ -21,10 +26,12 @@ def unasked(batch: Collection[str]) -> Iterator[None]:
     with `attention_mask` there is padding, with `position_ids` rows hold several examples, with neither all rows are
     whole, and causal attention as it is needs no mask.
 
-    The masks are the same as ever. Flash attention's own code asks for the lengths of what is padded or packed all the
-    same.
+    They leave out what they ever do. Flash attention's own code asks for the lengths of what is padded or packed all
+    the same.
     """
-    places: list[tuple[Any, str, Any]] = []
+    places: list[tuple[Any, str, Any]] = [
+        (masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "_local_mapping", {"sdpa": added})
+    ]
     if "attention_mask" in batch or "position_ids" in batch:
         # As where transformers must not look: while it compiles, or captures a CUDA graph.
         places.append((masking_utils, "is_tracing", _yes))
@@ -34,6 +41,21 @@ def unasked(batch: Collection[str]) -> Iterator[None]:
         places.append((PreTrainedModel, "warn_if_padding_and_no_attention_mask", _none))  # it reads the ids
     with replaced(*places):
         yield
+
+
+def added(*shape: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor | None:
+    """transformers' mask for torch's attention, (batch, 1, tokens, tokens), as numbers that are added to the scores: 0,
+    and the lowest of the dtype that is computed with. None: none is needed."""
+    mask = masking_utils.sdpa_mask(*shape, **options)
+    if mask is None:
+        return None
+    device = mask.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    tokens = mask.shape[-1]
+    # Rows begin at multiples of 16, or torch's kernel for GPUs copies the mask in each layer.
+    numbers = torch.zeros(*mask.shape[:-1], -(-tokens // 16) * 16, dtype=dtype, device=mask.device)[..., :tokens]
+    return numbers.masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _yes(*_: Any) -> bool:

@@ -2,7 +2,8 @@
 
 The model is built on torch's meta device, where tensors have shapes and no content, and a forward and a backward pass
 run there while every storage is counted: the same operations and the same bytes, without the arithmetic. Attention
-counts as a fused kernel, which keeps its operands, its result and one number a row, never a matrix of scores.
+counts as a fused kernel, which keeps its operands, its result and one number a row, never a matrix of scores. The mask
+that is added to them where rows are padded or packed, and where attention has a window, is transformers' own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from sparseft.adapters.lifecycle import attach, trainable_parameters
 from sparseft.config import HardwareConfig, RunConfig
@@ -27,6 +29,7 @@ from sparseft.errors import UserError, reason_of
 from sparseft.layers import share_inputs, sparse_layers
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter, available_bytes, tensor_bytes
+from sparseft.models import masks
 from sparseft.models.decoder import decoder_layers
 from sparseft.models.packed.shape import pack_shapes
 from sparseft.models.spec import ModelSpec
@@ -40,7 +43,8 @@ from sparseft.training.recomputing import KINDS, recomputing
 from sparseft.training.reselection.running import Running, check_seen
 from sparseft.training.reselection.turns import turns_of
 
-FUSED, PLAIN = "sparseft_plan_fused", "sparseft_plan_plain"  # kinds of attention
+# Kinds of attention: torch's, one that takes lengths or blocks in a mask's place, and the architecture's own.
+FUSED, MASKLESS, PLAIN = "sdpa_in_plan", "sdpa_in_plan_maskless", "plain_in_plan"
 # Copies of the trained parameters that an optimizer keeps, in their dtype, by the start of its name.
 STATES = {"adamw_torch": 2, "adamw_hf": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 # How many numbers ZeRO 3 keeps gathered after use, and how many it gathers ahead: DeepSpeed's defaults.
@@ -79,16 +83,17 @@ class _FusedAttention(torch.autograd.Function):
     """The bytes of a fused attention kernel, without its arithmetic."""
 
     @staticmethod
-    def forward(ctx, query, key, value):  # (batch, heads, tokens, head_dim)
+    def forward(ctx, query, key, value, mask):  # (batch, heads, tokens, head_dim), (batch, 1, tokens, tokens) or None
         batch, heads, tokens, _ = query.shape
         result = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
-        ctx.save_for_backward(query, key, value, result, query.new_empty(batch, heads, tokens, dtype=torch.float32))
+        of_rows = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, result, of_rows, mask)
         return result
 
     @staticmethod
     def backward(ctx, grad):
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 class _Counter(AllocationCounter):
@@ -108,19 +113,18 @@ def _grouped_product(x: Tensor, weight: Tensor, offs: Tensor, *_: Any, **__: Any
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # as transformers repeats them for torch's attention
+    as_they_are = mask is None and key.shape[-1] == value.shape[-1] <= 256  # as transformers gives them to torch's
+    if groups > 1 and not as_they_are:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
+    return _FusedAttention.apply(query, key, value, mask).transpose(1, 2).contiguous(), None
 
 
 def _plain_attention(module: nn.Module, *operands: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """The architecture's own attention in plain torch, without a mask: making one asks for what meta tensors hold."""
-    options.pop("attention_mask", None)
-    query, key, value = operands[:3]
-    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, None, **options)
+    """The architecture's own attention in plain torch."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *operands, **options)
 
 
 def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, dtype: torch.dtype) -> Shape:
@@ -155,8 +159,11 @@ def trainable_shape(config: RunConfig, content: transformers.PretrainedConfig, d
 
 
 def _on_meta(content: transformers.PretrainedConfig, dtype: torch.dtype, config: RunConfig) -> nn.Module:
-    transformers.AttentionInterface.register(FUSED, _attention)
-    transformers.AttentionInterface.register(PLAIN, _plain_attention)
+    for name, attention, mask in ((FUSED, _attention, masks.added), (MASKLESS, _attention, None),
+                                  (PLAIN, _plain_attention, masking_utils.eager_mask)):  # fmt: skip
+        transformers.AttentionInterface.register(name, attention)
+        if mask is not None:
+            transformers.AttentionMaskInterface.register(name, mask)
 
     def build(attention: str | None) -> nn.Module:
         try:
@@ -171,15 +178,16 @@ def _on_meta(content: transformers.PretrainedConfig, dtype: torch.dtype, config:
             raise UserError(f"model.path={config.model.path}: cannot be built: {reason_of(error)}") from error
 
     asked = config.model.attn_implementation
-    flash = "flash" in (asked or "")  # the optimizer's package is needed where the run happens, not to plan it
-    model = build(None if flash else asked)
+    # flash attention's package is needed where the run happens, not to plan it
+    maskless = any(name in (asked or "") for name in ("flash", "flex_attention"))
+    model = build(None if maskless else asked)
     _check_experts(model, config.model.path)
     text = content.get_text_config()
     dropout = max(getattr(text, name, 0.0) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
-    fused = flash or str(model.config._attn_implementation).startswith("sdpa")
+    kind = MASKLESS if maskless else FUSED if str(model.config._attn_implementation).startswith("sdpa") else PLAIN
     if model._can_set_attn_implementation():  # Falcon, GPT-J and MPT have their own alone, which is counted as it is
         # torch's fused kernel for the CPU knows no dropout
-        model = build(FUSED if fused and not (dropout and on_cpu(config.hardware)) else PLAIN)
+        model = build(PLAIN if dropout and on_cpu(config.hardware) else kind)
     model.config.get_text_config().pad_token_id = None  # or transformers looks for padding among the tokens
     return model
 
@@ -213,12 +221,14 @@ def passes(
     length: int,
     *,
     checkpointing: str,
+    laid: str | None = None,
     device: str = "cpu",
     compute: Callable[[], Tensor] | None = None,
 ) -> int:
     """The most bytes that a forward and a backward pass over `batch` × `length` tokens, all of them labelled, allocate
-    at once, the gradients of the trained parameters included. device: the type of the one that is planned for.
-    compute: what makes the loss where that is not the model's own."""
+    at once, the gradients of the trained parameters included. laid: the input that says how rows are filled, as
+    `masks.unasked` knows it; None: all are whole. device: the type of the one that is planned for. compute: what makes
+    the loss where that is not the model's own."""
     model = shape.model
     if checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -227,6 +237,8 @@ def passes(
         model.gradient_checkpointing_disable()
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
     given: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
+    if laid is not None and compute is None:
+        given[laid] = ids
     way: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if shape.labelled and compute is None:
         given[ROWS] = torch.arange(batch * length, device="meta")[: batch * (length - 1)]
@@ -235,7 +247,7 @@ def passes(
     share_inputs_in_training(model)
     with _Counter() as counter:
         try:
-            with way, recomputing(model, kinds) if kinds else contextlib.nullcontext():
+            with masks.unasked([laid or ""]), way, recomputing(model, kinds) if kinds else contextlib.nullcontext():
                 loss = model(**given).loss if compute is None else compute()
             loss.backward()
             del loss
@@ -267,7 +279,8 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
         if config.method.trains_all and OBJECTIVES[config.objective].reference:  # a frozen copy, as wide as what trains
             weights += tensor_bytes(shape.model.parameters()) * (2 if shape.autocast else 1)
     with _looking(config, shape):
-        most = passes(shape, batch, length, checkpointing=config.checkpointing, device=device, compute=compute)
+        most = passes(shape, batch, length, checkpointing=config.checkpointing, device=device, compute=compute,
+                      laid=_laid(config, batch))  # fmt: skip
         activations = most - gradients
     if shape.autocast:  # the copies in half precision stay for the step; weights and gradients are twice as wide
         activations += parameters
@@ -279,6 +292,13 @@ def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> 
         moments += _sensitivity_bytes(shape)
     activations = max(activations, _while_updating(config, trained))
     return sharded(config, shape, Memory(weights, parameters, gradients, moments, activations))
+
+
+def _laid(config: RunConfig, batch: int) -> str | None:
+    """What a micro-batch brings that needs a mask, where its rows differ in length or hold several examples."""
+    if config.dataset.packing and not config.by_preference:
+        return "position_ids"
+    return "attention_mask" if batch > 1 or config.by_preference or config.trainer.pad_to == "max_length" else None
 
 
 @contextlib.contextmanager
@@ -311,8 +331,8 @@ def _sensitivity_bytes(shape: Shape) -> int:
 
 def _while_updating(config: RunConfig, trained: list[Tensor]) -> int:
     """Bytes that the optimizer's step takes for itself, when the activations are gone."""
-    if config.method.sparse or "fused" in config.trainer.optimizer:
-        return 0
+    if config.method.sparse or (config.trainer.optimizer.startswith("adamw_torch") and not config.hardware.zero_stage):
+        return 0  # one kernel (`Trainer.create_optimizer`)
     if on_cpu(config.hardware):  # one parameter after another, each with its denominator made in two steps
         return 2 * max(parameter.nbytes for parameter in trained)
     return tensor_bytes(trained)  # the denominators of all at once

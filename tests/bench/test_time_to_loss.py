@@ -118,6 +118,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
             [f"bench.variants=['{lora}','mean: method=lora trainer.average=last:0.5']"],
             "'mean': trainer.average=last:0.5",
         ),
+        (
+            [f"bench.variants=['{lora}','SGD: method=lora trainer.optimizer=sgd']"],
+            "'SGD': trainer.optimizer=sgd: the steps that a benchmark times are AdamW's",
+        ),
         (["trainer.keep_best=true"], "trainer.keep_best looks at the held-out examples"),
     ):
         assert text in refused(tmp_path, "bench", "time", *words)
@@ -127,12 +131,15 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 def test_the_step_is_timed_of_the_weights_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full training of a 16-bit checkpoint has fp32 weights, and products in bf16 where the device is fast at them."""
     words = ["model.dtype=bfloat16", "dataset=commonsense", "dataset.max_examples=20", "trainer.batch_size=2",
-             "trainer.max_length=64", "bench.steps=1", "bench.warmup_steps=0", f"cache_dir={tmp_path}"]  # fmt: skip
+             "trainer.gradient_accumulation=3", "hardware.micro_batch=1", "trainer.max_length=64",
+             "bench.steps=1", "bench.warmup_steps=0", f"cache_dir={tmp_path}"]  # fmt: skip
     methods = {"full": ["method=full"], "as stored": ["method=full", "method.dtype=model"], "LoRA": ["method=lora"]}
     configs = {name: compose("bench", [*words, *own]) for name, own in methods.items()}
     seen: dict[str, tuple[torch.dtype, bool]] = {}
+    at_once: set[tuple[int, int]] = set()
 
-    def step(made: Any, *_: Any) -> None:
+    def step(made: Any, batch: Any, accumulation: int) -> None:
+        at_once.add((len(batch["input_ids"]), accumulation))
         own = next(p for p in made.model.parameters() if p.requires_grad or made.is_floor)
         seen[made.name] = own.dtype, hasattr(made.model.forward, AUTOCAST)
 
@@ -142,6 +149,7 @@ def test_the_step_is_timed_of_the_weights_that_trained(tmp_path: Path, monkeypat
         time_to_loss.step_seconds(configs, configs["full"])
         assert seen["full"] == (torch.float32, bool(fast)) and seen["as stored"] == (torch.bfloat16, bool(fast))
         assert seen["floor"] == (torch.bfloat16, False) and not seen["LoRA"][1]
+    assert at_once == {(1, 6)}
 
 
 def test_reached_interpolates_and_takes_the_first_time() -> None:

@@ -552,6 +552,8 @@ def test_wrong_comparisons(words: list[str], parts: list[str], in_tmp: Path) -> 
         (["trainer.checkpointing=selective"], ["bench.ways=[selective]", "trainer.checkpointing=none"]),
         (["bench.ways=[selective+checkpointing]"], ["'selective+checkpointing'", "decide by themselves"]),
         (["hardware=1xl4", "trainer.compile=layers"], ["bench.ways=[checkpointing+compile]", "trainer.compile=none"]),
+        (["trainer.optimizer=sgd"], ["trainer.optimizer=sgd: the steps that a benchmark times are AdamW's"]),
+        (["trainer.average=last:0.5"], ["trainer.average=last:0.5: its pass"]),
         (["hardware=1xl4"], ["hardware.gradient_checkpointing=true (hardware=1xl4 may say so)"]),
         (
             ["scaling", "trainer.compile=model"],

@@ -10,6 +10,7 @@ import transformers
 
 from sparseft.data.packing import Collator, PackedDataset
 from sparseft.data.tokenized import TokenizedDataset
+from sparseft.memory import AllocationCounter
 from sparseft.models.masks import unasked
 from support.syncs import Audit
 
@@ -60,3 +61,24 @@ def test_losses_and_gradients_are_the_same_bits(kind: str, rows: str, make_model
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert none == []
     assert waits or (kind == "sliding" and rows != "packed")  # its window needs a mask in any case
+
+
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_a_mask_is_kept_once(rows: str) -> None:
+    """In the dtype of what it is added to, and not by each layer, as torch makes it of a boolean one."""
+    taken = {}
+    for layers in (1, 3):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=1,
+                                     num_hidden_layers=layers),
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        ids = torch.ones(1, 250, dtype=torch.long)  # no multiple of 16
+        places = torch.arange(250)[None]
+        laid = {"attention_mask": (places < 240).long()} if rows == "padded" else {"position_ids": places % 125}
+        with unasked(laid), AllocationCounter() as counter:
+            loss = model(input_ids=ids, labels=ids, use_cache=False, **laid).loss
+        taken[layers] = counter.live
+        del loss
+    assert taken[1] > 250 * 256 * 2  # its rows begin where torch's kernel for GPUs takes them as they are
+    assert taken[3] - taken[1] < 2 * 250 * 250 * 2

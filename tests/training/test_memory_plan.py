@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.models.loading import load_config
+from sparseft.models.masks import unasked
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import as_trained
 from sparseft.training import memory_plan as planning
@@ -71,29 +73,43 @@ def configured(method: str, *words: str) -> Any:
     return config
 
 
-def measured(config: Any, content: Any, dtype: torch.dtype, vocabulary: int = 256) -> int:
+def laid(ids: torch.Tensor, packed: bool) -> dict[str, torch.Tensor]:
+    """What a batch brings of which one row is shorter, or whose rows hold two examples each."""
+    places = torch.arange(ids.shape[1]).expand(ids.shape)
+    if packed:
+        return {"position_ids": places % (ids.shape[1] // 2)}
+    shorter = torch.arange(len(ids)) == 1
+    return {"attention_mask": (places < ids.shape[1] - shorter[:, None].long()).long()} if len(ids) > 1 else {}
+
+
+def measured(config: Any, content: Any, dtype: torch.dtype, vocabulary: int = 256, length: int = LENGTH) -> int:
     """The peak of a real step, as `sparseft bench train` counts it."""
     settings = copy.deepcopy(config.method)
     if config.method_name in SPARSE:
         settings.importance = "random"
-    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(content), dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_config(
+        copy.deepcopy(content), dtype=dtype, attn_implementation=config.model.attn_implementation
+    )
     model = attach(model, settings).train()
     if config.hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
     parameters = list(trainable_parameters(model).values())
-    optimizer = SparseAdamW if config.method_name in SPARSE else torch.optim.AdamW
+    plain = functools.partial(torch.optim.AdamW, fused=True)  # as training has it
+    optimizer = SparseAdamW if config.method_name in SPARSE else plain
     contender = Contender("", model, optimizer(parameters, lr=1e-4), 0, labelled=usable(model, config))
     contender.recomputed = recomputing.KINDS.get(config.checkpointing, ())
     share_inputs_in_training(model)
-    ids = torch.randint(vocabulary, (BATCH, LENGTH))
-    batch = {"input_ids": ids, "labels": ids}
-    step(contender, batch)  # from here on the optimizer has its state
+    ids = torch.randint(vocabulary, (BATCH, length))
+    batch = {"input_ids": ids, "labels": ids, **laid(ids, config.dataset.packing)}
+    with unasked(batch):
+        step(contender, batch)  # from here on the optimizer has its state
     if settings.reselects_running:
         spec, steps = ModelSpec.of(model), settings.reselect_steps
         budget = as_trained(model, settings, spec=spec)
         Running(steps, model, spec, budget, order=settings.order, seed=0).look(steps - 1)
-    measure_memory(contender, batch, torch.device("cpu"))
+    with unasked(batch):
+        measure_memory(contender, batch, torch.device("cpu"))
     return contender.peak_bytes
 
 
@@ -115,6 +131,28 @@ def test_the_plan_is_what_a_step_takes(kind: str, method: str, checkpointing: bo
         shape = planning.trainable_shape(config, contents()[kind], dtype)
         planned = planning.step_memory(config, shape, batch=BATCH, length=LENGTH).total
         assert planned == pytest.approx(measured(config, contents()[kind], dtype), rel=0.08)
+
+
+LONG = {
+    "padded": ("llama", [], 0.1),
+    "packed": ("llama", ["dataset.packing=true"], 0.1),
+    "grouped": ("qwen2", ["dataset.packing=true"], 0.1),  # with a mask keys and values are repeated
+    "eager": ("llama", ["model.attn_implementation=eager"], 0.01),
+    "recomputed": ("llama", ["hardware.gradient_checkpointing=true"], 0.2),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_the_plan_counts_the_mask_of_long_rows(case: str) -> None:
+    """(batch, 1, tokens, tokens), in the model's dtype, once: as much as any layer keeps."""
+    kind, words, share = LONG[case]
+    content, config = contents()[kind], configured("s2ft", *words)
+    for name, value in (("hidden_size", 32), ("intermediate_size", 64), ("num_hidden_layers", 2)):
+        setattr(content, name, value)
+    shape = planning.trainable_shape(config, content, torch.float32)
+    planned = planning.step_memory(config, shape, batch=BATCH, length=384).total
+    assert planned == pytest.approx(measured(config, content, torch.float32, length=384), rel=0.05)
+    assert BATCH * 384 * 384 * 4 > share * planned
 
 
 @pytest.mark.parametrize("steps", [1, 8])

@@ -11,6 +11,7 @@ import torch
 import sparseft
 from sparseft.adapters.lifecycle import units
 from sparseft.adapters.units import Units
+from sparseft.evaluation import held_out
 from sparseft.evaluation.held_out import batch_losses, held_out_loss, mean_loss
 from sparseft.kernels.kinds import KINDS
 from sparseft.memory import SavedBytes
@@ -152,3 +153,10 @@ def test_slopes_are_the_same_where_layers_are_computed_again(method: str) -> Non
     torch.testing.assert_close(again, plain)
     assert kept_less < 0.7 * kept
     assert not any("forward" in vars(module) for module in one.model.modules())
+
+
+def test_held_out_examples_of_similar_lengths_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, seen = [{"input_ids": [1] * length, "labels": [1] * length} for length in (9, 2, 8, 3)], []
+    monkeypatch.setattr(held_out, "batch_losses", lambda _model, given, *_: seen.extend(given) or [(2.0, 1)])
+    assert held_out_loss(torch.nn.Module(), rows, 0, CPU, 2) == 2.0
+    assert [len(row["input_ids"]) for row in seen] == [2, 3, 8, 9]

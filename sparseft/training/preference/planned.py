@@ -34,7 +34,13 @@ def _against_reference(config: RunConfig, model: Any, ids: Tensor, device: str) 
     """As `DPOTrainer` and `KTOTrainer` compute it: one pass with a gradient, the others without."""
     peft = hasattr(model, "peft_config")
     reference = model if peft or config.method.trains_all else reference_model(model)
-    given = {"input_ids": ids, "labels": ids, "use_cache": False, "fused_lm_head": True}
+    given = {
+        "input_ids": ids,
+        "labels": ids,
+        "attention_mask": torch.ones_like(ids),
+        "use_cache": False,
+        "fused_lm_head": True,
+    }
 
     def log_probabilities(asked: Any) -> Tensor:
         return asked(**given).log_probs.sum(1)
