@@ -28,7 +28,15 @@ HEADS = {
     ),
     "scaled": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=0.3),
     "multiplied": lambda: transformers.CohereConfig(**SMALL, logit_scale=3.0),
-}
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **SMALL, head_dim=8, num_key_value_heads=2, intermediate_size_mlp=48, num_local_experts=2
+    ),
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **SMALL, head_dim=8, global_head_dim=8, num_key_value_heads=2, final_logit_softcapping=0.5,
+        layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=96,
+    ),
+}  # fmt: skip
 METHODS: dict[str, Any] = {
     "s2ft": lambda: sparseft.S2FTConfig(d_ratio=0.2, o_ratio=0.3),
     "sylva": lambda: sparseft.SylvaConfig(importance="random", block_size=4, sparsity=0.8),
@@ -193,6 +201,24 @@ def test_losses_that_are_others_are_left_to_their_models(make_model: Callable[..
     assert "experts" in str(why_plain(mixtral))
     mixtral.config.output_router_logits = False
     assert why_plain(mixtral) is None
+
+
+def test_terms_of_a_models_own_are_kept() -> None:
+    """The loss by which a model trains has them whatever the size of their weight."""
+    heads = {"num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+    config = transformers.BambaConfig(**SMALL, **heads, attn_layer_indices=[1], z_loss_coefficient=1e-3)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    batch = batch_of(96)
+    own = model(**batch).loss.detach()
+    model.z_loss_coefficient = 0.0
+    assert model(**batch).loss < own - 1e-3
+    assert "of its own" in str(why_plain(model))
+    text = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 16, "output_router_logits": True}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    assert "experts" in str(why_plain(model))
 
 
 # ---- runs ----
