@@ -24,9 +24,11 @@ LOGITS_CPU, LOGITS = 2**22, 2**27
 
 @dataclass
 class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """What heads ask a decoder for, those of models with experts and Gemma 4's too."""
+    """What heads ask a decoder for, those of models with experts, of ones that see images too, and Gemma 4's."""
 
     router_logits: tuple[Tensor, ...] | None = None
+    image_hidden_states: Any = None
+    audio_hidden_states: Any = None
     shared_kv_states: Any = None
 
 
