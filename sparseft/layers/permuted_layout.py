@@ -30,7 +30,7 @@ Modules = Mapping[str, Mapping[str, Tensor]]  # indices by module and kind, in t
 ATTENTION = ("o", "v", "q", "k")  # in the order in which their selected units are moved to the front
 MLP = ("down", "up", "gate")
 # What a model's config calls things that tell heads apart, or let a layer read another's keys and values.
-HEADS_DIFFER = ("alibi", "num_kv_shared_layers")
+HEADS_DIFFER = ("alibi", "attn_config", "num_kv_shared_layers")  # MPT says alibi in its attn_config
 
 
 class _Stays(Exception):

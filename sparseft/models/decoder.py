@@ -94,6 +94,14 @@ def _decoder(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def backbone(model: nn.Module) -> nn.Module | None:
+    """The model below the head, whose output makes the logits; None of one without a head."""
+    found = getattr(model, "base_model", model)
+    if found is model:  # Llama 4 says another name than it has
+        found = getattr(model, "model", None)
+    return found if isinstance(found, nn.Module) else None
+
+
 def input_embeddings(model: nn.Module) -> nn.Module | None:
     """The table of the tokens' embeddings; None where a model's own code does not say which it is."""
     try:

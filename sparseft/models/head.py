@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from sparseft.models.decoder import backbone
+
 # Logits that exist at once, twice in fp32: on the CPU 32 MiB in all (half of that took 13 % longer for a vocabulary of
 # 49,152, twice of it 14 % less), elsewhere a gibibyte.
 LOGITS_CPU, LOGITS = 2**22, 2**27
@@ -22,9 +24,12 @@ LOGITS_CPU, LOGITS = 2**22, 2**27
 
 @dataclass
 class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """What heads ask a decoder for, those of models with experts too."""
+    """What heads ask a decoder for, those of models with experts, of ones that see images too, and Gemma 4's."""
 
     router_logits: tuple[Tensor, ...] | None = None
+    image_hidden_states: Any = None
+    audio_hidden_states: Any = None
+    shared_kv_states: Any = None
 
 
 class _Decoded(Exception):
@@ -48,7 +53,7 @@ def decoder_output(model: nn.Module, inputs: Mapping[str, Any], forward: Callabl
         found.append(output[0])  # type: ignore[index]
         raise _Decoded
 
-    handle = model.base_model.register_forward_hook(after)  # type: ignore[operator, union-attr]
+    handle = backbone(model).register_forward_hook(after)  # type: ignore[union-attr]
     try:
         (model if forward is None else forward)(**{**inputs, "use_cache": False})
     except _Decoded:
@@ -70,7 +75,7 @@ def head_of(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 def after_decoder(model: nn.Module) -> Iterator[Callable[..., Any]]:
     """Inside, the function that gives the model's whole output for a decoder's output (n, features) of one sample; it
     takes what else the model's forward pass takes. The decoder does not run."""
-    decoder = model.base_model
+    decoder = backbone(model)
     given: list[Tensor] = []
     before = vars(decoder).get("forward")  # of a wrapper
 
@@ -112,7 +117,7 @@ def head_is_apart(model: nn.Module) -> bool:
 def example_output(model: nn.Module, tokens: int = 3) -> Tensor | None:
     """Random numbers (tokens, features) as a decoder might give them; None of a model without a head of its own."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or getattr(model, "base_model", model) is model:
+    if head is None or backbone(model) is None:
         return None
     generator = torch.Generator().manual_seed(0)
     return torch.randn(tokens, head.weight.shape[-1], generator=generator).to(head.weight)

@@ -20,7 +20,7 @@ import re
 import textwrap
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -210,7 +210,8 @@ def unreached(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, s
     if (known := _FOUND.get(model)) is not None:
         return {name: reason for name, reason in known.items() if name in linears}
     owners = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in linears}
-    found = {name: KERNEL for name, owner in owners.items() if name.rpartition(".")[2] in _kernel_weights(owner)}
+    found = {name: READ for name, owner in owners.items() if name.rpartition(".")[2] in _weights_in_training(owner)}
+    found |= {name: KERNEL for name, owner in owners.items() if name.rpartition(".")[2] in _kernel_weights(owner)}
     parameters = list(model.parameters())
     if any(p.is_meta or is_sharded(p) for p in parameters):
         return found
@@ -336,6 +337,7 @@ def without_gradient(model: nn.Module) -> list[str]:
 # ---- by the source: paths that this device or mode does not take ----
 
 # Callees whose use of a weight the trial sees for itself, or that only ask what it is.
+_FACTS = ("dtype", "device", "shape")
 _PLAIN = ("F", "torch", "nn", "init", "isinstance", "getattr", "hasattr", "type", "len", "str", "print", "id")
 
 
@@ -356,19 +358,38 @@ def _kernel_weights(cls: type) -> frozenset[str]:
     Such functions are kernels that run on some devices, or in training mode, only.
     """
     found: set[str] = set()
-    for method in _methods(cls):
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        except (OSError, TypeError, SyntaxError):  # made at run time: there is no source
-            continue
+    for method, tree in _sources(cls):
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-            if not _is_kernel(call.func, method.__globals__):
-                continue
-            for value in [*call.args, *(keyword.value for keyword in call.keywords)]:
-                parts = ast.unparse(value).split(".") if isinstance(value, ast.Attribute) else []
-                if len(parts) == 3 and parts[0] == "self" and parts[2] == "weight":
-                    found.add(parts[1])
+            if _is_kernel(call.func, method.__globals__):
+                found |= _weights(call.args) | _weights(keyword.value for keyword in call.keywords)
     return frozenset(found)
+
+
+@functools.cache
+def _weights_in_training(cls: type) -> frozenset[str]:
+    """The children whose `weight` a module's class computes with, or changes, in training mode alone, which the trial
+    does not see: `if self.training: weight = self.coefs.weight.clamp(…)` (Gemma 3n)."""
+    found: set[str] = set()
+    for _, tree in _sources(cls):
+        for branch in (node for node in ast.walk(tree) if isinstance(node, ast.If)):
+            if "self.training" in ast.unparse(branch.test):
+                inside = [node for statement in branch.body for node in ast.walk(statement)]
+                asked = {id(n.value) for n in inside if isinstance(n, ast.Attribute) and n.attr in _FACTS}
+                found |= _weights(node for node in inside if id(node) not in asked)
+    return frozenset(found)
+
+
+def _weights(nodes: Iterable[ast.AST]) -> set[str]:
+    """The children whose `weight` is among the nodes themselves: `self.o_proj.weight`."""
+    parts = [ast.unparse(node).split(".") for node in nodes if isinstance(node, ast.Attribute)]
+    return {part[1] for part in parts if len(part) == 3 and part[0] == "self" and part[2] == "weight"}
+
+
+def _sources(cls: type) -> Iterator[tuple[Callable[..., Any], ast.AST]]:
+    """The methods of a module's class with what they say."""
+    for method in _methods(cls):
+        with contextlib.suppress(OSError, TypeError, SyntaxError):  # made at run time: there is no source
+            yield method, ast.parse(textwrap.dedent(inspect.getsource(method)))
 
 
 def _methods(cls: type) -> Iterator[Callable[..., Any]]:

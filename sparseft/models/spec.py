@@ -34,6 +34,8 @@ ATTENTION_ROLES: dict[str, str | tuple[str, ...]] = {
     "dense": "o",  # GPT-NeoX, Bloom, Falcon, Phi
     "qkv_proj": ("q", "k", "v"),  # Phi-3
     "c_attn": ("q", "k", "v"),  # GPT-2
+    "Wqkv": ("q", "k", "v"),  # MPT, DBRX
+    "Wo": "o",  # ModernBERT
 }
 
 MLP_ROLES: dict[str, str | tuple[str, ...]] = {
@@ -52,6 +54,10 @@ MLP_ROLES: dict[str, str | tuple[str, ...]] = {
     "w1": "gate",
     "w3": "up",
     "w2": "down",
+    "input_linear": ("gate", "up"),  # Granite's shared experts, which are the MLP of Granite 4 without others
+    "output_linear": "down",
+    "Wi": ("gate", "up"),  # ModernBERT
+    "Wo": "down",
 }
 
 COLUMN_ROLES = ("o", "down")  # their units are input features; every other role's are output features
@@ -62,9 +68,11 @@ ANYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj")  # these are of an attention
 
 def role_of(name: str) -> str | tuple[str, ...] | None:
     """The role of a linear, by its name; of a fused one its roles. None where the name says none."""
-    parent, leaf = f".{name}".rsplit(".", 2)[-2:]
-    in_attention = "attn" in parent or "attention" in parent or leaf in ANYWHERE
-    return (ATTENTION_ROLES if in_attention else MLP_ROLES).get(leaf)
+    *above, leaf = name.split(".")
+    within = [number for number, part in enumerate(above, 1) if "attn" in part or "attention" in part]
+    if leaf in ANYWHERE or (within and within[-1] == len(above)):
+        return ATTENTION_ROLES.get(leaf)
+    return None if within else MLP_ROLES.get(leaf)  # DeepSeek V4's attention has parts with gates of their own
 
 
 def _layer_configs(config: Any) -> list[Any]:
@@ -86,11 +94,12 @@ def _active_experts(configs: list[Any]) -> float:
     """The share of a layer's routed experts that a token goes through, in the first layer that has any; 1 of a model
     without."""
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    by_token = ("num_experts_per_tok", "moe_k", "top_k_experts")
     for config in configs:
         there = next((count for name in names if (count := getattr(config, name, None))), None)
-        chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_k", None)
+        chosen = next((count for name in by_token if (count := getattr(config, name, None))), None)
         if there and chosen:
-            return float(chosen / there)
+            return float((chosen[0] if isinstance(chosen, list) else chosen) / there)  # Hunyuan says it by layer
     return 1.0
 
 

@@ -22,7 +22,7 @@ from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.data.tokenized import IGNORED
 from sparseft.distributed.shards import any_sharded, gathered
-from sparseft.models.decoder import language_model
+from sparseft.models.decoder import backbone, language_model
 from sparseft.models.head import (
     after_decoder,
     cross_entropy,
@@ -68,8 +68,11 @@ def why_plain(model: nn.Module) -> str | None:
     shapes have to tell.
     """
     inner = language_model(model)
-    if getattr(inner.config, "output_router_logits", False):
+    configs = (inner.config, inner.config.get_text_config())  # one and the same but of models that see images, too
+    if any(getattr(config, "output_router_logits", False) for config in configs):
         return "it adds terms of its own for its experts"
+    if getattr(inner.config, "z_loss_coefficient", None):  # Bamba's, too small for the trial to tell
+        return "it adds a term of its own for the size of its logits"
     if not head_is_apart(inner):
         return "its logits need more than the decoder's output of their own token"
     x = example_output(inner, 6)
@@ -159,7 +162,7 @@ def _trained_in_head(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _head(model: nn.Module) -> list[nn.Parameter]:
-    below = {id(p) for p in model.base_model.parameters()}  # type: ignore[operator, union-attr]
+    below = {id(p) for p in backbone(model).parameters()}  # type: ignore[union-attr]
     head = [*model.get_output_embeddings().parameters(), *(p for p in model.parameters() if id(p) not in below)]  # type: ignore[operator]
     return list({id(p): p for p in head}.values())
 

@@ -323,19 +323,28 @@ class Fused(Odd):
         return super().forward(x)
 
 
+class Clipped(Odd):
+    """The same with a weight that it clips itself, in training mode alone, as Gemma 3n does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.down_proj(F.linear(x, self.up_proj.weight.clamp(-1.0, 1.0)))
+        return super().forward(x)
+
+
 def fused(x: Tensor, weight: Tensor) -> Tensor:
     raise AssertionError("a kernel of another device")
 
 
 WAYS = {"read": READ, "cast": READ, "no_grad": NO_GRADIENT, "detached": NO_GRADIENT, "uncalled": UNCALLED,
-        "kernel": KERNEL, "long": None, "usual": None}  # fmt: skip
+        "kernel": KERNEL, "training": READ, "long": None, "usual": None}  # fmt: skip
 UP = "model.layers.0.mlp.up_proj"
 
 
 def odd(way: str) -> Any:
     model = build("llama")
     torch.manual_seed(1)
-    model.model.layers[0].mlp = (Fused if way == "kernel" else Odd)(way).eval()
+    model.model.layers[0].mlp = {"kernel": Fused, "training": Clipped}.get(way, Odd)(way).eval()
     return model
 
 

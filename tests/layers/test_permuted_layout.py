@@ -390,6 +390,17 @@ def test_what_may_tell_units_apart_stays(make_model: Make, change: str) -> None:
     assert sparse_layers(model)[name].row_permutation is None
 
 
+def test_heads_of_mpt_stay(make_model: Make) -> None:
+    """Each has a bias of its own by its number (ALiBi), as the part of the config for its attention says."""
+    config = transformers.MptConfig(vocab_size=96, d_model=48, n_heads=4, n_layers=2, max_seq_len=64)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    expected = logits(model)
+    third_of_v = {"transformer.blocks.0.attn.Wqkv": {"rows": features([10], 12)}}
+    attach_and_say(model, Selection(third_of_v), "attn stays gather: its heads differ")
+    torch.testing.assert_close(logits(model), expected)
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "gated", "by_layer"])
 def test_a_norm_over_each_head_does_not_matter(kind: str) -> None:
     sizes = {

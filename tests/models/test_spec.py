@@ -255,6 +255,45 @@ ROUTERS: dict[str, Callable[[], tuple[Any, tuple[str, ...]]]] = {
 }  # fmt: skip
 
 
+# Linears with names of their own. name: (config, {end of the linear's name in a layer: {role: first row or column}})
+NAMES: dict[str, Callable[[], tuple[Any, dict[str, dict[str, int]]]]] = {
+    "Granite 4": lambda: (
+        T.GraniteMoeHybridConfig(
+            **SIZES, num_key_value_heads=2, num_local_experts=0, shared_intermediate_size=40,
+            layer_types=["mamba", "attention"], mamba_n_heads=4, mamba_d_head=24, mamba_n_groups=1,
+        ),
+        {"shared_mlp.input_linear": {"gate": 0, "up": 40}, "shared_mlp.output_linear": {"down": 0}},
+    ),
+    "MPT": lambda: (
+        T.MptConfig(vocab_size=64, d_model=48, n_heads=4, n_layers=2, expansion_ratio=2),
+        {"attn.Wqkv": {"q": 0, "k": 48, "v": 96}, "attn.out_proj": {"o": 0}},
+    ),
+    "ModernBERT": lambda: (
+        T.ModernBertDecoderConfig(**SIZES, layer_types=["full_attention"] * 2),
+        {"mlp.Wi": {"gate": 0, "up": 80}, "mlp.Wo": {"down": 0}, "attn.Wo": {"o": 0}},
+    ),
+    "gates within attention": lambda: (
+        T.DeepseekV4Config(
+            **SIZES, head_dim=16, q_lora_rank=24, o_lora_rank=24, o_groups=2, index_n_heads=2, index_head_dim=16,
+            num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+            layer_types=["compressed_sparse_attention", "heavily_compressed_attention"],
+        ),
+        {"self_attn.compressor.gate_proj": {}, "self_attn.compressor.indexer.gate_proj": {}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(NAMES))
+def test_roles_by_other_names(name: str) -> None:
+    config, expected = NAMES[name]()
+    spec = ModelSpec.of(meta(config), tried=False)
+    found: dict[str, dict[str, int]] = {}
+    for linear in spec.known:
+        if end := next((end for end in expected if linear.endswith(f".{end}")), None):
+            found[end] = {slot.role: slot.start for slot in spec.slots if slot.module == linear}
+    assert found == expected
+
+
 @pytest.mark.parametrize("name", list(ROUTERS))
 def test_routers_are_never_trained(name: str) -> None:
     config, routers = ROUTERS[name]()
@@ -327,6 +366,21 @@ def test_experts_are_seen(make_model: Callable[..., Any]) -> None:
     assert spec.experts == [] and spec.frozen_experts(True) == []
     assert len(spec.frozen_experts(False)) == 4 and len(spec.stacked) == 4 * 3
     assert all("experts" in name for name in spec.stacked) and spec.stacked < spec.linears.keys()
+
+
+SHARES: dict[str, Callable[[], Any]] = {
+    "hunyuan, by layer": lambda: T.HunYuanMoEV1Config(**SMALL, num_experts=4, moe_topk=[1, 1]),
+    "gemma4": lambda: T.Gemma4TextConfig(
+        **SMALL, **ALTERNATING, global_head_dim=24, hidden_size_per_layer_input=8, vocab_size_per_layer_input=64,
+        enable_moe_block=True, num_experts=4, top_k_experts=1, moe_intermediate_size=16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(SHARES))
+def test_the_share_of_the_experts_that_a_token_goes_through(name: str) -> None:
+    spec = ModelSpec.of(meta(SHARES[name]()), tried=False)
+    assert spec.stacked and spec.active_experts == 0.25
 
 
 def test_the_spec_of_an_attached_model_is_the_plain_one(make_model: Callable[..., Any]) -> None:

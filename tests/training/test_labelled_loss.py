@@ -28,7 +28,19 @@ HEADS = {
     ),
     "scaled": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=0.3),
     "multiplied": lambda: transformers.CohereConfig(**SMALL, logit_scale=3.0),
-}
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **SMALL, head_dim=8, num_key_value_heads=2, intermediate_size_mlp=48, num_local_experts=2
+    ),
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **SMALL, head_dim=8, global_head_dim=8, num_key_value_heads=2, final_logit_softcapping=0.5,
+        layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=96,
+    ),
+    "gemma3, with a tower for images": lambda: transformers.Gemma3Config(
+        text_config=SMALL | {"head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 0.5},
+        vision_config=SMALL | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4,
+    ),
+}  # fmt: skip
 METHODS: dict[str, Any] = {
     "s2ft": lambda: sparseft.S2FTConfig(d_ratio=0.2, o_ratio=0.3),
     "sylva": lambda: sparseft.SylvaConfig(importance="random", block_size=4, sparsity=0.8),
@@ -82,8 +94,8 @@ def test_every_method(
     make_model: Callable[..., Any], method: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = sparseft.attach(make_model("llama"), METHODS[method]())
-    monkeypatch.setattr(head, "LOGITS_CPU", model.config.vocab_size * tokens)
-    batch = batch_of(model.config.vocab_size)
+    monkeypatch.setattr(head, "LOGITS_CPU", model.config.get_text_config().vocab_size * tokens)
+    batch = batch_of(model.config.get_text_config().vocab_size)
     assert why_plain(model) is None
     compare(model, batch, 1e-6)
     compare(model, batch, 1e-6, num_items_in_batch=torch.tensor(29))
@@ -96,7 +108,7 @@ def test_every_method(
 def test_every_head(make_model: Callable[..., Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Capped, scaled and multiplied logits; trained and tied heads (gpt2's)."""
     model = made(make_model, kind)
-    vocabulary = model.config.vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
     monkeypatch.setattr(head, "LOGITS_CPU", vocabulary * 4)
     assert why_plain(model) is None
     compare(model, batch_of(vocabulary), 1e-6)
@@ -104,14 +116,14 @@ def test_every_head(make_model: Callable[..., Any], kind: str, monkeypatch: pyte
 
 def test_packed_rows(make_model: Callable[..., Any]) -> None:
     model = make_model("llama")
-    compare(model, batch_of(model.config.vocab_size, packed=True), 1e-6)
+    compare(model, batch_of(model.config.get_text_config().vocab_size, packed=True), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_fp32_as_the_plain_way(make_model: Callable[..., Any], dtype: torch.dtype) -> None:
     model = sparseft.attach(make_model("llama").to(dtype), METHODS["s2ft"]())
     exact = sparseft.attach(make_model("llama").to(dtype), METHODS["s2ft"]()).float()
-    batch = batch_of(model.config.vocab_size)
+    batch = batch_of(model.config.get_text_config().vocab_size)
     truth, wanted = loss_and_gradients(exact, **batch)
     plain_loss, plain = loss_and_gradients(model, **batch)
     with labelled_loss(model):
@@ -124,7 +136,7 @@ def test_half_precision_is_as_near_to_fp32_as_the_plain_way(make_model: Callable
 
 def test_activations_are_recomputed_as_ever(make_model: Callable[..., Any]) -> None:
     model = sparseft.attach(make_model("llama"), METHODS["s2ft"]()).train()
-    batch = batch_of(model.config.vocab_size)
+    batch = batch_of(model.config.get_text_config().vocab_size)
     wanted, plain = loss_and_gradients(model, **batch)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with labelled_loss(model):
@@ -136,7 +148,7 @@ def test_activations_are_recomputed_as_ever(make_model: Callable[..., Any]) -> N
 
 def test_evaluation_and_generation(make_model: Callable[..., Any]) -> None:
     model = make_model("llama")
-    batch = batch_of(model.config.vocab_size)
+    batch = batch_of(model.config.get_text_config().vocab_size)
     prompt = batch["input_ids"][:, :4]
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
@@ -149,7 +161,7 @@ def test_evaluation_and_generation(make_model: Callable[..., Any]) -> None:
 
 def test_a_batch_without_labels_has_no_loss(make_model: Callable[..., Any]) -> None:
     model = sparseft.attach(make_model("llama"), METHODS["s2ft"]())
-    batch = batch_of(model.config.vocab_size)
+    batch = batch_of(model.config.get_text_config().vocab_size)
     batch["labels"] = torch.full_like(batch["labels"], -100)
     with labelled_loss(model):
         assert model(**batch).loss.isnan()
@@ -193,6 +205,24 @@ def test_losses_that_are_others_are_left_to_their_models(make_model: Callable[..
     assert "experts" in str(why_plain(mixtral))
     mixtral.config.output_router_logits = False
     assert why_plain(mixtral) is None
+
+
+def test_terms_of_a_models_own_are_kept() -> None:
+    """The loss by which a model trains has them whatever the size of their weight."""
+    heads = {"num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+    config = transformers.BambaConfig(**SMALL, **heads, attn_layer_indices=[1], z_loss_coefficient=1e-3)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    batch = batch_of(96)
+    own = model(**batch).loss.detach()
+    model.z_loss_coefficient = 0.0
+    assert model(**batch).loss < own - 1e-3
+    assert "of its own" in str(why_plain(model))
+    text = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 16, "output_router_logits": True}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    assert "experts" in str(why_plain(model))
 
 
 # ---- runs ----
