@@ -34,7 +34,7 @@ from sparseft.training.checkpoints import STATE, checkpoint_steps, good_checkpoi
 # a checkpoint would silently keep the old ones or mix both. With more steps the learning rate goes on as a run of that
 # many steps has it there; of a run's rates nothing else can change (learning_rate, scheduler, warmup_steps, …).
 FREE = {
-    *("output_dir", "overwrite", "cache_dir", "hardware", "eval", "chat", "bench"),
+    *("output_dir", "overwrite", "cache_dir", "hardware", "eval", "chat", "bench", "dataset.name"),
     *(f"trainer.{name}" for name in "max_steps num_epochs logging_steps eval_steps save_steps max_bad_steps".split()),
     *(f"trainer.{name}" for name in "save_total_limit resume target_score patience".split()),
     *(f"trainer.{name}" for name in "compile pad_to checkpointing".split()),
