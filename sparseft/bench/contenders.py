@@ -35,6 +35,7 @@ from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import SavedBytes, tensor_bytes
 from sparseft.methods import get_method
 from sparseft.methods.base import MethodConfig
+from sparseft.models.masks import unasked
 from sparseft.models.spec import ModelSpec
 from sparseft.rules import field_types, is_text
 from sparseft.training.compiling import BACKEND
@@ -192,10 +193,11 @@ def loss_of(c: Contender, batch: dict[str, Tensor]) -> Tensor:
     They are looked up before the model is called: a compiler cannot follow a tensor that begins to ask for a gradient.
     """
     c.take_turn()
+    laid = tuple(batch)
     if c.is_floor:
         embedded = c.model.get_input_embeddings()(batch["input_ids"]).requires_grad_(True)
         batch = {"inputs_embeds": embedded, **{name: value for name, value in batch.items() if name != "input_ids"}}
-    with recomputing(c.model, c.recomputed) if c.recomputed else contextlib.nullcontext():
+    with unasked(laid), recomputing(c.model, c.recomputed) if c.recomputed else contextlib.nullcontext():
         if c.labelled:
             if c.rows is None:
                 c.rows = label_rows(batch["labels"])
@@ -280,11 +282,7 @@ def check_ways(chosen: Sequence[str]) -> None:
 
 
 def check_steps(config: RunConfig, choosable: bool = True) -> None:
-    """Refuses settings of runs that say what only `bench.ways` says, how the step is run, or what no timed step does.
-
-    choosable: whether the benchmark has ways to choose from.
-    """
-    hardware, compiled = config.hardware, config.trainer.compile
+    """`check_run_as`, and refuses what no timed step does."""
     if config.trainer.optimizer not in PLAIN_ADAMW:
         raise UserError(
             f"trainer.optimizer={config.trainer.optimizer}: the steps that a benchmark times are AdamW's: leave it out."
@@ -294,6 +292,15 @@ def check_steps(config: RunConfig, choosable: bool = True) -> None:
             f"trainer.average={average}: its pass in each step is in no timed step, and its loss is known at the end "
             "alone: leave it out."
         )
+    check_run_as(config, choosable)
+
+
+def check_run_as(config: RunConfig, choosable: bool = True) -> None:
+    """Refuses settings of runs that say what only `bench.ways` says, how the step is run.
+
+    choosable: whether the benchmark has ways to choose from.
+    """
+    hardware, compiled = config.hardware, config.trainer.compile
     asked = {  # part of a way: what asks for it, what does not
         "checkpointing": ("hardware.gradient_checkpointing=true", "hardware.gradient_checkpointing=false"),
         **{kind: (f"trainer.checkpointing={kind}", "trainer.checkpointing=none") for kind in KINDS},

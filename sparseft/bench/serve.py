@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparseft import console
 from sparseft.adapters.lifecycle import attach, detach, load_adapter, save_adapter, set_adapter
 from sparseft.bench import own_adapters, targets
-from sparseft.bench.contenders import FLOOR, check_methods, check_steps, method_config, own_settings
+from sparseft.bench.contenders import FLOOR, check_methods, check_run_as, method_config, own_settings
 from sparseft.bench.models import CONTEXT, DTYPES, random_llama, random_tokens, square_shape
 from sparseft.bench.output import Output, device_name, measured_on
 from sparseft.bench.sharing import SharedWeights
@@ -109,7 +109,7 @@ def check(config: RunConfig) -> None:
     settings = config.bench
     own_adapters.folders(config)
     check_methods(settings.methods)
-    check_steps(config, choosable=False)
+    check_run_as(config, choosable=False)
     if settings.profile or settings.ways != ["eager"]:
         raise UserError("bench.profile and bench.ways belong to 'sparseft bench train'.")
     if settings.shape is not None or settings.width is None or settings.depth is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from sparseft.commands import train as training
 from sparseft.compose.run_config import to_yaml
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
+from sparseft.runs.folder import LOCK
 from sparseft.runs.lock import Lock
 from sparseft.training import checks
 
@@ -88,14 +91,26 @@ def _trained(
     """What a benchmark of `TRAINING` has measured, its charts written; interrupted, it says how to go on."""
     folder = output.choose()
     study = benchmark.plan(config, words, config_dirs, folder, training.run)
-    folder.mkdir(parents=True, exist_ok=True)
-    with Lock() as lock, going_on(folder):
-        lock.take(folder)  # a second job would train the same runs
+    with _alone_in(folder), going_on(folder):
         result = benchmark.measure(study)
     charts = benchmark.charts(result) if hasattr(benchmark, "charts") else {}
     for name, svg in charts.items():
         output.write(name, svg)
     return result | ({"charts": list(charts)} if charts else {})
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other job works there: it would train the same runs. A folder that stays empty goes again."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock() as lock:
+        lock.take(folder)
+        try:
+            yield
+        finally:
+            if new and all(path.name == LOCK for path in folder.iterdir()):
+                shutil.rmtree(folder)
 
 
 def normalised(config: RunConfig) -> RunConfig:

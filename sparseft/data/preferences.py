@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sparseft.data.chat import BESIDE, SWITCHES, Chats
+from sparseft.data.chat import BESIDE, Chats
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import (
     DETECTION_RECORDS,
@@ -26,6 +26,7 @@ from sparseft.data.formats import (
     is_empty,
     unused_sentence,
 )
+from sparseft.data.messages import SWITCHES
 from sparseft.data.records import Records, kind
 from sparseft.errors import UserError, nearest, shown
 

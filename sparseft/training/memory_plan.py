@@ -113,13 +113,15 @@ def _grouped_product(x: Tensor, weight: Tensor, offs: Tensor, *_: Any, **__: Any
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
-    as_they_are = mask is None and key.shape[-1] == value.shape[-1] <= 256  # as transformers gives them to torch's
+    as_they_are = (
+        attention_mask is None and key.shape[-1] == value.shape[-1] <= 256
+    )  # as transformers gives them to torch's
     if groups > 1 and not as_they_are:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    return _FusedAttention.apply(query, key, value, mask).transpose(1, 2).contiguous(), None
+    return _FusedAttention.apply(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
 
 
 def _plain_attention(module: nn.Module, *operands: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -331,7 +333,8 @@ def _sensitivity_bytes(shape: Shape) -> int:
 
 def _while_updating(config: RunConfig, trained: list[Tensor]) -> int:
     """Bytes that the optimizer's step takes for itself, when the activations are gone."""
-    if config.method.sparse or (config.trainer.optimizer.startswith("adamw_torch") and not config.hardware.zero_stage):
+    optimizer = config.trainer.optimizer
+    if config.method.sparse or "fused" in optimizer or (optimizer == "adamw_torch" and not config.hardware.zero_stage):
         return 0  # one kernel (`Trainer.create_optimizer`)
     if on_cpu(config.hardware):  # one parameter after another, each with its denominator made in two steps
         return 2 * max(parameter.nbytes for parameter in trained)

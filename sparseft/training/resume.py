@@ -34,7 +34,7 @@ from sparseft.training.checkpoints import STATE, checkpoint_steps, good_checkpoi
 # a checkpoint would silently keep the old ones or mix both. With more steps the learning rate goes on as a run of that
 # many steps has it there; of a run's rates nothing else can change (learning_rate, scheduler, warmup_steps, …).
 FREE = {
-    *("output_dir", "overwrite", "cache_dir", "hardware", "eval", "chat", "bench", "dataset.name"),
+    *("output_dir", "overwrite", "cache_dir", "hardware", "eval", "chat", "bench"),
     *(f"trainer.{name}" for name in "max_steps num_epochs logging_steps eval_steps save_steps max_bad_steps".split()),
     *(f"trainer.{name}" for name in "save_total_limit resume target_score patience".split()),
     *(f"trainer.{name}" for name in "compile pad_to checkpointing".split()),
@@ -163,9 +163,10 @@ def _check_same(config: RunConfig, own: RunConfig, folder: Path) -> None:
             f"started with {_examples(then)} in {then[PROCESSES]}: give as many processes, or a "
             "trainer.gradient_accumulation that makes up for them."
         )
+    labels = {"dataset.name"} if now["dataset.train_path"] or now["dataset.mix"] else set()  # else it says which data
     once = {f"method.{name}": value for name, value in config.method.once_default.items()}
     for key in [*then, *(key for key in now if key not in then)]:
-        free = key in FREE or key.split(".")[0] in FREE
+        free = key in FREE | labels or key.split(".")[0] in FREE
         if (free and key not in fixed) or then.get(key) == now.get(key):
             continue
         if now.get(key) is None and key in once and then.get(key) == once[key]:

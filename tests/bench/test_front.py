@@ -424,4 +424,5 @@ LORA = "LoRA: method=lora"
 )
 def test_what_cannot_be_compared_is_refused(words: list[str], text: str, in_tmp: Path) -> None:
     assert text in refused(in_tmp, "bench", "front", *words)
+    assert not list(in_tmp.glob("outputs/bench-*"))
     assert {path for path in files(in_tmp) if not path.startswith(".cache")} == set()

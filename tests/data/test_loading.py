@@ -458,6 +458,10 @@ def test_messages_without_a_template_are_plain_text_and_that_is_said() -> None:
         ({}, ["needs a list under 'messages' or 'conversations'"]),
         ([{"role": "asistant", "content": "a"}], ["message 1", "Did you mean 'assistant'?"]),
         ([{"role": "user"}, {"role": "assistant", "content": "a"}], ["message 1", "must be text, not null"]),
+        (
+            [{"role": "user", "content": "q"}, {"role": "assistant", "text": "a"}],
+            ["message 2", "must be text, not null"],
+        ),
         (["hello"], ["message 1", "expected an object"]),
         ([{"role": "user", "content": [{"type": "image"}]}], ["message 1", "type text"]),
         ([{"role": "assistant", "content": "a", "tool_calls": [1]}], ["message 1", "tool calls"]),

@@ -20,7 +20,6 @@ from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.models.loading import load_config
-from sparseft.models.masks import unasked
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import as_trained
 from sparseft.training import memory_plan as planning
@@ -102,14 +101,12 @@ def measured(config: Any, content: Any, dtype: torch.dtype, vocabulary: int = 25
     share_inputs_in_training(model)
     ids = torch.randint(vocabulary, (BATCH, length))
     batch = {"input_ids": ids, "labels": ids, **laid(ids, config.dataset.packing)}
-    with unasked(batch):
-        step(contender, batch)  # from here on the optimizer has its state
+    step(contender, batch)  # from here on the optimizer has its state
     if settings.reselects_running:
         spec, steps = ModelSpec.of(model), settings.reselect_steps
         budget = as_trained(model, settings, spec=spec)
         Running(steps, model, spec, budget, order=settings.order, seed=0).look(steps - 1)
-    with unasked(batch):
-        measure_memory(contender, batch, torch.device("cpu"))
+    measure_memory(contender, batch, torch.device("cpu"))
     return contender.peak_bytes
 
 

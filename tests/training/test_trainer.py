@@ -461,7 +461,13 @@ def test_a_run_is_continued_with_other_settings_of_what_it_does_not_train(
     uninterrupted: Any, data: Path, model_folder: Any, tmp_path: Path
 ) -> None:
     run = stop_after(uninterrupted("s2ft"), 4, tmp_path / "run")
-    changes = ["chat.temperature=0.5", "eval.shots=1", "bench.length=32", "trainer.checkpointing=full"]
+    changes = [
+        "chat.temperature=0.5",
+        "eval.shots=1",
+        "bench.length=32",
+        "trainer.checkpointing=full",
+        "dataset.name=text",
+    ]
     words = [*long_run("s2ft", model_folder(), data), *changes, f"output_dir={run}", "trainer.resume=auto"]
     previous = previous_run(compose("train", words[1:]))
     assert previous is not None and previous.step == 4
