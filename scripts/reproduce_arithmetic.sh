@@ -13,7 +13,7 @@ done
 download "$PUBLISHED/ft-training_set/math_10k.json" "$DATA/math_10k.json"
 
 for row in "${ROWS[@]}"; do
-    train "$row" "dataset.train_path=$DATA/math_10k.json"
+    train "$row" dataset=arithmetic "dataset.train_path=$DATA/math_10k.json"
     evaluate "$row" arithmetic "eval.data_dir=$DATA"
 done
 table arithmetic

@@ -13,7 +13,7 @@ done
 download "$PUBLISHED/ft-training_set/commonsense_170k.json" "$DATA/commonsense_170k.json"
 
 for row in "${ROWS[@]}"; do
-    train "$row" "dataset.train_path=$DATA/commonsense_170k.json"
+    train "$row" dataset=commonsense "dataset.train_path=$DATA/commonsense_170k.json"
     evaluate "$row" commonsense "eval.data_dir=$DATA"
 done
 table commonsense

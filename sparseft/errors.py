@@ -71,12 +71,11 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 # What stands in a URL and lets others in: a name and a password before the host, and what follows `?`, which errors
-# also quote without the host. Both end at the last `@` before `/`, `?` or `#`. A password that holds one of these, as
-# nobody escaped it, is told from a port by not being one, and ends at the last `@` of all.
-_LOGIN = re.compile(
-    r"(?<![\w+.-])([A-Za-z][\w+.-]*://)"
-    r"(?:[^\s/?#]*@|(?![^\s/?#:]*:\d{0,5}(?:[/?#\s]|$))[^\s/?#:\[]*:(?:(?!\w://)\S)*@)"
-)
+# also quote without the host. A name alone ends at the last `@` before `/`, `?` or `#`; a password may hold any of
+# these, as nobody escaped it, and ends at the last `@` before a space or the next URL. What reads as a host with a port
+# is no name with a password, whatever comes later.
+_HOST = r"(?:localhost|[\w-]+\.[\w.-]*|\[[\da-fA-F:.]*\])(?::\d{0,5})?(?:[/?#\s]|$)"
+_LOGIN = re.compile(rf"(?<![\w+.-])([A-Za-z][\w+.-]*://)(?!{_HOST})(?:[^\s/?#:]*:(?:(?![\w+.-]://)\S)*@|[^\s/?#]*@)")
 _END = r"""(?=[.,;:)\]]*(?:[\s'"`<>]|$))"""
 _QUERY = re.compile(rf"""(?<=\S)\?[\w.%\[\]-]+=[^\s'"`<>]*?{_END}|(\w://[^\s'"`<>?]*)\?[^\s'"`<>]*?{_END}""")
 

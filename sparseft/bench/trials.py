@@ -60,6 +60,8 @@ def _wherever(config: RunConfig) -> dict[str, Any]:
     been moved, its runs have all been."""
     said = config.to_dict()
     said["trainer"]["resume"] = None  # nor does this
+    if config.dataset.train_path or config.dataset.mix:
+        said["dataset"]["name"] = None  # nor does this, where it names no data
     if exclude := said["method"].get("exclude"):
         said["method"]["exclude"] = [os.path.relpath(each, config.output_dir or ".") for each in exclude]
     return said

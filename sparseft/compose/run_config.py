@@ -18,7 +18,7 @@ from sparseft.compose import overrides as words
 from sparseft.compose import validation
 from sparseft.compose.overrides import GROUPS, Override
 from sparseft.compose.validation import annotation_of, check_key, known_keys, method_fields
-from sparseft.config import BUNDLED, OBJECTIVES, RunConfig
+from sparseft.config import BUNDLED, OBJECTIVES, DatasetConfig, RunConfig
 from sparseft.console import warn
 from sparseft.errors import UserError, local_name, nearest
 from sparseft.methods import METHODS, get_method
@@ -76,14 +76,13 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     keys = known_keys(method_name)
     for override in settings.values():
         check_key(override, keys, method_name)
-    content = _apply(config, settings, keys)
+    _apply(config, settings, keys)
+    _name_data(config, choices, settings)
+    content = _resolved(config)
     if objective == "kto" and "experiment" not in choices:
         content["trainer"] |= {name: value for name, value in KTO_STEP.items() if f"trainer.{name}" not in settings}
     if "method.dropout" not in settings:
         _turn_dropout_off(content, method_name)
-    own = content["dataset"]["train_path"] or content["dataset"]["mix"]
-    if own and not choices.keys() & {"dataset", "experiment"} and "dataset.name" not in settings:
-        content["dataset"]["name"] = OWN_DATA  # they are not of the family that is chosen where none is
     _share(content, settings, method_name)
     built = _build(content, " in the configuration files")
     bundled = built.model.path.startswith(BUNDLED)
@@ -274,6 +273,7 @@ def _compose_groups(command: str, choices: dict[str, str], config_dirs: Sequence
             own, section = its_options.get(group), experiment.get(group)
             if own == defaults.get(group):  # a run's `config.yaml` chooses none, its section says which it was
                 own = section.get("name") if hasattr(section, "get") else None
+                own = own or (DatasetConfig.name if group == "dataset" else None)  # conf/dataset/_unchosen.yaml
             if option != own:
                 config[group] = options_alone.get(group, {})
     return config
@@ -334,8 +334,8 @@ def _method_name(config: Any) -> str:
     return name
 
 
-def _apply(config: Any, settings: dict[str, Override], keys: dict[str, Any]) -> dict[str, Any]:
-    """Writes the settings over the composed config and resolves interpolations; plain containers come back."""
+def _apply(config: Any, settings: dict[str, Override], keys: dict[str, Any]) -> None:
+    """Writes the settings over the composed config, in place."""
     from omegaconf import OmegaConf
 
     for key, override in settings.items():
@@ -354,6 +354,27 @@ def _apply(config: Any, settings: dict[str, Override], keys: dict[str, Any]) -> 
             value = words.parsed_value(override, annotation)
         with _hydra_errors():
             OmegaConf.update(config, key, value, merge=False)
+
+
+def _name_data(config: Any, choices: dict[str, str], settings: dict[str, Override]) -> None:
+    """Says of what family the data are where nobody has, in place: data of one's own of none. Those on the command line
+    are not of the family that an experiment has chosen for its own."""
+    from omegaconf import OmegaConf
+
+    data = config.get("dataset")
+    if not OmegaConf.is_dict(data) or "dataset.name" in settings:
+        return
+    with _hydra_errors():
+        own = data.get("train_path") or data.get("mix")
+        typed = "dataset" not in choices and not settings.keys().isdisjoint(("dataset.train_path", "dataset.mix"))
+        if data.get("name") is None or (own and typed):
+            data["name"] = OWN_DATA if own else DatasetConfig.name
+
+
+def _resolved(config: Any) -> dict[str, Any]:
+    """The composed config as plain containers, without interpolations."""
+    from omegaconf import OmegaConf
+
     with _hydra_errors():
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(content, dict)

@@ -16,6 +16,11 @@ MEMBERS: dict[str, Iterable[str]] = {
     MMLU: [f"{MMLU}_{each}" for subjects in MMLU_CATEGORIES.values() for each in subjects],
 }
 
+# Names of files and folders that say nothing of what they hold: `train-00000-of-00002.parquet`, `*.jsonl`.
+SPLIT = re.compile(
+    r"(train(ing)?|test|val(id(ation)?)?|dev|data|dataset|main|default|all|part)(?![a-z])|[^a-z]*(\.[a-z]|$)"
+)
+
 
 def sources_of(config: dict[str, Any], environment: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     """What the training data are called, source by source: an id of the hub with its subset and split, or a path.
@@ -46,13 +51,21 @@ def trained_for(
     chosen, trainer = _section(config, "dataset"), _section(config, "trainer")
     mix = chosen.get("mix")
     own = [*(mix if isinstance(mix, list) else []), chosen.get("train_path"), chosen.get("replay")]
-    names = [_words(str(each)) for each in (*own, *sources_of(config, environment, summary)) if each]
+    names = [_name_of(str(each)) for each in (*own, *sources_of(config, environment, summary)) if each]
     said = {str(name) for name in (trainer.get("eval_task"), summary.get("eval_task"), chosen.get("name")) if name}
-    members = {name: set(own) for name, own in (MEMBERS | {name: own for name, own in tasks.items() if own}).items()}
-    known = {*tasks, *members}.union(*members.values())
+    # Those that were not found, or not asked, are members all the same.
+    members = {name: {*MEMBERS.get(name, ()), *tasks.get(name, ())} for name in {*MEMBERS, *tasks}}
+    known = set(members).union(*members.values())
     found = {task for task in known if task in said or any(_words(task) in name for name in names)}
     found = found.union(*(members.get(group, ()) for group in found))
     return {task for task in tasks if task in found or not found.isdisjoint(members.get(task, ()))}
+
+
+def _name_of(source: str) -> str:
+    """The words of a source's name: of a path its last part, with its folder where that says no more than a split."""
+    *above, name = re.split(r"[/\\]+", source.rstrip("/\\"))
+    is_split = SPLIT.match(name.lower())
+    return _words(f"{above[-1]} {name}" if above and is_split else name)
 
 
 def _words(text: str) -> str:

@@ -280,7 +280,9 @@ def _scores(run: Path, facts: Facts) -> Iterator[Score]:
         warn(f"{path} is of another adapter than the run has now, so the card leaves it out: evaluate it again.")
         del files[path]
     chosen = chosen_results(files.items())
-    evaluated = {name: _members(entry) for content in files.values() for name, entry in _tasks(content).items()}
+    evaluated: dict[str, set[str]] = {}
+    for name, entry in (each for content in files.values() for each in _tasks(content).items()):
+        evaluated.setdefault(name, set()).update(_members(entry))
     learnt = trained_for(facts.config, facts.environment, facts.summary, evaluated)
     for path, content in files.items():
         tasks, asked = _tasks(content), content.get("task")

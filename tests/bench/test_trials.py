@@ -63,6 +63,21 @@ def test_how_a_trial_was_started_is_no_other_setting(tmp_path: Path) -> None:
         assert finished(again) == {}
 
 
+@pytest.mark.parametrize(
+    ("words", "same"), [(["dataset.train_path=a.json"], True), (["dataset.mix=[a.json,b.json]"], True), ([], False)]
+)
+def test_what_ones_own_data_are_called_is_no_other_setting(words: list[str], same: bool, tmp_path: Path) -> None:
+    """Of data without `dataset=` runs of earlier versions say commonsense. A name that says what is read counts."""
+    trial = trial_of(tmp_path, *words)
+    has_run(trial)
+    trial.config.dataset.name = "json"
+    if same:
+        assert finished(trial) == {}
+        return
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        finished(trial)
+
+
 def test_a_training_that_diverged_is_not_done_again(tmp_path: Path) -> None:
     trial = trial_of(tmp_path)
 

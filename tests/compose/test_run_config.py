@@ -79,7 +79,7 @@ def test_there_is_a_yaml_for_every_method() -> None:
 def test_no_yaml_is_left_out() -> None:
     known = {f"{group}/{option}.yaml" for group, option in OPTIONS} | {f"{name}.yaml" for name in compose.COMMANDS}
     known |= {"_base.yaml"} | {f"{group}/_defaults.yaml" for group in ("model", "dataset", "hardware")}
-    known |= {"method/_sparse.yaml"}
+    known |= {"dataset/_unchosen.yaml", "method/_sparse.yaml"}
     known |= {f"experiment/{path.name}" for path in (CONF / "experiment").glob("_*.yaml")}  # shared by presets
     assert {path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} == known
 

@@ -348,18 +348,26 @@ def test_a_tracker_that_cannot_start_ends_the_run_before_it_trains(
         *(
             (same, same)
             for same in (
-                "https://host:8080/me@host/v",
-                "https://host:8080#me@host",
-                "https://host:/me@host",
+                "https://mlflow.corp:8080/me@host/v",
+                "https://localhost:8080#me@host",
+                "https://127.0.0.1:/me@host",
                 "s3://store/me@v",
                 "http://[::1]:8080/me@host",
+                "http://[::1]/me@host",
                 "https://host/a:b@v",
+                "https://host:8080/x me@host",
             )
         ),
-        ("http://a:1/x,http://alice:s3cret@b/y@v", "http://a:1/x,http://b/y@v"),
+        ("http://a:1/x,http://alice:s3cret@b/y", "http://a:1/x,http://b/y"),
         ("http://alice:s3/t@a/x,http://alice:p@ss@b:1/y", "http://a/x,http://b:1/y"),
-        ("https://:s3cret@[::1]:8080/me@host", "https://[::1]:8080/me@host"),
+        ("https://:s3cret@[::1]:8080/x", "https://[::1]:8080/x"),
         ("https://alice:123456/7@host:80/x", "https://host:80/x"),
+        # Where it is not clear what is a password, more is taken out.
+        ("http://u:pa@ss/w@h/x", "http://h/x"),
+        ("http://u:12/3@h/x", "http://h/x"),
+        ("http://user:12345#x@h/", "http://h/"),
+        ("http://me@mlflow.corp:p/w@h/x", "http://h/x"),
+        ("http://[name:p/w@h/x", "http://h/x"),
     ],
 )
 def test_what_an_error_quotes_lets_nobody_in(text: str, told: str, tmp_path: Path) -> None:
