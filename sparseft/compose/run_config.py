@@ -28,6 +28,7 @@ from sparseft.rules import check_type, is_optional, is_text, show
 COMMANDS = ("train", "preprocess", "eval", "chat", "export", "trim", "bench")
 PREFERENCES = "preference"  # the data set of the preference objectives
 OWN_DATA = "json"  # the option of the group dataset that is of no family
+OWN_DATA_KEYS = ("dataset.train_path", "dataset.mix", "dataset.hub_path")
 KTO_STEP = {"batch_size": 4, "gradient_accumulation": 4}  # it needs two answers at once; a step is of 16 as ever
 
 _COMPOSED: dict[tuple[Any, ...], tuple[Any, dict[str, str]]] = {}  # of `_composed` where only shipped files take part
@@ -365,8 +366,8 @@ def _name_data(config: Any, choices: dict[str, str], settings: dict[str, Overrid
     if not OmegaConf.is_dict(data) or "dataset.name" in settings:
         return
     with _hydra_errors():
-        own = data.get("train_path") or data.get("mix")
-        typed = "dataset" not in choices and not settings.keys().isdisjoint(("dataset.train_path", "dataset.mix"))
+        own = data.get("train_path") or data.get("mix") or "dataset.hub_path" in settings
+        typed = "dataset" not in choices and not settings.keys().isdisjoint(OWN_DATA_KEYS)
         if data.get("name") is None or (own and typed):
             data["name"] = OWN_DATA if own else DatasetConfig.name
 

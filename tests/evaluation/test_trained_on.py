@@ -68,6 +68,7 @@ def test_tasks_members_and_groups(tasks: dict[str, list[str]], config: Any, expe
     [
         ([], "commonsense"),
         (["dataset.train_path=own.jsonl"], "json"),
+        (["dataset.hub_path=me/mine"], "json"),
         (["dataset.mix=[own.jsonl:1]"], "json"),
         (["dataset=[own.jsonl:1]"], "json"),
         (["dataset=commonsense", "dataset.train_path=own.jsonl"], "commonsense"),
