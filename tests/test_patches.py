@@ -597,6 +597,19 @@ def test_peft_asks_for_the_conversion_of_names(make_model: Any, monkeypatch: Any
     assert given and given[0] is model and kinds and all(n.endswith("down_proj") for n in kinds), relied_on(name)
 
 
+def test_peft_asks_for_the_conversion_of_tensors(make_model: Any, monkeypatch: Any) -> None:
+    """By the module's attribute, with the tensors by name, and takes what it gets."""
+    import peft
+    from peft.utils import transformers_weight_conversion as conversion
+
+    name = "convert_peft_adapter_state_dict_for_transformers"
+    assert "adapter_state_dict" in parameters(getattr(conversion, name, lambda: None)), relied_on(name)
+    monkeypatch.setattr(conversion, name, lambda adapter_state_dict, **_: {"other": adapter_state_dict["given"]})
+    wrapped = peft.get_peft_model(make_model("llama"), lora(target_modules=["up_proj"]))
+    result = peft.set_peft_model_state_dict(wrapped, {"given": torch.zeros(1)})
+    assert result.unexpected_keys == ["other"], relied_on(name)
+
+
 def test_the_inside_of_pefts_layers(make_model: Any) -> None:
     import peft
     from peft.tuners.lora import LoraLayer

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from sparseft.data.packing import Collator
 from sparseft.models.decoder import runnable
@@ -38,5 +39,6 @@ def mean_loss(losses: Sequence[tuple[float, int]]) -> float:
 def held_out_loss(model: nn.Module, rows: Any, pad: int, device: torch.device, batch_size: int = 8) -> float:
     """The mean loss over all labelled tokens of examples, those of similar lengths in one batch: padding is computed
     too."""
-    rows = sorted((rows[position] for position in range(len(rows))), key=lambda row: len(row["input_ids"]))
-    return mean_loss(batch_losses(model, rows, pad, device, batch_size))
+    lengths = [len(row["input_ids"]) for row in rows] if isinstance(rows, list) else rows.lengths.tolist()
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    return mean_loss(batch_losses(model, Subset(rows, order), pad, device, batch_size))

@@ -56,16 +56,20 @@ def check_values(
                     f"expected {values.dtype} {tuple(shape)}. Nothing was kept."
                 )
             found = found.contiguous().view(-1)
-        there = found[start : start + len(values)]
-        differs = bits(there) != bits(values)
-        if terms is not None:  # each addition rounds to what it has so far, which may be far more than what is left
-            rounding = torch.finfo(terms.dtype).eps * terms + torch.finfo(values.dtype).eps * values.abs()
-            differs &= ~((terms > 0) & ((there - values).abs() <= rounding))
-        if count := int(differs.count_nonzero()):
-            raise RunError(
-                f"the export is not what was trained: {count:,} of the {differs.numel():,} values of {shown(name)} are "
-                "not base + delta. Nothing was kept."
-            )
+        _check_part(name, found[start : start + len(values)], values, terms)
+        del values, terms  # before the next ones are made
+
+
+def _check_part(name: str, there: Tensor, values: Tensor, terms: Tensor | None) -> None:
+    differs = bits(there) != bits(values)
+    if terms is not None:  # each addition rounds to what it has so far, which may be far more than what is left
+        rounding = torch.finfo(terms.dtype).eps * terms + torch.finfo(values.dtype).eps * values.abs()
+        differs &= ~((terms > 0) & ((there - values).abs() <= rounding))
+    if count := int(differs.count_nonzero()):
+        raise RunError(
+            f"the export is not what was trained: {count:,} of the {differs.numel():,} values of {shown(name)} are "
+            "not base + delta. Nothing was kept."
+        )
 
 
 def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Wanted]:
@@ -87,6 +91,7 @@ def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
             done = weight.offset + math.prod(weight.shape)
             yield Wanted(name, shape, weight.offset, *_changed(base[weight.offset : done], weight, change, target))
         yield Wanted(name, shape, done, base[done:].to(target))
+        del base  # before the next one is read
 
 
 def _changed(base: Tensor, weight: Weight, change: SparseChange, target: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -30,7 +30,7 @@ Modules = Mapping[str, Mapping[str, Tensor]]  # indices by module and kind, in t
 ATTENTION = ("o", "v", "q", "k")  # in the order in which their selected units are moved to the front
 MLP = ("down", "up", "gate")
 # What a model's config calls things that tell heads apart, or let a layer read another's keys and values.
-HEADS_DIFFER = ("alibi", "attn_config", "num_kv_shared_layers")  # MPT says alibi in its attn_config
+HEADS_DIFFER = ("alibi", "num_kv_shared_layers")
 
 
 class _Stays(Exception):
@@ -193,7 +193,8 @@ def _check_structure(
         raise _Stays("its weights are shared with another module")
     config = model.config.get_text_config()
     if is_attention:
-        if any(getattr(config, field, None) for field in HEADS_DIFFER):
+        # transformers' MPT adds ALiBi whatever its config says.
+        if config.model_type == "mpt" or any(getattr(config, field, None) for field in HEADS_DIFFER):
             raise _Stays("its heads differ by more than their weights, or other layers read them")
         expected = {"q": spec.num_heads, "o": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
         if any(by_role[role].count != count for role, count in expected.items()) or spec.num_heads % spec.num_kv_heads:

@@ -106,14 +106,18 @@ class Conversion:
             made = convert(tensors.__getitem__)
         self.parameters = {name: tuple(value.shape) for name, value in made.items()}
         seen.finish(made)
-        if sum(map(math.prod, self.shapes.values())) != sum(map(math.prod, self.parameters.values())):
-            raise ValueError("it leaves entries out, or makes more of them")
-        self._sizes, self._copies = seen.sizes, seen.copies
+        self._sizes = seen.sizes
+        self._copies: list[Copy] = []  # those of which parameters are made, the last one first
         self._to: dict[Place, list[Copy]] = defaultdict(list)
         self._from: dict[Place, list[Copy]] = defaultdict(list)
-        for each in self._copies:
-            self._to[each.target.place].append(each)
-            self._from[each.source.place].append(each)
+        for each in reversed(seen.copies):
+            if isinstance(each.target.place, str) or each.target.place in self._from:
+                self._copies.append(each)
+                self._to[each.target.place].append(each)
+                self._from[each.source.place].append(each)
+        for place in (*(f"tensor {name}" for name in self.shapes), *self._from):
+            if sum(math.prod(each.source.shape) for each in self._from[place]) != self._sizes[place]:
+                raise ValueError("it leaves entries out, or makes more of them")
 
     def in_tensors(self, parameter: str, flat: Tensor) -> list[Found]:
         """Where entries (k,) int64 of a parameter come from, tensor by tensor."""
@@ -155,22 +159,21 @@ class Conversion:
         can be. Beside those at most one copy of all of them is in memory."""
         memory: dict[Place, Tensor] = {}
         left = {place: len(copies) for place, copies in self._from.items()}
-        for copy in reversed(self._copies):
+        for copy in self._copies:
             source, target = copy
             place = target.place
             if place not in memory and isinstance(place, str):
                 memory[place] = parameter(place.partition(" ")[2]).reshape(-1)
-            if place in memory:  # else it is used by no parameter
-                values = target.of(memory[place])
-                if source.ends == (0, self._sizes[source.place]) and _in_order(source):
-                    memory[source.place] = values.reshape(-1)
-                else:
-                    if source.place not in memory:
-                        memory[source.place] = values.new_empty(self._sizes[source.place])
-                    source.of(memory[source.place]).copy_(values)
-                del values
-            if copy is self._to[place][0]:  # the last one to be undone
-                memory.pop(place, None)
+            values = target.of(memory[place])
+            if source.ends == (0, self._sizes[source.place]) and _in_order(source):
+                memory[source.place] = values.reshape(-1)
+            else:
+                if source.place not in memory:
+                    memory[source.place] = values.new_empty(self._sizes[source.place])
+                source.of(memory[source.place]).copy_(values)
+            del values
+            if copy is self._to[place][-1]:  # the last one to be undone
+                del memory[place]
             left[source.place] -= 1
             if isinstance(source.place, str) and not left[source.place]:
                 yield (name := source.place.partition(" ")[2]), memory.pop(source.place).view(self.shapes[name])
@@ -234,6 +237,9 @@ class _Copies(TorchDispatchMode):
             self._unknown.append(str(func))
 
     def _copy(self, source: Tensor, target: Tensor) -> None:
+        if self._place(source) is None:
+            self._unknown.append("a tensor of its own")
+            return
         views = [self._view(source), self._view(target)]
         if not all(view.is_box for view in views):
             self._unknown.append("expand")

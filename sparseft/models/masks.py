@@ -19,6 +19,8 @@ from transformers import PreTrainedModel, masking_utils
 
 from sparseft.replaced import replaced
 
+MASKS = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+
 
 @contextlib.contextmanager
 def unasked(batch: Collection[str]) -> Iterator[None]:
@@ -30,7 +32,8 @@ def unasked(batch: Collection[str]) -> Iterator[None]:
     the same.
     """
     places: list[tuple[Any, str, Any]] = [
-        (masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "_local_mapping", {"sdpa": added})
+        # One that is somebody's own stays.
+        (MASKS, "_local_mapping", {"sdpa": added, **MASKS._local_mapping})
     ]
     if "attention_mask" in batch or "position_ids" in batch:
         # As where transformers must not look: while it compiles, or captures a CUDA graph.
@@ -43,12 +46,15 @@ def unasked(batch: Collection[str]) -> Iterator[None]:
         yield
 
 
-def added(*shape: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor | None:
+def added(*shape: Any, dtype: torch.dtype = torch.float32, config: object = None, **options: Any) -> Tensor | None:
     """transformers' mask for torch's attention, (batch, 1, tokens, tokens), as numbers that are added to the scores: 0,
-    and the lowest of the dtype that is computed with. None: none is needed."""
-    mask = masking_utils.sdpa_mask(*shape, **options)
-    if mask is None:
-        return None
+    and the lowest of the dtype that is computed with. None: none is needed.
+
+    A model whose config is not one of transformers gets a boolean one: its code may compute queries in another dtype
+    than its embeddings', with which torch takes no other."""
+    mask = masking_utils.sdpa_mask(*shape, config=config, **options)
+    if mask is None or not type(config).__module__.startswith("transformers."):
+        return mask
     device = mask.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -371,9 +371,11 @@ def _weights_in_training(cls: type) -> frozenset[str]:
     does not see: `if self.training: weight = self.coefs.weight.clamp(…)` (Gemma 3n)."""
     found: set[str] = set()
     for _, tree in _sources(cls):
-        for branch in (node for node in ast.walk(tree) if isinstance(node, ast.If)):
-            if "self.training" in ast.unparse(branch.test):
-                inside = [node for statement in branch.body for node in ast.walk(statement)]
+        for branch in (node for node in ast.walk(tree) if isinstance(node, ast.If | ast.IfExp)):
+            test = ast.unparse(branch.test)
+            if "self.training" in test:
+                taken: Any = branch.orelse if "not self.training" in test else branch.body
+                inside = [n for part in (taken if isinstance(taken, list) else [taken]) for n in ast.walk(part)]
                 asked = {id(n.value) for n in inside if isinstance(n, ast.Attribute) and n.attr in _FACTS}
                 found |= _weights(node for node in inside if id(node) not in asked)
     return frozenset(found)

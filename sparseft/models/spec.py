@@ -94,12 +94,13 @@ def _active_experts(configs: list[Any]) -> float:
     """The share of a layer's routed experts that a token goes through, in the first layer that has any; 1 of a model
     without."""
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    by_token = ("num_experts_per_tok", "moe_k", "top_k_experts")
+    by_token = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
     for config in configs:
         there = next((count for name in names if (count := getattr(config, name, None))), None)
         chosen = next((count for name in by_token if (count := getattr(config, name, None))), None)
         if there and chosen:
-            return float((chosen[0] if isinstance(chosen, list) else chosen) / there)  # Hunyuan says it by layer
+            by_layer = chosen if isinstance(chosen, list) else [chosen]  # Hunyuan says it by layer
+            return sum(by_layer) / len(by_layer) / there
     return 1.0
 
 

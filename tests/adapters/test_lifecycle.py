@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -882,3 +883,19 @@ def test_lora_sizes(make_model: Make) -> None:
     for a, b in zip(lora.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)  # seeded
     assert isinstance(lora, nn.Module)
+
+
+def test_a_lora_on_names_that_transformers_would_rename_loads_again(tmp_path: Path) -> None:
+    """Its pattern for the shared expert of Laguna's checkpoints matches the model's own name of it as well."""
+    config = transformers.LagunaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+    )  # fmt: skip
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    saved = sparseft.attach(copy.deepcopy(base), sparseft.LoraConfig(rank=2, scope="shared_experts"))
+    sparseft.save_adapter(saved, tmp_path / "lora")
+    loaded = sparseft.load_adapter(base, tmp_path / "lora")
+    left, right = sparseft.trainable_parameters(saved), sparseft.trainable_parameters(loaded)
+    assert left.keys() == right.keys() and any("shared_experts" in name for name in left)
+    assert all(torch.equal(value, right[name]) for name, value in left.items())

@@ -332,19 +332,34 @@ class Clipped(Odd):
         return super().forward(x)
 
 
+class ClippedElse(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        else:
+            return self.down_proj(F.linear(x, self.up_proj.weight.clamp(-1.0, 1.0)))
+
+
+class ClippedInline(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        up = F.linear(x, self.up_proj.weight.clamp(-1.0, 1.0)) if self.training else self.up_proj(x)
+        return self.down_proj(self.act(self.gate_proj(x)) * up)
+
+
 def fused(x: Tensor, weight: Tensor) -> Tensor:
     raise AssertionError("a kernel of another device")
 
 
 WAYS = {"read": READ, "cast": READ, "no_grad": NO_GRADIENT, "detached": NO_GRADIENT, "uncalled": UNCALLED,
-        "kernel": KERNEL, "training": READ, "long": None, "usual": None}  # fmt: skip
+        "kernel": KERNEL, "training": READ, "else": READ, "inline": READ, "long": None, "usual": None}  # fmt: skip
+KINDS = {"kernel": Fused, "training": Clipped, "else": ClippedElse, "inline": ClippedInline}
 UP = "model.layers.0.mlp.up_proj"
 
 
 def odd(way: str) -> Any:
     model = build("llama")
     torch.manual_seed(1)
-    model.model.layers[0].mlp = {"kernel": Fused, "training": Clipped}.get(way, Odd)(way).eval()
+    model.model.layers[0].mlp = KINDS.get(way, Odd)(way).eval()
     return model
 
 

@@ -74,3 +74,18 @@ def test_it_is_bounded_by_the_weights_of_a_layers_experts(tmp_path: Path) -> Non
         for name, values in places.stored(lambda name: parameters[name].detach()):
             assert torch.equal(values, checkpoint.read(name))
     assert counter.peak <= 1.3 * size
+
+
+def test_large_parameters_in_a_row_are_compared_one_by_one(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=HIDDEN, intermediate_size=512, num_hidden_layers=1,
+                                      num_attention_heads=4)  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model = adapted.load(tmp_path / "base")
+    sparseft.attach(model, sparseft.S2FTConfig(), Selection({"model.layers.0.self_attn.q_proj": {"rows": [3]}}))
+    sparseft.save_adapter(model, tmp_path / "adapter")
+    source = Source.find(str(tmp_path / "adapter"), compose("export", [f"model.path={tmp_path / 'base'}"]))
+    checkpoint = Checkpoint.of_folder(tmp_path / "base")
+    size = 512 * HIDDEN * 4
+    with Counter() as counter:
+        check_values(source, lambda name: checkpoint.read(name).clone())
+    assert counter.peak <= 1.5 * size  # the written one, and where it differs

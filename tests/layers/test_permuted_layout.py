@@ -390,15 +390,32 @@ def test_what_may_tell_units_apart_stays(make_model: Make, change: str) -> None:
     assert sparse_layers(model)[name].row_permutation is None
 
 
-def test_heads_of_mpt_stay(make_model: Make) -> None:
-    """Each has a bias of its own by its number (ALiBi), as the part of the config for its attention says."""
-    config = transformers.MptConfig(vocab_size=96, d_model=48, n_heads=4, n_layers=2, max_seq_len=64)
+@pytest.mark.parametrize("alibi", [True, False])
+def test_heads_of_mpt_stay(alibi: bool) -> None:
+    """Each has a bias of its own by its number (ALiBi), whatever the config says."""
+    config = transformers.MptConfig(
+        vocab_size=96, d_model=48, n_heads=4, n_layers=2, max_seq_len=64, attn_config={"alibi": alibi}
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     expected = logits(model)
     third_of_v = {"transformer.blocks.0.attn.Wqkv": {"rows": features([10], 12)}}
     attach_and_say(model, Selection(third_of_v), "attn stays gather: its heads differ")
     torch.testing.assert_close(logits(model), expected)
+
+
+def test_heads_of_dbrx_move() -> None:
+    """It has an `attn_config` as well, and no ALiBi."""
+    config = transformers.DbrxConfig(
+        vocab_size=96, d_model=48, n_heads=4, n_layers=1, max_seq_len=64, ffn_config={"ffn_hidden_size": 16},
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    expected, name = logits(model), "transformer.blocks.0.norm_attn_norm.attn.Wqkv"
+    sparseft.attach(model, PERMUTED, Selection({name: {"rows": features([7], 12)}}))  # the second head of v
+    assert sparse_layers(model)[name].is_permuted
+    torch.testing.assert_close(logits(model), expected, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gated", "by_layer"])

@@ -14,6 +14,7 @@ from transformers import core_model_loading as loading
 from sparseft.memory import AllocationCounter
 from sparseft.models.conversion import Conversion
 
+CONSTANT = torch.empty(4, 3, device="meta")
 Convert = Callable[[Callable[[str], Tensor]], dict[str, Tensor]]
 EXPERTS, HIDDEN, INSIDE = 4, 6, 10
 UP = {f"{side}.{number}": (INSIDE, HIDDEN) for side in "ab" for number in range(EXPERTS)}
@@ -104,8 +105,25 @@ def test_memory_is_that_of_the_values_and_of_the_entries_asked_for() -> None:
         lambda read: {"p": read("w")[:2].contiguous()},
         lambda read: {"p": read("w")[:1].expand(4, 6)},
         lambda read: {"p": torch.cat([read("w")[:2], read("w")[2:].mul_(2)])},
+        lambda read: {"p": torch.stack([torch.empty(4, 3, device="meta"), read("w")[:, :3]])},
+        lambda read: {"p": torch.stack([CONSTANT, read("w")[:, :3]])},
     ],
 )
 def test_what_does_more_than_move_entries_is_refused(convert: Convert) -> None:
     with pytest.raises(ValueError, match="more"):
         Conversion({"w": (4, 6)}, convert)
+
+
+def test_a_tensor_that_no_parameter_is_made_of_is_refused() -> None:
+    """Though the numbers of entries agree; a copy that nobody uses is no such thing."""
+    shapes = {"w": (4, 6), "v": (4, 6)}
+    with pytest.raises(ValueError, match="leaves entries out"):
+        Conversion(shapes, lambda read: {"p": read("w"), "q": read("w").clone()})
+
+    def twice(read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        read("v").clone()
+        return {"p": read("w"), "q": read("v")}
+
+    values = {"p": torch.rand(4, 6), "q": torch.rand(4, 6)}
+    undone = dict(Conversion(shapes, twice).undone(values.__getitem__))
+    assert torch.equal(undone["w"], values["p"]) and torch.equal(undone["v"], values["q"])

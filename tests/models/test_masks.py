@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparseft.data.packing import Collator, PackedDataset
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.memory import AllocationCounter
-from sparseft.models.masks import unasked
+from sparseft.models.masks import added, unasked
 from support.syncs import Audit
 
 
@@ -82,3 +84,30 @@ def test_a_mask_is_kept_once(rows: str) -> None:
         del loss
     assert taken[1] > 250 * 256 * 2  # its rows begin where torch's kernel for GPUs takes them as they are
     assert taken[3] - taken[1] < 2 * 250 * 250 * 2
+
+
+class OthersConfig(transformers.LlamaConfig):
+    """Of a model whose code is not transformers' own."""
+
+
+def test_queries_of_another_dtype_than_the_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any) -> Any:
+        output, weights = sdpa_attention_forward(module, q.float(), k.float(), v.float(), mask, **options)
+        return output.bfloat16(), weights
+
+    monkeypatch.setattr(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, "_local_mapping", {"sdpa": attention})
+    sizes = {"vocab_size": 96, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    model = transformers.LlamaForCausalLM(OthersConfig(**sizes, num_hidden_layers=1)).bfloat16()
+    batch = batch_of("padded")
+    with unasked(batch):
+        assert model(**batch, use_cache=False).loss.isfinite()
+
+
+def test_a_mask_that_is_somebodys_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    for own in ({"other": max}, {"sdpa": max}):
+        monkeypatch.setattr(masks, "_local_mapping", own)
+        with unasked([]):
+            assert {name: masks[name] for name in own} == own
+            assert masks["sdpa"] is own.get("sdpa", added)
+        assert masks._local_mapping is own

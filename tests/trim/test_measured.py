@@ -11,6 +11,7 @@ import torch
 import sparseft
 from sparseft.adapters.lifecycle import units
 from sparseft.adapters.units import Units
+from sparseft.data.tokenized import TokenizedDataset
 from sparseft.evaluation import held_out
 from sparseft.evaluation.held_out import batch_losses, held_out_loss, mean_loss
 from sparseft.kernels.kinds import KINDS
@@ -156,7 +157,23 @@ def test_slopes_are_the_same_where_layers_are_computed_again(method: str) -> Non
 
 
 def test_held_out_examples_of_similar_lengths_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, seen = [{"input_ids": [1] * length, "labels": [1] * length} for length in (9, 2, 8, 3)], []
-    monkeypatch.setattr(held_out, "batch_losses", lambda _model, given, *_: seen.extend(given) or [(2.0, 1)])
-    assert held_out_loss(torch.nn.Module(), rows, 0, CPU, 2) == 2.0
-    assert [len(row["input_ids"]) for row in seen] == [2, 3, 8, 9]
+    """And no example before its batch: as lists they take many times the memory."""
+    rows = [([1] * length, [1] * length) for length in (9, 2, 8, 3)]
+    read, seen = [], []
+
+    class Rows(TokenizedDataset):
+        def __getitem__(self, index: int) -> dict[str, list[int]]:
+            read.append(index)
+            return super().__getitem__(index)
+
+    def losses(_model: Any, given: Any, *_: Any) -> list[tuple[float, int]]:
+        assert not read and len(given) == 4
+        seen.extend(len(given[position]["input_ids"]) for position in range(4))
+        return [(2.0, 1)]
+
+    monkeypatch.setattr(held_out, "batch_losses", losses)
+    data = Rows.from_lists(rows)
+    for held in (data, list(TokenizedDataset.from_lists(rows))):
+        assert held_out_loss(torch.nn.Module(), held, 0, CPU, 2) == 2.0
+        assert seen == [2, 3, 8, 9]
+        read.clear(), seen.clear()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sparseft.adapters.description import TENSORS, check_peft, is_bounded, largest_rank
 from sparseft.adapters.peft.base_values import Overwritten, quiet, set_modes, switch, trained_biases, without_biases
 from sparseft.errors import UserError, shown
-from sparseft.methods.exact_targets import as_written
+from sparseft.methods.exact_targets import as_written, lora_modules
+from sparseft.replaced import replaced
 
 WRAPPED = "base_model.model."  # what peft's wrapper puts before the base's names
 INSIDE = ("token_adapter", "base_layer", "original_module")  # and into them, where it put a layer around a module
@@ -124,6 +125,7 @@ def _fill(model: Any, kept: Overwritten, tensors: dict[str, Tensor], name: str) 
     Raises whatever peft does, `ValueError` where tensors are missing, unknown or of another shape.
     """
     import peft
+    from peft.utils import transformers_weight_conversion as conversion
     from peft.utils.other import ModulesToSaveWrapper
 
     modules = tuple(
@@ -151,8 +153,13 @@ def _fill(model: Any, kept: Overwritten, tensors: dict[str, Tensor], name: str) 
                 f"size mismatch for {plain}: {tuple(value.shape)} in the file, {tuple(parameter.shape)} here"
             )
         own[kept.names[plain]] = value.to(parameter)
+    own_names = set(lora_modules(model, name))
+    fits = all(key.removeprefix(WRAPPED).partition(".lora_")[0] in own_names for key in rest if ".lora_" in key)
+    # peft renames as transformers does a checkpoint's, and its patterns match names of the model too (Laguna).
+    kept_names = [(conversion, "convert_peft_adapter_state_dict_for_transformers", _as_given)]
     try:
-        result = peft.set_peft_model_state_dict(model, rest, adapter_name=name)
+        with replaced(*kept_names if fits else ()):
+            result = peft.set_peft_model_state_dict(model, rest, adapter_name=name)
     except KeyError as error:  # of a whole module or single tokens
         raise ValueError(f"the file lacks tensors: {error.args[0]}") from error
     missing = [key for key in result.missing_keys if ".lora_" in key and name in key.split(".")]
@@ -160,3 +167,7 @@ def _fill(model: Any, kept: Overwritten, tensors: dict[str, Tensor], name: str) 
         if keys:
             raise ValueError(f"the file {problem} tensors: {', '.join(map(shown, keys[:3]))}")
     return own
+
+
+def _as_given(adapter_state_dict: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
+    return adapter_state_dict
