@@ -114,7 +114,7 @@ def test_training_loads_no_compiler_no_evaluation_and_nothing_that_is_only_insta
     if Version(importlib.metadata.version("transformers")) < Version("5.23"):
         tools -= {"sklearn", "scipy", "pandas", "pyarrow"}  # it imports scikit-learn, which takes the others
     assert tools & modules == set()
-    assert "sparseft.evaluation" not in modules and "sparseft.bench" not in modules
+    assert "sparseft.evaluation.harness" not in modules and "sparseft.bench" not in modules
     assert not [name for name in modules if name.startswith("torch._inductor.codegen")]
 
 

@@ -16,7 +16,7 @@ from sparseft.commands.trim import beside, render
 from sparseft.compose.run_config import compose, from_dict
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
-from sparseft.evaluation.held_out import held_out_loss
+from sparseft.evaluation.held_out import batch_losses, mean_loss
 from sparseft.evaluation.target import find_target, prompt_format
 from sparseft.files.untrusted import read_yaml_object
 from sparseft.models.loading import load_model, load_tokenizer, vocabulary_rows
@@ -122,7 +122,8 @@ def test_the_adapter_written_forgets_what_is_said_and_no_more(
     rows = job.source_data(config, SOURCE, tokenizer).eval
     rows = [rows[index] for index in seeded_first(HELD_OUT, len(rows), config.seed, "trimming")]
     model: Any = load_adapter(load_model(config.model, CPU), out).eval()
-    measured = held_out_loss(model, rows, padding_id(tokenizer, vocabulary_rows(model)[0]), CPU, 4)
+    pad = padding_id(tokenizer, vocabulary_rows(model)[0])
+    measured = mean_loss(batch_losses(model, rows, pad, CPU, 4))  # in the order that the batches were measured in
     assert measured == pytest.approx(source["loss_after"], rel=1e-5)
 
 
