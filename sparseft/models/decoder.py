@@ -73,16 +73,27 @@ def logical_shape(module: nn.Module) -> tuple[int, int]:
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder layers and its name: of the config's length, the one with the most parameters, of the text
-    decoder's where the model says which part that is, so that no tower for images is taken for it."""
-    count = model.config.get_text_config().num_hidden_layers
+    decoder's where the model says which part that is, so that no tower for images or audio is taken for it."""
+    text = model.config.get_text_config()
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    fitting = [item for item in lists if len(item[1]) == count]
+    if not lists:
+        raise UserError(f"{type(model).__name__} has no list of decoder layers (nn.ModuleList).")
     decoder = _decoder(model)
     inside = {id(module) for module in decoder.modules()} if decoder is not None else set()
-    fitting = [item for item in fitting if id(item[1]) in inside] or fitting or lists
-    if not fitting:
-        raise UserError(f"{type(model).__name__} has no list of decoder layers (nn.ModuleList).")
-    return max(fitting, key=lambda item: sum(full_shape(p).numel() for p in item[1].parameters()))
+    lists = [item for item in lists if len(item[1]) == text.num_hidden_layers] or lists
+    lists = [item for item in lists if id(item[1]) in inside] or lists
+    lists = [item for item in lists if type(_config_around(model, item[0])) is type(text)] or lists
+    return max(lists, key=lambda item: sum(full_shape(p).numel() for p in item[1].parameters()))
+
+
+def _config_around(model: nn.Module, name: str) -> Any:
+    """The config of the innermost module around the module `name` that has one: a tower within the decoder, as Phi-4's
+    for audio, has its own."""
+    config = None
+    while name and config is None:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+    return config
 
 
 def _decoder(model: nn.Module) -> nn.Module | None:

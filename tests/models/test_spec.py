@@ -420,6 +420,21 @@ def test_decoder_layers_are_those_of_the_text() -> None:
     assert decoder_layers(model) == ("model.language_model.layers", model.model.language_model.layers)
 
 
+def test_a_tower_within_the_decoder_is_none_of_its_layers() -> None:
+    tower = {"intermediate_size": 80, "num_attention_heads": 4}
+    audio = {"hidden_size": 64, "num_blocks": 2, "nemo_conv_channels": 16, "input_size": 16, "ext_pw_out_channel": 64}
+    image = {"hidden_size": 48, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
+    config = T.Phi4MultimodalConfig(
+        **SIZES, num_key_value_heads=2, audio_config=tower | audio, vision_config=tower | image, bos_token_id=1,
+        eos_token_id=2, original_max_position_embeddings=4096,
+    )  # fmt: skip
+    model = meta(config)
+    tower = model.model.embed_tokens_extend.audio_embed.encoder.encoders
+    layers = model.model.layers
+    assert len(tower) == len(layers) and sum(p.numel() for p in tower.parameters()) > 70_000  # more than the text's
+    assert decoder_layers(model) == ("model.layers", layers)
+
+
 def test_quantised_linears_are_no_linears() -> None:
     linear = torch.nn.Linear(4, 4)
     assert is_linear(linear) and not is_linear(torch.nn.Embedding(4, 4))
