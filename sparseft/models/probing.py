@@ -206,6 +206,9 @@ def unreached(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, s
     `linears` are the model's, by name. The model is run once, in evaluation mode, with gradients of one number a linear
     and none of its weights; what was found is kept for later calls. Models without values (`meta`) and in shards are
     judged by their source alone. Experts that a trial's tokens do not come to are not judged.
+
+    Raises:
+        UserError: the model calls none of them.
     """
     if (known := _FOUND.get(model)) is not None:
         return {name: reason for name, reason in known.items() if name in linears}
@@ -219,7 +222,7 @@ def unreached(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, s
         return found
     try:
         found = found | _tried(model, linears)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # of whatever kind the model's own code raises: its batches may need more than tokens
         console.warn(
@@ -241,9 +244,14 @@ def _tried(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]
         if not missed:
             break
     left = read | (missed or {})
-    if len(left) == len(linears):  # the forward is not this decoder's (a stub): it tells nothing
-        return {}
-    return left
+    if len(left) < len(linears):
+        return left
+    if set(left.values()) == {UNCALLED}:
+        raise UserError(
+            f"{type(model).__name__} makes its logits without any linear of the layers that were taken for its "
+            f"decoder's ({next(iter(linears))} for one), so that they would learn nothing: sparseft cannot train it."
+        )
+    return {}  # the forward is not this decoder's (a stub): it tells nothing
 
 
 def _trial(model: nn.Module, linears: Mapping[str, nn.Module], length: int) -> dict[str, str]:

@@ -409,6 +409,15 @@ def test_models_on_meta_and_models_that_cannot_be_tried_are_judged_by_their_sour
     assert "LlamaForCausalLM could not be run on tokens alone" in capsys.readouterr().err
 
 
+def test_layers_that_make_no_logits_are_refused() -> None:
+    model = build("llama")
+    model.model.spare = copy.deepcopy(model.model.layers)
+    for layer in model.model.spare:
+        layer.more = nn.Linear(48, 480)  # so that they are the larger ones
+    with pytest.raises(UserError, match=r"LlamaForCausalLM makes its logits without any linear .*\(model.spare.0."):
+        sparseft.attach(model, sparseft.LoraConfig(rank=2))
+
+
 def test_the_model_is_tried_once() -> None:
     model, calls = build("llama"), []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
