@@ -401,10 +401,13 @@ def test_an_adapter_of_zeros_is_refused(made: Any, tmp_path: Path, capsys: Any) 
     [
         ("qwen3_moe_dense", "layers.1.mlp.down_proj", "takes the name for the routed experts'"),
         ("qwen2_moe", "layers.1.mlp.experts.down_proj.2", "routed experts of qwen2_moe cannot be LoRA"),
+        ("laguna", "layers.1.mlp.shared_experts.up_proj", "takes the name for another one of the checkpoint's"),
     ],
 )
 def test_what_peft_would_put_elsewhere(kind: str, linear: str, said: str, tmp_path: Path, capsys: Any) -> None:
-    """In architectures with experts PEFT takes `down_proj` for theirs, wherever it stands; of some it knows none."""
+    """In architectures with experts PEFT takes `down_proj` for theirs, wherever it stands; of some it knows none. It
+    renames what a file has as a checkpoint's tensors, and the pattern for Laguna's shared experts matches their new
+    names too."""
     model = saved_model(kind, tmp_path / "model")
     source = adapter(model, tmp_path / "adapter", {f"model.{linear}": {"columns": [1]}})
     assert export(source, tmp_path / "out") == 2

@@ -30,6 +30,10 @@ OTHERS = {
         vocab_size=vocabulary, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=56, head_dim=12,
         decoder_sparse_step=1, mlp_only_layers=[1], **SIZES,
     ),
+    "laguna": lambda vocabulary: transformers.LagunaConfig(
+        vocab_size=vocabulary, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=56, head_dim=12,
+        shared_expert_intermediate_size=64, **SIZES,
+    ),
     "qwen2_moe": lambda vocabulary: transformers.Qwen2MoeConfig(
         vocab_size=vocabulary, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=56,
         shared_expert_intermediate_size=64, decoder_sparse_step=1, **SIZES,

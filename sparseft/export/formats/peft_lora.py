@@ -138,22 +138,38 @@ class PeftLora(Format):
 
 
 def _check_names(skeleton: Skeleton, layout: Layout) -> None:
-    """Refuses names of dense linears that PEFT would take for those of routed experts, as it does of shared ones."""
+    """Refuses names of dense linears that PEFT would take for those of routed experts, as it does of shared ones, or
+    would rename as it does a checkpoint's, so that it would not find them."""
     import peft
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    from peft.utils import transformers_weight_conversion as conversion
 
+    dense = {name: part for name, part in layout.parts.items() if name not in layout.experts}
     for target in layout.dense:
         config = peft.LoraConfig(target_modules=[target])
         try:
-            convert_peft_config_for_transformers(config, skeleton.model, None)
+            conversion.convert_peft_config_for_transformers(config, skeleton.model, None)
         except ValueError:  # one of two that experts have together
             config.target_modules = None
         if config.target_modules != {target}:
-            taken = [name for name in layout.parts if name not in layout.experts and name.endswith(target)]
-            raise UserError(
-                f"{taken[0]} ({len(taken)} such) cannot be LoRA of PEFT, which takes the name for the routed experts': "
-                "use --format patch or merged."
-            )
+            taken = [name for name in dense if name.endswith(target)]
+            raise _misread(taken, "takes the name for the routed experts'")
+    sides = {
+        KEY.format(name, side): torch.empty(shape, device="meta")
+        for name, part in dense.items()
+        for side, shape in (("A", (1, part.shape[1])), ("B", (part.shape[0], 1)))
+    }
+    found = conversion.convert_peft_adapter_state_dict_for_transformers(
+        model=skeleton.model, peft_config=peft.LoraConfig(target_modules=layout.dense), adapter_state_dict=dict(sides)
+    )
+    lost = {key for key, value in sides.items() if key not in found or found[key].shape != value.shape}
+    if taken := [name for name in dense if lost & {KEY.format(name, side) for side in "AB"}]:
+        raise _misread(taken, "takes the name for another one of the checkpoint's")
+
+
+def _misread(linears: list[str], how: str) -> UserError:
+    return UserError(
+        f"{linears[0]} ({len(linears)} such) cannot be LoRA of PEFT, which {how}: use --format patch or merged."
+    )
 
 
 def config_of(source: Source, plan: Plan) -> dict[str, Any]:
