@@ -73,17 +73,25 @@ def logical_shape(module: nn.Module) -> tuple[int, int]:
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder layers and its name: of the config's length, the one with the most parameters, of the text
-    decoder's where the model says which part that is, so that no tower for images or audio is taken for it."""
+    decoder's where the model says which part that is, so that no tower for images or audio is taken for it. None, and
+    several stacks of such layers (HRM's two), are a `UserError`."""
     text = model.config.get_text_config()
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
     if not lists:
         raise UserError(f"{type(model).__name__} has no list of decoder layers (nn.ModuleList).")
     decoder = _decoder(model)
     inside = {id(module) for module in decoder.modules()} if decoder is not None else set()
-    lists = [item for item in lists if len(item[1]) == text.num_hidden_layers] or lists
+    lists = [item for item in lists if len(item[1]) == getattr(text, "num_hidden_layers", None)] or lists
     lists = [item for item in lists if id(item[1]) in inside] or lists
     lists = [item for item in lists if type(_config_around(model, item[0])) is type(text)] or lists
-    return max(lists, key=lambda item: sum(full_shape(p).numel() for p in item[1].parameters()))
+    name, layers = max(lists, key=lambda item: sum(full_shape(p).numel() for p in item[1].parameters()))
+    alike = [other for other, m in lists if m is layers or (type(m[0]) is type(layers[0]) and m[0] is not layers[0])]
+    if len(alike) > 1:
+        raise UserError(
+            f"{type(model).__name__} has more than one stack of decoder layers ({', '.join(alike)}), of which only one "
+            "would train: sparseft cannot train it."
+        )
+    return name, layers
 
 
 def _config_around(model: nn.Module, name: str) -> Any:

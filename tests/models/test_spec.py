@@ -435,6 +435,14 @@ def test_a_tower_within_the_decoder_is_none_of_its_layers() -> None:
     assert decoder_layers(model) == ("model.layers", layers)
 
 
+def test_two_stacks_of_decoder_layers_are_refused() -> None:
+    model = meta(T.HrmTextConfig(**SMALL))
+    with pytest.raises(UserError, match=r"HrmTextForCausalLM has more than one .*model.L_module.layers, model.H"):
+        ModelSpec.of(model)
+    model.model.L_module.layers = torch.nn.ModuleList(model.model.H_module.layers)  # by another name the same layers
+    assert decoder_layers(model)[1][0] is model.model.H_module.layers[0]
+
+
 def test_quantised_linears_are_no_linears() -> None:
     linear = torch.nn.Linear(4, 4)
     assert is_linear(linear) and not is_linear(torch.nn.Embedding(4, 4))
