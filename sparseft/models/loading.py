@@ -239,6 +239,16 @@ def load_config(config: ModelConfig, what: str = "config", *, packed: bool = Fal
     return content
 
 
+def type_written(content: Any) -> str | None:
+    """The model type that a whole model of this config.json is saved with, where transformers does not load that as a
+    causal language model: of Mllama the text part is loaded alone, and saved as what it is. None of any other."""
+    from transformers import AutoModelForCausalLM
+
+    known = AutoModelForCausalLM._model_mapping
+    own = known[type(content)].config_class if type(content) in known else None
+    return None if own is None or own in known else own.model_type
+
+
 def model_dtype(config: ModelConfig, content: Any) -> torch.dtype:
     """As the model is loaded: what the config asks for, else what the checkpoint's config.json says of the model or of
     its text part, else what its first file holds, else float32."""

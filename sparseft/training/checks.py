@@ -14,7 +14,7 @@ from sparseft.distributed import launch
 from sparseft.distributed.env import check_variables, processes
 from sparseft.errors import UserError, looks_local, nearest_path, where_looked
 from sparseft.models.checkpoint import Checkpoint
-from sparseft.models.loading import check_model_path, load_config, resolve_device
+from sparseft.models.loading import check_model_path, load_config, resolve_device, type_written
 from sparseft.models.packed.quantize import check_quantize
 from sparseft.models.packed.quantized import quantized_by
 from sparseft.selection.exclude import find_excluded
@@ -196,9 +196,15 @@ def check_excluded(config: RunConfig) -> None:
 
 
 def check_model(config: RunConfig) -> None:
-    """Refuses a model folder that is not there, a quantised checkpoint that cannot be trained, and a device that this
-    machine has not."""
+    """Refuses a model folder that is not there, a quantised checkpoint that cannot be trained, a model that could not
+    be loaded again once it was trained whole, and a device that this machine has not."""
     content = load_config(config.model, packed=True)
+    if config.method.trains_all and (written := type_written(content)) is not None:
+        raise UserError(
+            f"method={config.method.name}: of {config.model.path} the language model alone is trained, and would be "
+            f"saved as a model of the type '{written}', which transformers does not load; use a method that trains a "
+            "part of the weights, whose adapter is of the whole model."
+        )
     check_quantize(config.model, content, resolve_device(config.hardware.device))
     if config.model.quantize != "none" and (folder := Path(check_model_path(config.model.path))).is_dir():
         Checkpoint.of_folder(folder)  # whose weights are read beside the packed ones

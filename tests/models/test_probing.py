@@ -12,9 +12,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from sparseft.config import ModelConfig
 from sparseft.errors import UserError
 from sparseft.models import probing
 from sparseft.models.decoder import context_length
+from sparseft.models.loading import load_config, type_written
 from sparseft.models.probing import check_causal
 from support.running import files, on, refused, write_data
 
@@ -225,3 +227,14 @@ def test_a_model_of_another_kind_is_refused_in_a_sentence(kind: Any, plan: list[
     kind().save_pretrained(in_tmp / "model")  # no weights: none are looked for
     message = refused(in_tmp, "train", *plan, *on(in_tmp / "model", write_data(in_tmp)["json"]))
     assert f"no causal language model of the type '{kind.model_type}'" in message
+
+
+@pytest.mark.parametrize("kind", [transformers.MllamaConfig, transformers.Llama4Config, transformers.LlamaConfig])
+def test_a_model_that_could_not_be_loaded_again_is_not_trained_whole(kind: Any, in_tmp: Path) -> None:
+    """Of the first two the text part alone is loaded; saved by itself only the second one loads again."""
+    written = "mllama_text_model" if kind is transformers.MllamaConfig else None
+    kind().save_pretrained(in_tmp / "model")
+    assert type_written(load_config(ModelConfig(path=str(in_tmp / "model")))) == written
+    if written is not None:
+        message = refused(in_tmp, "train", "method=full", *on(in_tmp / "model", write_data(in_tmp)["json"]))
+        assert f"would be saved as a model of the type '{written}', which transformers does not load" in message
