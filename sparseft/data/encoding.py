@@ -8,11 +8,13 @@ would be trained on a prompt that it is never shown.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,12 +22,16 @@ from transformers import GenerationConfig
 
 from sparseft.data.formats import Example
 from sparseft.data.question_hashes import question_hash
+from sparseft.data.sections import CONTEXT, cuts
 from sparseft.data.tokenized import IGNORED, Facts, TokenizedDataset, Tokens
 from sparseft.errors import UserError
 
 EncodedSegment = tuple[list[int], bool]  # token ids of one segment, and whether it is an answer
 
-BATCH = 8192  # examples that are tokenised together
+BATCH = 8192  # examples that are tokenised together, at most
+BATCH_CHARACTERS = 2**22  # whose ids are in memory as Python's lists
+TOGETHER = 2**20  # characters that the tokenizer has at once: it takes some 160 times as many bytes
+PIECE = 2**16  # characters of one text that it has at once
 
 
 class Encoder:
@@ -40,6 +46,10 @@ class Encoder:
     segment is tokenised with the text from the last added token on, and that text's ids are taken off again. Without an
     added token before it, it is tokenised without the space that SentencePiece-like tokenizers put before a text (`▁`),
     as it would be in the middle of one; a slow tokenizer gets the whole text.
+
+    A long text is tokenised in pieces, each behind the end of the one before it, cut where no token spans the cut. So
+    the ids are those of the whole text, for a tokenizer whose cuts depend on no more than `CONTEXT` characters to
+    either side of them.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -55,9 +65,10 @@ class Encoder:
         self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def encode(self, examples: Sequence[Example]) -> Iterator[list[EncodedSegment]]:
-        """The encoded segments of each example, in order, without empty ones; the first one starts with `prefix`."""
-        for start in range(0, len(examples), BATCH):
-            yield from self._encode_batch(examples[start : start + BATCH])
+        """The encoded segments of each example, in order, without empty ones; the first one starts with `prefix`, that
+        of a later section of a text with the last token before it."""
+        for batch in _batches(examples, lambda example: len(example.text), BATCH_CHARACTERS, BATCH):
+            yield from self._encode_batch(batch)
 
     def joins(self, segments: Sequence[tuple[str, bool]]) -> bool:
         """Whether no token of the whole text spans a border of two segments."""
@@ -80,11 +91,16 @@ class Encoder:
         plan: list[list[tuple[str, str, bool]]] = []  # per example and segment: context, text, is an answer
         for example in examples:
             steps: list[tuple[str, str, bool]] = []
-            whole = ""  # since the last added token
-            for text, answer in example.segments:
-                if text:
-                    plain = self._fast and not self._added.match(whole) and not self._added.search(text)
-                    steps.append((_MIDDLE if whole and plain else whole, text, answer))
+            whole = example.before  # later: since the last added token
+            segments = [segment for segment in example.segments if segment[0]]
+            for at, (text, answer) in enumerate(segments):
+                plain = self._fast and not example.before and not self._added.match(whole)
+                middle = whole and plain and not self._added.search(text)
+                edges = [0, *self._cuts(text), len(text)]
+                steps.append((_MIDDLE if middle else whole, text[: edges[1]], answer))
+                for start, end in itertools.pairwise(edges[1:]):
+                    steps.append((text[start - CONTEXT : start], text[start:end], answer))
+                if at < len(segments) - 1:
                     whole = self._since_added(whole + text)
             plan.append(steps)
         every = [step for steps in plan for step in steps]
@@ -102,26 +118,41 @@ class Encoder:
             return both[len(before) :] if _begins(both, before) else self._encode_middles([text])[0]
 
         middles = iter(self._encode_middles([text for context, text, _ in every if context == _MIDDLE]))
-        for steps in plan:
+        for example, steps in zip(examples, plan, strict=True):
             encoded = [(ids(context, text), answer) for context, text, answer in steps]
+            if example.before:
+                encoded.insert(0, (self._encode_texts([example.before])[0][-1:], False))
             # A rendered chat may spell BOS out; it must not stand there twice.
-            if self.prefix and encoded and encoded[0][0][: len(self.prefix)] != self.prefix:
+            elif self.prefix and encoded and encoded[0][0][: len(self.prefix)] != self.prefix:
                 encoded.insert(0, (list(self.prefix), False))
             yield encoded
 
+    def _cuts(self, text: str) -> Iterator[int]:
+        """Where to cut a long text: at most `PIECE` characters apart, where no token of the text around spans a cut."""
+        start = 0
+        while len(text) - start > PIECE:
+            part = text[start : start + PIECE + CONTEXT]
+            start += next((cut for cut in cuts(part, PIECE) if self._parts_at(part, cut)), PIECE)
+            yield start
+
+    def _parts_at(self, text: str, cut: int) -> bool:
+        around = text[max(0, cut - CONTEXT) : cut + CONTEXT]
+        before, whole = self._encode_texts([text[max(0, cut - CONTEXT) : cut], around])
+        return _begins(whole, before)
+
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning about texts longer than the context: they are cut below
-        )
-        return encoded["input_ids"]
+        ids: list[list[int]] = []
+        for batch in _batches(texts, len, TOGETHER, len(texts)):
+            ids += self.tokenizer(
+                batch,
+                add_special_tokens=False,
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # no warning about texts longer than the context: they are cut below
+            )["input_ids"]
+        return ids
 
     def _encode_middles(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts that continue another one."""
@@ -130,8 +161,30 @@ class Encoder:
         cuts = [match.start() if (match := self._added.search(text)) else len(text) for text in texts]
         heads = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
         tails = self._encode_texts([text[cut:] for text, cut in zip(texts, cuts, strict=True)])
-        encoded = self._continuing.encode_batch_fast(heads, add_special_tokens=False)
-        return [head.ids + tail for head, tail in zip(encoded, tails, strict=True)]
+        ids = [
+            encoded.ids
+            for batch in _batches(heads, len, TOGETHER, len(heads))
+            for encoded in self._continuing.encode_batch_fast(batch, add_special_tokens=False)
+        ]
+        return [head + tail for head, tail in zip(ids, tails, strict=True)]
+
+
+Item = TypeVar("Item")
+
+
+def _batches(items: Sequence[Item], size: Callable[[Item], int], most: int, count: int) -> Iterator[list[Item]]:
+    """`items` in order, so many together that they are at most `count` and, but for a single one, at most `most` in
+    size."""
+    batch: list[Item] = []
+    total = 0
+    for item in items:
+        if batch and (len(batch) == count or total + size(item) > most):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += size(item)
+    if batch:
+        yield batch
 
 
 _MIDDLE = "\0"  # stands for a text before a segment that has no influence on its ids
@@ -222,33 +275,34 @@ def tokenize(
     (plain text) an example becomes consecutive pieces instead, which overlap by one token so that every token but the
     first is predicted exactly once.
     """
-    pairs: list[tuple[list[int], list[int]]] = []
-    records: list[int] = []
-    questions: list[int] = []
-    question_records: list[int] = []
+    records, questions, question_records = array("q"), array("Q"), array("q")
     facts = Facts(examples=len(examples))
-    for example, segments in zip(examples, encoder.encode(examples), strict=True):
-        segments = _end(segments, encoder.eos, example.closed)
-        too_many = sum(len(ids) for ids, _ in segments) > max_length
-        if too_many and not chunk:
-            segments = [] if too_long == "drop" else _cut(segments, max_length)
-        ids, labels = _flatten(segments)
-        stride = max_length - 1 if chunk else max(len(ids), 1)
-        kept = 0
-        for start in range(0, max(len(ids) - 1, 1), stride):
-            pair = _label(ids[start : start + max_length], labels[start : start + max_length], loss_on_prompt)
-            if pair is not None:
-                pairs.append(pair)
-                kept += 1
-        records += [example.record] * kept
-        facts.dropped += not kept
-        facts.cut += bool(kept) and too_many and not chunk
-        if kept:
-            found = [value for text in example.questions if (value := question_hash(text)) is not None]
-            questions += found
-            question_records += [example.record] * len(found)
+
+    def pairs() -> Iterator[tuple[list[int], list[int]]]:
+        for example, segments in zip(examples, encoder.encode(examples), strict=True):
+            segments = _end(segments, encoder.eos, example.closed)
+            too_many = sum(len(ids) for ids, _ in segments) > max_length
+            if too_many and not chunk:
+                segments = [] if too_long == "drop" else _cut(segments, max_length)
+            ids, labels = _flatten(segments)
+            stride = max_length - 1 if chunk else max(len(ids), 1)
+            kept = 0
+            for start in range(0, max(len(ids) - 1, 1), stride):
+                pair = _label(ids[start : start + max_length], labels[start : start + max_length], loss_on_prompt)
+                if pair is not None:
+                    yield pair
+                    kept += 1
+            records.extend([example.record] * kept)
+            facts.dropped += not kept
+            facts.cut += bool(kept) and too_many and not chunk
+            if kept:
+                found = [value for text in example.questions if (value := question_hash(text)) is not None]
+                questions.extend(found)
+                question_records.extend([example.record] * len(found))
+
+    dataset = TokenizedDataset.from_lists(pairs())
     return Tokens(
-        TokenizedDataset.from_lists(pairs),
+        dataset,
         np.array(records, np.int64),
         np.array(questions, np.uint64),
         np.array(question_records, np.int64),

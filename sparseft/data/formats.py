@@ -25,6 +25,7 @@ from typing import Any
 
 from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_conversation
 from sparseft.data.records import Records, kind
+from sparseft.data.sections import sections_of
 from sparseft.errors import UserError, nearest, shown
 
 DETECTION_RECORDS = 16  # how many of the first records decide the format
@@ -62,7 +63,8 @@ class Example:
     segments: Segments
     source: str  # file and record, for messages
     record: int = 0  # index of the record it came from: examples of one record stay on one side of a split
-    closed: bool = False  # the last answer's text ends with an end-of-turn token of its own; no EOS is added then
+    closed: bool = False  # no EOS is added: the last answer ends with an end-of-turn token of its own, or goes on
+    before: str = ""  # what stands right before, where this is a later section of a text
     questions: tuple[str, ...] = ()  # what is asked, bare of any template: to be found again in test sets
 
     @property
@@ -206,7 +208,7 @@ class Converter(abc.ABC):
 
 
 class Plain(Converter):
-    """`alpaca`, `guanaco`, `prompt_completion` and `text`: a record is one example."""
+    """`alpaca`, `guanaco`, `prompt_completion` and `text`: a record is one example, a long text one a section."""
 
     def __init__(self, format: str) -> None:
         super().__init__()
@@ -215,7 +217,11 @@ class Plain(Converter):
     def _examples(self, item: dict[str, Any], where: str) -> Iterator[Example]:
         self._unknown.update(str(key) for key in item if key not in _FIELDS[self.format] and not is_empty(item[key]))
         segments = _SEGMENTS[self.format](item, where)
-        yield Example(segments, where, questions=_QUESTIONS[self.format](item))
+        if self.format != "text":
+            yield Example(segments, where, questions=_QUESTIONS[self.format](item))
+            return
+        for part in sections_of(item):
+            yield Example([(part["text"], True)], where, closed=part.more, before=part.before)
 
 
 _FIELDS = {

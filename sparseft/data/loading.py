@@ -53,7 +53,7 @@ def load_datasets(
     the family `config.name`; else from `hub_path`. What `replay` names comes on top. Evaluation examples come from
     `eval_path`; else from the bundled set's own evaluation file; else `eval_fraction` of the training records is split
     off, of each source but a replayed one, by a permutation of `seed`: at least one where there are two, and never all.
-    Where there is one record only (a long text), its pieces are split.
+    A text that is longer than all that is to be split off is split in its pieces.
     `max_examples` cuts the training records of each source before anything else.
 
     The tokens lie in files below `cache_dir`, which are mapped into memory and used again for the same data, tokenizer
@@ -157,7 +157,9 @@ def _split(parts: list[Part], config: DatasetConfig, seed: int) -> tuple[list[Ta
     for at, part in enumerate(parts):
         whole = _all_of(at, part.tokens)
         apart = config.eval_path or part.source.own_eval or part.source.replay is not None
-        both = None if apart or not config.eval_fraction else split_off(part.tokens, config.eval_fraction, seed)
+        both = None
+        if config.eval_fraction and not apart:
+            both = split_off(part.tokens, config.eval_fraction, seed, texts=part.format == "text")
         if both is None:
             trained.append(whole)
             continue
@@ -210,16 +212,20 @@ def _say_shares(
             )
 
 
-def split_off(tokens: Tokens, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
+def split_off(
+    tokens: Tokens, fraction: float, seed: int, *, texts: bool = False
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Which examples to evaluate on, bool (examples,), and which questions the others ask, bool (questions,).
 
     Examples of one record go to one side, so a conversation does not evaluate itself; with a single record the examples
-    are split one by one. `fraction` is a share of the records in (0, 1), rounded, at least one and never all. None if
-    there is one example only.
+    are split one by one, and so are those of each of several `texts` that has more of them than are to be held out of
+    all: a book beside its title page. `fraction` is a share of the records (or such examples) in (0, 1), rounded, at
+    least one and never all. None if there is one example only.
     """
-    names, groups = np.unique(tokens.records, return_inverse=True)
-    if len(names) == 1:
-        names = groups = np.arange(len(tokens.records))
+    names, groups, sizes = np.unique(tokens.records, return_inverse=True, return_counts=True)
+    long = sizes > max(1.0, fraction * sizes.sum()) if texts else np.full(len(names), len(names) == 1)
+    alone = len(names) + np.arange(len(groups))
+    names, groups = np.unique(np.where(long[groups], alone, groups), return_inverse=True)
     count = min(max(1, round(fraction * len(names))), len(names) - 1)
     if count == 0:
         return None

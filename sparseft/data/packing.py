@@ -21,6 +21,8 @@ from sparseft.data.tokenized import IGNORED, TokenizedDataset
 from sparseft.errors import UserError
 from sparseft.models import probing
 
+WORD = 512  # bits, of the two levels in which rows are found by their room
+
 
 class PackedDataset:
     """Rows of whole examples: a map-style data set like the `TokenizedDataset` that it is made of.
@@ -89,24 +91,35 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     assert len(lengths) == 0 or lengths.max() <= capacity
     row_of = np.empty(len(lengths), np.int64)
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room that is left
-    there = 0  # bit r: some row has room r
+    there = [0] * (capacity // WORD + 1)  # bit b of word w: some row has room w * WORD + b
+    words = 0  # bit w: word w has a bit; one number of `capacity` bits would be copied for every example
     rows = 0
     for index in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[index])
-        fitting = there >> length
+        word, bit = divmod(length, WORD)
+        fitting = there[word] >> bit << bit
+        if not fitting and (above := words >> (word + 1)):
+            word += 1 + _lowest(above)
+            fitting = there[word]
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
+            room = word * WORD + _lowest(fitting)
             row = open_rows[room].pop()
             if not open_rows[room]:
-                there &= ~(1 << room)
+                there[word] &= ~(1 << room % WORD)
+                words &= ~((not there[word]) << word)
         else:
             room, row = capacity, rows
             rows += 1
         row_of[index] = row
         left = room - length
         open_rows[left].append(row)
-        there |= 1 << left
+        there[left // WORD] |= 1 << left % WORD
+        words |= 1 << left // WORD
     return row_of, rows
+
+
+def _lowest(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
 
 
 def padding_share(lengths: np.ndarray, batch_size: int) -> float:

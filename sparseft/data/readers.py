@@ -2,17 +2,21 @@
 
 Files may be compressed (`unpacking.py`); lines, columns and bytes in messages are those of the content.
 Each reader yields `(number, record, bytes)`: the record's place in the file from 1, as messages name it, and about how
-much memory it takes. One record must fit into memory, the file need not.
+much memory it takes. One record must fit into memory, the file need not; of a text not even a document.
 """
 
 from __future__ import annotations
 
+import codecs
 import io
+import itertools
 import json
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from sparseft.data.sections import LONGEST, sections
 from sparseft.data.unpacking import BLOCK, unpacked
 from sparseft.errors import UserError, shown
 from sparseft.files.untrusted import KeyTwice, unique_keys
@@ -166,24 +170,35 @@ def _key_twice(where: str, error: KeyTwice) -> UserError:
 
 
 def plain_text(file: Path, source: str) -> Iterator[Item]:
-    """One record {"text": …} for each run of lines between blank lines; its number is that of its first line."""
-    document: list[str] = []
-    start = 0
-    for number, line in _lines(file, source):
-        if line.strip():
-            if not document:
-                start = number
-            document.append(line.removesuffix("\n").removesuffix("\r"))
-        elif document:
-            yield _document(start, document)
-            document = []
-    if document:
-        yield _document(start, document)
+    """One record {"text": …} for each run of lines between blank lines, its number that of its first line; a long one
+    comes in sections, which are records of their own."""
+    with unpacked(file, source) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="\n") as text:
+        try:
+            for number, parts in itertools.groupby(_document_parts(text), key=operator.itemgetter(0)):
+                for section in sections(part for _, part in parts):
+                    yield number, section, len(section["text"])
+                    number += section["text"].count("\n")
+        except UnicodeDecodeError:
+            refuse_encoding(file, source)
+            raise
 
 
-def _document(start: int, lines: list[str]) -> Item:
-    text = "\n".join(lines)
-    return start, {"text": text}, len(text)
+def _document_parts(lines: IO[str]) -> Iterator[tuple[int, str]]:
+    """The number of a document's first line, and a line of it with the line's end before it; of a long line a part."""
+    number = start = 0
+    ended = True
+    while part := lines.readline(LONGEST):
+        begins, short = ended, len(part) < LONGEST
+        while part.endswith("\r") and (more := lines.readline(1)):  # the end of a line is not parted
+            part += more
+        ended = part.endswith("\n")
+        number += begins
+        text = part.removesuffix("\n").removesuffix("\r")
+        if begins and (ended or short) and not text.strip():
+            start = 0
+            continue
+        yield start or number, "\n" + text if start and begins else text
+        start = start or number
 
 
 def _lines(file: Path, source: str) -> Iterator[tuple[int, str]]:
@@ -198,17 +213,21 @@ def _lines(file: Path, source: str) -> Iterator[tuple[int, str]]:
 
 
 def refuse_encoding(file: Path, source: str) -> None:
-    """Names the first byte of a file that is no UTF-8; the end of a line is never inside a character."""
-    before = 0
-    with unpacked(file, source) as lines:
-        for number, line in enumerate(lines, start=1):
+    """Names the first byte of a file that is no UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line, read, block = 1, 0, b" "
+    with unpacked(file, source) as content:
+        while block:
+            block = content.read(BLOCK)
             try:
-                line.decode("utf-8")
+                line += decoder.decode(block, final=not block).count("\n")
             except UnicodeDecodeError as error:
+                held = len(error.object) - len(block)  # the start of a character that the block before ends with
+                line += error.object[: error.start].count(b"\n")
                 raise UserError(
-                    f"{source}, line {number}: not UTF-8 text (byte {before + error.start}); save the file as UTF-8."
+                    f"{source}, line {line}: not UTF-8 text (byte {read - held + error.start}); save the file as UTF-8."
                 ) from error
-            before += len(line)
+            read += len(block)
 
 
 def first_character(file: Path, source: str) -> str:

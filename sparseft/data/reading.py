@@ -10,7 +10,7 @@ from sparseft import console
 from sparseft.config import BUNDLED, DatasetConfig, in_bundle
 from sparseft.data.chat import Chats
 from sparseft.data.encoding import Encoder, tokenize
-from sparseft.data.formats import DETECTION_RECORDS, Converter, Plain, check_records, detect_format
+from sparseft.data.formats import DETECTION_RECORDS, Converter, Plain, check_records, counted, detect_format
 from sparseft.data.mixing import parse_mix, parse_replay
 from sparseft.data.oasst_trees import Trees
 from sparseft.data.preferences import KEYS, UNPAIRED, Side, detect_preference
@@ -152,7 +152,7 @@ class Reader:
         if role == "training":
             how = "detected" if self.config.format == "auto" else "as set"
             files = f" ({len(source.files):,} files)" if len(source.files) > 1 else ""
-            note = f"{facts.records} training records from {source.name}{files}, format {format} ({how})"
+            note = f"{counted(facts.records, 'training record')} from {source.name}{files}, format {format} ({how})"
             self.notes += [note] if note not in self.notes else []
         self.notes += [note for note in facts.notes if note not in self.notes]
         self.warnings += [warning for warning in facts.warnings if warning not in self.warnings]

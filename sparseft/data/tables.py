@@ -4,6 +4,7 @@ file in memory."""
 from __future__ import annotations
 
 import csv
+import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +16,17 @@ from sparseft.errors import UserError, shown
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 TABLE_RECORDS = 256  # rows that become dicts at once
+BUFFER = 2**16  # bytes of a parquet column that are read at once
 LONGEST_FIELD = 2**26  # characters of a field of text: the csv module's own limit is 2**17
 
 
 def parquet(file: Path, source: str) -> Iterator[Item]:
-    """The rows of a parquet file, one row group in memory at a time."""
+    """The rows of a parquet file, `BUFFER` bytes of each column at a time: a file may be one row group."""
     import pyarrow.parquet
 
-    with _explained(source, "parquet"), pyarrow.parquet.ParquetFile(file) as table:
+    # pre_buffer, pyarrow's default, reads whole row groups
+    opened = functools.partial(pyarrow.parquet.ParquetFile, pre_buffer=False, buffer_size=BUFFER)
+    with _explained(source, "parquet"), opened(file) as table:
         _check_columns(table.schema_arrow.names, source)
         batches = (
             batch

@@ -34,7 +34,7 @@ def test_what_is_learnt_is_marked(world: Path) -> None:
     assert "User: hi [31m?\n\nAssistant:⟦ first answer⟧\n\nUser: more\n\nAssistant:⟦ second answer</s>⟧\n" in done.out
     assert "\x1b" not in done.out + done.err
     assert "template   plain User: and Assistant: text" in done.out
-    assert "data: 1 training records from chats.jsonl, format messages (detected)" in done.err
+    assert "data: 1 training record from chats.jsonl, format messages (detected)" in done.err
     assert not (world / "outputs").exists()
 
 

@@ -12,6 +12,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparseft.data import packing
 from sparseft.data.packing import Collator, PackedDataset, best_fit, check_packing, padding_share
 from sparseft.data.sampling import PaddedDataset
 from sparseft.data.tokenized import TokenizedDataset
@@ -40,6 +41,25 @@ def test_rows_hold_every_example_once_and_are_never_too_long(lengths: list[int],
     # No two rows would fit into one: the later one's longest example would have gone to the earlier one.
     if rows > 1:
         assert np.sort(filled)[:2].sum() > capacity
+
+
+@given(st.lists(st.integers(1, 70), max_size=80), st.integers(70, 90), st.sampled_from([1, 4, 64, 512]))
+def test_best_fit_is_that_of_a_search_over_all_rows(lengths: list[int], capacity: int, word: int) -> None:
+    """Into the row with the least room that is enough, of several such rows the one that came to it last."""
+    rooms: list[int] = []
+    since: list[int] = []  # when each row came to its room
+    expected = [0] * len(lengths)
+    for step, index in enumerate(sorted(range(len(lengths)), key=lambda index: -lengths[index])):
+        fitting = [row for row, room in enumerate(rooms) if room >= lengths[index]]
+        if not fitting:
+            rooms, since, fitting = [*rooms, capacity], [*since, 0], [len(rooms)]
+        row = min(fitting, key=lambda row: (rooms[row], -since[row]))
+        rooms[row], since[row] = rooms[row] - lengths[index], step
+        expected[index] = row
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "WORD", word)
+        row_of, rows = best_fit(np.array(lengths, np.int64), capacity)
+    assert (row_of.tolist(), rows) == (expected, len(rooms))
 
 
 def test_best_fit_by_hand() -> None:

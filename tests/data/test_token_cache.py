@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseft.config import DatasetConfig
-from sparseft.data import readers, records
+from sparseft.data import readers, records, tables
 from sparseft.data import token_cache as caching
 from sparseft.data.loading import LoadedData, load_datasets
 from sparseft.data.sources import open_source
@@ -230,6 +230,21 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         name, kibibytes, tokens = line.split()
         assert int(tokens) > 80_000, line
         assert int(kibibytes) < 12 * 1024, f"{name}: {int(kibibytes) / 1024:.0f} MiB more"
+
+
+def test_of_a_parquet_file_of_one_row_group_little_is_in_memory(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.table({"text": [f"{n} {'x' * 1020}" for n in range(8192)]})
+    pyarrow.parquet.write_table(texts, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    del texts
+    pool = pyarrow.default_memory_pool()
+    before, most = pool.bytes_allocated(), 0
+    for number, item, _ in tables.parquet(tmp_path / "a.parquet", "a.parquet"):
+        assert item["text"].startswith(f"{number - 1} x")
+        most = max(most, pool.bytes_allocated() - before)
+    assert number == 8192 and most < 4 * 2**20
 
 
 # --- cache ------------------------------------------------------------------------------------------------------
