@@ -75,6 +75,9 @@ def test_entries_and_values_are_where_numbers_go(kind: str) -> None:
             assert sum(len(back.index) for back in backs) == len(part.index)
             for back in backs:
                 assert torch.equal(made[back.name].flatten()[back.index], numbers[back.which])
+        numel = value.numel()
+        for begin, end in ((0, numel), (0, numel // 2), (numel // 3, numel - 1), (numel // 2, numel // 2 + 1)):
+            assert torch.equal(conversion.part(name, begin, end, counted.__getitem__), value.flatten()[begin:end])
     undone = dict(conversion.undone(made.__getitem__))
     assert undone.keys() == counted.keys()
     for name, value in undone.items():
@@ -95,6 +98,11 @@ def test_memory_is_that_of_the_values_and_of_the_entries_asked_for() -> None:
         flat = torch.arange(3 * 512 * 512, 3 * 512 * 512 + 4096)
         assert [part.name for part in conversion.in_tensors("p", flat)] == ["a.3"]
         assert counter.peak <= 40 * flat.nbytes
+        tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+        counter.live = counter.peak = 0
+        one = conversion.part("p", 3 * 512 * 512, 4 * 512 * 512, tensors.__getitem__)
+        assert torch.equal(one, torch.cat([tensors["a.3"], tensors["b.3"]]).flatten())
+        assert counter.peak <= 2.01 * size / EXPERTS  # with what it is held against
 
 
 @pytest.mark.parametrize(
