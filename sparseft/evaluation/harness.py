@@ -32,7 +32,7 @@ from sparseft.data.loading import no_row
 from sparseft.distributed.shards import any_sharded
 from sparseft.errors import UserError
 from sparseft.evaluation.tasks import FIXED_BATCH
-from sparseft.models.decoder import plain_generation
+from sparseft.models.decoder import last_logits, plain_generation
 from sparseft.models.loading import vocabulary_rows
 from sparseft.replaced import replaced
 
@@ -122,13 +122,13 @@ class LanguageModel(HFLM):
         """The logits (rows, tokens, vocabulary) of those tokens at the end of the rows (rows, tokens) that predict a
         continuation in any of them: lm-eval counts from the end. Those of all would be most of an evaluation's memory.
         """
-        if not self.longest or not getattr(self.model, "_supports_logits_to_keep", lambda: False)():
+        if not self.longest:
             return super()._model_call(inps, *args, **kwargs)
         # Rows are padded on the right with zeros. Where tokens are zeros too, only more is kept.
         filled = (inps != 0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)
         kept = inps.shape[1] - int(filled.amax(1).min()) + self.longest
         with torch.no_grad():
-            return self.model(inps, logits_to_keep=kept).logits
+            return self.model(inps, **last_logits(self.model, kept)).logits
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         with replaced((self, "longest", 0)):  # rows that are tried have no padding, others may

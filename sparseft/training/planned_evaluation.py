@@ -17,7 +17,7 @@ from sparseft.config import RunConfig
 from sparseft.evaluation.mmlu import MMLU
 from sparseft.evaluation.tasks import FIXED_BATCH, data_folder, expand_tasks
 from sparseft.memory import tensor_bytes
-from sparseft.models.decoder import language_model
+from sparseft.models.decoder import last_logits
 from sparseft.models.masks import unasked
 from sparseft.training.memory_plan import Counter, Memory, Shape, computed_without_content, on_cpu
 from sparseft.training.sample_answers import BATCH, read_prompts
@@ -65,11 +65,10 @@ def _pass(config: RunConfig, shape: Shape, rows: int, tokens: int, generated: bo
     model, given = shape.model, {"input_ids": torch.zeros(rows, tokens, dtype=torch.int64, device="meta")}
     if generated:  # prompts are padded, on the left
         given["attention_mask"] = given["input_ids"]
-    last = {"logits_to_keep": 1} if language_model(model)._supports_logits_to_keep() else {}
     mode = model.training
     model.eval()
     with torch.no_grad(), Counter() as counter, computed_without_content(model), unasked(given):
-        found = model(**given, **last, use_cache=generated)
+        found = model(**given, **last_logits(model, 1), use_cache=generated)
         if not generated:  # as lm-eval does, in fp32
             torch.log_softmax(found.logits, -1, dtype=torch.float32)
     model.train(mode)
