@@ -184,7 +184,7 @@ class Conversion:
             low, high = source.ends
             values = source._replace(offset=source.offset - low).of(self._part(source.place, low, high, read))
             if target.ends == (start, stop) and _in_order(target):  # all of it
-                return values.reshape(-1)
+                return values.contiguous().view(-1)  # a strided one would be no memory for boxes
             if found is None:
                 found = values.new_empty(stop - start)
             target._replace(offset=target.offset - start).of(found).copy_(values)
@@ -203,7 +203,7 @@ class Conversion:
                 memory[place] = parameter(place.partition(" ")[2]).reshape(-1)
             values = target.of(memory[place])
             if source.ends == (0, self._sizes[source.place]) and _in_order(source):
-                memory[source.place] = values.reshape(-1)
+                memory[source.place] = values.contiguous().view(-1)
             else:
                 if source.place not in memory:
                     memory[source.place] = values.new_empty(self._sizes[source.place])

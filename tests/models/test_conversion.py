@@ -47,6 +47,10 @@ KINDS: dict[str, tuple[dict[str, tuple[int, ...]], Convert]] = {
         {"w": (3, 8, 6)},
         by(loading.Interleave(1), loading.Chunk(1), sources=["w"], targets=["p", "q"]),
     ),
+    "interleaved features": (
+        {"w": (3, 4, 8)},
+        by(loading.Interleave(2), loading.Chunk(2), sources=["w"], targets=["p", "q"]),
+    ),
     "transposed": ({"w": (3, 4, 6)}, by(loading.Transpose(1, 2), sources=["w"], targets=["p"])),
     "turned": ({"w": (12, 5)}, by(loading.PermuteForRope(), sources=["w"], targets=["p"], config=HEADS)),
     "joined": ({"w": (4, 6), "v": (3, 6)}, by(loading.Concatenate(0), sources=["v", "w"], targets=["p"])),
