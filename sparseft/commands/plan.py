@@ -1,4 +1,4 @@
-"""`sparseft train --plan`: the memory of a training step, before any weight is loaded."""
+"""`sparseft train --plan`: the memory of a training step and of evaluations, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sparseft.models.published import published
 from sparseft.training import checks, memory_plan
 from sparseft.training.arguments import micro_batches
 from sparseft.training.distributed_trainer import has_experts
+from sparseft.training.planned_evaluation import largest_evaluation
 from sparseft.training.predicted import in_words, predicted_floors
 from sparseft.training.preference.objectives import sequences
 
@@ -30,11 +31,11 @@ PARTS = {
     "gradients": "their gradients",
     "moments": "the optimizer's state",
     "activations": "activations",
-    "total": "peak",
 }
+STEP = "a training step"
 # Settings that save memory, in the order in which they are tried, each on top of those before: what costs the least
 # first. A change that does not apply (a batch of one sequence) is passed over.
-REMEDIES = ("micro_batch", "gradient_checkpointing", "zero_stage", "offload", "max_length")
+REMEDIES = ("eval_batch", "micro_batch", "gradient_checkpointing", "zero_stage", "offload", "max_length")
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -60,6 +61,10 @@ def run(config: RunConfig) -> dict[str, Any]:
     shape = memory_plan.trainable_shape(config, content, dtype)
     batch = micro_batch(config)
     memory = memory_plan.step_memory(config, shape, batch=batch, length=length)
+    evaluation = largest_evaluation(config, shape, memory, length)
+    peak, where = memory.total, STEP
+    if evaluation is not None and evaluation.bytes > peak:
+        peak, where = evaluation.bytes, evaluation.asked_by
     device_bytes = memory_plan.device_bytes(config.hardware)
     table = [
         {"length": tokens, "batch": sequences, "bytes": _total(config, shape, sequences, tokens)}
@@ -86,8 +91,10 @@ def run(config: RunConfig) -> dict[str, Any]:
         "trainable_parameters": shape.trainable,
         "total_parameters": shape.total,
         "per_device": asdict(memory) | {"total": memory.total},
+        "evaluation": None if evaluation is None else asdict(evaluation),
+        "peak": {"phase": where, "bytes": peak},
         "device_bytes": device_bytes,
-        "fits": None if device_bytes is None else memory.total <= device_bytes,
+        "fits": None if device_bytes is None else peak <= device_bytes,
         "by_length_and_batch": table,
         "remedy": None,
     }
@@ -107,7 +114,10 @@ def _least(config: RunConfig) -> int:
 
 
 def _total(config: RunConfig, shape: Any, batch: int, length: int) -> int:
-    return memory_plan.step_memory(config, shape, batch=batch, length=length).total
+    """The peak, in whatever phase."""
+    memory = memory_plan.step_memory(config, shape, batch=batch, length=length)
+    evaluation = largest_evaluation(config, shape, memory, length)
+    return max(memory.total, evaluation.bytes if evaluation is not None else 0)
 
 
 def _around(value: int, limit: int | None) -> list[int]:
@@ -123,7 +133,11 @@ def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] |
     stage = 2 if whole else 3  # what these need is not in shards
     if config.model.quantize != "none" or config.by_preference:
         stage = 0
-    for name in REMEDIES:
+    batch, length = micro_batch(config), config.trainer.max_length
+    step = memory_plan.step_memory(config, shape, batch=batch, length=length)
+    evaluation = largest_evaluation(config, shape, step, length)
+    in_step = evaluation is None or evaluation.bytes <= device_bytes
+    for name in REMEDIES[1:] if in_step else REMEDIES:
         before = copy.deepcopy(changed), dict(given)
         if not _apply(name, changed, given, stage):
             continue
@@ -152,7 +166,10 @@ def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> b
     anything to change."""
     trainer, hardware = config.trainer, config.hardware
     least = _least(config)
-    if name == "micro_batch" and micro_batch(config) > least and trainer.batch_size % least == 0:
+    if name == "eval_batch" and trainer.eval_task is not None and config.eval.batch_size not in (1, "auto"):
+        config.eval.batch_size = 1
+        given["eval.batch_size"] = "1"
+    elif name == "micro_batch" and micro_batch(config) > least and trainer.batch_size % least == 0:
         hardware.micro_batch = least
         given["hardware.micro_batch"] = str(least)
     elif name == "gradient_checkpointing" and trainer.checkpointing not in ("auto", "full"):
@@ -178,7 +195,13 @@ def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> b
 def render(result: dict[str, Any]) -> None:
     """Prints the plan."""
     memory = result["per_device"]
-    unit, size = ("GiB", GIB) if memory["total"] >= GIB else ("MiB", 2**20)
+    evaluation, peak = result["evaluation"], result["peak"]
+    unit, size = ("GiB", GIB) if peak["bytes"] >= GIB else ("MiB", 2**20)
+    parts = [(label, memory[key]) for key, label in PARTS.items()]
+    if evaluation is not None:
+        asked = f"{evaluation['asked_by']}, {evaluation['rows']} x {evaluation['tokens']} tokens"
+        parts += [(STEP, memory["total"]), (asked, evaluation["bytes"])]
+    parts.append((f"peak, in {peak['phase']}", peak["bytes"]))
     share = result["trainable_parameters"] / result["total_parameters"]
     processes = f"{result['processes']} processes, " if result["processes"] > 1 else ""
     sharing = "FSDP2, " if result["fsdp"] else f"ZeRO {result['zero_stage']}, " if result["zero_stage"] else ""
@@ -186,7 +209,7 @@ def render(result: dict[str, Any]) -> None:
         f"Plan: {result['method']} on {result['model']}, {result['dtype']}, {result['trainable_parameters']:,} of "
         f"{result['total_parameters']:,} parameters trained ({share:.2%})",
         [f"one device, {processes}{sharing}{result['sequences']} x {result['length']} tokens at once", unit],
-        [[label, f"{memory[key] / size:,.2f}"] for key, label in PARTS.items()],
+        [[label, f"{taken / size:,.2f}"] for label, taken in parts],
     )
     lengths = sorted({row["length"] for row in result["by_length_and_batch"]})
     batches = sorted({row["batch"] for row in result["by_length_and_batch"]})

@@ -31,7 +31,8 @@ from tokenizers.processors import TemplateProcessing
 from sparseft.data.loading import no_row
 from sparseft.distributed.shards import any_sharded
 from sparseft.errors import UserError
-from sparseft.models.decoder import plain_generation
+from sparseft.evaluation.tasks import FIXED_BATCH
+from sparseft.models.decoder import last_logits, plain_generation
 from sparseft.models.loading import vocabulary_rows
 from sparseft.replaced import replaced
 
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int | None], None]  # (what, done, of how many)
 
 ROOM = 32  # tokens that generation gets at least, at the cost of the prompt's beginning
-FIXED_BATCH = 8  # for batch_size=auto where it cannot be tried out
 BOOTSTRAP = 1000  # resamplings for metrics without a closed standard error (accuracy has one)
 SEEDS = {"python": 0, "other": 1234}  # lm-eval's own defaults; they matter to tasks that sample
 
@@ -77,6 +77,8 @@ class LanguageModel(HFLM):
     generation settings only the ids that end an answer count; else what a task leaves open is theirs, as in lm-eval.
     """
 
+    longest = 0  # tokens of the longest continuation, while some are scored
+
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, max_length: int | None) -> None:
         tokenizer, self.can_pad = _usable(tokenizer, model)
         limit = resolve_max_length(model.config, tokenizer)
@@ -112,7 +114,25 @@ class LanguageModel(HFLM):
             # The last token is only predicted, never read: one more than the context fits.
             if texts is not None and len(context) + len(continuation) > self.max_length + 1:
                 self.truncated.add(texts[0])
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        with replaced((self, "longest", longest)):
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The logits (rows, tokens, vocabulary) of those tokens at the end of the rows (rows, tokens) that predict a
+        continuation in any of them: lm-eval counts from the end. Those of all would be most of an evaluation's memory.
+        """
+        if not self.longest:
+            return super()._model_call(inps, *args, **kwargs)
+        # Rows are padded on the right with zeros. Where tokens are zeros too, only more is kept.
+        filled = (inps != 0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)
+        kept = inps.shape[1] - int(filled.amax(1).min()) + self.longest
+        with torch.no_grad():
+            return self.model(inps, **last_logits(self.model, kept)).logits
+
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        with replaced((self, "longest", 0)):  # rows that are tried have no padding, others may
+            return super()._detect_batch_size(*args, **kwargs)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         for request in requests:

@@ -26,6 +26,7 @@ from sparseft.data.tokenized import IGNORED, TokenizedDataset
 from sparseft.errors import UserError
 from sparseft.evaluation.tasks import PREFERENCE
 from sparseft.files.untrusted import read_yaml_object
+from sparseft.models.decoder import last_logits
 from sparseft.models.loading import vocabulary_rows
 from sparseft.runs.folder import CONFIG, check_trained_on
 
@@ -138,11 +139,14 @@ def log_probabilities(model: Any, data: TokenizedDataset, count: int, size: int,
         batch = collate([data[at] for at in range(start, min(start + size, count))])
         batch = {name: value.to(model.device) for name, value in batch.items()}
         labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1]
         known = labels != IGNORED
+        kept = labels.shape[1] - int(known.any(0).int().argmax())  # from the first label of any row on
+        labels, known = labels[:, -kept:], known[:, -kept:]
+        logits = model(**batch, use_cache=False, **last_logits(model, kept + 1)).logits[:, -kept - 1 : -1]
         for row, mask in enumerate(known):  # one at a time: fp32 logits of a batch may be large
             chosen = logits[row][mask].float().log_softmax(-1).gather(-1, labels[row][mask].unsqueeze(-1))
             found.append((float(chosen.double().sum()), int(mask.sum())))
+        del logits  # before the next ones are made
     return found
 
 

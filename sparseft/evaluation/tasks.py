@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BUNDLED_DATA = str(BUNDLED_ROOT / "data")
 
 PREFERENCE = "preference"  # which answer of a pair is more probable (`preference.py`)
+FIXED_BATCH = 8  # for `eval.batch_size=auto` where it cannot be tried out
 HARNESS = "lm_eval:"  # before a name: lm-eval's own task, where ours has the same name
 
 

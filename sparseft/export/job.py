@@ -18,7 +18,6 @@ from sparseft.files.atomic import check_replaceable, explained, name_leftovers, 
 from sparseft.files.hub import TEMPLATES
 from sparseft.models import fingerprint
 from sparseft.models.checkpoint import Checkpoint, Places, without_weights
-from sparseft.models.decoder import base_parameters
 from sparseft.models.loading import load_model, resolve_device
 
 NOTE = "sparseft_export.json"  # in every export: what it is of, and how near it came; by it a folder may be replaced
@@ -103,10 +102,9 @@ def check_base(source: Source) -> None:
         except UserError:
             return
         places = Places(model, checkpoint.tensors)
-        names = sorted(name for name, _ in base_parameters(model))
-        if not all(map(places.holds, names)):
+        if not all(map(places.holds, places.parameters)):
             return
-        found = fingerprint.fingerprints_of((name, places.parameter(name, checkpoint.read)) for name in names)
+        found = fingerprint.fingerprints_of(places.entries(checkpoint.read))
     fingerprint.check_base(found, str(content.get("base_dtype")), source.folder, content)
 
 

@@ -1,4 +1,4 @@
-"""Whole weights that were written, held against base + delta, parameter by parameter.
+"""Whole weights that were written, held against base + delta, parameter by parameter, experts one by one.
 
 The checkpoint's tensors are read as transformers makes parameters of them, and each linear's matrix is compared as a
 whole: an entry that is missing, one too many and one that differs in a bit are all seen.
@@ -6,9 +6,8 @@ whole: an entry that is missing, one too many and one that differs in a bit are 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,9 +21,9 @@ from sparseft.models.checkpoint import Checkpoint, Places, Weight, weight_of, wi
 
 
 class Wanted(NamedTuple):
-    """The values (n,) of entries of a parameter of `shape`, from `start` on. terms (n,): where several differences meet
-    in an entry, which may be added in any order, the sum of the sizes of all that is added up there, else 0; None: they
-    meet nowhere."""
+    """The values (n,) of a piece (`Places.pieces`) of a parameter of `shape`, the first of them at `start`. terms (n,):
+    where several differences meet in an entry, which may be added in any order, the sum of the sizes of all that is
+    added up there, else 0; None: they meet nowhere."""
 
     name: str
     shape: torch.Size
@@ -45,19 +44,35 @@ def check_values(
     checkpoint = checkpoint or Checkpoint.of(base_of(source))
     places = Places(without_weights(base_of(source), packed=True), checkpoint.tensors)
     wanted = _of_sparse if source.kind == "sparse" else _of_merged
-    at, found = "", torch.empty(0)
+    stored = {name: torch.Size(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    at, written = "", iter(())
     for name, shape, start, values, terms in wanted(source, places, checkpoint, dtype):
+        own = _of_shapes(read, stored | {name: shape} if not places.holds(name) else stored)
         if name != at:
-            del found  # before the next one is read
-            at, found = name, (places.parameter(name, read) if places.holds(name) else read(name))
-            if (found.dtype, found.shape) != (values.dtype, shape):
-                raise RunError(
-                    f"the export is not what was trained: {shown(name)} is {found.dtype} {tuple(found.shape)} there, "
-                    f"expected {values.dtype} {tuple(shape)}. Nothing was kept."
-                )
-            found = found.contiguous().view(-1)
-        _check_part(name, found[start : start + len(values)], values, terms)
-        del values, terms  # before the next ones are made
+            at, written = name, places.pieces(name, own) if places.holds(name) else iter([(0, own(name).reshape(-1))])
+        place, there = next(written)
+        assert (place, len(there)) == (start, len(values))
+        if there.dtype != values.dtype:
+            raise _another(name, there.dtype, values.dtype)
+        _check_part(name, there, values, terms)
+        del there, values, terms  # before the next ones are made
+
+
+def _of_shapes(read: Callable[[str], Tensor], shapes: Mapping[str, torch.Size]) -> Callable[[str], Tensor]:
+    """`read`, whose tensors have to have these shapes."""
+
+    def checked(name: str) -> Tensor:
+        if (there := read(name)).shape != shapes[name]:
+            raise _another(name, tuple(there.shape), tuple(shapes[name]))
+        return there
+
+    return checked
+
+
+def _another(name: str, found: object, expected: object) -> RunError:
+    return RunError(
+        f"the export is not what was trained: {shown(name)} is {found} there, expected {expected}. Nothing was kept."
+    )
 
 
 def _check_part(name: str, there: Tensor, values: Tensor, terms: Tensor | None) -> None:
@@ -74,24 +89,20 @@ def _check_part(name: str, there: Tensor, values: Tensor, terms: Tensor | None) 
 
 def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Wanted]:
     model = without_weights(base_of(source), packed=True)
-    linears: dict[str, list[tuple[Weight, SparseChange]]] = defaultdict(list)
+    linears: dict[str, dict[int, tuple[Weight, SparseChange]]] = defaultdict(dict)
     for module, change in source.changes.items():
         weight = weight_of(model, module)
-        linears[weight.parameter].append((weight, change))
-    for name in places.parameters:
-        if not places.holds(name):
-            continue
-        base = places.parameter(name, checkpoint.read)
-        shape, base = base.shape, base.contiguous().view(-1)
-        target = dtype if dtype is not None and base.dtype in FLOATS else base.dtype
-        done = 0
-        # One linear at a time: the experts of a layer may be most of what fits into memory.
-        for weight, change in sorted(linears[name], key=lambda each: each[0].offset):
-            yield Wanted(name, shape, done, base[done : weight.offset].to(target))
-            done = weight.offset + math.prod(weight.shape)
-            yield Wanted(name, shape, weight.offset, *_changed(base[weight.offset : done], weight, change, target))
-        yield Wanted(name, shape, done, base[done:].to(target))
-        del base  # before the next one is read
+        linears[weight.parameter][weight.offset] = weight, change
+    for name in filter(places.holds, places.parameters):
+        shape = places.parameters[name].shape
+        for start, base in places.pieces(name, checkpoint.read):
+            target = dtype if dtype is not None and base.dtype in FLOATS else base.dtype
+            if start in linears[name]:
+                yield Wanted(name, shape, start, *_changed(base, *linears[name].pop(start), target))
+            else:
+                yield Wanted(name, shape, start, base.to(target))
+            del base  # before the next one is read
+        assert not linears[name]
 
 
 def _changed(base: Tensor, weight: Weight, change: SparseChange, target: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -123,11 +134,12 @@ def _of_merged(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
     for name, value in own.parameters.items():
         if not own.holds(name):  # a head that is not tied any more
             yield Wanted(name, value.shape, 0, value.detach().cpu().flatten())
-    for name in places.parameters:
-        if not places.holds(name):
-            continue
-        base, value = places.parameter(name, checkpoint.read), merged[name].detach().cpu()
-        target = dtype if dtype is not None and base.dtype in FLOATS else base.dtype
-        # A tensor that is wider in the files keeps what did not change.
-        same = bits(base.to(value.dtype)) == bits(value)
-        yield Wanted(name, value.shape, 0, torch.where(same, base.to(target), value.to(target)).flatten())
+    for name in filter(places.holds, places.parameters):
+        value = merged[name].detach().reshape(-1)
+        for start, base in places.pieces(name, checkpoint.read):
+            ours = value[start : start + len(base)].cpu()
+            target = dtype if dtype is not None and base.dtype in FLOATS else base.dtype
+            # A tensor that is wider in the files keeps what did not change.
+            same = bits(base.to(ours.dtype)) == bits(ours)
+            yield Wanted(name, merged[name].shape, start, torch.where(same, base.to(target), ours.to(target)))
+            del base, ours, same

@@ -1,7 +1,8 @@
 """Which calibration samples a rank runs, which of them share a forward pass, and how they are padded into one.
 
 A sample counts by itself: what is summed over a group equals the sum over its samples one at a time. Padding stands on
-the right, where causal attention keeps it from every real position, and its own positions are left out of all sums.
+the right, where causal attention keeps it from every real position without a mask, and its own positions are left out
+of all sums.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ WINDOW = 32
 # Losses that are the mean cross-entropy of the next token: transformers' own of every "…ForCausalLM", and of those
 # classes whose names do not say so.
 USUAL_LOSS, USUAL_CLASSES = "ForCausalLM", ("GPT2LMHeadModel",)
-FILL = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+FILL = {"input_ids": 0, "labels": -100}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def groups_of(
 
 
 def split_samples(batch: Mapping[str, Any]) -> Iterator[Sample]:
-    """The batch's samples as batches of one, without the positions that the attention mask leaves out."""
+    """The batch's samples as batches of one, without the positions that the attention mask leaves out, nor the mask."""
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         raise UserError("a calibration batch needs input_ids of shape (batch, tokens), as the model takes them.")
@@ -97,6 +98,8 @@ def split_samples(batch: Mapping[str, Any]) -> Iterator[Sample]:
         sample = {}
         for name, value in batch.items():
             if not isinstance(value, Tensor):
+                continue
+            if name == "attention_mask" and "position_ids" not in batch:  # with it none of those begins an example
                 continue
             row = value[i : i + 1]
             sample[name] = row[:, kept] if value.dim() >= 2 and value.shape[1] == ids.shape[1] else row
@@ -163,6 +166,5 @@ def pad_together(group: Sequence[Sample]) -> tuple[Sample, Tensor | None]:
         batch[name] = torch.cat([F.pad(sample[name], (0, longest - length), value=fill) for sample, length in rows])
     if min(lengths) == longest:
         return batch, None
-    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    batch["attention_mask"] = mask.to(batch["input_ids"])
-    return batch, mask.reshape(-1).nonzero().squeeze(1)
+    kept = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return batch, kept.reshape(-1).nonzero().squeeze(1)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sparseft.importance.batching import Group, Sample, pad_together
 from sparseft.models.decoder import runnable
 from sparseft.models.head import cross_entropy, decoder_output, head_of, tokens_at_once
+from sparseft.models.masks import unasked
 from sparseft.replaced import replaced
 
 
@@ -77,11 +78,16 @@ class Pass:
     def ending(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
         """A forward pass: the end of its graph, and the gradient by it of the sum over the samples of the mean loss of
         their labelled tokens; None where the end is that loss."""
-        if not self.padded:
-            return model(**self.batch, use_cache=False).loss, None
-        inputs = {name: value for name, value in self.batch.items() if name != "labels"}
-        hidden = decoder_output(model, inputs)
+        with unasked(self.batch):
+            if not self.padded:
+                return model(**self.batch, use_cache=False).loss, None
+            hidden = decoder_output(model, self.inputs)
         return hidden, loss_gradient(model, hidden, self.batch["labels"])
+
+    @property
+    def inputs(self) -> Sample:
+        """The batch without labels."""
+        return {name: value for name, value in self.batch.items() if name != "labels"}
 
 
 def loss_gradient(
@@ -165,9 +171,8 @@ def _run(model: nn.Module, one: Pass, watcher: Watcher) -> None:
                 watcher.forget()  # the graph holds what the hooks need
                 torch.autograd.backward(*ending)
         else:
-            with torch.no_grad():
-                inputs = {name: value for name, value in one.batch.items() if name != "labels"}
-                model(**inputs, use_cache=False)
+            with torch.no_grad(), unasked(one.batch):
+                model(**one.inputs, use_cache=False)
 
 
 class NotByPosition(Exception):

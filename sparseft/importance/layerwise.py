@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -56,6 +56,40 @@ class Call:
         if self.named is None:
             return output_of(layer(hidden, *self.args, **self.kwargs))
         return output_of(layer(**{self.named: hidden}, **self.kwargs))
+
+
+class Masks:
+    """Attention masks (samples, 1, tokens, tokens) of all passes, which are held until the walk is over.
+
+    Without padding a mask is that of its length: a window's, eager attention's. It is then a corner of any longer one.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[Tensor] = []
+
+    def of_pass(self) -> Callable[[Call], Call]:
+        """What makes a layer's call one with a mask that is held. A pass's layers are given the same few."""
+        known: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def shared(call: Call) -> Call:
+            mask = call.kwargs.get("attention_mask")
+            if not isinstance(mask, Tensor) or mask.dim() != 4:
+                return call
+            if id(mask) not in known:
+                known[id(mask)] = mask, self._held(mask)
+            return replace(call, kwargs=call.kwargs | {"attention_mask": known[id(mask)][1]})
+
+        return shared
+
+    def _held(self, mask: Tensor) -> Tensor:
+        one = mask[:1] if mask.stride(0) == 0 else mask
+        rows, columns = mask.shape[-2:]
+        for held in self.held:
+            corner = held[..., :rows, :columns]
+            if corner.dtype == one.dtype and corner.shape == one.shape and torch.equal(corner, one):
+                return corner.expand(mask.shape)
+        self.held.append(one)
+        return mask
 
 
 def output_of(returned: Any) -> Tensor:
@@ -234,6 +268,7 @@ class Walk:
         # loss's gradient by it. What is above `left` is dropped.
         self.kept: dict[int, Tensor] = {}
         self.calls: list[list[Call]] = []  # of each pass, from the lowest layer on
+        self.masks = Masks()
         self.scores: dict[str, Tensor] = {}
         self.dampings: list[float] = []
 
@@ -333,6 +368,7 @@ class Walk:
 
     def _run(self, one: Pass, at: slice) -> None:
         last: list[Tensor] = []
+        masks = self.masks.of_pass()
 
         def before(number: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -340,7 +376,7 @@ class Walk:
                     raise _Enough
                 hidden, call = Call.of(args, kwargs)
                 self._keep(number, at, hidden)
-                self.calls[-1].append(call)
+                self.calls[-1].append(masks(call))
 
             return hook
 

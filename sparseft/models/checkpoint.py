@@ -11,6 +11,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,6 +177,13 @@ class Group:
     twins: list[str] = field(default_factory=list)
 
 
+class Entries(NamedTuple):
+    """A parameter that is in no memory: its shape, and what gives its values (k,) of flat entries (k,)."""
+
+    shape: torch.Size
+    at: Callable[[Tensor], Tensor]
+
+
 class Places:
     """Which entries of a model's parameters are which of a checkpoint's tensors."""
 
@@ -246,6 +254,14 @@ class Places:
             self._conversions[id(group)] = made
         return self._conversions[id(group)]
 
+    def _moves(self, group: Group) -> bool:
+        """Whether a converted group's entries are moved and nothing else."""
+        try:
+            self._conversion(group)
+        except UserError:
+            return False
+        return True
+
     def names(self) -> list[str]:
         """The checkpoint's tensors that are parameters of the model."""
         return [name for name, group in self.group_with.items() if group.parameters[0] in self.parameters]
@@ -284,6 +300,32 @@ class Places:
         if group.pattern is None:
             return read(group.names[0])
         return self._converted(group.parameters[0], group, read)[name]
+
+    def pieces(self, name: str, read: Callable[[str], Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """A parameter's flat values, each piece with the place of its first one: the experts that are stacked in it one
+        by one, so that they need not be in memory at once, any other parameter whole."""
+        group, shape = self.group_of(name), self.parameters[name].shape
+        size = shape[1:].numel() if len(shape) == 3 else shape.numel()
+        if group.pattern is not None and self._moves(group):
+            conversion = self._conversion(group)
+            for start in range(0, shape.numel(), size):
+                yield start, conversion.part(name, start, start + size, read)
+            return
+        whole = self.parameter(name, read).reshape(-1)
+        yield from ((start, whole[start : start + size]) for start in range(0, shape.numel(), size))
+
+    def entries(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Entries]]:
+        """The parameters in the order of their names, of which `read` is asked for no more than the values that are."""
+        for name in sorted(self.parameters):
+            yield name, Entries(self.parameters[name].shape, partial(self._values, name, read))
+
+    def _values(self, name: str, read: Callable[[str], Tensor], flat: Tensor) -> Tensor:
+        group = self.group_of(name)
+        if group.pattern is not None and not self._moves(group):
+            return self.parameter(name, read).reshape(-1)[flat]
+        parts = self.in_checkpoint(name, flat)
+        values = [read(part.name).reshape(-1)[part.index] for part in parts]
+        return torch.cat(values)[torch.cat([part.which for part in parts]).argsort()]
 
     def stored(self, parameters: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the checkpoint that the model has, of the values that its parameters (by name) hold, in

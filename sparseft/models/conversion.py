@@ -68,12 +68,29 @@ class View(NamedTuple):
         """The box within flat memory (n,)."""
         return memory.as_strided(self.shape, self.stride, memory.storage_offset() + self.offset)
 
+    def narrowed(self, dim: int, start: int, size: int) -> View:
+        """A part of the box along a dimension."""
+        shape = (*self.shape[:dim], size, *self.shape[dim + 1 :])
+        return self._replace(shape=shape, offset=self.offset + start * self.stride[dim])
+
 
 class Copy(NamedTuple):
     """Entries that are copied from one box to another of the same shape."""
 
     source: View
     target: View
+
+    def into(self, start: int, stop: int) -> Iterator[Copy]:
+        """The parts that are copied to [start, stop) of the target's memory."""
+        low, high = self.target.ends
+        if start <= low and high <= stop:
+            yield self
+        elif start < high and low < stop:
+            dims = (dim for dim, size in enumerate(self.target.shape) if size > 1)
+            dim = max(dims, key=lambda dim: self.target.stride[dim])
+            half = self.target.shape[dim] // 2
+            for first, size in ((0, half), (half, self.target.shape[dim] - half)):
+                yield from Copy(*(box.narrowed(dim, first, size) for box in self)).into(start, stop)
 
 
 class Found(NamedTuple):
@@ -154,6 +171,26 @@ class Conversion:
                 parts.append(Found(name, index, which[order]))
         return parts
 
+    def part(self, parameter: str, start: int, stop: int, read: Callable[[str], Tensor]) -> Tensor:
+        """Entries [start, stop) of a flat parameter, of the tensors that `read` gives by name: a view where it can be,
+        else made without the rest of the parameter."""
+        return self._part(f"parameter {parameter}", start, stop, read)
+
+    def _part(self, place: Place, start: int, stop: int, read: Callable[[str], Tensor]) -> Tensor:
+        if isinstance(place, str) and not self._to[place]:
+            return read(place.partition(" ")[2]).reshape(-1)[start:stop]
+        found: Tensor | None = None
+        for source, target in (piece for copy in self._to[place] for piece in copy.into(start, stop)):
+            low, high = source.ends
+            values = source._replace(offset=source.offset - low).of(self._part(source.place, low, high, read))
+            if target.ends == (start, stop) and _in_order(target):  # all of it
+                return values.contiguous().view(-1)  # a strided one would be no memory for boxes
+            if found is None:
+                found = values.new_empty(stop - start)
+            target._replace(offset=target.offset - start).of(found).copy_(values)
+        assert found is not None
+        return found
+
     def undone(self, parameter: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The tensors, one after another, of the values of their parameters, which are given by name: views where they
         can be. Beside those at most one copy of all of them is in memory."""
@@ -166,7 +203,7 @@ class Conversion:
                 memory[place] = parameter(place.partition(" ")[2]).reshape(-1)
             values = target.of(memory[place])
             if source.ends == (0, self._sizes[source.place]) and _in_order(source):
-                memory[source.place] = values.reshape(-1)
+                memory[source.place] = values.contiguous().view(-1)
             else:
                 if source.place not in memory:
                     memory[source.place] = values.new_empty(self._sizes[source.place])

@@ -151,6 +151,12 @@ def language_model(model: nn.Module) -> nn.Module:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
 
 
+def last_logits(model: nn.Module, count: int) -> dict[str, int]:
+    """The argument with which a forward pass makes the logits of the last `count` tokens of its rows alone; none where
+    the model knows none and makes all."""
+    return {"logits_to_keep": count} if language_model(model)._supports_logits_to_keep() else {}  # type: ignore[operator]
+
+
 @contextlib.contextmanager
 def plain_generation(model: nn.Module) -> Iterator[None]:
     """Inside, `generate` takes nothing from the model's own generation settings, not even which ids end an answer:

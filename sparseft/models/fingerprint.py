@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparseft.distributed.shards import full_shape, gathered
 from sparseft.errors import UserError, shown
+from sparseft.models.checkpoint import Entries
 from sparseft.models.decoder import base_parameters
 from sparseft.models.packed.quantized import numbers_of
 from sparseft.models.packed.unquantized import Unquantized
@@ -42,19 +43,22 @@ def base_fingerprints(model: nn.Module) -> list[str]:
     return fingerprints_of(sorted(base_parameters(model), key=lambda item: item[0]))
 
 
-def fingerprints_of(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
+def fingerprints_of(parameters: Iterable[tuple[str, Tensor | Entries]]) -> list[str]:
     """`base_fingerprints` of the model that has these parameters, in the order of their names, tied ones once."""
     digest, as_fp16 = hashlib.sha256(), hashlib.sha256()
     for name, parameter in parameters:
-        shape = full_shape(parameter)
+        shape = parameter.shape if isinstance(parameter, Entries) else full_shape(parameter)
         for each in (digest, as_fp16):
             each.update(f"{name}{tuple(shape)}".encode())
-        if parameter.is_meta or shape.numel() == 0:
+        if shape.numel() == 0 or (isinstance(parameter, Tensor) and parameter.is_meta):
             continue
         positions = torch.linspace(0, shape.numel() - 1, min(SAMPLES, shape.numel()), dtype=torch.float64).long()
-        with gathered([parameter]) as (whole,):
-            flat = numbers_of(whole.detach()).reshape(-1)
-            sampled = flat[positions.to(flat.device)].cpu()
+        if isinstance(parameter, Entries):
+            sampled = parameter.at(positions)
+        else:
+            with gathered([parameter]) as (whole,):
+                flat = numbers_of(whole.detach()).reshape(-1)
+                sampled = flat[positions.to(flat.device)].cpu()
         for each, values in ((digest, sampled), (as_fp16, sampled.half())):
             values = values.to(torch.bfloat16).float()
             values = values.masked_fill(values.abs() < 2.0**-14, 0.0)  # this also leaves one sign of zero

@@ -58,10 +58,12 @@ def added(*shape: Any, dtype: torch.dtype = torch.float32, config: object = None
     device = mask.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    tokens = mask.shape[-1]
+    rows, tokens = mask.shape[0], mask.shape[-1]
+    if mask.stride(0) == 0:  # the same in all rows
+        mask = mask[:1]
     # Rows begin at multiples of 16, or torch's kernel for GPUs copies the mask in each layer.
     numbers = torch.zeros(*mask.shape[:-1], -(-tokens // 16) * 16, dtype=dtype, device=mask.device)[..., :tokens]
-    return numbers.masked_fill_(~mask, torch.finfo(dtype).min)
+    return numbers.masked_fill_(~mask, torch.finfo(dtype).min).expand(rows, -1, -1, -1)
 
 
 def _yes(*_: Any) -> bool:

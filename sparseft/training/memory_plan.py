@@ -96,7 +96,7 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
-class _Counter(AllocationCounter):
+class Counter(AllocationCounter):
     """Counts on the meta device, also the product of all experts with their tokens, which torch has there for bf16
     and aligned shapes alone."""
 
@@ -247,22 +247,28 @@ def passes(
         way = labelled_loss(model, torch.device(device))
     kinds = KINDS.get(checkpointing)
     share_inputs_in_training(model)
-    with _Counter() as counter:
-        try:
-            with masks.unasked([laid or ""]), way, recomputing(model, kinds) if kinds else contextlib.nullcontext():
-                loss = model(**given).loss if compute is None else compute()
-            loss.backward()
-            del loss
-        except (RuntimeError, NotImplementedError) as error:
-            if "meta" not in str(error):
-                raise
-            raise UserError(
-                f"train --plan: {type(model).__name__} computes with what its tensors hold, which there is no plan for "
-                f"({reason_of(error)})."
-            ) from error
+    with Counter() as counter, computed_without_content(model):
+        with masks.unasked([laid or ""]), way, recomputing(model, kinds) if kinds else contextlib.nullcontext():
+            loss = model(**given).loss if compute is None else compute()
+        loss.backward()
+        del loss
     for parameter in trainable_parameters(model).values():
         parameter.grad = None
     return counter.peak
+
+
+@contextlib.contextmanager
+def computed_without_content(model: nn.Module) -> Iterator[None]:
+    """Inside, what needs the content of tensors of the meta device is a `UserError`."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        raise UserError(
+            f"train --plan: {type(model).__name__} computes with what its tensors hold, which there is no plan for "
+            f"({reason_of(error)})."
+        ) from error
 
 
 def step_memory(config: RunConfig, shape: Shape, *, batch: int, length: int) -> Memory:

@@ -13,7 +13,8 @@ import transformers
 from sparseft.adapters.lifecycle import load_adapter
 from sparseft.compose.run_config import compose, to_yaml
 from sparseft.config import BUNDLED_ROOT
-from sparseft.evaluation.preference import settings
+from sparseft.data.tokenized import TokenizedDataset
+from sparseft.evaluation.preference import log_probabilities, settings
 from support.running import refused, sparseft
 
 PAIRS = [json.loads(line) for line in (BUNDLED_ROOT / "data/preference/eval.jsonl").read_text().splitlines()]
@@ -142,3 +143,18 @@ def test_pairs_left_out_or_cut_are_said(tmp_path: Path) -> None:
     assert refused(tmp_path, *words, "trainer.max_length=128").startswith(
         "preference: the answers of no pair differ within trainer.max_length=128 tokens"
     )
+
+
+def test_only_answers_have_logits(make_model: Any) -> None:
+    model, rows = make_model("llama"), []
+    examples = [([3 + n % 50 for n in range(length)], prompt) for length, prompt in ((20, 15), (18, 14), (9, 4))]
+    data: Any = TokenizedDataset.from_lists([(ids, [-100] * prompt + ids[prompt:]) for ids, prompt in examples])
+    handle = model.lm_head.register_forward_hook(lambda _m, _i, logits: rows.append(logits.shape[1]))
+    with torch.no_grad():
+        found = log_probabilities(model, data, 3, 2, 0)
+        assert rows == [7, 6]  # from the token before the first answer on, padding included
+        handle.remove()
+        for (value, count), (ids, prompt) in zip(found, examples, strict=True):
+            logits = model(torch.tensor([ids])).logits[0, prompt - 1 : -1].log_softmax(-1)
+            wanted = logits.gather(1, torch.tensor(ids[prompt:])[:, None]).sum()
+            assert count == len(ids) - prompt and value == pytest.approx(float(wanted), abs=1e-4)

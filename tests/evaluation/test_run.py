@@ -571,6 +571,35 @@ def test_every_evaluation_draws_the_same_shots(model: Any, tokenizer: Any, mmlu_
     assert [sample["arguments"][0][0] for sample in sorted(theirs, key=lambda each: each["doc_id"])] == first
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_continuations_are_scored_without_the_logits_of_what_is_before(
+    model: Any, tokenizer: Any, batch_size: int
+) -> None:
+    """Token 0, which lm-eval pads with, may be any token of a prompt or an answer."""
+    from sparseft.evaluation.harness import LanguageModel
+
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, 60, (count,), generator=generator).tolist()
+
+    asked = [(ids(40), ids(1)), (ids(38), ids(3)), (ids(36), ids(1)), (ids(30), [0, 0, 5]), ([*ids(30), 0, 0], ids(2))]
+    asked += [([0], [0, 7]), ([0, 0], [0]), (asked[0][0], ids(1))]  # the last one is looked up with the first
+    lm, rows = LanguageModel(model, tokenizer, batch_size, None), []
+    handle = model.lm_head.register_forward_hook(lambda _m, _i, logits: rows.append(logits.shape[1]))
+    found = lm._loglikelihood_tokens([(None, *each) for each in asked], disable_tqdm=True)
+    assert rows == (
+        [3, 3, 3, 3, 5, 2] if batch_size == 1 else [7, 33]
+    )  # a row of 40 tokens with one of 36, of 33 with 2
+    handle.remove()
+    for (context, continuation), (value, greedy) in zip(asked, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        wanted = logits.gather(1, torch.tensor(continuation)[:, None]).sum()
+        assert value == pytest.approx(float(wanted), abs=1e-4)
+        assert greedy == (logits.argmax(1).tolist() == continuation)
+
+
 # Surroundings
 
 

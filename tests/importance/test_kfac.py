@@ -72,6 +72,32 @@ def test_a_padded_group_counts_as_its_samples_alone(make_model: Callable[..., An
     assert {h.tokens for h in (*alone.inputs.values(), *alone.gradients.values())} == {sum(LENGTHS)}
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_padding_needs_no_mask_and_a_window_one_for_all_layers(window: int | None) -> None:
+    """The scores are those of the samples alone, and those that transformers' own masks give."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=window,
+    )  # fmt: skip
+    model, batches, given = transformers.AutoModelForCausalLM.from_config(config), samples(), []
+    assert may_share(model) and ModelSpec.of(model)  # which tries it once
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda _m, _a, kwargs: given.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+    together = collected(model, batches, 24)
+    long = [mask for mask in given if mask is not None]
+    assert len(given) == 9 and len(long) == (9 if window else 0)  # three groups
+    assert len({id(mask) for mask in long}) == len(long) // 3
+    assert all(mask.is_floating_point() and mask.untyped_storage().nbytes() <= 12 * 16 * 4 for mask in long)
+    assert_same(together, collected(model, batches))
+    for name, wanted in autograd(model, batches).items():
+        torch.testing.assert_close(together.sums[name], wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
 def test_a_group_goes_through_the_model_once(make_model: Callable[..., Any]) -> None:
     model, seen = make_model("llama"), []
     ModelSpec.of(model)  # which tries it once, on tokens of its own
@@ -86,7 +112,8 @@ def test_a_group_goes_through_the_model_once(make_model: Callable[..., Any]) -> 
 
 
 def test_groups_keep_to_their_tokens_and_to_every_sample() -> None:
-    items = samples(lengths=tuple(range(2, 2 + 2 * WINDOW + 5)))
+    every = samples(lengths=tuple(range(2, 2 + 2 * WINDOW + 5)))
+    items = [sample for batch in every for sample in split_samples(batch)]
     groups = list(packed(iter(items), 100))
     for group in groups:
         longest = max(sample["input_ids"].shape[1] for sample in group)
@@ -95,7 +122,7 @@ def test_groups_keep_to_their_tokens_and_to_every_sample() -> None:
     odd = [{**items[0], "position_ids": torch.arange(2)[None]}, items[1], items[2]]
     assert [len(group) for group in packed(iter(odd), 100)] == [2, 1]  # what is not plain is not padded
     batch, kept = pad_together(items[:2])
-    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]] and batch["labels"][0, 2] == -100
+    assert batch.keys() == {"input_ids", "labels"} and batch["labels"][0, 2] == -100
     assert kept is not None and kept.tolist() == [0, 1, 3, 4, 5]
     assert pad_together(items[:1])[1] is None
 

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import sparseft
-from sparseft.importance import kfac, room, scores
+from sparseft.importance import kfac, layerwise, room, scores
 from sparseft.importance.calibration import Watch
 from sparseft.importance.kfac import FactorSettings, KroneckerFactors
 from sparseft.memory import AllocationCounter, tensor_bytes
@@ -99,6 +99,33 @@ def test_layers_below_the_scope_are_not_run_again(make_model: Callable[..., Any]
     assert_equal(scored(model, scope="layers.1."), at_once)
     groups = 3
     assert ran == [0, 1, 0, 1] + [0, 1] * groups + [1] * groups  # the trial, forward, back
+
+
+def test_masks_of_all_passes_take_the_room_of_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are held until the walk is over."""
+    made: list[layerwise.Masks] = []
+
+    class Noted(layerwise.Masks):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(layerwise, "Masks", Noted)
+    config = transformers.MistralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    at_once = scored(model, by_layer=False)
+    assert_equal(scored(model), at_once)
+    assert [mask.shape for mask in made[0].held] == [(1, 1, 12, 12)]
+    assert tensor_bytes(made[0].held) == 12 * 16 * 4
+    held: list[Tensor] = []
+    _held = layerwise.Masks._held
+    monkeypatch.setattr(layerwise.Masks, "_held", lambda self, mask: held.append(_held(self, mask)) or held[-1])
+    scored(model)
+    assert len(held) == 3 and tensor_bytes(held) == 12 * 16 * 4
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

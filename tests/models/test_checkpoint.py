@@ -43,6 +43,16 @@ def check(folder: Path, model: Any) -> None:
             for back in backs:
                 assert torch.equal(parameters[back.name].detach().flatten()[back.index], there[back.which])
         assert torch.equal(places.parameter(name, checkpoint.read), parameter.detach())
+        pieces = list(places.pieces(name, checkpoint.read))
+        assert len(pieces) == (len(parameter) if parameter.dim() == 3 else 1)
+        assert [start for start, _ in pieces] == [number * len(pieces[0][1]) for number in range(len(pieces))]
+        assert torch.equal(torch.cat([piece for _, piece in pieces]), parameter.detach().flatten())
+    entries = dict(places.entries(checkpoint.read))
+    assert list(entries) == sorted(parameters)
+    for name, parameter in parameters.items():
+        flat = torch.randperm(parameter.numel(), generator=torch.Generator().manual_seed(0))[:64]
+        assert entries[name].shape == parameter.shape
+        assert torch.equal(entries[name].at(flat), parameter.detach().flatten()[flat])
 
 
 @pytest.mark.parametrize("kind", adapted.BASES)

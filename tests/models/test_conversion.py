@@ -47,6 +47,10 @@ KINDS: dict[str, tuple[dict[str, tuple[int, ...]], Convert]] = {
         {"w": (3, 8, 6)},
         by(loading.Interleave(1), loading.Chunk(1), sources=["w"], targets=["p", "q"]),
     ),
+    "interleaved features": (
+        {"w": (3, 4, 8)},
+        by(loading.Interleave(2), loading.Chunk(2), sources=["w"], targets=["p", "q"]),
+    ),
     "transposed": ({"w": (3, 4, 6)}, by(loading.Transpose(1, 2), sources=["w"], targets=["p"])),
     "turned": ({"w": (12, 5)}, by(loading.PermuteForRope(), sources=["w"], targets=["p"], config=HEADS)),
     "joined": ({"w": (4, 6), "v": (3, 6)}, by(loading.Concatenate(0), sources=["v", "w"], targets=["p"])),
@@ -75,6 +79,9 @@ def test_entries_and_values_are_where_numbers_go(kind: str) -> None:
             assert sum(len(back.index) for back in backs) == len(part.index)
             for back in backs:
                 assert torch.equal(made[back.name].flatten()[back.index], numbers[back.which])
+        numel = value.numel()
+        for begin, end in ((0, numel), (0, numel // 2), (numel // 3, numel - 1), (numel // 2, numel // 2 + 1)):
+            assert torch.equal(conversion.part(name, begin, end, counted.__getitem__), value.flatten()[begin:end])
     undone = dict(conversion.undone(made.__getitem__))
     assert undone.keys() == counted.keys()
     for name, value in undone.items():
@@ -95,6 +102,11 @@ def test_memory_is_that_of_the_values_and_of_the_entries_asked_for() -> None:
         flat = torch.arange(3 * 512 * 512, 3 * 512 * 512 + 4096)
         assert [part.name for part in conversion.in_tensors("p", flat)] == ["a.3"]
         assert counter.peak <= 40 * flat.nbytes
+        tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+        counter.live = counter.peak = 0
+        one = conversion.part("p", 3 * 512 * 512, 4 * 512 * 512, tensors.__getitem__)
+        assert torch.equal(one, torch.cat([tensors["a.3"], tensors["b.3"]]).flatten())
+        assert counter.peak <= 2.01 * size / EXPERTS  # with what it is held against
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from sparseft.config import ModelConfig
-from sparseft.models.checkpoint import Checkpoint, Places, weight_of, without_weights
-from sparseft.models.decoder import base_parameters
+from sparseft.models.checkpoint import Checkpoint, Entries, Places, weight_of, without_weights
 from sparseft.models.loading import QUANTIZED_FROM
 
 KNOWN = "_sparseft_unquantized"  # the attribute that keeps it, as finding a checkpoint's tensors takes its time
@@ -42,11 +41,10 @@ class Unquantized:
         model, checkpoint = without_weights(self.config), Checkpoint.of(self.config)
         return model, checkpoint, Places(model, checkpoint.tensors)
 
-    def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's parameters in the order of their names, tied ones once, mapped from the files."""
-        model, checkpoint, places = self._places
-        for name in sorted(name for name, _ in base_parameters(model)):
-            yield name, places.parameter(name, checkpoint.read)
+    def parameters(self) -> Iterator[tuple[str, Entries]]:
+        """The model's parameters in the order of their names, tied ones once, in the files."""
+        _, checkpoint, places = self._places
+        return places.entries(checkpoint.read)
 
     def weight(self, module: str) -> Tensor:
         """The weight (out, in) of a linear."""

@@ -1,0 +1,82 @@
+"""What `sparseft train --plan` says of evaluations, against evaluations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from sparseft.adapters.lifecycle import attach
+from sparseft.compose.run_config import compose
+from sparseft.memory import AllocationCounter, tensor_bytes
+from sparseft.training import memory_plan as planning
+from sparseft.training.planned_evaluation import largest_evaluation
+from support.models import build_tokenizer
+from support.running import sparseft
+
+ROWS, LENGTH = 4, 96
+
+
+def content(**more: Any) -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return transformers.LlamaConfig(**sizes | more, vocab_size=len(build_tokenizer()) + 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trainer.eval_task=mmlu"],
+        ["trainer.eval_task=commonsense", "eval.num_beams=2"],
+        ["trainer.sample_prompts=[a,b,c,d]"],
+    ],
+    ids=["scored", "beams", "prompts"],
+)
+def test_it_is_what_an_evaluation_takes(words: list[str], dtype: torch.dtype) -> None:
+    from sparseft.evaluation.harness import LanguageModel, undisturbed
+
+    common = ["method=s2ft", "hardware=cpu", "sparsity=0.95", "trainer.eval_steps=1", "method.importance=random"]
+    config = compose("train", [*common, *words, f"eval.batch_size={ROWS}"])
+    shape = planning.trainable_shape(config, content(), dtype)
+    step = planning.step_memory(config, shape, batch=1, length=LENGTH)
+    planned = largest_evaluation(config, shape, step, LENGTH)
+    assert planned is not None and planned.asked_by in (words[0], "trainer.sample_prompts")
+
+    model = transformers.AutoModelForCausalLM.from_config(content(), dtype=dtype)
+    attach(model, config.method).eval()
+    lm = LanguageModel(model, build_tokenizer(), ROWS, None)
+    lm.ends = []
+    scored = words[0].endswith("mmlu")
+    with undisturbed(model), AllocationCounter() as counter:
+        if scored:
+            asked = [(None, torch.randint(3, 60, (LENGTH,)).tolist(), [5]) for _ in range(2 * ROWS)]
+            lm._loglikelihood_tokens(asked, disable_tqdm=True)
+        else:
+            prompts = torch.randint(3, 60, (ROWS, LENGTH - 8))
+            beams = {"num_beams": config.eval.num_beams, "min_new_tokens": 8}
+            lm._model_generate(prompts, LENGTH, [], attention_mask=torch.ones_like(prompts), do_sample=False, **beams)
+    held = tensor_bytes([*model.parameters(), *model.buffers()]) + step.moments
+    # Generated ones are planned as if all tokens had been in the prompt.
+    assert 0.98 * counter.peak <= planned.bytes - held <= (1.03 if scored else 1.2) * counter.peak
+
+
+def test_it_may_be_the_peak_and_comes_with_what_would_fit(tmp_path: Path) -> None:
+    words = ["train", "--plan", "trainer.checkpointing=full", "trainer.batch_size=1", "trainer.max_length=256"]
+    plain = sparseft(tmp_path, *words, "--json").json
+    assert plain["evaluation"] is None
+    assert plain["peak"] == {"phase": "a training step", "bytes": plain["per_device"]["total"]}
+    words += ["trainer.eval_task=mmlu", "trainer.eval_steps=1", "eval.batch_size=64"]
+    plan = sparseft(tmp_path, *words, "--json").json
+    found = plan["evaluation"]
+    assert (found["asked_by"], found["rows"], found["tokens"]) == ("trainer.eval_task=mmlu", 64, 256)
+    assert plan["per_device"] == plain["per_device"] and found["bytes"] > plain["peak"]["bytes"]
+    assert plan["peak"] == {"phase": "trainer.eval_task=mmlu", "bytes": found["bytes"]}
+    assert plan["peak"]["bytes"] in [row["bytes"] for row in plan["by_length_and_batch"]]
+    room = f"hardware.memory_gib={(plain['peak']['bytes'] + found['bytes']) / 2**31}"
+    tight = sparseft(tmp_path, *words, room, "--json").json
+    assert tight["fits"] is False and tight["remedy"]["overrides"] == ["eval.batch_size=1"]
+    shown = sparseft(tmp_path, *words).out
+    assert "trainer.eval_task=mmlu, 64 x 256 tokens" in shown and "peak, in trainer.eval_task=mmlu" in shown
