@@ -37,14 +37,7 @@ from sparseft.bench.front_tables import drawing, markdown, more_tables, notes, p
 from sparseft.bench.jobs import Workers, workers
 from sparseft.bench.output import device_name
 from sparseft.bench.pareto import beaten, bootstrap, read_off, verdict
-from sparseft.bench.trials import (
-    Trial,
-    check_same_data,
-    check_trial,
-    folder_name,
-    named_variants,
-    rates_of_seeds,
-)
+from sparseft.bench.trials import Trial, check_same_data, check_trial, folder_name, named_variants, rates_of_seeds
 from sparseft.config import RunConfig
 from sparseft.data.files import locate_file
 from sparseft.errors import UserError

@@ -114,12 +114,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def measure(
-    device: torch.device,
-    shapes: Sequence[tuple[int, int]],
-    tokens: int,
-    dtype: torch.dtype,
-    repeats: int,
-    seed: int,
+    device: torch.device, shapes: Sequence[tuple[int, int]], tokens: int, dtype: torch.dtype, repeats: int, seed: int
 ) -> list[KernelRow]:
     """Measures every shape (out, in) with every block size and density, blocks drawn at random; kernel and dense
     product take turns."""

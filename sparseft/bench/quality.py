@@ -19,15 +19,7 @@ from typing import Any
 from sparseft import console
 from sparseft.bench import trials
 from sparseft.bench.output import as_markdown, device_name, measured_on
-from sparseft.bench.trials import (
-    Trial,
-    check_trial,
-    finished,
-    folder_name,
-    named_settings,
-    rates_of_seeds,
-    shown_rates,
-)
+from sparseft.bench.trials import Trial, check_trial, finished, folder_name, named_settings, rates_of_seeds, shown_rates
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.models.loading import resolve_device

@@ -427,7 +427,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     first = next(iter(result["variants"]))
     lines = [
         f"± 95 % intervals over seeds (Student's t); ÷ {first}: seed by seed; a floor, a step of the frozen model, "
-        f"takes {1000 * result['floor_seconds']:.0f} ms",
+        f"takes {1000 * result['floor_seconds']:.0f} ms"
     ]
     for name, entry in result["variants"].items():
         if "step_failed" in entry:

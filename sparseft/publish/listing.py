@@ -106,12 +106,7 @@ class Listing:
 
 
 def listing_of(
-    folder: str,
-    repo: str,
-    *,
-    base: str | None = None,
-    licence: str | None = None,
-    include: Sequence[str] = (),
+    folder: str, repo: str, *, base: str | None = None, licence: str | None = None, include: Sequence[str] = ()
 ) -> Listing:
     """What `push` sends of a run, an adapter's folder or one that `export` has made.
 

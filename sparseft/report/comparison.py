@@ -47,11 +47,7 @@ class Columns:
             self.text(name, [_shown(value) for value in values])
 
     def number(
-        self,
-        name: str,
-        values: Sequence[float | None],
-        texts: Sequence[str],
-        best: Callable[..., float] | None = None,
+        self, name: str, values: Sequence[float | None], texts: Sequence[str], best: Callable[..., float] | None = None
     ) -> None:
         """A column of numbers as `texts`; left out where no run has one, or many runs have the same."""
         if all(value is None for value in values):

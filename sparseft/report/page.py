@@ -13,16 +13,7 @@ from typing import Any
 
 from sparseft.errors import UserError
 from sparseft.report.answers import sample_answers
-from sparseft.report.charts import (
-    Band,
-    Bar,
-    Panel,
-    Series,
-    bar_chart,
-    drawn,
-    line_chart,
-    thin,
-)
+from sparseft.report.charts import Band, Bar, Panel, Series, bar_chart, drawn, line_chart, thin
 from sparseft.report.comparison import comparison
 from sparseft.report.html import write_page
 from sparseft.report.learning import learnt_and_forgotten

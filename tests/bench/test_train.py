@@ -555,10 +555,7 @@ def test_wrong_comparisons(words: list[str], parts: list[str], in_tmp: Path) -> 
         (["trainer.optimizer=sgd"], ["trainer.optimizer=sgd: the steps that a benchmark times are AdamW's"]),
         (["trainer.average=last:0.5"], ["trainer.average=last:0.5: its pass"]),
         (["hardware=1xl4"], ["hardware.gradient_checkpointing=true (hardware=1xl4 may say so)"]),
-        (
-            ["scaling", "trainer.compile=model"],
-            ["compile=model: this", "plain steps only: give trainer.compile=none"],
-        ),
+        (["scaling", "trainer.compile=model"], ["compile=model: this", "plain steps only: give trainer.compile=none"]),
         (["bench.methods=[floor,'lora  rank=2',' lora rank=2 ']"], ["bench.methods", "different"]),
         (["output_dir=file/below"], ["output_dir 'file/below'", "Not a directory"]),
         (["bench.ways=[eager,complie]"], ["'complie'", "compile"]),

@@ -143,12 +143,7 @@ def test_overwrite_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
         "checkpoints/.best/adapter/adapter_model.safetensors",
         ".adapter.k2x9/adapter_model.safetensors",
     ]
-    mine = [
-        "notes.txt",
-        "eval/plot.png",
-        "checkpoints/best/weights",
-        "checkpoints/checkpoint-x/a",
-    ]
+    mine = ["notes.txt", "eval/plot.png", "checkpoints/best/weights", "checkpoints/checkpoint-x/a"]
     for name in (*old, *mine):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("x")
