@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparseft.config import flatten
+from sparseft.report.html import Table
 from sparseft.report.numbers import count, duration, fixed, memory, number, percent, rate, short_count, signed
 from sparseft.report.run_data import Run
-from sparseft.report.tables import Table
 
 ACROSS = 12  # runs at most beside each other as columns of the settings; more are rows
 FEW = 8  # settings: up to so many are columns of the comparison itself
