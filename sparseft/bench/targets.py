@@ -146,14 +146,10 @@ def judge(
             value = one / other
         limit = target.limit
         if limit is None:
-            limit = peak_bound(methods[FLOOR][field], methods[target.one]["trainable_parameters"], weights_bytes)
+            activations, trained = methods[FLOOR][field] - weights_bytes, methods[target.one]["trainable_parameters"]
+            limit = weights_bytes + ACTIVATIONS * activations + TRAINED * trained
         judged.append(entry | {"measured": value, "limit": limit, "met": value <= limit})
     return judged
-
-
-def peak_bound(floor_peak: int, trainable: int, weights_bytes: int) -> float:
-    """The bytes that a method which trains `trainable` weights may have at its peak."""
-    return weights_bytes + ACTIVATIONS * (floor_peak - weights_bytes) + TRAINED * trainable
 
 
 def lines(judged: Iterable[Mapping[str, Any]]) -> list[str]:

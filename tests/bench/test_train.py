@@ -600,7 +600,7 @@ def test_a_folder_that_refuses_files_is_found_before_anything_is_measured(
     def measured(*_: Any) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(f"sparseft.bench.{what}.{'plan' if what == 'quality' else 'run'}", measured)
+    monkeypatch.setattr(f"sparseft.bench.{what}.{'Study.plan' if what == 'quality' else 'run'}", measured)
     plain = Path.mkdir
 
     def mkdir(self: Path, *rest: Any, **options: Any) -> None:  # as /proc does, whatever its mode says
