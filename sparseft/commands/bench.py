@@ -39,17 +39,8 @@ from sparseft.training import checks
 # tables) and page (which writes all of it as HTML). Those of TRAINING have a Study, measure and markdown, and some
 # charts, in place of run.
 BENCHMARKS: dict[str, Any] = {
-    "train": train,
-    "scaling": scaling,
-    "host": host,
-    "preprocess": preprocess,
-    "quality": quality,
-    "time": time_to_loss,
-    "fusion": fusion,
-    "front": front,
-    "kernels": kernels,
-    "loader": loader,
-    "serve": serve,
+    **{"train": train, "scaling": scaling, "host": host, "preprocess": preprocess, "quality": quality},
+    **{"time": time_to_loss, "fusion": fusion, "front": front, "kernels": kernels, "loader": loader, "serve": serve},
 }
 TRAINING = ("quality", "time", "fusion", "front")  # their runs are composed anew, and trained as `sparseft train` does
 

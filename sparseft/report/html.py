@@ -36,7 +36,6 @@ def write_page(out: Path, template: str, **values: Any) -> Path:
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "drawing": lambda svg: with_ids(svg, f"d{next(numbers)}"),
     }
-    out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     return write_text(out, environment.get_template(template).render(**values))
 

@@ -190,8 +190,7 @@ def read_run(path: Path) -> Run:
         try:
             return read()
         except (ValueError, OSError) as error:  # UserError among them
-            message = why(error)
-            run.warnings.append(f"{name} could not be read: {message}")
+            run.warnings.append(f"{name} could not be read: {why(error)}")
             return otherwise
 
     def optional(name: str, otherwise: Any) -> Any:
