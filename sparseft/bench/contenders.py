@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -272,13 +273,10 @@ def check_ways(chosen: Sequence[str]) -> None:
             )
         if len(set(named)) != len(named):
             raise UserError(f"bench.ways: '{way}' names a part twice.")
-    seen: dict[frozenset[str], str] = {}
-    for way in chosen:
-        before = seen.get(frozenset(parts_of(way)))
-        if before is not None:
+    for before, way in itertools.combinations(chosen, 2):
+        if set(parts_of(before)) == set(parts_of(way)):
             same = f"'{way}' is named twice" if before == way else f"'{before}' and '{way}' are the same"
             raise UserError(f"bench.ways: {same}.")
-        seen[frozenset(parts_of(way))] = way
 
 
 def check_steps(config: RunConfig, choosable: bool = True) -> None:
@@ -300,21 +298,19 @@ def check_run_as(config: RunConfig, choosable: bool = True) -> None:
 
     choosable: whether the benchmark has ways to choose from.
     """
-    hardware, compiled = config.hardware, config.trainer.compile
-    asked = {  # part of a way: what asks for it, what does not
-        "checkpointing": ("hardware.gradient_checkpointing=true", "hardware.gradient_checkpointing=false"),
-        **{kind: (f"trainer.checkpointing={kind}", "trainer.checkpointing=none") for kind in KINDS},
-        "compile": (f"trainer.compile={compiled}", "trainer.compile=none"),
-    }
-    if config.trainer.checkpointing == "full":
-        asked["checkpointing"] = ("trainer.checkpointing=full", "trainer.checkpointing=none")
-    parts = ["compile"] * (compiled != "none")
-    if config.checkpointing != "none":
-        parts.insert(0, "checkpointing" if config.checkpointing == "full" else config.checkpointing)
-    if parts:
-        given = " and ".join(asked[part][0] for part in parts)
-        instead = " ".join(asked[part][1] for part in parts)
-        by_hardware = config.trainer.checkpointing == "auto" and hardware.gradient_checkpointing
+    hardware, trainer = config.hardware, config.trainer
+    by_hardware = trainer.checkpointing == "auto" and hardware.gradient_checkpointing
+    asked = []  # (part of a way, what asks for it, what does not)
+    if by_hardware:
+        asked.append(("checkpointing", "hardware.gradient_checkpointing=true", "hardware.gradient_checkpointing=false"))
+    elif config.checkpointing != "none":
+        part = "checkpointing" if config.checkpointing == "full" else config.checkpointing
+        asked.append((part, f"trainer.checkpointing={config.checkpointing}", "trainer.checkpointing=none"))
+    if trainer.compile != "none":
+        asked.append(("compile", f"trainer.compile={trainer.compile}", "trainer.compile=none"))
+    if asked:
+        parts = [part for part, _, _ in asked]
+        given, instead = " and ".join(on for _, on, _ in asked), " ".join(off for _, _, off in asked)
         if hardware.name != HardwareConfig.name and by_hardware:  # not typed, maybe
             given += f" (hardware={hardware.name} may say so)"
         if not choosable:

@@ -25,7 +25,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,10 @@ from sparseft import console
 from sparseft.bench import trials
 from sparseft.bench.forgetting import SPLITS, TARGET, TEST, VALIDATION, Examples, Losses, read_each, read_examples
 from sparseft.bench.front_tables import drawing, markdown, more_tables, notes, page, table, title
-from sparseft.bench.jobs import Workers, workers
+from sparseft.bench.jobs import Ahead, workers
 from sparseft.bench.output import device_name
 from sparseft.bench.pareto import beaten, bootstrap, read_off, verdict
-from sparseft.bench.trials import (
-    Trial,
-    check_same_data,
-    check_trial,
-    folder_name,
-    named_variants,
-    rates_of_seeds,
-)
+from sparseft.bench.trials import Trial, check_same_data, check_trial, folder_name, rates_of_seeds
 from sparseft.config import RunConfig
 from sparseft.data.files import locate_file
 from sparseft.errors import UserError
@@ -54,16 +47,37 @@ from sparseft.runs.folder import check_trained_on
 
 __all__ = ["markdown", "more_tables", "notes", "page", "table", "title"]  # of a benchmark
 
-OWN = ("bench.variants", "bench.seeds", "bench.source", "bench.forgetting", "bench.target_tasks", "bench.source_tasks",
-       "output_dir", "seed")  # fmt: skip
 BASE, CHART, PAGE = "base", "front.svg", "front.html"
 LOSSES, TASKS = "losses", "tasks"
-UNSEEN = "trainer.eval_steps=0"  # runs need no evaluations of their own: what they hold out is read once they are done
 
 
 @dataclass
 class Study(trials.Study):
-    """What is compared, checked before the first run."""
+    """What is compared."""
+
+    own = ("bench.variants", "bench.seeds", "bench.source", "bench.forgetting", "bench.target_tasks",
+           "bench.source_tasks", "output_dir", "seed")  # fmt: skip
+    first = ("trainer.eval_steps=0",)  # what is held out is read once they are done
+
+    def check(self) -> None:
+        settings = self.config.bench
+        if not settings.source:
+            raise UserError(
+                "bench.source is empty: name one or more files of what may be forgotten, as text or examples."
+            )
+        if len(set(settings.source)) < len(settings.source):
+            raise UserError("bench.source names a file twice.")
+        for path in settings.source:
+            locate_file(path, key="bench.source")
+        for level in settings.forgetting:
+            if not (math.isfinite(level) and level > 0):
+                raise UserError(f"bench.forgetting: {level:g} is no forgetting to compare at: expected nats above 0.")
+        for variant in self.variants:
+            with self.of_variant(variant):
+                for rate in self.rates_of(variant):
+                    trial = self.trial(variant, self.seeds[0], rate)
+                    _check(trial, self.config)
+                    self.check_folder(trial)
 
     def trial(self, variant: str, seed: int, rate: float | None) -> Trial:
         """One training, composed. rate: None: what the configuration says."""
@@ -91,40 +105,6 @@ class Study(trials.Study):
         return list(read_each(self.config, kept, examples.key[seed], lambda m: examples.losses(m, seed, device)))
 
 
-# ---- the plan ----
-
-
-def plan(
-    config: RunConfig,
-    words: Sequence[str],
-    config_dirs: Sequence[str],
-    folder: Path,
-    train: Callable[[RunConfig], dict[str, Any]],
-) -> Study:
-    """Reads and checks the settings; UserError where a run could not start."""
-    variants, settings = named_variants(config), config.bench
-    if not settings.source:
-        raise UserError("bench.source is empty: name one or more files of what may be forgotten, as text or examples.")
-    if len(set(settings.source)) < len(settings.source):
-        raise UserError("bench.source names a file twice.")
-    for path in settings.source:
-        locate_file(path, key="bench.source")
-    for level in settings.forgetting:
-        if not (math.isfinite(level) and level > 0):
-            raise UserError(f"bench.forgetting: {level:g} is no forgetting to compare at: expected nats above 0.")
-    own = [UNSEEN, *(word for word in words if word.partition("=")[0] not in OWN)]
-    study = Study(config, own, config_dirs, folder, variants, train)
-    for variant in variants:
-        try:
-            for rate in study.rates_of(variant):
-                trial = study.trial(variant, study.seeds[0], rate)
-                _check(trial, config)
-                study.check_folder(trial)
-        except UserError as error:
-            raise UserError(f"bench.variants: '{variant}': {error}") from None
-    return study
-
-
 def _check(trial: Trial, config: RunConfig) -> None:
     """Refuses a training that could not start, or could not be held against the others."""
     check_same_data(trial, config)
@@ -134,9 +114,6 @@ def _check(trial: Trial, config: RunConfig) -> None:
     if differing:
         raise UserError(f"it sets trainer.{differing[0]}, and all variants take one schedule.")
     check_trial(trial.config, "front", by_score=False)
-
-
-# ---- all of it ----
 
 
 def measure(study: Study) -> dict[str, Any]:
@@ -157,7 +134,7 @@ def measure(study: Study) -> dict[str, Any]:
     done, total = 0, len(seeds) * sum(map(len, points.values()))
     with (
         console.Progress(total, "bench front", unit="run", plain_line_pause=0) as progress,
-        workers(config.bench.jobs, (study, examples)) as processes,
+        workers(config.bench.jobs, (study, examples)) as ahead,
     ):
         for number, seed in enumerate(seeds):
             going = [(variant, point) for variant, each in points.items() for point in each if not point.dropped]
@@ -166,7 +143,7 @@ def measure(study: Study) -> dict[str, Any]:
                 if trials.finished(trial) is not None:  # held-out examples of today may be among those it has learnt
                     where = Path(str(trial.config.output_dir))
                     check_trained_on(where, *examples.trained[seed], "Give the benchmark another output_dir.")
-            for count, _ in enumerate(processes.ahead(_train_and_read, runs) if processes else (), done + 1):
+            for count, _ in enumerate(ahead(_train_and_read, runs), done + 1):
                 progress.update(count)
             summaries = []
             for (variant, point), trial in zip(going, runs, strict=True):
@@ -207,7 +184,7 @@ def measure(study: Study) -> dict[str, Any]:
         }
         compare(result)
         if tests is not None:
-            _ask(study, result, tests, processes)
+            _ask(study, result, tests, ahead)
     return result | {"page": str(study.folder / PAGE)}
 
 
@@ -339,13 +316,13 @@ def _tests(config: RunConfig) -> Any:
     return prepare(tasks, config.eval, data_dir=data_folder(config.eval, config.model.path))
 
 
-def _ask(study: Study, result: dict[str, Any], tests: Any, processes: Workers | None) -> None:
+def _ask(study: Study, result: dict[str, Any], tests: Any, ahead: Ahead) -> None:
     """Adds the accuracies of the base, and of every variant at its chosen rate, by task."""
     runs: list[Trial | None] = [None]
     for variant, entry in result["variants"].items():
         runs += [study.trial(variant, seed, entry["rate"]) for seed in study.seeds]
     console.log(f"bench: asking {len(runs)} models {', '.join(tests_of(study.config))}")
-    for _ in processes.ahead(_asked_ahead, runs) if processes else ():
+    for _ in ahead(_asked_ahead, runs):
         pass
     scores = list(asked(study, runs, tests))
     result["base"]["accuracy"] = scores.pop(0)

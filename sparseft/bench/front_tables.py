@@ -12,10 +12,10 @@ from sparseft.bench.intervals import shown
 from sparseft.bench.output import as_markdown, markdown_table, measured_on
 from sparseft.bench.pareto import bootstrap, read_off
 from sparseft.bench.trials import shown_rates
+from sparseft.data.formats import counted
 from sparseft.report.charts import NARROW, WIDTH, Band, Panel, Series, drawn, line_chart
-from sparseft.report.html import write_page
+from sparseft.report.html import Table, write_page
 from sparseft.report.numbers import when
-from sparseft.report.tables import Table
 
 FORGOTTEN = "forgotten (nats of the source)"
 DRAWN = 40  # steps of a curve of differences
@@ -24,10 +24,9 @@ EQUAL = 0.02  # share by which trained weights may differ and count as equal
 
 def title(result: dict[str, Any]) -> str:
     """What was compared, in one line."""
-    seeds = len(result["seeds"])
     return (
         f"Learnt against forgotten: {result['model']} to {result['dataset']}, source {', '.join(result['sources'])}, "
-        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, on {measured_on(result)}"
+        f"{counted(len(result['seeds']), 'seed')}, on {measured_on(result)}"
     )
 
 
@@ -96,7 +95,7 @@ def all_points(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, entry in result["variants"].items():
         for point in entry["points"]:
-            what = f"dropped after {_seeds(point['dropped'])}" if point["dropped"] else ""
+            what = f"dropped after {counted(point['dropped'], 'seed')}" if point["dropped"] else ""
             if point["learning_rate"] == entry["learning_rate"]:
                 what = "chosen"
             elif not (what or point["front"]):
@@ -112,10 +111,6 @@ def all_points(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 ]
             )
     return columns, rows
-
-
-def _seeds(count: int) -> str:
-    return f"{count} {'seed' if count == 1 else 'seeds'}"
 
 
 def notes(result: dict[str, Any]) -> list[str]:
@@ -137,7 +132,9 @@ def notes(result: dict[str, Any]) -> list[str]:
             parts.append(f"its front forgets {min(reach):.3f} to {max(reach):.3f}")
         if entry["at_edge"]:
             parts.append(f"its rate {entry['learning_rate']:g} is at the edge: a better one may lie beyond")
-        gone = [f"{p['learning_rate']:g} (after {_seeds(p['dropped'])})" for p in entry["points"] if p["dropped"]]
+        gone = [
+            f"{p['learning_rate']:g} (after {counted(p['dropped'], 'seed')})" for p in entry["points"] if p["dropped"]
+        ]
         if gone:
             parts.append(f"dropped, as another rate beats them in both validation losses: {', '.join(gone)}")
         lines.append(f"{name}: {'; '.join(parts)}")
@@ -147,7 +144,7 @@ def notes(result: dict[str, Any]) -> list[str]:
 def markdown(result: dict[str, Any]) -> str:
     """The tables as Markdown, with the command and the versions that made them, and the notes."""
     lines = "".join(f"- {note}\n" for note in notes(result))
-    parts = [as_markdown(result, _seeds(len(result["seeds"])), *table(result)), lines]
+    parts = [as_markdown(result, counted(len(result["seeds"]), "seed"), *table(result)), lines]
     for columns, rows in (at_equal_forgetting(result), all_points(result)):
         parts.append(markdown_table(columns, rows))
     return "\n".join(parts)
@@ -204,7 +201,7 @@ def page(result: dict[str, Any], out: Path, settings: str) -> Path:
         kicker="sparseft bench front",
         title=f"{result['model']} to {result['dataset']}: learnt against forgotten",
         lead=f"{', '.join(result['variants'])}: the target loss at what they have forgotten of "
-        f"{', '.join(result['sources'])}, with {_seeds(len(result['seeds']))}.",
+        f"{', '.join(result['sources'])}, with {counted(len(result['seeds']), 'seed')}.",
         notes=notes(result),
         fronts=drawn(lambda width: drawing(result, width)),
         differences={"wide": differences(result, 2, WIDTH // 2), "narrow": differences(result, 1, NARROW)},

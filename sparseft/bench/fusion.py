@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,18 +42,43 @@ from sparseft.models.loading import load_model, load_tokenizer, resolve_device, 
 from sparseft.runs.folder import ADAPTER, SELECTION
 from sparseft.selection.selection import Selection
 
-OWN = ("bench.variants", "bench.seeds", "bench.skills", "bench.rates", "bench.weights", "output_dir", "seed")
 BASE, APART = "base", ", disjoint"
 
 
 @dataclass
 class Study(trials.Study):
-    """What is compared, checked before the first run."""
+    """What is compared."""
 
-    skills: dict[str, list[str]]  # the settings of each, by its name, which is its evaluation task's
-    of_base: dict[str, dict[str, float]] = field(
-        default_factory=dict, init=False
-    )  # a base's accuracies, by its settings
+    own = ("bench.variants", "bench.seeds", "bench.skills", "bench.rates", "bench.weights", "output_dir", "seed")
+
+    of_base: dict[str, dict[str, float]] = field(default_factory=dict, init=False)  # its accuracies, by its settings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The settings of each, by its name, which is its evaluation task's.
+        self.skills = dict(named_settings("bench.skills", self.config.bench.skills))
+
+    @staticmethod
+    def named(config: RunConfig) -> dict[str, list[str]]:
+        variants = dict(named_settings("bench.variants", config.bench.variants))
+        if not variants or len(variants) < len(config.bench.variants):
+            raise UserError("bench.variants: name at least one variant, each once.")
+        return variants
+
+    def check(self) -> None:
+        settings = self.config.bench
+        if len(self.skills) < 2 or len(self.skills) < len(settings.skills):
+            raise UserError("bench.skills: name at least two skills, each once, by the tasks that ask for them.")
+        if not settings.weights:
+            raise UserError("bench.weights is empty: name at least one weight of the summands.")
+        for variant, skill in itertools.product(self.variants, self.skills):
+            trials = [self.trial(variant, skill, self.seeds[0], rate) for rate in self.rates_of(variant)]
+            if trials[0].config.method.trains_all:
+                raise UserError(f"bench.variants: '{variant}' trains whole models, which have no sum of adapters.")
+            with self.of_variant(variant):
+                check_trial(trials[0].config, "fusion")
+                for trial in trials:
+                    self.check_folder(trial)
 
     def trial(self, variant: str, skill: str, seed: int, rate: float | None, exclude: Sequence[str] = ()) -> Trial:
         """One training, composed and checked."""
@@ -71,39 +96,6 @@ class Study(trials.Study):
             name = Path(str(trial.config.output_dir)).name
             raise UserError(f"bench fusion chooses by held-out loss, and {name} has no evaluation examples.")
         return summary
-
-
-def plan(
-    config: RunConfig,
-    words: Sequence[str],
-    config_dirs: Sequence[str],
-    folder: Path,
-    train: Callable[[RunConfig], dict[str, Any]],
-) -> Study:
-    """Reads and checks the settings; UserError where a run could not start."""
-    settings = config.bench
-    skills = dict(named_settings("bench.skills", settings.skills))
-    variants = dict(named_settings("bench.variants", settings.variants))
-    if len(skills) < 2 or len(skills) < len(settings.skills):
-        raise UserError("bench.skills: name at least two skills, each once, by the tasks that ask for them.")
-    if not variants or len(variants) < len(settings.variants):
-        raise UserError("bench.variants: name at least one variant, each once.")
-    if not settings.weights:
-        raise UserError("bench.weights is empty: name at least one weight of the summands.")
-    own = [word for word in words if word.partition("=")[0] not in OWN]
-    study = Study(config, own, config_dirs, folder, variants, train, skills)
-    for variant in variants:
-        for skill in skills:
-            trial = study.trial(variant, skill, study.seeds[0], study.rates_of(variant)[0]).config
-            if trial.method.trains_all:
-                raise UserError(f"bench.variants: '{variant}' trains whole models, which have no sum of adapters.")
-            try:
-                check_trial(trial, "fusion")
-                for rate in study.rates_of(variant):
-                    study.check_folder(study.trial(variant, skill, study.seeds[0], rate))
-            except UserError as error:
-                raise UserError(f"bench.variants: '{variant}': {error}") from None
-    return study
 
 
 def measure(study: Study) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -22,39 +22,36 @@ from sparseft.errors import RunError
 _shared: Any = None  # in a worker
 
 
-class Workers:
-    """So many processes, each with what they share."""
-
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self._pool = pool
-
-    def ahead(self, work: Callable[[Any, Any], object], items: Sequence[Any]) -> Iterator[None]:
-        """Does `work(shared, item)` of each, in any order; yields after each. work: a module's function, whose files
-        the benchmark finds."""
-        try:
-            for each in as_completed([self._pool.submit(_work, work, item) for item in items]):
-                each.result()
-                yield
-        except BrokenProcessPool:
-            raise RunError(
-                "a process of bench.jobs was killed, which most often is for want of memory: give fewer of them; what "
-                "is done is kept."
-            ) from None
+# Does `work(shared, item)` of each item, in any order; yields after each. work: a module's function, whose files the
+# benchmark finds.
+Ahead = Callable[[Callable[[Any, Any], object], Sequence[Any]], Iterable[None]]
 
 
 @contextlib.contextmanager
-def workers(jobs: int, shared: Any) -> Iterator[Workers | None]:
-    """jobs: 1: None, all is done in this process. shared: what `work` is given, sent to each process once."""
+def workers(jobs: int, shared: Any) -> Iterator[Ahead]:
+    """jobs: 1: nothing is done ahead, all in this process. shared: what `work` is given, sent to each process once."""
     if jobs == 1:
-        yield None
+        yield lambda work, items: ()
         return
     # Not forked: this process may have used the device, which a fork cannot.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sparseft.commands.bench"])
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, context, _begin, (threads, list(warnings.filters), shared)) as pool:
+
+        def ahead(work: Callable[[Any, Any], object], items: Sequence[Any]) -> Iterator[None]:
+            try:
+                for each in as_completed([pool.submit(_work, work, item) for item in items]):
+                    each.result()
+                    yield
+            except BrokenProcessPool:
+                raise RunError(
+                    "a process of bench.jobs was killed, which most often is for want of memory: give fewer of them; "
+                    "what is done is kept."
+                ) from None
+
         try:
-            yield Workers(pool)
+            yield ahead
         except BaseException:  # an interrupt too: what is waiting is not begun, what runs ends as if interrupted
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():

@@ -11,7 +11,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,23 +30,6 @@ SPIN, LONGEST_SPIN = 2_000_000, 2**8 * 1_000_000  # cycles of a GPU: about 1 ms,
 TRANSFER = {"cuda": 2**29, "cpu": 2**26}  # bytes of the copy that measures the bandwidth: far more than any cache
 
 
-@dataclass(frozen=True)
-class KernelRow:
-    """One measurement: medians in microseconds."""
-
-    shape: tuple[int, int]  # (out, in)
-    tokens: int
-    dtype: str
-    block_size: int
-    density: float  # as reached
-    blocks: int
-    way: str  # triton | reference
-    timed: str  # how: `Timer`
-    kernel_us: float
-    dense_us: float
-    bound_us: float
-
-
 def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
     """Measures LLaMA-7B's linears, or one of `bench.width` squared, and returns what `bench.json` holds.
 
@@ -59,20 +41,14 @@ def run(config: RunConfig, output: Output | None = None) -> dict[str, Any]:
         raise UserError(f"bench.width={settings.width}: expected at least {BLOCK_SIZES[-1]}, the largest block.")
     device = resolve_device(config.hardware.device)
     dtype = torch.bfloat16 if config.model.dtype == "auto" and device.type == "cuda" else DTYPES[config.model.dtype]
-    rows = measure(
-        device,
-        LLAMA_7B if settings.width is None else ((settings.width, settings.width),),
-        settings.batch_size * settings.length,
-        dtype,
-        settings.steps,
-        config.seed,
-    )
+    shapes = LLAMA_7B if settings.width is None else ((settings.width, settings.width),)
+    tokens = settings.batch_size * settings.length
     return {
         "benchmark": "kernels",
         "dtype": str(dtype).removeprefix("torch."),
         "device": device_name(device),
         "steps": settings.steps,
-        "rows": [asdict(row) for row in rows],
+        "rows": measure(device, shapes, tokens, dtype, settings.steps, config.seed),
     }
 
 
@@ -86,18 +62,8 @@ def title(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns, and a row for each product."""
-    columns = [
-        "out x in",
-        "tokens",
-        "block",
-        "density",
-        "way",
-        "kernel us",
-        "dense us",
-        "bound us",
-        "÷ dense",
-        "÷ bound",
-    ]
+    columns = ["out x in", "tokens", "block", "density", "way", "kernel us", "dense us", "bound us", "÷ dense",
+               "÷ bound"]  # fmt: skip
     return columns, [
         [
             f"{row['shape'][0]} x {row['shape'][1]}",
@@ -114,15 +80,10 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def measure(
-    device: torch.device,
-    shapes: Sequence[tuple[int, int]],
-    tokens: int,
-    dtype: torch.dtype,
-    repeats: int,
-    seed: int,
-) -> list[KernelRow]:
+    device: torch.device, shapes: Sequence[tuple[int, int]], tokens: int, dtype: torch.dtype, repeats: int, seed: int
+) -> list[dict[str, Any]]:
     """Measures every shape (out, in) with every block size and density, blocks drawn at random; kernel and dense
-    product take turns."""
+    product take turns. Of each the density as reached, and medians in microseconds."""
     generator = torch.Generator().manual_seed(seed)
     timer = Timer(device)
     bandwidth = measured_bandwidth(timer)
@@ -137,25 +98,25 @@ def measure(
 
 def _measure(
     timer: Timer, grad_output: Tensor, x: Tensor, index: Tensor, size: int, bandwidth: float, repeats: int
-) -> KernelRow:
+) -> dict[str, Any]:
     shape = (grad_output.shape[1], x.shape[1])
     rows, columns = index.unbind(1)
     kernel, dense = timer.medians(
         [lambda: dispatch.blocks_gradient(grad_output, x, rows, columns, size), lambda: grad_output.t() @ x], repeats
     )
-    return KernelRow(
-        shape=shape,
-        tokens=len(x),
-        dtype=str(x.dtype).removeprefix("torch."),
-        block_size=size,
-        density=len(index) * size * size / (shape[0] * shape[1]),
-        blocks=len(index),
-        way="reference" if dispatch.kernel_for(x) is None else "triton",
-        timed=timer.timed,
-        kernel_us=kernel * 1e6,
-        dense_us=dense * 1e6,
-        bound_us=moved_bytes(index, size, len(x), x.element_size()) / bandwidth * 1e6,
-    )
+    return {
+        "shape": shape,
+        "tokens": len(x),
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "block_size": size,
+        "density": len(index) * size * size / (shape[0] * shape[1]),
+        "blocks": len(index),
+        "way": "reference" if dispatch.kernel_for(x) is None else "triton",
+        "timed": timer.timed,
+        "kernel_us": kernel * 1e6,
+        "dense_us": dense * 1e6,
+        "bound_us": moved_bytes(index, size, len(x), x.element_size()) / bandwidth * 1e6,
+    }
 
 
 def some_blocks(shape: tuple[int, int], size: int, density: float, generator: torch.Generator) -> Tensor:

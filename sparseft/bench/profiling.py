@@ -58,22 +58,21 @@ def profile(
     tokens: int,
     device: torch.device,
     place: Callable[[str], Path],
-    failed: Callable[[str, Exception], None] | None = None,
-    prepare: Callable[[str], Any] | None = None,
+    failed: Callable[[str, Exception], None],
+    prepare: Callable[[str], Any],
 ) -> dict[str, dict[str, Any]]:
     """Profiles a step of every method in `ROUNDS` turns; of each method's the one of median length counts.
 
     Writes its Chrome trace, and returns its seconds by part and by operation. tokens: of a forward pass; by a sum over
     them a weight's gradient is told from other products. place: where a trace of the given file name belongs. failed:
-    told of a call that raised, which then has no profile; None: that ends them all. A `UserError` always does. prepare:
-    what a turn needs ahead of its call.
+    told of a call that raised, which then has no profile; a `UserError` ends them all. prepare: what a turn needs ahead
+    of its call.
     """
     seen: dict[str, list[tuple[float, Any]]] = {name: [] for name in calls}
     profiled: dict[str, dict[str, Any]] = {}
 
     def record(name: str) -> None:
-        if prepare is not None:
-            prepare(name)
+        prepare(name)
         seen[name].append(_record(calls[name], device))
 
     def summarise(name: str) -> None:

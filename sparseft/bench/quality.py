@@ -11,62 +11,46 @@ the sample's (n - 1), over the seeds.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sparseft import console
 from sparseft.bench import trials
 from sparseft.bench.output import as_markdown, device_name, measured_on
-from sparseft.bench.trials import (
-    Trial,
-    check_trial,
-    finished,
-    folder_name,
-    named_settings,
-    rates_of_seeds,
-    shown_rates,
-)
+from sparseft.bench.trials import Trial, check_trial, finished, folder_name, named_settings, rates_of_seeds, shown_rates
 from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.models.loading import resolve_device
 
-OWN = ("bench.variants", "bench.seeds", "output_dir")
-
 
 @dataclass
 class Study(trials.Study):
-    """What is compared, checked before the first run."""
+    """What is compared."""
+
+    own = ("bench.variants", "bench.seeds", "output_dir")
+
+    @staticmethod
+    def named(config: RunConfig) -> dict[str, list[str]]:
+        named = named_settings("bench.variants", config.bench.variants)
+        if not named:
+            raise UserError("bench.variants is empty: name at least one variant.")
+        names = set()
+        for name, _ in named:
+            if folder_name(name, 0) in names:
+                raise UserError(f"bench.variants: two variants are called '{name}', or nearly so.")
+            names.add(folder_name(name, 0))
+        return dict(named)
+
+    def check(self) -> None:
+        for variant in self.variants:  # seeds differ in nothing that is checked
+            check_trial(self.trial(variant, self.seeds[0]).config, "quality")
 
     def trial(self, variant: str, seed: int) -> Trial:
         """One training, composed."""
         config = self.composed(self.variants[variant], seed, None)
         config.output_dir = str(self.folder / "runs" / folder_name(variant, seed))
         return Trial(variant, seed, config)
-
-
-def plan(
-    config: RunConfig,
-    words: Sequence[str],
-    config_dirs: Sequence[str],
-    folder: Path,
-    train: Callable[[RunConfig], dict[str, Any]],
-) -> Study:
-    """Reads and checks the settings; UserError where a run could not start."""
-    named = named_settings("bench.variants", config.bench.variants)
-    if not named:
-        raise UserError("bench.variants is empty: name at least one variant.")
-    names = set()
-    for name, _ in named:
-        if folder_name(name, 0) in names:
-            raise UserError(f"bench.variants: two variants are called '{name}', or nearly so.")
-        names.add(folder_name(name, 0))
-    own = [word for word in words if word.partition("=")[0] not in OWN]
-    study = Study(config, own, config_dirs, folder, dict(named), train)
-    for variant in study.variants:  # seeds differ in nothing that is checked
-        check_trial(study.trial(variant, study.seeds[0]).config, "quality")
-    return study
 
 
 def measure(study: Study) -> dict[str, Any]:

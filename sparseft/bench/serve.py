@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparseft import console
 from sparseft.adapters.lifecycle import attach, detach, load_adapter, save_adapter, set_adapter
 from sparseft.bench import own_adapters, targets
-from sparseft.bench.contenders import FLOOR, check_methods, check_run_as, method_config, own_settings
+from sparseft.bench.contenders import FLOOR, check_methods, check_run_as, method_config, own_settings, owns_weights
 from sparseft.bench.models import CONTEXT, DTYPES, random_llama, random_tokens, square_shape
 from sparseft.bench.output import Output, device_name, measured_on
 from sparseft.bench.sharing import SharedWeights
@@ -40,7 +40,6 @@ from sparseft.bench.timing import (
 from sparseft.config import RunConfig
 from sparseft.data.formats import counted
 from sparseft.errors import UserError
-from sparseft.files.atomic import write_text
 from sparseft.layers import sparse_layers
 from sparseft.memory import tensor_bytes
 from sparseft.methods import get_method
@@ -115,7 +114,7 @@ def check(config: RunConfig) -> None:
     if settings.shape is not None or settings.width is None or settings.depth is None:
         raise UserError("bench serve makes its own models: give bench.width and bench.depth, not bench.shape.")
     for entry in settings.methods:
-        if not servable(entry):
+        if entry.split()[0] == FLOOR or owns_weights(entry):
             raise UserError(
                 f"bench.methods: '{entry}' has no adapter that could be switched: expected sparse methods, lora."
             )
@@ -150,12 +149,6 @@ def _own(config: RunConfig, device: torch.device) -> dict[str, Any]:
 def parsed(line: str, config: RunConfig) -> targets.Target:
     """A line of `bench.targets`, which may name a method, a way of others, or the base."""
     return targets.parse(line, [*config.bench.methods, MERGE, STATE, BASE], targets.SERVE)
-
-
-def servable(entry: str) -> bool:
-    """Whether the method that `entry` of `bench.methods` starts with leaves an adapter beside the weights."""
-    name = entry.split()[0]
-    return name != FLOOR and not get_method(name).trains_all
 
 
 # ---- adapters ----
@@ -382,31 +375,23 @@ def label(point: Mapping[str, Any]) -> str:
 
 def drawn(result: dict[str, Any], output: Output) -> dict[str, Any]:
     """The result with two charts: milliseconds of a switch over the width, tokens a second over the adapters."""
-    lines = series(result, "switch_seconds", lambda row: 1000 * row["switch_seconds"], WIDTH)
-    panels = {"serve-switch.svg": (line_chart([[Panel("switch, ms", lines, zero=True)]], "width (features)"))}
-    lengths = list(dict.fromkeys(point["length"] for point in result["points"] if point["axis"] == ADAPTERS))
-    row = [
-        Panel(
-            f"tokens a second, rows of {length}",
-            series(result, "tokens_per_second", lambda row: row["tokens_per_second"], ADAPTERS, length),
-            zero=True,
-        )
+    switch = Panel("switch, ms", series(result, "switch_seconds", WIDTH, scale=1000), zero=True)
+    lengths = dict.fromkeys(point["length"] for point in result["points"] if point["axis"] == ADAPTERS)
+    mixed = [
+        Panel(f"tokens a second, rows of {length}", series(result, "tokens_per_second", ADAPTERS, length), zero=True)
         for length in lengths
     ]
-    panels["serve-mixed.svg"] = line_chart([row], "adapters in a batch", width=440)
-    for name, svg in panels.items():
-        path = output.place(name, True)
-        write_text(path, standalone(svg))
-        result["charts"].append(path.name)
-    return result
+    charts = {
+        "serve-switch.svg": line_chart([[switch]], "width (features)"),
+        "serve-mixed.svg": line_chart([mixed], "adapters in a batch", width=440),
+    }
+    for name, svg in charts.items():
+        output.write(name, standalone(svg))
+    return result | {"charts": list(charts)}
 
 
 def series(
-    result: Mapping[str, Any],
-    field: str,
-    value: Callable[[Mapping[str, Any]], float],
-    axis: str,
-    length: int | None = None,
+    result: Mapping[str, Any], field: str, axis: str, length: int | None = None, scale: float = 1
 ) -> list[Series]:
     """A line for each method that has the field on an axis."""
     lines: dict[str, list[tuple[float, float | None]]] = {}
@@ -414,7 +399,7 @@ def series(
         if point["axis"] == axis and point.get("length") == length:
             for name, row in measured(point["methods"]).items():
                 if field in row:
-                    lines.setdefault(name, []).append((point["value"], value(row)))
+                    lines.setdefault(name, []).append((point["value"], scale * row[field]))
     return [Series(name, points, number, markers=True) for number, (name, points) in enumerate(lines.items())]
 
 

@@ -27,20 +27,11 @@ from sparseft.bench.timing import absent, comparable, measured
 from sparseft.errors import UserError, nearest
 
 BESIDES = "besides_seconds"
-FIELDS = {  # of a row, by quantity
-    "step": "step_seconds",
-    "peak": "peak_memory_bytes",
-    "saved": "saved_bytes",
-    "besides": BESIDES,
-    "passes": "passes_seconds",
-    "reference": "reference_seconds",
-    "update": "update_seconds",
-    "switch": "switch_seconds",
-    "mixed": "mixed_seconds",
-}
 STEP = ("step", "peak", "saved", "besides")  # what a benchmark measures; the first is meant where a target names none
 HOST = ("passes", "reference", "update")
 SERVE = ("switch", "mixed")
+FIELDS = {quantity: f"{quantity}_seconds" for quantity in (*STEP, *HOST, *SERVE)}  # of a row, by quantity
+FIELDS |= {"peak": "peak_memory_bytes", "saved": "saved_bytes"}
 BYTES = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20}
 SECONDS = {"s": 1.0, "ms": 1e-3}
 UNITS = {quantity: BYTES if quantity in ("peak", "saved") else SECONDS for quantity in FIELDS}
@@ -146,14 +137,10 @@ def judge(
             value = one / other
         limit = target.limit
         if limit is None:
-            limit = peak_bound(methods[FLOOR][field], methods[target.one]["trainable_parameters"], weights_bytes)
+            activations, trained = methods[FLOOR][field] - weights_bytes, methods[target.one]["trainable_parameters"]
+            limit = weights_bytes + ACTIVATIONS * activations + TRAINED * trained
         judged.append(entry | {"measured": value, "limit": limit, "met": value <= limit})
     return judged
-
-
-def peak_bound(floor_peak: int, trainable: int, weights_bytes: int) -> float:
-    """The bytes that a method which trains `trainable` weights may have at its peak."""
-    return weights_bytes + ACTIVATIONS * (floor_peak - weights_bytes) + TRAINED * trainable
 
 
 def lines(judged: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -35,7 +35,7 @@ from sparseft import console
 from sparseft.bench import trials
 from sparseft.bench.contenders import FLOOR, Contender, check_steps, made_trainable, step
 from sparseft.bench.intervals import FEWEST_SEEDS, interval, shown
-from sparseft.bench.jobs import Workers, workers
+from sparseft.bench.jobs import Ahead, workers
 from sparseft.bench.output import as_markdown, device_name, measured_on
 from sparseft.bench.sharing import SharedWeights
 from sparseft.bench.timing import attempt_each, failed_row, spread, take_turns
@@ -45,11 +45,11 @@ from sparseft.bench.trials import (
     check_trial,
     finished,
     folder_name,
-    named_variants,
     rates_of_seeds,
     shown_rates,
 )
 from sparseft.config import RunConfig
+from sparseft.data.formats import counted
 from sparseft.data.loading import data_of
 from sparseft.data.packing import Collator, padding_id
 from sparseft.errors import UserError
@@ -61,14 +61,25 @@ from sparseft.training.arguments import micro_batches
 from sparseft.training.labelled_loss import usable
 from sparseft.training.mixed_precision import multiply_as_trained
 
-OWN = ("bench.variants", "bench.seeds", "bench.rates", "bench.steps", "bench.warmup_steps", "output_dir", "seed")
 CHART = "time-to-loss.svg"
 Curve = list[tuple[int, float]]  # (step, held-out loss), in order
 
 
 @dataclass
 class Study(trials.Study):
-    """What is compared, checked before the first run."""
+    """What is compared."""
+
+    own = ("bench.variants", "bench.seeds", "bench.rates", "bench.steps", "bench.warmup_steps", "output_dir", "seed")
+
+    def check(self) -> None:
+        for variant in self.variants:
+            with self.of_variant(variant):
+                for rate in self.rates_of(variant):
+                    for choosing in (False, True):
+                        seed = self.seeds[-1] + 1 if choosing else self.seeds[0]
+                        trial = self.trial(variant, seed, rate, choosing)
+                        _check(trial, self.config, choosing)
+                        self.check_folder(trial)
 
     def trial(self, variant: str, seed: int, rate: float | None, choosing: bool = False) -> Trial:
         """One training, composed. rate: None: what the configuration says. choosing: it is to choose the rate."""
@@ -87,30 +98,6 @@ class Study(trials.Study):
         if finished(trial) is None:
             shutil.rmtree(str(trial.config.cache_dir), ignore_errors=True)  # a selection found there would take no time
         return super().summary(trial)
-
-
-def plan(
-    config: RunConfig,
-    words: Sequence[str],
-    config_dirs: Sequence[str],
-    folder: Path,
-    train: Callable[[RunConfig], dict[str, Any]],
-) -> Study:
-    """Reads and checks the settings; UserError where a run could not start."""
-    variants = named_variants(config)
-    own = [word for word in words if word.partition("=")[0] not in OWN]
-    study = Study(config, own, config_dirs, folder, variants, train)
-    for variant in variants:
-        try:
-            for rate in study.rates_of(variant):
-                for choosing in (False, True):
-                    seed = study.seeds[-1] + 1 if choosing else study.seeds[0]
-                    trial = study.trial(variant, seed, rate, choosing)
-                    _check(trial, config, choosing)
-                    study.check_folder(trial)
-        except UserError as error:
-            raise UserError(f"bench.variants: '{variant}': {error}") from None
-    return study
 
 
 def _check(trial: Trial, config: RunConfig, choosing: bool) -> None:
@@ -164,17 +151,16 @@ def measure(study: Study) -> dict[str, Any]:
 
 def _train_ahead(study: Study) -> None:
     """All that is trained, several at once: what chooses the rates, then what is reported."""
-    with workers(study.config.bench.jobs, study) as processes:
-        assert processes is not None
-        _ahead(processes, Study.tried, [trial for variant in study.variants for trial in _choosing(study, variant)])
+    with workers(study.config.bench.jobs, study) as ahead:
+        _ahead(ahead, Study.tried, [trial for variant in study.variants for trial in _choosing(study, variant)])
         rates = {variant: _chosen(study, variant)[0] for variant in study.variants}
         runs = [study.trial(variant, seed, rates[variant]) for variant in rates for seed in study.seeds]
-        _ahead(processes, Study.summary, runs)
+        _ahead(ahead, Study.summary, runs)
 
 
-def _ahead(processes: Workers, work: Callable[[Any, Any], object], trials: Sequence[Trial]) -> None:
+def _ahead(ahead: Ahead, work: Callable[[Any, Any], object], trials: Sequence[Trial]) -> None:
     with console.Progress(len(trials), "bench time", unit="run", plain_line_pause=0) as progress:
-        for count, _ in enumerate(processes.ahead(work, trials), 1):
+        for count, _ in enumerate(ahead(work, trials), 1):
             progress.update(count)
 
 
@@ -355,7 +341,7 @@ def verdict(ratios: Sequence[float | None], of_step: float = 0.0) -> str:
     if len(known) < len(ratios):
         return f"gets there with {len(known)} of {len(ratios)} seeds"
     if len(known) < FEWEST_SEEDS:
-        return f"cannot tell from {len(known)} {'seed' if len(known) == 1 else 'seeds'}"
+        return f"cannot tell from {counted(len(known), 'seed')}"
     found = interval(known)
     assert found is not None
     mean, half = found
@@ -386,10 +372,10 @@ def charts(result: Mapping[str, Any]) -> dict[str, str]:
 
 def title(result: dict[str, Any]) -> str:
     """What was compared, in one line."""
-    first, seeds = next(iter(result["variants"])), len(result["seeds"])
+    seeds = counted(len(result["seeds"]), "seed")
     return (
-        f"Time to the held-out loss of {first}: {result['model']}, {result['dataset']}, {seeds} "
-        f"{'seed' if seeds == 1 else 'seeds'}, on {measured_on(result)}"
+        f"Time to the held-out loss of {next(iter(result['variants']))}: {result['model']}, {result['dataset']}, "
+        f"{seeds}, on {measured_on(result)}"
     )
 
 
@@ -427,7 +413,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     first = next(iter(result["variants"]))
     lines = [
         f"± 95 % intervals over seeds (Student's t); ÷ {first}: seed by seed; a floor, a step of the frozen model, "
-        f"takes {1000 * result['floor_seconds']:.0f} ms",
+        f"takes {1000 * result['floor_seconds']:.0f} ms"
     ]
     for name, entry in result["variants"].items():
         if "step_failed" in entry:

@@ -144,12 +144,7 @@ def spread(name: str, times: Sequence[float]) -> dict[str, float]:
     """The median under `name`, and the quantiles beside it, as many times below the one as above the other."""
     ordered = sorted(times)
     median, outside = statistics.median(ordered), int(0.2 * (len(ordered) - 1))
-    return {
-        name: median,
-        f"{name}_p20": ordered[outside],
-        f"{name}_p50": median,
-        f"{name}_p80": ordered[-1 - outside],
-    }
+    return {name: median, f"{name}_p20": ordered[outside], f"{name}_p50": median, f"{name}_p80": ordered[-1 - outside]}
 
 
 def comparable(row: Mapping[str, Any], quantity: str = "step_seconds") -> float:

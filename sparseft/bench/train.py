@@ -11,6 +11,7 @@ import functools
 import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ from sparseft.models.spec import ModelSpec
 from sparseft.models.step_cost import StepCost, Trained
 from sparseft.training.labelled_loss import label_rows
 
+Rows = dict[str, dict[str, Any]]  # by contender
 NOTHING = "-"
 NOT_YET = {"missing": "not measured yet"}  # what an incomplete result says of a row
 
@@ -115,21 +117,20 @@ def measure(
     config: RunConfig,
     own: Mapping[str, Mapping[str, Any]],
     device: torch.device,
-    traces: Output | None = None,
-    keep: Callable[[dict[str, dict[str, Any]]], None] | None = None,
-) -> dict[str, dict[str, Any]]:
+    traces: Output | None,
+    keep: Callable[[Rows], None],
+) -> Rows:
     """The rows of all contenders in one way; of one that cannot be had or raises, why (`bench/timing.py`).
 
     traces: takes the profiler's traces; None: nothing is profiled. keep: given the rows before they are profiled, and
     where an interrupt ends it sooner, rows of the rounds that all have finished (`rounds` of each).
     """
-    field = Field(way, weights, batch, config, own, device)
-    keep = keep if keep is not None else lambda rows: None
+    field = Field(way, weights, batch, config, own, device, traces, keep)
     owners = [entry for entry in config.bench.methods if owns_weights(entry)]
     try:
-        field.measure([entry for entry in config.bench.methods if entry not in owners], traces, keep)
+        field.measure([entry for entry in config.bench.methods if entry not in owners])
         for entry in owners:
-            field.measure_alone(entry, traces, keep)
+            field.measure_alone(entry)
     finally:
         weights.give(None)
         forget_liger()
@@ -138,48 +139,44 @@ def measure(
     return field.rows()
 
 
+@dataclass
 class Field:
     """The contenders of one way, those that could be made, and the rows of all: in the order asked for."""
 
-    def __init__(
-        self,
-        way: str,
-        weights: SharedWeights,
-        batch: dict[str, Tensor],
-        config: RunConfig,
-        own: Mapping[str, Mapping[str, Any]],
-        device: torch.device,
-    ) -> None:
-        self.way, self.weights, self.batch, self.config, self.own = way, weights, batch, config, own
-        self.device = device
-        self.compiled = "compile" in parts_of(way)
-        self.cost = StepCost(ModelSpec.of(weights.base), config.bench.length)
+    way: str
+    weights: SharedWeights
+    batch: dict[str, Tensor]
+    config: RunConfig
+    own: Mapping[str, Mapping[str, Any]]
+    device: torch.device
+    traces: Output | None
+    keep: Callable[[Rows], None]
+
+    def __post_init__(self) -> None:
+        self.compiled = "compile" in parts_of(self.way)
+        self.cost = StepCost(ModelSpec.of(self.weights.base), self.config.bench.length)
         self.contenders: dict[str, Contender] = {}
         self.calls: dict[str, Callable[[], None]] = {}  # a step of each that is in memory
-        self._rows: dict[str, dict[str, Any]] = dict.fromkeys(config.bench.methods, NOT_YET)
+        self._rows: Rows = dict.fromkeys(self.config.bench.methods, NOT_YET)
 
-    def measure(
-        self, entries: Sequence[str], traces: Output | None, keep: Callable[[dict[str, dict[str, Any]]], None]
-    ) -> None:
+    def measure(self, entries: Sequence[str]) -> None:
         """Makes these contenders, which share the weights, and measures them in turns."""
         attempt_each(entries, self._make, self.failed, self.device)
         seconds: dict[str, list[float]] = {}
         try:
             take_turns(self.calls, self.config.bench, self.device, self.failed, seconds, prepare=self.prepare)
-            self._count_memory()
+            self._count_memory(list(self.calls))
         except BaseException:  # an interrupt
             rounds = min((len(seconds[entry]) for entry in self.contenders), default=0)
             if rounds:
                 self._take_times({entry: seconds[entry][:rounds] for entry in self.contenders}, rounds)
-                keep(self.rows())
+                self.keep(self.rows())
             raise
         self._take_times({entry: seconds[entry] for entry in self.contenders})
         self._measure_besides()
-        self._profile(traces, keep)
+        self._profile(list(self.calls))
 
-    def measure_alone(
-        self, entry: str, traces: Output | None, keep: Callable[[dict[str, dict[str, Any]]], None]
-    ) -> None:
+    def measure_alone(self, entry: str) -> None:
         """Makes one that has weights of its own, when the others have left the memory to it, and measures it in turns
         with the floor (or another one that is there), by which its times can be compared with the others'."""
         beside = FLOOR if FLOOR in self.calls else next(iter(self.calls), None)
@@ -206,10 +203,10 @@ class Field:
         except BaseException:
             rounds = min((len(times) for times in seconds.values()), default=0)
             self._take_alone(entry, beside, {name: times[:rounds] for name, times in seconds.items()}, rounds)
-            keep(self.rows())
+            self.keep(self.rows())
             raise
         self._take_alone(entry, beside, seconds)
-        self._profile(traces, keep, [entry])
+        self._profile([entry])
         if entry in self.calls:
             self._free(entry)
             reclaim(self.device)
@@ -242,15 +239,15 @@ class Field:
             checkpointing="checkpointing" in parts_of(self.way),
         )
 
-    def _count_memory(self, entries: Sequence[str] | None = None) -> None:
-        if not self.compiled:  # the counters do not see inside compiled code
-            entries = list(self.calls) if entries is None else [entry for entry in entries if entry in self.calls]
-            attempt_each(entries, self.count_memory, self.failed_count, self.device)
-
-    def count_memory(self, entry: str) -> None:
+    def _count_memory(self, entries: Sequence[str]) -> None:
+        if self.compiled:  # the counters do not see inside compiled code
+            return
         recomputes = bool({"checkpointing", *RECOMPUTED} & set(parts_of(self.way)))
-        accumulation = self.config.bench.accumulation
-        measure_memory(self.contenders[entry], self.batch, self.device, accumulation, recomputes)
+
+        def count(entry: str) -> None:
+            measure_memory(self.contenders[entry], self.batch, self.device, self.config.bench.accumulation, recomputes)
+
+        attempt_each([entry for entry in entries if entry in self.calls], count, self.failed_count, self.device)
 
     def _measure_besides(self) -> None:
         """What a step does besides its passes, of those of which a target asks for it."""
@@ -265,19 +262,13 @@ class Field:
 
         attempt_each([entry for entry in self.calls if entry in asked_of], measure, self.failed, self.device)
 
-    def _profile(
-        self,
-        traces: Output | None,
-        keep: Callable[[dict[str, dict[str, Any]]], None],
-        entries: Sequence[str] | None = None,
-    ) -> None:
-        calls = {entry: call for entry, call in self.calls.items() if entries is None or entry in entries}
-        if traces is None or not calls:
+    def _profile(self, entries: Sequence[str]) -> None:
+        calls = {entry: self.calls[entry] for entry in entries if entry in self.calls}
+        if self.traces is None or not calls:
             return
-        keep(self.rows())
-        profiled = profiling.profile(
-            calls, self.batch["input_ids"].numel(), self.device, traces.place, self.failed_profile, self.prepare
-        )
+        self.keep(self.rows())
+        tokens, place = self.batch["input_ids"].numel(), self.traces.place
+        profiled = profiling.profile(calls, tokens, self.device, place, self.failed_profile, self.prepare)
         for entry, profile in profiled.items():
             self.contenders[entry].facts["profile"] = profile
 

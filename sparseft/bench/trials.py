@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from sparseft import console
 from sparseft.compose.run_config import compose, from_dict
@@ -25,6 +25,8 @@ from sparseft.files.atomic import write_json
 from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.runs.folder import CONFIG, SUMMARY
 from sparseft.training import checks, schedules
+
+Train = Callable[[RunConfig], dict[str, Any]]  # trains one config and returns its summary
 
 DIVERGED = "diverged.json"  # in a trial's folder: what its training said, which is not to be done again
 
@@ -69,26 +71,24 @@ def _wherever(config: RunConfig) -> dict[str, Any]:
 
 def named_settings(key: str, texts: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Each `name: key=value …` of a setting -> the name and its overrides."""
-    return [_named(key, text) for text in texts]
-
-
-def _named(key: str, text: str) -> tuple[str, list[str]]:
-    name, colon, rest = text.partition(":")
-    try:
-        changes = shlex.split(rest)
-    except ValueError as error:
-        raise UserError(f"{key}: '{text}' has quotes that do not close.") from error
-    if not (colon and name.strip() and changes):
-        raise UserError(
-            f"{key}: '{text}' is no {key.removeprefix('bench.').rstrip('s')}: expected 'name: key=value …'."
-        )
-    for word in changes:
-        setting, equals, _ = word.partition("=")
-        if not equals:
-            raise UserError(f"{key}: '{word}' of '{name}' is not a setting: expected key=value.")
-        if setting in ("seed", "output_dir", "overwrite"):
-            raise UserError(f"{key}: '{name}' sets {setting}, which is the benchmark's own.")
-    return name.strip(), changes
+    found = []
+    for text in texts:
+        name, _, rest = text.partition(":")
+        try:
+            changes = shlex.split(rest)
+        except ValueError as error:
+            raise UserError(f"{key}: '{text}' has quotes that do not close.") from error
+        if not (name.strip() and changes):
+            what = key.removeprefix("bench.").rstrip("s")
+            raise UserError(f"{key}: '{text}' is no {what}: expected 'name: key=value …'.")
+        for word in changes:
+            setting, equals, _ = word.partition("=")
+            if not equals:
+                raise UserError(f"{key}: '{word}' of '{name}' is not a setting: expected key=value.")
+            if setting in ("seed", "output_dir", "overwrite"):
+                raise UserError(f"{key}: '{name}' sets {setting}, which is the benchmark's own.")
+        found.append((name.strip(), changes))
+    return found
 
 
 def finished(trial: Trial) -> dict[str, Any] | None:
@@ -105,7 +105,7 @@ def finished(trial: Trial) -> dict[str, Any] | None:
     return read_json_object(summary) if summary.is_file() else None
 
 
-def summary_of(trial: Trial, train: Callable[[RunConfig], dict[str, Any]]) -> dict[str, Any]:
+def summary_of(trial: Trial, train: Train) -> dict[str, Any]:
     """What the trial's run says of itself; it is trained where it has not been. Diverged where its training did, now
     or before: it would again."""
     summary = finished(trial)
@@ -149,14 +149,17 @@ def _chat_date(path: Path) -> str | None:
 
 @dataclass
 class Study:
-    """What is compared, checked before the first run."""
+    """What is compared."""
+
+    own: ClassVar[tuple[str, ...]] = ()  # settings of the benchmark, which are none of its runs'
+    first: ClassVar[tuple[str, ...]] = ()  # words ahead of the user's, which win
 
     config: RunConfig
     base: list[str]  # the words that all runs share
     config_dirs: Sequence[str]
     folder: Path
     variants: dict[str, list[str]]  # the settings of each, by its name
-    train: Callable[[RunConfig], dict[str, Any]]  # trains one config and returns its summary
+    train: Train
     made: dict[tuple[str, ...], RunConfig] = field(default_factory=dict, init=False)  # composed, by their words
     folders: dict[str, str] = field(default_factory=dict, init=False)  # of the trials checked so far: whose each is
 
@@ -165,6 +168,39 @@ class Study:
         if self.config.dataset.chat_date is None:
             made = sorted(self.folder.glob(f"*/*/{CONFIG}"))
             self.config.dataset.chat_date = _chat_date(made[0]) if made else date.today().isoformat()
+
+    @classmethod
+    def plan(
+        cls, config: RunConfig, words: Sequence[str], config_dirs: Sequence[str], folder: Path, train: Train
+    ) -> Self:
+        """Of what `config` was composed from; UserError where a run could not start."""
+        base = [*cls.first, *(word for word in words if word.partition("=")[0] not in cls.own)]
+        study = cls(config, base, config_dirs, folder, cls.named(config), train)
+        study.check()
+        return study
+
+    @staticmethod
+    def named(config: RunConfig) -> dict[str, list[str]]:
+        """`bench.variants` by name: at least two, each once."""
+        variants = dict(named_settings("bench.variants", config.bench.variants))
+        if len(variants) < 2 or len(variants) < len(config.bench.variants):
+            raise UserError(
+                "bench.variants: name at least two variants, each once; the first is what others are held to."
+            )
+        return variants
+
+    def check(self) -> None:
+        """Refuses settings by which a run could not start."""
+        raise NotImplementedError
+
+    @staticmethod
+    @contextlib.contextmanager
+    def of_variant(variant: str) -> Iterator[None]:
+        """Inside, what is refused says of which variant."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"bench.variants: '{variant}': {error}") from None
 
     @property
     def seeds(self) -> list[int]:
@@ -230,14 +266,6 @@ def rates_of_seeds(rates: Sequence[float]) -> dict[str, Any]:
 def shown_rates(entry: Mapping[str, Any]) -> str:
     """What `rates_of_seeds` has made, for a table: each rate once, in the seeds' order."""
     return ", ".join(f"{rate:g}" for rate in dict.fromkeys(entry["learning_rates"]))
-
-
-def named_variants(config: RunConfig) -> dict[str, list[str]]:
-    """`bench.variants` by name: at least two, each once."""
-    variants = dict(named_settings("bench.variants", config.bench.variants))
-    if len(variants) < 2 or len(variants) < len(config.bench.variants):
-        raise UserError("bench.variants: name at least two variants, each once; the first is what others are held to.")
-    return variants
 
 
 def check_same_data(trial: Trial, config: RunConfig, excepted: str = "") -> None:

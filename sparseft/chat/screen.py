@@ -6,6 +6,7 @@ Through a pipe stdout has the answers and nothing else; the rest goes where logs
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -50,28 +51,31 @@ class Pipe:
         for name, text in rows.items():
             self.note(f"{name:<{max(map(len, rows))}}  {text}")
 
+    def say(self, text: str) -> None:
+        """The very text into a pipe or a file; lines may come through a pipe though answers go to a terminal."""
+        _write(console.visible(text) if sys.stdout.isatty() else text)
+
     @contextlib.contextmanager
     def answer(self) -> Iterator[Say]:
-        yield _pass_on
-        _write("\n")
+        yield self.say
+        self.say("\n")
 
     @contextlib.contextmanager
     def answers(self, names: Sequence[str]) -> Iterator[dict[str, Say]]:
         """One below the other, each under its name, in this order."""
-        yield {name: _under(f"{name}:\n", index) for index, name in enumerate(names)}
-        _write("\n")
+
+        def head(name: str, index: int) -> None:
+            self.say("\n" * bool(index) + f"{name}:\n")
+
+        yield _below(head, names, self.say)
+        self.say("\n")
 
 
 class Silent(Pipe):
     """Lines in, nothing out: for a result that comes at the end."""
 
-    @contextlib.contextmanager
-    def answer(self) -> Iterator[Say]:
-        yield lambda text: None
-
-    @contextlib.contextmanager
-    def answers(self, names: Sequence[str]) -> Iterator[dict[str, Say]]:
-        yield {name: lambda text: None for name in names}
+    def say(self, text: str) -> None:
+        pass
 
 
 class Terminal:
@@ -134,21 +138,13 @@ class Terminal:
             return
         line = Wrapped(self.console.width if self.fancy else 0)
 
-        def under(name: str, index: int) -> Say:
-            begun = False
-
-            def say(text: str) -> None:
-                nonlocal begun
-                if not begun:
-                    line.say("\n\n" * bool(index))
-                    self.console.print(f"{name}:", style=STYLES[index % 2])
-                    line.column, begun = 0, True
-                line.say(text)
-
-            return say
+        def head(name: str, index: int) -> None:
+            line.say("\n\n" * bool(index))
+            self.console.print(f"{name}:", style=STYLES[index % 2])
+            line.column = 0
 
         try:
-            yield {name: under(name, index) for index, name in enumerate(names)}
+            yield _below(head, names, line.say)
         finally:
             self._end()
 
@@ -234,20 +230,17 @@ class Wrapped:
         return before + letter
 
 
-def _under(head: str, index: int) -> Say:
-    begun = False
+def _below(head: Callable[[str, int], None], names: Sequence[str], say: Say) -> dict[str, Say]:
+    """What says each one's text by `say`; ahead of its first piece `head(name, place)`."""
+    begun: set[str] = set()
 
-    def say(text: str) -> None:
-        nonlocal begun
-        _pass_on(("" if begun else "\n" * bool(index) + head) + text)
-        begun = True
+    def under(name: str, index: int, text: str) -> None:
+        if name not in begun:
+            begun.add(name)
+            head(name, index)
+        say(text)
 
-    return say
-
-
-def _pass_on(text: str) -> None:
-    """The very text into a pipe or a file; lines may come through a pipe though answers go to a terminal."""
-    _write(console.visible(text) if sys.stdout.isatty() else text)
+    return {name: functools.partial(under, name, index) for index, name in enumerate(names)}
 
 
 def _write(text: str) -> None:

@@ -48,14 +48,7 @@ class Talk:
         self._left_out = 0  # turns that the context had no room for
         self._form = ("", "")  # that was said last
         self.actions: dict[str, Callable[[str], None]] = {
-            "/base": self._base,
-            "/adapter": self._adapter,
-            "/both": self._both,
-            "/system": self._system,
-            "/reset": self._reset,
-            "/save": self._save,
-            "/help": self._help,
-            "/quit": self._quit,
+            command: getattr(self, f"_{command[1:]}") for command in (shown.split()[0] for shown in HELP)
         }
 
     def run(self) -> None:

@@ -19,19 +19,7 @@ from sparseft.cli.outcome import FAILED, INTERRUPTED, WRONG_INPUT, emit, execute
 from sparseft.compose.overrides import is_override, paths_and_overrides
 from sparseft.errors import UserError, nearest
 
-BENCHMARKS = (
-    "train",
-    "scaling",
-    "host",
-    "preprocess",
-    "quality",
-    "time",
-    "fusion",
-    "front",
-    "kernels",
-    "loader",
-    "serve",
-)
+BENCHMARKS = "train scaling host preprocess quality time fusion front kernels loader serve".split()
 # What a benchmark measures unless another experiment is named.
 EXPERIMENTS = {"host": "host", "time": "time_to_loss", "fusion": "fusion", "front": "front", "serve": "serve"}
 
@@ -358,8 +346,7 @@ def export(
 def trim(
     words: Annotated[list[str] | None, typer.Argument(metavar="RUN|KEY=VALUE", hidden=True)] = None,
     forget: Annotated[
-        float | None,
-        typer.Option("--forget", metavar="NATS", help="How much the source's loss may rise, a token."),
+        float | None, typer.Option("--forget", metavar="NATS", help="How much the source's loss may rise, a token.")
     ] = None,
     source: Annotated[
         str | None, typer.Option("--source", metavar="FILE", help="What is not to be forgotten: general text.")
@@ -394,8 +381,7 @@ def trim(
 
 
 @app.command(
-    short_help="Write one HTML page of one or several runs.",
-    epilog="\b\nExample:\n  sparseft report outputs/latest",
+    short_help="Write one HTML page of one or several runs.", epilog="\b\nExample:\n  sparseft report outputs/latest"
 )
 def report(
     runs: Annotated[list[str] | None, typer.Argument(metavar="RUN", hidden=True)] = None,
@@ -418,8 +404,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; send nothing.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     base_model: Annotated[
-        str | None,
-        typer.Option("--base-model", metavar="ID", help="The base on the hub, where it was a folder here."),
+        str | None, typer.Option("--base-model", metavar="ID", help="The base on the hub, where it was a folder here.")
     ] = None,
     licence: Annotated[str | None, typer.Option("--license", metavar="NAME", help="The base's licence.")] = None,
     include: Annotated[

@@ -58,21 +58,9 @@ def configured(
     check: refuses wrong options before anything else happens; may add to `words`.
     module: the one of `commands/` that works and renders, where it is not the command's own.
     """
-    with console.quiet() if options.quiet else contextlib.nullcontext():
-        return _configured(command, words, options, call, check, module or command)
-
-
-def _configured(
-    command: str,
-    words: list[str],
-    options: Options,
-    call: Callable[[Any, Any, list[str]], dict[str, Any]],
-    check: Callable[[], None],
-    module: str,
-) -> int:
     from sparseft.compose import run_config as compose
 
-    folders = options.config_dir or []
+    module, folders = module or command, options.config_dir or []
 
     def expand() -> list[list[str]]:
         check()
@@ -100,13 +88,14 @@ def _configured(
         outcome = execute(work, options.debug)
         return outcome if options.cfg else _judged(module, outcome)
 
-    expanded = execute(expand, options.debug)
-    if expanded.code:
-        return finish(module, expanded, options.json, options.debug)
-    if options.multirun:
-        with console.once("data: ", "model: "):  # what the points share; what comes of it, each says for itself
-            return _sweep(module, words, expanded.result, run_point, options)
-    return finish(module, run_point(0, expanded.result[0]), options.json, options.debug, options.cfg)
+    with console.quiet() if options.quiet else contextlib.nullcontext():
+        expanded = execute(expand, options.debug)
+        if expanded.code:
+            return finish(module, expanded, options.json, options.debug)
+        if options.multirun:
+            with console.once("data: ", "model: "):  # what the points share; what comes of it, each says for itself
+                return _sweep(module, words, expanded.result, run_point, options)
+        return finish(module, run_point(0, expanded.result[0]), options.json, options.debug, options.cfg)
 
 
 def _of_file(word: str) -> str:

@@ -36,20 +36,11 @@ from sparseft.runs.lock import Lock
 from sparseft.training import checks
 
 # Each has run(config, output), and title and table of what that returns; some have more_tables, notes (lines below the
-# tables) and page (which writes all of it as HTML). Those of TRAINING have plan, measure and markdown, and some charts,
-# in place of run.
+# tables) and page (which writes all of it as HTML). Those of TRAINING have a Study, measure and markdown, and some
+# charts, in place of run.
 BENCHMARKS: dict[str, Any] = {
-    "train": train,
-    "scaling": scaling,
-    "host": host,
-    "preprocess": preprocess,
-    "quality": quality,
-    "time": time_to_loss,
-    "fusion": fusion,
-    "front": front,
-    "kernels": kernels,
-    "loader": loader,
-    "serve": serve,
+    **{"train": train, "scaling": scaling, "host": host, "preprocess": preprocess, "quality": quality},
+    **{"time": time_to_loss, "fusion": fusion, "front": front, "kernels": kernels, "loader": loader, "serve": serve},
 }
 TRAINING = ("quality", "time", "fusion", "front")  # their runs are composed anew, and trained as `sparseft train` does
 
@@ -90,7 +81,7 @@ def _trained(
 ) -> dict[str, Any]:
     """What a benchmark of `TRAINING` has measured, its charts written; interrupted, it says how to go on."""
     folder = output.choose()
-    study = benchmark.plan(config, words, config_dirs, folder, training.run)
+    study = benchmark.Study.plan(config, words, config_dirs, folder, training.run)
     with _alone_in(folder), going_on(folder):
         result = benchmark.measure(study)
     charts = benchmark.charts(result) if hasattr(benchmark, "charts") else {}

@@ -17,6 +17,7 @@ from sparseft.models.decoder import context_length
 from sparseft.models.loading import load_config, model_dtype
 from sparseft.models.packed.quantized import quantized_by
 from sparseft.models.published import published
+from sparseft.rules import show
 from sparseft.training import checks, memory_plan
 from sparseft.training.arguments import micro_batches
 from sparseft.training.distributed_trainer import has_experts
@@ -138,12 +139,15 @@ def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] |
     evaluation = largest_evaluation(config, shape, step, length)
     in_step = evaluation is None or evaluation.bytes <= device_bytes
     for name in REMEDIES[1:] if in_step else REMEDIES:
-        before = copy.deepcopy(changed), dict(given)
-        if not _apply(name, changed, given, stage):
+        if (change := _change(name, changed, stage)) is None:
             continue
-        if not _taken(changed):
-            changed, given = before
+        key, value = change
+        tried = copy.deepcopy(changed)
+        section, field = key.split(".")
+        setattr(getattr(tried, section), field, value)
+        if not _taken(tried):
             continue
+        changed, given = tried, given | {key: show(value)}
         total = _total(changed, shape, micro_batch(changed), changed.trainer.max_length)
         if total <= device_bytes:
             return {"overrides": [f"{key}={value}" for key, value in given.items()], "bytes": total}
@@ -161,35 +165,25 @@ def _taken(config: RunConfig) -> bool:
     return True
 
 
-def _apply(name: str, config: RunConfig, given: dict[str, str], stage: int) -> bool:
-    """Changes the config by one remedy (ZeRO up to `stage`) and notes the overrides that do it; whether there was
-    anything to change."""
+def _change(name: str, config: RunConfig, stage: int) -> tuple[str, Any] | None:
+    """The setting that a remedy changes, and to what (ZeRO up to `stage`); None where there is nothing to change."""
     trainer, hardware = config.trainer, config.hardware
     least = _least(config)
     if name == "eval_batch" and trainer.eval_task is not None and config.eval.batch_size not in (1, "auto"):
-        config.eval.batch_size = 1
-        given["eval.batch_size"] = "1"
-    elif name == "micro_batch" and micro_batch(config) > least and trainer.batch_size % least == 0:
-        hardware.micro_batch = least
-        given["hardware.micro_batch"] = str(least)
-    elif name == "gradient_checkpointing" and trainer.checkpointing not in ("auto", "full"):
-        trainer.checkpointing = "full"
-        given["trainer.checkpointing"] = "full"
-    elif name == "gradient_checkpointing" and config.checkpointing != "full":
-        hardware.gradient_checkpointing = True
-        given["hardware.gradient_checkpointing"] = "true"
-    elif name == "zero_stage" and hardware.all_processes > 1 and hardware.zero_stage < stage and not hardware.fsdp:
-        hardware.zero_stage = stage
-        given["hardware.zero_stage"] = str(stage)
-    elif name == "offload" and hardware.zero_stage == 3 and hardware.offload == "none":
-        hardware.offload = "cpu"
-        given["hardware.offload"] = "cpu"
-    elif name == "max_length" and trainer.max_length > 256:
-        trainer.max_length = 256
-        given["trainer.max_length"] = "256"
-    else:
-        return False
-    return True
+        return "eval.batch_size", 1
+    if name == "micro_batch" and micro_batch(config) > least and trainer.batch_size % least == 0:
+        return "hardware.micro_batch", least
+    if name == "gradient_checkpointing" and trainer.checkpointing not in ("auto", "full"):
+        return "trainer.checkpointing", "full"
+    if name == "gradient_checkpointing" and config.checkpointing != "full":
+        return "hardware.gradient_checkpointing", True
+    if name == "zero_stage" and hardware.all_processes > 1 and hardware.zero_stage < stage and not hardware.fsdp:
+        return "hardware.zero_stage", stage
+    if name == "offload" and hardware.zero_stage == 3 and hardware.offload == "none":
+        return "hardware.offload", "cpu"
+    if name == "max_length" and trainer.max_length > 256:
+        return "trainer.max_length", 256
+    return None
 
 
 def render(result: dict[str, Any]) -> None:

@@ -30,16 +30,12 @@ def run(config: RunConfig) -> dict[str, Any]:
     if launch.needed(config.hardware):
         return launch.run("preprocess", config)
     with launch.joined(config.hardware):
-        return _preprocess(config)
-
-
-def _preprocess(config: RunConfig) -> dict[str, Any]:
-    forget_zero()  # of an earlier run
-    prepared = prepare(config)
-    spec = ModelSpec.of(prepared.model).narrowed(config.method.layers)
-    selected = select(config, prepared, spec)
-    describe_selection(selected.selection, spec, config.method)
-    describe_export(selected.selection, spec, config.method)
+        forget_zero()  # of an earlier run
+        prepared = prepare(config)
+        spec = ModelSpec.of(prepared.model).narrowed(config.method.layers)
+        selected = select(config, prepared, spec)
+        describe_selection(selected.selection, spec, config.method)
+        describe_export(selected.selection, spec, config.method)
     return {
         "selection": str(selected.path),
         "cached": selected.cached,

@@ -119,9 +119,7 @@ def parsed_value(override: Override, annotation: Any) -> Any:
 
 
 def expand(
-    words: list[str],
-    annotation_of: Callable[[str], Any],
-    options_of: Callable[[str], list[str]],
+    words: list[str], annotation_of: Callable[[str], Any], options_of: Callable[[str], list[str]]
 ) -> list[list[str]]:
     """The points of a sweep, the last swept key changing fastest; words that sweep nothing stand in every point.
 

@@ -66,6 +66,8 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
 
     Raises `UserError` for whatever is unknown, of the wrong type, out of range or contradictory.
     """
+    from omegaconf import OmegaConf
+
     assert command in COMMANDS
     choices, settings = _sort_words(overrides, config_dirs)
     typed = settings.get("objective")
@@ -79,7 +81,8 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
         check_key(override, keys, method_name)
     _apply(config, settings, keys)
     _name_data(config, choices, settings)
-    content = _resolved(config)
+    with _hydra_errors():
+        content: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     if objective == "kto" and "experiment" not in choices:
         content["trainer"] |= {name: value for name, value in KTO_STEP.items() if f"trainer.{name}" not in settings}
     if "method.dropout" not in settings:
@@ -370,16 +373,6 @@ def _name_data(config: Any, choices: dict[str, str], settings: dict[str, Overrid
         typed = "dataset" not in choices and not settings.keys().isdisjoint(OWN_DATA_KEYS)
         if data.get("name") is None or (own and typed):
             data["name"] = OWN_DATA if own else DatasetConfig.name
-
-
-def _resolved(config: Any) -> dict[str, Any]:
-    """The composed config as plain containers, without interpolations."""
-    from omegaconf import OmegaConf
-
-    with _hydra_errors():
-        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert isinstance(content, dict)
-    return content
 
 
 def _share(content: dict[str, Any], settings: dict[str, Override], method_name: str) -> None:

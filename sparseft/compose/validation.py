@@ -5,35 +5,18 @@ exist; each section built and checked by its dataclass; and what several section
 from __future__ import annotations
 
 import difflib
+from dataclasses import is_dataclass
 from typing import Any
 
 from sparseft.compose import objectives
 from sparseft.compose.overrides import GROUPS, Override
-from sparseft.config import (
-    OPTIMIZERS,
-    TRACKERS,
-    BenchConfig,
-    ChatConfig,
-    DatasetConfig,
-    EvalConfig,
-    HardwareConfig,
-    ModelConfig,
-    RunConfig,
-    TrainerConfig,
-)
+from sparseft.config import OPTIMIZERS, TRACKERS, RunConfig
 from sparseft.errors import UserError, nearest
 from sparseft.methods import METHODS, get_method
 from sparseft.rules import check_choice, check_fields, check_type, check_value, field_types, is_mapping, show
 
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "dataset": DatasetConfig,
-    "trainer": TrainerConfig,
-    "hardware": HardwareConfig,
-    "eval": EvalConfig,
-    "chat": ChatConfig,
-    "bench": BenchConfig,
-}
+# The groups of settings but the method, whose class is the method's own.
+SECTIONS: dict[str, type] = {name: hint for name, hint in field_types(RunConfig).items() if is_dataclass(hint)}
 
 _LOW_RANK = "it projects the gradients of whole weights, which no method here trains as such"
 _IN_BACKWARD = "it updates weights within the backward pass, before the micro-steps of a step are summed"

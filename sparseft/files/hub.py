@@ -33,22 +33,17 @@ ADAPTER_FILES = [
 NAME = "expected owner/name, of letters, digits, '-', '_' and '.'"
 
 
-def leads_out(path: Path, folder: Path) -> bool:
-    """Whether a path in a folder is a link to what lies elsewhere. The files of a snapshot in the hub's cache are links
-    into the `blobs` of its own repository, which count as its own."""
-    inside = folder.resolve()
-    own = [inside, *([inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else [])]
-    return not any(path.resolve().is_relative_to(each) for each in own)
-
-
 def check_inside(paths: Iterable[Path], folder: Path) -> None:
-    """Refuses files of a folder that are links out of it: what they name was not put there to be given away.
+    """Refuses files of a folder that are links out of it: what they name was not put there to be given away. The files
+    of a snapshot in the hub's cache are links into the `blobs` of its own repository, which count as its own.
 
     Raises:
         UserError: names the first.
     """
+    inside = folder.resolve()
+    own = [inside, *([inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else [])]
     for path in paths:
-        if leads_out(path, folder):
+        if not any(path.resolve().is_relative_to(each) for each in own):
             raise UserError(
                 f"{path} is a link that leads out of its folder, which is not followed: put the file that it names in "
                 "its place, or take it away."

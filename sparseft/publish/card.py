@@ -38,6 +38,7 @@ LIBRARIES = {
 def card_of(facts: Facts) -> str:
     """The card as text, with its metadata and seal; REPO, BASE and NO_LICENCE where `filled` puts what is so."""
     import jinja2
+    import yaml
 
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
@@ -58,8 +59,11 @@ def card_of(facts: Facts) -> str:
         scores=[_score(score) for score in facts.scores],
         forgetting=_forgetting(facts),
         limits=_limits(facts),
-        licence=_licence(facts),
-        config=_yaml(shown_config(facts)) if facts.config else "",
+        licence=f"The base's licence ({facts.licence or NO_LICENCE}) holds for what is derived from it, this model "
+        "included. The training data may have one of its own.",
+        config=yaml.safe_dump(shown_config(facts), sort_keys=False, allow_unicode=True, width=110).replace("```", "'''")
+        if facts.config
+        else "",
     )
     return sealed(f"---\n{metadata(facts)}\n---\n\n{body.replace(SPACE, ' ')}")
 
@@ -373,13 +377,6 @@ def _limits(facts: Facts) -> list[str]:
     return lines
 
 
-def _licence(facts: Facts) -> str:
-    return (
-        f"The base's licence ({facts.licence or NO_LICENCE}) holds for what is derived from it, this model included. "
-        "The training data may have one of its own."
-    )
-
-
 def _prompt(facts: Facts) -> str | None:
     kind = (facts.environment.get("data") or {}).get("format")
     if kind == "messages" and facts.group("dataset").get("plain_chat"):
@@ -405,9 +402,3 @@ def _prompt(facts: Facts) -> str | None:
 def _cell(value: Any) -> str:
     """A text that a table's cell can hold."""
     return shown(str(value).replace(SPACE, " "), 600).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _yaml(content: dict[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110).replace("```", "'''")

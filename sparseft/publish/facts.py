@@ -20,18 +20,7 @@ from sparseft.files.untrusted import read_json_object, read_yaml_object
 from sparseft.kernels.reference import trainable_entries
 from sparseft.publish.licences import licence_in
 from sparseft.report.numbers import number
-from sparseft.runs.folder import (
-    ADAPTER,
-    BEFORE,
-    CONFIG,
-    ENVIRONMENT,
-    EVAL,
-    SUMMARY,
-    chosen_results,
-    is_of_another,
-    is_run,
-    load_summary,
-)
+from sparseft.runs import folder as runs
 from sparseft.runs.metrics import went_on_from
 
 # Groups of the configuration that say nothing of how the adapter came to be, and settings that hold texts of their own.
@@ -150,8 +139,8 @@ def facts_of(folder: Path, kind: str | None = None, rank: int | None = None) -> 
     Raises:
         UserError: neither a run nor an adapter, a run that has not finished, or a file that cannot be read.
     """
-    run = folder if is_run(folder) else None
-    place = folder / ADAPTER if run else folder
+    run = folder if runs.is_run(folder) else None
+    place = folder / runs.ADAPTER if run else folder
     if run:
         check_finished(run)
     content = read_config(place)
@@ -171,10 +160,10 @@ def facts_of(folder: Path, kind: str | None = None, rank: int | None = None) -> 
     known = number(content.get("r")) if kind is None else rank
     facts.rank = None if known is None else int(known)
     if run:
-        facts.summary = load_summary(run)
-        facts.config = read_yaml_object(run / CONFIG)
-        if (run / ENVIRONMENT).is_file():
-            facts.environment = read_json_object(run / ENVIRONMENT)
+        facts.summary = runs.load_summary(run)
+        facts.config = read_yaml_object(run / runs.CONFIG)
+        if (run / runs.ENVIRONMENT).is_file():
+            facts.environment = read_json_object(run / runs.ENVIRONMENT)
         facts.scores = list(_scores(run, facts))
     if not whole:
         facts.roles = _roles(place, content)
@@ -183,10 +172,10 @@ def facts_of(folder: Path, kind: str | None = None, rank: int | None = None) -> 
 
 def check_finished(run: Path) -> None:
     """Refuses a run that has no summary, or went on after it was written."""
-    load_summary(run)
+    runs.load_summary(run)
     if (steps := went_on_from(run)) is not None:
         raise UserError(
-            f"the run '{run}' was continued past step {steps}, where its {SUMMARY} ends, and has not finished: "
+            f"the run '{run}' was continued past step {steps}, where its {runs.SUMMARY} ends, and has not finished: "
             "continue it with trainer.resume=auto."
         )
 
@@ -271,15 +260,15 @@ def _texts(content: Any) -> Iterator[str]:
 def _scores(run: Path, facts: Facts) -> Iterator[Score]:
     """What the tasks asked for scored, each once; groups first, then their members where there are few."""
     before: dict[str, dict[str, Any]] = {}
-    files = {path: read_json_object(path) for path in sorted((run / BEFORE).glob("*.json"))}
-    for name, path in chosen_results(files.items()).items():
+    files = {path: read_json_object(path) for path in sorted((run / runs.BEFORE).glob("*.json"))}
+    for name, path in runs.chosen_results(files.items()).items():
         before[name] = files[path]["tasks"][name]
-    present = adapter_hash(run / ADAPTER)
-    files = {path: read_json_object(path) for path in sorted((run / EVAL).glob("*.json"))}
-    for path in [path for path in files if is_of_another(files[path], present)]:
+    present = adapter_hash(run / runs.ADAPTER)
+    files = {path: read_json_object(path) for path in sorted((run / runs.EVAL).glob("*.json"))}
+    for path in [path for path in files if runs.is_of_another(files[path], present)]:
         warn(f"{path} is of another adapter than the run has now, so the card leaves it out: evaluate it again.")
         del files[path]
-    chosen = chosen_results(files.items())
+    chosen = runs.chosen_results(files.items())
     evaluated: dict[str, set[str]] = {}
     for name, entry in (each for content in files.values() for each in _tasks(content).items()):
         evaluated.setdefault(name, set()).update(_members(entry))

@@ -18,22 +18,7 @@ from sparseft.files.tensors import ADAPTER_CONFIG, ADAPTER_TENSORS, WHOLE_CONFIG
 from sparseft.files.untrusted import parse_json, read_bytes, read_json_object
 from sparseft.publish.card import CARD, card_of, checked, filled, is_untouched
 from sparseft.publish.facts import check_finished, facts_of, shown_path
-from sparseft.runs.folder import (
-    ADAPTER,
-    CHECKPOINTS,
-    CONFIG,
-    ENVIRONMENT,
-    LOCK,
-    METRICS,
-    QUESTIONS,
-    REPORT,
-    SELECTION,
-    SUMMARY,
-    TRACKED,
-    TRACKERS,
-    is_checkpoint,
-    is_run,
-)
+from sparseft.runs import folder as runs
 
 # Why a file is not sent, by the first pattern that fits its path. Patterns reach into folders (`*` is `/` too).
 TRAINING = "what training continues from: optimizer and random states, which load as pickles"
@@ -41,16 +26,16 @@ ANSWERS = "prompts and answers, maybe of other people's data"
 WATCHED = "what trackers keep: folders of this machine, prompts and answers, maybe who you are"
 IN_THE_CARD = "the card has its facts; it names folders of this machine"
 REASONS = (
-    (f"{CHECKPOINTS}/*", TRAINING),
-    (QUESTIONS, "hashes of the training questions, by which one could ask what was trained on"),
+    (f"{runs.CHECKPOINTS}/*", TRAINING),
+    (runs.QUESTIONS, "hashes of the training questions, by which one could ask what was trained on"),
     ("*samples.jsonl", ANSWERS),
     ("eval/mt_bench/*", ANSWERS),
-    (REPORT, "may hold prompts and answers"),
-    *((name, WATCHED) for name in (TRACKERS, *(f"{folder}/*" for folder in TRACKED))),
-    (f"{SELECTION}/*", "the adapter has its indices"),
-    *((name, IN_THE_CARD) for name in (CONFIG, ENVIRONMENT, METRICS, SUMMARY, "eval/*.json")),
+    (runs.REPORT, "may hold prompts and answers"),
+    *((name, WATCHED) for name in (runs.TRACKERS, *(f"{folder}/*" for folder in runs.TRACKED))),
+    (f"{runs.SELECTION}/*", "the adapter has its indices"),
+    *((name, IN_THE_CARD) for name in (runs.CONFIG, runs.ENVIRONMENT, runs.METRICS, runs.SUMMARY, "eval/*.json")),
     (NOTE, IN_THE_CARD),
-    (f"{ADAPTER}/{CARD}", "the card takes its place"),
+    (f"{runs.ADAPTER}/{CARD}", "the card takes its place"),
     (f"*{PARTIAL}*", "left by a crash"),
     *((f"*{ending}", "a pickle, which can execute code") for ending in (".bin", ".pt", ".pth", ".pkl")),
 )
@@ -106,12 +91,7 @@ class Listing:
 
 
 def listing_of(
-    folder: str,
-    repo: str,
-    *,
-    base: str | None = None,
-    licence: str | None = None,
-    include: Sequence[str] = (),
+    folder: str, repo: str, *, base: str | None = None, licence: str | None = None, include: Sequence[str] = ()
 ) -> Listing:
     """What `push` sends of a run, an adapter's folder or one that `export` has made.
 
@@ -124,22 +104,22 @@ def listing_of(
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise UserError(f"{folder}: no such folder{where_looked(folder)}.{nearest_path(folder)}")
-    if is_checkpoint(path):
-        path = path / ADAPTER
+    if runs.is_checkpoint(path):
+        path = path / runs.ADAPTER
     above = path.absolute().parent
-    if path.name == ADAPTER and is_run(above) and not is_checkpoint(above) and not is_run(path):
+    if path.name == runs.ADAPTER and runs.is_run(above) and not runs.is_checkpoint(above) and not runs.is_run(path):
         path = above  # it knows more than its adapter's folder
     if (path / NOTE).is_file():
         what, root = f"the export {path}", path
         place = path
         wanted = [each for each in _loaded_from(path) if not _reason(each.name) and each.name != CARD]
         text = _card_of_export(path)
-    elif is_run(path) or is_adapter(path):
-        run = is_run(path)
+    elif runs.is_run(path) or is_adapter(path):
+        run = runs.is_run(path)
         what, root = f"the run {path}" if run else f"the adapter {path}", path
         if run:
             check_finished(path)
-        place = path / ADAPTER if run else path
+        place = path / runs.ADAPTER if run else path
         check_intact(place)
         wanted = [
             each
@@ -213,7 +193,7 @@ def _below(root: Path) -> Iterator[Path]:
     """Every file below a folder but a run's lock; what links out of it is none of its own."""
     inside = root.resolve()
     for path in sorted(root.rglob("*")):
-        if path.is_file() and path.name != LOCK and path.resolve().is_relative_to(inside):
+        if path.is_file() and path.name != runs.LOCK and path.resolve().is_relative_to(inside):
             yield path
 
 

@@ -80,11 +80,11 @@ def push(listing: Listing, repo: str, *, private: bool = False, overwrite_card: 
             console.log(f"made {url_of(repo)}{' (private)' if hidden else ''}")
         elif private and not hidden:
             raise UserError(f"{repo} is public already: --private is for a new one; change it in its settings.")
-        foreign = _foreign(names, {file.name for file in listing.files})
-        if foreign:
+        others = names - {file.name for file in listing.files}
+        if foreign := sorted(name for name in others if any(fnmatch(name, pattern) for pattern in LOADED)):
             raise UserError(
-                f"{repo} holds {foreign}, which is no part of {listing.what} and would be loaded beside or before it: "
-                "push to another repository, or delete it there."
+                f"{repo} holds {foreign[0]}, which is no part of {listing.what} and would be loaded beside or before "
+                "it: push to another repository, or delete it there."
             )
         keeps = CARD in names and not overwrite_card and not is_untouched(_their_card(api, repo, head))
         files = [file for file in listing.files if not (keeps and file.name == CARD)]
@@ -124,11 +124,6 @@ def _state(api: Any, repo: str) -> tuple[str | None, set[str], bool]:
     except RepositoryNotFoundError:
         return None, set(), False
     return info.sha, {file.rfilename for file in info.siblings or []}, bool(info.private)
-
-
-def _foreign(names: set[str], sent: set[str]) -> str | None:
-    others = sorted(name for name in names - sent if any(fnmatch(name, pattern) for pattern in LOADED))
-    return others[0] if others else None
 
 
 def _their_card(api: Any, repo: str, head: str | None) -> str:

@@ -22,14 +22,23 @@ def usage(facts: Facts) -> str:
     load = LOAD.format(
         base=base, tokenizer=tokenizer, revision=f', revision="{facts.revision}"' if facts.revision else ""
     )
-    parts = {
-        "sparse": _sparse,
-        "patch": _patch,
-        **dict.fromkeys(("peft", "peft-lora", "peft-shira"), _peft),
-        **dict.fromkeys(("full", "merged", "packed"), _whole),
-        "mlx": _mlx,
-        "gguf-lora": _gguf,
-    }[facts.kind](facts, base, load)
+    get = f"hf download {REPO} --local-dir"
+    if facts.kind == "sparse":
+        parts = _sparse(facts, base, load)
+    elif facts.kind in ("peft", "peft-lora", "peft-shira"):
+        parts = _peft(facts, base, load)
+    elif facts.kind == "patch":
+        apply = f'import sparseft\n{load}\nsparseft.apply_patch(model, "patch")'
+        parts = [("sparseft", f"{_shell(f'{get} patch')}\n\n{_python(apply)}")]
+    elif facts.kind == "mlx":
+        run = f"mlx_lm.generate --model {base} --adapter-path adapter"
+        parts = [("mlx-lm", _shell(f"{get} adapter\n{run}"))]
+    elif facts.kind == "gguf-lora":
+        run = f"hf download {REPO} adapter.gguf --local-dir .\nllama-cli -m base.gguf --lora adapter.gguf"
+        parts = [("llama.cpp", f"on a GGUF of its base, in whatever quantization:\n\n{_shell(run)}")]
+    else:  # full, merged, packed
+        whole = LOAD.format(base=REPO, tokenizer=REPO, revision="")
+        parts = [("transformers", _python(whole)), ("vLLM", _shell(f"vllm serve {REPO}"))]
     return "\n\n".join(f"**{name}**\n\n{text}" for name, text in parts)
 
 
@@ -82,32 +91,3 @@ def _peft(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
     elif rank is not None and rank <= RANKS[-1]:
         parts.append(("vLLM", _shell(_vllm(base, REPO, f" --max-lora-rank {file_rank(rank)}"))))
     return parts
-
-
-def _whole(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
-    code = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{REPO}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{REPO}", dtype="auto")'
-    )
-    return [("transformers", _python(code)), ("vLLM", _shell(f"vllm serve {REPO}"))]
-
-
-def _patch(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
-    get = _shell(f"hf download {REPO} --local-dir patch")
-    return [("sparseft", f"{get}\n\n" + _python(f'import sparseft\n{load}\nsparseft.apply_patch(model, "patch")'))]
-
-
-def _mlx(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
-    get = f"hf download {REPO} --local-dir adapter"
-    return [("mlx-lm", _shell(f"{get}\nmlx_lm.generate --model {base} --adapter-path adapter"))]
-
-
-def _gguf(facts: Facts, base: str, load: str) -> list[tuple[str, str]]:
-    return [
-        (
-            "llama.cpp",
-            "on a GGUF of its base, in whatever quantization:\n\n"
-            + _shell(f"hf download {REPO} adapter.gguf --local-dir .\nllama-cli -m base.gguf --lora adapter.gguf"),
-        )
-    ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sparseft.report.html import listed
 from sparseft.report.numbers import count
 from sparseft.report.run_data import Run
-from sparseft.report.tables import listed
 
 STEPS = 12  # of one prompt and run, the first and the last among them
 PROMPTS = 50
@@ -45,7 +45,8 @@ def _answers(runs: Sequence[Run], asked: tuple[str, str]) -> list[dict[str, Any]
             continue
         *earlier, (step, text) = sorted(by_step.items())
         name = f"after step {step:,.0f}" if single else f"{run.label}, after step {step:,.0f}"
-        kept = _spread(earlier, STEPS - 1) if single else []
+        few = min(len(earlier), STEPS - 1) if single else 0  # evenly spread, the first among them
+        kept = [earlier[place * len(earlier) // few] for place in range(few)]
         cells.append(
             {
                 "name": name,
@@ -56,13 +57,6 @@ def _answers(runs: Sequence[Run], asked: tuple[str, str]) -> list[dict[str, Any]
             }
         )
     return cells
-
-
-def _spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most that many of the items, evenly spread, the first among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[place * len(items) // most] for place in range(most)]
 
 
 def _cut(text: str) -> str:

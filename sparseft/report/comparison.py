@@ -7,21 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparseft.config import flatten
+from sparseft.report.html import Table
 from sparseft.report.numbers import count, duration, fixed, memory, number, percent, rate, short_count, signed
 from sparseft.report.run_data import Run
-from sparseft.report.tables import Table
 
 ACROSS = 12  # runs at most beside each other as columns of the settings; more are rows
 FEW = 8  # settings: up to so many are columns of the comparison itself
 ASIDE = ("bench.", "output_dir", "cache_dir", "overwrite")  # settings that do not bear on what is learnt
 SOME = 4  # runs: of more, what is the same for all is no column
-
-FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("tokens/s", "tokens_per_second", rate),
-    ("memory", "peak_memory_bytes", memory),
-    ("time", "train_seconds", duration),
-)
-
 
 ABSENT = object()
 
@@ -47,11 +40,7 @@ class Columns:
             self.text(name, [_shown(value) for value in values])
 
     def number(
-        self,
-        name: str,
-        values: Sequence[float | None],
-        texts: Sequence[str],
-        best: Callable[..., float] | None = None,
+        self, name: str, values: Sequence[float | None], texts: Sequence[str], best: Callable[..., float] | None = None
     ) -> None:
         """A column of numbers as `texts`; left out where no run has one, or many runs have the same."""
         if all(value is None for value in values):
@@ -106,7 +95,11 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
     columns.number("trainable", trainable, [short_count(value) for value in trainable])
     columns.number("share", [run.share for run in runs], [percent(run.share) for run in runs])
     columns.number("steps", [run.last_step for run in runs], [count(run.last_step) for run in runs])
-    for name, key, shown in FIGURES:
+    for name, key, shown in (
+        ("tokens/s", "tokens_per_second", rate),
+        ("memory", "peak_memory_bytes", memory),
+        ("time", "train_seconds", duration),
+    ):
         columns.number(name, [number(run.get(key)) for run in runs], [shown(run.get(key)) for run in runs])
     note = f"The same for all: {', '.join(columns.shared)}. " if columns.shared else ""
     note += "Losses are of the examples held out of each run's data; of a run that has not finished, the last so far. "

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from sparseft.report.charts import Bar, bar_chart
+from sparseft.report.charts import Bar, bar_chart, drawn
 from sparseft.report.numbers import fixed
 from sparseft.report.run_data import Run
 
 
-def learnt_and_forgotten(runs: Sequence[Run], drawn: Callable[..., dict[str, str]], most: int) -> dict[str, Any]:
-    """Notes and a chart of the changes of all tasks that were measured before and after, of the first `most` runs.
-
-    `drawn` makes a chart for wide and narrow pages of a function of its width.
-    """
+def learnt_and_forgotten(runs: Sequence[Run], most: int) -> dict[str, Any]:
+    """Notes and a chart of the changes of all tasks that were measured before and after, of the first `most` runs."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.headline))
     learns = set().union(*(run.learns for run in runs))
     tasks.sort(key=lambda task: task not in learns)

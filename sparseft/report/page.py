@@ -13,25 +13,15 @@ from typing import Any
 
 from sparseft.errors import UserError
 from sparseft.report.answers import sample_answers
-from sparseft.report.charts import (
-    Band,
-    Bar,
-    Panel,
-    Series,
-    bar_chart,
-    drawn,
-    line_chart,
-    thin,
-)
+from sparseft.report.charts import Band, Bar, Panel, Series, bar_chart, drawn, line_chart, thin
 from sparseft.report.comparison import comparison
-from sparseft.report.html import write_page
+from sparseft.report.html import Table, listed, write_page
 from sparseft.report.learning import learnt_and_forgotten
 from sparseft.report.numbers import count, duration, fixed, memory, number, percent, rate, short_count, signed, when
 from sparseft.report.preference import preference
 from sparseft.report.rate import found_rates
 from sparseft.report.run_data import Run, name_runs, read_run
 from sparseft.report.selected import selected
-from sparseft.report.tables import Table, listed
 
 MANY = 12  # runs: with more, charts show the first of them, and what each one selected is left to its own page
 
@@ -53,14 +43,14 @@ def build_report(runs: Sequence[Path], out: Path) -> Path:
         tiles=_tiles(loaded[0]) if single else [],
         comparison=None if single else comparison(loaded),
         loss=_curves(loaded),
-        preference=preference(loaded[:MANY], drawn),
-        rate=found_rates(loaded[:MANY], drawn),
+        preference=preference(loaded[:MANY]),
+        rate=found_rates(loaded[:MANY]),
         evaluation=_evaluation(loaded),
-        learning=learnt_and_forgotten(loaded, drawn, MANY),
+        learning=learnt_and_forgotten(loaded, MANY),
         samples=sample_answers(loaded),
         many=len(loaded) > MANY,
         runs=[
-            {"label": run.label, "selected": selected(run, drawn) if len(loaded) <= MANY else None, **_details(run)}
+            {"label": run.label, "selected": selected(run) if len(loaded) <= MANY else None, **_details(run)}
             for run in loaded
         ],
     )

@@ -3,21 +3,18 @@ the higher one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from sparseft.report.charts import Panel, Series, line_chart
+from sparseft.report.charts import Panel, Series, drawn, line_chart
 from sparseft.report.numbers import fixed, number, percent
 from sparseft.report.run_data import Run
 
 FIGURES = (("rewards/margins", "margin"), ("rewards/accuracies", "accuracy"))
 
 
-def preference(runs: Sequence[Run], drawn: Callable[..., dict[str, str]]) -> dict[str, Any] | None:
-    """A note and the charts of margin and accuracy, in training and on held-out data; None where no run has any.
-
-    `drawn` makes a chart for wide and narrow pages of a function of its width.
-    """
+def preference(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """A note and the charts of margin and accuracy, in training and on held-out data; None where no run has any."""
     own = [run for run in runs if run.curve("rewards/margins") or run.curve("eval_rewards/margins")]
     if not own:
         return None

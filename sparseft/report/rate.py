@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from sparseft.report.charts import Panel, Series, line_chart
+from sparseft.report.charts import Panel, Series, drawn, line_chart
 from sparseft.report.numbers import duration, number
 from sparseft.report.run_data import Run
 
 
-def found_rates(runs: Sequence[Run], drawn: Callable[..., dict[str, str]]) -> dict[str, Any] | None:
-    """A note and a chart; None where no run has looked for its rate. `drawn` makes a chart for wide and narrow pages of
-    a function of its width."""
+def found_rates(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """A note and a chart; None where no run has looked for its rate."""
     series, notes = [], []
     for index, run in enumerate(runs):
         curve, rate = _curve(run), number(run.rate.get("learning_rate"))

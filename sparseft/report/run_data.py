@@ -14,21 +14,7 @@ from sparseft.files.hashing import adapter_hash
 from sparseft.files.tensors import SELECTION_CONFIG, SELECTION_TENSORS, opened, split_name
 from sparseft.files.untrusted import parse_yaml, read_bytes, read_json_object, why
 from sparseft.report.numbers import number
-from sparseft.runs.folder import (
-    ADAPTER,
-    BEFORE,
-    CONFIG,
-    ENVIRONMENT,
-    EVAL,
-    METRICS,
-    RATE,
-    SAMPLES,
-    SELECTION,
-    SUMMARY,
-    chosen_results,
-    is_of_another,
-    load_summary,
-)
+from sparseft.runs import folder as runs
 from sparseft.runs.metrics import read_metrics
 
 MODELS = ("base", "adapter")  # who answers, in samples.jsonl
@@ -204,8 +190,7 @@ def read_run(path: Path) -> Run:
         try:
             return read()
         except (ValueError, OSError) as error:  # UserError among them
-            message = why(error)
-            run.warnings.append(f"{name} could not be read: {message}")
+            run.warnings.append(f"{name} could not be read: {why(error)}")
             return otherwise
 
     def optional(name: str, otherwise: Any) -> Any:
@@ -213,37 +198,37 @@ def read_run(path: Path) -> Run:
             return otherwise
         return attempt(lambda: read_json_object(path / name), name, otherwise)
 
-    if (path / CONFIG).exists():
-        run.config_text = attempt(lambda: read_bytes(path / CONFIG).decode("utf-8", "replace"), CONFIG, "")
-        run.config = attempt(lambda: _parse_yaml(run.config_text), CONFIG, {})
-    run.environment = optional(ENVIRONMENT, {})
-    run.metrics = attempt(lambda: read_metrics(path / METRICS), METRICS, [])
-    if (path / SUMMARY).exists():
-        run.summary = attempt(lambda: load_summary(path), SUMMARY, None)
+    if (path / runs.CONFIG).exists():
+        run.config_text = attempt(lambda: read_bytes(path / runs.CONFIG).decode("utf-8", "replace"), runs.CONFIG, "")
+        run.config = attempt(lambda: _parse_yaml(run.config_text), runs.CONFIG, {})
+    run.environment = optional(runs.ENVIRONMENT, {})
+    run.metrics = attempt(lambda: read_metrics(path / runs.METRICS), runs.METRICS, [])
+    if (path / runs.SUMMARY).exists():
+        run.summary = attempt(lambda: runs.load_summary(path), runs.SUMMARY, None)
     else:
         reached = f"; its last logged step is {run.last_step:.0f}" if run.last_step is not None else ""
         run.warnings.append(f"The run has not finished, it is still running or it failed: no summary.json{reached}.")
-    run.rate = optional(RATE, {})
-    run.selection = optional(f"{SELECTION}/{SELECTION_CONFIG}", None)
-    for record in attempt(lambda: read_metrics(path / SAMPLES), SAMPLES, []):
+    run.rate = optional(runs.RATE, {})
+    run.selection = optional(f"{runs.SELECTION}/{SELECTION_CONFIG}", None)
+    for record in attempt(lambda: read_metrics(path / runs.SAMPLES), runs.SAMPLES, []):
         step, texts = number(record.get("step")), (record.get("prompt"), record.get("answer"))
         if step is not None and all(isinstance(text, str) for text in texts) and record.get("model") in MODELS:
             run.answers.append(Answer(step, record["model"] == MODELS[0], *texts, str(record.get("prompt_id") or "")))
     present = None
-    if any((path / EVAL).glob("*.json")):  # it reads the whole adapter
-        present = attempt(lambda: adapter_hash(path / ADAPTER), ADAPTER, None)
-    for name, scores in ((BEFORE, run.before), (EVAL, run.after)):
+    if any((path / runs.EVAL).glob("*.json")):  # it reads the whole adapter
+        present = attempt(lambda: adapter_hash(path / runs.ADAPTER), runs.ADAPTER, None)
+    for name, scores in ((runs.BEFORE, run.before), (runs.EVAL, run.after)):
         found = []
         for file in sorted((path / name).glob("*.json")):
             content = optional(f"{name}/{file.name}", {})
-            if scores is run.after and is_of_another(content, present):
+            if scores is run.after and runs.is_of_another(content, present):
                 run.warnings.append(
                     f"{name}/{file.name} is of another adapter than the run has now, so its scores are left out: the "
                     "run went on or was trimmed since; evaluate it again."
                 )
             else:
                 found.append((file, content))
-        chosen = chosen_results(found)
+        chosen = runs.chosen_results(found)
         for file, content in found:
             _read_scores(run, content, scores, f"{name}/{file.name}", {task for task in chosen if chosen[task] == file})
     said = run.get("warnings")
@@ -267,7 +252,7 @@ def read_indices(path: Path) -> dict[str, dict[str, Any]]:
     UserError where selection.safetensors is missing, damaged or holds anything else.
     """
     found: dict[str, dict[str, Any]] = {}
-    with opened(path / SELECTION / SELECTION_TENSORS, "selection", "np") as file:
+    with opened(path / runs.SELECTION / SELECTION_TENSORS, "selection", "np") as file:
         for name in file.keys():
             module, kind, last = split_name(name, path)
             index = file.get_tensor(name)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sparseft.errors import UserError
 from sparseft.files.untrusted import why
-from sparseft.report.charts import NARROW, Band, Panel, Series, heat_map, line_chart
+from sparseft.report.charts import NARROW, Band, Panel, Series, drawn, heat_map, line_chart
 from sparseft.report.numbers import count, number, percent
 from sparseft.report.run_data import Run, read_indices
 
@@ -47,8 +47,8 @@ class Weights:
     weights: float = 0.0
 
 
-def selected(run: Run, drawn: Callable[..., dict[str, str]]) -> dict[str, Any]:
-    """Notes and pictures of what a run trains, or why there are none; `drawn` makes a chart of a function of width."""
+def selected(run: Run) -> dict[str, Any]:
+    """Notes and pictures of what a run trains, or why there are none."""
     nothing: dict[str, Any] = {"chart": {}, "map": [], "map_note": "", "scores": None}
     modules = (run.selection or {}).get("modules")
     if not isinstance(modules, dict) or not modules:

@@ -263,10 +263,7 @@ def _delete_run(run: Path) -> None:
 
 def _delete_checkpoints(run: Path) -> None:
     for path in (run / CHECKPOINTS / BEST, *_checkpoints(run)):
-        if path.is_symlink():
-            path.unlink()
-        elif path.is_dir():
-            shutil.rmtree(path)
+        _delete(path)
 
 
 def _delete_tracked(run: Path) -> None:
@@ -276,19 +273,24 @@ def _delete_tracked(run: Path) -> None:
     except UserError:  # none, or what nobody wrote
         return
     for path in (run / name for name in TRACKED if name in had):
-        if path.is_symlink():
-            path.unlink()
-        elif path.is_dir():
-            shutil.rmtree(path)
+        _delete(path)
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a folder that may not be there, of a link the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def delete_leftovers(run: Path) -> None:
     """Deletes what a crash left in a run of what was being written."""
     for part in ("", *FOLDERS):
-        for path in list((run / part).glob(".*")):
-            if LEFT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+        for path in [path for path in (run / part).glob(".*") if LEFT.fullmatch(path.name)]:
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif LEFT.fullmatch(path.name):
+            else:
                 path.unlink()
 
 

@@ -378,10 +378,7 @@ def test_figures_outlive_a_profiler_that_fails(in_tmp: Path, monkeypatch: pytest
         assert entry["profile"].keys() >= ({"failed", "where"} if name == "s2ft" else {"parts", "trace"})
     assert "failed: s2ft, under the profiler: RuntimeError: no room" in done.out
     assert done.err.splitlines()[-1] == "error: Failed while measured: s2ft under the profiler (RuntimeError: no room)."
-    assert {name for name in files(in_tmp) if "trace" in name} == {
-        "out/trace-floor.json.gz",
-        "out/trace-sylva.json.gz",
-    }
+    assert {name for name in files(in_tmp) if "trace" in name} == {"out/trace-floor.json.gz", "out/trace-sylva.json.gz"}
 
 
 def test_figures_outlive_an_interrupted_profile(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,9 +55,7 @@ def test_a_step_goes_the_kernels_way_up_to_the_launch(name: str, monkeypatch: py
         assert parameter.grad is None
 
 
-def test_gradients_left_out_are_as_real_ones_but_for_their_numbers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gradients_left_out_are_as_real_ones_but_for_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     c = made("sylva")
     contenders.loss_of(c, batch()).backward()

@@ -23,12 +23,7 @@ STEPS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("step_*.yam
 
 
 def row(step: float, peak: int | None = None, saved: int | None = None, trainable: int = 0) -> dict:
-    return {
-        "step_seconds": step,
-        "peak_memory_bytes": peak,
-        "saved_bytes": saved,
-        "trainable_parameters": trainable,
-    }
+    return {"step_seconds": step, "peak_memory_bytes": peak, "saved_bytes": saved, "trainable_parameters": trainable}
 
 
 # ---- the grammar ----

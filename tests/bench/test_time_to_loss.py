@@ -102,11 +102,9 @@ def test_an_interrupted_study_goes_on_with_what_is_missing(studied: tuple[Path, 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     lora = "LoRA: method=lora"
     for words, text in (
-        ([f"bench.variants=['{lora}']"], "name at least two variants"),
         ([f"bench.variants=['{lora}','lora: method=s2ft']"], "'lora': its folders would be those of 'LoRA'"),
         ([f"bench.variants=['{lora}','S2FT: method=s2ft model.dtype=bfloat16']"], "'S2FT': it sets model.dtype"),
         ([f"bench.variants=['{lora}','S2FT: method=s2ft dataset.max_examples=3']"], "it sets dataset.max_examples"),
-        ([f"bench.variants=['{lora}','S2FT: method=s2ftt']"], "'S2FT': "),
         ([f"bench.variants=['{lora}','S2FT: method=s2ft trainer.checkpointing=selective']"], "runs plain steps only"),
         (["trainer.eval_steps=null"], "give trainer.eval_steps"),
         (["dataset.eval_fraction=0"], "give dataset.eval_fraction"),

@@ -95,9 +95,9 @@ def test_a_training_that_diverged_is_not_done_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("plan", "words", "place"),
     [
-        (time_to_loss.plan, [], lambda study: study.trial("S2FT", 1, 0.2, choosing=True)),
-        (time_to_loss.plan, [], lambda study: study.trial("S2FT", 0, 0.2)),
-        (fusion.plan, [SKILLS, "dataset.eval_fraction=0.1"], lambda study: study.trial("S2FT", "boolq", 0, 0.2)),
+        (time_to_loss.Study.plan, [], lambda study: study.trial("S2FT", 1, 0.2, choosing=True)),
+        (time_to_loss.Study.plan, [], lambda study: study.trial("S2FT", 0, 0.2)),
+        (fusion.Study.plan, [SKILLS, "dataset.eval_fraction=0.1"], lambda study: study.trial("S2FT", "boolq", 0, 0.2)),
     ],
 )
 def test_runs_with_other_settings_are_refused_before_the_first_training(

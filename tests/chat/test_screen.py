@@ -37,10 +37,7 @@ def screen_of(written: str) -> list[str]:
     return lines
 
 
-@given(
-    pieces=st.lists(st.text(LETTERS, max_size=12), max_size=12),
-    width=st.integers(6, 20),
-)
+@given(pieces=st.lists(st.text(LETTERS, max_size=12), max_size=12), width=st.integers(6, 20))
 def test_words_are_kept_whole_however_they_come(pieces: list[str], width: int) -> None:
     text = "".join(pieces)
     written = io.StringIO()

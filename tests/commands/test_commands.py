@@ -110,12 +110,6 @@ def test_metrics_lines(method: str, world: Path, trained: dict[str, Done]) -> No
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_learns_something(method: str, world: Path, trained: dict[str, Done]) -> None:
-    whole = summary(world / f"run-{method}")
-    assert whole["eval_loss_after"] < whole["eval_loss_before"]
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_environment_and_config_explain_the_run(
     method: str, world: Path, trained: dict[str, Done], model_folder: Any
 ) -> None:
@@ -396,20 +390,6 @@ def wrong(words: str, *parts: str, id: str | None = None) -> Any:
 
 WRONG = [
     wrong("modle=tiny", "'modle", "model"),
-    wrong("model=tinny", "tinny", "tiny"),
-    wrong("method=silva", "silva", "sylva"),
-    wrong("dataset=comonsense", "comonsense", "commonsense"),
-    wrong("trainer.learning_rat=1", "trainer.learning_rat", "trainer.learning_rate"),
-    wrong("+trainer.foo=1", "trainer.foo"),
-    wrong("method.blok_size=4", "blok_size", "block_size"),
-    wrong("model.dtype=float31", "model.dtype=float31", "float32"),
-    wrong("trainer.scheduler=linaer", "trainer.scheduler", "linear"),
-    wrong("trainer.optimizer=adamv_torch", "trainer.optimizer", "adamw_torch"),
-    wrong("trainer.max_steps=many", "trainer.max_steps=many"),
-    wrong("sparsity=0", "sparsity=0", "between 0 and 1"),
-    wrong("sparsity=1", "sparsity=1", "between 0 and 1"),
-    wrong("sparsity=1.5", "sparsity=1.5", "between 0 and 1"),
-    wrong("method.importance=gradiant", "method.importance=gradiant", "gradient"),
     wrong("scope=self_atn", "scope=self_atn matches no linear", "self_attn"),
     wrong("scope=lm_head", "scope=lm_head matches no linear"),
     wrong("method.block_size=128", "method.block_size=128 is larger than both sides", "at most"),
@@ -420,7 +400,6 @@ WRONG = [
     ),
     wrong("method=lora scope=self_atn", "scope=self_atn matches no linear", "self_attn"),
     wrong("method=lora method.targets=[q_prj]", "q_prj", "q_proj"),
-    wrong("method=s2ft method.roles=[vv]", "method.roles", "v"),
     wrong("method=s2ft sparsity=0.05 method.roles=[down]", "sparsity=0.05 asks for"),
     wrong("hardware.device=cuda", "hardware.device=cuda", "auto or cpu"),
     wrong("hardware.num_machines=2", "hardware.num_machines=2", "srun"),
@@ -437,7 +416,6 @@ WRONG = [
     wrong("dataset.train_path=none.json", "none.json holds no records"),
     wrong("dataset.train_path=bad.jsonl", "bad.jsonl, line 2, column"),
     wrong("dataset.train_path=odd.jsonl", "odd.jsonl, line 2"),
-    wrong("dataset.format=alpacca", "dataset.format=alpacca", "alpaca"),
     wrong("trainer.max_length=1", "trainer.max_length"),
     wrong("dataset=text dataset.train_path=long.txt trainer.max_length=512", "trainer.max_length=512", "128 tokens"),
 ]
@@ -764,15 +742,8 @@ def test_a_run_from_before_the_block_size_followed_is_continued(in_tmp: Path, mo
 
 def test_the_default_sparsity_missed_is_warned_about(in_tmp: Path, model_folder: Any) -> None:
     data = write_data(in_tmp)["json"]
-    done = sparseft(
-        in_tmp,
-        "train",
-        "--json",
-        *on(model_folder(), data),
-        "method=sylva",
-        "method.block_size=32",
-        "trainer.max_steps=1",
-    )
+    words = [*on(model_folder(), data), "method=sylva", "method.block_size=32", "trainer.max_steps=1"]
+    done = sparseft(in_tmp, "train", "--json", *words)
     (warning,) = done.json["warnings"]
     assert "sparsity 0.984 asks for" in warning and "blocks of 32" in warning
 
@@ -822,11 +793,8 @@ def test_a_run_folder_does_not_decide_that_a_models_code_runs(
         (["mmlu", "--adapter=emty/adapter"], ["--adapter emty/adapter: no such folder", "Did you mean 'empty'?"]),
         (["mmlu", "--run=emty"], ["no run 'emty' (looked in ", "there is nothing of that name"]),
         (["mmlu", "--adapter=empty"], ["empty", "adapter"]),
-        (["mmlu", "--base", "--run=x"], ["--run and --base exclude each other"]),
         (["mmlv", "--base"], ["mmlv", "mmlu"]),
-        (["--base"], ["No task given"]),
         (["mmlu", "--base", "hardware.num_processes=2"], ["hardware.num_processes=2"]),
-        (["mmlu", "--base", "--shots=-1"], ["eval.shots=-1"]),
         (["mmlu", "--base", "eval.data_dir=nothing"], ["eval.data_dir=nothing: no such folder (looked in "]),
         (["mmlu", "--base", "eval.data_dir=./emty"], ["eval.data_dir=./emty: no such folder", "Did you mean 'empty'?"]),
         (["mmlu", "--base", "eval.split=tests"], ["eval.split=tests", "test"]),
@@ -841,7 +809,7 @@ def test_wrong_evaluations(words: list[str], parts: list[str], in_tmp: Path) -> 
     assert not files(in_tmp)
 
 
-# ---- report, sweep, --cfg ----
+# ---- report, sweep ----
 
 
 def test_report_of_one_and_of_several(world: Path, trained: dict[str, Done]) -> None:
@@ -880,9 +848,3 @@ def test_a_sweep_goes_on_past_a_failing_point(in_tmp: Path, model_folder: Any) -
     assert "point 0: scope=nowhere failed with exit code 2" in done.out
     assert "point 1: scope=mlp done, sweep/1" in done.out
     assert not (in_tmp / "sweep" / "0").exists()
-
-
-def test_cfg_prints_and_runs_nothing(in_tmp: Path) -> None:
-    done = sparseft(in_tmp, "train", "--cfg", "method=s2ft", "seed=7")
-    assert "name: s2ft" in done.out and "seed: 7" in done.out
-    assert not files(in_tmp)

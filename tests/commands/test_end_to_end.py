@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,18 +120,8 @@ def test_a_process_prints_useful_lines_only(in_tmp: Path) -> None:
     done = command(in_tmp, "train", "--json", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 3 and done.stdout.count("\n") == 1
-    begins = (
-        "data: ",
-        "model: ",
-        "trainable: ",
-        "run: ",
-        "eval loss ",
-        "train: ",
-        "warning: sparsity",
-        "step: ",
-        "export: ",
-    )
-    odd = [line for line in done.stderr.splitlines() if not (line.startswith(begins) or line.endswith(" so far"))]
+    begins = "data: |model: |trainable: |run: |eval loss |train: |warning: sparsity|step: |export: "
+    odd = [line for line in done.stderr.splitlines() if not (re.match(begins, line) or line.endswith(" so far"))]
     assert not odd
     assert "\x1b" not in done.stderr and "\r" not in done.stderr
 

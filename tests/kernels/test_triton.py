@@ -377,14 +377,15 @@ def test_the_benchmark_measures_every_combination(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("SPARSEFT_KERNELS", "reference")
     monkeypatch.setattr(kernels, "TRANSFER", {"cpu": 2**16, "cuda": 2**16})
     rows = kernels.measure(torch.device(DEVICE), [(128, 256)], 8, torch.float32, 2, 0)
-    assert [(row.shape, row.tokens, row.dtype, row.block_size, row.blocks, row.way) for row in rows] == [
+    names = ("shape", "tokens", "dtype", "block_size", "blocks", "way")
+    assert [tuple(row[name] for name in names) for row in rows] == [
         ((128, 256), 8, "float32", size, blocks, "reference")
         for size, counts in ((16, (2, 6)), (64, (1, 1)), (128, (1, 1)))
         for blocks in counts
     ]
     for row in rows:
-        assert row.density == row.blocks * row.block_size**2 / (128 * 256)
-        assert min(row.kernel_us, row.dense_us, row.bound_us) > 0
+        assert row["density"] == row["blocks"] * row["block_size"] ** 2 / (128 * 256)
+        assert min(row["kernel_us"], row["dense_us"], row["bound_us"]) > 0
 
 
 def test_moved_bytes_by_hand() -> None:

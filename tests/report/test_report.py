@@ -34,24 +34,11 @@ from sparseft.runs import metrics as runs_metrics
 
 NASTY = "</script><script>alert('x')</script>\"'&<img src=x onerror=y> \ud800\x00"
 SUMMARY = {
-    "method": "alpha",
-    "model": "some/model",
-    "dataset": "letters",
-    "sparsity": 0.95,
-    "scope": None,
-    "trainable_parameters": 40960,
-    "scope_parameters": 819200,
-    "total_parameters": 1024000,
-    "steps": 20,
-    "tokens": 184320,
-    "train_seconds": 48.23,
-    "tokens_per_second": 3821.5,
-    "peak_memory_bytes": 3 * 2**29,
-    "train_loss": 1.5,
-    "eval_loss_before": 2.9,
-    "eval_loss_after": 0.97,
-    "seed": 0,
-}
+    "method": "alpha", "model": "some/model", "dataset": "letters", "sparsity": 0.95, "scope": None,
+    "trainable_parameters": 40960, "scope_parameters": 819200, "total_parameters": 1024000, "steps": 20,
+    "tokens": 184320, "train_seconds": 48.23, "tokens_per_second": 3821.5, "peak_memory_bytes": 3 * 2**29,
+    "train_loss": 1.5, "eval_loss_before": 2.9, "eval_loss_after": 0.97, "seed": 0,
+}  # fmt: skip
 
 
 class Page(HTMLParser):

@@ -18,10 +18,6 @@ from sparseft.report.comparison import comparison, differences
 from sparseft.report.run_data import Answer, Run, Score, read_run
 
 
-def drawn(draw: Any) -> dict[str, str]:
-    return {"wide": draw(892), "narrow": ""}
-
-
 def a_run(label: str = "run", **fields: Any) -> Run:
     return Run(Path(label), label, **fields)
 
@@ -143,17 +139,17 @@ def test_an_error_below_zero_is_none(tmp_path: Path) -> None:
 
 def test_what_it_trains_for_is_told_from_what_it_does_not() -> None:
     run = a_run(**measured("sums", 0.1, 0.9), config={"trainer": {"eval_task": "sums"}, "dataset": {"name": ["x"]}})
-    found = learning.learnt_and_forgotten([run], drawn, 12)
+    found = learning.learnt_and_forgotten([run], 12)
     assert found["unknown"] and "sums, trained for: +80.00 points ± 5.00 (standard error)" in found["chart"]["wide"]
     facts = measured("facts", 0.8, 0.7)
     run.before |= facts["before"]
     run.after |= facts["after"]
     run.headline = ["facts", "sums"]
-    found = learning.learnt_and_forgotten([run], drawn, 12)
+    found = learning.learnt_and_forgotten([run], 12)
     assert not found["unknown"] and "facts, not trained for: -10.00 points" in found["chart"]["wide"]
     assert run.learns == {"sums"}
     run.config = {}
-    found = learning.learnt_and_forgotten([run], drawn, 12)
+    found = learning.learnt_and_forgotten([run], 12)
     assert "facts, change: -10.00 points" in found["chart"]["wide"] and "is not known" in " ".join(found["notes"])
 
 
@@ -264,7 +260,7 @@ def painted(cell: dict[str, Any]) -> numpy.ndarray:
 
 def test_pictures_are_the_dense_mask_seen_from_afar(tmp_path: Path) -> None:
     run = selection(tmp_path, None)
-    found = selected.selected(run, drawn)
+    found = selected.selected(run)
     (table,) = found["map"]
     ((role, about, cells),) = table["rows"]
     assert table["layers"] == ["0", "1"] and (role, about) == ("a", "a: the darkest cell trains 50.0\xa0%")
@@ -284,7 +280,7 @@ def test_pictures_are_the_dense_mask_seen_from_afar(tmp_path: Path) -> None:
 
 
 def test_blocks_are_drawn_one_by_one(tmp_path: Path) -> None:
-    (table,) = selected.selected(selection(tmp_path, 8), drawn)["map"]
+    (table,) = selected.selected(selection(tmp_path, 8))["map"]
     ((_, _, (cell,)),) = table["rows"]
     expected = numpy.zeros((9, 5), dtype=int)
     expected[[0, 2, 8], [0, 1, 4]] = 4
@@ -298,7 +294,7 @@ def test_grids_are_the_dense_mask_seen_from_afar(tmp_path: Path) -> None:
     modules = {"layers.0.a": {"shape": [70, 40], "grid": 9, "trainable": 11}}
     candidates = {"layers.0.a": {"kind": "grid", "unit": 1, "start": 0, "units": 2800, "kept": 11}}
     atomic.write_json(tmp_path / "selection/selection.json", {"modules": modules, "candidates": candidates})
-    found = selected.selected(read_run(tmp_path), drawn)
+    found = selected.selected(read_run(tmp_path))
     assert found["note"].startswith("1 grids in 1 weights")
     ((_, _, (cell,)),) = found["map"][0]["rows"]
     assert cell["label"].replace("\xa0", " ").endswith("11 of 2,800 entries, where rows cross columns")
@@ -318,7 +314,7 @@ def test_heads_are_drawn_and_named(tmp_path: Path) -> None:
     entry = {"kind": "rows", "unit": 4, "start": 0, "units": 5, "kept": 2}
     content = {"modules": modules, "candidates": {"layers.0.q_proj:q": entry}}
     atomic.write_json(tmp_path / "selection/selection.json", content)
-    ((_, _, (cell,)),) = selected.selected(read_run(tmp_path), drawn)["map"][0]["rows"]
+    ((_, _, (cell,)),) = selected.selected(read_run(tmp_path))["map"][0]["rows"]
     assert cell["label"].endswith("q heads 1, 4 of 5") and cell["high"] == 5
     assert painted(cell).any(axis=1).tolist() == [False, True, False, False, True]
 
@@ -328,16 +324,16 @@ def test_an_index_outside_of_the_weight_is_said(tmp_path: Path, index: list[int]
     run = selection(tmp_path, None)
     tensors = {"layers.0.a.rows.index": numpy.array(index, dtype="int32")}
     save_file(tensors, tmp_path / "selection/selection.safetensors")
-    found = selected.selected(run, drawn)
+    found = selected.selected(run)
     assert found["map"] == [] and "an index outside of the weight" in found["map_note"]
 
 
 def test_a_missing_or_strange_file_of_indices_is_said(tmp_path: Path) -> None:
     run = selection(tmp_path, None)
     save_file({"layers.0.a.rows.index": numpy.zeros(3)}, tmp_path / "selection/selection.safetensors")
-    assert "is no index of a selection" in selected.selected(run, drawn)["map_note"]
+    assert "is no index of a selection" in selected.selected(run)["map_note"]
     (tmp_path / "selection/selection.safetensors").unlink()
-    assert "no such file" in selected.selected(run, drawn)["map_note"]
+    assert "no such file" in selected.selected(run)["map_note"]
 
 
 # -- importance -------------------------------------------------------------------------------------------------------
@@ -352,7 +348,7 @@ def entry(scale: float, **more: Any) -> dict[str, Any]:
 def test_scores_are_drawn_with_the_cut(tmp_path: Path) -> None:
     candidates = {"layers.0.a": entry(1, kept_share=0.25), "layers.1.a": entry(10, kept_share=0.5)}
     settings = {"importance": "fisher", "order": "largest"}
-    found = selected.selected(selection(tmp_path, None, candidates=candidates, method_config=settings), drawn)["scores"]
+    found = selected.selected(selection(tmp_path, None, candidates=candidates, method_config=settings))["scores"]
     (chart,) = found["charts"]
     assert "Importance fisher" in found["note"] and "what lies above it trains" in found["note"]
     for tip in ("the least that is kept, layer 0: 5", "the least that is kept, layer 1: 50", "5 to 95 %", "25 to 75 %"):
@@ -366,26 +362,26 @@ def test_scores_are_drawn_with_the_cut(tmp_path: Path) -> None:
 def test_the_cut_of_other_orders_is_another(tmp_path: Path, order: str, said: str) -> None:
     settings = {"importance": "weight", "order": order}
     run = selection(tmp_path, None, candidates={"layers.0.a": entry(1)}, method_config=settings)
-    assert said in selected.selected(run, drawn)["scores"]["note"]
+    assert said in selected.selected(run)["scores"]["note"]
 
 
 def test_random_and_older_selections_have_no_scores(tmp_path: Path) -> None:
     bare = {name: value for name, value in entry(1).items() if "scores" not in name}
     settings = {"importance": "random"}
     run = selection(tmp_path / "random", None, candidates={"layers.0.a": bare}, method_config=settings)
-    assert "drawn at random" in selected.selected(run, drawn)["scores"]["note"]
-    assert "were not kept" in selected.selected(selection(tmp_path / "old", None), drawn)["scores"]["note"]
+    assert "drawn at random" in selected.selected(run)["scores"]["note"]
+    assert "were not kept" in selected.selected(selection(tmp_path / "old", None))["scores"]["note"]
 
 
 @pytest.mark.parametrize("strange", [[], "x", {"layers.0.a": 3}, {"layers.0.a": {"scores": [1, "x"], "unit": {}}}])
 def test_strange_candidates_are_no_trouble(tmp_path: Path, strange: Any) -> None:
-    found = selected.selected(selection(tmp_path, None, candidates=strange), drawn)
+    found = selected.selected(selection(tmp_path, None, candidates=strange))
     assert found["map"] and found["scores"]["charts"] == []
 
 
 def test_scores_of_zero_only_are_drawn(tmp_path: Path) -> None:
     nothing = entry(0, kept_share=None)
-    found = selected.selected(selection(tmp_path, None, candidates={"layers.0.a": nothing}), drawn)
+    found = selected.selected(selection(tmp_path, None, candidates={"layers.0.a": nothing}))
     assert "nan" not in "".join(found["scores"]["charts"])
 
 
@@ -393,14 +389,14 @@ def test_scores_of_zero_only_are_drawn(tmp_path: Path) -> None:
 
 
 def test_margin_and_accuracy_are_drawn_where_there_are_any() -> None:
-    assert preference.preference([a_run()], drawn) is None
+    assert preference.preference([a_run()]) is None
     steps = [{"step": s, "loss": 0.5, "rewards/margins": s / 10, "rewards/accuracies": 0.5} for s in (1, 2)]
     held = [
         {"step": s, "eval_loss": 0.5, "eval_rewards/margins": s / 5, "eval_rewards/accuracies": 0.75} for s in (0, 2)
     ]
     summary = {"eval_margin_before": 0.0, "eval_margin_after": 0.4, "eval_accuracy_after": 0.75}
     run = a_run(metrics=[*steps, *held], summary=summary)
-    found = preference.preference([run], drawn)
+    found = preference.preference([run])
     assert found["note"].replace("\N{NO-BREAK SPACE}", " ") == (
         "On held-out data the margin went from 0.000 to 0.400, and 75.0 % of the pairs are in the right order."
     )
@@ -408,6 +404,6 @@ def test_margin_and_accuracy_are_drawn_where_there_are_any() -> None:
     assert "evaluation, optimizer step 2: 0.4" in margin and "training" in margin
     assert "evaluation, optimizer step 2: 0.75" in accuracy
     alone = a_run(metrics=[{k: v for k, v in line.items() if "accuracies" not in k} for line in held])  # kto's
-    assert len(preference.preference([alone], drawn)["charts"]) == 1
-    both = preference.preference([run, a_run("other", metrics=held)], drawn)
+    assert len(preference.preference([alone])["charts"]) == 1
+    both = preference.preference([run, a_run("other", metrics=held)])
     assert both["note"] == "" and "other evaluation" in both["charts"][0]["wide"]

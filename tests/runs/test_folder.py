@@ -121,34 +121,15 @@ def test_a_folder_with_other_files_is_used_as_it_is(tmp_path: Path) -> None:
 
 def test_overwrite_deletes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    old = [
-        "environment.json",
-        "metrics.jsonl",
-        "report.html",
-        "selection/selection.json",
-        "selection/selection.safetensors",
-        "adapter/adapter_config.json",
-        "adapter/adapter_model.safetensors",
-        "adapter/model-00001-of-00002.safetensors",
-        "adapter/tokenizer_config.json",
-        "checkpoints/checkpoint-10/optimizer.pt",
-        "checkpoints/checkpoint-10/deep/er",
-        "eval/mmlu.json",
-        "eval/mmlu.samples.jsonl",
-        "eval/before/mmlu.json",
-        "eval/mt_bench/model_answer/run.jsonl",
-        "train_questions.safetensors",
-        ".summary.json.12-ab.partial",
-        "checkpoints/.partial-k2x9/checkpoint-20/optimizer.pt",
-        "checkpoints/.best/adapter/adapter_model.safetensors",
-        ".adapter.k2x9/adapter_model.safetensors",
-    ]
-    mine = [
-        "notes.txt",
-        "eval/plot.png",
-        "checkpoints/best/weights",
-        "checkpoints/checkpoint-x/a",
-    ]
+    old = """
+        environment.json metrics.jsonl report.html selection/selection.json selection/selection.safetensors
+        adapter/adapter_config.json adapter/adapter_model.safetensors adapter/model-00001-of-00002.safetensors
+        adapter/tokenizer_config.json checkpoints/checkpoint-10/optimizer.pt checkpoints/checkpoint-10/deep/er
+        eval/mmlu.json eval/mmlu.samples.jsonl eval/before/mmlu.json eval/mt_bench/model_answer/run.jsonl
+        train_questions.safetensors .summary.json.12-ab.partial checkpoints/.partial-k2x9/checkpoint-20/optimizer.pt
+        checkpoints/.best/adapter/adapter_model.safetensors .adapter.k2x9/adapter_model.safetensors
+    """.split()
+    mine = ["notes.txt", "eval/plot.png", "checkpoints/best/weights", "checkpoints/checkpoint-x/a"]
     for name in (*old, *mine):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("x")
