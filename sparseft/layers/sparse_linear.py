@@ -31,7 +31,7 @@ from sparseft.layers.product import (
     refuse_transforms,
 )
 from sparseft.layers.write_back import enrol
-from sparseft.models.decoder import is_transposed, logical_weight
+from sparseft.models.decoder import BIAS_APART, is_transposed, logical_weight
 
 _PRODUCTS = {
     "rows": applied(RowsProduct),
@@ -72,6 +72,7 @@ class SparseLinear(nn.Module):
     _keeps_input: bool | None = None
     _joint: tuple[Any, int] | None = None
     _plan: _Plan | None = None
+    bias_apart = False  # whether the bias is added to the product as it was rounded, as by the module it replaced
     beside = False  # whether the deltas stand beside the weight (`layers/beside.py`), not in it
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None,
@@ -127,6 +128,7 @@ class SparseLinear(nn.Module):
         layer.in_features, layer.out_features = (rows, columns) if layer.transposed else (columns, rows)
         layer.weight = linear.weight
         layer.register_parameter("bias", linear.bias)
+        layer.bias_apart = linear.bias is not None and type(linear).__name__ in BIAS_APART
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -371,7 +373,7 @@ class SparseLinear(nn.Module):
         count = changes.count  # before anything is read: another thread may change it
         patterns = self.patterns
         pattern = next(iter(patterns.values())) if len(patterns) == 1 else None
-        if pattern is None or "delta" not in pattern._parameters or pattern.delta.is_inference():
+        if self.bias_apart or pattern is None or "delta" not in pattern._parameters or pattern.delta.is_inference():
             return _Plan(count)  # a delta that is computed, or whose changes nobody counts, is looked at each time
         how = pattern.plan(self.transposed, self.in_features, self.keeps_input)
         plain = self._parameters.keys() >= {"weight", "bias"}
@@ -386,15 +388,16 @@ class SparseLinear(nn.Module):
     def _with_patterns(self, x: Tensor) -> Tensor:
         """The forward pass with any number of patterns, and what a compiler sees of it."""
         patterns = self.patterns
+        bias, apart = (None, self.bias) if self.bias_apart else (self.bias, None)
         if torch.is_grad_enabled() and any(p.delta.requires_grad for p in patterns.values()):
             found = [patterns.get(kind) for kind in reference.KINDS]
             deltas = [pattern.delta if pattern is not None else None for pattern in found]
-            plans = [
-                pattern.plan(self.transposed, self.in_features, self.keeps_input) if pattern is not None else None
-                for pattern in found
-            ]
-            return PatternsProduct.apply(x, self.weight, self.bias, *deltas, self.transposed, *plans)
-        return dense_product(x, self.weight, self.bias, self.transposed)
+            how = self.transposed, self.in_features, self.keeps_input
+            plans = [pattern.plan(*how) if pattern is not None else None for pattern in found]
+            y = PatternsProduct.apply(x, self.weight, bias, *deltas, self.transposed, *plans)
+        else:
+            y = dense_product(x, self.weight, bias, self.transposed)
+        return y if apart is None else y + apart
 
     def _apply(self, fn, recurse: bool = True):
         def keep_integers(tensor: Tensor) -> Tensor:  # the permutations

@@ -38,11 +38,8 @@ class Outcome:
     @property
     def missed(self) -> float:
         """How far what trains may be off, as a share of what was asked for."""
-        return max(self.off(self.average), self.off(self.most))
-
-    def off(self, share: float) -> float:
-        """How far a share is off, as a share of what was asked for (rounded: a tenth is a tenth)."""
-        return round(abs(share / self.asked - 1.0), 9)
+        furthest = max(abs(share / self.asked - 1.0) for share in (self.average, self.most))
+        return round(furthest, 9)  # a tenth is a tenth
 
     def __str__(self) -> str:
         low, high = f"{self.average:.2%}", f"{self.most:.2%}"
@@ -66,9 +63,8 @@ class SylvaConfig(SparseConfig):
     def settled(self, spec: ModelSpec) -> Self:
         """With a block size: 64, or the largest smaller one whose blocks meet the sparsity (`Outcome.missed`).
 
-        Where none does, as on tiny models at a high sparsity, it is the one that comes nearest. A given size is refused
-        where it is larger than both sides of a weight, and where what it tends to choose misses a sparsity that was
-        given too, while another meets it or comes nearer.
+        Where none does, as on tiny models at a high sparsity, it is the one that comes nearest. A given size is kept,
+        whatever it trains, and refused only where it is larger than both sides of a weight.
         """
         linears = spec.linears_in(self.scope)
         limit, smallest = min((max(shape), name) for name, shape in linears.items())
@@ -91,14 +87,6 @@ class SylvaConfig(SparseConfig):
                     f"{max(size for size in BLOCK_SIZES if size <= limit)}; for sparsity {self.wanted_sparsity} "
                     f"{best}, which {nearest}trains {outcomes[best]} of the weights in scope."
                 )
-        found = self._outcome(spec, given)
-        largest = self.importance != "random" and self.order == "largest"  # else any block alike
-        missed = found.off(found.most if largest else found.average)
-        if self.sparsity is not None and missed > max(TOLERANCE, outcomes[best].missed):
-            raise UserError(
-                f"method.block_size={given} trains {found} of the weights in scope, and sparsity={self.sparsity} "
-                f"asks for {found.asked:.2%}: use method.block_size={best}, which {nearest}trains {outcomes[best]}."
-            )
         return self
 
     def _outcome(self, spec: ModelSpec, size: int) -> Outcome:

@@ -23,8 +23,8 @@ from sparseft.errors import UserError
 from sparseft.models.packed.quantized import dequantized, is_packed, is_plain
 from sparseft.replaced import replaced
 
-# Subclasses of `nn.Linear` with a forward pass of their own that computes the very same product.
-SAME_PRODUCT = ("FalconLinear",)
+# Subclasses of `nn.Linear` with a forward pass of their own: the product, to which, once rounded, the bias is added.
+BIAS_APART = ("FalconLinear",)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -46,7 +46,7 @@ def is_linear(module: nn.Module) -> bool:
         return True
     if not isinstance(module, nn.Linear) or kind is NonDynamicallyQuantizableLinear:  # read by nn.MultiheadAttention
         return False
-    same = kind.forward is nn.Linear.forward or kind.__name__ in SAME_PRODUCT
+    same = kind.forward is nn.Linear.forward or kind.__name__ in BIAS_APART
     return same and ("forward" not in vars(module) or hasattr(module, "_hf_hook"))  # accelerate's moves inputs only
 
 

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from sparseft.errors import UserError
@@ -217,6 +218,24 @@ def test_no_gradient_no_graph(name: str) -> None:
     x = torch.randn(2, IN, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, IN))
+
+
+@names
+def test_a_bias_that_falcon_adds_to_the_rounded_product(name: str) -> None:
+    torch.manual_seed(0)
+    plain = FalconLinear(IN, OUT).bfloat16()
+    x = torch.randn(200, IN).bfloat16()
+    expected = plain(x).detach()
+    assert not torch.equal(expected, F.linear(x, plain.weight, plain.bias))  # which rounds once
+    layer = convert(copy.deepcopy(plain), PATTERNS[name])
+    assert torch.equal(layer(x), expected)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+        deltas(layer)[0].normal_()  # by hand, without an optimizer
+    changed = layer(x)
+    changed.float().square().sum().backward()
+    assert torch.equal(changed, x @ layer.weight.T + layer.bias) and not torch.equal(changed, expected)
+    assert deltas(layer)[0].grad is not None
 
 
 def test_a_thawed_bias_trains_as_in_a_linear() -> None:

@@ -281,16 +281,9 @@ def test_the_block_size_is_the_largest_that_meets_the_sparsity(
     else:
         assert missed[found.block_size] == pytest.approx(min(missed.values()))
     assert found.settled(spec) == found  # it may be given too
-    for size in sizes:
-        for changes, miss in zip(({"importance": "random"}, {"importance": "weight"}), misses[size], strict=True):
-            given_size = replace(config, block_size=size, **changes)
-            if miss <= 0.1 + 1e-9:
-                assert given_size.settled(spec) == given_size
-            elif miss > missed[found.block_size] + 1e-6:
-                advice = f"block_size={size} trains .*use method.block_size={found.block_size}"
-                with pytest.raises(UserError, match=advice):
-                    given_size.settled(spec)
-            assert replace(given_size, sparsity=None).settled(spec).block_size == size  # nobody asked for the default
+    for size in sizes:  # a size that is given is kept, also where it misses
+        given_size = replace(config, block_size=size)
+        assert given_size.settled(spec) == given_size
 
 
 @pytest.mark.parametrize("allocation", ["per_layer", "global"])
