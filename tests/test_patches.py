@@ -309,6 +309,19 @@ def test_a_model_is_loaded_under_deepspeeds_init(tmp_path: Path, make_model: Any
     assert asked and set(asked[0]) == {"config_dict_or_path"}, relied_on("deepspeed.zero.Init")
 
 
+def test_files_that_are_not_there_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever `cached_files` does not know by name it takes and drops, and then raises."""
+    from transformers.utils.hub import cached_file, cached_files
+
+    for name in ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"):
+        assert name in parameters(cached_files), relied_on(name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    assert cached_file("nobody/nothing", "model.safetensors", **missing) is None
+    with pytest.raises(OSError, match="connect"):
+        cached_file("nobody/nothing", "model.safetensors")
+
+
 # -- transformers' experts --------------------------------------------------------------------------------------------
 
 
@@ -884,6 +897,25 @@ def test_hooks_of_a_module_can_be_told_and_taken_away() -> None:
         del hooks[found[0]]
     module(torch.ones(2))
     module.load_state_dict(module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("register", "names"),
+    [
+        ("register_forward_hook", ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")),
+        ("register_forward_pre_hook", ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")),
+        ("register_full_backward_hook", ("_backward_hooks",)),
+        ("register_full_backward_pre_hook", ("_backward_pre_hooks",)),
+    ],
+)
+def test_a_modules_hooks_are_in_no_other_place(register: str, names: tuple[str, ...]) -> None:
+    """A reference model has the model's attributes, but none of its hooks."""
+    module = nn.Linear(2, 2)
+    plain = {name for name, value in vars(module).items() if value and "hook" in name}
+    options = {"with_kwargs": True} | ({"always_call": True} if "pre" not in register else {})
+    getattr(module, register)(lambda *_: None, **(options if "forward" in register else {}))
+    found = {name for name, value in vars(module).items() if value and "hook" in name} - plain
+    assert found - {"_is_full_backward_hook"} == set(names), relied_on("_forward_hooks_with_kwargs")
 
 
 def test_a_module_looks_where_experts_are_put_in_place() -> None:

@@ -11,8 +11,12 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 MAX_NEW_TOKENS = 1024  # of an answer, where neither the user nor the model says
+CACHE = next(  # what `generate` takes and gives keys and values by: from 5.24 on the first
+    name for name in ("cache", "past_key_values") if name in GenerateDecoderOnlyOutput.__dataclass_fields__
+)
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of the first bytes of a character
 
 
@@ -148,9 +152,9 @@ def tell(
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=max_new_tokens,
         streamer=telling,
         stopping_criteria=transformers.StoppingCriteriaList([_StopWhen(lambda: telling.stopped or stop())]),
     )
-    memory.keep(out.sequences[0].tolist(), out.past_key_values)
+    memory.keep(out.sequences[0].tolist(), getattr(out, CACHE))

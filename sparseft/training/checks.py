@@ -50,7 +50,10 @@ def check_hardware(config: RunConfig) -> None:
         )
     check_together(config)
     if hardware.zero_stage and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f"hardware.zero_stage={hardware.zero_stage}: deepspeed is not installed.")
+        raise UserError(
+            f"hardware.zero_stage={hardware.zero_stage}: needs the package deepspeed, which is not installed: pip "
+            "install deepspeed, or shard the model by hardware.fsdp=true, which needs nothing more."
+        )
     if hardware.offload == "nvme" and not (hardware.offload_dir and Path(hardware.offload_dir).is_dir()):
         raise UserError(f"hardware.offload_dir={hardware.offload_dir}: no such folder.")
     if hardware.num_processes > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from typing import Any
 
 import pytest
@@ -151,6 +153,17 @@ def test_only_what_is_new_is_read(kind: str) -> None:
     reading.passes.clear()
     assert answered(model, [50, 51], memory, 3) == generated(plain, [50, 51], 3)
     assert reading.passes == [2, 1, 1]
+
+
+def test_transformers_has_nothing_to_say(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of names that it has given up, above all: its words would stand in the middle of a talk."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model, memory = ready("llama"), Memory()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ids = answered(model, [5, 6, 7], memory, 3)
+        answered(model, [*ids, 8], memory, 3)
+    assert not caplog.messages
 
 
 def test_layers_that_cannot_go_back_are_read_anew() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 import transformers
 
 import sparseft
+from sparseft.compose.run_config import compose
 from sparseft.config import HardwareConfig
 from sparseft.distributed import ranks
 from sparseft.errors import UserError
 from sparseft.methods import get_method
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request
+from sparseft.training.checks import check_hardware
 from sparseft.training.distributed_trainer import check_shards, trains_beside_text
 from sparseft.training.run_state import RunState
 from support.experts import build
@@ -72,3 +75,12 @@ def test_a_spike_is_judged_by_the_tokens_of_all_processes(tmp_path: Path, monkey
         run.judge(step, 1.0)
     run.settle()
     assert run.spikes.recent == [(2.5, 200), (2.5, 101)]
+
+
+def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name))
+    words = ["hardware=cpu", "hardware.num_processes=2"]
+    with pytest.raises(UserError, match=r"zero_stage=2: needs the package deepspeed.*pip install deepspeed, or.*fsdp"):
+        check_hardware(compose("train", [*words, "hardware.zero_stage=2"]))
+    check_hardware(compose("train", [*words, "hardware.fsdp=true"]))
