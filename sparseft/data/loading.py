@@ -16,7 +16,7 @@ from sparseft.data.packing import PackedDataset
 from sparseft.data.preference_sets import load_preferences
 from sparseft.data.question_hashes import QuestionHashes
 from sparseft.data.reading import NamedSource, Opened, Part, Reader, named_sources
-from sparseft.data.sampling import seeded_first
+from sparseft.data.split import split_off
 from sparseft.data.token_cache import Cache
 from sparseft.data.tokenized import Tokens
 from sparseft.errors import UserError
@@ -210,26 +210,3 @@ def _say_shares(
                 f"dataset.replay: {part.name} is {share:.0%} of the examples but {of_tokens:.0%} of the tokens that "
                 "are learnt, as its examples are longer: give it a smaller share"
             )
-
-
-def split_off(
-    tokens: Tokens, fraction: float, seed: int, *, texts: bool = False
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Which examples to evaluate on, bool (examples,), and which questions the others ask, bool (questions,).
-
-    Examples of one record go to one side, so a conversation does not evaluate itself; with a single record the examples
-    are split one by one, and so are those of each of several `texts` that has more of them than are to be held out of
-    all: a book beside its title page. `fraction` is a share of the records (or such examples) in (0, 1), rounded, at
-    least one and never all. None if there is one example only.
-    """
-    names, groups, sizes = np.unique(tokens.records, return_inverse=True, return_counts=True)
-    long = sizes > max(1.0, fraction * sizes.sum()) if texts else np.full(len(names), len(names) == 1)
-    alone = len(names) + np.arange(len(groups))
-    names, groups = np.unique(np.where(long[groups], alone, groups), return_inverse=True)
-    count = min(max(1, round(fraction * len(names))), len(names) - 1)
-    if count == 0:
-        return None
-    held_out = np.zeros(len(names), bool)
-    held_out[seeded_first(count, len(names), seed, "evaluation")] = True
-    held_out = held_out[groups]
-    return held_out, np.isin(tokens.question_records, tokens.records[~held_out])

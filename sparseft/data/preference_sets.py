@@ -15,7 +15,7 @@ from sparseft.data.loaded import LoadedData, Preferences, overlap_sentences
 from sparseft.data.preferences import PREFERENCE, SIDES, UNPAIRED, written_as
 from sparseft.data.question_hashes import QuestionHashes
 from sparseft.data.reading import NamedSource, Opened, Reader, named_sources
-from sparseft.data.sampling import seeded_first
+from sparseft.data.split import held_out_of
 from sparseft.data.token_cache import Cache
 from sparseft.data.tokenized import Tokens
 from sparseft.errors import UserError
@@ -53,11 +53,10 @@ def load_preferences(
     asked = None if held is None else _read(reader, held, "evaluation", None)
     source = held.source.name if held is not None else ""
     if held is None and config.eval_fraction > 0 and len(names) > 1:
-        count = min(max(1, round(config.eval_fraction * len(names))), len(names) - 1)
-        apart = names[seeded_first(count, len(names), seed, "evaluation")]
+        apart = names[held_out_of(names, *_asked(sides), config.eval_fraction, seed)]
         asked = [_those_of(tokens, apart) for tokens in sides]
         sides = [_those_of(tokens, np.setdiff1d(names, apart)) for tokens in sides]
-        source = f"{opened.source.name} ({count} {'record' if count == 1 else 'records'} split off)"
+        source = f"{opened.source.name} ({len(apart)} {'record' if len(apart) == 1 else 'records'} split off)"
     better, worse = sides
     if not len(better.dataset) or not len(worse.dataset):
         missing, there = ("false", "good") if len(better.dataset) else ("true", "bad")
@@ -138,6 +137,11 @@ def _check_paired(opened: Opened, objective: str) -> None:
         )
         error.source = opened.source.name
         raise error
+
+
+def _asked(sides: list[Tokens]) -> tuple[np.ndarray, np.ndarray]:
+    """The questions of both sides, and the record of each."""
+    return _questions(sides), np.concatenate([tokens.question_records for tokens in sides])
 
 
 def _questions(sides: list[Tokens]) -> np.ndarray:

@@ -393,11 +393,6 @@ WRONG = [
     wrong("scope=self_atn", "scope=self_atn matches no linear", "self_attn"),
     wrong("scope=lm_head", "scope=lm_head matches no linear"),
     wrong("method.block_size=128", "method.block_size=128 is larger than both sides", "at most"),
-    wrong(
-        "sparsity=0.95 method.block_size=16",
-        "method.block_size=16 trains 7.78% to 8.64% of the weights in scope",
-        "sparsity=0.95 asks for 5.00%: use method.block_size=8, which trains 5.25%.",
-    ),
     wrong("method=lora scope=self_atn", "scope=self_atn matches no linear", "self_attn"),
     wrong("method=lora method.targets=[q_prj]", "q_prj", "q_proj"),
     wrong("method=s2ft sparsity=0.05 method.roles=[down]", "sparsity=0.05 asks for"),

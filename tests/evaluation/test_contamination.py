@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,51 @@ def test_questions_of_what_is_split_off_or_dropped_were_not_trained_on(tmp_path:
     assert sum(seen) == 15 and not seen[-1]
     texts = [tokenizer.decode(item["input_ids"]) for item in loaded.eval]
     assert {n for n in range(20) if not seen[n]} == {int(text.split()[1]) for text in texts}
+
+
+def branches(*sizes: int) -> list[dict[str, str]]:
+    """Conversations of so many trees, as many of each: the first question is the tree's, what follows a branch's."""
+    return [
+        {"text": f"### Human: root {tree}?### Assistant: yes### Human: and {n} of {tree}?### Assistant: {tree}.{n}"}
+        for tree, size in enumerate(sizes)
+        for n in range(size)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "held_out"),
+    [
+        ([5] * 12, 0.25, 15),
+        ([3, 1, 1, 1, 40], 0.1, None),  # the tree of 40 is more than is to be held out, and stays
+        ([1] * 20, 0.25, 5),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_conversations_with_one_first_question_go_to_one_side(
+    tmp_path: Path, tokenizer: Any, sizes: list[int], fraction: float, held_out: int | None, seed: int
+) -> None:
+    records = branches(*sizes)
+    random.Random(seed).shuffle(records)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = DatasetConfig(train_path=str(tmp_path / "a.jsonl"), eval_fraction=fraction)
+    loaded = load_datasets(config, tokenizer, max_length=256, seed=seed, bundled=False, cache_dir=tmp_path / "cache")
+    assert loaded.eval is not None and loaded.eval_overlap == 0
+    sides = [
+        {tokenizer.decode(item["input_ids"]).split("?")[0] for item in part} for part in (loaded.train, loaded.eval)
+    ]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+    assert len(loaded.train) + len(loaded.eval) == sum(sizes)
+    assert (
+        len(loaded.eval) == held_out if held_out is not None else 1 <= len(loaded.eval) <= round(fraction * sum(sizes))
+    )
+
+
+def test_where_all_ask_the_same_records_are_split_one_by_one(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in branches(10, 10)))
+    config = DatasetConfig(train_path=str(tmp_path / "a.jsonl"), eval_fraction=0.1)
+    loaded = load_datasets(config, tokenizer, max_length=256, seed=0, bundled=False, cache_dir=tmp_path / "cache")
+    assert loaded.eval is not None and len(loaded.eval) == 2
+    assert any("of the evaluation examples are training questions too" in note for note in loaded.notes)
 
 
 # --- in training and evaluation -----------------------------------------------------------------------------------

@@ -1,0 +1,67 @@
+"""What is held out of the training data to evaluate on: a share of the records, by whole questions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparseft.data.sampling import seeded_first
+from sparseft.data.tokenized import Tokens
+
+
+def split_off(
+    tokens: Tokens, fraction: float, seed: int, *, texts: bool = False
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Which examples to evaluate on, bool (examples,), and which questions the others ask, bool (questions,).
+
+    Examples of one record go to one side, so a conversation does not evaluate itself; with a single record the examples
+    are split one by one, and so are those of each of several `texts` that has more of them than are to be held out of
+    all: a book beside its title page. `fraction` is a share of the records (or such examples), see `held_out_of`. None
+    if there is one example only.
+    """
+    names, groups, sizes = np.unique(tokens.records, return_inverse=True, return_counts=True)
+    long = sizes > max(1.0, fraction * sizes.sum()) if texts else np.full(len(names), len(names) == 1)
+    alone = 1 + max(tokens.records.max(initial=0), tokens.question_records.max(initial=0)) + np.arange(len(groups))
+    names, groups = np.unique(np.where(long[groups], alone, tokens.records), return_inverse=True)
+    if len(names) == 1:
+        return None
+    held_out = np.zeros(len(names), bool)
+    held_out[held_out_of(names, tokens.questions, tokens.question_records, fraction, seed)] = True
+    held_out = held_out[groups]
+    return held_out, np.isin(tokens.question_records, tokens.records[~held_out])
+
+
+def held_out_of(
+    records: np.ndarray, questions: np.ndarray, question_records: np.ndarray, fraction: float, seed: int
+) -> np.ndarray:
+    """The places of the held-out ones among two or more `records` (ascending numbers), ascending, chosen by `seed`.
+
+    `fraction`, a share of the records in (0, 1), is rounded, at least one and never all. Records whose first question
+    is the same (conversations of one tree, answers to one prompt) go to one side, so that it may come to somewhat
+    fewer; where every question is asked by more records than are to be held out, they are chosen one by one.
+
+    questions, question_records: the hash of each question, and the record that asks it, in the records' order.
+    """
+    count = min(max(1, round(fraction * len(records))), len(records) - 1)
+    alike = _asked_alike(records, questions, question_records)
+    groups, of, sizes = np.unique(alike, return_inverse=True, return_counts=True)
+    if sizes.min() > count:
+        return np.sort(seeded_first(count, len(records), seed, "evaluation"))
+    chosen, left = np.zeros(len(groups), bool), count
+    for at in seeded_first(len(groups), len(groups), seed, "evaluation"):
+        if sizes[at] <= left:
+            chosen[at] = True
+            left -= int(sizes[at])
+        if not left:
+            break
+    return np.flatnonzero(chosen[of])
+
+
+def _asked_alike(records: np.ndarray, questions: np.ndarray, question_records: np.ndarray) -> np.ndarray:
+    """For each record the place of the first one whose first question is the same: its own where it asks nothing."""
+    asking, first = np.unique(question_records, return_index=True)
+    here = np.isin(asking, records)
+    asking, first = np.searchsorted(records, asking[here]), first[here]
+    _, leader, of = np.unique(questions[first], return_index=True, return_inverse=True)
+    alike = np.arange(len(records))
+    alike[asking] = asking[leader[of]]
+    return alike
