@@ -73,8 +73,11 @@ def tokens(model: str, data: Path, out: Path) -> None:
         put_training("commonsense", load(questions, "commonsense", 256), load(asked, "commonsense", 256))
         chats = [json.loads(line) for line in (data / "oasst1/trees100_guanaco_style_train.jsonl").open()]
         random.Random(0).shuffle(chats)
-        quarter = len(chats) // 4
-        put_training("oasst1", load(chats[quarter:], "oasst1", 384), load(chats[:quarter], "oasst1", 384))
+        # Conversations of one tree begin with the same turns, so whole trees are held out.
+        trees = sorted({root(chat) for chat in chats})
+        apart = set(random.Random(0).sample(trees, len(trees) // 4))
+        sides = [[chat for chat in chats if (root(chat) in apart) == held_out] for held_out in (False, True)]
+        put_training("oasst1", *(load(side, "oasst1", 384) for side in sides))
         put_split("stories", load(data / "text/tinystories.txt", "text", 128), SOURCE_ROWS)
         replies = data / "oasst1/openassistant_best_replies_eval.jsonl"
         put_split("chat", load(replies, "oasst1", 256), SOURCE_ROWS)
@@ -102,6 +105,11 @@ def tokens(model: str, data: Path, out: Path) -> None:
         found["piqa.of"] = np.array(of, np.int32)
     with out.open("wb") as file:
         np.savez_compressed(file, **found)
+
+
+def root(chat: dict[str, Any]) -> str:
+    """The first turn of a conversation."""
+    return str(chat["text"].split("### Assistant:")[0].strip())
 
 
 def records(path: Path) -> list[dict[str, Any]]:

@@ -181,8 +181,7 @@ def test_a_pair_stays_together(tokenizer: Any, tmp_path: Path) -> None:
     assert again.fingerprint == found.fingerprint and any("cached" in note for note in again.notes)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_pairs_with_one_first_question_go_to_one_side(tokenizer: Any, tmp_path: Path, seed: int) -> None:
+def test_pairs_with_one_first_question_go_to_one_side(tokenizer: Any, tmp_path: Path) -> None:
     records = [
         {
             "prompt": [user(f"root {tree}"), assistant("yes"), user(f"and {n}")],
@@ -192,7 +191,7 @@ def test_pairs_with_one_first_question_go_to_one_side(tokenizer: Any, tmp_path: 
         for n in range(4)
         for tree in range(8)
     ]
-    found = load(tmp_path, records, tokenizer, eval_fraction=0.25, seed=seed)
+    found = load(tmp_path, records, tokenizer, eval_fraction=0.25)
     assert found.preferences is not None and found.eval_preferences is not None
     assert (len(found.preferences), len(found.eval_preferences), found.eval_overlap) == (24, 8, 0)
 
