@@ -25,7 +25,7 @@ from typing import Any
 
 from sparseft.data.prompts import ASSISTANT, HUMAN, alpaca_conversation
 from sparseft.data.records import Records, kind
-from sparseft.data.sections import sections_of
+from sparseft.data.sections import LONGEST, Section, sections_of
 from sparseft.errors import UserError, nearest, shown
 
 DETECTION_RECORDS = 16  # how many of the first records decide the format
@@ -216,6 +216,14 @@ class Plain(Converter):
 
     def _examples(self, item: dict[str, Any], where: str) -> Iterator[Example]:
         self._unknown.update(str(key) for key in item if key not in _FIELDS[self.format] and not is_empty(item[key]))
+        if isinstance(item, Section) and (item.before or item.more):
+            if self.format != "text":
+                raise UserError(
+                    f"{where}: a text of more than {LONGEST:,} characters without a blank line is no single "
+                    f"{self.format} record; put blank lines between the records, or use JSON lines."
+                )
+            yield Example([(item["text"], True)], where, closed=item.more, before=item.before)
+            return
         segments = _SEGMENTS[self.format](item, where)
         if self.format != "text":
             yield Example(segments, where, questions=_QUESTIONS[self.format](item))

@@ -14,12 +14,12 @@ def split_off(
     """Which examples to evaluate on, bool (examples,), and which questions the others ask, bool (questions,).
 
     Examples of one record go to one side, so a conversation does not evaluate itself; with a single record the examples
-    are split one by one, and so are those of each of several `texts` that has more of them than are to be held out of
-    all: a book beside its title page. `fraction` is a share of the records (or such examples), see `held_out_of`. None
+    are split one by one, and so are those of one of several `texts` that has more than half of all: a book beside its
+    title page. `fraction` is a share of the records (or such examples), see `held_out_of`. None
     if there is one example only.
     """
     names, groups, sizes = np.unique(tokens.records, return_inverse=True, return_counts=True)
-    long = sizes > max(1.0, fraction * sizes.sum()) if texts else np.full(len(names), len(names) == 1)
+    long = 2 * sizes > sizes.sum() if texts else np.full(len(names), len(names) == 1)
     alone = 1 + max(tokens.records.max(initial=0), tokens.question_records.max(initial=0)) + np.arange(len(groups))
     names, groups = np.unique(np.where(long[groups], alone, tokens.records), return_inverse=True)
     if len(names) == 1:

@@ -334,7 +334,7 @@ class SparseLinear(nn.Module):
     @property
     def joins(self) -> bool:
         """Whether it may have such."""
-        return True
+        return not self.bias_apart
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
         if torch.compiler.is_compiling():

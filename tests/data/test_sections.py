@@ -148,6 +148,24 @@ def test_sections_are_the_documents_of_the_file(tmp_path_factory: Any, parts: li
         assert joined == documents(content)
 
 
+def test_a_section_of_white_space_alone_ends_its_document(
+    tmp_path: Path, tokenizer: Any, short_sections: None, short_pieces: None
+) -> None:
+    """At the end of a document and within it; without it no EOS would be learnt."""
+    for text in ("x" * 150 + "\u3000", "x" * 150 + "\u3000" * 150 + "y" * 30):
+        loaded = load(write(tmp_path / "a.txt", text), tokenizer, max_length=4096, eval_fraction=0.0)
+        assert loaded.train[-1]["labels"][-1] == tokenizer.eos_token_id
+        assert not loaded.warnings
+
+
+def test_a_long_text_without_blank_lines_is_no_conversation(
+    tmp_path: Path, tokenizer: Any, short_sections: None
+) -> None:
+    file = write(tmp_path / "a.txt", "### Human: a\n### Assistant: b\n" * 20)
+    with pytest.raises(UserError, match="without a blank line is no single guanaco record; put blank lines"):
+        load(file, tokenizer, max_length=64, format="guanaco")
+
+
 def test_a_document_is_cut_before_a_line_then_before_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sections, "LONGEST", 20)
     assert [part["text"] for part in sections.sections(["first line\nsecond ", "line\n third\nfourth one"])] == [
@@ -171,6 +189,13 @@ def test_the_held_out_share_is_that_of_the_text(tmp_path: Path, tokenizer: Any) 
         loaded = load(write(tmp_path / f"{name}.txt", text), tokenizer, max_length=20, eval_fraction=0.1)
         share = loaded.eval.num_tokens / (loaded.eval.num_tokens + loaded.train.num_tokens)
         assert 0.08 < share < 0.12, name
+
+
+def test_of_several_texts_whole_ones_are_held_out(tmp_path: Path, tokenizer: Any) -> None:
+    texts = [f"the book of {number}\n" + BOOK for number in range(10)]
+    loaded = load(write(tmp_path / "a.txt", "\n\n".join(texts)), tokenizer, max_length=20, eval_fraction=0.05)
+    lengths = [len(part) * len(texts) for part in (loaded.eval, loaded.train)]
+    assert lengths[0] * 9 == lengths[1]
 
 
 MEASURE = """
