@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -154,7 +155,8 @@ def language_model(model: nn.Module) -> nn.Module:
 def last_logits(model: nn.Module, count: int) -> dict[str, int]:
     """The argument with which a forward pass makes the logits of the last `count` tokens of its rows alone; none where
     the model knows none and makes all."""
-    return {"logits_to_keep": count} if language_model(model)._supports_logits_to_keep() else {}  # type: ignore[operator]
+    inner = language_model(getattr(model, "_orig_mod", model))  # what was compiled takes anything
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from sparseft.compose.run_config import compose, to_yaml
 from sparseft.config import BUNDLED_ROOT
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.evaluation.preference import log_probabilities, settings
+from sparseft.models.decoder import last_logits
 from support.running import refused, sparseft
 
 PAIRS = [json.loads(line) for line in (BUNDLED_ROOT / "data/preference/eval.jsonl").read_text().splitlines()]
@@ -158,3 +159,42 @@ def test_only_answers_have_logits(make_model: Any) -> None:
             logits = model(torch.tensor([ids])).logits[0, prompt - 1 : -1].log_softmax(-1)
             wanted = logits.gather(1, torch.tensor(ids[prompt:])[:, None]).sum()
             assert count == len(ids) - prompt and value == pytest.approx(float(wanted), abs=1e-4)
+
+
+class OwnModel(transformers.PreTrainedModel):
+    """A causal LM of somebody's own code, which cannot generate and makes the logits of all tokens."""
+
+    config_class = transformers.LlamaConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+
+    def __init__(self, config: Any, decoder: Any) -> None:
+        super().__init__(config)
+        self.model, self.lm_head = decoder.model, decoder.lm_head
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None, **_: Any) -> Any:
+        hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(hidden))
+
+
+def test_a_model_of_own_code_makes_all_logits_and_scores_the_same(make_model: Any, tokenizer: Any) -> None:
+    from sparseft.evaluation.harness import LanguageModel
+
+    model = make_model("llama")
+    own = OwnModel(model.config, model).eval()
+    examples = [([3 + n % 50 for n in range(length)], prompt) for length, prompt in ((20, 15), (9, 4))]
+    data: Any = TokenizedDataset.from_lists([(ids, [-100] * prompt + ids[prompt:]) for ids, prompt in examples])
+    asked = [(None, ids[:prompt], ids[prompt:]) for ids, prompt in examples]
+
+    def found(each: Any) -> list[Any]:
+        harness = LanguageModel(each, tokenizer, 2, None)
+        with torch.no_grad():
+            pairs = log_probabilities(each, data, 2, 2, 0)
+        return [
+            *(value for value, _ in pairs),
+            *(v for v, _ in harness._loglikelihood_tokens(asked, disable_tqdm=True)),
+        ]
+
+    assert found(own) == pytest.approx(found(model), abs=1e-4)
+    assert last_logits(own, 2) == {}
+    assert last_logits(model, 2) == last_logits(torch.compile(model), 2) == {"logits_to_keep": 2}  # type: ignore[arg-type]
