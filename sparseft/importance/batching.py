@@ -1,8 +1,8 @@
 """Which calibration samples a rank runs, which of them share a forward pass, and how they are padded into one.
 
 A sample counts by itself: what is summed over a group equals the sum over its samples one at a time. Padding stands on
-the right, where causal attention keeps it from every real position without a mask, and its own positions are left out
-of all sums.
+the right, where causal attention keeps it from every real position without a mask (with any other attention samples go
+one at a time), and its own positions are left out of all sums.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from sparseft.distributed import ranks
 from sparseft.distributed.shards import any_sharded
 from sparseft.errors import UserError
-from sparseft.models.decoder import other_stacks, stacks
+from sparseft.models.decoder import decoder_layers, other_stacks, stacks
 from sparseft.models.head import head_is_apart
 
 Sample = dict[str, Tensor]  # batches of one, without padding
@@ -111,14 +111,29 @@ def split_samples(batch: Mapping[str, Any]) -> Iterator[Sample]:
 def may_share(model: nn.Module) -> bool:
     """Whether padded samples can go through the model together.
 
-    Not where experts are (padding would be routed to them, and their inputs do not tell samples apart), nor where the
-    model's loss is another than the usual one, which is computed here for each sample apart (`loss.py`).
+    Not where attention is not causal, which would see the padding; nor where experts are (padding would be routed to
+    them, and their inputs do not tell samples apart); nor where the model's loss is another than the usual one, which
+    is computed here for each sample apart (`loss.py`).
     """
     if getattr(model, "loss_type", None) != USUAL_LOSS and type(model).__name__ not in USUAL_CLASSES:
         return False
     if any("expert" in name or stacks(m) or other_stacks(m) for name, m in model.named_modules()):
         return False
-    return head_is_apart(model)
+    return not sees_ahead(model) and head_is_apart(model)
+
+
+def sees_ahead(model: nn.Module) -> bool:
+    """Whether text attends to later tokens, by what the config and the decoder layers' modules say of themselves.
+
+    Config: `is_causal`, by which transformers makes masks, and Gemma's `use_bidirectional_attention`, of which "vision"
+    means images alone.
+    """
+    text = model.config.get_text_config()
+    if not getattr(text, "is_causal", True):
+        return True
+    if getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision"):
+        return True
+    return any(getattr(module, "is_causal", True) is False for module in decoder_layers(model)[1].modules())
 
 
 def packed(

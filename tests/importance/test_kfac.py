@@ -20,7 +20,7 @@ import sparseft
 from sparseft.distributed import ranks
 from sparseft.errors import RunError
 from sparseft.importance import room as host_memory
-from sparseft.importance.batching import WINDOW, groups_of, may_share, packed, pad_together, split_samples
+from sparseft.importance.batching import WINDOW, groups_of, may_share, packed, pad_together, sees_ahead, split_samples
 from sparseft.importance.hooks import Observation, observe
 from sparseft.importance.kfac import FactorSettings, KroneckerFactors, block_scores, entry_importance, summary
 from sparseft.importance.scores import compute_scores
@@ -143,6 +143,50 @@ def test_experts_see_one_sample_at_a_time() -> None:
         num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     assert not may_share(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def ahead(kind: str) -> Any:
+    """A model whose attention sees later tokens."""
+    import transformers
+
+    sizes = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 80}
+    gemma = sizes | {"num_key_value_heads": 2, "head_dim": 12}
+    torch.manual_seed(0)
+    config: Any
+    if kind == "gemma3":
+        config = transformers.Gemma3TextConfig(**gemma, use_bidirectional_attention=True)
+    else:
+        config = transformers.LlamaConfig(**sizes)
+        config.is_causal = kind != "config"
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for layer in model.model.layers if kind == "modules" else ():
+        layer.self_attn.is_causal = False
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "config", "modules"])
+def test_attention_that_sees_later_tokens_is_shown_no_padding(kind: str) -> None:
+    model, batches = ahead(kind), samples()
+    assert not may_share(model)
+    together = collected(model, batches, 24)
+    for name, wanted in autograd(
+        model, [{"input_ids": b["input_ids"], "labels": b["labels"]} for b in batches]
+    ).items():
+        torch.testing.assert_close(together.sums[name], wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_tower_for_images_that_sees_all_of_them_does_not_keep_text_apart() -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = transformers.Gemma3TextConfig(**sizes, vocab_size=96, num_key_value_heads=2, head_dim=8)
+    vision = transformers.SiglipVisionConfig(**sizes, image_size=28, patch_size=14)
+    model = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    )
+    assert any(getattr(module, "is_causal", True) is False for module in model.modules())
+    assert not sees_ahead(model)
 
 
 class _Sorted(nn.Module):
