@@ -31,6 +31,39 @@ from sparseft.models.decoder import decoder_layers, runnable
 
 LAYERS = "layers"  # the file of an unfinished walk: what is scored, and the gradient from which it goes on
 TRIAL_TOKENS = 16
+KINDS = 4  # of masks in a model that can share their room: whole rows', windows', on a device each
+
+
+@dataclass
+class Held:
+    """An attention mask (1, 1, tokens, tokens), or (samples, …) where it is not the same for all. It gives way to a
+    longer one of which it is a corner."""
+
+    mask: Tensor
+
+    def take(self, mask: Tensor) -> bool:
+        """Whether one of the two is a corner of the other, which is then held."""
+        if mask.dtype != self.mask.dtype or mask.device != self.mask.device or mask.shape[:2] != self.mask.shape[:2]:
+            return False
+        longer, shorter = sorted((self.mask, mask), key=lambda each: -each.shape[-1])  # stable: the one that is held
+        rows, columns = shorter.shape[-2:]
+        corner = longer[..., :rows, :columns]
+        if corner.shape != shorter.shape or not torch.equal(corner, shorter):
+            return False
+        self.mask = longer
+        return True
+
+
+@dataclass(frozen=True)
+class Corner:
+    """A pass's mask, as what it is of one that is held."""
+
+    held: Held
+    shape: torch.Size  # (samples, 1, tokens, tokens)
+
+    def mask(self) -> Tensor:
+        rows, columns = self.shape[-2:]
+        return self.held.mask[..., :rows, :columns].expand(self.shape)
 
 
 @dataclass(frozen=True)
@@ -53,43 +86,43 @@ class Call:
 
     def again(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The layer's output (samples, tokens, features)."""
+        kwargs = {name: value.mask() if isinstance(value, Corner) else value for name, value in self.kwargs.items()}
         if self.named is None:
-            return output_of(layer(hidden, *self.args, **self.kwargs))
-        return output_of(layer(**{self.named: hidden}, **self.kwargs))
+            return output_of(layer(hidden, *self.args, **kwargs))
+        return output_of(layer(**{self.named: hidden}, **kwargs))
 
 
 class Masks:
     """Attention masks (samples, 1, tokens, tokens) of all passes, which are held until the walk is over.
 
-    Without padding a mask is that of its length: a window's, eager attention's. It is then a corner of any longer one.
+    Without padding a mask is that of its length, the same for all samples: a window's, eager attention's. It is then a
+    corner of any longer one, and the longest alone is held. What is a corner of none (packed rows') is held beside.
     """
 
     def __init__(self) -> None:
-        self.held: list[Tensor] = []
+        self.recent: list[Held] = []  # those that a mask is compared with, the last one taken first
 
     def of_pass(self) -> Callable[[Call], Call]:
         """What makes a layer's call one with a mask that is held. A pass's layers are given the same few."""
-        known: dict[int, tuple[Tensor, Tensor]] = {}
+        known: dict[int, tuple[Tensor, Corner]] = {}
 
         def shared(call: Call) -> Call:
             mask = call.kwargs.get("attention_mask")
             if not isinstance(mask, Tensor) or mask.dim() != 4:
                 return call
             if id(mask) not in known:
-                known[id(mask)] = mask, self._held(mask)
+                known[id(mask)] = mask, Corner(self._held(mask), mask.shape)
             return replace(call, kwargs=call.kwargs | {"attention_mask": known[id(mask)][1]})
 
         return shared
 
-    def _held(self, mask: Tensor) -> Tensor:
-        one = mask[:1] if mask.stride(0) == 0 else mask
-        rows, columns = mask.shape[-2:]
-        for held in self.held:
-            corner = held[..., :rows, :columns]
-            if corner.dtype == one.dtype and corner.shape == one.shape and torch.equal(corner, one):
-                return corner.expand(mask.shape)
-        self.held.append(one)
-        return mask
+    def _held(self, mask: Tensor) -> Held:
+        one = mask[:1]
+        if mask.stride(0) != 0 and len(mask) > 1:
+            one = one.clone() if torch.equal(mask, one.expand(mask.shape)) else mask  # no view: it would keep all rows
+        found = next((held for held in self.recent if held.take(one)), None) or Held(one)
+        self.recent = [found, *(held for held in self.recent if held is not found)][:KINDS]
+        return found
 
 
 def output_of(returned: Any) -> Tensor:

@@ -14,14 +14,16 @@ import transformers
 from torch import Tensor, nn
 
 import sparseft
-from sparseft.importance import kfac, layerwise, room, scores
+from sparseft.importance import batching, kfac, layerwise, room, scores
 from sparseft.importance.calibration import Watch
 from sparseft.importance.kfac import FactorSettings, KroneckerFactors
 from sparseft.memory import AllocationCounter, tensor_bytes
 from sparseft.models.spec import ModelSpec
-from support.calibration import samples
+from support.calibration import LENGTHS, samples
 
 LINE = "calibration: layer by layer"
+ASCENDING = tuple(sorted(LENGTHS))
+LONGEST_OF_TWO = {LENGTHS: {9, 12}, ASCENDING: {5, 9, 12}}
 
 
 def scored(model: nn.Module, importance: str = "sylva", **options: Any) -> scores.Scored:
@@ -101,31 +103,55 @@ def test_layers_below_the_scope_are_not_run_again(make_model: Callable[..., Any]
     assert ran == [0, 1, 0, 1] + [0, 1] * groups + [1] * groups  # the trial, forward, back
 
 
-def test_masks_of_all_passes_take_the_room_of_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lengths", [LENGTHS, ASCENDING], ids=["mixed", "ascending"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_of_all_passes_take_the_room_of_the_longest(
+    attention: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are held until the walk is over."""
-    made: list[layerwise.Masks] = []
-
-    class Noted(layerwise.Masks):
-        def __init__(self) -> None:
-            super().__init__()
-            made.append(self)
-
-    monkeypatch.setattr(layerwise, "Masks", Noted)
     config = transformers.MistralConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=4,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    at_once = scored(model, by_layer=False)
-    assert_equal(scored(model), at_once)
-    assert [mask.shape for mask in made[0].held] == [(1, 1, 12, 12)]
-    assert tensor_bytes(made[0].held) == 12 * 16 * 4
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    monkeypatch.setattr(batching, "WINDOW", 2)  # groups of two in the order that is given
+    back: list[bool] = []
     held: list[Tensor] = []
-    _held = layerwise.Masks._held
-    monkeypatch.setattr(layerwise.Masks, "_held", lambda self, mask: held.append(_held(self, mask)) or held[-1])
-    scored(model)
-    assert len(held) == 3 and tensor_bytes(held) == 12 * 16 * 4
+    of_layer = layerwise.Walk._back
+    monkeypatch.setattr(layerwise.Walk, "_back", lambda *given: back.append(True) or of_layer(*given))
+    given = samples(lengths)
+    at_once = scored(model, batches=given, by_layer=False)
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _m, _a, kwargs: held.append(kwargs["attention_mask"]) if back else None, with_kwargs=True
+        )
+    assert_equal(scored(model, batches=given), at_once)
+    assert len(held) == 3 * 3 and {mask.shape for mask in held} == {(2, 1, n, n) for n in LONGEST_OF_TWO[lengths]}
+    # torch's attention wants rows that begin at multiples of 16 numbers
+    assert tensor_bytes(held) == 12 * (16 if attention == "sdpa" else 12) * 4
+
+
+def test_masks_that_have_nothing_in_common_are_compared_with_few_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of packed rows, with the mask of whole rows now and again, which is shared all the same."""
+    compared: list[int] = []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda one, other: compared.append(1) or equal(one, other))
+    masks, passes = layerwise.Masks(), 64
+    whole = torch.full((12, 12), -1.0).triu(1)
+    calls, given = [], []
+    for number in range(passes):
+        packed = torch.randn(1, 1, 12, 12, generator=torch.Generator().manual_seed(number))
+        for mask in (packed, whole[None, None, : 3 + number % 10, : 3 + number % 10].clone()):
+            call = layerwise.Call(torch.Size((1, mask.shape[-1], 8)), None, (), {"attention_mask": mask})
+            calls.append(masks.of_pass()(call))
+            given.append(mask.clone())
+    assert len(compared) <= 2 * passes * (layerwise.KINDS + 1)
+    taken: list[Tensor] = []
+    for call in calls:
+        call.again(lambda x, attention_mask: taken.append(attention_mask) or x, torch.zeros(1))  # type: ignore[arg-type]
+    assert all(map(equal, taken, given))
+    assert tensor_bytes(taken) == (passes + 1) * 12 * 12 * 4
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
