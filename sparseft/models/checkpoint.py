@@ -222,7 +222,11 @@ class Places:
             self.group_with |= dict.fromkeys([*group.names, *group.twins], group)
             if group.pattern is not None:
                 shapes = {name: torch.empty(tensors[name].shape, device="meta") for name in group.names}
-                group.parameters = list(self._converted(target, group, shapes.__getitem__))
+                try:
+                    group.parameters = list(self._converted(target, group, shapes.__getitem__))
+                except RuntimeError as error:  # of torch: shapes that do not go together
+                    where, first_name = model.config.name_or_path, shown(group.names[0])
+                    raise UserError(f"{where}: {first_name} and what belongs to it: {reason_of(error)}.") from error
             self._group_of |= dict.fromkeys(group.parameters, group)
         self._conversions: dict[int, Conversion] = {}  # the latest ones, by the group
 
@@ -271,13 +275,20 @@ class Places:
         return parameter in self._group_of
 
     def group_of(self, parameter: str) -> Group:
-        """The tensors of which a parameter is made; one that the checkpoint lacks is a `UserError`."""
+        """The tensors of which a parameter is made; one that the checkpoint lacks, or has in another shape, is a
+        `UserError`."""
         if parameter not in self._group_of:
             raise UserError(f"the checkpoint has no tensor of its own for '{shown(parameter)}'.")
-        return self._group_of[parameter]
+        group = self._group_of[parameter]
+        if group.pattern is None:  # what is converted was held against the model before
+            name, own = group.names[0], tuple(self.parameters[parameter].shape)
+            if (there := tuple(self.tensors[name].shape)) != own:
+                where = self._model.config.name_or_path
+                raise UserError(f"{where}: {shown(name)} is {there} in the checkpoint, {own} by its config.")
+        return group
 
     def in_checkpoint(self, parameter: str, flat: Tensor) -> list[Found]:
-        """Where entries (k,) of a parameter are in the checkpoint; one that it lacks is a `UserError`."""
+        """Where entries (k,) of a parameter are in the checkpoint; what `group_of` refuses is a `UserError`."""
         group = self.group_of(parameter)
         if group.pattern is None:
             index, which = flat.sort()
@@ -305,7 +316,8 @@ class Places:
         """A parameter's flat values, each piece with the place of its first one: the experts that are stacked in it one
         by one, so that they need not be in memory at once, any other parameter whole."""
         group, shape = self.group_of(name), self.parameters[name].shape
-        size = shape[1:].numel() if len(shape) == 3 else shape.numel()
+        stacked = len(shape) == 3 and shape[1] > 1  # a convolution along a sequence has (channels, 1, width)
+        size = shape[1:].numel() if stacked else shape.numel()
         if group.pattern is not None and self._moves(group):
             conversion = self._conversion(group)
             for start in range(0, shape.numel(), size):

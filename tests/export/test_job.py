@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from sparseft.adapters.lifecycle import load_adapter, merge
 from sparseft.cli.app import main
@@ -165,6 +166,22 @@ def test_a_base_is_known_by_its_files(kind: str, stored: Any, loaded: Any, tmp_p
     source.content["base_fingerprint"] = "0"
     with pytest.raises(UserError, match="another base model"):
         check_base(source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [-3, 3])
+def test_a_base_whose_files_its_config_does_not_describe_is_refused(
+    made: Any, rows: int, tmp_path: Path, capsys: Any
+) -> None:
+    """One with more rows looks like the right one, if the rest is cut off."""
+    base = tmp_path / "base"
+    shutil.copytree(made[0], base)
+    tensors = load_file(base / "model.safetensors")
+    rest = tensors["lm_head.weight"]
+    tensors["lm_head.weight"] = torch.cat([rest, rest[:3]])[: len(rest) + rows].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert export(made[1], "patch", tmp_path / "out", f"model.path={base}") == 2
+    assert f"{base}: lm_head.weight is ({len(rest) + rows}, " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 # ---- of a run ----

@@ -44,7 +44,7 @@ def check(folder: Path, model: Any) -> None:
                 assert torch.equal(parameters[back.name].detach().flatten()[back.index], there[back.which])
         assert torch.equal(places.parameter(name, checkpoint.read), parameter.detach())
         pieces = list(places.pieces(name, checkpoint.read))
-        assert len(pieces) == (len(parameter) if parameter.dim() == 3 else 1)
+        assert len(pieces) == (len(parameter) if parameter.dim() == 3 and parameter.shape[1] > 1 else 1)
         assert [start for start, _ in pieces] == [number * len(pieces[0][1]) for number in range(len(pieces))]
         assert torch.equal(torch.cat([piece for _, piece in pieces]), parameter.detach().flatten())
     entries = dict(places.entries(checkpoint.read))
@@ -100,6 +100,47 @@ def test_experts_that_the_file_keeps_in_one_tensor(tmp_path: Path) -> None:
     experts.build("granitemoe", config=config).save_pretrained(tmp_path)
     assert any("input_linear" in name for name in Checkpoint.of_folder(tmp_path).tensors)
     check(tmp_path, adapted.load(tmp_path))
+
+
+def test_a_convolution_is_one_piece(tmp_path: Path) -> None:
+    """Its weight (channels, 1, width) is no stack of matrices."""
+    config = transformers.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert model.backbone.layers[0].mixer.conv1d.weight.shape == (32, 1, 4)
+    model.save_pretrained(tmp_path)
+    check(tmp_path, adapted.load(tmp_path))
+
+
+@pytest.mark.parametrize("rows", [-3, 3])
+def test_a_tensor_of_another_shape_than_the_config_says_is_refused(rows: int, tmp_path: Path) -> None:
+    adapted.base("llama", tmp_path)
+    name = "model.embed_tokens.weight"
+    tensors = load_file(tmp_path / "model.safetensors")
+    size, width = tensors[name].shape
+    tensors[name] = torch.cat([tensors[name], tensors[name][:3]])[: size + rows].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    checkpoint, places = places_of(tmp_path)
+    entries, flat = dict(places.entries(checkpoint.read)), torch.tensor([0])
+    for look in (
+        lambda: entries[name].at(flat),
+        lambda: places.in_checkpoint(name, flat),
+        lambda: places.parameter(name, checkpoint.read),
+        lambda: next(places.pieces(name, checkpoint.read)),
+    ):
+        with pytest.raises(UserError) as error:
+            look()
+        said = f"{tmp_path}: {name} is ({size + rows}, {width}) in the checkpoint, ({size}, {width}) by its config."
+        assert str(error.value) == said
+
+
+def test_experts_of_different_shapes_are_refused(tmp_path: Path) -> None:
+    adapted.base("mixtral", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"^{tmp_path}: model\.layers\.0\..*w1\.weight.* equal size, but"):
+        places_of(tmp_path)
 
 
 @pytest.mark.parametrize("kind", adapted.BASES)
