@@ -17,6 +17,7 @@ from sparseft.errors import RunError, shown
 from sparseft.export.changed_tensors import FLOATS, base_model, base_of, bits, merged_model
 from sparseft.export.changes import SparseChange
 from sparseft.export.source import Source
+from sparseft.files.tensors import Stored
 from sparseft.models.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
 
 
@@ -44,35 +45,39 @@ def check_values(
     checkpoint = checkpoint or Checkpoint.of(base_of(source))
     places = Places(without_weights(base_of(source), packed=True), checkpoint.tensors)
     wanted = _of_sparse if source.kind == "sparse" else _of_merged
-    stored = {name: torch.Size(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    stored = {name: Stored(_written(each.dtype, dtype), each.shape) for name, each in checkpoint.tensors.items()}
     at, written = "", iter(())
     for name, shape, start, values, terms in wanted(source, places, checkpoint, dtype):
-        own = _of_shapes(read, stored | {name: shape} if not places.holds(name) else stored)
-        if name != at:
-            at, written = name, places.pieces(name, own) if places.holds(name) else iter([(0, own(name).reshape(-1))])
+        if name != at and places.holds(name):
+            at, written = name, places.pieces(name, _as_stored(read, stored))
+        elif name != at:
+            own = _as_stored(read, {name: Stored(values.dtype, shape)})
+            at, written = name, iter([(0, own(name).reshape(-1))])
         place, there = next(written)
-        assert (place, len(there)) == (start, len(values))
-        if there.dtype != values.dtype:
-            raise _another(name, there.dtype, values.dtype)
+        assert (place, len(there), there.dtype) == (start, len(values), values.dtype)
         _check_part(name, there, values, terms)
         del there, values, terms  # before the next ones are made
 
 
-def _of_shapes(read: Callable[[str], Tensor], shapes: Mapping[str, torch.Size]) -> Callable[[str], Tensor]:
-    """`read`, whose tensors have to have these shapes."""
+def _written(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in which what the base stores in one is to be written."""
+    return dtype if dtype is not None and stored in FLOATS else stored
+
+
+def _as_stored(read: Callable[[str], Tensor], stored: Mapping[str, Stored]) -> Callable[[str], Tensor]:
+    """`read`, whose tensors have to have these dtypes and shapes: those that become one parameter would hide theirs."""
 
     def checked(name: str) -> Tensor:
-        if (there := read(name)).shape != shapes[name]:
-            raise _another(name, tuple(there.shape), tuple(shapes[name]))
+        there, (dtype, shape) = read(name), stored[name]
+        for found, expected in ((there.dtype, dtype), (tuple(there.shape), tuple(shape))):
+            if found != expected:
+                raise RunError(
+                    f"the export is not what was trained: {shown(name)} is {found} there, expected {expected}. "
+                    "Nothing was kept."
+                )
         return there
 
     return checked
-
-
-def _another(name: str, found: object, expected: object) -> RunError:
-    return RunError(
-        f"the export is not what was trained: {shown(name)} is {found} there, expected {expected}. Nothing was kept."
-    )
 
 
 def _check_part(name: str, there: Tensor, values: Tensor, terms: Tensor | None) -> None:
@@ -96,7 +101,7 @@ def _of_sparse(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
     for name in filter(places.holds, places.parameters):
         shape = places.parameters[name].shape
         for start, base in places.pieces(name, checkpoint.read):
-            target = dtype if dtype is not None and base.dtype in FLOATS else base.dtype
+            target = _written(base.dtype, dtype)
             if start in linears[name]:
                 yield Wanted(name, shape, start, *_changed(base, *linears[name].pop(start), target))
             else:
@@ -138,7 +143,7 @@ def _of_merged(source: Source, places: Places, checkpoint: Checkpoint, dtype: to
         value = merged[name].detach().reshape(-1)
         for start, base in places.pieces(name, checkpoint.read):
             ours = value[start : start + len(base)].cpu()
-            target = dtype if dtype is not None and base.dtype in FLOATS else base.dtype
+            target = _written(base.dtype, dtype)
             # A tensor that is wider in the files keeps what did not change.
             same = bits(base.to(ours.dtype)) == bits(ours)
             yield Wanted(name, merged[name].shape, start, torch.where(same, base.to(target), ours.to(target)))

@@ -173,7 +173,7 @@ class Conversion:
 
     def part(self, parameter: str, start: int, stop: int, read: Callable[[str], Tensor]) -> Tensor:
         """Entries [start, stop) of a flat parameter, of the tensors that `read` gives by name: a view where it can be,
-        else made without the rest of the parameter."""
+        else made without the rest of the parameter, in the dtype that holds all of their values."""
         return self._part(f"parameter {parameter}", start, stop, read)
 
     def _part(self, place: Place, start: int, stop: int, read: Callable[[str], Tensor]) -> Tensor:
@@ -187,6 +187,8 @@ class Conversion:
                 return values.contiguous().view(-1)  # a strided one would be no memory for boxes
             if found is None:
                 found = values.new_empty(stop - start)
+            if values.dtype != found.dtype:
+                found = found.to(torch.promote_types(found.dtype, values.dtype))
             target._replace(offset=target.offset - start).of(found).copy_(values)
         assert found is not None
         return found

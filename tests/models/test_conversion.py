@@ -89,6 +89,18 @@ def test_entries_and_values_are_where_numbers_go(kind: str) -> None:
     assert conversion.in_tensors(next(iter(made)), torch.empty(0, dtype=torch.int64)) == []
 
 
+@pytest.mark.parametrize("wide", UP)
+def test_a_part_of_several_dtypes_has_the_one_that_holds_them_all(wide: str) -> None:
+    shapes, convert = KINDS["experts"]
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    tensors[wide] = torch.randn(shapes[wide])
+    made, number = convert(tensors.__getitem__)["p"], int(wide.partition(".")[2])
+    assert made.dtype == torch.float32
+    size = made[0].numel()
+    part = Conversion(shapes, convert).part("p", number * size, (number + 1) * size, tensors.__getitem__)
+    assert part.dtype == torch.float32 and torch.equal(part, made[number].flatten())
+
+
 def test_memory_is_that_of_the_values_and_of_the_entries_asked_for() -> None:
     shapes = {f"{side}.{number}": (256, 512) for side in "ab" for number in range(EXPERTS)}
     made = {"p": torch.randn(EXPERTS, 512, 512).bfloat16()}
