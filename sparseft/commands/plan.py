@@ -21,7 +21,7 @@ from sparseft.rules import show
 from sparseft.training import checks, memory_plan
 from sparseft.training.arguments import micro_batches
 from sparseft.training.distributed_trainer import has_experts
-from sparseft.training.planned_evaluation import largest_evaluation
+from sparseft.training.planned_evaluation import EVAL_TASK, Evaluation, largest_evaluation, task_batch
 from sparseft.training.predicted import in_words, predicted_floors
 from sparseft.training.preference.objectives import sequences
 
@@ -35,7 +35,7 @@ PARTS = {
 }
 STEP = "a training step"
 # Settings that save memory, in the order in which they are tried, each on top of those before: what costs the least
-# first. A change that does not apply (a batch of one sequence) is passed over.
+# first. A change that does not apply (a batch of one sequence) is passed over, as is one of what fits already.
 REMEDIES = ("eval_batch", "micro_batch", "gradient_checkpointing", "zero_stage", "offload", "max_length")
 
 
@@ -61,17 +61,16 @@ def run(config: RunConfig) -> dict[str, Any]:
         config.trainer.max_length = length = limit
     shape = memory_plan.trainable_shape(config, content, dtype)
     batch = micro_batch(config)
-    memory = memory_plan.step_memory(config, shape, batch=batch, length=length)
-    evaluation = largest_evaluation(config, shape, memory, length)
-    peak, where = memory.total, STEP
-    if evaluation is not None and evaluation.bytes > peak:
-        peak, where = evaluation.bytes, evaluation.asked_by
+    memory, evaluation = phases = _phases(config, shape, batch, length)
+    peak = _peak(phases)
+    where = evaluation.asked_by if evaluation is not None and evaluation.bytes > memory.total else STEP
     device_bytes = memory_plan.device_bytes(config.hardware)
     table = [
-        {"length": tokens, "batch": sequences, "bytes": _total(config, shape, sequences, tokens)}
+        {"length": tokens, "batch": rows, "bytes": _peak(phases if here else _phases(config, shape, rows, tokens))}
         for tokens in _around(length, limit)
-        for sequences in _around(batch, None)
-        if sequences >= _least(config)
+        for rows in _around(batch, None)
+        if rows >= _least(config)
+        for here in [(rows, tokens) == (batch, length)]
     ]
     result: dict[str, Any] = {
         "plan": True,
@@ -98,9 +97,10 @@ def run(config: RunConfig) -> dict[str, Any]:
         "fits": None if device_bytes is None else peak <= device_bytes,
         "by_length_and_batch": table,
         "remedy": None,
+        "tried": [],
     }
     if result["fits"] is False:
-        result["remedy"] = remedy(config, shape, device_bytes)
+        result["remedy"], result["tried"] = remedy(config, shape, phases, device_bytes)
     return result
 
 
@@ -114,32 +114,40 @@ def _least(config: RunConfig) -> int:
     return 2 if config.objective == UNPAIRS else 1
 
 
-def _total(config: RunConfig, shape: Any, batch: int, length: int) -> int:
-    """The peak, in whatever phase."""
+Phases = tuple[memory_plan.Memory, Evaluation | None]  # a step, and the evaluation that takes most
+
+
+def _phases(config: RunConfig, shape: memory_plan.Shape, batch: int, length: int) -> Phases:
     memory = memory_plan.step_memory(config, shape, batch=batch, length=length)
-    evaluation = largest_evaluation(config, shape, memory, length)
-    return max(memory.total, evaluation.bytes if evaluation is not None else 0)
+    return memory, largest_evaluation(config, shape, memory, length)
+
+
+def _peak(phases: Phases) -> int:
+    """Bytes, in whatever phase."""
+    memory, evaluation = phases
+    return max(memory.total, 0 if evaluation is None else evaluation.bytes)
 
 
 def _around(value: int, limit: int | None) -> list[int]:
     return [v for v in (max(1, value // 2), value, 2 * value) if v <= (limit or v)] if value > 1 else [1, 2, 4]
 
 
-def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] | None:
-    """The fewest of `REMEDIES` with which the step fits: the overrides to give and the bytes it then takes; None where
-    even all of them are not enough."""
+def remedy(
+    config: RunConfig, shape: memory_plan.Shape, phases: Phases, device_bytes: int
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The first of `REMEDIES` with which all fits that takes `phases` now: the overrides to give and the bytes it then
+    takes, None where they are not enough; and the names of the settings that were tried."""
     changed = copy.deepcopy(config)
     given: dict[str, str] = {}
+    names: list[str] = []
     whole = has_experts(shape.model) or config.method.reselect_steps or config.trainer.average is not None
     stage = 2 if whole else 3  # what these need is not in shards
     if config.model.quantize != "none" or config.by_preference:
         stage = 0
-    batch, length = micro_batch(config), config.trainer.max_length
-    step = memory_plan.step_memory(config, shape, batch=batch, length=length)
-    evaluation = largest_evaluation(config, shape, step, length)
-    in_step = evaluation is None or evaluation.bytes <= device_bytes
-    for name in REMEDIES[1:] if in_step else REMEDIES:
-        if (change := _change(name, changed, stage)) is None:
+    left = list(REMEDIES)
+    while left:
+        name = left.pop(0)
+        if not _concerns(name, phases, device_bytes) or (change := _change(name, changed, stage)) is None:
             continue
         key, value = change
         tried = copy.deepcopy(changed)
@@ -147,11 +155,24 @@ def remedy(config: RunConfig, shape: Any, device_bytes: int) -> dict[str, Any] |
         setattr(getattr(tried, section), field, value)
         if not _taken(tried):
             continue
-        changed, given = tried, given | {key: show(value)}
-        total = _total(changed, shape, micro_batch(changed), changed.trainer.max_length)
-        if total <= device_bytes:
-            return {"overrides": [f"{key}={value}" for key, value in given.items()], "bytes": total}
-    return None
+        names += [key] if key not in names else []
+        found = _phases(tried, shape, micro_batch(tried), tried.trainer.max_length)
+        words = given | {key: show(value)}
+        if _peak(found) <= device_bytes:
+            return {"overrides": [f"{key}={value}" for key, value in words.items()], "bytes": _peak(found)}, names
+        if name != "eval_batch":  # which is given only where it decides; so it is tried again after each other one
+            changed, given, phases = tried, words, found
+            left.insert(0, "eval_batch")
+    return None, names
+
+
+def _concerns(name: str, phases: Phases, device_bytes: int) -> bool:
+    """Whether a remedy is one of what does not fit: of the step, the task, or (the others) of both."""
+    memory, evaluation = phases
+    step_fits = memory.total <= device_bytes
+    if name == "eval_batch":
+        return step_fits and evaluation is not None and evaluation.asked_by.startswith(EVAL_TASK)
+    return not step_fits or name not in ("micro_batch", "gradient_checkpointing")
 
 
 def _taken(config: RunConfig) -> bool:
@@ -169,7 +190,7 @@ def _change(name: str, config: RunConfig, stage: int) -> tuple[str, Any] | None:
     """The setting that a remedy changes, and to what (ZeRO up to `stage`); None where there is nothing to change."""
     trainer, hardware = config.trainer, config.hardware
     least = _least(config)
-    if name == "eval_batch" and trainer.eval_task is not None and config.eval.batch_size not in (1, "auto"):
+    if name == "eval_batch" and task_batch(config) > 1:
         return "eval.batch_size", 1
     if name == "micro_batch" and micro_batch(config) > least and trainer.batch_size % least == 0:
         return "hardware.micro_batch", least
@@ -232,6 +253,7 @@ def _verdict(result: dict[str, Any]) -> str:
     if result["fits"]:
         return f"Fits into {size}."
     if result["remedy"] is None:
-        return f"Does not fit into {size}, nor would it with {', '.join(REMEDIES)} changed."
+        changed = f", nor would it with {', '.join(result['tried'])} changed" if result["tried"] else ""
+        return f"Does not fit into {size}{changed}."
     words = " ".join(result["remedy"]["overrides"])
     return f"Does not fit into {size}. With {words} it takes {result['remedy']['bytes'] / GIB:.2f} GiB."

@@ -22,6 +22,8 @@ from sparseft.models.masks import unasked
 from sparseft.training.memory_plan import Counter, Memory, Shape, computed_without_content, on_cpu
 from sparseft.training.sample_answers import BATCH, read_prompts
 
+EVAL_TASK = "trainer.eval_task"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -46,15 +48,21 @@ def largest_evaluation(config: RunConfig, shape: Shape, memory: Memory, length: 
     return max(every, key=lambda each: each.bytes, default=None)
 
 
+def task_batch(config: RunConfig) -> int:
+    """Questions of a task at once: as `evaluation.harness.settled_batch` settles them, here of a model that is not
+    loaded. Where `auto` is found by trying, so that it fits, one."""
+    hardware, batch = config.hardware, config.eval.batch_size
+    if batch == "auto":
+        return FIXED_BATCH if on_cpu(hardware) or hardware.in_shards else 1
+    return int(batch)
+
+
 def _asked(config: RunConfig) -> Iterator[tuple[str, int, bool]]:
     """Who asks, rows at once, and whether answers are generated, else given ones scored."""
     if config.trainer.eval_task is not None:
         name = expand_tasks([config.trainer.eval_task], data_dir=data_folder(config.eval, config.model.path))[0]
         scored = name.partition("_")[0] == MMLU
-        rows = config.eval.batch_size
-        if rows == "auto":  # on a device it is found by trying, so that it fits
-            rows = FIXED_BATCH if on_cpu(config.hardware) else 1
-        yield f"trainer.eval_task={name}", int(rows) * (1 if scored else config.eval.num_beams), not scored
+        yield f"{EVAL_TASK}={name}", task_batch(config) * (1 if scored else config.eval.num_beams), not scored
     if config.trainer.sample_prompts is not None:
         yield "trainer.sample_prompts", min(BATCH, len(read_prompts(config.trainer.sample_prompts))), True
 

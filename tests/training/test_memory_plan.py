@@ -213,7 +213,8 @@ def test_the_remedy_of_one_that_computes_again_is_to_do_so_wholly() -> None:
     shape = planning.trainable_shape(config, contents()["llama"], torch.float32)
     whole = configured("s2ft", "trainer.checkpointing=full")
     room = planning.step_memory(whole, shape, batch=1, length=512).total
-    assert command.remedy(config, shape, room)["overrides"] == ["trainer.checkpointing=full"]
+    found, tried = command.remedy(config, shape, command._phases(config, shape, 1, 512), room)
+    assert found["overrides"] == ["trainer.checkpointing=full"] and tried[-1] == "trainer.checkpointing"
 
 
 @pytest.mark.parametrize(
@@ -231,8 +232,9 @@ def test_no_remedy_is_what_training_refuses(
     """Here all that helps is ZeRO."""
     config = configured(*words.split(), "hardware.num_processes=2", "trainer.checkpointing=full")
     shape = planning.trainable_shape(config, contents()["llama"], torch.float32)
-    monkeypatch.setattr(command, "_total", lambda config, *_: 0 if config.hardware.zero_stage else 2)
-    found = command.remedy(config, shape, 1)
+    large, small = (planning.Memory(size, 0, 0, 0, 0) for size in (2, 0))
+    monkeypatch.setattr(command, "_phases", lambda config, *_: (small if config.hardware.zero_stage else large, None))
+    found, _ = command.remedy(config, shape, (large, None), 1)
     assert (found and found["overrides"]) == fits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,3 +81,77 @@ def test_it_may_be_the_peak_and_comes_with_what_would_fit(tmp_path: Path) -> Non
     assert tight["fits"] is False and tight["remedy"]["overrides"] == ["eval.batch_size=1"]
     shown = sparseft(tmp_path, *words).out
     assert "trainer.eval_task=mmlu, 64 x 256 tokens" in shown and "peak, in trainer.eval_task=mmlu" in shown
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["hardware=cpu"],
+        ["hardware=8xh100", "hardware.zero_stage=0"],
+        ["hardware=8xh100", "hardware.zero_stage=2"],
+        ["hardware=8xh100", "hardware.zero_stage=3"],
+        ["hardware=8xh100", "hardware.zero_stage=0", "hardware.fsdp=true"],
+    ],
+    ids=["cpu", "gpu", "zero 2", "zero 3", "fsdp"],
+)
+@pytest.mark.parametrize("batch", ["auto", "3"])
+def test_a_task_has_the_rows_that_its_evaluation_settles(words: list[str], batch: str) -> None:
+    """Of `auto` one, where the evaluation finds it by trying."""
+    from sparseft.evaluation.harness import settled_batch
+
+    common = ["method=s2ft", "method.importance=random", "trainer.eval_task=mmlu", "trainer.eval_steps=1"]
+    config = compose("train", [*common, *words, f"eval.batch_size={batch}"])
+    shape = planning.trainable_shape(config, content(), torch.float32)
+    planned = largest_evaluation(config, shape, planning.step_memory(config, shape, batch=1, length=8), 8)
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    if "hardware.zero_stage=3" in words or "hardware.fsdp=true" in words:
+        parameter.ds_id = 0  # as a sharded one has
+    device = torch.device("cpu" if words == ["hardware=cpu"] else "cuda")
+    settled = settled_batch(
+        config.eval.batch_size, SimpleNamespace(device=device, parameters=lambda: iter([parameter]))
+    )
+    assert planned is not None and planned.rows == (1 if settled == "auto" else settled)
+
+
+WORDS = [
+    "train",
+    "--plan",
+    "hardware=cpu",
+    "trainer.checkpointing=full",
+    "trainer.batch_size=1",
+    "trainer.eval_steps=1",
+]
+
+
+def room(size: float) -> str:
+    return f"hardware.memory_gib={size / 2**30}"
+
+
+def test_a_remedy_is_fewer_questions_where_auto_settles_for_several(tmp_path: Path) -> None:
+    words = [*WORDS, "trainer.max_length=256", "trainer.eval_task=mmlu", "eval.batch_size=auto"]
+    plan = sparseft(tmp_path, *words, "--json").json
+    step, evaluation = plan["per_device"]["total"], plan["evaluation"]["bytes"]
+    assert evaluation > step
+    tight = sparseft(tmp_path, *words, room((step + evaluation) / 2), "--json").json
+    assert tight["remedy"]["overrides"] == ["eval.batch_size=1"]
+
+
+@pytest.mark.parametrize("large", ["step", "prompts"])
+def test_a_remedy_is_no_fewer_questions_where_they_are_not_what_is_too_large(large: str, tmp_path: Path) -> None:
+    """The step is as well, and what mends it mends the task; or the prompts are."""
+    asked = {"step": ["eval.batch_size=4"], "prompts": ["eval.batch_size=2", "trainer.sample_prompts=[a,b,c,d,e,f]"]}
+    words = [*WORDS, "trainer.max_length=512", "trainer.eval_task=mmlu", *asked[large]]
+    plan = sparseft(tmp_path, *words, "--json").json
+    step, evaluation = plan["per_device"]["total"], plan["evaluation"]["bytes"]
+    least = min(step, evaluation) if large == "step" else evaluation
+    tight = sparseft(tmp_path, *words, room(least - 2), "--json").json
+    assert tight["remedy"]["overrides"] == ["trainer.max_length=256"]
+
+
+def test_it_says_which_settings_were_tried(tmp_path: Path) -> None:
+    words = [*WORDS, "trainer.max_length=512", "hardware.memory_gib=0.0001"]
+    said = "nor would it with trainer.max_length changed."
+    assert said in sparseft(tmp_path, *words).out
+    assert said in sparseft(tmp_path, *words, "trainer.eval_task=mmlu").out  # the step alone is too large
+    assert "GiB.\n" in sparseft(tmp_path, *words, "trainer.max_length=256").out
