@@ -37,15 +37,14 @@ def held_out_of(
 
     `fraction`, a share of the records in (0, 1), is rounded, at least one and never all. Records whose first question
     is the same (conversations of one tree, answers to one prompt) go to one side, so that it may come to somewhat
-    fewer; where every question is asked by more records than are to be held out, they are chosen one by one.
+    fewer; but those of a question that more of them ask than are to be held out (one prompt for all) go one by one.
 
     questions, question_records: the hash of each question, and the record that asks it, in the records' order.
     """
     count = min(max(1, round(fraction * len(records))), len(records) - 1)
     alike = _asked_alike(records, questions, question_records)
+    alike = np.where(np.bincount(alike)[alike] > count, np.arange(len(records)), alike)
     groups, of, sizes = np.unique(alike, return_inverse=True, return_counts=True)
-    if sizes.min() > count:
-        return np.sort(seeded_first(count, len(records), seed, "evaluation"))
     chosen, left = np.zeros(len(groups), bool), count
     for at in seeded_first(len(groups), len(groups), seed, "evaluation"):
         if sizes[at] <= left:

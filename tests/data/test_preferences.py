@@ -184,7 +184,7 @@ def test_a_pair_stays_together(tokenizer: Any, tmp_path: Path) -> None:
 def test_pairs_with_one_first_question_go_to_one_side(tokenizer: Any, tmp_path: Path) -> None:
     records = [
         {
-            "prompt": [user(f"root {tree}"), assistant("yes"), user(f"and {n}")],
+            "prompt": [user(f"root {tree}"), assistant("yes"), user(f"and {n} of {tree}")],
             "chosen": [assistant("a")],
             "rejected": [assistant("b")],
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from sparseft.config import DatasetConfig, EvalConfig
 from sparseft.data import question_hashes as data
+from sparseft.data.loaded import LoadedData
 from sparseft.data.loading import load_datasets
 from sparseft.data.question_hashes import QuestionHashes, normalised, question_hash
 from sparseft.errors import UserError
@@ -121,39 +123,36 @@ def branches(*sizes: int) -> list[dict[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "fraction", "held_out"),
-    [
-        ([5] * 12, 0.25, 15),
-        ([3, 1, 1, 1, 40], 0.1, None),  # the tree of 40 is more than is to be held out, and stays
-        ([1] * 20, 0.25, 5),
-    ],
-)
+def sides(
+    folder: Path, tokenizer: Any, records: list[Any], fraction: float, seed: int
+) -> tuple[LoadedData, list[Counter]]:
+    """The data split, and of training and held-out conversations how many are of each tree."""
+    random.Random(seed).shuffle(records)
+    (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = DatasetConfig(train_path=str(folder / "a.jsonl"), eval_fraction=fraction)
+    loaded = load_datasets(config, tokenizer, max_length=256, seed=seed, bundled=False, cache_dir=folder / "cache")
+    assert loaded.eval is not None and len(loaded.train) + len(loaded.eval) == len(records)
+    texts = [[tokenizer.decode(item["input_ids"]) for item in part] for part in (loaded.train, loaded.eval)]
+    return loaded, [Counter(int(text.split("?")[0].split()[-1]) for text in part) for part in texts]
+
+
+@pytest.mark.parametrize(("sizes", "held_out"), [([5] * 12, 15), ([1] * 20, 5)])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_conversations_with_one_first_question_go_to_one_side(
-    tmp_path: Path, tokenizer: Any, sizes: list[int], fraction: float, held_out: int | None, seed: int
+    tmp_path: Path, tokenizer: Any, sizes: list[int], held_out: int, seed: int
 ) -> None:
-    records = branches(*sizes)
-    random.Random(seed).shuffle(records)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    config = DatasetConfig(train_path=str(tmp_path / "a.jsonl"), eval_fraction=fraction)
-    loaded = load_datasets(config, tokenizer, max_length=256, seed=seed, bundled=False, cache_dir=tmp_path / "cache")
-    assert loaded.eval is not None and loaded.eval_overlap == 0
-    sides = [
-        {tokenizer.decode(item["input_ids"]).split("?")[0] for item in part} for part in (loaded.train, loaded.eval)
-    ]
-    assert sides[0] and sides[1] and not sides[0] & sides[1]
-    assert len(loaded.train) + len(loaded.eval) == sum(sizes)
-    assert (
-        len(loaded.eval) == held_out if held_out is not None else 1 <= len(loaded.eval) <= round(fraction * sum(sizes))
-    )
+    loaded, (trained, evaluated) = sides(tmp_path, tokenizer, branches(*sizes), 0.25, seed)
+    assert loaded.eval_overlap == 0 and not trained.keys() & evaluated.keys()
+    assert evaluated.total() == held_out
 
 
-def test_where_all_ask_the_same_records_are_split_one_by_one(tmp_path: Path, tokenizer: Any) -> None:
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in branches(10, 10)))
-    config = DatasetConfig(train_path=str(tmp_path / "a.jsonl"), eval_fraction=0.1)
-    loaded = load_datasets(config, tokenizer, max_length=256, seed=0, bundled=False, cache_dir=tmp_path / "cache")
-    assert loaded.eval is not None and len(loaded.eval) == 2
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_question_that_most_ask_is_on_both_sides(tmp_path: Path, tokenizer: Any, seed: int) -> None:
+    """One that more ask than are to be held out: what is held out would otherwise be of the few others alone."""
+    loaded, (trained, evaluated) = sides(tmp_path, tokenizer, branches(3, 1, 1, 1, 40), 0.15, seed)
+    assert trained[4] and evaluated[4] and 5 <= evaluated.total() <= 7
+    assert all(tree == 4 for tree in trained.keys() & evaluated.keys())
+    assert loaded.eval_overlap == 1
     assert any("of the evaluation examples are training questions too" in note for note in loaded.notes)
 
 
