@@ -53,7 +53,7 @@ def load_datasets(
     the family `config.name`; else from `hub_path`. What `replay` names comes on top. Evaluation examples come from
     `eval_path`; else from the bundled set's own evaluation file; else `eval_fraction` of the training records is split
     off, of each source but a replayed one, by a permutation of `seed`: at least one where there are two, and never all.
-    A text that is longer than all that is to be split off is split in its pieces.
+    A text that is more than half of all is split in its pieces; what is split off is so by whole questions (split.py).
     `max_examples` cuts the training records of each source before anything else.
 
     The tokens lie in files below `cache_dir`, which are mapped into memory and used again for the same data, tokenizer

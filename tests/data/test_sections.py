@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Example
 from sparseft.data.sources import open_source
 from sparseft.errors import UserError
-from support.data import load, make_tokenizer, write
+from support.data import load, make_tokenizer, peaks, write
 
 STYLES = ["bytes", "prepend", "metaspace", "prefix_space"]
 LINES = [f"{n} é to Zürich, the  end.\n   {word} Answer: the end\n\t☃ ok" for n, word in enumerate(["so", "</s>"] * 9)]
@@ -198,39 +196,12 @@ def test_of_several_texts_whole_ones_are_held_out(tmp_path: Path, tokenizer: Any
     assert lengths[0] * 9 == lengths[1]
 
 
-MEASURE = """
-import resource, sys
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from sparseft.config import DatasetConfig
-from sparseft.data.loading import load_datasets
-
-words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
-words.pre_tokenizer = pre_tokenizers.Whitespace()
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
-def load(path):
-    config = DatasetConfig(train_path=path)
-    return load_datasets(config, tokenizer, max_length=512, seed=0, bundled=False, cache_dir=sys.argv[1])
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-load(sys.argv[2])
-for path in sys.argv[3:]:
-    before = peak()
-    print(load(path).train.num_tokens, peak() - before)
-"""
-
-
 def test_memory_does_not_grow_with_a_document(tmp_path: Path) -> None:
     """5 MiB of one document, of lines or of one line, after 1 MiB of small ones; whole, each MiB would take 100."""
     for name, text in (("small", "it was once upon\n\n" * 2**16), ("lines", "it was once\n" * (2**19 * 5 // 6))):
         (tmp_path / f"{name}.txt").write_text(text)
     (tmp_path / "line.txt").write_text("it was once " * (2**19 * 5 // 6))
-    files = [str(tmp_path / f"{name}.txt") for name in ("small", "lines", "line")]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path / "cache"), *files], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        tokens, kibibytes = map(int, line.split())
-        assert tokens > 1_200_000
-        assert kibibytes < 200 * 1024, f"{kibibytes / 1024:.0f} MiB more"
+    small, *large = [tmp_path / f"{name}.txt" for name in ("small", "lines", "line")]
+    for name, kibibytes, tokens in peaks(tmp_path / "cache", [small], large):
+        assert tokens > 1_200_000, name
+        assert kibibytes < 200 * 1024, f"{name}: {kibibytes / 1024:.0f} MiB more"

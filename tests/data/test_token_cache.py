@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from sparseft.data.loading import LoadedData, load_datasets
 from sparseft.data.sources import open_source
 from sparseft.data.token_cache import Cache, tokens_key
 from sparseft.errors import UserError
+from support.data import peaks
 from support.running import METHODS, on, sparseft, write_data
 
 
@@ -160,31 +159,6 @@ def test_what_is_said_of_a_chat_far_down_is_kept_with_the_tokens(tmp_path: Path,
     assert list(again.train) == list(loaded.train)
 
 
-MEASURE = """
-import resource, sys
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from sparseft.config import DatasetConfig
-from sparseft.data.loading import load_datasets
-import pyarrow.parquet
-
-words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
-words.pre_tokenizer = pre_tokenizers.Whitespace()
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
-def load(path):
-    config = DatasetConfig(train_path=path)
-    return load_datasets(config, tokenizer, max_length=512, seed=0, bundled=False, cache_dir=sys.argv[1])
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for small in sys.argv[2:8]:
-    load(small)
-for large in sys.argv[8:]:
-    before = peak()
-    tokens = load(large).train.num_tokens
-    print(large, peak() - before, tokens)
-"""
-
-
 def make_file(file: Path, mebibytes: int) -> Path:
     """A file of texts of 16 KiB in few words, so that the tokens' own pages, mapped into memory, do not count."""
     text = ("x" * 255 + " ") * 64
@@ -221,15 +195,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     come first have what does not depend on the file loaded."""
     suffixes = ("json", "jsonl", "parquet", "txt", "csv", "arrow")
     files = [make_file(tmp_path / f"{size}.{suffix}", size) for size in (6, 24) for suffix in suffixes]
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "cache"), *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(suffixes)
-    for line in lines:
-        name, kibibytes, tokens = line.split()
-        assert int(tokens) > 80_000, line
-        assert int(kibibytes) < 12 * 1024, f"{name}: {int(kibibytes) / 1024:.0f} MiB more"
+    found = peaks(tmp_path / "cache", files[: len(suffixes)], files[len(suffixes) :])
+    assert len(found) == len(suffixes)
+    for name, kibibytes, tokens in found:
+        assert tokens > 80_000, name
+        assert kibibytes < 12 * 1024, f"{name}: {kibibytes / 1024:.0f} MiB more"
 
 
 def test_of_a_parquet_file_of_one_row_group_little_is_in_memory(tmp_path: Path) -> None:

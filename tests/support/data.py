@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -111,3 +113,39 @@ FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.
 
 
 UNMARKED = "{{ messages[-1].content }}"
+
+
+_PEAKS = """
+import resource, sys
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from sparseft.config import DatasetConfig
+from sparseft.data.loading import load_datasets
+import pyarrow.parquet
+
+words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+words.pre_tokenizer = pre_tokenizers.Whitespace()
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+def load(path):
+    config = DatasetConfig(train_path=path)
+    return load_datasets(config, tokenizer, max_length=512, seed=0, bundled=False, cache_dir=sys.argv[1])
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+measured = 3 + int(sys.argv[2])
+for small in sys.argv[3:measured]:
+    load(small)
+for large in sys.argv[measured:]:
+    before = peak()
+    tokens = load(large).train.num_tokens
+    print(large, peak() - before, tokens)
+"""
+
+
+def peaks(cache: Path, small: list[Path], large: list[Path]) -> list[tuple[str, int, int]]:
+    """Of each of `large`, loaded one after another in a process of their own, its name, by how many KiB the peak of
+    memory grew, and its tokens. `small` come first: what does not depend on the file is loaded then."""
+    command = [sys.executable, "-c", _PEAKS, str(cache), str(len(small)), *map(str, [*small, *large])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    return [(name, int(kibibytes), int(tokens)) for name, kibibytes, tokens in rows]
