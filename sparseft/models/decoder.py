@@ -74,8 +74,8 @@ def logical_shape(module: nn.Module) -> tuple[int, int]:
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder layers and its name: of the config's length, the one with the most parameters, of the text
-    decoder's where the model says which part that is, so that no tower for images or audio is taken for it. None, and
-    several stacks of such layers (HRM's two), are a `UserError`."""
+    decoder's where the model says which part that is, so that no tower for images or audio is taken for it. None,
+    several stacks of such layers (HRM's two) and layers whose parts lie in several lists (XLM's) are a `UserError`."""
     text = model.config.get_text_config()
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
     if not lists:
@@ -92,7 +92,18 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has more than one stack of decoder layers ({', '.join(alike)}), of which only one "
             "would train: sparseft cannot train it."
         )
+    beside = [other for other, m in lists if other.rpartition(".")[0] == name.rpartition(".")[0] and _holds_linears(m)]
+    if len(beside) > 1:
+        raise UserError(
+            f"{type(model).__name__} has the parts of its decoder layers in several lists ({', '.join(beside)}), of "
+            "which only one would train: sparseft cannot train it."
+        )
     return name, layers
+
+
+def _holds_linears(parts: nn.ModuleList) -> bool:
+    """Whether linears lie below the modules of a list."""
+    return any(is_linear(module) for part in parts for module in part.modules() if module is not part)
 
 
 def _config_around(model: nn.Module, name: str) -> Any:

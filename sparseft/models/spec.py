@@ -69,6 +69,8 @@ ANYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj")  # these are of an attention
 def role_of(name: str) -> str | tuple[str, ...] | None:
     """The role of a linear, by its name; of a fused one its roles. None where the name says none."""
     *above, leaf = name.split(".")
+    if any(part.endswith("norm") and "attn" not in part for part in above):
+        return None  # A.X K2's norms have gates of their own; DBRX's attention lies in a `norm_attn_norm`
     within = [number for number, part in enumerate(above, 1) if "attn" in part or "attention" in part]
     if leaf in ANYWHERE or (within and within[-1] == len(above)):
         return ATTENTION_ROLES.get(leaf)
@@ -236,6 +238,13 @@ class ModelSpec:
             # These fused projections mix q, k and v head by head, so that no run of rows is one of them.
             fused = {slot.module for slot in spec.slots if isinstance(role_of(slot.module), tuple)}
             spec.slots = [s for s in spec.slots if s.module not in fused or s.role not in ("q", "k", "v")]
+        # What does not have the channels of the `down` beside it is no gate or up alone: Moshi's `fc1` is both in one.
+        channels = {spec.parent_of(slot.module): slot.count for slot in spec.slots if slot.role == "down"}
+        spec.slots = [
+            s
+            for s in spec.slots
+            if s.role not in ("gate", "up") or s.count == channels.get(spec.parent_of(s.module), s.count)
+        ]
         return spec
 
     def _slots_of(self, name: str, layer: int, heads: Heads) -> list[RoleSlice]:
@@ -365,6 +374,10 @@ class ModelSpec:
     def path_of(self, name: str) -> str:
         """The name that a linear's role is read from: an expert's is that of the 3-D parameter that holds it."""
         return name.rpartition(".")[0] if name in self.stacked else name
+
+    def parent_of(self, name: str) -> str:
+        """The module around a linear, or around the 3-D parameter that holds it."""
+        return self.path_of(name).rpartition(".")[0]
 
     def leaves(self, scope: str | None) -> str:
         """The last parts of the names of the linears in scope, for messages: `dense, query_key_value`."""

@@ -287,6 +287,18 @@ NAMES: dict[str, Callable[[], tuple[Any, dict[str, dict[str, int]]]]] = {
         ),
         {"self_attn.compressor.gate_proj": {}, "self_attn.compressor.indexer.gate_proj": {}},
     ),
+    "gates within norms": lambda: (
+        T.AXK2Config(
+            **SIZES, **LATENT, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+            topk_group=1, moe_intermediate_size=16, first_k_dense_replace=2, index_n_heads=2, index_head_dim=16,
+            index_topk=8,
+        ),
+        {"input_layernorm.mlp.fc1": {}, "input_layernorm.mlp.fc2": {}, "0.mlp.down_proj": {"down": 0}},
+    ),
+    "gate and up under the name of one": lambda: (
+        T.MoshiConfig(vocab_size=64, hidden_size=48, ffn_dim=80, num_hidden_layers=2, num_attention_heads=4),
+        {"mlp.fc1": {}, "mlp.fc2": {"down": 0}},  # (80, 48) and (48, 40)
+    ),
 }  # fmt: skip
 
 
@@ -441,6 +453,12 @@ def test_two_stacks_of_decoder_layers_are_refused() -> None:
         ModelSpec.of(model)
     model.model.L_module.layers = torch.nn.ModuleList(model.model.H_module.layers)  # by another name the same layers
     assert decoder_layers(model)[1][0] is model.model.H_module.layers[0]
+
+
+def test_layers_whose_parts_lie_in_several_lists_are_refused() -> None:
+    model = meta(T.XLMConfig(vocab_size=64, emb_dim=48, n_layers=2, n_heads=4, causal=True))
+    with pytest.raises(UserError, match=r"XLM.* in several lists \(transformer.attentions, transformer.ffns\)"):
+        ModelSpec.of(model)
 
 
 def test_quantised_linears_are_no_linears() -> None:
