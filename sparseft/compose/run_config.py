@@ -255,9 +255,14 @@ def _hydra_errors(config_dirs: Sequence[str] = ()) -> Iterator[None]:
         place = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
         raise UserError(f"{place}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
     except (HydraException, OmegaConfBaseException) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = lines[0] if lines else type(error).__name__
-        key = getattr(error, "full_key", None)
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # Hydra's own error says nothing of OmegaConf's, nor that it was no error
+            cause = cause.__cause__
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        said = next((each for each in (error, cause) if str(each).strip()), cause)
+        message = (str(said).strip() or type(said).__name__).splitlines()[0]
+        key = getattr(said, "full_key", None)
         raise UserError(f"The configuration cannot be composed{f' at {key}' if key else ''}: {message}") from error
 
 

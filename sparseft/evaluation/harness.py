@@ -32,7 +32,7 @@ from sparseft.data.loading import no_row
 from sparseft.distributed.shards import any_sharded
 from sparseft.errors import UserError
 from sparseft.evaluation.tasks import FIXED_BATCH
-from sparseft.models.decoder import last_logits, plain_generation
+from sparseft.models.decoder import keeps_cache, last_logits, plain_generation
 from sparseft.models.loading import vocabulary_rows
 from sparseft.replaced import replaced
 
@@ -173,7 +173,7 @@ class LanguageModel(HFLM):
                 eos_token_id=sorted({*self.ends, *generation.pop("ends", ())}) or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 tokenizer=self.tokenizer,  # for `stop_strings` in the model's own
-                use_cache=True,
+                use_cache=keeps_cache(self.model.config),
                 **generation,
             )
 

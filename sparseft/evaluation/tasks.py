@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sparseft.config import BUNDLED, BUNDLED_ROOT, EvalConfig, RunConfig, in_bundle
 from sparseft.errors import UserError, nearest
 from sparseft.evaluation.llm_adapters import ARITHMETIC, COMMONSENSE, GROUPS
-from sparseft.evaluation.mmlu import MMLU, MMLU_CATEGORIES, MMLU_SUBJECTS, local_subjects
+from sparseft.evaluation.mmlu import MMLU, MMLU_CATEGORIES, MMLU_SUBJECTS, is_mmlu, local_subjects
 from sparseft.evaluation.mt_bench import MT_BENCH
 
 if TYPE_CHECKING:
@@ -66,6 +66,25 @@ def expand_tasks(names: list[str], *, data_dir: str | None = None) -> list[str]:
     for word in words:
         expanded += [word] if word in ours else _from_harness(word, ours)
     return list(dict.fromkeys(expanded))
+
+
+def judging_task(name: str, data_dir: str | None) -> str:
+    """The task of ours that `trainer.eval_task` names, checked. Raises UserError for what cannot choose."""
+    asked = f"trainer.eval_task={name}"
+    expanded = expand_tasks([name], data_dir=data_dir)
+    if len(expanded) != 1:
+        raise UserError(f"{asked}: expected one task or group of tasks.")
+    task = expanded[0]
+    if task == PREFERENCE:
+        raise UserError(f"{asked}: a run by preferences (objective=dpo, say) measures margin and accuracy anyway.")
+    if task == MT_BENCH:
+        raise UserError(f"{asked}: a judge scores its answers elsewhere, so it cannot choose.")
+    if task not in (*GROUPS, *COMMONSENSE, *ARITHMETIC) and not is_mmlu(task, data_dir):
+        raise UserError(
+            f"{asked}: lm-eval's own tasks have no validation split of their own here, and the split that chooses must "
+            "not be the one that reports; use mmlu, commonsense, arithmetic or one of their members."
+        )
+    return task
 
 
 def _from_harness(word: str, ours: set[str]) -> list[str]:

@@ -170,6 +170,19 @@ def last_logits(model: nn.Module, count: int) -> dict[str, int]:
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
 
 
+def keeps_cache(config: Any) -> bool:
+    """Whether `generate` can keep what was read: transformers counts the tokens of a cache by its attention layers, and
+    fails where all are recurrent."""
+    text = config.get_text_config(decoder=True)
+    if not getattr(text, "layer_types", None):
+        return True
+    try:
+        transformers.DynamicCache(config=text).get_seq_length()
+    except ValueError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def plain_generation(model: nn.Module) -> Iterator[None]:
     """Inside, `generate` takes nothing from the model's own generation settings, not even which ids end an answer:

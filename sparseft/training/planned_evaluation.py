@@ -15,9 +15,9 @@ import torch
 from sparseft.adapters.lifecycle import trainable_parameters
 from sparseft.config import RunConfig
 from sparseft.evaluation.mmlu import MMLU
-from sparseft.evaluation.tasks import FIXED_BATCH, data_folder, expand_tasks
+from sparseft.evaluation.tasks import FIXED_BATCH, data_folder, judging_task
 from sparseft.memory import tensor_bytes
-from sparseft.models.decoder import last_logits
+from sparseft.models.decoder import keeps_cache, last_logits
 from sparseft.models.masks import unasked
 from sparseft.training.memory_plan import Counter, Memory, Shape, computed_without_content, on_cpu
 from sparseft.training.sample_answers import BATCH, read_prompts
@@ -59,8 +59,8 @@ def task_batch(config: RunConfig) -> int:
 
 def _asked(config: RunConfig) -> Iterator[tuple[str, int, bool]]:
     """Who asks, rows at once, and whether answers are generated, else given ones scored."""
-    if config.trainer.eval_task is not None:
-        name = expand_tasks([config.trainer.eval_task], data_dir=data_folder(config.eval, config.model.path))[0]
+    if config.trainer.eval_task:
+        name = judging_task(config.trainer.eval_task, data_folder(config.eval, config.model.path))
         scored = name.partition("_")[0] == MMLU
         yield f"{EVAL_TASK}={name}", task_batch(config) * (1 if scored else config.eval.num_beams), not scored
     if config.trainer.sample_prompts is not None:
@@ -76,7 +76,7 @@ def _pass(config: RunConfig, shape: Shape, rows: int, tokens: int, generated: bo
     mode = model.training
     model.eval()
     with torch.no_grad(), Counter() as counter, computed_without_content(model), unasked(given):
-        found = model(**given, **last_logits(model, 1), use_cache=generated)
+        found = model(**given, **last_logits(model, 1), use_cache=generated and keeps_cache(model.config))
         if not generated:  # as lm-eval does, in fp32
             torch.log_softmax(found.logits, -1, dtype=torch.float32)
     model.train(mode)

@@ -29,7 +29,7 @@ from sparseft.distributed import ranks
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import dumps, write_text
 from sparseft.files.untrusted import read_bytes, why
-from sparseft.models.decoder import context_length, plain_generation, runnable
+from sparseft.models.decoder import context_length, keeps_cache, plain_generation, runnable
 from sparseft.replaced import replaced
 from sparseft.rules import show
 from sparseft.runs.folder import SAMPLES
@@ -168,7 +168,7 @@ class Asked:
             max_new_tokens=min(NEW_TOKENS, context - longest) if context else NEW_TOKENS,
             eos_token_id=self.ends or None,
             pad_token_id=pad,
-            use_cache=True,
+            use_cache=keeps_cache(model.config),
         )
         return [self._text(ids) for ids in output[:, longest:].tolist()]
 

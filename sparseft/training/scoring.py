@@ -11,12 +11,10 @@ from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.data.question_hashes import QuestionHashes
 from sparseft.distributed.ranks import is_main
-from sparseft.errors import UserError
-from sparseft.evaluation.mt_bench import MT_BENCH
 from sparseft.evaluation.progress import Answers
 from sparseft.evaluation.run import conclude, evaluate, prepare
 from sparseft.evaluation.target import Target
-from sparseft.evaluation.tasks import PREFERENCE, data_folder, expand_tasks
+from sparseft.evaluation.tasks import data_folder, judging_task
 from sparseft.models.decoder import runnable
 from sparseft.runs.folder import ADAPTER
 
@@ -28,31 +26,12 @@ class Scorer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        asked = f"trainer.eval_task={config.trainer.eval_task}"
         data_dir = data_folder(config.eval, config.model.path)
-        names = expand_tasks([config.trainer.eval_task or ""], data_dir=data_dir)
-        if len(names) != 1:
-            raise UserError(f"{asked}: expected one task or group of tasks.")
-        self.name = names[0]
-        if self.name == PREFERENCE:
-            raise UserError(
-                f"trainer.eval_task={self.name}: a run by preferences (objective=dpo, say) measures margin and "
-                "accuracy anyway."
-            )
-        if self.name == MT_BENCH:
-            raise UserError(
-                f"trainer.eval_task={self.name}: a judge scores its answers elsewhere, so it cannot choose."
-            )
+        self.name = judging_task(config.trainer.eval_task or "", data_dir)
         self.plans = {
             split: prepare([self.name], dataclasses.replace(config.eval, split=split), data_dir=data_dir)
             for split in ("validation", "test")
         }
-        if self.plans["validation"].harness_tasks:
-            raise UserError(
-                f"trainer.eval_task={self.name}: lm-eval's own tasks have no validation split of their own here, and "
-                "the split that chooses must not be the one that reports; use mmlu, commonsense, arithmetic or one of "
-                "their members."
-            )
         for warning in self.plans["validation"].warnings:
             console.warn(warning)
 

@@ -729,6 +729,7 @@ def test_config_dir_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("name", "text", "word", "expected"),
     [
         ("model/bad.yaml", "path: [1\n", "model=bad", ["bad.yaml, line", "not valid YAML"]),
+        ("model/bad.yaml", "path: ${nosuch\n", "model=bad", ["at path", "${nosuch"]),
         ("model/bad.yaml", "pth: x\n", "model=bad", ["Unknown key 'model.pth'", "Did you mean 'path'?"]),
         ("model/bad.yaml", "path: 5\n", "model=bad", ["model.path=5", "text", "quote"]),
         ("model/bad.yaml", "defaults:\n  - tinny\n", "model=bad", ["model/tinny.yaml", "model/bad", "'tiny'"]),
@@ -752,6 +753,19 @@ def test_mistakes_in_own_files(tmp_path: Path, name: str, text: str, word: str, 
     message = refused(word, config_dirs=(str(tmp_path),))
     for part in expected:
         assert part in message
+
+
+def test_an_interrupt_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra makes an error of its own of whatever OmegaConf raises, also where a signal had come."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from omegaconf.errors import OmegaConfBaseException
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise OmegaConfBaseException() from KeyboardInterrupt()
+
+    monkeypatch.setattr(ConfigLoaderImpl, "_load_configuration_impl", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make()
 
 
 def test_a_missing_config_dir_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sparseft.memory import AllocationCounter, tensor_bytes
 from sparseft.training import memory_plan as planning
 from sparseft.training.planned_evaluation import largest_evaluation
 from support.models import build_tokenizer
-from support.running import sparseft
+from support.running import on, refused, sparseft, write_data
 
 ROWS, LENGTH = 4, 96
 
@@ -62,6 +62,12 @@ def test_it_is_what_an_evaluation_takes(words: list[str], dtype: torch.dtype) ->
     held = tensor_bytes([*model.parameters(), *model.buffers()]) + step.moments
     # Generated ones are planned as if all tokens had been in the prompt.
     assert 0.98 * counter.peak <= planned.bytes - held <= (1.03 if scored else 1.2) * counter.peak
+
+
+@pytest.mark.parametrize("task", ["preference", "mt_bench", "lm_eval:boolq", "'mmlu,boolq'", "mmul"])
+def test_a_task_that_training_refuses_is_refused(task: str, tmp_path: Path) -> None:
+    words = [f"trainer.eval_task={task}", "trainer.eval_steps=1"]
+    assert refused(tmp_path, "train", "--plan", *words) == refused(tmp_path, "train", *words)
 
 
 def test_it_may_be_the_peak_and_comes_with_what_would_fit(tmp_path: Path) -> None:
@@ -112,6 +118,28 @@ def test_a_task_has_the_rows_that_its_evaluation_settles(words: list[str], batch
         config.eval.batch_size, SimpleNamespace(device=device, parameters=lambda: iter([parameter]))
     )
     assert planned is not None and planned.rows == (1 if settled == "auto" else settled)
+
+
+def test_a_model_without_attention_answers_without_a_cache(tmp_path: Path) -> None:
+    """transformers counts the tokens of a cache by the attention layers; here all are recurrent."""
+    from sparseft.evaluation.harness import LanguageModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Lfm2Config(**sizes, num_key_value_heads=2, layer_types=["conv", "conv"], vocab_size=400)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "base")
+    lm = LanguageModel(model, tokenizer, 2, None)
+    lm.ends = []
+    prompts = torch.randint(3, 60, (2, 8))
+    answers = lm._model_generate(prompts, 10, [], attention_mask=torch.ones_like(prompts), do_sample=False)
+    assert answers.shape == (2, 10)
+    words = ["train", *on(tmp_path / "base", write_data(tmp_path)["json"]), "method=lora"]
+    words += ["trainer.sample_prompts=[a,b]", "trainer.max_steps=1", "trainer.max_length=128", "output_dir=run"]
+    assert sparseft(tmp_path, *words, "--plan", "--json").json["evaluation"]["rows"] == 2
+    sparseft(tmp_path, *words)
+    assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 4
 
 
 WORDS = [
