@@ -36,11 +36,11 @@ from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import SavedBytes, tensor_bytes
 from sparseft.methods import get_method
 from sparseft.methods.base import MethodConfig
+from sparseft.models.labelled_loss import ROWS, label_rows, labelled_loss, why_plain
 from sparseft.models.masks import unasked
 from sparseft.models.spec import ModelSpec
 from sparseft.rules import field_types, is_text
 from sparseft.training.compiling import BACKEND
-from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss, why_plain
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.recomputing import CHEAP, KINDS, UP, recomputing
 

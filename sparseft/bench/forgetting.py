@@ -7,7 +7,6 @@ held-out example is in the same one with whatever seed it was held out.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ from sparseft.files.atomic import write_json
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
 from sparseft.runs.folder import ADAPTER
-from sparseft.training.labelled_loss import labelled_loss, why_plain
 
 VALIDATION, TEST = SPLITS = ("validation", "test")
 TARGET = "target"
@@ -67,13 +65,12 @@ class Examples:
         )
 
     def losses(self, model: Any, seed: int, device: Any) -> Losses:
-        """Those of a loaded model, whose head runs on labelled tokens alone where it can."""
-        with labelled_loss(model) if why_plain(model) is None else contextlib.nullcontext():
-            return {
-                split: {TARGET: held_out_loss(model, self.target[seed][split], self.pad, device)}
-                | {path: held_out_loss(model, rows[split], self.pad, device) for path, rows in self.source.items()}
-                for split in SPLITS
-            }
+        """Those of a loaded model."""
+        return {
+            split: {TARGET: held_out_loss(model, self.target[seed][split], self.pad, device)}
+            | {path: held_out_loss(model, rows[split], self.pad, device) for path, rows in self.source.items()}
+            for split in SPLITS
+        }
 
 
 def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples:

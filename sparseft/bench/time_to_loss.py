@@ -53,13 +53,13 @@ from sparseft.data.formats import counted
 from sparseft.data.loading import data_of
 from sparseft.data.packing import Collator, padding_id
 from sparseft.errors import UserError
+from sparseft.models.labelled_loss import usable
 from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
+from sparseft.models.mixed_precision import multiply_as_trained
 from sparseft.report.charts import Panel, Series, line_chart, standalone
 from sparseft.runs.folder import METRICS
 from sparseft.runs.metrics import read_metrics
 from sparseft.training.arguments import micro_batches
-from sparseft.training.labelled_loss import usable
-from sparseft.training.mixed_precision import multiply_as_trained
 
 CHART = "time-to-loss.svg"
 Curve = list[tuple[int, float]]  # (step, held-out loss), in order

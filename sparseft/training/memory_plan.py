@@ -31,13 +31,13 @@ from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter, available_bytes, tensor_bytes
 from sparseft.models import masks
 from sparseft.models.decoder import decoder_layers
+from sparseft.models.labelled_loss import ROWS, labelled_loss, usable
 from sparseft.models.packed.shape import pack_shapes
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.selection import warn_of_cap
 from sparseft.training.distributed_trainer import check_shards
-from sparseft.training.labelled_loss import ROWS, labelled_loss, usable
 from sparseft.training.preference.objectives import OBJECTIVES
 from sparseft.training.recomputing import KINDS, recomputing
 from sparseft.training.reselection.running import Running, check_seen

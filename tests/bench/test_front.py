@@ -17,7 +17,7 @@ import torch
 
 import sparseft as library
 from sparseft.bench import forgetting
-from sparseft.bench.forgetting import SPLITS, TARGET, Examples, read_examples
+from sparseft.bench.forgetting import SPLITS, read_examples
 from sparseft.bench.front import Measured, chosen, compare, drop_hopeless
 from sparseft.bench.front_tables import at_equal_forgetting, differences, drawing, notes, table
 from sparseft.commands import bench
@@ -235,19 +235,6 @@ def test_another_source_is_read_without_training(studied: tuple[Path, dict[str, 
 def test_the_base_is_read_once_on_the_same_examples() -> None:
     keys = {3: {"target": "a"}, 4: {"target": "b"}, 5: {"target": "a"}}
     assert forgetting.Examples({}, {}, keys, {}, 0).first_alike([3, 4, 5]) == [3, 4, 3]
-
-
-def test_logits_are_made_where_labels_are(make_model: Any) -> None:
-    """And the losses are the model's own."""
-    row = {"input_ids": [5] * 40, "labels": [-100] * 38 + [5, 6]}
-    halves = {split: [row] for split in SPLITS}
-    examples, model, seen = Examples({0: halves}, {"text": halves}, {}, {}, 0), make_model("llama").eval(), []
-    with torch.no_grad():
-        own = float(model(**{name: torch.tensor([ids]) for name, ids in row.items()}).loss)
-    model.lm_head.register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[-2]))
-    found = examples.losses(model, 0, torch.device("cpu"))
-    assert found == {split: {TARGET: pytest.approx(own), "text": pytest.approx(own)} for split in SPLITS}
-    assert seen and max(seen) < 40
 
 
 def test_a_rate_that_diverges_drops_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

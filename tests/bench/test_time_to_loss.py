@@ -18,9 +18,9 @@ from sparseft.data.loading import load_datasets
 from sparseft.data.packing import Collator
 from sparseft.errors import Diverged, RunError
 from sparseft.files.untrusted import read_yaml_object
+from sparseft.models import mixed_precision
 from sparseft.models.loading import load_tokenizer
-from sparseft.training import mixed_precision
-from sparseft.training.mixed_precision import AUTOCAST
+from sparseft.models.mixed_precision import AUTOCAST
 from support.running import refused, sparseft
 
 STUDY = ("bench", "time", "dataset.max_examples=80", "trainer.max_steps=4", "trainer.eval_steps=2",

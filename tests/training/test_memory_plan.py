@@ -19,12 +19,12 @@ from sparseft.commands import plan as command
 from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
 from sparseft.layers.saved_inputs import share_inputs_in_training
+from sparseft.models.labelled_loss import usable
 from sparseft.models.loading import load_config
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import as_trained
 from sparseft.training import memory_plan as planning
 from sparseft.training import recomputing
-from sparseft.training.labelled_loss import usable
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.reselection.running import Running
 from support.places import SUPPORT
