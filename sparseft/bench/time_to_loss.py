@@ -244,7 +244,8 @@ def step_seconds(configs: Mapping[str, RunConfig], config: RunConfig) -> tuple[d
             multiply_as_trained(made.model, method, base.dtype, device)
         made.labelled = usable(made.model, each)
         batch = {key: value.to(device) for key, value in median_batch(each, tokenizer, pad).items()}
-        calls[name] = functools.partial(step, made, batch, micro_batches(each.trainer, each.hardware)[1])
+        accumulation, clipped = micro_batches(each.trainer, each.hardware)[1], each.trainer.max_grad_norm or math.inf
+        calls[name] = functools.partial(step, made, batch, accumulation, clipped)
 
     def failed(name: str, error: Exception) -> None:
         failures[name] = failed_row(error)["failed"]
