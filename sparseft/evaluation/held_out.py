@@ -13,6 +13,7 @@ from sparseft.data.packing import Collator
 from sparseft.models.decoder import runnable
 from sparseft.models.labelled_loss import fewest_logits
 from sparseft.models.labels import IGNORED
+from sparseft.models.masks import unasked
 from sparseft.models.router_loss import router_loss
 
 
@@ -29,7 +30,8 @@ def batch_losses(
             batch = {name: value.to(device) for name, value in batch.items()}
             labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
             if labelled:
-                found.append((float(model(**batch, use_cache=False).loss), labelled))
+                with unasked(batch):
+                    found.append((float(model(**batch, use_cache=False).loss), labelled))
     return found
 
 

@@ -3,7 +3,7 @@
 The model is built on torch's meta device, where tensors have shapes and no content, and a forward and a backward pass
 run there while every storage is counted: the same operations and the same bytes, without the arithmetic. Attention
 counts as a fused kernel, which keeps its operands, its result and one number a row, never a matrix of scores. The mask
-that is added to them where rows are padded or packed, and where attention has a window, is transformers' own.
+that is added to them where rows are packed, and where attention has a window, is transformers' own.
 """
 
 from __future__ import annotations
@@ -248,7 +248,9 @@ def passes(
     kinds = KINDS.get(checkpointing)
     share_inputs_in_training(model)
     with Counter() as counter, computed_without_content(model):
-        with masks.unasked([laid or ""]), way, recomputing(model, kinds) if kinds else contextlib.nullcontext():
+        exact = device != "cpu" and model.dtype == torch.float32  # has a mask in any case, as `masks.added` says
+        names = [laid or ""] if exact or compute is not None else given
+        with masks.unasked(names), way, recomputing(model, kinds) if kinds else contextlib.nullcontext():
             loss = model(**given).loss if compute is None else compute()
         loss.backward()
         del loss

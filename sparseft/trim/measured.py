@@ -18,6 +18,7 @@ from sparseft.evaluation.held_out import batch_losses, mean_loss
 from sparseft.models.decoder import decoder_layers
 from sparseft.models.labelled_loss import fewest_logits
 from sparseft.models.labels import IGNORED
+from sparseft.models.masks import unasked
 from sparseft.models.router_loss import router_loss
 
 Example = Mapping[str, Any]  # input_ids and labels, as data sets give them
@@ -98,7 +99,7 @@ class Measured:
             if count:
                 batch = {name: value.to(self.device) for name, value in batch.items()}
                 aside = checkpointed(self.model) if self.recomputed else contextlib.nullcontext()
-                with aside, router_loss(self.model, 0.0), fewest_logits(self.model):
+                with aside, unasked(batch), router_loss(self.model, 0.0), fewest_logits(self.model):
                     loss = self.model(**batch, use_cache=False).loss
                     (loss * (count / sum(labelled))).backward()
         found = torch.cat([each.slopes() for each in self.units.values()])

@@ -131,7 +131,7 @@ def test_the_plan_is_what_a_step_takes(kind: str, method: str, checkpointing: bo
 
 
 LONG = {
-    "padded": ("llama", [], 0.1),
+    "padded": ("llama", [], 0.1),  # which needs none
     "packed": ("llama", ["dataset.packing=true"], 0.1),
     "grouped": ("qwen2", ["dataset.packing=true"], 0.1),  # with a mask keys and values are repeated
     "eager": ("llama", ["model.attn_implementation=eager"], 0.01),
