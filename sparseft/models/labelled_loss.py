@@ -160,14 +160,10 @@ def _loss(
     else:
         divisor = torch.full((), float(count), device=hidden.device)
     grad = torch.is_grad_enabled()
-    trained = _trained_in_head(model) if grad else []
+    # What trains and makes logits of the decoder's output; a table tied to the embeddings is also the decoder's.
+    trained = [parameter for parameter in _head(model) if parameter.requires_grad] if grad else []
     step = tokens_at_once(model, device or x.device)
     return _ChunkedLoss.apply(x, targets, divisor.reciprocal(), logits_of, step, smoothing, grad, *trained)
-
-
-def _trained_in_head(model: nn.Module) -> list[nn.Parameter]:
-    """What trains and makes logits of the decoder's output; a table tied to the embeddings is also the decoder's."""
-    return [parameter for parameter in _head(model) if parameter.requires_grad]
 
 
 def _head(model: nn.Module) -> list[nn.Parameter]:
