@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from sparseft import console
-from sparseft.bench.forgetting import halves
+from sparseft.bench.forgetting import SPLITS
 from sparseft.config import DatasetConfig, ModelConfig
 from sparseft.data.loading import load_datasets
 from sparseft.data.tokenized import IGNORED
@@ -38,14 +38,15 @@ def tokens(model: str, data: Path, out: Path) -> None:
     found: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as scratch, console.quiet():
 
-        def load(path: Path | list[dict[str, Any]], name: str, length: int) -> Any:
+        def load(path: Path | list[dict[str, Any]], name: str, length: int, held_out: float = 0.0) -> Any:
             if isinstance(path, list):
                 content, path = path, Path(scratch) / f"{len(found)}.json"
                 path.write_text(json.dumps(content))
-            config = DatasetConfig(name=name, train_path=str(path), eval_fraction=0.0)
-            return load_datasets(
+            config = DatasetConfig(name=name, train_path=str(path), eval_fraction=held_out)
+            data = load_datasets(
                 config, tokenizer, max_length=length, seed=0, bundled=False, cache_dir=Path(scratch) / "cache"
-            ).train
+            )
+            return (data.train, data.eval) if held_out else data.train
 
         def put(name: str, rows: list[Any]) -> None:
             labels = [np.asarray(row["labels"]) for row in rows]
@@ -53,13 +54,12 @@ def tokens(model: str, data: Path, out: Path) -> None:
             found[f"{name}.labelled"] = np.concatenate([each != IGNORED for each in labels])
             found[f"{name}.lengths"] = np.array([len(each) for each in labels], np.int32)
 
-        def put_split(name: str, examples: Any, most: int) -> None:
-            keys = list(examples.example_keys())
-            few = random.Random(0).sample(range(len(keys)), min(most, len(keys)))
-            for split, rows in halves([examples[at] for at in few], [keys[at] for at in few], name).items():
-                put(f"{name}.{split}", rows)
+        def put_split(name: str, halves: Any, most: int) -> None:
+            for split, examples in zip(SPLITS, halves, strict=True):
+                few = random.Random(0).sample(range(len(examples)), min(most // 2, len(examples)))
+                put(f"{name}.{split}", [examples[at] for at in few])
 
-        def put_training(name: str, examples: Any, held_out: Any) -> None:
+        def put_training(name: str, examples: Any, held_out: tuple[Any, Any]) -> None:
             longest = LENGTHS[name] if name != "oasst1" else 10**9  # conversations are cut, answers are not
             put(f"{name}.train", [row for row in map(examples.__getitem__, range(len(examples)))
                                   if len(row["input_ids"]) <= longest])  # fmt: skip
@@ -67,21 +67,22 @@ def tokens(model: str, data: Path, out: Path) -> None:
 
         # Held out from where training comes from: answers of gsm8k's test file are written in another style.
         problems = records(data / "arithmetic/gsm8k/train.json")
-        put_training("gsm8k", load(problems[500:3500], "arithmetic", 256), load(problems[:500], "arithmetic", 256))
+        put_training("gsm8k", load(problems[500:3500], "arithmetic", 256), load(problems[:500], "arithmetic", 256, 0.5))
         questions = [each for name in TRAINED_SETS for each in records(data / f"commonsense/{name}/train.json")[:1100]]
         asked = [each for name in TRAINED_SETS for each in records(data / f"commonsense/{name}/test.json")[:200]]
-        put_training("commonsense", load(questions, "commonsense", 256), load(asked, "commonsense", 256))
+        put_training("commonsense", load(questions, "commonsense", 256), load(asked, "commonsense", 256, 0.5))
         chats = [json.loads(line) for line in (data / "oasst1/trees100_guanaco_style_train.jsonl").open()]
         random.Random(0).shuffle(chats)
         # Conversations of one tree begin with the same turns, so whole trees are held out.
         trees = sorted({root(chat) for chat in chats})
         apart = set(random.Random(0).sample(trees, len(trees) // 4))
         sides = [[chat for chat in chats if (root(chat) in apart) == held_out] for held_out in (False, True)]
-        put_training("oasst1", *(load(side, "oasst1", 384) for side in sides))
-        put_split("stories", load(data / "text/tinystories.txt", "text", 128), SOURCE_ROWS)
+        put_training("oasst1", load(sides[0], "oasst1", 384), load(sides[1], "oasst1", 384, 0.5))
+        put_split("stories", load(data / "text/tinystories.txt", "text", 128, 0.5), SOURCE_ROWS)
         replies = data / "oasst1/openassistant_best_replies_eval.jsonl"
-        put_split("chat", load(replies, "oasst1", 256), SOURCE_ROWS)
-        put_split("maths", load(records(data / "arithmetic/gsm8k/test.json"), "arithmetic", 256), SOURCE_ROWS)
+        put_split("chat", load(replies, "oasst1", 256, 0.5), SOURCE_ROWS)
+        problems = records(data / "arithmetic/gsm8k/test.json")
+        put_split("maths", load(problems, "arithmetic", 256, 0.5), SOURCE_ROWS)
         for name, sets in (("asked", TRAINED_SETS), ("untouched", UNTOUCHED_SETS)):
             answers, of = [], []
             for each in (each for one in sets for each in records(data / f"commonsense/{one}/test.json")[-250:]):

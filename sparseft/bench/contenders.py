@@ -36,11 +36,11 @@ from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import SavedBytes, tensor_bytes
 from sparseft.methods import get_method
 from sparseft.methods.base import MethodConfig
+from sparseft.models.labelled_loss import ROWS, label_rows, labelled_loss, why_plain
 from sparseft.models.masks import unasked
 from sparseft.models.spec import ModelSpec
 from sparseft.rules import field_types, is_text
 from sparseft.training.compiling import BACKEND
-from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss, why_plain
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.recomputing import CHEAP, KINDS, UP, recomputing
 
@@ -207,11 +207,15 @@ def loss_of(c: Contender, batch: dict[str, Tensor]) -> Tensor:
         return (c.model if c.call is None else c.call)(**batch, use_cache=False).loss
 
 
-def step(c: Contender, batch: dict[str, Tensor], accumulation: int = 1) -> None:
-    """One optimizer step: `accumulation` times forward and backward, then the update (the floor has none)."""
+def step(c: Contender, batch: dict[str, Tensor], accumulation: int = 1, clipped: float | None = None) -> None:
+    """One optimizer step: `accumulation` times forward and backward, then the update (the floor has none).
+
+    clipped: the norm to which the gradient is clipped first (`inf`: it is taken alone); None: not even that."""
     for _ in range(accumulation):
         loss_of(c, batch).backward()
     if c.optimizer is not None:
+        if clipped is not None:
+            nn.utils.clip_grad_norm_(c.model.parameters(), clipped)
         c.optimizer.step()
         c.optimizer.zero_grad(set_to_none=True)
 
@@ -285,6 +289,8 @@ def check_steps(config: RunConfig, choosable: bool = True) -> None:
         raise UserError(
             f"trainer.optimizer={config.trainer.optimizer}: the steps that a benchmark times are AdamW's: leave it out."
         )
+    if smoothing := config.trainer.label_smoothing:
+        raise UserError(f"trainer.label_smoothing={smoothing:g}: no step that a benchmark times has it: leave it out.")
     if (average := config.trainer.average) is not None:
         raise UserError(
             f"trainer.average={average}: its pass in each step is in no timed step, and its loss is known at the end "

@@ -1,18 +1,19 @@
 """What finished runs have learnt and forgotten: each run's adapter loaded on the one base, and losses read with it.
 
 The target's are read on the run's held-out examples, the source's on files that nothing is trained on, both split in
-two: validation, by which something may be chosen, and test, which is reported. An example's own hash says in which it
-is, so that it is in the same one with whatever seed it was held out.
+two by whole questions (`data/split.py`): validation, by which something may be chosen, and test, which is reported. A
+held-out example is in the same one with whatever seed it was held out.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sparseft import console
 from sparseft.adapters.description import is_whole_model
@@ -24,13 +25,13 @@ from sparseft.data.packing import padding_id
 from sparseft.data.reading import named_sources
 from sparseft.data.sampling import seeded_first
 from sparseft.data.sources import locate
+from sparseft.data.tokenized import TokenizedDataset
 from sparseft.errors import UserError
 from sparseft.evaluation.held_out import held_out_loss
 from sparseft.files.atomic import write_json
 from sparseft.files.untrusted import read_json_object
 from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
 from sparseft.runs.folder import ADAPTER
-from sparseft.training.labelled_loss import labelled_loss, why_plain
 
 VALIDATION, TEST = SPLITS = ("validation", "test")
 TARGET = "target"
@@ -44,7 +45,7 @@ class Examples:
 
     target: dict[int, dict[str, list[Any]]]
     source: dict[str, dict[str, list[Any]]]
-    key: dict[int, dict[str, str]]  # by seed: which examples these are
+    key: dict[int, dict[str, dict[str, str]]]  # by seed: which examples these are
     trained: dict[int, tuple[str, str]]  # by seed: the training data's fingerprint, and where they come from
     pad: int
 
@@ -64,13 +65,12 @@ class Examples:
         )
 
     def losses(self, model: Any, seed: int, device: Any) -> Losses:
-        """Those of a loaded model, whose head runs on labelled tokens alone where it can."""
-        with labelled_loss(model) if why_plain(model) is None else contextlib.nullcontext():
-            return {
-                split: {TARGET: held_out_loss(model, self.target[seed][split], self.pad, device)}
-                | {path: held_out_loss(model, rows[split], self.pad, device) for path, rows in self.source.items()}
-                for split in SPLITS
-            }
+        """Those of a loaded model."""
+        return {
+            split: {TARGET: held_out_loss(model, self.target[seed][split], self.pad, device)}
+            | {path: held_out_loss(model, rows[split], self.pad, device) for path, rows in self.source.items()}
+            for split in SPLITS
+        }
 
 
 def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples:
@@ -83,7 +83,7 @@ def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples
     target, source, of_source = {}, {}, {}
     for path in sources:
         settings = DatasetConfig(
-            name="text", train_path=path, eval_fraction=0.0, too_long=config.dataset.too_long,
+            name="text", train_path=path, eval_fraction=0.5, too_long=config.dataset.too_long,
             chat_date=config.dataset.chat_date,
         )  # fmt: skip
         with console.quiet():
@@ -92,10 +92,8 @@ def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples
                 cache_dir=config.cache_dir,
             )  # fmt: skip
         check_tokens(data, tokenizer, *vocabulary)
-        keys = list(data.train.example_keys())
-        few = sorted(seeded_first(min(SOURCE_EXAMPLES, len(keys)), len(keys), 0, "source"))
-        source[path] = halves([data.train[at] for at in few], [keys[at] for at in few], f"bench.source: '{path}'")
-        of_source[path] = data.fingerprint
+        parts = [None if half is None else drawn(half) for half in (data.train, data.eval)]
+        source[path], of_source[path] = by_split(parts, f"bench.source: '{path}'")
     key, trained, bundled = {}, {}, model.path.startswith(BUNDLED)
     for run in runs:
         with console.quiet():
@@ -106,9 +104,10 @@ def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples
         if data.eval is None:
             raise UserError("there are no held-out examples to read the target's loss on.")
         check_tokens(data, tokenizer, *vocabulary)
-        rows = [data.eval[at] for at in range(len(data.eval))]
-        target[run.seed] = halves(rows, list(data.eval.example_keys()), "the held-out examples")
-        key[run.seed] = {TARGET: data.eval.fingerprint(), **of_source}
+        assert data.eval_halves is not None
+        parts = [data.eval.subset(np.flatnonzero(data.eval_halves == half)) for half in (False, True)]
+        target[run.seed], of_target = by_split(parts, "the held-out examples")
+        key[run.seed] = {TARGET: of_target, **of_source}
         trained[run.seed] = data.fingerprint, data.train_source
     return Examples(target, source, key, trained, padding_id(tokenizer, vocabulary[0]))
 
@@ -119,14 +118,20 @@ def _files_of(source: str) -> set[Path | str]:
     return {file.resolve() for file in files} if files else {source}
 
 
-def halves(rows: Sequence[Any], keys: Sequence[bytes], what: str) -> dict[str, list[Any]]:
-    """Examples by split, by their hashes. UserError where one would be empty: `what` there is too little of."""
-    found: dict[str, list[Any]] = {name: [] for name in SPLITS}
-    for row, key in zip(rows, keys, strict=True):
-        found[SPLITS[key[0] % 2]].append(row)
-    if not all(found.values()):
-        raise UserError(f"{what} are too few for a validation and a test split ({len(rows)}): give more of them.")
-    return found
+def drawn(examples: TokenizedDataset) -> TokenizedDataset:
+    """Those of a half of a source that are read, in their order."""
+    count = min(SOURCE_EXAMPLES // 2, len(examples))
+    return examples.subset(sorted(seeded_first(count, len(examples), 0, "source")))
+
+
+def by_split(parts: Sequence[TokenizedDataset | None], what: str) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """The examples of validation and test, and their fingerprints. UserError where one is empty: `what` there is too
+    little of."""
+    known = {split: part for split, part in zip(SPLITS, parts, strict=True) if part is not None and len(part)}
+    if len(known) < len(SPLITS):
+        count = sum(map(len, known.values()))
+        raise UserError(f"{what} are too few for a validation and a test split ({count}): give more of them.")
+    return {split: list(part) for split, part in known.items()}, {s: part.fingerprint() for s, part in known.items()}
 
 
 def read_each(

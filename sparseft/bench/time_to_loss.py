@@ -53,13 +53,13 @@ from sparseft.data.formats import counted
 from sparseft.data.loading import data_of
 from sparseft.data.packing import Collator, padding_id
 from sparseft.errors import UserError
+from sparseft.models.labelled_loss import usable
 from sparseft.models.loading import load_model, load_tokenizer, resolve_device, vocabulary_rows
+from sparseft.models.mixed_precision import multiply_as_trained
 from sparseft.report.charts import Panel, Series, line_chart, standalone
 from sparseft.runs.folder import METRICS
 from sparseft.runs.metrics import read_metrics
 from sparseft.training.arguments import micro_batches
-from sparseft.training.labelled_loss import usable
-from sparseft.training.mixed_precision import multiply_as_trained
 
 CHART = "time-to-loss.svg"
 Curve = list[tuple[int, float]]  # (step, held-out loss), in order
@@ -244,7 +244,8 @@ def step_seconds(configs: Mapping[str, RunConfig], config: RunConfig) -> tuple[d
             multiply_as_trained(made.model, method, base.dtype, device)
         made.labelled = usable(made.model, each)
         batch = {key: value.to(device) for key, value in median_batch(each, tokenizer, pad).items()}
-        calls[name] = functools.partial(step, made, batch, micro_batches(each.trainer, each.hardware)[1])
+        accumulation, clipped = micro_batches(each.trainer, each.hardware)[1], each.trainer.max_grad_norm or math.inf
+        calls[name] = functools.partial(step, made, batch, accumulation, clipped)
 
     def failed(name: str, error: Exception) -> None:
         failures[name] = failed_row(error)["failed"]

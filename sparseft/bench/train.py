@@ -46,9 +46,9 @@ from sparseft.config import RunConfig
 from sparseft.errors import UserError
 from sparseft.memory import tensor_bytes
 from sparseft.methods import get_method
+from sparseft.models.labelled_loss import label_rows
 from sparseft.models.spec import ModelSpec
 from sparseft.models.step_cost import StepCost, Trained
-from sparseft.training.labelled_loss import label_rows
 
 Rows = dict[str, dict[str, Any]]  # by contender
 NOTHING = "-"

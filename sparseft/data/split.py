@@ -1,4 +1,4 @@
-"""What is held out of the training data to evaluate on: a share of the records, by whole questions."""
+"""What is held out of the training data to evaluate on: a share of the records, by whole questions; and its halves."""
 
 from __future__ import annotations
 
@@ -53,6 +53,22 @@ def held_out_of(
         if not left:
             break
     return np.flatnonzero(chosen[of])
+
+
+def halves(tokens: Tokens) -> np.ndarray:
+    """In which of two halves examples are, bool (examples,): each in the same one whatever else there is.
+
+    A hash says it: of the first question of the record, so that all who ask it are in one half; of the example itself
+    where it asks nothing, or more than half of all ask what it does.
+    """
+    own = np.array([key[0] % 2 for key in tokens.dataset.example_keys()], bool)
+    asking, first = np.unique(tokens.question_records, return_index=True)
+    if not len(asking):
+        return own
+    places = np.searchsorted(asking, tokens.records).clip(max=len(asking) - 1)
+    asked = tokens.questions[first][places]
+    _, of, counts = np.unique(asked, return_inverse=True, return_counts=True)
+    return np.where((asking[places] == tokens.records) & (2 * counts[of] <= len(own)), asked % 2 == 1, own)
 
 
 def _asked_alike(records: np.ndarray, questions: np.ndarray, question_records: np.ndarray) -> np.ndarray:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-IGNORED = -100  # the label that torch's cross entropy skips
+from sparseft.models.labels import IGNORED
+
 RUN = 2**22  # tokens that are looked at together
 
 

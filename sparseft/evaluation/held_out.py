@@ -11,6 +11,9 @@ from torch.utils.data import Subset
 
 from sparseft.data.packing import Collator
 from sparseft.models.decoder import runnable
+from sparseft.models.labelled_loss import fewest_logits
+from sparseft.models.labels import IGNORED
+from sparseft.models.masks import unasked
 from sparseft.models.router_loss import router_loss
 
 
@@ -21,13 +24,14 @@ def batch_losses(
     """Of each batch of examples the mean loss over its labelled tokens, and how many it has; those without are left
     out, as is what routers add to a loss. `rows`: a `TokenizedDataset`, or a list of what it gives."""
     collate, found = Collator(pad), []
-    with runnable(model), router_loss(model, 0.0):
+    with runnable(model), router_loss(model, 0.0), fewest_logits(model):
         for start in range(0, len(rows), batch_size):
             batch = collate([rows[position] for position in range(start, min(start + batch_size, len(rows)))])
             batch = {name: value.to(device) for name, value in batch.items()}
-            labelled = int((batch["labels"][:, 1:] != -100).sum())
+            labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
             if labelled:
-                found.append((float(model(**batch, use_cache=False).loss), labelled))
+                with unasked(batch):
+                    found.append((float(model(**batch, use_cache=False).loss), labelled))
     return found
 
 

@@ -5,11 +5,15 @@ then waits for the device in every forward pass. Who laid out a batch knows the 
 
 What it then makes for torch's attention is boolean, and torch turns that into numbers to be added to the scores: anew
 in each layer, whose backward pass keeps them. A mask that is made of such numbers is kept once.
+
+Where rows that are learnt from are padded, which is on the right, no token sees padding that sees earlier ones alone:
+causal attention needs no mask for it, and torch takes its own causal kernel, as with whole rows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -20,20 +24,23 @@ from transformers import PreTrainedModel, masking_utils
 from sparseft.replaced import replaced
 
 MASKS = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+LEARNT = {"labels", "attention_mask"}  # inputs of padded rows with labels
+padded_on_the_right = False
 
 
 @contextlib.contextmanager
 def unasked(batch: Collection[str]) -> Iterator[None]:
     """Inside, transformers makes the masks of a batch by the names of its inputs, as `data.packing.Collator` has them:
-    with `attention_mask` there is padding, with `position_ids` rows hold several examples, with neither all rows are
-    whole, and causal attention as it is needs no mask.
+    with `attention_mask` there is padding (with `labels` too: on the right), with `position_ids` rows hold several
+    examples, with neither all rows are whole, and causal attention as it is needs no mask.
 
     They leave out what they ever do. Flash attention's own code asks for the lengths of what is padded or packed all
     the same.
     """
     places: list[tuple[Any, str, Any]] = [
         # One that is somebody's own stays.
-        (MASKS, "_local_mapping", {"sdpa": added, **MASKS._local_mapping})
+        (MASKS, "_local_mapping", {"sdpa": added, **MASKS._local_mapping}),
+        (sys.modules[__name__], "padded_on_the_right", LEARNT <= set(batch)),
     ]
     if "attention_mask" in batch or "position_ids" in batch:
         # As where transformers must not look: while it compiles, or captures a CUDA graph.
@@ -52,12 +59,16 @@ def added(*shape: Any, dtype: torch.dtype = torch.float32, config: object = None
 
     A model whose config is not one of transformers gets a boolean one: its code may compute queries in another dtype
     than its embeddings', with which torch takes no other."""
-    mask = masking_utils.sdpa_mask(*shape, config=config, **options)
-    if mask is None or not type(config).__module__.startswith("transformers."):
-        return mask
-    device = mask.device.type
+    known = type(config).__module__.startswith("transformers.")
+    device = torch.device(options.get("device", "cpu")).type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+    fast = device != "cuda" or dtype.itemsize == 2  # CUDA's causal kernel for fewer keys than queries is for 16 bits
+    if padded_on_the_right and known and fast and options.get("allow_is_causal_skip"):
+        options["attention_mask"] = None
+    mask = masking_utils.sdpa_mask(*shape, config=config, **options)
+    if mask is None or not known:
+        return mask
     rows, tokens = mask.shape[0], mask.shape[-1]
     if mask.stride(0) == 0:  # the same in all rows
         mask = mask[:1]

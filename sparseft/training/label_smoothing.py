@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sparseft.data.tokenized import IGNORED
 from sparseft.models.decoder import language_model
-from sparseft.training.labelled_loss import forward_of
+from sparseft.models.labelled_loss import forward_of
 
 
 @contextlib.contextmanager

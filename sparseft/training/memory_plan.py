@@ -3,7 +3,7 @@
 The model is built on torch's meta device, where tensors have shapes and no content, and a forward and a backward pass
 run there while every storage is counted: the same operations and the same bytes, without the arithmetic. Attention
 counts as a fused kernel, which keeps its operands, its result and one number a row, never a matrix of scores. The mask
-that is added to them where rows are padded or packed, and where attention has a window, is transformers' own.
+that is added to them where rows are packed, and where attention has a window, is transformers' own.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter, available_bytes, tensor_bytes
 from sparseft.models import masks
 from sparseft.models.decoder import decoder_layers
+from sparseft.models.labelled_loss import ROWS, labelled_loss, usable
 from sparseft.models.packed.shape import pack_shapes
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request, compute
 from sparseft.selection.engine_ranks import describe_export
 from sparseft.selection.selection import warn_of_cap
 from sparseft.training.distributed_trainer import check_shards
-from sparseft.training.labelled_loss import ROWS, labelled_loss, usable
 from sparseft.training.preference.objectives import OBJECTIVES
 from sparseft.training.recomputing import KINDS, recomputing
 from sparseft.training.reselection.running import Running, check_seen
@@ -248,7 +248,9 @@ def passes(
     kinds = KINDS.get(checkpointing)
     share_inputs_in_training(model)
     with Counter() as counter, computed_without_content(model):
-        with masks.unasked([laid or ""]), way, recomputing(model, kinds) if kinds else contextlib.nullcontext():
+        exact = device != "cpu" and model.dtype == torch.float32  # has a mask in any case, as `masks.added` says
+        names = [laid or ""] if exact or compute is not None else given
+        with masks.unasked(names), way, recomputing(model, kinds) if kinds else contextlib.nullcontext():
             loss = model(**given).loss if compute is None else compute()
         loss.backward()
         del loss

@@ -25,6 +25,7 @@ from sparseft.files.atomic import explained, publish
 from sparseft.layers import sparse_layers
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.models.decoder import runnable
+from sparseft.models.labelled_loss import ROWS, label_rows, labelled_loss
 from sparseft.models.masks import unasked
 from sparseft.models.packed.quantized import send_no_packed
 from sparseft.models.probing import without_gradient
@@ -48,7 +49,6 @@ from sparseft.training.checkpoints import (
 from sparseft.training.compiling import GRAPHS, CompiledLayers, own_gradients
 from sparseft.training.failures import MemoryAdvice, memory_problem
 from sparseft.training.label_smoothing import smoothed_loss
-from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.recomputing import describe, recomputing
 from sparseft.training.reselection.swap import Reselection, save_active

@@ -16,6 +16,9 @@ from sparseft.adapters.units import Units
 from sparseft.data.packing import Collator
 from sparseft.evaluation.held_out import batch_losses, mean_loss
 from sparseft.models.decoder import decoder_layers
+from sparseft.models.labelled_loss import fewest_logits
+from sparseft.models.labels import IGNORED
+from sparseft.models.masks import unasked
 from sparseft.models.router_loss import router_loss
 
 Example = Mapping[str, Any]  # input_ids and labels, as data sets give them
@@ -89,14 +92,14 @@ class Measured:
     def _slopes(self, rows: Sequence[Example]) -> Tensor:
         collate = Collator(self.pad)
         batches = [collate(rows[at : at + self.batch_size]) for at in range(0, len(rows), self.batch_size)]
-        labelled = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+        labelled = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
         for each in self.units.values():
             each.parameter.grad = None
         for batch, count in zip(batches, labelled, strict=True):
             if count:
                 batch = {name: value.to(self.device) for name, value in batch.items()}
                 aside = checkpointed(self.model) if self.recomputed else contextlib.nullcontext()
-                with aside, router_loss(self.model, 0.0):
+                with aside, unasked(batch), router_loss(self.model, 0.0), fewest_logits(self.model):
                     loss = self.model(**batch, use_cache=False).loss
                     (loss * (count / sum(labelled))).backward()
         found = torch.cat([each.slopes() for each in self.units.values()])

@@ -17,16 +17,15 @@ import torch
 
 import sparseft as library
 from sparseft.bench import forgetting
-from sparseft.bench.forgetting import SPLITS, TARGET, Examples, halves
+from sparseft.bench.forgetting import SPLITS, read_examples
 from sparseft.bench.front import Measured, chosen, compare, drop_hopeless
 from sparseft.bench.front_tables import at_equal_forgetting, differences, drawing, notes, table
 from sparseft.commands import bench
-from sparseft.compose.run_config import from_dict
+from sparseft.compose.run_config import compose, from_dict
 from sparseft.config import DatasetConfig
 from sparseft.data.loading import data_of, load_datasets
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
-from sparseft.errors import UserError
 from sparseft.evaluation.held_out import held_out_loss
 from sparseft.files.untrusted import read_yaml_object
 from sparseft.models.loading import load_model, load_tokenizer
@@ -34,7 +33,7 @@ from sparseft.runs.lock import Lock
 from support.running import files, refused, sparseft
 
 SOURCE = "bundled:data/arithmetic/train.json"
-STUDY = ("bench", "front", "dataset.max_examples=60", "dataset.eval_fraction=0.3", "trainer.max_steps=3",
+STUDY = ("bench", "front", "dataset.max_examples=60", "dataset.eval_fraction=0.4", "trainer.max_steps=3",
          "trainer.batch_size=4", "trainer.max_length=64", "trainer.warmup_steps=1", "bench.seeds=2",
          "bench.rates=[1e-3,3e-2]", "bench.forgetting=[0.05,0.5]", "output_dir=out",
          "bench.target_tasks=[boolq]", "bench.source_tasks=[gsm8k]", "eval.limit=1", "eval.max_new_tokens=2",
@@ -115,9 +114,11 @@ def test_target_losses_are_the_runs_own(studied: tuple[Path, dict[str, Any]]) ->
         summary = json.loads((run / "summary.json").read_text())
         config = from_dict(read_yaml_object(run / "config.yaml"))
         config.cache_dir = str(folder / config.cache_dir)
-        rows = data_of(config, load_tokenizer(config.model)).eval
-        splits = halves([rows[i] for i in range(len(rows))], list(rows.example_keys()), "")
-        counts = [sum((torch.tensor(row["labels"][1:]) != -100).sum() for row in splits[s]) for s in splits]
+        data = data_of(config, load_tokenizer(config.model))
+        splits = [
+            [row for row, own in zip(data.eval, data.eval_halves, strict=True) if own == half] for half in (False, True)
+        ]
+        counts = [sum((torch.tensor(row["labels"][1:]) != -100).sum() for row in rows) for rows in splits]
         both = point["validation"]["target"][position], point["target"][position]
         mean = sum(count * loss for count, loss in zip(counts, both, strict=True)) / sum(counts)
         assert mean == pytest.approx(summary["eval_loss_after"], rel=1e-5)
@@ -135,12 +136,11 @@ def test_source_losses_are_those_of_the_saved_runs(studied: tuple[Path, dict[str
         run = run_of(folder, variant, point["learning_rate"], seed)
         config = from_dict(read_yaml_object(run / "config.yaml"))
         tokenizer = load_tokenizer(config.model)
-        settings = DatasetConfig(name="text", train_path=SOURCE, eval_fraction=0.0)
+        settings = DatasetConfig(name="text", train_path=SOURCE, eval_fraction=0.5)
         rows = load_datasets(
             settings, tokenizer, max_length=64, seed=0, bundled=False, cache_dir=str(folder / "cache")
-        ).train
-        keys = list(rows.example_keys())
-        assert len(rows) > few and len(point["sources"][SOURCE]) == len(point["target"])
+        ).eval
+        assert rows is not None and 2 * len(rows) > few and len(point["sources"][SOURCE]) == len(point["target"])
         before = result["base"]["sources"][SOURCE]
         assert point["forgetting"][position] == pytest.approx(point["sources"][SOURCE][position] - before)
         if (variant, seed) == ("full", 0) or (variant, seed) == ("S2FT", 1):
@@ -149,8 +149,7 @@ def test_source_losses_are_those_of_the_saved_runs(studied: tuple[Path, dict[str
                 model = load_model(config.model)
             else:
                 model = library.load_adapter(load_model(config.model), run / "adapter")
-            taken = sorted(seeded_first(few, len(rows), 0, "source"))
-            test = halves([rows[i] for i in taken], [keys[i] for i in taken], "")["test"]
+            test = [rows[i] for i in sorted(seeded_first(few // 2, len(rows), 0, "source"))]
             loss = held_out_loss(model.eval(), test, padding_id(tokenizer), torch.device("cpu"))
             assert point["sources"][SOURCE][position] == pytest.approx(loss, rel=1e-5)
 
@@ -216,14 +215,18 @@ def test_what_is_missing_is_done_again_and_nothing_else(studied: tuple[Path, dic
 
 
 def test_another_source_is_read_without_training(studied: tuple[Path, dict[str, Any]]) -> None:
+    """But what it no longer drops."""
     folder, result = studied
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out/runs").glob("*/summary.json")}
     other = folder / "other.txt"
     other.write_text("\n\n".join(f"{i} plus {i} is {2 * i}, as anyone who counts knows." for i in range(40)))
     again = sparseft(folder, *STUDY, f"bench.source=[{SOURCE},{other}]", "--json")
-    assert "bench: training" not in again.err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     for variant, entry in again.json["variants"].items():
         for point, was in zip(entry["points"], result["variants"][variant]["points"], strict=True):
-            assert point["target"] == was["target"] and point["sources"][SOURCE] == was["sources"][SOURCE]
+            for mine, theirs in ((point["target"], was["target"]), (point["sources"][SOURCE], was["sources"][SOURCE])):
+                seeds = min(map(len, (mine, theirs)))
+                assert seeds and mine[:seeds] == theirs[:seeds]
             of_both = [np.mean(each) for each in zip(*point["sources"].values(), strict=True)]
             base = np.mean(list(again.json["base"]["sources"].values()))
             assert point["forgetting"] == pytest.approx([loss - base for loss in of_both])
@@ -232,19 +235,6 @@ def test_another_source_is_read_without_training(studied: tuple[Path, dict[str, 
 def test_the_base_is_read_once_on_the_same_examples() -> None:
     keys = {3: {"target": "a"}, 4: {"target": "b"}, 5: {"target": "a"}}
     assert forgetting.Examples({}, {}, keys, {}, 0).first_alike([3, 4, 5]) == [3, 4, 3]
-
-
-def test_logits_are_made_where_labels_are(make_model: Any) -> None:
-    """And the losses are the model's own."""
-    row = {"input_ids": [5] * 40, "labels": [-100] * 38 + [5, 6]}
-    halves = {split: [row] for split in SPLITS}
-    examples, model, seen = Examples({0: halves}, {"text": halves}, {}, {}, 0), make_model("llama").eval(), []
-    with torch.no_grad():
-        own = float(model(**{name: torch.tensor([ids]) for name, ids in row.items()}).loss)
-    model.lm_head.register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[-2]))
-    found = examples.losses(model, 0, torch.device("cpu"))
-    assert found == {split: {TARGET: pytest.approx(own), "text": pytest.approx(own)} for split in SPLITS}
-    assert seen and max(seen) < 40
 
 
 def test_a_rate_that_diverges_drops_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +284,22 @@ def test_other_data_than_those_trained_on_are_refused(tmp_path: Path) -> None:
     data.write_text("\n".join(reversed(lines[:-1])))
     said = refused(tmp_path, *words)
     assert "not those that the run in" in said and str(data) in said and "another output_dir" in said
+
+
+def test_validation_and_test_ask_no_first_question_both(tmp_path: Path) -> None:
+    """Branches of one tree, of the target and of a source."""
+    paths = [tmp_path / "chats.jsonl", tmp_path / "others.jsonl"]
+    for path in paths:
+        texts = [f"### Human: {path.stem} {tree}?### Assistant: yes### Human: {n}?### Assistant: no"
+                 for tree in range(16) for n in range(3)]  # fmt: skip
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = [f"dataset.train_path={paths[0]}", "dataset.eval_fraction=0.5", f"cache_dir={tmp_path / 'cache'}"]
+    config = compose("bench", words)
+    tokenizer = load_tokenizer(config.model)
+    examples = read_examples([config], [str(paths[1])])
+    for splits in (examples.target[config.seed], examples.source[str(paths[1])]):
+        validation, test = ({tokenizer.decode(row["input_ids"]).split("?")[0] for row in splits[s]} for s in SPLITS)
+        assert validation and test and not validation & test
 
 
 def measured(rate: float, points: list[tuple[float, float]], test: list[tuple[float, float]] | None = None) -> Measured:
@@ -383,17 +389,6 @@ def test_unequal_sizes_are_named() -> None:
     result["variants"]["S2FT"]["trainable_parameters"] = 103
     compare(result)
     assert any("S2FT: trains 1.03 times as many weights as LoRA" in note for note in notes(result))
-
-
-def test_an_example_is_in_one_split_whatever_is_held_out() -> None:
-    keys = [bytes([i, 7]) for i in range(20)]
-    all_of_them = halves(list(range(20)), keys, "")
-    part = halves(list(range(5, 15)), keys[5:15], "")
-    for split, rows in part.items():
-        assert set(rows) <= set(all_of_them[split])
-    assert sorted(all_of_them["validation"] + all_of_them["test"]) == list(range(20))
-    with pytest.raises(UserError, match="are too few for a validation and a test split"):
-        halves([1], [b"\0"], "the held-out examples")
 
 
 LORA = "LoRA: method=lora"

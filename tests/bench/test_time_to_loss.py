@@ -18,9 +18,9 @@ from sparseft.data.loading import load_datasets
 from sparseft.data.packing import Collator
 from sparseft.errors import Diverged, RunError
 from sparseft.files.untrusted import read_yaml_object
+from sparseft.models import mixed_precision
 from sparseft.models.loading import load_tokenizer
-from sparseft.training import mixed_precision
-from sparseft.training.mixed_precision import AUTOCAST
+from sparseft.models.mixed_precision import AUTOCAST
 from support.running import refused, sparseft
 
 STUDY = ("bench", "time", "dataset.max_examples=80", "trainer.max_steps=4", "trainer.eval_steps=2",
@@ -120,6 +120,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
             [f"bench.variants=['{lora}','SGD: method=lora trainer.optimizer=sgd']"],
             "'SGD': trainer.optimizer=sgd: the steps that a benchmark times are AdamW's",
         ),
+        (["trainer.label_smoothing=0.1"], "trainer.label_smoothing=0.1: no step that a benchmark times has it"),
         (["trainer.keep_best=true"], "trainer.keep_best looks at the held-out examples"),
     ):
         assert text in refused(tmp_path, "bench", "time", *words)
@@ -136,7 +137,7 @@ def test_the_step_is_timed_of_the_weights_that_trained(tmp_path: Path, monkeypat
     seen: dict[str, tuple[torch.dtype, bool]] = {}
     at_once: set[tuple[int, int]] = set()
 
-    def step(made: Any, batch: Any, accumulation: int) -> None:
+    def step(made: Any, batch: Any, accumulation: int, clipped: float) -> None:
         at_once.add((len(batch["input_ids"]), accumulation))
         own = next(p for p in made.model.parameters() if p.requires_grad or made.is_floor)
         seen[made.name] = own.dtype, hasattr(made.model.forward, AUTOCAST)
@@ -148,6 +149,26 @@ def test_the_step_is_timed_of_the_weights_that_trained(tmp_path: Path, monkeypat
         assert seen["full"] == (torch.float32, bool(fast)) and seen["as stored"] == (torch.bfloat16, bool(fast))
         assert seen["floor"] == (torch.bfloat16, False) and not seen["LoRA"][1]
     assert at_once == {(1, 6)}
+
+
+@pytest.mark.parametrize(("setting", "norm"), [(1.0, 1.0), (0.25, 0.25), (0.0, math.inf)])
+def test_the_timed_step_clips_as_training_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: float, norm: float
+) -> None:
+    """Which takes the norm of the gradient in any case."""
+    words = ["dataset=commonsense", "dataset.max_examples=20", "trainer.batch_size=2", "trainer.max_length=64",
+             f"trainer.max_grad_norm={setting}", "bench.steps=1", "bench.warmup_steps=0", "method=lora",
+             f"cache_dir={tmp_path}"]  # fmt: skip
+    seen = []
+
+    def clip(parameters: Any, most: float) -> None:
+        assert any(parameter.grad is not None for parameter in parameters)
+        seen.append(most)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    config = compose("bench", words)
+    time_to_loss.step_seconds({"LoRA": config}, config)
+    assert set(seen) == {norm}
 
 
 def test_reached_interpolates_and_takes_the_first_time() -> None:

@@ -1,4 +1,5 @@
-"""Masks made by what a batch says of itself are those that transformers makes by looking at it, to the bit."""
+"""Masks made by what a batch says of itself are those that transformers makes by looking at it, to the bit, but for
+padding that no token sees."""
 
 from __future__ import annotations
 
@@ -60,9 +61,74 @@ def test_losses_and_gradients_are_the_same_bits(kind: str, rows: str, make_model
     expected, waits = trained(model, asking, told=False)
     found, none = trained(model, batch, told=True)
     assert len(expected) == len(found) > 1
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    for a, b in zip(expected, found, strict=True):
+        if rows == "padded":
+            torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6 * float(a.abs().max()))
+        else:
+            assert torch.equal(a, b)
     assert none == []
     assert waits or (kind == "sliding" and rows != "packed")  # its window needs a mask in any case
+
+
+def own_terms() -> Any:
+    """Experts whose router adds to the loss, by the tokens that are none of the padding."""
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.MixtralConfig(
+            vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=1.0,
+        )
+    )  # fmt: skip
+
+
+def seen_ahead() -> Any:
+    """A model in which earlier tokens see later ones."""
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.Gemma3TextConfig(
+            vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, layer_types=["full_attention"] * 2, use_bidirectional_attention=True,
+        )
+    )  # fmt: skip
+
+
+def recurrent() -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.BambaConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8,
+            attn_layer_indices=[1],
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("made", "masked"),
+    [(None, "never"), (own_terms, "never"), (recurrent, "never"), (sliding, "once"), (seen_ahead, "each")],
+)
+def test_padding_that_no_token_sees_needs_no_mask(
+    made: Any, masked: str, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window's is one for all rows. Rows without labels may be padded on the left."""
+    model, batch, seen = make_model("llama") if made is None else made(), batch_of("padded"), []
+
+    def attention(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any) -> Any:
+        seen.append(mask)
+        return sdpa_attention_forward(module, q, k, v, mask, **options)
+
+    expected, _ = trained(model, batch, told=False)
+    monkeypatch.setattr(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, "_local_mapping", {"sdpa": attention})
+    found, _ = trained(model, batch, told=True)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6 * float(a.abs().max()))
+    assert seen and all((mask is None) == (masked == "never") for mask in seen)
+    if masked != "never":
+        assert all((mask.stride(0) == 0) == (masked == "once") for mask in seen)
+    seen.clear()
+    with torch.no_grad(), unasked(prompts := {name: batch[name] for name in ("input_ids", "attention_mask")}):
+        model(**prompts, use_cache=False)
+    assert seen and not any(mask is None for mask in seen)
 
 
 @pytest.mark.parametrize("rows", ["padded", "packed"])

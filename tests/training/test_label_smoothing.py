@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import sparseft
 from sparseft.data.packing import Collator
 from sparseft.models import head
+from sparseft.models.labelled_loss import labelled_loss
 from sparseft.training.label_smoothing import smoothed_loss
-from sparseft.training.labelled_loss import labelled_loss
 from support.experts import build
 from support.running import refused
 from support.running import sparseft as sparseft_cli

@@ -19,12 +19,12 @@ from sparseft.commands import plan as command
 from sparseft.compose.run_config import compose
 from sparseft.errors import UserError
 from sparseft.layers.saved_inputs import share_inputs_in_training
+from sparseft.models.labelled_loss import usable
 from sparseft.models.loading import load_config
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import as_trained
 from sparseft.training import memory_plan as planning
 from sparseft.training import recomputing
-from sparseft.training.labelled_loss import usable
 from sparseft.training.optimizer import SparseAdamW
 from sparseft.training.reselection.running import Running
 from support.places import SUPPORT
@@ -131,7 +131,7 @@ def test_the_plan_is_what_a_step_takes(kind: str, method: str, checkpointing: bo
 
 
 LONG = {
-    "padded": ("llama", [], 0.1),
+    "padded": ("llama", [], 0.1),  # which needs none
     "packed": ("llama", ["dataset.packing=true"], 0.1),
     "grouped": ("qwen2", ["dataset.packing=true"], 0.1),  # with a mask keys and values are repeated
     "eager": ("llama", ["model.attn_implementation=eager"], 0.01),

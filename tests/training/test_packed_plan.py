@@ -18,10 +18,10 @@ from sparseft.config import ModelConfig
 from sparseft.errors import UserError
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter, tensor_bytes
+from sparseft.models.labelled_loss import labelled_loss, usable
 from sparseft.models.loading import load_model
 from sparseft.models.published import SHAPES, published
 from sparseft.training import memory_plan as planning
-from sparseft.training.labelled_loss import labelled_loss, usable
 from sparseft.training.optimizer import SparseAdamW
 from support.running import refused, sparseft
 

@@ -22,8 +22,8 @@ from sparseft.layers import sparse_layers
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.memory import AllocationCounter
 from sparseft.methods import get_method
+from sparseft.models import labelled_loss
 from sparseft.selection.selection import Selection
-from sparseft.training import labelled_loss
 from sparseft.training.arguments import training_arguments
 from sparseft.training.recomputing import CHEAP, UP, describe, recomputing
 from sparseft.training.reselection.swap import apply_selection

@@ -12,6 +12,8 @@ from sparseft.adapters.state import state_of
 from sparseft.config import AUTO, BUNDLED
 from sparseft.errors import LayoutWarning
 from sparseft.models.gguf import is_gguf
+from sparseft.models.labelled_loss import usable
+from sparseft.models.mixed_precision import multiply_as_trained
 from sparseft.runs.folder import SELECTION
 from sparseft.selection.compute import Request
 from sparseft.selection.engine_ranks import describe_export
@@ -21,8 +23,6 @@ from sparseft.training import schedules
 from sparseft.training.arguments import training_arguments
 from sparseft.training.distributed_trainer import check_shards, has_experts, trains_beside_text
 from sparseft.training.job.job import Job
-from sparseft.training.labelled_loss import usable
-from sparseft.training.mixed_precision import multiply_as_trained
 from sparseft.training.predicted import in_words, labelled_share, predicted_floors
 from sparseft.training.preference.objectives import OBJECTIVES
 from sparseft.training.prepare import select as cached_or_computed

@@ -24,8 +24,8 @@ from sparseft.config import RunConfig
 from sparseft.data.loaded import LoadedData
 from sparseft.distributed import ranks
 from sparseft.models.decoder import runnable
+from sparseft.models.mixed_precision import as_before
 from sparseft.replaced import replaced
-from sparseft.training.mixed_precision import as_before
 from sparseft.training.preference.batches import Collator, Examples, Tokenised, form_of
 from sparseft.training.preference.objectives import OBJECTIVES
 from sparseft.training.trainer import PLACES, Trainer

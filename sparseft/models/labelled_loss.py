@@ -3,7 +3,7 @@
 Most tokens of instruction data have no label, and their logits are asked for by nobody: with a large vocabulary they
 are a good part of a step and most of its memory. Here the decoder runs as ever, and the head only on the tokens that
 predict a label, in chunks; the gradient of each chunk is taken with its loss, so that its logits are gone before the
-next ones. The loss and the gradient are the plain ones.
+next ones. The loss and the gradient are the plain ones. So is the loss of what is only evaluated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparseft import console
 from sparseft.config import RunConfig
-from sparseft.data.tokenized import IGNORED
 from sparseft.distributed.shards import any_sharded, gathered
 from sparseft.models.decoder import backbone, language_model
 from sparseft.models.head import (
@@ -32,7 +31,8 @@ from sparseft.models.head import (
     head_of,
     tokens_at_once,
 )
-from sparseft.training.mixed_precision import as_before
+from sparseft.models.labels import IGNORED
+from sparseft.models.mixed_precision import as_before
 
 ROWS = "label_rows"  # in a batch: the flat positions of the tokens that predict a label
 
@@ -51,9 +51,7 @@ def usable(model: nn.Module, config: RunConfig) -> bool:
     if config.hardware.zero_stage == 3:
         reason: str | None = "ZeRO-3 has the head in shards"
     else:
-        # FSDP2 has the head whole in a pass, which this is not.
-        with gathered(_head(language_model(model)) if any_sharded(model) else ()):
-            reason = why_plain(model)
+        reason = why_plain(model)
     if reason is None and config.trainer.compile in ("model", "graphs"):
         reason = f"trainer.compile={config.trainer.compile} takes the whole model"
     if reason is not None:
@@ -73,6 +71,12 @@ def why_plain(model: nn.Module) -> str | None:
         return "it adds terms of its own for its experts"
     if getattr(inner.config, "z_loss_coefficient", None):  # Bamba's, too small for the trial to tell
         return "it adds a term of its own for the size of its logits"
+    # FSDP2 has the head whole in a pass, which this is not.
+    with gathered(_head(inner) if any_sharded(inner) else ()):
+        return _why_plain_by_trial(inner)
+
+
+def _why_plain_by_trial(inner: nn.Module) -> str | None:
     if not head_is_apart(inner):
         return "its logits need more than the decoder's output of their own token"
     x = example_output(inner, 6)
@@ -89,6 +93,11 @@ def why_plain(model: nn.Module) -> str | None:
     if own is None or not (own.is_meta or torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-4)):
         return "its loss is not the mean cross-entropy of the labelled tokens"
     return None
+
+
+def fewest_logits(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Inside, the model given labels returns a loss for which it makes no more logits than its kind of loss needs."""
+    return labelled_loss(model) if why_plain(model) is None else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -151,14 +160,10 @@ def _loss(
     else:
         divisor = torch.full((), float(count), device=hidden.device)
     grad = torch.is_grad_enabled()
-    trained = _trained_in_head(model) if grad else []
+    # What trains and makes logits of the decoder's output; a table tied to the embeddings is also the decoder's.
+    trained = [parameter for parameter in _head(model) if parameter.requires_grad] if grad else []
     step = tokens_at_once(model, device or x.device)
     return _ChunkedLoss.apply(x, targets, divisor.reciprocal(), logits_of, step, smoothing, grad, *trained)
-
-
-def _trained_in_head(model: nn.Module) -> list[nn.Parameter]:
-    """What trains and makes logits of the decoder's output; a table tied to the embeddings is also the decoder's."""
-    return [parameter for parameter in _head(model) if parameter.requires_grad]
 
 
 def _head(model: nn.Module) -> list[nn.Parameter]:

@@ -17,7 +17,7 @@ from sparseft.compose.run_config import compose
 from sparseft.data.packing import Collator
 from sparseft.memory import AllocationCounter
 from sparseft.models import head
-from sparseft.training.labelled_loss import ROWS, label_rows, labelled_loss, usable, why_plain
+from sparseft.models.labelled_loss import ROWS, label_rows, labelled_loss, usable, why_plain
 from support.experts import build
 from support.running import sparseft as sparseft_cli
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.compose.run_config import compose
-from sparseft.training import mixed_precision
-from sparseft.training.labelled_loss import labelled_loss
-from sparseft.training.mixed_precision import multiply_in_bf16
+from sparseft.models import mixed_precision
+from sparseft.models.labelled_loss import labelled_loss
+from sparseft.models.mixed_precision import multiply_in_bf16
 from support.running import METHODS, on, sparseft, summary, write_data
 
 CPU = torch.device("cpu")
