@@ -75,7 +75,8 @@ def shown(value: object, limit: int = 80) -> str:
 # these, as nobody escaped it, and ends at the last `@` before a space or the next URL. What reads as a host with a port
 # is no name with a password, whatever comes later.
 _HOST = r"(?:localhost|[\w-]+\.[\w.-]*|\[[\da-fA-F:.]*\])(?::\d{0,5})?(?:[/?#\s]|$)"
-_LOGIN = re.compile(rf"(?<![\w+.-])([A-Za-z][\w+.-]*://)(?!{_HOST})(?:[^\s/?#:]*:(?:(?![\w+.-]://)\S)*@|[^\s/?#]*@)")
+_PASSWORD = r"(?:[\w+.-]*://)?(?:(?![\w+.-]://)\S)*"  # what follows a name's colon begins no other URL
+_LOGIN = re.compile(rf"(?<![\w+.-])([A-Za-z][\w+.-]*://)(?!{_HOST})(?:[^\s/?#:]*:{_PASSWORD}@|[^\s/?#]*@)")
 _END = r"""(?=[.,;:)\]]*(?:[\s'"`<>]|$))"""
 _QUERY = re.compile(rf"""(?<=\S)\?[\w.%\[\]-]+=[^\s'"`<>]*?{_END}|(\w://[^\s'"`<>?]*)\?[^\s'"`<>]*?{_END}""")
 

@@ -12,7 +12,6 @@ import datetime
 import functools
 import importlib
 import inspect
-import io
 import json
 import logging
 import pickle
@@ -836,12 +835,11 @@ def test_storages_on_the_meta_device_are_told_apart() -> None:
     assert one.untyped_storage()._cdata == one[1:].untyped_storage()._cdata, relied_on("_cdata")
 
 
-def test_a_cpu_with_a_number_is_the_cpu() -> None:
-    file = io.BytesIO()
-    torch.save(torch.arange(3), file)
-    file.seek(0)
-    loaded = torch.load(file, map_location=torch.device("cpu", 0), weights_only=True)
-    assert torch.equal(loaded, torch.arange(3)), relied_on("register_package")
+def test_the_device_of_several_processes_can_be_said(tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert isinstance(arguments.__dict__["_setup_devices"], torch.device), relied_on("_setup_devices")
+    arguments._setup_devices = torch.device("cpu", 0)
+    assert arguments.device.index == 0, relied_on("_setup_devices")
 
 
 def test_the_product_of_all_experts() -> None:

@@ -14,7 +14,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -26,10 +26,11 @@ from sparseft.data.sections import CONTEXT, cuts
 from sparseft.data.tokenized import IGNORED, Facts, TokenizedDataset, Tokens
 from sparseft.errors import UserError
 
-EncodedSegment = tuple[list[int], bool]  # token ids of one segment, and whether it is an answer
+Ids: TypeAlias = "array[int]"  # 4 bytes an id, where a list takes some 40: one value of a record may be all of a book
+EncodedSegment: TypeAlias = "tuple[Ids, bool]"  # token ids of one segment, and whether it is an answer
 
 BATCH = 8192  # examples that are tokenised together, at most
-BATCH_CHARACTERS = 2**22  # whose ids are in memory as Python's lists
+BATCH_CHARACTERS = 2**22  # whose ids are in memory together
 TOGETHER = 2**20  # characters that the tokenizer has at once: it takes some 160 times as many bytes
 PIECE = 2**16  # characters of one text that it has at once
 
@@ -54,7 +55,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.prefix = _prefix(tokenizer)
+        self.prefix = array("i", _prefix(tokenizer))
         self.eos: int | None = tokenizer.eos_token_id
         self.ends = generation_ends(tokenizer)
         self._fast = bool(getattr(tokenizer, "is_fast", False))
@@ -109,7 +110,7 @@ class Encoder:
         contexts = iter(self._encode_texts([context for context, _ in behind]))
         joined = iter(self._encode_texts([context + text for context, text in behind]))
 
-        def ids(context: str, text: str) -> list[int]:
+        def ids(context: str, text: str) -> Ids:
             if not context:
                 return next(starts)
             if context == _MIDDLE:
@@ -124,7 +125,7 @@ class Encoder:
                 encoded.insert(0, (self._encode_texts([example.before])[0][-1:], False))
             # A rendered chat may spell BOS out; it must not stand there twice.
             elif self.prefix and encoded and encoded[0][0][: len(self.prefix)] != self.prefix:
-                encoded.insert(0, (list(self.prefix), False))
+                encoded.insert(0, (self.prefix, False))
             yield encoded
 
     def _cuts(self, text: str) -> Iterator[int]:
@@ -140,10 +141,10 @@ class Encoder:
         before, whole = self._encode_texts([text[max(0, cut - CONTEXT) : cut], around])
         return _begins(whole, before)
 
-    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = []
+    def _encode_texts(self, texts: list[str]) -> list[Ids]:
+        ids: list[Ids] = []
         for batch in _batches(texts, len, TOGETHER, len(texts)):
-            ids += self.tokenizer(
+            encoded = self.tokenizer(
                 batch,
                 add_special_tokens=False,
                 padding=False,
@@ -151,10 +152,11 @@ class Encoder:
                 return_attention_mask=False,
                 return_token_type_ids=False,
                 verbose=False,  # no warning about texts longer than the context: they are cut below
-            )["input_ids"]
+            )
+            ids += [array("i", each) for each in encoded["input_ids"]]
         return ids
 
-    def _encode_middles(self, texts: list[str]) -> list[list[int]]:
+    def _encode_middles(self, texts: list[str]) -> list[Ids]:
         """Ids of texts that continue another one."""
         if self._continuing is None or not texts:
             return self._encode_texts(texts)
@@ -162,7 +164,7 @@ class Encoder:
         heads = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
         tails = self._encode_texts([text[cut:] for text, cut in zip(texts, cuts, strict=True)])
         ids = [
-            encoded.ids
+            array("i", encoded.ids)
             for batch in _batches(heads, len, TOGETHER, len(heads))
             for encoded in self._continuing.encode_batch_fast(batch, add_special_tokens=False)
         ]
@@ -190,7 +192,7 @@ def _batches(items: Sequence[Item], size: Callable[[Item], int], most: int, coun
 _MIDDLE = "\0"  # stands for a text before a segment that has no influence on its ids
 
 
-def _begins(ids: list[int], start: list[int]) -> bool:
+def _begins(ids: Ids, start: Ids) -> bool:
     return ids[: len(start)] == start
 
 
@@ -278,7 +280,7 @@ def tokenize(
     records, questions, question_records = array("q"), array("Q"), array("q")
     facts = Facts(examples=len(examples))
 
-    def pairs() -> Iterator[tuple[list[int], list[int]]]:
+    def pairs() -> Iterator[tuple[Ids, Ids]]:
         for example, segments in zip(examples, encoder.encode(examples), strict=True):
             segments = _end(segments, encoder.eos, example.closed)
             too_many = sum(len(ids) for ids, _ in segments) > max_length
@@ -316,7 +318,7 @@ def _end(segments: list[EncodedSegment], eos: int | None, closed: bool) -> list[
         segments = segments[:-1]
     if not segments or eos is None or closed or segments[-1][0][-1] == eos:
         return segments
-    return [*segments[:-1], ([*segments[-1][0], eos], True)]
+    return [*segments[:-1], (segments[-1][0] + array("i", [eos]), True)]
 
 
 def _cut(segments: list[EncodedSegment], max_length: int) -> list[EncodedSegment]:
@@ -331,18 +333,20 @@ def _cut(segments: list[EncodedSegment], max_length: int) -> list[EncodedSegment
     return _end(kept, None, closed=True)
 
 
-def _flatten(segments: list[EncodedSegment]) -> tuple[list[int], list[int]]:
-    ids: list[int] = []
-    labels: list[int] = []
+def _flatten(segments: list[EncodedSegment]) -> tuple[Ids, Ids]:
+    ids, labels = array("i"), array("i")
     for segment, answer in segments:
         ids += segment
-        labels += segment if answer else [IGNORED] * len(segment)
+        labels += segment if answer else _UNLABELLED * len(segment)
     return ids, labels
 
 
-def _label(ids: list[int], labels: list[int], loss_on_prompt: bool) -> tuple[list[int], list[int]] | None:
+_UNLABELLED = array("i", [IGNORED])
+
+
+def _label(ids: Ids, labels: Ids, loss_on_prompt: bool) -> tuple[Ids, Ids] | None:
     """Ids and final labels, or None if no token of an answer can be predicted."""
-    labels = [IGNORED, *labels[1:]]  # nothing stands before the first token to predict it
+    labels = _UNLABELLED + labels[1:]  # nothing stands before the first token to predict it
     if labels.count(IGNORED) == len(labels):
         return None
-    return ids, [IGNORED, *ids[1:]] if loss_on_prompt else labels
+    return ids, _UNLABELLED + ids[1:] if loss_on_prompt else labels

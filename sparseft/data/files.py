@@ -9,10 +9,10 @@ from pathlib import Path
 
 from sparseft.config import BUNDLED, BUNDLED_ROOT, in_bundle
 from sparseft.data import readers, tables, unpacking
+from sparseft.data.contents import content_hash
 from sparseft.data.readers import Item
 from sparseft.data.records import Several, Source
 from sparseft.errors import HUB_ID, UserError, looks_local, nearest, nearest_path, where_looked
-from sparseft.files.hashing import file_hash
 
 _JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 _TEXT_SUFFIXES = {".txt", ".text", ".md"}
@@ -112,7 +112,7 @@ def open_file(file: Path, name: str | None = None) -> Source:
         unit, read = "line", readers.plain_text
 
     def content() -> str:  # files of the same bytes differ where their names say that they are read in different ways
-        return f"{read.__name__} {file_hash(file)}"
+        return f"{read.__name__} {content_hash(file)}"
 
     is_text = read is readers.plain_text
     return Source(name, unit, is_text, functools.partial(_items, read, file, name), content, (file.resolve(),))

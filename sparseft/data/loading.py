@@ -16,7 +16,7 @@ from sparseft.data.packing import PackedDataset
 from sparseft.data.preference_sets import load_preferences
 from sparseft.data.question_hashes import QuestionHashes
 from sparseft.data.reading import NamedSource, Opened, Part, Reader, named_sources
-from sparseft.data.split import halves, split_off
+from sparseft.data.split import halves, kept_apart, split_off
 from sparseft.data.token_cache import Cache
 from sparseft.data.tokenized import Tokens
 from sparseft.errors import UserError
@@ -53,7 +53,8 @@ def load_datasets(
     the family `config.name`; else from `hub_path`. What `replay` names comes on top. Evaluation examples come from
     `eval_path`; else from the bundled set's own evaluation file; else `eval_fraction` of the training records is split
     off, of each source but a replayed one, by a permutation of `seed`: at least one where there are two, and never all.
-    A text that is more than half of all is split in its pieces; what is split off is so by whole questions (split.py).
+    A text that is more than half of all is split in its pieces; what is split off is so by whole questions (split.py),
+    which no other source trains either.
     `max_examples` cuts the training records of each source before anything else.
 
     The tokens lie in files below `cache_dir`, which are mapped into memory and used again for the same data, tokenizer
@@ -72,7 +73,7 @@ def load_datasets(
     parts = [reader.read(each, "training", config.max_examples) for each in opened]
     held_parts = [reader.read(each, "evaluation", None) for each in held]
     pieces = [(part.key, part.tokens) for part in (*parts, *held_parts)]
-    trained, split = _split(parts, config, seed)
+    trained, split = _split(parts, config, seed, reader.notes)
     evaluated = [_all_of(len(parts) + at, part.tokens) for at, part in enumerate(held_parts)] + split
     sources = [part.name for part in held_parts]
     for each in split:
@@ -152,7 +153,7 @@ def _all_of(piece: int, tokens: Tokens) -> Taken:
     return Taken(piece, np.arange(len(tokens.dataset)), np.ones(len(tokens.questions), bool))
 
 
-def _split(parts: list[Part], config: DatasetConfig, seed: int) -> tuple[list[Taken], list[Taken]]:
+def _split(parts: list[Part], config: DatasetConfig, seed: int, notes: list[str]) -> tuple[list[Taken], list[Taken]]:
     """What of each part is trained on, and what of them is split off to evaluate on."""
     trained, split = [], []
     for at, part in enumerate(parts):
@@ -167,7 +168,35 @@ def _split(parts: list[Part], config: DatasetConfig, seed: int) -> tuple[list[Ta
         held_out, asked = both
         trained.append(Taken(at, np.flatnonzero(~held_out), asked))
         split.append(Taken(at, np.flatnonzero(held_out), ~asked))
-    return trained, split
+    return _without_held_out(parts, trained, split, notes), split
+
+
+def _without_held_out(parts: list[Part], trained: list[Taken], split: list[Taken], notes: list[str]) -> list[Taken]:
+    """What is trained on, less the examples that ask what another part holds out."""
+    if len(parts) == 1 or not split:
+        return trained
+    out = {each.piece: each.examples for each in split}
+    held_out = [out.get(at, np.empty(0, np.int64)) for at in range(len(parts))]
+    kept = kept_apart([part.tokens for part in parts], [each.examples for each in trained], held_out)
+    for part, mask in zip(parts, kept, strict=True):
+        if not mask.any():
+            raise UserError(
+                f"{part.source.key}: all examples of {part.name} ask questions that are held out to evaluate on, so "
+                "none is left to train on; name an evaluation file with dataset.eval_path=FILE, or leave this one out."
+            )
+        if not mask.all():
+            notes.append(
+                f"{len(mask) - mask.sum()} of {len(mask)} examples of {part.name} left out of training: they ask what "
+                "is held out of another set"
+            )
+    return [_those_of(each, each.examples[mask], parts) for each, mask in zip(trained, kept, strict=True)]
+
+
+def _those_of(each: Taken, examples: np.ndarray, parts: list[Part]) -> Taken:
+    """So many of its examples, with the questions that their records ask."""
+    tokens = parts[each.piece].tokens
+    asked = each.questions & np.isin(tokens.question_records, tokens.records[examples])
+    return replace(each, examples=examples, questions=asked)
 
 
 def _shared(
@@ -186,7 +215,7 @@ def _shared(
                 "times for its share: give it a smaller one, or the others larger ones."
             )
     chosen = [
-        replace(each, examples=each.examples[drawn(count, size, seed, f"mix {part.source.path}")])
+        _those_of(each, each.examples[drawn(count, size, seed, f"mix {part.source.path}")], parts)
         for part, each, size, count in zip(parts, trained, sizes, wanted, strict=True)
     ]
     learnt = [part.tokens.dataset.subset(each.examples).num_labelled for part, each in zip(parts, chosen, strict=True)]

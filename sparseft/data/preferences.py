@@ -5,12 +5,14 @@
 | `preference` | `prompt`, `chosen`, `rejected`: texts or lists of messages; the prompt may begin both answers instead |
 | `unpaired` | `prompt`, `completion`, `label` (true: a good answer) |
 
+Two texts that are whole dialogues (`\\n\\nHuman: …\\n\\nAssistant: …`, as of HH-RLHF) are read as lists of messages.
 Either side of a record is an ordinary example, so that an answer to prefer is written, tokenised and cut as one to
 imitate is.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,8 +60,24 @@ def detect_preference(records: Records) -> str:
 
 def written_as(records: Records) -> str:
     """The format of `formats.py` in which the answers are written: `messages`, or `prompt_completion`."""
-    answers = (item.get(key) for item in records.items for key in ANSWERS)
+    answers = (item.get(key) for item in map(_in_messages, records.items) for key in ANSWERS)
     return "messages" if any(isinstance(answer, list) for answer in answers) else "prompt_completion"
+
+
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def _in_messages(item: dict[str, Any]) -> dict[str, Any]:
+    """A pair of texts that are whole dialogues, without a prompt, as lists of messages; any other record as it is."""
+    both = {key: item.get(key) for key in ("chosen", "rejected")}
+    if item.get("prompt") or not all(isinstance(text, str) and _TURN.match(text) for text in both.values()):
+        return item
+    parts = {key: _TURN.split(text)[1:] for key, text in both.items()}
+    return item | {
+        key: [{"role": _ROLES[name], "content": text.strip()} for name, text in zip(each[::2], each[1::2], strict=True)]
+        for key, each in parts.items()
+    }
 
 
 class Side(Converter):
@@ -74,7 +92,7 @@ class Side(Converter):
     def convert(self, records: Records) -> list[Example]:
         """The examples of this side, at most one a record. UserError names file and record where something is wrong."""
         examples = []
-        for index, item in enumerate(records.items):
+        for index, item in enumerate(map(_in_messages, records.items)):
             where = records.where(index)
             is_chat = any(isinstance(item.get(key), list) for key in ANSWERS)
             beside = {key: value for key, value in item.items() if key in BESIDE and is_chat}

@@ -6,9 +6,12 @@ executed.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import functools
 import hashlib
 import itertools
+import pickle
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +24,7 @@ from sparseft.errors import UserError
 CHUNK_BYTES = 2**22  # of records that are in memory together, about
 CHUNK_RECORDS = 4096
 BUFFER = 4096  # records that a stream is shuffled in
+LARGE = 2**14  # bytes; a larger record waits for its turn in a file, not in memory
 
 
 @dataclass
@@ -34,6 +38,9 @@ class Records:
     plain_text: bool = False  # read from a text file: every record is {"text": document}
     start: int = 0  # records of the source before these
     places: list[str] = field(default_factory=list)  # where each one stands, in the place of `source` and `numbers`
+    sizes: list[int] = field(
+        default_factory=list
+    )  # about how many bytes of memory each one takes, as read from a source
 
     def __len__(self) -> int:
         return len(self.items)
@@ -64,6 +71,7 @@ class Source:
                 raise UserError(f"{where}: a record must be a JSON object with named fields, this is {kind(item)}.")
             chunk.items.append(item)
             chunk.numbers.append(number)
+            chunk.sizes.append(length)
             size += length
             if size >= CHUNK_BYTES or len(chunk) >= CHUNK_RECORDS:
                 yield chunk
@@ -73,7 +81,7 @@ class Source:
             yield chunk
 
     def _records(self, start: int) -> Records:
-        return Records([], self.name, self.unit, [], self.plain_text, start)
+        return Records([], self.name, self.unit, plain_text=self.plain_text, start=start)
 
     def first(self, count: int) -> Records:
         """The first `count` records."""
@@ -115,15 +123,48 @@ class Streamed(Source):
         self.source, self.seed = source, seed
 
     def chunks(self, count: int | None = None) -> Iterator[Records]:
-        """The first `count` records of that order; of the source only `BUFFER` records more than these are read."""
+        """The first `count` records of that order; of the source only `BUFFER` records more than these are read. What
+        waits takes at most `BUFFER` times `LARGE` bytes of memory."""
         chunks = self.source.chunks(None if count is None else count + BUFFER)
-        there = ((chunk.where(at), item) for chunk in chunks for at, item in enumerate(chunk.items))
-        mixed = itertools.islice(_shuffled(there, self.seed), count)
-        start = 0
-        while block := list(itertools.islice(mixed, BUFFER)):
-            places, items = [place for place, _ in block], [item for _, item in block]
-            yield dataclasses.replace(self._records(start), items=items, places=places)
-            start += len(block)
+        there = ((chunk.where(at), item, chunk.sizes[at]) for chunk in chunks for at, item in enumerate(chunk.items))
+        with _waiting(there) as waiting:
+            chunk, start, held = self._records(0), 0, 0
+            for place, item, size in itertools.islice(_shuffled(waiting, self.seed), count):
+                chunk.places.append(place)
+                chunk.items.append(item())
+                held += size
+                if held >= CHUNK_BYTES or len(chunk) >= CHUNK_RECORDS:
+                    yield chunk
+                    start += len(chunk)
+                    chunk, held = self._records(start), 0
+            if len(chunk):
+                yield chunk
+
+
+@contextlib.contextmanager
+def _waiting(there: Iterable[tuple[str, Any, int]]) -> Iterator[Iterator[tuple[str, Callable[[], Any], int]]]:
+    """Records with their places and sizes, each to be had once by a call: large ones lie in a folder until then."""
+    with tempfile.TemporaryDirectory(prefix="sparseft-stream-") as folder:
+
+        def aside(number: int, item: Any) -> Callable[[], Any]:
+            file = Path(folder) / str(number)
+            file.write_bytes(pickle.dumps(item))
+
+            def back() -> Any:
+                content = file.read_bytes()
+                file.unlink()
+                return pickle.loads(content)
+
+            return back
+
+        yield (
+            (place, aside(number, item) if size > LARGE else functools.partial(_same, item), size)
+            for number, (place, item, size) in enumerate(there)
+        )
+
+
+def _same(item: Any) -> Any:
+    return item
 
 
 def _shuffled(items: Iterable[Any], seed: int) -> Iterator[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from sparseft.data.sampling import seeded_first
@@ -73,10 +75,40 @@ def halves(tokens: Tokens) -> np.ndarray:
 
 def _asked_alike(records: np.ndarray, questions: np.ndarray, question_records: np.ndarray) -> np.ndarray:
     """For each record the place of the first one whose first question is the same: its own where it asks nothing."""
-    asking, first = np.unique(question_records, return_index=True)
+    asking, asked = _first_questions(questions, question_records)
     here = np.isin(asking, records)
-    asking, first = np.searchsorted(records, asking[here]), first[here]
-    _, leader, of = np.unique(questions[first], return_index=True, return_inverse=True)
+    asking = np.searchsorted(records, asking[here])
+    _, leader, of = np.unique(asked[here], return_index=True, return_inverse=True)
     alike = np.arange(len(records))
     alike[asking] = asking[leader[of]]
     return alike
+
+
+def _first_questions(questions: np.ndarray, question_records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The records that ask something, ascending, and the first question of each."""
+    asking, first = np.unique(question_records, return_index=True)
+    return asking, questions[first]
+
+
+def kept_apart(
+    parts: Sequence[Tokens], trained: Sequence[np.ndarray], held_out: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Which of the examples `trained` (places) of each of several parts ask no question that another part holds out,
+    bool; `held_out` are the places of those.
+
+    A record's question is its first one, as where one part is split. A question that more records of a part ask than
+    are held out of all parts (one prompt for all) takes none of them away, nor does one on both sides of its own part.
+    """
+    asking, asked = zip(*(_first_questions(tokens.questions, tokens.question_records) for tokens in parts), strict=True)
+    out = [np.isin(own, part.records[at]) for own, part, at in zip(asking, parts, held_out, strict=True)]
+    held = [
+        np.setdiff1d(questions[apart], questions[np.isin(own, part.records[at])])
+        for own, questions, apart, part, at in zip(asking, asked, out, parts, trained, strict=True)
+    ]
+    every, most = np.unique(np.concatenate(held)), sum(int(apart.sum()) for apart in out)
+    kept = []
+    for own, questions, part, at in zip(asking, asked, parts, trained, strict=True):
+        values, of, times = np.unique(questions, return_inverse=True, return_counts=True)
+        taken = np.isin(values, every) & (times <= most)
+        kept.append(~np.isin(part.records[at], own[taken[of]]))
+    return kept

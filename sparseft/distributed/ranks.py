@@ -84,19 +84,25 @@ def from_main(work: Callable[[], Any]) -> Any:
     return value
 
 
-def main_first(work: Callable[[], Any]) -> Any:
+def main_first(work: Callable[[], Any], known: dict[Any, Any]) -> Any:
     """What `work` returns in each process: each machine's first one does it before the others, which find in files what
-    that has left (tokens, downloads). A UserError in any process is raised in every one."""
+    that has left (tokens, downloads), and in `known` what it has put there. A UserError in any process is raised in
+    every one."""
     refusal, value = None, None
-    for first in (True, False) if rank_and_world()[1] > 1 else (env.local_rank() == 0,):
-        if first == (env.local_rank() == 0):
+    rank, world = rank_and_world()
+    local = env.local_rank()
+    for first in (True, False) if world > 1 else (local == 0,):
+        if first == (local == 0):
             try:
                 value = work()
             except UserError as error:
                 refusal = error
-        said = next(filter(None, all_gather_object(None if refusal is None else str(refusal))), None)
+        told = all_gather_object((None if refusal is None else str(refusal), known if first and local == 0 else {}))
+        said = next((each for each, _ in told if each), None)
         if said is not None:
             raise refusal or UserError(said)
+        if first and local != 0:
+            known.update(told[max(0, rank - local)][1])
     return value
 
 

@@ -41,11 +41,6 @@ from sparseft.selection.compute import Request
 from sparseft.training.checkpoints import fitting
 from sparseft.training.reselection.swap import load_active
 
-# Of several processes on the CPU, transformers 5.17 loads an optimizer to "cpu:0", which torch 2.11 does not know.
-torch.serialization.register_package(
-    100, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
-)
-
 
 def draw_anew(checkpoint: Path, seed: int, step: int) -> bool:
     """Whether a checkpoint was saved by another number of processes than go on: then their random states say nothing of

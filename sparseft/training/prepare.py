@@ -11,6 +11,7 @@ from torch import nn
 
 from sparseft import console
 from sparseft.config import RunConfig
+from sparseft.data import contents
 from sparseft.data.loading import check_tokens, data_of
 from sparseft.data.packing import padding_id
 from sparseft.data.templates import chat_date
@@ -67,7 +68,7 @@ def prepare(config: RunConfig) -> Prepared:
     tokenizer = load_tokenizer(config.model)
     # Kept in config.yaml: who reads these data again, a run that goes on, trimming, evaluation, has the same examples.
     config.dataset.chat_date = ranks.from_main(lambda: config.dataset.chat_date or chat_date(config.dataset, tokenizer))
-    data = ranks.main_first(lambda: data_of(config, tokenizer))  # tokenised once on each machine
+    data = ranks.main_first(lambda: data_of(config, tokenizer), contents.KNOWN)  # tokenised once on each machine
     data.tell()
     stored = model_dtype(config.model, load_config(config.model, packed=True))
     wide = config.hardware.fsdp and config.method.widens(stored)  # what FSDP2 has sharded cannot be cast any more

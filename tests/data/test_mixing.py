@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,53 @@ def test_what_is_held_out_is_not_trained_on(world: Path, tokenizer: Any) -> None
     assert letters(one.train, tokenizer) == {"a": 40, "c": 10} and letters(one.eval, tokenizer) == {"b": 20}
     packed = load(world, tokenizer, train_path="a.jsonl", replay="c.jsonl:0.2", packing=True)
     assert packed.packed is not None and len(packed.packed) < 50
+
+
+def prompts(dataset: TokenizedDataset | None, tokenizer: Any) -> Counter[str]:
+    assert dataset is not None
+    return Counter(tokenizer.decode(each["input_ids"]).partition("=")[0].strip() for each in dataset)
+
+
+def test_what_one_set_holds_out_no_other_trains(world: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Also with another answer, and of a replayed set; what most of a set asks is no one's own question."""
+    rows = [{"prompt": f"a {number} =", "completion": "no"} for number in range(40)]
+    rows += [{"prompt": f"x {number} =", "completion": "no"} for number in range(5)]
+    (world / "also.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for settings, held in (
+        ({"train_path": "a.jsonl", "replay": "also.jsonl:0.5"}, 10),
+        ({"mix": ["a.jsonl:0.5", "also.jsonl:0.5"]}, 21),
+        ({"mix": ["a.jsonl", "also.jsonl"]}, 21),
+    ):
+        data = load(world, tokenizer, **settings, eval_fraction=0.25)
+        assert data.eval_overlap == 0 and len(data.eval) == held
+        assert not set(prompts(data.train, tokenizer)) & set(prompts(data.eval, tokenizer))
+        assert any("left out of training" in note for note in data.notes), data.notes
+    (world / "alike.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": "a 0 =", "completion": f"n {n}"}) for n in range(30))
+    )
+    for seed in range(12):  # that question is held out of a.jsonl with some of them
+        data = load(world, tokenizer, seed, train_path="a.jsonl", replay="alike.jsonl:0.4", eval_fraction=0.25)
+        assert prompts(data.train, tokenizer)["a 0"] >= 20
+    (world / "same.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"c {n} =", "completion": "so"}) for n in range(9))
+    )
+    (world / "one.jsonl").write_text(json.dumps({"prompt": "c 9 =", "completion": "so"}))
+    said = "dataset.replay: all examples of .*one.jsonl ask questions that are held out"
+    refused_once = 0
+    for seed in range(30):
+        try:
+            load(world, tokenizer, seed, train_path="c.jsonl", replay="one.jsonl:0.1", eval_fraction=0.3)
+        except UserError as error:
+            assert re.match(said, str(error)), error
+            refused_once += 1
+    assert 0 < refused_once < 30
+
+
+def test_questions_of_a_run_are_those_that_it_trains(world: Path, tokenizer: Any) -> None:
+    """Of a set of which a share is taken, not all."""
+    data = load(world, tokenizer, mix=["a.jsonl:0.2", "c.jsonl:0.8"])
+    trained = prompts(data.train, tokenizer)
+    assert len(trained) == len(data.questions) == 12 and all(f"{each} =" in data.questions for each in trained)
 
 
 def test_long_replayed_examples_are_warned_of(world: Path, tokenizer: Any) -> None:

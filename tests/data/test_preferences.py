@@ -63,6 +63,7 @@ def assistant(content: str) -> dict[str, str]:
 PLAIN = [{"prompt": f"{at} is\n", "chosen": f"a number, {at}.", "rejected": "no."} for at in range(5)]
 CHATS = [{"prompt": [user(f"{at}?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]} for at in range(5)]
 SHAPES = {  # the same chat, as data sets spell it
+    "as HH-RLHF has it": {"chosen": "\n\nHuman: a?\n\nAssistant: yes", "rejected": "\n\nHuman: a?\n\nAssistant:  no"},
     "apart": {"prompt": [user("a?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
     "in front of both": {"chosen": [user("a?"), assistant("yes")], "rejected": [user("a?"), assistant("no")]},
     "and as a list": {
@@ -251,3 +252,22 @@ def test_records_that_say_nothing_of_what_is_better(tokenizer: Any, tmp_path: Pa
         load(tmp_path, [{"prompt": "a", "completion": "b"}], tokenizer)
     with pytest.raises(UserError, match=r"dataset\.format=alpaca: not a format of this objective; give preference or"):
         load(tmp_path, PLAIN, tokenizer, format="alpaca")
+
+
+def test_dialogues_in_texts(tmp_path: Path, chatting: Any) -> None:
+    """As HH-RLHF has them, some of which end with a question or an empty answer; text that only mentions a turn is
+    none."""
+    before = "\n\nHuman: a\n\nb?\n\nAssistant: yes\n\nHuman: why?"
+    worse = f"{before}\n\nAssistant: no."
+    rows = [{"chosen": f"{before}\n\nAssistant: so {at}.", "rejected": worse} for at in range(3)]
+    odd = [{"chosen": before, "rejected": worse}, {"chosen": f"{before}\n\nAssistant: ", "rejected": worse}]
+    data = load(tmp_path, [*rows, *odd[1:]], chatting)
+    assert data.format == "messages" and len(data.preferences) == 3
+    shown = text(data.preferences.better[0], chatting)
+    assert "user\na\n\nb?" in shown and "assistant\nyes" in shown and "user\nwhy?" in shown
+    assert "so 0." in text(data.preferences.better[0], chatting, learnt=True)
+    assert "yes" not in text(data.preferences.better[0], chatting, learnt=True)
+    with pytest.raises(UserError, match="records.jsonl, line 4: 'chosen' has no message behind"):
+        load(tmp_path, [*rows, odd[0]], chatting)
+    mentioned = {"prompt": "What is\n", "chosen": "Human: a\n\nAssistant: b", "rejected": "no"}
+    assert load(tmp_path, [mentioned], chatting).format == "prompt_completion"

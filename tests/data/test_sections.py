@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseft.data import encoding, readers, sections
+from sparseft.data import encoding, readers, records, sections
 from sparseft.data.encoding import Encoder
 from sparseft.data.formats import Example
 from sparseft.data.sources import open_source
@@ -205,3 +205,29 @@ def test_memory_does_not_grow_with_a_document(tmp_path: Path) -> None:
     for name, kibibytes, tokens in peaks(tmp_path / "cache", [small], large):
         assert tokens > 1_200_000, name
         assert kibibytes < 200 * 1024, f"{name}: {kibibytes / 1024:.0f} MiB more"
+
+
+def test_what_a_stream_holds_is_bounded_by_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order and with the content that it had: as if all that waits were in memory."""
+    text = "".join(f"{number} and a line of words, as many as there are.\n" for number in range(40_000))
+    file = write(tmp_path / "book.txt", text + "\n\n" + "\n\n".join(f"short {number}" for number in range(90)))
+    for module in (sections, readers):
+        monkeypatch.setattr(module, "LONGEST", 2**15)
+    monkeypatch.setattr(records, "BUFFER", 64)
+
+    def read() -> list[list[tuple[str, str]]]:
+        chunks = open_source(file, streaming=True, shuffle=3).chunks(100)
+        return [[(chunk.where(at), item["text"]) for at, item in enumerate(chunk.items)] for chunk in chunks]
+
+    monkeypatch.setattr(records, "LARGE", 2**30)
+    in_memory = [each for chunk in read() for each in chunk]
+    monkeypatch.setattr(records, "LARGE", 2**14)
+    monkeypatch.setattr(records, "CHUNK_BYTES", 2**16)
+    chunks = read()
+    assert [each for chunk in chunks for each in chunk] == in_memory and len(in_memory) == 100
+    assert max(sum(len(text) for _, text in chunk) for chunk in chunks) < 2**16 + 2**15
+    kept: list[int] = []
+    dumps = records.pickle.dumps
+    monkeypatch.setattr(records.pickle, "dumps", lambda item: kept.append(len(item["text"])) or dumps(item))
+    read()
+    assert sum(kept) > 2**20 and min(kept) > 2**14  # the long ones, and none of the short ones

@@ -1,4 +1,4 @@
-"""Of several processes on one machine the first one tokenises, the others read what it has left."""
+"""Of several processes on one machine the first one hashes and tokenises, the others read what it has left."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sparseft.compose.run_config import compose
+from sparseft.data import contents
 from sparseft.data.token_cache import Cache
 from sparseft.distributed import ranks
 from sparseft.errors import UserError
@@ -50,11 +51,19 @@ def process(rank: int, folder: Path, words: list[str]) -> None:
         return making(self, key)
 
     Cache.making = slow  # type: ignore[method-assign]
+    hashing, hashed = contents.file_hash, []
+
+    def counted(file: Path) -> str:
+        hashed.append(file)
+        return hashing(file)
+
+    contents.file_hash = counted
     data = prepare(compose("train", words)).data
-    good = len(made)
+    good, read = len(made), len(hashed)
     bad = refusal(lambda: prepare(compose("train", [*words, f"dataset.train_path={folder / 'bad.jsonl'}"])))
-    others = [refusal(lambda at=at: ranks.main_first(lambda: refused_by(at))) for at in range(3)]
-    found = {"made": good, "fingerprint": data.fingerprint, "bad": bad, "made in all": len(made), "others": others}
+    others = [refusal(lambda at=at: ranks.main_first(lambda: refused_by(at), {})) for at in range(3)]
+    found = {"made": good, "fingerprint": data.fingerprint, "bad": bad, "made in all": len(made), "others": others,
+             "hashed": read}  # fmt: skip
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -79,6 +88,7 @@ def test_the_first_process_of_a_machine_tokenises_for_all(
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["fingerprint"] == second["fingerprint"]
     assert (first["made"], second["made"]) == (1, 0)
+    assert (first["hashed"], second["hashed"]) == (2, 0)  # before it was read and afterwards
     assert first["bad"] == second["bad"] and "bad.jsonl, line 41: " in first["bad"]
     assert (first["made in all"], second["made in all"]) == (2, 0)
     assert first["others"] == ["process 0 refuses", "process 1 refuses", "none: 2"] == second["others"]

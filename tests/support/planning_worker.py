@@ -38,14 +38,17 @@ class Measured(transformers.TrainerCallback):
     def __init__(self, trainer: Trainer, counter: AllocationCounter) -> None:
         self.trainer, self.counter = trainer, counter
         self.found: dict[str, int] = {}
-        models = [trainer.model, getattr(trainer, "ref_model", None)]
-        self.tensors = [each for model in models if model for each in (*model.parameters(), *model.buffers())]
-        for tensor in self.tensors:  # what DeepSpeed shards goes away again
+        for tensor in self.tensors():  # what DeepSpeed shards goes away again
             counter._count(own(tensor).untyped_storage())
             if hasattr(tensor, "ds_tensor"):  # or was read in shards
                 counter._count(tensor.ds_tensor.untyped_storage())
         self.before = counter.live
         self.handle = register_optimizer_step_pre_hook(self.updating)
+
+    def tensors(self) -> list[Tensor]:
+        """All that the models are now: held, those that are exchanged would be counted as long as this lives."""
+        models = [self.trainer.model, getattr(self.trainer, "ref_model", None)]
+        return [each for model in models if model for each in (*model.parameters(), *model.buffers())]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.counter.peak = self.counter.live
@@ -54,8 +57,9 @@ class Measured(transformers.TrainerCallback):
         """Ahead of the update: the gradients are there, the activations are gone."""
         if self.found and self.found["step"] == self.trainer.state.global_step:
             return  # ZeRO updates one group of parameters after the other
-        trained = [tensor for tensor in self.tensors if tensor.requires_grad]
-        frozen = [tensor for tensor in self.tensors if not tensor.requires_grad]
+        tensors = self.tensors()
+        trained = [tensor for tensor in tensors if tensor.requires_grad]
+        frozen = [tensor for tensor in tensors if not tensor.requires_grad]
         leaves = tree_leaves(list(optimizer.state.values()))
         moments = [own(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         known = {own(tensor).untyped_storage()._cdata for tensor in trained}

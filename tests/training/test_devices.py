@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from sparseft.data.packing import Collator
 from sparseft.training.arguments import training_arguments
 from sparseft.training.trainer import Trainer
 from support.places import ROOT, SUPPORT
-from support.training import attached, examples
+from support.training import attached, examples, trainer_of
 
 CPU = torch.device("cpu")
 
@@ -70,6 +71,41 @@ def test_one_process_that_sees_several_gpus_uses_one(
 
 def test_a_run_on_the_cpu_of_such_a_machine_uses_none(four_gpus: None) -> None:
     assert arguments_on("cpu").n_gpu == 0
+
+
+# ---- several processes on the CPU ----
+
+
+def where(model: nn.Module) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def train_as_one_of_several(folder: Path, answers: Any) -> None:
+    """A step in a process group, here of one; answers where the model's tensors lay before and after it."""
+    from support.models import build_model
+
+    os.environ["LOCAL_RANK"] = "0"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=0, world_size=1)
+    model = attached(build_model("llama"), "s2ft")
+    before = where(model)
+    trainer = trainer_of(model, folder / "run", examples(4), max_steps=1)
+    trainer.train()
+    wrapped = isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    answers.put((wrapped, before, where(model)))
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_on_the_cpu_copy_no_weight(tmp_path: Path) -> None:
+    """Weights are mapped from their files, which all processes of a machine share: a copy would be each one's own."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=train_as_one_of_several, args=(tmp_path, answers))
+    process.start()
+    try:
+        wrapped, before, after = answers.get(timeout=120)
+    finally:
+        process.kill()
+    assert wrapped and before == after
 
 
 # ---- TF32 ----

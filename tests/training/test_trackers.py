@@ -364,6 +364,9 @@ def test_a_tracker_that_cannot_start_ends_the_run_before_it_trains(
         ("https://alice:123456/7@host:80/x", "https://host:80/x"),
         # Where it is not clear what is a password, more is taken out.
         ("http://u:pa@ss/w@h/x", "http://h/x"),
+        ("http://u:p://w@h/x", "http://h/x"),
+        ("http://u:pass://w:rd@h/x http://h/y", "http://h/x http://h/y"),
+        ("http://u:p@h/x,https://v:q@i/y", "http://h/x,https://i/y"),
         ("http://u:12/3@h/x", "http://h/x"),
         ("http://user:12345#x@h/", "http://h/"),
         ("http://me@mlflow.corp:p/w@h/x", "http://h/x"),
