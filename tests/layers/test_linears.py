@@ -818,7 +818,10 @@ def test_trainable_entries_do_not_count_what_lies_outside() -> None:
         ({"blocks": [[0, 1, 2]]}, "pairs"),
         ({"rows": [0.5]}, "integer"),
         ({"rows": [True, False]}, "integer"),
+        ({"rows": {0, 1}}, "rows cannot be read as indices"),
+        ({"columns": None}, "columns cannot be read as indices"),
         ({"blocks": [[0, 0]], "block_size": 0}, "block_size"),
+        ({"blocks": [[0, 0]], "block_size": 2.5}, "block_size of at least 1, a whole number, got 2.5"),
     ],
 )
 def test_bad_indices_are_refused(pattern: dict[str, Any], message: str) -> None:
