@@ -44,7 +44,7 @@ def load_datasets(
     max_length: int,
     seed: int,
     bundled: bool,
-    cache_dir: str | Path,
+    cache_dir: str | Path = RunConfig.cache_dir,
 ) -> LoadedData:
     """Reads, converts, splits and tokenises what `config` names; its fields and `max_length` (tokens, at least 2) have
     been validated.

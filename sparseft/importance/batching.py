@@ -89,9 +89,11 @@ def groups_of(
 
 def split_samples(batch: Mapping[str, Any]) -> Iterator[Sample]:
     """The batch's samples as batches of one, without the positions that the attention mask leaves out, nor the mask."""
-    ids = batch.get("input_ids")
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor) or ids.dim() != 2:
-        raise UserError("a calibration batch needs input_ids of shape (batch, tokens), as the model takes them.")
+        raise UserError(
+            "each calibration batch is to be a dict with input_ids of shape (batch, tokens), as the model takes them."
+        )
     mask = batch.get("attention_mask")
     for i in range(len(ids)):
         kept = mask[i].bool() if mask is not None else torch.ones_like(ids[i], dtype=torch.bool)

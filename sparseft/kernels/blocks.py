@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,14 +14,19 @@ from sparseft.kernels.features import check_places
 from sparseft.kernels.kind import Kind, Shape
 
 
+def is_size(size: Any) -> bool:
+    """Whether blocks can have it: a whole number of at least 1."""
+    return isinstance(size, Integral) and not isinstance(size, bool) and size >= 1
+
+
 class Blocks(Kind):
     """Index (n, 2), block row and block column; values (n, size, size), zero where an edge block is outside."""
 
     name = "blocks"
 
     def check(self, index: Tensor, shape: Shape, size: int | None) -> None:
-        if size is None or size < 1:
-            raise UserError(f"blocks: expected a block_size of at least 1, got {size}.")
+        if not is_size(size):
+            raise UserError(f"blocks: expected a block_size of at least 1, a whole number, got {size!r}.")
         if index.dim() != 2 or index.shape[1] != 2:
             raise UserError(f"blocks: expected pairs (block row, block column), got shape {tuple(index.shape)}.")
         check_places("blocks", index, [math.ceil(side / size) for side in shape])

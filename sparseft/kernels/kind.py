@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sparseft.errors import UserError
+
 Run = tuple[int, int]  # (start, length): consecutive rows or columns, which a view reaches without an index
 Shape = tuple[int, int]  # of a logical weight: (out, in)
 
@@ -23,9 +25,11 @@ class Kind:
     dim: ClassVar[int] = 0
 
     def index(self, given: Any) -> Tensor:
-        """The caller's indices as a tensor."""
-        # On the CPU also where `torch.device` sets another: a list under the meta device would lose its numbers.
-        return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
+        """The caller's indices as a tensor; `UserError` where they are no numbers."""
+        try:  # on the CPU also where `torch.device` sets another: a list under the meta device would lose its numbers
+            return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.name} cannot be read as indices ({error}).") from None
 
     def check(self, index: Tensor, shape: Shape, size: int | None) -> None:
         """`UserError` where an index has the wrong shape, repeats, or lies outside a weight of `shape`."""

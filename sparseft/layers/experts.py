@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparseft.kernels import reference
 from sparseft.layers.grouped_product import Grouping, grouped_product
 from sparseft.layers.pattern import Pattern
 from sparseft.layers.sparse_linear import SparseLinear
@@ -43,7 +42,7 @@ class ExpertLinear(SparseLinear):
         self.out_features, self.in_features = expert.weight.shape
         self.register_parameter("bias", None)
         self._original: tuple[nn.Module, ...] = ()
-        self._plain_loaded = False
+        self._weight_loaded = False
         self._inactive_cast = False
         self.train(expert.experts.training)
         self._set_up()
@@ -81,7 +80,7 @@ class ExpertLinear(SparseLinear):
                 if eager or experts.config._experts_implementation != "grouped_mm":
                     experts.config._experts_implementation = "eager"
                 experts.register_forward_pre_hook(_write_stale)
-                experts.register_load_state_dict_pre_hook(_see_plain)
+                experts.register_load_state_dict_pre_hook(_see_weight)
             stack = ExpertStack(experts, name)
             experts._modules[name] = stack  # where named_modules and state_dict look
             experts.__dict__[name] = stack  # where the experts' forward looks, before the parameter
@@ -115,9 +114,8 @@ class ExpertLinear(SparseLinear):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
-        if self._plain_loaded:
-            self._take_new_base_unless_known()
-        self._plain_loaded = False
+        self._loaded(self._weight_loaded, state_dict, prefix)
+        self._weight_loaded = False
 
 
 class ExpertStack(nn.Module):
@@ -209,11 +207,10 @@ def _write_stale(experts: nn.Module, _inputs: Any) -> None:
         layer.write_if_stale()
 
 
-def _see_plain(experts: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
-    """Ahead of loading: a 3-D weight that comes without an expert's deltas is that expert's new base."""
-    for name, layer in _expert_layers(experts):
-        deltas = any(f"{prefix}{name}.{kind}.delta" in state_dict for kind in reference.KINDS)
-        layer._plain_loaded = prefix + layer.parameter in state_dict and not deltas
+def _see_weight(experts: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+    """Ahead of loading: a 3-D weight is that of each of its experts."""
+    for _, layer in _expert_layers(experts):
+        layer._weight_loaded = prefix + layer.parameter in state_dict
 
 
 def multiplied_at_once(model: nn.Module) -> bool:
@@ -247,7 +244,7 @@ def close_experts(model: nn.Module, *, idle: bool = False) -> None:
         experts.config = experts.__dict__.pop(_CONFIG)
         for hooks in (experts._forward_pre_hooks, experts._load_state_dict_pre_hooks):
             for key, hook in list(hooks.items()):
-                if getattr(hook, "hook", hook) in (_write_stale, _see_plain):
+                if getattr(hook, "hook", hook) in (_write_stale, _see_weight):
                     del hooks[key]
 
 

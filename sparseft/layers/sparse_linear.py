@@ -72,6 +72,7 @@ class SparseLinear(nn.Module):
     _keeps_input: bool | None = None
     _joint: tuple[Any, int] | None = None
     _plan: _Plan | None = None
+    _deltas_first = False  # whether a state dict brought deltas, and their weight is still to come
     bias_apart = False  # whether the bias is added to the product as it was rounded, as by the module it replaced
     beside = False  # whether the deltas stand beside the weight (`layers/beside.py`), not in it
 
@@ -422,11 +423,7 @@ class SparseLinear(nn.Module):
             state_dict = dict(state_dict)  # the caller's own stays as it is
             self._permute_entries(state_dict, prefix, self.row_permutation, self.column_permutation)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        plain = prefix + "weight" in state_dict and not any(
-            f"{prefix}{kind}.delta" in state_dict for kind in self.patterns
-        )
-        if plain:
-            self._take_new_base_unless_known()
+        self._loaded(prefix + "weight" in state_dict, state_dict, prefix)
 
     def _permute_entries(
         self, entries: dict[str, Any], prefix: str, rows: Tensor | None, columns: Tensor | None
@@ -479,15 +476,19 @@ class SparseLinear(nn.Module):
             pattern.permute(self.inverse_of(kind))
 
     @torch.no_grad()
-    def _take_new_base_unless_known(self) -> None:
-        """`_take_new_base`, unless the weight holds what base and deltas say already: of a checkpoint in several files
-        the deltas may have come before the weight that they are in."""
-        loaded = self.weight.detach().clone()
-        self.write_inactive()
-        self.write_back()
-        if self.weight.is_meta or not torch.equal(self.weight, loaded):
-            self.weight.copy_(loaded)
-            self._take_new_base()
+    def _loaded(self, weight: bool, state_dict: dict[str, Any], prefix: str) -> None:
+        """A `weight` that came without deltas is the new base, unless it holds those that came before it, of a
+        checkpoint in several files."""
+        deltas = any(f"{prefix}{kind}.delta" in state_dict for kind in self.patterns)
+        if weight and not deltas and not self.weight.is_meta:
+            loaded = self.weight.detach().clone()
+            self.write_inactive()
+            self.write_back()
+            if not (self._deltas_first and torch.equal(self.weight, loaded)):
+                self.weight.copy_(loaded)
+                self._take_new_base()
+        if weight or deltas:
+            self._deltas_first = deltas and not weight
 
     @torch.no_grad()
     def _take_new_base(self) -> None:

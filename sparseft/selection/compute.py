@@ -255,7 +255,7 @@ def first_samples(batches: Iterable[Mapping[str, Any]], count: float | None) -> 
     """The batches' first `count` samples, cutting the last batch where needed; all, where it is a share or None."""
     left: Any = count if isinstance(count, int) else float("inf")
     for batch in batches:
-        size = len(batch["input_ids"]) if "input_ids" in batch else 0
+        size = len(batch.get("input_ids", ())) if isinstance(batch, Mapping) else 0  # else refused as it is split
         if size > left:
             batch = {name: value[:left] if hasattr(value, "shape") else value for name, value in batch.items()}
         yield batch

@@ -21,6 +21,7 @@ from sparseft.files.atomic import check_replaceable, replaced_folder, write_json
 from sparseft.files.hashing import body_hash
 from sparseft.files.tensors import DESCRIPTIONS, SELECTION_CONFIG, SELECTION_TENSORS, read_described, split_name
 from sparseft.files.untrusted import read_json_object
+from sparseft.kernels.blocks import is_size
 from sparseft.kernels.kinds import KINDS
 from sparseft.kernels.reference import trainable_entries
 from sparseft.models.spec import ModelSpec
@@ -49,12 +50,12 @@ class Selection:
             chosen: dict[str, Tensor] = {}
             for kind, index in kinds.items():
                 if kind == "block_size":
-                    if self.block_size not in (None, int(index)):
+                    if self.block_size not in (None, index):
                         raise UserError(
                             f"selection of {module}: block_size={index}, but other modules have {self.block_size}: "
                             "a selection has one block size."
                         )
-                    self.block_size = int(index)
+                    self.block_size = index
                     continue
                 if kind not in KINDS:
                     raise UserError(f"selection of {module}: expected {', '.join(KINDS)}, got '{kind}'.")
@@ -62,8 +63,6 @@ class Selection:
                     tensor = KINDS[kind].index(index)
                 except UserError as error:
                     raise UserError(f"selection of {module}: {error}") from None
-                except (TypeError, ValueError, RuntimeError) as error:
-                    raise UserError(f"selection of {module}: {kind} cannot be read as indices ({error}).") from None
                 if tensor.numel() == 0:
                     raise UserError(f"selection of {module}: {kind} names no index: leave it out.")
                 if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.is_complex():
@@ -75,6 +74,10 @@ class Selection:
             if chosen:
                 modules[module] = chosen
         self.modules = modules
+        if self.block_size is not None:
+            if not is_size(self.block_size):
+                raise UserError(f"selection: block_size={self.block_size!r}: expected a whole number of at least 1.")
+            self.block_size = int(self.block_size)
 
     @property
     def has_blocks(self) -> bool:

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sparseft.config import BUNDLED_ROOT, DatasetConfig
+from sparseft.config import BUNDLED_ROOT, DatasetConfig, RunConfig
 from sparseft.data.encoding import Encoder, tokenize
 from sparseft.data.formats import Example, detect_format
 from sparseft.data.loading import LoadedData, load_datasets
@@ -865,6 +865,12 @@ def test_bundled_sets_load_with_the_bundled_model(name: str, tokenizer: Any, in_
     else:
         lines = (BUNDLED_ROOT / "data" / loaded.eval_source.removeprefix("bundled:data/")).read_text().strip()
         assert len(loaded.eval) == len(lines.split("\n\n" if name == "text" else "\n"))
+
+
+def test_tokens_lie_where_the_command_keeps_them(in_tmp: Path, tokenizer: Any) -> None:
+    config = DatasetConfig(train_path=write(in_tmp / "a.json", alpaca(3)), eval_fraction=0)
+    assert len(load_datasets(config, tokenizer, max_length=512, seed=0, bundled=False).train) == 3
+    assert (in_tmp / RunConfig.cache_dir / "tokens").is_dir()
 
 
 def test_which_training_set_is_taken(tmp_path: Path, tokenizer: Any) -> None:

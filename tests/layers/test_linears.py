@@ -724,6 +724,17 @@ def test_plain_weight_becomes_the_base(name: str, assign: bool) -> None:
 
 
 @names
+def test_its_own_trained_weight_becomes_the_base_too(name: str) -> None:
+    layer, plain = layer_of(name), make_linear()
+    randomise(layer)
+    plain.load_state_dict({key: layer.state_dict()[key].clone() for key in ("weight", "bias")})
+    layer.load_state_dict(plain.state_dict())
+    assert not any(delta.any() for delta in deltas(layer))
+    layer.restore_base()
+    assert torch.equal(layer.weight, plain.weight)
+
+
+@names
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("first", ["weight", "deltas"])
 def test_a_checkpoint_in_several_files_comes_in_any_order(name: str, assign: bool, first: str) -> None:
@@ -818,7 +829,10 @@ def test_trainable_entries_do_not_count_what_lies_outside() -> None:
         ({"blocks": [[0, 1, 2]]}, "pairs"),
         ({"rows": [0.5]}, "integer"),
         ({"rows": [True, False]}, "integer"),
+        ({"rows": {0, 1}}, "rows cannot be read as indices"),
+        ({"columns": None}, "columns cannot be read as indices"),
         ({"blocks": [[0, 0]], "block_size": 0}, "block_size"),
+        ({"blocks": [[0, 0]], "block_size": 2.5}, "block_size of at least 1, a whole number, got 2.5"),
     ],
 )
 def test_bad_indices_are_refused(pattern: dict[str, Any], message: str) -> None:

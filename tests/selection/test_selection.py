@@ -437,6 +437,12 @@ def test_num_samples_limits_the_calibration(make_model: Callable[..., Any]) -> N
             replace(config, num_samples=wrong).validate()
 
 
+@pytest.mark.parametrize("batches", [[torch.ones(2, 5, dtype=torch.long)], {"input_ids": torch.ones(2, 5)}, [{}]])
+def test_batches_that_are_no_dicts_are_refused(make_model: Callable[..., Any], batches: Any) -> None:
+    with pytest.raises(UserError, match="each calibration batch is to be a dict with input_ids"):
+        compute_selection(make_model("llama"), S2FTConfig(importance="activation"), batches)
+
+
 # ---- determinism ----
 
 SCRIPT = """
@@ -492,6 +498,9 @@ def test_indices_from_the_caller() -> None:
         ({"m": {"blocks": [1, 2]}}, "pairs"),
         ({"m": {"blocks": [[1, 2], [3]]}}, "cannot be read as indices"),
         ({"m": {"rows": ["a"]}}, "cannot be read as indices"),
+        ({"m": {"blocks": [[0, 0]], "block_size": 0}}, "block_size=0: expected a whole number"),
+        ({"m": {"blocks": [[0, 0]], "block_size": 2.5}}, "block_size=2.5: expected a whole number"),
+        ({"m": {"blocks": [[0, 0]], "block_size": "8"}}, "block_size='8': expected a whole number"),
         ({"m": {"rows": []}}, "names no index"),
         ({"m": [1, 2]}, "expected {'rows'"),
     ],
