@@ -64,11 +64,11 @@ def halves(tokens: Tokens) -> np.ndarray:
     where it asks nothing, or more than half of all ask what it does.
     """
     own = np.array([key[0] % 2 for key in tokens.dataset.example_keys()], bool)
-    asking, first = np.unique(tokens.question_records, return_index=True)
+    asking, questions = _first_questions(tokens.questions, tokens.question_records)
     if not len(asking):
         return own
     places = np.searchsorted(asking, tokens.records).clip(max=len(asking) - 1)
-    asked = tokens.questions[first][places]
+    asked = questions[places]
     _, of, counts = np.unique(asked, return_inverse=True, return_counts=True)
     return np.where((asking[places] == tokens.records) & (2 * counts[of] <= len(own)), asked % 2 == 1, own)
 
