@@ -139,7 +139,7 @@ def test_a_packed_checkpoint(quantize: str, wide: Path, tmp_path: Path) -> None:
     words = [*on(tmp_path / "packed", write_data(tmp_path)["json"]), "trainer.max_steps=2"]
     run(tmp_path, "train", *words, "method=s2ft", "output_dir=run")
     patch = refused(tmp_path, "export", "run", "--format", "patch", "--out", "whole", "hardware=cpu")
-    assert "the weights are quantized" in patch
+    assert "whose files are packed" in patch
     assert "quantized already" in refused(tmp_path, "train", *words, "model.quantize=int8")
     assert "what it was quantized from is not known" in refused(
         tmp_path, "train", *words, "method=s2ft", "method.residual=true"
