@@ -2,7 +2,7 @@
 
 The target's are read on the run's held-out examples, the source's on files that nothing is trained on, both split in
 two by whole questions (`data/split.py`): validation, by which something may be chosen, and test, which is reported. A
-held-out example is in the same one with whatever seed it was held out.
+held-out example is in the same one with each seed, but for those of a question that about half of all ask.
 """
 
 from __future__ import annotations

@@ -58,19 +58,23 @@ def held_out_of(
 
 
 def halves(tokens: Tokens) -> np.ndarray:
-    """In which of two halves examples are, bool (examples,): each in the same one whatever else there is.
+    """In which of two halves examples are, bool (examples,).
 
-    A hash says it: of the first question of the record, so that all who ask it are in one half; of the example itself
-    where it asks nothing, or more than half of all ask what it does.
+    A hash says it, so that an example held out with one seed and another is in the same half: of the first question of
+    its record, so that all who ask it are in one half; of the example itself where it asks nothing, where more than
+    half of all ask what it does, and where else a half would be empty.
     """
-    own = np.array([key[0] % 2 for key in tokens.dataset.example_keys()], bool)
+    own = np.array([key[0] % 2 == 1 for key in tokens.dataset.example_keys()], bool)
     asking, questions = _first_questions(tokens.questions, tokens.question_records)
-    if not len(asking):
-        return own
-    places = np.searchsorted(asking, tokens.records).clip(max=len(asking) - 1)
-    asked = questions[places]
-    _, of, counts = np.unique(asked, return_inverse=True, return_counts=True)
-    return np.where((asking[places] == tokens.records) & (2 * counts[of] <= len(own)), asked % 2 == 1, own)
+    asks = np.isin(tokens.records, asking)
+    _, of, times = np.unique(
+        questions[np.searchsorted(asking, tokens.records[asks])], return_inverse=True, return_counts=True
+    )
+    together = asks.copy()
+    together[asks] = 2 * times[of] <= len(own)
+    found = own.copy()
+    found[together] = questions[np.searchsorted(asking, tokens.records[together])] % 2 == 1
+    return own if found.all() or not found.any() else found
 
 
 def _asked_alike(records: np.ndarray, questions: np.ndarray, question_records: np.ndarray) -> np.ndarray:
@@ -96,19 +100,20 @@ def kept_apart(
     """Which of the examples `trained` (places) of each of several parts ask no question that another part holds out,
     bool; `held_out` are the places of those.
 
-    A record's question is its first one, as where one part is split. A question that more records of a part ask than
-    are held out of all parts (one prompt for all) takes none of them away, nor does one on both sides of its own part.
+    A record's question is its first one, as where one part is split. A question that more than half of a part's several
+    records ask (one prompt for all) takes none of them away, nor does one on both sides of its own part.
     """
-    asking, asked = zip(*(_first_questions(tokens.questions, tokens.question_records) for tokens in parts), strict=True)
-    out = [np.isin(own, part.records[at]) for own, part, at in zip(asking, parts, held_out, strict=True)]
-    held = [
-        np.setdiff1d(questions[apart], questions[np.isin(own, part.records[at])])
-        for own, questions, apart, part, at in zip(asking, asked, out, parts, trained, strict=True)
-    ]
-    every, most = np.unique(np.concatenate(held)), sum(int(apart.sum()) for apart in out)
+    asked = [_first_questions(tokens.questions, tokens.question_records) for tokens in parts]
+
+    def of(part: int, places: np.ndarray) -> np.ndarray:
+        asking, questions = asked[part]
+        return questions[np.isin(asking, parts[part].records[places])]
+
+    held = [np.setdiff1d(of(part, held_out[part]), of(part, trained[part])) for part in range(len(parts))]
+    every = np.unique(np.concatenate(held))
     kept = []
-    for own, questions, part, at in zip(asking, asked, parts, trained, strict=True):
-        values, of, times = np.unique(questions, return_inverse=True, return_counts=True)
-        taken = np.isin(values, every) & (times <= most)
-        kept.append(~np.isin(part.records[at], own[taken[of]]))
+    for (asking, questions), part, at in zip(asked, parts, trained, strict=True):
+        _, kind, times = np.unique(questions, return_inverse=True, return_counts=True)
+        taken = np.isin(questions, every) & (times[kind] <= max(1, len(np.unique(part.records)) // 2))
+        kept.append(~np.isin(part.records[at], asking[taken]))
     return kept

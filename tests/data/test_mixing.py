@@ -213,6 +213,15 @@ def test_what_one_set_holds_out_no_other_trains(world: Path, tokenizer: Any, tmp
     assert 0 < refused_once < 30
 
 
+def test_several_answers_to_a_held_out_question_are_left_out(world: Path, tokenizer: Any) -> None:
+    """However few are held out."""
+    rows = [{"prompt": f"a {n} =", "completion": each} for n in range(40) for each in ("no", "never", "not so")]
+    (world / "thrice.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = load(world, tokenizer, train_path="a.jsonl", replay="thrice.jsonl:0.5", eval_fraction=0.025)
+    assert data.eval_overlap == 0 and len(data.eval) == 1
+    assert not set(prompts(data.train, tokenizer)) & set(prompts(data.eval, tokenizer))
+
+
 def test_questions_of_a_run_are_those_that_it_trains(world: Path, tokenizer: Any) -> None:
     """Of a set of which a share is taken, not all."""
     data = load(world, tokenizer, mix=["a.jsonl:0.2", "c.jsonl:0.8"])
