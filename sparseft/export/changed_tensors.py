@@ -146,8 +146,8 @@ class ChangedTensors:
                 yield self._differing(name, value)
 
     def _of_whole(self, names: Collection[str] | None) -> Iterator[Changed]:
-        """Of the trained model in the dtype in which the base is loaded: it may have trained in a narrower one, and then
-        is another model than its base in nearly every value."""
+        """Of the trained model in the dtype in which the base is loaded: one that has trained in a narrower one differs
+        from its base in nearly every value."""
         for name, own in self._names.items():
             if names is None or name in names:
                 yield self._differing(name, self._trained.read(own).to(self._whole_dtype))

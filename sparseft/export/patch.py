@@ -66,7 +66,7 @@ class Patch:
     def save(self, folder: str | Path) -> Path:
         """Writes the two files into a new folder (or in place of another patch), whole or not at all."""
         folder = Path(folder).expanduser()
-        with replaced_folder(folder, (CONFIG,)) as aside:
+        with replaced_folder(folder, (CONFIG,), (TENSORS,)) as aside:
             write_patch(aside, self.about, self.checkpoint, self.tensors.items, lambda _: self.rest)
         return folder
 
