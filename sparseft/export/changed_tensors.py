@@ -141,7 +141,7 @@ class ChangedTensors:
 
     def _of_merged(self, names: Collection[str] | None) -> Iterator[Changed]:
         held = self.places.parameters
-        for name, value in self.places.stored(lambda parameter: held[parameter].detach().cpu()):
+        for name, value in self.places.stored(lambda parameter: held[parameter].detach().cpu(), names):
             if names is None or name in names:
                 yield self._differing(name, value)
 

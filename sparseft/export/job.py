@@ -9,7 +9,7 @@ from typing import Any
 
 from sparseft import __version__, console
 from sparseft.errors import UserError
-from sparseft.export import engines
+from sparseft.export import NOTE, README, engines
 from sparseft.export.changed_tensors import base_of
 from sparseft.export.formats.base import Format, Options
 from sparseft.export.gain import gain
@@ -21,9 +21,7 @@ from sparseft.models import fingerprint
 from sparseft.models.checkpoint import Checkpoint, Places, without_weights
 from sparseft.models.loading import load_model, resolve_device
 
-NOTE = "sparseft_export.json"  # in every export: what it is of, and how near it came; by it a folder may be replaced
-WRITTEN = "written"  # in it: the names of all other files
-README = "README.md"
+WRITTEN = "written"  # in the note: the names of all other files
 
 
 def export(

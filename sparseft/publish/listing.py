@@ -10,7 +10,8 @@ from typing import Any
 
 from sparseft.adapters.description import is_adapter, is_whole_model, read_config
 from sparseft.errors import UserError, nearest, nearest_path, where_looked
-from sparseft.export.job import NOTE, written_in
+from sparseft.export import NOTE
+from sparseft.export.job import written_in
 from sparseft.files.atomic import PARTIAL, dumps
 from sparseft.files.hashing import check_whole, file_hash
 from sparseft.files.hub import ADAPTER_FILES, TEMPLATES, check_inside
@@ -164,7 +165,7 @@ def check_intact(folder: Path) -> None:
     model that does not load without code of its own."""
     if is_whole_model(folder):
         check_whole(folder)
-        if "auto_map" in read_json_object(folder / "config.json"):
+        if "auto_map" in read_json_object(folder / "config.json", numbers=False):
             raise UserError(
                 f"{folder / 'config.json'} names Python code of the model's own (auto_map), which is not pushed: push "
                 "the folder that `sparseft export --format merged model.trust_remote_code=true` leaves."

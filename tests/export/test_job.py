@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sparseft.adapters.lifecycle import load_adapter, merge
 from sparseft.cli.app import main
+from sparseft.commands.export import facts
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
 from sparseft.export import job
@@ -110,6 +111,11 @@ def test_an_interrupted_measurement_leaves_the_export(made: Any, tmp_path: Path,
     monkeypatch.setattr(job, "gain", stopped)
     assert export(made[1], "merged", tmp_path / "out") == 130
     assert (tmp_path / "out/model.safetensors").is_file() and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_share_that_was_touched_is_of_the_entries() -> None:
+    result = {"linears": 4, "entries": 90, "touched": 0.4, "files": 1, "bytes": 1000}
+    assert facts(result) == ["4 linears", "90 entries in 40.0% of their groups", "1 file", "1.0 kB"]
 
 
 def test_a_name_that_no_folder_can_have(made: Any, tmp_path: Path, capsys: Any) -> None:

@@ -177,7 +177,9 @@ def test_what_makes_the_base_work_comes_along(tmp_path: Path) -> None:
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates/tool.jinja").write_text("{{ tools }}")
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "modeling_own.C"}, "own": 7}))
+    more = {"own": 7, "time_step_limit": [0.0, float("inf")]}  # as transformers writes it, though no strict JSON
+    auto_map = {"auto_map": {"AutoConfig": "modeling_own.C"}}
+    (base / "config.json").write_text(json.dumps(config | auto_map | more))
     adapter = adapted.adapter("llama", "rows", base, tmp_path / "adapter")
     for _ in range(2):  # it may be replaced, with its folder of templates
         run(tmp_path, "export", adapter, "--format", "merged", "--out", "out")
@@ -189,7 +191,7 @@ def test_what_makes_the_base_work_comes_along(tmp_path: Path) -> None:
     assert not names & {"modeling_own.py", "pytorch_model.bin.index.json"}
     assert "the base's card" not in (tmp_path / "out/README.md").read_text()  # it has a card of its own
     written = json.loads((tmp_path / "out/config.json").read_text())
-    assert written == {key: value for key, value in config.items() if key != "auto_map"} | {"own": 7}
+    assert written == {key: value for key, value in config.items() if key != "auto_map"} | more
 
 
 def test_only_what_is_part_of_a_model_comes_along(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from sparseft.files.atomic import write_json
 from sparseft.files.tensors import Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
 from sparseft.layers.convert import plain_weight, weight_parameter
-from sparseft.models.loading import check_model_path
+from sparseft.models.loading import check_model_path, file_beside
 
 # Architectures whose linears have transformers' names in mlx-lm, but for what `_name` says: by its source.
 ARCHITECTURES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gpt2")
@@ -141,8 +141,9 @@ class MlxModel:
 
 def _rope_note(source: Source) -> list[str]:
     """mlx-lm's older architectures know `rope_theta` at the top of config.json alone, and else take their default."""
-    file = Path(check_model_path(source.target.model.path)) / "config.json"
-    stored = read_json_object(file, "model") if file.is_file() else {}
+    model = source.target.model
+    file = file_beside(model.path, "config.json", model.revision)
+    stored = {} if file is None else read_json_object(file, "model", numbers=False)
     theta = (stored.get("rope_parameters") or {}).get("rope_theta")
     if theta is None or "rope_theta" in stored:
         return []
