@@ -30,6 +30,7 @@ class Form:
     why: str  # why this one, as a sentence goes on
     write: Write  # messages, the last of them the user's -> the text to go on from
     stops: tuple[str, ...] = ()  # texts at which an answer ends, where the model goes on by itself with another turn
+    alone: bool = False  # a question sees no turns before it
 
 
 def find_form(wanted: str, tokenizer: Any, run: Path | None) -> Form:
@@ -57,7 +58,7 @@ def find_form(wanted: str, tokenizer: Any, run: Path | None) -> Form:
         "plain": _turns(plain_conversation),
         "raw": _alone,
     }[name]
-    return Form(name, why, write, tuple(STOPS[name]))
+    return Form(name, why, write, tuple(STOPS[name]), alone=name == "raw")
 
 
 def _turns(write: Callable[..., str]) -> Write:

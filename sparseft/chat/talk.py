@@ -124,7 +124,7 @@ class Talk:
             ids = prompt_ids(
                 voice.form, self.conversation.messages(voice.name, question, left_out), self.voices.encoder
             )
-            if context is None or len(ids) + room <= context:
+            if voice.form.alone or context is None or len(ids) + room <= context:
                 break
         if not ids:
             raise UserError("the question holds nothing that the tokenizer knows.")

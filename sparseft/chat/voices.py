@@ -17,8 +17,9 @@ from sparseft.chat.form import Form, find_form
 from sparseft.config import ModelConfig, RunConfig
 from sparseft.data.encoding import Encoder, generation_ends
 from sparseft.data.templates import end_of_turn
-from sparseft.errors import UserError, nearest, nearest_path, where_looked
+from sparseft.errors import UserError, nearest, nearest_path, shown, where_looked
 from sparseft.evaluation.target import Target, find_target, load_target
+from sparseft.models.loading import load_tokenizer
 from sparseft.runs import folder as runs
 
 BASE = "base"  # how the base model is called
@@ -113,9 +114,11 @@ class Voices:
         """Loads who was trained; returns the name."""
         own = model = None
         if target.adapter is None:
+            self._check_tokenizer(target)
             model = self._load(target)
         else:
             self._base = self._base or target.model
+            self._check_shared(target)
             if self._attached is None:
                 self._load_base(f"the base model {self._base.path}")
             peft = "peft_type" in read_config(target.adapter)
@@ -133,6 +136,30 @@ class Voices:
         self.trained[name] = Voice(name, target.what, form, own, model)
         self._places[place.resolve()] = name
         return name
+
+    def _check_shared(self, target: Target) -> None:
+        """Refuses an adapter whose folder names another base, where it holds no fingerprint by which loading knows the
+        base, as PEFT's own; and one with a tokenizer of its own."""
+        assert self._base is not None and target.adapter is not None
+        content = read_config(target.adapter)
+        known = "base_fingerprint" in (content.get("sparseft") or content)
+        if not known and _named(target.model.path) != _named(self._base.path):
+            raise UserError(
+                f"{target.adapter} was made for the base {shown(target.model.path)}, and this talk's is "
+                f"{self._base.path}; if they are the same, start it with model.path=FOLDER, for all of them."
+            )
+        own = target.model.tokenizer or target.model.path
+        if own != (self._base.tokenizer or self._base.path):
+            self._check_tokenizer(target)
+
+    def _check_tokenizer(self, target: Target) -> None:
+        """Refuses a tokenizer that makes something else of a talk than everyone's."""
+        if self.tokenizer is not None and _facts(load_tokenizer(target.model)) != _facts(self.tokenizer):
+            option = f"--adapter {target.adapter}" if target.folder is None else f"--run {target.folder}"
+            raise UserError(
+                f"{target.what} was trained with another tokenizer or chat template than this talk's: sparseft chat "
+                f"{option} talks to it."
+            )
 
     def _load(self, target: Target) -> Any:
         """A model of its own, set up for answers; the first tokenizer is everyone's."""
@@ -154,6 +181,18 @@ class Voices:
             number += 1
             name = f"{bare}-{number}"
         return name
+
+
+def _named(path: str) -> str | Path:
+    """What a model is called by: its folder, else its id."""
+    folder = Path(path).expanduser()
+    return folder.resolve() if folder.is_dir() else path
+
+
+def _facts(tokenizer: Any) -> tuple[Any, ...]:
+    """What a tokenizer makes of a talk."""
+    ends = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template)
+    return tokenizer.get_vocab(), tokenizer("User: a\n\nb").input_ids, *ends
 
 
 def _place(target: Target) -> Path:

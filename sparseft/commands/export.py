@@ -10,9 +10,10 @@ from typing import Any
 from sparseft import console
 from sparseft.config import RunConfig
 from sparseft.errors import UserError, nearest
+from sparseft.export import NOTE, README
 from sparseft.export.formats import format_of
 from sparseft.export.formats.base import Options
-from sparseft.export.job import NOTE, README, export
+from sparseft.export.job import export
 from sparseft.export.source import Source
 from sparseft.publish.card import card_of, is_untouched
 from sparseft.publish.facts import check_finished, facts_of
@@ -97,8 +98,8 @@ def facts(result: dict[str, Any]) -> list[str]:
     for many, one in (("linears", "linear"), ("tensors", "tensor"), ("entries", "entry"), ("files", "file")):
         if many in result:
             said.append(f"{result[many]:,} {one if result[many] == 1 else many}")
-    if "touched" in result:
-        said[-1] += f" in {result['touched']:.1%} of their groups"
+            if many == "entries" and "touched" in result:
+                said[-1] += f" in {result['touched']:.1%} of their groups"
     if "target_modules" in result:
         said[-1] += f" ({', '.join(result['target_modules'])})"
     return [*said, console.size(result["bytes"])]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseft.data import prompts
 from sparseft.data.prompts import alpaca_prompt
-from sparseft.errors import UserError, shown
+from sparseft.errors import UserError, reason_of, shown
 from sparseft.evaluation.task_files import common
 from sparseft.files.untrusted import read_json, why
 
@@ -130,7 +130,7 @@ def load_from_hub(task: str) -> list[dict[str, str]]:
         # Offline, no such cache, or the hub cannot be reached: all three are for the user to settle.
         raise UserError(
             f"{task} ({source.path}) is neither in the Hugging Face cache nor could it be fetched "
-            f"({type(error).__name__}); set eval.data_dir=FOLDER with FOLDER/{task}/test.json in the LLM-Adapters "
+            f"({reason_of(error)}); set eval.data_dir=FOLDER with FOLDER/{task}/test.json in the LLM-Adapters "
             "layout."
         ) from error
     return [dict(zip(("instruction", "answer"), source.convert(record), strict=True)) for record in records]

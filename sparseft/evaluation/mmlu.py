@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparseft.data.prompts import mmlu_header, mmlu_question
-from sparseft.errors import UserError, nearest
+from sparseft.errors import UserError, nearest, reason_of
 from sparseft.evaluation.task_files import common
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _from_hub(subject: str) -> Any:
         # Offline, no such cache, or the hub cannot be reached: all three are for the user to settle.
         raise UserError(
             f"MMLU ({HUB}, {subject}) is neither in the Hugging Face cache nor could it be fetched "
-            f"({type(error).__name__}); set eval.data_dir=FOLDER to a folder with dev/, val/ and test/ csv files."
+            f"({reason_of(error)}); set eval.data_dir=FOLDER to a folder with dev/, val/ and test/ csv files."
         ) from error
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import platform
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sparseft.evaluation.comparison import shares, weighted_error
 from sparseft.evaluation.tasks import HARNESS, own_names
 from sparseft.files.atomic import dumps, plain, write_json, write_text
+from sparseft.runs.environment import version_of
 from sparseft.runs.folder import EVAL
 
 PACKAGES = ("sparseft", "lm_eval", "torch", "transformers", "datasets", "peft")
@@ -88,13 +88,7 @@ def arrange(outcome: dict[str, Any], requested: list[str]) -> None:
 
 def package_versions() -> dict[str, str | None]:
     """Versions of what an evaluation depends on; None for a package that is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+    return {"python": platform.python_version()} | {package: version_of(package) for package in PACKAGES}
 
 
 def _leaves(name: str, children: dict[str, list[str]]) -> list[str]:

@@ -23,7 +23,7 @@ from sparseft.export.source import Source
 from sparseft.kernels import reference
 from sparseft.models.checkpoint import Checkpoint, Places, Weight, weight_of, without_weights
 from sparseft.models.fingerprint import base_fingerprint
-from sparseft.models.loading import load_config, load_model, resolve_device
+from sparseft.models.loading import load_config, load_model, model_dtype, resolve_device
 from sparseft.models.packed.checkpoint import PackedCheckpoint
 from sparseft.models.packed.unpacked import Unpacked
 
@@ -85,6 +85,8 @@ class ChangedTensors:
         self.places = Places(model, self.checkpoint.tensors)
         if source.kind == "full":
             self._trained = Checkpoint.of_folder(source.folder)
+            stored = replace(self.base, dtype="auto")
+            self._whole_dtype = dtype or model_dtype(stored, load_config(stored, packed=packed))
             self._names = _pairs(self.places, Places(model, self._trained.tensors))
         else:
             self._weights = {module: weight_of(model, module) for module in source.changes}
@@ -139,14 +141,16 @@ class ChangedTensors:
 
     def _of_merged(self, names: Collection[str] | None) -> Iterator[Changed]:
         held = self.places.parameters
-        for name, value in self.places.stored(lambda parameter: held[parameter].detach().cpu()):
+        for name, value in self.places.stored(lambda parameter: held[parameter].detach().cpu(), names):
             if names is None or name in names:
                 yield self._differing(name, value)
 
     def _of_whole(self, names: Collection[str] | None) -> Iterator[Changed]:
+        """Of the trained model in the dtype in which the base is loaded: one that has trained in a narrower one differs
+        from its base in nearly every value."""
         for name, own in self._names.items():
             if names is None or name in names:
-                yield self._differing(name, self._trained.read(own))
+                yield self._differing(name, self._trained.read(own).to(self._whole_dtype))
 
     def _differing(self, name: str, value: Tensor) -> Changed:
         """The entries in which a tensor differs from the base's, as both are in the dtype of the one or the other."""

@@ -21,7 +21,7 @@ from sparseft.config import ModelConfig
 from sparseft.data.loading import data_of
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
-from sparseft.errors import UserError
+from sparseft.errors import reason_of
 from sparseft.evaluation.held_out import held_out_loss
 from sparseft.export.source import Source
 from sparseft.files.untrusted import read_yaml_object
@@ -36,9 +36,17 @@ def gain(source: Source, written: Path, base: str) -> dict[str, Any] | None:
     of what the adapter brought on the packed base that is in `written`, over the packed base itself (`base`: trained),
     or over the checkpoint, whose loss is then given too.
 
-    One model is in memory at a time. None where the base was not packed, no run says what it was trained on, or it
-    learnt from preferences.
+    One model is in memory at a time. None where the base was not packed, no run says what it was trained on, it learnt
+    from preferences, or the measurement fails, whatever by: what is exported is whole without it.
     """
+    try:
+        return _measured(source, written, base)
+    except Exception as error:  # the run's own files may be elsewhere by now; two models may be more than fits
+        console.warn(f"how much of what was learnt survived is not measured: {reason_of(error)}")
+        return None
+
+
+def _measured(source: Source, written: Path, base: str) -> dict[str, Any] | None:
     beside = source.beside
     if beside is None or source.target.folder is None or source.target.adapter is None:
         return None
@@ -46,11 +54,7 @@ def gain(source: Source, written: Path, base: str) -> dict[str, Any] | None:
     if own.by_preference:
         return None  # what it brought is no loss of imitation
     own.model = beside
-    try:
-        data = data_of(own, source.tokenizer)
-    except UserError as error:  # the run's own files may be elsewhere by now; what is exported is whole without them
-        console.warn(f"how much of what was learnt survived is not measured: {error}")
-        return None
+    data = data_of(own, source.tokenizer)
     rows = data.train if data.eval is None else data.eval
     chosen = [rows[index] for index in seeded_first(min(EXAMPLES, len(rows)), len(rows), own.seed, "gain")]
     device = resolve_device(source.config.hardware.device)

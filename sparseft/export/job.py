@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sparseft import __version__, console
 from sparseft.errors import UserError
-from sparseft.export import engines
+from sparseft.export import NOTE, README, engines
 from sparseft.export.changed_tensors import base_of
 from sparseft.export.formats.base import Format, Options
 from sparseft.export.gain import gain
 from sparseft.export.proof import prove
 from sparseft.export.source import Source
 from sparseft.files.atomic import check_replaceable, explained, name_leftovers, replaced_folder, write_json, write_text
-from sparseft.files.hub import TEMPLATES
+from sparseft.files.untrusted import read_json
 from sparseft.models import fingerprint
 from sparseft.models.checkpoint import Checkpoint, Places, without_weights
 from sparseft.models.loading import load_model, resolve_device
 
-NOTE = "sparseft_export.json"  # in every export: what it is of, and how near it came; by it a folder may be replaced
-README = "README.md"
+WRITTEN = "written"  # in the note: the names of all other files
 
 
 def export(
@@ -42,7 +42,8 @@ def export(
         RunError: what was written is not what was trained; nothing of it is kept.
     """
     out = Path(out).expanduser()
-    check_replaceable(out.resolve(), (NOTE,), (TEMPLATES,))
+    former = [glob.escape(name) for name in written_in(out) or ()]
+    check_replaceable(out.resolve(), (NOTE,), former)
     name_leftovers(out.resolve())
     _check_apart(source, out, options)
     engines.check(options.engine, format.name)
@@ -58,14 +59,13 @@ def export(
         console.log(note)
     with (
         explained(f"the export {out}", lambda: None),
-        replaced_folder(out.resolve(), (NOTE,), (TEMPLATES,)) as aside,
+        replaced_folder(out.resolve(), (NOTE,), former) as aside,
     ):
         with console.working(f"writing {format.name}"):
             facts = format.write(source, options, aside)
         with console.working("checking every value that was written"):
             format.verify(source, options, aside)
         proof = prove(source, format, options, aside)
-        kept = gain(source, aside, options.base) if format.whole else None
         about = {
             "sparseft": __version__,
             "format": format.name,
@@ -74,13 +74,26 @@ def export(
         }
         if readme is not None:
             write_text(aside / README, readme(facts))
-        write_json(
-            aside / NOTE,
-            about | {"method": source.method} | facts | {"proof": proof} | ({} if kept is None else {"gain": kept}),
-        )
+        written = sorted(file.relative_to(aside).as_posix() for file in aside.rglob("*") if file.is_file())
+        about |= {"method": source.method} | facts | {"proof": proof, WRITTEN: written}
+        write_json(aside / NOTE, about)
+    kept = gain(source, out, options.base) if format.whole else None  # an interrupt takes nothing away any more
+    if kept is not None:
+        write_json(out / NOTE, about | {"gain": kept})
     rank = facts.get("r")  # of formats that have none, null
     found = {"path": str(out), "format": format.name, "rank": rank, **facts, "notes": notes, "proof": proof}
     return found if kept is None else found | {"gain": kept}
+
+
+def written_in(folder: Path) -> list[str] | None:
+    """The files that an export has written into a folder, as paths in it; None where none says so: all else that lies
+    there is the user's own."""
+    try:
+        content = read_json(folder / NOTE)
+    except (OSError, ValueError):
+        return None
+    written = content.get(WRITTEN) if isinstance(content, dict) else None
+    return written if isinstance(written, list) and all(isinstance(name, str) for name in written) else None
 
 
 def check_base(source: Source) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import UserError, nearest, nearest_path, shown, where_looked
+from sparseft.export import NOTE, README
 from sparseft.export.changed_tensors import Changed
 from sparseft.export.holders import DictHolder, Holder, holder_of, rest_fingerprint, sampled_places
 from sparseft.files.atomic import check_replaceable, replaced_folder, write_json
@@ -66,7 +67,7 @@ class Patch:
     def save(self, folder: str | Path) -> Path:
         """Writes the two files into a new folder (or in place of another patch), whole or not at all."""
         folder = Path(folder).expanduser()
-        with replaced_folder(folder, (CONFIG,)) as aside:
+        with replaced_folder(folder, (CONFIG,), (TENSORS,)) as aside:
             write_patch(aside, self.about, self.checkpoint, self.tensors.items, lambda _: self.rest)
         return folder
 
@@ -150,13 +151,14 @@ def _apply_to_folder(folder: Path, patch: Patch, out: str | Path | None) -> Patc
     checkpoint = Checkpoint.of_folder(folder)
     undo = _checked(DictHolder(_Lazy(checkpoint)), patch)
     shards = {checkpoint.files[name] for name in patch.tensors}
+    left_out = {*shards, WHOLE_CONFIG, *((NOTE, README) if (folder / NOTE).is_file() else ())}
     with replaced_folder(out, ()) as aside:
-        # The hashes of a fully trained model's files are no longer those of these. Modes stay behind: a model that is
-        # shared is read-only, down to its folder.
+        # The hashes of a fully trained model's files are no longer those of these, and what an export says of itself is
+        # no longer true. Modes stay behind: a model that is shared is read-only, down to its folder.
         for place, _, names in os.walk(folder, followlinks=True):
             for file in (Path(place, name) for name in names):
                 name = file.relative_to(folder)
-                if file.is_file() and str(name) not in {*shards, WHOLE_CONFIG}:
+                if file.is_file() and str(name) not in left_out:
                     (aside / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, aside / name)
         for shard in sorted(shards):
@@ -286,5 +288,8 @@ def _read(folder: Path) -> Patch:
     if tensors:
         raise UserError(f"{folder}: '{shown(next(iter(tensors)))}' is not in {CONFIG}.")
     about = {key: content.get(key) for key in ("base_model", "base_fingerprint", "method")}
-    shapes = {str(name): tuple(shape) for name, shape in checkpoint.items()}
+    for name, shape in checkpoint.items():
+        if not isinstance(shape, list) or not all(type(side) is int for side in shape):
+            raise UserError(f"{folder}: the shape of '{shown(name)}' in {CONFIG} is not a list of whole numbers.")
+    shapes = {name: tuple(shape) for name, shape in checkpoint.items()}
     return Patch(found, about, shapes, str(content.get("rest_fingerprint")))

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +180,10 @@ def remove(folder: Path) -> None:
     _delete(old)
 
 
-def check_replaceable(path: Path, marks: Collection[str], folders: Collection[str] = ()) -> None:
+def check_replaceable(path: Path, marks: Collection[str], owned: Collection[str] = ()) -> None:
     """Refuses a path, before the work, that `replaced_folder` would refuse after it, and one that could not be put
     aside, or not without taking the current folder away."""
-    check_ours(path, marks, folders)
+    check_ours(path, marks, owned)
     if path.is_dir() and not path.is_symlink():
         place = path.resolve()
         mounted, inside = os.path.ismount(place), Path.cwd().is_relative_to(place)
@@ -191,26 +192,33 @@ def check_replaceable(path: Path, marks: Collection[str], folders: Collection[st
             raise UserError(f"{path}: cannot be replaced, as {why}: name a folder in it, such as {path / 'new'}.")
 
 
-def check_ours(path: Path, marks: Collection[str], folders: Collection[str] = ()) -> None:
-    """Refuses a file, and a folder that holds anything of the user's own."""
+def check_ours(path: Path, marks: Collection[str], owned: Collection[str] = ()) -> None:
+    """Refuses a file, and a folder that holds anything of the user's own: none of `marks`, or a file whose path in it
+    no pattern of `owned` fits."""
     try:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: expected a folder to write, this is a file.")
-        there = list(path.iterdir()) if path.exists() else []
+        there = sorted(path.iterdir()) if path.exists() else []
+        files = [
+            file.relative_to(path).as_posix()
+            for entry in there
+            for file in ([each for each in entry.rglob("*") if not each.is_dir()] if entry.is_dir() else ()) or [entry]
+        ]
     except OSError as error:  # a name that is too long, say
         raise UserError(f"{path}: cannot be written: {error.strerror}.") from error
-    ours = any(entry.name in marks for entry in there) and all(
-        entry.name in folders for entry in there if entry.is_dir()
-    )
-    if there and not ours:
-        raise UserError(f"{path}: the folder holds other files, which would be lost: name a new one.")
+    patterns = (f"{PARTIAL}*", *marks, *owned) if any(entry.name in marks for entry in there) else ()
+    for name in files:
+        if not any(fnmatchcase(name, pattern) for pattern in patterns):
+            raise UserError(
+                f"{path}: the folder holds other files, which would be lost ('{name}'): name a new one, or move them."
+            )
 
 
 @contextlib.contextmanager
-def replaced_folder(path: str | Path, marks: Collection[str], folders: Collection[str] = ()) -> Iterator[Path]:
+def replaced_folder(path: str | Path, marks: Collection[str], owned: Collection[str] = ()) -> Iterator[Path]:
     """`with replaced_folder(path, marks) as aside:` fills a new folder that takes the place of `path` at the end, or
-    never. What is replaced holds a file named in `marks`, and of folders those of `folders` alone: never a folder of
-    the user's other files (`UserError`)."""
+    never. What is replaced holds a file named in `marks`, and no other files than these and those that the patterns of
+    `owned` fit (`*` is `/` too): never a file of the user's own (`UserError`)."""
     path = Path(os.path.abspath(path))
     try:
         if path.exists() and not path.is_dir():
@@ -230,7 +238,7 @@ def replaced_folder(path: str | Path, marks: Collection[str], folders: Collectio
             if file.is_file():
                 file.chmod(0o666 & ~mask)
         if aside != path:
-            check_ours(path, marks, folders)
+            check_ours(path, marks, owned)
             publish(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

@@ -20,7 +20,7 @@ ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetens
 WHOLE_CONFIG = "sparseft_config.json"
 ADAPTER_FORMAT = 1  # version of a sparse adapter's folder
 SELECTION_CONFIG, SELECTION_TENSORS = "selection.json", "selection.safetensors"
-DESCRIPTIONS = (ADAPTER_CONFIG, WHOLE_CONFIG, SELECTION_CONFIG)
+DESCRIPTIONS = (ADAPTER_CONFIG, WHOLE_CONFIG)  # of an adapter
 
 KINDS = ("rows", "columns", "blocks", "grid")
 

@@ -92,10 +92,11 @@ def read_json(path: str | Path, *, numbers: bool = True) -> Any:
     return parse_json(read_bytes(path).decode("utf-8"), numbers=numbers)
 
 
-def read_json_object(path: str | Path, what: str = "") -> dict[str, Any]:
-    """A JSON file that holds one object, of `what` folder; `UserError` naming the file otherwise."""
+def read_json_object(path: str | Path, what: str = "", *, numbers: bool = True) -> dict[str, Any]:
+    """A JSON file that holds one object, of `what` folder; `UserError` naming the file otherwise. numbers: as for
+    `parse_json`; the files of transformers may hold infinities."""
     try:
-        content = read_json(path)
+        content = read_json(path, numbers=numbers)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{f', so this is no {what} folder' if what else ''}.") from None
     except (OSError, ValueError) as error:

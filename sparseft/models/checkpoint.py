@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -339,10 +339,14 @@ class Places:
         values = [read(part.name).reshape(-1)[part.index] for part in parts]
         return torch.cat(values)[torch.cat([part.which for part in parts]).argsort()]
 
-    def stored(self, parameters: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the checkpoint that the model has, of the values that its parameters (by name) hold, in
-        their dtype: a view where it is the parameter itself."""
+    def stored(
+        self, parameters: Callable[[str], Tensor], names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the checkpoint that the model has (`names`: at least those), of the values that its
+        parameters (by name) hold, in their dtype: a view where it is the parameter itself."""
         for group in self.groups.values():
+            if names is not None and set(names).isdisjoint((*group.names, *group.twins)):
+                continue
             if group.pattern is None:
                 if group.parameters[0] in self.parameters:  # not a buffer
                     for name in (*group.names, *group.twins):

@@ -84,7 +84,7 @@ def _unpack(file: Path, what: str, folder: Path) -> None:
     except BROKEN as error:
         raise _refusal(what, error) from error
     _check_all_read(what, sizes, model)
-    with without_report(), replaced_folder(folder, ["config.json"]) as aside:
+    with without_report(), replaced_folder(folder, ["config.json"], ["*"]) as aside:
         model.save_pretrained(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)

@@ -10,7 +10,8 @@ from typing import Any
 
 from sparseft.adapters.description import is_adapter, is_whole_model, read_config
 from sparseft.errors import UserError, nearest, nearest_path, where_looked
-from sparseft.export.job import NOTE
+from sparseft.export import NOTE
+from sparseft.export.job import written_in
 from sparseft.files.atomic import PARTIAL, dumps
 from sparseft.files.hashing import check_whole, file_hash
 from sparseft.files.hub import ADAPTER_FILES, TEMPLATES, check_inside
@@ -112,7 +113,13 @@ def listing_of(
     if (path / NOTE).is_file():
         what, root = f"the export {path}", path
         place = path
-        wanted = [each for each in _loaded_from(path) if not _reason(each.name) and each.name != CARD]
+        if (written := written_in(path)) is None:
+            raise UserError(f"{path / NOTE} does not say which files were written: export it again.")
+        wanted = [
+            each
+            for each in _loaded_from(path)
+            if each.relative_to(path).as_posix() in written and not _reason(each.name) and each.name != CARD
+        ]
         text = _card_of_export(path)
     elif runs.is_run(path) or is_adapter(path):
         run = runs.is_run(path)
@@ -158,7 +165,7 @@ def check_intact(folder: Path) -> None:
     model that does not load without code of its own."""
     if is_whole_model(folder):
         check_whole(folder)
-        if "auto_map" in read_json_object(folder / "config.json"):
+        if "auto_map" in read_json_object(folder / "config.json", numbers=False):
             raise UserError(
                 f"{folder / 'config.json'} names Python code of the model's own (auto_map), which is not pushed: push "
                 "the folder that `sparseft export --format merged model.trust_remote_code=true` leaves."

@@ -24,8 +24,8 @@ def environment(device: str, dtype: str, world_size: int) -> dict[str, Any]:
     Read from the packages' metadata, so nothing is imported. Neither the user nor the host is named.
     """
     return {
-        "versions": {"sparseft": _version("sparseft"), "python": platform.python_version()}
-        | {package: _version(package) for package in PACKAGES},
+        "versions": {"sparseft": version_of("sparseft"), "python": platform.python_version()}
+        | {package: version_of(package) for package in PACKAGES},
         "commit": package_commit(),
         "device": str(device),
         "dtype": str(dtype),
@@ -37,7 +37,8 @@ def environment(device: str, dtype: str, world_size: int) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

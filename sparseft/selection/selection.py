@@ -19,7 +19,7 @@ from sparseft import console
 from sparseft.errors import UserError, shown
 from sparseft.files.atomic import check_replaceable, replaced_folder, write_json
 from sparseft.files.hashing import body_hash
-from sparseft.files.tensors import DESCRIPTIONS, SELECTION_CONFIG, SELECTION_TENSORS, read_described, split_name
+from sparseft.files.tensors import SELECTION_CONFIG, SELECTION_TENSORS, read_described, split_name
 from sparseft.files.untrusted import read_json_object
 from sparseft.kernels.blocks import is_size
 from sparseft.kernels.kinds import KINDS
@@ -110,7 +110,7 @@ class Selection:
         from safetensors.torch import save_file
 
         folder = Path(folder).expanduser()
-        check_replaceable(folder, DESCRIPTIONS)
+        check_replaceable(folder, (SELECTION_CONFIG,), (SELECTION_TENSORS,))
         if self.has_blocks and self.block_size is None:
             raise UserError("a selection of blocks needs its block_size: Selection({…}, block_size=64).")
         if shapes is None:
@@ -134,7 +134,7 @@ class Selection:
             for module, kinds in self.modules.items()
             for kind, index in kinds.items()
         }
-        with replaced_folder(folder, DESCRIPTIONS) as aside:
+        with replaced_folder(folder, (SELECTION_CONFIG,), (SELECTION_TENSORS,)) as aside:
             save_file(tensors, aside / SELECTION_TENSORS, {"config_sha256": body_hash(content)})
             write_json(aside / SELECTION_CONFIG, content)
         return folder

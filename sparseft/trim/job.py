@@ -151,7 +151,10 @@ class Trimming:
         state = require_state(model)
         state.base_model = str((content.get("sparseft") or content).get("base_model") or state.base_model)
         assert state.active is not None
-        with explained(f"the trimmed adapter {out}", lambda: None), replaced_folder(out, DESCRIPTIONS) as aside:
+        with (
+            explained(f"the trimmed adapter {out}", lambda: None),
+            replaced_folder(out, DESCRIPTIONS, runs.OF_AN_ADAPTER) as aside,
+        ):
             state.kind.save(model, state, state.active, aside, None)
             note = {"sparseft": __version__, "of": self.target.what, "run": self._told()} | outcome
             write_json(aside / runs.TRIM, note)
@@ -173,7 +176,7 @@ class Trimming:
     def replace(self, model: nn.Module, outcome: dict[str, Any]) -> None:
         """Puts it into the run in place of the adapter as trained, which is kept beside it."""
         assert self.target.adapter is not None and self.target.folder is not None
-        with replaced_folder(self.target.folder / runs.UNTRIMMED, DESCRIPTIONS) as aside:
+        with replaced_folder(self.target.folder / runs.UNTRIMMED, DESCRIPTIONS, runs.OF_AN_ADAPTER) as aside:
             for file in self.target.adapter.iterdir():
                 shutil.copyfile(file, aside / file.name)
         self.write(model, outcome, self.target.adapter)

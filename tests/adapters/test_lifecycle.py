@@ -163,6 +163,10 @@ def test_saving_over_an_adapter_and_refusing_other_folders(
         sparseft.save_adapter(model, tmp_path / "a")
     assert torch.equal(logits(sparseft.load_adapter(make_model("llama"), tmp_path / "a")), logits(model))
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    (tmp_path / "a/x.gguf").write_text("hours of work")
+    with pytest.raises(UserError, match=r"holds other files, which would be lost \('x.gguf'\)"):
+        sparseft.save_adapter(model, tmp_path / "a")
+    (tmp_path / "a/x.gguf").unlink()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "code.py").write_text("print()")
     with pytest.raises(UserError, match="holds other files"):

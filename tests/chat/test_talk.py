@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 
 import sparseft
+from sparseft.chat.form import find_form
 from sparseft.chat.screen import Pipe
 from sparseft.chat.talk import Leave, Talk
 from sparseft.chat.voices import Voices
@@ -271,6 +273,41 @@ def test_a_full_context_loses_its_oldest_turns_and_says_so_once(world: Path) -> 
     talk.take("the raven is black and " * 82)  # leaves room for six tokens
     answer = talk.turns[-1]["answers"]["base"]
     assert answer["tokens"] < 12 and (answer["ended"] == "itself") != heard.notes[-1].endswith("(the context is full)")
+
+
+def test_a_question_that_stands_alone_leaves_out_nothing(world: Path) -> None:
+    """It sees no turns before it: those that a later one sees are not the fewer for its length."""
+    talk, heard = talk_to(run=world / "one")
+    talk.take(QUESTIONS[0])
+    trained = talk.asked[0]
+    form, trained.form = trained.form, find_form("raw", talk.voices.tokenizer, None)
+    words = next(n for n in range(600) if len(talk.voices.tokenizer("raven " * n).input_ids) > 504)
+    talk.take("raven " * words)
+    assert not [note for note in heard.notes if "no longer sees" in note]
+    trained.form = form
+    talk.conversation.turns.pop()
+    talk.take(QUESTIONS[1])
+    assert QUESTIONS[0] in talk.voices.tokenizer.decode(trained.memory.ids)
+
+
+def test_what_cannot_share_a_talk_is_refused(world: Path, tmp_path: Path) -> None:
+    """PEFT's own folders know no fingerprint of their base; a tokenizer of its own would be passed over."""
+    talk, _ = talk_to(run=world / "one")
+    other = tmp_path / "other"
+    shutil.copytree(TINY, other)
+    peft.get_peft_model(plain_model(other), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "b")
+    with pytest.raises(UserError, match=f"made for the base {other}, and this talk's is .*model.path=FOLDER"):
+        talk.take(f"/adapter {tmp_path / 'b'}")
+    shutil.copytree(world / "two" / "adapter", tmp_path / "own")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    tokenizer.save_pretrained(tmp_path / "own")
+    talk.take(f"/adapter {tmp_path / 'own'}")
+    tokenizer.chat_template = TEMPLATE
+    shutil.copytree(world / "two" / "adapter", tmp_path / "templated")
+    tokenizer.save_pretrained(tmp_path / "templated")
+    with pytest.raises(UserError, match="another tokenizer .*: sparseft chat --adapter"):
+        talk.take(f"/adapter {tmp_path / 'templated'}")
+    assert list(talk.voices.trained) == ["one", "own"]
 
 
 def test_commands(world: Path) -> None:

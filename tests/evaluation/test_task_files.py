@@ -13,7 +13,7 @@ import yaml
 from sparseft.config import EvalConfig
 from sparseft.data.prompts import mmlu_header
 from sparseft.errors import UserError
-from sparseft.evaluation import llm_adapters
+from sparseft.evaluation import llm_adapters, mmlu
 from sparseft.evaluation import llm_adapters as hub
 from sparseft.evaluation.llm_adapters import GROUPS, group_of
 from sparseft.evaluation.mmlu import MMLU_CATEGORIES, MMLU_SUBJECTS
@@ -183,6 +183,19 @@ PUBLISHED = {
     "MultiArith": ({"question": " How much? ", "final_ans": "8"}, "How much?", "8.0"),
 }  # fmt: skip
 PUBLISHED["ARC-Challenge"] = PUBLISHED["ARC-Easy"]
+
+
+@pytest.mark.parametrize("load", [lambda: hub.load_from_hub("boolq"), lambda: mmlu._from_hub("anatomy")])
+def test_why_nothing_came_from_the_hub_is_said(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is no missing network."""
+    import datasets
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        load()
 
 
 @pytest.mark.parametrize("task", hub.SOURCES)

@@ -9,8 +9,18 @@ import pytest
 
 from sparseft.compose.run_config import compose, to_yaml
 from sparseft.config import ModelConfig
+from sparseft.export import gain as module
 from sparseft.export.gain import gain
 from sparseft.models.loading import load_tokenizer
+
+
+def test_what_fails_costs_no_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out examples without an answer, say, or a model that does not fit any more."""
+    monkeypatch.setattr(module, "_measured", lambda *_: 1 / 0)
+    assert gain(SimpleNamespace(), tmp_path, "trained") is None
+    assert "survived is not measured: division by zero" in capsys.readouterr().err
 
 
 def test_data_that_are_gone_cost_no_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,14 +15,17 @@ from safetensors.torch import load_file, save_file
 
 from sparseft.adapters.lifecycle import load_adapter, merge
 from sparseft.cli.app import main
+from sparseft.commands.export import facts
 from sparseft.config import ModelConfig
 from sparseft.errors import UserError
+from sparseft.export import job
 from sparseft.export.formats import format_of
 from sparseft.export.formats.patch import PatchFormat
 from sparseft.export.job import check_base
 from sparseft.export.patch import apply_patch
 from sparseft.models.fingerprint import base_fingerprints
 from sparseft.models.loading import load_model
+from sparseft.publish.listing import listing_of
 from support.exported import adapter, lora, saved_model
 from support.models import build_tokenizer
 from support.running import files, refused, sparseft
@@ -83,6 +86,36 @@ def test_a_card_that_was_edited_is_not_lost(made: Any, tmp_path: Path, capsys: A
     card.write_text("My own words.\n" + card.read_text())
     assert export(made[1], "patch", out) == 2
     assert "README.md was edited" in capsys.readouterr().err and card.read_text().startswith("My own words.")
+
+
+def test_a_file_that_another_tool_put_there_is_neither_lost_nor_sent(made: Any, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    assert export(made[1], "merged", out) == 0
+    assert "README.md" in (first := files(out)) and {"config.json", "model.safetensors"} <= first
+    assert export(made[1], "merged", out) == 0 and files(out) == first
+    (out / "x.gguf").write_text("hours of work")
+    (out / ".env").write_text("TOKEN=1")
+    listed = listing_of(str(out), "me/mine", base="me/base")
+    assert {file.name for file in listed.files} == first - {"sparseft_export.json"}
+    assert {".env", "x.gguf"} <= {name for name, *_ in listed.left_out}
+    (out / ".env").unlink()
+    before = files(out)
+    assert export(made[1], "merged", out) == 2
+    assert "holds other files, which would be lost ('x.gguf')" in capsys.readouterr().err and files(out) == before
+
+
+def test_an_interrupted_measurement_leaves_the_export(made: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "gain", stopped)
+    assert export(made[1], "merged", tmp_path / "out") == 130
+    assert (tmp_path / "out/model.safetensors").is_file() and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_share_that_was_touched_is_of_the_entries() -> None:
+    result = {"linears": 4, "entries": 90, "touched": 0.4, "files": 1, "bytes": 1000}
+    assert facts(result) == ["4 linears", "90 entries in 40.0% of their groups", "1 file", "1.0 kB"]
 
 
 def test_a_name_that_no_folder_can_have(made: Any, tmp_path: Path, capsys: Any) -> None:

@@ -113,6 +113,30 @@ def test_tensors_that_the_checkpoint_keeps_wider_stay_so(tmp_path: Path) -> None
         assert all(after[name].dtype == tensor.dtype for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("dtype", [(), ("--dtype", "float32")])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_a_whole_model_trained_in_another_dtype_than_its_checkpoint(
+    stored: torch.dtype, dtype: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What was trained is the narrow model: a value that training left alone is what that has, not the base's own."""
+    base = adapted.base("llama", tmp_path / "base", stored)
+    model = sparseft.attach(adapted.load(base, torch.bfloat16), sparseft.FullConfig(dtype="model"))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[3] += 0.5
+    sparseft.save_adapter(model, tmp_path / "adapter")
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
+    run(tmp_path, "export", "adapter", "--format", "merged", "--out", "out", *dtype)
+    found = adapted.load(tmp_path / "out", torch.float32).state_dict()
+    trained = adapted.load(tmp_path / "adapter", torch.float32).state_dict()
+    wanted = {name: value.to(torch.float32 if dtype else stored).float() for name, value in trained.items()}
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    if not dtype:
+        run(tmp_path, "export", "adapter", "--format", "patch", "--out", "patch")
+        patched = adapted.load(base)
+        sparseft.apply_patch(patched, tmp_path / "patch")
+        assert all(torch.equal(value.float(), wanted[name]) for name, value in patched.state_dict().items())
+
+
 def test_a_head_that_was_untied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A LoRA on the head of a tied pair: the folder has both, and the config says that they are two."""
     import peft
@@ -153,7 +177,9 @@ def test_what_makes_the_base_work_comes_along(tmp_path: Path) -> None:
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates/tool.jinja").write_text("{{ tools }}")
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "modeling_own.C"}, "own": 7}))
+    more = {"own": 7, "time_step_limit": [0.0, float("inf")]}  # as transformers writes it, though no strict JSON
+    auto_map = {"auto_map": {"AutoConfig": "modeling_own.C"}}
+    (base / "config.json").write_text(json.dumps(config | auto_map | more))
     adapter = adapted.adapter("llama", "rows", base, tmp_path / "adapter")
     for _ in range(2):  # it may be replaced, with its folder of templates
         run(tmp_path, "export", adapter, "--format", "merged", "--out", "out")
@@ -165,7 +191,7 @@ def test_what_makes_the_base_work_comes_along(tmp_path: Path) -> None:
     assert not names & {"modeling_own.py", "pytorch_model.bin.index.json"}
     assert "the base's card" not in (tmp_path / "out/README.md").read_text()  # it has a card of its own
     written = json.loads((tmp_path / "out/config.json").read_text())
-    assert written == {key: value for key, value in config.items() if key != "auto_map"} | {"own": 7}
+    assert written == {key: value for key, value in config.items() if key != "auto_map"} | more
 
 
 def test_only_what_is_part_of_a_model_comes_along(tmp_path: Path) -> None:

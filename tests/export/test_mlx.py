@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import sparseft as library
 from sparseft.export import mlx_lora
+from sparseft.export.formats import mlx as mlx_file
 from sparseft.export.formats.mlx import Mlx
 from sparseft.export.mlx_lora import CONFIG, TENSORS
 from sparseft.publish.listing import listing_of
@@ -246,6 +248,16 @@ def test_a_rotary_base_that_mlx_lm_would_not_see_is_said(made, tmp_path):
         assert any('"rope_theta": 10000.0' in note for note in export(folder, tmp_path / "out")["notes"])
     finally:
         path.write_text(kept)
+
+
+def test_a_rotary_base_of_a_base_on_the_hub_is_said(made, monkeypatch):
+    """Its config lies in the cache, under no folder of its name; transformers writes infinities into one."""
+    file = made("llama") / "own.json"
+    file.write_text('{"rope_parameters": {"rope_theta": 5.0}, "limit": Infinity}')
+    monkeypatch.setattr(mlx_file, "file_beside", lambda *asked: str(file) if asked[0] == "owner/name" else None)
+    model = SimpleNamespace(path="owner/name", revision=None)
+    (note,) = mlx_file._rope_note(SimpleNamespace(target=SimpleNamespace(model=model)))
+    assert '"rope_theta": 5.0' in note
 
 
 def test_what_it_cannot_hold_is_refused(made, tmp_path):

@@ -213,6 +213,17 @@ def test_a_patch_that_hashed_the_name_of_its_base_is_read(case: Any, tmp_path: P
         sparseft.Patch.load(folder)
 
 
+def test_what_an_export_says_of_itself_is_not_said_of_the_patched_folder(case: Any, tmp_path: Path) -> None:
+    """By its note the folder could be replaced, and be published as what it is no more."""
+    it = case("llama", "fused")
+    base = tmp_path / "base"
+    shutil.copytree(it.base, base)
+    for name in ("sparseft_export.json", "README.md"):
+        (base / name).write_text("{}")
+    sparseft.apply_patch(base, it.patch, out=tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in it.base.iterdir()}
+
+
 def test_home_is_where_a_patch_is_written_too(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     it = case("llama", "rows")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -414,6 +425,10 @@ def one_more(tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
     tensors["more.values"] = torch.zeros(1)
 
 
+def with_a_shape_that_is_none(tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+    content["checkpoint"]["a"] = 5
+
+
 def of_another_version(tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
     content["format_version"] = 2
 
@@ -426,6 +441,7 @@ def of_another_version(tensors: dict[str, Tensor], content: dict[str, Any]) -> N
         (not_a_number, "not a number"),
         (of_another_dtype, r"is not as patch\.json describes it"),
         (one_more, r"'more.values' is not in patch\.json"),
+        (with_a_shape_that_is_none, "the shape of 'a' in patch.json is not a list"),
         (of_another_version, "patch format 2, this version reads 1"),
     ],
 )

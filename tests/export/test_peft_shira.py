@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import sparseft
 from sparseft.cli.app import main
-from sparseft.export.formats.peft_shira import PeftShira
+from sparseft.compose.run_config import compose
+from sparseft.errors import UserError
+from sparseft.export.formats.peft_shira import PeftShira, plan_of
+from sparseft.export.source import Source
 from support.exported import adapter, load, lora, maker, saved_model
 from support.running import refused
 
@@ -46,6 +49,15 @@ def test_peft_loads_what_was_trained(made: Any, kind: str, tmp_path: Path) -> No
     merged = loaded.merge_and_unload()
     for name, tensor in wanted.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], tensor, rtol=0, atol=5e-7)
+
+
+def test_what_is_no_linear_of_the_layers_is_refused_before_it_is_written(made: Any) -> None:
+    """sparseft trains none, but somebody's folder may name one."""
+    model, folder = made("llama")
+    source = Source.find(str(folder), compose("export", [f"model.path={model}"]))
+    source.changes = {"lm_head": next(iter(source.changes.values()))}
+    with pytest.raises(UserError, match="no SHiRA for lm_head, which is no linear of the decoder layers"):
+        plan_of(source)
 
 
 def test_r_is_the_least_that_holds_the_fullest_linear(made: Any, tmp_path: Path) -> None:

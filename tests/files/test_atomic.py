@@ -28,8 +28,9 @@ def write(path: Path, text: str) -> None:
 
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     path = folder_of(tmp_path / "adapter", "old")
-    (path / "more.json").write_text("")
-    with atomic.replaced_folder(path, MARKS) as aside:
+    (path / "deep").mkdir()
+    (path / "deep/more.json").write_text("")
+    with atomic.replaced_folder(path, MARKS, ("deep/*.json",)) as aside:
         (aside / "mark.json").write_text("new")
         os.chmod(aside / "mark.json", 0o600)  # as safetensors does
         assert (path / "mark.json").read_text() == "old" and aside.parent == path.parent
@@ -93,12 +94,17 @@ def test_within_what_is_aside_nothing_is_put_aside(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-1/adapter/mark.json").read_text() == "new"
 
 
-def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["inner", "inner/x.bin", "model.gguf"])
+def test_a_folder_of_other_files_is_not_replaced(other: str, tmp_path: Path) -> None:
+    """Whatever else lies in it: a mark makes them none of ours."""
     path = folder_of(tmp_path / "mine", "x")
     (path / "inner").mkdir()
-    with pytest.raises(UserError, match="holds other files"):
+    (path / other).exists() or (path / other).write_text("mine")
+    if other == "model.gguf":
+        (path / "inner").rmdir()
+    with pytest.raises(UserError, match=rf"holds other files, which would be lost \('{other}'\)"):
         write(path, "new")
-    assert (path / "inner").is_dir() and list(tmp_path.iterdir()) == [path]
+    assert (path / other).exists() and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_link_to_a_folder_is_replaced_and_never_followed(tmp_path: Path) -> None:
@@ -155,10 +161,10 @@ def test_what_cannot_be_put_aside_is_said_before_the_work(
     else:
         monkeypatch.chdir(place / "below")
     with pytest.raises(UserError, match="mounted there" if mounted else "you are in it"):
-        atomic.check_replaceable(place, ("below",), ("below",))
+        atomic.check_replaceable(place, ("below",))
     (tmp_path / "link").symlink_to(place)
     (place / "below").rmdir() if mounted else monkeypatch.chdir(tmp_path)
-    atomic.check_replaceable(tmp_path / "link", ("below",), ("below",))  # a link can be
+    atomic.check_replaceable(tmp_path / "link", ("below",))  # a link can be
 
 
 def test_after_the_work_the_current_folder_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,16 @@ def check(folder: Path, model: Any) -> None:
         assert torch.equal(entries[name].at(flat), parameter.detach().flatten()[flat])
 
 
+def test_of_a_few_tensors_no_other_parameters_are_asked_for(tmp_path: Path) -> None:
+    """Each file of a large model asks for its own: all of the model for each of them would take hours."""
+    adapted.base("mixtral", tmp_path)
+    _, places = places_of(tmp_path)
+    asked: list[str] = []
+    parameters = dict(adapted.load(tmp_path).named_parameters())
+    found = places.stored(lambda name: asked.append(name) or parameters[name].detach(), {"model.norm.weight"})
+    assert [name for name, _ in found] == asked == ["model.norm.weight"]
+
+
 @pytest.mark.parametrize("kind", adapted.BASES)
 def test_every_entry_is_found(kind: str, tmp_path: Path) -> None:
     adapted.base(kind, tmp_path, shard="70KB")

@@ -617,11 +617,16 @@ def test_other_peoples_folders_are_not_replaced(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds other files"):
         selection.save(tmp_path / "notes")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds other files"):
+        selection.save(tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter_config.json").is_file()
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="this is a file"):
         selection.save(tmp_path / "file")
     assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work" and (tmp_path / "file").read_text() == "x"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "notes"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "file", "notes"]
     (tmp_path / "empty").mkdir()
     assert same(Selection.load(selection.save(tmp_path / "empty")), selection)
     monkeypatch.chdir(tmp_path / "empty")

@@ -6,6 +6,7 @@ values of everything else are the base's to the bit.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
@@ -22,7 +23,7 @@ from sparseft.export.formats.base import Format, Options
 from sparseft.export.proof import HuggingFace
 from sparseft.export.source import Source
 from sparseft.export.values import check_values
-from sparseft.files.atomic import write_json
+from sparseft.files.atomic import write_json, write_text
 from sparseft.files.hub import TEMPLATES, TOKENIZER_FILES, check_inside
 from sparseft.files.tensors import Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
@@ -81,7 +82,7 @@ class Merged(Format):
             shutil.copyfile(entry, place)
         if _has_another_tokenizer(source):
             tokenizer.save_pretrained(folder)
-        content = read_json_object(folder / "config.json")
+        content = read_json_object(folder / "config.json", numbers=False)
         if options.dtype is not None:
             content.pop("torch_dtype", None)
             content["dtype"] = str(options.dtype).removeprefix("torch.")
@@ -92,7 +93,7 @@ class Merged(Format):
             for part in (content, *(value for value in content.values() if isinstance(value, dict))):
                 if part is content or "tie_word_embeddings" in part:
                     part["tie_word_embeddings"] = False
-        write_json(folder / "config.json", content)
+        _write_config(folder / "config.json", content)
         _forget_origin(folder)
 
     def verify(self, source: Source, options: Options, folder: Path) -> None:
@@ -140,13 +141,18 @@ def _forget_origin(folder: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
-        content = read_json_object(folder / name)
+        content = read_json_object(folder / name, numbers=False)
         parts = [content, *(part for part in content.values() if isinstance(part, dict))]
         known = [(part, key) for part in parts for key in ("_name_or_path", "name_or_path") if key in part]
         for part, key in known:
             del part[key]
         if known:
-            write_json(folder / name, content)
+            _write_config(folder / name, content)
+
+
+def _write_config(path: Path, content: dict[str, Any]) -> None:
+    """Infinities stay what they are, as transformers writes and reads them: strict JSON has none."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _is_one_of(name: str, patterns: Iterable[str]) -> bool:

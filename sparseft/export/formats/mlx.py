@@ -26,7 +26,7 @@ from sparseft.files.atomic import write_json
 from sparseft.files.tensors import Stored, write_streamed
 from sparseft.files.untrusted import read_json_object
 from sparseft.layers.convert import plain_weight, weight_parameter
-from sparseft.models.loading import check_model_path
+from sparseft.models.loading import check_model_path, file_beside
 
 # Architectures whose linears have transformers' names in mlx-lm, but for what `_name` says: by its source.
 ARCHITECTURES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gpt2")
@@ -59,9 +59,12 @@ class Mlx(Format):
     def write(self, source: Source, options: Options, folder: Path) -> dict[str, Any]:
         config = source.text_config
         if source.kind == "peft":
-            return mlx_lora.write(source, _dtype(options), folder, _naming(source))
-        shapes = {module: change.shape for module, change in source.changes.items()}
-        parts = {f"{_name(config.model_type, part.linear)}.weight": (module, part) for module, part in _parts(shapes)}
+            return mlx_lora.write(source, options.dtype or torch.float32, folder, _naming(source))
+        parts = {
+            f"{_name(config.model_type, part.linear)}.weight": (module, part)
+            for module, change in source.changes.items()
+            for part in parts_of(module, change.shape[0])
+        }
         model = source.attached(self.base(source, options))
         values = {name: _weight(model, module, part) for name, (module, part) in parts.items()}  # views
         described = {name: Stored(value.dtype, tuple(value.shape)) for name, value in values.items()}
@@ -73,7 +76,7 @@ class Mlx(Format):
     def verify(self, source: Source, options: Options, folder: Path) -> None:
         """Every weight against base + delta, rounded once; the base is read anew."""
         if source.kind == "peft":
-            return mlx_lora.verify(source, _dtype(options), folder, _naming(source))
+            return mlx_lora.verify(source, options.dtype or torch.float32, folder, _naming(source))
         base = self.base(source, options)
         with torch.no_grad():
             changed = {id(weight_parameter(base, module)) for module in source.changes}
@@ -141,8 +144,9 @@ class MlxModel:
 
 def _rope_note(source: Source) -> list[str]:
     """mlx-lm's older architectures know `rope_theta` at the top of config.json alone, and else take their default."""
-    file = Path(check_model_path(source.target.model.path)) / "config.json"
-    stored = read_json_object(file, "model") if file.is_file() else {}
+    model = source.target.model
+    file = file_beside(model.path, "config.json", model.revision)
+    stored = {} if file is None else read_json_object(file, "model", numbers=False)
     theta = (stored.get("rope_parameters") or {}).get("rope_theta")
     if theta is None or "rope_theta" in stored:
         return []
@@ -150,17 +154,6 @@ def _rope_note(source: Source) -> list[str]:
         f"{file} has rope_theta within rope_parameters alone, where most of mlx-lm's models do not read it: they would "
         f'take another base for the rotary embedding. Add "rope_theta": {theta} to it.'
     ]
-
-
-def _parts(shapes: dict[str, tuple[int, int]]) -> Iterator[tuple[str, Part]]:
-    for module, (rows, _) in shapes.items():
-        for part in parts_of(module, rows):
-            yield module, part
-
-
-def _dtype(options: Options) -> torch.dtype:
-    """Of a LoRA's factors."""
-    return options.dtype or torch.float32
 
 
 def _naming(source: Source) -> mlx_lora.Naming:

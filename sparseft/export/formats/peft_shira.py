@@ -138,6 +138,8 @@ def plan_of(source: Source) -> Plan:
     for held, what in ((spec.stacked, "routed experts"), (spec.transposed, "Conv1D layers")):
         if others := [name for name in linears if name in held]:
             raise UserError(f"PEFT has no SHiRA for {what} ({len(others)} changed, {others[0]} for one): {OTHER}.")
+    if others := [name for name in changes if name not in linears]:
+        raise UserError(f"PEFT has no SHiRA for {others[0]}, which is no linear of the decoder layers: {OTHER}.")
     needs, room = {}, {}
     for name in linears:
         rows, columns = changes[name].shape

@@ -1,4 +1,9 @@
-"""What carries steps from a sender to one receiver: files in a folder that both see, or `torch.distributed`."""
+"""What carries steps from a sender to one receiver: files in a folder that both see, or `torch.distributed`.
+
+Both have a `device`, where a body has to lie; `open`, ahead of a sender's first message; `send` and `receive`, with a
+timeout in seconds (RunError where none came in time, or one that is damaged); and `applied`, once the receiver needs a
+message no more.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 import torch
@@ -18,29 +23,6 @@ from sparseft.files.atomic import replaced_file
 SUFFIX = ".step"
 AHEAD = 2  # files that wait to be read, at most: the sender waits for the receiver then
 PATIENCE = 0.02  # seconds between two looks into the folder, at most
-
-
-class Transport(Protocol):
-    """One way from one sender to one receiver."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where a body has to lie."""
-        ...
-
-    def open(self) -> None:
-        """Ahead of a sender's first message."""
-        ...
-
-    def send(self, message: Message, timeout: float) -> None: ...
-
-    def receive(self, timeout: float) -> Message:
-        """The next message. RunError where none came in time, or one that is damaged."""
-        ...
-
-    def applied(self, message: Message) -> None:
-        """The receiver has applied it: it is not needed any more."""
-        ...
 
 
 class Folder:
