@@ -73,7 +73,7 @@ class Counting:
             batch[ROWS] = label_rows(batch["labels"])
         return {
             **batch,
-            COUNT: sum(len(example["input_ids"]) for example in examples),
+            COUNT: sum(len(example["input_ids"]) for example in examples if ROW in example),  # what fills up has no row
             LEARNT: int(np.count_nonzero(batch["labels"].numpy()[:, 1:] != IGNORED)),
             PLACES: [example[ROW] for example in examples if ROW in example],
         }
