@@ -286,6 +286,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         # except at the end of training.
         self.run_state.settle()
         if self.run_state.bad_steps.streak and not self.control.should_training_stop:
+            self.run_state.owes_checkpoint = True
             return
         mine = (shard_of(p) for p in self.model.parameters() if p.requires_grad)
         if ranks.any_rank(not all(p.isfinite().all() for p in mine)):
@@ -297,10 +298,12 @@ class Trainer(distributed_trainer.DistributedTrainer):
             )
         what = checkpoint_name(self.state.global_step)
         explaining = explained(what, lambda: last_checkpoint(self.run_state.folder))
-        # metrics.jsonl has the log; in trainer_state.json it would grow with the steps, until nobody can read the file
-        unlogged = replaced((self.state, "log_history", []))
+        # metrics.jsonl has the log; in trainer_state.json it would grow with the steps, until nobody can read the file.
+        # The best is `Best`'s; transformers would note a path in the folder aside.
+        unlogged = replaced((self.state, "log_history", []), (self.state, "best_global_step", None))
         with self.run_state.clock.paused(), explaining, console.working(f"saving {what}"), unlogged:
             self._save_aside(model, trial)
+        self.run_state.owes_checkpoint = False
 
     def _save_aside(self, model: nn.Module, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))

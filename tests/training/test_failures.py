@@ -63,6 +63,14 @@ def test_a_bad_step_updates_nothing(make_model: Any, tmp_path: Path, what: str, 
     assert checkpoint_steps(tmp_path / "checkpoints") == [1, 2, 5, 6]
 
 
+def test_a_checkpoint_that_a_bad_step_put_off_comes_with_the_next_good_one(make_model: Any, tmp_path: Path) -> None:
+    trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, examples(16), max_steps=12, save_steps=5,
+                         gradient_accumulation=1, logging_steps=20, save_total_limit=9)  # fmt: skip
+    spoil(trainer, {5, 6})
+    train(trainer, None, 12)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [7, 10, 12]
+
+
 def test_bad_steps_in_a_row_end_the_run(make_model: Any, tmp_path: Path) -> None:
     trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, examples(16), max_steps=9, save_steps=1,
                          gradient_accumulation=1, save_total_limit=9)  # fmt: skip
