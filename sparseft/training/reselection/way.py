@@ -25,8 +25,16 @@ def reselecting(
     resumed: the checkpoint that the run goes on from; ended_at: its step, where that was to be the run's last one.
     """
     if method.reselects_running and method.reselects_in_turn:
-        turns = turns_of(prepared.model, spec)
-        return Turns(method.reselect_steps, prepared.model, turns, clock, ended_at, resumed)
+        return Turns(
+            method.reselect_steps,
+            prepared.model,
+            turns_of(prepared.model, spec),
+            order=method.order,
+            seed=method.seed,
+            clock=clock,
+            ended_at=ended_at,
+            resumed=resumed,
+        )
     excluded = read_excluded(method.exclude)  # now: the folders may go while it trains
     if method.reselects_running:
         console.log(
