@@ -40,6 +40,7 @@ KEY = "trainer.sample_prompts"
 MAX_PROMPTS = 64
 NEW_TOKENS = 128  # of an answer: enough to see what has been learnt
 BATCH = 8  # prompts answered together
+FEWER = f"fewer than {BATCH} prompts in {KEY}, or shorter ones, take less at once"
 LOGGED = 3  # prompts whose answers are in the log
 RECORDS = (".json", ".jsonl", ".ndjson")
 
@@ -281,7 +282,7 @@ class SampleAnswers(transformers.TrainerCallback):
 
     def _take(self, step: int, who: str) -> None:
         # In shards all processes answer the same prompts in step; otherwise the first one does, and the others wait.
-        with self.trainer.run_state.clock.paused(), self.trainer.advising_memory():
+        with self.trainer.run_state.clock.paused(), self.trainer.advising_memory(FEWER):
             answers = []
             if ranks.is_main() or self.trainer.in_shards:
                 with self.trainer.compute_loss_context_manager():

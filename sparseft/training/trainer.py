@@ -59,6 +59,8 @@ from sparseft.training.verdicts import takes_flag
 # In a batch, for the host alone: its tokens without padding, those to be learnt, and the rows of the data in it.
 HOST = COUNT, LEARNT, PLACES = ("num_tokens", "num_learnt", "rows_of_data")
 
+FEWER_QUESTIONS = "a smaller eval.batch_size, or fewer eval.num_beams, answers fewer of a task's questions at once"
+
 
 class Counting:
     """A collator whose batches say how many tokens they hold, and which predict a label, as only the host knows without
@@ -266,12 +268,12 @@ class Trainer(distributed_trainer.DistributedTrainer):
         return super().create_optimizer(model)
 
     @contextlib.contextmanager
-    def advising_memory(self) -> Iterator[None]:
-        """Inside, memory that runs out becomes a RunError with the settings that would fit."""
+    def advising_memory(self, advice: str | None = None) -> Iterator[None]:
+        """Inside, memory that runs out becomes a RunError with the settings that would fit: `advice`, or a step's."""
         try:
             yield
         except Exception as error:
-            problem = memory_problem(error, self.memory)
+            problem = memory_problem(error, self.memory.advice() if advice is None else advice)
             if problem is None:
                 raise
             raise self.run_state.failure(problem) from error
@@ -386,17 +388,19 @@ class Trainer(distributed_trainer.DistributedTrainer):
         where there is one."""
         # A loader draws a seed whenever it is iterated over; the dropout of training must not depend on that.
         cuda = [self.args.device] if self.args.device.type == "cuda" else []
-        with self.run_state.clock.paused(), torch.random.fork_rng(devices=cuda), self.advising_memory():
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measured(eval_dataset).items()}
+        with self.run_state.clock.paused(), torch.random.fork_rng(devices=cuda):
+            with self.advising_memory():
+                metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measured(eval_dataset).items()}
             if self.score is not None:
                 # In shards all processes answer the same questions in step, with ZeRO-3 also while the model is whole
                 # yet: transformers' generate() waits for the others.
                 measured = None
-                if self.in_shards:
-                    measured = self.score(lambda: None)
-                elif ranks.is_main():
-                    with contextlib.suppress(Left):
-                        measured = self.score(self.run_state.leave)
+                with self.advising_memory(FEWER_QUESTIONS):
+                    if self.in_shards:
+                        measured = self.score(lambda: None)
+                    elif ranks.is_main():
+                        with contextlib.suppress(Left):
+                            measured = self.score(self.run_state.leave)
                 if (measured := ranks.broadcast_object(measured)) is None:
                     raise Left
                 score, stderr = measured

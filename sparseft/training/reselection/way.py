@@ -15,15 +15,21 @@ from sparseft.training.reselection.running import Running
 from sparseft.training.reselection.swap import Reselection
 from sparseft.training.reselection.turns import Turns, turns_of
 
+WITHOUT_A_PASS = (
+    "re-selection by calibration takes less with shorter examples (trainer.max_length), and with "
+    "method.reselect_by=running it takes no pass of its own"
+)
+
 
 def reselecting(
-    method: Any, prepared: Prepared, spec: ModelSpec, clock: Any, *, ended_at: int | None, resumed: str | None
+    method: Any, prepared: Prepared, spec: ModelSpec, trainer: Any, *, ended_at: int | None, resumed: str | None
 ) -> Reselection:
     """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time, or by
     what training shows, of all layers or of one.
 
     resumed: the checkpoint that the run goes on from; ended_at: its step, where that was to be the run's last one.
     """
+    clock = trainer.run_state.clock
     if method.reselects_running and method.reselects_in_turn:
         return Turns(
             method.reselect_steps,
@@ -58,6 +64,7 @@ def reselecting(
         batches = None
         if method.needs_data:
             batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
-        return reselect(prepared.model, method, batches, seed=seed, spec=spec, excluded=excluded)
+        with trainer.advising_memory(WITHOUT_A_PASS):
+            return reselect(prepared.model, method, batches, seed=seed, spec=spec, excluded=excluded)
 
     return Reselection(method.reselect_steps, choose, clock, ended_at)
