@@ -159,8 +159,9 @@ def test_steps_that_train_nothing_are_said(capsys: pytest.CaptureFixture[str]) -
 def test_it_is_refused_before_anything_is_loaded(
     words: list[str], part: str, plan: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparseft.models.loading.load_config", lambda *_: pytest.fail("loaded"))
+    # This one first: it imports modules, which keep the `load_config` that they find.
     monkeypatch.setattr("sparseft.training.job.run.set_up", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("sparseft.models.loading.load_config", lambda *_: pytest.fail("loaded"))
     assert part in refused(in_tmp, "train", *plan, *words)
     assert files(in_tmp) == set()
 
