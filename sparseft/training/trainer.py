@@ -224,7 +224,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         run = self.run_state
         bad = run.judge(self.state.global_step + 1, norm)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        optimizer = self._own_optimizer
         flagged = takes_flag(optimizer)
         if flagged:
             optimizer.found_inf = bad
@@ -363,7 +363,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 if self.made_up is not None and self.args.lr_scheduler_type in schedules.MEASURED:
                     self.lr_scheduler.step(self.made_up)
                 if not self.is_deepspeed_enabled:
-                    check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
+                    check_moments(self._own_optimizer)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint and distributed_trainer.draw_anew(Path(checkpoint), self.args.seed, self.state.global_step):
