@@ -23,6 +23,7 @@ from sparseft.distributed.shards import is_sharded
 from sparseft.errors import UserError
 from sparseft.layers import SparseLinear, sparse_layers
 from sparseft.models.decoder import STATE
+from sparseft.replaced import replaced
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
           "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
@@ -103,18 +104,10 @@ class _Twin:
         raise UserError("reference_model: it has no weights of its own to save: save the model, or load the base.")
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Inside, the modules are in evaluation mode; the weights, which `SparseLinear.train` would write, stay as they
     are."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return replaced(*((module, "training", False) for module in model.modules() if module.training))
 
 
 @contextlib.contextmanager

@@ -69,6 +69,7 @@ class PaddedDataset(Dataset):
 
     def __init__(self, dataset: Any, multiple: int, *, fillable: bool = True) -> None:
         self.dataset, self.fillable = dataset, fillable
+        self.lengths = getattr(dataset, "lengths", None)  # without what it is lengthened by
         self.length = -(-len(dataset) // multiple) * multiple
         self.epoch = 0
 

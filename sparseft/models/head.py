@@ -106,6 +106,8 @@ def head_is_apart(model: nn.Module) -> bool:
     try:
         with torch.no_grad(), head_of(model) as logits:
             whole, parts = logits(x), torch.cat([logits(row[None]) for row in x])
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # a model's own code, which may ask its decoder for anything
         return False
     if whole.is_meta:

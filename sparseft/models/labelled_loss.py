@@ -88,6 +88,8 @@ def _why_plain_by_trial(inner: nn.Module) -> str | None:
             own = run(x, labels=labels).loss
             with head_of(inner) as logits_of:
                 ours = _loss(inner, logits_of, x, labels, rows, None)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # a model's own code, which may ask its decoder for anything
         return "its loss needs more than its logits"
     if own is None or not (own.is_meta or torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-4)):

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparseft.importance.units import Candidate, generator_for, unit_index
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.budget import Budget
-from sparseft.selection.grids import best_grid, drawn_grid, random_grid
+from sparseft.selection.grids import chosen_grid, random_grid
 from sparseft.selection.max_rank import within
 from sparseft.selection.pool import Pool
 from sparseft.selection.ranking import rank_units
@@ -83,10 +83,7 @@ def _grid(c: Candidate, budget: Budget, scores: Tensor, order: str, seed: int, d
     size = budget.grids[c.key]
     if drawn:
         return random_grid(scores, c.shape, size)
-    scores = scores.detach().double().view(c.shape)
-    if order == "sampled":
-        return drawn_grid(scores, size, generator_for(seed, "choose", c.key))
-    return best_grid(scores if order == "largest" else -scores, size)
+    return chosen_grid(scores.detach().double().view(c.shape), size, order, generator_for(seed, "choose", c.key))
 
 
 def _free(ranked: Tensor, budget: Budget, members: list[Candidate]) -> Tensor:

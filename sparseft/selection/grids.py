@@ -14,6 +14,13 @@ from sparseft.kernels.grid import encode
 from sparseft.selection.ranking import rank_units
 
 
+def chosen_grid(scores: Tensor, size: tuple[int, int], order: str, generator: torch.Generator) -> Tensor:
+    """The index of the grid of `size` (rows, columns) that `method.order` keeps by `scores` (out, in)."""
+    if order == "sampled":
+        return drawn_grid(scores, size, generator)
+    return best_grid(scores if order == "largest" else -scores, size)
+
+
 def best_grid(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """The index (`kernels/grid.py`) of the grid of `size` (rows, columns) with the largest sum of `scores` (out, in)
     among the three greedy ones; ties go to lower indices, and to the first of these in the order above.

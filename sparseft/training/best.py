@@ -113,6 +113,11 @@ class Best(transformers.TrainerCallback):
         before = range(self.from_step, state.global_step + 1)
         self.seen = broadcast_object(evaluations(self.folder.parent, before) if is_main() else [])
 
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        # An evaluation that ends the training comes after the step's line of metrics, and before the checkpoint.
+        if control.should_evaluate and (self.target_score is not None or self.patience is not None):
+            control.should_log = True
+
     def on_evaluate(self, args, state, control, metrics: Any = None, **kwargs) -> None:
         seen = Evaluation(state.global_step, metrics["eval_loss"], metrics.get("eval_score"))
         if seen.step == 0:

@@ -83,8 +83,10 @@ class RunCallback(transformers.TrainerCallback, ExportableState):
             self.progress.update(state.global_step)
         self._stop_if_interrupted(control)
         # The device has come to this step's verdict only where someone waits for its numbers now; else the last one's.
-        waits = control.should_log or control.should_evaluate or control.should_save
+        waits = control.should_log or control.should_evaluate or control.should_save or self.run.owes_checkpoint
         self.run.settle(None if waits else state.global_step - 1)
+        if self.run.owes_checkpoint and not self.run.bad_steps.streak:
+            control.should_save = True
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         self._stop_if_interrupted(control)

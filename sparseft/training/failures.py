@@ -67,19 +67,19 @@ def out_of_memory(error: BaseException) -> bool:
     return any(_want_of_memory(one) for one in _causes(error))
 
 
-def memory_problem(error: BaseException, memory: MemoryAdvice) -> str | None:
-    """What ran out and the settings that would fit, as one sentence, where that is what `error` says; None for any
-    other error, and for one that has been explained."""
+def memory_problem(error: BaseException, advice: str) -> str | None:
+    """What ran out and the settings that would fit (`advice`), as one sentence, where that is what `error` says; None
+    for any other error, and for one that has been explained."""
     if isinstance(error, (RunError, UserError)):
         return None
     for one in _causes(error):
         reason = _want_of_resources(one)
         if reason:
-            return f"a Triton kernel does not fit this GPU ({shown(reason, 300)}): {_without_kernel(one, memory)}."
+            return f"a Triton kernel does not fit this GPU ({shown(reason, 300)}): {_without_kernel(one, advice)}."
         reason = _want_of_memory(one)
         if reason:
             verb = "has probably run out" if _word_in(reason, NO_MEMORY_LIKELY) else "ran out"
-            return f"memory {verb} ({shown(reason.rstrip('.'), 300)}): {memory.advice()}."
+            return f"memory {verb} ({shown(reason.rstrip('.'), 300)}): {advice}."
     return None
 
 
@@ -119,7 +119,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _without_kernel(refusal: BaseException, memory: MemoryAdvice) -> str:
+def _without_kernel(refusal: BaseException, advice: str) -> str:
     """What does without the kernel that was refused, or makes it smaller: by whose it is, as the traceback tells."""
     modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(refusal.__traceback__)}
     if modules & {"sparseft.kernels.blocks_triton", "sparseft.kernels.group_triton"}:
@@ -130,7 +130,7 @@ def _without_kernel(refusal: BaseException, memory: MemoryAdvice) -> str:
         return "SPARSEFT_KERNELS=reference in the environment, or another trainer.optimizer, does without it"
     return (
         "it is none of sparseft's, so try without what may have brought it (trainer.compile=none, "
-        f"model.attn_implementation=sdpa), or with other shapes: {memory.advice()}"
+        f"model.attn_implementation=sdpa), or with other shapes: {advice}"
     )
 
 

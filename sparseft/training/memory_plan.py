@@ -46,7 +46,7 @@ from sparseft.training.reselection.turns import turns_of
 # Kinds of attention: torch's, one that takes lengths or blocks in a mask's place, and the architecture's own.
 FUSED, MASKLESS, PLAIN = "sdpa_in_plan", "sdpa_in_plan_maskless", "plain_in_plan"
 # Copies of the trained parameters that an optimizer keeps, in their dtype, by the start of its name.
-STATES = {"adamw_torch": 2, "adamw_hf": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
+STATES = {"adamw_torch": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 # How many numbers ZeRO 3 keeps gathered after use, and how many it gathers ahead: DeepSpeed's defaults.
 LIVE, AHEAD = 1_000_000_000, 50_000_000
 

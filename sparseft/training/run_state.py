@@ -86,6 +86,7 @@ class RunState:
         self.step_loss = torch.zeros_like(self.loss_sum)
         self.spikes = Spikes()
         self.names_spikes = True
+        self.owes_checkpoint = False  # one was due after a bad step
         self.step_learnt = 0  # of the present step: tokens to be learnt
         self.step_rows: list[int] = []  # and rows of the training data
         self._made_of: dict[int, list[int]] = {}  # the rows of the steps that were judged and not settled

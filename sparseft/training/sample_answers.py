@@ -40,6 +40,7 @@ KEY = "trainer.sample_prompts"
 MAX_PROMPTS = 64
 NEW_TOKENS = 128  # of an answer: enough to see what has been learnt
 BATCH = 8  # prompts answered together
+FEWER = f"fewer than {BATCH} prompts in {KEY}, or shorter ones, take less at once"
 LOGGED = 3  # prompts whose answers are in the log
 RECORDS = (".json", ".jsonl", ".ndjson")
 
@@ -149,18 +150,23 @@ class Asked:
                     "room for an answer; give a shorter one."
                 )
 
-    def answers(self, model: Any, pad: int) -> list[tuple[str, bool]]:
-        """What the model answers, and whether it was cut after `NEW_TOKENS`, for each prompt. Greedy; leaves modes and
-        random numbers as they were."""
-        found = []
-        with _undisturbed(model):
-            for start in range(0, len(self.ids), BATCH):
-                found += self._batch(model, self.ids[start : start + BATCH], pad)
-        return found
-
-    def _batch(self, model: Any, rows: list[list[int]], pad: int) -> list[tuple[str, bool]]:
-        longest = max(map(len, rows))
+    def answers(self, model: Any, pad: int) -> list[tuple[str, int | None]]:
+        """What the model answers, and after how many tokens it was cut (`NEW_TOKENS`, or where the context ends; None:
+        it ended), for each prompt. Greedy; leaves modes and random numbers as they were."""
         context = context_length(model.config)
+        # One whose answer the context may end goes alone: the others' answers must not end there.
+        alone = [place for place, ids in enumerate(self.ids) if context and len(ids) + NEW_TOKENS > context]
+        others = [place for place in range(len(self.ids)) if place not in alone]
+        batches = [others[start : start + BATCH] for start in range(0, len(others), BATCH)]
+        found: dict[int, tuple[str, int | None]] = {}
+        with _undisturbed(model):
+            for places in [*batches, *([place] for place in alone)]:
+                answers = self._batch(model, [self.ids[place] for place in places], pad, context)
+                found |= zip(places, answers, strict=True)
+        return [found[place] for place in range(len(self.ids))]
+
+    def _batch(self, model: Any, rows: list[list[int]], pad: int, context: int | None) -> list[tuple[str, int | None]]:
+        longest = max(map(len, rows))
         device = model.device
         output = model.generate(
             input_ids=torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device),
@@ -172,11 +178,11 @@ class Asked:
         )
         return [self._text(ids) for ids in output[:, longest:].tolist()]
 
-    def _text(self, ids: list[int]) -> tuple[str, bool]:
+    def _text(self, ids: list[int]) -> tuple[str, int | None]:
         end = next((place for place, token in enumerate(ids) if token in self.ends), None)
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
         stops = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        return text[: min(stops, default=None)].strip(), end is None and not stops
+        return text[: min(stops, default=None)].strip(), len(ids) if end is None and not stops else None
 
 
 @dataclass
@@ -281,7 +287,7 @@ class SampleAnswers(transformers.TrainerCallback):
 
     def _take(self, step: int, who: str) -> None:
         # In shards all processes answer the same prompts in step; otherwise the first one does, and the others wait.
-        with self.trainer.run_state.clock.paused(), self.trainer.advising_memory():
+        with self.trainer.run_state.clock.paused(), self.trainer.advising_memory(FEWER):
             answers = []
             if ranks.is_main() or self.trainer.in_shards:
                 with self.trainer.compute_loss_context_manager():
@@ -292,10 +298,10 @@ class SampleAnswers(transformers.TrainerCallback):
         if ranks.is_main():
             self._write(step, who, answers, again)
 
-    def _write(self, step: int, who: str, answers: list[tuple[str, bool]], again: bool) -> None:
+    def _write(self, step: int, who: str, answers: list[tuple[str, int | None]], again: bool) -> None:
         rows = [
             {"step": step, "model": who, "prompt": prompt.text, "answer": text, "prompt_id": prompt.id}
-            | ({"cut": NEW_TOKENS} if cut else {})
+            | ({"cut": cut} if cut else {})
             for prompt, (text, cut) in zip(self.asked.prompts, answers, strict=True)
         ]
         if again:

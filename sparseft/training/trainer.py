@@ -59,6 +59,8 @@ from sparseft.training.verdicts import takes_flag
 # In a batch, for the host alone: its tokens without padding, those to be learnt, and the rows of the data in it.
 HOST = COUNT, LEARNT, PLACES = ("num_tokens", "num_learnt", "rows_of_data")
 
+FEWER_QUESTIONS = "a smaller eval.batch_size, or fewer eval.num_beams, answers fewer of a task's questions at once"
+
 
 class Counting:
     """A collator whose batches say how many tokens they hold, and which predict a label, as only the host knows without
@@ -73,7 +75,7 @@ class Counting:
             batch[ROWS] = label_rows(batch["labels"])
         return {
             **batch,
-            COUNT: sum(len(example["input_ids"]) for example in examples),
+            COUNT: sum(len(example["input_ids"]) for example in examples if ROW in example),  # what fills up has no row
             LEARNT: int(np.count_nonzero(batch["labels"].numpy()[:, 1:] != IGNORED)),
             PLACES: [example[ROW] for example in examples if ROW in example],
         }
@@ -222,7 +224,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         run = self.run_state
         bad = run.judge(self.state.global_step + 1, norm)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        optimizer = self._own_optimizer
         flagged = takes_flag(optimizer)
         if flagged:
             optimizer.found_inf = bad
@@ -266,12 +268,12 @@ class Trainer(distributed_trainer.DistributedTrainer):
         return super().create_optimizer(model)
 
     @contextlib.contextmanager
-    def advising_memory(self) -> Iterator[None]:
-        """Inside, memory that runs out becomes a RunError with the settings that would fit."""
+    def advising_memory(self, advice: str | None = None) -> Iterator[None]:
+        """Inside, memory that runs out becomes a RunError with the settings that would fit: `advice`, or a step's."""
         try:
             yield
         except Exception as error:
-            problem = memory_problem(error, self.memory)
+            problem = memory_problem(error, self.memory.advice() if advice is None else advice)
             if problem is None:
                 raise
             raise self.run_state.failure(problem) from error
@@ -286,6 +288,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         # except at the end of training.
         self.run_state.settle()
         if self.run_state.bad_steps.streak and not self.control.should_training_stop:
+            self.run_state.owes_checkpoint = True
             return
         mine = (shard_of(p) for p in self.model.parameters() if p.requires_grad)
         if ranks.any_rank(not all(p.isfinite().all() for p in mine)):
@@ -297,10 +300,12 @@ class Trainer(distributed_trainer.DistributedTrainer):
             )
         what = checkpoint_name(self.state.global_step)
         explaining = explained(what, lambda: last_checkpoint(self.run_state.folder))
-        # metrics.jsonl has the log; in trainer_state.json it would grow with the steps, until nobody can read the file
-        unlogged = replaced((self.state, "log_history", []))
+        # metrics.jsonl has the log; in trainer_state.json it would grow with the steps, until nobody can read the file.
+        # The best is `Best`'s; transformers would note a path in the folder aside.
+        unlogged = replaced((self.state, "log_history", []), (self.state, "best_global_step", None))
         with self.run_state.clock.paused(), explaining, console.working(f"saving {what}"), unlogged:
             self._save_aside(model, trial)
+        self.run_state.owes_checkpoint = False
 
     def _save_aside(self, model: nn.Module, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
@@ -358,7 +363,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
                 if self.made_up is not None and self.args.lr_scheduler_type in schedules.MEASURED:
                     self.lr_scheduler.step(self.made_up)
                 if not self.is_deepspeed_enabled:
-                    check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
+                    check_moments(self._own_optimizer)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint and distributed_trainer.draw_anew(Path(checkpoint), self.args.seed, self.state.global_step):
@@ -383,17 +388,19 @@ class Trainer(distributed_trainer.DistributedTrainer):
         where there is one."""
         # A loader draws a seed whenever it is iterated over; the dropout of training must not depend on that.
         cuda = [self.args.device] if self.args.device.type == "cuda" else []
-        with self.run_state.clock.paused(), torch.random.fork_rng(devices=cuda), self.advising_memory():
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measured(eval_dataset).items()}
+        with self.run_state.clock.paused(), torch.random.fork_rng(devices=cuda):
+            with self.advising_memory():
+                metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measured(eval_dataset).items()}
             if self.score is not None:
                 # In shards all processes answer the same questions in step, with ZeRO-3 also while the model is whole
                 # yet: transformers' generate() waits for the others.
                 measured = None
-                if self.in_shards:
-                    measured = self.score(lambda: None)
-                elif ranks.is_main():
-                    with contextlib.suppress(Left):
-                        measured = self.score(self.run_state.leave)
+                with self.advising_memory(FEWER_QUESTIONS):
+                    if self.in_shards:
+                        measured = self.score(lambda: None)
+                    elif ranks.is_main():
+                        with contextlib.suppress(Left):
+                            measured = self.score(self.run_state.leave)
                 if (measured := ranks.broadcast_object(measured)) is None:
                     raise Left
                 score, stderr = measured

@@ -207,6 +207,21 @@ def test_losses_that_are_others_are_left_to_their_models(make_model: Callable[..
     assert why_plain(mixtral) is None
 
 
+@pytest.mark.parametrize("where", ["logits", "loss"])
+def test_memory_that_runs_out_says_nothing_of_the_model(where: str, make_model: Any) -> None:
+    model = make_model("llama")
+    plain = model.forward
+
+    def full(*args: Any, **given: Any) -> Any:
+        if where == "logits" or "labels" in given:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(*args, **given)
+
+    model.forward = full
+    with pytest.raises(torch.OutOfMemoryError):
+        why_plain(model)
+
+
 def test_terms_of_a_models_own_are_kept() -> None:
     """The loss by which a model trains has them whatever the size of their weight."""
     heads = {"num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}

@@ -261,6 +261,20 @@ def test_a_run_that_ended_early_with_a_mean_stays_ended(
     assert metrics(run) == first
 
 
+def test_the_steps_before_an_early_end_are_logged(data: Path, model_folder: Any, tmp_path: Path) -> None:
+    """Between the lines of metrics, once: also where the run then goes on."""
+    words = [*scripted_run("s2ft", model_folder(), data), f"output_dir={tmp_path}/run", "trainer.logging_steps=3"]
+    sparseft(tmp_path, *words, "trainer.patience=2")
+    run = tmp_path / "run"
+    result, lines = summary(run), [line for line in metrics(run) if "loss" in line]
+    assert result["steps"] == lines[-1]["step"] == 5
+    before = [0, *(line["step"] for line in lines)]
+    total = sum(line["loss"] * (line["step"] - last) for line, last in zip(lines, before, strict=False))
+    assert total / 5 == pytest.approx(result["train_loss"])
+    sparseft(tmp_path, *words, "trainer.resume=auto")
+    assert [line["step"] for line in metrics(run) if "loss" in line] == [*before[1:], 6, 8]
+
+
 def test_training_ends_when_nothing_gets_better_and_stays_ended(tmp_path: Path) -> None:
     """At a rate too small to change a weight; of equal ones the first is what is left."""
     words = [

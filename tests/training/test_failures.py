@@ -63,6 +63,14 @@ def test_a_bad_step_updates_nothing(make_model: Any, tmp_path: Path, what: str, 
     assert checkpoint_steps(tmp_path / "checkpoints") == [1, 2, 5, 6]
 
 
+def test_a_checkpoint_that_a_bad_step_put_off_comes_with_the_next_good_one(make_model: Any, tmp_path: Path) -> None:
+    trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, examples(16), max_steps=12, save_steps=5,
+                         gradient_accumulation=1, logging_steps=20, save_total_limit=9)  # fmt: skip
+    spoil(trainer, {5, 6})
+    train(trainer, None, 12)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [7, 10, 12]
+
+
 def test_bad_steps_in_a_row_end_the_run(make_model: Any, tmp_path: Path) -> None:
     trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, examples(16), max_steps=9, save_steps=1,
                          gradient_accumulation=1, save_total_limit=9)  # fmt: skip
@@ -220,6 +228,7 @@ def chained(error: BaseException, *causes: BaseException) -> BaseException:
     return error
 
 
+ADVICE = MemoryAdvice(4, 1, 100, False).advice()
 CREATED = "when calling `cublasCreate(handle)`"
 SURE = {
     "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
@@ -264,7 +273,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("who", SURE)
 def test_whoever_runs_out_of_memory_gets_the_advice(who: str) -> None:
-    problem = memory_problem(SURE[who], MemoryAdvice(4, 1, 100, False))
+    problem = memory_problem(SURE[who], ADVICE)
     assert problem is not None and out_of_memory(SURE[who])
     assert problem.startswith("memory ran out (") and "\n" not in problem
     assert problem.endswith(": trainer.batch_size=2 trainer.gradient_accumulation=2 take the same 4 examples a step in "
@@ -275,14 +284,14 @@ def test_whoever_runs_out_of_memory_gets_the_advice(who: str) -> None:
 
 @pytest.mark.parametrize("who", LIKELY)
 def test_a_library_that_cannot_set_itself_up_has_probably_no_memory(who: str) -> None:
-    problem = memory_problem(LIKELY[who], MemoryAdvice(4, 1, 100, False))
+    problem = memory_problem(LIKELY[who], ADVICE)
     assert problem is not None and out_of_memory(LIKELY[who])
     assert problem.startswith("memory has probably run out (") and "trainer.batch_size=2" in problem
 
 
 @pytest.mark.parametrize("who", OTHERS)
 def test_other_errors_get_no_advice_on_memory(who: str) -> None:
-    assert memory_problem(OTHERS[who], MemoryAdvice(4, 1, 100, False)) is None
+    assert memory_problem(OTHERS[who], ADVICE) is None
     assert not out_of_memory(OTHERS[who]) or "cause" in who
 
 
@@ -321,7 +330,7 @@ def test_a_kernel_too_large_for_the_gpu_is_not_a_want_of_memory(module: str, adv
     assert not out_of_memory(error)
     if wrapped:
         error = chained(RuntimeError("backend raised"), error)
-    assert memory_problem(error, MemoryAdvice(4, 1, 100, False)) == (
+    assert memory_problem(error, ADVICE) == (
         "a Triton kernel does not fit this GPU (out of resource: shared memory, Required: 147456, Hardware limit: "
         f"101376): {advice}."
     )
@@ -333,9 +342,7 @@ def test_a_kernel_that_a_compiler_could_not_fit_is_not_a_want_of_memory() -> Non
         "limit:101376 Reducing block sizes or `num_stages` may help."
     )
     assert not out_of_memory(error)
-    assert (memory_problem(error, MemoryAdvice(4, 1, 100, False)) or "").startswith(
-        "a Triton kernel does not fit this GPU (No "
-    )
+    assert (memory_problem(error, ADVICE) or "").startswith("a Triton kernel does not fit this GPU (No ")
 
 
 @pytest.mark.parametrize("place", ["compute_loss", "held_out_loss"])
@@ -360,6 +367,39 @@ def test_the_advice_reaches_the_user(
         assert "error: a Triton kernel does not fit this GPU (out of resource: shared memory" in error
     else:
         assert f"error: memory ran out (CUDA error: {what}): trainer.batch_size=2 trainer.gradient" in error
+
+
+@pytest.mark.parametrize(
+    ("place", "words", "advice"),
+    [
+        ("sample_answers.Asked.answers", ["trainer.sample_prompts=[seven]"], "fewer than 8 prompts in "
+         "trainer.sample_prompts, "),
+        ("reselection.way.reselect", ["method.reselect_steps=1", "method.reselect_by=calibration"], "re-selection by "
+         "calibration takes less "),
+    ],
+)  # fmt: skip
+def test_the_advice_is_of_what_ran_out(
+    place: str, words: list[str], advice: str, data: Path, model_folder: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(f"sparseft.training.{place}", fail)
+    words = ["train", *on(model_folder(), data), *METHODS["s2ft"], "trainer.max_steps=2", "output_dir=run", *words]
+    done = sparseft(tmp_path, *words, "trainer.batch_size=4", "trainer.gradient_accumulation=1", code=1)
+    (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: memory ran out (CUDA out of memory): {advice}") and "trainer.batch" not in error
+
+
+def test_the_advice_is_of_the_task_that_judges(make_model: Any, tmp_path: Path) -> None:
+    def fail(_leave: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, examples(8), examples(4), max_steps=1)
+    trainer.score = fail
+    with pytest.raises(RunError, match=r"memory ran out \(CUDA out of memory\): a smaller eval.batch_size"):
+        trainer.evaluate()
 
 
 # ---- the disk ----

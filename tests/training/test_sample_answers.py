@@ -86,6 +86,17 @@ def test_several_turns_are_a_chat(tokenizer: Any) -> None:
 # ---- answers ----
 
 
+def _long(tokenizer: Any, length: int) -> str:
+    """A text of so many tokens."""
+    text = "a" * length
+    while len(tokenizer(text).input_ids) > length:
+        text = text[1:]
+    while len(tokenizer(text).input_ids) < length:
+        text += " a"
+    assert len(tokenizer(text).input_ids) == length
+    return text
+
+
 @pytest.mark.parametrize("method", ["s2ft", "sylva", "lora", "full"])
 def test_answers_are_those_of_generate_one_at_a_time(
     method: str, make_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
@@ -95,16 +106,18 @@ def test_answers_are_those_of_generate_one_at_a_time(
     base = make_model("llama", torch.float64, vocab_size=len(tokenizer))
     model = attached(base, method).train()
     prompts = ["a", "the answer is", "What is 2 + 3?", "true or false", *map(str, range(7))]
+    context = base.config.max_position_embeddings
+    prompts[1:1] = [_long(tokenizer, context - 3), _long(tokenizer, context - 1)]  # the others' answers are no shorter
     asked = Asked([Prompt(text, "here") for text in prompts], tokenizer, "text", False)
     before = torch.random.get_rng_state()
     answers = asked.answers(model, 0)
     assert torch.equal(torch.random.get_rng_state(), before) and model.training
     assert all(module.training for module in model.modules())
     for ids, (text, cut) in zip(asked.ids, answers, strict=True):
-        room = min(sample_answers.NEW_TOKENS, base.config.max_position_embeddings - max(map(len, asked.ids)))
+        room = min(sample_answers.NEW_TOKENS, context - len(ids))
         out = base.generate(torch.tensor([ids]), max_new_tokens=room, do_sample=False, pad_token_id=0, eos_token_id=2)
         new = out[0, len(ids) :].tolist()
-        assert cut == (2 not in new)
+        assert cut == (None if 2 in new else room)
         kept = new[: new.index(2)] if 2 in new else new
         expected = tokenizer.decode(kept, skip_special_tokens=True).strip()
         assert text == expected
@@ -136,7 +149,7 @@ def test_an_answer_ends_where_a_question_of_its_own_begins(tokenizer: Any) -> No
             said = tokenizer(" it is 5### Human: and now?").input_ids
             return torch.cat([input_ids, torch.tensor([said])], 1)
 
-    assert asked.answers(Model(), 0) == [("it is 5", False)]
+    assert asked.answers(Model(), 0) == [("it is 5", None)]
 
 
 def test_an_answer_ends_with_the_turn_of_the_template(tokenizer: Any) -> None:
@@ -155,7 +168,7 @@ def test_an_answer_ends_with_the_turn_of_the_template(tokenizer: Any) -> None:
             said = [*tokenizer("it is 5").input_ids, mark, *tokenizer("and so on").input_ids]
             return torch.cat([input_ids, torch.tensor([said])], 1)
 
-    assert asked.answers(Model(), 0) == [("it is 5", False)]
+    assert asked.answers(Model(), 0) == [("it is 5", None)]
     assert Asked([Prompt(QUESTION, "here")], tokenizer, "messages", True).ends == [tokenizer.eos_token_id]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,9 @@ def test_steps_that_train_nothing_are_said(capsys: pytest.CaptureFixture[str]) -
 def test_it_is_refused_before_anything_is_loaded(
     words: list[str], part: str, plan: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparseft.models.loading.load_config", lambda *_: pytest.fail("loaded"))
+    # This one first: it imports modules, which keep the `load_config` that they find.
     monkeypatch.setattr("sparseft.training.job.run.set_up", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("sparseft.models.loading.load_config", lambda *_: pytest.fail("loaded"))
     assert part in refused(in_tmp, "train", *plan, *words)
     assert files(in_tmp) == set()
 
@@ -203,6 +205,8 @@ def test_a_schedule_that_follows_the_loss_goes_on_from_where_it_was(name: str, m
     settings = {"scheduler": name, "scheduler_args": ARGUMENTS[name], "eval_steps": 1, "save_steps": 3}
     whole = run_of(make_model("llama"), tmp_path / "whole", 6, **settings)
     run_of(make_model("llama"), tmp_path / "cut", 3, **settings)
+    kept = json.loads((Path(last_checkpoint(tmp_path / "cut")) / "trainer_state.json").read_text())
+    assert kept["best_model_checkpoint"] is None, "what transformers would look for, and miss, when the run goes on"
     cut = run_of(make_model("llama"), tmp_path / "cut", 6, last_checkpoint(tmp_path / "cut"), **settings)
     rates = shown(tmp_path / "whole")
     assert rates == shown(tmp_path / "cut") and len(set(rates.values())) > 1

@@ -21,7 +21,9 @@ from sparseft.selection.compute import Request
 from sparseft.training.checks import check_hardware
 from sparseft.training.distributed_trainer import check_shards, trains_beside_text
 from sparseft.training.run_state import RunState
+from sparseft.training.trainer import COUNT
 from support.experts import build
+from support.training import attached, examples, trainer_of
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,19 @@ def test_experts_that_may_have_no_gradient(method: str, eager: bool, stage: int,
         return check_shards(request, hardware, model)
     with pytest.raises(UserError, match=f"hardware.zero_stage={stage}: experts.*{message}"):
         check_shards(request, hardware, model)
+
+
+def test_several_processes_count_what_one_does(
+    make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the examples that the data are lengthened by, neither tokens nor lengths."""
+    monkeypatch.setattr("sparseft.data.sampling.rank_and_world", lambda: (0, 4))
+    data = examples(5)
+    trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, data, max_steps=1)
+    assert len(trainer.train_dataset) == 8
+    assert trainer.memory.longest == data.lengths.max()
+    batch = trainer.data_collator([trainer.train_dataset[4], trainer.train_dataset[5]])
+    assert batch[COUNT] == data.lengths[4]
 
 
 def test_text_gives_a_tower_no_gradient(make_model: Any) -> None:

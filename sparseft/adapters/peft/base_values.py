@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseft.replaced import replaced
+
 HOOKS = ("_require_grads_hooks", "_require_grads_hook")
 
 
@@ -90,18 +92,9 @@ def trained_biases(model: Any, kept: Overwritten, name: str) -> set[str]:
     return {parameter for parameter, value in kept.parameters.items() if id(value) in chosen}
 
 
-@contextlib.contextmanager
-def without_biases(model: Any) -> Iterator[None]:
+def without_biases(model: Any) -> contextlib.AbstractContextManager[None]:
     """Inside, peft knows of no adapter with biases: it refuses a second one, having no place for its values."""
-    known = {name: config.bias for name, config in model.peft_config.items()}
-    for name in known:
-        model.peft_config[name].bias = "none"
-    try:
-        yield
-    finally:
-        for name, bias in known.items():
-            if name in model.peft_config:
-                model.peft_config[name].bias = bias
+    return replaced(*((config, "bias", "none") for config in model.peft_config.values()))
 
 
 def set_modes(model: nn.Module, modes: dict[int, bool]) -> None:

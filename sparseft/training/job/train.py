@@ -36,7 +36,7 @@ def train(job: Job, folder: Path, trackers: Trackers) -> Trained:
         trainer.add_callback(average)
     if config.method.reselect_steps:
         job.reselection = reselecting(
-            config.method, prepared, job.spec, trainer.run_state.clock,
+            config.method, prepared, job.spec, trainer,
             ended_at=job.previous.ended_at if job.previous else None, resumed=job.resumed_from,
         )  # fmt: skip
         trainer.add_callback(job.reselection)

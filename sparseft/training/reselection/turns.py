@@ -18,12 +18,13 @@ from sparseft.distributed import ranks
 from sparseft.errors import UserError
 from sparseft.files.tensors import read_tensors
 from sparseft.importance.sensitivity import Sensitivity
+from sparseft.importance.units import generator_for
 from sparseft.kernels import grid
 from sparseft.kernels.reference import token_product
 from sparseft.layers import SparseLinear, sparse_layers
 from sparseft.models.spec import ModelSpec
 from sparseft.runs.folder import SENSITIVITY
-from sparseft.selection.grids import best_grid
+from sparseft.selection.grids import chosen_grid
 from sparseft.selection.selection import Selection
 from sparseft.training.reselection.running import operands
 from sparseft.training.reselection.swap import Reselection
@@ -46,6 +47,7 @@ class Turns(Reselection):
 
     Args:
         turns: of each layer the linears that train.
+        order, seed: as for the first selection; the seed changes with the step.
         resumed: the checkpoint that the run goes on from.
     """
 
@@ -54,11 +56,15 @@ class Turns(Reselection):
         steps: int,
         model: nn.Module,
         turns: Sequence[Sequence[str]],
+        *,
+        order: str,
+        seed: int,
         clock: Any = None,
         ended_at: int | None = None,
         resumed: str | None = None,
     ) -> None:
         super().__init__(steps, self._choose, clock, ended_at)
+        self.order, self.seed = order, seed
         layers = sparse_layers(model)
         self.turns = [{name: layers[name] for name in names} for names in turns]
         self.sums: dict[str, Sensitivity] = {}  # of the layer whose turn it is
@@ -154,8 +160,12 @@ class Turns(Reselection):
         """The grids of the layer whose turn ends with `step`, of the same sizes."""
         chosen = {}
         for name, layer in self.turn(step - 1).items():
-            size = grid.sides(layer.patterns["grid"].index)
-            chosen[name] = {"grid": best_grid(self.sums[name].scores(), size)}
+            index, scores = layer.patterns["grid"].index.cpu(), self.sums[name].scores()
+            if scores.any():  # else every step was bad, and what trains stays
+                index = chosen_grid(
+                    scores, grid.sides(index), self.order, generator_for(self.seed + step, "choose", name)
+                )
+            chosen[name] = {"grid": index}
         return ranks.broadcast_object(Selection(chosen))
 
 

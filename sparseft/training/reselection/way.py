@@ -15,18 +15,32 @@ from sparseft.training.reselection.running import Running
 from sparseft.training.reselection.swap import Reselection
 from sparseft.training.reselection.turns import Turns, turns_of
 
+WITHOUT_A_PASS = (
+    "re-selection by calibration takes less with shorter examples (trainer.max_length), and with "
+    "method.reselect_by=running it takes no pass of its own"
+)
+
 
 def reselecting(
-    method: Any, prepared: Prepared, spec: ModelSpec, clock: Any, *, ended_at: int | None, resumed: str | None
+    method: Any, prepared: Prepared, spec: ModelSpec, trainer: Any, *, ended_at: int | None, resumed: str | None
 ) -> Reselection:
     """What chooses anew every `method.reselect_steps` steps: by the same importance, on other samples each time, or by
     what training shows, of all layers or of one.
 
     resumed: the checkpoint that the run goes on from; ended_at: its step, where that was to be the run's last one.
     """
+    clock = trainer.run_state.clock
     if method.reselects_running and method.reselects_in_turn:
-        turns = turns_of(prepared.model, spec)
-        return Turns(method.reselect_steps, prepared.model, turns, clock, ended_at, resumed)
+        return Turns(
+            method.reselect_steps,
+            prepared.model,
+            turns_of(prepared.model, spec),
+            order=method.order,
+            seed=method.seed,
+            clock=clock,
+            ended_at=ended_at,
+            resumed=resumed,
+        )
     excluded = read_excluded(method.exclude)  # now: the folders may go while it trains
     if method.reselects_running:
         console.log(
@@ -50,6 +64,7 @@ def reselecting(
         batches = None
         if method.needs_data:
             batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
-        return reselect(prepared.model, method, batches, seed=seed, spec=spec, excluded=excluded)
+        with trainer.advising_memory(WITHOUT_A_PASS):
+            return reselect(prepared.model, method, batches, seed=seed, spec=spec, excluded=excluded)
 
     return Reselection(method.reselect_steps, choose, clock, ended_at)

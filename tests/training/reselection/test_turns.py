@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import sparseft
 from sparseft.errors import UserError
 from sparseft.importance.sensitivity import Sensitivity
+from sparseft.importance.units import generator_for
 from sparseft.kernels import grid
 from sparseft.layers import sparse_layers
 from sparseft.models.spec import ModelSpec
@@ -138,7 +139,7 @@ def test_layers_take_turns(make_model: Any, kind: str) -> None:
     model, spec = attached(make_model, kind)
     first = {name: sides(layer.grid.index) for name, layer in sparse_layers(model).items()}
     optimizer = sparseft.SparseAdamW(sparseft.trainable_parameters(model).values(), lr=1e-2)
-    turns = Turns(3, model, turns_of(model, spec))
+    turns = Turns(3, model, turns_of(model, spec), order="largest", seed=0)
     found = go(model, turns, optimizer, 8)
     for step, (before, after) in enumerate(itertools.pairwise([first, *found]), 1):
         changed = {spec.layer_of[name] for name in after if after[name] != before[name]}
@@ -154,7 +155,7 @@ def test_a_turn_sees_the_dense_gradient_and_chooses_by_it(make_model: Any, kind:
     model, spec = attached(make_model, kind)
     plain = make_model(kind)
     optimizer = sparseft.SparseAdamW(sparseft.trainable_parameters(model).values(), lr=1e-2)
-    turns = Turns(3, model, turns_of(model, spec))
+    turns = Turns(3, model, turns_of(model, spec), order="largest", seed=0)
     names = [name for name in sparse_layers(model) if spec.layer_of[name] == 0]
     average = {name: torch.zeros(1) for name in names}
     spread = {name: torch.zeros(1) for name in names}
@@ -187,11 +188,42 @@ def test_a_turn_sees_the_dense_gradient_and_chooses_by_it(make_model: Any, kind:
     assert not turns.sums
 
 
+@pytest.mark.parametrize("order", ["smallest", "sampled"])
+def test_a_turn_chooses_in_the_order_of_the_first_choice(make_model: Any, order: str) -> None:
+    model, spec = attached(make_model)
+    optimizer = sparseft.SparseAdamW(sparseft.trainable_parameters(model).values(), lr=1e-2)
+    turns = Turns(3, model, turns_of(model, spec), order=order, seed=7)
+    go(model, turns, optimizer, 2)
+    scores = {name: own.scores() for name, own in turns.sums.items()}
+    sizes = {name: tuple(map(len, sides(layer.grid.index))) for name, layer in sparse_layers(model).items()}
+    chosen = turns._choose(3).modules
+    assert scores.keys() == chosen.keys()
+    for name, own in scores.items():
+        if order == "smallest":
+            wanted = best_grid(-own, sizes[name])
+        else:
+            wanted = drawn_grid(own, sizes[name], generator_for(10, "choose", name))
+        assert torch.equal(chosen[name]["grid"], wanted)
+
+
+def test_what_no_step_has_shown_stays(make_model: Any) -> None:
+    """All steps of the turn were bad."""
+    model, spec = attached(make_model)
+    first = {name: layer.grid.index.clone() for name, layer in sparse_layers(model).items()}
+    turns = Turns(3, model, turns_of(model, spec), order="largest", seed=0)
+    turns.on_step_begin(None, SimpleNamespace(global_step=0, max_steps=9), None)
+    for name, layer in turns.turn(0).items():
+        turns.sums[name].add(torch.full((layer.out_features, layer.in_features), float("nan")))
+    turns.on_pre_optimizer_step(None, SimpleNamespace(global_step=0, max_steps=9), None)
+    chosen = turns._choose(3).modules
+    assert chosen and all(torch.equal(kinds["grid"], first[name].cpu()) for name, kinds in chosen.items())
+
+
 def test_after_its_turn_a_layers_rate_climbs_and_the_others_stays(make_model: Any) -> None:
     """Against SGD by hand: the layer takes 1/4, 2/4, 3/4 of its steps, and its weight holds what its deltas say."""
     model, spec = attached(make_model)
     optimizer = torch.optim.SGD(sparseft.trainable_parameters(model).values(), lr=0.5)
-    turns = Turns(3, model, turns_of(model, spec))
+    turns = Turns(3, model, turns_of(model, spec), order="largest", seed=0)
     go(model, turns, optimizer, 3)
     layers = sparse_layers(model)
     for step in range(3, 6):
@@ -225,7 +257,7 @@ def test_what_has_trained_is_the_adapter(make_model: Any, tmp_path: Path) -> Non
 
     note()
     optimizer = sparseft.SparseAdamW(sparseft.trainable_parameters(model).values(), lr=1e-2)
-    turns = Turns(1, model, turns_of(model, spec))
+    turns = Turns(1, model, turns_of(model, spec), order="largest", seed=0)
     for step in range(6):
         go(model, turns, optimizer, 1, start=step)
         note()
@@ -258,12 +290,12 @@ def test_what_has_trained_is_the_adapter(make_model: Any, tmp_path: Path) -> Non
 
 def test_averages_of_another_model_are_refused(make_model: Any, tmp_path: Path) -> None:
     model, spec = attached(make_model)
-    turns = Turns(3, model, turns_of(model, spec))
+    turns = Turns(3, model, turns_of(model, spec), order="largest", seed=0)
     go(model, turns, torch.optim.SGD(sparseft.trainable_parameters(model).values(), lr=0.1), 2)
     turns.save(tmp_path)
-    again = Turns(3, model, turns_of(model, spec), resumed=str(tmp_path))
+    again = Turns(3, model, turns_of(model, spec), order="largest", seed=0, resumed=str(tmp_path))
     assert again.sums.keys() == turns.sums.keys()
     assert all(torch.equal(again.sums[n].scores(), turns.sums[n].scores()) for n in again.sums)
     with pytest.raises(UserError, match="does not fit the model's linear|other linears"):
         other, its = attached(make_model, "gpt2")
-        Turns(3, other, turns_of(other, its), resumed=str(tmp_path))
+        Turns(3, other, turns_of(other, its), order="largest", seed=0, resumed=str(tmp_path))
