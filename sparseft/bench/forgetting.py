@@ -25,6 +25,7 @@ from sparseft.data.packing import padding_id
 from sparseft.data.reading import named_sources
 from sparseft.data.sampling import seeded_first
 from sparseft.data.sources import locate
+from sparseft.data.split import halves
 from sparseft.data.tokenized import TokenizedDataset
 from sparseft.errors import UserError
 from sparseft.evaluation.held_out import held_out_loss
@@ -56,7 +57,7 @@ class Examples:
     def describe(self, seed: int) -> str:
         """What is read of one model, and the settings that make it less."""
         target = [row for rows in self.target[seed].values() for row in rows]
-        source = [row for halves in self.source.values() for rows in halves.values() for row in rows]
+        source = [row for splits in self.source.values() for rows in splits.values() for row in rows]
         counts = (f"{len(rows):,} examples ({sum(len(row['input_ids']) for row in rows):,} tokens)"
                   for rows in (target, source))  # fmt: skip
         return (
@@ -101,11 +102,12 @@ def read_examples(runs: Sequence[RunConfig], sources: Sequence[str]) -> Examples
         for path in sources:
             if any(_files_of(path) & _files_of(each.path) for each in named_sources(run.dataset, bundled)):
                 raise UserError(f"bench.source: '{path}' is what is trained on, so it cannot say what is forgotten.")
-        if data.eval is None:
+        held_out = data.eval_tokens
+        if held_out is None:
             raise UserError("there are no held-out examples to read the target's loss on.")
         check_tokens(data, tokenizer, *vocabulary)
-        assert data.eval_halves is not None
-        parts = [data.eval.subset(np.flatnonzero(data.eval_halves == half)) for half in (False, True)]
+        in_test = halves(held_out)
+        parts = [held_out.dataset.subset(np.flatnonzero(in_test == half)) for half in (False, True)]
         target[run.seed], of_target = by_split(parts, "the held-out examples")
         key[run.seed] = {TARGET: of_target, **of_source}
         trained[run.seed] = data.fingerprint, data.train_source

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from sparseft import console
 from sparseft.data.packing import PackedDataset
 from sparseft.data.question_hashes import QuestionHashes
-from sparseft.data.tokenized import TokenizedDataset
+from sparseft.data.tokenized import TokenizedDataset, Tokens
 
 
 @dataclass
@@ -41,7 +39,7 @@ class LoadedData:
     dropped: int  # training and split-off examples left out as too long or without a token to learn
     cut: int  # of those kept, how many had their answer cut
     questions: QuestionHashes  # of the training examples
-    eval_halves: np.ndarray | None  # bool: the half that each evaluation example is in (`split.halves`)
+    eval_tokens: Tokens | None  # the evaluation examples and what they ask; of preferences the better answers'
     eval_overlap: int  # questions of the evaluation examples that are training questions too, by their normalised text
     formats: list[str] = field(default_factory=list)  # of all sets, each once
     sources: list[str] = field(default_factory=list)  # the parts of `train_source`

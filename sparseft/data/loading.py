@@ -16,7 +16,7 @@ from sparseft.data.packing import PackedDataset
 from sparseft.data.preference_sets import load_preferences
 from sparseft.data.question_hashes import QuestionHashes
 from sparseft.data.reading import NamedSource, Opened, Part, Reader, named_sources
-from sparseft.data.split import halves, kept_apart, split_off
+from sparseft.data.split import kept_apart, split_off
 from sparseft.data.token_cache import Cache
 from sparseft.data.tokenized import Tokens
 from sparseft.errors import UserError
@@ -108,7 +108,7 @@ def load_datasets(
         dropped=train.facts.dropped,
         cut=train.facts.cut,
         questions=questions,
-        eval_halves=None if evaluation is None else halves(evaluation),
+        eval_tokens=evaluation,
         eval_overlap=overlap,
         packed=PackedDataset(train.dataset, max_length) if config.packing else None,
         notes=reader.notes,

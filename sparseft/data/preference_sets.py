@@ -15,7 +15,7 @@ from sparseft.data.loaded import LoadedData, Preferences, overlap_sentences
 from sparseft.data.preferences import PREFERENCE, SIDES, UNPAIRED, written_as
 from sparseft.data.question_hashes import QuestionHashes
 from sparseft.data.reading import NamedSource, Opened, Reader, named_sources
-from sparseft.data.split import halves, held_out_of
+from sparseft.data.split import held_out_of
 from sparseft.data.token_cache import Cache
 from sparseft.data.tokenized import Tokens
 from sparseft.errors import UserError
@@ -80,7 +80,7 @@ def load_preferences(
         dropped=sum(tokens.facts.dropped for tokens in sides),
         cut=sum(tokens.facts.cut for tokens in sides),
         questions=questions,
-        eval_halves=None if asked is None else halves(asked[0]),
+        eval_tokens=None if asked is None else asked[0],
         eval_overlap=overlap,
         preferences=Preferences(paired, better.dataset, worse.dataset),
         eval_preferences=None if asked is None else _held_out(paired, asked, of_file=held is not None),
@@ -110,7 +110,7 @@ def load_pairs(
         dropped=0,
         cut=0,
         questions=QuestionHashes(_questions(sides)),
-        eval_halves=halves(sides[0]),
+        eval_tokens=sides[0],
         eval_overlap=0,
         preferences=both,
         eval_preferences=both,

@@ -71,7 +71,8 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 def _in_messages(item: dict[str, Any]) -> dict[str, Any]:
     """A pair of texts that are whole dialogues, without a prompt, as lists of messages; any other record as it is."""
     both = {key: item.get(key) for key in ("chosen", "rejected")}
-    if item.get("prompt") or not all(isinstance(text, str) and _TURN.match(text) for text in both.values()):
+    turns = [_TURN.match(text) if isinstance(text, str) else None for text in both.values()]
+    if item.get("prompt") or not all(turn and turn[1] == "Human" for turn in turns):
         return item
     parts = {key: _TURN.split(text)[1:] for key, text in both.items()}
     return item | {

@@ -122,16 +122,21 @@ class Streamed(Source):
         )  # fmt: skip
         self.source, self.seed = source, seed
 
+    def first(self, count: int) -> Records:
+        """The first `count` of the source's own order, for which no more than these are read."""
+        return self.source.first(count)
+
     def chunks(self, count: int | None = None) -> Iterator[Records]:
         """The first `count` records of that order; of the source only `BUFFER` records more than these are read. What
         waits takes at most `BUFFER` times `LARGE` bytes of memory."""
         chunks = self.source.chunks(None if count is None else count + BUFFER)
         there = ((chunk.where(at), item, chunk.sizes[at]) for chunk in chunks for at, item in enumerate(chunk.items))
-        with _waiting(there) as waiting:
+        with _putting_aside() as aside:
+            waiting = ((place, aside(item) if size > LARGE else item, size) for place, item, size in there)
             chunk, start, held = self._records(0), 0, 0
             for place, item, size in itertools.islice(_shuffled(waiting, self.seed), count):
                 chunk.places.append(place)
-                chunk.items.append(item())
+                chunk.items.append(_taken_back(item) if isinstance(item, Path) else item)
                 held += size
                 if held >= CHUNK_BYTES or len(chunk) >= CHUNK_RECORDS:
                     yield chunk
@@ -142,29 +147,35 @@ class Streamed(Source):
 
 
 @contextlib.contextmanager
-def _waiting(there: Iterable[tuple[str, Any, int]]) -> Iterator[Iterator[tuple[str, Callable[[], Any], int]]]:
-    """Records with their places and sizes, each to be had once by a call: large ones lie in a folder until then."""
-    with tempfile.TemporaryDirectory(prefix="sparseft-stream-") as folder:
+def _putting_aside() -> Iterator[Callable[[dict[str, Any]], Path]]:
+    """A function that writes a record to a file, in a folder that is made for the first one and goes at the end.
+    UserError where it cannot be written."""
+    with contextlib.ExitStack() as stack:
+        numbers = itertools.count()
 
-        def aside(number: int, item: Any) -> Callable[[], Any]:
-            file = Path(folder) / str(number)
-            file.write_bytes(pickle.dumps(item))
+        @functools.cache
+        def folder() -> Path:
+            return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparseft-stream-")))
 
-            def back() -> Any:
-                content = file.read_bytes()
-                file.unlink()
-                return pickle.loads(content)
+        def aside(item: dict[str, Any]) -> Path:
+            try:
+                file = folder() / str(next(numbers))
+                file.write_bytes(pickle.dumps(item))
+            except OSError as error:
+                raise UserError(
+                    "dataset.streaming: large records wait in files, which cannot be written to "
+                    f"{tempfile.tempdir or 'a temporary folder'}: {error.strerror}; make room, or name another folder "
+                    "in TMPDIR."
+                ) from error
+            return file
 
-            return back
-
-        yield (
-            (place, aside(number, item) if size > LARGE else functools.partial(_same, item), size)
-            for number, (place, item, size) in enumerate(there)
-        )
+        yield aside
 
 
-def _same(item: Any) -> Any:
-    return item
+def _taken_back(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    file.unlink()
+    return pickle.loads(content)
 
 
 def _shuffled(items: Iterable[Any], seed: int) -> Iterator[Any]:

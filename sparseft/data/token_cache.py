@@ -30,7 +30,7 @@ from sparseft.errors import UserError
 from sparseft.files.atomic import asides, new_aside, publish, write_json
 from sparseft.files.untrusted import read_json
 
-LAYOUT = "6"  # changes with what the files hold or how tokens come about
+LAYOUT = "7"  # changes with what the files hold or how tokens come about
 ARRAYS = {
     "input_ids": "<i4",
     "labels": "<i4",

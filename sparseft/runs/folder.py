@@ -343,8 +343,8 @@ def check_trained_on(run: Path, fingerprint: str, source: str, otherwise: str) -
     known = data.get("fingerprint") if isinstance(data, dict) else None
     if known not in (None, fingerprint):
         raise UserError(
-            f"the training examples are not those that the run in '{run}' was trained on: did {source} or the "
-            f"tokenizer change? {otherwise}"
+            f"the training examples are not those that the run in '{run}' was trained on: did {source}, the "
+            f"tokenizer or the version of sparseft change? {otherwise}"
         )
 
 

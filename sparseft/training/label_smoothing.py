@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparseft.data.tokenized import IGNORED
 from sparseft.models.decoder import language_model
 from sparseft.models.labelled_loss import forward_of
+from sparseft.models.labels import IGNORED
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ from transformers.training_args import OptimizerNames
 
 from sparseft import console, signals
 from sparseft.adapters.state import state_of
-from sparseft.data.tokenized import IGNORED
 from sparseft.distributed import ranks
 from sparseft.distributed.shards import shard_of
 from sparseft.errors import Diverged, Interrupted
@@ -26,6 +25,7 @@ from sparseft.layers import sparse_layers
 from sparseft.layers.saved_inputs import share_inputs_in_training
 from sparseft.models.decoder import runnable
 from sparseft.models.labelled_loss import ROWS, label_rows, labelled_loss
+from sparseft.models.labels import IGNORED
 from sparseft.models.masks import unasked
 from sparseft.models.packed.quantized import send_no_packed
 from sparseft.models.probing import without_gradient
@@ -429,7 +429,7 @@ class Trainer(distributed_trainer.DistributedTrainer):
         with torch.no_grad(), display, runnable(model), router_loss(model, 0.0):
             for batch in loader:
                 batch = self._prepare_inputs(batch)
-                labelled = (batch["labels"][:, 1:] != -100).sum()
+                labelled = (batch["labels"][:, 1:] != IGNORED).sum()
                 with self.compute_loss_context_manager(), unasked(batch), self.own_loss():
                     loss = model(**batch, use_cache=False).loss
                 if labelled:  # a batch without labels has no loss (NaN)

@@ -95,13 +95,14 @@ class Measured:
         labelled = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
         for each in self.units.values():
             each.parameter.grad = None
-        for batch, count in zip(batches, labelled, strict=True):
-            if count:
-                batch = {name: value.to(self.device) for name, value in batch.items()}
-                aside = checkpointed(self.model) if self.recomputed else contextlib.nullcontext()
-                with aside, unasked(batch), router_loss(self.model, 0.0), fewest_logits(self.model):
-                    loss = self.model(**batch, use_cache=False).loss
-                    (loss * (count / sum(labelled))).backward()
+        aside = checkpointed(self.model) if self.recomputed else contextlib.nullcontext()
+        with aside, router_loss(self.model, 0.0), fewest_logits(self.model):
+            for batch, count in zip(batches, labelled, strict=True):
+                if count:
+                    batch = {name: value.to(self.device) for name, value in batch.items()}
+                    with unasked(batch):
+                        loss = self.model(**batch, use_cache=False).loss
+                        (loss * (count / sum(labelled))).backward()
         found = torch.cat([each.slopes() for each in self.units.values()])
         for each in self.units.values():
             each.parameter.grad = None

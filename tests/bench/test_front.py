@@ -26,6 +26,7 @@ from sparseft.config import DatasetConfig
 from sparseft.data.loading import data_of, load_datasets
 from sparseft.data.packing import padding_id
 from sparseft.data.sampling import seeded_first
+from sparseft.data.split import halves
 from sparseft.evaluation.held_out import held_out_loss
 from sparseft.files.untrusted import read_yaml_object
 from sparseft.models.loading import load_model, load_tokenizer
@@ -116,7 +117,8 @@ def test_target_losses_are_the_runs_own(studied: tuple[Path, dict[str, Any]]) ->
         config.cache_dir = str(folder / config.cache_dir)
         data = data_of(config, load_tokenizer(config.model))
         splits = [
-            [row for row, own in zip(data.eval, data.eval_halves, strict=True) if own == half] for half in (False, True)
+            [row for row, own in zip(data.eval, halves(data.eval_tokens), strict=True) if own == half]
+            for half in (False, True)
         ]
         counts = [sum((torch.tensor(row["labels"][1:]) != -100).sum() for row in rows) for rows in splits]
         both = point["validation"]["target"][position], point["target"][position]

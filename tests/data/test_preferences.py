@@ -12,6 +12,7 @@ import transformers
 from datasets import Dataset
 
 from sparseft.config import BUNDLED_ROOT, DatasetConfig
+from sparseft.data import preferences, token_cache
 from sparseft.data.loaded import LoadedData
 from sparseft.data.loading import load_preferences
 from sparseft.data.tokenized import IGNORED
@@ -64,6 +65,11 @@ PLAIN = [{"prompt": f"{at} is\n", "chosen": f"a number, {at}.", "rejected": "no.
 CHATS = [{"prompt": [user(f"{at}?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]} for at in range(5)]
 SHAPES = {  # the same chat, as data sets spell it
     "as HH-RLHF has it": {"chosen": "\n\nHuman: a?\n\nAssistant: yes", "rejected": "\n\nHuman: a?\n\nAssistant:  no"},
+    "and with an empty prompt": {
+        "prompt": "",
+        "chosen": "\n\nHuman: a?\n\nAssistant: yes",
+        "rejected": "\n\nHuman: a?\n\nAssistant: no",
+    },
     "apart": {"prompt": [user("a?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
     "in front of both": {"chosen": [user("a?"), assistant("yes")], "rejected": [user("a?"), assistant("no")]},
     "and as a list": {
@@ -256,7 +262,7 @@ def test_records_that_say_nothing_of_what_is_better(tokenizer: Any, tmp_path: Pa
 
 def test_dialogues_in_texts(tmp_path: Path, chatting: Any) -> None:
     """As HH-RLHF has them, some of which end with a question or an empty answer; text that only mentions a turn is
-    none."""
+    none, nor is an answer alone."""
     before = "\n\nHuman: a\n\nb?\n\nAssistant: yes\n\nHuman: why?"
     worse = f"{before}\n\nAssistant: no."
     rows = [{"chosen": f"{before}\n\nAssistant: so {at}.", "rejected": worse} for at in range(3)]
@@ -271,3 +277,18 @@ def test_dialogues_in_texts(tmp_path: Path, chatting: Any) -> None:
         load(tmp_path, [*rows, odd[0]], chatting)
     mentioned = {"prompt": "What is\n", "chosen": "Human: a\n\nAssistant: b", "rejected": "no"}
     assert load(tmp_path, [mentioned], chatting).format == "prompt_completion"
+    answers = load(tmp_path, [{"prompt": "", "chosen": "Assistant: b", "rejected": "Assistant: c"}], chatting)
+    assert answers.format == "prompt_completion"
+    assert "user" not in text(answers.preferences.better[0], chatting)
+
+
+def test_tokens_from_before_dialogues_in_texts_were_read_are_not_used(
+    tmp_path: Path, chatting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = SHAPES["and with an empty prompt"]
+    with monkeypatch.context() as before:
+        before.setattr(token_cache, "LAYOUT", "6")
+        before.setattr(preferences, "_in_messages", lambda item: item)
+        assert load(tmp_path, [record], chatting).format == "prompt_completion"
+    found = load(tmp_path, [record], chatting).preferences
+    assert found is not None and text(found.better[0], chatting, learnt=True) == "yes</s>\n"

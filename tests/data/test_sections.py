@@ -231,3 +231,8 @@ def test_what_a_stream_holds_is_bounded_by_its_bytes(tmp_path: Path, monkeypatch
     monkeypatch.setattr(records.pickle, "dumps", lambda item: kept.append(len(item["text"])) or dumps(item))
     read()
     assert sum(kept) > 2**20 and min(kept) > 2**14  # the long ones, and none of the short ones
+    monkeypatch.setattr(records.tempfile, "tempdir", str(tmp_path / "files"))
+    with pytest.raises(UserError, match=r"cannot be written to \S*files: No such file.*name another folder in TMPDIR"):
+        read()  # as where the disk is full
+    monkeypatch.setattr(records, "LARGE", 2**30)
+    assert len(read()) > 1  # without a large record there is no folder

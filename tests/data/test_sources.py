@@ -338,7 +338,9 @@ def test_a_stream_is_the_set_in_another_order_and_no_more_is_read(
 
     source.source.items = counted
     assert prompts(source, 50) == first[:50] and len(read) <= 50 + 16 + 1
-    chunk = source.first(3)
+    read.clear()
+    assert len(source.first(3)) == 3 and len(read) <= 3 + 1  # what a format is detected by
+    chunk = next(source.chunks(3))
     place = int(chunk.items[0]["prompt"].split()[1]) + 1
     assert chunk.where(0).endswith(f" {place}")  # it says where the record stands in the file
 

@@ -17,6 +17,7 @@ from sparseft.data import question_hashes as data
 from sparseft.data.loaded import LoadedData
 from sparseft.data.loading import load_datasets
 from sparseft.data.question_hashes import QuestionHashes, normalised, question_hash
+from sparseft.data.split import halves
 from sparseft.errors import UserError
 from sparseft.evaluation import contamination
 from sparseft.evaluation.run import prepare
@@ -159,15 +160,15 @@ def test_a_question_that_most_ask_is_on_both_sides(tmp_path: Path, tokenizer: An
 @pytest.mark.parametrize("sizes", [[5] * 12, [1] * 20, [3, 1, 1, 1, 40]], ids=["trees", "alone", "one for most"])
 def test_halves_are_of_whole_questions_whatever_is_held_out(tmp_path: Path, tokenizer: Any, sizes: list[int]) -> None:
     """But those of a question that most ask, which are in both."""
-    halves: dict[str, set[bool]] = {}
+    found_in: dict[str, set[bool]] = {}
     for seed in range(4):
         loaded, _ = sides(tmp_path, tokenizer, branches(*sizes), 0.5, seed)
-        assert loaded.eval is not None and loaded.eval_halves is not None
-        for item, half in zip(loaded.eval, loaded.eval_halves, strict=True):
-            halves.setdefault(tokenizer.decode(item["input_ids"]), set()).add(bool(half))
-    assert len(halves) > sum(sizes) // 2 and all(len(found) == 1 for found in halves.values())
+        assert loaded.eval is not None and loaded.eval_tokens is not None
+        for item, half in zip(loaded.eval, halves(loaded.eval_tokens), strict=True):
+            found_in.setdefault(tokenizer.decode(item["input_ids"]), set()).add(bool(half))
+    assert len(found_in) > sum(sizes) // 2 and all(len(found) == 1 for found in found_in.values())
     of_tree: dict[int, set[bool]] = {}
-    for text, found in halves.items():
+    for text, found in found_in.items():
         of_tree.setdefault(int(text.split("?")[0].split()[-1]), set()).update(found)
     assert [tree for tree, found in of_tree.items() if len(found) > 1] == [4] * (40 in sizes)
     assert set().union(*of_tree.values()) == {False, True}
@@ -204,7 +205,7 @@ def test_texts_are_halved_piece_by_piece(tmp_path: Path, tokenizer: Any) -> None
     (tmp_path / "a.txt").write_text(" ".join(map(str, range(400))))
     config = DatasetConfig(train_path=str(tmp_path / "a.txt"), eval_fraction=0.5)
     loaded = load_datasets(config, tokenizer, max_length=32, seed=0, bundled=False, cache_dir=tmp_path / "cache")
-    assert loaded.eval_halves is not None and 0.2 < loaded.eval_halves.mean() < 0.8
+    assert loaded.eval_tokens is not None and 0.2 < halves(loaded.eval_tokens).mean() < 0.8
 
 
 # --- in training and evaluation -----------------------------------------------------------------------------------

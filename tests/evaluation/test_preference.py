@@ -92,9 +92,8 @@ def test_pairs_of_a_file_that_has_changed_since_are_refused(tmp_path: Path) -> N
     (tmp_path / "pairs.jsonl").write_text("".join(lines[4:] + lines[:4]))
     message = refused(tmp_path, *asked)
     assert message.startswith("the training examples are not those that the run in ")
-    assert (
-        "did pairs.jsonl or the tokenizer change? Give the data as they were, or pairs that it has not seen" in message
-    )
+    assert "did pairs.jsonl, the tokenizer or the version of sparseft change? Give the data as they were" in message
+    assert "or pairs that it has not seen" in message
     (tmp_path / "others.jsonl").write_text("".join(lines[:3]))
     found = sparseft(tmp_path, *asked, "dataset.eval_path=others.jsonl", "--json").json
     assert found["tasks"]["preference"]["samples"] == 3

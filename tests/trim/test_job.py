@@ -212,7 +212,7 @@ def test_data_that_have_changed_since_are_refused(world: Path) -> None:
     trimming = ["trim", "told", "--forget", "9", "--source", SOURCE, "--out", "told-trimmed"]
     message = refused(world, *trimming)
     assert message.startswith("the training examples are not those that the run in ")
-    assert "did story.txt or the tokenizer change? Give the data as they were" in message
+    assert "did story.txt, the tokenizer or the version of sparseft change? Give the data as they were" in message
     assert not (world / "told-trimmed").exists()
     run(world, *trimming, "dataset.train_path=story.txt", "dataset.max_examples=30")
 
