@@ -177,11 +177,13 @@ def test_halves_are_of_whole_questions_whatever_is_held_out(tmp_path: Path, toke
 @pytest.mark.parametrize("asked", ["two?", "or?", "some?", "more?"])
 def test_neither_half_is_empty_where_few_questions_are_asked(tmp_path: Path, tokenizer: Any, asked: str) -> None:
     """Their hashes may put all into one half."""
-    rows = [{"text": f"### Human: {each}### Assistant: {n}"} for each in ("one?", asked) for n in range(20)]
+    rows = [
+        {"text": f"### Human: {each}### Assistant: {n}"} for each in ("one?", asked, "who?", "why?") for n in range(10)
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DatasetConfig(train_path=str(tmp_path / "a.jsonl"), eval_fraction=0.5)
     loaded = load_datasets(config, tokenizer, max_length=64, seed=0, bundled=False, cache_dir=tmp_path / "cache")
-    assert loaded.eval_halves is not None and 0.2 < loaded.eval_halves.mean() < 0.8
+    assert loaded.eval_tokens is not None and 0.2 < halves(loaded.eval_tokens).mean() < 0.8
 
 
 def test_what_asks_nothing_counts_for_no_question(tokenizer: Any, tmp_path: Path) -> None:
@@ -192,9 +194,9 @@ def test_what_asks_nothing_counts_for_no_question(tokenizer: Any, tmp_path: Path
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DatasetConfig(mix=[f"{tmp_path / name}.jsonl" for name in "ab"], eval_fraction=0.5)
     loaded = load_datasets(config, tokenizer, max_length=64, seed=0, bundled=False, cache_dir=tmp_path / "cache")
-    assert loaded.eval is not None and loaded.eval_halves is not None
+    assert loaded.eval is not None and loaded.eval_tokens is not None
     of_tree: dict[str, set[bool]] = {}
-    for item, half in zip(loaded.eval, loaded.eval_halves, strict=True):
+    for item, half in zip(loaded.eval, halves(loaded.eval_tokens), strict=True):
         text = tokenizer.decode(item["input_ids"])
         if "root" in text:
             of_tree.setdefault(text.split("?")[0].split()[-1], set()).add(bool(half))
