@@ -134,9 +134,12 @@ def test_padding_that_no_token_sees_needs_no_mask(
     expected, _ = trained(model, batch, told=False)
     monkeypatch.setattr(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, "_local_mapping", {"sdpa": attention})
     if version == "5.17":
-        ignored = masking_utils._ignore_causal_mask_sdpa
-        monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa",
-                            lambda padding, *rest: not masking_utils.is_tracing(padding) and ignored(padding, *rest))  # fmt: skip
+        newer = masking_utils._ignore_causal_mask_sdpa
+
+        def ignored(padding: Any, *shape: Any) -> bool:
+            return not masking_utils.is_tracing(padding) and newer(padding, *shape)
+
+        monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", ignored)
     found, _ = trained(model, batch, told=True)
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6 * float(a.abs().max()))
