@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sparseft.training.distributed_trainer import DistributedTrainer
+from sparseft.training.distributed_trainer import LEFT_OUT, DistributedTrainer
 from sparseft.training.trainer import Trainer
 from support.experts import MODELS, batch, build
 from support.places import ROOT, SUPPORT
@@ -1177,13 +1177,13 @@ def test_a_model_without_its_loads_conversions_is_saved_by_its_architectures() -
 
 
 def test_ddp_can_be_told_what_not_to_send() -> None:
-    """`models/quantized.send_no_packed` names the packed weights."""
+    """`training/distributed_trainer.frozen_left_out` names the frozen weights, while DDP is made."""
     text = inspect.getsource(nn.parallel.DistributedDataParallel.__init__)
     told = relied_on("_set_params_and_buffers_to_ignore_for_model")
     assert "set(module._ddp_params_and_buffers_to_ignore)" in text, told
     model = nn.Linear(2, 2)
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["weight"])
-    assert model._ddp_params_and_buffers_to_ignore == ["weight"]
+    assert getattr(model, LEFT_OUT) == ["weight"]
 
 
 # -- TRL --------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -283,6 +283,11 @@ def block_runs(places: Tensor) -> BlockRuns:
 def version_of(delta: Tensor) -> int:
     """How often `delta` was changed in place; a tensor made under `torch.inference_mode` keeps no count of it."""
     return 0 if delta.is_inference() else delta._version
+
+
+def states_of(patterns: Iterable[Pattern]) -> tuple[int, ...]:
+    """Another one once a delta of `patterns` was exchanged, or may have been changed; in this process alone."""
+    return updates.count, *(number for each in patterns for number in (id(each.delta), version_of(each.delta)))
 
 
 def entry_dim(kind: str) -> int:

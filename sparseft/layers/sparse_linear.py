@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparseft.distributed.shards import full_shape, gathered
 from sparseft.kernels import reference
-from sparseft.layers.pattern import Pattern, as_index, changes, updates
+from sparseft.layers.pattern import Pattern, as_index, changes, states_of, updates
 from sparseft.layers.permutation import can_train, inverse, permute_entries, permuted
 from sparseft.layers.product import (
     BlocksProduct,
@@ -72,7 +72,7 @@ class SparseLinear(nn.Module):
     _keeps_input: bool | None = None
     _joint: tuple[Any, int] | None = None
     _plan: _Plan | None = None
-    _deltas_first = False  # whether a state dict brought deltas, and their weight is still to come
+    _awaits: tuple[int, ...] | None = None  # the deltas (`states_of`) of a state dict, if their weight is still to come
     bias_apart = False  # whether the bias is added to the product as it was rounded, as by the module it replaced
     beside = False  # whether the deltas stand beside the weight (`layers/beside.py`), not in it
 
@@ -103,7 +103,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("column_permutation", None, persistent=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_plan"} | {"_inverses": {}}
+        return self.__dict__ | {"_inverses": {}, "_plan": None, "_awaits": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -423,9 +423,7 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._loaded(prefix + "weight" in state_dict, state_dict, prefix)
 
-    def _permute_entries(
-        self, entries: dict[str, Any], prefix: str, rows: Tensor | None, columns: Tensor | None
-    ) -> None:
+    def _permute_entries(self, entries: dict, prefix: str, rows: Tensor | None, columns: Tensor | None) -> None:
         own = {prefix + "weight": self.weight, prefix + "bias": self.bias}
         permute_entries(entries, own, rows, columns, transposed=self.transposed)
 
@@ -475,18 +473,17 @@ class SparseLinear(nn.Module):
 
     @torch.no_grad()
     def _loaded(self, weight: bool, state_dict: dict[str, Any], prefix: str) -> None:
-        """A `weight` that came without deltas is the new base, unless it holds those that came before it, of a
-        checkpoint in several files."""
+        """A `weight` without deltas is the new base, unless it holds those that came before it, in a file of theirs."""
         deltas = any(f"{prefix}{kind}.delta" in state_dict for kind in self.patterns)
         if weight and not deltas and not self.weight.is_meta:
             loaded = self.weight.detach().clone()
             self.write_inactive()
             self.write_back()
-            if not (self._deltas_first and torch.equal(self.weight, loaded)):
+            if not (self._awaits == states_of(self.patterns.values()) and torch.equal(self.weight, loaded)):
                 self.weight.copy_(loaded)
                 self._take_new_base()
         if weight or deltas:
-            self._deltas_first = deltas and not weight
+            self._awaits = () if deltas and not weight else None
 
     @torch.no_grad()
     def _take_new_base(self) -> None:
@@ -516,3 +513,5 @@ class SparseLinear(nn.Module):
 def _after_load(layer: SparseLinear, keys: Any) -> None:
     """Writes deltas that a state dict brought without their weight: a compiled forward does not look for them."""
     layer.write_if_stale()
+    if layer._awaits == ():  # they have just been read
+        layer._awaits = states_of(layer.patterns.values())

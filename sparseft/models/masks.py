@@ -53,7 +53,24 @@ def unasked(batch: Collection[str]) -> Iterator[None]:
         yield
 
 
-def added(*shape: Any, dtype: torch.dtype = torch.float32, config: object = None, **options: Any) -> Tensor | None:
+def needs_none(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch's causal attention is as good as one with a mask, on that type of device and in that dtype: CUDA's
+    causal kernel for fewer keys than queries is for 16 bits."""
+    return device != "cuda" or dtype.itemsize == 2
+
+
+def added(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    config: object = None,
+    local_size: int | None = None,
+    **options: Any,
+) -> Tensor | None:
     """transformers' mask for torch's attention, (batch, 1, tokens, tokens), as numbers that are added to the scores: 0,
     and the lowest of the dtype that is computed with. None: none is needed.
 
@@ -63,10 +80,14 @@ def added(*shape: Any, dtype: torch.dtype = torch.float32, config: object = None
     device = torch.device(options.get("device", "cpu")).type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    fast = device != "cuda" or dtype.itemsize == 2  # CUDA's causal kernel for fewer keys than queries is for 16 bits
-    if padded_on_the_right and known and fast and options.get("allow_is_causal_skip"):
+    dropped = padded_on_the_right and known and needs_none(device, dtype) and options.get("allow_is_causal_skip")
+    if dropped and not getattr(config, "use_bidirectional_attention", None):  # there the mask alone makes it causal
         options["attention_mask"] = None
-    mask = masking_utils.sdpa_mask(*shape, config=config, **options)
+        # transformers' own answer is another while it must not look.
+        if q_length == kv_length and q_offset == 0 and (local_size is None or kv_length < local_size):
+            return None
+    shape = batch_size, q_length, kv_length, q_offset, kv_offset
+    mask = masking_utils.sdpa_mask(*shape, config=config, local_size=local_size, **options)
     if mask is None or not known:
         return mask
     rows, tokens = mask.shape[0], mask.shape[-1]

@@ -121,7 +121,8 @@ def training_arguments(
     arguments._n_gpu = min(arguments.n_gpu, 1)
     if arguments._setup_devices.type == "cpu":
         # Of several processes accelerate numbers it. To torch "cpu:0" is another place than "cpu", to which it copies
-        # all weights, mapped files that the processes share too, and which it cannot load an optimizer to.
+        # all weights, mapped files that the processes share too (`frozen_left_out` has DDP leave them as they are), and
+        # which it cannot load an optimizer to.
         arguments._setup_devices = arguments.distributed_state.device = torch.device("cpu")
     return arguments
 

@@ -41,6 +41,8 @@ from sparseft.selection.compute import Request
 from sparseft.training.checkpoints import fitting
 from sparseft.training.reselection.swap import load_active
 
+LEFT_OUT = "_ddp_params_and_buffers_to_ignore"  # where DDP looks for what a model's maker has told it
+
 
 def draw_anew(checkpoint: Path, seed: int, step: int) -> bool:
     """Whether a checkpoint was saved by another number of processes than go on: then their random states say nothing of
@@ -121,6 +123,19 @@ def whole_parameters(model: nn.Module) -> Iterator[dict[str, Tensor] | None]:
     else:
         with gathered(sharded):
             yield None
+
+
+@contextlib.contextmanager
+def frozen_left_out(model: nn.Module) -> Iterator[None]:
+    """Inside, DDP is made without sending what is frozen from the first process to the others, which have read the same
+    files and written the same into it. A weight that is sent is written: what all processes of a machine share, mapped
+    from its file, each would have a copy of. And torchao's packed ones cannot be sent."""
+    names = [name for name, value in model.named_parameters() if not value.requires_grad]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    try:
+        yield
+    finally:
+        delattr(model, LEFT_OUT)
 
 
 def poison_gradient(loss: Tensor) -> Tensor:
@@ -214,7 +229,8 @@ class DistributedTrainer(transformers.Trainer):
             fsdp.keep_unwrapped(self.accelerator)
             fsdp.same_everywhere(self.whole)
         if not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            with frozen_left_out(self.model):
+                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         size_buckets(self.args.hf_deepspeed_config, self.model)
         if self.is_zero3:
             put_beside(self.model)

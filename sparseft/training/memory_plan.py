@@ -248,8 +248,8 @@ def passes(
     kinds = KINDS.get(checkpointing)
     share_inputs_in_training(model)
     with Counter() as counter, computed_without_content(model):
-        exact = device != "cpu" and model.dtype == torch.float32  # has a mask in any case, as `masks.added` says
-        names = [laid or ""] if exact or compute is not None else given
+        alone = compute is None and masks.needs_none(device, model.dtype)
+        names = given if alone else [laid or ""]
         with masks.unasked(names), way, recomputing(model, kinds) if kinds else contextlib.nullcontext():
             loss = model(**given).loss if compute is None else compute()
         loss.backward()

@@ -27,7 +27,6 @@ from sparseft.models.decoder import runnable
 from sparseft.models.labelled_loss import ROWS, label_rows, labelled_loss
 from sparseft.models.labels import IGNORED
 from sparseft.models.masks import unasked
-from sparseft.models.packed.quantized import send_no_packed
 from sparseft.models.probing import without_gradient
 from sparseft.models.router_loss import router_loss
 from sparseft.replaced import replaced
@@ -128,7 +127,6 @@ class Trainer(distributed_trainer.DistributedTrainer):
         self.feed(options, labelled)
         with tf32_as_set(), seen_as_adapted(model):
             super().__init__(model=model, args=args, **options)
-        send_no_packed(self.model)
         self.run_state = RunState(run, max_bad_steps, args.device)
         self.save_total_limit = save_total_limit
         self.score = score

@@ -750,6 +750,38 @@ def test_a_checkpoint_in_several_files_comes_in_any_order(name: str, assign: boo
     assert torch.equal(target.weight, make_linear().weight)
 
 
+@names
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("since", ["trained", "trained fused", "set", "other patterns"])
+def test_deltas_that_came_alone_and_changed_are_not_awaited_in_a_weight(name: str, assign: bool, since: str) -> None:
+    layer = layer_of(name)
+    randomise(source := layer_of(name, seed=1))
+    alone = {key: value.clone() for key, value in source.state_dict().items() if key.endswith("delta")}
+    layer.load_state_dict(alone, strict=False, assign=assign)
+    if since == "set":
+        randomise(layer)
+    elif since == "other patterns":
+        layer.install(source.install({}))
+    else:
+        train(layer, torch.optim.AdamW(deltas(layer), 1e-2, fused=since == "trained fused"))
+    plain = {key: layer.state_dict()[key].clone() for key in ("weight", "bias")}
+    layer.load_state_dict({"bias": plain["bias"]}, strict=False)
+    layer.load_state_dict(plain, strict=False)
+    assert not any(delta.any() for delta in deltas(layer))
+    layer.restore_base()
+    assert torch.equal(layer.weight, plain["weight"])
+
+
+@names
+def test_a_copy_awaits_no_weight(name: str) -> None:
+    randomise(source := layer_of(name))
+    state, layer = source.state_dict(), layer_of(name)
+    layer.load_state_dict({key: state[key].clone() for key in state if key.endswith("delta")}, strict=False)
+    copied = copy.deepcopy(layer)
+    copied.load_state_dict({"weight": state["weight"].clone()}, strict=False)
+    assert not any(delta.any() for delta in deltas(copied))
+
+
 def test_loading_still_reports_what_is_missing() -> None:
     layer = layer_of("rows")
     state = layer.state_dict()

@@ -33,8 +33,8 @@ def examples(count: int, seed: int = 0, vocabulary: int = 96) -> TokenizedDatase
     return TokenizedDataset.from_lists(pairs)
 
 
-def attached(model: Any, method: str) -> Any:
-    """A copy of the model made trainable, the choice by weight so that no data is needed."""
+def attached(model: Any, method: str, copied: bool = True) -> Any:
+    """A copy of the model made trainable (or the model itself), the choice by weight so that no data is needed."""
     cls = get_method(method)
     settings = {
         "s2ft": {"sparsity": 0.8, "roles": ["q", "o", "up", "down"], "importance": "weight"},
@@ -42,7 +42,7 @@ def attached(model: Any, method: str) -> Any:
         "lora": {"rank": 2, "dropout": 0.0},
         "full": {"dtype": "model"},
     }
-    return attach(copy.deepcopy(model), cls(**settings[method]))
+    return attach(copy.deepcopy(model) if copied else model, cls(**settings[method]))
 
 
 def trainer_of(

@@ -19,6 +19,7 @@ from torch import nn
 from sparseft.config import HardwareConfig, TrainerConfig
 from sparseft.data.packing import Collator
 from sparseft.training.arguments import training_arguments
+from sparseft.training.distributed_trainer import LEFT_OUT
 from sparseft.training.trainer import Trainer
 from support.places import ROOT, SUPPORT
 from support.training import attached, examples, trainer_of
@@ -80,32 +81,52 @@ def where(model: nn.Module) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def train_as_one_of_several(folder: Path, answers: Any) -> None:
-    """A step in a process group, here of one; answers where the model's tensors lay before and after it."""
-    from support.models import build_model
+def copied_from(file: Path) -> int:
+    """Bytes of a mapped file of which this process has a copy of its own."""
+    mapping, found = False, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            mapping = line.endswith(str(file))
+        elif mapping and name == "Anonymous:":
+            found.append(int(rest[0]) * 1024)
+    assert found, "not mapped"
+    return sum(found)
 
+
+def train_as_one_of_several(folder: Path, method: str, answers: Any) -> None:
+    """A step in a process group, here of one; answers where the model's tensors lay before and after it, and how much
+    of their file was copied then."""
     os.environ["LOCAL_RANK"] = "0"
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=0, world_size=1)
-    model = attached(build_model("llama"), "s2ft")
-    before = where(model)
+    read = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    file = folder / "model" / "model.safetensors"
+    model = attached(read, method, copied=False)
+    before, copied = where(model), copied_from(file)
     trainer = trainer_of(model, folder / "run", examples(4), max_steps=1)
     trainer.train()
     wrapped = isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
-    answers.put((wrapped, before, where(model)))
+    answers.put((wrapped, before, where(model), copied, copied_from(file), hasattr(model, LEFT_OUT)))
     torch.distributed.destroy_process_group()
 
 
-def test_processes_on_the_cpu_copy_no_weight(tmp_path: Path) -> None:
-    """Weights are mapped from their files, which all processes of a machine share: a copy would be each one's own."""
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells")
+@pytest.mark.parametrize("method", ["s2ft", "lora"])
+def test_processes_on_the_cpu_copy_no_weight(method: str, make_model: Any, tmp_path: Path) -> None:
+    """Weights are mapped from their files, which all processes of a machine share: a copy would be each one's own. Only
+    what is trained in a weight is written."""
+    make_model("llama").save_pretrained(tmp_path / "model")
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    process = context.Process(target=train_as_one_of_several, args=(tmp_path, answers))
+    process = context.Process(target=train_as_one_of_several, args=(tmp_path, method, answers))
     process.start()
     try:
-        wrapped, before, after = answers.get(timeout=120)
+        wrapped, before, after, copied, copied_then, still_told = answers.get(timeout=120)
     finally:
         process.kill()
     assert wrapped and before == after
+    assert copied_then == copied and (method == "s2ft" or copied == 0)
+    assert not still_told  # somebody else's DDP sends what it trains
 
 
 # ---- TF32 ----

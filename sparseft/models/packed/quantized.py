@@ -106,14 +106,6 @@ def keep_differentiable(module: nn.Module) -> None:
     module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def send_no_packed(model: nn.Module) -> None:
-    """Has DDP send no packed weight from the first process to the others, which have read the same files: torchao's
-    cannot be sent."""
-    names = [name for name, value in model.named_parameters() if not (value.requires_grad or is_plain(value))]
-    if names:
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-
-
 def keep_savable(model: nn.Module) -> None:
     """Has a model that was read from a packed checkpoint be saved again: transformers would reverse the conversions it
     was read by, and has no reverse of those that put packed weights together. Without them it takes the architecture's
