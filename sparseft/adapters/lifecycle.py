@@ -21,13 +21,12 @@ from sparseft.console import warn
 from sparseft.distributed.shards import full_shape
 from sparseft.errors import UserError, nearest
 from sparseft.files.atomic import check_replaceable, replaced_folder
-from sparseft.files.hub import adapter_folder
+from sparseft.files.hub import REPLACED, adapter_folder
 from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.layers import sparse_layers
 from sparseft.methods import checked
 from sparseft.models.decoder import has_other_head, inside_compiled
 from sparseft.models.spec import ModelSpec
-from sparseft.runs.folder import OF_AN_ADAPTER
 from sparseft.selection.selection import Selection
 
 KINDS: dict[str, type[Kind]] = {"sparse": Sparse, "peft": Peft, "full": Full}  # by `MethodConfig.kind`
@@ -103,7 +102,7 @@ def save_adapter(
     Raises:
         UserError: no such adapter; `path` is a file, holds other files, cannot be replaced, or is the current folder.
     """
-    check_replaceable(Path(path).expanduser(), DESCRIPTIONS, OF_AN_ADAPTER)
+    check_replaceable(Path(path).expanduser(), DESCRIPTIONS, REPLACED)
     return write_adapter(model, path, name, state_dict)
 
 
@@ -117,7 +116,7 @@ def write_adapter(
         raise UserError("no adapter is active: name the one to save.")
     state.kind.check_name(model, name)
     path = Path(path).expanduser()
-    with replaced_folder(path, DESCRIPTIONS, OF_AN_ADAPTER) as aside:
+    with replaced_folder(path, DESCRIPTIONS, REPLACED) as aside:
         state.kind.save(model, state, name, aside, state_dict)
     return path
 

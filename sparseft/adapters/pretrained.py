@@ -17,8 +17,9 @@ from sparseft.adapters.state import require_state
 from sparseft.distributed.shards import any_sharded
 from sparseft.errors import UserError
 from sparseft.files.atomic import check_replaceable, replaced_folder
+from sparseft.files.hub import REPLACED
 from sparseft.files.tensors import DESCRIPTIONS
-from sparseft.runs.folder import ADAPTER, OF_AN_ADAPTER
+from sparseft.runs.folder import ADAPTER
 
 
 def listen(model: nn.Module) -> None:
@@ -54,8 +55,8 @@ def save_pretrained(
                 "save_pretrained(push_to_hub=True) would upload the weights without the adapter: "
                 "model.push_to_hub('owner/name') uploads both."
             )
-        check_replaceable(folder, DESCRIPTIONS, OF_AN_ADAPTER)
+        check_replaceable(folder, DESCRIPTIONS, REPLACED)
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
     if writes:
-        with replaced_folder(folder, DESCRIPTIONS, OF_AN_ADAPTER) as aside:
+        with replaced_folder(folder, DESCRIPTIONS, REPLACED) as aside:
             state.kind.save(model, state, state.active, aside, None)

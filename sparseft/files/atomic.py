@@ -24,6 +24,7 @@ from sparseft import console
 from sparseft.errors import RunError, UserError, checkpoint_of, in_a_run, note_checkpoint
 
 PARTIAL = ".partial-"
+_NOBODYS = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave wherever somebody looks
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # another process has put its own folder there meanwhile
 
 # ---- JSON ----
@@ -194,31 +195,35 @@ def check_replaceable(path: Path, marks: Collection[str], owned: Collection[str]
 
 def check_ours(path: Path, marks: Collection[str], owned: Collection[str] = ()) -> None:
     """Refuses a file, and a folder that holds anything of the user's own: none of `marks`, or a file whose path in it
-    no pattern of `owned` fits."""
+    no pattern of `owned` fits (`*` is never `/`). What file managers leave is nobody's."""
     try:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: expected a folder to write, this is a file.")
-        there = sorted(path.iterdir()) if path.exists() else []
-        files = [
-            file.relative_to(path).as_posix()
-            for entry in there
-            for file in ([each for each in entry.rglob("*") if not each.is_dir()] if entry.is_dir() else ()) or [entry]
-        ]
+        there = sorted(each for each in path.iterdir() if each.name not in _NOBODYS) if path.exists() else []
+        patterns = (f"{PARTIAL}*", *marks, *owned) if any(entry.name in marks for entry in there) else ()
+        for entry in there:
+            inner = entry.rglob("*") if patterns and entry.is_dir() else ()
+            for file in [each for each in inner if not each.is_dir()] or [entry]:
+                name = file.relative_to(path).as_posix()
+                if file.name not in _NOBODYS and not any(_fits(name, pattern) for pattern in patterns):
+                    raise UserError(
+                        f"{path}: the folder holds other files, which would be lost ('{name}'): name a new one, or "
+                        "move them."
+                    )
     except OSError as error:  # a name that is too long, say
         raise UserError(f"{path}: cannot be written: {error.strerror}.") from error
-    patterns = (f"{PARTIAL}*", *marks, *owned) if any(entry.name in marks for entry in there) else ()
-    for name in files:
-        if not any(fnmatchcase(name, pattern) for pattern in patterns):
-            raise UserError(
-                f"{path}: the folder holds other files, which would be lost ('{name}'): name a new one, or move them."
-            )
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
 
 
 @contextlib.contextmanager
 def replaced_folder(path: str | Path, marks: Collection[str], owned: Collection[str] = ()) -> Iterator[Path]:
     """`with replaced_folder(path, marks) as aside:` fills a new folder that takes the place of `path` at the end, or
     never. What is replaced holds a file named in `marks`, and no other files than these and those that the patterns of
-    `owned` fit (`*` is `/` too): never a file of the user's own (`UserError`)."""
+    `owned` fit: never a file of the user's own (`UserError`). Where one came there meanwhile, what was written stays
+    aside, and the error says where."""
     path = Path(os.path.abspath(path))
     try:
         if path.exists() and not path.is_dir():
@@ -237,9 +242,17 @@ def replaced_folder(path: str | Path, marks: Collection[str], owned: Collection[
         for file in aside.iterdir():  # safetensors writes for the owner alone
             if file.is_file():
                 file.chmod(0o666 & ~mask)
-        if aside != path:
-            check_ours(path, marks, owned)
-            publish(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if aside == path:
+        return
+    try:
+        check_ours(path, marks, owned)
+    except UserError as error:
+        raise UserError(f"{error} What was written lies in {aside}.") from None
+    try:
+        publish(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

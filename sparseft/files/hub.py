@@ -29,6 +29,9 @@ ADAPTER_FILES = [
     *(*TOKENIZER_FILES, f"{TEMPLATES}/*"),
 ]
 
+# What a new adapter takes the place of, in the folder of another one: also the code that transformers copies beside a
+# model, and whatever else tokenizers are kept in. Files of another kind (a GGUF made there) are somebody's own.
+REPLACED = (*ADAPTER_FILES, "*.json", "*.txt", "*.codes", "*.py", "*.safetensors", "README.md")
 
 NAME = "expected owner/name, of letters, digits, '-', '_' and '.'"
 

@@ -19,8 +19,15 @@ from typing import Any
 from sparseft.console import warn
 from sparseft.errors import UserError, nearest, where_looked
 from sparseft.files.atomic import PARTIAL, check_ours, replace_link, try_writing
-from sparseft.files.hub import ADAPTER_FILES
-from sparseft.files.tensors import DESCRIPTIONS, SELECTION_CONFIG, SELECTION_TENSORS
+from sparseft.files.hub import REPLACED, TEMPLATES
+from sparseft.files.tensors import (
+    ADAPTER_CONFIG,
+    ADAPTER_TENSORS,
+    DESCRIPTIONS,
+    SELECTION_CONFIG,
+    SELECTION_TENSORS,
+    WHOLE_CONFIG,
+)
 from sparseft.files.untrusted import read_json_object
 
 OUTPUTS = Path("outputs")  # below the working directory
@@ -67,20 +74,26 @@ TRACKED = (TENSORBOARD, WANDB, MLFLOW, TRACKIO)
 MARKS = (CONFIG, SUMMARY, METRICS, ADAPTER)
 
 # The folders, which are removed once empty; the inner ones first.
-FOLDERS = (SELECTION, ADAPTER, UNTRIMMED, BEFORE, ANSWERS, "eval/mt_bench", EVAL, CHECKPOINTS)
+FOLDERS = (
+    *(SELECTION, f"{ADAPTER}/{TEMPLATES}", ADAPTER, f"{UNTRIMMED}/{TEMPLATES}", UNTRIMMED),
+    *(BEFORE, ANSWERS, "eval/mt_bench", EVAL, CHECKPOINTS),
+)
 
-# Of an adapter's folder: also the code that transformers copies beside a model of which it is part.
-OF_AN_ADAPTER = (
-    *ADAPTER_FILES,
-    *("README.md", TRIM, QUESTIONS, "configuration_*.py", "modeling_*.py", "tokenization_*.py"),
+_OF_AN_ADAPTER = (
+    *(ADAPTER_CONFIG, WHOLE_CONFIG, ADAPTER_TENSORS, "README.md", TRIM),
+    *("config.json", "generation_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    *("tokenizer*", "vocab.*", "merges.txt"),
+    *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
 )
 
 # All files that a run writes, as patterns, by folder: what `overwrite=true` may delete, and nothing else.
 OWN_FILES = {
     "": (CONFIG, ENVIRONMENT, METRICS, SUMMARY, REPORT, BENCH, QUESTIONS, SAMPLES, RATE, TRACKERS),
     SELECTION: (SELECTION_CONFIG, SELECTION_TENSORS),
-    ADAPTER: OF_AN_ADAPTER,
-    UNTRIMMED: OF_AN_ADAPTER,
+    ADAPTER: _OF_AN_ADAPTER,
+    UNTRIMMED: _OF_AN_ADAPTER,
+    f"{ADAPTER}/{TEMPLATES}": ("*.jinja",),
+    f"{UNTRIMMED}/{TEMPLATES}": ("*.jinja",),
     EVAL: ("*.json", "*.samples.jsonl"),
     BEFORE: ("*.json", "*.samples.jsonl"),
     ANSWERS: ("*.jsonl",),
@@ -173,7 +186,8 @@ def check_run_folder(output_dir: str | None, *, overwrite: bool = False, resume:
         _check_left(run)
         return
     check_own(run)  # what goes on from it would refuse its links only then
-    check_ours(run / ADAPTER, DESCRIPTIONS, OF_AN_ADAPTER)
+    check_ours(run / ADAPTER, DESCRIPTIONS, REPLACED)
+    check_ours(run / SELECTION, (SELECTION_CONFIG,), (SELECTION_TENSORS,))
     if not is_run(run) and not overwrite and (first := next(_checkpoints(run), None)):
         raise UserError(
             f"output_dir '{run}' holds '{first.relative_to(run)}' of a run that is not there, which this one would go "
@@ -188,7 +202,8 @@ def _check_left(run: Path) -> None:
         return
     for path in sorted(adapter.iterdir()):
         file = path.is_file() or path.is_symlink()
-        if not LEFT.fullmatch(path.name) and not (file and any(fnmatchcase(path.name, own) for own in OF_AN_ADAPTER)):
+        own = (TEMPLATES,) if not file else _OF_AN_ADAPTER
+        if not LEFT.fullmatch(path.name) and not any(fnmatchcase(path.name, pattern) for pattern in own):
             raise UserError(
                 f"'{path}' is no file of the run's, and would be in the way of the new adapter: move it elsewhere."
             )

@@ -40,7 +40,7 @@ KEY = "trainer.sample_prompts"
 MAX_PROMPTS = 64
 NEW_TOKENS = 128  # of an answer: enough to see what has been learnt
 BATCH = 8  # prompts answered together
-FEWER = f"fewer than {BATCH} prompts in {KEY}, or shorter ones, take less at once"
+FEWER = f"fewer prompts in {KEY}, of which {BATCH} are answered together, or shorter ones, take less at once"
 LOGGED = 3  # prompts whose answers are in the log
 RECORDS = (".json", ".jsonl", ".ndjson")
 

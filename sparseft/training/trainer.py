@@ -58,7 +58,7 @@ from sparseft.training.verdicts import takes_flag
 # In a batch, for the host alone: its tokens without padding, those to be learnt, and the rows of the data in it.
 HOST = COUNT, LEARNT, PLACES = ("num_tokens", "num_learnt", "rows_of_data")
 
-FEWER_QUESTIONS = "a smaller eval.batch_size, or fewer eval.num_beams, answers fewer of a task's questions at once"
+FEWER_QUESTIONS = "smaller eval.batch_size or eval.num_beams, where they are above 1, take less of a task at once"
 
 
 class Counting:

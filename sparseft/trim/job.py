@@ -28,6 +28,7 @@ from sparseft.errors import UserError
 from sparseft.evaluation.held_out import mean_loss
 from sparseft.evaluation.target import Target, data_format, find_target, load_target
 from sparseft.files.atomic import explained, replaced_folder, write_json
+from sparseft.files.hub import REPLACED
 from sparseft.files.tensors import DESCRIPTIONS
 from sparseft.files.untrusted import read_yaml_object
 from sparseft.models.loading import load_tokenizer, resolve_device, vocabulary_rows
@@ -153,7 +154,7 @@ class Trimming:
         assert state.active is not None
         with (
             explained(f"the trimmed adapter {out}", lambda: None),
-            replaced_folder(out, DESCRIPTIONS, runs.OF_AN_ADAPTER) as aside,
+            replaced_folder(out, DESCRIPTIONS, REPLACED) as aside,
         ):
             state.kind.save(model, state, state.active, aside, None)
             note = {"sparseft": __version__, "of": self.target.what, "run": self._told()} | outcome
@@ -176,7 +177,7 @@ class Trimming:
     def replace(self, model: nn.Module, outcome: dict[str, Any]) -> None:
         """Puts it into the run in place of the adapter as trained, which is kept beside it."""
         assert self.target.adapter is not None and self.target.folder is not None
-        with replaced_folder(self.target.folder / runs.UNTRIMMED, DESCRIPTIONS, runs.OF_AN_ADAPTER) as aside:
+        with replaced_folder(self.target.folder / runs.UNTRIMMED, DESCRIPTIONS, REPLACED) as aside:
             for file in self.target.adapter.iterdir():
                 shutil.copyfile(file, aside / file.name)
         self.write(model, outcome, self.target.adapter)

@@ -103,8 +103,23 @@ def test_a_folder_of_other_files_is_not_replaced(other: str, tmp_path: Path) -> 
     if other == "model.gguf":
         (path / "inner").rmdir()
     with pytest.raises(UserError, match=rf"holds other files, which would be lost \('{other}'\)"):
+        atomic.check_replaceable(path, MARKS)
+    with pytest.raises(UserError, match="holds other files") as refused:
         write(path, "new")
-    assert (path / other).exists() and list(tmp_path.iterdir()) == [path]
+    [aside] = atomic.asides(tmp_path)  # hours of work: not thrown away
+    assert str(aside) in str(refused.value) and (aside / "mark.json").read_text() == "new"
+    assert (path / other).exists()
+
+
+def test_patterns_reach_into_no_folder_and_file_managers_own_nothing(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "mine", "x")
+    (path / "model.safetensors").write_text("")
+    (path / ".DS_Store").write_text("")
+    atomic.check_replaceable(path, MARKS, ("*.safetensors",))
+    (path / "data").mkdir()
+    (path / "data/model.safetensors").write_text("mine")
+    with pytest.raises(UserError, match=r"would be lost \('data/model.safetensors'\)"):
+        atomic.check_replaceable(path, MARKS, ("*.safetensors",))
 
 
 def test_a_link_to_a_folder_is_replaced_and_never_followed(tmp_path: Path) -> None:

@@ -950,3 +950,13 @@ def test_a_side_without_features(kind: str) -> None:
     assert delta.grad.shape == delta.shape and delta.numel() == 0
     if kind == "rows":
         assert torch.equal(y, layer.bias.expand(2, 3, 5))
+
+
+def test_an_edge_block_filled_outside_of_the_weight_too_is_written() -> None:
+    layer = BlockSparseLinear(40, 56, blocks=[[0, 0], [1, 1]], block_size=32)
+    with torch.no_grad():
+        layer.blocks.delta.normal_()
+    layer.write_back()
+    assert layer.is_written
+    layer.blocks.delta.data.add_(1)
+    assert not layer.is_written

@@ -372,7 +372,7 @@ def test_the_advice_reaches_the_user(
 @pytest.mark.parametrize(
     ("place", "words", "advice"),
     [
-        ("sample_answers.Asked.answers", ["trainer.sample_prompts=[seven]"], "fewer than 8 prompts in "
+        ("sample_answers.Asked.answers", ["trainer.sample_prompts=[seven]"], "fewer prompts in "
          "trainer.sample_prompts, "),
         ("reselection.way.reselect", ["method.reselect_steps=1", "method.reselect_by=calibration"], "re-selection by "
          "calibration takes less "),

@@ -83,9 +83,9 @@ def trained_biases(model: Any, kept: Overwritten, name: str) -> set[str]:
         return set()
     if bias == "all":
         wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper) and name in m.modules_to_save]
-        replaced = {id(parameter) for wrapper in wrappers for parameter in wrapper.original_module.parameters()}
+        inside = {id(parameter) for wrapper in wrappers for parameter in wrapper.original_module.parameters()}
         return {
-            n for n, parameter in kept.parameters.items() if f".{n}".endswith(".bias") and id(parameter) not in replaced
+            n for n, parameter in kept.parameters.items() if f".{n}".endswith(".bias") and id(parameter) not in inside
         }
     layers = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLayer) and name in m.r]
     chosen = {id(layer.bias) for layer in layers if getattr(layer, "bias", None) is not None}

@@ -15,10 +15,7 @@ from sparseft.training.reselection.running import Running
 from sparseft.training.reselection.swap import Reselection
 from sparseft.training.reselection.turns import Turns, turns_of
 
-WITHOUT_A_PASS = (
-    "re-selection by calibration takes less with shorter examples (trainer.max_length), and with "
-    "method.reselect_by=running it takes no pass of its own"
-)
+SHORTER = "re-selection by calibration takes less with shorter examples (trainer.max_length), in a new run"
 
 
 def reselecting(
@@ -64,7 +61,7 @@ def reselecting(
         batches = None
         if method.needs_data:
             batches = calibration_batches(prepared.data.train, method.num_samples, seed, prepared.pad)
-        with trainer.advising_memory(WITHOUT_A_PASS):
+        with trainer.advising_memory(SHORTER):
             return reselect(prepared.model, method, batches, seed=seed, spec=spec, excluded=excluded)
 
     return Reselection(method.reselect_steps, choose, clock, ended_at)
