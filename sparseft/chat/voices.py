@@ -50,13 +50,14 @@ class Voices:
         self.config, self.overrides = config, overrides
         self.trained: dict[str, Voice] = {}
         self.tokenizer: Any = None
-        self._base: ModelConfig | None = target.model if is_base or target.adapter is not None else target.base
+        self._tokenizer_place: str | None = None  # the folder or id that it is of
+        self._base: ModelConfig | None = target.base  # None: not known yet
         self._attached: Any = None  # the base model, with the adapters that were loaded
         self._peft: bool | None = None  # whether those are peft's; None: there is none
         self._places: dict[Path, str] = {}  # names by the folders that were loaded
         self._chosen: Voice | None = None  # of the trained ones, the last
         if is_base:
-            self._load_base(target.what)
+            self._load_base(target.model, target.what)
             self.first = self.base()
         else:
             self.first = self.choose(self._add(target))
@@ -69,7 +70,7 @@ class Voices:
                 "base to ask."
             )
         if self._attached is None:
-            self._load_base(f"the base model {self._base.path}")
+            self._load_base(self._base, f"the base model {self._base.path}")
         self._base_voice.form = self._chosen.form if self._chosen is not None else self._own_form
         return self._base_voice
 
@@ -104,9 +105,9 @@ class Voices:
         target = find_target(self.config, **given, base=False, overrides=self.overrides)
         return self._places.get(_place(target).resolve()) or self._add(target)
 
-    def _load_base(self, what: str) -> None:
-        assert self._base is not None
-        self._attached = self._load(Target(what, self._base, None, None))
+    def _load_base(self, base: ModelConfig, what: str) -> None:
+        self._attached = self._load(Target(what, base, None, None))
+        self._base = base
         self._own_form = find_form(self.config.chat.prompt, self.tokenizer, None)
         self._base_voice = Voice(BASE, what, self._own_form)
 
@@ -114,13 +115,13 @@ class Voices:
         """Loads who was trained; returns the name."""
         own = model = None
         if target.adapter is None:
-            self._check_tokenizer(target)
+            self._check_tokenizer(target, target.model)
             model = self._load(target)
         else:
-            self._base = self._base or target.model
-            self._check_shared(target)
+            base = self._base or target.model
+            self._check_shared(target, base)
             if self._attached is None:
-                self._load_base(f"the base model {self._base.path}")
+                self._load_base(base, f"the base model {base.path}")
             peft = "peft_type" in read_config(target.adapter)
             apart = self._peft not in (None, peft)  # the two kinds cannot share a model
             console.log(f"loading {target.adapter}{' on a copy of the base, for its kind' if apart else ''}")
@@ -129,7 +130,7 @@ class Voices:
                 self._attached = load_adapter(self._attached, target.adapter, own).eval()
                 self._peft = peft
             else:
-                model = self._load(replace(target, model=self._base))
+                model = self._load(replace(target, model=base))
         place = _place(target)
         form = find_form(self.config.chat.prompt, self.tokenizer, target.told)
         name = self._new_name(place)
@@ -137,25 +138,27 @@ class Voices:
         self._places[place.resolve()] = name
         return name
 
-    def _check_shared(self, target: Target) -> None:
+    def _check_shared(self, target: Target, base: ModelConfig) -> None:
         """Refuses an adapter whose folder names another base, where it holds no fingerprint by which loading knows the
-        base, as PEFT's own; and one with a tokenizer of its own."""
-        assert self._base is not None and target.adapter is not None
+        base, as PEFT's own; and one with another tokenizer."""
+        assert target.adapter is not None
         content = read_config(target.adapter)
         known = "base_fingerprint" in (content.get("sparseft") or content)
-        if not known and _named(target.model.path) != _named(self._base.path):
+        if not known and _named(target.model.path) != _named(base.path):
             raise UserError(
                 f"{target.adapter} was made for the base {shown(target.model.path)}, and this talk's is "
-                f"{self._base.path}; if they are the same, start it with model.path=FOLDER, for all of them."
+                f"{base.path}; if they are the same, start it with model.path=FOLDER, for all of them."
             )
-        own = target.model.tokenizer or target.model.path
-        if own != (self._base.tokenizer or self._base.path):
-            self._check_tokenizer(target)
+        # On the same weights it has their tokenizer; by the name that its folder gives them they may not be here.
+        same = known and target.model.tokenizer is None
+        self._check_tokenizer(target, replace(base, tokenizer=None) if same else target.model)
 
-    def _check_tokenizer(self, target: Target) -> None:
-        """Refuses a tokenizer that makes something else of a talk than everyone's."""
-        if self.tokenizer is not None and _facts(load_tokenizer(target.model)) != _facts(self.tokenizer):
-            option = f"--adapter {target.adapter}" if target.folder is None else f"--run {target.folder}"
+    def _check_tokenizer(self, target: Target, model: ModelConfig) -> None:
+        """Refuses one whose tokenizer, that of `model`, makes something else of a talk than everyone's."""
+        if self.tokenizer is None or self._tokenizer_place == (model.tokenizer or model.path):
+            return
+        if _facts(load_tokenizer(model)) != _facts(self.tokenizer):
+            option = f"--{'adapter' if target.folder is None else 'run'} {_place(target)}"
             raise UserError(
                 f"{target.what} was trained with another tokenizer or chat template than this talk's: sparseft chat "
                 f"{option} talks to it."
@@ -167,6 +170,7 @@ class Voices:
         model, tokenizer = load_target(target, self.config)
         if self.tokenizer is None:
             self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer)
+            self._tokenizer_place = target.model.tokenizer or target.model.path
         ends = generation_ends(tokenizer) | end_of_turn(tokenizer)
         set_up(model, self.config.chat.temperature, self.config.chat.max_new_tokens, ends)
         return model

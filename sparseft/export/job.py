@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft import __version__, console
-from sparseft.errors import UserError
+from sparseft.errors import UserError, reason_of
 from sparseft.export import NOTE, README, engines
 from sparseft.export.changed_tensors import base_of
 from sparseft.export.formats.base import Format, Options
@@ -79,7 +79,10 @@ def export(
         write_json(aside / NOTE, about)
     kept = gain(source, out, options.base) if format.whole else None  # an interrupt takes nothing away any more
     if kept is not None:
-        write_json(out / NOTE, about | {"gain": kept})
+        try:
+            write_json(out / NOTE, about | {"gain": kept})
+        except OSError as error:  # the export is in its place and whole
+            console.warn(f"{out / NOTE} does not say how much of what was learnt survived: {reason_of(error)}")
     rank = facts.get("r")  # of formats that have none, null
     found = {"path": str(out), "format": format.name, "rank": rank, **facts, "notes": notes, "proof": proof}
     return found if kept is None else found | {"gain": kept}

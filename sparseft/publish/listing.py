@@ -114,7 +114,10 @@ def listing_of(
         what, root = f"the export {path}", path
         place = path
         if (written := written_in(path)) is None:
-            raise UserError(f"{path / NOTE} does not say which files were written: export it again.")
+            raise UserError(
+                f"{path / NOTE} does not say which files were written, as an earlier version made it: export it again, "
+                "into a new folder."
+            )
         wanted = [
             each
             for each in _loaded_from(path)

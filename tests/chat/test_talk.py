@@ -310,6 +310,44 @@ def test_what_cannot_share_a_talk_is_refused(world: Path, tmp_path: Path) -> Non
     assert list(talk.voices.trained) == ["one", "own"]
 
 
+def test_whose_tokenizer_a_talk_has(world: Path, tmp_path: Path) -> None:
+    """Of a whole model that does not say its base it is the model's own: an adapter's is compared with that one."""
+    whole = tmp_path / "whole"
+    shutil.copytree(world / "full" / "adapter", whole)
+    (whole / "chat_template.jinja").write_text(TEMPLATE)
+    talk, _ = talk_to(adapter=whole)
+    with pytest.raises(UserError, match="another tokenizer"):
+        talk.take(f"/adapter {world / 'lora' / 'adapter'}")
+    with pytest.raises(UserError, match="does not say what it was before training"):
+        talk.take("/base")  # what was refused is no one's base
+    shutil.copytree(world / "lora" / "adapter", tmp_path / "gone")
+    path = tmp_path / "gone" / "adapter_config.json"
+    content = json.loads(path.read_text())
+    content["sparseft"]["base_model"] = content["base_model_name_or_path"] = "someone/elsewhere"
+    path.write_text(json.dumps(content))
+    alone, heard = talk_to(adapter=world / "full" / "adapter")
+    with pytest.raises(UserError, match="someone/elsewhere"):
+        alone.take(f"/adapter {tmp_path / 'gone'}")
+    alone.take(f"/adapter {world / 'one'}")  # as what was not found is no one's base either
+    alone.take(QUESTIONS[0])
+    talk, other = talk_to(run=world / "one")
+    talk.take(QUESTIONS[0])
+    assert heard.said == other.said
+    with pytest.raises(UserError, match=f"another tokenizer .*: sparseft chat --adapter {whole} talks to it"):
+        talk.take(f"/adapter {whole}")
+
+
+def test_an_adapter_on_the_same_weights_needs_no_second_copy_of_them(world: Path, tmp_path: Path) -> None:
+    """Its fingerprint says that they are the same, though its folder calls them by a hub id, which is not cached."""
+    shutil.copytree(world / "two" / "adapter", tmp_path / "hub")
+    path = tmp_path / "hub" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model": "someone/elsewhere"}))
+    talk, heard = talk_to(run=world / "one")
+    talk.take(f"/adapter {tmp_path / 'hub'}")
+    talk.take(QUESTIONS[0])
+    assert list(talk.voices.trained) == ["one", "hub"] and heard.said
+
+
 def test_commands(world: Path) -> None:
     talk, heard = talk_to()
     for line in ("", "   "):

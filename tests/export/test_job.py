@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ from sparseft.export.formats import format_of
 from sparseft.export.formats.patch import PatchFormat
 from sparseft.export.job import check_base
 from sparseft.export.patch import apply_patch
+from sparseft.files.atomic import write_json
 from sparseft.models.fingerprint import base_fingerprints
 from sparseft.models.loading import load_model
 from sparseft.publish.listing import listing_of
@@ -104,6 +106,18 @@ def test_a_file_that_another_tool_put_there_is_neither_lost_nor_sent(made: Any, 
     assert "holds other files, which would be lost ('x.gguf')" in capsys.readouterr().err and files(out) == before
 
 
+def test_a_note_of_an_earlier_version_is_told_what_to_do(made: Any, tmp_path: Path, capsys: Any) -> None:
+    """Which files are its own it does not say, so no export goes into its folder either."""
+    out = tmp_path / "out"
+    assert export(made[1], "merged", out) == 0
+    note = json.loads((out / "sparseft_export.json").read_text())
+    del note["written"]
+    (out / "sparseft_export.json").write_text(json.dumps(note))
+    assert export(made[1], "merged", out) == 2 and "holds other files" in capsys.readouterr().err
+    with pytest.raises(UserError, match="as an earlier version made it: .* into a new folder"):
+        listing_of(str(out), "me/mine", base="me/base")
+
+
 def test_an_interrupted_measurement_leaves_the_export(made: Any, tmp_path: Path, monkeypatch: Any) -> None:
     def stopped(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -111,6 +125,24 @@ def test_an_interrupted_measurement_leaves_the_export(made: Any, tmp_path: Path,
     monkeypatch.setattr(job, "gain", stopped)
     assert export(made[1], "merged", tmp_path / "out") == 130
     assert (tmp_path / "out/model.safetensors").is_file() and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_note_that_cannot_be_completed_costs_no_export(
+    made: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """As on a disk that is full by then: what was measured is told all the same."""
+
+    def full(path: Path, content: Any) -> Path:
+        if "gain" in content:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write_json(path, content)
+
+    monkeypatch.setattr(job, "gain", lambda *_: {"survived": 0.5})
+    monkeypatch.setattr(job, "write_json", full)
+    assert export(made[1], "merged", tmp_path / "out", "--json") == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["gain"] == {"survived": 0.5} and "No space left on device" in told.err
+    assert "gain" not in json.loads((tmp_path / "out/sparseft_export.json").read_text())
 
 
 def test_the_share_that_was_touched_is_of_the_entries() -> None:
