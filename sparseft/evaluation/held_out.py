@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from sparseft.data.packing import Collator
@@ -18,21 +18,32 @@ from sparseft.models.router_loss import router_loss
 
 
 @torch.no_grad()
+def losses(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[tuple[float, int]]:
+    """Of each batch the mean loss over its labelled tokens, and how many it has; those without are left out, as is what
+    routers add to a loss. Each lies where the model does."""
+    found = []
+    with runnable(model), router_loss(model, 0.0):
+        for batch in batches:
+            with unasked(batch):
+                loss = model(**batch, use_cache=False).loss
+            if labelled := int((batch["labels"][:, 1:] != IGNORED).sum()):
+                found.append((float(loss), labelled))
+    return found
+
+
 def batch_losses(
     model: nn.Module, rows: Any, pad: int, device: torch.device, batch_size: int = 8
 ) -> list[tuple[float, int]]:
-    """Of each batch of examples the mean loss over its labelled tokens, and how many it has; those without are left
-    out, as is what routers add to a loss. `rows`: a `TokenizedDataset`, or a list of what it gives."""
-    collate, found = Collator(pad), []
-    with runnable(model), router_loss(model, 0.0), fewest_logits(model):
+    """`losses` of examples in batches. `rows`: a `TokenizedDataset`, or a list of what it gives."""
+
+    def batches() -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(rows), batch_size):
             batch = collate([rows[position] for position in range(start, min(start + batch_size, len(rows)))])
-            batch = {name: value.to(device) for name, value in batch.items()}
-            labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
-            if labelled:
-                with unasked(batch):
-                    found.append((float(model(**batch, use_cache=False).loss), labelled))
-    return found
+            yield {name: value.to(device) for name, value in batch.items()}
+
+    collate = Collator(pad)
+    with fewest_logits(model):
+        return losses(model, batches())
 
 
 def mean_loss(losses: Sequence[tuple[float, int]]) -> float:

@@ -174,7 +174,7 @@ def keeps_cache(config: Any) -> bool:
     """Whether `generate` can keep what was read: transformers counts the tokens of a cache by its attention layers, and
     fails where all are recurrent."""
     text = config.get_text_config(decoder=True)
-    if not getattr(text, "layer_types", None):
+    if not getattr(text, "layer_types", None):  # some do not even say how many layers they have, which a cache asks
         return True
     try:
         transformers.DynamicCache(config=text).get_seq_length()

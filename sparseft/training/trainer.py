@@ -20,10 +20,10 @@ from sparseft.adapters.state import state_of
 from sparseft.distributed import ranks
 from sparseft.distributed.shards import shard_of
 from sparseft.errors import Diverged, Interrupted
+from sparseft.evaluation.held_out import losses
 from sparseft.files.atomic import explained, publish
 from sparseft.layers import sparse_layers
 from sparseft.layers.saved_inputs import share_inputs_in_training
-from sparseft.models.decoder import runnable
 from sparseft.models.labelled_loss import ROWS, label_rows, labelled_loss
 from sparseft.models.labels import IGNORED
 from sparseft.models.masks import unasked
@@ -419,23 +419,23 @@ class Trainer(distributed_trainer.DistributedTrainer):
         """Nats a token, the mean over all labelled tokens of `eval_dataset` (None: of the evaluation set), without what
         routers add to a loss."""
         loader = self.get_eval_dataloader(eval_dataset)
-        model = self.model
-        training = model.training
-        model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        done, display = 0, console.Progress(len(loader.dataset), "evaluate", unit="example", keeps=False)
-        with torch.no_grad(), display, runnable(model), router_loss(model, 0.0):
+        display = console.Progress(len(loader.dataset), "evaluate", unit="example", keeps=False)
+
+        def batches() -> Iterator[dict[str, Tensor]]:
+            done = 0
             for batch in loader:
-                batch = self._prepare_inputs(batch)
-                labelled = (batch["labels"][:, 1:] != IGNORED).sum()
-                with self.compute_loss_context_manager(), unasked(batch), self.own_loss():
-                    loss = model(**batch, use_cache=False).loss
-                if labelled:  # a batch without labels has no loss (NaN)
-                    total += torch.stack([loss.double() * labelled, labelled.double()])
+                yield self._prepare_inputs(batch)
                 done += len(batch["labels"])
                 display.update(done)
                 self.run_state.leave_together()
-        model.train(training)
+
+        training = self.model.training
+        self.model.eval()
+        with display, self.compute_loss_context_manager(), self.own_loss():
+            found = losses(self.model, batches())
+        self.model.train(training)
+        sums = sum(loss * count for loss, count in found), sum(count for _, count in found)
+        total = torch.tensor(sums, dtype=torch.float64, device=self.args.device)
         total = self.accelerator.reduce(total)
         return (total[0] / total[1]).item()
 

@@ -398,7 +398,7 @@ def test_the_advice_is_of_the_task_that_judges(make_model: Any, tmp_path: Path) 
 
     trainer = trainer_of(attached(make_model("llama"), "s2ft"), tmp_path, examples(8), examples(4), max_steps=1)
     trainer.score = fail
-    with pytest.raises(RunError, match=r"memory ran out \(CUDA out of memory\): a smaller eval.batch_size"):
+    with pytest.raises(RunError, match=r"memory ran out \(CUDA out of memory\): smaller eval.batch_size"):
         trainer.evaluate()
 
 
