@@ -31,7 +31,7 @@ from sparseft.distributed.deepspeed import (
     weights_only,
 )
 from sparseft.distributed.env import processes
-from sparseft.distributed.ranks import barrier, is_main, rank_and_world
+from sparseft.distributed.ranks import all_gather_object, barrier, is_main, rank_and_world
 from sparseft.distributed.shards import any_sharded, full_shape, gathered, is_sharded, state_on_first
 from sparseft.errors import RunError, UserError
 from sparseft.layers import put_beside, sparse_layers, write_back
@@ -123,6 +123,18 @@ def whole_parameters(model: nn.Module) -> Iterator[dict[str, Tensor] | None]:
     else:
         with gathered(sharded):
             yield None
+
+
+def check_one_base(model: nn.Module) -> None:
+    """Refuses (`UserError`) processes that have read different weights: nobody sends what is frozen to the others."""
+    state = state_of(model)
+    known = all_gather_object(None if state is None else state.fingerprints)
+    other = next((rank for rank, fingerprints in enumerate(known) if fingerprints != known[0]), None)
+    if other is not None:
+        raise UserError(
+            f"model.path: the weights that process {other} has read are not those of process 0: expected the same "
+            "files on all machines."
+        )
 
 
 @contextlib.contextmanager
@@ -228,6 +240,8 @@ class DistributedTrainer(transformers.Trainer):
         if self.is_fsdp:
             fsdp.keep_unwrapped(self.accelerator)
             fsdp.same_everywhere(self.whole)
+        else:
+            check_one_base(self.model)
         if not self.is_deepspeed_enabled:
             with frozen_left_out(self.model):
                 return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)

@@ -19,7 +19,7 @@ from sparseft.methods import get_method
 from sparseft.models.spec import ModelSpec
 from sparseft.selection.compute import Request
 from sparseft.training.checks import check_hardware
-from sparseft.training.distributed_trainer import check_shards, trains_beside_text
+from sparseft.training.distributed_trainer import check_one_base, check_shards, trains_beside_text
 from sparseft.training.run_state import RunState
 from sparseft.training.trainer import COUNT
 from support.experts import build
@@ -62,6 +62,15 @@ def test_several_processes_count_what_one_does(
     assert trainer.memory.longest == data.lengths.max()
     batch = trainer.data_collator([trainer.train_dataset[4], trainer.train_dataset[5]])
     assert batch[COUNT] == data.lengths[4]
+
+
+def test_processes_that_read_other_weights_are_refused(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparseft.training.distributed_trainer.all_gather_object", lambda mine: [mine, theirs or mine])
+    model, theirs = attached(make_model("llama"), "s2ft"), None
+    check_one_base(model)
+    theirs = ["another"]
+    with pytest.raises(UserError, match="the weights that process 1 has read are not those of process 0"):
+        check_one_base(model)
 
 
 def test_text_gives_a_tower_no_gradient(make_model: Any) -> None:
