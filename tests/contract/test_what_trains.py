@@ -411,8 +411,11 @@ def test_models_on_meta_and_models_that_cannot_be_tried_are_judged_by_their_sour
 
 def test_layers_that_make_no_logits_are_refused() -> None:
     model = build("llama")
-    model.model.spare = nn.ModuleList(nn.ModuleDict({"mlp": nn.Linear(480, 480)}) for _ in model.model.layers)  # larger
-    with pytest.raises(UserError, match=r"LlamaForCausalLM makes its logits without any linear .*\(model.spare.0."):
+    spare = nn.ModuleList(nn.ModuleDict({"mlp": nn.Linear(480, 480)}) for _ in model.model.layers)  # larger
+    model.model.spare = nn.ModuleDict({"layers": spare})
+    with pytest.raises(
+        UserError, match=r"LlamaForCausalLM makes its logits without any linear .*\(model.spare.layers.0."
+    ):
         sparseft.attach(model, sparseft.LoraConfig(rank=2))
 
 
