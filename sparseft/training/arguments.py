@@ -119,7 +119,7 @@ def training_arguments(
     # Several devices are several processes here. A single one that sees several GPUs would have its model wrapped in
     # `nn.DataParallel`: larger batches, in copies of the sparse layers whose deltas never come back.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    if arguments.device.type == "cpu":
+    if device.type == "cpu":
         # Of several processes accelerate numbers it. To torch "cpu:0" is another place than "cpu", to which it copies
         # all weights, mapped files that the processes share too (`frozen_left_out` has DDP leave them as they are), and
         # which it cannot load an optimizer to.
