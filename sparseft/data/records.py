@@ -173,6 +173,7 @@ def _putting_aside() -> Iterator[Callable[[dict[str, Any]], Path]]:
 
 
 def _taken_back(file: Path) -> dict[str, Any]:
+    # Pickled, as a record may hold dates and bytes; by this process, in a folder that is open to its user alone.
     content = file.read_bytes()
     file.unlink()
     return pickle.loads(content)
